@@ -1,0 +1,225 @@
+"""The one typed config tree of every job: defaults, ranges and the rules that join several keys.
+
+Loading from YAML and the command line, and errors for people, are in `gptray.overrides` and
+`gptray.cli`; rules that need the world (files, GPUs, a tokenizer) stand where that world is used.
+A field has the name of the API that finally receives it (HF, torch, Ray).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class UserError(ValueError):
+    """A mistake of the user's: its message names the key or file and what to change; exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on; its message says all that the user needs; exit code 1."""
+
+
+class Section(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _parts(value: Any) -> Any:
+    """Read a split given as "90:10" or as a list of any scale into fractions that sum to one."""
+    if isinstance(value, str):
+        value = value.split(":")
+    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= 3:
+        raise ValueError("give train:val or train:val:test, such as 90:10 or 80:10:10")
+    try:
+        parts = [float(part) for part in value]
+    except (TypeError, ValueError):
+        raise ValueError("give train:val or train:val:test, such as 90:10 or 80:10:10") from None
+    if not all(0 < part < float("inf") for part in parts):
+        raise ValueError("every part of the split must be above 0")
+    total = sum(parts)
+    # An already normalised split stays as it is, so that a dumped config equals its source.
+    return tuple(parts) if abs(total - 1) < 1e-9 else tuple(part / total for part in parts)
+
+
+class DataConfig(Section):
+    source: str | list[str] = Field(
+        "builtin",
+        description="text to train on: builtin (documentation that Python carries), or files, "
+        "folders or globs of .txt .md .jsonl .csv .parquet (.gz and .zst too), local or s3://, gs://",
+    )
+    text_column: str = Field("text", description="column of .jsonl .csv .parquet that holds the text")
+    tokenizer: str | None = Field(
+        None,
+        description="bpe (byte-level, trained on the training split), char (one token a character), "
+        "or a Hugging Face tokenizer's folder or hub id; null: model.init_from's own, else bpe",
+    )
+    vocab_size: Annotated[int, Field(ge=257)] = Field(
+        2048, description="entries of a tokenizer trained here (bpe), end-of-text included"
+    )
+    split: Annotated[tuple[float, ...], BeforeValidator(_parts)] = Field(
+        (0.9, 0.1), description="train:val or train:val:test, by document (one document: by position)"
+    )
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="part of the training split to train on; validation stays the same"
+    )
+
+
+class ModelConfig(Section):
+    n_layer: PositiveInt = Field(4, description="blocks")
+    n_head: PositiveInt = Field(4, description="attention heads; must divide n_embd")
+    n_embd: PositiveInt = Field(256, description="width of the residual stream")
+    n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 x n_embd")
+    n_positions: PositiveInt = Field(256, description="longest context, in tokens")
+    vocab_size: PositiveInt | None = Field(
+        None, description="rows of the embedding; null: the tokenizer's; larger pads it"
+    )
+    dropout: Probability = Field(0.1, description="of embeddings, attention and residuals (HF's three)")
+    norm: Literal["layernorm", "none"] = Field("layernorm", description="none: ablation, no normalisation")
+    residual: bool = Field(True, description="false: ablation, no skip connections")
+    layer_norm_epsilon: Positive = Field(1e-5, description="added to the variance")
+    initializer_range: Positive = Field(0.02, description="standard deviation of initial weights")
+    init_from: str | None = Field(
+        None, description="start from these weights: an HF GPT-2 folder, a run folder or a hub id"
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head}"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    lr: Positive = Field(1e-3, description="peak learning rate")
+    min_lr: NonNegative = Field(1e-4, description="learning rate at the end of the schedule")
+    schedule: Literal["constant", "linear", "cosine", "step"] = Field(
+        "cosine", description="how lr falls to min_lr after the warm-up; step: times gamma every step_size"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="steps of linear warm-up")
+    step_size: PositiveInt = Field(500, description="steps between two drops (schedule: step)")
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.5, description="factor of one drop (schedule: step)"
+    )
+    betas: tuple[Probability, Probability] = Field((0.9, 0.99), description="AdamW's decay rates")
+    eps: Positive = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: NonNegative = Field(0.1, description="AdamW's; none on biases and norms")
+    max_grad_norm: Positive | None = Field(1.0, description="clip the global norm here; null: off")
+
+    @model_validator(mode="after")
+    def _min_below_peak(self) -> OptimConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr:g} must not be above optim.lr={self.lr:g}")
+        return self
+
+
+class TrainConfig(Section):
+    max_steps: PositiveInt = Field(600, description="optimizer updates")
+    global_batch_size: PositiveInt = Field(32, description="sequences per step, all workers")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="sequences per forward pass of one worker; null: global_batch_size / num_workers"
+    )
+    block_size: PositiveInt = Field(256, description="tokens per sequence, at most model.n_positions")
+    eval_interval: PositiveInt = Field(50, description="steps between evaluations (and checkpoints)")
+    log_interval: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
+    patience: PositiveInt | None = Field(
+        5, description="stop after this many evaluations without a new best; null: never"
+    )
+    min_delta: NonNegative = Field(0.0, description="nats that validation loss must fall to count as new best")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the processor or GPU computes in it, else fp32"
+    )
+    compile: bool = Field(False, description="torch.compile; needs a C++ compiler, pays on longer runs")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on with a run of this name; never: only start a new one"
+    )
+
+
+class ComputeConfig(Section):
+    num_workers: PositiveInt = Field(1, description="data-parallel workers (Ray ScalingConfig)")
+    use_gpu: bool = Field(False, description="one GPU for each worker (nccl); else CPUs (gloo)")
+    cpus_per_worker: PositiveInt | None = Field(
+        None, description="cores of one worker; null: its share of the cluster's smallest fit"
+    )
+    max_failures: Annotated[int, Field(ge=-1)] = Field(
+        3, description="worker failures to recover from; -1: no limit (Ray FailureConfig)"
+    )
+    num_to_keep: PositiveInt = Field(2, description="newest checkpoints to keep, besides the best")
+
+
+class SampleConfig(Section):
+    prompt: str | list[str] | None = Field(
+        None, description="prompts of the samples; null: the first words of validation text"
+    )
+    max_new_tokens: PositiveInt = Field(64, description="tokens to add at most")
+    temperature: NonNegative = Field(0.8, description="0: greedy")
+    top_k: PositiveInt | None = Field(50, description="sample from the k likeliest; null: from all")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the sampler")
+
+
+class Config(Section):
+    """Everything a job needs. Defaults are the quick start: builtin text, a small model, a CPU."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="the run's folder in storage_path; null: made from the config (Ray RunConfig)",
+    )
+    storage_path: str = Field(
+        "~/gptray", description="folder of all runs; on a cluster one that every node sees (Ray RunConfig)"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        1337, description="rules the split, the initial weights, the batch order and dropout"
+    )
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    compute: ComputeConfig = ComputeConfig()
+    sample: SampleConfig = SampleConfig()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per forward pass of one worker."""
+        return self.train.micro_batch_size or self.train.global_batch_size // self.compute.num_workers
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Forward passes of one worker per optimizer step."""
+        return self.train.global_batch_size // (self.micro_batch_size * self.compute.num_workers)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, all workers."""
+        return self.train.global_batch_size * self.train.block_size
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Config:
+        problems = []
+        if self.train.block_size > self.model.n_positions:
+            problems.append(
+                f"train.block_size={self.train.block_size} must not be above "
+                f"model.n_positions={self.model.n_positions}"
+            )
+        per_pass = (self.train.micro_batch_size or 1) * self.compute.num_workers
+        if self.train.global_batch_size % per_pass:
+            micro = (
+                f"train.micro_batch_size={self.train.micro_batch_size} x "
+                if self.train.micro_batch_size
+                else ""
+            )
+            problems.append(
+                f"train.global_batch_size={self.train.global_batch_size} must be divisible by "
+                f"{micro}compute.num_workers={self.compute.num_workers}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
