@@ -1,0 +1,163 @@
+"""Weights in Hugging Face's layout: save, load, and refuse what is damaged or another network.
+
+config.json is `gptray.model.shape`'s. Only safetensors are written or read, never a pickle.
+Every file appears whole: it is written beside its place and then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptray.config import ModelConfig, UserError
+from gptray.model.gpt import GPT
+from gptray.model.shape import hf_config, model_folder, read_json, read_shape
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WTE = "transformer.wte.weight"
+PREFIX = "transformer."
+# HF's GPT-2 keeps these (in, out), as OpenAI's Conv1D did; in memory they are (out, in).
+STORED_TRANSPOSED = (
+    "attn.c_attn.weight",
+    "attn.c_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+)
+# Causal-mask buffers of old files, no weights.
+IGNORED = (".attn.bias", ".attn.masked_bias")
+
+
+def save_pretrained(
+    model: GPT,
+    folder: str | Path,
+    *,
+    eos_token_id: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write config.json, generation_config.json and model.safetensors (fp32, tied head).
+
+    Padding of the vocabulary is left out, so that no reader can ever sample it.
+    `metadata` goes into the safetensors header.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = hf_config(model.config, model.valid_vocab_size, eos_token_id)
+    generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    tensors[WTE] = tensors[WTE][: model.valid_vocab_size]
+    tensors = {name: _turned(name, weight).cpu().contiguous() for name, weight in tensors.items()}
+    with _replacing(folder / WEIGHTS) as path:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        with _replacing(folder / name) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_pretrained(source: str | Path, *, dropout: float | None = None) -> GPT:
+    """The network in a model folder, a run folder or on the hub; on the CPU, in fp32.
+
+    `dropout` replaces the file's. Raises UserError naming the file and what is wrong with it.
+    """
+    folder = model_folder(source)
+    shape = read_shape(folder)
+    rows = shape.pop("vocab_size")
+    if dropout is not None:
+        shape["dropout"] = dropout
+    with torch.device("meta"):
+        model = GPT(ModelConfig(**shape), vocab_size=rows)
+    model.to_empty(device="cpu")
+    load_weights(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: GPT, folder: str | Path) -> None:
+    """Copy a folder's weights into a network of the same shape; padding of the vocabulary is zero.
+
+    Raises UserError naming the file and the first weight that is missing, strange or misshapen.
+    """
+    folder = Path(folder)
+    missing = dict(model.named_parameters())
+    embedding, head = missing[WTE], None
+    for path, key, tensor in _tensors(folder):
+        if key.endswith(IGNORED):
+            continue
+        if key == "lm_head.weight":
+            head = tensor
+            continue
+        name = key if key.startswith(PREFIX) else PREFIX + key
+        if name not in missing:
+            raise UserError(f"{path}: {key} is no weight of this network, or is there twice")
+        parameter = missing.pop(name)
+        _copy(parameter[: model.valid_vocab_size] if name == WTE else parameter, tensor, name, path)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{folder}: {next(iter(missing))} is missing from the weights{more}")
+    if head is not None and not torch.equal(head.float(), embedding[: model.valid_vocab_size]):
+        raise UserError(f"{folder}: lm_head.weight is not the embedding; only a tied head works")
+    embedding[model.valid_vocab_size :].zero_()
+
+
+def _copy(target: Tensor, stored: Tensor, name: str, path: Path) -> None:
+    expected = _turned(name, target).shape
+    if stored.shape != expected:
+        raise UserError(
+            f"{path}: {name} has shape {list(stored.shape)}, but config.json says {list(expected)}"
+        )
+    target.copy_(_turned(name, stored))
+
+
+def _turned(name: str, weight: Tensor) -> Tensor:
+    """A weight from memory to file layout or back: the swap is its own inverse."""
+    return weight.t() if name.endswith(STORED_TRANSPOSED) else weight
+
+
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Every tensor of a folder's safetensors file or shards, one at a time, with its file."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    yield path, key, file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged or incomplete: {error}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        names = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{folder / INDEX}: no weight_map in it")
+        # Only names beside the index: an index is not to read files elsewhere.
+        return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
+    if any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder}: only pickled weights (.bin), which gptray does not open; convert them once "
+            "with transformers: AutoModelForCausalLM.from_pretrained(X).save_pretrained(Y)"
+        )
+    raise UserError(f"{folder}: no {WEIGHTS}")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, moved to `path` if all went well."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode
+    try:
+        yield partial
+        partial.chmod(mode)  # safetensors makes its files private
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

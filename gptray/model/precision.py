@@ -1,0 +1,60 @@
+"""What to compute in: bf16 where the hardware does, and the faster fp32 GEMM where it is exact.
+
+Both only look at the machine and answer; the training loop decides where to use them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gptray.config import UserError
+
+
+def pick_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+    """The dtype to compute in for `precision` auto | fp32 | bf16; auto is bf16 only in hardware."""
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16" or (precision == "auto" and _computes_bf16(torch.device(device))):
+        return torch.bfloat16
+    if precision != "auto":
+        raise UserError(f"train.precision={precision}: choose auto, fp32 or bf16")
+    return torch.float32
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def enable_fast_fp32() -> bool:
+    """Let oneDNN run fp32 GEMMs on CPU where that keeps fp32's precision; whether it did.
+
+    PyTorch's "medium" allows bf16 inside. Many processors ignore the permission and are merely
+    faster, some (AMX) take it: so a product is compared with its float64 value first. The switch
+    is process-wide and would mean TF32 on a GPU, so a process that sees one is left alone.
+    """
+    if torch.cuda.is_available():
+        return False
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    if _gemm_error() < 1e-5:
+        return True
+    torch.set_float32_matmul_precision(before)
+    return False
+
+
+def _gemm_error() -> float:
+    """Relative error of fp32 products of two shapes; about 1e-6 in fp32, 1e-3 in bf16 or TF32."""
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for rows, inner, columns in ((512, 512, 512), (64, 1024, 256)):
+        a = torch.randn(rows, inner, generator=generator)
+        b = torch.randn(columns, inner, generator=generator)
+        exact = a.double() @ b.double().t()
+        product = torch.nn.functional.linear(a, b)
+        errors.append(float((product.double() - exact).norm() / exact.norm()))
+    return max(errors)

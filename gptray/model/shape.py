@@ -1,0 +1,137 @@
+"""The shape of a network on disk: find its folder, read its config.json, count its parameters.
+
+No torch here, so that a dry run answers at once. Weights are `gptray.model.hf`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from gptray.config import ModelConfig, UserError
+
+# A network that GPT-2's classes would load and compute differently says so by its model_type.
+MODEL_TYPES: dict[tuple[str, bool], str] = {
+    ("layernorm", True): "gpt2",
+    ("none", True): "gptray-gpt2-nonorm",
+    ("layernorm", False): "gptray-gpt2-noresidual",
+    ("none", False): "gptray-gpt2-nonorm-noresidual",
+}
+# What this network always does, under HF's names, with HF's default first.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+# Of HF's GPT2Config, for files that leave a field out.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": None,
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+}
+
+
+def model_folder(source: str | Path, *, weights: bool = True) -> Path:
+    """The local folder with config.json for a model folder, a run folder or a Hugging Face hub id.
+
+    A hub id is downloaded (config.json, and with `weights` the safetensors files).
+    Raises UserError if there is no such model.
+    """
+    folder = Path(source).expanduser()
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if folder.exists():
+        raise UserError(f"{folder}: no config.json in it or in its model/, so this is no model")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(source)):
+        raise UserError(f"{folder}: no such folder")
+    return _download(str(source), weights=weights)
+
+
+def _download(hub_id: str, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json"]
+    if weights:
+        wanted += ["*.safetensors", "*.safetensors.index.json"]
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # no network, no such repository, not an id
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{hub_id}: no such folder, and not on the hub: {reason}") from None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{hub_id}: this hub repository has no config.json")
+    return folder
+
+
+def read_shape(source: str | Path, *, weights: bool = False) -> dict[str, Any]:
+    """ModelConfig's fields of the network in a folder or on the hub, from its config.json alone.
+
+    Every field is there but init_from; vocab_size is the number of rows in the file.
+    Raises UserError for a file that is no GPT-2 that this network can be.
+    """
+    path = model_folder(source, weights=weights) / "config.json"
+    raw = read_json(path)
+    kinds = {name: kind for kind, name in MODEL_TYPES.items()}
+    model_type = raw.get("model_type")
+    if model_type not in kinds:
+        raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(kinds)}")
+    for key, allowed in FIXED.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{path}: {key}={raw[key]!r} is not supported, only {allowed[0]!r}")
+    norm, residual = kinds[model_type]
+    shape = {key: raw.get(key, default) for key, default in DEFAULTS.items()}
+    shape |= {"dropout": raw.get("resid_pdrop", 0.1), "norm": norm, "residual": residual}
+    try:
+        return ModelConfig(**shape).model_dump(exclude={"init_from"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {key + ': ' if key else ''}{first['msg']}") from None
+
+
+def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) -> dict[str, Any]:
+    """config.json of a network, as HF's GPT2LMHeadModel reads it."""
+    model_type = MODEL_TYPES[config.norm, config.residual]
+    return {
+        **({"architectures": ["GPT2LMHeadModel"]} if model_type == "gpt2" else {}),
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        **{key: getattr(config, key) for key in DEFAULTS if key != "vocab_size"},
+        **{key: config.dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+        **{key: allowed[0] for key, allowed in FIXED.items()},
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "dtype": "float32",
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; UserError naming the file if there is none."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a JSON object was expected")
+    return raw
+
+
+def parameter_count(config: ModelConfig, vocab_size: int) -> int:
+    """Parameters of a network with `vocab_size` rows, the tied head counted once."""
+    width, inner = config.n_embd, config.n_inner or 4 * config.n_embd
+    norms = (2 * config.n_layer + 1) * 2 * width if config.norm == "layernorm" else 0
+    linears = 4 * width * width + 2 * width * inner  # c_attn, attn.c_proj, c_fc, mlp.c_proj
+    biases = 3 * width + width + inner + width
+    return (vocab_size + config.n_positions) * width + norms + config.n_layer * (linears + biases)
