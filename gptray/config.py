@@ -1,15 +1,19 @@
 """The one typed config tree of every job: defaults, ranges and the rules that join several keys.
 
-Loading from YAML and the command line, and errors for people, are in `gptray.overrides` and
-`gptray.cli`; rules that need the world (files, GPUs, a tokenizer) stand where that world is used.
+How YAML and the command line are read is in `gptray.overrides`; rules that need the world
+(files, GPUs, a tokenizer) stand where that world is used.
 A field has the name of the API that finally receives it (HF, torch, Ray).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from gptray.overrides import Reader
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -18,7 +22,18 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class UserError(ValueError):
-    """A mistake of the user's: its message names the key or file and what to change; exit code 2."""
+    """A mistake of the user's: its message names the key or file and what to change; exit 2."""
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a config, one line each in `problems`."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        return type(self), (self.problems,)
 
 
 class RunFailed(RuntimeError):
@@ -54,17 +69,20 @@ class DataConfig(Section):
         description="text to train on: builtin (documentation that Python carries), or files, "
         "folders or globs of .txt .md .jsonl .csv .parquet (.gz and .zst too), local or s3://, gs://",
     )
-    text_column: str = Field("text", description="column of .jsonl .csv .parquet that holds the text")
+    text_column: str = Field(
+        "text", description="column of .jsonl .csv .parquet that holds the text"
+    )
     tokenizer: str | None = Field(
         None,
-        description="bpe (byte-level, trained on the training split), char (one token a character), "
-        "or a Hugging Face tokenizer's folder or hub id; null: model.init_from's own, else bpe",
+        description="bpe (byte-level, trained on the training split), char (one token a "
+        "character), or a Hugging Face tokenizer's folder or hub id; null: init_from's, else bpe",
     )
     vocab_size: Annotated[int, Field(ge=257)] = Field(
         2048, description="entries of a tokenizer trained here (bpe), end-of-text included"
     )
     split: Annotated[tuple[float, ...], BeforeValidator(_parts)] = Field(
-        (0.9, 0.1), description="train:val or train:val:test, by document (one document: by position)"
+        (0.9, 0.1),
+        description="train:val or train:val:test, by document (one document: by position)",
     )
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="part of the training split to train on; validation stays the same"
@@ -80,8 +98,12 @@ class ModelConfig(Section):
     vocab_size: PositiveInt | None = Field(
         None, description="rows of the embedding; null: the tokenizer's; larger pads it"
     )
-    dropout: Probability = Field(0.1, description="of embeddings, attention and residuals (HF's three)")
-    norm: Literal["layernorm", "none"] = Field("layernorm", description="none: ablation, no normalisation")
+    dropout: Probability = Field(
+        0.1, description="of embeddings, attention and residuals (HF's three)"
+    )
+    norm: Literal["layernorm", "none"] = Field(
+        "layernorm", description="none: ablation, no normalisation"
+    )
     residual: bool = Field(True, description="false: ablation, no skip connections")
     layer_norm_epsilon: Positive = Field(1e-5, description="added to the variance")
     initializer_range: Positive = Field(0.02, description="standard deviation of initial weights")
@@ -102,7 +124,8 @@ class OptimConfig(Section):
     lr: Positive = Field(1e-3, description="peak learning rate")
     min_lr: NonNegative = Field(1e-4, description="learning rate at the end of the schedule")
     schedule: Literal["constant", "linear", "cosine", "step"] = Field(
-        "cosine", description="how lr falls to min_lr after the warm-up; step: times gamma every step_size"
+        "cosine",
+        description="how lr falls to min_lr after the warm-up; step: times gamma every step_size",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="steps of linear warm-up")
     step_size: PositiveInt = Field(500, description="steps between two drops (schedule: step)")
@@ -125,19 +148,26 @@ class TrainConfig(Section):
     max_steps: PositiveInt = Field(600, description="optimizer updates")
     global_batch_size: PositiveInt = Field(32, description="sequences per step, all workers")
     micro_batch_size: PositiveInt | None = Field(
-        None, description="sequences per forward pass of one worker; null: global_batch_size / num_workers"
+        None,
+        description="sequences per forward pass of one worker; null: all of its share",
     )
-    block_size: PositiveInt = Field(256, description="tokens per sequence, at most model.n_positions")
-    eval_interval: PositiveInt = Field(50, description="steps between evaluations (and checkpoints)")
+    block_size: PositiveInt = Field(256, description="tokens in a sequence, at most n_positions")
+    eval_interval: PositiveInt = Field(
+        50, description="steps between evaluations (and checkpoints)"
+    )
     log_interval: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
     patience: PositiveInt | None = Field(
         5, description="stop after this many evaluations without a new best; null: never"
     )
-    min_delta: NonNegative = Field(0.0, description="nats that validation loss must fall to count as new best")
+    min_delta: NonNegative = Field(
+        0.0, description="nats that validation loss must fall to count as new best"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the processor or GPU computes in it, else fp32"
     )
-    compile: bool = Field(False, description="torch.compile; needs a C++ compiler, pays on longer runs")
+    compile: bool = Field(
+        False, description="torch.compile; needs a C++ compiler, pays on longer runs"
+    )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: go on with a run of this name; never: only start a new one"
     )
@@ -174,7 +204,8 @@ class Config(Section):
         description="the run's folder in storage_path; null: made from the config (Ray RunConfig)",
     )
     storage_path: str = Field(
-        "~/gptray", description="folder of all runs; on a cluster one that every node sees (Ray RunConfig)"
+        "~/gptray",
+        description="folder of all runs; on a cluster one that every node sees (Ray RunConfig)",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         1337, description="rules the split, the initial weights, the batch order and dropout"
@@ -189,7 +220,9 @@ class Config(Section):
     @property
     def micro_batch_size(self) -> int:
         """Sequences per forward pass of one worker."""
-        return self.train.micro_batch_size or self.train.global_batch_size // self.compute.num_workers
+        return (
+            self.train.micro_batch_size or self.train.global_batch_size // self.compute.num_workers
+        )
 
     @property
     def grad_accum_steps(self) -> int:
@@ -202,24 +235,68 @@ class Config(Section):
         return self.train.global_batch_size * self.train.block_size
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> Config:
-        problems = []
+    def _block_fits_positions(self) -> Config:
         if self.train.block_size > self.model.n_positions:
-            problems.append(
+            raise ValueError(
                 f"train.block_size={self.train.block_size} must not be above "
                 f"model.n_positions={self.model.n_positions}"
             )
-        per_pass = (self.train.micro_batch_size or 1) * self.compute.num_workers
-        if self.train.global_batch_size % per_pass:
-            micro = (
-                f"train.micro_batch_size={self.train.micro_batch_size} x "
-                if self.train.micro_batch_size
-                else ""
-            )
-            problems.append(
-                f"train.global_batch_size={self.train.global_batch_size} must be divisible by "
-                f"{micro}compute.num_workers={self.compute.num_workers}"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
         return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Config:
+        micro = self.train.micro_batch_size
+        per_pass = (micro or 1) * self.compute.num_workers
+        if self.train.global_batch_size % per_pass:
+            factor = f"train.micro_batch_size={micro} x " if micro else ""
+            raise ValueError(
+                f"train.global_batch_size={self.train.global_batch_size} must be divisible by "
+                f"{factor}compute.num_workers={self.compute.num_workers}"
+            )
+        return self
+
+
+def load_config(path: str | None, overrides: Sequence[str]) -> Config:
+    """Return the defaults changed by a YAML file and then by section.field=value arguments.
+
+    Raises ConfigError with all mistakes at once.
+    """
+    reader = Reader(Config)
+    if path is not None:
+        reader.read_file(path)
+    for argument in overrides:
+        reader.read_argument(argument)
+    return _built(reader)
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the config with dotted keys set, validated anew; raises ConfigError."""
+    reader = Reader(Config)
+    for key, value in {**_flat(config), **values}.items():
+        reader.read_value(key, value)
+    return _built(reader)
+
+
+def dump(config: Config) -> str:
+    """Return the whole config as YAML that `load_config` reads into an equal one."""
+    text: str = yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+    return text
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.model_dump().items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _built(reader: Reader) -> Config:
+    config = reader.build(Config)
+    if config is None:
+        raise ConfigError(reader.problems)
+    return config

@@ -1,0 +1,214 @@
+"""The command line that every job shares: arguments in, exit code and one JSON line out.
+
+Knows neither torch nor Ray, so that a wrong key is refused at once; what a job does is the
+function that it is given, and which keys there are is `gptray.config`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptray.config import Config, ConfigError, RunFailed, UserError, dump, load_config
+from gptray.fields import field_specs
+from gptray.key_help import help_text
+from gptray.suggest import nearest, nearest_keys
+
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+FLAGS = ("--config", "--dry-run", "--verbose", "--help")
+
+Plan = list[tuple[str, str]]
+
+
+@dataclass
+class Arguments:
+    """What was typed; `problems` are about flags, values are not looked at yet."""
+
+    config: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    dry_run: bool = False
+    verbose: bool = False
+    help: bool = False
+    problems: list[str] = field(default_factory=list)
+
+
+def run_job(
+    job: Callable[[Config], dict[str, Any]],
+    *,
+    name: str,
+    doc: str,
+    plan: Callable[[Config], Plan],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a job from the command line and return its exit code.
+
+    The job's dict becomes the last line of stdout. UserError means exit code 2, RunFailed and
+    any other exception 1, SIGINT and SIGTERM 130.
+    """
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments.help:
+            print(help_text(Config, name=name, doc=doc), flush=True)
+            return DONE
+        config = _config(arguments)
+        if arguments.dry_run:
+            _print_plan(config, plan(config))
+            return DONE
+        _log_to_stderr(verbose=arguments.verbose)
+        with _sigterm_interrupts():
+            result = job(config)
+        _print_json(result)
+        return DONE
+    except ConfigError as error:
+        _say(f"{error}\n{name}: nothing was started; --help lists every key")
+        return MISTAKE
+    except UserError as error:
+        _say(f"{name}: {error}")
+        return MISTAKE
+    except RunFailed as error:
+        _say(f"{name}: {error}")
+        return FAILED
+    except (KeyboardInterrupt, SystemExit):
+        # Ray puts its own SIGTERM handler in place, which exits; a job itself never does.
+        _say(f"{name}: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads stdout any more (| head); keep the interpreter from flushing into it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception:
+        traceback.print_exc()
+        return FAILED
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Sort the words of a command line into flags and section.field=value."""
+    arguments = Arguments()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            arguments.overrides.append(word)
+        elif flag == "--config":
+            if not equals:
+                value = words.pop(0) if words and not words[0].startswith("-") else ""
+            _take_config(arguments, value)
+        elif flag in ("--dry-run", "--verbose", "--help", "-h") and equals:
+            arguments.problems.append(f"command line: {flag} takes no value")
+        elif flag in ("--help", "-h"):
+            arguments.help = True
+        elif flag == "--dry-run":
+            arguments.dry_run = True
+        elif flag == "--verbose":
+            arguments.verbose = True
+        else:
+            if not equals and words and "=" not in words[0] and not words[0].startswith("-"):
+                value = words.pop(0)
+            arguments.problems.append(f"command line: {_unknown_flag(flag, value)}")
+    return arguments
+
+
+def _take_config(arguments: Arguments, path: str) -> None:
+    if not path:
+        arguments.problems.append("command line: --config needs a file, such as --config my.yaml")
+    elif arguments.config is not None:
+        arguments.problems.append("command line: --config is given twice; a run has one file")
+    else:
+        arguments.config = path
+
+
+def _unknown_flag(flag: str, value: str) -> str:
+    """Say what to write instead of a flag that does not exist."""
+    keys = nearest_keys(flag.lstrip("-"), list(field_specs(Config)))
+    close = nearest(flag, FLAGS, cutoff=0.75)
+    if close:
+        return f"unknown option {flag}; did you mean {close}?"
+    if keys:
+        right = " or ".join(f"{key}={value or '...'}" for key in keys)
+        return f"unknown option {flag}; keys take no dashes, write {right}"
+    return f"unknown option {flag}; options are {', '.join(FLAGS)}"
+
+
+def _config(arguments: Arguments) -> Config:
+    """Load the config; raise every mistake of flags, file and values together."""
+    problems = arguments.problems
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _print_plan(config: Config, rows: Plan) -> None:
+    """Print the config as YAML, what follows from it as YAML comments, and the JSON line."""
+    width = max((len(label) for label, _ in rows), default=0)
+    print(dump(config), end="")
+    for label, value in rows:
+        print(f"# {label:{width}}  {value}")
+    _print_json({"dry_run": True, "plan": dict(rows)})
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    print(json.dumps(result, allow_nan=False, ensure_ascii=ascii_only), flush=True)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class _Lines(logging.Handler):
+    """Plain lines on whatever stderr is at that moment, so that a live bar can stand below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+class _ShortFormatter(logging.Formatter):
+    """The message; its level in front only from warnings on."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{level}{record.message}"
+
+
+def _log_to_stderr(*, verbose: bool) -> None:
+    logger = logging.getLogger("gptray")
+    logger.handlers.clear()
+    handler = _Lines()
+    handler.setFormatter(_ShortFormatter())
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Treat SIGTERM (`ray job stop`, a scheduler's eviction) like Ctrl-C meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,80 @@
+"""The text of --help: how a job is called, and every key with its default, type and meaning.
+
+Made from the config tree's own descriptions, so that it cannot fall behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from gptray.fields import FieldSpec, field_specs, shown
+
+OPTIONS = """\
+options:
+  --config FILE        YAML with the keys below in their sections; see configs/
+  section.field=value  set one key; goes before the file, which goes before the defaults
+  --dry-run            print the resolved config and what follows from it, then stop
+  --verbose            show debug lines and Ray's own log
+  --help               this text
+
+exit codes: 0 done, 1 the run failed, 2 a mistake above, 130 interrupted.
+The last line of stdout is one JSON object; everything else goes to stderr."""
+
+EXAMPLES = """\
+examples:
+  python jobs/{name}.py --dry-run
+  python jobs/{name}.py --config configs/shakespeare_cpu.yaml data.source=input.txt
+  python jobs/{name}.py name=small model.n_layer=2 optim.lr=3e-4 data.split=80:10:10
+  python jobs/{name}.py 'data.source=texts/*.txt' 'sample.prompt=Once upon a time'"""
+
+
+def help_text(root: type[BaseModel], *, name: str, doc: str) -> str:
+    """Return the help of one job, as wide as the terminal within 80 to 120 columns."""
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
+    usage = f"usage: python jobs/{name}.py [--config FILE] [section.field=value ...] [--dry-run]"
+    parts = [
+        usage,
+        textwrap.fill(" ".join(doc.split()), width),
+        OPTIONS,
+        EXAMPLES.format(name=name),
+    ]
+    return "\n\n".join([*parts, "\n".join(_keys(root, width))])
+
+
+def _keys(root: type[BaseModel], width: int) -> Iterator[str]:
+    """Yield the lines of all keys, section by section."""
+    section = None
+    yield "keys and their defaults:"
+    for key, spec in field_specs(root).items():
+        head = key.rpartition(".")[0]
+        if head != section:
+            yield ""
+            if head:
+                yield _bold(f"{head}:")
+            section = head
+        yield from _entry(spec, width)
+
+
+def _entry(spec: FieldSpec, width: int) -> Iterator[str]:
+    """Yield one key: name and default on the left, meaning and type wrapped on the right."""
+    column = 36
+    left = f"  {spec.key}={shown(spec.default).strip(chr(39))}"
+    meaning = f"{spec.description} ({spec.type_words})"
+    lines = textwrap.wrap(meaning, width - column, break_on_hyphens=False)
+    if len(left) >= column:
+        yield left
+        left = ""
+    for line in lines:
+        yield f"{left:<{column}}{line}"
+        left = ""
+
+
+def _bold(text: str) -> str:
+    plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
+    return text if plain else f"\033[1m{text}\033[0m"

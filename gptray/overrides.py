@@ -1,0 +1,276 @@
+"""Values from YAML and the command line into a validated config, or every mistake in words.
+
+Works on any tree of pydantic sections, so that it needs no knowledge of single keys; the tree
+and its rules are in `gptray.config`, spelling in `gptray.suggest`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gptray.fields import FieldSpec, field_specs, shown
+from gptray.suggest import did_you_mean, nearest, nearest_keys
+from gptray.yaml_text import YamlError, parse_node, read_node, scalar_value
+
+COMMAND_LINE = "command line"
+
+Root = TypeVar("Root", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value that somebody gave: its valid key, the place, and the Python value."""
+
+    key: str
+    where: str
+    value: Any
+
+
+class Reader:
+    """Collects values for the keys of one tree, and what was wrong with the others."""
+
+    def __init__(self, root: type[BaseModel]) -> None:
+        self.specs = field_specs(root)
+        self.sections = sorted({key.split(".")[0] for key in self.specs if "." in key})
+        self.given: dict[str, Given] = {}
+        self.problems: list[str] = []
+
+    def read_file(self, path: str) -> None:
+        """Take every key of a YAML file."""
+        try:
+            node = read_node(Path(path))
+        except YamlError as error:
+            self.problems.append(f"{path}:{error.line}: {error.message}")
+            return
+        except OSError as error:
+            self.problems.append(_unreadable(path, error))
+            return
+        if node is None or _is_null(node):
+            return
+        if not isinstance(node, yaml.MappingNode):
+            self.problems.append(f"{path}:{_line(node)}: expects sections and keys, such as optim:")
+            return
+        for name, value in self._pairs(node, path, ""):
+            where = f"{path}:{_line(value)}"
+            section = self._section(name, where, value)
+            if section is None:
+                self._take(name, where, value)
+            elif isinstance(value, yaml.MappingNode):
+                prefix = f"{section}."
+                for key, inner in self._pairs(value, path, prefix):
+                    self._take(prefix + key, f"{path}:{_line(inner)}", inner)
+
+    def read_argument(self, argument: str) -> None:
+        """Take one section.field=value of the command line."""
+        key, equals, text = argument.partition("=")
+        key = key.strip()
+        spec = self.specs.get(key)
+        if spec is None:
+            self._unknown(key, COMMAND_LINE)
+        elif not equals or not text:
+            example = f'{key}=""' if str in spec.kinds else f"{key}={shown(spec.default)}"
+            self._problem(COMMAND_LINE, f"{key} has no value; write for example {example}")
+        elif key in self.given and self.given[key].where == COMMAND_LINE:
+            self._problem(COMMAND_LINE, f"{key} is given twice")
+        else:
+            try:
+                node = _argument_node(text, spec)
+            except YamlError as error:
+                self._problem(COMMAND_LINE, f"{key}={text}: {error.message}")
+            else:
+                self._take(key, COMMAND_LINE, node)
+
+    def read_value(self, key: str, value: Any) -> None:
+        """Take one value that is a Python object already."""
+        if key not in self.specs:
+            self._unknown(key, "")
+        else:
+            if isinstance(value, list) and tuple in self.specs[key].kinds:
+                value = tuple(value)
+            self.given[key] = Given(key, "", value)
+
+    def _section(self, name: str, where: str, value: yaml.Node) -> str | None:
+        """Return the section meant by a key of the root, None if it is not one."""
+        if name in self.sections:
+            if not isinstance(value, yaml.MappingNode) and not _is_null(value):
+                inside = next(key for key in self.specs if key.startswith(f"{name}."))
+                self._problem(where, f"{name} is a section; its keys go below it, such as {inside}")
+            return name
+        close = nearest(name, self.sections)
+        if name in self.specs or not isinstance(value, yaml.MappingNode):
+            return None
+        self._problem(where, f"unknown section {name}{did_you_mean([close] if close else [])}")
+        # The keys below are checked as the section's that was probably meant.
+        return close or name
+
+    def _pairs(self, node: yaml.MappingNode, path: str, prefix: str) -> list[tuple[str, yaml.Node]]:
+        """Return the keys and values of a mapping, each key once."""
+        first_lines: dict[str, int] = {}
+        pairs = []
+        for key_node, value in node.value:
+            where = f"{path}:{_line(key_node)}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._problem(where, "a key must be a plain name")
+                continue
+            key = str(key_node.value)
+            if key in first_lines:
+                self._problem(
+                    where, f"{prefix}{key} is given twice (first on line {first_lines[key]})"
+                )
+                continue
+            first_lines[key] = _line(key_node)
+            pairs.append((key, value))
+        return pairs
+
+    def _take(self, key: str, where: str, node: yaml.Node) -> None:
+        spec = self.specs.get(key)
+        if spec is None:
+            self._unknown(key, where)
+            return
+        value = _value(node, spec.kinds, spec.items)
+        self.given[key] = Given(key, where, value)
+
+    def _unknown(self, key: str, where: str) -> None:
+        if key in self.sections:
+            inside = next(name for name in self.specs if name.startswith(f"{key}."))
+            self._problem(where, f"{key} is a section; set one of its keys, such as {inside}=...")
+            return
+        names = nearest_keys(key, list(self.specs))
+        self._problem(where, f"unknown key {key}{did_you_mean(names)}")
+
+    def _problem(self, where: str, message: str) -> None:
+        self.problems.append(f"{where}: {message}" if where else message)
+
+    def build(self, root: type[Root]) -> Root | None:
+        """Return the tree with what was given, or None once `problems` says what is wrong.
+
+        A wrong value is left out and the rest is validated again, so that rules that join
+        several keys are tried on the valid ones and all mistakes show at once.
+        """
+        left_out: set[str] = set()
+        while True:
+            values = {key: given.value for key, given in self.given.items() if key not in left_out}
+            try:
+                tree = root.model_validate(_nested(values), strict=True)
+            except ValidationError as error:
+                found = self._explain(error, left_out)
+                if not found - left_out:
+                    break
+                left_out |= found
+            else:
+                return tree if not self.problems else None
+        return None
+
+    def _explain(self, error: ValidationError, left_out: set[str]) -> set[str]:
+        """Add a problem for each wrong key or broken rule; return the given keys in question."""
+        keys: set[str] = set()
+        for detail in error.errors(include_url=False):
+            key = self._key_of(detail["loc"])
+            if key is None:
+                keys |= self._explain_rule(str(detail["ctx"]["error"]), left_out)
+            elif key not in keys:  # a union has an error for each of its members
+                given = self.given[key]
+                complaint = self.specs[key].complaint(given.value, dict(detail))
+                self._problem(given.where, f"{key}: {complaint}")
+                keys.add(key)
+        return keys
+
+    def _explain_rule(self, message: str, left_out: set[str]) -> set[str]:
+        """Add the problem of a rule that joins keys, unless one of them is wrong anyway."""
+        named = [name for name in re.findall(r"[a-z_]+\.[a-z_]+", message) if name in self.specs]
+        given = [self.given[name] for name in named if name in self.given]
+        if not left_out.intersection(named):
+            places = dict.fromkeys(one.where for one in given if one.where)
+            self._problem(", ".join(places), message)
+        return {one.key for one in given}
+
+    def _key_of(self, loc: tuple[int | str, ...]) -> str | None:
+        """Return the key that a place in the tree belongs to; None for a whole section."""
+        for length in range(1, len(loc) + 1):
+            key = ".".join(str(part) for part in loc[:length])
+            if key in self.specs:
+                return key
+        return None
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into sections."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return tree
+
+
+def _argument_node(text: str, spec: FieldSpec) -> yaml.Node:
+    """Return the node of a value typed on the command line.
+
+    For a key that takes text the shell's word is the text, so that *.txt, a: b or # c mean
+    themselves; only null, a quoted text and a list are read as YAML there.
+    """
+    literal = yaml.ScalarNode("tag:yaml.org,2002:str", text)
+    takes_text = str in spec.kinds
+    try:
+        node = parse_node(text)
+    except YamlError as error:
+        if not takes_text:
+            raise
+        if spec.items and text.startswith("[") and text.endswith("]"):
+            raise YamlError(f"{error.message}; quote the items of the list", 1) from None
+        return literal
+    if node is None:
+        return literal
+    if not takes_text or (isinstance(node, yaml.SequenceNode) and node.flow_style and spec.items):
+        return node
+    whole = node.end_mark.index == len(text) and node.start_mark.index == 0
+    quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
+    return node if whole and (quoted or _is_null(node)) else literal
+
+
+def _value(node: yaml.Node, kinds: Sequence[type], items: Sequence[type]) -> Any:
+    """Return a node's Python value for a key of these kinds."""
+    if isinstance(node, yaml.MappingNode):
+        return {}
+    if isinstance(node, yaml.SequenceNode):
+        values = [_value(item, items, ()) for item in node.value]
+        return tuple(values) if tuple in kinds else values
+    assert isinstance(node, yaml.ScalarNode)
+    value = scalar_value(node)
+    if value is None:
+        return None
+    if str in kinds:
+        return node.value
+    if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e4 steps
+    return value
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and scalar_value(node) is None
+
+
+def _line(node: yaml.Node) -> int:
+    """Return the line of a node, from 1."""
+    return int(node.start_mark.line) + 1
+
+
+def _unreadable(path: str, error: OSError) -> str:
+    """Say why a file cannot be read; for a missing one, what it may have been."""
+    if not isinstance(error, FileNotFoundError):
+        return f"{path}: {error.strerror}"
+    folder = Path(path).parent
+    if not folder.is_dir():
+        return f"{path}: no such file; there is no folder {folder}"
+    names = sorted(item.name for item in folder.iterdir() if item.suffix in (".yaml", ".yml"))
+    close = nearest(Path(path).name, names)
+    if close:
+        return f"{path}: no such file{did_you_mean([str(folder / close)])}"
+    listed = f"; {folder} has {', '.join(names[:8])}" if names else ""
+    return f"{path}: no such file{listed}"

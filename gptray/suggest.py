@@ -1,0 +1,113 @@
+"""The nearest valid name for a wrong one: other projects' names first, then spelling.
+
+Pure text; which names are valid is the caller's to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher, get_close_matches
+
+# Names that other projects, papers and people use for a key of this config.
+ALIASES = {
+    "name": "run_name run_id experiment run exp_name",
+    "storage_path": "out_dir output_dir save_dir storage results_dir log_dir out",
+    "seed": "random_seed rng_seed manual_seed",
+    "data.source": "path train_path train_file dataset data_path files text corpus input "
+    "input_path",
+    "data.text_column": "column text_field text_key",
+    "data.tokenizer": "tokenizer_name tokeniser encoding",
+    "data.vocab_size": "vocab n_vocab vocabulary",
+    "data.split": "splits val_split train_split val_fraction split_ratio train_ratio test_split",
+    "data.fraction": "data_fraction subset train_fraction",
+    "model.n_layer": "n_layers num_layers layers num_hidden_layers depth num_blocks n_blocks",
+    "model.n_head": "n_heads num_heads heads num_attention_heads",
+    "model.n_embd": "hidden_size d_model embed_dim n_embed emb_dim embedding_size hidden_dim dim "
+    "width n_emb",
+    "model.n_inner": "intermediate_size d_ff ffn_dim mlp_dim",
+    "model.n_positions": "context_length n_ctx max_position_embeddings max_seq_len "
+    "max_sequence_length",
+    "model.dropout": "dropout_p pdrop drop_rate resid_pdrop embd_pdrop attn_pdrop dropout_rate",
+    "model.norm": "layernorm layer_norm normalization",
+    "model.residual": "residuals skip skip_connections shortcut",
+    "model.layer_norm_epsilon": "layer_norm_eps norm_eps ln_eps",
+    "model.initializer_range": "init_std init_range",
+    "model.init_from": "pretrained pretrained_model_name_or_path checkpoint model_name init "
+    "load_from",
+    "optim.lr": "learning_rate max_lr peak_lr base_lr learningrate",
+    "optim.min_lr": "lr_min final_lr min_learning_rate eta_min lr_end",
+    "optim.schedule": "scheduler lr_scheduler lr_schedule decay lr_scheduler_type lr_decay_style",
+    "optim.warmup_steps": "warmup warmup_iters num_warmup_steps n_warmup_steps lr_warmup_steps",
+    "optim.step_size": "lr_step_size decay_steps",
+    "optim.gamma": "lr_gamma decay_rate",
+    "optim.betas": "beta beta1 beta2 adam_beta1 adam_beta2",
+    "optim.eps": "epsilon adam_eps adam_epsilon",
+    "optim.weight_decay": "wd decay_weight l2",
+    "optim.max_grad_norm": "grad_clip clip clip_grad gradient_clip_val max_norm clip_grad_norm "
+    "gradient_clipping grad_norm_clip",
+    "train.max_steps": "steps iters max_iters iterations num_steps n_steps num_iterations epochs "
+    "num_epochs num_train_epochs max_epochs train_steps total_steps lr_decay_iters",
+    "train.global_batch_size": "batch_size bs batch train_batch_size total_batch_size batchsize "
+    "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches",
+    "train.micro_batch_size": "device_batch_size per_device_train_batch_size micro_bs "
+    "per_device_batch_size",
+    "train.block_size": "block context seq_len sequence_length max_length context_size seq_length "
+    "window",
+    "train.eval_interval": "eval_every eval_steps eval_freq val_interval evaluation_interval "
+    "val_check_interval eval_iters",
+    "train.log_interval": "log_every logging_steps log_freq log_steps",
+    "train.patience": "early_stopping_patience early_stopping early_stop",
+    "train.min_delta": "early_stopping_threshold delta",
+    "train.precision": "dtype mixed_precision amp fp16 bf16 fp32",
+    "train.compile": "torch_compile compile_model",
+    "train.resume": "resume_from resume_from_checkpoint auto_resume restart",
+    "compute.num_workers": "workers devices num_gpus gpus n_gpus world_size num_processes "
+    "nproc_per_node n_workers num_devices",
+    "compute.use_gpu": "gpu cuda device accelerator use_cuda",
+    "compute.cpus_per_worker": "cpus num_cpus threads cores num_threads cpu_per_worker",
+    "compute.max_failures": "retries max_retries failures max_restarts",
+    "compute.num_to_keep": "save_total_limit keep keep_last num_checkpoints checkpoints_to_keep",
+    "sample.prompt": "prompts start start_text",
+    "sample.max_new_tokens": "max_tokens num_tokens length new_tokens",
+    "sample.temperature": "temp",
+    "sample.top_k": "topk k",
+}
+_TARGETS = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()}
+
+
+def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the choice spelled most like the word, or None if none is near."""
+    found = get_close_matches(word, list(choices), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def nearest_keys(typed: str, keys: Sequence[str]) -> list[str]:
+    """Return the keys most likely meant by a wrong dotted key; several only if equally likely."""
+    word = re.sub(r"[^a-z0-9_.]", "_", typed.lower().strip())
+    if word in keys:
+        return [word]
+    leaf = word.rpartition(".")[2]
+    same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return same_leaf
+    alias = _TARGETS.get(leaf) or _TARGETS.get(word.replace(".", "_"))
+    if alias is not None and alias in keys:
+        return [alias]
+    best = max(keys, key=lambda key: _likeness(word, key))
+    return [best] if _likeness(word, best) >= 0.6 else []
+
+
+def _likeness(word: str, key: str) -> float:
+    """Return how alike two dotted keys are, 0 to 1; without the section it counts less."""
+    whole = SequenceMatcher(None, word, key, autojunk=False).ratio()
+    leaves = (word.rpartition(".")[2], key.rpartition(".")[2])
+    leaf = SequenceMatcher(None, *leaves, autojunk=False).ratio()
+    names = [key.rpartition(".")[2], *ALIASES.get(key, "").split()]
+    alias = max(SequenceMatcher(None, leaves[0], name, autojunk=False).ratio() for name in names)
+    return max(whole, 0.9 * leaf, 0.85 * alias)
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """Return "; did you mean a or b?", or nothing if there is no name to offer."""
+    return f"; did you mean {' or '.join(names)}?" if names else ""

@@ -1,0 +1,121 @@
+"""YAML as configs use it: the core rules of YAML 1.2, with the line of every value.
+
+3e-4 is a number, 90:10 and off are text, a tag, an anchor or a second document is an error.
+What the values mean, and which keys there are, is left to `gptray.overrides`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 16
+
+CORE_SCALARS = {
+    "null": (r"null|Null|NULL|~|", "~nN"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+
+
+class YamlError(ValueError):
+    """Text that is not YAML as configs use it, and the line (from 1) where that shows."""
+
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.line = line
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes only; values are made by `scalar_value`."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise YamlError("anchors (&) and aliases (*) are not used here; quote the text", line)
+        if getattr(event, "tag", None) is not None:
+            raise YamlError(f"tags are not used here: {event.tag}; quote the text", line)
+        if self.depth > MAX_DEPTH:
+            raise YamlError("nested too deeply", line)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+for _kind, (_pattern, _first) in CORE_SCALARS.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}",
+        re.compile(rf"^(?:{_pattern})$"),
+        [*_first, ""] if _kind == "null" else list(_first),
+    )
+
+
+def read_node(path: Path) -> yaml.Node | None:
+    """Return the root node of a YAML file, None if the file is empty; raise YamlError, OSError."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise YamlError(f"{size} bytes, too large for a config (at most {MAX_BYTES})", 1)
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise YamlError("not UTF-8 text", line) from None
+    return parse_node(text)
+
+
+def parse_node(text: str) -> yaml.Node | None:
+    """Return the root node of the text, None if it is empty; raise YamlError."""
+    try:
+        loader = _Loader(text)
+        return loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlError(f"control character #x{ord(text[error.position]):02x}", line) from None
+    except yaml.MarkedYAMLError as error:
+        raise _explained(error) from None
+
+
+def scalar_value(node: yaml.ScalarNode) -> None | bool | int | float | str:
+    """Return what a scalar stands for: quoted is text, plain follows YAML 1.2's core rules."""
+    text: str = node.value
+    kind = node.tag.rpartition(":")[2]
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    if kind == "float":
+        return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
+    return text
+
+
+def _explained(error: yaml.MarkedYAMLError) -> YamlError:
+    """Say in one line what PyYAML found."""
+    mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
+    problem = str(error.problem)
+    if "'\\t'" in problem:
+        return YamlError("a tab character; indent with spaces", line)
+    if "but found another document" in problem:
+        return YamlError("a second document (---); a config is one", line)
+    if "mapping values are not allowed" in problem:
+        return YamlError("a second ': ' here, or wrong indentation; quote text with ': '", line)
+    context = f" ({error.context})" if error.context else ""
+    return YamlError(f"not valid YAML: {problem}{context}", line)
