@@ -116,6 +116,7 @@ class ModelConfig(Section):
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head}"
+                f", such as {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
             )
         return self
 
@@ -252,6 +253,7 @@ class Config(Section):
             raise ValueError(
                 f"train.global_batch_size={self.train.global_batch_size} must be divisible by "
                 f"{factor}compute.num_workers={self.compute.num_workers}"
+                f", such as {max(1, round(self.train.global_batch_size / per_pass)) * per_pass}"
             )
         return self
 
@@ -272,7 +274,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 def override(config: Config, values: Mapping[str, Any]) -> Config:
     """Return the config with dotted keys set, validated anew; raises ConfigError."""
     reader = Reader(Config)
-    for key, value in {**_flat(config), **values}.items():
+    for key, value in {**flatten(config), **values}.items():
         reader.read_value(key, value)
     return _built(reader)
 
@@ -285,7 +287,8 @@ def dump(config: Config) -> str:
     return text
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flatten(config: Config) -> dict[str, Any]:
+    """Return every key of the config, dotted, with its value."""
     flat: dict[str, Any] = {}
     for name, value in config.model_dump().items():
         if isinstance(value, dict):

@@ -1,0 +1,61 @@
+"""Which windows of the training split form the batch of a step: a pure function of (seed, step).
+
+Nothing here depends on workers, micro-batches or restarts, so a resumed run or one with another
+number of workers sees the same global batches (the idea of MosaicML Streaming's elastic determinism).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class BatchOrder:
+    """The order in which a split of `num_tokens` tokens is read, in windows of `block_size`.
+
+    Every epoch covers the split once with non-overlapping windows, shuffled, from a start that is
+    drawn anew for each epoch so that the same token meets other positions and contexts. Less than
+    one window at either end is left out of an epoch. Epochs follow each other without a gap: a
+    batch may end one and begin the next.
+    """
+
+    def __init__(self, num_tokens: int, block_size: int, *, seed: int) -> None:
+        """
+        Raises:
+            ValueError: the split holds no whole window and its targets.
+        """
+        if num_tokens < block_size + 1:
+            raise ValueError(
+                f"the split has {num_tokens} tokens, fewer than block_size + 1 = {block_size + 1}"
+            )
+        self.num_tokens = num_tokens
+        self.block_size = block_size
+        self.seed = seed
+        # One window is given up for the random start, unless it is the only one.
+        self.windows_per_epoch = max(1, (num_tokens - 1) // block_size - 1)
+        self._epoch_starts = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def batch(self, step: int, global_batch_size: int) -> NDArray[np.int64]:
+        """Starts of the windows of the step's global batch, (global_batch_size,), in tokens.
+
+        A window at `start` reads tokens [start, start + block_size) and predicts
+        [start + 1, start + block_size + 1). Steps count from 0.
+        """
+        first = step * global_batch_size
+        positions = np.arange(first, first + global_batch_size)
+        epochs, places = np.divmod(positions, self.windows_per_epoch)
+        return np.array(
+            [self._epoch_starts(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
+        )
+
+    def epoch(self, step: int, global_batch_size: int) -> float:
+        """Epochs read after `step` optimizer steps."""
+        return step * global_batch_size / self.windows_per_epoch
+
+    def _draw_epoch(self, epoch: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng([self.seed, epoch])
+        slack = self.num_tokens - 1 - self.windows_per_epoch * self.block_size
+        shift = int(rng.integers(min(self.block_size, slack + 1)))
+        return shift + self.block_size * rng.permutation(self.windows_per_epoch)

@@ -1,0 +1,102 @@
+"""Ray itself: join the cluster that this process belongs to, or start one here, quietly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptray.config import ComputeConfig, UserError
+
+# Read by Ray Train in driver, controller and workers. Its defaults poll every two seconds, which
+# makes each report wait as long; the watcher and the metrics cost seconds at every start.
+TRAIN_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Have Ray for the time of a job: the cluster in RAY_ADDRESS, else one on this machine.
+
+    A Ray that the process is connected to already is used and left as it is.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    for key, value in TRAIN_ENV.items():
+        os.environ.setdefault(key, value)
+    verbose = logging.getLogger("gptray").isEnabledFor(logging.DEBUG)
+    level = logging.INFO if verbose else logging.ERROR
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if verbose else "ignore")
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=verbose, logging_level=level)
+        else:
+            ray.init(
+                address="local", include_dashboard=False, log_to_driver=verbose, logging_level=level
+            )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(compute: ComputeConfig) -> None:
+    """Refuse what this machine can never give; a cluster (RAY_ADDRESS) may still grow.
+
+    Raises:
+        UserError: names the key, what was asked and what there is.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    gpus, cpus = _local_gpus(), len(os.sched_getaffinity(0))
+    problems = []
+    if compute.use_gpu and gpus < compute.num_workers:
+        problems.append(
+            f"compute.use_gpu=true with compute.num_workers={compute.num_workers} needs as many "
+            f"GPUs; this machine has {gpus}"
+        )
+    if compute.cpus_per_worker and compute.cpus_per_worker * compute.num_workers > cpus:
+        problems.append(
+            f"compute.cpus_per_worker={compute.cpus_per_worker} x "
+            f"compute.num_workers={compute.num_workers} is more than this machine's {cpus} cores"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def worker_resources(compute: ComputeConfig) -> dict[str, float]:
+    """What Ray reserves for each worker: its GPU, and its share of the cores.
+
+    The share is the most whole cores that still let every worker find a node. On a machine with
+    fewer cores than workers each gets an equal fraction.
+    """
+    import ray
+
+    gpu = {"GPU": 1.0} if compute.use_gpu else {}
+    if compute.cpus_per_worker:
+        return {"CPU": float(compute.cpus_per_worker), **gpu}
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    for cpus in range(int(max(nodes)), 0, -1):
+        if sum(node // cpus for node in nodes) >= compute.num_workers:
+            return {"CPU": float(cpus), **gpu}
+    if os.environ.get("RAY_ADDRESS"):
+        return {"CPU": 1.0, **gpu}  # the cluster's autoscaler is to bring the rest
+    return {"CPU": sum(nodes) / compute.num_workers, **gpu}
+
+
+def _local_gpus() -> int:
+    """NVIDIA GPUs that this process may use, without torch and without starting Ray."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if visible is None:
+        return devices
+    return min(devices, len([one for one in visible.split(",") if one not in ("", "-1")]))

@@ -1,0 +1,68 @@
+"""What follows from a training config, told before anything starts: the rows of --dry-run."""
+
+from __future__ import annotations
+
+from gptray.config import Config
+from gptray.data.order import BatchOrder
+from gptray.model.shape import parameter_count
+from gptray.runners.cluster import check_resources
+from gptray.runners.prepare import check_sources, prepared
+from gptray.runners.runs import check_resumable, resolve, run_dir
+
+# fp32 weights, gradients and AdamW's two moments.
+BYTES_PER_PARAMETER = 16
+
+
+def training_plan(config: Config) -> list[tuple[str, str]]:
+    """Label and value of each fact; makes the same checks as the job, and starts nothing."""
+    config = resolve(config)
+    check_resources(config.compute)
+    check_sources(config)
+    check_resumable(config)
+    data = prepared(config)
+    vocab_size = config.model.vocab_size or (data.vocab_size if data else None)
+    if vocab_size is None and config.data.tokenizer == "bpe":
+        vocab_size = config.data.vocab_size
+    steps, batch = config.train.max_steps, config.train.global_batch_size
+    rows = [
+        ("run", str(run_dir(config))),
+        ("workers", _workers(config)),
+        ("sequences per step", f"{batch:,} of {config.train.block_size:,} tokens"),
+        ("tokens per step", f"{config.tokens_per_step:,}"),
+        ("micro-batch", f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"),
+        ("tokens in all", f"{config.tokens_per_step * steps:,} at most"),
+    ]
+    if vocab_size:
+        count = parameter_count(config.model, vocab_size)
+        rows.append(("parameters", f"{count:,}"))
+        rows.append(("memory per worker", f"about {_memory(config, count) / 2**30:.1f} GiB"))
+    else:
+        rows.append(("parameters", "known once the tokenizer is"))
+    if data:
+        order = BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)
+        rows.append(("token data", f"{data.data_dir} (ready)"))
+        rows.append(("steps per epoch", f"{order.windows_per_epoch / batch:,.1f}"))
+        rows.append(("epochs", f"{order.epoch(steps, batch):,.2f} at most"))
+    else:
+        rows.append(("token data", "to be prepared first"))
+    rows.append(
+        ("files", "config.yaml metrics.jsonl events.jsonl tensorboard/ checkpoint_*/ model/")
+    )
+    return rows
+
+
+def _workers(config: Config) -> str:
+    kind = "GPU" if config.compute.use_gpu else "CPU"
+    return f"{config.compute.num_workers} ({kind})"
+
+
+def _memory(config: Config, parameters: int) -> float:
+    """Bytes of one worker, roughly: states of all parameters, and activations of one pass.
+
+    A block keeps about 16 values of the width a token for its backward pass, and the attention
+    probabilities (Korthikanti et al. 2022, without recomputation), in the bytes of fp32.
+    """
+    tokens = config.micro_batch_size * config.train.block_size
+    attention = config.model.n_head * config.train.block_size
+    activations = config.model.n_layer * tokens * (16 * config.model.n_embd + attention)
+    return BYTES_PER_PARAMETER * parameters + 4 * activations

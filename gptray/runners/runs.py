@@ -1,0 +1,175 @@
+"""A run's folder: what a config resolves to, whether it may go on there, and what came of it.
+
+Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptray.config import Config, RunFailed, UserError, flatten, load_config, override
+from gptray.model.shape import model_folder, read_shape
+from gptray.training.record import METRICS, read_rows
+
+# Keys that do not change what is trained: a run may go on under other values of these.
+FREE_KEYS = ("name", "storage_path", "compute.", "sample.", "train.resume")
+
+
+def resolve(config: Config) -> Config:
+    """The config with nothing left to guess: shape, tokenizer, storage path and name.
+
+    Raises:
+        UserError: model.init_from is no model, or a key given contradicts its shape.
+    """
+    if "://" in config.storage_path:
+        raise UserError(
+            f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
+            "node sees, such as an NFS mount"
+        )
+    values: dict[str, Any] = {
+        "storage_path": os.path.abspath(os.path.expanduser(config.storage_path))
+    }
+    if config.model.init_from:
+        values |= _shape_of(config, config.model.init_from)
+    elif config.data.tokenizer is None:
+        values["data.tokenizer"] = "bpe"
+    resolved = override(config, values)
+    return override(resolved, {"name": config.name or _free_name(resolved)})
+
+
+def run_dir(config: Config) -> Path:
+    """The folder of a resolved config's run."""
+    assert config.name, "resolve the config first"
+    return Path(config.storage_path) / config.name
+
+
+def check_resumable(config: Config) -> None:
+    """Refuse to go on in a run folder that another config made.
+
+    Raises:
+        UserError: names every key that differs, or says that the folder is no run's.
+    """
+    folder = run_dir(config)
+    visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+    if not visible:
+        return
+    if config.train.resume == "never":
+        raise UserError(f"train.resume=never: the run {folder} exists; choose another name")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} exists and is not a run (no config.yaml); choose another name")
+    before, now = flatten(load_config(str(folder / "config.yaml"), [])), flatten(config)
+    differing = [
+        f"  {key}: {before[key]!r} there, {now[key]!r} now"
+        for key in now
+        if before.get(key) != now[key] and not key.startswith(FREE_KEYS)
+    ]
+    if differing:
+        raise UserError(
+            f"the run {folder} was started with other settings:\n"
+            + "\n".join(differing)
+            + "\nGo on with its own settings, or choose another name"
+        )
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run folder for one driver; a kill of any kind lets go of it.
+
+    Raises:
+        UserError: another process trains this run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".driver.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training the run {folder}") from None
+        yield
+
+
+def set_ray_snapshot_aside(folder: Path) -> str | None:
+    """Move Ray Train's own record of a run out of its way; a line if it was torn.
+
+    Ray writes `checkpoint_manager_snapshot.json` in place and cannot start over an empty, cut or
+    outdated one. gptray resumes from its own verified checkpoints and never needs it.
+    """
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    if not snapshot.exists():
+        return None
+    try:
+        is_torn = not isinstance(json.loads(snapshot.read_text()), dict)
+    except ValueError:
+        is_torn = True
+    os.replace(snapshot, folder / ".checkpoint_manager_snapshot.before.json")
+    return f"Ray's {snapshot.name} was torn; going on without it" if is_torn else None
+
+
+def outcome(config: Config) -> dict[str, Any]:
+    """What the run has come to, from its metrics: the job's JSON line.
+
+    `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
+    evaluation.
+    """
+    folder = run_dir(config)
+    rows = read_rows(folder / METRICS)
+    evaluations = [row for row in rows if "val_loss" in row]
+    if not evaluations:
+        raise RunFailed(f"{folder / METRICS} has no evaluation")
+    best, last = min(evaluations, key=lambda row: row["val_loss"]), evaluations[-1]
+    rates = sorted(row["tokens_per_sec"] for row in rows)
+    return {
+        "run_dir": str(folder),
+        "model_dir": str(folder / "model"),
+        "step": last["step"],
+        "best_step": best["step"],
+        "train_loss": best["train_loss"],
+        "val_loss": best["val_loss"],
+        "val_ppl": best["val_ppl"],
+        "val_bpb": best["val_bpb"],
+        "last_train_loss": last["train_loss"],
+        "last_val_loss": last["val_loss"],
+        "stopped": "max_steps" if last["step"] >= config.train.max_steps else "patience",
+        "tokens_per_sec": rates[len(rates) // 2],
+    }
+
+
+def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
+    shape = read_shape(init_from)
+    given = config.model.model_fields_set
+    wrong = [
+        f"model.{key}={getattr(config.model, key)} but {init_from} has {value}"
+        for key, value in shape.items()
+        if key in given and key != "dropout" and getattr(config.model, key) not in (value, None)
+    ]
+    if wrong:
+        raise UserError("; ".join(wrong))
+    keys = {key: value for key, value in shape.items() if key != "dropout" or key not in given}
+    values: dict[str, Any] = {f"model.{key}": value for key, value in keys.items()}
+    if Path(init_from).expanduser().exists():
+        values["model.init_from"] = str(model_folder(init_from).resolve())
+    if config.data.tokenizer is None:
+        values["data.tokenizer"] = values.get("model.init_from", init_from)
+    return values
+
+
+def _free_name(config: Config) -> str:
+    """A name that the config always gives; under train.resume=never one not taken yet."""
+    source = config.data.source if isinstance(config.data.source, str) else config.data.source[0]
+    label = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem).strip("-").lower() or "run"
+    identity = {k: v for k, v in flatten(config).items() if not k.startswith(FREE_KEYS)}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
+    name = unique = f"{label[:24]}-{digest[:6]}"
+    number = 1
+    while config.train.resume == "never" and (Path(config.storage_path) / unique).exists():
+        number += 1
+        unique = f"{name}-{number}"
+    return unique
+

@@ -1,0 +1,235 @@
+"""Training on Ray: data-parallel workers by Ray Train around `gptray.training.loop.fit`.
+
+The driver resolves and checks the config, prepares the text, shows progress and tells the outcome;
+each worker runs the loop on its share of cores or on its GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptray.config import Config, RunFailed, UserError, dump
+from gptray.data.order import BatchOrder
+from gptray.data.tokens import TokenData
+from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
+from gptray.runners.prepare import check_sources, prepare, prepared
+from gptray.runners.runs import (
+    check_resumable,
+    held,
+    outcome,
+    resolve,
+    run_dir,
+    set_ray_snapshot_aside,
+)
+from gptray.runners.watch import watching
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptray.model.gpt import GPT
+
+log = logging.getLogger("gptray")
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train a model as the config says, or go on with its run; return the job's JSON line.
+
+    Raises:
+        UserError: a mistake in the config, the text or the run folder; nothing was started.
+        RunFailed: the run stopped: a non-finite loss, no whole checkpoint, too many failures.
+    """
+    config = resolve(config)
+    folder = run_dir(config)
+    check_resources(config.compute)
+    check_sources(config)
+    check_resumable(config)
+    with held(folder):
+        if not (folder / "config.yaml").exists():
+            (folder / "config.yaml").write_text(dump(config))
+        log.info("run %s", folder)
+        if not _is_finished(config, folder):
+            _run(config, folder)
+    return outcome(config)
+
+
+def _run(config: Config, folder: Path) -> None:
+    with ray_cluster():
+        data = prepared(config) or prepare(config)
+        check_data(config, data, folder)
+        torn = set_ray_snapshot_aside(folder)
+        if torn:
+            log.warning("%s", torn)
+        with watching(folder, config.train.max_steps):
+            result = _fit_on_ray(config, data, folder)
+    if result["stopped"] == "non_finite":
+        raise RunFailed(
+            f"stopped before an update with a non-finite number ({result['message']}). The best "
+            f"model so far and the last good checkpoint are in {folder}. Try a lower optim.lr, "
+            "a longer optim.warmup_steps or a lower optim.max_grad_norm"
+        )
+
+
+def check_data(config: Config, data: TokenData, folder: Path) -> None:
+    """Refuse token data that cannot be trained on, or that is not what the run began with.
+
+    Raises:
+        UserError: says which split, tokenizer or text, and what to change.
+    """
+    from gptray.training.checkpoint import TrainerState, newest_whole
+
+    rows = config.model.vocab_size
+    if rows is not None and rows < data.vocab_size:
+        raise UserError(
+            f"model.vocab_size={rows} is smaller than the {data.vocab_size} entries of the "
+            f"tokenizer ({config.data.tokenizer})"
+        )
+    try:
+        BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)
+    except ValueError as error:
+        raise UserError(f"training text is too short: {error}; lower train.block_size") from None
+    if len(data.val) < 2:
+        raise UserError("the validation split has fewer than 2 tokens; change data.split")
+    checkpoint, problems = newest_whole(folder)
+    if checkpoint:
+        before = TrainerState.load(checkpoint).data
+        if before != data.fingerprint:
+            raise UserError(
+                f"the text or tokenizer of the run {folder} has changed since it started "
+                f"(data {before}, now {data.fingerprint}); choose another name"
+            )
+
+
+def _is_finished(config: Config, folder: Path) -> bool:
+    from gptray.training.checkpoint import TrainerState, newest_whole
+
+    checkpoint, _ = newest_whole(folder)
+    if checkpoint is None:
+        return False
+    state = TrainerState.load(checkpoint)
+    is_over = state.step >= config.train.max_steps or state.progress.exhausted(
+        config.train.patience
+    )
+    if is_over:
+        log.info("this run is finished; another name, or train.resume=never, starts a new one")
+    return is_over
+
+
+def _fit_on_ray(config: Config, data: TokenData, folder: Path) -> dict[str, Any]:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    resources = worker_resources(config.compute)
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "data_dir": str(data.data_dir),
+        "run_dir": str(folder),
+        "threads": max(1, int(resources["CPU"])),
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.compute.num_workers,
+            use_gpu=config.compute.use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            failure_config=ray.train.FailureConfig(max_failures=config.compute.max_failures),
+            callbacks=[_failure_notes(folder)],
+        ),
+    )
+    try:
+        result: dict[str, Any] = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(failure, (UserError, RunFailed)):
+                raise failure from None
+        raise RunFailed(
+            f"the workers failed more than compute.max_failures={config.compute.max_failures} "
+            f"times; the run can go on from its last checkpoint with the same command.\n{error}"
+        ) from None
+    return result
+
+
+def _failure_notes(folder: Path) -> Any:
+    """A callback, run by Ray Train's controller, that notes worker failures for the watcher."""
+    from ray.train import UserCallback
+
+    from gptray.training.record import write_event
+
+    class FailureNotes(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+            first = str(next(iter(worker_exceptions.values()))).strip().splitlines()
+            write_event(
+                folder, "failure", message=f"worker {ranks} failed: {first[-1] if first else '?'}"
+            )
+
+    return FailureNotes()
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """One Ray Train worker: the loop, with Ray's report as its only contact."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from gptray.training.loop import fit
+
+    config = Config.model_validate(settings["config"])
+    torch.set_num_threads(settings["threads"])
+    data = TokenData.open(settings["data_dir"])
+
+    def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
+        # The loop has written the checkpoint into the run's folder already.
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint_dir and ray.train.Checkpoint(str(checkpoint_dir)),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    return fit(
+        config,
+        data,
+        Path(settings["run_dir"]),
+        report=report,
+        sample=lambda model: sample_texts(config, data, model),
+        device=ray.train.torch.get_device(),
+    )
+
+
+def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:
+    """(prompt, continuation) for each prompt of the config, or for words of validation text."""
+    from gptray.generation.sampling import continue_prompts
+
+    prompts = config.sample.prompt
+    if prompts is None:
+        prompts = first_words(data)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    outputs = continue_prompts(
+        model,
+        [data.tokenizer.encode(prompt) for prompt in prompts],
+        config.sample,
+        eos_id=data.eos_id,
+    )
+    return [
+        (prompt, data.tokenizer.decode(output))
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def first_words(data: TokenData) -> list[str]:
+    """Prompts from text that the model does not train on: how two validation documents begin."""
+    middle = len(data.val) // 2
+    ends = (data.val.slice(middle, min(len(data.val), middle + 50_000)) == data.eos_id).nonzero()[0]
+    begins = [0] + [middle + int(end) + 1 for end in ends[:1]]
+    prompts = []
+    for begin in begins:
+        text = data.tokenizer.decode(data.val.slice(begin, min(begin + 16, len(data.val))).tolist())
+        words = text.replace("\ufffd", "").split(" ")
+        prompts.append(" ".join(words[:4])[:24] or text[:1])
+    return [prompt for prompt in prompts if prompt]

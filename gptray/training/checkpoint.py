@@ -1,0 +1,241 @@
+"""Checkpoints that survive a crash at any instant, and say so when they were damaged.
+
+A checkpoint is a folder `checkpoint_<step>` in the run folder: `model/` (Hugging Face's layout),
+`optimizer.safetensors`, `trainer.json`, `config.yaml` and, written last, `manifest.json` with every
+file's size and sha256. It is built under another name, synced to disk and renamed, so a visible
+checkpoint was whole once; the manifest finds what a disk or a person did to it since (safetensors
+has no checksum of its own). Nothing is pickled. What a run writes beside its checkpoints is in
+`gptray.training.journal`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from gptray.config import RunFailed
+from gptray.training.stopping import Progress
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands after `step` updates. `data` is the fingerprint of its token data."""
+
+    step: int
+    progress: Progress
+    data: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "progress": self.progress.to_json(),
+            "data": self.data,
+        }
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainerState:
+        """Read `trainer.json` of a checkpoint."""
+        state = json.loads((folder / "trainer.json").read_text())
+        return cls(state["step"], Progress.from_json(state["progress"]), state["data"])
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step that a checkpoint folder's name tells, or None for any other name."""
+    match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, whole or not, newest first."""
+    if not run_dir.is_dir():
+        return []
+    found = [folder for folder in run_dir.iterdir() if checkpoint_step(folder) is not None]
+    return sorted(found, key=lambda folder: checkpoint_step(folder) or 0, reverse=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as it was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            return f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
+        files: dict[str, dict[str, Any]] = manifest["files"]
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (ValueError, KeyError, TypeError):
+        return "manifest.json cannot be read"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} does not have the sha256 that its manifest names"
+    return None
+
+
+def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, and a line for each newer one that is damaged.
+
+    None means that the run has no checkpoint yet.
+
+    Raises:
+        RunFailed: there are checkpoints and all of them are damaged.
+    """
+    problems: list[str] = []
+    for folder in find_checkpoints(run_dir):
+        problem = damage(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(f"{folder.name} is damaged: {problem}")
+    if problems:
+        tried = "\n  ".join(problems)
+        raise RunFailed(
+            f"no checkpoint of {run_dir} is whole, so the run cannot go on. Tried:\n  {tried}\n"
+            "Restore one of them from a copy, or start anew under another name."
+        )
+    return None, problems
+
+
+def save_checkpoint(
+    run_dir: Path,
+    state: TrainerState,
+    *,
+    optimizer_tensors: dict[str, torch.Tensor],
+    config_yaml: str,
+    write_model: Callable[[Path], None],
+) -> Path:
+    """Write the checkpoint of `state.step` and return its folder; readers see all of it or nothing.
+
+    `write_model` fills the folder that it is given with the model and its tokenizer.
+
+    Raises:
+        RunFailed: the disk is full or cannot be written; names the path and the free space.
+    """
+    final = run_dir / f"checkpoint_{state.step:06d}"
+    draft = run_dir / f".{final.name}.tmp"
+    try:
+        if draft.exists():  # left by a killed attempt, never visible to a reader
+            shutil.rmtree(draft)
+        (draft / "model").mkdir(parents=True)
+        write_model(draft / "model")
+        save_file(optimizer_tensors, draft / "optimizer.safetensors")
+        (draft / "trainer.json").write_text(json.dumps(state.to_json(), indent=1))
+        (draft / "config.yaml").write_text(config_yaml)
+        _write_manifest(draft)
+        if final.exists():  # a damaged one that this run has just made again
+            _set_aside(final)
+        os.rename(draft, final)
+        _sync(run_dir)
+    except OSError as error:
+        free = shutil.disk_usage(run_dir).free if run_dir.exists() else 0
+        raise RunFailed(
+            f"cannot write {final}: {error.strerror or error} "
+            f"({free:,} bytes free); earlier checkpoints are untouched"
+        ) from error
+    return final
+
+
+def publish_model(checkpoint: Path, run_dir: Path) -> Path:
+    """Make the checkpoint's model the run's `model/`. A reader never meets a half-written file."""
+    target = run_dir / "model"
+    if not target.exists():
+        draft = run_dir / ".model.tmp"
+        if draft.exists():
+            shutil.rmtree(draft)
+        shutil.copytree(checkpoint / "model", draft)
+        os.rename(draft, target)
+    else:
+        # Weights last: they alone differ within a run, and one replace swaps them.
+        for source in sorted(
+            (checkpoint / "model").iterdir(), key=lambda path: path.suffix == ".safetensors"
+        ):
+            draft = target / f".{source.name}.tmp"
+            shutil.copyfile(source, draft)
+            os.replace(draft, target / source.name)
+    _sync(run_dir)
+    return target
+
+
+def prune(run_dir: Path, num_to_keep: int, best_step: int) -> None:
+    """Keep the newest `num_to_keep` checkpoints and the best one.
+
+    A folder is hidden by one rename before it is emptied, so that a kill leaves no torn one.
+    """
+    for folder in find_checkpoints(run_dir)[num_to_keep:]:
+        if checkpoint_step(folder) != best_step:
+            hidden = run_dir / f".{folder.name}.old"
+            os.rename(folder, hidden)
+    for hidden in run_dir.glob(".checkpoint_*.old"):
+        shutil.rmtree(hidden)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's moments as `<parameter>.<moment>`, ready for safetensors."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}.{key}": value.contiguous()
+        for parameter, moments in optimizer.state.items()
+        for key, value in moments.items()
+    }
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the moments of a checkpoint back, each to its parameter."""
+    tensors = load_file(folder / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        prefix = f"{name}."
+        optimizer.state[parameter] = {
+            key.removeprefix(prefix): value.to(parameter.device)
+            for key, value in tensors.items()
+            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+        }
+
+
+def _write_manifest(folder: Path) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {}
+    for path in paths:
+        _sync(path)
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    for path in (manifest, folder / "model", folder):
+        _sync(path)
+
+
+def _set_aside(folder: Path) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+        number += 1
+    os.rename(folder, aside)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,198 @@
+"""The training loop of one worker. It knows torch.distributed, and nothing of Ray.
+
+Its only contact with whatever runs it is `report(metrics, checkpoint_dir)`, so the same loop runs
+in a Ray Train worker, in a Tune trial and in a test.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptray.config import Config, dump
+from gptray.data.tokens import TokenData
+from gptray.model.gpt import GPT
+from gptray.model.hf import save_pretrained
+from gptray.training.checkpoint import optimizer_tensors, prune, publish_model, save_checkpoint
+from gptray.training.journal import Journal
+from gptray.training.optim import learning_rate
+from gptray.training.record import write_event
+from gptray.training.run import Run, start, writing
+from gptray.training.validation import score_split
+from gptray.training.workers import Workers
+
+Metrics = dict[str, Any]
+Report = Callable[[Metrics, Path | None], None]
+Sampler = Callable[[GPT], list[tuple[str, str]]]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss or gradient norm is NaN or infinite; no update was made with it."""
+
+
+def fit(
+    config: Config,
+    data: TokenData,
+    run_dir: Path,
+    *,
+    report: Report,
+    sample: Sampler,
+    device: torch.device,
+) -> Metrics:
+    """Train until `max_steps`, or until validation loss has stopped falling.
+
+    Goes on from the newest whole checkpoint of `run_dir`. Every worker calls this; the first one
+    alone writes, samples and hands `report` a checkpoint. Returns the metrics of the last logged
+    step and `stopped`: max_steps, patience or non_finite.
+    """
+    workers = Workers.current()
+    with ExitStack() as stack:
+        if workers.is_first:
+            stack.enter_context(writing(run_dir))
+        run = start(config, data, run_dir, workers=workers, device=device)
+        journal = Journal(run_dir, step=run.state.step) if workers.is_first else None
+        if journal:
+            stack.enter_context(journal)
+        row: Metrics = {"step": run.state.step}
+        losses: list[float] = []
+        clock = time.perf_counter()
+        while not (stopped := why_stop(run)):
+            try:
+                loss, grad_norm, lr = train_step(run)
+            except NonFiniteLoss as error:
+                return {**row, "stopped": "non_finite", "message": str(error)}
+            losses.append(loss)
+            evaluates = is_due(run, config.train.eval_interval)
+            if not evaluates and not is_due(run, config.train.log_interval):
+                continue
+            rate = config.tokens_per_step * len(losses) / (time.perf_counter() - clock)
+            row = step_row(run, losses, rate, grad_norm=grad_norm, lr=lr)
+            if evaluates:
+                row |= evaluate(run, row["train_loss"])
+            if journal:
+                journal.write(row)
+            if evaluates:
+                report(row, save(run, journal, sample) if journal else None)
+            losses, clock = [], time.perf_counter()
+        return {**row, "stopped": stopped}
+
+
+def why_stop(run: Run) -> str | None:
+    """The reason to make no further step, or None."""
+    if run.state.step >= run.config.train.max_steps:
+        return "max_steps"
+    if run.state.progress.exhausted(run.config.train.patience):
+        return "patience"
+    return None
+
+
+def is_due(run: Run, interval: int) -> bool:
+    """Whether something that happens every `interval` steps, and at the last, happens now."""
+    return run.state.step % interval == 0 or run.state.step == run.config.train.max_steps
+
+
+def train_step(run: Run) -> tuple[float, float, float]:
+    """Make one update; return the global batch's loss, the gradient norm before clipping, the lr.
+
+    Raises:
+        NonFiniteLoss: before the update, and on every worker, since both numbers are reduced.
+    """
+    config = run.config
+    lr = learning_rate(run.state.step, config.train.max_steps, config.optim)
+    run.seed_dropout()
+    run.model.train()
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    for micro_step in range(config.grad_accum_steps):
+        idx, targets = run.micro_batch(micro_step)
+        is_last = micro_step == config.grad_accum_steps - 1
+        with run.workers.reduces_gradients(run.loss_model, now=is_last):
+            loss = run.loss_model(idx, targets) / config.grad_accum_steps
+            loss.backward()
+        total += loss.detach()
+    norm = nn.utils.clip_grad_norm_(
+        run.model.parameters(), config.optim.max_grad_norm or math.inf
+    )
+    loss_value = run.workers.sum(total).item() / run.workers.size
+    grad_norm = norm.item()
+    if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+        raise NonFiniteLoss(
+            f"step {run.state.step + 1}: loss {loss_value}, gradient norm {grad_norm}, lr {lr:g}"
+        )
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.state = replace(run.state, step=run.state.step + 1)
+    return loss_value, grad_norm, lr
+
+
+def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr: float) -> Metrics:
+    """The row of a logged step: `train_loss` is the mean since the row before, dropout on."""
+    return {
+        "step": run.state.step,
+        "epoch": round(run.order.epoch(run.state.step, run.config.train.global_batch_size), 4),
+        "train_loss": math.fsum(losses) / len(losses),
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens_per_sec": round(rate, 1),
+    }
+
+
+def evaluate(run: Run, train_loss: float) -> Metrics:
+    """Score the whole validation split and tell early stopping."""
+    score = score_split(
+        run.model,
+        run.data.val,
+        block_size=run.config.train.block_size,
+        batch_size=run.config.micro_batch_size,
+        workers=run.workers,
+    )
+    progress = run.state.progress.after(
+        run.state.step, score.loss, min_delta=run.config.train.min_delta
+    )
+    run.state = replace(run.state, progress=progress)
+    return {
+        "val_loss": score.loss,
+        "val_ppl": score.perplexity,
+        "val_bpb": score.bits_per_byte,
+        "gap": score.loss - train_loss,
+    }
+
+
+def save(run: Run, journal: Journal, sample: Sampler) -> Path:
+    """Write the checkpoint of this step, publish it if it is the best, and show samples of it."""
+    journal.sync()
+    is_best = run.state.progress.best_step == run.state.step
+    metadata = {
+        "step": str(run.state.step),
+        "best_val_loss": repr(run.state.progress.best_val_loss),
+    }
+
+    def write_model(folder: Path) -> None:
+        save_pretrained(
+            run.model, folder, eos_token_id=run.data.eos_id, metadata=metadata
+        )
+        run.data.copy_tokenizer(folder)
+
+    checkpoint = save_checkpoint(
+        run.run_dir,
+        run.state,
+        optimizer_tensors=optimizer_tensors(run.model, run.optimizer),
+        config_yaml=dump(run.config),
+        write_model=write_model,
+    )
+    if is_best:
+        publish_model(checkpoint, run.run_dir)
+    prune(run.run_dir, run.config.compute.num_to_keep, run.state.progress.best_step)
+    samples = sample(run.model)
+    journal.write_samples(run.state.step, samples)
+    write_event(run.run_dir, "evaluated", step=run.state.step, best=is_best, samples=samples)
+    return checkpoint

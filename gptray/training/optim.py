@@ -1,0 +1,52 @@
+"""AdamW's parameter groups and the learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from gptray.config import OptimConfig
+
+
+def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and spares biases and norms (Loshchilov & Hutter 2019).
+
+    The groups, in order: parameters of two and more dimensions, then the others.
+    """
+    decayed, spared = [], []
+    for _, parameter in named_parameters:
+        (decayed if parameter.dim() >= 2 else spared).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    # fused: one kernel over all parameters, on CPU as on CUDA.
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
+    """The learning rate of the update that takes the run from `step` to `step + 1`.
+
+    Warm-up rises linearly and reaches `lr` at `warmup_steps`. After it: `constant` stays;
+    `linear` and `cosine` (Loshchilov & Hutter 2017) fall to `min_lr` at `max_steps`; `step`
+    multiplies by `gamma` every `step_size` steps and never goes below `min_lr`.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    since = step - config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "step":
+        return max(config.min_lr, config.lr * config.gamma ** (since // config.step_size))
+    progress = min(1.0, since / max(1, max_steps - config.warmup_steps))
+    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + left * (config.lr - config.min_lr)

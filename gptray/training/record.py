@@ -1,0 +1,31 @@
+"""The two JSON-lines files of a run that whoever watches it reads.
+
+`metrics.jsonl` has one row per logged step; `events.jsonl` tells what happened, in order: starts,
+evaluations with their samples, checkpoints found damaged, failures. `gptray.training.journal`
+writes the metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a torn last line, left by a kill, is not a row yet."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def write_event(run_dir: Path, event: str, **fields: Any) -> None:
+    """Append one event to `events.jsonl` in a single write."""
+    line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
+    with (run_dir / EVENTS).open("a") as file:
+        file.write(line + "\n")

@@ -1,0 +1,45 @@
+"""Early stopping and the best evaluation so far, as a value that a checkpoint can carry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the evaluations so far say. Losses are in nats per token.
+
+    `best_*` is the lowest validation loss of all. `bad_evals` counts the evaluations since one
+    was lower than `bar` by `min_delta` or more; it is what `patience` bounds (Prechelt 1998).
+    """
+
+    best_step: int = 0
+    best_val_loss: float = math.inf
+    bar: float = math.inf
+    bad_evals: int = 0
+
+    def after(self, step: int, val_loss: float, *, min_delta: float) -> Progress:
+        """The progress after the evaluation at `step`."""
+        is_best = val_loss < self.best_val_loss
+        is_better = val_loss < self.bar and self.bar - val_loss >= min_delta
+        return Progress(
+            best_step=step if is_best else self.best_step,
+            best_val_loss=val_loss if is_best else self.best_val_loss,
+            bar=val_loss if is_better else self.bar,
+            bad_evals=0 if is_better else self.bad_evals + 1,
+        )
+
+    def exhausted(self, patience: int | None) -> bool:
+        """Whether the run has gone `patience` evaluations without getting better."""
+        return patience is not None and self.bad_evals >= patience
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; infinities (no evaluation yet) become null."""
+        return {key: None if value == math.inf else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> Progress:
+        """The inverse of `to_json`."""
+        return cls(**{key: math.inf if value is None else value for key, value in state.items()})

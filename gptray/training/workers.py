@@ -1,0 +1,57 @@
+"""The data-parallel workers of a run, as torch.distributed sees them; one process needs no group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This worker's `rank` among `size` workers."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def current(cls) -> Workers:
+        """The group that this process belongs to."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls(0, 1)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the worker that writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum over all workers, the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def number_from_first(self, number: Callable[[], int], device: torch.device) -> int:
+        """What `number()` gives on the first worker; it is called there only."""
+        value = torch.tensor(number() if self.is_first else 0, device=device)
+        if self.size > 1:
+            dist.broadcast(value, src=0)
+        return int(value.item())
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model whose backward pass averages gradients over all workers."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def reduces_gradients(self, model: nn.Module, now: bool) -> AbstractContextManager[None]:
+        """Holds the all-reduce back in all but the last forward and backward pass of a step."""
+        if isinstance(model, DistributedDataParallel) and not now:
+            return model.no_sync()
+        return nullcontext()
