@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gptray.overrides import Reader
+from gptray.yaml_text import write_yaml
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -281,10 +281,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """Return the whole config as YAML that `load_config` reads into an equal one."""
-    text: str = yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
-    )
-    return text
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def flatten(config: Config) -> dict[str, Any]:

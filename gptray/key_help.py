@@ -62,10 +62,10 @@ def _keys(root: type[BaseModel], width: int) -> Iterator[str]:
 
 
 def _entry(spec: FieldSpec, width: int) -> Iterator[str]:
-    """Yield one key: name and default on the left, meaning and type wrapped on the right."""
+    """Yield one key: name and default on the left, type and meaning wrapped on the right."""
     column = 36
     left = f"  {spec.key}={shown(spec.default).strip(chr(39))}"
-    meaning = f"{spec.description} ({spec.type_words})"
+    meaning = f"({spec.type_words}) {spec.description}"
     lines = textwrap.wrap(meaning, width - column, break_on_hyphens=False)
     if len(left) >= column:
         yield left

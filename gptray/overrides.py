@@ -6,6 +6,7 @@ and its rules are in `gptray.config`, spelling in `gptray.suggest`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,22 +41,27 @@ class Reader:
         self.specs = field_specs(root)
         self.sections = sorted({key.split(".")[0] for key in self.specs if "." in key})
         self.given: dict[str, Given] = {}
-        self.problems: list[str] = []
+        self._problems: list[tuple[float, str]] = []
+
+    @property
+    def problems(self) -> list[str]:
+        """All mistakes so far, those of the file first and in its order."""
+        return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
 
     def read_file(self, path: str) -> None:
         """Take every key of a YAML file."""
         try:
             node = read_node(Path(path))
         except YamlError as error:
-            self.problems.append(f"{path}:{error.line}: {error.message}")
+            self._problem(f"{path}:{error.line}", error.message)
             return
         except OSError as error:
-            self.problems.append(_unreadable(path, error))
+            self._problem(path, _unreadable(path, error))
             return
         if node is None or _is_null(node):
             return
         if not isinstance(node, yaml.MappingNode):
-            self.problems.append(f"{path}:{_line(node)}: expects sections and keys, such as optim:")
+            self._problem(f"{path}:{_line(node)}", "expects sections and keys, such as optim:")
             return
         for name, value in self._pairs(node, path, ""):
             where = f"{path}:{_line(value)}"
@@ -73,12 +79,11 @@ class Reader:
         key = key.strip()
         spec = self.specs.get(key)
         if spec is None:
-            self._unknown(key, COMMAND_LINE)
+            self._unknown(key, COMMAND_LINE, argument)
         elif not equals or not text:
-            example = f'{key}=""' if str in spec.kinds else f"{key}={shown(spec.default)}"
-            self._problem(COMMAND_LINE, f"{key} has no value; write for example {example}")
-        elif key in self.given and self.given[key].where == COMMAND_LINE:
-            self._problem(COMMAND_LINE, f"{key} is given twice")
+            self._problem(COMMAND_LINE, f"{key} has no value, such as {key}={shown(spec.default)}")
+        elif any("\ud800" <= character <= "\udfff" for character in text):
+            self._problem(COMMAND_LINE, f"{key}: not UTF-8 text")
         else:
             try:
                 node = _argument_node(text, spec)
@@ -134,10 +139,15 @@ class Reader:
         if spec is None:
             self._unknown(key, where)
             return
-        value = _value(node, spec.kinds, spec.items)
-        self.given[key] = Given(key, where, value)
+        before = self.given.get(key)
+        if before and (before.where == COMMAND_LINE) == (where == COMMAND_LINE):
+            self._problem(where, f"{key} is given twice")
+        self.given[key] = Given(key, where, _value(node, spec.kinds, spec.items))
 
-    def _unknown(self, key: str, where: str) -> None:
+    def _unknown(self, key: str, where: str, argument: str = "") -> None:
+        if argument.endswith((".yaml", ".yml")) and "=" not in argument:
+            self._problem(where, f"{argument} is not a key; did you mean --config {argument}?")
+            return
         if key in self.sections:
             inside = next(name for name in self.specs if name.startswith(f"{key}."))
             self._problem(where, f"{key} is a section; set one of its keys, such as {inside}=...")
@@ -146,7 +156,9 @@ class Reader:
         self._problem(where, f"unknown key {key}{did_you_mean(names)}")
 
     def _problem(self, where: str, message: str) -> None:
-        self.problems.append(f"{where}: {message}" if where else message)
+        line = re.search(r":(\d+)(,|$)", where)
+        rank = int(line[1]) if line else math.inf
+        self._problems.append((rank, f"{where}: {message}" if where else message))
 
     def build(self, root: type[Root]) -> Root | None:
         """Return the tree with what was given, or None once `problems` says what is wrong.
@@ -165,7 +177,7 @@ class Reader:
                     break
                 left_out |= found
             else:
-                return tree if not self.problems else None
+                return tree if not self._problems else None
         return None
 
     def _explain(self, error: ValidationError, left_out: set[str]) -> set[str]:
@@ -264,13 +276,13 @@ def _line(node: yaml.Node) -> int:
 def _unreadable(path: str, error: OSError) -> str:
     """Say why a file cannot be read; for a missing one, what it may have been."""
     if not isinstance(error, FileNotFoundError):
-        return f"{path}: {error.strerror}"
+        return f"cannot be read: {error.strerror}"
     folder = Path(path).parent
     if not folder.is_dir():
-        return f"{path}: no such file; there is no folder {folder}"
+        return f"no such file; there is no folder {folder}"
     names = sorted(item.name for item in folder.iterdir() if item.suffix in (".yaml", ".yml"))
     close = nearest(Path(path).name, names)
     if close:
-        return f"{path}: no such file{did_you_mean([str(folder / close)])}"
+        return f"no such file{did_you_mean([str(folder / close)])}"
     listed = f"; {folder} has {', '.join(names[:8])}" if names else ""
-    return f"{path}: no such file{listed}"
+    return f"no such file{listed}"

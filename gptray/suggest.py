@@ -23,8 +23,8 @@ ALIASES = {
     "data.fraction": "data_fraction subset train_fraction",
     "model.n_layer": "n_layers num_layers layers num_hidden_layers depth num_blocks n_blocks",
     "model.n_head": "n_heads num_heads heads num_attention_heads",
-    "model.n_embd": "hidden_size d_model embed_dim n_embed emb_dim embedding_size hidden_dim dim "
-    "width n_emb",
+    "model.n_embd": "hidden hidden_size d_model embed_dim n_embed emb_dim embedding_size dim "
+    "hidden_dim width n_emb",
     "model.n_inner": "intermediate_size d_ff ffn_dim mlp_dim",
     "model.n_positions": "context_length n_ctx max_position_embeddings max_seq_len "
     "max_sequence_length",
@@ -87,10 +87,11 @@ def nearest_keys(typed: str, keys: Sequence[str]) -> list[str]:
     word = re.sub(r"[^a-z0-9_.]", "_", typed.lower().strip())
     if word in keys:
         return [word]
-    leaf = word.rpartition(".")[2]
+    section, _, leaf = word.rpartition(".")
     same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]
     if same_leaf:
-        return same_leaf
+        near = nearest(section, [key.rpartition(".")[0] for key in same_leaf])
+        return [f"{near}.{leaf}"] if near else same_leaf
     alias = _TARGETS.get(leaf) or _TARGETS.get(word.replace(".", "_"))
     if alias is not None and alias in keys:
         return [alias]

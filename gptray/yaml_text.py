@@ -18,7 +18,7 @@ MAX_DEPTH = 16
 CORE_SCALARS = {
     "null": (r"null|Null|NULL|~|", "~nN"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "int": (r"[-+]?[0-9]{1,99}|0o[0-7]{1,99}|0x[0-9a-fA-F]{1,99}", "-+0123456789"),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
         r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -65,12 +65,30 @@ for _kind, (_pattern, _first) in CORE_SCALARS.items():
     )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text with line breaks or control characters in double quotes, where it survives."""
+
+
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """Return plain values as YAML in their order."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
 def read_node(path: Path) -> yaml.Node | None:
     """Return the root node of a YAML file, None if the file is empty; raise YamlError, OSError."""
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise YamlError(f"{size} bytes, too large for a config (at most {MAX_BYTES})", 1)
-    raw = path.read_bytes()
+    with path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise YamlError(f"too large for a config (at most {MAX_BYTES} bytes)", 1)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
