@@ -57,16 +57,16 @@ def run_job(
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         if arguments.help:
-            print(help_text(Config, name=name, doc=doc), flush=True)
+            _print(help_text(Config, name=name, doc=doc))
             return DONE
         config = _config(arguments)
         if arguments.dry_run:
-            _print_plan(config, plan(config))
+            _print(_plan_text(config, plan(config)))
             return DONE
         _log_to_stderr(verbose=arguments.verbose)
         with _sigterm_interrupts():
             result = job(config)
-        _print_json(result)
+        _print(_json_line(result))
         return DONE
     except ConfigError as error:
         _say(f"{error}\n{name}: nothing was started; --help lists every key")
@@ -81,10 +81,6 @@ def run_job(
         # Ray puts its own SIGTERM handler in place, which exits; a job itself never does.
         _say(f"{name}: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Nobody reads stdout any more (| head); keep the interpreter from flushing into it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except Exception:
         traceback.print_exc()
         return FAILED
@@ -151,18 +147,26 @@ def _config(arguments: Arguments) -> Config:
     return config
 
 
-def _print_plan(config: Config, rows: Plan) -> None:
-    """Print the config as YAML, what follows from it as YAML comments, and the JSON line."""
+def _plan_text(config: Config, rows: Plan) -> str:
+    """Return the config as YAML, what follows from it as YAML comments, and the JSON line."""
     width = max((len(label) for label, _ in rows), default=0)
-    print(dump(config), end="")
-    for label, value in rows:
-        print(f"# {label:{width}}  {value}")
-    _print_json({"dry_run": True, "plan": dict(rows)})
+    comments = [f"# {label:{width}}  {value}" for label, value in rows]
+    last = _json_line({"dry_run": True, "plan": dict(rows)})
+    return "\n".join([dump(config).rstrip("\n"), *comments, last])
 
 
-def _print_json(result: dict[str, Any]) -> None:
+def _json_line(result: dict[str, Any]) -> str:
     ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-    print(json.dumps(result, allow_nan=False, ensure_ascii=ascii_only), flush=True)
+    return json.dumps(result, allow_nan=False, ensure_ascii=ascii_only)
+
+
+def _print(text: str) -> None:
+    """Print to stdout, also when nobody reads it to the end (| head)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Keeps the interpreter from flushing into the closed pipe once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str) -> None:

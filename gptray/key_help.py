@@ -18,26 +18,26 @@ from gptray.fields import FieldSpec, field_specs, shown
 OPTIONS = """\
 options:
   --config FILE        YAML with the keys below in their sections; see configs/
-  section.field=value  set one key; goes before the file, which goes before the defaults
-  --dry-run            print the resolved config and what follows from it, then stop
+  section.field=value  set one key; stronger than the file and the defaults
+  --dry-run            print the resolved config and what follows from it
   --verbose            show debug lines and Ray's own log
   --help               this text
 
-exit codes: 0 done, 1 the run failed, 2 a mistake above, 130 interrupted.
+exit codes: 0 done, 1 the run failed, 2 a wrong key or file, 130 interrupted.
 The last line of stdout is one JSON object; everything else goes to stderr."""
 
 EXAMPLES = """\
 examples:
   python jobs/{name}.py --dry-run
-  python jobs/{name}.py --config configs/shakespeare_cpu.yaml data.source=input.txt
-  python jobs/{name}.py name=small model.n_layer=2 optim.lr=3e-4 data.split=80:10:10
-  python jobs/{name}.py 'data.source=texts/*.txt' 'sample.prompt=Once upon a time'"""
+  python jobs/{name}.py --config configs/shakespeare_cpu.yaml data.source=in.txt
+  python jobs/{name}.py name=small optim.lr=3e-4 data.split=80:10:10
+  python jobs/{name}.py 'data.source=texts/*.txt' 'sample.prompt=Once upon'"""
 
 
 def help_text(root: type[BaseModel], *, name: str, doc: str) -> str:
     """Return the help of one job, as wide as the terminal within 80 to 120 columns."""
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
-    usage = f"usage: python jobs/{name}.py [--config FILE] [section.field=value ...] [--dry-run]"
+    usage = f"usage: python jobs/{name}.py [--config FILE] [section.field=value ...]"
     parts = [
         usage,
         textwrap.fill(" ".join(doc.split()), width),

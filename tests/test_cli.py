@@ -1,0 +1,201 @@
+"""The shared command line: exit codes, what goes to stdout and stderr, and flags mistyped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptray.cli import run_job
+from gptray.config import Config, RunFailed, UserError, load_config
+from gptray.fields import field_specs
+
+Job = Callable[[Config], dict[str, Any]]
+
+
+def steps(config: Config) -> dict[str, Any]:
+    return {"steps": config.train.max_steps, "name": config.name, "text": "\ud55c\uae00"}
+
+
+def rows(config: Config) -> list[tuple[str, str]]:
+    return [("tokens per step", f"{config.tokens_per_step:,}"), ("run folder", "~/gptray/a")]
+
+
+def run(*argv: str, job: Job = steps) -> int:
+    return run_job(job, name="train", doc="Train a GPT on text.", plan=rows, argv=argv)
+
+
+def raising(error: BaseException) -> Job:
+    def job(config: Config) -> dict[str, Any]:
+        raise error
+
+    return job
+
+
+def test_result_is_one_json_line_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train.max_steps=7", "name=a") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"steps": 7, "name": "a", "text": "\ud55c\uae00"}
+    assert out.count("\n") == 1
+    assert err == ""
+
+
+def test_config_file_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("train: {max_steps: 9}\n")
+    assert run("--config", str(path)) == 0
+    assert run(f"--config={path}", "name=b") == 0
+    assert [json.loads(line)["steps"] for line in capsys.readouterr().out.splitlines()] == [9, 9]
+
+
+def test_dry_run_prints_a_config_file_and_a_plan_without_running(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("--dry-run", "optim.lr=3e-4", job=raising(AssertionError("ran"))) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    path = tmp_path / "resolved.yaml"
+    path.write_text("\n".join(lines))
+    assert load_config(str(path), []) == load_config(None, ["optim.lr=3e-4"])
+    assert "# tokens per step  8,192" in lines
+    plan = {"tokens per step": "8,192", "run folder": "~/gptray/a"}
+    assert json.loads(last) == {"dry_run": True, "plan": plan}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("a.txt: no such file"), 2, "train: a.txt: no such file\n"),
+        (RunFailed("the loss is not finite"), 1, "train: the loss is not finite\n"),
+        (KeyboardInterrupt(), 130, "train: interrupted\n"),
+        (SystemExit(1), 130, "train: interrupted\n"),
+    ],
+)
+def test_expected_end_is_a_message_and_its_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+) -> None:
+    assert run(job=raising(error)) == code
+    assert capsys.readouterr() == ("", message)
+
+
+def test_bug_is_a_traceback_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(job=raising(ValueError("bug"))) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("Traceback") and err.endswith("ValueError: bug\n")
+
+
+def test_result_that_is_not_json_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(job=lambda config: {"loss": float("nan")}) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_all_mistakes_show_at_once_before_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--dryrun", "--lr", "3", "--config", "gone.yaml", "optim.lrr=1", "train.max_steps=x"]
+    assert run(*argv, job=raising(AssertionError("ran"))) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *problems, hint = err.splitlines()
+    assert [problem.partition(";")[0] for problem in problems] == [
+        "command line: unknown option --dryrun",
+        "command line: unknown option --lr",
+        "gone.yaml: no such file",
+        "command line: unknown key optim.lrr",
+        "command line: train.max_steps: expects a whole number, got 'x'",
+    ]
+    assert "--help" in hint
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--dryrun"], "did you mean --dry-run?"),
+        (["--confg", "a.yaml"], "did you mean --config?"),
+        (["-v"], "options are --config"),
+        (["--verbos"], "did you mean --verbose?"),
+        (["--optim.lr", "3"], "write optim.lr=3"),
+        (["--optim.lr=3"], "write optim.lr=3"),
+        (["--learning-rate=3"], "write optim.lr=3"),
+        (["--lr", "3"], "write optim.lr=3"),
+        (["--gpus", "2"], "write compute.num_workers=2"),
+        (["--config"], "--config needs a file"),
+        (["--config="], "--config needs a file"),
+        (["--config", "--dry-run"], "--config needs a file"),
+        (["--config", "configs/a", "--config", "b"], "--config is given twice"),
+        (["--dry-run=true"], "--dry-run takes no value"),
+        (["configs/a.yaml"], "did you mean --config configs/a.yaml?"),
+    ],
+)
+def test_wrong_flag_shows_the_right_form(
+    capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    assert run(*argv) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "120", "300"])
+def test_help_lists_every_key_within_the_width(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run("--help", "no.such=key") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert max(len(line) for line in out.splitlines()) <= min(max(int(columns), 80), 120)
+    assert "\033" not in out
+    shown = {match[1]: match[2] for match in re.finditer(r"^  ([a-z_.]+)=(.*)", out, re.M)}
+    words = " ".join(out.split())
+    for key, spec in field_specs(Config).items():
+        assert key in shown
+        assert spec.description and f"({spec.type_words}) {spec.description}" in words
+    assert shown["optim.lr"].startswith("0.001 ")
+    for word in ("--config", "--dry-run", "--verbose", "examples:", "Train a GPT on text."):
+        assert word in out
+
+
+def test_messages_of_the_job_are_short_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    def job(config: Config) -> dict[str, Any]:
+        logger = logging.getLogger("gptray.training")
+        logger.info("step %d", 10)
+        logger.debug("detail")
+        logger.warning("slow")
+        return {}
+
+    assert run(job=job) == 0
+    assert capsys.readouterr() == ("{}\n", "step 10\nwarning: slow\n")
+    assert run("--verbose", job=job) == 0
+    assert capsys.readouterr().err == "step 10\ndetail\nwarning: slow\n"
+
+
+def test_sigterm_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def job(config: Config) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 10)
+        return {}
+
+    assert run(job=job) == 130
+    assert capsys.readouterr().out == ""
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_reader_that_stops_early_is_no_error() -> None:
+    code = "from gptray.cli import run_job as r; r(dict, name='a', doc='b', plan=list, argv=['-h'])"
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -n 1', sys.executable, code],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("usage:")
+    assert done.stderr == ""
