@@ -1,0 +1,77 @@
+"""The text that every CPython carries: documentation topics and the standard library's docstrings.
+
+One document per topic and per module, in a fixed order, with every repeated paragraph removed
+before any split. It differs a little from one Python version to the next.
+"""
+
+from __future__ import annotations
+
+import ast
+import platform
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from gptray.config import UserError
+
+# Tests, programs and bundled wheels: not the library's own documentation.
+_SKIPPED = {
+    "test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3", "_bundled",
+    "site-packages", "dist-packages", "__pycache__",
+}  # fmt: skip
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def builtin_version() -> str:
+    """What the text depends on: it names the corpus in manifests."""
+    return f"{platform.python_implementation()} {platform.python_version()}"
+
+
+def builtin_documents() -> list[str]:
+    """The documents, with no paragraph twice.
+
+    Raises UserError where this Python came without its documentation topics.
+    """
+    return list(_without_repeats([*_topics(), *_modules(Path(sysconfig.get_path("stdlib")))]))
+
+
+def _topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError(
+            "data.source=builtin: this Python carries no documentation (pydoc_data.topics); "
+            "install its full standard library or name your own text"
+        ) from None
+    return [topics[name] for name in sorted(topics)]
+
+
+def _modules(root: Path) -> Iterator[str]:
+    for path in sorted(root.rglob("*.py")):
+        if _SKIPPED.isdisjoint(path.relative_to(root).parts):
+            docstrings = _docstrings(path)
+            if docstrings:
+                yield "\n\n".join(docstrings)
+
+
+def _docstrings(path: Path) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old code are not ours to report
+        tree = ast.parse(path.read_bytes())
+    # ast.walk is breadth first: the module speaks first, then its classes and functions.
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
+    return [text for text in found if text]
+
+
+def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for document in documents:
+        kept = []
+        for paragraph in document.split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                kept.append(paragraph.strip("\n"))
+        if kept:
+            yield "\n\n".join(kept) + "\n"

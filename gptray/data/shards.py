@@ -1,0 +1,107 @@
+"""Write token shards: flat little-endian files of token ids, one after the other.
+
+Encodes in batches of about a quarter of a megabyte, so that memory does not grow with the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from gptray.data.boundary import first_boundary, last_boundary
+from gptray.data.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One written file."""
+
+    file: str
+    tokens: int
+    bytes: int  # UTF-8 bytes of the text in it, end-of-text tokens not counted
+    sha256: str
+
+
+def shard_dtype(vocab_size: int) -> str:
+    """uint16 while every id fits, else uint32."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+class ShardWriter:
+    """One shard of one split; a context manager. A shard without tokens leaves no file."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self._path = path
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype(shard_dtype(tokenizer.vocab_size)).newbyteorder("<")
+        self._cuts = tokenizer.cuts_at_boundaries()
+        self._open = ""  # text of the document at hand that is not batched yet
+        self._batch: list[tuple[str, bool]] = []
+        self._batched = 0  # characters
+        self._digest = hashlib.sha256()
+        self._tokens = self._bytes = 0
+
+    def __enter__(self) -> ShardWriter:
+        self._stream = self._path.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: object, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._push(self._open, False)
+            self._flush()
+        self._stream.close()
+        if not self._tokens:
+            self._path.unlink()
+
+    @property
+    def shard(self) -> Shard | None:
+        """What was written; None when nothing was."""
+        if not self._tokens:
+            return None
+        return Shard(self._path.name, self._tokens, self._bytes, self._digest.hexdigest())
+
+    def add(self, text: str, *, ends: bool) -> None:
+        """Append a run of a document's text, and end of text where the document ends."""
+        self._open += text
+        if self._cuts:
+            self._push_long_text()
+        if ends:
+            self._push(self._open, True)
+            self._open = ""
+
+    def _push_long_text(self) -> None:
+        start = 0
+        while len(self._open) - start > BATCH_CHARACTERS:
+            window = self._open[start : start + BATCH_CHARACTERS + 1]
+            cut = last_boundary(window)
+            cut = start + cut if cut else first_boundary(self._open, start + len(window) - 1)
+            if not cut:
+                break
+            self._push(self._open[start:cut], False)
+            start = cut
+        self._open = self._open[start:]
+
+    def _push(self, text: str, ends: bool) -> None:
+        self._batch.append((text, ends))
+        self._batched += len(text)
+        if self._batched > BATCH_CHARACTERS or len(self._batch) > BATCH_CHARACTERS // 64:
+            self._flush()
+
+    def _flush(self) -> None:
+        end = [self._tokenizer.eos_id]
+        encoded = self._tokenizer.encode_batch([text for text, _ in self._batch])
+        for ids, (text, ends) in zip(encoded, self._batch, strict=True):
+            block = np.array(ids + end if ends else ids, dtype=self._dtype).tobytes()
+            self._stream.write(block)
+            self._digest.update(block)
+            self._tokens += len(block) // self._dtype.itemsize
+            self._bytes += len(text.encode())
+        self._batch, self._batched = [], 0

@@ -1,0 +1,278 @@
+"""Prepare a corpus on Ray Data: scan, split, train the tokenizer, write token shards.
+
+Units of work stream through Ray Data two or three times; only counts, and the tokenizer's sample,
+come back. The result does not depend on the number of tasks. Reading, splitting and writing are
+`gptray.data`'s; here is what runs where, and the folder that appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gptray.config import Config, UserError
+from gptray.data.builtin import builtin_documents
+from gptray.data.corpus import check_column, plan_pieces
+from gptray.data.plan import SplitPlan, plan_split
+from gptray.data.request import Request, make_request
+from gptray.data.shards import Shard, shard_dtype
+from gptray.data.sources import BUILTIN, SourceFile
+from gptray.data.split import SPLITS
+from gptray.data.tokenizer import KINDS, Tokenizer, char_tokenizer, tokenizer_folder, train_bpe
+from gptray.data.tokens import FORMAT_VERSION, MANIFEST, DamagedData, TokenData
+from gptray.data.work import UnitScan, sample, scan, tokenise
+from gptray.runners.cluster import ray_cluster
+from gptray.runners.stream import stream
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 32 << 20  # of text per task
+SAMPLE_BYTES = 64 << 20  # of training text that a tokenizer is trained on
+_CHECKED_FILES = 100  # looked into before Ray starts; the scan looks into all
+_ABANDONED_SECONDS = 24 * 3600
+
+
+def check_sources(config: Config) -> None:
+    """Raise UserError, without Ray, for what can be seen at once: files, columns, tokenizer."""
+    request = make_request(config)
+    problems = []
+    for file in request.files[:_CHECKED_FILES]:
+        try:
+            check_column(file, request.text_column)
+        except UserError as error:
+            problems.append(str(error))
+    if request.tokenizer not in KINDS:
+        try:
+            tokenizer_folder(request.tokenizer)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def prepared(config: Config) -> TokenData | None:
+    """The prepared data of a config, or None when there is none that is whole."""
+    folder = make_request(config).data_dir
+    if not folder.exists():
+        return None
+    try:
+        return TokenData.open(folder)
+    except DamagedData as error:
+        logger.warning("prepared data is damaged and is built again: %s", error)
+        return None
+
+
+def prepare(config: Config) -> TokenData:
+    """Return the prepared data of a config; build it, on Ray, when there is none.
+
+    Raises UserError for a source or tokenizer that cannot be read, naming file and line.
+    """
+    data = prepared(config)
+    if data is not None:
+        return data
+    request = make_request(config)
+    tokenizer = None if request.tokenizer in KINDS else Tokenizer.load(request.tokenizer)
+    _remove_abandoned(request.data_dir)
+    building = request.data_dir.with_name(f".{request.data_dir.name}.{uuid.uuid4().hex[:8]}")
+    building.mkdir(parents=True)
+    try:
+        with ray_cluster():
+            _build(request, tokenizer, building)
+        _publish(building, request.data_dir)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return TokenData.open(request.data_dir)
+
+
+def prepare_and_count(config: Config) -> dict[str, Any]:
+    """The prepare job: what there is afterwards, and how fast it came to be.
+
+    `mb_per_sec` counts the text's bytes over the whole job; null when nothing had to be built.
+    """
+    began = time.monotonic()
+    check_sources(config)
+    built = prepared(config) is None
+    data = prepare(config)
+    seconds = time.monotonic() - began
+    splits = data.manifest["splits"]
+    return {
+        "data_dir": str(data.data_dir),
+        "documents": data.manifest["documents"],
+        "tokens": {name: entry["tokens"] for name, entry in splits.items()},
+        "bytes": {name: entry["bytes"] for name, entry in splits.items()},
+        "vocab_size": data.vocab_size,
+        "empty_rows": data.manifest["empty_rows"],
+        "built": built,
+        "seconds": round(seconds, 2),
+        "mb_per_sec": round(data.manifest["bytes"] / 1e6 / seconds, 3) if built else None,
+    }
+
+
+def preparation_plan(config: Config) -> list[tuple[str, str]]:
+    """What the prepare job would do, without Ray; raises UserError as the job would."""
+    check_sources(config)
+    request = make_request(config)
+    size = f"{len(request.files)} files, {_mb(request.files):.1f} MB" if request.files else BUILTIN
+    parts = ", ".join(
+        f"{name} {share:.0%}" for name, share in zip(SPLITS, request.split, strict=False)
+    )
+    return [
+        ("source", size),
+        ("tokenizer", request.tokenizer),
+        ("split", parts),
+        ("data_dir", str(request.data_dir)),
+        ("to do", "nothing, it is prepared" if prepared(config) else "scan, tokenise, write"),
+    ]
+
+
+def _build(request: Request, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Fill `folder` with the tokenizer, the shards and, last, the manifest."""
+    began = time.monotonic()
+    files = list(request.files) or [_write_builtin(folder / f"{BUILTIN}.jsonl")]
+    column = request.text_column if request.files else "text"
+    cut_text = tokenizer is None or tokenizer.cuts_at_boundaries()
+    units = plan_pieces(files, piece_bytes=PIECE_BYTES, cut_text=cut_text)
+    logger.info("preparing %s: %d files, %.1f MB", request.data_dir.name, len(files), _mb(files))
+    wants_alphabet = request.tokenizer == "char"
+    scans = stream(
+        units, lambda _, unit: scan(unit, column, alphabet=wants_alphabet), doing="reading"
+    )
+    plan = plan_split(
+        units,
+        [unit.pieces for unit in scans],
+        split=request.split,
+        fraction=request.fraction,
+        seed=request.seed,
+    )
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(request, plan, scans, column)
+    tokenizer.save(folder / "tokenizer")
+    shards = stream(
+        plan.units,
+        lambda number, unit: tokenise(unit, column, folder=folder, number=number),
+        doing="tokenising",
+    )
+    manifest = {
+        **_provenance(request, files, plan, scans),
+        "tokenizer": _describe(request, tokenizer),
+        "dtype": shard_dtype(tokenizer.vocab_size),
+        "splits": _number_shards(folder, plan, shards),
+    }
+    (folder / f"{BUILTIN}.jsonl").unlink(missing_ok=True)
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", "utf-8")
+    logger.info("prepared %s in %.1f s", request.data_dir, time.monotonic() - began)
+
+
+def _write_builtin(path: Path) -> SourceFile:
+    """Write the builtin documents where every task can read them like any other source."""
+    lines = (json.dumps({"text": text}) + "\n" for text in builtin_documents())
+    path.write_text("".join(lines), "utf-8")
+    status = path.stat()
+    return SourceFile(str(path), status.st_size, status.st_mtime_ns)
+
+
+def _make_tokenizer(
+    request: Request, plan: SplitPlan, scans: Sequence[UnitScan], column: str
+) -> Tokenizer:
+    if request.tokenizer == "char":
+        # Of the whole text: a character that only validation has must have a token too.
+        return char_tokenizer(c for unit in scans for piece in unit.pieces for c in piece.alphabet)
+    share = SAMPLE_BYTES / max(plan.train_bytes, 1)
+    seed = request.seed
+    texts = stream(
+        plan.units,
+        lambda number, unit: sample(unit, column, share=share, seed=seed, number=number),
+        doing="sampling",
+    )
+    return train_bpe((text for unit in texts for text in unit), request.vocab_size)
+
+
+def _provenance(
+    request: Request, files: Sequence[SourceFile], plan: SplitPlan, scans: Sequence[UnitScan]
+) -> dict[str, Any]:
+    """Where the tokens come from: sources, split and counts."""
+    sha256 = {name: digest for unit in scans for name, digest in unit.sha256.items()}
+    sources = [
+        {
+            "path": file.name if request.files else BUILTIN,
+            "size": file.size,
+            "sha256": sha256[file.name],
+        }
+        for file in files
+    ]
+    return {
+        "format": FORMAT_VERSION,
+        "request": request.identity,
+        "sources": sources,
+        "split": {"fractions": list(request.split), "by": plan.by, "seed": request.seed},
+        "fraction": request.fraction,
+        "documents": plan.total_documents,
+        "bytes": plan.total_bytes,
+        "empty_rows": sum(piece.empty_rows for unit in scans for piece in unit.pieces),
+    }
+
+
+def _describe(request: Request, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "source": request.tokenizer,
+        "sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_id,
+    }
+
+
+def _number_shards(
+    folder: Path, plan: SplitPlan, units: Sequence[dict[int, Shard]]
+) -> dict[str, Any]:
+    """Give the tasks' files their final names, in corpus order, and list them by split."""
+    splits = {}
+    for label, documents in enumerate(plan.documents):
+        entries: list[dict[str, Any]] = []
+        for shard in (unit[label] for unit in units if label in unit):
+            name = f"{SPLITS[label]}-{len(entries):05d}.bin"
+            (folder / shard.file).rename(folder / name)
+            entries.append({**asdict(shard), "file": name})
+        splits[SPLITS[label]] = {
+            "documents": documents,
+            "tokens": sum(entry["tokens"] for entry in entries),
+            "bytes": sum(entry["bytes"] for entry in entries),
+            "shards": entries,
+        }
+    return splits
+
+
+def _publish(building: Path, folder: Path) -> None:
+    """Let the finished folder appear in one rename, unless an equal one came first."""
+    try:
+        building.rename(folder)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    try:
+        TokenData.open(folder)
+    except DamagedData:
+        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+        folder.rename(aside)
+        building.rename(folder)
+        shutil.rmtree(aside)
+
+
+def _remove_abandoned(data_dir: Path) -> None:
+    """Remove what killed attempts at this folder left, once no living one can own it."""
+    for path in data_dir.parent.glob(f".{data_dir.name}.*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(path)
+
+
+def _mb(files: Sequence[SourceFile]) -> float:
+    return sum(file.size for file in files) / 1e6

@@ -1,0 +1,66 @@
+"""Run a function over work items as a Ray Data stream, a user's mistake coming back as itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from gptray.config import UserError
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 5.0
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def stream(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) -> list[R]:
+    """Apply `task(number, item)` to each item on one core; results come in the items' order.
+
+    Needs Ray. Results travel through the object store: keep them small.
+    Raises the UserError of the first task that meets one; the others are stopped.
+    """
+    import ray.data
+
+    _quiet()
+    rows = [{"number": number, "item": item} for number, item in enumerate(items)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _Guarded(task), num_cpus=1
+    )
+    results: dict[int, R] = {}
+    began = said = time.monotonic()
+    for row in dataset.iter_rows():
+        if row["problem"]:
+            raise UserError(row["problem"])
+        results[row["number"]] = row["result"]
+        if time.monotonic() - said > _PROGRESS_SECONDS:
+            said = time.monotonic()
+            logger.info("%s: %d of %d parts, %.0f s", doing, len(results), len(rows), said - began)
+    return [results[number] for number in range(len(rows))]
+
+
+class _Guarded:
+    """The task with its row: Ray would wrap a UserError in a traceback of its own."""
+
+    def __init__(self, task: Callable[[int, Any], Any]) -> None:
+        self._task = task
+        self.__name__ = type(self).__name__
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            result = self._task(row["number"], row["item"])
+        except UserError as error:
+            return {"number": row["number"], "result": None, "problem": str(error)}
+        return {"number": row["number"], "result": result, "problem": ""}
+
+
+def _quiet() -> None:
+    """No progress bar and no plan of execution from Ray Data, unless asked for (--verbose)."""
+    import ray.data
+
+    if not logging.getLogger("gptray").isEnabledFor(logging.DEBUG):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False
