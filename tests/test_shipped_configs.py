@@ -1,0 +1,60 @@
+"""Every config that is shipped loads, and holds only what differs from the defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptray.config import Config, flatten, load_config
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs"
+PATHS = sorted(FOLDER.glob("*.yaml"))
+
+
+def test_the_named_configs_are_there() -> None:
+    assert {"gpt2_124m", "shakespeare_cpu", "verdict"} <= {path.stem for path in PATHS}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_config_loads_and_starts_with_what_it_is(path: Path) -> None:
+    assert load_config(str(path), []) != Config()
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_config_holds_differences_only(path: Path) -> None:
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    keys = [
+        f"{name}.{key}" if isinstance(value, dict) else name
+        for name, value in given.items()
+        for key in (value if isinstance(value, dict) else [name])
+    ]
+    defaults, config = flatten(Config()), flatten(load_config(str(path), []))
+    assert [key for key in keys if config[key] == defaults[key]] == []
+
+
+def test_shakespeare_is_the_published_recipe() -> None:
+    config = load_config(str(FOLDER / "shakespeare_cpu.yaml"), ["data.source=input.txt"])
+    model, optim, train = config.model, config.optim, config.train
+    assert (model.n_layer, model.n_head, model.n_embd, model.dropout) == (4, 4, 128, 0.0)
+    assert (train.block_size, train.global_batch_size, train.max_steps) == (64, 12, 2000)
+    assert (optim.lr, optim.min_lr, optim.schedule, optim.warmup_steps) == (
+        1e-3,
+        1e-4,
+        "cosine",
+        100,
+    )
+    assert (optim.betas, optim.weight_decay, optim.max_grad_norm) == ((0.9, 0.99), 0.1, 1.0)
+    assert (config.data.tokenizer, config.data.split) == ("char", (0.9, 0.1))
+    assert (train.patience, train.eval_interval) == (None, 250)
+
+
+def test_gpt2_124m_has_the_published_shape() -> None:
+    config = load_config(str(FOLDER / "gpt2_124m.yaml"), [])
+    model = config.model
+    assert (model.n_layer, model.n_head, model.n_embd) == (12, 12, 768)
+    assert (model.n_positions, model.vocab_size, config.train.block_size) == (1024, 50257, 1024)
+    assert config.train.global_batch_size == 480
+    assert config.grad_accum_steps * config.micro_batch_size * config.compute.num_workers == 480
