@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,15 +63,13 @@ class Reader:
         if not isinstance(node, yaml.MappingNode):
             self._problem(f"{path}:{_line(node)}", "expects sections and keys, such as optim:")
             return
-        for name, value in self._pairs(node, path, ""):
-            where = f"{path}:{_line(value)}"
+        for name, where, value in self._pairs(node, path, ""):
             section = self._section(name, where, value)
             if section is None:
                 self._take(name, where, value)
             elif isinstance(value, yaml.MappingNode):
-                prefix = f"{section}."
-                for key, inner in self._pairs(value, path, prefix):
-                    self._take(prefix + key, f"{path}:{_line(inner)}", inner)
+                for key, place, inner in self._pairs(value, path, f"{section}."):
+                    self._take(key, place, inner)
 
     def read_argument(self, argument: str) -> None:
         """Take one section.field=value of the command line."""
@@ -115,24 +113,22 @@ class Reader:
         # The keys below are checked as the section's that was probably meant.
         return close or name
 
-    def _pairs(self, node: yaml.MappingNode, path: str, prefix: str) -> list[tuple[str, yaml.Node]]:
-        """Return the keys and values of a mapping, each key once."""
+    def _pairs(
+        self, node: yaml.MappingNode, path: str, prefix: str
+    ) -> Iterator[tuple[str, str, yaml.Node]]:
+        """Yield dotted key, place and value of each entry of a mapping, each key once."""
         first_lines: dict[str, int] = {}
-        pairs = []
         for key_node, value in node.value:
             where = f"{path}:{_line(key_node)}"
             if not isinstance(key_node, yaml.ScalarNode):
                 self._problem(where, "a key must be a plain name")
                 continue
-            key = str(key_node.value)
+            key = f"{prefix}{key_node.value}"
             if key in first_lines:
-                self._problem(
-                    where, f"{prefix}{key} is given twice (first on line {first_lines[key]})"
-                )
+                self._problem(where, f"{key} is given twice (first on line {first_lines[key]})")
                 continue
             first_lines[key] = _line(key_node)
-            pairs.append((key, value))
-        return pairs
+            yield key, where, value
 
     def _take(self, key: str, where: str, node: yaml.Node) -> None:
         spec = self.specs.get(key)

@@ -174,7 +174,7 @@ def test_all_mistakes_show_at_once_with_their_places(write: Write) -> None:
     )
     problems = problems_of(path, "bath=3", "compute.max_failures=-2", "train.max_steps=1.5")
     assert problems == [
-        f"{path}:2: unknown section optm; did you mean optim?",
+        f"{path}:1: unknown section optm; did you mean optim?",
         f"{path}:2: unknown key optim.lrr; did you mean optim.lr?",
         f"{path}:3: unknown key learning_rate; did you mean optim.lr?",
         f"{path}:6: train.block_size=512 must not be above model.n_positions=256",
@@ -216,6 +216,7 @@ def test_rule_on_a_wrong_value_stays_silent() -> None:
         ("just text\n", 1, "expects sections"),
         ("seed: 1\noptim: 3\n", 2, "optim is a section"),
         ("seed: 1\noptim: [1]\n", 2, "optim is a section"),
+        ("optim:\n  lr:\n    fast\n", 2, "expects a number, got 'fast'"),
         ("optim:\n  lr: {a: 1}\n", 2, "expects a number, got keys of its own"),
         ("? [a, b]\n: 1\n", 1, "plain name"),
         ("data:\n  source: {a: 1}\n", 2, "text or a list of texts"),
