@@ -23,28 +23,17 @@ options:
   --verbose            show debug lines and Ray's own log
   --help               this text
 
+Quote what the shell would change: 'data.source=texts/*.txt' 'sample.prompt=a b'
+
 exit codes: 0 done, 1 the run failed, 2 a wrong key or file, 130 interrupted.
 The last line of stdout is one JSON object; everything else goes to stderr."""
-
-EXAMPLES = """\
-examples:
-  python jobs/{name}.py --dry-run
-  python jobs/{name}.py --config configs/shakespeare_cpu.yaml data.source=in.txt
-  python jobs/{name}.py name=small optim.lr=3e-4 data.split=80:10:10
-  python jobs/{name}.py 'data.source=texts/*.txt' 'sample.prompt=Once upon'"""
 
 
 def help_text(root: type[BaseModel], *, name: str, doc: str) -> str:
     """Return the help of one job, as wide as the terminal within 80 to 120 columns."""
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
     usage = f"usage: python jobs/{name}.py [--config FILE] [section.field=value ...]"
-    parts = [
-        usage,
-        textwrap.fill(" ".join(doc.split()), width),
-        OPTIONS,
-        EXAMPLES.format(name=name),
-    ]
-    return "\n\n".join([*parts, "\n".join(_keys(root, width))])
+    return "\n\n".join([usage, doc.strip(), OPTIONS, "\n".join(_keys(root, width))])
 
 
 def _keys(root: type[BaseModel], width: int) -> Iterator[str]:

@@ -73,7 +73,6 @@ ALIASES = {
     "sample.temperature": "temp",
     "sample.top_k": "topk k",
 }
-_TARGETS = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()}
 
 
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
@@ -92,9 +91,6 @@ def nearest_keys(typed: str, keys: Sequence[str]) -> list[str]:
     if same_leaf:
         near = nearest(section, [key.rpartition(".")[0] for key in same_leaf])
         return [f"{near}.{leaf}"] if near else same_leaf
-    alias = _TARGETS.get(leaf) or _TARGETS.get(word.replace(".", "_"))
-    if alias is not None and alias in keys:
-        return [alias]
     best = max(keys, key=lambda key: _likeness(word, key))
     return [best] if _likeness(word, best) >= 0.6 else []
 

@@ -157,7 +157,7 @@ def test_help_lists_every_key_within_the_width(
         assert key in shown
         assert spec.description and f"({spec.type_words}) {spec.description}" in words
     assert shown["optim.lr"].startswith("0.001 ")
-    for word in ("--config", "--dry-run", "--verbose", "examples:", "Train a GPT on text."):
+    for word in ("--config", "--dry-run", "--verbose", "Train a GPT on text."):
         assert word in out
 
 
@@ -188,14 +188,17 @@ def test_sigterm_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_reader_that_stops_early_is_no_error() -> None:
+def test_reader_that_stopped_is_no_error() -> None:
     code = "from gptray.cli import run_job as r; r(dict, name='a', doc='b', plan=list, argv=['-h'])"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
     done = subprocess.run(
-        ["bash", "-c", '"$0" -c "$1" | head -n 1', sys.executable, code],
+        [sys.executable, "-c", code],
         cwd=Path(__file__).resolve().parent.parent,
-        capture_output=True,
+        stdout=write_end,
+        stderr=subprocess.PIPE,
         text=True,
-        check=True,
+        check=False,
     )
-    assert done.stdout.startswith("usage:")
-    assert done.stderr == ""
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
