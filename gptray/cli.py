@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,12 +160,8 @@ def _json_line(result: dict[str, Any]) -> str:
 
 
 def _print(text: str) -> None:
-    """Print to stdout, also when nobody reads it to the end (| head)."""
-    try:
+    with suppress(BrokenPipeError):  # nobody reads it to the end (| head)
         print(text, flush=True)
-    except BrokenPipeError:
-        # Keeps the interpreter from flushing into the closed pipe once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str) -> None:

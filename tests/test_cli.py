@@ -189,7 +189,10 @@ def test_sigterm_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_reader_that_stopped_is_no_error() -> None:
-    code = "from gptray.cli import run_job as r; r(dict, name='a', doc='b', plan=list, argv=['-h'])"
+    code = (
+        "from gptray.cli import run_job\n"
+        "run_job(dict, name='a', doc='b', plan=lambda config: [], argv=['--dry-run'])"
+    )
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(
