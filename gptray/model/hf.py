@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,12 +41,11 @@ def save_pretrained(
     folder: str | Path,
     *,
     eos_token_id: int | None = None,
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors (fp32, tied head).
 
     Padding of the vocabulary is left out, so that no reader can ever sample it.
-    `metadata` goes into the safetensors header.
+    The safetensors header has no further metadata: its order would differ from save to save.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +55,7 @@ def save_pretrained(
     tensors[WTE] = tensors[WTE][: model.valid_vocab_size]
     tensors = {name: _turned(name, weight).cpu().contiguous() for name, weight in tensors.items()}
     with _replacing(folder / WEIGHTS) as path:
-        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+        save_file(tensors, path, metadata={"format": "pt"})
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         with _replacing(folder / name) as path:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ in a Ray Train worker, in a Tune trial and in a test.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -35,7 +36,7 @@ Sampler = Callable[[GPT], list[tuple[str, str]]]
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss or gradient norm is NaN or infinite; no update was made with it."""
+    """A loss or gradient norm is NaN or infinite; nothing was updated or saved with it."""
 
 
 def fit(
@@ -51,7 +52,7 @@ def fit(
 
     Goes on from the newest whole checkpoint of `run_dir`. Every worker calls this; the first one
     alone writes, samples and hands `report` a checkpoint. Returns the metrics of the last logged
-    step and `stopped`: max_steps, patience or non_finite.
+    step and `stopped`: max_steps, patience, or non_finite with a `message`.
     """
     workers = Workers.current()
     with ExitStack() as stack:
@@ -67,16 +68,16 @@ def fit(
         while not (stopped := why_stop(run)):
             try:
                 loss, grad_norm, lr = train_step(run)
+                losses.append(loss)
+                evaluates = is_due(run, config.train.eval_interval)
+                if not evaluates and not is_due(run, config.train.log_interval):
+                    continue
+                rate = config.tokens_per_step * len(losses) / (time.perf_counter() - clock)
+                row = step_row(run, losses, rate, grad_norm=grad_norm, lr=lr)
+                if evaluates:
+                    row |= evaluate(run, row["train_loss"])
             except NonFiniteLoss as error:
-                return {**row, "stopped": "non_finite", "message": str(error)}
-            losses.append(loss)
-            evaluates = is_due(run, config.train.eval_interval)
-            if not evaluates and not is_due(run, config.train.log_interval):
-                continue
-            rate = config.tokens_per_step * len(losses) / (time.perf_counter() - clock)
-            row = step_row(run, losses, rate, grad_norm=grad_norm, lr=lr)
-            if evaluates:
-                row |= evaluate(run, row["train_loss"])
+                return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
             if journal:
                 journal.write(row)
             if evaluates:
@@ -147,7 +148,11 @@ def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr
 
 
 def evaluate(run: Run, train_loss: float) -> Metrics:
-    """Score the whole validation split and tell early stopping."""
+    """Score the whole validation split and tell early stopping.
+
+    Raises:
+        NonFiniteLoss: on every worker, before anything is saved.
+    """
     score = score_split(
         run.model,
         run.data.val,
@@ -155,6 +160,8 @@ def evaluate(run: Run, train_loss: float) -> Metrics:
         batch_size=run.config.micro_batch_size,
         workers=run.workers,
     )
+    if not math.isfinite(score.perplexity):
+        raise NonFiniteLoss(f"step {run.state.step}: validation loss {score.loss}")
     progress = run.state.progress.after(
         run.state.step, score.loss, min_delta=run.config.train.min_delta
     )
@@ -171,16 +178,10 @@ def save(run: Run, journal: Journal, sample: Sampler) -> Path:
     """Write the checkpoint of this step, publish it if it is the best, and show samples of it."""
     journal.sync()
     is_best = run.state.progress.best_step == run.state.step
-    metadata = {
-        "step": str(run.state.step),
-        "best_val_loss": repr(run.state.progress.best_val_loss),
-    }
 
     def write_model(folder: Path) -> None:
-        save_pretrained(
-            run.model, folder, eos_token_id=run.data.eos_id, metadata=metadata
-        )
-        run.data.copy_tokenizer(folder)
+        save_pretrained(run.model, folder, eos_token_id=run.data.eos_id)
+        shutil.copytree(run.data.data_dir / "tokenizer", folder, dirs_exist_ok=True)
 
     checkpoint = save_checkpoint(
         run.run_dir,

@@ -1,0 +1,53 @@
+"""What many tests share: one local Ray for the session, a tiny text, and its prepared tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptray.data.tokens import TokenData
+from tests.tiny import tiny_config, tiny_text
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The session's Ray: two CPUs on this machine."""
+    import ray
+
+    from gptray.runners.cluster import TRAIN_ENV
+
+    os.environ.update(TRAIN_ENV)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a tiny text."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text(tiny_text())
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage path whose token data is made once for the session."""
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(ray_cluster: None, text_file: Path, data_root: Path) -> TokenData:
+    """The prepared tokens of the tiny text."""
+    from gptray.runners.prepare import prepare
+
+    return prepare(tiny_config(text_file, data_root))

@@ -1,0 +1,248 @@
+"""The loop: the same bits after an interruption, the same losses under any division of work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gptray.config import Config, RunFailed
+from gptray.data.tokens import TokenData
+from gptray.training.checkpoint import newest_whole
+from gptray.training.loop import fit
+from tests.tiny import tiny_config
+
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """Ends a run where a kill would."""
+
+
+def run(config: Config, data: TokenData, run_dir: Path, *, kill_at: int | None = None) -> Any:
+    def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
+        if metrics["step"] == kill_at:
+            raise Killed
+
+    return fit(config, data, run_dir, report=report, sample=lambda model: [], device=CPU)
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["train_loss"] for row in rows(run_dir)]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def same_bits(one: Path, other: Path, step: int) -> bool:
+    names = [
+        f"checkpoint_{step:06d}/model/model.safetensors",
+        f"checkpoint_{step:06d}/optimizer.safetensors",
+        "model/model.safetensors",
+    ]
+    return all(digest(one / name) == digest(other / name) for name in names)
+
+
+@pytest.fixture
+def config(text_file: Path, tmp_path: Path) -> Config:
+    return tiny_config(text_file, tmp_path)
+
+
+def test_loss_falls_and_every_step_has_one_row(
+    config: Config, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    result = run(config, tiny_data, tmp_path)
+    assert result["stopped"] == "max_steps"
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 21))
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.5
+    assert losses(tmp_path)[0] == pytest.approx(math.log(tiny_data.vocab_size), abs=0.3)
+    evaluated = rows(tmp_path)[-1]
+    assert evaluated["val_ppl"] == pytest.approx(math.exp(evaluated["val_loss"]))
+    assert evaluated["gap"] == pytest.approx(evaluated["val_loss"] - evaluated["train_loss"])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_run_ends_with_the_same_bits(
+    text_file: Path, tiny_data: TokenData, tmp_path: Path, dropout: float, precision: str
+) -> None:
+    config = tiny_config(
+        text_file,
+        tmp_path,
+        "train.max_steps=30",
+        f"model.dropout={dropout}",
+        f"train.precision={precision}",
+    )
+    run(config, tiny_data, tmp_path / "whole")
+    for step in (10, 20):
+        with pytest.raises(Killed):
+            run(config, tiny_data, tmp_path / "killed", kill_at=step)
+    run(config, tiny_data, tmp_path / "killed")
+    assert same_bits(tmp_path / "whole", tmp_path / "killed", 30)
+    timeless = [
+        [{k: v for k, v in row.items() if k != "tokens_per_sec"} for row in rows(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_rows_after_the_checkpoint_are_written_once(
+    config: Config, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        run(config, tiny_data, tmp_path, kill_at=10)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # steps whose checkpoint never came
+        file.write('{"step": 11, "train_loss": 9.0}\n{"step": 12, "train')
+    run(config, tiny_data, tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 21))
+    assert 9.0 not in losses(tmp_path)
+
+
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(
+    config: Config, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    run(config, tiny_data, tmp_path / "whole")
+    run(config, tiny_data, tmp_path / "hurt")
+    weights = tmp_path / "hurt" / "checkpoint_000020" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    run(config, tiny_data, tmp_path / "hurt")
+    assert same_bits(tmp_path / "whole", tmp_path / "hurt", 20)
+    events = (tmp_path / "hurt" / "events.jsonl").read_text()
+    assert "checkpoint_000020 is damaged: model/model.safetensors" in events
+
+
+def test_no_whole_checkpoint_stops_the_run(
+    config: Config, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    run(config, tiny_data, tmp_path)
+    for folder in tmp_path.glob("checkpoint_*"):
+        (folder / "trainer.json").unlink()
+    with pytest.raises(RunFailed, match=r"(?s)no checkpoint .* whole.*checkpoint_000010"):
+        run(config, tiny_data, tmp_path)
+
+
+def test_micro_batches_add_up_to_the_same_losses(
+    text_file: Path, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    for size in (1, 4, 8):
+        config = tiny_config(text_file, tmp_path, f"train.micro_batch_size={size}")
+        run(config, tiny_data, tmp_path / str(size))
+    reference = losses(tmp_path / "8")
+    assert losses(tmp_path / "1") == pytest.approx(reference, abs=1e-5)
+    assert losses(tmp_path / "4") == pytest.approx(reference, abs=1e-5)
+
+
+def _worker(rank: int, config: Config, data_dir: str, run_dir: str, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    try:
+        run(config, TokenData.open(data_dir), Path(run_dir))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_two_workers_see_the_same_batches_and_losses_as_one(
+    text_file: Path, tiny_data: TokenData, tmp_path: Path, micro_batch_size: int
+) -> None:
+    run(tiny_config(text_file, tmp_path), tiny_data, tmp_path / "one")
+    config = tiny_config(
+        text_file,
+        tmp_path,
+        "compute.num_workers=2",
+        f"train.micro_batch_size={micro_batch_size}",
+    )
+    port = 20_000 + os.getpid() % 10_000
+    arguments = (config, str(tiny_data.data_dir), str(tmp_path / "two"), port)
+    mp.spawn(_worker, arguments, nprocs=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, two = rows(tmp_path / "one")[-1], rows(tmp_path / "two")[-1]
+    assert two["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_early_stop_ends_the_run_and_keeps_the_best_model(
+    text_file: Path, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        text_file,
+        tmp_path,
+        "optim.lr=0.3",  # far too high: validation loss soon goes up
+        "optim.min_lr=0.3",
+        "train.eval_interval=2",
+        "train.max_steps=200",
+        "train.patience=3",
+        "compute.num_to_keep=1",
+    )
+    result = run(config, tiny_data, tmp_path)
+    evaluations = {row["step"]: row["val_loss"] for row in rows(tmp_path) if "val_loss" in row}
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert result["stopped"] == "patience"
+    assert result["step"] == max(evaluations) < 200
+    assert list(evaluations).index(best) < len(evaluations) - 3 + 1
+    published = digest(tmp_path / "model" / "model.safetensors")
+    assert published == digest(tmp_path / f"checkpoint_{best:06d}" / "model" / "model.safetensors")
+    again = run(config, tiny_data, tmp_path)
+    assert again["stopped"] == "patience" and again["step"] == result["step"]
+
+
+def test_patience_survives_a_kill(text_file: Path, tiny_data: TokenData, tmp_path: Path) -> None:
+    config = tiny_config(
+        text_file,
+        tmp_path,
+        "train.min_delta=100",  # nothing is ever better
+        "train.eval_interval=2",
+        "train.max_steps=100",
+        "train.patience=4",
+    )
+    assert run(config, tiny_data, tmp_path / "whole")["step"] == 10
+    for step in (4, 8):
+        with pytest.raises(Killed):
+            run(config, tiny_data, tmp_path / "killed", kill_at=step)
+    assert run(config, tiny_data, tmp_path / "killed")["step"] == 10
+
+
+@pytest.mark.parametrize("eval_interval", [1, 10])
+def test_non_finite_numbers_stop_the_run_and_keep_the_last_good_checkpoint(
+    config: Config, text_file: Path, tiny_data: TokenData, tmp_path: Path, eval_interval: int
+) -> None:
+    with pytest.raises(Killed):
+        run(config, tiny_data, tmp_path, kill_at=10)
+    good = digest(tmp_path / "model" / "model.safetensors")
+    diverging = tiny_config(
+        text_file,
+        tmp_path,
+        "optim.lr=1e20",
+        "optim.min_lr=1e20",
+        "optim.max_grad_norm=null",
+        f"train.eval_interval={eval_interval}",
+    )
+    result = run(diverging, tiny_data, tmp_path)
+    assert result["stopped"] == "non_finite"
+    assert "loss" in result["message"] and "nan" in result["message"].lower()
+    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint_000010"
+    assert digest(tmp_path / "model" / "model.safetensors") == good
+    assert all(math.isfinite(row["train_loss"]) for row in rows(tmp_path))
+
+
+def test_compiled_loop_trains(text_file: Path, tiny_data: TokenData, tmp_path: Path) -> None:
+    if os.system("c++ --version > /dev/null 2>&1"):
+        pytest.skip("needs a C++ compiler")
+    run(tiny_config(text_file, tmp_path), tiny_data, tmp_path / "eager")
+    run(tiny_config(text_file, tmp_path, "train.compile=true"), tiny_data, tmp_path / "compiled")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-3)

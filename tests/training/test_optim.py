@@ -1,0 +1,68 @@
+"""Learning-rate schedules and which parameters decay."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptray.config import ModelConfig, OptimConfig
+from gptray.model.gpt import GPT
+from gptray.training.optim import learning_rate, make_optimizer
+
+
+def rates(max_steps: int = 100, **settings: object) -> list[float]:
+    config = OptimConfig.model_validate(
+        {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, **settings}
+    )
+    return [learning_rate(step, max_steps, config) for step in range(max_steps + 1)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "step"])
+def test_warmup_rises_linearly_to_the_peak(schedule: str) -> None:
+    values = rates(schedule=schedule)
+    assert values[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert values[10] == 1.0
+
+
+def test_constant_stays_at_the_peak() -> None:
+    assert set(rates(schedule="constant")[10:]) == {1.0}
+
+
+def test_linear_is_halfway_in_the_middle_and_ends_at_min_lr() -> None:
+    values = rates(schedule="linear")
+    assert values[55] == pytest.approx(0.55)
+    assert values[100] == pytest.approx(0.1)
+
+
+def test_cosine_falls_slowly_first_and_ends_at_min_lr() -> None:
+    values = rates(schedule="cosine")
+    assert values[55] == pytest.approx(0.55)
+    assert values[32] > 0.1 + 0.9 * (1 - 22 / 90)
+    assert values[100] == pytest.approx(0.1)
+
+
+def test_step_multiplies_by_gamma_and_stops_at_min_lr() -> None:
+    values = rates(schedule="step", step_size=20, gamma=0.5)
+    assert [values[step] for step in (10, 29, 30, 50, 70)] == [1.0, 1.0, 0.5, 0.25, 0.125]
+    assert values[90] == 0.1
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert rates(schedule="cosine", warmup_steps=0)[0] == 1.0
+
+
+def test_warmup_longer_than_the_run_never_divides_by_zero() -> None:
+    assert rates(max_steps=5, schedule="cosine")[5] == pytest.approx(6 / 11)
+
+
+def test_weight_decay_spares_biases_and_norms() -> None:
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=8), vocab_size=11)
+    optimizer = make_optimizer(model.named_parameters(), OptimConfig(weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert len(decay) == len(names)
+    for name, value in decay.items():
+        assert value == (0.0 if name.endswith("bias") or ".ln_" in name else 0.3), name
