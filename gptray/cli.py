@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,8 +161,12 @@ def _json_line(result: dict[str, Any]) -> str:
 
 
 def _print(text: str) -> None:
-    with suppress(BrokenPipeError):  # nobody reads it to the end (| head)
+    """Print to stdout, also when nobody reads it to the end (| head)."""
+    try:
         print(text, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str) -> None:

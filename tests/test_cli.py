@@ -198,6 +198,7 @@ def test_reader_that_stopped_is_no_error() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).resolve().parent.parent,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         stdout=write_end,
         stderr=subprocess.PIPE,
         text=True,
