@@ -10,15 +10,14 @@ from __future__ import annotations
 import re
 from typing import BinaryIO
 
-_BOUNDARY = r"(?:[^\W_](?=[ \n])|(?<=\S)\n(?=[^\W_]))"
-_FIRST = re.compile(_BOUNDARY)
-_LAST = re.compile(f"(?s).*{_BOUNDARY}")
+_BOUNDARY = re.compile(r"(?=[ \n])(?<=[^\W_])|(?<=\n)(?=[^\W_])(?<=\S\n)")
+_LAST = re.compile(f"(?s).*(?:{_BOUNDARY.pattern})")
 _WINDOW = 1 << 16  # bytes
 
 
-def boundaries(text: str) -> list[int]:
-    """Every position where `text` may be cut."""
-    return [match.end() for match in _FIRST.finditer(text)]
+def chunks(text: str) -> list[str]:
+    """Cut `text` wherever it may be cut: words, mostly."""
+    return _BOUNDARY.split(text)
 
 
 def last_boundary(text: str) -> int:
@@ -28,8 +27,8 @@ def last_boundary(text: str) -> int:
 
 
 def first_boundary(text: str, start: int = 0) -> int:
-    """Position of the first place to cut `text` after `start`; 0 when there is none."""
-    match = _FIRST.search(text, start)
+    """Position of the first place to cut `text` at or after `start`; 0 when there is none."""
+    match = _BOUNDARY.search(text, start)
     return match.end() if match else 0
 
 

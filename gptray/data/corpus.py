@@ -111,7 +111,7 @@ def _read_text(piece: Piece, text_column: str) -> Iterator[Part]:
         if start == stop:
             return
         held = ""
-        fresh = True
+        fresh = start == 0
         for text in _decoded(file, stream, start, stop):
             held += text
             # Text without a place to cut goes on too, but for its end, which is told apart below.

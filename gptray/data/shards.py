@@ -12,10 +12,11 @@ from types import TracebackType
 
 import numpy as np
 
-from gptray.data.boundary import first_boundary, last_boundary
+from gptray.data.boundary import chunks, first_boundary, last_boundary
 from gptray.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 18
+_REMEMBERED = 1 << 18  # chunks
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,42 @@ def shard_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+class ShardEncoder:
+    """Texts to the bytes of their token ids.
+
+    Where the tokenizer allows it, a text is cut into words and each is encoded once: most words of
+    a large text are repeats, which makes this about twice as fast as encoding it at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.dtype = np.dtype(shard_dtype(tokenizer.vocab_size)).newbyteorder("<")
+        self.cuts = tokenizer.cuts_at_boundaries()
+        self.end_of_text = self._pack([tokenizer.eos_id])
+        self._tokenizer = tokenizer
+        self._known: dict[str, bytes] = {}
+
+    def encode(self, texts: list[str]) -> list[bytes]:
+        """The ids of each text, as they stand in a shard."""
+        if not self.cuts:
+            return [self._pack(ids) for ids in self._tokenizer.encode_batch(texts)]
+        parts = [chunks(text) for text in texts]
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+        new = list({chunk for part in parts for chunk in part} - self._known.keys())
+        for chunk, ids in zip(new, self._tokenizer.encode_batch(new), strict=True):
+            self._known[chunk] = self._pack(ids)
+        return [b"".join(map(self._known.__getitem__, part)) for part in parts]
+
+    def _pack(self, ids: list[int]) -> bytes:
+        return np.array(ids, dtype=self.dtype).tobytes()
+
+
 class ShardWriter:
     """One shard of one split; a context manager. A shard without tokens leaves no file."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, path: Path, encoder: ShardEncoder) -> None:
         self._path = path
-        self._tokenizer = tokenizer
-        self._dtype = np.dtype(shard_dtype(tokenizer.vocab_size)).newbyteorder("<")
-        self._cuts = tokenizer.cuts_at_boundaries()
+        self._encoder = encoder
         self._open = ""  # text of the document at hand that is not batched yet
         self._batch: list[tuple[str, bool]] = []
         self._batched = 0  # characters
@@ -71,7 +100,7 @@ class ShardWriter:
     def add(self, text: str, *, ends: bool) -> None:
         """Append a run of a document's text, and end of text where the document ends."""
         self._open += text
-        if self._cuts:
+        if self._encoder.cuts:
             self._push_long_text()
         if ends:
             self._push(self._open, True)
@@ -96,12 +125,11 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        end = [self._tokenizer.eos_id]
-        encoded = self._tokenizer.encode_batch([text for text, _ in self._batch])
+        encoded = self._encoder.encode([text for text, _ in self._batch])
         for ids, (text, ends) in zip(encoded, self._batch, strict=True):
-            block = np.array(ids + end if ends else ids, dtype=self._dtype).tobytes()
+            block = ids + self._encoder.end_of_text if ends else ids
             self._stream.write(block)
             self._digest.update(block)
-            self._tokens += len(block) // self._dtype.itemsize
+            self._tokens += len(block) // self._encoder.dtype.itemsize
             self._bytes += len(text.encode())
         self._batch, self._batched = [], 0

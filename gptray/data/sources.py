@@ -128,8 +128,6 @@ def _filesystem(uri: str | None) -> tuple[fs.FileSystem, str]:
 def _expand(entry: str) -> list[SourceFile]:
     if entry == BUILTIN:
         raise UserError("data.source: builtin stands alone, not in a list with files")
-    if entry.startswith("file://"):
-        entry = _filesystem(entry)[1]
     if "://" in entry:
         return _expand_remote(entry)
     path = os.path.abspath(os.path.expanduser(entry))

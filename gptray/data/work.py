@@ -5,8 +5,8 @@ Each is a function of the unit and of its documents' labels; running them anywhe
 
 from __future__ import annotations
 
+import hashlib
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 from gptray.data.boundary import first_boundary
 from gptray.data.corpus import EMPTY_ROW, Part, Piece, read_parts
 from gptray.data.plan import PiecePlan, PieceScan
-from gptray.data.shards import Shard, ShardWriter
+from gptray.data.shards import Shard, ShardEncoder, ShardWriter
 from gptray.data.sources import file_sha256
 from gptray.data.split import SPLITS, TRAIN, UNUSED, Labels
 from gptray.data.tokenizer import Tokenizer
@@ -76,7 +76,8 @@ def sample(
             texts.append(part.text)
             continue
         for start, run in _runs(part.text):
-            if zlib.crc32(f"{seed} {number} {index} {start}".encode()) < share * 2**32:
+            draw = hashlib.sha256(f"{seed} {number} {index} {start}".encode()).digest()
+            if int.from_bytes(draw[:4], "big") < share * 2**32:
                 texts.append(run)
     return texts
 
@@ -97,13 +98,13 @@ def tokenise(
     There is one per split that has text in the unit.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this task has one core; others run beside it
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    encoder = ShardEncoder(Tokenizer.load(folder / "tokenizer"))
     writers: dict[int, ShardWriter] = {}
     with ExitStack() as stack:
         for label, part in _labelled(unit, text_column):
             if label not in writers:
                 path = folder / f"{SPLITS[label]}.{number:06d}.part"
-                writers[label] = stack.enter_context(ShardWriter(path, tokenizer))
+                writers[label] = stack.enter_context(ShardWriter(path, encoder))
             writers[label].add(part.text, ends=part.ends)
     return {label: w.shard for label, w in sorted(writers.items()) if w.shard is not None}
 

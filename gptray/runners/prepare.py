@@ -35,7 +35,7 @@ from gptray.runners.stream import stream
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 32 << 20  # of text per task
-SAMPLE_BYTES = 64 << 20  # of training text that a tokenizer is trained on
+SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
 _CHECKED_FILES = 100  # looked into before Ray starts; the scan looks into all
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -70,10 +70,11 @@ def prepared(config: Config) -> TokenData | None:
         return None
 
 
-def prepare(config: Config) -> TokenData:
+def prepare(config: Config, *, piece_bytes: int = PIECE_BYTES) -> TokenData:
     """Return the prepared data of a config; build it, on Ray, when there is none.
 
-    Raises UserError for a source or tokenizer that cannot be read, naming file and line.
+    A task reads about `piece_bytes` of text; the size decides where shards end, never what they
+    hold. Raises UserError for a source or tokenizer that cannot be read, naming file and line.
     """
     data = prepared(config)
     if data is not None:
@@ -85,7 +86,7 @@ def prepare(config: Config) -> TokenData:
     building.mkdir(parents=True)
     try:
         with ray_cluster():
-            _build(request, tokenizer, building)
+            _build(request, tokenizer, building, piece_bytes=piece_bytes)
         _publish(building, request.data_dir)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -133,13 +134,15 @@ def preparation_plan(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-def _build(request: Request, tokenizer: Tokenizer | None, folder: Path) -> None:
+def _build(
+    request: Request, tokenizer: Tokenizer | None, folder: Path, *, piece_bytes: int
+) -> None:
     """Fill `folder` with the tokenizer, the shards and, last, the manifest."""
     began = time.monotonic()
     files = list(request.files) or [_write_builtin(folder / f"{BUILTIN}.jsonl")]
     column = request.text_column if request.files else "text"
     cut_text = tokenizer is None or tokenizer.cuts_at_boundaries()
-    units = plan_pieces(files, piece_bytes=PIECE_BYTES, cut_text=cut_text)
+    units = plan_pieces(files, piece_bytes=piece_bytes, cut_text=cut_text)
     logger.info("preparing %s: %d files, %.1f MB", request.data_dir.name, len(files), _mb(files))
     wants_alphabet = request.tokenizer == "char"
     scans = stream(

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from gptray.config import UserError
+from gptray.data.corpus import EMPTY_ROW, check_column, plan_pieces, read_parts
+from gptray.data.sources import find_files
+from tests.data.texts import CHINESE, DOCUMENTS, ENGLISH, KOREAN, write_bytes, write_rows
+
+ROW_FORMATS = [
+    "r.jsonl",
+    "r.jsonl.gz",
+    "r.jsonl.zst",
+    "r.csv",
+    "r.csv.gz",
+    "r.csv.zst",
+    "r.parquet",
+]
+TEXT_FORMATS = ["t.txt", "t.md", "t.txt.gz", "t.md.zst"]
+
+
+def read(path: Path, *, piece_bytes: int = 1 << 20, column: str = "text") -> list[str]:
+    """Every document and every empty row ("") of a file, read piece by piece."""
+    documents = [""]
+    for unit in plan_pieces(find_files(str(path)), piece_bytes=piece_bytes, cut_text=True):
+        for piece in unit:
+            for part in read_parts(piece, column):
+                documents[-1] += part.text
+                if part.ends:
+                    documents.append("")
+    assert documents.pop() == "", "the last document has no end"
+    return documents
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_rows_come_back_exactly(tmp_path: Path, name: str) -> None:
+    assert read(write_rows(tmp_path / name, DOCUMENTS)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("name", TEXT_FORMATS)
+def test_text_file_is_one_document(tmp_path: Path, name: str) -> None:
+    assert read(write_rows(tmp_path / name, DOCUMENTS)) == ["".join(DOCUMENTS)]
+
+
+@pytest.mark.parametrize("name", ["t.txt", "r.jsonl"])
+@pytest.mark.parametrize("piece_bytes", [1, 7, 64, 1000, 10_000])
+def test_pieces_join_to_the_whole(tmp_path: Path, name: str, piece_bytes: int) -> None:
+    texts = DOCUMENTS * 3
+    path = write_rows(tmp_path / name, texts)
+    assert read(path, piece_bytes=piece_bytes) == (["".join(texts)] if name == "t.txt" else texts)
+
+
+def test_text_longer_than_a_block_comes_back(tmp_path: Path) -> None:
+    with_spaces = ENGLISH * 40_000
+    without = "\u3002" * 900_000  # nowhere to cut
+    for text in (with_spaces, without, without + "\n", CHINESE * 100_000):
+        assert read(write_bytes(tmp_path / "long.txt", text.encode()), piece_bytes=1 << 19) == [
+            text
+        ]
+
+
+def test_parquet_row_groups_are_pieces(tmp_path: Path) -> None:
+    texts = DOCUMENTS * 20
+    kinds = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+    for kind in kinds:
+        table = pa.table({"text": pa.array(texts).cast(kind)})
+        parquet.write_table(table, tmp_path / "r.parquet", row_group_size=30)
+        files = find_files(str(tmp_path / "r.parquet"))
+        assert len(plan_pieces(files, piece_bytes=1, cut_text=True)) == 6
+        assert read(tmp_path / "r.parquet", piece_bytes=1) == texts
+
+
+def test_small_files_share_a_unit_and_large_ones_are_cut(tmp_path: Path) -> None:
+    for name, size in (("a.txt", 10), ("b.txt", 10), ("c.txt", 250), ("d.csv", 250)):
+        (tmp_path / name).write_bytes(b"x " * (size // 2))
+    units = plan_pieces(find_files(str(tmp_path)), piece_bytes=100, cut_text=True)
+    shape = [[(Path(p.file.name).name, p.start, p.stop) for p in unit] for unit in units]
+    assert shape == [
+        [("a.txt", 0, 10), ("b.txt", 0, 10)],
+        [("c.txt", 0, 100)],
+        [("c.txt", 100, 200)],
+        [("c.txt", 200, 250)],
+        [("d.csv", 0, 250)],
+    ]
+    whole = plan_pieces(find_files(str(tmp_path / "c.txt")), piece_bytes=100, cut_text=False)
+    assert [(piece.start, piece.stop) for unit in whole for piece in unit] == [(0, 250)]
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "r.jsonl", "r.csv"])
+def test_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    content = write_rows(tmp_path / name.removesuffix(".gz"), [KOREAN]).read_bytes()
+    assert read(write_bytes(tmp_path / name, b"\xef\xbb\xbf" + content)) == [KOREAN]
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet"])
+def test_empty_rows_are_marked(tmp_path: Path, name: str) -> None:
+    path = write_rows(tmp_path / name, ["one", "", " \n", "two"])
+    files = find_files(str(path))
+    parts = [
+        part
+        for unit in plan_pieces(files, piece_bytes=1 << 20, cut_text=True)
+        for piece in unit
+        for part in read_parts(piece, "text")
+    ]
+    assert [part.text for part in parts if part != EMPTY_ROW] == ["one", "two"]
+    assert parts.count(EMPTY_ROW) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\r\n", b"\xef\xbb\xbf"])
+def test_blank_text_file_is_no_document(tmp_path: Path, content: bytes) -> None:
+    assert read(write_bytes(tmp_path / "t.txt", content)) in ([], [""])
+
+
+def good_lines(count: int) -> bytes:
+    return b'{"text": "fine"}\n' * count
+
+
+BAD_JSON = [
+    (b'{"text": "cut', "not JSON"),
+    (b"[1]", "expected a JSON object, found a list"),
+    (b'{"text": null}', "column 'text' holds null, not text"),
+    (b'{"text": 3}', "column 'text' holds a number, not text"),
+    (b'{"text": ["a"]}', "column 'text' holds a list, not text"),
+    (b'{"texts": "a", "id": 1}', "no column 'text'; columns: texts, id"),
+    (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"text": "\\ud83d"}', "half a surrogate pair"),
+    (b'{"text": ' + b"[" * 100_000, "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_JSON)
+@pytest.mark.parametrize(("name", "piece_bytes"), [("r.jsonl", 1 << 20), ("r.jsonl", 50),
+                                                   ("r.jsonl.gz", 50)])  # fmt: skip
+def test_bad_json_line_is_named(
+    tmp_path: Path, line: bytes, message: str, name: str, piece_bytes: int
+) -> None:
+    path = write_bytes(tmp_path / name, good_lines(41) + line + b"\n" + good_lines(3))
+    with pytest.raises(UserError, match=rf"{name}:42: .*{message}"):
+        read(path, piece_bytes=piece_bytes)
+
+
+BAD_CSV = [
+    (b"8,one,two", "3 fields where the header has 2"),
+    (b"8", "1 fields where the header has 2"),
+    (b'8,"a"b', "expected after"),
+    (b'8,"open', "unexpected end of data"),
+    (b"8,\xff", "not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_CSV)
+def test_bad_csv_row_is_named_by_its_first_line(tmp_path: Path, row: bytes, message: str) -> None:
+    content = b'id,text\n1,"two\nlines"\n2,x\n' + row + b"\n"
+    with pytest.raises(UserError, match=rf"r\.csv:5: .*{message}"):
+        read(write_bytes(tmp_path / "r.csv", content))
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz"])
+@pytest.mark.parametrize("piece_bytes", [300, 1 << 20])
+def test_text_that_is_not_utf8_is_named_by_line(
+    tmp_path: Path, name: str, piece_bytes: int
+) -> None:
+    content = b"a good line\n" * 99 + b"caf\xe9 au lait\n" + b"a good line\n" * 9
+    with pytest.raises(UserError, match=rf"{name}:100: not UTF-8"):
+        read(write_bytes(tmp_path / name, content), piece_bytes=piece_bytes)
+
+
+def test_utf8_cut_off_at_the_end_is_named(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "t.txt", b"one\n" + KOREAN.encode()[:-1])
+    with pytest.raises(UserError, match=r"t\.txt:3: not UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["t.txt.gz", "t.txt.zst", "r.jsonl.gz", "r.csv.zst"])
+def test_truncated_compressed_file_is_named(tmp_path: Path, name: str) -> None:
+    path = write_rows(tmp_path / name, DOCUMENTS * 50)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"{name}: cannot be read to its end"):
+        read(path)
+
+
+def test_file_that_is_not_compressed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.txt.gz").write_bytes(b"plain text")
+    with pytest.raises(UserError, match=r"t\.txt\.gz: cannot be"):
+        read(tmp_path / "t.txt.gz")
+
+
+def test_truncated_parquet_is_named(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "r.parquet", DOCUMENTS)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"r\.parquet: not a whole Parquet file"):
+        read(path)
+
+
+def test_null_in_parquet_is_named_by_row(tmp_path: Path) -> None:
+    table = pa.table({"text": pa.array(["a", "b", "c", None, "e"])})
+    parquet.write_table(table, tmp_path / "r.parquet", row_group_size=2)
+    with pytest.raises(UserError, match=r"r\.parquet: row 4: column 'text' holds null"):
+        read(tmp_path / "r.parquet", piece_bytes=1)
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet", "r.jsonl.gz"])
+def test_check_column_offers_the_nearest_first(tmp_path: Path, name: str) -> None:
+    path = write_rows(tmp_path / name, ["a"], column="body")
+    (file,) = find_files(str(path))
+    check_column(file, "body")
+    with pytest.raises(UserError, match=r"no column 'bdy'; columns: body, id .*data\.text_column"):
+        check_column(file, "bdy")
+
+
+def test_check_column_refuses_numbers_in_parquet(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "r.parquet")
+    (file,) = find_files(str(tmp_path / "r.parquet"))
+    with pytest.raises(UserError, match="column 'text' holds int64, not text"):
+        check_column(file, "text")
+
+
+def test_csv_cell_may_be_long(tmp_path: Path) -> None:
+    text = "long, " * 100_000
+    assert read(write_rows(tmp_path / "r.csv", [text, json.dumps(text)])) == [
+        text,
+        json.dumps(text),
+    ]

@@ -1,0 +1,141 @@
+"""Scan, plan and tokenise in one process, against whole texts encoded one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptray.config import UserError
+from gptray.data.corpus import plan_pieces
+from gptray.data.plan import SplitPlan, plan_split
+from gptray.data.sources import find_files
+from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
+from gptray.data.work import UnitScan, sample, scan, tokenise
+from tests.data.reference import expected_documents, expected_tokens
+from tests.data.texts import ENGLISH, KOREAN, many_documents, write_bytes, write_rows
+
+TEXTS = many_documents(70)
+NAMES = ("train", "val", "test")
+
+
+def planned(
+    path: Path,
+    piece_bytes: int,
+    *,
+    split: tuple[float, ...] = (0.8, 0.1, 0.1),
+    fraction: float = 1.0,
+    cut_text: bool = True,
+) -> tuple[SplitPlan, list[UnitScan]]:
+    units = plan_pieces(find_files(str(path)), piece_bytes=piece_bytes, cut_text=cut_text)
+    scans = [scan(unit, "text", alphabet=True) for unit in units]
+    pieces = [unit.pieces for unit in scans]
+    return plan_split(units, pieces, split=split, fraction=fraction, seed=1), scans
+
+
+def tokenised(plan: SplitPlan, tokenizer: Tokenizer, folder: Path) -> dict[str, list[int]]:
+    """Tokens of each split, from the files that the units wrote."""
+    tokenizer.save(folder / "tokenizer")
+    tokens: dict[str, list[int]] = {name: [] for name in NAMES[: len(plan.documents)]}
+    for number, unit in enumerate(plan.units):
+        for label, shard in tokenise(unit, "text", folder=folder, number=number).items():
+            ids = np.fromfile(folder / shard.file, dtype="<u2")
+            assert len(ids) == shard.tokens
+            tokens[NAMES[label]] += ids.tolist()
+    return tokens
+
+
+@pytest.fixture(scope="module", params=["bpe", "char"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    if request.param == "char":
+        return char_tokenizer("".join(TEXTS))
+    return train_bpe(TEXTS, 400)
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet", "r.jsonl.zst"])
+@pytest.mark.parametrize("piece_bytes", [100, 1 << 20])
+@pytest.mark.parametrize("fraction", [1.0, 0.4])
+def test_documents_reach_their_split_token_for_token(
+    tmp_path: Path, tokenizer: Tokenizer, name: str, piece_bytes: int, fraction: float
+) -> None:
+    rows = [text for one in TEXTS for text in (one, "")]  # every other row is empty
+    path = write_rows(tmp_path / name, rows)
+    plan, scans = planned(path, piece_bytes, fraction=fraction)
+    documents = expected_documents(TEXTS, (0.8, 0.1, 0.1), seed=1, fraction=fraction)
+    assert tokenised(plan, tokenizer, tmp_path) == expected_tokens(documents, tokenizer)
+    assert plan.documents == [len(documents[name]) for name in NAMES]
+    assert plan.total_documents == len(TEXTS)
+    assert plan.total_bytes == len("".join(TEXTS).encode())
+    assert sum(piece.empty_rows for unit in scans for piece in unit.pieces) == len(TEXTS)
+
+
+@pytest.mark.parametrize("piece_bytes", [50, 1 << 20])
+def test_text_files_over_several_units_stay_whole_documents(
+    tmp_path: Path, tokenizer: Tokenizer, piece_bytes: int
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(TEXTS):
+        write_bytes(tmp_path / "texts" / f"{number:03d}.txt", text.encode())
+    plan, _ = planned(tmp_path / "texts", piece_bytes)
+    documents = expected_documents(TEXTS, (0.8, 0.1, 0.1), seed=1)
+    assert tokenised(plan, tokenizer, tmp_path) == expected_tokens(documents, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "one.jsonl"])
+@pytest.mark.parametrize("piece_bytes", [60, 1 << 20])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_only_document_is_cut_by_position(
+    tmp_path: Path, tokenizer: Tokenizer, name: str, piece_bytes: int, fraction: float
+) -> None:
+    text = "".join(TEXTS)
+    plan, _ = planned(
+        write_rows(tmp_path / name, [text]), piece_bytes, split=(0.9, 0.1), fraction=fraction
+    )
+    cut = int(len(text) * 0.9)
+    assert plan.by == "position"
+    assert tokenised(plan, tokenizer, tmp_path) == {
+        "train": tokenizer.encode(text[: int(cut * fraction)]),
+        "val": [*tokenizer.encode(text[cut:]), tokenizer.eos_id],
+    }
+
+
+def test_long_document_is_encoded_in_parts_with_the_same_tokens(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    text = "".join(TEXTS) * 60
+    assert len(text) > 300_000
+    plan, _ = planned(write_rows(tmp_path / "r.jsonl", [text, KOREAN]), 1 << 20, split=(0.5, 0.5))
+    tokens = tokenised(plan, tokenizer, tmp_path)
+    assert [*tokenizer.encode(text), tokenizer.eos_id] in tokens.values()
+
+
+def test_scan_reports_the_alphabet_and_each_files_sha256(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a.txt", KOREAN.encode())
+    write_bytes(tmp_path / "b.txt", ENGLISH.encode() * 20)
+    _, scans = planned(tmp_path, 100, split=(0.5, 0.5))
+    assert {c for unit in scans for piece in unit.pieces for c in piece.alphabet} == set(
+        KOREAN + ENGLISH
+    )
+    assert sorted(Path(name).name for unit in scans for name in unit.sha256) == ["a.txt", "b.txt"]
+
+
+def test_sample_is_training_text_only_and_a_share_of_it(tmp_path: Path) -> None:
+    texts = [f"{n} " + "some words " * 9000 for n in range(60)]
+    plan, _ = planned(write_rows(tmp_path / "r.jsonl", texts), 1 << 20, split=(0.5, 0.5))
+    train = "".join(expected_documents(texts, (0.5, 0.5), seed=1)["train"])
+    units = list(enumerate(plan.units))
+    whole = [t for n, u in units for t in sample(u, "text", share=1.0, seed=1, number=n)]
+    assert "".join(whole) == train
+    part = [t for n, u in units for t in sample(u, "text", share=0.5, seed=1, number=n)]
+    assert 0.2 < len("".join(part)) / len(train) < 0.8
+    assert all(text in train for text in part)
+    other = [t for n, u in units for t in sample(u, "text", share=0.5, seed=2, number=n)]
+    assert part != other
+
+
+def test_source_without_text_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no text in it"):
+        planned(write_rows(tmp_path / "r.jsonl", ["", " "]), 1 << 20)
+    with pytest.raises(UserError, match="no text in it"):
+        planned(write_bytes(tmp_path / "t.txt", b""), 1 << 20)
