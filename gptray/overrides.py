@@ -274,11 +274,15 @@ def _unreadable(path: str, error: OSError) -> str:
     if not isinstance(error, FileNotFoundError):
         return f"cannot be read: {error.strerror}"
     folder = Path(path).parent
+    found = {
+        item.name: str(item)
+        for place in (Path("configs"), folder)
+        for item in sorted(place.glob("*.y*ml"))
+    }
+    close = nearest(Path(path).name, found)
+    if close:
+        return f"no such file{did_you_mean([found[close]])}"
     if not folder.is_dir():
         return f"no such file; there is no folder {folder}"
-    names = sorted(item.name for item in folder.iterdir() if item.suffix in (".yaml", ".yml"))
-    close = nearest(Path(path).name, names)
-    if close:
-        return f"no such file{did_you_mean([str(folder / close)])}"
-    listed = f"; {folder} has {', '.join(names[:8])}" if names else ""
-    return f"no such file{listed}"
+    listed = [name for name, item in found.items() if Path(item).parent == folder]
+    return f"no such file; {folder} has {', '.join(listed[:8])}" if listed else "no such file"

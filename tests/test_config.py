@@ -238,16 +238,48 @@ def test_broken_file_and_wrong_argument_show_together(write: Write) -> None:
     assert len(problems) == 3
 
 
-def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
+def test_missing_file_names_the_nearest(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     right = write("seed: 1\n")
     (problem,) = problems_of(right.replace("my.yaml", "mi.yaml"))
     assert problem.endswith(f"no such file; did you mean {right}?")
     (problem,) = problems_of(str(tmp_path / "quite_other.yaml"))
     assert problem.endswith("has my.yaml")
-    (problem,) = problems_of(str(tmp_path / "nowhere" / "my.yaml"))
+    (problem,) = problems_of(str(tmp_path / "nowhere" / "other.yaml"))
     assert "there is no folder" in problem
     (problem,) = problems_of(str(tmp_path))
     assert "cannot be read" in problem
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "small.yaml").write_text("")
+    (problem,) = problems_of("small")
+    assert problem == "small: no such file; did you mean configs/small.yaml?"
+
+
+def test_typos_in_a_file_are_refused_with_line_and_right_name(write: Write) -> None:
+    rng = random.Random(1)
+    missed = []
+    keys = [key for key in field_specs(Config) if "." in key]
+    for key in keys:
+        section, _, name = key.partition(".")
+        place = rng.randrange(len(name))
+        wrong = name[:place] + name[place + 1 :]
+        path = write(f"seed: 1\n{section}:\n  # why\n  {wrong}: 1\n")
+        (problem,) = problems_of(path)
+        assert problem.startswith(f"{path}:4: unknown key {section}.{wrong}")
+        if not problem.endswith(f"did you mean {key}?"):
+            missed.append(problem)
+    assert len(missed) <= 0.05 * len(keys), missed
+
+
+def test_section_typos_are_refused_with_line_and_right_name(write: Write) -> None:
+    for section in ("data", "model", "optim", "train", "compute", "sample"):
+        for place in range(len(section)):
+            path = write(f"seed: 1\n{section[:place]}{section[place + 1 :]}: {{}}\n")
+            (problem,) = problems_of(path)
+            assert problem.startswith(f"{path}:2: unknown section")
+            assert problem.endswith(f"did you mean {section}?")
 
 
 def test_problems_survive_a_process_border() -> None:
