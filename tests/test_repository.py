@@ -1,0 +1,66 @@
+"""What a fresh clone promises: README's two lines, honest dependencies, a check that runs them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+
+
+@pytest.fixture
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def imported_packages(folder: str) -> set[str]:
+    """Return the top-level names that a folder's files import, the standard library left out."""
+    names: set[str] = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"gptray"}
+
+
+@pytest.mark.parametrize("folder", ["gptray", "jobs"])
+def test_everything_imported_is_declared(folder: str, project: dict[str, Any]) -> None:
+    declared = {
+        re.split(r"[\[<>=!~ ]", line)[0].lower().replace("_", "-")
+        for line in project["dependencies"]
+    }
+    imported = {DISTRIBUTIONS.get(name, name.lower()) for name in imported_packages(folder)}
+    assert imported <= declared
+
+
+def test_every_dependency_has_an_upper_bound(project: dict[str, Any]) -> None:
+    open_ended = [line for line in project["dependencies"] if not re.search(r"<|==", line)]
+    assert open_ended == []
+
+
+def test_readme_opens_with_the_line_that_trains_and_the_line_that_tests() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", readme, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    train, test = [line for line in lines if line.startswith("python3 -m venv")][:2]
+    assert lines.index(train) < 3
+    assert train.endswith("python jobs/train.py")
+    assert "-m pytest" in test
+    first = next(line for line in readme.splitlines() if "-m pytest" in line)
+    assert first == test  # the one that .ci/run takes
+
+
+def test_ci_is_a_valid_script_that_may_be_run() -> None:
+    path = ROOT / ".ci" / "run"
+    assert path.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(path)], check=True)
