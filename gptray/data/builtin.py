@@ -7,6 +7,7 @@ before any split. It differs a little from one Python version to the next.
 from __future__ import annotations
 
 import ast
+import os
 import platform
 import sysconfig
 import warnings
@@ -20,7 +21,7 @@ _SKIPPED = {
     "test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3", "_bundled",
     "site-packages", "dist-packages", "__pycache__",
 }  # fmt: skip
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def builtin_version() -> str:
@@ -48,20 +49,28 @@ def _topics() -> list[str]:
 
 
 def _modules(root: Path) -> Iterator[str]:
-    for path in sorted(root.rglob("*.py")):
-        if _SKIPPED.isdisjoint(path.relative_to(root).parts):
-            docstrings = _docstrings(path)
-            if docstrings:
-                yield "\n\n".join(docstrings)
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _SKIPPED)
+        for name in sorted(files):
+            if name.endswith(".py"):
+                docstrings = _docstrings(Path(folder, name))
+                if docstrings:
+                    yield "\n\n".join(docstrings)
 
 
 def _docstrings(path: Path) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old code are not ours to report
         tree = ast.parse(path.read_bytes())
-    # ast.walk is breadth first: the module speaks first, then its classes and functions.
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
-    return [text for text in found if text]
+    return [text for text in map(ast.get_docstring, _documented(tree)) if text]
+
+
+def _documented(node: _Documented) -> Iterator[_Documented]:
+    """The node, then its classes and functions as they stand in the file."""
+    yield node
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _documented(child)
 
 
 def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
