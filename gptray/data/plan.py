@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gptray.config import UserError
 from gptray.data.corpus import Piece
-from gptray.data.split import TRAIN, Labels, Region, assign_documents, assign_positions
+from gptray.data.split import TRAIN, UNUSED, Labels, Region, assign_documents, assign_positions
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SplitPlan:
     documents: list[int]  # per split; a document that is cut counts in each
     total_documents: int
     total_bytes: int
-    train_bytes: int  # exact by document, nearly so by position
+    train_bytes: int  # of the whole split; exact by document, nearly so by position
 
 
 def plan_split(
@@ -81,7 +81,7 @@ def plan_split(
         [int((labels == label).sum()) for label in range(len(split))],
         len(sizes),
         int(sizes.sum()),
-        int(sizes[labels == TRAIN].sum()),
+        int(sizes[np.isin(labels, (TRAIN, UNUSED))].sum()),
     )
 
 
@@ -104,8 +104,7 @@ def _by_position(
             plans[-1].append(PiecePlan(piece, None, regions, position))
             position += next(counts).characters
     total = int(sizes.sum())
-    share = regions[0].stop / characters
-    return SplitPlan(plans, "position", [1] * len(split), 1, total, int(total * share))
+    return SplitPlan(plans, "position", [1] * len(split), 1, total, int(total * split[0]))
 
 
 def _documents(scans: Sequence[PieceScan]) -> tuple[list[int], npt.NDArray[np.int64]]:

@@ -52,6 +52,11 @@ class SourceFile:
         assert kind is not None, self.path
         return kind
 
+    def changed(self) -> bool:
+        """Whether the file is no more the one that was listed."""
+        info = self.filesystem.get_file_info(self.path)
+        return (info.size, info.mtime_ns or 0) != (self.size, self.modified)
+
     @property
     def filesystem(self) -> fs.FileSystem:
         return _filesystem(self.uri)[0]

@@ -129,7 +129,8 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"data.tokenizer={source}: no tokenizer could be loaded from there: {reason}"
+                f"data.tokenizer={source}: neither a folder nor a hub id that could be loaded: "
+                f"{reason}"
             ) from None
         if getattr(loaded, "backend_tokenizer", None) is None:
             raise UserError(f"data.tokenizer={source}: it has no tokenizer.json form")

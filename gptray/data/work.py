@@ -64,13 +64,14 @@ def _scan_piece(piece: Piece, text_column: str, *, alphabet: bool) -> PieceScan:
 def sample(
     unit: Sequence[PiecePlan], text_column: str, *, share: float, seed: int, number: int
 ) -> list[str]:
-    """Unit `number`'s text to train a tokenizer on: all of its training text, or runs of it.
+    """Unit `number`'s text to train a tokenizer on: all of its training split, or runs of it.
 
-    Runs are drawn by the seed, so that `share` of the text is spread over all documents.
+    Runs are drawn by the seed, so that `share` of the text is spread over all documents. The split
+    counts whole, whatever fraction of it is used: losses of different fractions then compare.
     """
     texts = []
     for index, (label, part) in enumerate(_labelled(unit, text_column)):
-        if label != TRAIN:
+        if label not in (TRAIN, UNUSED):
             continue
         if share >= 1:
             texts.append(part.text)
@@ -102,6 +103,8 @@ def tokenise(
     writers: dict[int, ShardWriter] = {}
     with ExitStack() as stack:
         for label, part in _labelled(unit, text_column):
+            if label == UNUSED:
+                continue
             if label not in writers:
                 path = folder / f"{SPLITS[label]}.{number:06d}.part"
                 writers[label] = stack.enter_context(ShardWriter(path, encoder))
@@ -110,14 +113,14 @@ def tokenise(
 
 
 def _labelled(unit: Sequence[PiecePlan], text_column: str) -> Iterator[tuple[int, Part]]:
-    """The unit's text in order, each run with its split; what no split uses is left out."""
+    """The unit's text in order, each run with its label."""
     for plan in unit:
         parts = (p for p in read_parts(plan.piece, text_column) if p != EMPTY_ROW)
         if plan.labels is None:
             labelled = _by_position(plan, parts)
         else:
             labelled = _by_document(plan.labels, parts)
-        yield from ((label, part) for label, part in labelled if label != UNUSED)
+        yield from labelled
 
 
 def _by_document(labels: Labels, parts: Iterator[Part]) -> Iterator[tuple[int, Part]]:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config, UserError
+from gptray.config import Config, RunFailed, UserError
 from gptray.data.builtin import builtin_documents
 from gptray.data.corpus import check_column, plan_pieces
 from gptray.data.plan import SplitPlan, plan_split
@@ -83,7 +83,7 @@ def prepare(config: Config, *, piece_bytes: int = PIECE_BYTES) -> TokenData:
     tokenizer = None if request.tokenizer in KINDS else Tokenizer.load(request.tokenizer)
     _remove_abandoned(request.data_dir)
     building = request.data_dir.with_name(f".{request.data_dir.name}.{uuid.uuid4().hex[:8]}")
-    building.mkdir(parents=True)
+    _make_folder(building)
     try:
         with ray_cluster():
             _build(request, tokenizer, building, piece_bytes=piece_bytes)
@@ -163,6 +163,9 @@ def _build(
         lambda number, unit: tokenise(unit, column, folder=folder, number=number),
         doing="tokenising",
     )
+    for file in files:
+        if file.changed():
+            raise RunFailed(f"{file.name} changed while it was being prepared; start again")
     manifest = {
         **_provenance(request, files, plan, scans),
         "tokenizer": _describe(request, tokenizer),
@@ -173,6 +176,13 @@ def _build(
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
     logger.info("prepared %s in %.1f s", request.data_dir, time.monotonic() - began)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"storage_path: {path.parent} cannot be written: {error}") from None
 
 
 def _write_builtin(path: Path) -> SourceFile:

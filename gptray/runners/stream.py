@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from gptray.config import UserError
+from gptray.config import RunFailed, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ def stream(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) -> li
     """Apply `task(number, item)` to each item on one core; results come in the items' order.
 
     Needs Ray. Results travel through the object store: keep them small.
-    Raises the UserError of the first task that meets one; the others are stopped.
+    Raises the UserError of the first task that meets one, or RunFailed for one that could not
+    read or write; the others are stopped.
     """
     import ray.data
 
@@ -33,28 +34,33 @@ def stream(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) -> li
     results: dict[int, R] = {}
     began = said = time.monotonic()
     for row in dataset.iter_rows():
-        if row["problem"]:
-            raise UserError(row["problem"])
+        if row["mistake"]:
+            raise UserError(row["mistake"])
+        if row["failure"]:
+            raise RunFailed(f"{doing} the source failed: {row['failure']}")
         results[row["number"]] = row["result"]
-        if time.monotonic() - said > _PROGRESS_SECONDS:
+        if len(results) < len(rows) and time.monotonic() - said > _PROGRESS_SECONDS:
             said = time.monotonic()
             logger.info("%s: %d of %d parts, %.0f s", doing, len(results), len(rows), said - began)
     return [results[number] for number in range(len(rows))]
 
 
 class _Guarded:
-    """The task with its row: Ray would wrap a UserError in a traceback of its own."""
+    """The task with its row: Ray would wrap what it raises in a traceback of its own."""
 
     def __init__(self, task: Callable[[int, Any], Any]) -> None:
         self._task = task
         self.__name__ = type(self).__name__
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        out = {"number": row["number"], "result": None, "mistake": "", "failure": ""}
         try:
-            result = self._task(row["number"], row["item"])
+            out["result"] = self._task(row["number"], row["item"])
         except UserError as error:
-            return {"number": row["number"], "result": None, "problem": str(error)}
-        return {"number": row["number"], "result": result, "problem": ""}
+            out["mistake"] = str(error)
+        except OSError as error:  # a full disk, a share that went away
+            out["failure"] = str(error)
+        return out
 
 
 def _quiet() -> None:
