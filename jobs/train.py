@@ -1,8 +1,8 @@
 """Train a GPT on Ray: data-parallel workers, early stopping, the best model in <run>/model.
 
-  python jobs/train.py                                     the quick start
-  python jobs/train.py data.source=book.txt name=book      your own text
-  python jobs/train.py --config configs/gpt2_124m.yaml compute.use_gpu=true
+python jobs/train.py                                     the quick start
+python jobs/train.py data.source=book.txt name=book      your own text
+python jobs/train.py --config configs/gpt2_124m.yaml compute.use_gpu=true
 """
 
 from __future__ import annotations

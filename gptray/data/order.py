@@ -47,7 +47,10 @@ class BatchOrder:
         positions = np.arange(first, first + global_batch_size)
         epochs, places = np.divmod(positions, self.windows_per_epoch)
         return np.array(
-            [self._epoch_starts(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
+            [
+                self._epoch_starts(int(epoch))[place]
+                for epoch, place in zip(epochs, places, strict=True)
+            ]
         )
 
     def epoch(self, step: int, global_batch_size: int) -> float:

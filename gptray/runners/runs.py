@@ -172,4 +172,3 @@ def _free_name(config: Config) -> str:
         number += 1
         unique = f"{name}-{number}"
     return unique
-

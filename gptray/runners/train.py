@@ -7,6 +7,7 @@ each worker runs the loop on its share of cores or on its GPU.
 from __future__ import annotations
 
 import logging
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from gptray.runners.runs import (
     run_dir,
     set_ray_snapshot_aside,
 )
-from gptray.runners.watch import watching
+from gptray.runners.watch import show_samples, watching
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +50,13 @@ def train(config: Config) -> dict[str, Any]:
         if not (folder / "config.yaml").exists():
             (folder / "config.yaml").write_text(dump(config))
         log.info("run %s", folder)
-        if not _is_finished(config, folder):
-            _run(config, folder)
-    return outcome(config)
+        facts = {} if _is_finished(config, folder) else _run(config, folder)
+        show_samples(folder)
+    return {**outcome(config), **facts}
 
 
-def _run(config: Config, folder: Path) -> None:
+def _run(config: Config, folder: Path) -> dict[str, Any]:
+    """Train; return what only the process that trained can know."""
     with ray_cluster():
         data = prepared(config) or prepare(config)
         check_data(config, data, folder)
@@ -69,6 +71,9 @@ def _run(config: Config, folder: Path) -> None:
             f"model so far and the last good checkpoint are in {folder}. Try a lower optim.lr, "
             "a longer optim.warmup_steps or a lower optim.max_grad_norm"
         )
+    peak = round(result["peak_memory_bytes"] / 2**30, 3)
+    log.info("peak memory of a worker: %.2f GiB", peak)
+    return {"peak_memory_gib": peak}
 
 
 def check_data(config: Config, data: TokenData, folder: Path) -> None:
@@ -120,12 +125,12 @@ def _fit_on_ray(config: Config, data: TokenData, folder: Path) -> dict[str, Any]
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    resources = worker_resources(config.compute)
+    reserved = worker_resources(config.compute)
     settings = {
         "config": config.model_dump(mode="json"),
         "data_dir": str(data.data_dir),
         "run_dir": str(folder),
-        "threads": max(1, int(resources["CPU"])),
+        "threads": max(1, int(reserved["CPU"])),
     }
     trainer = TorchTrainer(
         train_worker,
@@ -133,7 +138,7 @@ def _fit_on_ray(config: Config, data: TokenData, folder: Path) -> dict[str, Any]
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.compute.num_workers,
             use_gpu=config.compute.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=reserved,
         ),
         run_config=ray.train.RunConfig(
             name=folder.name,
@@ -161,8 +166,10 @@ def _failure_notes(folder: Path) -> Any:
 
     from gptray.training.record import write_event
 
-    class FailureNotes(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+    class FailureNotes(UserCallback):  # type: ignore[misc]
+        def after_exception(
+            self, run_context: Any, worker_exceptions: dict[int, Exception]
+        ) -> None:
             ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
             first = str(next(iter(worker_exceptions.values()))).strip().splitlines()
             write_event(
@@ -192,14 +199,26 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
         )
 
-    return fit(
+    device = ray.train.torch.get_device()
+    result = fit(
         config,
         data,
         Path(settings["run_dir"]),
         report=report,
         sample=lambda model: sample_texts(config, data, model),
-        device=ray.train.torch.get_device(),
+        device=device,
     )
+    return {**result, "peak_memory_bytes": peak_memory(device)}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: on its GPU, or of the machine's memory."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from gptray.training.record import EVENTS, METRICS
+from gptray.training.record import EVENTS, METRICS, read_rows
 
 log = logging.getLogger("gptray")
 POLL_S = 0.2
@@ -94,7 +95,9 @@ class _Watch:
     def _start(self, event: dict[str, Any]) -> None:
         workers = f"{event['workers']} worker" + ("s" if event["workers"] > 1 else "")
         begins = f"resuming after step {event['step']:,}" if event["step"] else "training"
-        log.info("%s: %s, %s", begins, workers, event["dtype"].removeprefix("torch."))
+        log.info(
+            "%s: %s parameters, %s, %s", begins, f"{event['parameters']:,}", workers, event["dtype"]
+        )
         self._started = True
         self._shown = event["step"]
         self._origin = (event["step"], time.monotonic())
@@ -108,9 +111,7 @@ class _Watch:
         pace = (time.monotonic() - began) / max(1, row["step"] - since)
         eta = _duration(pace * (self._max_steps - row["step"]))
         if self._bar:
-            self._bar.update(
-                self._task, completed=row["step"], metrics=f"{metrics}  eta {eta}"
-            )
+            self._bar.update(self._task, completed=row["step"], metrics=f"{metrics}  eta {eta}")
         if not self._bar or "val_loss" in row:
             width = len(f"{self._max_steps}")
             best = "  best so far" if is_best else ""
@@ -136,6 +137,17 @@ def watching(run_dir: Path, max_steps: int) -> Iterator[None]:
         done.set()
         thread.join()
         watch.close()
+
+
+def show_samples(run_dir: Path) -> None:
+    """Say what the run's best model writes."""
+    events = read_rows(run_dir / EVENTS)
+    best = [event for event in events if event["event"] == "evaluated" and event["best"]]
+    if not best or not best[-1]["samples"]:
+        return
+    log.info("what the best model (step %s) writes:", best[-1]["step"])
+    for prompt, output in best[-1]["samples"]:
+        log.info("%s", textwrap.indent(f"[{prompt}]{output}", "  | ", lambda line: True))
 
 
 def _bar() -> Progress:

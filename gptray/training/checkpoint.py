@@ -186,13 +186,14 @@ def prune(run_dir: Path, num_to_keep: int, best_step: int) -> None:
         shutil.rmtree(hidden)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     """The optimizer's moments as `<parameter>.<moment>`, ready for safetensors."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}.{key}": value.contiguous()
-        for parameter, moments in optimizer.state.items()
-        for key, value in moments.items()
+        f"{name}.{key}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 

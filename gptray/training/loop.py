@@ -118,9 +118,7 @@ def train_step(run: Run) -> tuple[float, float, float]:
             loss = run.loss_model(idx, targets) / config.grad_accum_steps
             loss.backward()
         total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(
-        run.model.parameters(), config.optim.max_grad_norm or math.inf
-    )
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
     loss_value = run.workers.sum(total).item() / run.workers.size
     grad_norm = norm.item()
     if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,17 +12,21 @@ from torch import nn
 from gptray.config import OptimConfig
 
 
-def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices and spares biases and norms (Loshchilov & Hutter 2019).
 
     The groups, in order: parameters of two and more dimensions, then the others.
     """
-    decayed, spared = [], []
-    for _, parameter in named_parameters:
-        (decayed if parameter.dim() >= 2 else spared).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() < 2],
+            "weight_decay": 0.0,
+        },
     ]
     # fused: one kernel over all parameters, on CPU as on CUDA.
     return torch.optim.AdamW(

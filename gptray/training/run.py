@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def start(
     model = _model(config, data, folder)
     model.compute_dtype = pick_dtype(config.train.precision, device)
     model.to(device)
-    optimizer = make_optimizer(model.named_parameters(), config.optim)
+    optimizer = make_optimizer(model.parameters(), config.optim)
     state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
     if folder:
         state = TrainerState.load(folder)
@@ -93,7 +94,15 @@ def start(
     if workers.is_first:
         if folder and state.progress.best_step == step:
             publish_model(folder, run_dir)  # a kill may have come between save and publish
-        write_event(run_dir, "start", step=step, workers=workers.size, dtype=str(model.compute_dtype))
+        write_event(
+            run_dir,
+            "start",
+            step=step,
+            workers=workers.size,
+            dtype=str(model.compute_dtype).removeprefix("torch."),
+            parameters=model.num_params,
+            pid=os.getpid(),
+        )
     compiled = torch.compile(model) if config.train.compile else model
     return Run(
         config=config,

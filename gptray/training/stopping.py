@@ -42,4 +42,7 @@ class Progress:
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> Progress:
         """The inverse of `to_json`."""
-        return cls(**{key: math.inf if value is None else value for key, value in state.items()})
+        values: dict[str, Any] = {
+            key: math.inf if value is None else value for key, value in state.items()
+        }
+        return cls(**values)

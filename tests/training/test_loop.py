@@ -147,9 +147,7 @@ def test_micro_batches_add_up_to_the_same_losses(
 
 def _worker(rank: int, config: Config, data_dir: str, run_dir: str, port: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         run(config, TokenData.open(data_dir), Path(run_dir))
     finally:

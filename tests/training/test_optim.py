@@ -10,9 +10,7 @@ from gptray.training.optim import learning_rate, make_optimizer
 
 
 def rates(max_steps: int = 100, **settings: object) -> list[float]:
-    config = OptimConfig.model_validate(
-        {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, **settings}
-    )
+    config = OptimConfig.model_validate({"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, **settings})
     return [learning_rate(step, max_steps, config) for step in range(max_steps + 1)]
 
 
@@ -56,7 +54,7 @@ def test_warmup_longer_than_the_run_never_divides_by_zero() -> None:
 
 def test_weight_decay_spares_biases_and_norms() -> None:
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=8), vocab_size=11)
-    optimizer = make_optimizer(model.named_parameters(), OptimConfig(weight_decay=0.3))
+    optimizer = make_optimizer(model.parameters(), OptimConfig(weight_decay=0.3))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decay = {
         names[id(parameter)]: group["weight_decay"]

@@ -33,9 +33,7 @@ def test_score_equals_a_plain_loop_over_windows(model: GPT, tiny_data: TokenData
             logits = model(window[None, :-1])
             nats += F.cross_entropy(logits[0], window[1:], reduction="sum").item()
             count += len(window) - 1
-    score = score_split(
-        model, tiny_data.val, block_size=32, batch_size=7, workers=Workers(0, 1)
-    )
+    score = score_split(model, tiny_data.val, block_size=32, batch_size=7, workers=Workers(0, 1))
     assert count == score.tokens == len(tiny_data.val) - 1
     assert score.loss == pytest.approx(nats / count, abs=1e-6)
     assert score.perplexity == pytest.approx(math.exp(score.loss))

@@ -1,0 +1,151 @@
+"""Kill training at random moments and see that nothing of it shows in what comes out.
+
+  python benchmarks/chaos.py --rounds 10
+
+First a run is left alone; then each round runs the same command and kills, with SIGKILL, the
+first worker or the driver (which is then started again with the same command). A round is passed
+when weights, optimizer state and every loss equal the undisturbed run's to the bit, and
+metrics.jsonl has every step once. Prints a table and, last, one JSON line; exit code 1 if any
+round is not passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, INTERVAL = 120, 10
+
+
+def command(storage: Path, name: str, text: Path) -> list[str]:
+    """The training command of a round: two workers, dropout, a checkpoint every ten steps."""
+    return [
+        sys.executable,
+        str(ROOT / "jobs" / "train.py"),
+        f"name={name}",
+        f"storage_path={storage}",
+        f"data.source={text}",
+        "data.tokenizer=char",
+        "model.n_layer=2",
+        "model.n_head=2",
+        "model.n_embd=64",
+        "model.n_positions=64",
+        "train.block_size=64",
+        "train.global_batch_size=8",
+        f"train.max_steps={STEPS}",
+        f"train.eval_interval={INTERVAL}",
+        "train.log_interval=1",
+        "train.patience=null",
+        "compute.num_workers=2",
+        "compute.cpus_per_worker=1",
+        "sample.max_new_tokens=4",
+    ]
+
+
+def write_text(path: Path, rng: random.Random) -> None:
+    """Sentences enough for some epochs."""
+    words = ["ray", "train", "tune", "serve", "data", "actor", "task", "node", "driver", "worker"]
+    path.write_text("".join(f"{' '.join(rng.choices(words, k=6))}.\n" for _ in range(3000)))
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(driver: subprocess.Popen[bytes]) -> None:
+    _, errors = driver.communicate()
+    if driver.returncode:
+        raise SystemExit(f"a round's training failed:\n{errors.decode()[-3000:]}")
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file that is being written."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def wait_for_step(run_dir: Path, step: int, driver: subprocess.Popen[bytes]) -> None:
+    while driver.poll() is None:
+        logged = rows(run_dir / "metrics.jsonl")
+        if logged and logged[-1]["step"] >= step:
+            return
+        time.sleep(0.005)
+    finish(driver)
+    raise SystemExit(f"the run ended before step {step}")
+
+
+def disturb(arguments: list[str], run_dir: Path, victim: str, rng: random.Random) -> int:
+    """Run the command, kill the victim at a random moment, see the run to its end."""
+    driver = start(arguments)
+    step = rng.randrange(1, STEPS)
+    wait_for_step(run_dir, step, driver)
+    time.sleep(rng.uniform(0, 0.1))
+    if victim == "driver":
+        driver.kill()
+        driver.communicate()
+        driver = start(arguments)
+    else:
+        starts = [row for row in rows(run_dir / "events.jsonl") if row["event"] == "start"]
+        os.kill(starts[-1]["pid"], signal.SIGKILL)
+    finish(driver)
+    return step
+
+
+def fingerprint(run_dir: Path) -> dict[str, Any]:
+    """All of a run that must not depend on what happened to it."""
+    last = run_dir / f"checkpoint_{STEPS:06d}"
+    files = [
+        run_dir / "model" / "model.safetensors",
+        last / "model" / "model.safetensors",
+        last / "optimizer.safetensors",
+    ]
+    timeless = [
+        {key: value for key, value in row.items() if key != "tokens_per_sec"}
+        for row in rows(run_dir / "metrics.jsonl")
+    ]
+    return {
+        "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
+        "metrics": timeless,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="gptray-chaos-") as folder:
+        storage, text = Path(folder), Path(folder) / "text.txt"
+        write_text(text, rng)
+        finish(start(command(storage, "undisturbed", text)))
+        expected = fingerprint(storage / "undisturbed")
+        assert [row["step"] for row in expected["metrics"]] == list(range(1, STEPS + 1))
+        passed = 0
+        print(f"{'round':>5}  {'victim':7} {'at step':>7}  {'seconds':>7}  same bits")
+        for number in range(1, options.rounds + 1):
+            victim = ("worker", "driver")[number % 2]
+            name, began = f"round-{number}", time.monotonic()
+            step = disturb(command(storage, name, text), storage / name, victim, rng)
+            is_same = fingerprint(storage / name) == expected
+            passed += is_same
+            seconds = time.monotonic() - began
+            print(f"{number:5}  {victim:7} {step:7}  {seconds:7.1f}  {is_same}", flush=True)
+    print(json.dumps({"rounds": options.rounds, "passed": passed, "seed": options.seed}))
+    return 0 if passed == options.rounds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
