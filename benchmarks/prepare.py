@@ -3,6 +3,8 @@
 The text is made from the builtin documents' paragraphs with a seed. Memory is the driver's and the
 tasks' processes (proportional set size without shared memory, so without Ray's object store).
 
+On a machine that does other work too, megabytes per processor second say more than per second.
+
   python benchmarks/prepare.py --megabytes 1000
 """
 
@@ -41,12 +43,10 @@ def main() -> None:
             path = write_text(Path(folder) / f"text.{kind}", arguments.megabytes * 1_000_000)
             results.append(measure(path, Path(folder), arguments.tokenizer))
             path.unlink()
-    print(f"{'file':10} {'MB':>6} {'seconds':>8} {'MB/s':>6} {'tokens/s':>10} {'peak MB':>8}")
+    columns = ("mb", "seconds", "mb_per_sec", "mb_per_cpu_sec", "tokens_per_sec", "peak_mb")
+    print(f"{'file':12}", *(f"{name:>14}" for name in columns))
     for row in results:
-        print(
-            f"{row['file']:10} {row['mb']:6.0f} {row['seconds']:8.1f} {row['mb_per_sec']:6.2f} "
-            f"{row['tokens_per_sec']:10.0f} {row['peak_mb']:8.0f}"
-        )
+        print(f"{row['file']:12}", *(f"{row[name]:14.2f}" for name in columns))
     print(json.dumps({"cpus": len(os.sched_getaffinity(0)), "results": results}))
 
 
@@ -67,31 +67,36 @@ def write_text(path: Path, size: int) -> Path:
 
 def measure(path: Path, folder: Path, tokenizer: str) -> dict[str, Any]:
     config = Config(storage_path=str(folder), data={"source": str(path), "tokenizer": tokenizer})
-    peak = PeakMemory()
+    watch = Watch()
     began = time.perf_counter()
-    with peak:
+    with watch:
         data = prepare(config)
     seconds = time.perf_counter() - began
+    megabytes = data.manifest["bytes"] / 1e6
     splits = data.manifest["splits"].values()
     return {
         "file": path.name,
-        "mb": data.manifest["bytes"] / 1e6,
+        "mb": megabytes,
         "seconds": seconds,
-        "mb_per_sec": data.manifest["bytes"] / 1e6 / seconds,
+        "mb_per_sec": megabytes / seconds,
+        "mb_per_cpu_sec": megabytes / watch.cpu_seconds,
         "tokens_per_sec": sum(entry["tokens"] for entry in splits) / seconds,
-        "peak_mb": peak.bytes / 1e6,
+        "peak_mb": watch.peak_bytes / 1e6,
     }
 
 
-class PeakMemory:
-    """The most memory that this process and Ray's workers under it held together."""
+class Watch:
+    """Memory and processor time of this process and Ray's workers under it, together."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.peak_bytes = 0
+        self._began: dict[int, float] = {}
+        self._now: dict[int, float] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Watch:
+        self._began = {pid: _cpu_seconds(pid) for pid in [os.getpid(), *_workers()]}
         self._thread.start()
         return self
 
@@ -99,10 +104,18 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
 
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(now - self._began.get(pid, 0.0) for pid, now in self._now.items())
+
     def _watch(self) -> None:
-        while not self._done.wait(0.25):
-            held = sum(_private_bytes(pid) for pid in _workers())
-            self.bytes = max(self.bytes, held + _private_bytes(os.getpid()))
+        last = False
+        while not last:
+            last = self._done.wait(0.25)
+            pids = [os.getpid(), *_workers()]
+            self.peak_bytes = max(self.peak_bytes, sum(_private_bytes(pid) for pid in pids))
+            for pid in pids:  # one that has just ended reads as 0
+                self._now[pid] = max(self._now.get(pid, 0.0), _cpu_seconds(pid))
 
 
 def _workers() -> Iterator[int]:
@@ -126,6 +139,12 @@ def _private_bytes(pid: int) -> int:
         line.split(":") for line in _read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()[1:]
     )
     return sum(int(fields.get(name, "0 kB").split()[0]) << 10 for name in ("Pss_Anon", "Pss_File"))
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    ticks = sum(map(int, fields[11:13]))  # user and system
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _read(path: Path) -> str:

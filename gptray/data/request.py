@@ -81,13 +81,18 @@ def make_request(config: Config) -> Request:
     return Request(
         files=() if data.source in (BUILTIN, [BUILTIN]) else tuple(find_files(data.source)),
         text_column=data.text_column,
-        tokenizer=data.tokenizer or config.model.init_from or "bpe",
+        tokenizer=tokenizer_name(config),
         vocab_size=data.vocab_size,
         split=data.split,
         fraction=data.fraction,
         seed=config.seed,
         root=Path(config.storage_path).expanduser().absolute() / "data",
     )
+
+
+def tokenizer_name(config: Config) -> str:
+    """bpe, char, a folder or a hub id: as set, else that of the model to start from, else bpe."""
+    return config.data.tokenizer or config.model.init_from or "bpe"
 
 
 def _identities(files: Sequence[SourceFile]) -> list[list[str | int]]:

@@ -2,17 +2,14 @@
 
 Units of work stream through Ray Data two or three times; only counts, and the tokenizer's sample,
 come back. The result does not depend on the number of tasks. Reading, splitting and writing are
-`gptray.data`'s; here is what runs where, and the folder that appears whole or not at all.
+`gptray.data`'s; here is what runs where.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import shutil
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +19,8 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.builtin import builtin_documents
 from gptray.data.corpus import check_column, plan_pieces
 from gptray.data.plan import SplitPlan, plan_split
-from gptray.data.request import Request, make_request
+from gptray.data.publish import building
+from gptray.data.request import Request, make_request, tokenizer_name
 from gptray.data.shards import Shard, shard_dtype
 from gptray.data.sources import BUILTIN, SourceFile
 from gptray.data.split import SPLITS
@@ -37,36 +35,48 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 32 << 20  # of text per task
 SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
 _CHECKED_FILES = 100  # looked into before Ray starts; the scan looks into all
-_ABANDONED_SECONDS = 24 * 3600
 
 
 def check_sources(config: Config) -> None:
     """Raise UserError, without Ray, for what can be seen at once: files, columns, tokenizer."""
-    request = make_request(config)
     problems = []
-    for file in request.files[:_CHECKED_FILES]:
+    try:
+        files = make_request(config).files
+    except UserError as error:
+        problems.append(str(error))
+        files = ()
+    for file in files[:_CHECKED_FILES]:
         try:
-            check_column(file, request.text_column)
+            check_column(file, config.data.text_column)
         except UserError as error:
             problems.append(str(error))
-    if request.tokenizer not in KINDS:
-        try:
-            tokenizer_folder(request.tokenizer)
-        except UserError as error:
-            problems.append(str(error))
+    try:
+        _check_tokenizer(tokenizer_name(config))
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 
 
+def _check_tokenizer(name: str) -> None:
+    """What is seen without a download, and without importing transformers."""
+    folder = None if name in KINDS else tokenizer_folder(name)
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        Tokenizer.load(folder)
+
+
 def prepared(config: Config) -> TokenData | None:
     """The prepared data of a config, or None when there is none that is whole."""
-    folder = make_request(config).data_dir
+    return _whole(make_request(config).data_dir)
+
+
+def _whole(folder: Path) -> TokenData | None:
     if not folder.exists():
         return None
     try:
         return TokenData.open(folder)
     except DamagedData as error:
-        logger.warning("prepared data is damaged and is built again: %s", error)
+        logger.warning("prepared data is damaged and is to be built again: %s", error)
         return None
 
 
@@ -76,21 +86,8 @@ def prepare(config: Config, *, piece_bytes: int = PIECE_BYTES) -> TokenData:
     A task reads about `piece_bytes` of text; the size decides where shards end, never what they
     hold. Raises UserError for a source or tokenizer that cannot be read, naming file and line.
     """
-    data = prepared(config)
-    if data is not None:
-        return data
     request = make_request(config)
-    tokenizer = None if request.tokenizer in KINDS else Tokenizer.load(request.tokenizer)
-    _remove_abandoned(request.data_dir)
-    building = request.data_dir.with_name(f".{request.data_dir.name}.{uuid.uuid4().hex[:8]}")
-    _make_folder(building)
-    try:
-        with ray_cluster():
-            _build(request, tokenizer, building, piece_bytes=piece_bytes)
-        _publish(building, request.data_dir)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return TokenData.open(request.data_dir)
+    return _whole(request.data_dir) or _prepare(request, piece_bytes=piece_bytes)
 
 
 def prepare_and_count(config: Config) -> dict[str, Any]:
@@ -100,8 +97,9 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
     """
     began = time.monotonic()
     check_sources(config)
-    built = prepared(config) is None
-    data = prepare(config)
+    request = make_request(config)
+    found = _whole(request.data_dir)
+    data = found or _prepare(request, piece_bytes=PIECE_BYTES)
     seconds = time.monotonic() - began
     splits = data.manifest["splits"]
     return {
@@ -111,9 +109,9 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
         "bytes": {name: entry["bytes"] for name, entry in splits.items()},
         "vocab_size": data.vocab_size,
         "empty_rows": data.manifest["empty_rows"],
-        "built": built,
+        "built": found is None,
         "seconds": round(seconds, 2),
-        "mb_per_sec": round(data.manifest["bytes"] / 1e6 / seconds, 3) if built else None,
+        "mb_per_sec": None if found else round(data.manifest["bytes"] / 1e6 / seconds, 3),
     }
 
 
@@ -132,6 +130,13 @@ def preparation_plan(config: Config) -> list[tuple[str, str]]:
         ("data_dir", str(request.data_dir)),
         ("to do", "nothing, it is prepared" if prepared(config) else "scan, tokenise, write"),
     ]
+
+
+def _prepare(request: Request, *, piece_bytes: int) -> TokenData:
+    tokenizer = None if request.tokenizer in KINDS else Tokenizer.load(request.tokenizer)
+    with building(request.data_dir) as folder, ray_cluster():
+        _build(request, tokenizer, folder, piece_bytes=piece_bytes)
+    return TokenData.open(request.data_dir)
 
 
 def _build(
@@ -176,13 +181,6 @@ def _build(
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
     logger.info("prepared %s in %.1f s", request.data_dir, time.monotonic() - began)
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"storage_path: {path.parent} cannot be written: {error}") from None
 
 
 def _write_builtin(path: Path) -> SourceFile:
@@ -261,30 +259,6 @@ def _number_shards(
             "shards": entries,
         }
     return splits
-
-
-def _publish(building: Path, folder: Path) -> None:
-    """Let the finished folder appear in one rename, unless an equal one came first."""
-    try:
-        building.rename(folder)
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    try:
-        TokenData.open(folder)
-    except DamagedData:
-        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-        folder.rename(aside)
-        building.rename(folder)
-        shutil.rmtree(aside)
-
-
-def _remove_abandoned(data_dir: Path) -> None:
-    """Remove what killed attempts at this folder left, once no living one can own it."""
-    for path in data_dir.parent.glob(f".{data_dir.name}.*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(path)
 
 
 def _mb(files: Sequence[SourceFile]) -> float:

@@ -230,5 +230,13 @@ def test_check_sources_tells_everything_at_once_without_ray(tmp_path: Path) -> N
 def test_check_sources_accepts_what_can_be_prepared(rows: Path, tmp_path: Path) -> None:
     check_sources(Config())
     check_sources(config_for(rows, tmp_path))
-    with pytest.raises(UserError, match="there is no such file"):
-        check_sources(config_for(tmp_path / "no.txt", tmp_path))
+    with pytest.raises(UserError) as caught:
+        check_sources(config_for(tmp_path / "no.txt", tmp_path, tokenizer="bpee"))
+    assert "there is no such file" in str(caught.value)
+    assert "did you mean bpe?" in str(caught.value)
+
+
+def test_storage_path_that_cannot_be_written_is_named(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="storage_path: .* cannot be written"):
+        prepare(config_for(rows, tmp_path / "file"))

@@ -1,0 +1,66 @@
+"""A data folder that appears in one rename, whole, or not at all.
+
+Built beside its place under a hidden name: a killed attempt is never mistaken for data, and of
+two attempts at once the first to finish stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptray.config import UserError
+from gptray.data.tokens import DamagedData, TokenData
+
+_ABANDONED_SECONDS = 24 * 3600
+
+
+@contextmanager
+def building(data_dir: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, and make it `data_dir` when the block ends well.
+
+    Raises UserError where the folder cannot be made.
+    """
+    _remove_abandoned(data_dir)
+    folder = _beside(data_dir)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"storage_path: {folder.parent} cannot be written: {error}") from None
+    try:
+        yield folder
+        _publish(folder, data_dir)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, data_dir: Path) -> None:
+    try:
+        folder.rename(data_dir)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    try:
+        TokenData.open(data_dir)  # another attempt was faster; the same request, the same data
+    except DamagedData:
+        aside = _beside(data_dir)
+        data_dir.rename(aside)
+        folder.rename(data_dir)
+        shutil.rmtree(aside)
+
+
+def _beside(data_dir: Path) -> Path:
+    return data_dir.with_name(f".{data_dir.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _remove_abandoned(data_dir: Path) -> None:
+    """Remove what killed attempts at this folder left, once no living one can own it."""
+    for path in data_dir.parent.glob(f".{data_dir.name}.*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(path)
