@@ -1,17 +1,20 @@
 """Causal self-attention on packed q, k, v: the fastest exact way for device, dtype and length.
 
-On CPU, batched GEMMs over blocks of queries that never touch a key beyond their block; on GPU,
-PyTorch's fused kernels; inside torch.compile on CPU, one masked softmax that it fuses itself.
+On a CPU in bf16, batched GEMMs over blocks of queries that never touch a key beyond their block;
+elsewhere PyTorch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from gptray.model.layers import dropout_mask
 
 QUERY_BLOCK = 128
 
@@ -22,72 +25,98 @@ def causal_attention(qkv: Tensor, n_head: int, *, dropout: float = 0.0) -> Tenso
     qkv (B, T, 3C) holds q, k and v side by side, each of n_head heads of D = C / n_head.
     Returns (B, T, C). Dropout draws from torch's global generator.
     """
+    if qkv.device.type == "cpu" and (qkv.dtype == torch.bfloat16 or dropout):
+        if torch.compiler.is_compiling():
+            return _blocked(qkv, n_head, dropout)
+        y: Tensor = _BlockedAttention.apply(qkv, n_head, dropout)  # type: ignore[no-untyped-call]
+        return y
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    heads = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-    if qkv.is_cuda or qkv.dtype == torch.float32:
-        q, k, v = heads.unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    elif torch.compiler.is_compiling():
-        y = _masked(heads, dropout)
-    else:
-        y = _BlockedAttention.apply(heads.contiguous(), dropout)  # type: ignore[no-untyped-call]
+    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return y.transpose(1, 2).reshape(B, T, C)
 
 
-def _masked(heads: Tensor, dropout: float) -> Tensor:
-    q, k, v = heads.unbind(0)
-    T = q.size(2)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(q.size(-1)))
-    probabilities = F.softmax(scores.masked_fill(future, float("-inf")), dim=-1)
-    if dropout:
-        probabilities = F.dropout(probabilities, dropout)
-    return probabilities @ v
+def _heads(qkv: Tensor, n_head: int) -> Tensor:
+    """(B, T, 3C) -> (3, B*H, T, D), a copy."""
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    heads = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
+    return heads.contiguous().view(3, B * n_head, T, C // n_head)
+
+
+def _blocks(tokens: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, tokens, QUERY_BLOCK):
+        yield start, min(start + QUERY_BLOCK, tokens)
+
+
+def _future(length: int, like: Tensor) -> Tensor:
+    """-inf above the diagonal, 0 elsewhere, (length, length)."""
+    return torch.full((length, length), float("-inf"), dtype=like.dtype).triu(1)
+
+
+def _blocked(qkv: Tensor, n_head: int, dropout: float) -> Tensor:
+    """The same blocks in operations that torch.compile differentiates and fuses."""
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    q, k, v = _heads(qkv, n_head).unbind(0)
+    parts = []
+    for start, stop in _blocks(T):
+        scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2)).float()
+        future = torch.ones(stop - start, stop, dtype=torch.bool).triu(1 + start)
+        scores = (scores * (1.0 / math.sqrt(q.size(-1)))).masked_fill(future, float("-inf"))
+        probabilities = F.dropout(torch.softmax(scores, dim=-1), dropout)
+        parts.append(torch.bmm(probabilities.to(qkv.dtype), v[:, :stop]))
+    out = torch.cat(parts, dim=1)  # (B*H, T, D)
+    return out.view(B, n_head, T, C // n_head).transpose(1, 2).reshape(B, T, C)
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """heads (3, B, H, T, D) -> (B, H, T, D); keeps the probabilities for the backward pass."""
+    """Keeps the probabilities: with them the backward pass is four GEMMs a block."""
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, dropout: float) -> Tensor:
-        q, k, v = heads.flatten(1, 2).unbind(0)  # each (B*H, T, D)
-        T, D = q.size(1), q.size(2)
-        ctx.scale, ctx.dropout = 1.0 / math.sqrt(D), dropout
-        out = torch.empty_like(q)
+    def forward(ctx: Any, qkv: Tensor, n_head: int, dropout: float) -> Tensor:
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        heads = _heads(qkv, n_head)
+        q, k, v = heads.unbind(0)
+        ctx.scale, ctx.n_head = 1.0 / math.sqrt(C // n_head), n_head
+        q.mul_(ctx.scale)
+        out = qkv.new_empty(B, T, n_head, C // n_head)
         kept: list[Tensor] = []
-        for start in range(0, T, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, T)
-            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2)).mul_(ctx.scale)
-            future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
-            scores[:, :, start:].masked_fill_(future, float("-inf"))
+        for start, stop in _blocks(T):
+            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2))
+            scores[:, :, start:].add_(_future(stop - start, scores))
             probabilities = torch.softmax(scores, dim=-1)
             kept.append(probabilities)
             if dropout:
-                probabilities, mask = torch.native_dropout(probabilities, dropout, True)
-                kept.append(mask)
-            torch.bmm(probabilities, v[:, :stop], out=out[:, start:stop])
+                kept.append(dropout_mask(probabilities, dropout))
+                probabilities = probabilities * kept[-1]
+            part = torch.bmm(probabilities, v[:, :stop])
+            out[:, start:stop] = part.view(B, n_head, stop - start, -1).transpose(1, 2)
+        ctx.has_dropout = bool(dropout)
         ctx.save_for_backward(heads, *kept)
-        return out.view(heads.shape[1:])
+        return out.view(B, T, C)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         heads, *kept = ctx.saved_tensors
-        q, k, v = heads.flatten(1, 2).unbind(0)
-        grad = grads[0].reshape(q.shape)
-        grad_heads = torch.zeros_like(heads)
-        grad_q, grad_k, grad_v = grad_heads.flatten(1, 2).unbind(0)
+        q, k, v = heads.unbind(0)
+        T, D = q.size(1), q.size(2)
+        B, H = q.size(0) // ctx.n_head, ctx.n_head
+        grad = grads[0].view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
+        grad_qkv = grad.new_empty(B, T, 3, H, D)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
         blocks = iter(kept)
-        for start in range(0, q.size(1), QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, q.size(1))
+        for start, stop in _blocks(T):
             probabilities = dropped = next(blocks)
-            grad_p = torch.bmm(grad[:, start:stop], v[:, :stop].transpose(1, 2))
-            if ctx.dropout:
-                keep = next(blocks).to(grad_p.dtype).mul_(1.0 / (1.0 - ctx.dropout))
-                dropped = probabilities * keep
-                grad_p.mul_(keep)
-            grad_v[:, :stop] += torch.bmm(dropped.transpose(1, 2), grad[:, start:stop])
+            part = grad[:, start:stop]
+            grad_p = torch.bmm(part, v[:, :stop].transpose(1, 2))
+            if ctx.has_dropout:
+                mask = next(blocks)
+                dropped = probabilities * mask
+                grad_p.mul_(mask)
+            grad_v[:, :stop] += torch.bmm(dropped.transpose(1, 2), part)
             grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
-            grad_s.mul_(ctx.scale)
-            torch.bmm(grad_s, k[:, :stop], out=grad_q[:, start:stop])
             grad_k[:, :stop] += torch.bmm(grad_s.transpose(1, 2), q[:, start:stop])
-        return grad_heads, None
+            grad_q = torch.bmm(grad_s, k[:, :stop]).mul_(ctx.scale)
+            grad_qkv[:, start:stop, 0] = grad_q.view(B, H, stop - start, D).transpose(1, 2)
+        grad_qkv[:, :, 1] = grad_k.view(B, H, T, D).transpose(1, 2)
+        grad_qkv[:, :, 2] = grad_v.view(B, H, T, D).transpose(1, 2)
+        return grad_qkv.view(B, T, 3 * H * D), None, None

@@ -17,28 +17,8 @@ from torch.nn import functional as F
 
 from gptray.config import ModelConfig, UserError
 from gptray.model.attention import causal_attention
+from gptray.model.layers import LayerNorm, Linear, dropout, gelu
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
-
-
-class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype; `GPT.initialise` sets its weights."""
-
-    def reset_parameters(self) -> None:
-        """Draw nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in its input's dtype (statistics in fp32)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if x.is_cuda:  # on CPU the kernel reads fp32 weights beside bf16 activations
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
@@ -59,9 +39,8 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        x = self.c_proj(causal_attention(self.c_attn(x), self.n_head, dropout=dropout))
-        return F.dropout(x, dropout) if dropout else x
+        p = self.dropout if self.training else 0.0
+        return dropout(self.c_proj(causal_attention(self.c_attn(x), self.n_head, dropout=p)), p)
 
 
 class MLP(nn.Module):
@@ -72,8 +51,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.n_inner or 4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        p = self.dropout if self.training else 0.0
+        return dropout(self.c_proj(gelu(self.c_fc(x))), p)
 
 
 class Block(nn.Module):
@@ -104,8 +83,7 @@ class Transformer(nn.Module):
 
     def forward(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
         x = (F.embedding(idx, self.wte.weight) + self.wpe.weight[: idx.size(1)]).to(dtype)
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
+        x = dropout(x, self.dropout if self.training else 0.0)
         for block in self.h:
             x = block(x)
         normed: Tensor = self.ln_f(x)

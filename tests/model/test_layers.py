@@ -1,0 +1,104 @@
+"""Attention, dropout and the linear layer against PyTorch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptray.model.attention import causal_attention
+from gptray.model.layers import Linear, dropout
+
+
+def reference(qkv: Tensor, n_head: int, mask: Tensor | float = 1.0) -> Tensor:
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv.split(C, dim=2))
+    scores = q @ k.transpose(-2, -1) / (C // n_head) ** 0.5
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    probabilities = scores.masked_fill(future, float("-inf")).softmax(-1) * mask
+    return (probabilities @ v).transpose(1, 2).reshape(B, T, C)
+
+
+@pytest.mark.parametrize("length", [1, 100, 128, 130, 384])
+def test_attention_in_bf16_equals_fp32(length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, length, 3 * 32, generator=generator).bfloat16().requires_grad_()
+    exact = qkv.detach().float().requires_grad_()
+    ours, theirs = causal_attention(qkv, 4), reference(exact, 4)
+    upstream = torch.randn(theirs.shape, generator=generator)
+    (gradient,) = torch.autograd.grad(ours, qkv, upstream.bfloat16())
+    (expected,) = torch.autograd.grad(theirs, exact, upstream)
+    assert (ours.float() - theirs).norm() / theirs.norm() < 0.01
+    assert (gradient.float() - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropped_attention_has_the_right_mean_and_gradient(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 150, 3 * 16).to(dtype).requires_grad_()
+
+    def run() -> Tensor:
+        torch.manual_seed(3)
+        return causal_attention(qkv, 2, dropout=0.4)
+
+    mean = torch.stack([causal_attention(qkv, 2, dropout=0.4).detach() for _ in range(400)]).mean(0)
+    exact = reference(qkv.detach().float(), 2)
+    assert (mean.float() - exact)[:, 1:].norm() / exact.norm() < 0.1
+    assert torch.equal(run(), run())
+    # A token attends to itself alone at first: dropped, its output is 0, kept, v / 0.6.
+    first = causal_attention(qkv, 2, dropout=0.4)[0, 0].float()
+    v = qkv[0, 0, 32:].float()
+    for head in (slice(0, 8), slice(8, 16)):
+        kept = (first[head] - v[head] / 0.6).abs().max() < 0.02 * v[head].abs().max()
+        assert kept or not first[head].any()
+
+
+def test_dropped_attentions_gradient_is_that_of_its_mask() -> None:
+    qkv = torch.randn(1, 5, 3 * 8, dtype=torch.float32).requires_grad_()
+
+    def loss(values: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return causal_attention(values, 2, dropout=0.4).square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(qkv), qkv)
+    direction = torch.randn_like(qkv)
+    with torch.no_grad():
+        slope = (loss(qkv + 1e-2 * direction) - loss(qkv - 1e-2 * direction)) / 2e-2
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1000, 1001)])
+def test_dropout_keeps_the_mean_and_the_share(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(shape, requires_grad=True)
+    y = dropout(x, 0.1)
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / 0.9), atol=1e-4, rtol=0)
+    if len(shape) > 1:
+        assert abs((y == 0).float().mean().item() - 0.1) < 1e-3
+        assert abs(y.mean().item() - 1) < 1e-3
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], y.detach())
+    assert dropout(x, 0.0) is x
+
+
+def test_linear_in_bf16_gives_fp32_gradients_to_its_masters() -> None:
+    torch.manual_seed(0)
+    layer = Linear(24, 40)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    x = torch.randn(2, 9, 24).bfloat16().requires_grad_()
+    exact = [value.detach().float().requires_grad_() for value in (x, layer.weight, layer.bias)]
+    ours, theirs = layer(x), F.linear(*exact)
+    assert (ours.float() - theirs).norm() / theirs.norm() < 0.01
+    upstream = torch.randn_like(theirs)
+    gradients = torch.autograd.grad(ours, (x, layer.weight, layer.bias), upstream.bfloat16())
+    assert [gradient.dtype for gradient in gradients] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
+    for gradient, expected in zip(
+        gradients, torch.autograd.grad(theirs, exact, upstream), strict=True
+    ):
+        assert (gradient.float() - expected).norm() / expected.norm() < 0.01
