@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +37,7 @@ def ray_cluster() -> Iterator[None]:
         os.environ.setdefault(key, value)
     verbose = logging.getLogger("gptray").isEnabledFor(logging.DEBUG)
     level = logging.INFO if verbose else logging.ERROR
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _sigterm_kept():
         warnings.simplefilter("default" if verbose else "ignore")
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=verbose, logging_level=level)
@@ -47,6 +49,15 @@ def ray_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep the process's SIGTERM handler: Ray's own aborts the process after three seconds."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def check_resources(compute: ComputeConfig) -> None:
