@@ -111,7 +111,8 @@ def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPT2LMHeadModel(config).to(device).train()
+    model: nn.Module = GPT2LMHeadModel(config)
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     ids = torch.from_numpy(RandomText(shape.vocab_size).ids).to(device)
     batch = ids[: shape.batch_size * shape.block_size].view(shape.batch_size, shape.block_size)

