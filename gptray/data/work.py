@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def tokenise(
     There is one per split that has text in the unit.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this task has one core; others run beside it
-    encoder = ShardEncoder(Tokenizer.load(folder / "tokenizer"))
+    encoder = _encoder(folder / "tokenizer")
     writers: dict[int, ShardWriter] = {}
     with ExitStack() as stack:
         for label, part in _labelled(unit, text_column):
@@ -110,6 +111,12 @@ def tokenise(
                 writers[label] = stack.enter_context(ShardWriter(path, encoder))
             writers[label].add(part.text, ends=part.ends)
     return {label: w.shard for label, w in sorted(writers.items()) if w.shard is not None}
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: Path) -> ShardEncoder:
+    """Kept from one unit to the next in the same process, with the words that it knows by then."""
+    return ShardEncoder(Tokenizer.load(folder))
 
 
 def _labelled(unit: Sequence[PiecePlan], text_column: str) -> Iterator[tuple[int, Part]]:

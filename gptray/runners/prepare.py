@@ -32,7 +32,7 @@ from gptray.runners.stream import stream
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 32 << 20  # of text per task
+PIECE_BYTES = 16 << 20  # of text per task
 SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
 _CHECKED_FILES = 100  # looked into before Ray starts; the scan looks into all
 
