@@ -37,16 +37,16 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["txt", "jsonl"])
     parser.add_argument("--tokenizer", default="bpe")
     arguments = parser.parse_args()
+    columns = ("mb", "seconds", "mb_per_sec", "mb_per_cpu_sec", "tokens_per_sec", "peak_mb")
+    print(f"{'file':12}", *(f"{name:>14}" for name in columns), flush=True)
     results = []
     with tempfile.TemporaryDirectory() as folder, ray_cluster():
         for kind in arguments.formats:
             path = write_text(Path(folder) / f"text.{kind}", arguments.megabytes * 1_000_000)
-            results.append(measure(path, Path(folder), arguments.tokenizer))
+            row = measure(path, Path(folder), arguments.tokenizer)
+            print(f"{row['file']:12}", *(f"{row[name]:14.2f}" for name in columns), flush=True)
+            results.append(row)
             path.unlink()
-    columns = ("mb", "seconds", "mb_per_sec", "mb_per_cpu_sec", "tokens_per_sec", "peak_mb")
-    print(f"{'file':12}", *(f"{name:>14}" for name in columns))
-    for row in results:
-        print(f"{row['file']:12}", *(f"{row[name]:14.2f}" for name in columns))
     print(json.dumps({"cpus": len(os.sched_getaffinity(0)), "results": results}))
 
 
