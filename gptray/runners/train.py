@@ -25,6 +25,7 @@ from gptray.runners.runs import (
     set_ray_snapshot_aside,
 )
 from gptray.runners.watch import show_samples, watching
+from gptray.training.checkpoint import TrainerState, newest_whole
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +83,6 @@ def check_data(config: Config, data: TokenData, folder: Path) -> None:
     Raises:
         UserError: says which split, tokenizer or text, and what to change.
     """
-    from gptray.training.checkpoint import TrainerState, newest_whole
-
     rows = config.model.vocab_size
     if rows is not None and rows < data.vocab_size:
         raise UserError(
@@ -107,8 +106,6 @@ def check_data(config: Config, data: TokenData, folder: Path) -> None:
 
 
 def _is_finished(config: Config, folder: Path) -> bool:
-    from gptray.training.checkpoint import TrainerState, newest_whole
-
     checkpoint, _ = newest_whole(folder)
     if checkpoint is None:
         return False
@@ -123,7 +120,7 @@ def _is_finished(config: Config, folder: Path) -> bool:
 
 def _fit_on_ray(config: Config, data: TokenData, folder: Path) -> dict[str, Any]:
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     reserved = worker_resources(config.compute)
     settings = {
@@ -132,9 +129,10 @@ def _fit_on_ray(config: Config, data: TokenData, folder: Path) -> dict[str, Any]
         "run_dir": str(folder),
         "threads": max(1, int(reserved["CPU"])),
     }
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         train_worker,
         train_loop_config=settings,
+        backend_config=_nccl() if config.compute.use_gpu else None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.compute.num_workers,
             use_gpu=config.compute.use_gpu,
@@ -158,6 +156,12 @@ def _fit_on_ray(config: Config, data: TokenData, folder: Path) -> dict[str, Any]
             f"times; the run can go on from its last checkpoint with the same command.\n{error}"
         ) from None
     return result
+
+
+def _nccl() -> Any:
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(backend="nccl")
 
 
 def _failure_notes(folder: Path) -> Any:
@@ -185,6 +189,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
+    from gptray.runners.group import process_group
     from gptray.training.loop import fit
 
     config = Config.model_validate(settings["config"])
@@ -200,14 +205,15 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         )
 
     device = ray.train.torch.get_device()
-    result = fit(
-        config,
-        data,
-        Path(settings["run_dir"]),
-        report=report,
-        sample=lambda model: sample_texts(config, data, model),
-        device=device,
-    )
+    with process_group():
+        result = fit(
+            config,
+            data,
+            Path(settings["run_dir"]),
+            report=report,
+            sample=lambda model: sample_texts(config, data, model),
+            device=device,
+        )
     return {**result, "peak_memory_bytes": peak_memory(device)}
 
 

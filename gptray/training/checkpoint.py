@@ -4,8 +4,8 @@ A checkpoint is a folder `checkpoint_<step>` in the run folder: `model/` (Huggin
 `optimizer.safetensors`, `trainer.json`, `config.yaml` and, written last, `manifest.json` with every
 file's size and sha256. It is built under another name, synced to disk and renamed, so a visible
 checkpoint was whole once; the manifest finds what a disk or a person did to it since (safetensors
-has no checksum of its own). Nothing is pickled. What a run writes beside its checkpoints is in
-`gptray.training.journal`.
+has no checksum of its own). Nothing is pickled. What stands in the tensor files is the loop's
+matter; no torch here, so that a driver can look at checkpoints at once.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from gptray.config import RunFailed
 from gptray.training.stopping import Progress
@@ -117,13 +113,12 @@ def save_checkpoint(
     run_dir: Path,
     state: TrainerState,
     *,
-    optimizer_tensors: dict[str, torch.Tensor],
     config_yaml: str,
-    write_model: Callable[[Path], None],
+    write_tensors: Callable[[Path], None],
 ) -> Path:
     """Write the checkpoint of `state.step` and return its folder; readers see all of it or nothing.
 
-    `write_model` fills the folder that it is given with the model and its tokenizer.
+    `write_tensors` puts `model/` and `optimizer.safetensors` into the folder that it is given.
 
     Raises:
         RunFailed: the disk is full or cannot be written; names the path and the free space.
@@ -133,9 +128,8 @@ def save_checkpoint(
     try:
         if draft.exists():  # left by a killed attempt, never visible to a reader
             shutil.rmtree(draft)
-        (draft / "model").mkdir(parents=True)
-        write_model(draft / "model")
-        save_file(optimizer_tensors, draft / "optimizer.safetensors")
+        draft.mkdir(parents=True)
+        write_tensors(draft)
         (draft / "trainer.json").write_text(json.dumps(state.to_json(), indent=1))
         (draft / "config.yaml").write_text(config_yaml)
         _write_manifest(draft)
@@ -184,29 +178,6 @@ def prune(run_dir: Path, num_to_keep: int, best_step: int) -> None:
             os.rename(folder, hidden)
     for hidden in run_dir.glob(".checkpoint_*.old"):
         shutil.rmtree(hidden)
-
-
-def optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """The optimizer's moments as `<parameter>.<moment>`, ready for safetensors."""
-    return {
-        f"{name}.{key}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the moments of a checkpoint back, each to its parameter."""
-    tensors = load_file(folder / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        prefix = f"{name}."
-        optimizer.state[parameter] = {
-            key.removeprefix(prefix): value.to(parameter.device)
-            for key, value in tensors.items()
-            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-        }
 
 
 def _write_manifest(folder: Path) -> None:

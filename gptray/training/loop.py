@@ -22,9 +22,9 @@ from gptray.config import Config, dump
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
-from gptray.training.checkpoint import optimizer_tensors, prune, publish_model, save_checkpoint
+from gptray.training.checkpoint import prune, publish_model, save_checkpoint
 from gptray.training.journal import Journal
-from gptray.training.optim import learning_rate
+from gptray.training.optim import learning_rate, save_optimizer
 from gptray.training.record import write_event
 from gptray.training.run import Run, start, writing
 from gptray.training.validation import score_split
@@ -177,16 +177,16 @@ def save(run: Run, journal: Journal, sample: Sampler) -> Path:
     journal.sync()
     is_best = run.state.progress.best_step == run.state.step
 
-    def write_model(folder: Path) -> None:
-        save_pretrained(run.model, folder, eos_token_id=run.data.eos_id)
-        shutil.copytree(run.data.data_dir / "tokenizer", folder, dirs_exist_ok=True)
+    def write_tensors(folder: Path) -> None:
+        save_pretrained(run.model, folder / "model", eos_token_id=run.data.eos_id)
+        shutil.copytree(run.data.data_dir / "tokenizer", folder / "model", dirs_exist_ok=True)
+        save_optimizer(folder / "optimizer.safetensors", run.model, run.optimizer)
 
     checkpoint = save_checkpoint(
         run.run_dir,
         run.state,
-        optimizer_tensors=optimizer_tensors(run.model, run.optimizer),
         config_yaml=dump(run.config),
-        write_model=write_model,
+        write_tensors=write_tensors,
     )
     if is_best:
         publish_model(checkpoint, run.run_dir)

@@ -1,12 +1,14 @@
-"""AdamW's parameter groups and the learning-rate schedules."""
+"""AdamW's parameter groups and stored state, and the learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gptray.config import OptimConfig
@@ -55,3 +57,25 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
     progress = min(1.0, since / max(1, max_steps - config.warmup_steps))
     left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + left * (config.lr - config.min_lr)
+
+
+def save_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write the optimizer's moments as `<parameter>.<moment>` to a safetensors file."""
+    tensors = {
+        f"{name}.{key}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    save_file(tensors, path)
+
+
+def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the moments in a file back, each to its parameter."""
+    tensors = load_file(path)
+    for name, parameter in model.named_parameters():
+        prefix = f"{name}."
+        optimizer.state[parameter] = {
+            key.removeprefix(prefix): value.to(parameter.device)
+            for key, value in tensors.items()
+            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+        }

@@ -24,11 +24,10 @@ from gptray.model.shape import model_folder
 from gptray.training.checkpoint import (
     TrainerState,
     checkpoint_step,
-    load_optimizer,
     newest_whole,
     publish_model,
 )
-from gptray.training.optim import make_optimizer
+from gptray.training.optim import load_optimizer, make_optimizer
 from gptray.training.record import write_event
 from gptray.training.stopping import Progress
 from gptray.training.workers import Workers
@@ -90,7 +89,7 @@ def start(
     state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
     if folder:
         state = TrainerState.load(folder)
-        load_optimizer(folder, model, optimizer)
+        load_optimizer(folder / "optimizer.safetensors", model, optimizer)
     if workers.is_first:
         if folder and state.progress.best_step == step:
             publish_model(folder, run_dir)  # a kill may have come between save and publish

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from gptray.config import RunFailed
 from gptray.training.checkpoint import (
@@ -16,7 +15,6 @@ from gptray.training.checkpoint import (
     damage,
     find_checkpoints,
     newest_whole,
-    optimizer_tensors,
     prune,
     publish_model,
     save_checkpoint,
@@ -25,16 +23,17 @@ from gptray.training.stopping import Progress
 
 
 def save(run_dir: Path, step: int, *, weights: bytes = b"weights") -> Path:
-    def write_model(folder: Path) -> None:
-        (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(weights * 50)
+    def write_tensors(folder: Path) -> None:
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text("{}")
+        (folder / "model" / "model.safetensors").write_bytes(weights * 50)
+        (folder / "optimizer.safetensors").write_bytes(b"moments")
 
     return save_checkpoint(
         run_dir,
         TrainerState(step=step, progress=Progress(), data="d"),
-        optimizer_tensors={"w.exp_avg": torch.arange(100.0) + step},
         config_yaml="seed: 1\n",
-        write_model=write_model,
+        write_tensors=write_tensors,
     )
 
 
@@ -128,9 +127,8 @@ def test_half_written_checkpoint_is_invisible_and_written_anew(run_dir: Path) ->
         save_checkpoint(
             run_dir,
             TrainerState(step=30, progress=Progress(), data="d"),
-            optimizer_tensors={},
             config_yaml="",
-            write_model=die,
+            write_tensors=die,
         )
     assert [folder.name for folder in find_checkpoints(run_dir)] == [
         "checkpoint_000020",
@@ -158,9 +156,8 @@ def test_full_disk_names_the_path_and_keeps_what_is_there(run_dir: Path) -> None
         save_checkpoint(
             run_dir,
             TrainerState(step=30, progress=Progress(), data="d"),
-            optimizer_tensors={},
             config_yaml="",
-            write_model=full,
+            write_tensors=full,
         )
     assert newest_whole(run_dir)[0] == run_dir / "checkpoint_000020"
 
@@ -191,13 +188,3 @@ def test_published_model_is_replaced_file_by_file(tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
     ]
-
-
-def test_optimizer_tensors_name_every_moment() -> None:
-    layer = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    layer(torch.ones(3)).sum().backward()
-    optimizer.step()
-    names = set(optimizer_tensors(layer, optimizer))
-    moments = ("step", "exp_avg", "exp_avg_sq")
-    assert names == {f"{name}.{moment}" for name in ("weight", "bias") for moment in moments}

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from gptray.config import ModelConfig, OptimConfig
 from gptray.model.gpt import GPT
-from gptray.training.optim import learning_rate, make_optimizer
+from gptray.training.optim import (
+    learning_rate,
+    load_optimizer,
+    make_optimizer,
+    save_optimizer,
+)
 
 
 def rates(max_steps: int = 100, **settings: object) -> list[float]:
@@ -64,3 +72,26 @@ def test_weight_decay_spares_biases_and_norms() -> None:
     assert len(decay) == len(names)
     for name, value in decay.items():
         assert value == (0.0 if name.endswith("bias") or ".ln_" in name else 0.3), name
+
+
+def test_stored_moments_come_back_each_to_its_parameter(tmp_path: Path) -> None:
+    def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        optimizer = make_optimizer(layer.parameters(), OptimConfig())
+        step(layer, optimizer)
+        return layer, optimizer
+
+    def step(layer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        layer(torch.arange(6.0).view(2, 3)).square().sum().backward()
+        optimizer.step()
+
+    layer, optimizer = trained()
+    save_optimizer(tmp_path / "o.safetensors", layer, optimizer)
+    other, fresh = trained()
+    fresh.state.clear()
+    load_optimizer(tmp_path / "o.safetensors", other, fresh)
+    step(layer, optimizer)
+    step(other, fresh)
+    assert torch.equal(layer.weight, other.weight) and torch.equal(layer.bias, other.bias)
