@@ -26,9 +26,11 @@ def causal_attention(qkv: Tensor, n_head: int, *, dropout: float = 0.0) -> Tenso
     Returns (B, T, C). Dropout draws from torch's global generator.
     """
     if qkv.device.type == "cpu" and (qkv.dtype == torch.bfloat16 or dropout):
+        y: Tensor
         if torch.compiler.is_compiling():
-            return _blocked(qkv, n_head, dropout)
-        y: Tensor = _BlockedAttention.apply(qkv, n_head, dropout)  # type: ignore[no-untyped-call]
+            y = _blocked_op(qkv, n_head, dropout)[0]
+        else:
+            y = _BlockedAttention.apply(qkv, n_head, dropout)  # type: ignore[no-untyped-call]
         return y
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4).unbind(0)
@@ -53,70 +55,104 @@ def _future(length: int, like: Tensor) -> Tensor:
     return torch.full((length, length), float("-inf"), dtype=like.dtype).triu(1)
 
 
-def _blocked(qkv: Tensor, n_head: int, dropout: float) -> Tensor:
-    """The same blocks in operations that torch.compile differentiates and fuses."""
+def _forward(qkv: Tensor, n_head: int, dropout: float) -> list[Tensor]:
+    """The output (B, T, C), and for the backward pass the heads, then each block's probabilities
+    and, with dropout, its mask."""
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    q, k, v = _heads(qkv, n_head).unbind(0)
-    parts = []
+    heads = _heads(qkv, n_head)
+    q, k, v = heads.unbind(0)
+    q.mul_(1.0 / math.sqrt(C // n_head))
+    out = qkv.new_empty(B, T, n_head, C // n_head)
+    kept: list[Tensor] = []
     for start, stop in _blocks(T):
-        scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2)).float()
-        future = torch.ones(stop - start, stop, dtype=torch.bool).triu(1 + start)
-        scores = (scores * (1.0 / math.sqrt(q.size(-1)))).masked_fill(future, float("-inf"))
-        probabilities = F.dropout(torch.softmax(scores, dim=-1), dropout)
-        parts.append(torch.bmm(probabilities.to(qkv.dtype), v[:, :stop]))
-    out = torch.cat(parts, dim=1)  # (B*H, T, D)
-    return out.view(B, n_head, T, C // n_head).transpose(1, 2).reshape(B, T, C)
+        scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2))
+        scores[:, :, start:].add_(_future(stop - start, scores))
+        probabilities = torch.softmax(scores, dim=-1)
+        kept.append(probabilities)
+        if dropout:
+            kept.append(dropout_mask(probabilities, dropout))
+            probabilities = probabilities * kept[-1]
+        part = torch.bmm(probabilities, v[:, :stop])
+        out[:, start:stop] = part.view(B, n_head, stop - start, -1).transpose(1, 2)
+    return [out.view(B, T, C), heads, *kept]
+
+
+def _backward(grad: Tensor, saved: list[Tensor], n_head: int, has_dropout: bool) -> Tensor:
+    """The gradient of qkv (B, T, 3C): four GEMMs a block, none of them to make scores again."""
+    heads, *kept = saved
+    q, k, v = heads.unbind(0)
+    B, H, T, D = grad.size(0), n_head, q.size(1), q.size(2)
+    grad = grad.view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
+    grad_qkv = grad.new_empty(B, T, 3, H, D)
+    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    blocks = iter(kept)
+    for start, stop in _blocks(T):
+        probabilities = dropped = next(blocks)
+        part = grad[:, start:stop]
+        grad_p = torch.bmm(part, v[:, :stop].transpose(1, 2))
+        if has_dropout:
+            mask = next(blocks)
+            dropped = probabilities * mask
+            grad_p.mul_(mask)
+        grad_v[:, :stop] += torch.bmm(dropped.transpose(1, 2), part)
+        grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
+        grad_k[:, :stop] += torch.bmm(grad_s.transpose(1, 2), q[:, start:stop])
+        grad_q = torch.bmm(grad_s, k[:, :stop]).mul_(1.0 / math.sqrt(D))
+        grad_qkv[:, start:stop, 0] = grad_q.view(B, H, stop - start, D).transpose(1, 2)
+    grad_qkv[:, :, 1] = grad_k.view(B, H, T, D).transpose(1, 2)
+    grad_qkv[:, :, 2] = grad_v.view(B, H, T, D).transpose(1, 2)
+    return grad_qkv.view(B, T, 3 * H * D)
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Keeps the probabilities: with them the backward pass is four GEMMs a block."""
-
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int, dropout: float) -> Tensor:
-        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        heads = _heads(qkv, n_head)
-        q, k, v = heads.unbind(0)
-        ctx.scale, ctx.n_head = 1.0 / math.sqrt(C // n_head), n_head
-        q.mul_(ctx.scale)
-        out = qkv.new_empty(B, T, n_head, C // n_head)
-        kept: list[Tensor] = []
-        for start, stop in _blocks(T):
-            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2))
-            scores[:, :, start:].add_(_future(stop - start, scores))
-            probabilities = torch.softmax(scores, dim=-1)
-            kept.append(probabilities)
-            if dropout:
-                kept.append(dropout_mask(probabilities, dropout))
-                probabilities = probabilities * kept[-1]
-            part = torch.bmm(probabilities, v[:, :stop])
-            out[:, start:stop] = part.view(B, n_head, stop - start, -1).transpose(1, 2)
-        ctx.has_dropout = bool(dropout)
-        ctx.save_for_backward(heads, *kept)
-        return out.view(B, T, C)
+        out, *saved = _forward(qkv, n_head, dropout)
+        ctx.n_head, ctx.has_dropout = n_head, bool(dropout)
+        ctx.save_for_backward(*saved)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        heads, *kept = ctx.saved_tensors
-        q, k, v = heads.unbind(0)
-        T, D = q.size(1), q.size(2)
-        B, H = q.size(0) // ctx.n_head, ctx.n_head
-        grad = grads[0].view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
-        grad_qkv = grad.new_empty(B, T, 3, H, D)
-        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-        blocks = iter(kept)
-        for start, stop in _blocks(T):
-            probabilities = dropped = next(blocks)
-            part = grad[:, start:stop]
-            grad_p = torch.bmm(part, v[:, :stop].transpose(1, 2))
-            if ctx.has_dropout:
-                mask = next(blocks)
-                dropped = probabilities * mask
-                grad_p.mul_(mask)
-            grad_v[:, :stop] += torch.bmm(dropped.transpose(1, 2), part)
-            grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
-            grad_k[:, :stop] += torch.bmm(grad_s.transpose(1, 2), q[:, start:stop])
-            grad_q = torch.bmm(grad_s, k[:, :stop]).mul_(ctx.scale)
-            grad_qkv[:, start:stop, 0] = grad_q.view(B, H, stop - start, D).transpose(1, 2)
-        grad_qkv[:, :, 1] = grad_k.view(B, H, T, D).transpose(1, 2)
-        grad_qkv[:, :, 2] = grad_v.view(B, H, T, D).transpose(1, 2)
-        return grad_qkv.view(B, T, 3 * H * D), None, None
+        saved = list(ctx.saved_tensors)
+        return _backward(grads[0].contiguous(), saved, ctx.n_head, ctx.has_dropout), None, None
+
+
+# The same two functions as operators that torch.compile calls and does not look into: the softmax
+# that inductor would make of them is several times slower than PyTorch's.
+@torch.library.custom_op("gptray::blocked_attention", mutates_args=())
+def _blocked_op(qkv: Tensor, n_head: int, dropout: float) -> list[Tensor]:
+    return _forward(qkv.contiguous(), n_head, dropout)
+
+
+@_blocked_op.register_fake
+def _(qkv: Tensor, n_head: int, dropout: float) -> list[Tensor]:
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    shapes = [(B * n_head, stop - start, stop) for start, stop in _blocks(T)]
+    kept = [qkv.new_empty(shape) for shape in shapes for _ in range(2 if dropout else 1)]
+    return [qkv.new_empty(B, T, C), qkv.new_empty(3, B * n_head, T, C // n_head), *kept]
+
+
+@torch.library.custom_op("gptray::blocked_attention_backward", mutates_args=())
+def _blocked_backward_op(
+    grad: Tensor, saved: list[Tensor], n_head: int, has_dropout: bool
+) -> Tensor:
+    return _backward(grad.contiguous(), saved, n_head, has_dropout)
+
+
+@_blocked_backward_op.register_fake
+def _(grad: Tensor, saved: list[Tensor], n_head: int, has_dropout: bool) -> Tensor:
+    return grad.new_empty(grad.size(0), grad.size(1), 3 * grad.size(2))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.n_head, ctx.has_dropout = inputs[1], bool(inputs[2])
+    ctx.save_for_backward(*output[1:])
+
+
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor, None, None]:
+    saved = list(ctx.saved_tensors)
+    return _blocked_backward_op(grads[0], saved, ctx.n_head, ctx.has_dropout), None, None
+
+
+_blocked_op.register_autograd(_differentiate, setup_context=_keep)

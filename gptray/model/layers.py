@@ -23,9 +23,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
-        if torch.compiler.is_compiling():
-            # The bias in fp32: so it joins the next pointwise kernel, and not a slower addmm.
-            return (F.linear(x, self.weight.to(x.dtype)).float() + self.bias).to(x.dtype)
         y: Tensor = _CastLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return y
 
@@ -37,6 +34,9 @@ class _CastLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         ctx.save_for_backward(x, weight)
+        if torch.compiler.is_compiling():
+            # The sum in fp32: so it joins the next pointwise kernel, and not a slower addmm.
+            return (F.linear(x, weight).float() + bias).to(x.dtype)
         if x.device.type == "cpu" and _fuses_bias():
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             return y
@@ -47,7 +47,12 @@ class _CastLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
         grad_weight = torch.mm(grad.t(), x.flatten(0, -2)).float()
-        return torch.mm(grad, weight).view(x.shape), grad_weight, grad.sum(0).float()
+        if torch.compiler.is_compiling():
+            # A product, for a sum over rows would be fused with what made grad, badly.
+            grad_bias = torch.mm(grad.new_ones(1, grad.size(0)), grad)[0]
+        else:
+            grad_bias = grad.sum(0)
+        return torch.mm(grad, weight).view(x.shape), grad_weight, grad_bias.float()
 
 
 @cache
@@ -74,10 +79,55 @@ class LayerNorm(nn.LayerNorm):
 def gelu(x: Tensor) -> Tensor:
     """GPT-2's GELU, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
     if torch.compiler.is_compiling() and x.device.type == "cpu":
-        # (1 + tanh(u)) / 2 = sigmoid(2u), three times as fast in inductor's vector code.
-        z = x.float()
-        return (z * torch.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))).to(x.dtype)
+        y: Tensor = _RationalGelu.apply(x)  # type: ignore[no-untyped-call]
+        return y
     return F.gelu(x, approximate="tanh")
+
+
+class _RationalGelu(torch.autograd.Function):
+    """GELU without a call: inductor's tanh and exp take most of a fused kernel's time on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        z = x.float()
+        return (0.5 * z * (1.0 + _tanh(z * (GELU_1 + GELU_3 * z * z)))).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        z = x.float()
+        t = _tanh(z * (GELU_1 + GELU_3 * z * z))
+        slope: Tensor = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * (GELU_1 + 3.0 * GELU_3 * z * z)
+        return (grads[0].float() * slope).to(x.dtype)
+
+
+# sqrt(2 / pi) and 0.044715 sqrt(2 / pi)
+GELU_1, GELU_3 = 0.7978845608028654, 0.035677408136300125
+# tanh(u) = u P(u^2) / Q(u^2) to 5e-7 on [-TANH_LIMIT, TANH_LIMIT], beyond which it is 1 in fp32:
+# the coefficients of Eigen's ptanh, highest power first.
+TANH_LIMIT = 7.90531110763549805
+TANH_P = (
+    -2.76076847742355e-16,
+    2.00018790482477e-13,
+    -8.60467152213735e-11,
+    5.12229709037114e-08,
+    1.48572235717979e-05,
+    6.37261928875436e-04,
+    4.89352455891786e-03,
+)
+TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
+
+
+def _tanh(u: Tensor) -> Tensor:
+    u = u.clamp(-TANH_LIMIT, TANH_LIMIT)
+    square = u * u
+    p, q = torch.full_like(u, TANH_P[0]), torch.full_like(u, TANH_Q[0])
+    for coefficient in TANH_P[1:]:
+        p = p * square + coefficient
+    for coefficient in TANH_Q[1:]:
+        q = q * square + coefficient
+    return u * p / q
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
