@@ -4,6 +4,9 @@ All systems take turns in one process on the same shape and batch, so that a bus
 them alike; ratios are medians over rounds. Each keeps its own process-wide PyTorch settings.
 
     python benchmarks/train.py [--shape a|b16|c] [--compile] [--systems hf-fp32,hf-bf16,bf16]
+
+With --cpu-time it counts one thread's CPU seconds: on a machine that others use at the same time
+that is the only steady measure, since threads that wait for each other lose whole time slices.
 """
 
 from __future__ import annotations
@@ -145,14 +148,14 @@ class Contestant:
             torch.are_deterministic_algorithms_enabled(),
         )
 
-    def seconds(self, steps: int) -> float:
+    def seconds(self, steps: int, clock: Callable[[], float]) -> float:
         """Mean seconds of a step, the first one thrown away: it finds cold caches."""
         _settings(self.settings[0], deterministic=self.settings[1])
         self.step()
-        before = time.perf_counter()
+        before = clock()
         for _ in range(steps):
             self.step()
-        return (time.perf_counter() - before) / steps
+        return (clock() - before) / steps
 
 
 def _settings(matmul: str, *, deterministic: bool) -> None:
@@ -168,25 +171,31 @@ def measure(
     rounds: int = 7,
     steps: int = 3,
     device: str = "cpu",
+    cpu_time: bool = False,
 ) -> dict[str, Any]:
     """Tokens per second (medians) of each system and the ratio of ours to each of HF's.
 
-    A ratio is the median over rounds of that round's ratio.
+    A ratio is the median over rounds of that round's ratio. With `cpu_time`, of one thread's CPU
+    seconds; the process stays at one thread.
     """
+    clock = time.process_time if cpu_time else time.perf_counter
+    if cpu_time:
+        torch.set_num_threads(1)
     shape = SHAPES[shape_name]
     tokens = shape.batch_size * shape.block_size
     contestants = [
         Contestant(name, shape, compiled=compiled, device=torch.device(device)) for name in systems
     ]
     for contestant in contestants:
-        contestant.seconds(1)
+        contestant.seconds(1, clock)
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for _ in range(rounds):
         for contestant in contestants:
-            seconds[contestant.name].append(contestant.seconds(steps))
+            seconds[contestant.name].append(contestant.seconds(steps, clock))
     return {
         "shape": shape_name,
         "compile": compiled,
+        "clock": "cpu" if cpu_time else "wall",
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "tokens_per_sec": {
@@ -214,6 +223,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a system per round")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, its CPU seconds")
     args = parser.parse_args()
     result = measure(
         args.shape,
@@ -222,6 +232,7 @@ def main() -> None:
         rounds=args.rounds,
         steps=args.steps,
         device=args.device,
+        cpu_time=args.cpu_time,
     )
     print(f"{'system':24}{'tokens/s':>10}")
     for name, rate in result["tokens_per_sec"].items():
