@@ -94,12 +94,12 @@ class ModelConfig(Section):
     n_head: PositiveInt = Field(4, description="attention heads; must divide n_embd")
     n_embd: PositiveInt = Field(256, description="width of the residual stream")
     n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 x n_embd")
-    n_positions: PositiveInt = Field(256, description="longest context, in tokens")
+    n_positions: PositiveInt = Field(128, description="longest context, in tokens")
     vocab_size: PositiveInt | None = Field(
         None, description="rows of the embedding; null: the tokenizer's; larger pads it"
     )
     dropout: Probability = Field(
-        0.1, description="of embeddings, attention and residuals (HF's three)"
+        0.0, description="of embeddings, attention and residuals (HF's three)"
     )
     norm: Literal["layernorm", "none"] = Field(
         "layernorm", description="none: ablation, no normalisation"
@@ -122,8 +122,8 @@ class ModelConfig(Section):
 
 
 class OptimConfig(Section):
-    lr: Positive = Field(1e-3, description="peak learning rate")
-    min_lr: NonNegative = Field(1e-4, description="learning rate at the end of the schedule")
+    lr: Positive = Field(2e-3, description="peak learning rate")
+    min_lr: NonNegative = Field(2e-4, description="learning rate at the end of the schedule")
     schedule: Literal["constant", "linear", "cosine", "step"] = Field(
         "cosine",
         description="how lr falls to min_lr after the warm-up; step: times gamma every step_size",
@@ -146,15 +146,15 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    max_steps: PositiveInt = Field(600, description="optimizer updates")
-    global_batch_size: PositiveInt = Field(32, description="sequences per step, all workers")
+    max_steps: PositiveInt = Field(500, description="optimizer updates")
+    global_batch_size: PositiveInt = Field(16, description="sequences per step, all workers")
     micro_batch_size: PositiveInt | None = Field(
         None,
         description="sequences per forward pass of one worker; null: all of its share",
     )
-    block_size: PositiveInt = Field(256, description="tokens in a sequence, at most n_positions")
+    block_size: PositiveInt = Field(128, description="tokens in a sequence, at most n_positions")
     eval_interval: PositiveInt = Field(
-        50, description="steps between evaluations (and checkpoints)"
+        100, description="steps between evaluations (and checkpoints)"
     )
     log_interval: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
     patience: PositiveInt | None = Field(
@@ -191,8 +191,8 @@ class SampleConfig(Section):
         None, description="prompts of the samples; null: the first words of validation text"
     )
     max_new_tokens: PositiveInt = Field(64, description="tokens to add at most")
-    temperature: NonNegative = Field(0.8, description="0: greedy")
-    top_k: PositiveInt | None = Field(50, description="sample from the k likeliest; null: from all")
+    temperature: NonNegative = Field(0.7, description="0: greedy")
+    top_k: PositiveInt | None = Field(40, description="sample from the k likeliest; null: from all")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the sampler")
 
 

@@ -65,8 +65,8 @@ def test_dry_run_prints_a_config_file_and_a_plan_without_running(
     path = tmp_path / "resolved.yaml"
     path.write_text("\n".join(lines))
     assert load_config(str(path), []) == load_config(None, ["optim.lr=3e-4"])
-    assert "# tokens per step  8,192" in lines
-    plan = {"tokens per step": "8,192", "run folder": "~/gptray/a"}
+    assert "# tokens per step  2,048" in lines
+    plan = {"tokens per step": "2,048", "run folder": "~/gptray/a"}
     assert json.loads(last) == {"dry_run": True, "plan": plan}
 
 
@@ -156,7 +156,7 @@ def test_help_lists_every_key_within_the_width(
     for key, spec in field_specs(Config).items():
         assert key in shown
         assert spec.description and f"({spec.type_words}) {spec.description}" in words
-    assert shown["optim.lr"].startswith("0.001 ")
+    assert shown["optim.lr"].startswith("0.002 ")
     for word in ("--config", "--dry-run", "--verbose", "Train a GPT on text."):
         assert word in out
 

@@ -180,7 +180,7 @@ def test_all_mistakes_show_at_once_with_their_places(write: Write) -> None:
         f"{path}:1: unknown section optm; did you mean optim?",
         f"{path}:2: unknown key optim.lrr; did you mean optim.lr?",
         f"{path}:3: unknown key learning_rate; did you mean optim.lr?",
-        f"{path}:6: train.block_size=512 must not be above model.n_positions=256",
+        f"{path}:6: train.block_size=512 must not be above model.n_positions=128",
         f"{path}:7: model.norm: expects layernorm or none, got 'layernrm'; did you mean layernorm?",
         f"{path}:7: model.n_embd=250 must be divisible by model.n_head=4, such as 248",
         "command line: unknown key bath; did you mean train.global_batch_size?",
@@ -193,8 +193,8 @@ def test_all_mistakes_show_at_once_with_their_places(write: Write) -> None:
     ("arguments", "named"),
     [
         (["model.n_embd=130"], ["model.n_embd=130", "model.n_head=4", "such as 128"]),
-        (["train.block_size=300"], ["train.block_size=300", "model.n_positions=256"]),
-        (["optim.min_lr=1"], ["optim.min_lr=1", "optim.lr=0.001"]),
+        (["train.block_size=300"], ["train.block_size=300", "model.n_positions=128"]),
+        (["optim.min_lr=1"], ["optim.min_lr=1", "optim.lr=0.002"]),
         (
             ["train.global_batch_size=30", "train.micro_batch_size=4", "compute.num_workers=2"],
             ["train.global_batch_size=30", "train.micro_batch_size=4", "compute.num_workers=2"],

@@ -1,7 +1,7 @@
 """Which windows of the training split form the batch of a step: a pure function of (seed, step).
 
 Nothing here depends on workers, micro-batches or restarts, so a resumed run or one with another
-number of workers sees the same global batches (the idea of MosaicML Streaming's elastic determinism).
+number of workers sees the same global batches (elastic determinism, as in MosaicML Streaming).
 """
 
 from __future__ import annotations
