@@ -15,7 +15,7 @@ from gptray.config import Config, RunFailed, UserError, dump
 from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
-from gptray.runners.prepare import check_sources, prepare, prepared
+from gptray.runners.prepare import check_sources, prepare
 from gptray.runners.runs import (
     check_resumable,
     held,
@@ -59,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
 def _run(config: Config, folder: Path) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
     with ray_cluster():
-        data = prepared(config) or prepare(config)
+        data = prepare(config)
         check_data(config, data, folder)
         torn = set_ray_snapshot_aside(folder)
         if torn:

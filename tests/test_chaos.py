@@ -1,0 +1,22 @@
+"""Kills at random moments, by the command that README names: a short form, and the long one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    "rounds", [2, pytest.param(10, marks=pytest.mark.chaos)], ids=["short", "long"]
+)
+def test_killed_runs_end_with_the_same_bits(rounds: int) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), f"--rounds={rounds}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["passed"] == rounds

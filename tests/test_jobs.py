@@ -1,0 +1,165 @@
+"""The doors as a user types them: exit codes, the last line of stdout, a cluster's job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=1",
+    "model.n_embd=16",
+    "train.max_steps=4",
+    "train.eval_interval=2",
+    "train.block_size=32",
+    "train.global_batch_size=4",
+    "sample.max_new_tokens=4",
+]
+
+
+def job(
+    name: str, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {})},
+        timeout=300,
+    )
+
+
+def test_train_ends_with_one_json_line_and_plain_progress(text_file: Path, tmp_path: Path) -> None:
+    done = job("train", f"data.source={text_file}", f"storage_path={tmp_path}", *TINY)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["step"] == 4 and Path(result["model_dir"], "model.safetensors").is_file()
+    assert "step 4/4" in done.stderr and "\x1b" not in done.stderr
+    assert "Traceback" not in done.stderr and "ray" not in done.stderr.lower().split()
+
+
+def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> None:
+    done = job("prepare", f"data.source={text_file}", f"storage_path={tmp_path}", *TINY)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["documents"] == 1 and set(result["tokens"]) == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.lr=3e-4"], "did you mean optim.lr?"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["data.source=nowhere.txt"], "nowhere.txt"),
+        (["compute.use_gpu=true", "compute.num_workers=99"], "compute.num_workers=99"),
+        (["data.tokenizer=./nowhere"], "nowhere"),
+        (["model.init_from=./nowhere"], "nowhere"),
+        (["storage_path=s3://bucket"], "s3://bucket"),
+    ],
+)
+def test_mistake_is_one_message_and_exit_code_2(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    for dry_run in ([], ["--dry-run"]):
+        done = job("train", f"storage_path={tmp_path}", *arguments, *dry_run)
+        # A key given twice is a mistake too, so the path in question comes alone.
+        if "storage_path" in arguments[0]:
+            done = job("train", *arguments, *dry_run)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr and "Traceback" not in done.stderr
+        assert done.stdout == ""
+
+
+def test_sigterm_interrupts_with_130(text_file: Path, tmp_path: Path) -> None:
+    arguments = [f"data.source={text_file}", f"storage_path={tmp_path}", "name=run", *TINY]
+    arguments[arguments.index("train.max_steps=4")] = "train.max_steps=100000"
+    driver = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert driver.stderr
+    for line in driver.stderr:
+        if line.startswith("step"):
+            break
+    driver.send_signal(signal.SIGTERM)
+    _, rest = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert "interrupted" in rest and "Traceback" not in rest
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(params=["disabled", "token"])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A `ray start --head` of its own, without and with token authentication."""
+    dashboard = _free_port()
+    environment = {
+        "RAY_AUTH_MODE": request.param,
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    (tmp_path / "token").write_text("0123456789abcdef" * 4)
+    ray = str(Path(sys.executable).with_name("ray"))
+    head_environment = {**os.environ, **environment}
+    head_environment.pop("RAY_ADDRESS")
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={_free_port()}"]
+        + [f"--dashboard-port={dashboard}", "--disable-usage-stats"],
+        env=head_environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while head.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", dashboard)):
+                break
+    yield environment
+    head.terminate()
+    head.wait(timeout=60)
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    ray = str(Path(sys.executable).with_name("ray"))
+    return subprocess.run(
+        [ray, "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+
+
+def test_ray_job_submit_trains_and_a_wrong_key_fails(
+    cluster: dict[str, str], text_file: Path, tmp_path: Path
+) -> None:
+    common = [f"data.source={text_file}", f"storage_path={tmp_path}", "name=submitted", *TINY]
+    done = submit(cluster, "jobs/train.py", *common)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 4/4" in done.stdout and '"stopped": "max_steps"' in done.stdout
+    assert (tmp_path / "submitted" / "model" / "model.safetensors").is_file()
+    wrong = submit(cluster, "jobs/train.py", *common, "optim.lrr=1")
+    assert wrong.returncode != 0
+    assert "did you mean optim.lr?" in wrong.stdout
+    if cluster["RAY_AUTH_MODE"] == "token":
+        stranger = {**cluster, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}
+        (tmp_path / "other").write_text("f" * 64)
+        assert submit(stranger, "jobs/train.py", "--dry-run").returncode != 0
