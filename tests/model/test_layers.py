@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.model.attention import causal_attention
-from gptray.model.layers import Linear, dropout
+from gptray.model.layers import LayerNorm, Linear, dropout, gelu
 
 
 def reference(qkv: Tensor, n_head: int, mask: Tensor | float = 1.0) -> Tensor:
@@ -102,3 +104,31 @@ def test_linear_in_bf16_gives_fp32_gradients_to_its_masters() -> None:
         gradients, torch.autograd.grad(theirs, exact, upstream), strict=True
     ):
         assert (gradient.float() - expected).norm() / expected.norm() < 0.01
+
+
+def test_layer_norm_in_bf16_sums_its_gradients_over_many_rows() -> None:
+    torch.manual_seed(0)
+    layer = LayerNorm(24)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    x = torch.randn(4, 3000, 24).add(0.5).bfloat16().requires_grad_()
+    exact = [value.detach().double().requires_grad_() for value in (x, layer.weight, layer.bias)]
+    ours, theirs = layer(x), F.layer_norm(exact[0], (24,), exact[1], exact[2])
+    assert (ours.double() - theirs).norm() / theirs.norm() < 0.01
+    upstream = torch.randn_like(x).add(0.1)
+    gradients = torch.autograd.grad(ours, (x, layer.weight, layer.bias), upstream)
+    assert [gradient.dtype for gradient in gradients[1:]] == [torch.float32] * 2
+    for gradient, expected in zip(
+        gradients, torch.autograd.grad(theirs, exact, upstream.double()), strict=True
+    ):
+        assert (gradient.double() - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_gelu_is_exact_to_fp32() -> None:
+    x = torch.linspace(-12, 12, 4001, requires_grad=True)
+    theirs, ours = F.gelu(x, approximate="tanh"), torch.compile(gelu)(x)
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-6)
+    expected, gradient = (torch.autograd.grad(y.sum(), x)[0] for y in (theirs, ours))
+    torch.testing.assert_close(gradient, expected, atol=5e-6, rtol=2e-6)
