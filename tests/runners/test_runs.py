@@ -49,7 +49,7 @@ def test_shape_and_tokenizer_come_from_init_from(tmp_path: Path) -> None:
 def test_block_longer_than_the_model_that_was_taken_over_is_refused(tmp_path: Path) -> None:
     shape = ModelConfig(n_layer=1, n_head=1, n_embd=4, n_positions=8)
     save_pretrained(GPT(shape, vocab_size=9), tmp_path / "old")
-    with pytest.raises(UserError, match=r"train\.block_size=256 .* model\.n_positions=8"):
+    with pytest.raises(UserError, match=r"train\.block_size=128 .* model\.n_positions=8"):
         resolve(load_config(None, [f"model.init_from={tmp_path}/old"]))
 
 
