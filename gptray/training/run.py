@@ -80,7 +80,7 @@ def start(
     # The same bits for the same shape, on a GPU too.
     torch.use_deterministic_algorithms(True)
     # That would also fill every new tensor, which helps to find bugs and costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     enable_fast_fp32()
     step = workers.number_from_first(lambda: _resume_step(run_dir), device)
     folder = run_dir / f"checkpoint_{step:06d}" if step else None
