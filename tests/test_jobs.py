@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,11 +123,10 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while head.poll() is None and time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if not probe.connect_ex(("127.0.0.1", dashboard)):
-                break
+    # The head takes jobs only some seconds after it listens.
+    for _ in range(40):
+        if submit(environment, "-c", "pass").returncode == 0:
+            break
     yield environment
     head.terminate()
     head.wait(timeout=60)
