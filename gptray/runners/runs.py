@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config, RunFailed, UserError, flatten, load_config, override
+from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config, override
 from gptray.model.shape import model_folder, read_shape
 from gptray.training.record import METRICS, read_rows
 
@@ -93,6 +93,15 @@ def held(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another process is training the run {folder}") from None
         yield
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """Write a new run's config.yaml; whole or not at all, since a torn one could not go on."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        draft = folder / ".config.yaml.tmp"
+        draft.write_text(dump(config))
+        os.replace(draft, path)
 
 
 def set_ray_snapshot_aside(folder: Path) -> str | None:

@@ -11,7 +11,7 @@ import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptray.config import Config, RunFailed, UserError, dump
+from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
@@ -22,6 +22,7 @@ from gptray.runners.runs import (
     outcome,
     resolve,
     run_dir,
+    save_config,
     set_ray_snapshot_aside,
 )
 from gptray.runners.watch import show_samples, watching
@@ -48,19 +49,24 @@ def train(config: Config) -> dict[str, Any]:
     check_sources(config)
     check_resumable(config)
     with held(folder):
-        if not (folder / "config.yaml").exists():
-            (folder / "config.yaml").write_text(dump(config))
+        save_config(config, folder)
         log.info("run %s", folder)
-        facts = {} if _is_finished(config, folder) else _run(config, folder)
+        checkpoint, _ = newest_whole(folder)
+        state = TrainerState.load(checkpoint) if checkpoint else None
+        if state and state.why_stop(config.train):
+            log.info("this run is finished; another name, or train.resume=never, starts a new one")
+            facts = {}
+        else:
+            facts = _run(config, folder, state)
         show_samples(folder)
     return {**outcome(config), **facts}
 
 
-def _run(config: Config, folder: Path) -> dict[str, Any]:
+def _run(config: Config, folder: Path, state: TrainerState | None) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
     with ray_cluster():
         data = prepare(config)
-        check_data(config, data, folder)
+        check_data(config, data, state)
         torn = set_ray_snapshot_aside(folder)
         if torn:
             log.warning("%s", torn)
@@ -77,8 +83,8 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     return {"peak_memory_gib": peak}
 
 
-def check_data(config: Config, data: TokenData, folder: Path) -> None:
-    """Refuse token data that cannot be trained on, or that is not what the run began with.
+def check_data(config: Config, data: TokenData, state: TrainerState | None) -> None:
+    """Refuse token data that cannot be trained on, or that is not what the run of `state` has seen.
 
     Raises:
         UserError: says which split, tokenizer or text, and what to change.
@@ -95,27 +101,11 @@ def check_data(config: Config, data: TokenData, folder: Path) -> None:
         raise UserError(f"training text is too short: {error}; lower train.block_size") from None
     if len(data.val) < 2:
         raise UserError("the validation split has fewer than 2 tokens; change data.split")
-    checkpoint, problems = newest_whole(folder)
-    if checkpoint:
-        before = TrainerState.load(checkpoint).data
-        if before != data.fingerprint:
-            raise UserError(
-                f"the text or tokenizer of the run {folder} has changed since it started "
-                f"(data {before}, now {data.fingerprint}); choose another name"
-            )
-
-
-def _is_finished(config: Config, folder: Path) -> bool:
-    checkpoint, _ = newest_whole(folder)
-    if checkpoint is None:
-        return False
-    state = TrainerState.load(checkpoint)
-    is_over = state.step >= config.train.max_steps or state.progress.exhausted(
-        config.train.patience
-    )
-    if is_over:
-        log.info("this run is finished; another name, or train.resume=never, starts a new one")
-    return is_over
+    if state and state.data != data.fingerprint:
+        raise UserError(
+            f"the text or tokenizer of the run {config.name} has changed since it started "
+            f"(data {state.data}, now {data.fingerprint}); choose another name"
+        )
 
 
 def _fit_on_ray(config: Config, data: TokenData, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptray.config import RunFailed
+from gptray.config import RunFailed, TrainConfig
 from gptray.training.stopping import Progress
 
 FORMAT = 1
@@ -33,6 +33,12 @@ class TrainerState:
     step: int
     progress: Progress
     data: str
+
+    def why_stop(self, config: TrainConfig) -> str | None:
+        """The reason to make no further step: max_steps or patience; None to go on."""
+        if self.step >= config.max_steps:
+            return "max_steps"
+        return "patience" if self.progress.exhausted(config.patience) else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

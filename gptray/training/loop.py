@@ -65,7 +65,7 @@ def fit(
         row: Metrics = {"step": run.state.step}
         losses: list[float] = []
         clock = time.perf_counter()
-        while not (stopped := why_stop(run)):
+        while not (stopped := run.state.why_stop(config.train)):
             try:
                 loss, grad_norm, lr = train_step(run)
                 losses.append(loss)
@@ -84,15 +84,6 @@ def fit(
                 report(row, save(run, journal, sample) if journal else None)
             losses, clock = [], time.perf_counter()
         return {**row, "stopped": stopped}
-
-
-def why_stop(run: Run) -> str | None:
-    """The reason to make no further step, or None."""
-    if run.state.step >= run.config.train.max_steps:
-        return "max_steps"
-    if run.state.progress.exhausted(run.config.train.patience):
-        return "patience"
-    return None
 
 
 def is_due(run: Run, interval: int) -> bool:
