@@ -117,16 +117,20 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str
     head_environment.pop("RAY_ADDRESS")
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={_free_port()}"]
-        + [f"--dashboard-port={dashboard}", "--disable-usage-stats"],
+        + [f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+        # The session's own Ray has an agent on the default port; without one no job is taken.
+        + [f"--dashboard-agent-listen-port={_free_port()}"],
         env=head_environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     # The head takes jobs only some seconds after it listens.
-    for _ in range(40):
-        if submit(environment, "-c", "pass").returncode == 0:
+    for _ in range(20):
+        first = submit(environment, "-c", "pass")
+        if first.returncode == 0:
             break
+    assert first.returncode == 0, first.stdout + first.stderr
     yield environment
     head.terminate()
     head.wait(timeout=60)
