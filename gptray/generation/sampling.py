@@ -1,70 +1,272 @@
-"""Drawing tokens from logits, and continuing a few prompts without a cache.
+"""Drawing the next token of every row, each by its own settings: pure functions on logits.
 
-The samples that a run shows at every evaluation come from here.
+A row's token depends on its logits, its settings and (seed, row, position) alone: the same
+whatever its neighbours in the batch ask for. For that, candidates have one order (likelier first,
+then the lower id, so that ties are never cut at random), sums run along that order, and the
+random number is a function of a counter.
+
+Shapes: B rows of the batch, V entries of the vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from gptray.config import SampleConfig
-from gptray.model.gpt import GPT
+from gptray.generation.settings import Sampling
+
+# Candidates are first looked for in chunks of this many entries of the vocabulary.
+CHUNK = 64
+# How far down a row is ranked when only top_p says where to end; all of it if that is too little.
+FIRST_RANKS = 1024
 
 
-def draw_tokens(
-    logits: Tensor, *, temperature: float, top_k: int | None, generator: torch.Generator
-) -> Tensor:
-    """One token id for each row of logits (B, V); returns (B,).
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch, as far as drawing its next token goes.
 
-    `temperature` 0 takes the likeliest. Under `top_k` exactly k tokens are eligible, ties
-    included: the draw is made among the k indices, not by a threshold. `generator` is on the CPU.
+    row: which of a request's outputs it is. history: its tokens so far, prompt included.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    values, ids = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1)
-    probabilities = torch.softmax(values / temperature, dim=-1).cpu()
-    choice = torch.multinomial(probabilities, 1, generator=generator).to(ids.device)  # (B, 1)
-    return ids.gather(-1, choice).squeeze(-1)
+
+    sampling: Sampling
+    prompt_tokens: int
+    history: Sequence[int]
+    eos_id: int
+    row: int = 0
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.history) - self.prompt_tokens
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token; with `Sampling.logprobs` its log-probability and the likeliest tokens' too.
+
+    Log-probabilities are the model's own, before any setting changes them.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @torch.no_grad()
-def continue_prompts(
-    model: GPT, prompts: Sequence[Sequence[int]], settings: SampleConfig, *, eos_id: int
-) -> list[list[int]]:
-    """The tokens that follow each prompt, at most `max_new_tokens`, up to and without EOS.
+def draw(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
+    """Draw the next token of each row from logits (B, V).
 
-    All rows advance together: a row shorter than its neighbours is padded on the right, where
-    causal attention cannot see it. Contexts longer than `n_positions` lose their beginning.
+    Raises ValueError if a row's logits are not a distribution (NaN, or nothing eligible).
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(settings.seed)
-    rows = [list(prompt) or [eos_id] for prompt in prompts]
-    outputs: list[list[int]] = [[] for _ in rows]
-    live = list(range(len(rows)))
-    for _ in range(settings.max_new_tokens):
-        contexts = [rows[row][-model.config.n_positions :] for row in live]
-        longest = max(map(len, contexts))
-        padded = [context + [eos_id] * (longest - len(context)) for context in contexts]
-        logits = model(torch.tensor(padded, device=device))  # (B, T, V)
-        last = torch.tensor([len(context) - 1 for context in contexts], device=device)
-        tokens = draw_tokens(
-            logits[torch.arange(len(live), device=device), last],
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            generator=generator,
-        )
-        for row, token in zip(live, tokens.tolist(), strict=True):
-            if token != eos_id:
-                outputs[row].append(token)
-                rows[row].append(token)
-        ended = {row for row, token in zip(live, tokens.tolist(), strict=True) if token == eos_id}
-        live = [row for row in live if row not in ended]
-        if not live:
-            break
-    model.train(was_training)
-    return outputs
+    assert logits.size(0) == len(rows)
+    shaped = _shape_logits(logits, rows)
+    tokens = torch.empty(len(rows), dtype=torch.int64)
+    for members, choose in (
+        ([i for i, r in enumerate(rows) if r.sampling.temperature == 0], _greedy),
+        ([i for i, r in enumerate(rows) if _is_ranked(r.sampling)], _draw_ranked),
+        ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
+    ):
+        if members:
+            part = shaped if len(members) == len(rows) else shaped[members]
+            tokens[members] = choose(part, [rows[i] for i in members]).cpu()
+    drawn = [Drawn(token) for token in tokens.tolist()]
+    asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+    if asked:
+        for i, with_logprobs in zip(asked, _logprobs(logits, rows, drawn, asked), strict=True):
+            drawn[i] = with_logprobs
+    return drawn
+
+
+def uniform(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """One number in [0, 1) for each (seed, row, position), fp64; the same on every machine.
+
+    Philox4x32-10, a hash of a counter (Salmon et al. 2011, Parallel Random Numbers: As Easy as
+    1, 2, 3). 53 random bits each.
+    """
+    seed = np.asarray(seeds, dtype=np.uint64)
+    key = [seed & _LOW, seed >> _32]
+    place = [np.asarray(values, dtype=np.uint64) for values in (positions, rows)]
+    counter = [place[0] & _LOW, place[0] >> _32, place[1] & _LOW, place[1] >> _32]
+    for _ in range(10):
+        first, second = counter[0] * _PHILOX_M[0], counter[2] * _PHILOX_M[1]
+        counter = [
+            (second >> _32) ^ counter[1] ^ key[0],
+            second & _LOW,
+            (first >> _32) ^ counter[3] ^ key[1],
+            first & _LOW,
+        ]
+        key = [(k + w) & _LOW for k, w in zip(key, _PHILOX_W, strict=True)]
+    bits: NDArray[np.uint64] = (counter[0] << _32 | counter[1]) >> np.uint64(11)
+    return torch.from_numpy(bits.astype(np.float64) * 2.0**-53)
+
+
+_32, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
+_PHILOX_M = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_PHILOX_W = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+
+
+def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row (B, V), fp32, and their ids, (B, k) each; equals by lower id.
+
+    torch.topk leaves open which of equal values it takes. The k largest lie in the k chunks of
+    the vocabulary with the largest maxima, so that only those are looked at closely.
+    """
+    B, V = logits.shape
+    k = min(k, V)
+    chunks = -(-V // CHUNK)
+    if 4 * k >= chunks:
+        ids = _first(logits, torch.arange(V, device=logits.device).expand(B, V), k)
+        return logits.gather(1, ids).float(), ids
+    if V % CHUNK:
+        logits = F.pad(logits, (0, chunks * CHUNK - V), value=float("-inf"))
+    maxima = logits.view(B, chunks, CHUNK).amax(-1)
+    near = _first(maxima, torch.arange(chunks, device=logits.device).expand(B, chunks), k)
+    offsets = torch.arange(CHUNK, device=logits.device)
+    ids = (near[:, :, None] * CHUNK + offsets).flatten(1)  # (B, k * CHUNK)
+    ids = _first(logits.gather(1, ids), ids, k)
+    return logits.gather(1, ids).float(), ids
+
+
+def _first(values: Tensor, ids: Tensor, k: int) -> Tensor:
+    """The ids of the k first by (value descending, id ascending); values and ids (B, N)."""
+    bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: -0 is 0
+    # As integers, floats of one sign are in order; the negative ones in reverse.
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    keys = (order << 32) | (0x7FFFFFFF - ids)
+    best = keys.topk(k, dim=1, sorted=True).values
+    return 0x7FFFFFFF - (best & 0xFFFFFFFF)
+
+
+def _shape_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Apply repetition penalty and minimum length; the given logits stay as they are."""
+    penalised = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
+    unfinished = [
+        (i, row.eos_id) for i, row in enumerate(rows) if row.new_tokens < row.sampling.min_new_tokens
+    ]
+    if not penalised and not unfinished:
+        return logits
+    # Penalties are sums of fp32; to forbid a token any type will do.
+    logits = logits.to(torch.float32 if penalised else logits.dtype, copy=True)
+    for i in penalised:
+        seen = torch.tensor(sorted(set(rows[i].history)), device=logits.device)
+        values, penalty = logits[i, seen], rows[i].sampling.repetition_penalty
+        # Keskar et al. 2019, CTRL
+        logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if unfinished:
+        at, eos = zip(*unfinished, strict=True)
+        logits[list(at), list(eos)] = float("-inf")
+    return logits
+
+
+def _is_ranked(sampling: Sampling) -> bool:
+    limited = sampling.top_k is not None or (sampling.top_p or 1.0) < 1.0
+    return sampling.temperature > 0 and limited
+
+
+def _is_unranked(sampling: Sampling) -> bool:
+    return sampling.temperature > 0 and not _is_ranked(sampling)
+
+
+def _greedy(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    best, tokens = logits.max(dim=-1)
+    _check(best)
+    return tokens
+
+
+def _draw_ranked(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Draw from the first of the ranked candidates, as many as top_k, top_p and min_p leave."""
+    V = logits.size(1)
+    limits = [row.sampling.top_k or V for row in rows]
+    ranks = min(max(min(limit, FIRST_RANKS) for limit in limits), V)
+    tokens, enough = _draw_among(logits, rows, limits, ranks)
+    if not all(enough):
+        again = [i for i, is_enough in enumerate(enough) if not is_enough]
+        part = [rows[i] for i in again]
+        tokens[again], _ = _draw_among(logits[again], part, [limits[i] for i in again], V)
+    return tokens
+
+
+def _draw_among(
+    logits: Tensor, rows: Sequence[Row], limits: Sequence[int], ranks: int
+) -> tuple[Tensor, list[bool]]:
+    """Draw (B,) from the first `ranks` candidates; for each row whether those were enough."""
+    values, ids = top_candidates(logits, ranks)
+    _check(values[:, 0])
+    temperature = _column(rows, "temperature", logits)
+    weights = torch.exp((values.double() - values[:, :1]) / temperature)  # (B, K), first is 1
+    cumulative = weights.cumsum(1)
+    K = values.size(1)
+    k = torch.tensor([min(limit, V) for limit, V in zip(limits, [logits.size(1)] * len(rows))])
+    k = k.to(logits.device)[:, None]
+    mass = cumulative.gather(1, k.clamp(max=K) - 1)  # of the top k
+    beyond = (k > K).squeeze(1)
+    if beyond.any():
+        tail = torch.exp((logits[beyond].double() - values[beyond, :1]) / temperature[beyond])
+        mass[beyond] = tail.sum(1, keepdim=True)
+    top_p = _column(rows, "top_p", logits, off=1.0)
+    min_p = _column(rows, "min_p", logits, off=0.0)
+    place = torch.arange(K, device=logits.device)
+    eligible = (place < k) & (weights >= min_p) & (weights > 0)
+    # A candidate stays if those before it do not make up top_p of the mass yet.
+    eligible &= (cumulative - weights < top_p * mass) | (place == 0)
+    count = eligible.sum(1, keepdim=True)
+    enough = ((count < K) | (k <= K)).squeeze(1).tolist()
+    total = cumulative.gather(1, count - 1)
+    target = _uniform(rows, logits) * total
+    choice = torch.searchsorted(cumulative, target, right=True)
+    return ids.gather(1, torch.minimum(choice, count - 1)).squeeze(1), enough
+
+
+def _draw_unranked(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Draw from the whole vocabulary, or what min_p leaves of it, in the order of the ids."""
+    logits = logits.float()
+    best = logits.amax(1, keepdim=True)
+    _check(best)
+    scaled = (logits - best) / _column(rows, "temperature", logits).float()
+    weights = torch.exp(scaled).double()  # (B, V)
+    min_p = _column(rows, "min_p", logits, off=0.0)
+    if bool((min_p > 0).any()):
+        weights = weights.masked_fill(weights < min_p, 0.0)
+    cumulative = weights.cumsum(1)
+    target = _uniform(rows, logits) * cumulative[:, -1:]
+    # Right of equal sums: an entry without weight is never chosen.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def _uniform(rows: Sequence[Row], like: Tensor) -> Tensor:
+    numbers = uniform(
+        [row.sampling.seed for row in rows],
+        [row.row for row in rows],
+        [row.new_tokens for row in rows],
+    )
+    return numbers.to(like.device)[:, None]
+
+
+def _column(rows: Sequence[Row], name: str, like: Tensor, *, off: float = 0.0) -> Tensor:
+    values = [getattr(row.sampling, name) for row in rows]
+    column = [off if value is None else float(value) for value in values]
+    return torch.tensor(column, dtype=torch.float64, device=like.device)[:, None]
+
+
+def _check(best: Tensor) -> None:
+    if not bool(torch.isfinite(best).all()):
+        raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
+
+
+def _logprobs(
+    logits: Tensor, rows: Sequence[Row], drawn: Sequence[Drawn], asked: Sequence[int]
+) -> list[Drawn]:
+    logprobs = torch.log_softmax(logits[asked].float(), dim=-1)
+    most = max(rows[i].sampling.logprobs or 0 for i in asked)
+    values, ids = top_candidates(logprobs, max(most, 1))
+    out = []
+    for at, i in enumerate(asked):
+        n = rows[i].sampling.logprobs or 0
+        top = zip(ids[at, :n].tolist(), values[at, :n].tolist(), strict=True)
+        out.append(Drawn(drawn[i].token, logprobs[at, drawn[i].token].item(), tuple(top)))
+    return out

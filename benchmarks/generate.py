@@ -1,0 +1,239 @@
+"""Tokens per second of gptray's engine beside transformers' generate and CTranslate2.
+
+Random weights of a GPT-2 shape, the same prompts of 32 tokens, 64 new tokens each, top-k 50,
+reading of the prompts included. Every system has a process of its own, and they take turns, so
+that a busy machine slows them alike; figures are medians over rounds.
+
+    python benchmarks/generate.py [--shape 124m|10m] [--batch 1,8,32,64] [--systems bf16,ct2-int8]
+
+CTranslate2 (pip install ctranslate2) runs with one sequence on all cores, with more on one core
+for each of two replicas, where it is fastest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+SHAPES = {"124m": (12, 12, 768), "10m": (4, 4, 256)}
+VOCAB_SIZE, N_POSITIONS = 50257, 1024
+PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
+SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16")
+
+# Generates for that many sequences; the argument makes each call's prompts others.
+Run = Callable[[int, int], None]
+
+
+def prompts(batch: int, salt: int) -> list[list[int]]:
+    import numpy as np
+
+    rng = np.random.default_rng(salt)
+    return cast(list[list[int]], rng.integers(50_000, size=(batch, PROMPT_TOKENS)).tolist())
+
+
+def gptray_run(model_dir: str, precision: str) -> Run:
+    import torch
+
+    from gptray.data.tokenizer import Tokenizer
+    from gptray.generation.engine import Engine, Request
+    from gptray.generation.settings import Sampling
+    from gptray.model.hf import load_pretrained
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model, tokenizer = load_pretrained(model_dir), Tokenizer.load(model_dir)
+    engine = Engine(model, tokenizer, max_batch_size=64, dtype=dtype)
+
+    def run(batch: int, salt: int) -> None:
+        sampling = Sampling(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, top_k=TOP_K)
+        generations = [engine.submit(Request(ids, sampling)) for ids in prompts(batch, salt)]
+        while engine.busy:
+            engine.step()
+        assert all(len(generation.tokens) == NEW_TOKENS for generation in generations)
+
+    return run
+
+
+def hf_run(model_dir: str, precision: str) -> Run:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+
+    def run(batch: int, salt: int) -> None:
+        ids = torch.tensor(prompts(batch, salt))
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=True,
+                top_k=TOP_K,
+                pad_token_id=0,
+            )
+        assert out.shape == (batch, PROMPT_TOKENS + NEW_TOKENS)
+
+    return run
+
+
+def ct2_run(model_dir: str, compute_type: str) -> Run:
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+    from transformers import AutoTokenizer
+
+    folder = f"{model_dir}/ct2-{compute_type}"
+    TransformersConverter(model_dir).convert(folder, quantization=compute_type)
+    names = AutoTokenizer.from_pretrained(model_dir).convert_ids_to_tokens(range(VOCAB_SIZE))
+    cores = os.cpu_count() or 1
+    alone = ctranslate2.Generator(folder, compute_type=compute_type, intra_threads=cores)
+    spread = ctranslate2.Generator(
+        folder, compute_type=compute_type, inter_threads=cores, intra_threads=1
+    )
+
+    def run(batch: int, salt: int) -> None:
+        starts = [[names[token] for token in ids] for ids in prompts(batch, salt)]
+        results = (alone if batch == 1 else spread).generate_batch(
+            starts,
+            max_batch_size=-(-batch // cores),
+            max_length=PROMPT_TOKENS + NEW_TOKENS,
+            min_length=PROMPT_TOKENS + NEW_TOKENS,
+            sampling_topk=TOP_K,
+        )
+        assert all(len(r.sequences_ids[0]) == PROMPT_TOKENS + NEW_TOKENS for r in results)
+
+    return run
+
+
+def worker(system: str, model_dir: str) -> None:
+    """Answer every batch size on stdin with the seconds that it took."""
+    kind, _, precision = system.rpartition("-")
+    runs = {"": gptray_run, "hf": hf_run, "ct2": ct2_run}
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    run = runs[kind](model_dir, precision)
+    print("ready", file=answers, flush=True)
+    for salt, line in enumerate(sys.stdin):
+        begin = time.perf_counter()
+        run(int(line), salt)
+        print(time.perf_counter() - begin, file=answers, flush=True)
+
+
+class Contestant:
+    """A system in a process of its own."""
+
+    def __init__(self, system: str, model_dir: str) -> None:
+        command = [sys.executable, __file__, "--worker", system, "--model", model_dir]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
+        assert self._answer() == "ready", f"{system} did not start"
+
+    def seconds(self, batch: int) -> float:
+        stdin = cast(IO[str], self._process.stdin)
+        print(batch, file=stdin, flush=True)
+        return float(self._answer())
+
+    def close(self) -> None:
+        cast(IO[str], self._process.stdin).close()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        return cast(IO[str], self._process.stdout).readline().strip()
+
+
+def make_model(shape: str, folder: Path) -> None:
+    """A model folder with random weights, and words for a tokenizer that all systems open."""
+    import tokenizers
+    from tokenizers import models
+
+    from gptray.config import ModelConfig
+    from gptray.data.tokenizer import END_OF_TEXT, Tokenizer
+    from gptray.model.gpt import GPT
+    from gptray.model.hf import save_pretrained
+
+    n_layer, n_head, n_embd = SHAPES[shape]
+    config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=N_POSITIONS)
+    save_pretrained(GPT(config, vocab_size=VOCAB_SIZE), folder, eos_token_id=VOCAB_SIZE - 1)
+    vocab = {f"w{i}": i for i in range(VOCAB_SIZE - 1)} | {END_OF_TEXT: VOCAB_SIZE - 1}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    Tokenizer(backend, {"eos_token": END_OF_TEXT}).save(folder)
+
+
+def measure(shape: str, batches: list[int], systems: list[str], rounds: int) -> dict[str, Any]:
+    """Median tokens per second of each system at each batch, and the ratios to each peer."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(shape, Path(folder))
+        contestants = {system: Contestant(system, folder) for system in systems}
+        seconds: dict[int, dict[str, list[float]]] = {}
+        for batch in batches:
+            seconds[batch] = {system: [] for system in systems}
+            for contestant in contestants.values():
+                contestant.seconds(batch)
+            for _ in range(rounds):
+                for system, contestant in contestants.items():
+                    seconds[batch][system].append(contestant.seconds(batch))
+        for contestant in contestants.values():
+            contestant.close()
+    ours = [system for system in systems if "-" not in system]
+    peers = [system for system in systems if "-" in system]
+
+    def median_ratio(batch: int, one: str, other: str) -> float:
+        pairs = zip(seconds[batch][other], seconds[batch][one], strict=True)
+        return round(statistics.median(theirs / mine for theirs, mine in pairs), 2)
+
+    return {
+        "shape": shape,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "rounds": rounds,
+        "tokens_per_sec": {
+            system: {b: round(b * NEW_TOKENS / statistics.median(seconds[b][system]), 1)
+                     for b in batches}
+            for system in systems
+        },
+        "ms_per_step": {
+            system: {b: round(statistics.median(seconds[b][system]) / NEW_TOKENS * 1e3, 1)
+                     for b in batches}
+            for system in systems
+        },
+        "ratios": {
+            f"{one}/{other}": {b: median_ratio(b, one, other) for b in batches}
+            for one in ours for other in peers
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="124m")
+    parser.add_argument("--batch", default="1,8,32,64")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="of " + " ".join(SYSTEMS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, args.model)
+        return
+    batches = [int(batch) for batch in args.batch.split(",")]
+    result = measure(args.shape, batches, args.systems.split(","), args.rounds)
+    for title in ("tokens_per_sec", "ms_per_step", "ratios"):
+        print(f"{title:20}" + "".join(f"{f'B={b}':>10}" for b in batches))
+        for name, row in result[title].items():
+            print(f"{name:20}" + "".join(f"{row[b]:>10,}" for b in batches))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Text out of a growing list of tokens: whole characters only, cut before a stop string.
+
+What has been given out never changes: a character whose bytes are spread over tokens is held back
+until it is whole, and so is text that may yet turn out to be the beginning of a stop string. All
+pieces together equal the tokens decoded at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Decode = Callable[[Sequence[int]], str]
+# How decoders show bytes that are no character, or none yet.
+REPLACEMENT = "\ufffd"
+
+
+class TextStream:
+    """The text of one sequence as its tokens arrive."""
+
+    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._tokens: list[int] = []
+        self._settled = 0  # what comes before is not decoded again
+        self._begin = 0  # where the newest tokens begin
+        self._given = 0  # characters of tokens[settled:] that were passed on
+        self._held = ""  # passed on by the decoder, but may begin a stop string
+        self.text = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Take a token; return the text that is now certain."""
+        assert not self.stopped
+        self._tokens.append(token)
+        return self._pass_on(self._whole())
+
+    def finish(self) -> str:
+        """Return what was held back: no token will follow. Nothing after a stop string."""
+        if self.stopped:
+            return ""
+        window = self._decode(self._tokens[self._settled :])
+        fresh = self._held + window[self._given :]
+        self._given, self._held = len(window), ""
+        self.text += fresh
+        return fresh
+
+    def _whole(self) -> str:
+        """The new text, if its last character is whole."""
+        window = self._decode(self._tokens[self._settled :])
+        if window.endswith(REPLACEMENT):
+            return ""
+        fresh = window[self._given :]
+        # Decoders may drop a leading space: the tokens before these stay as left context.
+        self._settled, self._begin = self._begin, len(self._tokens)
+        self._given = len(self._decode(self._tokens[self._settled :]))
+        return fresh
+
+    def _pass_on(self, fresh: str) -> str:
+        self._held += fresh
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            ready, self._held = self._held[: min(found)], ""
+        else:
+            sure = len(self._held) - self._possible_stop()
+            ready, self._held = self._held[:sure], self._held[sure:]
+        self.text += ready
+        return ready
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text with which a stop string begins."""
+        most = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(most, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,252 @@
+"""Continuous batching: sequences join a running batch at the next step and leave when they end.
+
+One step of the network carries one token of every sequence that decodes and pieces of the prompts
+that wait. Knows nothing of Ray or HTTP; one thread at a time may use an engine.
+
+Yu et al. 2022, Orca (scheduling by steps); Agrawal et al. 2023, Sarathi (prompts in pieces that
+ride along with decoding).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gptray.data.tokenizer import Tokenizer
+from gptray.generation.decoder import Cache, Decoder, Piece
+from gptray.generation.detokenize import TextStream
+from gptray.generation.sampling import Drawn, Row, draw
+from gptray.generation.settings import Sampling, check_context
+from gptray.model.gpt import GPT
+
+# Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any load.
+PIECE_TOKENS = 128
+# A step begins no further piece after so many tokens of prompts, so that decoding never stalls.
+PREFILL_TOKENS = 512
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt's token ids and how to go on from it.
+
+    row: which of several outputs of one prompt this is; each has a random stream of its own.
+    live_text: keep `Generation.text` up to date at every token, not only at the end.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling = Sampling()
+    row: int = 0
+    live_text: bool = False
+
+
+class Generation:
+    """What there is of a request's output so far; iterating runs the engine until it is whole."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.request = request
+        self.drawn: list[Drawn] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self._engine = engine
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens, end of text not among them."""
+        return [drawn.token for drawn in self.drawn]
+
+    def __iter__(self) -> Iterator[Drawn]:
+        given = 0
+        while True:
+            for drawn in self.drawn[given:]:
+                given += 1
+                yield drawn
+            if self.finish_reason is not None and given == len(self.drawn):
+                return
+            if given == len(self.drawn):
+                self._engine.step()
+
+
+class Engine:
+    """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
+
+    dtype: what the network computes in. Memory: the cache takes
+    2 x n_layer x max_batch_size x n_positions x n_embd numbers of `dtype`.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        max_batch_size: int = 32,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.max_batch_size, self.n_positions = max_batch_size, model.config.n_positions
+        self.vocab_size, self.eos_id = model.valid_vocab_size, tokenizer.eos_id
+        self._tokenizer = tokenizer
+        self._decoder = Decoder(model, dtype=dtype)
+        self._cache = Cache(
+            model, max_batch_size, dtype=dtype, device=model.transformer.wte.weight.device
+        )
+        self._waiting: deque[_Sequence] = deque()
+        # Decoding sequences stand in slots 0, 1, ...; one whose prompt is partly read comes after.
+        self._decoding: list[_Sequence] = []
+        self._reading: _Sequence | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._decoding or self._waiting or self._reading)
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._decoding) + (self._reading is not None)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot yet."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> Generation:
+        """Queue a request. Raises ValueError if it can never run, naming what is wrong."""
+        check_context(request.prompt, request.sampling, self.n_positions)
+        if not all(0 <= token < self.vocab_size for token in request.prompt):
+            raise ValueError(f"the prompt holds a token outside 0 .. {self.vocab_size - 1}")
+        generation = Generation(self, request)
+        self._waiting.append(_Sequence(generation, self._tokenizer))
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """End a generation where it stands; its slot is free at once."""
+        if generation.finish_reason is not None:
+            return
+        generation.finish_reason = "cancelled"
+        for waiting in self._waiting:
+            if waiting.generation is generation:
+                self._waiting.remove(waiting)
+                return
+        self._release()
+
+    def step(self) -> list[Generation]:
+        """Run the network once; return the generations that got a token or ended."""
+        pieces, finished_reading = self._take_pieces()
+        decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
+        if not decoding and not pieces:
+            return []
+        logits = self._decoder.step(decoding, pieces, self._cache)
+        if len(finished_reading) < len(pieces):
+            logits = logits[:-1]  # the last piece's prompt goes on in the next step
+        self._decoding += finished_reading
+        for sequence, drawn in zip(
+            self._decoding, draw(logits, [s.row() for s in self._decoding]), strict=True
+        ):
+            sequence.take(drawn, self.n_positions)
+        touched = [sequence.generation for sequence in self._decoding]
+        self._release()
+        return touched
+
+    def _take_pieces(self) -> tuple[list[Piece], list[_Sequence]]:
+        """This step's pieces of prompts, and the sequences whose prompts end with theirs.
+
+        Prompts are read in turn: only the last of the pieces can leave its prompt unfinished.
+        """
+        pieces: list[Piece] = []
+        finished: list[_Sequence] = []
+        slot, tokens = len(self._decoding), 0
+        while tokens < PREFILL_TOKENS and slot < self.max_batch_size:
+            sequence = self._reading
+            if sequence is None:
+                if not self._waiting:
+                    break
+                sequence = self._waiting.popleft()
+            part = sequence.history[sequence.read : sequence.read + PIECE_TOKENS]
+            pieces.append(Piece(slot, sequence.read, part))
+            sequence.read += len(part)
+            tokens += len(part)
+            if sequence.read < len(sequence.history):
+                self._reading = sequence
+                break
+            self._reading = None
+            finished.append(sequence)
+            slot += 1
+        return pieces, finished
+
+    def _release(self) -> None:
+        """Take ended sequences out; those in the last slots move into the free ones."""
+        if self._reading is not None and self._reading.ended:
+            self._reading = None
+        slot = 0
+        while slot < len(self._decoding):
+            if not self._decoding[slot].ended:
+                slot += 1
+                continue
+            last = self._decoding.pop()
+            if slot < len(self._decoding):
+                self._decoding[slot] = last
+                self._cache.move(len(self._decoding), slot, len(last.history))
+            if self._reading is not None:
+                self._cache.move(
+                    len(self._decoding) + 1, len(self._decoding), self._reading.read
+                )
+
+
+class _Sequence:
+    """A request on its way through the engine."""
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
+        request = generation.request
+        self.generation = generation
+        self.history = list(request.prompt)
+        self.read = 0  # tokens of the prompt that are in the cache
+        self._tokenizer = tokenizer
+        self._text: TextStream | None = None
+        if request.live_text or request.sampling.stop:
+            self._text = TextStream(tokenizer.decode, request.sampling.stop)
+
+    @property
+    def ended(self) -> bool:
+        return self.generation.finish_reason is not None
+
+    def row(self) -> Row:
+        request = self.generation.request
+        return Row(
+            request.sampling,
+            len(request.prompt),
+            self.history,
+            self._tokenizer.eos_id,
+            request.row,
+        )
+
+    def take(self, drawn: Drawn, n_positions: int) -> None:
+        """Add a token and end the generation where it is to end."""
+        generation = self.generation
+        self.history.append(drawn.token)
+        if drawn.token == self._tokenizer.eos_id:
+            self._end("stop")
+            return
+        generation.drawn.append(drawn)
+        if self._text is not None:
+            self._text.add(drawn.token)
+            generation.text = self._text.text
+            if self._text.stopped:
+                self._end("stop")
+                return
+        new = len(self.history) - len(generation.request.prompt)
+        if new >= generation.request.sampling.max_new_tokens or len(self.history) >= n_positions:
+            self._end("length")
+
+    def _end(self, reason: FinishReason) -> None:
+        generation = self.generation
+        if self._text is None:
+            generation.text = self._tokenizer.decode(generation.tokens)
+        else:
+            self._text.finish()
+            generation.text = self._text.text
+        generation.finish_reason = reason

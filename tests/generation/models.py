@@ -1,0 +1,42 @@
+"""Small GPTs with random weights, sharp enough to have opinions, and the slow obvious sampler."""
+
+from __future__ import annotations
+
+import torch
+
+from gptray.config import ModelConfig
+from gptray.data.tokenizer import Tokenizer, train_bpe
+from gptray.generation.sampling import Row, draw
+from gptray.generation.settings import Sampling
+from gptray.model.gpt import GPT
+
+
+def random_gpt(tokenizer: Tokenizer, *, seed: int = 0, **shape: object) -> GPT:
+    """A GPT whose logits are spread out, so that greedy and sampled texts are no accident."""
+    defaults: dict[str, object] = {
+        "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "initializer_range": 0.4,
+    }  # fmt: skip
+    model = GPT(ModelConfig(**(defaults | shape)), vocab_size=tokenizer.vocab_size)  # type: ignore[arg-type]
+    model.initialise(seed)
+    return model.eval()
+
+
+def small_tokenizer() -> Tokenizer:
+    return train_bpe(["the cat sees a dog. " * 5, "\uc61b\ub0a0 \uc61b\uc801\uc5d0 " * 5], 300)
+
+
+@torch.no_grad()
+def reference(
+    model: GPT, prompt: list[int], sampling: Sampling, eos_id: int, *, row: int = 0
+) -> list[int]:
+    """One row, no cache, the whole context anew for every token."""
+    history = list(prompt)
+    while len(history) - len(prompt) < sampling.max_new_tokens:
+        if len(history) >= model.config.n_positions:
+            break
+        logits = model(torch.tensor([history]))[:, -1, : model.valid_vocab_size]
+        token = draw(logits, [Row(sampling, len(prompt), history, eos_id, row)])[0].token
+        if token == eos_id:
+            break
+        history.append(token)
+    return history[len(prompt) :]

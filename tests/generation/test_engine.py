@@ -1,0 +1,286 @@
+"""The engine beside its oracles: no cache at all, and Hugging Face."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptray.data.tokenizer import Tokenizer
+from gptray.generation.decoder import Cache, Decoder, Piece
+from gptray.generation.engine import Engine, Generation, Request
+from gptray.generation.settings import Sampling
+from gptray.model.gpt import GPT
+from gptray.model.hf import save_pretrained
+from tests.generation.models import random_gpt, reference, small_tokenizer
+
+SHAPES: list[dict[str, object]] = [
+    {},
+    {"n_layer": 3, "n_head": 5, "n_embd": 35, "n_positions": 300},
+    {"n_head": 1, "n_embd": 24, "n_inner": 40},
+    {"n_layer": 1, "n_head": 8, "n_embd": 64, "n_positions": 130},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return small_tokenizer()
+
+
+def prompt_of(tokenizer: Tokenizer, length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1, tokenizer.vocab_size) for _ in range(length)]
+
+
+def run(engine: Engine, requests: list[Request]) -> list[Generation]:
+    generations = [engine.submit(request) for request in requests]
+    while engine.busy:
+        engine.step()
+    return generations
+
+
+def mixed_requests(tokenizer: Tokenizer, count: int, n_positions: int) -> list[Request]:
+    """Prompts of all lengths, each with settings of its own."""
+    rng = random.Random(5)
+    return [
+        Request(
+            prompt_of(tokenizer, rng.randint(1, n_positions - 1), seed=i),
+            Sampling(
+                max_new_tokens=rng.randint(1, n_positions // 2),
+                temperature=rng.choice([0, 0.7, 1.3]),
+                top_k=rng.choice([None, 5, 40]),
+                top_p=rng.choice([None, 0.9]),
+                repetition_penalty=rng.choice([1.0, 1.2]),
+                seed=i,
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ablation", [{}, {"norm": "none", "residual": False}], ids=["gpt2", "bare"])
+def test_every_request_gets_what_the_uncached_model_gives(
+    tokenizer: Tokenizer, shape: dict[str, object], ablation: dict[str, object]
+) -> None:
+    if ablation:
+        shape = {**shape, "initializer_range": 0.6}
+    model = random_gpt(tokenizer, **shape, **ablation)
+    requests = mixed_requests(tokenizer, 12, model.config.n_positions)
+    engine = Engine(model, tokenizer, max_batch_size=5)
+    for generation in run(engine, requests):
+        request = generation.request
+        expected = reference(model, list(request.prompt), request.sampling, tokenizer.eos_id)
+        assert generation.tokens == expected
+        assert generation.text == tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_logits_equal_hugging_faces_at_every_position(
+    tokenizer: Tokenizer, shape: dict[str, object], tmp_path: Path
+) -> None:
+    from transformers import GPT2LMHeadModel
+
+    model = random_gpt(tokenizer, **shape)
+    save_pretrained(model, tmp_path, eos_token_id=tokenizer.eos_id)
+    ids = prompt_of(tokenizer, model.config.n_positions, seed=1)
+    with torch.no_grad():
+        expected = GPT2LMHeadModel.from_pretrained(tmp_path)(torch.tensor([ids])).logits[0]
+    decoder = Decoder(model, dtype=torch.float32)
+    cache = Cache(model, 2, dtype=torch.float32, device=torch.device("cpu"))
+    V = tokenizer.vocab_size
+    # A prompt in two pieces, then token after token; a neighbour decodes beside it.
+    read = len(ids) // 3
+    first = decoder.step([], [Piece(0, 0, ids[: read - 2])], cache)
+    second = decoder.step([], [Piece(0, read - 2, ids[read - 2 : read])], cache)
+    torch.testing.assert_close(first[0, :V], expected[read - 3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(second[0, :V], expected[read - 1], atol=1e-4, rtol=0)
+    for position in range(read, len(ids)):
+        pieces = [Piece(1, 0, ids[:4])] if position == read else []
+        logits = decoder.step([(ids[position], position)], pieces, cache)
+        torch.testing.assert_close(logits[0, :V], expected[position], atol=1e-4, rtol=0)
+        if pieces:
+            torch.testing.assert_close(logits[1, :V], expected[3], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_greedy_is_hugging_faces_generate(
+    tokenizer: Tokenizer, shape: dict[str, object], tmp_path: Path
+) -> None:
+    from transformers import GPT2LMHeadModel
+
+    model = random_gpt(tokenizer, **shape)
+    save_pretrained(model, tmp_path, eos_token_id=tokenizer.eos_id)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
+    sampling = Sampling(temperature=0, max_new_tokens=30)
+    prompts = [prompt_of(tokenizer, length, seed=length) for length in (1, 2, 9, 30)]
+    ours = run(Engine(model, tokenizer), [Request(prompt, sampling) for prompt in prompts])
+    for prompt, generation in zip(prompts, ours, strict=True):
+        output = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=30,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_id,
+        )[0, len(prompt) :].tolist()
+        if tokenizer.eos_id in output:
+            output = output[: output.index(tokenizer.eos_id)]
+        assert generation.tokens == output
+
+
+def test_a_prompt_gets_the_same_tokens_alone_and_among_63_others(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, n_embd=64, n_positions=200)
+    requests = mixed_requests(tokenizer, 64, 200)
+    together = run(Engine(model, tokenizer, max_batch_size=64), requests)
+    few_at_a_time = run(Engine(model, tokenizer, max_batch_size=3), requests[::-1])[::-1]
+    for request, one, other in zip(requests, together, few_at_a_time, strict=True):
+        alone = run(Engine(model, tokenizer, max_batch_size=1), [request])[0]
+        assert alone.tokens == one.tokens == other.tokens
+        assert alone.finish_reason == one.finish_reason == other.finish_reason
+
+
+def test_logits_are_bit_for_bit_those_of_a_row_alone(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, n_embd=64, n_head=4, n_positions=200)
+    prompts = [prompt_of(tokenizer, length, seed=length) for length in (3, 17, 64, 65, 128)]
+
+    def logits_of(prompts: list[list[int]]) -> torch.Tensor:
+        decoder = Decoder(model, dtype=torch.float32)
+        cache = Cache(model, len(prompts), dtype=torch.float32, device=torch.device("cpu"))
+        decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)], cache)
+        return decoder.step([(5, len(prompt)) for prompt in prompts], [], cache)
+
+    together = logits_of(prompts)
+    for i, prompt in enumerate(prompts):
+        assert torch.equal(logits_of([prompt])[0], together[i])
+
+
+def test_rows_of_one_prompt_differ_and_seeds_repeat(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer)
+    request = Request([5, 6], Sampling(max_new_tokens=20, temperature=2.0, seed=3))
+    same, again, other_row, other_seed = run(
+        Engine(model, tokenizer),
+        [
+            request,
+            request,
+            replace(request, row=1),
+            replace(request, sampling=replace(request.sampling, seed=4)),
+        ],
+    )
+    assert same.tokens == again.tokens
+    assert len({tuple(g.tokens) for g in (same, other_row, other_seed)}) == 3
+
+
+def test_a_full_context_ends_with_length(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer)
+    sampling = Sampling(max_new_tokens=64, temperature=0, min_new_tokens=64)
+    (generation,) = run(Engine(model, tokenizer), [Request([1] * 60, sampling)])
+    assert len(generation.tokens) == 4 and generation.finish_reason == "length"
+
+
+def test_end_of_text_ends_its_row_alone_and_is_no_part_of_it(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, initializer_range=0.02)
+    # Near-uniform logits: within 60 draws some rows end and some do not.
+    requests = [
+        Request([1, 2], Sampling(max_new_tokens=60, temperature=1.0, seed=seed))
+        for seed in range(40)
+    ]
+    generations = run(Engine(model, tokenizer, max_batch_size=40), requests)
+    reasons = {g.finish_reason for g in generations}
+    assert reasons == {"stop", "length"}
+    for generation in generations:
+        assert tokenizer.eos_id not in generation.tokens
+        assert (generation.finish_reason == "length") == (len(generation.tokens) == 60)
+
+
+def test_stop_strings_end_a_row_and_are_cut(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer)
+    request = Request([1, 2], Sampling(max_new_tokens=40, temperature=1.5, seed=1))
+    (whole,) = run(Engine(model, tokenizer), [request])
+    stop = whole.text[5:8]
+    stopped = run(
+        Engine(model, tokenizer),
+        [replace(request, sampling=replace(request.sampling, stop=(stop,)))],
+    )[0]
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.tokens) < len(whole.tokens)
+
+
+def test_iterating_gives_tokens_as_they_come(tokenizer: Tokenizer) -> None:
+    engine = Engine(random_gpt(tokenizer), tokenizer)
+    request = Request([1, 2], Sampling(max_new_tokens=10, seed=1), live_text=True)
+    generation = engine.submit(request)
+    tokens, texts = [], []
+    for drawn in generation:
+        tokens.append(drawn.token)
+        texts.append(generation.text)
+    assert tokens == generation.tokens
+    assert all(after.startswith(before) for before, after in zip(texts, texts[1:], strict=False))
+    assert not engine.busy
+
+
+def test_cancelled_rows_leave_at_once_and_others_are_untouched(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, n_positions=300)
+    requests = mixed_requests(tokenizer, 8, 300)
+    requests[4] = Request(prompt_of(tokenizer, 290, 4), Sampling(max_new_tokens=9))
+    expected = run(Engine(model, tokenizer, max_batch_size=8), requests)
+    engine = Engine(model, tokenizer, max_batch_size=4)
+    generations = [engine.submit(request) for request in requests]
+    engine.step()
+    engine.cancel(generations[0])
+    engine.cancel(generations[7])
+    assert generations[0].finish_reason == generations[7].finish_reason == "cancelled"
+    running = engine.running
+    while generations[4].finish_reason is None and not engine._reading:  # noqa: SLF001
+        engine.step()
+    engine.cancel(generations[4])
+    while engine.busy:
+        engine.step()
+    assert running <= 3
+    for i in (1, 2, 3, 5, 6):
+        assert generations[i].tokens == expected[i].tokens
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), "empty"),
+        (Request([1] * 64), "too long"),
+        (Request([1] * 6400), "too long"),
+        (Request([1], Sampling(max_new_tokens=65)), "max_new_tokens=65"),
+        (Request([10**6]), "outside"),
+    ],
+    ids=["empty", "full", "too long", "too many", "unknown"],
+)
+def test_what_cannot_run_is_refused_at_once(
+    tokenizer: Tokenizer, request_: Request, message: str
+) -> None:
+    engine = Engine(random_gpt(tokenizer), tokenizer)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(request_)
+    assert not engine.busy
+
+
+def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, vocab_size=512)
+    sampling = Sampling(max_new_tokens=60, temperature=50.0)
+    for generation in run(Engine(model, tokenizer), [Request([1], sampling)] * 4):
+        assert max(generation.tokens) < tokenizer.vocab_size
+
+
+def test_bf16_stays_close_to_fp32(tokenizer: Tokenizer) -> None:
+    model: GPT = random_gpt(tokenizer, n_embd=64, initializer_range=0.2)
+    ids = prompt_of(tokenizer, 40, seed=1)
+
+    def last_logits(dtype: torch.dtype) -> torch.Tensor:
+        cache = Cache(model, 1, dtype=dtype, device=torch.device("cpu"))
+        decoder = Decoder(model, dtype=dtype)
+        logits = decoder.step([], [Piece(0, 0, ids)], cache)[0].float()
+        return logits[: tokenizer.vocab_size]
+
+    exact = last_logits(torch.float32)
+    error = (last_logits(torch.bfloat16) - exact).norm() / exact.norm()
+    assert 0 < error < 0.1

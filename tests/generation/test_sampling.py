@@ -1,0 +1,193 @@
+"""The sampler: exact distributions, exactly k candidates, rows that know nothing of each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gptray.generation.sampling import Row, draw, top_candidates, uniform
+from gptray.generation.settings import Sampling
+
+V = 200
+
+
+def rows_of(sampling: Sampling, count: int, history: tuple[int, ...] = (1, 2)) -> list[Row]:
+    """`count` rows that differ in their seed only."""
+    return [
+        Row(replace(sampling, seed=seed), len(history), history, eos_id=0) for seed in range(count)
+    ]
+
+
+def tokens(logits: Tensor, rows: list[Row]) -> list[int]:
+    return [drawn.token for drawn in draw(logits, rows)]
+
+
+def some_logits(rows: int = 1, entries: int = V, *, seed: int = 0) -> Tensor:
+    return torch.randn(rows, entries, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def exact(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The probabilities that transformers' own processors leave, (V,)."""
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    steps = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    steps.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        steps.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p:
+        steps.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        steps.append(MinPLogitsWarper(sampling.min_p))
+    scores = steps(torch.tensor([[1, 2]]), logits.clone())
+    return torch.softmax(scores.double(), dim=-1)[0]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.6),
+        Sampling(top_k=7),
+        Sampling(top_k=1000, temperature=1.5),
+        Sampling(top_p=0.8),
+        Sampling(min_p=0.1),
+        Sampling(top_k=20, top_p=0.7, min_p=0.05, temperature=0.9, repetition_penalty=1.7),
+    ],
+    ids=str,
+)
+def test_samples_follow_the_exact_distribution(sampling: Sampling) -> None:
+    logits = some_logits()
+    probabilities = exact(logits, sampling).numpy()
+    draws = 20_000
+    got = np.zeros(V)
+    for begin in range(0, draws, 2000):
+        rows = [replace(row, row=begin) for row in rows_of(sampling, 2000)]
+        got += np.bincount(tokens(logits.expand(2000, V), rows), minlength=V)
+    assert got[probabilities == 0].sum() == 0
+    expected = probabilities * draws
+    common = expected >= 5
+    observed = np.append(got[common], got[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum())
+    wanted, observed = wanted[wanted > 0], observed[wanted > 0]
+    chi_square = ((observed - wanted) ** 2 / wanted).sum()
+    # 99.99 % of the distribution lies below (Wilson and Hilferty 1931).
+    freedom = max(len(wanted) - 1, 1)
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert chi_square < limit, (chi_square, limit)
+
+
+@pytest.mark.parametrize("entries", [V, 5000])
+def test_exactly_k_tokens_are_eligible_though_all_are_tied(entries: int) -> None:
+    rows = rows_of(Sampling(top_k=3), 400)
+    assert set(tokens(torch.zeros(400, entries), rows)) == {0, 1, 2}
+
+
+def test_a_tie_at_the_border_goes_to_the_lower_ids() -> None:
+    logits = torch.full((1, 5000), -1.0)
+    logits[0, [4000, 77, 4999, 1234]] = torch.tensor([2.0, 1.0, 1.0, 1.0])
+    assert top_candidates(logits, 3)[1].tolist() == [[4000, 77, 1234]]
+
+
+@pytest.mark.parametrize("entries", [3, 64, 100, 4096, 50257])
+@pytest.mark.parametrize("k", [1, 2, 50])
+def test_candidates_are_those_of_a_stable_sort(entries: int, k: int) -> None:
+    # bf16 leaves many ties; -inf and both zeros are values as any.
+    logits = some_logits(3, entries).bfloat16().float()
+    logits[0, ::3], logits[1, ::2], logits[1, 1::4] = float("-inf"), 0.0, -0.0
+    values, ids = top_candidates(logits, k)
+    expected = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(ids, expected.indices[:, :k])
+    assert torch.equal(values, expected.values[:, :k])
+
+
+def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals() -> None:
+    logits = some_logits(4)
+    logits[2, [9, 5]] = 50.0
+    got = tokens(logits, rows_of(Sampling(temperature=0), 4))
+    assert got == logits.argmax(-1).tolist() and got[2] == 5
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    settings = [
+        Sampling(top_k=5, seed=1),
+        Sampling(top_p=0.9, seed=2),
+        Sampling(seed=3),
+        Sampling(temperature=0),
+        Sampling(top_k=1500, top_p=0.99, seed=4, temperature=3.0),
+        Sampling(min_p=0.02, seed=5, repetition_penalty=1.3),
+        Sampling(top_p=0.9999, temperature=5.0, seed=6),
+        Sampling(top_k=5, seed=7, min_new_tokens=9, max_new_tokens=9),
+    ]
+    rows = [Row(sampling, 2, [3, 4, 5 + i], eos_id=0) for i, sampling in enumerate(settings)]
+    logits = some_logits(len(rows), 3000)
+    alone = [tokens(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+    together = tokens(logits, rows)
+    backwards = tokens(logits.flip(0), rows[::-1])[::-1]
+    assert alone == together == backwards
+
+
+def test_positions_and_rows_have_streams_of_their_own() -> None:
+    numbers = uniform([7] * 1000 + [8] * 1000, [0] * 1000 + [1] * 1000, list(range(1000)) * 2)
+    assert numbers.unique().numel() == 2000
+    assert 0 <= numbers.min() and numbers.max() < 1
+    assert abs(numbers.mean().item() - 0.5) < 0.02
+    assert torch.equal(uniform([7], [0], [5]), numbers[5:6])
+
+
+def test_random_numbers_are_philox() -> None:
+    # The published test vector of Philox4x32-10 for counter and key all ones, first two words.
+    ones = 2**64 - 1
+    words = 0x408F276D << 32 | 0x41C83B0E
+    assert uniform([ones], [ones], [ones]).item() == (words >> 11) * 2.0**-53
+
+
+def test_end_of_text_waits_for_min_new_tokens() -> None:
+    logits = torch.zeros(1, V)
+    logits[0, 9] = 10.0
+    sampling = Sampling(temperature=0, min_new_tokens=2)
+    assert tokens(logits, [Row(sampling, 2, [1, 2, 3], eos_id=9)]) == [0]
+    assert tokens(logits, [Row(sampling, 2, [1, 2, 3, 4], eos_id=9)]) == [9]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = some_logits(2)
+    rows = rows_of(Sampling(top_k=1, temperature=0.1, logprobs=3), 2)
+    expected = torch.log_softmax(logits, -1)
+    for drawn, row in zip(draw(logits, rows), expected, strict=True):
+        assert drawn.logprob == pytest.approx(row[drawn.token].item(), abs=1e-6)
+        assert [token for token, _ in drawn.top] == row.topk(3).indices.tolist()
+    assert draw(logits, rows_of(Sampling(logprobs=0), 2))[0].top == ()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=4), Sampling(temperature=0)])
+def test_logits_that_are_not_finite_are_an_error(sampling: Sampling) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        draw(torch.full((1, V), float("nan")), rows_of(sampling, 1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_k": 0}, {"top_k": 1.5}, {"temperature": -0.1}, {"temperature": float("nan")},
+        {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -1.0},
+        {"repetition_penalty": 0.0}, {"max_new_tokens": 0}, {"seed": -1}, {"seed": 2**63},
+        {"stop": ("",)}, {"min_new_tokens": 65}, {"logprobs": -1}, {"top_k": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_impossible_settings_are_refused_by_name(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)  # type: ignore[arg-type]
