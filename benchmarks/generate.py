@@ -105,11 +105,13 @@ def ct2_run(model_dir: str, compute_type: str) -> Run:
         results = (alone if batch == 1 else spread).generate_batch(
             starts,
             max_batch_size=-(-batch // cores),
-            max_length=PROMPT_TOKENS + NEW_TOKENS,
-            min_length=PROMPT_TOKENS + NEW_TOKENS,
+            max_length=NEW_TOKENS,
+            min_length=NEW_TOKENS,
+            include_prompt_in_result=False,
             sampling_topk=TOP_K,
         )
-        assert all(len(r.sequences_ids[0]) == PROMPT_TOKENS + NEW_TOKENS for r in results)
+        lengths = {len(result.sequences_ids[0]) for result in results}
+        assert lengths == {NEW_TOKENS}, lengths
 
     return run
 
@@ -134,9 +136,8 @@ class Contestant:
     def __init__(self, system: str, model_dir: str) -> None:
         command = [sys.executable, __file__, "--worker", system, "--model", model_dir]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True,
-        )  # fmt: skip
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self._answer() == "ready", f"{system} did not start"
 
     def seconds(self, batch: int) -> float:
@@ -167,7 +168,8 @@ def make_model(shape: str, folder: Path) -> None:
     save_pretrained(GPT(config, vocab_size=VOCAB_SIZE), folder, eos_token_id=VOCAB_SIZE - 1)
     vocab = {f"w{i}": i for i in range(VOCAB_SIZE - 1)} | {END_OF_TEXT: VOCAB_SIZE - 1}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="w0"))
-    Tokenizer(backend, {"eos_token": END_OF_TEXT}).save(folder)
+    names = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "unk_token": "w0"}
+    Tokenizer(backend, names).save(folder)
 
 
 def measure(shape: str, batches: list[int], systems: list[str], rounds: int) -> dict[str, Any]:
