@@ -13,16 +13,17 @@ for each of two replicas, where it is fastest.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
+
+from turns import answer, median_ratio, take_turns
 
 SHAPES = {"124m": (12, 12, 768), "10m": (4, 4, 256)}
 VOCAB_SIZE, N_POSITIONS = 50257, 1024
@@ -67,7 +68,8 @@ def hf_run(model_dir: str, precision: str) -> Run:
     from transformers import AutoModelForCausalLM
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    model.eval()
 
     def run(batch: int, salt: int) -> None:
         ids = torch.tensor(prompts(batch, salt))
@@ -93,7 +95,7 @@ def ct2_run(model_dir: str, compute_type: str) -> Run:
 
     folder = f"{model_dir}/ct2-{compute_type}"
     TransformersConverter(model_dir).convert(folder, quantization=compute_type)
-    names = AutoTokenizer.from_pretrained(model_dir).convert_ids_to_tokens(range(VOCAB_SIZE))
+    names = AutoTokenizer.from_pretrained(model_dir).convert_ids_to_tokens(list(range(VOCAB_SIZE)))
     cores = os.cpu_count() or 1
     alone = ctranslate2.Generator(folder, compute_type=compute_type, intra_threads=cores)
     spread = ctranslate2.Generator(
@@ -116,41 +118,18 @@ def ct2_run(model_dir: str, compute_type: str) -> Run:
     return run
 
 
-def worker(system: str, model_dir: str) -> None:
-    """Answer every batch size on stdin with the seconds that it took."""
+def timed(system: str, model_dir: str) -> Callable[[int], float]:
+    """Make a system; the function generates for a batch and returns its seconds."""
     kind, _, precision = system.rpartition("-")
-    runs = {"": gptray_run, "hf": hf_run, "ct2": ct2_run}
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    run = runs[kind](model_dir, precision)
-    print("ready", file=answers, flush=True)
-    for salt, line in enumerate(sys.stdin):
+    run = {"": gptray_run, "hf": hf_run, "ct2": ct2_run}[kind](model_dir, precision)
+    salts = itertools.count()
+
+    def seconds(batch: int) -> float:
         begin = time.perf_counter()
-        run(int(line), salt)
-        print(time.perf_counter() - begin, file=answers, flush=True)
+        run(batch, next(salts))
+        return time.perf_counter() - begin
 
-
-class Contestant:
-    """A system in a process of its own."""
-
-    def __init__(self, system: str, model_dir: str) -> None:
-        command = [sys.executable, __file__, "--worker", system, "--model", model_dir]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._answer() == "ready", f"{system} did not start"
-
-    def seconds(self, batch: int) -> float:
-        stdin = cast(IO[str], self._process.stdin)
-        print(batch, file=stdin, flush=True)
-        return float(self._answer())
-
-    def close(self) -> None:
-        cast(IO[str], self._process.stdin).close()
-        self._process.wait()
-
-    def _answer(self) -> str:
-        return cast(IO[str], self._process.stdout).readline().strip()
+    return seconds
 
 
 def make_model(shape: str, folder: Path) -> None:
@@ -176,23 +155,9 @@ def measure(shape: str, batches: list[int], systems: list[str], rounds: int) -> 
     """Median tokens per second of each system at each batch, and the ratios to each peer."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(shape, Path(folder))
-        contestants = {system: Contestant(system, folder) for system in systems}
-        seconds: dict[int, dict[str, list[float]]] = {}
-        for batch in batches:
-            seconds[batch] = {system: [] for system in systems}
-            for contestant in contestants.values():
-                contestant.seconds(batch)
-            for _ in range(rounds):
-                for system, contestant in contestants.items():
-                    seconds[batch][system].append(contestant.seconds(batch))
-        for contestant in contestants.values():
-            contestant.close()
+        seconds = take_turns(__file__, systems, ["--model", folder], batches, rounds)
     ours = [system for system in systems if "-" not in system]
     peers = [system for system in systems if "-" in system]
-
-    def median_ratio(batch: int, one: str, other: str) -> float:
-        pairs = zip(seconds[batch][other], seconds[batch][one], strict=True)
-        return round(statistics.median(theirs / mine for theirs, mine in pairs), 2)
 
     return {
         "shape": shape,
@@ -210,7 +175,9 @@ def measure(shape: str, batches: list[int], systems: list[str], rounds: int) -> 
             for system in systems
         },
         "ratios": {
-            f"{one}/{other}": {b: median_ratio(b, one, other) for b in batches}
+            f"{one}/{other}": {
+                b: median_ratio(seconds[b][one], seconds[b][other]) for b in batches
+            }
             for one in ours for other in peers
         },
     }  # fmt: skip
@@ -226,7 +193,7 @@ def main() -> None:
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, args.model)
+        answer(lambda: timed(args.worker, args.model))
         return
     batches = [int(batch) for batch in args.batch.split(",")]
     result = measure(args.shape, batches, args.systems.split(","), args.rounds)

@@ -1,12 +1,9 @@
 """Tokens per second of gptray's training step beside a plain PyTorch loop over transformers' GPT-2.
 
-All systems take turns in one process on the same shape and batch, so that a busy machine slows
-them alike; ratios are medians over rounds. Each keeps its own process-wide PyTorch settings.
+All systems take turns on the same shape and batch, each in a process of its own; ratios are medians
+over rounds.
 
     python benchmarks/train.py [--shape a|b16|c] [--compile] [--systems hf-fp32,hf-bf16,bf16]
-
-With --cpu-time it counts one thread's CPU seconds: on a machine that others use at the same time
-that is the only steady measure, since threads that wait for each other lose whole time slices.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from turns import answer, median_ratio, take_turns
 
 from gptray.config import Config
 from gptray.data.tokens import TokenData
@@ -34,6 +32,8 @@ from gptray.training.workers import Workers
 
 # What one system does in a step, in the order of its training.
 Step = Callable[[], None]
+# Runs a few steps and returns the mean seconds of one.
+Timed = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -132,84 +132,42 @@ def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
     return step
 
 
-class Contestant:
-    """A system with its own process-wide PyTorch settings."""
+def timed(system: str, shape: Shape, steps: int, *, compiled: bool, device: str) -> Timed:
+    """Make a system; the function runs it and returns the mean seconds of a step."""
+    precision = system.removeprefix("hf-")
+    if system.startswith("hf-"):
+        step = hf_step(shape, precision, device=torch.device(device))
+    else:
+        step = gptray_step(shape, precision, compiled=compiled, device=torch.device(device))
 
-    def __init__(self, name: str, shape: Shape, *, compiled: bool, device: torch.device) -> None:
-        self.name = name
-        precision = name.removeprefix("hf-")
-        _settings("highest", deterministic=False)
-        if name.startswith("hf-"):
-            self.step = hf_step(shape, precision, device=device)
-        else:
-            self.step = gptray_step(shape, precision, compiled=compiled, device=device)
-        self.settings = (
-            torch.get_float32_matmul_precision(),
-            torch.are_deterministic_algorithms_enabled(),
-        )
-
-    def seconds(self, steps: int, clock: Callable[[], float]) -> float:
-        """Mean seconds of a step, the first one thrown away: it finds cold caches."""
-        _settings(self.settings[0], deterministic=self.settings[1])
-        self.step()
-        before = clock()
+    def run(job: int) -> float:
+        step()  # finds cold caches
+        begin = time.perf_counter()
         for _ in range(steps):
-            self.step()
-        return (clock() - before) / steps
+            step()
+        return (time.perf_counter() - begin) / steps
+
+    return run
 
 
-def _settings(matmul: str, *, deterministic: bool) -> None:
-    torch.set_float32_matmul_precision(matmul)
-    torch.use_deterministic_algorithms(deterministic)
-
-
-def measure(
-    shape_name: str,
-    *,
-    systems: tuple[str, ...] = SYSTEMS,
-    compiled: bool = False,
-    rounds: int = 7,
-    steps: int = 3,
-    device: str = "cpu",
-    cpu_time: bool = False,
+def result(
+    shape_name: str, seconds: dict[str, list[float]], *, compiled: bool, rounds: int
 ) -> dict[str, Any]:
-    """Tokens per second (medians) of each system and the ratio of ours to each of HF's.
-
-    A ratio is the median over rounds of that round's ratio. With `cpu_time`, of one thread's CPU
-    seconds; the process stays at one thread.
-    """
-    clock = time.process_time if cpu_time else time.perf_counter
-    if cpu_time:
-        torch.set_num_threads(1)
+    """Tokens per second (medians) of each system and the ratio of ours to each of HF's."""
     shape = SHAPES[shape_name]
     tokens = shape.batch_size * shape.block_size
-    contestants = [
-        Contestant(name, shape, compiled=compiled, device=torch.device(device)) for name in systems
-    ]
-    for contestant in contestants:
-        contestant.seconds(1, clock)
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    for _ in range(rounds):
-        for contestant in contestants:
-            seconds[contestant.name].append(contestant.seconds(steps, clock))
     return {
         "shape": shape_name,
         "compile": compiled,
-        "clock": "cpu" if cpu_time else "wall",
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "tokens_per_sec": {
             name: round(tokens / statistics.median(times)) for name, times in seconds.items()
         },
         "ratios": {
-            f"{ours}/{theirs}": round(
-                statistics.median(
-                    t / o for t, o in zip(seconds[theirs], seconds[ours], strict=True)
-                ),
-                3,
-            )
-            for ours in systems
-            for theirs in systems
+            f"{ours}/{theirs}": median_ratio(seconds[ours], seconds[theirs])
+            for ours in seconds
+            for theirs in seconds
             if theirs.startswith("hf-") and not ours.startswith("hf-")
         },
     }
@@ -223,23 +181,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a system per round")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cpu-time", action="store_true", help="one thread, its CPU seconds")
+    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    result = measure(
-        args.shape,
-        systems=tuple(args.systems.split(",")),
-        compiled=args.compile,
-        rounds=args.rounds,
-        steps=args.steps,
-        device=args.device,
-        cpu_time=args.cpu_time,
-    )
+    if args.worker:
+        shape = SHAPES[args.shape]
+        answer(
+            lambda: timed(args.worker, shape, args.steps, compiled=args.compile, device=args.device)
+        )
+        return
+    arguments = ["--shape", args.shape, "--steps", str(args.steps), "--device", args.device]
+    arguments += ["--compile"] if args.compile else []
+    seconds = take_turns(__file__, args.systems.split(","), arguments, [0], args.rounds)[0]
+    summary = result(args.shape, seconds, compiled=args.compile, rounds=args.rounds)
     print(f"{'system':24}{'tokens/s':>10}")
-    for name, rate in result["tokens_per_sec"].items():
+    for name, rate in summary["tokens_per_sec"].items():
         print(f"{name if name.startswith('hf-') else 'gptray ' + name:24}{rate:>10,}")
-    for pair, ratio in result["ratios"].items():
+    for pair, ratio in summary["ratios"].items():
         print(f"{pair:24}{ratio:>9.2f}x")
-    print(json.dumps(result))
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -187,13 +187,66 @@ class ComputeConfig(Section):
 
 
 class SampleConfig(Section):
+    """How text is continued; names and meaning are Hugging Face's GenerationConfig."""
+
     prompt: str | list[str] | None = Field(
         None, description="prompts of the samples; null: the first words of validation text"
     )
     max_new_tokens: PositiveInt = Field(64, description="tokens to add at most")
+    min_new_tokens: Annotated[int, Field(ge=0)] = Field(
+        0, description="tokens to add before the text may end"
+    )
     temperature: NonNegative = Field(0.7, description="0: greedy")
     top_k: PositiveInt | None = Field(40, description="sample from the k likeliest; null: from all")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="sample from the likeliest that make up this probability; null: off"
+    )
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None, description="drop what is less likely than this part of the likeliest; null: off"
+    )
+    repetition_penalty: Positive = Field(
+        1.0, description="divides the logits of tokens that were there; 1: off"
+    )
+    stop: str | list[str] | None = Field(
+        None, description="texts that end the output, and are no part of it"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the sampler")
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> SampleConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"sample.min_new_tokens={self.min_new_tokens} must not be above "
+                f"sample.max_new_tokens={self.max_new_tokens}"
+            )
+        return self
+
+
+class GenerateConfig(Section):
+    model: str | None = Field(
+        None,
+        description="what generates: a run folder, a model folder, an HF GPT-2 folder or hub id; "
+        "null: the run that name and storage_path say",
+    )
+    input_path: str | list[str] | None = Field(
+        None,
+        description="prompts: files, folders or globs of .parquet .jsonl .csv .txt (a line each)",
+    )
+    output_path: str | None = Field(
+        None, description="folder for the Parquet files; on a cluster one that every node sees"
+    )
+    prompt_column: str = Field("prompt", description="column that holds the prompts")
+    id_column: str | None = Field(
+        None, description="column that names each row; null: the row's position"
+    )
+    num_workers: PositiveInt = Field(1, description="engines, each with its share of the cluster")
+    max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
+    rows_per_file: PositiveInt = Field(
+        256, description="rows of one Parquet file; a killed job does open files again"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the processor or GPU computes in it, else fp32"
+    )
 
 
 class Config(Section):
@@ -217,6 +270,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     compute: ComputeConfig = ComputeConfig()
     sample: SampleConfig = SampleConfig()
+    generate: GenerateConfig = GenerateConfig()
 
     @property
     def micro_batch_size(self) -> int:

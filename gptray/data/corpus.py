@@ -211,18 +211,18 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def no_column(text_column: str, columns: Sequence[str]) -> str:
+def no_column(text_column: str, columns: Sequence[str], *, key: str = "data.text_column") -> str:
     """The message for a missing column: the ones that exist, the likeliest first."""
     likeness = {name: SequenceMatcher(None, text_column, name).ratio() for name in columns}
     listed = ", ".join(sorted(columns, key=lambda name: -likeness[name])) or "none at all"
-    return f"no column {text_column!r}; columns: {listed} (choose by data.text_column)"
+    return f"no column {text_column!r}; columns: {listed} (choose by {key})"
 
 
 def _read_csv(piece: Piece, text_column: str) -> Iterator[Part]:
     file = piece.file
     csv.field_size_limit(2**31 - 1)  # a cell is a document: no limit of 128 kB
     with file.open() as stream:
-        lines = _text_lines(file, stream)
+        lines = text_lines(file, stream)
         rows = csv.reader(lines, strict=True)
         line = 1
         try:
@@ -242,7 +242,8 @@ def _read_csv(piece: Piece, text_column: str) -> Iterator[Part]:
             raise UserError(f"{file.name}:{line}: {error}") from None
 
 
-def _text_lines(file: SourceFile, stream: BinaryIO) -> Iterator[str]:
+def text_lines(file: SourceFile, stream: BinaryIO) -> Iterator[str]:
+    """The lines of a stream, ends included. Raises UserError naming the line that is not UTF-8."""
     for number, raw in enumerate(stream, start=1):
         try:
             yield (raw.removeprefix(_BOM) if number == 1 else raw).decode()

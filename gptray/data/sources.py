@@ -76,8 +76,10 @@ class SourceFile:
         return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), BUFFER_BYTES))
 
 
-def find_files(source: str | Sequence[str]) -> list[SourceFile]:
+def find_files(source: str | Sequence[str], *, key: str = "data.source") -> list[SourceFile]:
     """List the files that `source` names, each once, in the order given; a folder's by path.
+
+    `key` is the config's name for it, in messages.
 
     Raises UserError with all that is wrong, one line each.
     """
@@ -88,11 +90,11 @@ def find_files(source: str | Sequence[str]) -> list[SourceFile]:
             for file in _expand(entry):
                 found.setdefault(file.name, file)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(f"{key}={error}")
     if problems:
         raise UserError("\n".join(problems))
     if not found:
-        raise UserError("data.source is an empty list; name a file, a folder or builtin")
+        raise UserError(f"{key} is an empty list; name a file or a folder")
     return list(found.values())
 
 
@@ -126,13 +128,13 @@ def _filesystem(uri: str | None) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (OSError, ValueError) as error:
-        raise UserError(f"data.source={uri}: cannot be opened: {error}") from None
+        raise UserError(f"{uri}: cannot be opened: {error}") from None
     return filesystem, path
 
 
 def _expand(entry: str) -> list[SourceFile]:
     if entry == BUILTIN:
-        raise UserError("data.source: builtin stands alone, not in a list with files")
+        raise UserError("builtin stands alone, not in a list with files")
     if "://" in entry:
         return _expand_remote(entry)
     path = os.path.abspath(os.path.expanduser(entry))
@@ -141,7 +143,7 @@ def _expand(entry: str) -> list[SourceFile]:
         infos = fs.LocalFileSystem().get_file_info(paths)
         return _readable(entry, infos, uri=None)
     if not os.path.exists(path):
-        raise UserError(f"data.source={entry}: there is no such file or folder{_nearby(path)}")
+        raise UserError(f"{entry}: there is no such file or folder{_nearby(path)}")
     return _from_file_or_folder(entry, fs.LocalFileSystem(), path, uri=None)
 
 
@@ -178,7 +180,7 @@ def _from_file_or_folder(
 ) -> list[SourceFile]:
     info = _listing(entry, filesystem, path)
     if info.type == fs.FileType.NotFound:
-        raise UserError(f"data.source={entry}: there is no such file or folder")
+        raise UserError(f"{entry}: there is no such file or folder")
     if info.is_file:
         return _readable(entry, [info], uri=uri)
     infos = _listing(entry, filesystem, fs.FileSelector(path, recursive=True))
@@ -186,7 +188,7 @@ def _from_file_or_folder(
     readable = [i for i in visible if _format(i.path) is not None]
     if not readable:
         raise UserError(
-            f"data.source={entry}: the folder holds no file that can be read ({_extensions()}); "
+            f"{entry}: the folder holds no file that can be read ({_extensions()}); "
             f"it holds {len(visible)} other files"
         )
     return _readable(entry, readable, uri=uri)
@@ -196,12 +198,12 @@ def _listing(entry: str, filesystem: fs.FileSystem, what: str | fs.FileSelector)
     try:
         return filesystem.get_file_info(what)
     except OSError as error:
-        raise UserError(f"data.source={entry}: cannot be listed: {error}") from None
+        raise UserError(f"{entry}: cannot be listed: {error}") from None
 
 
 def _readable(entry: str, infos: Sequence[fs.FileInfo], *, uri: str | None) -> list[SourceFile]:
     if not infos:
-        raise UserError(f"data.source={entry}: no file matches")
+        raise UserError(f"{entry}: no file matches")
     files = [SourceFile(i.path, i.size, i.mtime_ns or 0, uri) for i in infos]
     for file in files:
         if _format(file.path) is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from gptray.generation.products import Product, product
 from gptray.generation.sampling import CHUNK
-from gptray.model.gpt import GPT, Attention
+from gptray.model.gpt import GPT, Attention, Block
 
 # Keys are read up to a multiple of this: sums over them then group in the same way at any length.
 LENGTH_STEP = 64
@@ -98,17 +99,7 @@ class Decoder:
         self.device = transformer.wte.weight.device
         self._wte, self._wpe = transformer.wte.weight.detach(), transformer.wpe.weight.detach()
         self._blocks = [
-            _Block(
-                ln_1=_norm(block.ln_1, dtype),
-                c_attn=_scaled_attention_input(block.attn, dtype),
-                attn_proj=_product(block.attn.c_proj, dtype),
-                ln_2=_norm(block.ln_2, dtype),
-                c_fc=_product(block.mlp.c_fc, dtype, gelu=True),
-                mlp_proj=_product(block.mlp.c_proj, dtype),
-                n_head=block.attn.n_head,
-                residual=block.residual,
-            )
-            for block in transformer.h
+            _block(cast(Block, block), model.config.residual, dtype) for block in transformer.h
         ]
         self._ln_f = _norm(transformer.ln_f, dtype)
         # A whole number of the sampler's chunks, so that it need not copy the logits.
@@ -121,7 +112,8 @@ class Decoder:
     ) -> Tensor:
         """Logits (D + pieces, V) after each decoding token and each piece's last, in `dtype`.
 
-        V is the vocabulary, padded with -inf. decoding: (token, position) of slots 0 .. D - 1. Keys and values go into the cache.
+        V is the vocabulary, padded with -inf. decoding: (token, position) of slots 0 .. D - 1.
+        Keys and values go into the cache.
         """
         tokens = [token for token, _ in decoding]
         positions = [position for _, position in decoding]
@@ -240,6 +232,19 @@ def _norm(module: nn.Module, dtype: torch.dtype) -> _Norm:
         return _Norm(None, None, 0.0)
     assert isinstance(module, nn.LayerNorm)
     return _Norm(module.weight.detach().to(dtype), module.bias.detach().to(dtype), module.eps)
+
+
+def _block(block: Block, residual: bool, dtype: torch.dtype) -> _Block:
+    return _Block(
+        ln_1=_norm(block.ln_1, dtype),
+        c_attn=_scaled_attention_input(block.attn, dtype),
+        attn_proj=_product(block.attn.c_proj, dtype),
+        ln_2=_norm(block.ln_2, dtype),
+        c_fc=_product(block.mlp.c_fc, dtype, gelu=True),
+        mlp_proj=_product(block.mlp.c_proj, dtype),
+        n_head=block.attn.n_head,
+        residual=residual,
+    )
 
 
 def _product(layer: nn.Linear, dtype: torch.dtype, *, gelu: bool = False) -> Product:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +23,8 @@ from gptray.generation.detokenize import TextStream
 from gptray.generation.sampling import Drawn, Row, draw
 from gptray.generation.settings import Sampling, check_context
 from gptray.model.gpt import GPT
+from gptray.model.hf import load_pretrained
+from gptray.model.precision import pick_dtype
 
 # Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any load.
 PIECE_TOKENS = 128
@@ -192,9 +195,7 @@ class Engine:
                 self._decoding[slot] = last
                 self._cache.move(len(self._decoding), slot, len(last.history))
             if self._reading is not None:
-                self._cache.move(
-                    len(self._decoding) + 1, len(self._decoding), self._reading.read
-                )
+                self._cache.move(len(self._decoding) + 1, len(self._decoding), self._reading.read)
 
 
 class _Sequence:
@@ -250,3 +251,16 @@ class _Sequence:
             self._text.finish()
             generation.text = self._text.text
         generation.finish_reason = reason
+
+
+def load_engine(
+    folder: str | Path, *, max_batch_size: int, precision: str, device: str
+) -> tuple[Engine, Tokenizer]:
+    """The engine of a model folder and its tokenizer; precision auto | fp32 | bf16.
+
+    Raises UserError naming what is wrong with the folder.
+    """
+    model = load_pretrained(folder).eval().to(device)
+    tokenizer = Tokenizer.load(folder)
+    dtype = pick_dtype(precision, device)
+    return Engine(model, tokenizer, max_batch_size=max_batch_size, dtype=dtype), tokenizer

@@ -48,7 +48,9 @@ class _Packed:
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self._bias = bias
-        self._after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self._after: tuple[str, list[float], str] = (
+            ("gelu", [], "tanh") if gelu else ("none", [], "")
+        )
         # A single row of a long sum is added up in another order than the same row among others.
         self._never_alone = weight.size(1) > ONE_ROW_WIDTH
 
@@ -61,9 +63,7 @@ class _Packed:
         if add is None:
             y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._after)
         else:
-            y = torch.ops.mkldnn._linear_pointwise.binary(
-                x, add, self._weight, self._bias, "add"
-            )
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, add, self._weight, self._bias, "add")
         return y[:rows]
 
 

@@ -146,7 +146,9 @@ def _shape_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Apply repetition penalty and minimum length; the given logits stay as they are."""
     penalised = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
     unfinished = [
-        (i, row.eos_id) for i, row in enumerate(rows) if row.new_tokens < row.sampling.min_new_tokens
+        (i, row.eos_id)
+        for i, row in enumerate(rows)
+        if row.new_tokens < row.sampling.min_new_tokens
     ]
     if not penalised and not unfinished:
         return logits
@@ -201,8 +203,7 @@ def _draw_among(
     weights = torch.exp((values.double() - values[:, :1]) / temperature)  # (B, K), first is 1
     cumulative = weights.cumsum(1)
     K = values.size(1)
-    k = torch.tensor([min(limit, V) for limit, V in zip(limits, [logits.size(1)] * len(rows))])
-    k = k.to(logits.device)[:, None]
+    k = torch.tensor(limits, device=logits.device).clamp(max=logits.size(1))[:, None]
     mass = cumulative.gather(1, k.clamp(max=K) - 1)  # of the top k
     beyond = (k > K).squeeze(1)
     if beyond.any():

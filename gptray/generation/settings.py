@@ -52,9 +52,7 @@ class Sampling:
             _real("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         if self.min_p is not None:
             _real("min_p", self.min_p, low=0.0, high=1.0)
-        _real(
-            "repetition_penalty", self.repetition_penalty, low=0.0, high=math.inf, open_low=True
-        )
+        _real("repetition_penalty", self.repetition_penalty, low=0.0, high=math.inf, open_low=True)
         _whole("seed", self.seed, 0)
         if self.seed >= SEEDS:
             raise ValueError(f"seed={self.seed} must be below 2^63")
@@ -66,7 +64,9 @@ class Sampling:
     @classmethod
     def of(cls, config: SampleConfig, **changes: Any) -> Sampling:
         """The `sample` section's settings, some of them changed (a row's own columns)."""
-        values = {field.name: getattr(config, field.name, None) for field in fields(cls)}
+        values: dict[str, Any] = {
+            field.name: getattr(config, field.name, None) for field in fields(cls)
+        }
         values |= changes
         stop = values["stop"]
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())

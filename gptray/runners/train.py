@@ -219,22 +219,28 @@ def peak_memory(device: torch.device) -> int:
 
 def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:
     """(prompt, continuation) for each prompt of the config, or for words of validation text."""
-    from gptray.generation.sampling import continue_prompts
+    from gptray.generation.engine import Engine, Request
+    from gptray.generation.settings import Sampling
 
     prompts = config.sample.prompt
     if prompts is None:
         prompts = first_words(data)
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    outputs = continue_prompts(
-        model,
-        [data.tokenizer.encode(prompt) for prompt in prompts],
+    n_positions = model.config.n_positions
+    engine = Engine(model, data.tokenizer, max_batch_size=len(prompts), dtype=model.compute_dtype)
+    sampling = Sampling.of(
         config.sample,
-        eos_id=data.eos_id,
+        max_new_tokens=min(config.sample.max_new_tokens, n_positions),
+        min_new_tokens=min(config.sample.min_new_tokens, n_positions),
     )
-    return [
-        (prompt, data.tokenizer.decode(output))
-        for prompt, output in zip(prompts, outputs, strict=True)
-    ]
+    generations = []
+    for prompt in prompts:
+        # The end of what is too long, and of nothing at all what follows the end of a text.
+        ids = data.tokenizer.encode(prompt)[-(n_positions // 2) :] or [data.eos_id]
+        generations.append(engine.submit(Request(ids, sampling)))
+    while engine.busy:
+        engine.step()
+    return [(prompt, g.text) for prompt, g in zip(prompts, generations, strict=True)]
 
 
 def first_words(data: TokenData) -> list[str]:

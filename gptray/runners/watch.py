@@ -109,7 +109,7 @@ class _Watch:
         metrics = _metrics_text(row)
         since, began = self._origin
         pace = (time.monotonic() - began) / max(1, row["step"] - since)
-        eta = _duration(pace * (self._max_steps - row["step"]))
+        eta = duration(pace * (self._max_steps - row["step"]))
         if self._bar:
             self._bar.update(self._task, completed=row["step"], metrics=f"{metrics}  eta {eta}")
         if not self._bar or "val_loss" in row:
@@ -172,7 +172,7 @@ def _one_line(prompt: str, output: str) -> str:
     return text if len(text) <= 110 else f"{text[:107]}..."
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

@@ -19,6 +19,7 @@ from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_weights
+from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32, pick_dtype
 from gptray.model.shape import model_folder
 from gptray.training.checkpoint import (
@@ -82,6 +83,7 @@ def start(
     # That would also fill every new tensor, which helps to find bugs and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     enable_fast_fp32()
+    keep_freed_memory()
     step = workers.number_from_first(lambda: _resume_step(run_dir), device)
     folder = run_dir / f"checkpoint_{step:06d}" if step else None
     model = _model(config, data, folder)

@@ -62,7 +62,9 @@ def mixed_requests(tokenizer: Tokenizer, count: int, n_positions: int) -> list[R
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("ablation", [{}, {"norm": "none", "residual": False}], ids=["gpt2", "bare"])
+@pytest.mark.parametrize(
+    "ablation", [{}, {"norm": "none", "residual": False}], ids=["gpt2", "bare"]
+)
 def test_every_request_gets_what_the_uncached_model_gives(
     tokenizer: Tokenizer, shape: dict[str, object], ablation: dict[str, object]
 ) -> None:

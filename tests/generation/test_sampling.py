@@ -142,7 +142,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 def test_positions_and_rows_have_streams_of_their_own() -> None:
     numbers = uniform([7] * 1000 + [8] * 1000, [0] * 1000 + [1] * 1000, list(range(1000)) * 2)
     assert numbers.unique().numel() == 2000
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean().item() - 0.5) < 0.02
     assert torch.equal(uniform([7], [0], [5]), numbers[5:6])
 

@@ -1,0 +1,71 @@
+"""Systems that are timed in turns, each in a process of its own with its own settings.
+
+A busy machine then slows all of them alike, and none lives with what another switched on.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import IO, cast
+
+
+class Contestant:
+    """A process that runs `script --worker system ...` and answers each job with its seconds."""
+
+    def __init__(self, script: str, system: str, arguments: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, script, "--worker", system, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if self._answer() != "ready":
+            raise RuntimeError(f"{system} did not start; its own message is above")
+
+    def seconds(self, job: int) -> float:
+        print(job, file=cast(IO[str], self._process.stdin), flush=True)
+        return float(self._answer())
+
+    def close(self) -> None:
+        cast(IO[str], self._process.stdin).close()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        return cast(IO[str], self._process.stdout).readline().strip()
+
+
+def answer(prepare: Callable[[], Callable[[int], float]]) -> None:
+    """The contestant's side: prepare, then answer every job on stdin with its seconds."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    run = prepare()
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(run(int(line)), file=answers, flush=True)
+
+
+def take_turns(
+    script: str, systems: Sequence[str], arguments: Sequence[str], jobs: Sequence[int], rounds: int
+) -> dict[int, dict[str, list[float]]]:
+    """Seconds of every system in every round, for each job; a first round is thrown away."""
+    contestants = {system: Contestant(script, system, arguments) for system in systems}
+    seconds: dict[int, dict[str, list[float]]] = {}
+    for job in jobs:
+        seconds[job] = {system: [] for system in systems}
+        for turn in range(rounds + 1):
+            for system, contestant in contestants.items():
+                taken = contestant.seconds(job)
+                if turn:
+                    seconds[job][system].append(taken)
+    for contestant in contestants.values():
+        contestant.close()
+    return seconds
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How many times as fast ours is: the median over rounds of each round's ratio."""
+    return round(statistics.median(t / o for t, o in zip(theirs, ours, strict=True)), 3)

@@ -1,0 +1,71 @@
+"""Progress of a generate job on stderr: a live bar on a terminal, else a line now and then."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from gptray.runners.watch import duration
+
+log = logging.getLogger("gptray")
+# Without a terminal: seconds between two lines.
+LINE_S = 10.0
+
+
+class RowsBar:
+    """Rows done, tokens per second, time to go."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self._total, self._first = total, done
+        self._began = self._said = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(
+                "starting engines", total=total, completed=done, speed=""
+            )
+
+    def __enter__(self) -> RowsBar:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, written: int, engines: Sequence[Any], ahead: int) -> None:
+        """`written` rows are in files; `ahead` have ended besides; engines are their counters."""
+        running = [engine for engine in engines if engine.first is not None]
+        if not running:
+            self._began = time.monotonic()
+            return
+        rows = min(written + ahead, self._total)
+        now = time.monotonic()
+        pace = (rows - self._first) / max(now - self._began, 1e-9)
+        tokens = sum(engine.output_tokens for engine in running) / max(now - self._began, 1e-9)
+        left = duration((self._total - rows) / pace) if pace else "?"
+        speed = f"{tokens:,.0f} tok/s  eta {left}"
+        if self._bar:
+            self._bar.update(self._task, description="generating", completed=rows, speed=speed)
+        elif now - self._said >= LINE_S:
+            self._said = now
+            log.info("%s/%s rows  %s", f"{rows:,}", f"{self._total:,}", speed)

@@ -1,0 +1,74 @@
+"""Prompts answered on the terminal as the text comes, in this process, without Ray."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from gptray.config import Config, UserError
+from gptray.runners.cluster import check_resources
+from gptray.runners.output import check_lengths, find_model
+
+
+def generate_here(config: Config) -> dict[str, Any]:
+    """Print each prompt of `sample.prompt` and its continuation, one after the other.
+
+    All run in one batch; what comes before its turn to be printed waits. Returns the JSON line's
+    facts. Raises UserError for a prompt or a setting that cannot run.
+    """
+    check_resources(config.compute)
+    folder, name = find_model(config)
+    check_lengths(config, folder)
+    given = config.sample.prompt
+    prompts = [given] if isinstance(given, str) else list(given or [])
+
+    from gptray.generation.engine import Request, load_engine
+    from gptray.generation.settings import Sampling
+
+    engine, tokenizer = load_engine(
+        folder,
+        max_batch_size=min(len(prompts), config.generate.max_batch_size),
+        precision=config.generate.precision,
+        device="cuda" if config.compute.use_gpu else "cpu",
+    )
+    sampling = Sampling.of(config.sample)
+    generations = []
+    for prompt in prompts:
+        try:
+            request = Request(tokenizer.encode(prompt), sampling, live_text=True)
+            generations.append(engine.submit(request))
+        except ValueError as error:
+            raise UserError(f"sample.prompt={prompt!r}: {error}") from None
+    began = time.monotonic()
+    for prompt, generation in zip(prompts, generations, strict=True):
+        _print(prompt)
+        shown = 0
+        for _ in generation:
+            _print(generation.text[shown:])
+            shown = len(generation.text)
+        _print(generation.text[shown:] + "\n")
+    seconds = time.monotonic() - began
+    tokens = sum(len(generation.tokens) for generation in generations)
+    return {
+        "model": name,
+        "output_path": None,
+        "rows": len(prompts),
+        "errors": 0,
+        "output_tokens": tokens,
+        "tokens_per_sec": round(tokens / seconds, 1),
+        "outputs": [
+            {
+                "prompt": prompt,
+                "output": generation.text,
+                "finish_reason": generation.finish_reason,
+                "output_tokens": len(generation.tokens),
+            }
+            for prompt, generation in zip(prompts, generations, strict=True)
+        ],
+    }
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
