@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,10 @@ class EngineWorker:
         """Counters so far; answers while the engine runs."""
         return self._writer.progress
 
+    def process(self) -> int:
+        """Its process id."""
+        return os.getpid()
+
 
 @dataclass
 class _Engine:
@@ -186,6 +191,8 @@ class Engines:
         import ray
 
         if engine.look is not None and ray.wait([engine.look], timeout=0)[0]:
+            if engine.progress is None:
+                log.debug("an engine runs as process %s", ray.get(engine.actor.process.remote()))
             engine.progress, engine.look = ray.get(engine.look), None
         if engine.look is None:
             engine.look = engine.actor.progress.remote()

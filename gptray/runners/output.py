@@ -138,6 +138,7 @@ class Output:
         identity = _identity(job)
         if existing is not None:
             _refuse_differences(job.folder, existing["identity"], identity)
+        plan = existing or _new_plan(job, identity)
         try:
             (job.folder / SCRATCH).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -145,9 +146,15 @@ class Output:
                 f"generate.output_path: {job.folder} cannot be written: {error}"
             ) from None
         with _locked(job.folder):
+            output = cls(job, plan)
             for partial in job.folder.glob(".part-*.partial"):
                 partial.unlink()
-            yield cls(job, existing or _stage(job, identity))
+            missing = output.missing_parts()
+            if missing:
+                (job.folder / SUCCESS).unlink(missing_ok=True)
+            if existing is None or not all(output.staged(part).is_file() for part in missing):
+                output._stage()
+            yield output
 
     @property
     def parts(self) -> int:
@@ -167,6 +174,15 @@ class Output:
         """For the files' own metadata: the settings, and a fingerprint of the whole job."""
         text = json.dumps(self._plan["identity"], ensure_ascii=False)
         return {"gptray.settings": text, "gptray.fingerprint": self._plan["fingerprint"]}
+
+    def _stage(self) -> None:
+        """Write the input in parts that engines can open; plan.json comes last."""
+        settings = self.job.config.generate
+        found = scan(self.job.files, settings.prompt_column, settings.id_column)
+        tables = staged(self.job.files, settings.prompt_column, found, self.rows_per_file)
+        for part, table in enumerate(tables):
+            write_whole(table, self.staged(part))
+        _write_json(self.folder / SCRATCH / PLAN, self._plan)
 
     def finish(self) -> dict[str, Any]:
         """Check the files, write the manifest and _SUCCESS, drop the scratch; return the counts."""
@@ -242,26 +258,20 @@ def _refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any
         )  # fmt: skip
 
 
-def _stage(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
-    """Read the whole input, in parts that engines can open; plan.json comes last."""
+def _new_plan(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
+    """Look at all of the input, before anything is made. Raises UserError for what is wrong."""
     settings = job.config.generate
-    found = scan(job.files, settings.prompt_column, settings.id_column)
-    if found.rows == 0:
+    rows = scan(job.files, settings.prompt_column, settings.id_column).rows
+    if rows == 0:
         raise UserError("generate.input_path: there is no row in it")
-    scratch = job.folder / SCRATCH
-    tables = staged(job.files, settings.prompt_column, found, settings.rows_per_file)
-    for number, table in enumerate(tables):
-        write_whole(table, scratch / part_name(number))
     text = json.dumps(identity, sort_keys=True)
-    plan = {
+    return {
         "identity": identity,
         "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
         "model": job.model_name,
-        "rows": found.rows,
+        "rows": rows,
         "rows_per_file": settings.rows_per_file,
     }
-    _write_json(scratch / PLAN, plan)
-    return plan
 
 
 @contextmanager

@@ -1,0 +1,326 @@
+"""The generate job: every prompt exactly once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from gptray.config import Config, RunFailed, UserError, dump, load_config
+from gptray.model.hf import save_pretrained
+from gptray.runners.generate import generate, generation_plan
+from gptray.runners.terminal import generate_here
+from tests.generation.models import random_gpt, reference, small_tokenizer
+
+ROOT = Path(__file__).parents[2]
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = small_tokenizer()
+    save_pretrained(random_gpt(tokenizer), folder, eos_token_id=tokenizer.eos_id)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(3)
+    words = ["the", "cat", "sees", "a", "dog.", "\uc61b\ub0a0", "\U0001f984"]
+    rows = [
+        {
+            "prompt": " ".join(rng.choices(words, k=rng.randint(1, 8))),
+            "topic": f"t{i % 3}",
+            "temperature": rng.choice([None, 0, 1.5]),
+            "seed": i if i % 2 else None,
+        }
+        for i in range(ROWS)
+    ]
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config_of(model_dir: Path, prompts: Path, output: Path, *overrides: str) -> Config:
+    defaults = {
+        "generate.model": model_dir,
+        "generate.input_path": prompts,
+        "generate.output_path": output,
+        "generate.rows_per_file": 8,
+        "generate.max_batch_size": 6,
+        "generate.precision": "fp32",
+        "sample.max_new_tokens": 12,
+    }
+    values = {key: str(value) for key, value in defaults.items()}
+    values |= dict(pair.split("=", 1) for pair in overrides)
+    return load_config(None, [f"{key}={value}" for key, value in values.items()])
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_cluster: None, model_dir: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """An output that is whole, and what the job said of it."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    return output, generate(config_of(model_dir, prompts, output))
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    tables = [parquet.read_table(path) for path in sorted(output.glob("*.parquet"))]
+    rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
+    return rows
+
+
+def test_every_row_once_with_its_own_settings_and_columns(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path
+) -> None:
+    output, result = finished
+    rows = rows_of(output)
+    given = [json.loads(line) for line in prompts.read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(ROWS))
+    assert [(row["prompt"], row["topic"]) for row in rows] == [
+        (row["prompt"], row["topic"]) for row in given
+    ]
+    assert [row["seed"] for row in rows] == [row["seed"] or 0 for row in given]
+    assert {row["model"] for row in rows} == {str(model_dir)}
+    assert result["rows"] == ROWS and result["errors"] == 0
+    assert result["output_tokens"] == sum(row["output_tokens"] for row in rows)
+    assert sum(result["finish_reasons"].values()) == ROWS
+    assert (output / "_SUCCESS").is_file()
+    assert json.loads((output / "manifest.json").read_text())["rows"] == ROWS
+    metadata = parquet.read_schema(output / "part-00000.parquet").metadata
+    assert json.loads(metadata[b"gptray.settings"])["sample.max_new_tokens"] == 12
+
+
+def test_outputs_are_those_of_the_uncached_model(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path
+) -> None:
+    from gptray.data.tokenizer import Tokenizer
+    from gptray.generation.settings import Sampling
+    from gptray.model.hf import load_pretrained
+
+    config = config_of(model_dir, prompts, finished[0])
+    model, tokenizer = load_pretrained(model_dir).eval(), Tokenizer.load(model_dir)
+    given = [json.loads(line) for line in prompts.read_text().splitlines()]
+    for row, source in list(zip(rows_of(finished[0]), given, strict=True))[::7]:
+        own = {k: source[k] for k in ("temperature", "seed") if source[k] is not None}
+        sampling = Sampling.of(config.sample, **own)
+        expected = reference(model, tokenizer.encode(row["prompt"]), sampling, tokenizer.eos_id)
+        assert row["output"] == tokenizer.decode(expected)
+        assert row["output_tokens"] == len(expected)
+
+
+def test_workers_batches_and_files_do_not_change_a_row(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    other = ["generate.num_workers=2", "generate.max_batch_size=17", "generate.rows_per_file=13"]
+    generate(config_of(model_dir, prompts, tmp_path / "two", *other))
+    assert rows_of(finished[0]) == rows_of(tmp_path / "two")
+
+
+def test_rows_that_cannot_run_keep_their_place(
+    ray_cluster: None, model_dir: Path, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "text": "the cat"},
+        {"id": "b", "text": None},
+        {"id": "c", "text": ""},
+        {"id": "d", "text": "dog " * 6400},
+        {"id": "e", "text": "a dog", "top_k": -1},
+        {"id": "f", "text": 7},
+        {"id": "g", "text": "a cat", "max_new_tokens": 3, "min_new_tokens": 3},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"id":"h","text":"\\ud800"}')
+    column = "generate.prompt_column=text"
+    result = generate(config_of(model_dir, path, tmp_path / "out", column))
+    got = {row["id"]: row for row in rows_of(tmp_path / "out")}
+    assert list(got) == list("abcdefgh")
+    errors = {name: row["error"] for name, row in got.items() if row["error"]}
+    expected = {"b": "null", "c": "empty", "d": "too long", "e": "top_k", "f": "no text"}
+    for name, text in {**expected, "h": "surrogate"}.items():
+        assert text in errors.pop(name)
+        assert got[name]["output"] is None and got[name]["finish_reason"] == "error"
+    assert errors == {} and result["errors"] == 6
+    assert got["g"]["output_tokens"] == 3
+
+
+def test_a_killed_engine_is_replaced(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    victims: list[int] = []
+
+    class Killer(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "runs as process" in record.getMessage() and not victims:
+                assert isinstance(record.args, tuple)
+                victims.append(int(str(record.args[0])))
+                os.kill(victims[0], signal.SIGKILL)
+
+    logger, killer = logging.getLogger("gptray"), Killer()
+    logger.addHandler(killer)
+    logger.setLevel(logging.DEBUG)
+    try:
+        generate(config_of(model_dir, prompts, tmp_path / "out"))
+    finally:
+        logger.removeHandler(killer)
+        logger.setLevel(logging.NOTSET)
+    assert victims
+    assert rows_of(tmp_path / "out") == rows_of(finished[0])
+    assert not list((tmp_path / "out").glob(".part*"))
+
+
+def test_a_killed_driver_goes_on_with_the_same_command(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    config = config_of(model_dir, prompts, tmp_path / "out")
+    (tmp_path / "config.yaml").write_text(dump(config))
+    command = [sys.executable, str(ROOT / "jobs" / "generate.py"), "--config"]
+    driver = subprocess.Popen(
+        [*command, str(tmp_path / "config.yaml")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list((tmp_path / "out").glob("part-*.parquet")):
+        assert driver.poll() is None
+    driver.kill()
+    driver.wait()
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert generate(config)["rows"] == ROWS
+    assert rows_of(tmp_path / "out") == rows_of(finished[0])
+
+
+def test_a_finished_output_is_left_alone_but_for_a_file_that_is_gone(
+    ray_cluster: None, model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    config = config_of(model_dir, prompts, tmp_path / "out")
+    generate(config)
+    before = rows_of(tmp_path / "out")
+    lost = tmp_path / "out" / "part-00003.parquet"
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*") if p != lost}
+    assert generate(config)["rows"] == ROWS
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    lost.unlink()
+    assert generate(config)["rows"] == ROWS
+    parts = {p: stamp for p, stamp in stamps.items() if p.suffix == ".parquet"}
+    assert parts == {path: path.stat().st_mtime_ns for path in parts}
+    assert rows_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (["sample.seed=9"], "sample.seed: 0 there, 9 now"),
+        (["sample.top_k=3"], "sample.top_k: 40 there, 3 now"),
+        (["generate.rows_per_file=9"], "generate.rows_per_file"),
+    ],
+)
+def test_other_settings_into_the_same_folder_are_refused(
+    finished: tuple[Path, dict[str, Any]],
+    model_dir: Path,
+    prompts: Path,
+    change: list[str],
+    key: str,
+) -> None:
+    with pytest.raises(UserError, match=key):
+        generate(config_of(model_dir, prompts, finished[0], *change))
+
+
+def test_another_model_or_input_and_a_foreign_folder_are_refused(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    tokenizer = small_tokenizer()
+    save_pretrained(random_gpt(tokenizer, seed=1), tmp_path / "m", eos_token_id=tokenizer.eos_id)
+    tokenizer.save(tmp_path / "m")
+    with pytest.raises(UserError, match="generate.model"):
+        generate(config_of(tmp_path / "m", prompts, finished[0]))
+    (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(UserError, match="generate.input_path"):
+        generate(config_of(model_dir, tmp_path / "q.jsonl", finished[0]))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is no output"):
+        generate(config_of(model_dir, prompts, tmp_path / "mine"))
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+
+
+def test_mistakes_are_told_together_without_ray(tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        [
+            f"generate.model={tmp_path}",
+            f"generate.input_path={tmp_path}/none.jsonl",
+            "generate.output_path=s3://bucket/out",
+        ],
+    )
+    with pytest.raises(UserError) as caught:
+        generation_plan(config)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0].split("=")[0] for line in lines] == [
+        "generate.model", "generate.input_path", "generate.output_path"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="holds no run with a model"):
+        generation_plan(load_config(None, [f"storage_path={tmp_path}"]))
+
+
+def test_duplicate_ids_and_broken_lines_stop_before_anything_is_made(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": 1, "prompt": "x"}\n{"id": 1, "prompt": "y"}\n')
+    with pytest.raises(UserError, match=r"p.jsonl:2: the id 1"):
+        generate(config_of(model_dir, path, tmp_path / "out"))
+    path.write_text('{"id": 1, "prompt": "x"}\n{"id": 2,\n')
+    with pytest.raises(UserError, match=r"p.jsonl:2: not JSON"):
+        generate(config_of(model_dir, path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="sample.max_new_tokens=500"):
+        generate(config_of(model_dir, path, tmp_path / "out", "sample.max_new_tokens=500"))
+
+
+def test_a_model_with_damaged_weights_fails_the_job(
+    ray_cluster: None, prompts: Path, tmp_path: Path
+) -> None:
+    tokenizer = small_tokenizer()
+    model = random_gpt(tokenizer)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
+    save_pretrained(model, tmp_path / "m", eos_token_id=tokenizer.eos_id)
+    tokenizer.save(tmp_path / "m")
+    with pytest.raises(RunFailed, match="not finite"):
+        generate(config_of(tmp_path / "m", prompts, tmp_path / "out"))
+
+
+def test_prompts_on_the_terminal(
+    model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(
+        None,
+        [
+            f"generate.model={model_dir}",
+            "sample.prompt=[the cat, \uc61b\ub0a0]",
+            "sample.max_new_tokens=9",
+            "generate.precision=fp32",
+        ],
+    )
+    result = generate_here(config)
+    shown = "".join(f"{one['prompt']}{one['output']}\n" for one in result["outputs"])
+    assert capsys.readouterr().out == shown
+    assert result["rows"] == 2 and result["output_tokens"] <= 18
+    with pytest.raises(UserError, match="too long"):
+        generate_here(
+            load_config(None, [f"generate.model={model_dir}", "sample.prompt=" + "x" * 999])
+        )
