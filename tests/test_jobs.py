@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from gptray.model.hf import save_pretrained
+from tests.generation.models import random_gpt, small_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     "data.tokenizer=char",
@@ -162,3 +165,25 @@ def test_ray_job_submit_trains_and_a_wrong_key_fails(
         stranger = {**cluster, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}
         (tmp_path / "other").write_text("f" * 64)
         assert submit(stranger, "jobs/train.py", "--dry-run").returncode != 0
+
+
+def test_generate_reads_prompts_on_the_terminal_and_dry_runs_without_torch(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    save_pretrained(random_gpt(tokenizer), tmp_path / "m", eos_token_id=tokenizer.eos_id)
+    tokenizer.save(tmp_path / "m")
+    model = f"generate.model={tmp_path / 'm'}"
+    done = job("generate", model, "sample.prompt=\uc61b\ub0a0", "sample.max_new_tokens=5")
+    assert done.returncode == 0, done.stderr
+    text, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    result = json.loads(last)
+    assert text == "\uc61b\ub0a0" + result["outputs"][0]["output"]
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    paths = [f"generate.input_path={tmp_path / 'p.txt'}", f"generate.output_path={tmp_path}/out"]
+    dry = job("generate", model, *paths, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert json.loads(dry.stdout.splitlines()[-1])["plan"]["output"] == f"{tmp_path}/out"
+    assert not (tmp_path / "out").exists()
+    wrong = job("generate", model, *paths, "generate.prompt_colum=x", "sample.topk=5")
+    assert wrong.returncode == 2
+    assert "generate.prompt_column" in wrong.stderr and "sample.top_k" in wrong.stderr
+    assert job("generate", model).returncode == 2
