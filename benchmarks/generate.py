@@ -28,7 +28,7 @@ from turns import answer, median_ratio, take_turns
 SHAPES = {"124m": (12, 12, 768), "10m": (4, 4, 256)}
 VOCAB_SIZE, N_POSITIONS = 50257, 1024
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
-SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16")
+SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8")
 
 # Generates for that many sequences; the argument makes each call's prompts others.
 Run = Callable[[int, int], None]
@@ -42,16 +42,17 @@ def prompts(batch: int, salt: int) -> list[list[int]]:
 
 
 def gptray_run(model_dir: str, precision: str) -> Run:
-    import torch
-
-    from gptray.data.tokenizer import Tokenizer
-    from gptray.generation.engine import Engine, Request
+    from gptray.generation.engine import Request, load_engine
     from gptray.generation.settings import Sampling
-    from gptray.model.hf import load_pretrained
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model, tokenizer = load_pretrained(model_dir), Tokenizer.load(model_dir)
-    engine = Engine(model, tokenizer, max_batch_size=64, dtype=dtype)
+    is_int8 = precision == "int8"
+    engine, _ = load_engine(
+        model_dir,
+        max_batch_size=64,
+        precision="bf16" if is_int8 else precision,
+        quantize="int8" if is_int8 else "none",
+        device="cpu",
+    )
 
     def run(batch: int, salt: int) -> None:
         sampling = Sampling(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, top_k=TOP_K)

@@ -118,6 +118,9 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 special |= _special_tokens(_read_json(folder / name))
+        if "eos_token" not in special and (folder / "config.json").is_file():
+            # A model's folder whose tokenizer class knows its special tokens, as GPT-2's does.
+            return cls._from_transformers(str(folder))
         return cls._checked(backend, special, str(folder))
 
     @classmethod
@@ -224,7 +227,7 @@ def tokenizer_folder(source: str) -> Path | None:
             raise UserError(f"data.tokenizer={source}: neither a folder nor a known kind{near}")
         return None
     for candidate in (folder, folder / "model", folder / "tokenizer"):
-        if candidate.is_dir() and _files(candidate):
+        if candidate.is_dir() and tokenizer_files(candidate):
             return candidate
     raise UserError(f"data.tokenizer={source}: the folder holds no tokenizer (tokenizer.json)")
 
@@ -232,13 +235,14 @@ def tokenizer_folder(source: str) -> Path | None:
 def folder_sha256(folder: Path) -> str:
     """Identity of a tokenizer folder: of the names and bytes of its tokenizer files."""
     digest = hashlib.sha256()
-    for path in _files(folder):
+    for path in tokenizer_files(folder):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that a tokenizer is made of; none: it holds no tokenizer."""
     return sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
 
 

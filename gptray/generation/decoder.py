@@ -90,21 +90,27 @@ def _rounded(tokens: int) -> int:
 
 
 class Decoder:
-    """The network in `dtype`, its weights packed once for the products of generation."""
+    """The network in `dtype`, its weights packed once for the products of generation.
 
-    def __init__(self, model: GPT, *, dtype: torch.dtype) -> None:
+    quantize: "int8" for the weights of all linear layers and of the head.
+    """
+
+    def __init__(self, model: GPT, *, dtype: torch.dtype, quantize: str = "none") -> None:
         self.n_positions, self.dtype = model.config.n_positions, dtype
         self.valid_vocab_size = model.valid_vocab_size
         transformer = model.transformer
         self.device = transformer.wte.weight.device
         self._wte, self._wpe = transformer.wte.weight.detach(), transformer.wpe.weight.detach()
         self._blocks = [
-            _block(cast(Block, block), model.config.residual, dtype) for block in transformer.h
+            _block(cast(Block, block), model.config.residual, dtype, quantize)
+            for block in transformer.h
         ]
         self._ln_f = _norm(transformer.ln_f, dtype)
         # A whole number of the sampler's chunks, so that it need not copy the logits.
         head = self._wte[: self.valid_vocab_size]
-        self._head = product(F.pad(head, (0, 0, 0, -head.size(0) % CHUNK)), None, dtype)
+        self._head = product(
+            F.pad(head, (0, 0, 0, -head.size(0) % CHUNK)), None, dtype, quantize=quantize
+        )
 
     @torch.no_grad()
     def step(
@@ -234,26 +240,27 @@ def _norm(module: nn.Module, dtype: torch.dtype) -> _Norm:
     return _Norm(module.weight.detach().to(dtype), module.bias.detach().to(dtype), module.eps)
 
 
-def _block(block: Block, residual: bool, dtype: torch.dtype) -> _Block:
+def _block(block: Block, residual: bool, dtype: torch.dtype, quantize: str) -> _Block:
     return _Block(
         ln_1=_norm(block.ln_1, dtype),
-        c_attn=_scaled_attention_input(block.attn, dtype),
-        attn_proj=_product(block.attn.c_proj, dtype),
+        c_attn=_scaled_attention_input(block.attn, dtype, quantize),
+        attn_proj=_product(block.attn.c_proj, dtype, quantize),
         ln_2=_norm(block.ln_2, dtype),
-        c_fc=_product(block.mlp.c_fc, dtype, gelu=True),
-        mlp_proj=_product(block.mlp.c_proj, dtype),
+        c_fc=_product(block.mlp.c_fc, dtype, quantize, gelu=True),
+        mlp_proj=_product(block.mlp.c_proj, dtype, quantize),
         n_head=block.attn.n_head,
         residual=residual,
     )
 
 
-def _product(layer: nn.Linear, dtype: torch.dtype, *, gelu: bool = False) -> Product:
-    return product(layer.weight.detach(), layer.bias.detach(), dtype, gelu=gelu)
+def _product(layer: nn.Linear, dtype: torch.dtype, quantize: str, *, gelu: bool = False) -> Product:
+    return product(layer.weight.detach(), layer.bias.detach(), dtype, quantize=quantize, gelu=gelu)
 
 
-def _scaled_attention_input(attention: Attention, dtype: torch.dtype) -> Product:
+def _scaled_attention_input(attention: Attention, dtype: torch.dtype, quantize: str) -> Product:
     """c_attn with the scores' 1 / sqrt(E) in the rows that make q."""
     layer, C = attention.c_attn, attention.c_attn.in_features
     scale = torch.ones(3 * C, 1, device=layer.weight.device)
     scale[:C] = 1.0 / math.sqrt(C // attention.n_head)
-    return product(layer.weight.detach() * scale, layer.bias.detach() * scale[:, 0], dtype)
+    weight, bias = layer.weight.detach() * scale, layer.bias.detach() * scale[:, 0]
+    return product(weight, bias, dtype, quantize=quantize)

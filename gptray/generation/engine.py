@@ -24,6 +24,7 @@ from gptray.generation.sampling import Drawn, Row, draw
 from gptray.generation.settings import Sampling, check_context
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
+from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import pick_dtype
 
 # Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any load.
@@ -78,7 +79,7 @@ class Generation:
 class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
-    dtype: what the network computes in. Memory: the cache takes
+    dtype: what the network computes in. quantize: "none" or "int8" weights. Memory: the cache takes
     2 x n_layer x max_batch_size x n_positions x n_embd numbers of `dtype`.
     """
 
@@ -89,11 +90,12 @@ class Engine:
         *,
         max_batch_size: int = 32,
         dtype: torch.dtype = torch.float32,
+        quantize: str = "none",
     ) -> None:
         self.max_batch_size, self.n_positions = max_batch_size, model.config.n_positions
         self.vocab_size, self.eos_id = model.valid_vocab_size, tokenizer.eos_id
         self._tokenizer = tokenizer
-        self._decoder = Decoder(model, dtype=dtype)
+        self._decoder = Decoder(model, dtype=dtype, quantize=quantize)
         self._cache = Cache(
             model, max_batch_size, dtype=dtype, device=model.transformer.wte.weight.device
         )
@@ -254,13 +256,20 @@ class _Sequence:
 
 
 def load_engine(
-    folder: str | Path, *, max_batch_size: int, precision: str, device: str
+    folder: str | Path, *, max_batch_size: int, precision: str, quantize: str, device: str
 ) -> tuple[Engine, Tokenizer]:
     """The engine of a model folder and its tokenizer; precision auto | fp32 | bf16.
 
     Raises UserError naming what is wrong with the folder.
     """
+    keep_freed_memory()
     model = load_pretrained(folder).eval().to(device)
     tokenizer = Tokenizer.load(folder)
-    dtype = pick_dtype(precision, device)
-    return Engine(model, tokenizer, max_batch_size=max_batch_size, dtype=dtype), tokenizer
+    engine = Engine(
+        model,
+        tokenizer,
+        max_batch_size=max_batch_size,
+        dtype=pick_dtype(precision, device),
+        quantize=quantize,
+    )
+    return engine, tokenizer

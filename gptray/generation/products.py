@@ -15,6 +15,9 @@ from torch.nn import functional as F
 # Up to this many inputs oneDNN sums a row in the same order whatever the number of rows.
 ONE_ROW_WIDTH = 1024
 
+# Up to this many rows int8 weights are read once and multiplied in x's own type.
+FEW_ROWS = 4
+
 
 class Product(Protocol):
     """x (N, in) -> x W^T + b (N, out), through GPT-2's GELU or plus `add` (N, out)."""
@@ -23,9 +26,19 @@ class Product(Protocol):
 
 
 def product(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool = False
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    quantize: str = "none",
+    gelu: bool = False,
 ) -> Product:
-    """The product with weight (out, in) and bias (out,), fp32 masters, computed in `dtype`."""
+    """The product with weight (out, in) and bias (out,), fp32 masters, computed in `dtype`.
+
+    quantize "int8" keeps the weight as int8 with a scale for each output; on a CPU only.
+    """
+    if quantize == "int8":
+        return _Int8(weight, bias, dtype, gelu=gelu)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if weight.device.type == "cpu" and _has_onednn(dtype):
@@ -65,6 +78,48 @@ class _Packed:
         else:
             y = torch.ops.mkldnn._linear_pointwise.binary(x, add, self._weight, self._bias, "add")
         return y[:rows]
+
+
+class _Int8:
+    """int8 weights: a few rows multiply them as they are, more rows are made int8 as well.
+
+    A few rows wait for memory, where half the bytes are half the time; with more rows products of
+    int8 by int8 pay, each row with a scale of its own (Dettmers et al. 2022, LLM.int8).
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool
+    ) -> None:
+        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+        self._weight = (weight / scale[:, None]).round().to(torch.int8)  # (out, in)
+        self._scale, self._few_scale = scale, scale.to(dtype)
+        self._zero = torch.zeros(weight.size(0), dtype=torch.int64)
+        self._packed = torch.ops.onednn.qlinear_prepack(self._weight, None)
+        self._bias = torch.zeros(weight.size(0)) if bias is None else bias.float()
+        self._few_bias = None if bias is None else bias.to(dtype)
+        self._gelu = gelu
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        y: Tensor
+        if x.size(0) <= FEW_ROWS:
+            y = torch.ops.aten._weight_int8pack_mm(x, self._weight, self._few_scale)
+            y = y if self._few_bias is None else y + self._few_bias
+        else:
+            y = self._int8_by_int8(x).to(x.dtype)
+        if self._gelu:
+            y = F.gelu(y, approximate="tanh")
+        return y if add is None else y + add
+
+    def _int8_by_int8(self, x: Tensor) -> Tensor:
+        x = x.float()
+        scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+        # Unsigned, with 128 for zero: the only kind that the processor multiplies fast.
+        rounded = (x / scale).round_().add_(128).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            rounded, 1.0, 128, self._packed, self._scale, self._zero, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return torch.addcmul(self._bias, y, scale)
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:

@@ -45,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
 def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     """The local folder with config.json for a model folder, a run folder or a Hugging Face hub id.
 
-    A hub id is downloaded (config.json, and with `weights` the safetensors files).
+    A hub id is downloaded: config.json, and with `weights` the safetensors and tokenizer files.
     Raises UserError if there is no such model.
     """
     folder = Path(source).expanduser()
@@ -65,6 +65,7 @@ def _download(hub_id: str, *, weights: bool) -> Path:
     wanted = ["config.json"]
     if weights:
         wanted += ["*.safetensors", "*.safetensors.index.json"]
+        wanted += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # no network, no such repository, not an id

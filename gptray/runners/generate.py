@@ -77,15 +77,14 @@ class EngineWorker:
 
         from gptray.generation.batch import PartWriter
         from gptray.generation.engine import load_engine
-        from gptray.model.memory import keep_freed_memory
 
         config = Config.model_validate(settings["config"])
         torch.set_num_threads(settings["threads"])
-        keep_freed_memory()
         engine, tokenizer = load_engine(
             settings["model_dir"],
             max_batch_size=config.generate.max_batch_size,
             precision=config.generate.precision,
+            quantize=config.quantize.weights,
             device="cuda" if config.compute.use_gpu else "cpu",
         )
         self._lock = threading.Lock()

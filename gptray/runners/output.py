@@ -24,6 +24,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.parts import part_name, write_whole
 from gptray.data.prompts import check_columns, scan, staged
 from gptray.data.sources import SourceFile, file_sha256, find_files
+from gptray.data.tokenizer import tokenizer_files
 from gptray.model.shape import model_folder, read_shape
 
 SCRATCH, PLAN, MANIFEST, SUCCESS = ".gptray", "plan.json", "manifest.json", "_SUCCESS"
@@ -102,8 +103,8 @@ def find_model(config: Config) -> tuple[Path, str]:
         folder = model_folder(source)
     except UserError as error:
         raise UserError(f"generate.model: {error}") from None
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"generate.model: {folder} has no tokenizer.json")
+    if not tokenizer_files(folder):
+        raise UserError(f"generate.model: {folder} holds no tokenizer (tokenizer.json)")
     return folder, source
 
 
@@ -230,7 +231,7 @@ def _identity(job: Job) -> dict[str, Any]:
     settings, sample = job.config.generate, job.config.sample
     digest = hashlib.sha256()
     model_files = [*sorted(job.model_dir.glob(MODEL_FILES)), job.model_dir / "config.json"]
-    for path in [*model_files, job.model_dir / "tokenizer.json"]:
+    for path in [*model_files, *tokenizer_files(job.model_dir)]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     inputs = [(Path(file.path).name, file_sha256(file)) for file in job.files]
@@ -241,6 +242,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "generate.id_column": settings.id_column,
         "generate.rows_per_file": settings.rows_per_file,
         "generate.precision": settings.precision,
+        "quantize.weights": job.config.quantize.weights,
         **{f"sample.{k}": v for k, v in sample.model_dump(mode="json", exclude={"prompt"}).items()},
     }
 

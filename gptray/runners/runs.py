@@ -20,7 +20,15 @@ from gptray.model.shape import model_folder, read_shape
 from gptray.training.record import METRICS, read_rows
 
 # Keys that do not change what is trained: a run may go on under other values of these.
-FREE_KEYS = ("name", "storage_path", "compute.", "sample.", "generate.", "train.resume")
+FREE_KEYS = (
+    "name",
+    "storage_path",
+    "compute.",
+    "sample.",
+    "generate.",
+    "quantize.",
+    "train.resume",
+)
 
 
 def resolve(config: Config) -> Config:

@@ -30,6 +30,7 @@ def generate_here(config: Config) -> dict[str, Any]:
         folder,
         max_batch_size=min(len(prompts), config.generate.max_batch_size),
         precision=config.generate.precision,
+        quantize=config.quantize.weights,
         device="cuda" if config.compute.use_gpu else "cpu",
     )
     sampling = Sampling.of(config.sample)

@@ -221,3 +221,15 @@ def test_tokenizer_that_needs_whole_texts_is_told_apart(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "e"}')
     assert not Tokenizer.load(tmp_path).cuts_at_boundaries()
+
+
+def test_a_gpt2_folder_whose_files_name_no_special_token_opens(tmp_path: Path) -> None:
+    # As on the hub: that the end of text is <|endoftext|> is known to GPT-2's tokenizer class.
+    trained = train_bpe(["some text to train on"] * 3, 300)
+    trained.save(tmp_path)
+    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.eos_id == trained.eos_id
+    assert loaded.encode("some text") == trained.encode("some text")

@@ -273,16 +273,24 @@ def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) 
         assert max(generation.tokens) < tokenizer.vocab_size
 
 
-def test_bf16_stays_close_to_fp32(tokenizer: Tokenizer) -> None:
-    model: GPT = random_gpt(tokenizer, n_embd=64, initializer_range=0.2)
-    ids = prompt_of(tokenizer, 40, seed=1)
+@pytest.mark.parametrize(
+    ("dtype", "quantize"),
+    [(torch.bfloat16, "none"), (torch.bfloat16, "int8"), (torch.float32, "int8")],
+)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_bf16_and_int8_stay_close_to_fp32(
+    tokenizer: Tokenizer, dtype: torch.dtype, quantize: str, rows: int
+) -> None:
+    model: GPT = random_gpt(tokenizer, n_embd=64, initializer_range=0.1)
+    prompts = [prompt_of(tokenizer, 20, seed=seed) for seed in range(rows)]
 
-    def last_logits(dtype: torch.dtype) -> torch.Tensor:
-        cache = Cache(model, 1, dtype=dtype, device=torch.device("cpu"))
-        decoder = Decoder(model, dtype=dtype)
-        logits = decoder.step([], [Piece(0, 0, ids)], cache)[0].float()
-        return logits[: tokenizer.vocab_size]
+    def next_logits(dtype: torch.dtype, quantize: str) -> torch.Tensor:
+        cache = Cache(model, rows, dtype=dtype, device=torch.device("cpu"))
+        decoder = Decoder(model, dtype=dtype, quantize=quantize)
+        decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)], cache)
+        logits = decoder.step([(5, 20)] * rows, [], cache).float()
+        return logits[:, : tokenizer.vocab_size]
 
-    exact = last_logits(torch.float32)
-    error = (last_logits(torch.bfloat16) - exact).norm() / exact.norm()
-    assert 0 < error < 0.1
+    exact = next_logits(torch.float32, "none")
+    error = (next_logits(dtype, quantize) - exact).norm() / exact.norm()
+    assert 0 < error < 0.03
