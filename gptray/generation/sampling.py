@@ -184,7 +184,7 @@ def _draw_ranked(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Draw from the first of the ranked candidates, as many as top_k, top_p and min_p leave."""
     V = logits.size(1)
     limits = [row.sampling.top_k or V for row in rows]
-    ranks = min(max(min(limit, FIRST_RANKS) for limit in limits), V)
+    ranks = min(max(row.sampling.top_k or FIRST_RANKS for row in rows), V)
     tokens, enough = _draw_among(logits, rows, limits, ranks)
     if not all(enough):
         again = [i for i, is_enough in enumerate(enough) if not is_enough]
@@ -205,7 +205,7 @@ def _draw_among(
     K = values.size(1)
     k = torch.tensor(limits, device=logits.device).clamp(max=logits.size(1))[:, None]
     mass = cumulative.gather(1, k.clamp(max=K) - 1)  # of the top k
-    beyond = (k > K).squeeze(1)
+    beyond = (k > K).squeeze(1)  # only without a top k, where the mass is the whole row's
     if beyond.any():
         tail = torch.exp((logits[beyond].double() - values[beyond, :1]) / temperature[beyond])
         mass[beyond] = tail.sum(1, keepdim=True)

@@ -61,21 +61,24 @@ def exact(logits: Tensor, sampling: Sampling) -> Tensor:
         Sampling(),
         Sampling(temperature=0.6),
         Sampling(top_k=7),
-        Sampling(top_k=1000, temperature=1.5),
+        Sampling(top_k=2000, temperature=3.0),
+        Sampling(top_k=2000, top_p=0.6, temperature=3.0),
+        Sampling(top_p=0.9, temperature=4.0),
         Sampling(top_p=0.8),
         Sampling(min_p=0.1),
         Sampling(top_k=20, top_p=0.7, min_p=0.05, temperature=0.9, repetition_penalty=1.7),
     ],
     ids=str,
 )
-def test_samples_follow_the_exact_distribution(sampling: Sampling) -> None:
-    logits = some_logits()
+@pytest.mark.parametrize("entries", [V, 3000])
+def test_samples_follow_the_exact_distribution(sampling: Sampling, entries: int) -> None:
+    logits = some_logits(entries=entries)
     probabilities = exact(logits, sampling).numpy()
     draws = 20_000
-    got = np.zeros(V)
+    got = np.zeros(entries)
     for begin in range(0, draws, 2000):
         rows = [replace(row, row=begin) for row in rows_of(sampling, 2000)]
-        got += np.bincount(tokens(logits.expand(2000, V), rows), minlength=V)
+        got += np.bincount(tokens(logits.expand(2000, entries), rows), minlength=entries)
     assert got[probabilities == 0].sum() == 0
     expected = probabilities * draws
     common = expected >= 5
