@@ -4,14 +4,18 @@ All systems take turns on the same shape and batch, each in a process of its own
 over rounds.
 
     python benchmarks/train.py [--shape a|b16|c] [--compile] [--systems hf-fp32,hf-bf16,bf16]
+
+ray-bf16 is the step in a Ray Train worker: its ratio to bf16 is what Ray costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +57,7 @@ SHAPES = {
     # GPT-2 124M, its vocabulary padded
     "c": Shape(12, 12, 768, 256, 4, 50304),
 }
-SYSTEMS = ("hf-fp32", "hf-bf16", "fp32", "bf16")
+SYSTEMS = ("hf-fp32", "hf-bf16", "fp32", "bf16", "ray-bf16")
 
 
 class RandomText:
@@ -150,6 +154,39 @@ def timed(system: str, shape: Shape, steps: int, *, compiled: bool, device: str)
     return run
 
 
+def timed_on_ray(system: str, shape: Shape, steps: int, *, compiled: bool, device: str) -> Timed:
+    """The same in a Ray Train worker, with the controller and all that looks after it."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.util.queue import Queue
+
+    from gptray.runners.cluster import ray_cluster
+
+    cluster, threads = ray_cluster(), torch.get_num_threads()
+    cluster.__enter__()
+    atexit.register(cluster.__exit__, None, None, None)
+    jobs, answers = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+
+    def worker() -> None:
+        torch.set_num_threads(threads)
+        run = timed(system, shape, steps, compiled=compiled, device=device)
+        while (job := jobs.get()) is not None:
+            answers.put(run(job))
+
+    trainer = DataParallelTrainer(
+        worker,
+        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": threads}),
+        run_config=RunConfig(name="benchmark", storage_path=tempfile.mkdtemp()),
+    )
+    threading.Thread(target=trainer.fit, daemon=True).start()
+
+    def run(job: int) -> float:
+        jobs.put(job)
+        return float(answers.get())
+
+    return run
+
+
 def result(
     shape_name: str, seconds: dict[str, list[float]], *, compiled: bool, rounds: int
 ) -> dict[str, Any]:
@@ -168,7 +205,7 @@ def result(
             f"{ours}/{theirs}": median_ratio(seconds[ours], seconds[theirs])
             for ours in seconds
             for theirs in seconds
-            if theirs.startswith("hf-") and not ours.startswith("hf-")
+            if "-" in theirs and ours != theirs and not ours.startswith("hf-")
         },
     }
 
@@ -184,10 +221,9 @@ def main() -> None:
     parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        shape = SHAPES[args.shape]
-        answer(
-            lambda: timed(args.worker, shape, args.steps, compiled=args.compile, device=args.device)
-        )
+        make = timed_on_ray if args.worker.startswith("ray-") else timed
+        system, shape = args.worker.removeprefix("ray-"), SHAPES[args.shape]
+        answer(lambda: make(system, shape, args.steps, compiled=args.compile, device=args.device))
         return
     arguments = ["--shape", args.shape, "--steps", str(args.steps), "--device", args.device]
     arguments += ["--compile"] if args.compile else []
