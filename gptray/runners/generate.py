@@ -13,12 +13,15 @@ import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
 from gptray.runners.output import Output, check_job, find_model
 from gptray.runners.rows_bar import RowsBar
+
+if TYPE_CHECKING:
+    from gptray.generation.batch import PartWriter, Progress
 
 log = logging.getLogger("gptray")
 
@@ -70,50 +73,59 @@ def _compute(config: Config) -> ComputeConfig:
 
 
 class EngineWorker:
-    """A Ray actor: one engine. Calls come in several threads; one at a time runs the engine."""
+    """A Ray actor: one engine. Calls come in several threads; one at a time runs the engine.
+
+    The model is loaded by the first part, so that what is wrong with it is a call's error.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        import torch
-
-        from gptray.generation.batch import PartWriter
-        from gptray.generation.engine import load_engine
-
-        config = Config.model_validate(settings["config"])
-        torch.set_num_threads(settings["threads"])
-        engine, tokenizer = load_engine(
-            settings["model_dir"],
-            max_batch_size=config.generate.max_batch_size,
-            precision=config.generate.precision,
-            quantize=config.quantize.weights,
-            device="cuda" if config.compute.use_gpu else "cpu",
-        )
+        self._settings = settings
         self._lock = threading.Lock()
-        self._writer = PartWriter(
-            engine,
-            tokenizer,
-            config.sample,
-            Path(settings["output_dir"]),
-            model=settings["model_name"],
-            metadata=settings["metadata"],
-        )
+        self._writer: PartWriter | None = None
 
     def feed(self, number: int, staged: str) -> list[int]:
         """Take on a part; return the numbers of the parts that were written meanwhile."""
         with self._lock:
+            self._writer = self._writer or _writer(self._settings)
             return self._writer.feed(number, Path(staged))
 
     def finish(self) -> list[int]:
         """Run all parts to their end; return the numbers of those written meanwhile."""
         with self._lock:
-            return self._writer.finish()
+            return self._writer.finish() if self._writer else []
 
-    def progress(self) -> Any:
+    def progress(self) -> Progress | None:
         """Counters so far; answers while the engine runs."""
-        return self._writer.progress
+        return self._writer.progress if self._writer else None
 
     def process(self) -> int:
         """Its process id."""
         return os.getpid()
+
+
+def _writer(settings: dict[str, Any]) -> PartWriter:
+    import torch
+
+    from gptray.generation.batch import PartWriter
+    from gptray.generation.engine import load_engine
+
+    config = Config.model_validate(settings["config"])
+    torch.set_num_threads(settings["threads"])
+    engine, tokenizer = load_engine(
+        settings["model_dir"],
+        max_batch_size=config.generate.max_batch_size,
+        precision=config.generate.precision,
+        quantize=config.quantize.weights,
+        device="cuda" if config.compute.use_gpu else "cpu",
+    )
+    return PartWriter(
+        engine,
+        tokenizer,
+        config.sample,
+        Path(settings["output_dir"]),
+        model=settings["model_name"],
+        metadata=settings["metadata"],
+    )
 
 
 @dataclass
@@ -125,7 +137,7 @@ class _Engine:
     parts: set[int] = field(default_factory=set)
     written_rows: int = 0
     look: Any = None
-    progress: Any = None
+    progress: Progress | None = None
 
 
 class Engines:
@@ -190,9 +202,10 @@ class Engines:
         import ray
 
         if engine.look is not None and ray.wait([engine.look], timeout=0)[0]:
-            if engine.progress is None:
+            counted, engine.look = ray.get(engine.look), None
+            if counted and not engine.progress:
                 log.debug("an engine runs as process %s", ray.get(engine.actor.process.remote()))
-            engine.progress, engine.look = ray.get(engine.look), None
+            engine.progress = counted
         if engine.look is None:
             engine.look = engine.actor.progress.remote()
 
@@ -242,7 +255,7 @@ class Engines:
         import ray
 
         counts = ray.get([engine.actor.progress.remote() for engine in self._engines])
-        ran = [c for c in counts if c.first is not None and c.last > c.first]
+        ran = [c for c in counts if c and c.first is not None and c.last > c.first]
         rate = sum(c.output_tokens / (c.last - c.first) for c in ran)
         share = sum(c.step_seconds for c in ran) / (sum(c.last - c.first for c in ran) or 1.0)
         return {"tokens_per_sec": round(rate, 1), "engine_share": round(share, 3)}

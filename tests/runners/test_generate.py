@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,15 @@ def test_a_model_with_damaged_weights_fails_the_job(
     save_pretrained(model, tmp_path / "m", eos_token_id=tokenizer.eos_id)
     tokenizer.save(tmp_path / "m")
     with pytest.raises(RunFailed, match="not finite"):
+        generate(config_of(tmp_path / "m", prompts, tmp_path / "out"))
+
+
+def test_a_truncated_model_is_the_users_mistake(
+    ray_cluster: None, model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(model_dir, tmp_path / "m") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors: damaged"):
         generate(config_of(tmp_path / "m", prompts, tmp_path / "out"))
 
 
