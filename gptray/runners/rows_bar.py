@@ -66,6 +66,6 @@ class RowsBar:
         speed = f"{tokens:,.0f} tok/s  eta {left}"
         if self._bar:
             self._bar.update(self._task, description="generating", completed=rows, speed=speed)
-        elif now - self._said >= LINE_S:
+        elif tokens and now - self._said >= LINE_S:
             self._said = now
             log.info("%s/%s rows  %s", f"{rows:,}", f"{self._total:,}", speed)
