@@ -250,7 +250,11 @@ def first_words(data: TokenData) -> list[str]:
     begins = [0] + [middle + int(end) + 1 for end in ends[:1]]
     prompts = []
     for begin in begins:
-        text = data.tokenizer.decode(data.val.slice(begin, min(begin + 16, len(data.val))).tolist())
-        words = text.replace("\ufffd", "").split(" ")
-        prompts.append(" ".join(words[:4])[:24] or text[:1])
+        ids = data.val.slice(begin, min(begin + 16, len(data.val))).tolist()
+        if data.eos_id in ids:
+            ids = ids[: ids.index(data.eos_id)]
+        text = data.tokenizer.decode(ids).replace("\ufffd", "")
+        words = text.split(" ")
+        # Of a short text not all: there is to be something left to say.
+        prompts.append(" ".join(words[: max(1, min(4, len(words) - 1))])[:24] or text[:1])
     return [prompt for prompt in prompts if prompt]
