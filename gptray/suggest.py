@@ -14,8 +14,7 @@ ALIASES = {
     "name": "run_name run_id experiment run exp_name",
     "storage_path": "out_dir output_dir save_dir storage results_dir log_dir out",
     "seed": "random_seed rng_seed manual_seed",
-    "data.source": "path train_path train_file dataset data_path files text corpus input "
-    "input_path",
+    "data.source": "path train_path train_file dataset data_path files text corpus input",
     "data.text_column": "column text_field text_key",
     "data.tokenizer": "tokenizer_name tokeniser encoding",
     "data.vocab_size": "vocab n_vocab vocabulary",
