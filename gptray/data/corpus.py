@@ -7,11 +7,8 @@ whole file. Reading one holds about a megabyte. Errors name the file and the lin
 from __future__ import annotations
 
 import codecs
-import csv
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -19,10 +16,10 @@ from pyarrow import parquet
 
 from gptray.config import UserError
 from gptray.data.boundary import byte_boundary, last_boundary
+from gptray.data.rows import BOM, csv_rows, is_text, json_object, kind_of, no_column
 from gptray.data.sources import SourceFile
 
 BLOCK_BYTES = 1 << 20
-_BOM = codecs.BOM_UTF8
 
 
 class Part(NamedTuple):
@@ -170,7 +167,7 @@ def _read_json_lines(piece: Piece, text_column: str) -> Iterator[Part]:
         while (stop is None or position < stop) and (raw := stream.readline()):
             line += 1
             try:
-                yield _json_text(raw.removeprefix(_BOM) if position == 0 else raw, text_column)
+                yield _json_text(raw.removeprefix(BOM) if position == 0 else raw, text_column)
             except ValueError as error:
                 number = line if not piece.start else _line_at(file, position)
                 raise UserError(f"{file.name}:{number}: {error}") from None
@@ -180,16 +177,7 @@ def _read_json_lines(piece: Piece, text_column: str) -> Iterator[Part]:
 def _json_text(raw: bytes, text_column: str) -> Part:
     if not raw.strip():
         return EMPTY_ROW
-    try:
-        row = json.loads(raw)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {_kind(row)}")
+    row = json_object(raw)
     if text_column not in row:
         raise ValueError(no_column(text_column, list(row)))
     return _row(row[text_column], text_column)
@@ -198,7 +186,7 @@ def _json_text(raw: bytes, text_column: str) -> Part:
 def _row(value: Any, text_column: str) -> Part:
     """Check one row's text. Raises ValueError without the place, which the caller knows."""
     if not isinstance(value, str):
-        raise ValueError(f"column {text_column!r} holds {_kind(value)}, not text")
+        raise ValueError(f"column {text_column!r} holds {kind_of(value)}, not text")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -206,49 +194,19 @@ def _row(value: Any, text_column: str) -> Part:
     return Part(value, True) if value.strip() else EMPTY_ROW
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def no_column(text_column: str, columns: Sequence[str], *, key: str = "data.text_column") -> str:
-    """The message for a missing column: the ones that exist, the likeliest first."""
-    likeness = {name: SequenceMatcher(None, text_column, name).ratio() for name in columns}
-    listed = ", ".join(sorted(columns, key=lambda name: -likeness[name])) or "none at all"
-    return f"no column {text_column!r}; columns: {listed} (choose by {key})"
-
-
 def _read_csv(piece: Piece, text_column: str) -> Iterator[Part]:
-    file = piece.file
-    csv.field_size_limit(2**31 - 1)  # a cell is a document: no limit of 128 kB
-    with file.open() as stream:
-        lines = text_lines(file, stream)
-        rows = csv.reader(lines, strict=True)
-        line = 1
-        try:
-            header = next(rows, [])
-            if text_column not in header:
-                raise ValueError(no_column(text_column, header))
-            column = header.index(text_column)
-            line = rows.line_num + 1
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise ValueError(f"{len(row)} fields where the header has {len(header)}")
-                yield _row(row[column], text_column) if row else EMPTY_ROW
-                line = rows.line_num + 1
-        except (ValueError, csv.Error) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{file.name}:{line}: {error}") from None
-
-
-def text_lines(file: SourceFile, stream: BinaryIO) -> Iterator[str]:
-    """The lines of a stream, ends included. Raises UserError naming the line that is not UTF-8."""
-    for number, raw in enumerate(stream, start=1):
-        try:
-            yield (raw.removeprefix(_BOM) if number == 1 else raw).decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file.name}:{number}: not UTF-8: {error.reason}") from None
+    rows = csv_rows(piece.file)
+    line, header = next(rows, (1, []))
+    try:
+        if text_column not in header:
+            raise ValueError(no_column(text_column, header))
+        column = header.index(text_column)
+        for line, row in rows:  # noqa: B007 - the message below tells it
+            yield _row(row[column], text_column) if row else EMPTY_ROW
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{piece.file.name}:{line}: {error}") from None
 
 
 def open_parquet(file: SourceFile) -> parquet.ParquetFile:
@@ -293,7 +251,5 @@ def check_parquet_column(file: SourceFile, schema: pa.Schema, text_column: str) 
     if text_column not in schema.names:
         raise UserError(f"{file.name}: {no_column(text_column, schema.names)}")
     kind = schema.field(text_column).type
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain)
-            or pa.types.is_string_view(plain)):  # fmt: skip
+    if not is_text(kind):
         raise UserError(f"{file.name}: column {text_column!r} holds {kind}, not text")

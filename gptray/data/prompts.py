@@ -6,7 +6,6 @@ line; a row whose prompt is null, empty or no text is not: it keeps its place an
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 
 from gptray.config import UserError
-from gptray.data.corpus import no_column, open_parquet, text_lines
+from gptray.data.corpus import open_parquet
+from gptray.data.rows import csv_rows, is_text, json_object, kind_of, no_column, text_lines
 from gptray.data.sources import SourceFile
 
 BATCH_ROWS = 1024
@@ -44,21 +44,11 @@ def read_rows(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Value
 def check_columns(file: SourceFile, prompt_column: str) -> None:
     """Look at the first row only. Raises UserError without the column, or if it holds no text."""
     if file.format == "parquet":
-        kind = open_parquet(file).schema_arrow
-        if prompt_column in kind.names and not _may_be_text(kind.field(prompt_column).type):
-            raise UserError(
-                f"{file.name}: column {prompt_column!r} holds "
-                f"{kind.field(prompt_column).type}, not text"
-            )
+        schema = open_parquet(file).schema_arrow
+        kind = schema.field(prompt_column).type if prompt_column in schema.names else pa.null()
+        if not is_text(kind) and not pa.types.is_null(kind):
+            raise UserError(f"{file.name}: column {prompt_column!r} holds {kind}, not text")
     next(read_rows(file, prompt_column), None)
-
-
-def _may_be_text(kind: pa.DataType) -> bool:
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    checks = (
-        pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null
-    )  # fmt: skip
-    return any(is_kind(plain) for is_kind in checks)
 
 
 def prompt_problem(value: Any) -> str | None:
@@ -66,7 +56,7 @@ def prompt_problem(value: Any) -> str | None:
     if value is None:
         return "the prompt is null"
     if not isinstance(value, str):
-        return f"the prompt is no text: {type(value).__name__}"
+        return f"the prompt is no text: {kind_of(value)}"
     if _SURROGATE.search(value):
         return "the prompt holds half a surrogate pair"
     return None if value else "the prompt is empty"
@@ -85,36 +75,19 @@ def _json_lines(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Val
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place}: not JSON: {error.msg} (column {error.colno})") from None
-            except RecursionError:
-                raise UserError(f"{place}: not JSON that can be read: nested too deeply") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{place}: expected a JSON object")
-            yield place, row
+                yield place, json_object(line)
+            except ValueError as error:
+                raise UserError(f"{place}: {error}") from None
 
 
 def _csv(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Values]]:
-    csv.field_size_limit(2**31 - 1)
-    with file.open() as stream:
-        rows = csv.reader(text_lines(file, stream), strict=True)
-        line = 1
-        try:
-            header = next(rows, [])
-            if len(set(header)) < len(header):
-                raise UserError(f"{file.name}:1: a column name is there twice")
-            line = rows.line_num + 1
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise UserError(
-                        f"{file.name}:{line}: {len(row)} fields where the header has {len(header)}"
-                    )
-                if row:
-                    yield f"{file.name}:{line}", dict(zip(header, row, strict=True))
-                line = rows.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{file.name}:{line}: {error}") from None
+    rows = csv_rows(file)
+    _, header = next(rows, (1, []))
+    if len(set(header)) < len(header):
+        raise UserError(f"{file.name}:1: a column name is there twice")
+    for line, row in rows:
+        if row:
+            yield f"{file.name}:{line}", dict(zip(header, row, strict=True))
 
 
 def _parquet(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Values]]:
