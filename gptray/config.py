@@ -16,6 +16,7 @@ from gptray.overrides import Reader
 from gptray.yaml_text import write_yaml
 
 PositiveInt = Annotated[int, Field(gt=0)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -207,7 +208,7 @@ class SampleConfig(Section):
     repetition_penalty: Positive = Field(
         1.0, description="divides the logits of tokens that were there; 1: off"
     )
-    stop: str | list[str] | None = Field(
+    stop: NonEmpty | list[NonEmpty] | None = Field(
         None, description="texts that end the output, and are no part of it"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the sampler")
@@ -234,7 +235,7 @@ class GenerateConfig(Section):
     model: str | None = Field(
         None,
         description="what generates: a run folder, a model folder, an HF GPT-2 folder or hub id; "
-        "null: the run that name and storage_path say",
+        "null: the run that name says, else the newest in storage_path",
     )
     input_path: str | list[str] | None = Field(
         None,
@@ -245,7 +246,7 @@ class GenerateConfig(Section):
     )
     prompt_column: str = Field("prompt", description="column that holds the prompts")
     id_column: str | None = Field(
-        None, description="column that names each row; null: the row's position"
+        None, description="column that names each row; null: id where there is one, else position"
     )
     num_workers: PositiveInt = Field(1, description="engines, each with its share of the cluster")
     max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")

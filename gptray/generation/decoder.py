@@ -47,8 +47,7 @@ class Cache:
         config = model.config
         self._slots, self._n_head = slots, config.n_head
         self._head_width = config.n_embd // config.n_head
-        self._longest = _rounded(config.n_positions)
-        numbers = slots * config.n_embd * self._longest
+        numbers = slots * config.n_embd * _rounded(config.n_positions)
         self._memory = [
             (
                 torch.zeros(numbers, dtype=dtype, device=device),
@@ -96,7 +95,7 @@ class Decoder:
     """
 
     def __init__(self, model: GPT, *, dtype: torch.dtype, quantize: str = "none") -> None:
-        self.n_positions, self.dtype = model.config.n_positions, dtype
+        self.dtype = dtype
         self.valid_vocab_size = model.valid_vocab_size
         transformer = model.transformer
         self.device = transformer.wte.weight.device

@@ -11,6 +11,7 @@ import collections
 import logging
 import os
 import threading
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,7 @@ class Engines:
 
         output = self._output
         done = output.rows - sum(map(output.rows_of, self._queue))
-        with RowsBar(done, output.rows) as bar:
+        with closing(RowsBar(done, output.rows)) as bar:
             while self._queue or any(engine.parts for engine in self._engines):
                 for number, engine in enumerate(self._engines):
                     try:

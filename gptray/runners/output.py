@@ -7,8 +7,6 @@ hidden folder: the input in parts, and plan.json, which says what job the folder
 from __future__ import annotations
 
 import collections
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,10 +20,11 @@ from pyarrow import parquet
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.parts import part_name, write_whole
-from gptray.data.prompts import check_columns, scan, staged
+from gptray.data.prompts import InputScan, check_columns, scan, staged
 from gptray.data.sources import SourceFile, file_sha256, find_files
 from gptray.data.tokenizer import tokenizer_files
 from gptray.model.shape import model_folder, read_shape
+from gptray.runners.runs import held
 
 SCRATCH, PLAN, MANIFEST, SUCCESS = ".gptray", "plan.json", "manifest.json", "_SUCCESS"
 MODEL_FILES = "*.safetensors"
@@ -139,22 +138,27 @@ class Output:
         identity = _identity(job)
         if existing is not None:
             _refuse_differences(job.folder, existing["identity"], identity)
-        plan = existing or _new_plan(job, identity)
+        plan, found = existing, None
+        if plan is None:
+            # All of the input is looked at before anything is made.
+            found = _scan(job)
+            plan = _new_plan(job, identity, found.rows)
+        scratch = job.folder / SCRATCH
         try:
-            (job.folder / SCRATCH).mkdir(parents=True, exist_ok=True)
+            scratch.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"generate.output_path: {job.folder} cannot be written: {error}"
             ) from None
-        with _locked(job.folder):
+        with held(scratch, busy=f"another job is writing to {job.folder} now"):
             output = cls(job, plan)
             for partial in job.folder.glob(".part-*.partial"):
                 partial.unlink()
             missing = output.missing_parts()
             if missing:
                 (job.folder / SUCCESS).unlink(missing_ok=True)
-            if existing is None or not all(output.staged(part).is_file() for part in missing):
-                output._stage()
+            if found or not all(output.staged(part).is_file() for part in missing):
+                output._stage(found or _scan(job))
             yield output
 
     @property
@@ -176,11 +180,10 @@ class Output:
         text = json.dumps(self._plan["identity"], ensure_ascii=False)
         return {"gptray.settings": text, "gptray.fingerprint": self._plan["fingerprint"]}
 
-    def _stage(self) -> None:
+    def _stage(self, found: InputScan) -> None:
         """Write the input in parts that engines can open; plan.json comes last."""
-        settings = self.job.config.generate
-        found = scan(self.job.files, settings.prompt_column, settings.id_column)
-        tables = staged(self.job.files, settings.prompt_column, found, self.rows_per_file)
+        prompt_column = self.job.config.generate.prompt_column
+        tables = staged(self.job.files, prompt_column, found, self.rows_per_file)
         for part, table in enumerate(tables):
             write_whole(table, self.staged(part))
         _write_json(self.folder / SCRATCH / PLAN, self._plan)
@@ -260,32 +263,24 @@ def _refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any
         )  # fmt: skip
 
 
-def _new_plan(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
-    """Look at all of the input, before anything is made. Raises UserError for what is wrong."""
+def _scan(job: Job) -> InputScan:
+    """Look at all of the input. Raises UserError for what is wrong with it."""
     settings = job.config.generate
-    rows = scan(job.files, settings.prompt_column, settings.id_column).rows
-    if rows == 0:
+    found = scan(job.files, settings.prompt_column, settings.id_column)
+    if found.rows == 0:
         raise UserError("generate.input_path: there is no row in it")
+    return found
+
+
+def _new_plan(job: Job, identity: dict[str, Any], rows: int) -> dict[str, Any]:
     text = json.dumps(identity, sort_keys=True)
     return {
         "identity": identity,
         "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
         "model": job.model_name,
         "rows": rows,
-        "rows_per_file": settings.rows_per_file,
+        "rows_per_file": job.config.generate.rows_per_file,
     }
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / SCRATCH / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise UserError(f"another job is writing to {folder} now") from None
-        yield
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

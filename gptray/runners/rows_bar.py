@@ -6,13 +6,11 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress
 
-from gptray.runners.watch import duration
+from gptray.runners.watch import duration, progress_bar
 
 log = logging.getLogger("gptray")
 # Without a terminal: seconds between two lines.
@@ -27,28 +25,13 @@ class RowsBar:
         self._began = self._said = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[speed]}"),
-                console=Console(stderr=True),
-            )
+            self._bar = progress_bar()
             self._task = self._bar.add_task(
-                "starting engines", total=total, completed=done, speed=""
+                "starting engines", total=total, completed=done, metrics=""
             )
-
-    def __enter__(self) -> RowsBar:
-        if self._bar:
             self._bar.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -65,7 +48,7 @@ class RowsBar:
         left = duration((self._total - rows) / pace) if pace else "?"
         speed = f"{tokens:,.0f} tok/s  eta {left}"
         if self._bar:
-            self._bar.update(self._task, description="generating", completed=rows, speed=speed)
+            self._bar.update(self._task, description="generating", completed=rows, metrics=speed)
         elif tokens and now - self._said >= LINE_S:
             self._said = now
             log.info("%s/%s rows  %s", f"{rows:,}", f"{self._total:,}", speed)

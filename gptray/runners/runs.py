@@ -88,18 +88,19 @@ def check_resumable(config: Config) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a run folder for one driver; a kill of any kind lets go of it.
+def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
+    """Hold a folder for one driver; a kill of any kind lets go of it.
 
     Raises:
-        UserError: another process trains this run.
+        UserError: another process holds it; `busy` says so, by default of a run that is trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".driver.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training the run {folder}") from None
+            message = busy or f"another process is training the run {folder}"
+            raise UserError(message) from None
         yield
 
 

@@ -63,7 +63,7 @@ class _Watch:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if sys.stderr.isatty():
-            self._bar = _bar()
+            self._bar = progress_bar()
             self._task = self._bar.add_task("starting workers", total=max_steps, metrics="")
             self._bar.start()
 
@@ -150,7 +150,8 @@ def show_samples(run_dir: Path) -> None:
         log.info("%s", textwrap.indent(f"[{prompt}]{output}", "  | ", lambda line: True))
 
 
-def _bar() -> Progress:
+def progress_bar() -> Progress:
+    """A bar on stderr; each task has a field `metrics`, shown behind its counts."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
