@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptray.model.precision import has_onednn_linear
+
 # Up to this many inputs oneDNN sums a row in the same order whatever the number of rows.
 ONE_ROW_WIDTH = 1024
 
@@ -41,7 +43,7 @@ def product(
         return _Int8(weight, bias, dtype, gelu=gelu)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    if weight.device.type == "cpu" and _has_onednn(dtype):
+    if weight.device.type == "cpu" and has_onednn_linear(dtype):
         return _Packed(weight, bias, gelu=gelu)
     return _Dense(weight, bias, gelu=gelu)
 
@@ -120,10 +122,3 @@ class _Int8:
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return torch.addcmul(self._bias, y, scale)
-
-
-def _has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear layer computes in `dtype` on this processor."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -6,12 +6,13 @@ words. Under torch.compile: plain formulas in fp32 between the GEMMs, which indu
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gptray.model.precision import has_onednn_linear
 
 
 class Linear(nn.Linear):
@@ -37,7 +38,8 @@ class _CastLinear(torch.autograd.Function):
         if torch.compiler.is_compiling():
             # The sum in fp32: so it joins the next pointwise kernel, and not a slower addmm.
             return (F.linear(x, weight).float() + bias).to(x.dtype)
-        if x.device.type == "cpu" and _fuses_bias():
+        # It adds the bias in the GEMM, addmm before it.
+        if x.device.type == "cpu" and has_onednn_linear(torch.bfloat16):
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             return y
         return F.linear(x, weight, bias)
@@ -53,16 +55,6 @@ class _CastLinear(torch.autograd.Function):
         else:
             grad_bias = grad.sum(0)
         return torch.mm(grad, weight).view(x.shape), grad_weight, grad_bias.float()
-
-
-@cache
-def _fuses_bias() -> bool:
-    """Whether oneDNN's linear layer is there: it adds the bias in the GEMM, addmm before it."""
-    return bool(
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
 
 
 class LayerNorm(nn.LayerNorm):

@@ -5,6 +5,8 @@ Both only look at the machine and answer; the training loop decides where to use
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from gptray.config import UserError
@@ -28,6 +30,15 @@ def _computes_bf16(device: torch.device) -> bool:
         return False
     has = torch.cpu.get_capabilities()
     return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+@cache
+def has_onednn_linear(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's linear layer is there and computes in `dtype` on this processor."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    computes = dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return computes and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def enable_fast_fp32() -> bool:
