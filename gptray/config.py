@@ -258,6 +258,33 @@ class GenerateConfig(Section):
     )
 
 
+class EvaluateConfig(Section):
+    model: str | None = Field(
+        None,
+        description="what is evaluated: a run folder, a model folder, an HF GPT-2 folder or hub "
+        "id; null: this run's own model/",
+    )
+    source: str | list[str] | None = Field(
+        None,
+        description="text to score as a whole, in place of the splits: what data.source takes; "
+        "its loss is test_loss",
+    )
+    stride: PositiveInt | None = Field(
+        None,
+        description="tokens between two windows; the rest of a window is context from the one "
+        "before, slower and fairer; null: train.block_size, no overlap",
+    )
+    batch_size: PositiveInt = Field(
+        16, description="windows per forward pass of one worker; changes no result"
+    )
+    train_tokens: PositiveInt = Field(
+        100_000, description="tokens of the training split to score, spread over it evenly"
+    )
+    passages: Annotated[int, Field(ge=0)] = Field(
+        64, description="passages to continue, for BLEU and memorisation; 0: none"
+    )
+
+
 class Config(Section):
     """Everything a job needs. Defaults are the quick start: builtin text, a small model, a CPU."""
 
@@ -281,6 +308,7 @@ class Config(Section):
     sample: SampleConfig = SampleConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
     def micro_batch_size(self) -> int:

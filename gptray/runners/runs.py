@@ -17,7 +17,7 @@ from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config, override
 from gptray.model.shape import model_folder, read_shape
-from gptray.training.record import METRICS, read_rows
+from gptray.record import METRICS, read_rows
 
 # Keys that do not change what is trained: a run may go on under other values of these.
 FREE_KEYS = (
@@ -26,6 +26,7 @@ FREE_KEYS = (
     "compute.",
     "sample.",
     "generate.",
+    "evaluate.",
     "quantize.",
     "train.resume",
 )

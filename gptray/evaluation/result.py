@@ -1,0 +1,97 @@
+"""What an evaluation has found, as it stands in `evaluation.json`: its shape, and how it is saved.
+
+Every number is measured elsewhere; `how` says in words how each was computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TypedDict
+
+EVALUATION = "evaluation.json"
+
+
+class SplitResult(TypedDict):
+    """The loss on one split."""
+
+    loss: float  # nats per token
+    stderr: float | None  # of the loss, documents as clusters; None with fewer than two of them
+    ppl: float | None  # exp(loss); None where no float holds it
+    bpb: float  # bits per byte: loss x tokens / (ln 2 x bytes)
+    tokens: int  # scored
+    bytes: int  # UTF-8 bytes of the text of these tokens
+    documents: int
+    how: str
+
+
+class TextScore(TypedDict):
+    """A corpus score of sacrebleu's."""
+
+    score: float  # 0 to 100
+    signature: str
+    passages: int
+
+
+class TextScores(TypedDict):
+    """The same score for continuations made greedily, and sampled as the config says."""
+
+    greedy: TextScore
+    sampled: TextScore
+
+
+class Sample(TypedDict):
+    """A held-out passage: its first half, its real second half, and what the model makes of it."""
+
+    prompt: str
+    reference: str
+    greedy: str
+    sampled: str
+
+
+class Evaluation(TypedDict):
+    """All of `evaluation.json`. None: not measured, for want of text or because it was not asked.
+
+    `distinct_*` and `repetition` are those of the sampled continuations; `memorised_*` are shares
+    (0 to 1) of the n-grams in greedy continuations of training text. `how` has an entry for each
+    key that is not a split's own.
+    """
+
+    model_dir: str
+    model_sha256: str
+    tokenizer_sha256: str
+    source: list[str]  # what data.source or evaluate.source says
+    time: str  # ISO 8601, UTC
+    block_size: int
+    stride: int
+    splits: dict[str, SplitResult | None]  # train, val, test
+    gap: float | None  # loss of val - loss of train
+    bleu: TextScores | None
+    chrf: TextScores | None
+    distinct_1: float | None
+    distinct_2: float | None
+    repetition: float | None
+    memorised_20: float | None
+    memorised_50: float | None
+    samples: list[Sample]
+    how: dict[str, str]
+
+
+def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:
+    """Write `evaluation.json`, whole or not at all; return its path."""
+    path = folder / EVALUATION
+    draft = folder / f".{EVALUATION}.{os.getpid()}.tmp"
+    text = json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False)
+    draft.write_text(text + "\n", "utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def load_evaluation(folder: Path) -> Evaluation | None:
+    """What `evaluation.json` in a folder says; None without one."""
+    path = folder / EVALUATION
+    if not path.is_file():
+        return None
+    evaluation: Evaluation = json.loads(path.read_text("utf-8"))
+    return evaluation
