@@ -158,7 +158,7 @@ def _failure_notes(folder: Path) -> Any:
     """A callback, run by Ray Train's controller, that notes worker failures for the watcher."""
     from ray.train import UserCallback
 
-    from gptray.training.record import write_event
+    from gptray.record import write_event
 
     class FailureNotes(UserCallback):  # type: ignore[misc]
         def after_exception(

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from gptray.training.record import EVENTS, METRICS, read_rows
+from gptray.record import EVENTS, METRICS, read_rows
 
 log = logging.getLogger("gptray")
 POLL_S = 0.2

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
-from gptray.training.record import METRICS, read_rows
+from gptray.record import METRICS, read_rows
 
 
 class Journal:

@@ -22,10 +22,10 @@ from gptray.config import Config, dump
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
+from gptray.record import write_event
 from gptray.training.checkpoint import prune, publish_model, save_checkpoint
 from gptray.training.journal import Journal
 from gptray.training.optim import learning_rate, save_optimizer
-from gptray.training.record import write_event
 from gptray.training.run import Run, start, writing
 from gptray.training.validation import score_split
 from gptray.training.workers import Workers

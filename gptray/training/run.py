@@ -22,6 +22,7 @@ from gptray.model.hf import load_weights
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32, pick_dtype
 from gptray.model.shape import model_folder
+from gptray.record import write_event
 from gptray.training.checkpoint import (
     TrainerState,
     checkpoint_step,
@@ -29,7 +30,6 @@ from gptray.training.checkpoint import (
     publish_model,
 )
 from gptray.training.optim import load_optimizer, make_optimizer
-from gptray.training.record import write_event
 from gptray.training.stopping import Progress
 from gptray.training.workers import Workers
 
