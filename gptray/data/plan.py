@@ -56,15 +56,16 @@ def plan_split(
     split: Sequence[float],
     fraction: float,
     seed: int,
+    key: str = "data.source",
 ) -> SplitPlan:
     """Send every document, or every part of the only one, to its split.
 
-    Raises UserError when there is no text, or too little for so many splits.
+    `key` is the config's name for the source, in messages. Raises UserError when there is no text, or too little for so many splits.
     """
     flat = [scan for unit in scans for scan in unit]
     firsts, sizes = _documents(flat)
     if not len(sizes):
-        raise UserError("data.source: there is no text in it")
+        raise UserError(f"{key}: there is no text in it")
     if len(sizes) == 1:
         return _by_position(units, flat, sizes, split=split, fraction=fraction)
     labels = assign_documents(sizes, split, fraction=fraction, seed=seed)

@@ -37,6 +37,7 @@ class Request:
     fraction: float
     seed: int
     root: Path  # of all prepared data
+    key: str = "data.source"  # the config's name for the source, in messages
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -72,6 +73,21 @@ class Request:
 
 def make_request(config: Config) -> Request:
     """Find the sources of a config. Raises UserError for what is not there or cannot be read."""
+    return _request(config, config.data.source, "data.source", split=config.data.split)
+
+
+def whole_request(config: Config, source: str | Sequence[str], *, key: str) -> Request:
+    """Find a text that is not to be split: all of it is the split `test`; `key` says where from.
+
+    Raises UserError as `make_request` does.
+    """
+    whole = config.model_copy(update={"data": config.data.model_copy(update={"fraction": 1.0})})
+    return _request(whole, source, key, split=(1.0,))
+
+
+def _request(
+    config: Config, source: str | Sequence[str], key: str, *, split: tuple[float, ...]
+) -> Request:
     if "://" in config.storage_path:
         raise UserError(
             f"storage_path={config.storage_path}: token shards are memory-mapped; "
@@ -79,14 +95,15 @@ def make_request(config: Config) -> Request:
         )
     data = config.data
     return Request(
-        files=() if data.source in (BUILTIN, [BUILTIN]) else tuple(find_files(data.source)),
+        files=() if source in (BUILTIN, [BUILTIN]) else tuple(find_files(source, key=key)),
         text_column=data.text_column,
         tokenizer=tokenizer_name(config),
         vocab_size=data.vocab_size,
-        split=data.split,
+        split=split,
         fraction=data.fraction,
         seed=config.seed,
         root=Path(config.storage_path).expanduser().absolute() / "data",
+        key=key,
     )
 
 

@@ -14,11 +14,17 @@ import numpy.typing as npt
 from gptray.config import UserError
 
 SPLITS = ("train", "val", "test")
+WHOLE = ("test",)  # of a text that is not split
 TRAIN = 0
 UNUSED = 255  # training text beyond data.fraction
 _SPLIT_STREAM = 1  # keeps this permutation apart from every other use of the seed
 
 Labels = npt.NDArray[np.uint8]
+
+
+def split_names(parts: int) -> tuple[str, ...]:
+    """What the parts of a text are called; a text in one part is there to be tested on."""
+    return SPLITS[:parts] if parts > 1 else WHOLE
 
 
 class Region(NamedTuple):

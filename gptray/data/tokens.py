@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptray.data.split import SPLITS
+from gptray.data.split import split_names
 from gptray.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -83,13 +83,10 @@ class TokenData:
     def __init__(self, data_dir: Path, manifest: dict[str, Any]) -> None:
         self.data_dir = data_dir
         self.manifest = manifest
-        splits = {
-            name: TokenSplit(data_dir, manifest["dtype"], entry)
-            for name, entry in manifest["splits"].items()
+        self.splits = {
+            name: TokenSplit(data_dir, manifest["dtype"], manifest["splits"][name])
+            for name in split_names(len(manifest["splits"]))
         }
-        self.train = splits["train"]
-        self.val = splits["val"]
-        self.test = splits.get("test")
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self.eos_id: int = manifest["tokenizer"]["eos_token_id"]
 
@@ -106,6 +103,19 @@ class TokenData:
             raise DamagedData(f"{folder / MANIFEST} cannot be read: {error!r}") from None
         data._check(content=False)
         return data
+
+    @property
+    def train(self) -> TokenSplit:
+        return self.splits["train"]
+
+    @property
+    def val(self) -> TokenSplit:
+        return self.splits["val"]
+
+    @property
+    def test(self) -> TokenSplit | None:
+        """The only split of a text that was prepared as a whole."""
+        return self.splits.get("test")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -129,10 +139,8 @@ class TokenData:
             raise DamagedData(f"{path} is missing")
         if content and _sha256(path) != self.manifest["tokenizer"]["sha256"]:
             raise DamagedData(f"{path} has changed (sha256)")
-        for name in SPLITS:
-            split: TokenSplit | None = getattr(self, name)
-            if split is not None:
-                split.check(content=content)
+        for split in self.splits.values():
+            split.check(content=content)
 
 
 def _sha256(path: Path) -> str:

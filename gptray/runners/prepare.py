@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from gptray.data.publish import building
 from gptray.data.request import Request, make_request, tokenizer_name
 from gptray.data.shards import Shard, shard_dtype
 from gptray.data.sources import BUILTIN, SourceFile
-from gptray.data.split import SPLITS
+from gptray.data.split import SPLITS, split_names
 from gptray.data.tokenizer import KINDS, Tokenizer, char_tokenizer, tokenizer_folder, train_bpe
 from gptray.data.tokens import FORMAT_VERSION, MANIFEST, DamagedData, TokenData
 from gptray.data.work import UnitScan, sample, scan, tokenise
@@ -36,12 +36,15 @@ PIECE_BYTES = 16 << 20  # of text per task
 SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
 _CHECKED_FILES = 100  # looked into before Ray starts; the scan looks into all
 
+# How a config's text is found: `make_request`, or one for another text of it.
+FindSources = Callable[[Config], Request]
 
-def check_sources(config: Config) -> None:
+
+def check_sources(config: Config, find: FindSources = make_request) -> None:
     """Raise UserError, without Ray, for what can be seen at once: files, columns, tokenizer."""
     problems = []
     try:
-        files = make_request(config).files
+        files = find(config).files
     except UserError as error:
         problems.append(str(error))
         files = ()
@@ -65,9 +68,9 @@ def _check_tokenizer(name: str) -> None:
         Tokenizer.load(folder)
 
 
-def prepared(config: Config) -> TokenData | None:
+def prepared(config: Config, find: FindSources = make_request) -> TokenData | None:
     """The prepared data of a config, or None when there is none that is whole."""
-    return _whole(make_request(config).data_dir)
+    return _whole(find(config).data_dir)
 
 
 def _whole(folder: Path) -> TokenData | None:
@@ -80,13 +83,15 @@ def _whole(folder: Path) -> TokenData | None:
         return None
 
 
-def prepare(config: Config, *, piece_bytes: int = PIECE_BYTES) -> TokenData:
+def prepare(
+    config: Config, find: FindSources = make_request, *, piece_bytes: int = PIECE_BYTES
+) -> TokenData:
     """Return the prepared data of a config; build it, on Ray, when there is none.
 
     A task reads about `piece_bytes` of text; the size decides where shards end, never what they
     hold. Raises UserError for a source or tokenizer that cannot be read, naming file and line.
     """
-    request = make_request(config)
+    request = find(config)
     return _whole(request.data_dir) or _prepare(request, piece_bytes=piece_bytes)
 
 
@@ -159,6 +164,7 @@ def _build(
         split=request.split,
         fraction=request.fraction,
         seed=request.seed,
+        key=request.key,
     )
     if tokenizer is None:
         tokenizer = _make_tokenizer(request, plan, scans, column)
@@ -246,13 +252,14 @@ def _number_shards(
 ) -> dict[str, Any]:
     """Give the tasks' files their final names, in corpus order, and list them by split."""
     splits = {}
+    names = split_names(len(plan.documents))
     for label, documents in enumerate(plan.documents):
         entries: list[dict[str, Any]] = []
         for shard in (unit[label] for unit in units if label in unit):
-            name = f"{SPLITS[label]}-{len(entries):05d}.bin"
+            name = f"{names[label]}-{len(entries):05d}.bin"
             (folder / shard.file).rename(folder / name)
             entries.append({**asdict(shard), "file": name})
-        splits[SPLITS[label]] = {
+        splits[names[label]] = {
             "documents": documents,
             "tokens": sum(entry["tokens"] for entry in entries),
             "bytes": sum(entry["bytes"] for entry in entries),

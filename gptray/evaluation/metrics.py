@@ -1,0 +1,153 @@
+"""Losses of a split, in ranges of windows that anyone may score and in any order.
+
+Sums are kept by document and in float64: neither the ranges nor the batch size change the result
+beyond rounding. Which windows there are is `gptray.data.scoring`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gptray.data.scoring import Score, Windows
+from gptray.data.tokens import TokenSplit
+from gptray.evaluation.result import SplitResult
+from gptray.model.gpt import GPT
+
+# Tokens looked at together when document ends are searched.
+SEARCH_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """Summed nats and the number of targets of some documents, each of shape (documents,).
+
+    `documents` are their places in the split, ascending. A document that a range cuts is in
+    several.
+    """
+
+    documents: NDArray[np.int64]
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls, documents: NDArray[np.int64], nats: NDArray[np.float64], tokens: NDArray[np.int64]
+    ) -> DocumentSums:
+        """Add up what belongs to the same document."""
+        names, place = np.unique(documents, return_inverse=True)
+        counts = np.bincount(place, weights=tokens).astype(np.int64)
+        return cls(names, np.bincount(place, weights=nats).astype(np.float64), counts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[DocumentSums]) -> DocumentSums:
+        """All parts together; the order is theirs, so that the last bit is always the same."""
+        return cls.of(
+            np.concatenate([part.documents for part in parts]),
+            np.concatenate([part.nats for part in parts]),
+            np.concatenate([part.tokens for part in parts]),
+        )
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the loss as a ratio of sums over documents, drawn at random; None below two of them.
+
+        sqrt(D / (D - 1) x sum_d (nats_d - loss x tokens_d)^2) / tokens (Cochran 1977, 6.13)
+        """
+        count = len(self.documents)
+        if count < 2:
+            return None
+        loss = self.nats.sum() / self.tokens.sum()
+        residuals = self.nats - loss * self.tokens
+        spread = math.sqrt(count / (count - 1) * float((residuals**2).sum()))
+        return spread / float(self.tokens.sum())
+
+
+def document_ends(split: TokenSplit, eos_id: int) -> NDArray[np.int64]:
+    """Positions of the end-of-text tokens that close documents, ascending."""
+    found = []
+    for start in range(0, len(split), SEARCH_TOKENS):
+        tokens = split.slice(start, min(start + SEARCH_TOKENS, len(split)))
+        found.append(start + np.flatnonzero(tokens == eos_id))
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+@torch.no_grad()
+def score_windows(
+    model: GPT,
+    split: TokenSplit,
+    windows: Windows,
+    numbers: Sequence[int],
+    *,
+    ends: NDArray[np.int64],
+    batch_size: int,
+) -> DocumentSums:
+    """Score the targets that count in the windows of these numbers, ascending; dropout is off.
+
+    ends: `document_ends` of the split; an end of text belongs to the document that it closes.
+    """
+    model.eval()
+    device = model.transformer.wte.weight.device
+    documents, nats = [], []
+    for batch, tokens in windows.batches(split, numbers, batch_size):
+        read = torch.from_numpy(tokens).to(device)  # (B, T + 1)
+        losses = model.token_losses(read[:, :-1], read[:, 1:]).double().cpu().numpy()  # (B, T)
+        for number, row in zip(batch, losses, strict=True):
+            counted = windows.counted(number)
+            nats.append(row[len(row) - len(counted) :])
+            documents.append(np.searchsorted(ends, np.arange(counted.start, counted.stop)))
+    flat = np.concatenate(nats)
+    return DocumentSums.of(np.concatenate(documents), flat, np.ones(len(flat), np.int64))
+
+
+def sample_windows(windows: Windows, tokens: int) -> list[int]:
+    """Numbers of windows that count about `tokens` targets, spread evenly, always the same.
+
+    All of them where that is not less than there are.
+    """
+    wanted = max(1, math.ceil(tokens / windows.stride))
+    if wanted >= len(windows) or tokens >= windows.tokens - 1:
+        return list(range(len(windows)))
+    return [i * len(windows) // wanted for i in range(wanted)]
+
+
+def split_result(
+    sums: DocumentSums, split: TokenSplit, windows: Windows, scored: int
+) -> SplitResult:
+    """The numbers of a split of which `scored` windows were scored.
+
+    A part of a split is taken to have as many bytes a token as the whole.
+    """
+    tokens, whole = int(sums.tokens.sum()), scored == len(windows)
+    num_bytes = split.bytes if whole else round(split.bytes * tokens / (len(split) - 1))
+    score = Score(float(sums.nats.sum()), tokens, num_bytes)
+    return {
+        "loss": score.loss,
+        "stderr": sums.standard_error,
+        "ppl": score.perplexity if math.isfinite(score.perplexity) else None,
+        "bpb": score.bits_per_byte,
+        "tokens": tokens,
+        "bytes": num_bytes,
+        "documents": len(sums.documents),
+        "how": _how(windows, scored),
+    }
+
+
+def _how(windows: Windows, scored: int) -> str:
+    whole = scored == len(windows)
+    which = "every token but the first" if whole else "a fixed sample, spread evenly"
+    context = (
+        "side by side"
+        if windows.stride == windows.block_size
+        else f"{windows.stride} apart, the rest of each window being context"
+    )
+    of = f"{scored:,}" if whole else f"{scored:,} of {len(windows):,}"
+    return (
+        f"{which}: {of} windows of {windows.block_size} tokens, {context}; cross-entropy in fp32, "
+        "dropout off; standard error over documents"
+    )
