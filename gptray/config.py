@@ -382,10 +382,10 @@ def dump(config: Config) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Return every key of the config, dotted, with its value."""
+def flatten(config: Config, *, given: bool = False) -> dict[str, Any]:
+    """Return every key of the config, dotted, with its value; with `given` only those once set."""
     flat: dict[str, Any] = {}
-    for name, value in config.model_dump().items():
+    for name, value in config.model_dump(exclude_unset=given).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:

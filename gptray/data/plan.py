@@ -60,7 +60,8 @@ def plan_split(
 ) -> SplitPlan:
     """Send every document, or every part of the only one, to its split.
 
-    `key` is the config's name for the source, in messages. Raises UserError when there is no text, or too little for so many splits.
+    `key` is the config's name for the source, in messages.
+    Raises UserError when there is no text, or too little for so many splits.
     """
     flat = [scan for unit in scans for scan in unit]
     firsts, sizes = _documents(flat)

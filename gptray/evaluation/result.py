@@ -50,13 +50,26 @@ class Sample(TypedDict):
     sampled: str
 
 
-class Evaluation(TypedDict):
-    """All of `evaluation.json`. None: not measured, for want of text or because it was not asked.
+class TextMeasures(TypedDict):
+    """What is measured of generated text. None: not measured, for want of text or not asked for.
 
     `distinct_*` and `repetition` are those of the sampled continuations; `memorised_*` are shares
-    (0 to 1) of the n-grams in greedy continuations of training text. `how` has an entry for each
-    key that is not a split's own.
+    (0 to 1) of the n-grams in greedy continuations of training text. `how` has an entry for each.
     """
+
+    bleu: TextScores | None
+    chrf: TextScores | None
+    distinct_1: float | None
+    distinct_2: float | None
+    repetition: float | None
+    memorised_20: float | None
+    memorised_50: float | None
+    samples: list[Sample]
+    how: dict[str, str]
+
+
+class Evaluation(TextMeasures):
+    """All of `evaluation.json`: the losses too, each with its own `how`."""
 
     model_dir: str
     model_sha256: str
@@ -67,15 +80,6 @@ class Evaluation(TypedDict):
     stride: int
     splits: dict[str, SplitResult | None]  # train, val, test
     gap: float | None  # loss of val - loss of train
-    bleu: TextScores | None
-    chrf: TextScores | None
-    distinct_1: float | None
-    distinct_2: float | None
-    repetition: float | None
-    memorised_20: float | None
-    memorised_50: float | None
-    samples: list[Sample]
-    how: dict[str, str]
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:

@@ -45,7 +45,7 @@ def cut_passages(
     for number in range(count):
         tokens = split.slice(number * gap, number * gap + length).tolist()
         piece = _without_torn_start(_longest_piece(tokens, eos_id), decode)
-        if len(piece) < min(LEAST_TOKENS, length):
+        if len(piece) < max(2, min(LEAST_TOKENS, length)):
             continue
         half = len(piece) // 2
         while half < len(piece) - 1 and decode(piece[:half]).endswith(REPLACEMENT):

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from gptray.config import ModelConfig, UserError
 from gptray.model.gpt import GPT
-from gptray.model.shape import hf_config, model_folder, read_json, read_shape
+from gptray.model.shape import WEIGHTS, hf_config, model_folder, read_shape, weight_files
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 WTE = "transformer.wte.weight"
 PREFIX = "transformer."
 # HF's GPT-2 keeps these (in, out), as OpenAI's Conv1D did; in memory they are (out, in).
@@ -122,30 +120,13 @@ def _turned(name: str, weight: Tensor) -> Tensor:
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
     """Every tensor of a folder's safetensors file or shards, one at a time, with its file."""
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a mapping
                     yield path, key, file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged or incomplete: {error}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise UserError(f"{folder / INDEX}: no weight_map in it")
-        # Only names beside the index: an index is not to read files elsewhere.
-        return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
-    if any(folder.glob("*.bin")):
-        raise UserError(
-            f"{folder}: only pickled weights (.bin), which gptray does not open; convert them once "
-            "with transformers: AutoModelForCausalLM.from_pretrained(X).save_pretrained(Y)"
-        )
-    raise UserError(f"{folder}: no {WEIGHTS}")
 
 
 @contextmanager

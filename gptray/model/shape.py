@@ -21,6 +21,8 @@ MODEL_TYPES: dict[tuple[str, bool], str] = {
     ("layernorm", False): "gptray-gpt2-noresidual",
     ("none", False): "gptray-gpt2-nonorm-noresidual",
 }
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 # What this network always does, under HF's names, with HF's default first.
 FIXED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -100,6 +102,24 @@ def read_shape(source: str | Path, *, weights: bool = False) -> dict[str, Any]:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {key + ': ' if key else ''}{first['msg']}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors file of a model folder, or its shards. Raises UserError without one."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        names = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{folder / INDEX}: no weight_map in it")
+        # Only names beside the index: an index is not to read files elsewhere.
+        return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
+    if any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder}: only pickled weights (.bin), which gptray does not open; convert them once "
+            "with transformers: AutoModelForCausalLM.from_pretrained(X).save_pretrained(Y)"
+        )
+    raise UserError(f"{folder}: no {WEIGHTS}")
 
 
 def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) -> dict[str, Any]:

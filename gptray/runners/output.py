@@ -23,7 +23,8 @@ from gptray.data.parts import part_name, write_whole
 from gptray.data.prompts import InputScan, check_columns, scan, staged
 from gptray.data.sources import SourceFile, file_sha256, find_files
 from gptray.data.tokenizer import tokenizer_files
-from gptray.model.shape import model_folder, read_shape
+from gptray.model.shape import read_shape
+from gptray.runners.models import newest_run, open_model
 from gptray.runners.runs import held
 
 SCRATCH, PLAN, MANIFEST, SUCCESS = ".gptray", "plan.json", "manifest.json", "_SUCCESS"
@@ -88,23 +89,14 @@ def find_model(config: Config) -> tuple[Path, str]:
     source = config.generate.model
     if source is None:
         storage = Path(config.storage_path).expanduser()
-        runs = list(storage.glob("*/model/config.json"))
-        if config.name:
-            source = str(storage / config.name)
-        elif runs:
-            source = str(max(runs, key=lambda path: path.stat().st_mtime).parents[1])
-        else:
+        newest = storage / config.name if config.name else newest_run(storage)
+        if newest is None:
             raise UserError(
                 f"generate.model is not set and {storage} holds no run with a model; name a run "
                 "folder, a model folder or a hub id"
             )
-    try:
-        folder = model_folder(source)
-    except UserError as error:
-        raise UserError(f"generate.model: {error}") from None
-    if not tokenizer_files(folder):
-        raise UserError(f"generate.model: {folder} holds no tokenizer (tokenizer.json)")
-    return folder, source
+        source = str(newest)
+    return open_model(source, key="generate.model"), source
 
 
 def check_lengths(config: Config, model_dir: Path) -> None:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
+from gptray.record import write_event
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
 from gptray.runners.prepare import check_sources, prepare
+from gptray.runners.report import Reporter
 from gptray.runners.runs import (
     check_resumable,
     held,
@@ -51,18 +53,22 @@ def train(config: Config) -> dict[str, Any]:
     with held(folder):
         save_config(config, folder)
         log.info("run %s", folder)
+        reporter = Reporter(folder)
         checkpoint, _ = newest_whole(folder)
         state = TrainerState.load(checkpoint) if checkpoint else None
         if state and state.why_stop(config.train):
             log.info("this run is finished; another name, or train.resume=never, starts a new one")
             facts = {}
+            reporter.write(running=False)
         else:
-            facts = _run(config, folder, state)
+            facts = _run(config, folder, state, reporter)
         show_samples(folder)
-    return {**outcome(config), **facts}
+    return {**outcome(config), **facts, "report": reporter.path}
 
 
-def _run(config: Config, folder: Path, state: TrainerState | None) -> dict[str, Any]:
+def _run(
+    config: Config, folder: Path, state: TrainerState | None, reporter: Reporter
+) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
     with ray_cluster():
         data = prepare(config)
@@ -70,8 +76,16 @@ def _run(config: Config, folder: Path, state: TrainerState | None) -> dict[str, 
         torn = set_ray_snapshot_aside(folder)
         if torn:
             log.warning("%s", torn)
-        with watching(folder, config.train.max_steps):
-            result = _fit_on_ray(config, data, folder)
+        try:
+            with watching(
+                folder,
+                config.train.max_steps,
+                on_evaluation=lambda: reporter.write(running=True),
+            ):
+                result = _fit_on_ray(config, data, folder)
+            write_event(folder, "end", stopped=result["stopped"])
+        finally:
+            reporter.write(running=False)
     if result["stopped"] == "non_finite":
         raise RunFailed(
             f"stopped before an update with a non-finite number ({result['message']}). The best "
@@ -158,8 +172,6 @@ def _failure_notes(folder: Path) -> Any:
     """A callback, run by Ray Train's controller, that notes worker failures for the watcher."""
     from ray.train import UserCallback
 
-    from gptray.record import write_event
-
     class FailureNotes(UserCallback):  # type: ignore[misc]
         def after_exception(
             self, run_context: Any, worker_exceptions: dict[int, Exception]
@@ -233,13 +245,9 @@ def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str,
         max_new_tokens=min(config.sample.max_new_tokens, n_positions),
         min_new_tokens=min(config.sample.min_new_tokens, n_positions),
     )
-    generations = []
-    for prompt in prompts:
-        # The end of what is too long, and of nothing at all what follows the end of a text.
-        ids = data.tokenizer.encode(prompt)[-(n_positions // 2) :] or [data.eos_id]
-        generations.append(engine.submit(Request(ids, sampling)))
-    while engine.busy:
-        engine.step()
+    # The end of what is too long, and of nothing at all what follows the end of a text.
+    ids = [data.tokenizer.encode(p)[-(n_positions // 2) :] or [data.eos_id] for p in prompts]
+    generations = engine.run([Request(prompt, sampling) for prompt in ids])
     return [(prompt, g.text) for prompt, g in zip(prompts, generations, strict=True)]
 
 

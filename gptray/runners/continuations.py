@@ -1,0 +1,165 @@
+"""What the model writes, measured: actors continue passages, sacrebleu and n-grams judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gptray.data.tokens import TokenData, TokenSplit
+from gptray.evaluation import recitation, texts
+from gptray.evaluation.recitation import LENGTHS, PROMPT_TOKENS, RECITED_TOKENS
+from gptray.evaluation.result import Sample, TextMeasures, TextScore, TextScores
+from gptray.evaluation.texts import PASSAGE_TOKENS, Passage
+from gptray.generation.settings import Sampling
+from gptray.runners.scorers import Continuation, Scorers, Task
+from gptray.runners.subject import Subject
+
+# Prompts of one task.
+TASK_PROMPTS = 16
+# Tokens of the training split that one task looks through.
+TASK_READ_TOKENS = 1 << 23
+# Passages that are kept to be read.
+SHOWN = 8
+GREEDY = Sampling(temperature=0.0)
+
+
+def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMeasures:
+    """Everything that is measured of generated text; None where there is no passage to continue."""
+    held_out = data.test or data.val
+    length = min(PASSAGE_TOKENS, subject.block_size)
+    passages = _passages(subject, data, held_out, length)
+    lengths = [len(passage.reference) for passage in passages]
+    sampling = Sampling.of(subject.config.sample, min_new_tokens=0, stop=())
+    greedy = _continued(scorers, "writing", passages, lengths, GREEDY)
+    sampled = _continued(scorers, "sampling", passages, lengths, sampling)
+    real = [data.tokenizer.decode(passage.reference) for passage in passages]
+    memorised = _memorised(subject, data, scorers)
+    return {
+        "bleu": _scores(texts.bleu, greedy, sampled, real),
+        "chrf": _scores(texts.chrf, greedy, sampled, real),
+        "distinct_1": texts.distinct([one.text for one in sampled], 1),
+        "distinct_2": texts.distinct([one.text for one in sampled], 2),
+        "repetition": texts.repetition([one.tokens for one in sampled]),
+        "memorised_20": memorised[0],
+        "memorised_50": memorised[1],
+        "samples": _samples(data, passages, greedy, sampled, real),
+        "how": _how(subject, passages, sampling),
+    }
+
+
+def _passages(subject: Subject, data: TokenData, split: TokenSplit, length: int) -> list[Passage]:
+    return texts.cut_passages(
+        split,
+        data.tokenizer.decode,
+        eos_id=data.eos_id,
+        count=subject.config.evaluate.passages,
+        length=length,
+    )
+
+
+def _continued(
+    scorers: Scorers, doing: str, passages: list[Passage], lengths: list[int], sampling: Sampling
+) -> list[Continuation]:
+    """A continuation of each passage's prompt, by so many tokens."""
+    tasks = []
+    for first in range(0, len(passages), TASK_PROMPTS):
+        part = slice(first, first + TASK_PROMPTS)
+        prompts = [passage.prompt for passage in passages[part]]
+        arguments = (prompts, lengths[part], sampling, first)
+        tasks.append(Task("write", arguments, sum(lengths[part])))
+    return [one for written in scorers.run(doing, tasks) for one in written]
+
+
+def _scores(
+    score: Callable[[Sequence[str], Sequence[str]], TextScore],
+    greedy: list[Continuation],
+    sampled: list[Continuation],
+    real: list[str],
+) -> TextScores | None:
+    if not real:
+        return None
+    return {
+        "greedy": score([one.text for one in greedy], real),
+        "sampled": score([one.text for one in sampled], real),
+    }
+
+
+def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> list[float | None]:
+    """Shares of the generated n-grams that stand in the training split, for each of LENGTHS."""
+    if "train" not in data.splits:
+        return [None for _ in LENGTHS]
+    length = min(2 * PROMPT_TOKENS, subject.block_size // 2)
+    passages = _passages(subject, data, data.train, length)
+    lengths = [RECITED_TOKENS] * len(passages)
+    written = _continued(scorers, "reciting", passages, lengths, GREEDY)
+    grams = [
+        np.concatenate(
+            [recitation.ngram_hashes(np.array(one.tokens, np.int64), n) for one in written]
+            or [np.empty(0, np.uint64)]
+        )
+        for n in LENGTHS
+    ]
+    wanted = [np.unique(hashes) for hashes in grams]
+    if not any(len(hashes) for hashes in wanted):
+        return [None for _ in LENGTHS]
+    tasks = [
+        Task("find", (start, stop, wanted), stop - start)
+        for start in range(0, len(data.train), TASK_READ_TOKENS)
+        for stop in [min(start + TASK_READ_TOKENS, len(data.train))]
+    ]
+    found = [
+        np.logical_or.reduce(seen) for seen in zip(*scorers.run("looking", tasks), strict=True)
+    ]
+    return [
+        float(np.isin(all_of_them, hashes[seen]).mean()) if len(all_of_them) else None
+        for all_of_them, hashes, seen in zip(grams, wanted, found, strict=True)
+    ]
+
+
+def _samples(
+    data: TokenData,
+    passages: list[Passage],
+    greedy: list[Continuation],
+    sampled: list[Continuation],
+    real: list[str],
+) -> list[Sample]:
+    rows = zip(passages, real, greedy, sampled, strict=True)
+    return [
+        {
+            "prompt": data.tokenizer.decode(passage.prompt),
+            "reference": reference,
+            "greedy": likeliest.text,
+            "sampled": drawn.text,
+        }
+        for passage, reference, likeliest, drawn in list(rows)[:: max(1, len(real) // SHOWN)][
+            :SHOWN
+        ]
+    ]
+
+
+def _how(subject: Subject, passages: list[Passage], sampling: Sampling) -> dict[str, str]:
+    """In words, how each number about texts was computed."""
+    of_real = (
+        f"{len(passages)} held-out passages of up to {PASSAGE_TOKENS} tokens: the first half is "
+        "the prompt, the continuation is compared with the real second half"
+    )
+    drawn = (
+        f"sampled with temperature={sampling.temperature:g} top_k={sampling.top_k} "
+        f"top_p={sampling.top_p} seed={sampling.seed}"
+    )
+    recited = (
+        "share of the {n}-grams of tokens in greedy continuations of training passages "
+        f"({RECITED_TOKENS} tokens each, {PROMPT_TOKENS} at most given) that stand in the "
+        "training split"
+    )
+    return {
+        "bleu": f"sacrebleu's corpus BLEU; {of_real}; {drawn}",
+        "chrf": f"sacrebleu's corpus chrF2; {of_real}; {drawn}",
+        "distinct_1": f"different words / words of the continuations, {drawn}",
+        "distinct_2": f"different pairs of words / pairs of the continuations, {drawn}",
+        "repetition": "mean share of a continuation's 4-grams of tokens that came before in it, "
+        f"{drawn}",
+        **{f"memorised_{n}": recited.format(n=n) for n in LENGTHS},
+        "samples": f"some of the {of_real}",
+    }

@@ -1,0 +1,149 @@
+"""Evaluate: losses over whole splits, and what the model writes, by Ray actors.
+
+The driver looks at the job, has the text prepared, shares out windows and passages, and puts
+together what comes back. What the numbers mean is `gptray.evaluation`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from gptray.config import Config, RunFailed
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokens import TokenData
+from gptray.runners.cluster import ray_cluster
+from gptray.runners.models import weights_sha256
+from gptray.runners.subject import Subject, check_text, look
+
+if TYPE_CHECKING:
+    from gptray.evaluation.result import Evaluation, SplitResult
+    from gptray.runners.scorers import Scorers
+
+log = logging.getLogger("gptray")
+# Of one task: enough that sending it costs nothing, few enough that all workers end together.
+TASK_TOKENS = 16_384
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Evaluate a model as the config says; return the job's JSON line.
+
+    Raises:
+        UserError: a mistake in the config, the model or the text.
+        RunFailed: a loss is not finite, or workers keep dying.
+    """
+    subject = look(config)
+    log.info("evaluating %s", subject.model_dir)
+    with ray_cluster():
+        data = subject.prepare()
+        check_text(subject, data)
+        from gptray.runners.scorers import Scorers
+
+        evaluation = measure(subject, data, Scorers(subject, data))
+    from gptray.evaluation.result import save_evaluation
+
+    subject.folder.mkdir(parents=True, exist_ok=True)
+    path = save_evaluation(evaluation, subject.folder)
+    return {**outcome(evaluation), "evaluation": str(path), "report": None}
+
+
+def evaluation_plan(config: Config) -> list[tuple[str, str]]:
+    """What the job would do, without torch or Ray; raises UserError as the job would."""
+    subject = look(config)
+    data = subject.prepared()
+    rows = [
+        ("model", str(subject.model_dir)),
+        ("text", ", ".join(subject.source)),
+        ("windows", f"{subject.block_size} tokens, {subject.stride} apart"),
+    ]
+    if data:
+        for name, windows in subject.windows(data).items():
+            tokens = windows.tokens - 1
+            if name == "train":
+                tokens = min(tokens, config.evaluate.train_tokens)
+            count = min(len(windows), -(-tokens // subject.stride))
+            rows.append((name, f"about {tokens:,} tokens in {count:,} windows"))
+    else:
+        rows.append(("token data", "to be prepared first"))
+    kind = "GPU" if config.compute.use_gpu else "CPU"
+    return [
+        *rows,
+        ("passages", f"{config.evaluate.passages} to continue"),
+        ("workers", f"{config.compute.num_workers} ({kind})"),
+        ("files", f"{subject.folder}/evaluation.json"),
+    ]
+
+
+def measure(subject: Subject, data: TokenData, scorers: Scorers) -> Evaluation:
+    """Everything that is measured of a model on a text."""
+    from gptray.runners.continuations import measure_texts
+
+    splits: dict[str, SplitResult | None] = dict.fromkeys(("train", "val", "test"))
+    splits |= score_splits(subject, data, scorers)
+    train, val = splits["train"], splits["val"]
+    texts = measure_texts(subject, data, scorers)
+    return {
+        "model_dir": str(subject.model_dir),
+        "model_sha256": weights_sha256(subject.model_dir),
+        "tokenizer_sha256": Tokenizer.load(subject.model_dir).sha256,
+        "source": subject.source,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "block_size": subject.block_size,
+        "stride": subject.stride,
+        "splits": splits,
+        "gap": val["loss"] - train["loss"] if train and val else None,
+        **texts,
+        "how": {"gap": "loss of val - loss of train, both with dropout off", **texts["how"]},
+    }
+
+
+def score_splits(subject: Subject, data: TokenData, scorers: Scorers) -> dict[str, SplitResult]:
+    """The losses of every split of the text; of the training split, of a sample."""
+    from gptray.evaluation.metrics import DocumentSums, sample_windows, split_result
+    from gptray.runners.scorers import Task
+
+    results = {}
+    for name, windows in subject.windows(data).items():
+        most = subject.config.evaluate.train_tokens if name == "train" else windows.tokens
+        numbers = sample_windows(windows, most)
+        size = max(1, TASK_TOKENS // windows.block_size)
+        ranges = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+        tasks = [
+            Task("score", (name, windows, part), windows.stride * len(part)) for part in ranges
+        ]
+        parts: list[DocumentSums] = scorers.run(f"scoring {name}", tasks)
+        result = split_result(DocumentSums.joined(parts), data.splits[name], windows, len(numbers))
+        if not math.isfinite(result["loss"]):
+            raise RunFailed(f"the loss of {subject.model_dir} on {name} is {result['loss']}")
+        log.info("%s", _line(name, result))
+        results[name] = result
+    return results
+
+
+def _line(name: str, result: SplitResult) -> str:
+    error = f" +- {result['stderr']:.4f}" if result["stderr"] is not None else ""
+    ppl = f"{result['ppl']:,.2f}" if result["ppl"] is not None else "too large"
+    return (
+        f"{name:5}  loss {result['loss']:.4f}{error}  ppl {ppl}  bpb {result['bpb']:.4f}  "
+        f"{result['tokens']:,} tokens"
+    )
+
+
+def outcome(evaluation: Evaluation) -> dict[str, Any]:
+    """The numbers of the job's JSON line."""
+    line: dict[str, Any] = {"model_dir": evaluation["model_dir"]}
+    for name in ("train", "val", "test"):
+        split = evaluation["splits"][name]
+        for key in ("loss", "stderr", "ppl", "bpb"):
+            line[f"{name}_{key}"] = split[key] if split else None
+    bleu, chrf = evaluation["bleu"], evaluation["chrf"]
+    return {
+        **line,
+        "gap": evaluation["gap"],
+        "bleu": bleu and bleu["greedy"]["score"],
+        "chrf": chrf and chrf["greedy"]["score"],
+        "memorised_20": evaluation["memorised_20"],
+        "memorised_50": evaluation["memorised_50"],
+    }

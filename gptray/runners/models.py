@@ -1,0 +1,45 @@
+"""Trained models as jobs find them: in a run, a folder, on the hub. Neither torch nor Ray here."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from gptray.config import UserError
+from gptray.data.tokenizer import tokenizer_files
+from gptray.model.shape import model_folder, weight_files
+
+
+def open_model(source: str | Path, *, key: str) -> Path:
+    """The folder with the model and its tokenizer that the config's `key` names.
+
+    Raises UserError, which begins with the key, for what is no model that text can be given to.
+    """
+    try:
+        folder = model_folder(source)
+        weight_files(folder)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    if not tokenizer_files(folder):
+        raise UserError(f"{key}: {folder} holds no tokenizer (tokenizer.json)")
+    return folder
+
+
+def newest_run(storage: Path) -> Path | None:
+    """The run in a storage path whose model is the newest."""
+    models = storage.glob("*/model/config.json")
+    newest = max(models, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parents[1]
+
+
+def weights_sha256(model_dir: Path) -> str:
+    """Of the model's weights; of several files, of their digests in order."""
+    digests = []
+    for path in weight_files(model_dir):
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()

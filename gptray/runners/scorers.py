@@ -1,0 +1,217 @@
+"""The workers of an evaluate job: Ray actors, each with the model, that take tasks as they come.
+
+What a task gives does not depend on the actor that does it, nor on how many there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from gptray.config import Config, RunFailed, UserError
+from gptray.data.scoring import Windows
+from gptray.data.tokens import TokenData
+from gptray.runners.cluster import worker_resources
+from gptray.runners.subject import Subject
+from gptray.runners.watch import duration, progress_bar
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gptray.evaluation.metrics import DocumentSums
+    from gptray.generation.engine import Engine, Request
+    from gptray.generation.settings import Sampling
+    from gptray.model.gpt import GPT
+
+log = logging.getLogger("gptray")
+# Without a terminal: seconds between two lines.
+LINE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call of one of `Scorer`'s methods, and how many tokens it is about."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the model has written."""
+
+    tokens: list[int]
+    text: str
+
+
+class Scorer:
+    """A Ray actor. The model is loaded by the first task, so that its faults are a task's error."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        self._config = Config.model_validate(settings["config"])
+        self._ends: dict[str, NDArray[Any]] = {}
+
+    def score(self, name: str, windows: Windows, numbers: Sequence[int]) -> DocumentSums:
+        """Score windows of a split."""
+        from gptray.evaluation.metrics import document_ends, score_windows
+
+        split = self._data.splits[name]
+        if name not in self._ends:
+            self._ends[name] = document_ends(split, self._data.eos_id)
+        return score_windows(
+            self._model,
+            split,
+            windows,
+            numbers,
+            ends=self._ends[name],
+            batch_size=self._config.evaluate.batch_size,
+        )
+
+    def write(
+        self, prompts: list[list[int]], lengths: list[int], sampling: Sampling, first: int
+    ) -> list[Continuation]:
+        """Continue each prompt by so many tokens, or until it ends; their rows count from `first`.
+
+        Where the window is full, the last half of it is the prompt of what follows.
+        """
+        written: list[list[int]] = [[] for _ in prompts]
+        left = dict(enumerate(lengths))
+        while left:
+            requests = {n: self._request(prompts[n] + written[n], left[n], sampling, first + n)
+                        for n in left}  # fmt: skip
+            done = self._engine.run(list(requests.values()))
+            for n, generation in zip(requests, done, strict=True):
+                written[n] += generation.tokens
+                left[n] -= len(generation.tokens)
+                if generation.finish_reason == "stop" or left[n] <= 0:
+                    del left[n]
+        return [Continuation(tokens, self._data.tokenizer.decode(tokens)) for tokens in written]
+
+    def find(self, start: int, stop: int, wanted: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Look for n-grams in a range of the training split."""
+        from gptray.evaluation.recitation import found_in
+
+        return list(found_in(self._data.train, start, stop, wanted))
+
+    def _request(self, tokens: list[int], wanted: int, sampling: Sampling, row: int) -> Request:
+        from gptray.generation.engine import Request
+
+        block_size: int = self._settings["block_size"]
+        if len(tokens) >= block_size:
+            tokens = tokens[-(block_size // 2) :]
+        room = min(wanted, block_size - len(tokens))
+        return Request(tokens, replace(sampling, max_new_tokens=room), row=row)
+
+    @cached_property
+    def _data(self) -> TokenData:
+        return TokenData.open(self._settings["data_dir"])
+
+    @cached_property
+    def _model(self) -> GPT:
+        import torch
+
+        from gptray.model.hf import load_pretrained
+        from gptray.model.memory import keep_freed_memory
+        from gptray.model.precision import enable_fast_fp32
+
+        torch.set_num_threads(self._settings["threads"])
+        enable_fast_fp32()
+        keep_freed_memory()
+        device = "cuda" if self._config.compute.use_gpu else "cpu"
+        return load_pretrained(self._settings["model_dir"]).eval().to(device)
+
+    @cached_property
+    def _engine(self) -> Engine:
+        from gptray.generation.engine import Engine
+
+        batch_size = self._config.evaluate.batch_size
+        return Engine(self._model, self._data.tokenizer, max_batch_size=batch_size)
+
+
+class Scorers:
+    """The actors of a job, started by the first of its tasks."""
+
+    def __init__(self, subject: Subject, data: TokenData) -> None:
+        import ray
+        from ray.util import ActorPool
+
+        compute = subject.config.compute
+        reserved = worker_resources(compute)
+        settings = {
+            "config": subject.config.model_dump(mode="json"),
+            "model_dir": str(subject.model_dir),
+            "data_dir": str(data.data_dir),
+            "block_size": subject.block_size,
+            "threads": max(1, int(reserved["CPU"])),
+        }
+        actor = ray.remote(Scorer).options(
+            num_cpus=reserved["CPU"],
+            num_gpus=reserved.get("GPU", 0),
+            max_restarts=compute.max_failures,
+            max_task_retries=compute.max_failures,
+        )
+        self._most_failures = compute.max_failures
+        self._pool = ActorPool([actor.remote(settings) for _ in range(compute.num_workers)])
+
+    def run(self, doing: str, tasks: Sequence[Task]) -> list[Any]:
+        """Have all tasks done; their results in the tasks' order.
+
+        Raises the UserError of a task, or RunFailed when workers keep dying.
+        """
+        import ray
+
+        def start(actor: Any, task: Task) -> Any:
+            return getattr(actor, task.method).remote(*task.arguments)
+
+        try:
+            with closing(_Progress(doing, sum(task.tokens for task in tasks))) as progress:
+                results = []
+                for task, result in zip(tasks, self._pool.map(start, tasks), strict=True):
+                    results.append(result)
+                    progress.add(task.tokens)
+                return results
+        except ray.exceptions.RayActorError as error:
+            raise RunFailed(
+                f"a worker failed more than compute.max_failures={self._most_failures} times\n"
+                f"{error}"
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, (UserError, RunFailed)) else error) from None
+
+
+class _Progress:
+    """Tokens done, tokens per second, time to go: a live bar on a terminal, else some lines."""
+
+    def __init__(self, doing: str, total: int) -> None:
+        self._doing, self._total, self._done = doing, total, 0
+        self._began = self._said = time.monotonic()
+        self._bar = progress_bar() if sys.stderr.isatty() else None
+        if self._bar:
+            self._task = self._bar.add_task(doing, total=total, metrics="")
+            self._bar.start()
+
+    def add(self, tokens: int) -> None:
+        self._done += tokens
+        now = time.monotonic()
+        pace = self._done / max(now - self._began, 1e-9)
+        metrics = f"{pace:,.0f} tok/s  eta {duration((self._total - self._done) / pace)}"
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, metrics=metrics)
+        elif self._done < self._total and now - self._said >= LINE_S:
+            self._said = now
+            log.info(
+                "%s %s/%s tokens  %s", self._doing, f"{self._done:,}", f"{self._total:,}", metrics
+            )
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,253 @@
+"""What an evaluate job is about: which model, on which text, in which windows, saved where.
+
+Found and checked without torch and without Ray, as far as that can be known.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptray.config import Config, RunFailed, UserError, flatten, load_config, override
+from gptray.data.request import Request, make_request, tokenizer_name, whole_request
+from gptray.data.scoring import Windows
+from gptray.data.tokenizer import KINDS, Tokenizer
+from gptray.data.tokens import TokenData
+from gptray.evaluation.result import EVALUATION
+from gptray.model.shape import read_shape
+from gptray.runners.cluster import check_resources
+from gptray.runners.models import newest_run, open_model, weights_sha256
+from gptray.runners.prepare import check_sources, prepare, prepared
+from gptray.runners.runs import resolve, run_dir
+from gptray.training.checkpoint import TrainerState, checkpoint_step, newest_whole
+
+LONG_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A job that has been looked at: its model exists, and so do the files of its text.
+
+    run: the run whose best model this is; None for any other folder.
+    text: the config that says what text, tokenizer and split there are.
+    is_own_text: whether the run was trained on that very text.
+    """
+
+    config: Config
+    model_dir: Path
+    run: Path | None
+    text: Config
+    is_own_text: bool
+    block_size: int
+    stride: int
+    folder: Path
+
+    def request(self, config: Config) -> Request:
+        """The text to prepare: the splits, or all of `evaluate.source`."""
+        source = self.config.evaluate.source
+        if source is None:
+            return make_request(config)
+        return whole_request(config, source, key="evaluate.source")
+
+    @property
+    def source(self) -> list[str]:
+        """What says where the text is."""
+        source = self.config.evaluate.source or self.text.data.source
+        return [source] if isinstance(source, str) else list(source)
+
+    def prepared(self) -> TokenData | None:
+        """The text's tokens, where they are there already."""
+        return prepared(self.text, self.request)
+
+    def prepare(self) -> TokenData:
+        """The text's tokens; needs Ray where they are not there already."""
+        return prepare(self.text, self.request)
+
+    def windows(self, data: TokenData) -> dict[str, Windows]:
+        """The windows of each split that there is."""
+        return {
+            name: Windows(len(split), self.block_size, self.stride)
+            for name, split in data.splits.items()
+        }
+
+
+def look(config: Config) -> Subject:
+    """Find the model and the text. Raises UserError naming the key or the file."""
+    check_resources(config.compute)
+    if "://" in config.storage_path:
+        raise UserError(
+            f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
+            "node sees"
+        )
+    model_dir = open_model(_source(config), key="evaluate.model").resolve()
+    is_run = model_dir.name == "model" and checkpoint_step(model_dir.parent) is None
+    run = model_dir.parent if is_run and (model_dir.parent / "config.yaml").is_file() else None
+    trained = load_config(str(run / "config.yaml"), []) if run else None
+    block_size, stride = _window(config, trained, model_dir)
+    text = _text(config, trained, run, model_dir)
+    subject = Subject(
+        config=config,
+        model_dir=model_dir,
+        run=run,
+        text=text,
+        is_own_text=trained is not None and _is_own_text(config, text, trained),
+        block_size=block_size,
+        stride=stride,
+        folder=run or _folder(config, model_dir),
+    )
+    check_sources(text, subject.request)
+    _check_tokenizer(subject)
+    found = subject.prepared()
+    if found:
+        check_text(subject, found)
+    return subject
+
+
+def _source(config: Config) -> str | Path:
+    """What `evaluate.model` says; by default the run of this name or of this config."""
+    if config.evaluate.model is not None:
+        return config.evaluate.model
+    storage = Path(config.storage_path).expanduser()
+    run = storage / config.name if config.name else run_dir(resolve(config))
+    if not (run / "model" / "config.json").is_file():
+        newest = newest_run(storage)
+        other = f", such as {newest}" if newest else ""
+        raise UserError(
+            f"evaluate.model is not set and {run} holds no trained model: train it first, or "
+            f"name a run, a model folder or a hub id{other}"
+        )
+    return run
+
+
+def _window(config: Config, trained: Config | None, model_dir: Path) -> tuple[int, int]:
+    """Tokens of a window and between two: as set, else the run's, else all that the model takes."""
+    n_positions: int = read_shape(model_dir)["n_positions"]
+    block_size = n_positions
+    if "block_size" in config.train.model_fields_set:
+        block_size = config.train.block_size
+    elif trained:
+        block_size = trained.train.block_size
+    if block_size > n_positions:
+        raise UserError(
+            f"train.block_size={block_size} is more than the {n_positions} positions of the model "
+            f"{model_dir}"
+        )
+    stride = config.evaluate.stride or block_size
+    if stride > block_size:
+        raise UserError(
+            f"evaluate.stride={stride} must not be above train.block_size={block_size}: tokens "
+            "between two windows would be left out"
+        )
+    return block_size, stride
+
+
+def _text(config: Config, trained: Config | None, run: Path | None, model_dir: Path) -> Config:
+    """The config of the text: the run's, changed by what is given, with a tokenizer that fits.
+
+    Any text but the run's own is read with the model's own tokenizer, unless one is given.
+    """
+    given = _data_keys(flatten(config, given=True))
+    text = config
+    if trained and run:
+        text = override(trained, {**given, "storage_path": str(run.parent), "name": run.name})
+        if _is_own_text(config, text, trained):
+            return text
+    if given.get("data.tokenizer") is None:
+        text = override(text, {"data.tokenizer": str(model_dir)})
+    return text
+
+
+def _is_own_text(config: Config, text: Config, trained: Config) -> bool:
+    same = _data_keys(flatten(text)) == _data_keys(flatten(trained))
+    return same and config.evaluate.source is None
+
+
+def _data_keys(flat: dict[str, Any]) -> dict[str, Any]:
+    return {key: flat[key] for key in flat if key.startswith("data.") or key == "seed"}
+
+
+def _folder(config: Config, model_dir: Path) -> Path:
+    """Where to keep the results of a model that is no run's: a folder of its own."""
+    storage = Path(os.path.abspath(os.path.expanduser(config.storage_path)))
+    folder = storage / (config.name or _name(config, model_dir))
+    visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+    if visible and ((folder / "config.yaml").exists() or not (folder / EVALUATION).exists()):
+        raise UserError(
+            f"{folder} exists and is not an evaluation of {model_dir}; choose another name"
+        )
+    return folder
+
+
+def _name(config: Config, model_dir: Path) -> str:
+    """A name that this model always gets."""
+    source = Path(config.evaluate.model or model_dir)
+    label = "-".join(source.parts[-3:]) if source.name == "model" else source.name
+    label = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower()[-32:] or "model"
+    return f"{label.strip('-')}-{weights_sha256(model_dir)[:6]}"
+
+
+def check_text(subject: Subject, data: TokenData) -> None:
+    """Refuse tokens that are too few, or not this model's.
+
+    Raises UserError naming both hashes where model and text do not belong together.
+    """
+    for name, split in data.splits.items():
+        what = f"the {LONG_NAMES[name]} split of {', '.join(subject.source)}"
+        cure = "change data.split or give more text"
+        if subject.config.evaluate.source is not None:
+            what, cure = f"evaluate.source={', '.join(subject.source)}", "give more text"
+        if len(split) < 2:
+            raise UserError(f"{what} is empty ({len(split)} tokens); {cure}")
+        if len(split) < subject.block_size:
+            raise UserError(
+                f"{what} has {len(split)} tokens, fewer than one block of {subject.block_size}; "
+                f"{cure}, or set a lower train.block_size"
+            )
+    _check_same_tokenizer(subject.model_dir, data.manifest["tokenizer"]["sha256"])
+    if subject.is_own_text and subject.run:
+        _check_unchanged(subject.run, data)
+
+
+def _check_tokenizer(subject: Subject) -> None:
+    """Refuse a tokenizer that is not the model's, as far as that is known before the text is read.
+
+    More rows than tokens are no mistake: many models pad their vocabulary.
+    """
+    folder, own = subject.model_dir, Tokenizer.load(subject.model_dir)
+    rows = read_shape(folder)["vocab_size"]
+    if rows < own.vocab_size:
+        raise UserError(
+            f"{folder}: model and tokenizer do not belong together: the weights (sha256 "
+            f"{weights_sha256(folder)}) know {rows} tokens, the tokenizer (sha256 {own.sha256}) "
+            f"has {own.vocab_size}"
+        )
+    named = tokenizer_name(subject.text)
+    if named not in KINDS:
+        _check_same_tokenizer(folder, Tokenizer.load(named).sha256)
+
+
+def _check_same_tokenizer(model_dir: Path, sha256: str) -> None:
+    own = Tokenizer.load(model_dir).sha256
+    if own != sha256:
+        raise UserError(
+            f"model and text do not belong together: the tokenizer of {model_dir} has sha256 "
+            f"{own}, the one that reads the text has sha256 {sha256}; data.tokenizer={model_dir} "
+            "reads it with the model's own"
+        )
+
+
+def _check_unchanged(run: Path, data: TokenData) -> None:
+    """Compare the tokens with those that the run's checkpoints say they were trained on."""
+    try:
+        checkpoint, _ = newest_whole(run)
+    except RunFailed:
+        return  # there is none to ask
+    trained_on = TrainerState.load(checkpoint).data if checkpoint else data.fingerprint
+    if trained_on != data.fingerprint:
+        raise UserError(
+            f"the text of the run {run} has changed since it was trained: its tokens had sha256 "
+            f"{trained_on}, now {data.fingerprint}; evaluate.source=... scores any text as a whole"
+        )
