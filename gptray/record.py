@@ -1,19 +1,25 @@
 """The two JSON-lines files of a run that whoever watches it reads.
 
 `metrics.jsonl` has one row per logged step; `events.jsonl` tells what happened, in order: starts,
-evaluations with their samples, checkpoints found damaged, failures. `gptray.training.journal`
-writes the metrics.
+evaluations with their samples, checkpoints found damaged, failures, ends.
+`gptray.training.journal` writes the metrics.
 """
 
 from __future__ import annotations
 
 import json
+import platform
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gptray import __version__
+
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+# What a result depends on, besides gptray itself.
+LIBRARIES = ("torch", "ray", "transformers", "tokenizers")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -29,3 +35,14 @@ def write_event(run_dir: Path, event: str, **fields: Any) -> None:
     line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
     with (run_dir / EVENTS).open("a") as file:
         file.write(line + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions of gptray, Python and the libraries that are installed, by name."""
+    found = {"gptray": __version__, "Python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

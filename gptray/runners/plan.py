@@ -11,6 +11,10 @@ from gptray.runners.runs import check_resumable, resolve, run_dir
 
 # fp32 weights, gradients and AdamW's two moments.
 BYTES_PER_PARAMETER = 16
+FILES = (
+    "config.yaml metrics.jsonl events.jsonl report.html loss.png lr.png grad_norm.png "
+    "tensorboard/ checkpoint_*/ model/"
+)
 
 
 def training_plan(config: Config) -> list[tuple[str, str]]:
@@ -45,9 +49,7 @@ def training_plan(config: Config) -> list[tuple[str, str]]:
         rows.append(("epochs", f"{order.epoch(steps, batch):,.2f} at most"))
     else:
         rows.append(("token data", "to be prepared first"))
-    rows.append(
-        ("files", "config.yaml metrics.jsonl events.jsonl tensorboard/ checkpoint_*/ model/")
-    )
+    rows.append(("files", FILES))
     return rows
 
 

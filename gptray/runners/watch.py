@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class _Tail:
 
 
 class _Watch:
-    def __init__(self, run_dir: Path, max_steps: int) -> None:
+    def __init__(self, run_dir: Path, max_steps: int, on_evaluation: Callable[[], object]) -> None:
+        self._on_evaluation = on_evaluation
         self._metrics = _Tail(run_dir / METRICS, from_end=False)
         self._events = _Tail(run_dir / EVENTS, from_end=True)
         self._max_steps = max_steps
@@ -86,6 +87,8 @@ class _Watch:
             if event["event"] == "evaluated":
                 for prompt, output in event["samples"][:1]:
                     log.info("    %s", _one_line(prompt, output))
+        if any(event["event"] in ("start", "evaluated") for event in events):
+            self._on_evaluation()
 
     def close(self) -> None:
         self.look()
@@ -120,9 +123,14 @@ class _Watch:
 
 
 @contextmanager
-def watching(run_dir: Path, max_steps: int) -> Iterator[None]:
-    """Show the run's progress on stderr for as long as the block runs."""
-    watch = _Watch(run_dir, max_steps)
+def watching(
+    run_dir: Path, max_steps: int, *, on_evaluation: Callable[[], object]
+) -> Iterator[None]:
+    """Show the run's progress on stderr for as long as the block runs.
+
+    `on_evaluation` is called, from a thread, once training has begun and after each evaluation.
+    """
+    watch = _Watch(run_dir, max_steps, on_evaluation)
     done = threading.Event()
 
     def follow() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from gptray.model.hf import load_weights
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32, pick_dtype
 from gptray.model.shape import model_folder
-from gptray.record import write_event
+from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
     TrainerState,
     checkpoint_step,
@@ -105,6 +106,8 @@ def start(
             dtype=str(model.compute_dtype).removeprefix("torch."),
             parameters=model.num_params,
             pid=os.getpid(),
+            device=device_name(device),
+            versions=versions(),
         )
     compiled = torch.compile(model) if config.train.compile else model
     return Run(
@@ -119,6 +122,14 @@ def start(
         order=BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed),
         state=state,
     )
+
+
+def device_name(device: torch.device) -> str:
+    """What a worker computes on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} processor, {threads} thread" + ("s" if threads > 1 else "")
 
 
 @contextmanager

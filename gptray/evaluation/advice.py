@@ -1,0 +1,274 @@
+"""A diagnosis in one plain sentence, and what to try, ordered by what the numbers support."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gptray.config import Config
+from gptray.evaluation.diagnosis import Diagnosis, Point
+from gptray.evaluation.wording import count, decimals, magnitude, time_words
+
+# Of the advice, how much the sentence has.
+IN_SENTENCE = 3
+# Tokens of text that one parameter can make use of (Hoffmann et al. 2022).
+TOKENS_PER_PARAMETER = 20
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One thing to try, and the numbers that speak for it; the higher `weight` the more they do."""
+
+    change: str
+    reason: str
+    weight: float
+
+
+def advise(diagnosis: Diagnosis, config: Config) -> tuple[Advice, ...]:
+    """What to try, the best supported first; nothing where nothing can be told."""
+    sources = {
+        "overfitting": _against_overfitting,
+        "unsure": _to_be_sure,
+        "unstable": _against_instability,
+        "stuck": _against_being_stuck,
+        "falling": _to_fall_further,
+        "level": _to_get_lower,
+        "single": _to_see_more,
+    }
+    source = sources.get(diagnosis.verdict)
+    found = source(diagnosis, config) if source else iter(())
+    return tuple(sorted(found, key=lambda advice: -advice.weight))
+
+
+def sentence(diagnosis: Diagnosis, config: Config) -> str:
+    """What happened and what to try, in one or two plain sentences."""
+    told = _told(diagnosis)
+    if diagnosis.ended is None and diagnosis.verdict != "none":
+        told = f"So far {told[0].lower()}{told[1:]}"
+    advice = [item.change for item in advise(diagnosis, config)[:IN_SENTENCE]]
+    if not advice:
+        return told
+    lead = "For a still lower one, try" if diagnosis.verdict == "level" else "Try"
+    return f"{told} {lead}: {', '.join(advice)}."
+
+
+def _told(diagnosis: Diagnosis) -> str:
+    best, last = diagnosis.best, diagnosis.last
+    if best is None or last is None:
+        if diagnosis.verdict == "unstable":
+            return f"Training stopped after step {diagnosis.last_step:,}: a number was not finite."
+        return "There is no evaluation to judge by yet."
+    return {
+        "single": _single,
+        "overfitting": _overfitting,
+        "unsure": _unsure,
+        "unstable": _unstable,
+        "stuck": _stuck,
+        "falling": _falling,
+        "level": _level,
+    }[diagnosis.verdict](diagnosis, best, last)
+
+
+def _best(diagnosis: Diagnosis, best: Point) -> str:
+    places = decimals(diagnosis.worse or 1.0)
+    return f"Validation loss was best at step {best.step:,} ({best.val_loss:.{places}f})"
+
+
+def _timed(diagnosis: Diagnosis, steps: int) -> str:
+    seconds = diagnosis.seconds(steps)
+    return time_words(seconds) if seconds is not None else ""
+
+
+def _saved(diagnosis: Diagnosis) -> str:
+    time = _timed(diagnosis, diagnosis.steps_saved)
+    in_time = f" ({time})" if time else ""
+    return f"spared {count(diagnosis.steps_saved, 'step')}{in_time}"
+
+
+def _overfitting(diagnosis: Diagnosis, best: Point, last: Point) -> str:
+    steps = diagnosis.steps_after_best
+    if diagnosis.ended == "patience":
+        return (
+            f"{_best(diagnosis, best)}; early stopping ended training {count(steps, 'step')} "
+            f"later and {_saved(diagnosis)}."
+        )
+    after = f"the {count(steps, 'step')}" if steps > 1 else "the step"
+    time = _timed(diagnosis, steps)
+    cost = f"cost {time} and " if time else ""
+    worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
+    return f"{_best(diagnosis, best)}; {after} after it {cost}made it {worse} worse."
+
+
+def _unsure(diagnosis: Diagnosis, best: Point, last: Point) -> str:
+    worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
+    after = sum(point.step > best.step for point in diagnosis.points)
+    text = (
+        f"{_best(diagnosis, best)} and {worse} higher {count(after, 'evaluation')} later, which "
+        "is too little to tell a turn from noise"
+    )
+    return f"{text}; stopping there {_saved(diagnosis)}." if diagnosis.steps_saved else f"{text}."
+
+
+def _unstable(diagnosis: Diagnosis, best: Point, last: Point) -> str:
+    if diagnosis.ended == "non_finite":
+        return (
+            f"{_best(diagnosis, best)}; training stopped after step {diagnosis.last_step:,}, "
+            "when a number was not finite any more."
+        )
+    worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
+    return (
+        f"{_best(diagnosis, best)}; since then training loss rose along with it, and it ended "
+        f"{worse} higher: training became unstable, which is not overfitting."
+    )
+
+
+def _stuck(diagnosis: Diagnosis, best: Point, last: Point) -> str:
+    return f"The model has learnt next to nothing: validation loss stayed at {last.val_loss:.2f}."
+
+
+def _falling(diagnosis: Diagnosis, best: Point, last: Point) -> str:
+    how = "is still falling" if diagnosis.ended is None else "was still falling at the end"
+    return f"Validation loss {how}: {last.val_loss:.2f} at step {last.step:,}."
+
+
+def _level(diagnosis: Diagnosis, best: Point, last: Point) -> str:
+    text = f"{_best(diagnosis, best)} and has stayed about there: nothing is wrong"
+    return f"{text}; early stopping {_saved(diagnosis)}." if diagnosis.steps_saved else f"{text}."
+
+
+def _single(diagnosis: Diagnosis, best: Point, last: Point) -> str:
+    return f"There is one evaluation only: validation loss {best.val_loss:.2f} at step {best.step}."
+
+
+def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    yield from _regularise(config)
+    yield from _size(diagnosis)
+    if config.data.fraction < 1:
+        yield Advice("all of the text", f"data.fraction is {config.data.fraction:g}", 6.0)
+    if config.model.init_from and config.optim.lr > 1e-4:
+        yield Advice(
+            "a lower learning rate",
+            f"optim.lr is {config.optim.lr:g}; tuning a trained model mostly takes 1e-5 to 1e-4",
+            3.0,
+        )
+    if config.train.patience is None:
+        yield Advice(
+            "early stopping",
+            "train.patience is null; train.patience=5 stops after 5 evaluations without a new best",
+            1.5,
+        )
+
+
+def _regularise(config: Config) -> Iterator[Advice]:
+    dropout = config.model.dropout
+    if dropout == 0:
+        yield Advice("dropout", "model.dropout is 0; 0.1 to 0.3 is usual for little text", 4.5)
+    elif dropout < 0.4:
+        yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout)
+    if config.optim.weight_decay == 0:
+        yield Advice("weight decay", "optim.weight_decay is 0; 0.1 is usual", 2.2)
+
+
+def _size(diagnosis: Diagnosis) -> Iterator[Advice]:
+    """Fewer parameters and more data, by how often the text was read and how little there is."""
+    facts = diagnosis.facts
+    if facts.parameters and facts.train_tokens:
+        per_parameter = facts.train_tokens / facts.parameters
+        if per_parameter < 1:
+            each = f"{1 / per_parameter:,.0f} parameters for each token"
+        else:
+            each = f"{per_parameter:.1f} tokens for each parameter"
+        if per_parameter < TOKENS_PER_PARAMETER:
+            yield Advice(
+                "fewer parameters",
+                f"{magnitude(facts.parameters)} parameters on {magnitude(facts.train_tokens)} "
+                f"tokens of training text: {each}",
+                3.0 + min(2.0, max(-2.0, (1 - per_parameter) if per_parameter > 1 else 1.0)),
+            )
+    epochs = facts.epochs_at_best
+    if epochs and epochs > 1:
+        yield Advice(
+            "more data",
+            f"by its best step the model had read the training text {epochs:.1f} times",
+            2.0 + min(3.0, epochs / 10),
+        )
+    elif epochs is None:
+        yield Advice("more data", "more text is harder to learn by heart", 1.0)
+
+
+def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    interval = config.train.eval_interval
+    if interval > 1:
+        yield Advice(
+            "more frequent evaluations",
+            f"train.eval_interval is {interval}; a turn needs three evaluations after it",
+            3.0,
+        )
+    patience = config.train.patience
+    if diagnosis.ended == "patience" and patience and patience < 3:
+        yield Advice(
+            "more patience", f"train.patience is {patience}; three evaluations tell more", 4.0
+        )
+
+
+def _against_instability(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    optim, steps = config.optim, config.train.max_steps
+    yield Advice("a lower learning rate", f"optim.lr is {optim.lr:g}", 3.0)
+    if optim.warmup_steps < 0.05 * steps:
+        warmup = f"optim.warmup_steps is {optim.warmup_steps:,} of {count(steps, 'step')}"
+        yield Advice("a longer warm-up", warmup, 2.0)
+    if optim.max_grad_norm is None:
+        yield Advice("clipping", "optim.max_grad_norm is null; 1.0 is usual", 4.0)
+
+
+def _against_being_stuck(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    optim, steps = config.optim, config.train.max_steps
+    if optim.warmup_steps > 0.5 * steps:
+        yield _shorter_warmup(config)
+    change = "a lower learning rate" if optim.lr >= 1e-2 else "a higher learning rate"
+    yield Advice(change, f"optim.lr is {optim.lr:g}; 1e-4 to 2e-3 is usual", 3.0)
+
+
+def _shorter_warmup(config: Config) -> Advice:
+    return Advice(
+        "a shorter warm-up",
+        f"optim.warmup_steps is {config.optim.warmup_steps:,} of "
+        f"{count(config.train.max_steps, 'step')}",
+        5.0,
+    )
+
+
+def _to_fall_further(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    if diagnosis.ended is None:
+        return
+    yield Advice("more steps", f"train.max_steps is {config.train.max_steps:,}", 4.0)
+    if config.optim.warmup_steps > 0.5 * config.train.max_steps:
+        yield _shorter_warmup(config)
+
+
+def _to_get_lower(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    last = diagnosis.last
+    assert last
+    if last.gap < 0.05 * last.val_loss:
+        yield Advice(
+            "more parameters",
+            f"training loss ({last.train_loss:.2f}) is close to validation loss "
+            f"({last.val_loss:.2f}): the model has not taken in all that it was shown",
+            3.0,
+        )
+    else:
+        yield from _regularise(config)
+        yield Advice(
+            "more data",
+            f"training loss ({last.train_loss:.2f}) is well below validation loss "
+            f"({last.val_loss:.2f})",
+            3.5,
+        )
+
+
+def _to_see_more(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    if diagnosis.ended is None:
+        return
+    if config.train.eval_interval > 1:
+        interval = f"train.eval_interval is {config.train.eval_interval:,}"
+        yield Advice("more frequent evaluations", interval, 3.0)

@@ -1,0 +1,141 @@
+"""The report's sections about an evaluation: losses of whole splits, text scores, recitation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from gptray.evaluation.page import Row, continuation, esc, paragraph, section, table
+from gptray.evaluation.result import Evaluation, Sample, SplitResult
+
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
+# Samples of held-out text that are shown.
+SHOWN = 6
+
+
+def evaluation_sentence(evaluation: Evaluation) -> str:
+    """How good the model is, in a sentence."""
+    for name in ("test", "val", "train"):
+        split = evaluation["splits"].get(name)
+        if split:
+            break
+    else:
+        return "No text was scored."
+    perplexity = f"perplexity {split['ppl']:,.1f}, " if split["ppl"] is not None else ""
+    text = (
+        f"The loss on the {SPLITS[name]} text is {split['loss']:.3f} nats per token: "
+        f"{perplexity}{split['bpb']:.3f} bits per byte."
+    )
+    recited = evaluation["memorised_50"]
+    if recited is not None and recited >= 0.1:
+        text += (
+            f" It recites its training text: {_percent(recited)} of what it writes in runs of 50."
+        )
+    return text
+
+
+def evaluation_sections(evaluation: Evaluation) -> list[str]:
+    """Sections with every number of `evaluation.json` and how it was computed."""
+    return [
+        section("Losses of whole splits", _splits(evaluation), _hows(evaluation)),
+        section("Text that it writes", _text_scores(evaluation), _single_scores(evaluation)),
+        section("Continuations beside the real text", *_samples(evaluation["samples"])),
+        section("What was evaluated", _identity(evaluation)),
+    ]
+
+
+def _splits(evaluation: Evaluation) -> str:
+    splits = {name: split for name, split in evaluation["splits"].items() if split}
+    measures: list[tuple[str, str, Callable[[SplitResult], str]]] = [
+        ("Loss", "nats per token, dropout off", lambda split: f"{split['loss']:.4f}"),
+        (
+            "Standard error",
+            evaluation["how"].get("stderr", "of the loss, by document"),
+            lambda split: _or_dash(split["stderr"], ".4f"),
+        ),
+        ("Perplexity", "exp(loss)", lambda split: _or_dash(split["ppl"], ",.2f")),
+        (
+            "Bits per byte",
+            "loss x tokens / (ln 2 x bytes)",
+            lambda split: f"{split['bpb']:.4f}",
+        ),
+        ("Tokens", "scored", lambda split: f"{split['tokens']:,}"),
+        ("Documents", "that they come from", lambda split: f"{split['documents']:,}"),
+    ]
+    rows = [
+        Row(name, how, tuple(value(split) for split in splits.values()))
+        for name, how, value in measures
+    ]
+    return table([SPLITS.get(name, name) for name in splits], rows) if splits else ""
+
+
+def _hows(evaluation: Evaluation) -> str:
+    lines = [
+        f"{SPLITS.get(name, name)}: {split['how']}"
+        for name, split in evaluation["splits"].items()
+        if split
+    ]
+    if evaluation["gap"] is not None:
+        how = evaluation["how"].get("gap", "validation loss - training loss")
+        lines.append(f"gap {evaluation['gap']:+.4f}: {how}")
+    return "\n".join(paragraph(line, "soft") for line in lines)
+
+
+def _text_scores(evaluation: Evaluation) -> str:
+    rows = []
+    for key, name in (("bleu", "BLEU"), ("chrf", "chrF")):
+        scores = evaluation["bleu"] if key == "bleu" else evaluation["chrf"]
+        if scores:
+            greedy, sampled = scores["greedy"], scores["sampled"]
+            how = f"{evaluation['how'].get(key, '')} [{greedy['signature']}]".strip()
+            rows.append(Row(name, how, (f"{greedy['score']:.2f}", f"{sampled['score']:.2f}")))
+    return table(["greedy", "sampled"], rows)
+
+
+def _single_scores(evaluation: Evaluation) -> str:
+    shares: list[tuple[str, str, float | None]] = [
+        ("Distinct words", "distinct_1", evaluation["distinct_1"]),
+        ("Distinct pairs of words", "distinct_2", evaluation["distinct_2"]),
+        ("Repetition", "repetition", evaluation["repetition"]),
+        ("Recited, 20 tokens in a row", "memorised_20", evaluation["memorised_20"]),
+        ("Recited, 50 tokens in a row", "memorised_50", evaluation["memorised_50"]),
+    ]
+    return table(
+        [],
+        [
+            Row(name, evaluation["how"].get(key, ""), (_percent(value),))
+            for name, key, value in shares
+            if value is not None
+        ],
+    )
+
+
+def _samples(samples: Sequence[Sample]) -> list[str]:
+    parts = []
+    for number, sample in enumerate(samples[:SHOWN], start=1):
+        parts.append(f"<h3>Passage {number}</h3>")
+        for label, key in (("real", "reference"), ("greedy", "greedy"), ("sampled", "sampled")):
+            text = {"reference": sample["reference"], "greedy": sample["greedy"],
+                    "sampled": sample["sampled"]}[key]  # fmt: skip
+            parts.append(f"<small>{esc(label)}</small>{continuation(sample['prompt'], text)}")
+    return parts
+
+
+def _identity(evaluation: Evaluation) -> str:
+    rows = [
+        Row("Model", "", (evaluation["model_dir"],)),
+        Row("Model's sha256", "", (evaluation["model_sha256"],)),
+        Row("Tokenizer's sha256", "", (evaluation["tokenizer_sha256"],)),
+        Row("Text", "", (", ".join(evaluation["source"]),)),
+        Row("Window", "tokens that the model sees at once", (f"{evaluation['block_size']:,}",)),
+        Row("Stride", "tokens between two windows", (f"{evaluation['stride']:,}",)),
+        Row("Time", "UTC", (evaluation["time"],)),
+    ]
+    return table([], rows)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,87 @@
+"""`report.html`: what a run or an evaluation has come to, in one file that needs no network.
+
+Reads the run folder and nothing else, so it can be written at any time and by any job. What the
+numbers mean is judged in `gptray.evaluation.diagnosis`; the sections are `story`'s and `findings`'.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gptray.config import UserError, load_config
+from gptray.evaluation.charts import Chart, run_charts
+from gptray.evaluation.diagnosis import diagnose
+from gptray.evaluation.findings import evaluation_sections, evaluation_sentence
+from gptray.evaluation.page import esc, page, paragraph
+from gptray.evaluation.png import save_pngs
+from gptray.evaluation.result import Evaluation, load_evaluation
+from gptray.evaluation.story import RunRecord, headline, run_sections, state_line
+from gptray.record import EVENTS, METRICS, read_rows, versions
+
+REPORT = "report.html"
+# How often a browser looks for a newer page while a run goes on.
+REFRESH_S = 10
+
+
+def write_report(folder: Path, *, running: bool = False) -> Path:
+    """Write `report.html` of a run folder or of a folder with an evaluation; return its path.
+
+    It covers `metrics.jsonl`, `events.jsonl`, `config.yaml` and `evaluation.json`, those that are
+    there. While `running`, the page says so and renews itself in the browser; otherwise PNG files
+    of its charts are written beside it. Each file appears whole.
+
+    Raises:
+        UserError: the folder has neither a run nor an evaluation.
+    """
+    run, evaluation = _read_run(folder), load_evaluation(folder)
+    if run is None and evaluation is None:
+        raise UserError(f"{folder} has neither a run (config.yaml) nor an evaluation.json")
+    charts = run_charts(run.rows, run.diagnosis) if run else []
+    path = folder / REPORT
+    draft = folder / f".{REPORT}.{os.getpid()}.tmp"
+    draft.write_text(_page(folder, run, evaluation, charts, running=running), "utf-8")
+    os.replace(draft, path)
+    if not running:
+        save_pngs(charts, folder)
+    return path
+
+
+def _read_run(folder: Path) -> RunRecord | None:
+    config_file = folder / "config.yaml"
+    if not config_file.is_file():
+        return None
+    config = load_config(str(config_file), [])
+    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    return RunRecord(config, rows, events, diagnose(rows, config, events))
+
+
+def _page(
+    folder: Path,
+    run: RunRecord | None,
+    evaluation: Evaluation | None,
+    charts: Sequence[Chart],
+    *,
+    running: bool,
+) -> str:
+    name = folder.resolve().name
+    parts = [f"<header><h1>{esc(name)}</h1>"]
+    if run:
+        parts += [state_line(run, running=running), headline(run)]
+    elif evaluation:
+        parts.append(paragraph(evaluation_sentence(evaluation), "headline"))
+    parts.append("</header>")
+    if run:
+        parts += run_sections(run, charts, evaluation_sections(evaluation) if evaluation else [])
+    elif evaluation:
+        parts += evaluation_sections(evaluation)
+    parts.append(_footer())
+    return page(name, "\n".join(parts), refresh_s=REFRESH_S if running else None)
+
+
+def _footer() -> str:
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    using = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"<footer>Written {esc(now)} with {esc(using)}.</footer>"

@@ -1,0 +1,273 @@
+"""The report's sections about a run: its curves, numbers, samples, config and environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from gptray.config import Config, dump, flatten
+from gptray.evaluation.advice import advise, sentence
+from gptray.evaluation.charts import Chart
+from gptray.evaluation.diagnosis import Diagnosis
+from gptray.evaluation.page import (
+    Row,
+    continuation,
+    details,
+    esc,
+    paragraph,
+    section,
+    table,
+)
+from gptray.evaluation.svg import figure
+from gptray.evaluation.wording import count, magnitude, time_words
+
+# Evaluations whose samples are shown at once, and those that a click shows besides.
+SHOWN, FOLDED = 5, 40
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder's config, rows and events, and what they say."""
+
+    config: Config
+    rows: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+    diagnosis: Diagnosis
+
+
+def run_sections(run: RunRecord, charts: Sequence[Chart], evaluation: Sequence[str]) -> list[str]:
+    """All sections of a run; those of an evaluation come after the run's own numbers."""
+    return [
+        _tiles(run),
+        section("Curves", *map(figure, charts)),
+        section("Numbers", _at_three_steps(run), _of_the_run(run)),
+        *evaluation,
+        _samples(run),
+        _happened(run),
+        section("Config", _config(run.config)),
+        section("Environment", _environment(run)),
+    ]
+
+
+def state_line(run: RunRecord, *, running: bool) -> str:
+    """Where the run stands."""
+    diagnosis = run.diagnosis
+    step, steps = diagnosis.last_step, diagnosis.max_steps
+    of_all = f"step {step:,} of {steps:,}"
+    if running:
+        text = f'<b class="running">running</b>: {of_all} ({100 * step // steps} %)'
+    elif diagnosis.ended == "max_steps":
+        text = f"<b>finished</b> after {count(step, 'step')}"
+    elif diagnosis.ended == "patience":
+        text = f"<b>stopped early</b> at {of_all}"
+    elif diagnosis.ended == "non_finite":
+        text = f"<b>failed</b> after {of_all}"
+    else:
+        text = f"<b>cut off</b> after {of_all}; the same command goes on with it"
+    return f'<p class="state">{text}</p>'
+
+
+def headline(run: RunRecord) -> str:
+    """The diagnosis in a sentence, and every piece of advice with its reason."""
+    advice = advise(run.diagnosis, run.config)
+    items = "\n".join(
+        f"<li>{esc(item.change)}<small>{esc(item.reason)}</small></li>" for item in advice
+    )
+    listed = f'<ol class="advice">\n{items}\n</ol>' if len(advice) > 1 else ""
+    if len(advice) == 1:
+        listed = f'<p class="soft">{esc(advice[0].reason)}</p>'
+    return paragraph(sentence(run.diagnosis, run.config), "headline") + "\n" + listed
+
+
+def _tiles(run: RunRecord) -> str:
+    best = run.diagnosis.best
+    if best is None:
+        return ""
+    row = _row_at(run, best.step)
+    figures = [
+        (f"{best.val_loss:.3f}", f"best validation loss, step {best.step:,}"),
+        (f"{row['val_ppl']:,.1f}", "its perplexity"),
+        (f"{row['val_bpb']:.3f}", "its bits per byte"),
+        (f"{best.gap:+.3f}", "validation minus training loss there"),
+    ]
+    tiles = "".join(f"<div><b>{value}</b><small>{text}</small></div>" for value, text in figures)
+    return f'<div class="tiles">{tiles}</div>'
+
+
+def _row_at(run: RunRecord, step: int) -> Mapping[str, Any]:
+    return next(row for row in run.rows if row["step"] == step and "val_loss" in row)
+
+
+def _at_three_steps(run: RunRecord) -> str:
+    """The metrics at the best evaluation, where validation loss turned, and at the last."""
+    diagnosis = run.diagnosis
+    named = [("best", diagnosis.best), ("turned", diagnosis.turned), ("last", diagnosis.last)]
+    if diagnosis.verdict != "overfitting":
+        named.pop(1)
+    chosen = [(name, _row_at(run, point.step)) for name, point in named if point]
+    if len(chosen) > 1 and chosen[0][1]["step"] == chosen[-1][1]["step"]:
+        chosen.pop()
+    numbers = [
+        ("Validation loss", "val_loss", ".4f", VALIDATION_LOSS),
+        ("Training loss", "train_loss", ".4f", TRAINING_LOSS),
+        ("Gap", "gap", "+.4f", "validation loss - training loss; it grows as a model overfits"),
+        ("Perplexity", "val_ppl", ",.2f", "exp(validation loss)"),
+        ("Bits per byte", "val_bpb", ".4f", BITS_PER_BYTE),
+        ("Epochs", "epoch", ".2f", "how often the training text has been read"),
+        ("Learning rate", "lr", ".3g", "of that step"),
+    ]
+    rows = [
+        Row(name, how, tuple(f"{row[key]:{form}}" for _, row in chosen))
+        for name, key, form, how in numbers
+    ]
+    if not chosen:
+        return ""
+    return table([f"{name}: step {row['step']:,}" for name, row in chosen], rows)
+
+
+VALIDATION_LOSS = (
+    "nats per token: minus the logarithm of the probability of the right token, averaged over the "
+    "whole validation split, dropout off"
+)
+TRAINING_LOSS = "nats per token of the batches since the row before, dropout on"
+BITS_PER_BYTE = "validation loss x tokens / (ln 2 x bytes of text); compares across tokenizers"
+
+
+def _of_the_run(run: RunRecord) -> str:
+    diagnosis, config = run.diagnosis, run.config
+    rows = [Row("Steps", "optimizer updates, of train.max_steps", (_steps(diagnosis),))]
+    seconds = seconds_trained(run.events)
+    if seconds:
+        rows.append(
+            Row("Time", "from start to last event, pauses left out", (time_words(seconds),))
+        )
+    rates = [row["tokens_per_sec"] for row in run.rows]
+    if rates:
+        rate = f"{median(rates):,.0f}"
+        rows.append(Row("Tokens per second", "median of the rows, evaluation left out", (rate,)))
+    tokens = config.tokens_per_step * diagnosis.last_step
+    rows.append(Row("Tokens trained on", "steps x tokens per step", (magnitude(tokens),)))
+    facts = diagnosis.facts
+    if facts.train_tokens:
+        how = "tokens trained on / epochs"
+        rows.append(Row("Training text", how, (f"about {magnitude(facts.train_tokens)} tokens",)))
+    if facts.parameters:
+        rows.append(Row("Parameters", "tied ones counted once", (magnitude(facts.parameters),)))
+    return table([], rows + _cost(diagnosis))
+
+
+def _cost(diagnosis: Diagnosis) -> list[Row]:
+    rows = []
+    if diagnosis.noise:
+        how = "of validation loss around its trend, nats: 1.48 x median |second difference| / 2.45"
+        rows.append(Row("Noise", how, (f"{diagnosis.noise:.4f}",)))
+    after, saved = diagnosis.steps_after_best, diagnosis.steps_saved
+    how = "steps x median time of a step between two evaluations, those included"
+    for name, steps in (("After the best step", after), ("Spared by early stopping", saved)):
+        seconds = diagnosis.seconds(steps)
+        if steps and seconds is not None:
+            rows.append(Row(name, how, (f"{count(steps, 'step')}, {time_words(seconds)}",)))
+    return rows
+
+
+def _steps(diagnosis: Diagnosis) -> str:
+    return f"{diagnosis.last_step:,} of {diagnosis.max_steps:,}"
+
+
+def seconds_trained(events: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds from each start to the last event before the next start, added up."""
+    total, began, latest = 0.0, None, 0.0
+    for event in events:
+        if event["event"] == "start":
+            total += latest - began if began is not None else 0.0
+            began = event["time"]
+        latest = event["time"]
+    return total + (latest - began if began is not None else 0.0)
+
+
+def _samples(run: RunRecord) -> str:
+    """What the model wrote, from its first evaluation to its last."""
+    evaluated = {point.step for point in run.diagnosis.points}
+    # A run that went on from an earlier checkpoint has sampled some steps twice: the later holds.
+    written = {
+        event["step"]: event["samples"]
+        for event in run.events
+        if event["event"] == "evaluated" and event["step"] in evaluated and event["samples"]
+    }
+    if not written:
+        return ""
+    best = run.diagnosis.best.step if run.diagnosis.best else None
+    steps = sorted(written)
+    shown = _spread(steps, SHOWN, best)
+    folded = _spread([step for step in steps if step not in shown], FOLDED, None)
+    parts = [_sample_of(step, written[step], best) for step in shown]
+    if folded:
+        inside = "\n".join(_sample_of(step, written[step], None) for step in folded)
+        parts.append(details(f"{count(len(folded), 'evaluation')} between these", inside))
+    how = "The prompt is bold; what follows is sampled as the config's section sample says."
+    return section("What the model wrote", paragraph(how, "soft"), *parts)
+
+
+def _sample_of(step: int, samples: Sequence[Sequence[str]], best_step: int | None) -> str:
+    best = ", the best" if step == best_step else ""
+    texts = "\n".join(continuation(prompt, output) for prompt, output in samples)
+    return f"<h3>Step {step:,}{best}</h3>\n{texts}"
+
+
+def _spread(steps: Sequence[int], most: int, wanted: int | None) -> list[int]:
+    """At most `most` of the steps, the ends and the wanted one among them, spread evenly."""
+    if len(steps) <= most:
+        return list(steps)
+    chosen = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}
+    if wanted is not None and wanted in steps and wanted not in chosen:
+        chosen.remove(min(sorted(chosen)[1:-1], key=lambda step: abs(step - wanted)))
+        chosen.add(wanted)
+    return sorted(chosen)
+
+
+def _happened(run: RunRecord) -> str:
+    """Restarts, damaged checkpoints and failures; nothing of a run without any."""
+    lines = []
+    for event in run.events:
+        if event["event"] == "start" and event["step"]:
+            lines.append(f"went on after step {event['step']:,}")
+        elif event.get("message"):
+            lines.append(event["message"])
+    if not lines:
+        return ""
+    return section("What happened", "<ul>" + "".join(f"<li>{esc(x)}</li>" for x in lines) + "</ul>")
+
+
+def _config(config: Config) -> str:
+    """The keys that differ from the defaults, and all of them folded."""
+    defaults = flatten(Config())
+    rows = [
+        Row(key, "", (_value(value), _value(defaults[key])))
+        for key, value in flatten(config).items()
+        if value != defaults[key] and key not in ("name", "storage_path")
+    ]
+    everything = details("the whole config", f"<pre>{esc(dump(config))}</pre>")
+    return table(["this run", "default"], rows) + everything
+
+
+def _value(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_value, value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _environment(run: RunRecord) -> str:
+    """What the last start of the run said about its workers, devices and libraries."""
+    starts = [event for event in run.events if event["event"] == "start"]
+    if not starts:
+        return paragraph("The workers have not started yet.")
+    names = {"workers": "Workers", "device": "Device of each", "dtype": "Computed in"}
+    rows = [
+        Row(name, "", (str(starts[-1][key]),)) for key, name in names.items() if key in starts[-1]
+    ]
+    rows += [Row(name, "", (number,)) for name, number in starts[-1].get("versions", {}).items()]
+    return table([], rows)

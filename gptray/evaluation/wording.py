@@ -1,0 +1,40 @@
+"""Numbers in plain words: counts, times, losses. Sentences are made elsewhere."""
+
+from __future__ import annotations
+
+# From how many seconds on a unit is used, and its size.
+_UNITS = ((48 * 3600.0, 24 * 3600.0, "day"), (3550.0, 3600.0, "h"), (100.0, 60.0, "min"))
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things: "1 step", "3,750 steps"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def time_words(seconds: float) -> str:
+    """A time in the one unit that suits its size: "2.5 h", "45 min", "8 s"."""
+    size, unit = next(
+        ((size, unit) for least, size, unit in _UNITS if seconds >= least), (1.0, "s")
+    )
+    value = seconds / size
+    # "1.5 h" says more than "2 h"; of seconds and of ten of anything, whole ones are enough.
+    text = f"{value:.0f}" if unit == "s" or value >= 9.95 else f"{value:.1f}".removesuffix(".0")
+    if text == "0":
+        return "less than a second"
+    return f"{text} {unit}" + ("s" if unit == "day" and text != "1" else "")
+
+
+def magnitude(number: int) -> str:
+    """A large number as people say it: "17.7 million", "4,352"."""
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.1f} {name}".replace(".0 ", " ")
+    return f"{number:,}"
+
+
+def decimals(difference: float) -> int:
+    """How many decimals let a difference be seen: two, and more for a small one."""
+    for places in (2, 3, 4):
+        if abs(difference) >= 10**-places:
+            return places
+    return 5
