@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from gptray.evaluation.diagnosis import Diagnosis
@@ -74,7 +75,7 @@ def run_charts(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> list[
 
 
 def thinned(points: Sequence[XY], most: int = MOST_POINTS) -> tuple[XY, ...]:
-    """About `most` points at most: the lowest and highest of each stretch, so that peaks stay."""
+    """`most` points at most, and the last: the lowest and highest of each stretch; peaks stay."""
     if len(points) <= most:
         return tuple(points)
     stretches = most // 2
@@ -85,6 +86,13 @@ def thinned(points: Sequence[XY], most: int = MOST_POINTS) -> tuple[XY, ...]:
         ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
         kept += sorted(ends)
     return (*kept, points[-1]) if kept[-1] != points[-1] else tuple(kept)
+
+
+def averaged(points: Sequence[XY], most: int = MOST_POINTS // 2) -> tuple[XY, ...]:
+    """At most `most` points, each the mean of its stretch: for what is noise from row to row."""
+    size = -(-len(points) // most) if points else 1
+    stretches = [points[first : first + size] for first in range(0, len(points), size)]
+    return tuple((stretch[-1][0], fmean(y for _, y in stretch)) for stretch in stretches)
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -104,10 +112,10 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 def tick_text(value: float, spacing: float) -> str:
     """A tick's label, with as many decimals as tell it from its neighbours."""
-    if value and abs(value) < 1e-3:
-        return f"{value:.2g}".replace("e-0", "e-")
-    places = max(0, -_floor_log10(spacing * 1.0001)) if spacing > 0 else 2
-    return f"{value:,.{places}f}"
+    if spacing < 0.01:
+        return f"{value:g}".replace("e-0", "e-")
+    places = max(0, -_floor_log10(spacing * 1.0001))
+    return f"{value:,.{places}f}" if value else "0"
 
 
 def _floor_log10(value: float) -> int:
@@ -115,16 +123,16 @@ def _floor_log10(value: float) -> int:
 
 
 def _loss_chart(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> Chart:
-    train = [(row["step"], row["train_loss"]) for row in rows]
-    val = [(point.step, point.val_loss) for point in diagnosis.points]
+    train = averaged([(row["step"], row["train_loss"]) for row in rows])
+    val = thinned([(point.step, point.val_loss) for point in diagnosis.points])
     low, high = _range([train, val], from_zero=False)
     return Chart(
         key="loss",
         title="Loss",
         unit="nats per token",
         series=(
-            Series("training", "train", thinned(train)),
-            Series("validation", "val", thinned(val)),
+            Series("training", "train", train),
+            Series("validation", "val", val),
         ),
         last=rows[-1]["step"],
         low=low,
@@ -140,9 +148,7 @@ def _marks(diagnosis: Diagnosis) -> tuple[Mark, ...]:
     value = f"{best.val_loss:.{decimals(diagnosis.worse or 1.0)}f}"
     marks = [Mark("best", best.step, best.val_loss, f"best: step {best.step:,} ({value})")]
     if turned and diagnosis.verdict == "overfitting":
-        marks.append(
-            Mark("turned", turned.step, turned.val_loss, f"worse for good after {turned.step:,}")
-        )
+        marks.append(Mark("turned", turned.step, turned.val_loss, f"turned: step {turned.step:,}"))
     return tuple(marks)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gptray.evaluation.page import Row, continuation, esc, paragraph, section, table
+from gptray.evaluation.page import Row, continuation, paragraph, section, table
 from gptray.evaluation.result import Evaluation, Sample, SplitResult
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
@@ -113,10 +113,13 @@ def _samples(samples: Sequence[Sample]) -> list[str]:
     parts = []
     for number, sample in enumerate(samples[:SHOWN], start=1):
         parts.append(f"<h3>Passage {number}</h3>")
-        for label, key in (("real", "reference"), ("greedy", "greedy"), ("sampled", "sampled")):
-            text = {"reference": sample["reference"], "greedy": sample["greedy"],
-                    "sampled": sample["sampled"]}[key]  # fmt: skip
-            parts.append(f"<small>{esc(label)}</small>{continuation(sample['prompt'], text)}")
+        parts.append(continuation(sample["prompt"], ""))
+        for label, text in (
+            ("the real text goes on", sample["reference"]),
+            ("the likeliest continuation", sample["greedy"]),
+            ("a sampled one", sample["sampled"]),
+        ):
+            parts += [paragraph(label, "label"), continuation("", text)]
     return parts
 
 

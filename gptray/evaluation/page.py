@@ -14,6 +14,9 @@ from gptray.evaluation.style import STYLE
 
 # What HTML may not hold, and lone surrogates, which no UTF-8 file may.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_BLANK = re.compile("\n{5,}")
+# Letters of a value that is not broken into lines.
+SHORT = 20
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -59,13 +62,20 @@ def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
         return ""
     heads = "".join(f'<th scope="col">{esc(column)}</th>' for column in columns)
     head = f"<thead><tr><td></td>{heads}</tr></thead>" if columns else ""
-    return f"<table>{head}<tbody>\n" + "\n".join(map(_row, rows)) + "\n</tbody></table>"
+    width = 1 + max(len(row.values) for row in rows)
+    body = "\n".join(_row(row, width) for row in rows)
+    return f"<table>{head}<tbody>\n{body}\n</tbody></table>"
 
 
-def _row(row: Row) -> str:
-    how = f"<small>{esc(row.how)}</small>" if row.how else ""
-    cells = "".join(f"<td>{esc(value)}</td>" for value in row.values)
-    return f'<tr><th scope="row">{esc(row.name)}{how}</th>{cells}</tr>'
+def _row(row: Row, columns: int) -> str:
+    cells = "".join(
+        # A number stays in one line; a path may need several.
+        f"<td{' class=number' if len(value) <= SHORT else ''}>{esc(value)}</td>"
+        for value in row.values
+    )
+    kind = ' class="explained"' if row.how else ""
+    how = f'\n<tr class="how"><td colspan="{columns}">{esc(row.how)}</td></tr>' if row.how else ""
+    return f'<tr{kind}><th scope="row">{esc(row.name)}</th>{cells}</tr>{how}'
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -73,11 +83,13 @@ def paragraph(text: str, kind: str = "") -> str:
     return f'<p class="{kind}">{esc(text)}</p>' if kind else f"<p>{esc(text)}</p>"
 
 
-def details(summary: str, body: str) -> str:
-    """Something that opens with a click, and is open on paper."""
-    return f"<details><summary>{esc(summary)}</summary>\n{body}\n</details>"
+def details(summary: str, body: str, *, on_paper: bool) -> str:
+    """Something that opens with a click; it is open on paper, or not there at all."""
+    kind = "" if on_paper else ' class="screen"'
+    return f"<details{kind}><summary>{esc(summary)}</summary>\n{body}\n</details>"
 
 
 def continuation(prompt: str, output: str) -> str:
-    """A prompt and what a model wrote after it, line breaks as they are."""
-    return f'<blockquote dir="auto"><b>{esc(prompt)}</b>{esc(output)}</blockquote>'
+    """A prompt and what a model wrote after it, line breaks as they are unless they are many."""
+    written = _BLANK.sub(lambda lines: f"\n<i>{len(lines[0]) - 1} empty lines</i>\n", esc(output))
+    return f'<blockquote dir="auto"><b>{esc(prompt)}</b>{written}</blockquote>'

@@ -12,6 +12,7 @@ from gptray.evaluation.advice import advise, sentence
 from gptray.evaluation.charts import Chart
 from gptray.evaluation.diagnosis import Diagnosis
 from gptray.evaluation.page import (
+    SHORT,
     Row,
     continuation,
     details,
@@ -124,7 +125,7 @@ def _at_three_steps(run: RunRecord) -> str:
     ]
     if not chosen:
         return ""
-    return table([f"{name}: step {row['step']:,}" for name, row in chosen], rows)
+    return table([f"{name}: step\u00a0{row['step']:,}" for name, row in chosen], rows)
 
 
 VALIDATION_LOSS = (
@@ -205,7 +206,9 @@ def _samples(run: RunRecord) -> str:
     parts = [_sample_of(step, written[step], best) for step in shown]
     if folded:
         inside = "\n".join(_sample_of(step, written[step], None) for step in folded)
-        parts.append(details(f"{count(len(folded), 'evaluation')} between these", inside))
+        parts.append(
+            details(f"{count(len(folded), 'evaluation')} between these", inside, on_paper=False)
+        )
     how = "The prompt is bold; what follows is sampled as the config's section sample says."
     return section("What the model wrote", paragraph(how, "soft"), *parts)
 
@@ -243,12 +246,13 @@ def _happened(run: RunRecord) -> str:
 def _config(config: Config) -> str:
     """The keys that differ from the defaults, and all of them folded."""
     defaults = flatten(Config())
-    rows = [
-        Row(key, "", (_value(value), _value(defaults[key])))
-        for key, value in flatten(config).items()
-        if value != defaults[key] and key not in ("name", "storage_path")
-    ]
-    everything = details("the whole config", f"<pre>{esc(dump(config))}</pre>")
+    rows = []
+    for key, value in flatten(config).items():
+        if value != defaults[key] and key not in ("name", "storage_path"):
+            text = _value(value)
+            below, beside = ("", text) if len(text) <= SHORT else (text, "")
+            rows.append(Row(key, below, (beside, _value(defaults[key]))))
+    everything = details("the whole config", f"<pre>{esc(dump(config))}</pre>", on_paper=True)
     return table(["this run", "default"], rows) + everything
 
 

@@ -54,18 +54,23 @@ svg path.turned { stroke: var(--turned); stroke-dasharray: 2 3; }
 svg circle.mark { fill: var(--page); stroke-width: 2; }
 svg circle.best { stroke: var(--best); }
 svg circle.turned { stroke: var(--turned); }
-svg text.best { fill: var(--best); font-weight: 600; }
-svg text.turned { fill: var(--turned); font-weight: 600; }
+svg text.mark { font-weight: 600; paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
+svg text.best { fill: var(--best); }
+svg text.turned { fill: var(--turned); }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 1.25rem; }
 th, td { padding: .4rem .3rem .4rem .8rem; border-bottom: 1px solid var(--line);
   vertical-align: top; text-align: right; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
 thead th { font-size: .85rem; color: var(--soft); font-weight: normal; overflow-wrap: normal; }
 tbody th { text-align: left; padding-left: 0; font-weight: 600; overflow-wrap: normal; }
-tbody th small { display: block; line-height: 1.35; max-width: 34rem; }
-table.facts td { text-align: left; }
+td.number { white-space: nowrap; }
+tr.explained th, tr.explained td { border-bottom: 0; padding-bottom: 0; }
+tr.how td { text-align: left; padding: 0 0 .4rem; color: var(--soft); font-size: .82rem;
+  line-height: 1.35; }
 blockquote { margin: .4rem 0; padding: .6rem .8rem; background: var(--panel); border-radius: 6px;
   white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; line-height: 1.45; }
+blockquote i { color: var(--soft); font-size: .82rem; }
+.label { color: var(--soft); font-size: .82rem; margin: .5rem 0 0; }
 pre { background: var(--panel); border-radius: 6px; padding: .8rem; font-size: .82rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .75rem 0; }
@@ -77,7 +82,6 @@ footer { margin-top: 2.5rem; color: var(--soft); font-size: .8rem; }
   svg.wide { display: none; }
   svg.narrow { display: block; }
   th, td { padding-left: .5rem; font-size: .88rem; }
-  tbody th small { font-size: .76rem; }
 }
 @media print {
   :root { color-scheme: light; --page: #fff; --text: #000; --soft: #444; --line: #ccc;
@@ -88,7 +92,8 @@ footer { margin-top: 2.5rem; color: var(--soft); font-size: .8rem; }
   svg.wide { display: block; }
   svg.narrow { display: none; }
   figure, tr, blockquote, .tiles div, li { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, .label, tr.explained { break-after: avoid; }
+  details.screen { display: none; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

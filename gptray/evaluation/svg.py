@@ -12,8 +12,8 @@ from gptray.evaluation.charts import XY, Chart, Mark, Series, tick_text, ticks
 
 WIDE, NARROW = 820, 340
 TALL, LOW = 320, 150
-# Room that a mark's label takes.
-LABEL = 160
+# Width of a letter of a mark's label, about.
+LETTER = 6.9
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _Frame:
     chart: Chart
     width: int
     height: int
-    left: int = 46
+    left: int = 50
     right: int = 12
     top: int = 10
     bottom: int = 26
@@ -133,14 +133,22 @@ def _after_turn(frame: _Frame) -> str:
 
 def _mark(mark: Mark, line: int, frame: _Frame) -> str:
     x, y, top = frame.x(mark.step), frame.y(mark.value), 13 + 17 * line
-    # The best stands before the turn: their labels keep out of each other's way.
-    before, after = x - frame.left > LABEL, frame.width - x > LABEL
-    at_end = before if mark.role == "best" else not after
-    anchor, shift = ("end", -6) if at_end else ("start", 6)
+    side, anchor = _label_place(mark, x, frame.width)
     radius = 5 if mark.role == "best" else 4
     return (
         f'<path class="mark {mark.role}" d="M{x:.1f} {top - 9}V{frame.height - frame.bottom}"/>'
         f'<circle class="mark {mark.role}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
-        f'<text class="mark {mark.role}" x="{x + shift:.1f}" y="{top}" '
+        f'<text class="mark {mark.role}" x="{side:.1f}" y="{top}" '
         f'text-anchor="{anchor}">{escape(mark.label)}</text>'
     )
+
+
+def _label_place(mark: Mark, x: float, width: int) -> tuple[float, str]:
+    """Where a mark's label is anchored: the best to the left of its line, a turn to the right."""
+    length = LETTER * len(mark.label)
+    fits_left, fits_right = x - 6 > length, width - x - 6 > length
+    if fits_left and (mark.role == "best" or not fits_right):
+        return x - 6, "end"
+    if fits_right:
+        return x + 6, "start"
+    return (0, "start") if x < width / 2 else (width, "end")

@@ -28,7 +28,7 @@ def magnitude(number: int) -> str:
     """A large number as people say it: "17.7 million", "4,352"."""
     for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if number >= size:
-            return f"{number / size:.1f} {name}".replace(".0 ", " ")
+            return f"{number / size:.1f} {name}"
     return f"{number:,}"
 
 
