@@ -134,11 +134,11 @@ def split_result(
         "tokens": tokens,
         "bytes": num_bytes,
         "documents": len(sums.documents),
-        "how": _how(windows, scored),
+        "how": _how(windows, scored, len(sums.documents)),
     }
 
 
-def _how(windows: Windows, scored: int) -> str:
+def _how(windows: Windows, scored: int, documents: int) -> str:
     whole = scored == len(windows)
     which = "every token but the first" if whole else "a fixed sample, spread evenly"
     context = (
@@ -146,8 +146,9 @@ def _how(windows: Windows, scored: int) -> str:
         if windows.stride == windows.block_size
         else f"{windows.stride} apart, the rest of each window being context"
     )
+    error = f"standard error over {documents:,} documents" if documents > 1 else "one document"
     of = f"{scored:,}" if whole else f"{scored:,} of {len(windows):,}"
     return (
         f"{which}: {of} windows of {windows.block_size} tokens, {context}; cross-entropy in fp32, "
-        "dropout off; standard error over documents"
+        f"dropout off; {error}"
     )

@@ -33,14 +33,16 @@ class Passage:
 
 
 def cut_passages(
-    split: TokenSplit, decode: Decode, *, eos_id: int, count: int, length: int
+    split: TokenSplit, decode: Decode, *, eos_id: int, count: int, length: int, room: int = 0
 ) -> list[Passage]:
     """Up to `count` passages of at most `length` tokens, spread evenly, none over a document's end.
 
-    The prompt is the first half, a little more where that would cut a character in two.
+    The prompt is the first half, a little more where that would cut a character in two. `room` is
+    how many tokens are to follow each passage, where the split has as many.
     """
-    count = min(count, len(split) // length)
-    gap = (len(split) - length) // max(1, count - 1) if count else 0
+    usable = max(len(split) - room, min(len(split), length))
+    count = min(count, usable // length)
+    gap = (usable - length) // max(1, count - 1) if count else 0
     found = []
     for number in range(count):
         tokens = split.slice(number * gap, number * gap + length).tolist()

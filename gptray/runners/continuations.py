@@ -48,13 +48,16 @@ def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMe
     }
 
 
-def _passages(subject: Subject, data: TokenData, split: TokenSplit, length: int) -> list[Passage]:
+def _passages(
+    subject: Subject, data: TokenData, split: TokenSplit, length: int, *, room: int = 0
+) -> list[Passage]:
     return texts.cut_passages(
         split,
         data.tokenizer.decode,
         eos_id=data.eos_id,
         count=subject.config.evaluate.passages,
         length=length,
+        room=room,
     )
 
 
@@ -90,7 +93,7 @@ def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> list[floa
     if "train" not in data.splits:
         return [None for _ in LENGTHS]
     length = min(2 * PROMPT_TOKENS, subject.block_size // 2)
-    passages = _passages(subject, data, data.train, length)
+    passages = _passages(subject, data, data.train, length, room=RECITED_TOKENS)
     lengths = [RECITED_TOKENS] * len(passages)
     written = _continued(scorers, "reciting", passages, lengths, GREEDY)
     grams = [

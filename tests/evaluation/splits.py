@@ -1,0 +1,22 @@
+"""Token splits made by hand: documents of token ids, each closed by end of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from gptray.data.tokens import TokenSplit
+
+
+def split_of(
+    folder: Path, tokens: list[int], *, num_bytes: int = 1000, shards: int = 2
+) -> TokenSplit:
+    """A split of these tokens, in files as preparation writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, part in enumerate(np.array_split(np.array(tokens, "<u2"), shards)):
+        (folder / f"{number}.bin").write_bytes(part.tobytes())
+        entries.append({"file": f"{number}.bin", "tokens": len(part)})
+    entry = {"tokens": len(tokens), "bytes": num_bytes, "documents": 1, "shards": entries}
+    return TokenSplit(folder, "uint16", entry)

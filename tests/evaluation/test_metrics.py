@@ -1,0 +1,161 @@
+"""Losses of whole splits: a plain transformers loop says the same, however the work is cut."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gptray.data.scoring import Windows
+from gptray.data.tokens import TokenSplit
+from gptray.evaluation.metrics import (
+    DocumentSums,
+    document_ends,
+    sample_windows,
+    score_windows,
+    split_result,
+)
+from gptray.model.gpt import GPT
+from gptray.model.hf import load_pretrained
+from tests.evaluation.splits import split_of
+
+EOS = 0
+SHAPES = [
+    {"n_layer": 3, "n_head": 3, "n_embd": 33, "n_positions": 37, "vocab_size": 301},
+    {"n_layer": 1, "n_head": 5, "n_embd": 40, "n_inner": 50, "n_positions": 24, "vocab_size": 517},
+]
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=["33 wide", "40 wide"])
+def hf_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[GPT2LMHeadModel, GPT]:
+    """Random weights as transformers saved them, opened by both."""
+    torch.manual_seed(5)
+    model = GPT2LMHeadModel(GPT2Config(**request.param, initializer_range=0.3)).eval()
+    folder = tmp_path_factory.mktemp("hf")
+    model.save_pretrained(folder)
+    return model, load_pretrained(folder, dropout=0.3)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> TokenSplit:
+    """Eight documents of 1 to 90 tokens, in two files."""
+    rng = np.random.default_rng(2)
+    documents = [[*rng.integers(1, 300, size).tolist(), EOS] for size in (40, 3, 90, 1, 17, 64, 30)]
+    return split_of(tmp_path / "split", [t for document in documents for t in document] + [7, 8, 9])
+
+
+def scored(model: GPT, split: TokenSplit, windows: Windows, batch_size: int = 4) -> DocumentSums:
+    return score_windows(
+        model,
+        split,
+        windows,
+        range(len(windows)),
+        ends=document_ends(split, EOS),
+        batch_size=batch_size,
+    )
+
+
+@torch.no_grad()
+def plain_losses(model: GPT2LMHeadModel, tokens: list[int], block: int, stride: int) -> list[float]:
+    """Each token's loss but the first's: Hugging Face's sliding window, one at a time."""
+    losses: list[float] = []
+    inputs, targets = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
+    for begin in range(0, len(inputs), stride):
+        end = min(begin + block, len(inputs))
+        logits = model(inputs[None, begin:end]).logits[0]
+        each = F.cross_entropy(logits.double(), targets[begin:end], reduction="none")
+        losses += each[len(losses) - begin :].tolist()
+        if end == len(inputs):
+            break
+    return losses
+
+
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_losses_equal_a_plain_transformers_loop(
+    hf_model: tuple[GPT2LMHeadModel, GPT], split: TokenSplit, part: int
+) -> None:
+    theirs, ours = hf_model
+    block = theirs.config.n_positions
+    windows = Windows(len(split), block, block // part)
+    losses = plain_losses(theirs, split.slice(0, len(split)).tolist(), block, block // part)
+    sums = scored(ours, split, windows)
+    result = split_result(sums, split, windows, len(windows))
+    assert result["tokens"] == len(losses) == len(split) - 1
+    assert result["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert result["ppl"] == pytest.approx(math.exp(result["loss"]))
+    bits = result["loss"] * result["tokens"] / (math.log(2) * split.bytes)
+    assert result["bpb"] == pytest.approx(bits)
+
+
+def test_neither_batch_size_nor_ranges_change_the_loss(
+    hf_model: tuple[GPT2LMHeadModel, GPT], split: TokenSplit
+) -> None:
+    windows = Windows(len(split), 20, 8)
+    whole = scored(hf_model[1], split, windows)
+    ends = document_ends(split, EOS)
+    for batch_size, size in ((1, 1), (16, 3), (1000, 7)):
+        parts = [
+            score_windows(
+                hf_model[1],
+                split,
+                windows,
+                range(len(windows))[first : first + size],
+                ends=ends,
+                batch_size=batch_size,
+            )
+            for first in range(0, len(windows), size)
+        ]
+        joined = DocumentSums.joined(parts)
+        np.testing.assert_array_equal(joined.tokens, whole.tokens)
+        np.testing.assert_allclose(joined.nats, whole.nats, rtol=1e-6)
+
+
+def test_a_target_counts_for_the_document_that_it_stands_in(
+    hf_model: tuple[GPT2LMHeadModel, GPT], split: TokenSplit
+) -> None:
+    sums = scored(hf_model[1], split, Windows(len(split), 20, 20))
+    # Each has its end of text; the first token of all is no target; the last document is cut.
+    assert sums.tokens.tolist() == [40, 4, 91, 2, 18, 65, 31, 3]
+    losses = plain_losses(hf_model[0], split.slice(0, len(split)).tolist(), 20, 20)
+    assert sums.nats[1] == pytest.approx(sum(losses[40:44]), rel=1e-5)
+
+
+def test_standard_error_agrees_with_leaving_each_document_out() -> None:
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(20, 60, 200)
+    nats = tokens * rng.normal(3.0, 0.2, 200)
+    sums = DocumentSums(np.arange(200), nats, tokens)
+    without = (nats.sum() - nats) / (tokens.sum() - tokens)
+    jackknife = math.sqrt(199 / 200 * ((without - without.mean()) ** 2).sum())
+    assert sums.standard_error == pytest.approx(jackknife, rel=0.02)
+    alone = DocumentSums(np.arange(1), nats[:1], tokens[:1])
+    assert alone.standard_error is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "stride"), [(2, 8, 8), (9, 8, 8), (10, 8, 3), (100, 8, 1), (97, 8, 8)]
+)
+def test_windows_count_every_token_but_the_first_once(tokens: int, block: int, stride: int) -> None:
+    windows = Windows(tokens, block, stride)
+    counted = [position for n in range(len(windows)) for position in windows.counted(n)]
+    assert counted == list(range(1, tokens))
+    for number in range(len(windows)):
+        start, stop = windows.span(number)
+        assert start < windows.counted(number).start and stop - start <= block + 1
+        assert number == 0 or windows.counted(number).start - start >= block - stride + 1
+
+
+def test_a_sample_of_windows_is_spread_over_the_split() -> None:
+    windows = Windows(100_001, 10, 10)
+    numbers = sample_windows(windows, 1000)
+    assert len(numbers) == len(set(numbers)) == 100
+    gaps = np.diff([*numbers, len(windows)])
+    assert numbers[0] == 0 and gaps.min() >= 99 and gaps.max() <= 101
+    assert sample_windows(windows, 200_000) == list(range(len(windows)))
