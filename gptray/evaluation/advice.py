@@ -183,7 +183,7 @@ def _size(diagnosis: Diagnosis) -> Iterator[Advice]:
                 "fewer parameters",
                 f"{magnitude(facts.parameters)} parameters on {magnitude(facts.train_tokens)} "
                 f"tokens of training text: {each}",
-                3.0 + min(2.0, max(-2.0, (1 - per_parameter) if per_parameter > 1 else 1.0)),
+                4.0 - 2.5 * per_parameter / TOKENS_PER_PARAMETER,
             )
     epochs = facts.epochs_at_best
     if epochs and epochs > 1:

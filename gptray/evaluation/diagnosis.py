@@ -142,9 +142,9 @@ def turning_point(losses: Sequence[float], *, min_delta: float = 0.0) -> Turn:
     band = noise x (2 + sqrt(2 ln n)): the lowest of n noisy values of a level curve lies about
     noise x sqrt(2 ln n) below it, so that a level curve stays in the band; and at least 0.2 % of
     the lowest loss, and min_delta. `noise` is the standard deviation around the trend, 1.4826 x
-    median |second difference| / sqrt(6), in which a smooth trend cancels out; n and noise are
+    median |third difference| / sqrt(20), in which a smooth trend cancels out; n and noise are
     taken from the part of the curve that begins where it first got as low as it ended. A long
-    curve's differences span 1/16 of it, as neighbouring evaluations err alike.
+    curve's differences span sixteenths of it, as neighbouring evaluations err alike.
     """
     if not losses:
         return Turn(None, 0.0, 0.0)
@@ -162,11 +162,11 @@ def turning_point(losses: Sequence[float], *, min_delta: float = 0.0) -> Turn:
 
 def _noise(losses: Sequence[float]) -> float:
     lag = max(1, len(losses) // 16)
-    seconds = [
-        abs(losses[i - lag] - 2 * losses[i] + losses[i + lag])
-        for i in range(lag, len(losses) - lag)
+    thirds = [
+        abs(losses[i + 3 * lag] - 3 * losses[i + 2 * lag] + 3 * losses[i + lag] - losses[i])
+        for i in range(len(losses) - 3 * lag)
     ]
-    return 1.4826 * median(seconds) / math.sqrt(6) if seconds else 0.0
+    return 1.4826 * median(thirds) / math.sqrt(20) if thirds else 0.0
 
 
 def _verdict(

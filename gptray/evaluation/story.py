@@ -162,7 +162,7 @@ def _of_the_run(run: RunRecord) -> str:
 def _cost(diagnosis: Diagnosis) -> list[Row]:
     rows = []
     if diagnosis.noise:
-        how = "of validation loss around its trend, nats: 1.48 x median |second difference| / 2.45"
+        how = "of validation loss around its trend, nats: 1.48 x median |third difference| / 4.47"
         rows.append(Row("Noise", how, (f"{diagnosis.noise:.4f}",)))
     after, saved = diagnosis.steps_after_best, diagnosis.steps_saved
     how = "steps x median time of a step between two evaluations, those included"
