@@ -47,6 +47,16 @@ class Windows:
         first = self.span(number - 1)[1] if number else 1
         return range(first, self.span(number)[1])
 
+    def sample(self, targets: int) -> list[int]:
+        """Numbers of windows that count about so many targets, spread evenly, always the same.
+
+        All of them where there are no more.
+        """
+        wanted = max(1, math.ceil(targets / self.stride))
+        if wanted >= len(self) or targets >= self.tokens - 1:
+            return list(range(len(self)))
+        return [i * len(self) // wanted for i in range(wanted)]
+
     def batches(
         self, split: TokenSplit, numbers: Sequence[int], batch_size: int
     ) -> Iterator[tuple[list[int], NDArray[np.int64]]]:

@@ -105,17 +105,6 @@ def score_windows(
     return DocumentSums.of(np.concatenate(documents), flat, np.ones(len(flat), np.int64))
 
 
-def sample_windows(windows: Windows, tokens: int) -> list[int]:
-    """Numbers of windows that count about `tokens` targets, spread evenly, always the same.
-
-    All of them where that is not less than there are.
-    """
-    wanted = max(1, math.ceil(tokens / windows.stride))
-    if wanted >= len(windows) or tokens >= windows.tokens - 1:
-        return list(range(len(windows)))
-    return [i * len(windows) // wanted for i in range(wanted)]
-
-
 def split_result(
     sums: DocumentSums, split: TokenSplit, windows: Windows, scored: int
 ) -> SplitResult:

@@ -42,11 +42,14 @@ def evaluate(config: Config) -> dict[str, Any]:
         from gptray.runners.scorers import Scorers
 
         evaluation = measure(subject, data, Scorers(subject, data))
+    from gptray.evaluation.report import write_report
     from gptray.evaluation.result import save_evaluation
 
     subject.folder.mkdir(parents=True, exist_ok=True)
     path = save_evaluation(evaluation, subject.folder)
-    return {**outcome(evaluation), "evaluation": str(path), "report": None}
+    report = write_report(subject.folder)
+    _say(evaluation)
+    return {**outcome(evaluation), "evaluation": str(path), "report": str(report)}
 
 
 def evaluation_plan(config: Config) -> list[tuple[str, str]]:
@@ -59,12 +62,10 @@ def evaluation_plan(config: Config) -> list[tuple[str, str]]:
         ("windows", f"{subject.block_size} tokens, {subject.stride} apart"),
     ]
     if data:
-        for name, windows in subject.windows(data).items():
-            tokens = windows.tokens - 1
-            if name == "train":
-                tokens = min(tokens, config.evaluate.train_tokens)
-            count = min(len(windows), -(-tokens // subject.stride))
-            rows.append((name, f"about {tokens:,} tokens in {count:,} windows"))
+        for name, (windows, numbers) in subject.windows(data).items():
+            tokens = sum(len(windows.counted(number)) for number in numbers)
+            of = f" of {len(windows):,}" if len(numbers) < len(windows) else ""
+            rows.append((name, f"{tokens:,} tokens in {len(numbers):,}{of} windows"))
     else:
         rows.append(("token data", "to be prepared first"))
     kind = "GPU" if config.compute.use_gpu else "CPU"
@@ -72,7 +73,7 @@ def evaluation_plan(config: Config) -> list[tuple[str, str]]:
         *rows,
         ("passages", f"{config.evaluate.passages} to continue"),
         ("workers", f"{config.compute.num_workers} ({kind})"),
-        ("files", f"{subject.folder}/evaluation.json"),
+        ("files", f"{subject.folder}/: evaluation.json report.html and its PNGs"),
     ]
 
 
@@ -101,13 +102,11 @@ def measure(subject: Subject, data: TokenData, scorers: Scorers) -> Evaluation:
 
 def score_splits(subject: Subject, data: TokenData, scorers: Scorers) -> dict[str, SplitResult]:
     """The losses of every split of the text; of the training split, of a sample."""
-    from gptray.evaluation.metrics import DocumentSums, sample_windows, split_result
+    from gptray.evaluation.metrics import DocumentSums, split_result
     from gptray.runners.scorers import Task
 
     results = {}
-    for name, windows in subject.windows(data).items():
-        most = subject.config.evaluate.train_tokens if name == "train" else windows.tokens
-        numbers = sample_windows(windows, most)
+    for name, (windows, numbers) in subject.windows(data).items():
         size = max(1, TASK_TOKENS // windows.block_size)
         ranges = [numbers[first : first + size] for first in range(0, len(numbers), size)]
         tasks = [
@@ -129,6 +128,19 @@ def _line(name: str, result: SplitResult) -> str:
         f"{name:5}  loss {result['loss']:.4f}{error}  ppl {ppl}  bpb {result['bpb']:.4f}  "
         f"{result['tokens']:,} tokens"
     )
+
+
+def _say(evaluation: Evaluation) -> None:
+    """The numbers about texts, each with what it rests on."""
+    for name, scores in (("bleu", evaluation["bleu"]), ("chrf", evaluation["chrf"])):
+        if scores:
+            greedy, sampled = scores["greedy"], scores["sampled"]
+            both = f"greedy {greedy['score']:.2f}  sampled {sampled['score']:.2f}"
+            log.info("%s  %s  %d passages  %s", name, both, greedy["passages"], greedy["signature"])
+    long, short = evaluation["memorised_50"], evaluation["memorised_20"]
+    if short is not None:
+        more = f", {long:.1%} of 50" if long is not None else ""
+        log.info("memorised  %s of 20 tokens in a row%s", f"{short:.1%}", more)
 
 
 def outcome(evaluation: Evaluation) -> dict[str, Any]:

@@ -66,12 +66,14 @@ class Subject:
         """The text's tokens; needs Ray where they are not there already."""
         return prepare(self.text, self.request)
 
-    def windows(self, data: TokenData) -> dict[str, Windows]:
-        """The windows of each split that there is."""
-        return {
-            name: Windows(len(split), self.block_size, self.stride)
-            for name, split in data.splits.items()
-        }
+    def windows(self, data: TokenData) -> dict[str, tuple[Windows, list[int]]]:
+        """The windows of each split that there is, and which of them to score."""
+        found = {}
+        for name, split in data.splits.items():
+            windows = Windows(len(split), self.block_size, self.stride)
+            most = self.config.evaluate.train_tokens if name == "train" else windows.tokens
+            found[name] = windows, windows.sample(most)
+        return found
 
 
 def look(config: Config) -> Subject:

@@ -16,7 +16,6 @@ from gptray.data.tokens import TokenSplit
 from gptray.evaluation.metrics import (
     DocumentSums,
     document_ends,
-    sample_windows,
     score_windows,
     split_result,
 )
@@ -154,8 +153,8 @@ def test_windows_count_every_token_but_the_first_once(tokens: int, block: int, s
 
 def test_a_sample_of_windows_is_spread_over_the_split() -> None:
     windows = Windows(100_001, 10, 10)
-    numbers = sample_windows(windows, 1000)
+    numbers = windows.sample(1000)
     assert len(numbers) == len(set(numbers)) == 100
     gaps = np.diff([*numbers, len(windows)])
     assert numbers[0] == 0 and gaps.min() >= 99 and gaps.max() <= 101
-    assert sample_windows(windows, 200_000) == list(range(len(windows)))
+    assert windows.sample(200_000) == list(range(len(windows)))
