@@ -44,7 +44,7 @@ def test_two_workers_train_and_the_outcome_says_how(
         "val_ppl",
         "val_bpb",
     ]
-    assert {*promised, "stopped", "tokens_per_sec"} <= set(result)
+    assert {*promised, "stopped", "tokens_per_sec", "report"} <= set(result)
     assert result["run_dir"] == str(storage / "done")
     assert result["step"] == 20 and result["stopped"] == "max_steps"
     json.dumps(result, allow_nan=False)
@@ -57,6 +57,10 @@ def test_run_folder_has_what_is_promised(finished: tuple[Path, dict[str, object]
     assert steps == list(range(1, 21))
     assert load_config(str(run_dir / "config.yaml"), []).name == "done"
     assert list((run_dir / "tensorboard").glob("events.out.*"))
+    page = (run_dir / "report.html").read_text("utf-8")
+    assert finished[1]["report"] == str(run_dir / "report.html")
+    assert "<b>finished</b> after 20 steps" in page and 'http-equiv="refresh"' not in page
+    assert "Validation loss" in page and (run_dir / "loss.png").is_file()
     newest = run_dir / "checkpoint_000020"
     assert {path.name for path in newest.iterdir()} == {
         "model",
@@ -149,6 +153,8 @@ def test_diverging_run_fails_with_advice(text_file: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(RunFailed, match=r"(?s)non-finite.*optim\.lr"):
         train(config)
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "<b>failed</b> after step" in page and "a lower learning rate" in page
 
 
 def test_fine_tuning_starts_from_a_finished_run(
