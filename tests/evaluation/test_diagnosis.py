@@ -57,6 +57,13 @@ def test_hours_count_the_evaluations_and_leave_a_pause_out() -> None:
     assert "cost 2 h and made it" in sentence(diagnosis, config_of(rows))
 
 
+def test_pace_knows_that_a_run_was_interrupted() -> None:
+    rows = rows_of([4.0, 3.0, 2.5])
+    day = [started(), evaluated(10, [], time=50.0), evaluated(20, [], time=90.0)]
+    next_day = [started(20, time=90_000.0), evaluated(30, [], time=90_060.0)]
+    assert diagnose(rows, config_of(rows), day + next_day).pace == pytest.approx(4.0)
+
+
 def test_early_stopping_is_told_with_what_it_spared() -> None:
     rows = rows_of(OVERFIT[:10])
     config = config_of(rows, "train.patience=4", "train.max_steps=900")

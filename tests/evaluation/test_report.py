@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -271,10 +272,17 @@ def test_a_report_that_cannot_be_written_is_told_once_and_ends_nothing(
 
 def test_the_report_is_rewritten_when_an_evaluation_is_known(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [], [], config_of([]))
-    reporter = Reporter(folder)
-    with watching(folder, 100, on_evaluation=lambda: reporter.write(running=True)):
-        rows = rows_of([4.0])
-        (folder / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    reporter, begun = Reporter(folder), threading.Event()
+
+    def rewrite() -> None:
+        reporter.write(running=True)
+        begun.set()
+
+    with watching(folder, 100, on_evaluation=rewrite):
         write_event(folder, **{k: v for k, v in started().items() if k != "time"})
+        assert begun.wait(30)
+        assert "no evaluation to judge by" in Page(folder / "report.html").text
+        row = rows_of([4.0])[0]
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         write_event(folder, "evaluated", step=10, best=True, samples=[["Once", " upon"]])
     assert "4.0000" in Page(folder / "report.html").text
