@@ -137,7 +137,8 @@ def _level(diagnosis: Diagnosis, best: Point, last: Point) -> str:
 
 
 def _single(diagnosis: Diagnosis, best: Point, last: Point) -> str:
-    return f"There is one evaluation only: validation loss {best.val_loss:.2f} at step {best.step}."
+    loss = f"{best.val_loss:.2f} at step {best.step:,}"
+    return f"There is one evaluation only: validation loss {loss}."
 
 
 def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
@@ -197,6 +198,8 @@ def _size(diagnosis: Diagnosis) -> Iterator[Advice]:
 
 
 def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    if diagnosis.ended is None:
+        return  # time will tell
     interval = config.train.eval_interval
     if interval > 1:
         yield Advice(

@@ -64,8 +64,9 @@ def _svg(chart: Chart, width: int, height: int, kind: str) -> str:
     return (
         f'<svg class="chart {kind}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(_spoken(chart))}">'
+        # The last dot is whole, though it stands on the edge.
         f'<clipPath id="{name}"><rect x="{frame.left}" y="{frame.top}" '
-        f'width="{width - frame.left - frame.right}" '
+        f'width="{width - frame.left - frame.right + 3}" '
         f'height="{height - frame.top - frame.bottom}"/></clipPath>'
         f'{_axes(frame)}{_after_turn(frame)}<g clip-path="url(#{name})">{curves}</g>{marks}</svg>'
     )
