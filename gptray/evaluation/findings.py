@@ -36,7 +36,7 @@ def evaluation_sentence(evaluation: Evaluation) -> str:
 def evaluation_sections(evaluation: Evaluation) -> list[str]:
     """Sections with every number of `evaluation.json` and how it was computed."""
     return [
-        section("Losses of whole splits", _splits(evaluation), _hows(evaluation)),
+        section("Losses", _splits(evaluation), _hows(evaluation)),
         section("Text that it writes", _text_scores(evaluation), _single_scores(evaluation)),
         section("Continuations beside the real text", *_samples(evaluation["samples"])),
         section("What was evaluated", _identity(evaluation)),
