@@ -94,8 +94,11 @@ def _request(
             "give a folder that every node sees"
         )
     data = config.data
+    files = [] if source in (BUILTIN, [BUILTIN]) else find_files(source, key=key)
+    if files and not any(file.size for file in files):
+        raise UserError(f"{key}: there is no text in it")
     return Request(
-        files=() if source in (BUILTIN, [BUILTIN]) else tuple(find_files(source, key=key)),
+        files=tuple(files),
         text_column=data.text_column,
         tokenizer=tokenizer_name(config),
         vocab_size=data.vocab_size,

@@ -31,7 +31,7 @@ LONG_NAMES = {"train": "training", "val": "validation", "test": "test"}
 class Subject:
     """A job that has been looked at: its model exists, and so do the files of its text.
 
-    run: the run whose best model this is; None for any other folder.
+    run: the run whose best model or checkpoint this is; None for any other folder.
     text: the config that says what text, tokenizer and split there are.
     is_own_text: whether the run was trained on that very text.
     """
@@ -85,8 +85,7 @@ def look(config: Config) -> Subject:
             "node sees"
         )
     model_dir = open_model(_source(config), key="evaluate.model").resolve()
-    is_run = model_dir.name == "model" and checkpoint_step(model_dir.parent) is None
-    run = model_dir.parent if is_run and (model_dir.parent / "config.yaml").is_file() else None
+    run = _run_of(model_dir)
     trained = load_config(str(run / "config.yaml"), []) if run else None
     block_size, stride = _window(config, trained, model_dir)
     text = _text(config, trained, run, model_dir)
@@ -98,7 +97,7 @@ def look(config: Config) -> Subject:
         is_own_text=trained is not None and _is_own_text(config, text, trained),
         block_size=block_size,
         stride=stride,
-        folder=run or _folder(config, model_dir),
+        folder=run if run and run / "model" == model_dir else _folder(config, model_dir, run),
     )
     check_sources(text, subject.request)
     _check_tokenizer(subject)
@@ -122,6 +121,13 @@ def _source(config: Config) -> str | Path:
             f"name a run, a model folder or a hub id{other}"
         )
     return run
+
+
+def _run_of(model_dir: Path) -> Path | None:
+    """The run that a model folder belongs to: its best model's, or a checkpoint's."""
+    home = model_dir.parent
+    run = home.parent if checkpoint_step(home) is not None else home
+    return run if model_dir.name == "model" and (run / "config.yaml").is_file() else None
 
 
 def _window(config: Config, trained: Config | None, model_dir: Path) -> tuple[int, int]:
@@ -171,10 +177,10 @@ def _data_keys(flat: dict[str, Any]) -> dict[str, Any]:
     return {key: flat[key] for key in flat if key.startswith("data.") or key == "seed"}
 
 
-def _folder(config: Config, model_dir: Path) -> Path:
-    """Where to keep the results of a model that is no run's: a folder of its own."""
+def _folder(config: Config, model_dir: Path, run: Path | None) -> Path:
+    """Where to keep the results of a model that is no run's best one: a folder of its own."""
     storage = Path(os.path.abspath(os.path.expanduser(config.storage_path)))
-    folder = storage / (config.name or _name(config, model_dir))
+    folder = storage / (config.name or _name(config, model_dir, run))
     visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     if visible and ((folder / "config.yaml").exists() or not (folder / EVALUATION).exists()):
         raise UserError(
@@ -183,12 +189,13 @@ def _folder(config: Config, model_dir: Path) -> Path:
     return folder
 
 
-def _name(config: Config, model_dir: Path) -> str:
+def _name(config: Config, model_dir: Path, run: Path | None) -> str:
     """A name that this model always gets."""
     source = Path(config.evaluate.model or model_dir)
-    label = "-".join(source.parts[-3:]) if source.name == "model" else source.name
-    label = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower()[-32:] or "model"
-    return f"{label.strip('-')}-{weights_sha256(model_dir)[:6]}"
+    label = source.parent.name if source.name == "model" else source.name
+    label = f"{run.name}-{label}" if run else label
+    label = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower()[:40] or "model"
+    return f"{label}-{weights_sha256(model_dir)[:6]}"
 
 
 def check_text(subject: Subject, data: TokenData) -> None:

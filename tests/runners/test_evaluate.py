@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def learn_by_heart(model: GPT, tokens: list[int]) -> None:
             "do not belong together: .*sha256 [0-9a-f]{64}.*sha256 [0-9a-f]{64}",
         ),
         (["evaluate.model={misfit}"], "do not belong together: .*sha256 .* 300 .*sha256 .* 315"),
-        (["evaluate.model={run}/model", "name=run"], None),
+        (["evaluate.model={folder}", "evaluate.source={empty}"], "evaluate.source: .* no text"),
         (["evaluate.model={folder}", "name=run"], "is not an evaluation of"),
     ],
 )
@@ -194,20 +195,33 @@ def test_mistakes_are_told_before_ray_starts(
     folder: Path,
     tmp_path: Path,
     overrides: list[str],
-    message: str | None,
+    message: str,
 ) -> None:
     storage = trained[0]
     train_bpe([tiny_text(300, seed=3)], 350).save(tmp_path / "other")
     shutil.copytree(folder, tmp_path / "misfit")
     shutil.copytree(tmp_path / "other", tmp_path / "misfit", dirs_exist_ok=True)
     places = {"tmp": tmp_path, "folder": folder, "run": storage / "run"}
+    (tmp_path / "empty.txt").touch()
+    places |= {"empty": tmp_path / "empty.txt"}
     places |= {name: tmp_path / name for name in ("other", "misfit")}
     config = config_of(storage, *(text.format(**places) for text in overrides))
-    if message is None:
-        assert dict(evaluation_plan(config))["files"].startswith(f"{storage}/run/: evaluation.json")
-        return
     with pytest.raises(UserError, match=message):
         evaluation_plan(config)
+
+
+def test_results_are_kept_with_the_run_and_those_of_a_checkpoint_apart(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
+    storage = trained[0]
+    for source, place in (
+        ("run", "run"),
+        ("run/model", "run"),
+        ("run/checkpoint_000010", "run-checkpoint-000010-[0-9a-f]{6}"),
+    ):
+        plan = dict(evaluation_plan(config_of(storage, f"evaluate.model={storage / source}")))
+        assert re.match(f"{storage}/{place}/: evaluation.json", plan["files"])
+        assert "windows" in plan["test"]  # the run's own text, prepared for its training
 
 
 def test_text_that_is_too_short_or_not_the_models_is_refused(
