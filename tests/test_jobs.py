@@ -192,3 +192,17 @@ def test_generate_reads_prompts_on_the_terminal_and_dry_runs_without_torch(tmp_p
     assert wrong.returncode == 2
     assert "generate.prompt_column" in wrong.stderr and "sample.top_k" in wrong.stderr
     assert job("generate", model).returncode == 2
+
+
+def test_evaluate_dry_runs_and_refuses_without_torch(text_file: Path, tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    save_pretrained(random_gpt(tokenizer), tmp_path / "m", eos_token_id=tokenizer.eos_id)
+    tokenizer.save(tmp_path / "m")
+    common = [f"evaluate.model={tmp_path / 'm'}", f"storage_path={tmp_path}", "name=apart"]
+    dry = job("evaluate", *common, f"evaluate.source={text_file}", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert json.loads(dry.stdout.splitlines()[-1])["plan"]["text"] == str(text_file)
+    assert not (tmp_path / "apart").exists()
+    wrong = job("evaluate", *common, "evaluate.stride=65")
+    assert wrong.returncode == 2 and "evaluate.stride=65" in wrong.stderr
+    assert "Traceback" not in wrong.stderr and wrong.stdout == ""
