@@ -28,7 +28,7 @@ from turns import answer, median_ratio, take_turns
 SHAPES = {"124m": (12, 12, 768), "10m": (4, 4, 256)}
 VOCAB_SIZE, N_POSITIONS = 50257, 1024
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
-SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8")
+SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8", "int8+compile")
 
 # Generates for that many sequences; the argument makes each call's prompts others.
 Run = Callable[[int, int], None]
@@ -45,13 +45,15 @@ def gptray_run(model_dir: str, precision: str) -> Run:
     from gptray.generation.engine import Request, load_engine
     from gptray.generation.settings import Sampling
 
-    is_int8 = precision == "int8"
+    weights, _, compiled = precision.partition("+")
+    is_int8 = weights == "int8"
     engine, _ = load_engine(
         model_dir,
         max_batch_size=64,
-        precision="bf16" if is_int8 else precision,
+        precision="bf16" if is_int8 else weights,
         quantize="int8" if is_int8 else "none",
         device="cpu",
+        compile=bool(compiled),
     )
 
     def run(batch: int, salt: int) -> None:

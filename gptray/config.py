@@ -256,6 +256,10 @@ class GenerateConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the processor or GPU computes in it, else fp32"
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile; needs a C++ compiler, takes some seconds once; pays with int8",
+    )
 
 
 class EvaluateConfig(Section):

@@ -19,7 +19,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     from gptray.runners.cluster import TRAIN_ENV
 
-    os.environ.update(TRAIN_ENV)
+    # Tiny runs report in quick succession: do not have each report wait for the next poll.
+    os.environ.update(TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
     ray.init(
         address="local",
         num_cpus=2,

@@ -10,9 +10,9 @@ Shapes: N tokens of a step, S slots, D sequences decoding, H heads, E = head wid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from gptray.generation.sampling import CHUNK
 from gptray.model.gpt import GPT, Attention, Block
 
 # Keys are read up to a multiple of this: sums over them then group in the same way at any length.
-LENGTH_STEP = 64
+LENGTH_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,13 @@ def _rounded(tokens: int) -> int:
 class Decoder:
     """The network in `dtype`, its weights packed once for the products of generation.
 
-    quantize: "int8" for the weights of all linear layers and of the head.
+    quantize: "int8" for the weights of all linear layers and of the head. compile: have the code
+    between the products fused, once for all layers and for any number of rows (`warm_up`).
     """
 
-    def __init__(self, model: GPT, *, dtype: torch.dtype, quantize: str = "none") -> None:
+    def __init__(
+        self, model: GPT, *, dtype: torch.dtype, quantize: str = "none", compile: bool = False
+    ) -> None:
         self.dtype = dtype
         self.valid_vocab_size = model.valid_vocab_size
         transformer = model.transformer
@@ -104,12 +107,13 @@ class Decoder:
             _block(cast(Block, block), model.config.residual, dtype, quantize)
             for block in transformer.h
         ]
-        self._ln_f = _norm(transformer.ln_f, dtype)
         # A whole number of the sampler's chunks, so that it need not copy the logits.
         head = self._wte[: self.valid_vocab_size]
-        self._head = product(
-            F.pad(head, (0, 0, 0, -head.size(0) % CHUNK)), None, dtype, quantize=quantize
+        self._head = _Head(
+            _norm(transformer.ln_f, dtype),
+            product(F.pad(head, (0, 0, 0, -head.size(0) % CHUNK)), None, dtype, quantize=quantize),
         )
+        self._code = _compiled() if compile else _PLAIN
 
     @torch.no_grad()
     def step(
@@ -127,23 +131,47 @@ class Decoder:
             tokens += piece.tokens
             positions += range(piece.start, piece.start + len(piece.tokens))
             last.append(len(tokens) - 1)
+        wanted = len(last)
+        if self._code.min_rows > wanted:
+            tokens, positions, last = [*tokens, 0], [*positions, 0], [*last, *last]
         place = torch.tensor(positions, device=self.device)
         ids = torch.tensor(tokens, device=self.device)
         x = (F.embedding(ids, self._wte) + F.embedding(place, self._wpe)).to(self.dtype)
-        used = len(decoding) + len(pieces)
-        cache.fit(max(positions) + 1, used)
+        cache.fit(max(positions) + 1, len(decoding) + len(pieces))
         plan = _AttentionPlan(
             positions[: len(decoding)], pieces, cache.length, self.dtype, self.device
         )
-        for block, (keys, values) in zip(self._blocks, cache.layers, strict=True):
-            x = block(x, keys, values, plan)
-        logits = self._head(self._ln_f(x[last] if pieces else x))
+        code, blocks = self._code, self._blocks
+        qkv = code.enter(x, blocks[0])
+        for block, following, layer in zip(blocks, blocks[1:], cache.layers, strict=False):
+            x, qkv = code.cross(plan.attend(qkv, *layer, code.attend_one), x, block, following)
+        attended = plan.attend(qkv, *cache.layers[-1], code.attend_one)
+        if pieces:
+            attended, x = attended[last], x[last]
+        logits = code.leave(attended, x, blocks[-1], self._head)[:wanted]
         logits[:, self.valid_vocab_size :] = float("-inf")
         return logits
 
+    @torch.no_grad()
+    def warm_up(self, cache: Cache) -> None:
+        """Have everything compiled that steps over this cache will run; seconds, once.
+
+        Sizes that steps differ in are named as such: no later step compiles anything.
+        """
+        code, blocks = self._code, self._blocks
+        slots, _, length, _ = cache.layers[0][0].shape
+        x = torch.zeros(max(slots, 2), self._wpe.size(1), dtype=self.dtype, device=self.device)
+        qkv = code.enter(x, blocks[0])
+        for D in {slots, 1}:
+            plan = _AttentionPlan([0] * D, (), length, self.dtype, self.device)
+            plan.attend(qkv[:D], *cache.layers[0], code.attend_one)
+        if len(blocks) > 1:
+            code.cross(x.clone(), x, blocks[0], blocks[1])
+        code.leave(x.clone(), x, blocks[-1], self._head)
+
 
 class _AttentionPlan:
-    """What attention of a step needs in every layer, made once: places, masks, groups of pieces."""
+    """What attention of a step needs in every layer, made once: places, mask, pieces."""
 
     def __init__(
         self,
@@ -153,18 +181,31 @@ class _AttentionPlan:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.decoding = len(positions)
-        self.slots = torch.arange(self.decoding, device=device)
-        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
-        beyond = torch.arange(length, device=device) > self.positions[:, None]
-        self.mask = torch.zeros(beyond.shape, dtype=dtype, device=device)
-        self.mask.masked_fill_(beyond, float("-inf")).unsqueeze_(1)  # (D, 1, length)
-        self.pieces = []
-        row = self.decoding
-        for piece in pieces:
-            T = len(piece.tokens)
-            self.pieces.append((piece.slot, row, T, piece.start))
-            row += T
+        self._decoding = len(positions)
+        self._slots = torch.arange(self._decoding, device=device)
+        self._positions = torch.tensor(positions, dtype=torch.int64, device=device)
+        beyond = torch.arange(length, device=device) > self._positions[:, None]
+        self._mask = torch.zeros(beyond.shape, dtype=dtype, device=device)
+        self._mask.masked_fill_(beyond, float("-inf")).unsqueeze_(1)  # (D, 1, length)
+        self._pieces = pieces
+
+    def attend(self, qkv: Tensor, keys: Tensor, values: Tensor, attend_one: _AttendOne) -> Tensor:
+        """Store the step's keys and values; attend. qkv (N, 3C), returns (N, C)."""
+        D, parts = self._decoding, []
+        if D:
+            parts.append(
+                attend_one(qkv[:D], keys, values, self._slots, self._positions, self._mask)
+            )
+        row = D
+        for piece in self._pieces:
+            stop = row + len(piece.tokens)
+            parts.append(
+                _attend_piece(qkv[row:stop], keys[piece.slot], values[piece.slot], piece.start)
+            )
+            row = stop
+        if row < qkv.size(0):
+            parts.append(qkv.new_zeros(qkv.size(0) - row, qkv.size(1) // 3))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)
@@ -175,45 +216,107 @@ class _Block:
     ln_2: _Norm
     c_fc: Product
     mlp_proj: Product
-    n_head: int
     residual: bool
 
-    def __call__(self, x: Tensor, keys: Tensor, values: Tensor, plan: _AttentionPlan) -> Tensor:
-        attended = self._attend(self.c_attn(self.ln_1(x)), keys, values, plan)
-        x = self.attn_proj(attended, x if self.residual else None)
-        return self.mlp_proj(self.c_fc(self.ln_2(x)), x if self.residual else None)
 
-    def _attend(self, qkv: Tensor, keys: Tensor, values: Tensor, plan: _AttentionPlan) -> Tensor:
-        """Store the step's keys and values; attend. qkv (N, 3C), returns (N, C)."""
-        N, C = qkv.size(0), qkv.size(1) // 3
-        q, k, v = qkv.view(N, 3, self.n_head, C // self.n_head).unbind(1)  # (N, H, E)
-        D = plan.decoding
-        parts = []
-        if D:
-            keys[plan.slots, :, plan.positions] = k[:D]
-            values[plan.slots, :, plan.positions] = v[:D]
-            parts.append(_attend_one(q[:D], keys[:D], values[:D], plan.mask))
-        for slot, row, T, start in plan.pieces:
-            keys[slot, :, start : start + T] = k[row : row + T].transpose(0, 1)
-            values[slot, :, start : start + T] = v[row : row + T].transpose(0, 1)
-            parts.append(_attend_piece(q[row : row + T], keys[slot], values[slot], start))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+@dataclass(frozen=True)
+class _Head:
+    ln_f: _Norm
+    product: Product
 
 
-def _attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """One query of each decoding sequence, (D, H, E), over its own past; returns (D, C)."""
-    D, H, E = q.shape
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # (D*H, length, E)
-    scores = torch.bmm(q.reshape(D * H, 1, E), keys.transpose(1, 2)).view(D, H, -1)
-    weights = torch.softmax(scores.add_(mask), dim=-1)
-    return torch.bmm(weights.view(D * H, 1, -1), values).view(D, H * E)
+def _enter(x: Tensor, block: _Block) -> Tensor:
+    """x (N, C) -> queries, keys and values (N, 3C)."""
+    return block.c_attn(block.ln_1(x))
 
 
-def _attend_piece(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """A piece's queries (T, H, E) over the prompt so far, causally; returns (T, C)."""
-    T, H, E = q.shape
+def _after_attention(attended: Tensor, x: Tensor, block: _Block) -> Tensor:
+    x = block.attn_proj(attended, x if block.residual else None)
+    return block.mlp_proj(block.c_fc(block.ln_2(x)), x if block.residual else None)
+
+
+def _cross(attended: Tensor, x: Tensor, block: _Block, following: _Block) -> tuple[Tensor, Tensor]:
+    """From one block's attention to the next one's: its x (N, C) and qkv (N, 3C)."""
+    x = _after_attention(attended, x, block)
+    return x, _enter(x, following)
+
+
+def _leave(attended: Tensor, x: Tensor, block: _Block, head: _Head) -> Tensor:
+    """From the last attention to logits (N, V)."""
+    return head.product(head.ln_f(_after_attention(attended, x, block)))
+
+
+def _attend_one(
+    qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, mask: Tensor
+) -> Tensor:
+    """Store each decoding sequence's key and value; attend over its past. Returns (D, C)."""
+    D, (_, H, _, E) = qkv.size(0), keys.shape
+    q, k, v = qkv.view(D, 3, H, E).unbind(1)
+    keys[slots, :, positions] = k
+    values[slots, :, positions] = v
+    past, carried = keys[:D].flatten(0, 1), values[:D].flatten(0, 1)  # (D*H, length, E)
+    scores = torch.bmm(q.reshape(D * H, 1, E), past.transpose(1, 2)).view(D, H, -1)
+    weights = torch.softmax(scores + mask, dim=-1)
+    return torch.bmm(weights.view(D * H, 1, -1), carried).view(D, H * E)
+
+
+_AttendOne = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What a step runs between its products, plain or compiled, over `min_rows` rows or more."""
+
+    enter: Callable[[Tensor, _Block], Tensor] = _enter
+    attend_one: _AttendOne = _attend_one
+    cross: Callable[[Tensor, Tensor, _Block, _Block], tuple[Tensor, Tensor]] = _cross
+    leave: Callable[[Tensor, Tensor, _Block, _Head], Tensor] = _leave
+    min_rows: int = 1
+
+
+_PLAIN = _Code()
+
+
+def _compiled() -> _Code:
+    """Each function compiled by its first call, the sizes that vary named."""
+    return _Code(
+        enter=_Compiled(_enter, [0]),
+        attend_one=_Compiled(_attend_one, [0], [2], [2], [0], [0], [0, 2]),
+        cross=_Compiled(_cross, [0], [0]),
+        leave=_Compiled(_leave, [0], [0]),
+        # Code made for one row alone would sum it in another order.
+        min_rows=2,
+    )
+
+
+class _Compiled:
+    """A function, compiled, with the dimensions of its first arguments that vary."""
+
+    def __init__(self, function: Callable[..., Any], *varying: Sequence[int]) -> None:
+        self._run = torch.compile(function, fullgraph=True)
+        self._varying = varying
+        self._known: set[bool] = set()
+
+    def __call__(self, *args: Any) -> Any:
+        # PyTorch makes code of its own for a size of one.
+        is_one = args[0].size(0) == 1
+        if is_one not in self._known:
+            self._known.add(is_one)
+            for tensor, dims in zip(args, self._varying, strict=False):
+                for dim in dims:
+                    if tensor.size(dim) > 1:
+                        torch._dynamo.mark_dynamic(tensor, dim)
+        return self._run(*args)
+
+
+def _attend_piece(qkv: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """Store a piece's keys and values, (H, length, E); attend causally. Returns (T, C)."""
+    T, (H, _, E) = qkv.size(0), keys.shape
     stop = start + T
-    scores = torch.bmm(q.transpose(0, 1), keys[:, :stop].transpose(1, 2))  # (H, T, stop)
+    q, k, v = qkv.view(T, 3, H, E).permute(1, 2, 0, 3)  # (H, T, E) each
+    keys[:, start:stop] = k
+    values[:, start:stop] = v
+    scores = torch.bmm(q, keys[:, :stop].transpose(1, 2))  # (H, T, stop)
     future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     scores[:, :, start:] += future
     weights = torch.softmax(scores, dim=-1)
@@ -247,7 +350,6 @@ def _block(block: Block, residual: bool, dtype: torch.dtype, quantize: str) -> _
         ln_2=_norm(block.ln_2, dtype),
         c_fc=_product(block.mlp.c_fc, dtype, quantize, gelu=True),
         mlp_proj=_product(block.mlp.c_proj, dtype, quantize),
-        n_head=block.attn.n_head,
         residual=residual,
     )
 

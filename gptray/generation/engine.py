@@ -267,7 +267,13 @@ class _Sequence:
 
 
 def load_engine(
-    folder: str | Path, *, max_batch_size: int, precision: str, quantize: str, device: str
+    folder: str | Path,
+    *,
+    max_batch_size: int,
+    precision: str,
+    quantize: str,
+    device: str,
+    compile: bool = False,
 ) -> tuple[Engine, Tokenizer]:
     """The engine of a model folder and its tokenizer; precision auto | fp32 | bf16.
 
@@ -282,5 +288,6 @@ def load_engine(
         max_batch_size=max_batch_size,
         dtype=pick_dtype(precision, device),
         quantize=quantize,
+        compile=compile,
     )
     return engine, tokenizer

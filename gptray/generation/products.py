@@ -1,7 +1,8 @@
 """x W^T + b with the weight packed once, in the form that is fastest for a few rows of x.
 
 On a CPU through oneDNN, whose packed layout reads the weight at the memory's speed; elsewhere
-PyTorch's own. A row of the result depends on that row of x alone, and on no other.
+PyTorch's own. A row of the result depends on that row of x alone, and on no other. To a compiler
+oneDNN's products are closed boxes; what stands around them it may fuse.
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ from gptray.model.precision import has_onednn_linear
 
 # Up to this many inputs oneDNN sums a row in the same order whatever the number of rows.
 ONE_ROW_WIDTH = 1024
-
-# Up to this many rows int8 weights are read once and multiplied in x's own type.
-FEW_ROWS = 4
 
 
 class Product(Protocol):
@@ -62,10 +60,7 @@ class _Dense:
 class _Packed:
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._bias = bias
-        self._after: tuple[str, list[float], str] = (
-            ("gelu", [], "tanh") if gelu else ("none", [], "")
-        )
+        self._bias, self._gelu = bias, gelu
         # A single row of a long sum is added up in another order than the same row among others.
         self._never_alone = weight.size(1) > ONE_ROW_WIDTH
 
@@ -74,51 +69,81 @@ class _Packed:
         if self._never_alone and rows == 1:
             x = F.pad(x, (0, 0, 0, 1))
             add = None if add is None else F.pad(add, (0, 0, 0, 1))
-        y: Tensor
-        if add is None:
-            y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._after)
-        else:
-            y = torch.ops.mkldnn._linear_pointwise.binary(x, add, self._weight, self._bias, "add")
+        linear = _opaque.packed_linear if torch.compiler.is_compiling() else _packed_linear
+        y: Tensor = linear(x, self._weight, self._bias, add, self._gelu)
         return y[:rows]
 
 
-class _Int8:
-    """int8 weights: a few rows multiply them as they are, more rows are made int8 as well.
+def _packed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gelu: bool
+) -> Tensor:
+    y: Tensor
+    if add is not None:
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
+    elif gelu:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+    else:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
-    A few rows wait for memory, where half the bytes are half the time; with more rows products of
-    int8 by int8 pay, each row with a scale of its own (Dettmers et al. 2022, LLM.int8).
+
+class _Int8:
+    """int8 weights by rows of x made int8, each with a scale of its own; sums are exact integers.
+
+    Dettmers et al. 2022, LLM.int8.
     """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool
     ) -> None:
-        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-        self._weight = (weight / scale[:, None]).round().to(torch.int8)  # (out, in)
-        self._scale, self._few_scale = scale, scale.to(dtype)
+        self._scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+        rounded = (weight / self._scale[:, None]).round().to(torch.int8)  # (out, in)
+        self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._zero = torch.zeros(weight.size(0), dtype=torch.int64)
-        self._packed = torch.ops.onednn.qlinear_prepack(self._weight, None)
         self._bias = torch.zeros(weight.size(0)) if bias is None else bias.float()
-        self._few_bias = None if bias is None else bias.to(dtype)
-        self._gelu = gelu
+        self._dtype, self._gelu = dtype, gelu
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        y: Tensor
-        if x.size(0) <= FEW_ROWS:
-            y = torch.ops.aten._weight_int8pack_mm(x, self._weight, self._few_scale)
-            y = y if self._few_bias is None else y + self._few_bias
-        else:
-            y = self._int8_by_int8(x).to(x.dtype)
-        if self._gelu:
-            y = F.gelu(y, approximate="tanh")
-        return y if add is None else y + add
-
-    def _int8_by_int8(self, x: Tensor) -> Tensor:
         x = x.float()
         scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         # Unsigned, with 128 for zero: the only kind that the processor multiplies fast.
         rounded = (x / scale).round_().add_(128).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            rounded, 1.0, 128, self._packed, self._scale, self._zero, None,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
-        return torch.addcmul(self._bias, y, scale)
+        linear = _opaque.int8_linear if torch.compiler.is_compiling() else _int8_linear
+        y: Tensor = linear(rounded, self._weight, self._scale, self._zero)
+        y = torch.addcmul(self._bias, y, scale)
+        if self._gelu:
+            y = F.gelu(y, approximate="tanh")
+        return (y if add is None else y + add).to(self._dtype)
+
+
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 128, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return y
+
+
+# oneDNN's packed weights are tensors of a kind of their own.
+_KINDS = ("CPU", "MkldnnCPU")
+torch.library.define(
+    "gptray::packed_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? add, bool gelu) -> Tensor",
+)
+torch.library.define(
+    "gptray::int8_linear", "(Tensor x, Tensor weight, Tensor scale, Tensor zero) -> Tensor"
+)
+torch.library.impl("gptray::packed_linear", _KINDS, _packed_linear)
+torch.library.impl("gptray::int8_linear", _KINDS, _int8_linear)
+_opaque = torch.ops.gptray
+
+
+@torch.library.register_fake("gptray::packed_linear")  # type: ignore[untyped-decorator]
+def _packed_linear_shape(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gelu: bool
+) -> Tensor:
+    return x.new_empty(x.size(0), weight.size(0))
+
+
+@torch.library.register_fake("gptray::int8_linear")  # type: ignore[untyped-decorator]
+def _int8_linear_shape(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return scale.new_empty(x.size(0), scale.size(0))

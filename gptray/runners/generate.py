@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
-from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
+from gptray.runners.cluster import check_compiler, check_resources, ray_cluster, worker_resources
 from gptray.runners.output import Output, check_job, find_model
 from gptray.runners.rows_bar import RowsBar
 
@@ -38,7 +38,7 @@ def generate(config: Config) -> dict[str, Any]:
     be written.
     """
     job = check_job(config)
-    check_resources(_compute(config))
+    _check_machine(config)
     with Output.opened(job) as output:
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
@@ -58,7 +58,7 @@ def generation_plan(config: Config) -> list[tuple[str, str]]:
     if config.generate.input_path is None and config.sample.prompt is not None:
         return [("model", str(find_model(config)[0])), ("output", "this terminal")]
     job = check_job(config)
-    check_resources(_compute(config))
+    _check_machine(config)
     megabytes = sum(file.size for file in job.files) / 1e6
     return [
         ("model", str(job.model_dir)),
@@ -67,6 +67,12 @@ def generation_plan(config: Config) -> list[tuple[str, str]]:
         ("output", str(job.folder)),
         ("files", "part-*.parquet manifest.json _SUCCESS"),
     ]
+
+
+def _check_machine(config: Config) -> None:
+    check_resources(_compute(config))
+    if config.generate.compile:
+        check_compiler("generate.compile", config.compute)
 
 
 def _compute(config: Config) -> ComputeConfig:
@@ -118,6 +124,7 @@ def _writer(settings: dict[str, Any]) -> PartWriter:
         precision=config.generate.precision,
         quantize=config.quantize.weights,
         device="cuda" if config.compute.use_gpu else "cpu",
+        compile=config.generate.compile,
     )
     return PartWriter(
         engine,

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from gptray.config import Config, UserError
-from gptray.runners.cluster import check_resources
+from gptray.runners.cluster import check_compiler, check_resources
 from gptray.runners.output import check_lengths, find_model
 
 
@@ -18,6 +18,8 @@ def generate_here(config: Config) -> dict[str, Any]:
     facts. Raises UserError for a prompt or a setting that cannot run.
     """
     check_resources(config.compute)
+    if config.generate.compile:
+        check_compiler("generate.compile", config.compute)
     folder, name = find_model(config)
     check_lengths(config, folder)
     given = config.sample.prompt
@@ -32,6 +34,7 @@ def generate_here(config: Config) -> dict[str, Any]:
         precision=config.generate.precision,
         quantize=config.quantize.weights,
         device="cuda" if config.compute.use_gpu else "cpu",
+        compile=config.generate.compile,
     )
     sampling = Sampling.of(config.sample)
     generations = []

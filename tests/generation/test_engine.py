@@ -144,19 +144,33 @@ def test_a_prompt_gets_the_same_tokens_alone_and_among_63_others(tokenizer: Toke
         assert alone.finish_reason == one.finish_reason == other.finish_reason
 
 
-def test_logits_are_bit_for_bit_those_of_a_row_alone(tokenizer: Tokenizer) -> None:
-    model = random_gpt(tokenizer, n_embd=64, n_head=4, n_positions=200)
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "compile"),
+    [
+        (torch.float32, "none", False),
+        (torch.float32, "int8", False),
+        (torch.bfloat16, "int8", True),
+    ],
+)
+def test_logits_are_bit_for_bit_those_of_a_row_alone(
+    tokenizer: Tokenizer, dtype: torch.dtype, quantize: str, compile: bool
+) -> None:
+    model = random_gpt(tokenizer, n_layer=3, n_embd=60, n_head=4, n_inner=100, n_positions=200)
     prompts = [prompt_of(tokenizer, length, seed=length) for length in (3, 17, 64, 65, 128)]
+    decoder = Decoder(model, dtype=dtype, quantize=quantize, compile=compile)
+    if compile:
+        decoder.warm_up(Cache(model, 5, dtype=dtype, device=torch.device("cpu")))
 
     def logits_of(prompts: list[list[int]]) -> torch.Tensor:
-        decoder = Decoder(model, dtype=torch.float32)
-        cache = Cache(model, len(prompts), dtype=torch.float32, device=torch.device("cpu"))
+        cache = Cache(model, 5, dtype=dtype, device=torch.device("cpu"))
         decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)], cache)
         return decoder.step([(5, len(prompt)) for prompt in prompts], [], cache)
 
-    together = logits_of(prompts)
-    for i, prompt in enumerate(prompts):
-        assert torch.equal(logits_of([prompt])[0], together[i])
+    # Whatever a step runs was compiled before.
+    with torch.compiler.set_stance("fail_on_recompile"):
+        together = logits_of(prompts)
+        for i, prompt in enumerate(prompts):
+            assert torch.equal(logits_of([prompt])[0], together[i])
 
 
 def test_rows_of_one_prompt_differ_and_seeds_repeat(tokenizer: Tokenizer) -> None:
@@ -274,23 +288,28 @@ def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantize"),
-    [(torch.bfloat16, "none"), (torch.bfloat16, "int8"), (torch.float32, "int8")],
+    ("dtype", "quantize", "compile"),
+    [
+        (torch.bfloat16, "none", False),
+        (torch.bfloat16, "int8", False),
+        (torch.float32, "int8", False),
+        (torch.bfloat16, "none", True),
+    ],
 )
 @pytest.mark.parametrize("rows", [1, 9])
 def test_bf16_and_int8_stay_close_to_fp32(
-    tokenizer: Tokenizer, dtype: torch.dtype, quantize: str, rows: int
+    tokenizer: Tokenizer, dtype: torch.dtype, quantize: str, compile: bool, rows: int
 ) -> None:
     model: GPT = random_gpt(tokenizer, n_embd=64, initializer_range=0.1)
     prompts = [prompt_of(tokenizer, 20, seed=seed) for seed in range(rows)]
 
-    def next_logits(dtype: torch.dtype, quantize: str) -> torch.Tensor:
+    def next_logits(dtype: torch.dtype, quantize: str, compile: bool) -> torch.Tensor:
         cache = Cache(model, rows, dtype=dtype, device=torch.device("cpu"))
-        decoder = Decoder(model, dtype=dtype, quantize=quantize)
+        decoder = Decoder(model, dtype=dtype, quantize=quantize, compile=compile)
         decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)], cache)
         logits = decoder.step([(5, 20)] * rows, [], cache).float()
         return logits[:, : tokenizer.vocab_size]
 
-    exact = next_logits(torch.float32, "none")
-    error = (next_logits(dtype, quantize) - exact).norm() / exact.norm()
+    exact = next_logits(torch.float32, "none", False)
+    error = (next_logits(dtype, quantize, compile) - exact).norm() / exact.norm()
     assert 0 < error < 0.03
