@@ -65,6 +65,7 @@ def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> Non
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["data.source=nowhere.txt"], "nowhere.txt"),
         (["compute.use_gpu=true", "compute.num_workers=16"], "this machine has 0"),
+        (["train.compile=true"], "there is no nowhere-g++"),
         (["data.tokenizer=./nowhere"], "nowhere"),
         (["model.init_from=./nowhere"], "nowhere"),
         (["storage_path=s3://bucket"], "s3://bucket"),
@@ -73,8 +74,9 @@ def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> Non
 def test_mistake_is_one_message_and_exit_code_2(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
+    environment = {"HOME": str(tmp_path), "CXX": "nowhere-g++"}
     for dry_run in ([], ["--dry-run"]):
-        done = job("train", *arguments, *dry_run, environment={"HOME": str(tmp_path)})
+        done = job("train", *arguments, *dry_run, environment=environment)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr and "Traceback" not in done.stderr
         assert done.stdout == ""
