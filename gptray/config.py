@@ -226,8 +226,8 @@ class SampleConfig(Section):
 class QuantizeConfig(Section):
     weights: Literal["none", "int8"] = Field(
         "none",
-        description="of the model that generates; int8: faster for few sequences at a time, a "
-        "little less exact, on CPUs",
+        description="of the model that generates; int8: faster with large models, a little less "
+        "exact, on CPUs",
     )
 
 
