@@ -91,7 +91,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    n_layer: PositiveInt = Field(4, description="blocks")
+    n_layer: PositiveInt = Field(2, description="blocks")
     n_head: PositiveInt = Field(4, description="attention heads; must divide n_embd")
     n_embd: PositiveInt = Field(256, description="width of the residual stream")
     n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 x n_embd")
@@ -147,7 +147,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    max_steps: PositiveInt = Field(500, description="optimizer updates")
+    max_steps: PositiveInt = Field(1100, description="optimizer updates")
     global_batch_size: PositiveInt = Field(16, description="sequences per step, all workers")
     micro_batch_size: PositiveInt | None = Field(
         None,
