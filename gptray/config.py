@@ -278,7 +278,7 @@ class EvaluateConfig(Section):
         description="tokens between two windows; the rest of a window is context from the one "
         "before, slower and fairer; null: train.block_size, no overlap",
     )
-    batch_size: PositiveInt = Field(
+    micro_batch_size: PositiveInt = Field(
         16, description="windows per forward pass of one worker; changes no result"
     )
     train_tokens: PositiveInt = Field(

@@ -72,7 +72,7 @@ class Scorer:
             windows,
             numbers,
             ends=self._ends[name],
-            batch_size=self._config.evaluate.batch_size,
+            batch_size=self._config.evaluate.micro_batch_size,
         )
 
     def write(
@@ -132,7 +132,7 @@ class Scorer:
     def _engine(self) -> Engine:
         from gptray.generation.engine import Engine
 
-        batch_size = self._config.evaluate.batch_size
+        batch_size = self._config.evaluate.micro_batch_size
         return Engine(self._model, self._data.tokenizer, max_batch_size=batch_size)
 
 

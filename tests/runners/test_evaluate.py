@@ -106,7 +106,7 @@ def test_neither_workers_nor_batch_size_change_a_number(
     trained: tuple[Path, dict[str, Any]], evaluated: dict[str, Any]
 ) -> None:
     again = evaluate(
-        config_of(trained[0], "name=run", "compute.num_workers=2", "evaluate.batch_size=1")
+        config_of(trained[0], "name=run", "compute.num_workers=2", "evaluate.micro_batch_size=1")
     )
     for key, value in evaluated.items():
         if isinstance(value, float):

@@ -9,7 +9,7 @@ import pytest
 from gptray.config import ModelConfig, UserError, load_config
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
-from gptray.runners.runs import check_resumable, held, resolve, run_dir
+from gptray.runners.runs import check_resumable, held, resolve, run_dir, set_ray_snapshot_aside
 
 
 def test_name_follows_from_what_is_trained_only(tmp_path: Path) -> None:
@@ -72,3 +72,23 @@ def test_second_driver_of_a_run_is_refused(tmp_path: Path) -> None:
         pass
     with held(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "is_torn"),
+    [
+        ("", True),
+        ('{"ray_version": "2.', True),
+        ("[]", True),
+        ('{"checkpoint_results": []}', False),
+    ],
+)
+def test_ray_never_starts_over_an_old_snapshot(
+    tmp_path: Path, snapshot: str, is_torn: bool
+) -> None:
+    path = tmp_path / "checkpoint_manager_snapshot.json"
+    path.write_text(snapshot)
+    line = set_ray_snapshot_aside(tmp_path)
+    assert (line is not None and "was torn" in line) == is_torn
+    assert not path.exists()
+    assert set_ray_snapshot_aside(tmp_path) is None

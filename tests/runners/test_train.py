@@ -122,20 +122,19 @@ def test_changed_text_is_refused(tmp_path: Path) -> None:
         train(named(text, tmp_path, "run", "train.max_steps=4", "train.eval_interval=2"))
 
 
-@pytest.mark.parametrize("snapshot", ["", '{"ray_version": "2.', '{"checkpoint_results": []}'])
 def test_torn_ray_snapshot_does_not_stop_a_run(
-    text_file: Path, tmp_path: Path, snapshot: str, caplog: pytest.LogCaptureFixture
+    text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = named(text_file, tmp_path, "run", "train.max_steps=4", "train.eval_interval=2")
     first = train(config)
     run_dir = tmp_path / "run"
     (run_dir / "checkpoint_000004" / "trainer.json").unlink()  # so that there is work left
-    (run_dir / "checkpoint_manager_snapshot.json").write_text(snapshot)
+    (run_dir / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.')
     with caplog.at_level("WARNING", logger="gptray"):
         again = train(config)
     assert again["val_loss"] == first["val_loss"]
     assert "checkpoint_000004 is damaged: trainer.json is missing" in caplog.text
-    assert ("checkpoint_manager_snapshot.json was torn" in caplog.text) == (snapshot[-1:] != "}")
+    assert "checkpoint_manager_snapshot.json was torn" in caplog.text
 
 
 def test_all_checkpoints_damaged_stops_before_training(text_file: Path, tmp_path: Path) -> None:
