@@ -147,7 +147,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    max_steps: PositiveInt = Field(1100, description="optimizer updates")
+    max_steps: PositiveInt = Field(1000, description="optimizer updates")
     global_batch_size: PositiveInt = Field(16, description="sequences per step, all workers")
     micro_batch_size: PositiveInt | None = Field(
         None,
