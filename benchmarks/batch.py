@@ -4,7 +4,9 @@ That script is transformers' generate over batches of 32 in the order of the fil
 left, and pyarrow at the end. Random weights of a GPT-2 shape, prompts of 4 to 96 tokens, 64 new
 tokens each, top-k 50, bf16. Both are whole commands, start-up included, and take turns.
 
-    python benchmarks/batch.py [--shape 124m|10m] [--prompts 2000] [--rounds 1]
+    python benchmarks/batch.py [--shape 124m|10m] [--prompts 2000] [--rounds 1] [KEY=VALUE ...]
+
+KEY=VALUE are settings of the job, such as quantize.weights=int8 generate.compile=true.
 
 Prints a table and, last, one JSON line with the ratio and the share of the time between an engine's
 first and last step that it spent in steps.
@@ -74,7 +76,7 @@ def timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - began, done.stdout
 
 
-def measure(shape: str, count: int, rounds: int) -> dict[str, Any]:
+def measure(shape: str, count: int, rounds: int, settings: list[str]) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"gptray": [], "hf": []}
     shares = []
     with tempfile.TemporaryDirectory() as name:
@@ -95,6 +97,7 @@ def measure(shape: str, count: int, rounds: int) -> dict[str, Any]:
                     f"sample.min_new_tokens={NEW_TOKENS}",
                     "sample.temperature=1",
                     f"sample.top_k={TOP_K}",
+                    *settings,
                 ]
             )
             seconds["gptray"].append(taken)
@@ -107,6 +110,7 @@ def measure(shape: str, count: int, rounds: int) -> dict[str, Any]:
         "shape": shape,
         "prompts": count,
         "rounds": rounds,
+        "settings": settings,
         "seconds": {"gptray": round(ours, 1), "hf": round(theirs, 1)},
         "rows_per_sec": {"gptray": round(count / ours, 2), "hf": round(count / theirs, 2)},
         "ratio": round(theirs / ours, 2),
@@ -120,11 +124,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--hf", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("settings", nargs="*", help="of the job, such as quantize.weights=int8")
     args = parser.parse_args()
     if args.hf:
         hf_script(*args.hf)
         return
-    result = measure(args.shape, args.prompts, args.rounds)
+    result = measure(args.shape, args.prompts, args.rounds, args.settings)
     print(f"{'system':10}{'seconds':>10}{'rows/s':>10}")
     for system in ("gptray", "hf"):
         seconds, rate = result["seconds"][system], result["rows_per_sec"][system]
