@@ -15,8 +15,8 @@ from pathlib import Path
 from gptray.config import ComputeConfig, UserError
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
-# makes a report wait as long; every 0.2 seconds takes 6 % of two cores away from training, every
-# second 1 %. The watcher and the metrics cost seconds at every start.
+# makes a report wait as long; a poll every 0.2 seconds takes some percent of two cores away from
+# training, one every second hardly any. The watcher and the metrics cost seconds at every start.
 TRAIN_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
