@@ -289,6 +289,36 @@ class EvaluateConfig(Section):
     )
 
 
+class TuneConfig(Section):
+    space: list[dict[str, Any]] = Field(
+        [],
+        description="what trials differ in: a list of paths, each with a choice, grid, uniform, "
+        "loguniform or randint, and a condition (when); see configs/overfitting_sweep.yaml",
+    )
+    num_samples: PositiveInt = Field(
+        16, description="trials drawn, for each point of the grid where there is one (TuneConfig)"
+    )
+    search_alg: Literal["random", "optuna"] = Field(
+        "random", description="optuna: suggests from what trials came to (gptray[optuna])"
+    )
+    baseline: bool = Field(True, description="one trial more, first, of the config as it is")
+    replicates: Annotated[int, Field(ge=0)] = Field(
+        0, description="other seeds with which the best three are repeated; their mean decides"
+    )
+    max_concurrent_trials: PositiveInt | None = Field(
+        None, description="null: as many as find room, each worker with a core (TuneConfig)"
+    )
+    grace_period: PositiveInt = Field(
+        1, description="evaluations before a trial may be stopped (ASHAScheduler)"
+    )
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+        3, description="of so many trials one goes on beyond a rung (ASHAScheduler)"
+    )
+    brackets: PositiveInt = Field(
+        1, description="groups of trials, each with its first rung later (ASHAScheduler)"
+    )
+
+
 class Config(Section):
     """Everything a job needs. Defaults are the quick start: builtin text, a small model, a CPU."""
 
@@ -313,6 +343,7 @@ class Config(Section):
     quantize: QuantizeConfig = QuantizeConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
 
     @property
     def micro_batch_size(self) -> int:

@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 from gptray.suggest import did_you_mean, nearest
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_SHORT = {int: "int", float: "number", bool: "true|false", str: "text"}
-_PLURALS = {float: "numbers", str: "texts"}
+_SHORT = {int: "int", float: "number", bool: "true|false", str: "text", dict: "entry"}
+_PLURALS = {float: "numbers", str: "texts", dict: "entries"}
 _LIMITS = {
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",
@@ -147,5 +147,7 @@ def _members(annotation: Any) -> Iterator[Any]:
     elif origin in (Union, types.UnionType):
         for member in get_args(annotation):
             yield from _members(member)
+    elif origin is dict:
+        yield dict
     else:
         yield annotation

@@ -25,9 +25,10 @@ FLOORS = {
     "gptray/training": 2,
     "gptray/generation": 2,
     "gptray/evaluation": 2,
-    "gptray/runners": 3,
-    "jobs": 4,
-    "benchmarks": 4,
+    "gptray/tuning": 3,
+    "gptray/runners": 4,
+    "jobs": 5,
+    "benchmarks": 5,
 }
 WITHOUT_TORCH = ("gptray", "gptray/data")
 NEVER = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")

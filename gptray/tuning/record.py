@@ -1,0 +1,161 @@
+"""A sweep's own record, `trials.jsonl`: which trials there are, and what became of each.
+
+One event a line, on disk before the sweep goes on, so that a killed sweep knows what it had
+decided. What a trial measured stands in its own run folder `trials/<name>/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gptray.config import Config, load_config
+from gptray.record import METRICS, read_rows
+
+TRIALS = "trials.jsonl"
+# How a trial ends: at max_steps, by its own early stopping, cut at a rung, with a number that is
+# not finite, with an exception.
+OUTCOMES = ("finished", "patience", "stopped", "diverged", "failed")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial, planned or run. `outcome` is None while it waits or runs.
+
+    values: what is set in it, by dotted path; a path whose condition does not hold is missing.
+    replicate_of: the trial that this one repeats with another seed.
+    step: the last one logged.
+    rows: its metrics.jsonl.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    max_steps: int
+    replicate_of: str | None
+    outcome: str | None
+    started: bool
+    step: int
+    message: str | None
+    rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def best(self) -> Mapping[str, Any] | None:
+        """The evaluation with the lowest validation loss in bits per byte, None before any."""
+        evaluations = [row for row in self.rows if "val_bpb" in row]
+        return min(evaluations, key=lambda row: row["val_bpb"], default=None)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's folder, read. `winner` is None until all is over."""
+
+    folder: Path
+    config: Config
+    trials: Sequence[Trial]
+    winner: str | None
+
+
+def trial_dir(folder: Path, name: str) -> Path:
+    """The run folder of a sweep's trial."""
+    return folder / "trials" / name
+
+
+def rungs(config: Config) -> list[int]:
+    """The steps at which ASHA compares trials and stops the worse ones, rising, below max_steps.
+
+    Of the first bracket; a later bracket leaves out the first ones.
+    """
+    step = config.tune.grace_period * config.train.eval_interval
+    found = []
+    while step < config.train.max_steps:
+        found.append(step)
+        step *= config.tune.reduction_factor
+    return found
+
+
+def load_sweep(folder: Path) -> Sweep:
+    """Read a sweep's folder as it stands."""
+    events = read_rows(folder / TRIALS)
+    by_trial: dict[str, dict[str, dict[str, Any]]] = {}
+    for event in events:
+        by_trial.setdefault(event["trial"], {})[event["event"]] = event
+    trials = [_trial(folder, events) for events in by_trial.values() if "planned" in events]
+    winners = [event["trial"] for event in events if event["event"] == "winner"]
+    config = load_config(str(folder / "config.yaml"), [])
+    return Sweep(folder, config, trials, winners[-1] if winners else None)
+
+
+def _trial(folder: Path, events: Mapping[str, Mapping[str, Any]]) -> Trial:
+    planned, ended = events["planned"], events.get("ended", {})
+    rows = read_rows(trial_dir(folder, planned["trial"]) / METRICS)
+    return Trial(
+        name=planned["trial"],
+        values=planned["values"],
+        max_steps=planned["max_steps"],
+        replicate_of=planned["replicate_of"],
+        outcome=ended.get("outcome"),
+        started="started" in events,
+        step=max(ended.get("step", 0), rows[-1]["step"] if rows else 0),
+        message=ended.get("message"),
+        rows=rows,
+    )
+
+
+class Record:
+    """The writer of a sweep's `trials.jsonl`, held by its driver alone."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the record of a folder; a line that a kill cut off is dropped."""
+        path = folder / TRIALS
+        self._file = path.open("ab")
+        whole, newline, _ = path.read_bytes().rpartition(b"\n")
+        self._file.truncate(len(whole) + len(newline))
+
+    def planned(
+        self,
+        trial: str,
+        values: Mapping[str, Any],
+        *,
+        max_steps: int,
+        replicate_of: str | None = None,
+    ) -> None:
+        """There is to be such a trial."""
+        self._write(
+            "planned", trial, values=dict(values), max_steps=max_steps, replicate_of=replicate_of
+        )
+
+    def started(self, trial: str) -> None:
+        """The trial runs, for the first time or again."""
+        self._write("started", trial)
+
+    def ended(self, trial: str, outcome: str, *, step: int, message: str | None = None) -> None:
+        """The trial is over: one of OUTCOMES."""
+        assert outcome in OUTCOMES, outcome
+        self._write("ended", trial, outcome=outcome, step=step, message=message)
+
+    def winner(self, trial: str) -> None:
+        """The sweep is over."""
+        self._write("winner", trial)
+
+    def _write(self, event: str, trial: str, **fields: Any) -> None:
+        line = {"event": event, "trial": trial, **fields, "time": round(time.time(), 3)}
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()

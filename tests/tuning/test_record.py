@@ -1,0 +1,68 @@
+"""A sweep's record: read as it was written, also after a kill in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gptray.config import Config, dump, override
+from gptray.record import METRICS
+from gptray.tuning.record import TRIALS, Record, load_sweep, rungs, trial_dir
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(dump(Config()))
+    return tmp_path
+
+
+def write_rows(folder: Path, trial: str, *scores: float) -> None:
+    run = trial_dir(folder, trial)
+    run.mkdir(parents=True)
+    rows = [{"step": 10 * n, "val_bpb": score} for n, score in enumerate(scores, start=1)]
+    rows.append({"step": 10 * len(rows) + 5})
+    (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_sweep_is_read_as_it_was_written(folder: Path) -> None:
+    with Record(folder) as record:
+        record.planned("0000", {}, max_steps=40)
+        record.planned("0001", {"optim.lr": 0.5, "data.split": [0.9, 0.1]}, max_steps=40)
+        record.started("0000")
+        record.ended("0000", "stopped", step=35)
+        record.planned("0002", {"seed": 7}, max_steps=40, replicate_of="0000")
+        record.started("0001")
+        record.winner("0000")
+    write_rows(folder, "0000", 2.5, 2.0, 2.25)
+    sweep = load_sweep(folder)
+    first, second, third = sweep.trials
+    assert (first.outcome, first.step, first.started) == ("stopped", 35, True)
+    assert first.best == {"step": 20, "val_bpb": 2.0}
+    assert (second.outcome, second.step, second.started, second.best) == (None, 0, True, None)
+    assert second.values == {"optim.lr": 0.5, "data.split": [0.9, 0.1]}
+    assert (third.replicate_of, third.started) == ("0000", False)
+    assert sweep.winner == "0000"
+    assert sweep.config == Config()
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_a_line_cut_off_is_no_event_and_is_written_over(folder: Path, cut: int) -> None:
+    with Record(folder) as record:
+        record.planned("0000", {}, max_steps=40)
+        record.ended("0000", "finished", step=40)
+    path = folder / TRIALS
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [trial.outcome for trial in load_sweep(folder).trials] == [None]
+    with Record(folder) as record:
+        record.ended("0000", "diverged", step=7, message="loss nan")
+    (trial,) = load_sweep(folder).trials
+    assert (trial.outcome, trial.step, trial.message) == ("diverged", 7, "loss nan")
+
+
+def test_rungs_rise_by_the_factor_and_stay_below_the_end() -> None:
+    keys = {"train.max_steps": 360, "train.eval_interval": 20, "tune.grace_period": 2}
+    assert rungs(override(Config(), keys)) == [40, 120]
+    assert rungs(override(Config(), {**keys, "tune.reduction_factor": 2})) == [40, 80, 160, 320]
+    assert rungs(override(Config(), {**keys, "tune.grace_period": 18})) == []
