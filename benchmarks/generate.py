@@ -58,9 +58,7 @@ def gptray_run(model_dir: str, precision: str) -> Run:
 
     def run(batch: int, salt: int) -> None:
         sampling = Sampling(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, top_k=TOP_K)
-        generations = [engine.submit(Request(ids, sampling)) for ids in prompts(batch, salt)]
-        while engine.busy:
-            engine.step()
+        generations = engine.run([Request(ids, sampling) for ids in prompts(batch, salt)])
         assert all(len(generation.tokens) == NEW_TOKENS for generation in generations)
 
     return run

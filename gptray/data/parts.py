@@ -9,6 +9,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from gptray.config import RunFailed
+from gptray.files import replacing
 
 
 def part_name(number: int) -> str:
@@ -17,13 +18,10 @@ def part_name(number: int) -> str:
 
 def write_whole(table: pa.Table, path: Path) -> None:
     """Write a Parquet file that appears whole or not at all. Raises RunFailed without room."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        parquet.write_table(table, partial, compression="zstd")
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            parquet.write_table(table, partial, compression="zstd")
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
     except OSError as error:
         raise RunFailed(f"{path}: cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)

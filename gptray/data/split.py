@@ -14,6 +14,7 @@ import numpy.typing as npt
 from gptray.config import UserError
 
 SPLITS = ("train", "val", "test")
+LONG_NAMES = {"train": "training", "val": "validation", "test": "test"}
 WHOLE = ("test",)  # of a text that is not split
 TRAIN = 0
 UNUSED = 255  # training text beyond data.fraction

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from gptray.data.split import split_names
 from gptray.data.tokenizer import Tokenizer
+from gptray.files import sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -73,7 +74,7 @@ class TokenSplit:
                 raise DamagedData(f"{path} is missing")
             if path.stat().st_size != size:
                 raise DamagedData(f"{path} has {path.stat().st_size} bytes, not {size}")
-            if content and _sha256(path) != entry["sha256"]:
+            if content and sha256_of(path) != entry["sha256"]:
                 raise DamagedData(f"{path} has changed (sha256)")
 
 
@@ -137,12 +138,7 @@ class TokenData:
         path = self.data_dir / "tokenizer" / "tokenizer.json"
         if not path.is_file():
             raise DamagedData(f"{path} is missing")
-        if content and _sha256(path) != self.manifest["tokenizer"]["sha256"]:
+        if content and sha256_of(path) != self.manifest["tokenizer"]["sha256"]:
             raise DamagedData(f"{path} has changed (sha256)")
         for split in self.splits.values():
             split.check(content=content)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -111,7 +111,7 @@ def diagnose(
     turn = turning_point([point.val_loss for point in points], min_delta=config.train.min_delta)
     ended = _ended(rows, points, config, events)
     return Diagnosis(
-        verdict=_verdict(points, turn, ended, rows, config),
+        verdict=_verdict(points, best, turn, ended, rows, config),
         points=points,
         best=best,
         turned=None if turn.index is None else points[turn.index],
@@ -171,6 +171,7 @@ def _noise(losses: Sequence[float]) -> float:
 
 def _verdict(
     points: Sequence[Point],
+    best: Point | None,
     turn: Turn,
     ended: Ended | None,
     rows: Sequence[Mapping[str, Any]],
@@ -178,9 +179,8 @@ def _verdict(
 ) -> Verdict:
     if ended == "non_finite":
         return "unstable"
-    if len(points) < 2:
+    if best is None or len(points) < 2:
         return "single" if points else "none"
-    best = min(points, key=lambda point: point.val_loss)
     rise = points[-1].val_loss - best.val_loss
     if rise > turn.band:
         since = best if turn.index is None else points[turn.index]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from gptray.data.split import LONG_NAMES
 from gptray.evaluation.page import Row, continuation, paragraph, section, table
 from gptray.evaluation.result import Evaluation, Sample, SplitResult
 
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
 # Samples of held-out text that are shown.
 SHOWN = 6
 
@@ -22,7 +22,7 @@ def evaluation_sentence(evaluation: Evaluation) -> str:
         return "No text was scored."
     perplexity = f"perplexity {split['ppl']:,.1f}, " if split["ppl"] is not None else ""
     text = (
-        f"The loss on the {SPLITS[name]} text is {split['loss']:.3f} nats per token: "
+        f"The loss on the {LONG_NAMES[name]} text is {split['loss']:.3f} nats per token: "
         f"{perplexity}{split['bpb']:.3f} bits per byte."
     )
     recited = evaluation["memorised_50"]
@@ -65,12 +65,12 @@ def _splits(evaluation: Evaluation) -> str:
         Row(name, how, tuple(value(split) for split in splits.values()))
         for name, how, value in measures
     ]
-    return table([SPLITS.get(name, name) for name in splits], rows) if splits else ""
+    return table([LONG_NAMES.get(name, name) for name in splits], rows) if splits else ""
 
 
 def _hows(evaluation: Evaluation) -> str:
     lines = [
-        f"{SPLITS.get(name, name)}: {split['how']}"
+        f"{LONG_NAMES.get(name, name)}: {split['how']}"
         for name, split in evaluation["splits"].items()
         if split
     ]

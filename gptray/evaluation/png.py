@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from gptray.evaluation.charts import Chart, Series
+from gptray.files import replacing
 
 COLOURS = {"train": "#2f6db5", "val": "#c4561a", "single": "#5b6470"}
 
@@ -38,9 +38,8 @@ def save_pngs(charts: Sequence[Chart], folder: Path) -> list[Path]:
         if tall:
             axes.legend(frameon=False)
         path = folder / f"{chart.key}.png"
-        draft = folder / f".{chart.key}.{os.getpid()}.tmp"
-        drawing.savefig(draft, format="png")
-        os.replace(draft, path)
+        with replacing(path) as draft:
+            drawing.savefig(draft, format="png")
         paths.append(path)
     return paths
 

@@ -6,7 +6,6 @@ numbers mean is judged in `gptray.evaluation.diagnosis`; the sections are `story
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from gptray.evaluation.page import esc, page, paragraph
 from gptray.evaluation.png import save_pngs
 from gptray.evaluation.result import Evaluation, load_evaluation
 from gptray.evaluation.story import RunRecord, headline, run_sections, state_line
+from gptray.files import replacing
 from gptray.record import EVENTS, METRICS, read_rows, versions
 
 REPORT = "report.html"
@@ -41,9 +41,8 @@ def write_report(folder: Path, *, running: bool = False) -> Path:
         raise UserError(f"{folder} has neither a run (config.yaml) nor an evaluation.json")
     charts = run_charts(run.rows, run.diagnosis) if run else []
     path = folder / REPORT
-    draft = folder / f".{REPORT}.{os.getpid()}.tmp"
-    draft.write_text(_page(folder, run, evaluation, charts, running=running), "utf-8")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(_page(folder, run, evaluation, charts, running=running), "utf-8")
     if not running:
         save_pngs(charts, folder)
     return path

@@ -6,9 +6,10 @@ Every number is measured elsewhere; `how` says in words how each was computed.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TypedDict
+
+from gptray.files import replacing
 
 EVALUATION = "evaluation.json"
 
@@ -85,10 +86,9 @@ class Evaluation(TextMeasures):
 def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:
     """Write `evaluation.json`, whole or not at all; return its path."""
     path = folder / EVALUATION
-    draft = folder / f".{EVALUATION}.{os.getpid()}.tmp"
     text = json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False)
-    draft.write_text(text + "\n", "utf-8")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(text + "\n", "utf-8")
     return path
 
 

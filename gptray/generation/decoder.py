@@ -256,7 +256,7 @@ def _attend_one(
     values[slots, :, positions] = v
     past, carried = keys[:D].flatten(0, 1), values[:D].flatten(0, 1)  # (D*H, length, E)
     scores = torch.bmm(q.reshape(D * H, 1, E), past.transpose(1, 2)).view(D, H, -1)
-    weights = torch.softmax(scores + mask, dim=-1)
+    weights = torch.softmax(scores.add_(mask), dim=-1)
     return torch.bmm(weights.view(D * H, 1, -1), carried).view(D, H * E)
 
 

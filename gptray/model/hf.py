@@ -7,9 +7,7 @@ Every file appears whole: it is written beside its place and then renamed.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptray.config import ModelConfig, UserError
+from gptray.files import replacing
 from gptray.model.gpt import GPT
 from gptray.model.shape import WEIGHTS, hf_config, model_folder, read_shape, weight_files
 
@@ -52,10 +51,10 @@ def save_pretrained(
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     tensors[WTE] = tensors[WTE][: model.valid_vocab_size]
     tensors = {name: _turned(name, weight).cpu().contiguous() for name, weight in tensors.items()}
-    with _replacing(folder / WEIGHTS) as path:
+    with replacing(folder / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
     for name, content in (("config.json", config), ("generation_config.json", generation)):
-        with _replacing(folder / name) as path:
+        with replacing(folder / name) as path:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -127,17 +126,3 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
                     yield path, key, file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged or incomplete: {error}") from None
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, moved to `path` if all went well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode
-    try:
-        yield partial
-        partial.chmod(mode)  # safetensors makes its files private
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

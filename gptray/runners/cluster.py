@@ -62,8 +62,10 @@ def _sigterm_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def check_resources(compute: ComputeConfig) -> None:
+def check_resources(compute: ComputeConfig, *, compiling: str | None = None) -> None:
     """Refuse what this machine can never give; a cluster (RAY_ADDRESS) may still grow.
+
+    compiling: the key that asks for torch.compile, if one does.
 
     Raises:
         UserError: names the key, what was asked and what there is.
@@ -82,23 +84,14 @@ def check_resources(compute: ComputeConfig) -> None:
             f"compute.cpus_per_worker={compute.cpus_per_worker} x "
             f"compute.num_workers={compute.num_workers} is more than this machine's {cpus} cores"
         )
+    compiler = os.environ.get("CXX", "g++")
+    if compiling and not compute.use_gpu and shutil.which(compiler) is None:
+        problems.append(
+            f"{compiling}=true needs a C++ compiler, and there is no {compiler} on this machine; "
+            f"install it, name another one in CXX, or set {compiling}=false"
+        )
     if problems:
         raise UserError("\n".join(problems))
-
-
-def check_compiler(key: str, compute: ComputeConfig) -> None:
-    """Refuse `key`, which asks for torch.compile, where it would find no C++ compiler.
-
-    Raises:
-        UserError: names the key and the compiler that was looked for.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    elsewhere = compute.use_gpu or os.environ.get("RAY_ADDRESS")
-    if not elsewhere and shutil.which(compiler) is None:
-        raise UserError(
-            f"{key}=true needs a C++ compiler, and there is no {compiler} on this machine; "
-            f"install it, name another one in CXX, or set {key}=false"
-        )
 
 
 def worker_resources(compute: ComputeConfig) -> dict[str, float]:

@@ -12,10 +12,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed
-from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.runners.cluster import ray_cluster
-from gptray.runners.models import weights_sha256
 from gptray.runners.subject import Subject, check_text, look
 
 if TYPE_CHECKING:
@@ -87,8 +85,8 @@ def measure(subject: Subject, data: TokenData, scorers: Scorers) -> Evaluation:
     texts = measure_texts(subject, data, scorers)
     return {
         "model_dir": str(subject.model_dir),
-        "model_sha256": weights_sha256(subject.model_dir),
-        "tokenizer_sha256": Tokenizer.load(subject.model_dir).sha256,
+        "model_sha256": subject.model_sha256,
+        "tokenizer_sha256": subject.tokenizer.sha256,
         "source": subject.source,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "block_size": subject.block_size,

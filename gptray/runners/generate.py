@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
-from gptray.runners.cluster import check_compiler, check_resources, ray_cluster, worker_resources
-from gptray.runners.output import Output, check_job, find_model
+from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
+from gptray.runners.output import Output, check_job
 from gptray.runners.rows_bar import RowsBar
+from gptray.runners.terminal import look_here
 
 if TYPE_CHECKING:
     from gptray.generation.batch import PartWriter, Progress
@@ -56,7 +57,7 @@ def generate(config: Config) -> dict[str, Any]:
 def generation_plan(config: Config) -> list[tuple[str, str]]:
     """What the job would do, without torch or Ray; raises UserError as the job would."""
     if config.generate.input_path is None and config.sample.prompt is not None:
-        return [("model", str(find_model(config)[0])), ("output", "this terminal")]
+        return [("model", str(look_here(config)[0])), ("output", "this terminal")]
     job = check_job(config)
     _check_machine(config)
     megabytes = sum(file.size for file in job.files) / 1e6
@@ -70,9 +71,8 @@ def generation_plan(config: Config) -> list[tuple[str, str]]:
 
 
 def _check_machine(config: Config) -> None:
-    check_resources(_compute(config))
-    if config.generate.compile:
-        check_compiler("generate.compile", config.compute)
+    compiling = "generate.compile" if config.generate.compile else None
+    check_resources(_compute(config), compiling=compiling)
 
 
 def _compute(config: Config) -> ComputeConfig:

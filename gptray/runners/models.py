@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gptray.config import UserError
 from gptray.data.tokenizer import tokenizer_files
+from gptray.files import sha256_of
 from gptray.model.shape import model_folder, weight_files
 
 
@@ -38,8 +39,7 @@ def weights_sha256(model_dir: Path) -> str:
     for path in weight_files(model_dir):
         if not path.is_file():
             raise UserError(f"{path} is missing")
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256"))
+        digests.append(sha256_of(path))
     if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+        return digests[0]
+    return hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()

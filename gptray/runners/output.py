@@ -23,6 +23,7 @@ from gptray.data.parts import part_name, write_whole
 from gptray.data.prompts import InputScan, check_columns, scan, staged
 from gptray.data.sources import SourceFile, file_sha256, find_files
 from gptray.data.tokenizer import tokenizer_files
+from gptray.files import replacing, sha256_of
 from gptray.model.shape import read_shape
 from gptray.runners.models import newest_run, open_model
 from gptray.runners.runs import held
@@ -227,8 +228,7 @@ def _identity(job: Job) -> dict[str, Any]:
     digest = hashlib.sha256()
     model_files = [*sorted(job.model_dir.glob(MODEL_FILES)), job.model_dir / "config.json"]
     for path in [*model_files, *tokenizer_files(job.model_dir)]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     inputs = [(Path(file.path).name, file_sha256(file)) for file in job.files]
     return {
         "generate.model": f"sha256 {digest.hexdigest()[:16]}",
@@ -237,6 +237,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "generate.id_column": settings.id_column,
         "generate.rows_per_file": settings.rows_per_file,
         "generate.precision": settings.precision,
+        "generate.compile": settings.compile,
         "quantize.weights": job.config.quantize.weights,
         **{f"sample.{k}": v for k, v in sample.model_dump(mode="json", exclude={"prompt"}).items()},
     }
@@ -276,9 +277,8 @@ def _new_plan(job: Job, identity: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
     except OSError as error:
         raise RunFailed(f"{path}: cannot be written: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gptray.config import Config
 from gptray.data.order import BatchOrder
 from gptray.model.shape import parameter_count
-from gptray.runners.cluster import check_compiler, check_resources
+from gptray.runners.cluster import check_resources
 from gptray.runners.prepare import check_sources, prepared
 from gptray.runners.runs import check_resumable, resolve, run_dir
 
@@ -20,9 +20,7 @@ FILES = (
 def training_plan(config: Config) -> list[tuple[str, str]]:
     """Label and value of each fact; makes the same checks as the job, and starts nothing."""
     config = resolve(config)
-    check_resources(config.compute)
-    if config.train.compile:
-        check_compiler("train.compile", config.compute)
+    check_resources(config.compute, compiling="train.compile" if config.train.compile else None)
     check_sources(config)
     check_resumable(config)
     data = prepared(config)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config, override
+from gptray.files import replacing
 from gptray.model.shape import model_folder, read_shape
 from gptray.record import METRICS, read_rows
 
@@ -109,9 +110,8 @@ def save_config(config: Config, folder: Path) -> None:
     """Write a new run's config.yaml; whole or not at all, since a torn one could not go on."""
     path = folder / "config.yaml"
     if not path.exists():
-        draft = folder / ".config.yaml.tmp"
-        draft.write_text(dump(config))
-        os.replace(draft, path)
+        with replacing(path) as draft:
+            draft.write_text(dump(config))
 
 
 def set_ray_snapshot_aside(folder: Path) -> str | None:

@@ -5,8 +5,6 @@ What a task gives does not depend on the actor that does it, nor on how many the
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.scoring import Windows
 from gptray.data.tokens import TokenData
+from gptray.runners.bar import Bar
 from gptray.runners.cluster import worker_resources
 from gptray.runners.subject import Subject
-from gptray.runners.watch import duration, progress_bar
+from gptray.runners.watch import duration
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
     from gptray.generation.engine import Engine, Request
     from gptray.generation.settings import Sampling
     from gptray.model.gpt import GPT
-
-log = logging.getLogger("gptray")
-# Without a terminal: seconds between two lines.
-LINE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -189,29 +184,20 @@ class Scorers:
 
 
 class _Progress:
-    """Tokens done, tokens per second, time to go: a live bar on a terminal, else some lines."""
+    """Tokens done, tokens per second, time to go."""
 
     def __init__(self, doing: str, total: int) -> None:
         self._doing, self._total, self._done = doing, total, 0
-        self._began = self._said = time.monotonic()
-        self._bar = progress_bar() if sys.stderr.isatty() else None
-        if self._bar:
-            self._task = self._bar.add_task(doing, total=total, metrics="")
-            self._bar.start()
+        self._began = time.monotonic()
+        self._bar = Bar(doing, total)
 
     def add(self, tokens: int) -> None:
         self._done += tokens
-        now = time.monotonic()
-        pace = self._done / max(now - self._began, 1e-9)
-        metrics = f"{pace:,.0f} tok/s  eta {duration((self._total - self._done) / pace)}"
-        if self._bar:
-            self._bar.update(self._task, completed=self._done, metrics=metrics)
-        elif self._done < self._total and now - self._said >= LINE_S:
-            self._said = now
-            log.info(
-                "%s %s/%s tokens  %s", self._doing, f"{self._done:,}", f"{self._total:,}", metrics
-            )
+        pace = self._done / max(time.monotonic() - self._began, 1e-9)
+        speed = f"{pace:,.0f} tok/s  eta {duration((self._total - self._done) / pace)}"
+        is_end = self._done >= self._total
+        line = f"{self._doing} {self._done:,}/{self._total:,} tokens  {speed}"
+        self._bar.show(self._doing, self._done, speed, line=None if is_end else line)
 
     def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._bar.close()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, flatten, load_config, override
 from gptray.data.request import Request, make_request, tokenizer_name, whole_request
 from gptray.data.scoring import Windows
+from gptray.data.split import LONG_NAMES
 from gptray.data.tokenizer import KINDS, Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.evaluation.result import EVALUATION
@@ -23,8 +25,6 @@ from gptray.runners.models import newest_run, open_model, weights_sha256
 from gptray.runners.prepare import check_sources, prepare, prepared
 from gptray.runners.runs import resolve, run_dir
 from gptray.training.checkpoint import TrainerState, checkpoint_step, newest_whole
-
-LONG_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,25 @@ class Subject:
     block_size: int
     stride: int
     folder: Path
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's own."""
+        return Tokenizer.load(self.model_dir)
+
+    @cached_property
+    def model_sha256(self) -> str:
+        return weights_sha256(self.model_dir)
+
+    @cached_property
+    def trained_on(self) -> str | None:
+        """The data that the run's newest whole checkpoint says it has seen; None without one."""
+        assert self.run
+        try:
+            checkpoint, _ = newest_whole(self.run)
+        except RunFailed:
+            return None  # there is none to ask
+        return TrainerState.load(checkpoint).data if checkpoint else None
 
     def request(self, config: Config) -> Request:
         """The text to prepare: the splits, or all of `evaluate.source`."""
@@ -215,9 +234,13 @@ def check_text(subject: Subject, data: TokenData) -> None:
                 f"{what} has {len(split)} tokens, fewer than one block of {subject.block_size}; "
                 f"{cure}, or set a lower train.block_size"
             )
-    _check_same_tokenizer(subject.model_dir, data.manifest["tokenizer"]["sha256"])
-    if subject.is_own_text and subject.run:
-        _check_unchanged(subject.run, data)
+    _check_same_tokenizer(subject, data.manifest["tokenizer"]["sha256"])
+    if subject.is_own_text and subject.trained_on not in (None, data.fingerprint):
+        raise UserError(
+            f"the text of the run {subject.run} has changed since it was trained: its tokens had "
+            f"sha256 {subject.trained_on}, now {data.fingerprint}; evaluate.source=... scores any "
+            "text as a whole"
+        )
 
 
 def _check_tokenizer(subject: Subject) -> None:
@@ -225,38 +248,24 @@ def _check_tokenizer(subject: Subject) -> None:
 
     More rows than tokens are no mistake: many models pad their vocabulary.
     """
-    folder, own = subject.model_dir, Tokenizer.load(subject.model_dir)
+    folder, own = subject.model_dir, subject.tokenizer
     rows = read_shape(folder)["vocab_size"]
     if rows < own.vocab_size:
         raise UserError(
             f"{folder}: model and tokenizer do not belong together: the weights (sha256 "
-            f"{weights_sha256(folder)}) know {rows} tokens, the tokenizer (sha256 {own.sha256}) "
+            f"{subject.model_sha256}) know {rows} tokens, the tokenizer (sha256 {own.sha256}) "
             f"has {own.vocab_size}"
         )
     named = tokenizer_name(subject.text)
     if named not in KINDS:
-        _check_same_tokenizer(folder, Tokenizer.load(named).sha256)
+        _check_same_tokenizer(subject, Tokenizer.load(named).sha256)
 
 
-def _check_same_tokenizer(model_dir: Path, sha256: str) -> None:
-    own = Tokenizer.load(model_dir).sha256
+def _check_same_tokenizer(subject: Subject, sha256: str) -> None:
+    folder, own = subject.model_dir, subject.tokenizer.sha256
     if own != sha256:
         raise UserError(
-            f"model and text do not belong together: the tokenizer of {model_dir} has sha256 "
-            f"{own}, the one that reads the text has sha256 {sha256}; data.tokenizer={model_dir} "
+            f"model and text do not belong together: the tokenizer of {folder} has sha256 "
+            f"{own}, the one that reads the text has sha256 {sha256}; data.tokenizer={folder} "
             "reads it with the model's own"
-        )
-
-
-def _check_unchanged(run: Path, data: TokenData) -> None:
-    """Compare the tokens with those that the run's checkpoints say they were trained on."""
-    try:
-        checkpoint, _ = newest_whole(run)
-    except RunFailed:
-        return  # there is none to ask
-    trained_on = TrainerState.load(checkpoint).data if checkpoint else data.fingerprint
-    if trained_on != data.fingerprint:
-        raise UserError(
-            f"the text of the run {run} has changed since it was trained: its tokens had sha256 "
-            f"{trained_on}, now {data.fingerprint}; evaluate.source=... scores any text as a whole"
         )

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, UserError
-from gptray.runners.cluster import check_compiler, check_resources
+from gptray.runners.cluster import check_resources
 from gptray.runners.output import check_lengths, find_model
+
+
+def look_here(config: Config) -> tuple[Path, str]:
+    """The model's folder and what it was called by; raises UserError for what cannot run here."""
+    compiling = "generate.compile" if config.generate.compile else None
+    check_resources(config.compute, compiling=compiling)
+    folder, name = find_model(config)
+    check_lengths(config, folder)
+    return folder, name
 
 
 def generate_here(config: Config) -> dict[str, Any]:
@@ -17,11 +27,7 @@ def generate_here(config: Config) -> dict[str, Any]:
     All run in one batch; what comes before its turn to be printed waits. Returns the JSON line's
     facts. Raises UserError for a prompt or a setting that cannot run.
     """
-    check_resources(config.compute)
-    if config.generate.compile:
-        check_compiler("generate.compile", config.compute)
-    folder, name = find_model(config)
-    check_lengths(config, folder)
+    folder, name = look_here(config)
     given = config.sample.prompt
     prompts = [given] if isinstance(given, str) else list(given or [])
 

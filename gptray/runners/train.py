@@ -15,7 +15,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
 from gptray.record import write_event
-from gptray.runners.cluster import check_compiler, check_resources, ray_cluster, worker_resources
+from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
 from gptray.runners.prepare import check_sources, prepare
 from gptray.runners.report import Reporter
 from gptray.runners.runs import (
@@ -47,9 +47,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     config = resolve(config)
     folder = run_dir(config)
-    check_resources(config.compute)
-    if config.train.compile:
-        check_compiler("train.compile", config.compute)
+    check_resources(config.compute, compiling="train.compile" if config.train.compile else None)
     check_sources(config)
     check_resumable(config)
     with held(folder):

@@ -10,7 +10,6 @@ matter; no torch here, so that a driver can look at checkpoints at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import RunFailed, TrainConfig
+from gptray.files import sha256_of
 from gptray.training.stopping import Progress
 
 FORMAT = 1
@@ -87,7 +87,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if _sha256(path) != expected["sha256"]:
+        if sha256_of(path) != expected["sha256"]:
             return f"{name} does not have the sha256 that its manifest names"
     return None
 
@@ -192,7 +192,7 @@ def _write_manifest(folder: Path) -> None:
     for path in paths:
         _sync(path)
         name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
     for path in (manifest, folder / "model", folder):
@@ -204,11 +204,6 @@ def _set_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
         number += 1
     os.rename(folder, aside)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

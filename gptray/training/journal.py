@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
+from gptray.files import replacing
 from gptray.record import METRICS, read_rows
 
 
@@ -63,9 +64,7 @@ class Journal:
 def _keep_until(path: Path, step: int) -> None:
     rows = read_rows(path)
     kept = [row for row in rows if row["step"] <= step]
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("w") as file:
+    with replacing(path) as draft, draft.open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in kept)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(draft, path)

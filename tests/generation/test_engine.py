@@ -36,10 +36,7 @@ def prompt_of(tokenizer: Tokenizer, length: int, seed: int) -> list[int]:
 
 
 def run(engine: Engine, requests: list[Request]) -> list[Generation]:
-    generations = [engine.submit(request) for request in requests]
-    while engine.busy:
-        engine.step()
-    return generations
+    return engine.run(requests)
 
 
 def mixed_requests(tokenizer: Tokenizer, count: int, n_positions: int) -> list[Request]:

@@ -227,6 +227,7 @@ def test_a_finished_output_is_left_alone_but_for_a_file_that_is_gone(
         (["sample.seed=9"], "sample.seed: 0 there, 9 now"),
         (["sample.top_k=3"], "sample.top_k: 40 there, 3 now"),
         (["generate.rows_per_file=9"], "generate.rows_per_file"),
+        (["generate.compile=true"], "generate.compile: (f|F)alse there, (t|T)rue now"),
     ],
 )
 def test_other_settings_into_the_same_folder_are_refused(
