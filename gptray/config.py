@@ -88,6 +88,9 @@ class DataConfig(Section):
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="part of the training split to train on; validation stays the same"
     )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="rules the split; null: the run's seed"
+    )
 
 
 class ModelConfig(Section):

@@ -104,7 +104,7 @@ def _request(
         vocab_size=data.vocab_size,
         split=split,
         fraction=data.fraction,
-        seed=config.seed,
+        seed=config.seed if data.seed is None else data.seed,
         root=Path(config.storage_path).expanduser().absolute() / "data",
         key=key,
     )

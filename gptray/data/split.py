@@ -16,6 +16,9 @@ from gptray.config import UserError
 SPLITS = ("train", "val", "test")
 LONG_NAMES = {"train": "training", "val": "validation", "test": "test"}
 WHOLE = ("test",)  # of a text that is not split
+# How splits lie in a text, by number of parts: validation last, so that where it begins depends on
+# its own share alone, and 90:10 and 80:10:10 are validated on the same text.
+_LAYOUTS = {1: (0,), 2: (0, 1), 3: (0, 2, 1)}
 TRAIN = 0
 UNUSED = 255  # training text beyond data.fraction
 _SPLIT_STREAM = 1  # keeps this permutation apart from every other use of the seed
@@ -53,13 +56,12 @@ def assign_documents(
     order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(count)
     ends = np.cumsum(sizes[order])
     middles = ends - sizes[order] / 2
-    cuts = np.cumsum(fractions)[:-1] * ends[-1]
-    bounds = [0, *np.searchsorted(middles, cuts), count]
+    bounds = [0, *np.searchsorted(middles, [cut * ends[-1] for cut in _cuts(fractions)]), count]
     for i in range(1, parts):  # no split stays empty
         bounds[i] = min(max(bounds[i], bounds[i - 1] + 1), count - (parts - i))
     labels = np.empty(count, dtype=np.uint8)
-    for label in range(parts):
-        labels[order[bounds[label] : bounds[label + 1]]] = label
+    for place, label in enumerate(_LAYOUTS[parts]):
+        labels[order[bounds[place] : bounds[place + 1]]] = label
     used = np.searchsorted(middles[: bounds[1]], fraction * ends[bounds[1] - 1])
     labels[order[max(int(used), 1) : bounds[1]]] = UNUSED
     return labels
@@ -72,8 +74,7 @@ def assign_positions(
 
     Raises UserError when a split would stay empty.
     """
-    cuts = [int(characters * share) for share in np.cumsum(fractions)[:-1]]
-    bounds = [0, *cuts, characters]
+    bounds = [0, *(int(characters * cut) for cut in _cuts(fractions)), characters]
     used = max(int(bounds[1] * fraction), 1)
     if any(start >= stop for start, stop in zip(bounds, bounds[1:], strict=False)):
         raise UserError(
@@ -83,4 +84,13 @@ def assign_positions(
     regions = [Region(used, TRAIN)]
     if used < bounds[1]:
         regions.append(Region(bounds[1], UNUSED))
-    return regions + [Region(stop, label) for label, stop in enumerate(bounds[2:], start=1)]
+    rest = zip(bounds[2:], _LAYOUTS[len(fractions)][1:], strict=True)
+    return regions + [Region(stop, label) for stop, label in rest]
+
+
+def _cuts(fractions: Sequence[float]) -> list[float]:
+    """Where one split ends and the next begins, as shares of the whole."""
+    if len(fractions) == 1:
+        return []
+    # A lone remainder is not rounded: 1 - 0.1 is 0.9 however the shares before it add up.
+    return [*fractions[: len(fractions) - 2], 1 - fractions[1]]

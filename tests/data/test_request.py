@@ -86,6 +86,11 @@ def test_large_source_is_known_by_size_and_time(config: Config, tmp_path: Path) 
     assert folder(config, data__source=str(path)) != before
 
 
+def test_the_split_has_the_runs_seed_unless_it_has_its_own(config: Config) -> None:
+    assert folder(config, data__seed=config.seed) == folder(config)
+    assert folder(config, data__seed=5, seed=6) == folder(config, seed=5) != folder(config)
+
+
 def test_init_from_brings_its_tokenizer(config: Config, tmp_path: Path) -> None:
     train_bpe([KOREAN], 300).save(tmp_path / "run" / "model")
     named = folder(config, data__tokenizer=str(tmp_path / "run"))

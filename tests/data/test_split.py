@@ -59,7 +59,24 @@ def test_position_cut_is_nanogpts(characters: int) -> None:
 
 def test_position_fraction_takes_the_first_part() -> None:
     regions = assign_positions(1000, (0.8, 0.1, 0.1), fraction=0.25)
-    assert regions == [(200, 0), (800, UNUSED), (900, 1), (1000, 2)]
+    assert regions == [(200, 0), (800, UNUSED), (900, 2), (1000, 1)]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.05, 0.3])
+def test_validation_text_depends_on_its_own_share_alone(share: float) -> None:
+    splits = [(1 - share, share), *((1 - share - test, share, test) for test in (0.1, 0.2, 0.07))]
+    fractions = [1.0, 0.5, 0.01, 1.0]
+    labels = [
+        assign_documents(SIZES, split, fraction=fraction, seed=3)
+        for split, fraction in zip(splits, fractions, strict=True)
+    ]
+    assert len({np.flatnonzero(found == 1).tobytes() for found in labels}) == 1
+    regions = [
+        assign_positions(99_991, split, fraction=fraction)
+        for split, fraction in zip(splits, fractions, strict=True)
+    ]
+    assert {found[-1] for found in regions} == {(99_991, 1)}
+    assert {found[-2].stop for found in regions} == {int(99_991 * (1 - share))}
 
 
 def test_document_too_short_to_cut_is_a_mistake() -> None:

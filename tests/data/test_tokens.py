@@ -11,7 +11,7 @@ import pytest
 
 from gptray.data.shards import ShardEncoder, ShardWriter, shard_dtype
 from gptray.data.tokenizer import Tokenizer, char_tokenizer
-from gptray.data.tokens import DamagedData, TokenData
+from gptray.data.tokens import FORMAT_VERSION, DamagedData, TokenData
 from tests.data.texts import DOCUMENTS
 
 SHARDS = {"train": [list(range(7)), [100], list(range(20, 25))], "val": [[1, 2, 3]]}
@@ -39,7 +39,7 @@ def make_folder(folder: Path, dtype: str) -> Path:
         tokens = sum(map(len, shards))
         splits[name] = {"documents": 1, "tokens": tokens, "bytes": 5, "shards": entries}
     manifest = {
-        "format": 1,
+        "format": FORMAT_VERSION,
         "dtype": dtype,
         "splits": splits,
         "tokenizer": {
