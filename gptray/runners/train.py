@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def _run(
                 config.train.max_steps,
                 on_evaluation=lambda: reporter.write(running=True),
             ):
-                result = _fit_on_ray(config, data, folder)
+                result = fit_on_ray(config, data, folder)
             write_event(folder, "end", stopped=result["stopped"])
         finally:
             reporter.write(running=False)
@@ -122,7 +123,14 @@ def check_data(config: Config, data: TokenData, state: TrainerState | None) -> N
         )
 
 
-def _fit_on_ray(config: Config, data: TokenData, folder: Path) -> dict[str, Any]:
+def fit_on_ray(
+    config: Config, data: TokenData, folder: Path, *, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Train in Ray Train's workers; return the loop's result. `callbacks` are Ray Train's.
+
+    Raises:
+        RunFailed: the workers failed too often.
+    """
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -146,7 +154,7 @@ def _fit_on_ray(config: Config, data: TokenData, folder: Path) -> dict[str, Any]
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=ray.train.FailureConfig(max_failures=config.compute.max_failures),
-            callbacks=[_failure_notes(folder)],
+            callbacks=[_failure_notes(folder), *callbacks],
         ),
     )
     try:
