@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gptray.fields import EntriesError
 from gptray.overrides import Reader
+from gptray.space import space_problems
 from gptray.yaml_text import write_yaml
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -321,6 +323,12 @@ class TuneConfig(Section):
         1, description="groups of trials, each with its first rung later (ASHAScheduler)"
     )
 
+    @model_validator(mode="after")
+    def _optuna_has_no_grid(self) -> TuneConfig:
+        if self.search_alg == "optuna" and any("grid" in entry for entry in self.space):
+            raise ValueError("tune.search_alg=optuna draws; write choice for grid in tune.space")
+        return self
+
 
 class Config(Section):
     """Everything a job needs. Defaults are the quick start: builtin text, a small model, a CPU."""
@@ -364,6 +372,13 @@ class Config(Section):
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step, all workers."""
         return self.train.global_batch_size * self.train.block_size
+
+    @model_validator(mode="after")
+    def _space_is_sound(self) -> Config:
+        problems = space_problems(self.tune.space, type(self))
+        if problems:
+            raise EntriesError("tune.space", problems)
+        return self
 
     @model_validator(mode="after")
     def _int8_on_cpus(self) -> Config:

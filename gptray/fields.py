@@ -6,11 +6,11 @@ Read off the tree's annotations once; the tree itself is in `gptray.config`.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from gptray.suggest import did_you_mean, nearest
@@ -78,6 +78,38 @@ class FieldSpec:
         if types.NoneType in self.kinds:
             words.append("null")
         return " or ".join(words)
+
+
+class EntryProblem(NamedTuple):
+    """What is wrong with one of a key's list of entries; `word` is the key inside the entry."""
+
+    entry: int
+    word: str | None
+    message: str
+
+
+class EntriesError(ValueError):
+    """Everything that is wrong with the entries of a key that takes a list of them."""
+
+    def __init__(self, key: str, problems: Sequence[EntryProblem]) -> None:
+        lines = [f"{key}, entry {entry + 1}: {message}" for entry, _, message in problems]
+        super().__init__("\n".join(lines))
+        self.key = key
+        self.problems = list(problems)
+
+
+def complaint(root: type[BaseModel], spec: FieldSpec, value: Any) -> str | None:
+    """Say what a key has against a value, whatever the other keys are; None if it takes it."""
+    if isinstance(value, list) and tuple in spec.kinds:
+        value = tuple(value)
+    section, _, name = spec.key.rpartition(".")
+    try:
+        root.model_validate({section: {name: value}} if section else {name: value}, strict=True)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            if ".".join(map(str, detail["loc"])).startswith(spec.key):
+                return spec.complaint(value, dict(detail))
+    return None
 
 
 def shown(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gptray.fields import FieldSpec, field_specs, shown
+from gptray.fields import EntriesError, FieldSpec, field_specs, shown
 from gptray.suggest import did_you_mean, nearest, nearest_keys
 from gptray.yaml_text import YamlError, parse_node, read_node, scalar_value
 
@@ -32,6 +32,7 @@ class Given:
     key: str
     where: str
     value: Any
+    node: yaml.Node | None = None
 
 
 class Reader:
@@ -138,7 +139,19 @@ class Reader:
         before = self.given.get(key)
         if before and (before.where == COMMAND_LINE) == (where == COMMAND_LINE):
             self._problem(where, f"{key} is given twice")
-        self.given[key] = Given(key, where, _value(node, spec.kinds, spec.items))
+        value = self._plain(node, where) if dict in spec.items else None
+        self.given[key] = Given(key, where, value or _value(node, spec.kinds, spec.items), node)
+
+    def _plain(self, node: yaml.Node, where: str) -> Any:
+        """Return what a node says by itself: lists, mappings with each key once, scalars."""
+        path = where if where == COMMAND_LINE else where.rpartition(":")[0]
+        if isinstance(node, yaml.MappingNode):
+            pairs = self._pairs(node, path, "")
+            return {key: self._plain(value, place) for key, place, value in pairs}
+        if isinstance(node, yaml.SequenceNode):
+            return [self._plain(item, where) for item in node.value]
+        assert isinstance(node, yaml.ScalarNode)
+        return scalar_value(node)
 
     def _unknown(self, key: str, where: str, argument: str = "") -> None:
         if argument.endswith((".yaml", ".yml")) and "=" not in argument:
@@ -181,8 +194,11 @@ class Reader:
         keys: set[str] = set()
         for detail in error.errors(include_url=False):
             key = self._key_of(detail["loc"])
-            if key is None:
-                keys |= self._explain_rule(str(detail["ctx"]["error"]), left_out)
+            rule = detail.get("ctx", {}).get("error")
+            if isinstance(rule, EntriesError):
+                keys |= self._explain_entries(rule)
+            elif key is None:
+                keys |= self._explain_rule(str(rule), left_out)
             elif key not in keys:  # a union has an error for each of its members
                 given = self.given[key]
                 complaint = self.specs[key].complaint(given.value, dict(detail))
@@ -198,6 +214,19 @@ class Reader:
             places = dict.fromkeys(one.where for one in given if one.where)
             self._problem(", ".join(places), message)
         return {one.key for one in given}
+
+    def _explain_entries(self, error: EntriesError) -> set[str]:
+        """Add each problem in a key's list of entries, at its own line; return the key."""
+        given = self.given[error.key]
+        for entry, word, message in error.problems:
+            item = given.node.value[entry] if given.node else None
+            if given.where in ("", COMMAND_LINE) or item is None:
+                self._problem(given.where, f"{error.key}, entry {entry + 1}: {message}")
+                continue
+            keys = [name for name, _ in item.value if name.value == word]
+            line = _line(keys[0] if keys else item)
+            self._problem(f"{given.where.rpartition(':')[0]}:{line}", f"{error.key}: {message}")
+        return {error.key}
 
     def _key_of(self, loc: tuple[int | str, ...]) -> str | None:
         """Return the key that a place in the tree belongs to; None for a whole section."""

@@ -1,0 +1,47 @@
+"""What is drawn from a space: all of a grid, every stratum of the rest, the same for a seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from gptray.space import Entry
+from gptray.tuning.space import draw, grid_points
+
+DROPOUT = Entry(("model.dropout",), "uniform", low=0.0, high=0.3)
+SCHEDULE = Entry(("optim.schedule",), "choice", (("constant",), ("cosine",), ("step",)))
+STEP_SIZE = Entry(("optim.step_size",), "randint", low=0, high=5, when={"optim.schedule": ["step"]})
+SIZE = Entry(("model.n_layer", "model.n_embd"), "grid", ((2, 64), (4, 32)))
+NORM = Entry(("model.norm",), "grid", (("none",), ("layernorm",)), when={"model.n_layer": [4]})
+
+
+def test_draws_are_a_function_of_the_seed_and_cover_every_stratum() -> None:
+    entries = [DROPOUT, SCHEDULE, STEP_SIZE]
+    trials = draw(entries, 15, seed=3)
+    assert trials == draw(entries, 15, seed=3) != draw(entries, 15, seed=4)
+    strata = sorted(int(values["model.dropout"] / 0.3 * 15) for values in trials)
+    assert strata == list(range(15))
+    assert set(Counter(values["optim.schedule"] for values in trials).values()) == {5}
+    # The condition leaves five trials, which have the five values.
+    assert sorted(v["optim.step_size"] for v in trials if v["optim.schedule"] == "step") == [
+        0, 1, 2, 3, 4,
+    ]  # fmt: skip
+    assert all("optim.step_size" not in v for v in trials if v["optim.schedule"] != "step")
+
+
+def test_a_new_entry_leaves_the_values_of_the_others() -> None:
+    few, more = draw([SCHEDULE], 8, seed=0), draw([DROPOUT, SCHEDULE], 8, seed=0)
+    assert [v["optim.schedule"] for v in few] == [v["optim.schedule"] for v in more]
+
+
+def test_grid_is_every_combination_that_its_conditions_leave() -> None:
+    points = [
+        {"model.n_layer": 2, "model.n_embd": 64},
+        {"model.n_layer": 4, "model.n_embd": 32, "model.norm": "none"},
+        {"model.n_layer": 4, "model.n_embd": 32, "model.norm": "layernorm"},
+    ]
+    assert grid_points([SIZE, NORM]) == points
+    trials = draw([SIZE, DROPOUT, NORM], 2, seed=0)
+    without = [{k: v for k, v in values.items() if k != "model.dropout"} for values in trials]
+    assert without == [*points, *points]
+    assert len({values["model.dropout"] for values in trials}) == 6
+    assert list(trials[1]) == ["model.n_layer", "model.n_embd", "model.dropout", "model.norm"]
