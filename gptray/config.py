@@ -183,6 +183,9 @@ class TrainConfig(Section):
 class ComputeConfig(Section):
     num_workers: PositiveInt = Field(1, description="data-parallel workers (Ray ScalingConfig)")
     use_gpu: bool = Field(False, description="one GPU for each worker (nccl); else CPUs (gloo)")
+    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="of a GPU; below 1, trials of a sweep share one (use_gpu, one worker)"
+    )
     cpus_per_worker: PositiveInt | None = Field(
         None, description="cores of one worker; null: its share of the cluster's smallest fit"
     )
@@ -190,6 +193,15 @@ class ComputeConfig(Section):
         3, description="worker failures to recover from; -1: no limit (Ray FailureConfig)"
     )
     num_to_keep: PositiveInt = Field(2, description="newest checkpoints to keep, besides the best")
+
+    @model_validator(mode="after")
+    def _whole_gpus_for_nccl(self) -> ComputeConfig:
+        if self.gpus_per_worker < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"compute.gpus_per_worker={self.gpus_per_worker:g} goes with one worker; "
+                f"compute.num_workers={self.num_workers} need a GPU each"
+            )
+        return self
 
 
 class SampleConfig(Section):

@@ -102,7 +102,7 @@ def worker_resources(compute: ComputeConfig) -> dict[str, float]:
     """
     import ray
 
-    gpu = {"GPU": 1.0} if compute.use_gpu else {}
+    gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
     if compute.cpus_per_worker:
         return {"CPU": float(compute.cpus_per_worker), **gpu}
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
@@ -112,6 +112,42 @@ def worker_resources(compute: ComputeConfig) -> dict[str, float]:
     if os.environ.get("RAY_ADDRESS"):
         return {"CPU": 1.0, **gpu}  # the cluster's autoscaler is to bring the rest
     return {"CPU": sum(nodes) / compute.num_workers, **gpu}
+
+
+def trial_resources(
+    compute: ComputeConfig, *, trials: int, at_once: int | None
+) -> tuple[int, dict[str, float]]:
+    """How many trials of a sweep run at a time, and what Ray reserves for each worker of one.
+
+    Null `at_once`: as many as find room with a core (and its part of a GPU) for each worker. They
+    share the cores out; more than find room on this machine would only wait.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def room(cpus: float) -> int:
+        fits = [
+            min(node.get("CPU", 0.0) // cpus, _gpu_workers(compute, node.get("GPU", 0.0)))
+            for node in nodes
+        ]
+        return int(sum(fits)) // compute.num_workers
+
+    most = room(compute.cpus_per_worker or 1)
+    if most == 0:
+        return at_once or 1, worker_resources(compute)
+    grows = bool(os.environ.get("RAY_ADDRESS"))
+    number = at_once if at_once and grows else min(trials, most, at_once or most)
+    cpus = compute.cpus_per_worker or 1
+    while not compute.cpus_per_worker and room(cpus + 1) >= number:
+        cpus += 1
+    gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
+    return number, {"CPU": float(cpus), **gpu}
+
+
+def _gpu_workers(compute: ComputeConfig, gpus: float) -> float:
+    """How many workers find room on a node's GPUs."""
+    return int(gpus / compute.gpus_per_worker + 1e-9) if compute.use_gpu else float("inf")
 
 
 def _local_gpus() -> int:

@@ -32,6 +32,7 @@ class Trial:
     replicate_of: the trial that this one repeats with another seed.
     step: the last one logged.
     rows: its metrics.jsonl.
+    point: what Optuna suggested, in its own terms.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Trial:
     step: int
     message: str | None
     rows: Sequence[Mapping[str, Any]]
+    point: Mapping[str, Any] | None = None
 
     @property
     def best(self) -> Mapping[str, Any] | None:
@@ -81,14 +83,17 @@ def rungs(config: Config) -> list[int]:
 
 def load_sweep(folder: Path) -> Sweep:
     """Read a sweep's folder as it stands."""
-    events = read_rows(folder / TRIALS)
-    by_trial: dict[str, dict[str, dict[str, Any]]] = {}
-    for event in events:
-        by_trial.setdefault(event["trial"], {})[event["event"]] = event
-    trials = [_trial(folder, events) for events in by_trial.values() if "planned" in events]
-    winners = [event["trial"] for event in events if event["event"] == "winner"]
     config = load_config(str(folder / "config.yaml"), [])
-    return Sweep(folder, config, trials, winners[-1] if winners else None)
+    winners = [row["trial"] for row in read_rows(folder / TRIALS) if row["event"] == "winner"]
+    return Sweep(folder, config, load_trials(folder), winners[-1] if winners else None)
+
+
+def load_trials(folder: Path) -> list[Trial]:
+    """The trials of a sweep's folder as they stand, in the order in which they were planned."""
+    by_trial: dict[str, dict[str, dict[str, Any]]] = {}
+    for event in read_rows(folder / TRIALS):
+        by_trial.setdefault(event["trial"], {})[event["event"]] = event
+    return [_trial(folder, events) for events in by_trial.values() if "planned" in events]
 
 
 def _trial(folder: Path, events: Mapping[str, Mapping[str, Any]]) -> Trial:
@@ -104,6 +109,7 @@ def _trial(folder: Path, events: Mapping[str, Mapping[str, Any]]) -> Trial:
         step=max(ended.get("step", 0), rows[-1]["step"] if rows else 0),
         message=ended.get("message"),
         rows=rows,
+        point=planned.get("point"),
     )
 
 
@@ -124,10 +130,16 @@ class Record:
         *,
         max_steps: int,
         replicate_of: str | None = None,
+        point: Mapping[str, Any] | None = None,
     ) -> None:
-        """There is to be such a trial."""
+        """There is to be such a trial; `point`: what Optuna suggested."""
         self._write(
-            "planned", trial, values=dict(values), max_steps=max_steps, replicate_of=replicate_of
+            "planned",
+            trial,
+            values=dict(values),
+            max_steps=max_steps,
+            replicate_of=replicate_of,
+            **({"point": dict(point)} if point else {}),
         )
 
     def started(self, trial: str) -> None:

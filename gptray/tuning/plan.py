@@ -1,0 +1,170 @@
+"""Which trials a sweep has: their values, their configs and, once they are over, the best of them.
+
+A function of the config and of what trials have measured; running them is the runner's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptray.config import Config, ConfigError, TuneConfig, UserError, flatten, override
+from gptray.fields import shown
+from gptray.space import Entry, read_space
+from gptray.tuning.record import Trial
+from gptray.tuning.space import draw
+
+# Trials that tune.replicates repeats.
+FINALISTS = 3
+# Draws that are tried out where the values themselves come later, one after the other.
+REHEARSED = 64
+_SHOWN_PROBLEMS = 12
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial to run: what is set in it, and the config that comes of it."""
+
+    name: str
+    values: Mapping[str, Any]
+    config: Config
+    replicate_of: str | None = None
+
+
+def entries_of(config: Config) -> list[Entry]:
+    """The search space of a sweep's config."""
+    return read_space(config.tune.space, Config)
+
+
+def plan_trials(config: Config, folder: str) -> list[Planned]:
+    """The trials that the seed decides: with Optuna only the baseline. `folder` is the sweep's.
+
+    Raises:
+        UserError: there is no space, or some of its values don't go together; says all that.
+    """
+    entries = entries_of(config)
+    if not entries:
+        raise UserError(
+            "tune.space is empty: list what the trials shall differ in, such as "
+            "tune.space='[{path: model.dropout, uniform: [0, 0.3]}]'; see "
+            "configs/overfitting_sweep.yaml"
+        )
+    is_known = config.tune.search_alg == "random"
+    drawn = draw(entries, config.tune.num_samples if is_known else REHEARSED, seed=config.seed)
+    baseline: list[dict[str, Any]] = [{}] if config.tune.baseline else []
+    trials = _checked([*baseline, *drawn], config, folder)
+    return trials if is_known else trials[: len(baseline)]
+
+
+def plan_trial(config: Config, folder: str, name: str, values: Mapping[str, Any]) -> Planned:
+    """A trial of a sweep, by its values. Raises ConfigError where they don't go together."""
+    return Planned(name, values, _trial_config(config, folder, name, values))
+
+
+def trial_name(number: int) -> str:
+    """The name of a sweep's n-th trial, from 0."""
+    return f"{number:04d}"
+
+
+def replicates(config: Config, folder: str, trials: Sequence[Trial]) -> list[Planned]:
+    """The best trials, each with tune.replicates other seeds, to be run to the end."""
+    primary = [trial for trial in trials if trial.replicate_of is None]
+    planned: list[Planned] = []
+    for trial in ranked(primary)[: FINALISTS if config.tune.replicates else 0]:
+        seed = trial.values.get("seed", config.seed)
+        for extra in range(1, config.tune.replicates + 1):
+            name = trial_name(len(primary) + len(planned))
+            values = {**trial.values, "seed": (seed + extra) % 2**32}
+            one = plan_trial(config, folder, name, values)
+            planned.append(Planned(name, values, one.config, trial.name))
+    return planned
+
+
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """The trials that may win, the lowest validation loss first: bits per byte, at their best.
+
+    A trial that went wrong is none of them, however good it was before.
+    """
+    sound = [trial for trial in trials if trial.outcome not in ("diverged", "failed")]
+    return sorted(
+        (trial for trial in sound if trial.best), key=lambda trial: (score(trial), trial.name)
+    )
+
+
+def score(trial: Trial) -> float:
+    """Validation loss in bits per byte at its lowest; infinite without an evaluation."""
+    return float(trial.best["val_bpb"]) if trial.best else math.inf
+
+
+def choose_winner(trials: Sequence[Trial]) -> Trial | None:
+    """The best trial; where some were repeated, the one of these with the lowest mean.
+
+    A repetition that diverged counts as infinitely bad, one that failed not at all. None if no
+    trial may win.
+    """
+    best = ranked(trial for trial in trials if trial.replicate_of is None)
+    repeated = [trial for trial in best if any(one.replicate_of == trial.name for one in trials)]
+    return min(repeated or best, key=lambda trial: mean_score(trial, trials), default=None)
+
+
+def mean_score(trial: Trial, trials: Sequence[Trial]) -> float:
+    """The mean score of a trial and its repetitions."""
+    repetitions = [one for one in trials if one.replicate_of == trial.name]
+    scores = [score(one) for one in repetitions if one.outcome not in ("diverged", "failed")]
+    scores += [math.inf for one in repetitions if one.outcome == "diverged"]
+    return math.fsum([score(trial), *scores]) / (1 + len(scores))
+
+
+def _checked(drawn: Sequence[Mapping[str, Any]], config: Config, folder: str) -> list[Planned]:
+    """The trials of these values, each config once. Raises ConfigError with all that is wrong."""
+    found: dict[str, Planned] = {}
+    problems: dict[str, str] = {}
+    for values in drawn:
+        name = trial_name(len(found))
+        try:
+            trial = plan_trial(config, folder, name, values)
+        except ConfigError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, _as_text(values))
+            continue
+        keys = {**flatten(trial.config), "name": None}
+        found.setdefault(json.dumps(keys, sort_keys=True, default=list), trial)
+    lines = [
+        f"tune.space: {problem} (in a trial with {text})" for problem, text in problems.items()
+    ]
+    lines += _unequal_validation(list(found.values()))
+    if len(lines) > _SHOWN_PROBLEMS:
+        lines[_SHOWN_PROBLEMS:] = [f"... and {len(lines) - _SHOWN_PROBLEMS} more such trials"]
+    if lines:
+        raise ConfigError(lines)
+    return list(found.values())
+
+
+def _unequal_validation(trials: Sequence[Planned]) -> list[str]:
+    parts = sorted({trial.config.data.split[1] for trial in trials})
+    if not parts or parts[-1] - parts[0] < 1e-9:
+        return []
+    return [
+        "tune.space: data.split: the part for validation must be the same in all trials, or they "
+        f"would be validated on different text; there are {', '.join(f'{p:.3g}' for p in parts)}"
+    ]
+
+
+def _trial_config(config: Config, folder: str, name: str, values: Mapping[str, Any]) -> Config:
+    """The config of a trial: an ordinary run in the sweep's folder, over the sweep's own split."""
+    tune = {f"tune.{key}": value for key, value in TuneConfig().model_dump().items()}
+    seed = config.seed if config.data.seed is None else config.data.seed
+    own = {
+        "name": name,
+        "storage_path": f"{folder}/trials",
+        "data.seed": seed,
+        "train.resume": "auto",
+    }
+    return override(config, {**tune, **own, **values})
+
+
+def _as_text(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path}={shown(value)}" for path, value in values.items()) or "no change"
