@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,11 @@ def checkpoint_step(folder: Path) -> int | None:
     """The step that a checkpoint folder's name tells, or None for any other name."""
     match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
     return int(match[1]) if match else None
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return run_dir / f"checkpoint_{step:06d}"
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
@@ -129,8 +134,8 @@ def save_checkpoint(
     Raises:
         RunFailed: the disk is full or cannot be written; names the path and the free space.
     """
-    final = run_dir / f"checkpoint_{state.step:06d}"
-    draft = run_dir / f".{final.name}.tmp"
+    final = checkpoint_folder(run_dir, state.step)
+    draft = _draft(final)
     try:
         if draft.exists():  # left by a killed attempt, never visible to a reader
             shutil.rmtree(draft)
@@ -173,17 +178,33 @@ def publish_model(checkpoint: Path, run_dir: Path) -> Path:
     return target
 
 
-def prune(run_dir: Path, num_to_keep: int, best_step: int) -> None:
-    """Keep the newest `num_to_keep` checkpoints and the best one.
+def withdraw_checkpoint(run_dir: Path, step: int) -> None:
+    """Make a checkpoint a draft again, so that nothing resumes from it.
+
+    The next attempt at this step takes its place.
+    """
+    final = checkpoint_folder(run_dir, step)
+    if _draft(final).exists():
+        shutil.rmtree(_draft(final))
+    os.rename(final, _draft(final))
+    _sync(run_dir)
+
+
+def prune(run_dir: Path, num_to_keep: int, *, spare: Collection[int]) -> None:
+    """Keep the newest `num_to_keep` checkpoints and those of the steps to spare.
 
     A folder is hidden by one rename before it is emptied, so that a kill leaves no torn one.
     """
     for folder in find_checkpoints(run_dir)[num_to_keep:]:
-        if checkpoint_step(folder) != best_step:
+        if checkpoint_step(folder) not in spare:
             hidden = run_dir / f".{folder.name}.old"
             os.rename(folder, hidden)
     for hidden in run_dir.glob(".checkpoint_*.old"):
         shutil.rmtree(hidden)
+
+
+def _draft(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
 
 
 def _write_manifest(folder: Path) -> None:

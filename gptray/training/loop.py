@@ -7,36 +7,24 @@ in a Ray Train worker, in a Tune trial and in a test.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from gptray.config import Config, dump
+from gptray.config import Config
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
-from gptray.model.hf import save_pretrained
-from gptray.record import write_event
-from gptray.training.checkpoint import prune, publish_model, save_checkpoint
+from gptray.training.evaluations import Beside, InLine, Metrics, Report, Samples, Validation
 from gptray.training.journal import Journal
-from gptray.training.optim import learning_rate, save_optimizer
+from gptray.training.optim import learning_rate
 from gptray.training.run import Run, start, writing
-from gptray.training.validation import score_split
+from gptray.training.stopping import NonFiniteLoss
 from gptray.training.workers import Workers
-
-Metrics = dict[str, Any]
-Report = Callable[[Metrics, Path | None], None]
-Sampler = Callable[[GPT], list[tuple[str, str]]]
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss or gradient norm is NaN or infinite; nothing was updated or saved with it."""
 
 
 def fit(
@@ -45,14 +33,17 @@ def fit(
     run_dir: Path,
     *,
     report: Report,
-    sample: Sampler,
+    sample: Callable[[GPT], Samples],
     device: torch.device,
+    validated: Callable[[int], Validation] | None = None,
 ) -> Metrics:
     """Train until `max_steps`, or until validation loss has stopped falling.
 
     Goes on from the newest whole checkpoint of `run_dir`. Every worker calls this; the first one
-    alone writes, samples and hands `report` a checkpoint. Returns the metrics of the last logged
-    step and `stopped`: max_steps, patience, or non_finite with a `message`.
+    alone writes, samples and hands `report` a checkpoint. Training waits for its evaluations,
+    unless `validated` is given: then whoever gets the report is to score its checkpoint, and
+    `validated(step)`, called by every worker, waits for what came of it. Returns the metrics of
+    the last logged step and `stopped`: max_steps, patience, or non_finite with a `message`.
     """
     workers = Workers.current()
     with ExitStack() as stack:
@@ -62,28 +53,44 @@ def fit(
         journal = Journal(run_dir, step=run.state.step) if workers.is_first else None
         if journal:
             stack.enter_context(journal)
-        row: Metrics = {"step": run.state.step}
-        losses: list[float] = []
-        clock = time.perf_counter()
-        while not (stopped := run.state.why_stop(config.train)):
-            try:
-                loss, grad_norm, lr = train_step(run)
-                losses.append(loss)
-                evaluates = is_due(run, config.train.eval_interval)
-                if not evaluates and not is_due(run, config.train.log_interval):
-                    continue
-                rate = config.tokens_per_step * len(losses) / (time.perf_counter() - clock)
-                row = step_row(run, losses, rate, grad_norm=grad_norm, lr=lr)
-                if evaluates:
-                    row |= evaluate(run, row["train_loss"])
-            except NonFiniteLoss as error:
-                return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
-            if journal:
-                journal.write(row)
-            if evaluates:
-                report(row, save(run, journal, sample) if journal else None)
-            losses, clock = [], time.perf_counter()
-        return {**row, "stopped": stopped}
+        evaluations: InLine | Beside = InLine(run, journal, report, sample)
+        if validated:
+            evaluations = Beside(run, journal, report, validated)
+        try:
+            return train(run, journal, evaluations)
+        except NonFiniteLoss as error:
+            return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
+
+
+def train(run: Run, journal: Journal | None, evaluations: InLine | Beside) -> Metrics:
+    """Make step after step; return the last logged row and why there was no further one.
+
+    Raises:
+        NonFiniteLoss: on every worker; every checkpoint there is was scored, and is good.
+    """
+    config = run.config
+    row: Metrics = {"step": run.state.step}
+    losses: list[float] = []
+    clock = time.perf_counter()
+    while not (stopped := run.state.why_stop(config.train)):
+        try:
+            loss, grad_norm, lr = train_step(run)
+        except NonFiniteLoss:
+            evaluations.finish()
+            raise
+        losses.append(loss)
+        evaluates = is_due(run, config.train.eval_interval)
+        if not evaluates and not is_due(run, config.train.log_interval):
+            continue
+        rate = config.tokens_per_step * len(losses) / (time.perf_counter() - clock)
+        row = step_row(run, losses, rate, grad_norm=grad_norm, lr=lr)
+        if evaluates:
+            evaluations.add(row)
+        elif journal:
+            journal.write(row)
+        losses, clock = [], time.perf_counter()
+    evaluations.finish()
+    return {**row, "stopped": stopped}
 
 
 def is_due(run: Run, interval: int) -> bool:
@@ -134,55 +141,3 @@ def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr
         "grad_norm": grad_norm,
         "tokens_per_sec": round(rate, 1),
     }
-
-
-def evaluate(run: Run, train_loss: float) -> Metrics:
-    """Score the whole validation split and tell early stopping.
-
-    Raises:
-        NonFiniteLoss: on every worker, before anything is saved.
-    """
-    score = score_split(
-        run.model,
-        run.data.val,
-        block_size=run.config.train.block_size,
-        batch_size=run.config.micro_batch_size,
-        workers=run.workers,
-    )
-    if not math.isfinite(score.perplexity):
-        raise NonFiniteLoss(f"step {run.state.step}: validation loss {score.loss}")
-    progress = run.state.progress.after(
-        run.state.step, score.loss, min_delta=run.config.train.min_delta
-    )
-    run.state = replace(run.state, progress=progress)
-    return {
-        "val_loss": score.loss,
-        "val_ppl": score.perplexity,
-        "val_bpb": score.bits_per_byte,
-        "gap": score.loss - train_loss,
-    }
-
-
-def save(run: Run, journal: Journal, sample: Sampler) -> Path:
-    """Write the checkpoint of this step, publish it if it is the best, and show samples of it."""
-    journal.sync()
-    is_best = run.state.progress.best_step == run.state.step
-
-    def write_tensors(folder: Path) -> None:
-        save_pretrained(run.model, folder / "model", eos_token_id=run.data.eos_id)
-        shutil.copytree(run.data.data_dir / "tokenizer", folder / "model", dirs_exist_ok=True)
-        save_optimizer(folder / "optimizer.safetensors", run.model, run.optimizer)
-
-    checkpoint = save_checkpoint(
-        run.run_dir,
-        run.state,
-        config_yaml=dump(run.config),
-        write_tensors=write_tensors,
-    )
-    if is_best:
-        publish_model(checkpoint, run.run_dir)
-    prune(run.run_dir, run.config.compute.num_to_keep, run.state.progress.best_step)
-    samples = sample(run.model)
-    journal.write_samples(run.state.step, samples)
-    write_event(run.run_dir, "evaluated", step=run.state.step, best=is_best, samples=samples)
-    return checkpoint

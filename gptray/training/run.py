@@ -26,6 +26,7 @@ from gptray.model.shape import model_folder
 from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
     TrainerState,
+    checkpoint_folder,
     checkpoint_step,
     newest_whole,
     publish_model,
@@ -79,17 +80,10 @@ def start(
         RunFailed: checkpoints exist and none is whole.
         ValueError: the training split is shorter than one block.
     """
-    # The same bits for the same shape, on a GPU too.
-    torch.use_deterministic_algorithms(True)
-    # That would also fill every new tensor, which helps to find bugs and costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    enable_fast_fp32()
-    keep_freed_memory()
+    make_repeatable()
     step = workers.number_from_first(lambda: _resume_step(run_dir), device)
-    folder = run_dir / f"checkpoint_{step:06d}" if step else None
-    model = _model(config, data, folder)
-    model.compute_dtype = pick_dtype(config.train.precision, device)
-    model.to(device)
+    folder = checkpoint_folder(run_dir, step) if step else None
+    model = build_model(config, data, folder, device)
     optimizer = make_optimizer(model.parameters(), config.optim)
     state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
     if folder:
@@ -163,14 +157,27 @@ def _resume_step(run_dir: Path) -> int:
     return step
 
 
-def _model(config: Config, data: TokenData, folder: Path | None) -> GPT:
+def make_repeatable() -> None:
+    """Have torch compute the same bits for the same shape, on a GPU too."""
+    torch.use_deterministic_algorithms(True)
+    # That would also fill every new tensor, which helps to find bugs and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    enable_fast_fp32()
+    keep_freed_memory()
+
+
+def build_model(
+    config: Config, data: TokenData, checkpoint: Path | None, device: torch.device
+) -> GPT:
+    """The run's model as a checkpoint holds it; None: as training begins with it."""
     model = GPT(config.model, vocab_size=data.vocab_size)
-    if folder:
-        load_weights(model, folder / "model")
+    if checkpoint:
+        load_weights(model, checkpoint / "model")
     elif config.model.init_from:
         model.valid_vocab_size = config.model.vocab_size or data.vocab_size
         load_weights(model, model_folder(config.model.init_from))
         model.valid_vocab_size = data.vocab_size
     else:
         model.initialise(config.seed)
-    return model
+    model.compute_dtype = pick_dtype(config.train.precision, device)
+    return model.to(device)

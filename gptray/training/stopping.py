@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+class NonFiniteLoss(ArithmeticError):
+    """A loss or gradient norm is NaN or infinite; nothing was updated or saved with it."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What the evaluations so far say. Losses are in nats per token.

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from gptray.config import Config
 from gptray.data.scoring import Score, Windows
-from gptray.data.tokens import TokenSplit
+from gptray.data.tokens import TokenData, TokenSplit
 from gptray.model.gpt import GPT
+from gptray.training.run import build_model, make_repeatable
 from gptray.training.workers import Workers
+
+
+def score_checkpoint(
+    config: Config, data: TokenData, checkpoint: Path, device: torch.device
+) -> tuple[Score, GPT]:
+    """Score a checkpoint of a run as one worker of it would; return its model too."""
+    make_repeatable()
+    model = build_model(config, data, checkpoint, device)
+    score = score_split(
+        model,
+        data.val,
+        block_size=config.train.block_size,
+        batch_size=config.micro_batch_size,
+        workers=Workers(rank=0, size=1),
+    )
+    return score, model
 
 
 @torch.no_grad()

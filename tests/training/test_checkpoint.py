@@ -165,7 +165,7 @@ def test_full_disk_names_the_path_and_keeps_what_is_there(run_dir: Path) -> None
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         save(tmp_path, step)
-    prune(tmp_path, 2, best_step=20)
+    prune(tmp_path, 2, spare={20})
     names = [folder.name for folder in find_checkpoints(tmp_path)]
     assert names == ["checkpoint_000050", "checkpoint_000040", "checkpoint_000020"]
     assert not list(tmp_path.glob(".checkpoint_*"))
@@ -174,7 +174,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 def test_prune_finishes_what_a_kill_left(tmp_path: Path) -> None:
     save(tmp_path, 10).rename(tmp_path / ".checkpoint_000010.old")
     save(tmp_path, 20)
-    prune(tmp_path, 2, best_step=20)
+    prune(tmp_path, 2, spare={20})
     assert not list(tmp_path.glob(".checkpoint_*"))
 
 
