@@ -19,6 +19,7 @@ from gptray.config import Config, RunFailed, UserError, dump, flatten, load_conf
 from gptray.files import replacing
 from gptray.model.shape import model_folder, read_shape
 from gptray.record import METRICS, read_rows
+from gptray.tuning.record import TRIALS
 
 # Keys that do not change what is trained: a run may go on under other values of these.
 FREE_KEYS = (
@@ -32,10 +33,16 @@ FREE_KEYS = (
     "tune.",
     "train.resume",
 )
+SWEEP_FREE_KEYS = (
+    *(key for key in FREE_KEYS if key != "tune."),
+    "tune.max_concurrent_trials",
+)
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, *, sweep: bool = False) -> Config:
     """The config with nothing left to guess: shape, tokenizer, storage path and name.
+
+    sweep: the name is to be a sweep's.
 
     Raises:
         UserError: model.init_from is no model, or a key given contradicts its shape.
@@ -53,7 +60,7 @@ def resolve(config: Config) -> Config:
     elif config.data.tokenizer is None:
         values["data.tokenizer"] = "bpe"
     resolved = override(config, values)
-    return override(resolved, {"name": config.name or _free_name(resolved)})
+    return override(resolved, {"name": config.name or _free_name(resolved, sweep=sweep)})
 
 
 def run_dir(config: Config) -> Path:
@@ -62,29 +69,35 @@ def run_dir(config: Config) -> Path:
     return Path(config.storage_path) / config.name
 
 
-def check_resumable(config: Config) -> None:
-    """Refuse to go on in a run folder that another config made.
+def check_resumable(config: Config, *, sweep: bool = False) -> None:
+    """Refuse to go on in a run's (or a sweep's) folder that another config made.
 
     Raises:
-        UserError: names every key that differs, or says that the folder is no run's.
+        UserError: names every key that differs, or says that the folder is something else's.
     """
-    folder = run_dir(config)
+    folder, what = run_dir(config), "sweep" if sweep else "run"
     visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     if not visible:
         return
     if config.train.resume == "never":
-        raise UserError(f"train.resume=never: the run {folder} exists; choose another name")
+        raise UserError(f"train.resume=never: the {what} {folder} exists; choose another name")
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} exists and is not a run (no config.yaml); choose another name")
+        raise UserError(
+            f"{folder} exists and is not a {what} (no config.yaml); choose another name"
+        )
+    if (folder / (METRICS if sweep else TRIALS)).exists():
+        other = "run" if sweep else "sweep"
+        raise UserError(f"{folder} is a {other}, not a {what}; choose another name")
+    free = SWEEP_FREE_KEYS if sweep else FREE_KEYS
     before, now = flatten(load_config(str(folder / "config.yaml"), [])), flatten(config)
     differing = [
         f"  {key}: {before[key]!r} there, {now[key]!r} now"
         for key in now
-        if before.get(key) != now[key] and not key.startswith(FREE_KEYS)
+        if before.get(key) != now[key] and not key.startswith(free)
     ]
     if differing:
         raise UserError(
-            f"the run {folder} was started with other settings:\n"
+            f"the {what} {folder} was started with other settings:\n"
             + "\n".join(differing)
             + "\nGo on with its own settings, or choose another name"
         )
@@ -180,13 +193,14 @@ def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
     return values
 
 
-def _free_name(config: Config) -> str:
+def _free_name(config: Config, *, sweep: bool) -> str:
     """A name that the config always gives; under train.resume=never one not taken yet."""
     source = config.data.source if isinstance(config.data.source, str) else config.data.source[0]
     label = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem).strip("-").lower() or "run"
-    identity = {k: v for k, v in flatten(config).items() if not k.startswith(FREE_KEYS)}
+    free = SWEEP_FREE_KEYS if sweep else FREE_KEYS
+    identity = {k: v for k, v in flatten(config).items() if not k.startswith(free)}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
-    name = unique = f"{label[:24]}-{digest[:6]}"
+    name = unique = f"{label[:24]}{'-sweep' if sweep else ''}-{digest[:6]}"
     number = 1
     while config.train.resume == "never" and (Path(config.storage_path) / unique).exists():
         number += 1
