@@ -169,6 +169,12 @@ class TrainConfig(Section):
     min_delta: NonNegative = Field(
         0.0, description="nats that validation loss must fall to count as new best"
     )
+    async_validation: bool = Field(
+        False,
+        description="a worker besides compute.num_workers scores the checkpoints while training "
+        "goes on, to the same numbers; a score counts at the next evaluation, so early stopping "
+        "comes one train.eval_interval later",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the processor or GPU computes in it, else fp32"
     )

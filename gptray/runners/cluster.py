@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptray.config import ComputeConfig, UserError
+from gptray.config import ComputeConfig, Config, UserError
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
 # makes a report wait as long; a poll every 0.2 seconds takes some percent of two cores away from
@@ -62,10 +62,22 @@ def _sigterm_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def check_resources(compute: ComputeConfig, *, compiling: str | None = None) -> None:
+def check_training(config: Config) -> None:
+    """Refuse a training for which this machine has not got what it takes; see `check_resources`."""
+    check_resources(
+        config.compute,
+        compiling="train.compile" if config.train.compile else None,
+        beside="train.async_validation" if config.train.async_validation else None,
+    )
+
+
+def check_resources(
+    compute: ComputeConfig, *, compiling: str | None = None, beside: str | None = None
+) -> None:
     """Refuse what this machine can never give; a cluster (RAY_ADDRESS) may still grow.
 
     compiling: the key that asks for torch.compile, if one does.
+    beside: the key that asks for one more worker than compute.num_workers, if one does.
 
     Raises:
         UserError: names the key, what was asked and what there is.
@@ -84,6 +96,15 @@ def check_resources(compute: ComputeConfig, *, compiling: str | None = None) -> 
             f"compute.cpus_per_worker={compute.cpus_per_worker} x "
             f"compute.num_workers={compute.num_workers} is more than this machine's {cpus} cores"
         )
+    count, cores = compute.num_workers + 1, compute.cpus_per_worker or 1
+    has_spare = _gpu_workers(compute, gpus) >= count and cores * count <= cpus
+    if beside and not problems and not has_spare:
+        spare = f"{count} GPUs" if compute.use_gpu else f"{cores * count} cores"
+        problems.append(
+            f"{beside}=true needs a worker besides compute.num_workers={compute.num_workers}, so "
+            f"{spare}; this machine has {gpus if compute.use_gpu else cpus}. Without it ({beside}"
+            "=false) the workers themselves score, to the same numbers"
+        )
     compiler = os.environ.get("CXX", "g++")
     if compiling and not compute.use_gpu and shutil.which(compiler) is None:
         problems.append(
@@ -94,24 +115,26 @@ def check_resources(compute: ComputeConfig, *, compiling: str | None = None) -> 
         raise UserError("\n".join(problems))
 
 
-def worker_resources(compute: ComputeConfig) -> dict[str, float]:
+def worker_resources(compute: ComputeConfig, *, spare: int = 0) -> dict[str, float]:
     """What Ray reserves for each worker: its GPU, and its share of the cores.
 
-    The share is the most whole cores that still let every worker find a node. On a machine with
-    fewer cores than workers each gets an equal fraction.
+    The share is the most whole cores that still let every worker find a node, `spare` ones besides
+    compute.num_workers among them. On a machine with fewer cores than workers each gets an equal
+    fraction.
     """
     import ray
 
     gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
     if compute.cpus_per_worker:
         return {"CPU": float(compute.cpus_per_worker), **gpu}
+    workers = compute.num_workers + spare
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     for cpus in range(int(max(nodes)), 0, -1):
-        if sum(node // cpus for node in nodes) >= compute.num_workers:
+        if sum(node // cpus for node in nodes) >= workers:
             return {"CPU": float(cpus), **gpu}
     if os.environ.get("RAY_ADDRESS"):
         return {"CPU": 1.0, **gpu}  # the cluster's autoscaler is to bring the rest
-    return {"CPU": sum(nodes) / compute.num_workers, **gpu}
+    return {"CPU": sum(nodes) / workers, **gpu}
 
 
 def trial_resources(

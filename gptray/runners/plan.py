@@ -5,7 +5,7 @@ from __future__ import annotations
 from gptray.config import Config
 from gptray.data.order import BatchOrder
 from gptray.model.shape import parameter_count
-from gptray.runners.cluster import check_resources
+from gptray.runners.cluster import check_training
 from gptray.runners.prepare import check_sources, prepared
 from gptray.runners.runs import check_resumable, resolve, run_dir
 
@@ -20,7 +20,7 @@ FILES = (
 def training_plan(config: Config) -> list[tuple[str, str]]:
     """Label and value of each fact; makes the same checks as the job, and starts nothing."""
     config = resolve(config)
-    check_resources(config.compute, compiling="train.compile" if config.train.compile else None)
+    check_training(config)
     check_sources(config)
     check_resumable(config)
     data = prepared(config)
@@ -55,7 +55,8 @@ def training_plan(config: Config) -> list[tuple[str, str]]:
 
 def _workers(config: Config) -> str:
     kind = "GPU" if config.compute.use_gpu else "CPU"
-    return f"{config.compute.num_workers} ({kind})"
+    beside = ", and one beside them that scores" if config.train.async_validation else ""
+    return f"{config.compute.num_workers} ({kind}){beside}"
 
 
 def _memory(config: Config, parameters: int) -> float:

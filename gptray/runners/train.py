@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
-from gptray.record import write_event
-from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
+from gptray.record import METRICS, read_rows, write_event
+from gptray.runners.cluster import check_training, ray_cluster, worker_resources
 from gptray.runners.prepare import check_sources, prepare
 from gptray.runners.report import Reporter
 from gptray.runners.runs import (
@@ -28,6 +28,7 @@ from gptray.runners.runs import (
     save_config,
     set_ray_snapshot_aside,
 )
+from gptray.runners.validate import Validations, validation_config
 from gptray.runners.watch import show_samples, watching
 from gptray.training.checkpoint import TrainerState, newest_whole
 
@@ -48,7 +49,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     config = resolve(config)
     folder = run_dir(config)
-    check_resources(config.compute, compiling="train.compile" if config.train.compile else None)
+    check_training(config)
     check_sources(config)
     check_resumable(config)
     with held(folder):
@@ -57,7 +58,7 @@ def train(config: Config) -> dict[str, Any]:
         reporter = Reporter(folder)
         checkpoint, _ = newest_whole(folder)
         state = TrainerState.load(checkpoint) if checkpoint else None
-        if state and state.why_stop(config.train):
+        if state and is_finished(config, folder, state):
             log.info("this run is finished; another name, or train.resume=never, starts a new one")
             facts = {}
             reporter.write(running=False)
@@ -65,6 +66,16 @@ def train(config: Config) -> dict[str, Any]:
             facts = _run(config, folder, state, reporter)
         show_samples(folder)
     return {**outcome(config), **facts, "report": reporter.path}
+
+
+def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:
+    """Whether a run has come to its end, with every checkpoint scored."""
+    if not state.why_stop(config.train):
+        return False
+    rows = read_rows(folder / METRICS)
+    return not config.train.async_validation or any(
+        row["step"] == state.step and "val_loss" in row for row in rows
+    )
 
 
 def _run(
@@ -134,7 +145,7 @@ def fit_on_ray(
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    reserved = worker_resources(config.compute)
+    reserved = worker_resources(config.compute, spare=int(config.train.async_validation))
     settings = {
         "config": config.model_dump(mode="json"),
         "data_dir": str(data.data_dir),
@@ -156,6 +167,7 @@ def fit_on_ray(
             failure_config=ray.train.FailureConfig(max_failures=config.compute.max_failures),
             callbacks=[_failure_notes(folder), *callbacks],
         ),
+        validation_config=validation_config(config, settings, reserved),
     )
     try:
         result: dict[str, Any] = trainer.fit().return_value
@@ -166,6 +178,12 @@ def fit_on_ray(
         raise RunFailed(
             f"the workers failed more than compute.max_failures={config.compute.max_failures} "
             f"times; the run can go on from its last checkpoint with the same command.\n{error}"
+        ) from None
+    except ray.train.ControllerError as error:
+        raise RunFailed(
+            "Ray Train's controller failed, as it does when the process that scores checkpoints "
+            f"dies more than compute.max_failures={config.compute.max_failures} times; the run can "
+            f"go on from its last checkpoint with the same command.\n{error.controller_failure}"
         ) from None
     return result
 
@@ -212,17 +230,20 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             metrics,
             checkpoint=checkpoint_dir and ray.train.Checkpoint(str(checkpoint_dir)),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+            validation=config.train.async_validation and checkpoint_dir is not None,
         )
 
+    run_dir = Path(settings["run_dir"])
     device = ray.train.torch.get_device()
     with process_group():
         result = fit(
             config,
             data,
-            Path(settings["run_dir"]),
+            run_dir,
             report=report,
             sample=lambda model: sample_texts(config, data, model),
             device=device,
+            validated=Validations(run_dir, config).wait if config.train.async_validation else None,
         )
     return {**result, "peak_memory_bytes": peak_memory(device)}
 

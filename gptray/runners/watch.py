@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -33,22 +33,27 @@ class _Tail:
 
     def __init__(self, path: Path, *, from_end: bool) -> None:
         self._path = path
-        self._inode: int | None = None
+        # Held open, since the next file might get the number of one that is gone.
+        self._file: BinaryIO | None = None
         self._offset = 0
         if from_end and path.exists():
-            self._inode, self._offset = path.stat().st_ino, path.stat().st_size
+            self._file = path.open("rb")
+            self._offset = self._file.seek(0, os.SEEK_END)
 
     def rows(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
-        with self._path.open("rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:
-                self._inode, self._offset = inode, 0
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
+        if not self._file or not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+            self.close()
+            self._file, self._offset = self._path.open("rb"), 0
+        self._file.seek(self._offset)
+        whole, newline, _ = self._file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
         return [json.loads(line) for line in whole.split(b"\n") if line]
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
 
 
 class _Watch:
@@ -58,6 +63,7 @@ class _Watch:
         self._events = _Tail(run_dir / EVENTS, from_end=True)
         self._max_steps = max_steps
         self._shown = -1  # the last step shown; rows up to here are history
+        self._scored: int | None = None  # the last step whose score was seen
         self._started = False
         self._origin = (0, time.monotonic())  # step and time from which the ETA is reckoned
         self._best = math.inf
@@ -74,15 +80,11 @@ class _Watch:
         for event in events:
             if event["event"] == "start":
                 self._start(event)
-            elif event["event"] in ("damaged", "failure"):
+            elif event["event"] in ("damaged", "failure", "waiting"):
                 log.warning("%s", event["message"])
         if not self._started:
             return
-        for row in self._metrics.rows():
-            is_best = row.get("val_loss", math.inf) < self._best
-            self._best = min(self._best, row.get("val_loss", math.inf))
-            if row["step"] > self._shown:
-                self._show(row, is_best)
+        self._look_at_rows()
         for event in events:
             if event["event"] == "evaluated":
                 for prompt, output in event["samples"][:1]:
@@ -90,8 +92,25 @@ class _Watch:
         if any(event["event"] in ("start", "evaluated") for event in events):
             self._on_evaluation()
 
+    def _look_at_rows(self) -> None:
+        """Show new rows, and once more those that have got their score since."""
+        rows = self._metrics.rows()
+        if self._scored is None:
+            history = [row["step"] for row in rows if "val_loss" in row]
+            self._scored = max((step for step in history if step <= self._shown), default=-1)
+        for row in rows:
+            val_loss = row.get("val_loss", math.inf)
+            is_best, self._best = val_loss < self._best, min(self._best, val_loss)
+            is_scored = "val_loss" in row and row["step"] > self._scored
+            if is_scored:
+                self._scored = row["step"]
+            if row["step"] > self._shown or is_scored:
+                self._show(row, is_best)
+
     def close(self) -> None:
         self.look()
+        self._metrics.close()
+        self._events.close()
         if self._bar:
             self._bar.stop()
 
@@ -103,18 +122,19 @@ class _Watch:
         )
         self._started = True
         self._shown = event["step"]
+        self._scored = None if self._scored is None else min(self._scored, event["step"])
         self._origin = (event["step"], time.monotonic())
         if self._bar:
             self._bar.update(self._task, description="training", completed=event["step"])
 
     def _show(self, row: dict[str, Any], is_best: bool) -> None:
-        self._shown = row["step"]
+        self._shown = max(self._shown, row["step"])
         metrics = _metrics_text(row)
         since, began = self._origin
-        pace = (time.monotonic() - began) / max(1, row["step"] - since)
-        eta = duration(pace * (self._max_steps - row["step"]))
+        pace = (time.monotonic() - began) / max(1, self._shown - since)
+        eta = duration(pace * (self._max_steps - self._shown))
         if self._bar:
-            self._bar.update(self._task, completed=row["step"], metrics=f"{metrics}  eta {eta}")
+            self._bar.update(self._task, completed=self._shown, metrics=f"{metrics}  eta {eta}")
         if not self._bar or "val_loss" in row:
             width = len(f"{self._max_steps}")
             best = "  best so far" if is_best else ""
