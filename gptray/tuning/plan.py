@@ -53,10 +53,55 @@ def plan_trials(config: Config, folder: str) -> list[Planned]:
             "configs/overfitting_sweep.yaml"
         )
     is_known = config.tune.search_alg == "random"
+    if not is_known:
+        _refuse_endless_texts(entries)
     drawn = draw(entries, config.tune.num_samples if is_known else REHEARSED, seed=config.seed)
     baseline: list[dict[str, Any]] = [{}] if config.tune.baseline else []
     trials = _checked([*baseline, *drawn], config, folder)
     return trials if is_known else trials[: len(baseline)]
+
+
+def text_key(config: Config) -> str:
+    """Equal for configs of a sweep whose text, split and tokens are the same."""
+    return config.data.model_dump_json()
+
+
+def all_texts(config: Config, folder: str, trials: Sequence[Planned]) -> list[Config]:
+    """A config for every text that a trial can come to need, prepared in the sweep's storage."""
+    found = [trial.config for trial in trials]
+    if config.tune.search_alg != "random":
+        entries = [entry for entry in entries_of(config) if any(map(_is_of_text, entry.paths))]
+        points = _combinations(entries)
+        found += [plan_trial(config, folder, "text", values).config for values in points]
+    own = {"name": config.name, "storage_path": config.storage_path}
+    return [override(one, own) for one in {text_key(one): one for one in found}.values()]
+
+
+def _is_of_text(path: str) -> bool:
+    return path.startswith("data.")
+
+
+def _combinations(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Every combination of options, with and without the entries that have a condition."""
+    points: list[dict[str, Any]] = [{}]
+    for entry in entries:
+        options = [dict(zip(entry.paths, option, strict=True)) for option in entry.options]
+        options += [{}] if entry.when else []
+        points = [point | option for point in points for option in options]
+    return points
+
+
+def _refuse_endless_texts(entries: Sequence[Entry]) -> None:
+    """What Optuna may suggest has to be prepared before. Raises ConfigError."""
+    problems = [
+        f"tune.space: {path}: with tune.search_alg=optuna write choice; every text is prepared "
+        "before the first trial"
+        for entry in entries
+        for path in entry.paths
+        if _is_of_text(path) and not entry.options
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def plan_trial(config: Config, folder: str, name: str, values: Mapping[str, Any]) -> Planned:

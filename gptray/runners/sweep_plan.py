@@ -1,0 +1,133 @@
+"""A sweep looked at before anything starts: its trials, and the rows of --dry-run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptray.config import Config, UserError
+from gptray.fields import shown
+from gptray.runners.cluster import check_resources
+from gptray.runners.prepare import check_sources, prepared
+from gptray.runners.runs import check_resumable, resolve, run_dir
+from gptray.space import Entry
+from gptray.tuning.plan import FINALISTS, Planned, all_texts, entries_of, plan_trials
+from gptray.tuning.record import load_trials, rungs
+
+FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet report.html"
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep that has been looked at. `trials`: those known by now.
+
+    texts: configs of the texts that trials are trained on.
+    """
+
+    config: Config
+    folder: Path
+    trials: Sequence[Planned]
+    texts: Sequence[Config]
+
+    @property
+    def num_trials(self) -> int:
+        """Trials without repetitions."""
+        if self.config.tune.search_alg == "random":
+            return len(self.trials)
+        return self.config.tune.num_samples + len(self.trials)
+
+    @property
+    def num_replicates(self) -> int:
+        """Repetitions at most."""
+        return min(FINALISTS, self.num_trials) * self.config.tune.replicates
+
+
+def look_at_sweep(config: Config) -> SweepPlan:
+    """Resolve the config and find every mistake that can be found without torch and Ray.
+
+    Raises:
+        UserError: says all that is wrong with the space, the text, the machine or the folder.
+    """
+    config = resolve(config, sweep=True)
+    check_resources(config.compute, compiling="train.compile" if config.train.compile else None)
+    if config.tune.search_alg == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError(
+            "tune.search_alg=optuna needs the package optuna: pip install 'gptray[optuna]'"
+        )
+    folder = run_dir(config)
+    trials = plan_trials(config, str(folder))
+    texts = all_texts(config, str(folder), trials)
+    for text in texts:
+        check_sources(text)
+    check_resumable(config, sweep=True)
+    return SweepPlan(config, folder, trials, texts)
+
+
+def sweep_plan(config: Config) -> list[tuple[str, str]]:
+    """Label and value of each fact; makes the same checks as the job, and starts nothing."""
+    plan = look_at_sweep(config)
+    config = plan.config
+    most = max((one.config.train.max_steps for one in plan.trials), default=config.train.max_steps)
+    full = sum(one.config.train.max_steps for one in plan.trials)
+    full += (plan.num_trials - len(plan.trials) + plan.num_replicates) * most
+    ready = sum(prepared(text) is not None for text in plan.texts)
+    ended = [one for one in load_trials(plan.folder) if one.outcome]
+    rows = [("sweep", str(plan.folder))]
+    rows += [
+        (f"varies {number}", _line(entry)) for number, entry in enumerate(entries_of(config), 1)
+    ]
+    rows += [
+        ("trials", _trials(plan)),
+        ("at a time", _at_once(config)),
+        ("rungs", _rungs(config)),
+        ("steps", f"{full:,} at most, without any trial cut"),
+        ("texts to train on", f"{len(plan.texts)}, {ready} of them ready"),
+    ]
+    if ended:
+        rows.append(("ended already", f"{len(ended)} trials"))
+    rows.append(("files", FILES))
+    return rows
+
+
+def _line(entry: Entry) -> str:
+    """One dimension of the space in words."""
+    if entry.options:
+        options = [option[0] if len(entry.paths) == 1 else option for option in entry.options]
+        values = ", ".join(shown(option) for option in options)
+    else:
+        high = entry.high - 1 if entry.kind == "randint" else entry.high
+        values = f"{shown(entry.low)} to {shown(high)}"
+    text = f"{', '.join(entry.paths)}: {entry.kind} {values}"
+    when = " and ".join(
+        f"{path} is {' or '.join(map(shown, any_of))}" for path, any_of in entry.when.items()
+    )
+    return f"{text}, when {when}" if when else text
+
+
+def _trials(plan: SweepPlan) -> str:
+    tune = plan.config.tune
+    parts = ["the config as it is"] if tune.baseline else []
+    drawn = plan.num_trials - len(parts)
+    parts.append(
+        f"{drawn} suggested by Optuna" if tune.search_alg == "optuna" else f"{drawn} drawn"
+    )
+    if plan.num_replicates:
+        parts.append(f"{plan.num_replicates} repetitions of the best at most")
+    return f"{plan.num_trials + plan.num_replicates}: {', '.join(parts)}"
+
+
+def _at_once(config: Config) -> str:
+    most = config.tune.max_concurrent_trials
+    workers = config.compute.num_workers
+    number = f"{most} at most" if most else "as many as find room"
+    return f"{number}, {workers} worker{'s' if workers > 1 else ''} each"
+
+
+def _rungs(config: Config) -> str:
+    steps = rungs(config)
+    if not steps:
+        return "none, every trial runs to its end"
+    keep = config.tune.reduction_factor
+    return f"at steps {', '.join(f'{step:,}' for step in steps)}: the best of {keep} goes on"

@@ -1,0 +1,30 @@
+"""Tune a GPT on Ray: trials of a search space, the worse ones cut early, the best settings kept.
+
+python jobs/tune.py --config configs/overfitting_sweep.yaml                   what helps?
+python jobs/tune.py --config my.yaml data.source=book.txt name=book-sweep     your own
+python jobs/train.py --config ~/gptray/book-sweep/best.yaml                   its winner
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from gptray.cli import run_job
+from gptray.config import Config
+
+
+def job(config: Config) -> dict[str, Any]:
+    from gptray.runners.tune import tune
+
+    return tune(config)
+
+
+def plan(config: Config) -> list[tuple[str, str]]:
+    from gptray.runners.sweep_plan import sweep_plan
+
+    return sweep_plan(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(job, name="tune", doc=__doc__ or "", plan=plan))
