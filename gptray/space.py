@@ -33,6 +33,7 @@ NOT_TUNED = {
     "model.init_from": "all trials start from the same weights",
     "train.eval_interval": "trials are compared at the same steps",
     "train.log_interval": _UNTRAINED,
+    "train.async_validation": _UNTRAINED,
     "train.resume": _UNTRAINED,
     **{
         f"{section}.": _UNTRAINED

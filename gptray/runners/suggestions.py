@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from ray.tune.search.optuna import OptunaSearch
 
 from gptray.config import Config, ConfigError
@@ -29,6 +31,7 @@ class Suggestions:
         self._num_trials = num_trials
         self._entries = entries_of(config)
         past = load_trials(folder)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         # Random draws at the start are a function of the seed, which is not to give them again.
         self._search = OptunaSearch(
             _distributions(self._entries),
@@ -85,8 +88,6 @@ class Suggestions:
 
 
 def _distributions(entries: Sequence[Entry]) -> dict[str, Any]:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
     return {
         entry.paths[0]: CategoricalDistribution(tuple(range(len(entry.options))))
         if entry.options

@@ -26,9 +26,10 @@ def run_trial(settings: dict[str, Any]) -> dict[str, Any]:
 
     settings: trial (its name), config, run_dir, data_dir and threads.
     """
-    config, folder = Config.model_validate(settings["config"]), Path(settings["run_dir"])
-    train = _train_here if config.compute.num_workers == 1 else _train_in_workers
+    folder = Path(settings["run_dir"])
     try:
+        config = Config.model_validate(settings["config"])
+        train = _train_here if config.compute.num_workers == 1 else _train_in_workers
         result = train(config, TokenData.open(settings["data_dir"]), folder, settings["threads"])
     except Exception as error:
         message = f"{type(error).__name__}: {error}"

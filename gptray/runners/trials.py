@@ -7,10 +7,12 @@ anew from what the trials have measured.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -77,9 +79,7 @@ def run_trials(
     is_here = config.compute.num_workers == 1
     # A trial of several workers only waits for them; Tune refuses a trial that needs nothing.
     resources = reserved if is_here else {"memory": 64 * 2**20}
-    scratch = folder / SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    with _scratch(folder) as scratch, _quiet():
         ray.tune.Tuner(
             ray.tune.with_resources(run_trial, resources),
             tune_config=ray.tune.TuneConfig(
@@ -100,8 +100,30 @@ def run_trials(
                 failure_config=ray.tune.FailureConfig(max_failures=config.compute.max_failures),
             ),
         ).fit()
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for Tune's own files, empty at first and gone afterwards."""
+    scratch = folder / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Tune from telling what the sweep tells itself, unless it is to tell all."""
+    ours, logger = logging.getLogger("gptray"), logging.getLogger("ray.tune")
+    level = logger.level
+    if not ours.isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _name_of(trial: Any) -> str:
@@ -199,6 +221,7 @@ class _Log(ray.tune.Callback):  # type: ignore[misc]
         self._queue.ended(_name_of(trial), outcome, step=step, message=result.get("message"))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        lines = str(trial.get_error()).strip().splitlines()
-        message = lines[-1] if lines else "its process died"
+        message = "its process died"
+        if trial.error_file and Path(trial.error_file).is_file():
+            message = Path(trial.error_file).read_text().strip().splitlines()[-1]
         self._queue.ended(_name_of(trial), "failed", step=0, message=message)

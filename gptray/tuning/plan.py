@@ -207,6 +207,8 @@ def _trial_config(config: Config, folder: str, name: str, values: Mapping[str, A
         "storage_path": f"{folder}/trials",
         "data.seed": seed,
         "train.resume": "auto",
+        # At a rung, the score of this very step decides.
+        "train.async_validation": False,
     }
     return override(config, {**tune, **own, **values})
 
