@@ -56,7 +56,9 @@ def validate(checkpoint: ray.train.Checkpoint, *, settings: dict[str, Any]) -> d
     """
     try:
         return _validate(Path(checkpoint.path), settings)
-    except (UserError, RunFailed) as error:
+    except UserError as error:
+        return {"mistake": str(error)}
+    except RunFailed as error:
         return {"error": str(error)}
     except Exception:
         return {"error": traceback.format_exc()}
@@ -88,6 +90,7 @@ class Validations:
 
         Raises:
             RunFailed: that failed; says how.
+            UserError: it failed by a mistake in the config.
         """
         from ray.train import ReportedCheckpointStatus
 
@@ -98,7 +101,10 @@ class Validations:
         for result in results:
             if result.status == ReportedCheckpointStatus.VALIDATED and "score" in result.metrics:
                 return Validation(Score(**result.metrics["score"]), result.metrics["samples"])
-        why = results[-1].metrics.get("error", results[-1].status.value)
+        last = results[-1].metrics
+        if "mistake" in last:
+            raise UserError(last["mistake"])
+        why = last.get("error", results[-1].status.value)
         raise RunFailed(f"scoring {checkpoint_folder(self._run_dir, step)} failed: {why}")
 
     def _finished(self, step: int) -> list[ray.train.ReportedCheckpoint]:
