@@ -58,6 +58,11 @@ def look_at_sweep(config: Config) -> SweepPlan:
         )
     folder = run_dir(config)
     trials = plan_trials(config, str(folder))
+    if any(one.train.async_validation for one in [config, *(trial.config for trial in trials)]):
+        raise UserError(
+            "train.async_validation=true is for single runs: trials of a sweep are compared, and "
+            "cut, by scores that must not come late; leave it out"
+        )
     texts = all_texts(config, str(folder), trials)
     for text in texts:
         check_sources(text)

@@ -14,6 +14,7 @@ import torch
 from gptray.config import UserError
 from gptray.data.tokens import TokenData
 from gptray.runners.plan import training_plan
+from gptray.runners.sweep_plan import sweep_plan
 from gptray.runners.train import train
 from gptray.training.loop import fit
 from tests.tiny import tiny_config
@@ -87,3 +88,10 @@ def test_machine_without_a_worker_to_spare_is_refused_before_anything_starts(
         UserError, match=rf"async_validation=true .* {cores + 1} cores; .* {cores}\."
     ):
         training_plan(config)
+
+
+def test_sweep_is_refused(text_file: Path, tmp_path: Path) -> None:
+    space = "tune.space=[{path: model.dropout, uniform: [0, 0.3]}]"
+    sweep_plan(tiny_config(text_file, tmp_path, space))
+    with pytest.raises(UserError, match=r"train\.async_validation=true is for single runs"):
+        sweep_plan(tiny_config(text_file, tmp_path, space, "train.async_validation=true"))
