@@ -15,6 +15,8 @@ from gptray.evaluation.diagnosis import Diagnosis
 from gptray.evaluation.wording import decimals
 
 XY = tuple[float, float]
+# A run's curves, and the curves of a sweep's trials.
+Role = Literal["train", "val", "single", "cut", "whole", "wrong", "own", "winner"]
 
 # Points of one curve: more cannot be told apart on a page.
 MOST_POINTS = 400
@@ -27,16 +29,25 @@ BEGINNING = 0.1
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `role` decides its colour."""
+    """One curve. `role` decides its colour; curves of one role have the same name.
+
+    hint: what is said of it where a pointer rests.
+    """
 
     name: str
-    role: Literal["train", "val", "single"]
+    role: Role
     points: tuple[XY, ...]
+    hint: str = ""
 
     @property
     def has_dots(self) -> bool:
         """Whether each point is one measurement and there is room to show it."""
         return self.role == "val" and len(self.points) <= MOST_DOTS
+
+    @property
+    def has_end(self) -> bool:
+        """Whether where it ends is of interest."""
+        return self.role in ("cut", "whole", "wrong", "own", "winner")
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over steps, from step 0 to `last`, and the values between `low` and `high`."""
+    """Curves over steps, up to `last`, and the values between `low` and `high`.
+
+    first: the step at the left; if it is above 0, each doubling of steps has the same width.
+    rungs: steps with a line.
+    """
 
     key: str
     title: str
@@ -61,6 +76,13 @@ class Chart:
     low: float
     high: float
     marks: tuple[Mark, ...] = ()
+    first: float = 0.0
+    rungs: tuple[float, ...] = ()
+
+    @property
+    def legend(self) -> tuple[Series, ...]:
+        """One curve of each role."""
+        return tuple({series.role: series for series in self.series}.values())
 
 
 def run_charts(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> list[Chart]:

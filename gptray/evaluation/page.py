@@ -9,8 +9,10 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from gptray.evaluation.style import STYLE
+from gptray.record import versions
 
 # What HTML may not hold, and lone surrogates, which no UTF-8 file may.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -27,6 +29,7 @@ class Row:
     name: str
     how: str
     values: tuple[str, ...]
+    is_best: bool = False
 
 
 def esc(text: object) -> str:
@@ -46,6 +49,21 @@ def page(title: str, body: str, *, refresh_s: int | None) -> str:
         f"<title>{esc(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def footer() -> str:
+    """When the page was written, and with what."""
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    using = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"<footer>Written {esc(now)} with {esc(using)}.</footer>"
+
+
+def tiles(figures: Sequence[tuple[str, str]]) -> str:
+    """A few numbers at a glance, each with what it is."""
+    found = "".join(
+        f"<div><b>{esc(value)}</b><small>{esc(text)}</small></div>" for value, text in figures
+    )
+    return f'<div class="tiles">{found}</div>'
 
 
 def section(title: str, *parts: str) -> str:
@@ -73,7 +91,8 @@ def _row(row: Row, columns: int) -> str:
         f"<td{' class=number' if len(value) <= SHORT else ''}>{esc(value)}</td>"
         for value in row.values
     )
-    kind = ' class="explained"' if row.how else ""
+    kinds = ["explained"] * bool(row.how) + ["best"] * row.is_best
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
     how = f'\n<tr class="how"><td colspan="{columns}">{esc(row.how)}</td></tr>' if row.how else ""
     return f'<tr{kind}><th scope="row">{esc(row.name)}</th>{cells}</tr>{how}'
 

@@ -7,19 +7,18 @@ numbers mean is judged in `gptray.evaluation.diagnosis`; the sections are `story
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 from gptray.config import UserError, load_config
 from gptray.evaluation.charts import Chart, run_charts
 from gptray.evaluation.diagnosis import diagnose
 from gptray.evaluation.findings import evaluation_sections, evaluation_sentence
-from gptray.evaluation.page import esc, page, paragraph
+from gptray.evaluation.page import esc, footer, page, paragraph
 from gptray.evaluation.png import save_pngs
 from gptray.evaluation.result import Evaluation, load_evaluation
 from gptray.evaluation.story import RunRecord, headline, run_sections, state_line
 from gptray.files import replacing
-from gptray.record import EVENTS, METRICS, read_rows, versions
+from gptray.record import EVENTS, METRICS, read_rows
 
 REPORT = "report.html"
 # How often a browser looks for a newer page while a run goes on.
@@ -76,11 +75,5 @@ def _page(
         parts += run_sections(run, charts, evaluation_sections(evaluation) if evaluation else [])
     elif evaluation:
         parts += evaluation_sections(evaluation)
-    parts.append(_footer())
+    parts.append(footer())
     return page(name, "\n".join(parts), refresh_s=REFRESH_S if running else None)
-
-
-def _footer() -> str:
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    using = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"<footer>Written {esc(now)} with {esc(using)}.</footer>"

@@ -20,6 +20,7 @@ from gptray.evaluation.page import (
     paragraph,
     section,
     table,
+    tiles,
 )
 from gptray.evaluation.svg import figure
 from gptray.evaluation.wording import count, magnitude, time_words
@@ -93,8 +94,7 @@ def _tiles(run: RunRecord) -> str:
         (f"{row['val_bpb']:.3f}", "its bits per byte"),
         (f"{best.gap:+.3f}", "validation minus training loss there"),
     ]
-    tiles = "".join(f"<div><b>{value}</b><small>{text}</small></div>" for value, text in figures)
-    return f'<div class="tiles">{tiles}</div>'
+    return tiles(figures)
 
 
 def _row_at(run: RunRecord, step: int) -> Mapping[str, Any]:

@@ -32,9 +32,13 @@ figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: .2rem .
 .key i { display: inline-block; width: 1.1em; height: 3px; margin-right: .35em;
   vertical-align: middle; background: var(--single); }
 .key i.train { background: var(--train); }
-.key i.val { background: var(--val); }
+.key i.val, .key i.own, .key i.early { background: var(--val); }
+.key i.whole, .key i.run { background: var(--train); }
+.key i.winner, .key i.better, .key i.spared { background: var(--best); }
+.key i.wrong, .key i.worse { background: var(--turned); }
 svg.chart { display: block; width: 100%; height: auto; }
 svg.narrow { display: none; }
+svg.bar { display: block; width: 100%; height: 1.4rem; border-radius: 4px; }
 svg text { font-size: 12px; fill: var(--soft); }
 svg text.x { text-anchor: middle; }
 svg text.y { text-anchor: end; }
@@ -44,9 +48,44 @@ svg .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 svg .curve.train { stroke: var(--train); }
 svg .curve.val { stroke: var(--val); stroke-width: 2; }
 svg .curve.single { stroke: var(--single); }
+svg .curve.cut { stroke: var(--single); stroke-width: 1; opacity: .45; }
+svg .curve.whole { stroke: var(--train); stroke-width: 1.2; opacity: .8; }
+svg .curve.wrong { stroke: var(--turned); stroke-width: 1.2; stroke-dasharray: 3 2; }
+svg .curve.own { stroke: var(--val); stroke-width: 2; }
+svg .curve.winner { stroke: var(--best); stroke-width: 3; }
+svg .dot.cut { fill: var(--single); opacity: .6; }
+svg .dot.whole { fill: var(--train); }
+svg .dot.wrong { fill: var(--turned); }
+svg .dot.own { fill: var(--val); }
+svg .dot.winner { fill: var(--best); }
+svg .rung { stroke: var(--soft); stroke-dasharray: 2 4; fill: none; }
+svg .reach { fill: none; stroke-width: 2.2; stroke: var(--single); }
+svg .reach.better { stroke: var(--best); }
+svg .reach.worse { stroke: var(--turned); }
+svg .dot.better { fill: var(--best); }
+svg .dot.worse { fill: var(--turned); }
+svg .zero { stroke: var(--soft); fill: none; }
+svg .share { fill: var(--single); opacity: .35; }
+svg .share.run { fill: var(--train); opacity: 1; }
+svg .share.spared { fill: var(--best); opacity: .75; }
+svg .share.early { fill: var(--val); opacity: .75; }
+svg .share.wrong { fill: var(--turned); opacity: .75; }
+svg text.label { fill: var(--text); }
+svg text.strong { font-weight: 600; }
+svg text.over { paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(14.5rem, 1fr));
+  gap: .8rem; }
+.panels figure { margin: .3rem 0; break-inside: avoid; }
+.panels figcaption { overflow-wrap: anywhere; }
 svg .dot.val { fill: var(--val); }
 svg .dot.train { fill: var(--train); }
 svg .dot.single { fill: var(--single); }
+svg .dot.hollow { fill: var(--page); stroke-width: 1.4; opacity: 1; }
+svg .hollow.cut { stroke: var(--single); }
+svg .hollow.own { stroke: var(--val); }
+svg .hollow.whole { stroke: var(--train); }
+svg .hollow.single { stroke: var(--single); }
+svg .hollow.winner { stroke: var(--best); }
 svg .shade { fill: var(--turned); opacity: .07; }
 svg path.mark { fill: none; stroke-width: 1.2; }
 svg path.best { stroke: var(--best); stroke-dasharray: 5 3; }
@@ -65,6 +104,7 @@ thead th { font-size: .85rem; color: var(--soft); font-weight: normal; overflow-
 tbody th { text-align: left; padding-left: 0; font-weight: 600; overflow-wrap: normal; }
 td.number { white-space: nowrap; }
 tr.explained th, tr.explained td { border-bottom: 0; padding-bottom: 0; }
+tr.best th, tr.best td { color: var(--best); font-weight: 600; }
 tr.how td { text-align: left; padding: 0 0 .4rem; color: var(--soft); font-size: .82rem;
   line-height: 1.35; }
 blockquote { margin: .4rem 0; padding: .6rem .8rem; background: var(--panel); border-radius: 6px;

@@ -5,6 +5,7 @@ Each chart is drawn twice, for a wide and for a narrow page; the style sheet sho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from html import escape
 
@@ -14,6 +15,8 @@ WIDE, NARROW = 820, 340
 TALL, LOW = 320, 150
 # Width of a letter of a mark's label, about.
 LETTER = 6.9
+# Between the labels of two steps.
+TICK_ROOM = 44
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class _Frame:
     bottom: int = 26
 
     def x(self, step: float) -> float:
-        return self.left + step / (self.chart.last or 1) * (self.width - self.left - self.right)
+        first, last = self.chart.first, self.chart.last
+        part = step / (last or 1)
+        if 0 < first < last:
+            part = math.log(max(step, first) / first) / math.log(last / first)
+        return self.left + part * (self.width - self.left - self.right)
 
     def y(self, value: float) -> float:
         part = (value - self.chart.low) / (self.chart.high - self.chart.low)
@@ -44,7 +51,7 @@ def figure(chart: Chart) -> str:
     if len(chart.series) > 1:
         legend = "".join(
             f'<span class="key"><i class="{series.role}"></i>{escape(series.name)}</span>'
-            for series in chart.series
+            for series in chart.legend
         )
     drawn = "\n".join(
         _svg(chart, width, height, kind) for width, kind in ((WIDE, "wide"), (NARROW, "narrow"))
@@ -68,13 +75,14 @@ def _svg(chart: Chart, width: int, height: int, kind: str) -> str:
         f'<clipPath id="{name}"><rect x="{frame.left}" y="{frame.top}" '
         f'width="{width - frame.left - frame.right + 3}" '
         f'height="{height - frame.top - frame.bottom}"/></clipPath>'
-        f'{_axes(frame)}{_after_turn(frame)}<g clip-path="url(#{name})">{curves}</g>{marks}</svg>'
+        f"{_axes(frame)}{_rungs(frame)}{_after_turn(frame)}"
+        f'<g clip-path="url(#{name})">{curves}</g>{marks}</svg>'
     )
 
 
 def _spoken(chart: Chart) -> str:
     parts = [f"{chart.title} over {chart.last:,} steps"]
-    for series in chart.series:
+    for series in chart.series if chart.series == chart.legend else ():
         if series.points:
             (_, first), (_, last) = series.points[0], series.points[-1]
             parts.append(f"{series.name} from {first:.4g} to {last:.4g}")
@@ -84,7 +92,7 @@ def _spoken(chart: Chart) -> str:
 def _axes(frame: _Frame) -> str:
     chart, right = frame.chart, frame.width - frame.right
     rows = ticks(chart.low, chart.high, max(3, frame.height // 55))
-    columns = ticks(0, chart.last, max(3, frame.width // 100))
+    columns = _rung_ticks(frame) or ticks(0, chart.last, max(3, frame.width // 100))
     parts = []
     for value in rows:
         y = frame.y(value)
@@ -95,16 +103,43 @@ def _axes(frame: _Frame) -> str:
         x = frame.x(step)
         # The last label would stand out of the picture.
         anchor = ' style="text-anchor:end"' if x > right - 14 else ""
-        label = "step 0" if step == 0 else f"{step:,.0f}"
+        label = f"step {step:,.0f}" if step == chart.first else f"{step:,.0f}"
         parts.append(f'<text class="x" x="{x:.1f}" y="{frame.height - 8}"{anchor}>{label}</text>')
     bottom = frame.height - frame.bottom
     return "".join(parts) + f'<path class="axis" d="M{frame.left} {bottom}H{right}"/>'
 
 
+def _rung_ticks(frame: _Frame) -> list[float]:
+    """The ends and the rungs between them that leave room; nothing where steps begin at 0."""
+    chart = frame.chart
+    if not chart.first:
+        return []
+    kept = [chart.first]
+    for step in chart.rungs:
+        if min(frame.x(step) - frame.x(kept[-1]), frame.x(chart.last) - frame.x(step)) > TICK_ROOM:
+            kept.append(step)
+    return [*kept, chart.last] if chart.last > chart.first else kept
+
+
+def _rungs(frame: _Frame) -> str:
+    top, bottom = frame.top, frame.height - frame.bottom
+    return "".join(
+        f'<path class="rung" d="M{frame.x(step):.1f} {top}V{bottom}"/>'
+        for step in frame.chart.rungs
+    )
+
+
 def _curve(series: Series, frame: _Frame) -> str:
     places = [(frame.x(step), frame.y(value)) for step, value in series.points]
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    line = f'<path class="curve {series.role}" d="M{path}"/>' if places else ""
+    hint = f"<title>{escape(series.hint)}</title>" if series.hint else ""
+    line = f'<path class="curve {series.role}" d="M{path}">{hint}</path>' if places else ""
+    if series.has_end and places:
+        x, y = places[-1]
+        line += (
+            f'<circle class="dot {series.role}" cx="{x:.1f}" cy="{y:.1f}" r="2.5">{hint}</circle>'
+        )
+        return line
     if not series.has_dots and len(places) > 1:
         return line
     return line + "".join(
