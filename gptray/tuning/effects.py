@@ -1,0 +1,208 @@
+"""What each setting of a sweep was worth: the change of validation loss and of the gap.
+
+Here is what goes into the regression of `gptray.tuning.regression`, and which levels have enough
+trials to be compared. How it is told is the report's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptray.tuning.levels import Setting
+from gptray.tuning.record import Sweep, Trial, rungs
+from gptray.tuning.regression import Flags, Floats, Stage, sample_effects
+
+# Trials that are compared, at least; those of a level; and those of a level that went on.
+ENOUGH, ENOUGH_OF_LEVEL, ENOUGH_GONE_ON = 8, 3, 2
+# Trials that reached a step, at least, for anything to be compared there.
+ENOUGH_AT_STEP = 6
+TAILS = (0.025, 0.975)  # an interval leaves these out
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the middle 95 % of its distribution, in bits per byte."""
+
+    low: float
+    middle: float
+    high: float
+
+    @property
+    def is_told(self) -> bool:
+        """Whether it is told from no effect at all."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a level was worth at a step against the reference; below zero is better."""
+
+    step: int
+    loss: Interval
+    gap: Interval
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A level of a setting against the setting's reference.
+
+    trials, against: compared trials of the level and of the reference. last: at the last step that
+    enough of both reached; None where there are not enough trials. first: at the first step.
+    """
+
+    setting: Setting
+    level: int
+    trials: int
+    against: int
+    last: Worth | None
+    first: Worth | None
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Of all levels but the references.
+
+    steps: those at which trials were compared. reached: how many trials got to each of them.
+    """
+
+    steps: tuple[int, ...]
+    reached: tuple[int, ...]
+    of: tuple[Effect, ...]
+
+
+def effects_of(sweep: Sweep, settings: Sequence[Setting]) -> Effects:
+    """Compare the levels of all settings; repetitions and trials that went wrong are left out.
+
+    A trial's loss at a step is its lowest until then, its gap that of the last evaluation until
+    then. One that ended by itself before a step counts there with what it ended with.
+    """
+    steps = [*rungs(sweep.config), sweep.config.train.max_steps]
+    sound = [
+        trial
+        for trial in sweep.trials
+        if trial.outcome not in ("diverged", "failed") and not trial.replicate_of
+    ]
+    trials = [trial for trial in sound if _measured(trial, steps[0])]
+    stages = [_stage(trials, step) for step in steps]
+    reached = [int(stage.reached.sum()) for stage in stages]
+    used = 1 + sum(count >= ENOUGH_AT_STEP for count in reached[1:])
+    comparison = _Comparison.of(trials, steps[:used], stages[:used], settings, sweep.config.seed)
+    return Effects(
+        steps=tuple(steps[:used]),
+        reached=tuple(reached[:used]),
+        of=tuple(
+            comparison.effect(setting, level)
+            for setting in settings
+            for level in range(len(setting.levels))
+            if level != setting.reference
+        ),
+    )
+
+
+def gap_bits(row: Mapping[str, Any]) -> float:
+    """The gap of an evaluation in bits per byte: nats x (bits per byte / nats) of its loss."""
+    return float(row["gap"] * row["val_bpb"] / row["val_loss"])
+
+
+def _measured(trial: Trial, step: int) -> tuple[float, float] | None:
+    """A trial's loss and gap at a step, None if it has not come so far."""
+    evaluations = [row for row in trial.rows if "val_bpb" in row]
+    until = [row for row in evaluations if row["step"] <= step]
+    is_whole = trial.outcome in ("finished", "patience")
+    if not until or not (is_whole or evaluations[-1]["step"] >= step):
+        return None
+    return min(row["val_bpb"] for row in until), gap_bits(until[-1])
+
+
+def _stage(trials: Sequence[Trial], step: int) -> Stage:
+    found = [_measured(trial, step) for trial in trials]
+    values = np.array([one or (0.0, 0.0) for one in found]).reshape(len(trials), 2)
+    return Stage(np.array([one is not None for one in found], bool), values)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """The draws of the regression; `codes` has for each setting its columns' values by level."""
+
+    trials: Sequence[Trial]
+    steps: Sequence[int]
+    stages: Sequence[Stage]
+    codes: Mapping[str, Mapping[int, Floats]]
+    draws: Sequence[Floats]
+
+    @classmethod
+    def of(
+        cls,
+        trials: Sequence[Trial],
+        steps: Sequence[int],
+        stages: Sequence[Stage],
+        settings: Sequence[Setting],
+        seed: int,
+    ) -> _Comparison:
+        codes, blocks, group = dict[str, dict[int, Floats]](), [], list[int]()
+        for setting in settings:
+            coded = _codes(setting, trials)
+            if len(coded) < 2:
+                continue
+            nothing = np.zeros_like(next(iter(coded.values())))
+            places = [setting.of.get(trial.name) for trial in trials]
+            rows = [nothing if place is None else coded[place] for place in places]
+            blocks.append(np.array(rows))
+            group += [len(codes)] * len(nothing)
+            codes[setting.name] = coded
+        draws: list[Floats] = []
+        if len(trials) >= ENOUGH and blocks:
+            design = np.concatenate(blocks, axis=1)
+            draws = sample_effects(design, np.array(group), stages, seed=seed)
+        return cls(trials, steps, stages, codes, draws)
+
+    def effect(self, setting: Setting, level: int) -> Effect:
+        """A level of a setting against the setting's reference."""
+        own, other = self._members(setting, level), self._members(setting, setting.reference)
+        worth = []
+        for number in range(len(self.draws)):
+            least = ENOUGH_GONE_ON if number else ENOUGH_OF_LEVEL
+            there = self.stages[number].reached
+            if min((own & there).sum(), (other & there).sum()) < least:
+                break
+            worth.append(self._worth(number, setting, level))
+        return Effect(
+            setting,
+            level,
+            int(own.sum()),
+            int(other.sum()),
+            last=worth[-1] if worth else None,
+            first=worth[0] if worth else None,
+        )
+
+    def _members(self, setting: Setting, level: int) -> Flags:
+        return np.array([setting.of.get(trial.name) == level for trial in self.trials], bool)
+
+    def _worth(self, number: int, setting: Setting, level: int) -> Worth:
+        names = list(self.codes)
+        widths = [len(next(iter(coded.values()))) for coded in self.codes.values()]
+        place = names.index(setting.name)
+        first = sum(widths[:place])
+        coded = self.codes[setting.name]
+        difference = coded[level] - coded[setting.reference]
+        columns = self.draws[number][:, first : first + widths[place]]  # (draws, columns, outcomes)
+        ends = np.quantile(np.einsum("dco,c->do", columns, difference), (0.5, *TAILS), axis=0)
+        loss, gap = (Interval(low, middle, high) for middle, low, high in ends.T.tolist())
+        return Worth(self.steps[number], loss, gap)
+
+
+def _codes(setting: Setting, trials: Sequence[Trial]) -> dict[int, Floats]:
+    """The columns of each level that some trial has: one for each level, less their means.
+
+    Trials without the setting have zeros in them. Two levels have one column, of the same spread.
+    """
+    places = [setting.of[trial.name] for trial in trials if trial.name in setting.of]
+    levels, counts = np.unique(np.array(places, int), return_counts=True)
+    rows = np.eye(len(levels)) - counts / max(1, counts.sum())
+    if len(levels) == 2:
+        rows = rows[:, 1:] * np.sqrt(2)
+    return dict(zip(levels.tolist(), rows, strict=True))

@@ -1,0 +1,169 @@
+"""The settings of a sweep as levels that trials can be grouped by.
+
+An option of a choice or a grid is a level; a range is cut into parts with as many trials each.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptray.config import Config, ConfigError, flatten, override
+from gptray.fields import shown
+from gptray.space import Entry
+from gptray.tuning.plan import entries_of
+from gptray.tuning.record import Trial
+
+# Trials of one part of a range, at least, and parts at most.
+PART, MOST_PARTS = 4, 3
+
+
+@dataclass(frozen=True)
+class Space:
+    """A sweep's entries, and what the config itself has for their paths that count in it."""
+
+    entries: tuple[Entry, ...]
+    own: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, config: Config) -> Space:
+        """The space of a sweep's config."""
+        entries, own = tuple(entries_of(config)), dict[str, Any]()
+        for entry in entries:
+            if entry.counts(own):
+                own |= _own_values(entry, config)
+        return cls(entries, own)
+
+    def values(self, trial: Trial) -> dict[str, Any]:
+        """What a trial has for each path of the space; one without values has the config's own."""
+        given = trial.values or self.own
+        paths = [path for entry in self.entries for path in entry.paths]
+        return {path: given[path] for path in paths if path in given}
+
+    def is_own(self, trial: Trial) -> bool:
+        """Whether a trial runs the config as it is."""
+        return self.values(trial) == self.own
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An entry of the space and how trials are grouped by it.
+
+    levels: their names, rising where they are numbers. of: the place in `levels` of each trial
+    that has the setting; one whose condition does not hold is missing. reference: the level of the
+    config as it is, with which the others are compared; the first where the config has none.
+    values: each trial's, a tuple where the entry's paths have different ones.
+    """
+
+    entry: Entry
+    levels: tuple[str, ...]
+    of: Mapping[str, int]
+    reference: int
+    values: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its paths."""
+        return ", ".join(self.entry.paths)
+
+
+def settings_of(space: Space, trials: Sequence[Trial]) -> list[Setting]:
+    """All settings of a sweep, in the space's order."""
+    by_trial = {trial.name: space.values(trial) for trial in trials}
+    found = []
+    for entry in space.entries:
+        values = {
+            name: _joined([values[path] for path in entry.paths])
+            for name, values in by_trial.items()
+            if all(path in values for path in entry.paths)
+        }
+        is_counted = all(path in space.own for path in entry.paths)
+        own = [_joined([space.own[path] for path in entry.paths])] if is_counted else []
+        found.append((_by_option if entry.options else _by_part)(entry, values, own))
+    return found
+
+
+def assignment(setting: Setting, trial: str) -> str:
+    """What a trial has in a setting, as one would write it on the command line."""
+    value, paths = setting.values[trial], setting.entry.paths
+    if isinstance(value, tuple):
+        pairs = zip(paths, value, strict=True)
+        return " and ".join(f"{path}={value_text(one)}" for path, one in pairs)
+    return " and ".join(f"{path}={value_text(value)}" for path in paths)
+
+
+def value_text(value: Any) -> str:
+    """A setting's value as a config has it, without quotes; a tuple is several paths' values."""
+    if isinstance(value, tuple):
+        return ", ".join(map(value_text, value))
+    if isinstance(value, list):  # a split, for one
+        return ":".join(map(value_text, value))
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if _is_number(value) else shown(value)
+
+
+def _own_values(entry: Entry, config: Config) -> dict[str, Any]:
+    """The config's values for the paths of an entry, as the space writes them where it does."""
+    for option in entry.options:
+        values = dict(zip(entry.paths, option, strict=True))
+        try:
+            if override(config, values) == config:
+                return values
+        except ConfigError:
+            continue  # it goes with another value only, so it is not the config's own
+    own = flatten(config)
+    plain = {path: own[path] for path in entry.paths}
+    return {path: list(one) if isinstance(one, tuple) else one for path, one in plain.items()}
+
+
+def _by_option(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> Setting:
+    options = [_joined(list(option)) for option in entry.options]
+    # The config's own need not be among them.
+    options += [value for value in own if value not in options and value in values.values()]
+    return Setting(
+        entry,
+        tuple(map(value_text, options)),
+        {trial: options.index(value) for trial, value in values.items()},
+        options.index(own[0]) if own and own[0] in options else 0,
+        values,
+    )
+
+
+def _by_part(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> Setting:
+    """Parts of a range with as many trials each; equal values are in the same part."""
+    numbers = sorted(value for value in values.values() if _is_number(value))
+    count = max(1, min(MOST_PARTS, len(numbers) // PART)) if numbers else 0
+    starts = sorted({numbers[len(numbers) * part // count] for part in range(count)})
+    names = []
+    for low, after in zip(starts, [*starts[1:], math.inf], strict=True):
+        first, last = low, max(number for number in numbers if number < after)
+        ends = [f"{end:.2g}" if isinstance(end, float) else f"{end}" for end in (first, last)]
+        names.append(" to ".join(ends if first < last else ends[:1]))
+    # The config's own may be null where the space has numbers.
+    odd = [value for value in own if not _is_number(value) and value in values.values()]
+
+    def place(value: Any) -> int:
+        if not _is_number(value):
+            return len(starts)
+        return max(0, bisect_right(starts, value) - 1)
+
+    return Setting(
+        entry,
+        (*names, *map(value_text, odd)),
+        {trial: place(value) for trial, value in values.items()},
+        place(own[0]) if own and (_is_number(own[0]) or odd) else 0,
+        values,
+    )
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """The one value of all paths, or theirs."""
+    return values[0] if all(value == values[0] for value in values) else tuple(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

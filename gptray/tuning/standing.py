@@ -1,0 +1,101 @@
+"""Where a sweep stands: who leads, what it is compared with, what was run and what was spared.
+
+Facts for the report's sections; `story` puts them into sentences.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from gptray.tuning.effects import Effect, Effects, Interval, effects_of
+from gptray.tuning.levels import Setting, Space, settings_of
+from gptray.tuning.plan import choose_winner, ranked
+from gptray.tuning.record import Sweep, Trial
+
+# How a trial that did not run to its end is counted among the steps that were not run.
+SPARED = ("stopped", "patience", "wrong", "open")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A sweep and what follows from its record.
+
+    trials: without repetitions, the best first, then those that cannot win, in their order.
+    best: the winner or, before the end, the one ahead. own: the trial of the config as it is.
+    """
+
+    sweep: Sweep
+    space: Space
+    settings: tuple[Setting, ...]
+    effects: Effects
+    trials: tuple[Trial, ...]
+    repetitions: tuple[Trial, ...]
+    best: Trial | None
+    own: Trial | None
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> Standing:
+        """Judge a sweep as it stands."""
+        space = Space.of(sweep.config)
+        first = [trial for trial in sweep.trials if not trial.replicate_of]
+        settings = settings_of(space, first)
+        able = ranked(first)
+        by_name = {trial.name: trial for trial in first}
+        able_names = {trial.name for trial in able}
+        return cls(
+            sweep=sweep,
+            space=space,
+            settings=tuple(settings),
+            effects=effects_of(sweep, settings),
+            trials=(*able, *(trial for trial in first if trial.name not in able_names)),
+            repetitions=tuple(trial for trial in sweep.trials if trial.replicate_of),
+            best=by_name.get(sweep.winner or "", choose_winner(sweep.trials)),
+            own=next((trial for trial in first if space.is_own(trial) and trial.best), None),
+        )
+
+    @property
+    def steps_run(self) -> int:
+        """Steps that all trials ran."""
+        return sum(trial.step for trial in self.sweep.trials)
+
+    @property
+    def steps_full(self) -> int:
+        """Steps of all trials, had each run to its end."""
+        return sum(trial.max_steps for trial in self.sweep.trials)
+
+    def spared(self) -> dict[str, int]:
+        """The steps that were not run, by why: SPARED."""
+        found: Counter[str] = Counter()
+        for trial in self.sweep.trials:
+            kind = "wrong" if is_wrong(trial) else trial.outcome or "open"
+            found[kind] += max(0, trial.max_steps - trial.step)
+        return {kind: found[kind] for kind in SPARED}
+
+    def changes(self, trial: Trial) -> list[Setting]:
+        """The settings that a trial has differently from the config as it is."""
+        values, own = self.space.values(trial), self.space.own
+        return [
+            setting
+            for setting in self.settings
+            if trial.name in setting.values
+            and any(values[path] != own.get(path) for path in setting.entry.paths)
+        ]
+
+    def told(
+        self, outcome: Literal["loss", "gap"], *, lower: bool
+    ) -> list[tuple[Effect, Interval]]:
+        """The effects that are told from none, in one direction, the largest first."""
+        found = []
+        for effect in self.effects.of:
+            if effect.last:
+                interval = effect.last.loss if outcome == "loss" else effect.last.gap
+                if interval.is_told and (interval.middle < 0) == lower:
+                    found.append((effect, interval))
+        return sorted(found, key=lambda one: -abs(one[1].middle))
+
+
+def is_wrong(trial: Trial) -> bool:
+    """Whether a trial diverged or failed."""
+    return trial.outcome in ("diverged", "failed")

@@ -1,0 +1,81 @@
+"""`trials.parquet`: a sweep's trials as a table, for notebooks and spreadsheets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from gptray.config import Config
+from gptray.data.parts import write_whole
+from gptray.evaluation.story import seconds_trained
+from gptray.fields import field_specs
+from gptray.record import EVENTS, read_rows
+from gptray.tuning.levels import Space, value_text
+from gptray.tuning.record import Sweep, Trial, load_sweep, trial_dir
+
+TABLE = "trials.parquet"
+# Of the evaluation with the lowest loss, as in metrics.jsonl.
+BEST = ("val_loss", "val_ppl", "val_bpb", "train_loss", "gap")
+
+
+def write_trials_parquet(folder: Path) -> Path:
+    """Write `trials.parquet` of a sweep's folder, whole or not at all; return its path.
+
+    A row for each trial: trial, outcome (null: waits or runs), replicate_of; a column for each
+    path that some trial sets, of the key's type, null where the trial does not have it, a list as
+    text; step, max_steps; best_step and the metrics of the evaluation with the lowest loss, `gap`
+    in nats per token; seconds of training, pauses left out; message; model_dir.
+    """
+    sweep = load_sweep(folder)
+    space, specs = Space.of(sweep.config), field_specs(Config)
+    settings = [_settings(trial, space) for trial in sweep.trials]
+    paths = list(dict.fromkeys([*_paths(space), *(key for one in settings for key in one)]))
+    columns: dict[str, pa.Array] = {
+        "trial": pa.array([trial.name for trial in sweep.trials], pa.string()),
+        "outcome": pa.array([trial.outcome for trial in sweep.trials], pa.string()),
+        "replicate_of": pa.array([trial.replicate_of for trial in sweep.trials], pa.string()),
+    }
+    for key in paths:
+        columns[key] = _column([one.get(key) for one in settings], specs[key].kinds)
+    columns |= _results(sweep)
+    path = folder / TABLE
+    write_whole(pa.table(columns), path)
+    return path
+
+
+def _paths(space: Space) -> list[str]:
+    return [path for entry in space.entries for path in entry.paths]
+
+
+def _settings(trial: Trial, space: Space) -> dict[str, Any]:
+    """What a trial sets; a repetition also has its seed."""
+    return {**space.values(trial), **trial.values}
+
+
+def _column(values: Sequence[Any], kinds: Sequence[type]) -> pa.Array:
+    types = {float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
+    kind = next((types[kind] for kind in types if kind in kinds), pa.string())
+    if kind == pa.string():
+        values = [None if value is None else value_text(value) for value in values]
+    return pa.array(values, kind)
+
+
+def _results(sweep: Sweep) -> dict[str, pa.Array]:
+    trials, best = sweep.trials, [trial.best or {} for trial in sweep.trials]
+    folders = [trial_dir(sweep.folder, trial.name) for trial in trials]
+    seconds = [seconds_trained(read_rows(folder / EVENTS)) or None for folder in folders]
+    models = [folder / "model" for folder in folders]
+    return {
+        "step": pa.array([trial.step for trial in trials], pa.int64()),
+        "max_steps": pa.array([trial.max_steps for trial in trials], pa.int64()),
+        "best_step": pa.array([row.get("step") for row in best], pa.int64()),
+        **{key: pa.array([row.get(key) for row in best], pa.float64()) for key in BEST},
+        "seconds": pa.array(seconds, pa.float64()),
+        "message": pa.array([trial.message for trial in trials], pa.string()),
+        "model_dir": pa.array(
+            [str(model) if model.is_dir() else None for model in models], pa.string()
+        ),
+    }
