@@ -144,8 +144,7 @@ def _single(diagnosis: Diagnosis, best: Point, last: Point) -> str:
 def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     yield from _regularise(config)
     yield from _size(diagnosis)
-    if config.data.fraction < 1:
-        yield Advice("all of the text", f"data.fraction is {config.data.fraction:g}", 6.0)
+    yield from _whole_text(config)
     if config.model.init_from and config.optim.lr > 1e-4:
         yield Advice(
             "a lower learning rate",
@@ -168,6 +167,11 @@ def _regularise(config: Config) -> Iterator[Advice]:
         yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout)
     if config.optim.weight_decay == 0:
         yield Advice("weight decay", "optim.weight_decay is 0; 0.1 is usual", 2.2)
+
+
+def _whole_text(config: Config) -> Iterator[Advice]:
+    if config.data.fraction < 1:
+        yield Advice("all of the text", f"data.fraction is {config.data.fraction:g}", 6.0)
 
 
 def _size(diagnosis: Diagnosis) -> Iterator[Advice]:
@@ -261,6 +265,7 @@ def _to_get_lower(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
         )
     else:
         yield from _regularise(config)
+        yield from _whole_text(config)
         yield Advice(
             "more data",
             f"training loss ({last.train_loss:.2f}) is well below validation loss "

@@ -209,11 +209,17 @@ def _is_stuck(rows: Sequence[Mapping[str, Any]], best: Point) -> bool:
 
 
 def _is_falling(points: Sequence[Point]) -> bool:
-    """Whether the last quarter's mean is below the quarter's before by more than noise explains."""
+    """Whether the last quarter's mean is below the quarter's before by more than noise explains.
+
+    And whether that goes on: a quarter that ends no lower than it began has become level.
+    """
     tail = [point.val_loss for point in points[len(points) // 2 :]]
     if len(tail) < 2:
         tail = [point.val_loss for point in points]
     size = len(tail) // 2
+    half = max(1, size // 2)
+    if size > 1 and fmean(tail[-half:]) >= fmean(tail[-size:][:half]):
+        return False
     drop = fmean(tail[:size]) - fmean(tail[-size:])
     return drop > max(2 * _noise(tail) * math.sqrt(2 / size), NEGLIGIBLE * abs(tail[-1]))
 

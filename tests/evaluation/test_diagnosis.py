@@ -129,6 +129,21 @@ def test_level_curve_is_told_to_be_in_order() -> None:
     assert changes(rows)[0] == "more parameters"  # training loss is no lower
 
 
+def test_curve_that_has_become_level_is_not_called_falling() -> None:
+    # Tiny Shakespeare, a twentieth of it: 6 layers of 384, dropout 0.2, as trained.
+    losses = [2.700, 2.663, 2.636, 2.646, 2.605, 2.538, 2.468, 2.437, 2.406, 2.413]
+    losses += [2.376, 2.379, 2.355, 2.338, 2.354, 2.334, 2.326, 2.323, 2.332, 2.333]
+    rows = rows_of(losses)
+    assert diagnose(rows, config_of(rows)).verdict == "level"
+    assert changes(rows, "data.fraction=0.05")[0] == "all of the text"
+    slowly = [2.6 - 0.01 * i for i in range(20)]
+    verdicts = [
+        diagnose(rows, config_of(rows)).verdict
+        for rows in (rows_of(noisy(slowly, 0.006, seed)) for seed in range(50))
+    ]
+    assert verdicts.count("falling") >= 45
+
+
 def test_a_curve_that_came_back_has_not_turned() -> None:
     there_and_back = [4.0, 3.0, 2.0, 2.3, 2.6, 2.8, 2.6, 2.3, 2.0, 1.9, 1.8]
     assert turning_point(there_and_back).index is None
