@@ -25,6 +25,7 @@ from gptray.runners.models import newest_run, open_model, weights_sha256
 from gptray.runners.prepare import check_sources, prepare, prepared
 from gptray.runners.runs import resolve, run_dir
 from gptray.training.checkpoint import TrainerState, checkpoint_step, newest_whole
+from gptray.tuning.record import winner_dir
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def look(config: Config) -> Subject:
             f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
             "node sees"
         )
-    model_dir = open_model(_source(config), key="evaluate.model").resolve()
+    model_dir = _trained(open_model(_source(config), key="evaluate.model").resolve())
     run = _run_of(model_dir)
     trained = load_config(str(run / "config.yaml"), []) if run else None
     block_size, stride = _window(config, trained, model_dir)
@@ -140,6 +141,12 @@ def _source(config: Config) -> str | Path:
             f"name a run, a model folder or a hub id{other}"
         )
     return run
+
+
+def _trained(model_dir: Path) -> Path:
+    """The model in the run that trained it: a sweep's is the copy of its winner's."""
+    winner = winner_dir(model_dir.parent)
+    return winner / "model" if winner and model_dir.name == "model" else model_dir
 
 
 def _run_of(model_dir: Path) -> Path | None:

@@ -83,9 +83,14 @@ def rungs(config: Config) -> list[int]:
 
 def load_sweep(folder: Path) -> Sweep:
     """Read a sweep's folder as it stands."""
-    config = load_config(str(folder / "config.yaml"), [])
+    config, winner = load_config(str(folder / "config.yaml"), []), winner_dir(folder)
+    return Sweep(folder, config, load_trials(folder), winner.name if winner else None)
+
+
+def winner_dir(folder: Path) -> Path | None:
+    """The run folder of a sweep's winner; None before it is known, and for any other folder."""
     winners = [row["trial"] for row in read_rows(folder / TRIALS) if row["event"] == "winner"]
-    return Sweep(folder, config, load_trials(folder), winners[-1] if winners else None)
+    return trial_dir(folder, winners[-1]) if winners else None
 
 
 def load_trials(folder: Path) -> list[Trial]:
