@@ -28,14 +28,13 @@ from gptray.runners.runs import (
     save_config,
     set_ray_snapshot_aside,
 )
+from gptray.runners.samples import sample_texts
 from gptray.runners.validate import Validations, validation_config
 from gptray.runners.watch import show_samples, watching
 from gptray.training.checkpoint import TrainerState, newest_whole
 
 if TYPE_CHECKING:
     import torch
-
-    from gptray.model.gpt import GPT
 
 log = logging.getLogger("gptray")
 
@@ -256,42 +255,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # Linux counts in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:
-    """(prompt, continuation) for each prompt of the config, or for words of validation text."""
-    from gptray.generation.engine import Engine, Request
-    from gptray.generation.settings import Sampling
-
-    prompts = config.sample.prompt
-    if prompts is None:
-        prompts = first_words(data)
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    n_positions = model.config.n_positions
-    engine = Engine(model, data.tokenizer, max_batch_size=len(prompts), dtype=model.compute_dtype)
-    sampling = Sampling.of(
-        config.sample,
-        max_new_tokens=min(config.sample.max_new_tokens, n_positions),
-        min_new_tokens=min(config.sample.min_new_tokens, n_positions),
-    )
-    # The end of what is too long, and of nothing at all what follows the end of a text.
-    ids = [data.tokenizer.encode(p)[-(n_positions // 2) :] or [data.eos_id] for p in prompts]
-    generations = engine.run([Request(prompt, sampling) for prompt in ids])
-    return [(prompt, g.text) for prompt, g in zip(prompts, generations, strict=True)]
-
-
-def first_words(data: TokenData) -> list[str]:
-    """Prompts from text that the model does not train on: how two validation documents begin."""
-    middle = len(data.val) // 2
-    ends = (data.val.slice(middle, min(len(data.val), middle + 50_000)) == data.eos_id).nonzero()[0]
-    begins = [0] + [middle + int(end) + 1 for end in ends[:1]]
-    prompts = []
-    for begin in begins:
-        ids = data.val.slice(begin, min(begin + 16, len(data.val))).tolist()
-        if data.eos_id in ids:
-            ids = ids[: ids.index(data.eos_id)]
-        text = data.tokenizer.decode(ids).replace("\ufffd", "")
-        words = text.split(" ")
-        # Of a short text not all: there is to be something left to say.
-        prompts.append(" ".join(words[: max(1, min(4, len(words) - 1))])[:24] or text[:1])
-    return [prompt for prompt in prompts if prompt]

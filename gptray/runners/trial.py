@@ -15,7 +15,8 @@ from gptray.config import Config
 from gptray.data.tokens import TokenData
 from gptray.record import write_event
 from gptray.runners.cluster import TRAIN_ENV
-from gptray.runners.train import fit_on_ray, sample_texts
+from gptray.runners.samples import sample_texts
+from gptray.runners.train import fit_on_ray
 
 # How the loop's reasons to stop are called in a sweep's record.
 OUTCOMES = {"max_steps": "finished", "patience": "patience", "non_finite": "diverged"}

@@ -16,6 +16,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.scoring import Score
 from gptray.data.tokens import TokenData
 from gptray.record import write_event
+from gptray.runners.samples import sample_texts
 from gptray.training.checkpoint import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -67,7 +68,6 @@ def validate(checkpoint: ray.train.Checkpoint, *, settings: dict[str, Any]) -> d
 def _validate(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from gptray.runners.train import sample_texts
     from gptray.training.validation import score_checkpoint
 
     config = Config.model_validate(settings["config"])

@@ -1,0 +1,69 @@
+"""What a model writes while it is trained: it continues the config's prompts, or real text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptray.config import Config
+from gptray.data.tokens import TokenData
+
+if TYPE_CHECKING:
+    from gptray.model.gpt import GPT
+
+# A prompt from real text: words and characters at most, from so many tokens.
+WORDS, CHARACTERS, TOKENS = 4, 24, 256
+
+
+def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:
+    """(prompt, continuation) for each prompt of the config, or for words of validation text."""
+    from gptray.generation.engine import Engine, Request
+    from gptray.generation.settings import Sampling
+
+    prompts = config.sample.prompt
+    if prompts is None:
+        prompts = first_words(data)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    n_positions = model.config.n_positions
+    engine = Engine(model, data.tokenizer, max_batch_size=len(prompts), dtype=model.compute_dtype)
+    sampling = Sampling.of(
+        config.sample,
+        max_new_tokens=min(config.sample.max_new_tokens, n_positions),
+        min_new_tokens=min(config.sample.min_new_tokens, n_positions),
+    )
+    # The end of what is too long, and of nothing at all what follows the end of a text.
+    ids = [data.tokenizer.encode(p)[-(n_positions // 2) :] or [data.eos_id] for p in prompts]
+    generations = engine.run([Request(prompt, sampling) for prompt in ids])
+    return [(prompt, g.text) for prompt, g in zip(prompts, generations, strict=True)]
+
+
+def first_words(data: TokenData) -> list[str]:
+    """Prompts from text that the model does not train on: how two validation documents begin.
+
+    Of a single document, which the split may have cut anywhere, how a line of it begins.
+    """
+    middle = len(data.val) // 2
+    ends = (data.val.slice(middle, min(len(data.val), middle + 50_000)) == data.eos_id).nonzero()[0]
+    after = middle + int(ends[0]) + 1 if len(ends) else len(data.val)
+    begins = [_text(data, begin) for begin in (0, after) if begin < len(data.val)]
+    if len(begins) == 1:
+        begins = [begins[0].partition("\n")[2].lstrip() or begins[0]]
+    return [_few_words(text) for text in begins if text]
+
+
+def _text(data: TokenData, begin: int) -> str:
+    """What stands at a place of the validation text, up to the end of its document."""
+    ids = data.val.slice(begin, min(begin + TOKENS, len(data.val))).tolist()
+    if data.eos_id in ids:
+        ids = ids[: ids.index(data.eos_id)]
+    return data.tokenizer.decode(ids).replace("\ufffd", "")
+
+
+def _few_words(text: str) -> str:
+    """The first words; of a short text not all, so that something is left to say."""
+    words = text.split(" ")
+    prompt = words[0][:CHARACTERS]
+    for word in words[1 : min(WORDS, len(words) - 1)]:
+        if len(prompt) + 1 + len(word) > CHARACTERS:
+            break
+        prompt += f" {word}"
+    return prompt.rstrip() or text[:1]
