@@ -127,7 +127,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     first = -(-low // step)
     found = []
     while first * step <= high + span * 1e-9:
-        found.append(round(first * step, 12))
+        found.append(round(first * step, 12) + 0.0)  # not -0
         first += 1
     return found
 
