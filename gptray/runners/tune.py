@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from gptray.data.tokens import TokenData
 from gptray.files import replacing
 from gptray.runners.cluster import ray_cluster, trial_resources
 from gptray.runners.prepare import prepare
+from gptray.runners.report import Reporter
 from gptray.runners.runs import held, save_config
 from gptray.runners.sweep_plan import SweepPlan, look_at_sweep
 from gptray.runners.sweep_watch import watching_sweep
@@ -49,17 +50,32 @@ def tune(config: Config) -> dict[str, Any]:
         RunFailed: no trial came to a model; says why.
     """
     plan = look_at_sweep(config)
-    with held(plan.folder, busy=f"another process runs the sweep {plan.folder}"):
-        save_config(plan.config, plan.folder)
-        log.info("sweep %s", plan.folder)
-        if load_sweep(plan.folder).winner:
+    folder = plan.folder
+    with held(folder, busy=f"another process runs the sweep {folder}"):
+        save_config(plan.config, folder)
+        log.info("sweep %s", folder)
+        reporter = Reporter(folder, _write_report)
+        if load_sweep(folder).winner:
             log.info(
                 "this sweep is finished; another name, or train.resume=never, starts a new one"
             )
+            reporter.write(running=False)
         else:
-            with Record(plan.folder) as record, ray_cluster():
-                _Sweep(plan, record).run()
-    return outcome(plan.folder)
+            with Record(folder) as record, ray_cluster():
+                try:
+                    _Sweep(plan, record).run(on_change=lambda: reporter.write(running=True))
+                finally:
+                    reporter.write(running=False)
+    return {**outcome(folder), "report": reporter.path}
+
+
+def _write_report(folder: Path, running: bool) -> Path:
+    from gptray.tuning.report import write_sweep_report
+    from gptray.tuning.table import write_trials_parquet
+
+    if not running:
+        write_trials_parquet(folder)
+    return write_sweep_report(folder, running=running)
 
 
 class _Sweep:
@@ -80,8 +96,11 @@ class _Sweep:
         self._waiting: deque[Planned] = deque()
         self.is_over = False
 
-    def run(self) -> None:
-        """Run what is still to run, name the winner and keep its model."""
+    def run(self, *, on_change: Callable[[], None]) -> None:
+        """Run what is still to run, name the winner and keep its model.
+
+        `on_change` is called now and then, from a thread, when trials have something new.
+        """
         from gptray.runners.trials import run_trials
 
         self._write_down(self._plan.trials)
@@ -97,7 +116,7 @@ class _Sweep:
         waiting = sorted((one for one in past if not one.outcome), key=lambda one: not one.started)
         self._waiting.extend(self._planned(trial) for trial in waiting)
         num_trials = self._plan.num_trials + self._plan.num_replicates
-        with watching_sweep(self._folder, num_trials, on_change=lambda: None):
+        with watching_sweep(self._folder, num_trials, on_change=on_change):
             run_trials(
                 self._config,
                 self._folder,
@@ -224,7 +243,6 @@ def outcome(folder: Path) -> dict[str, Any]:
         "outcomes": {name: counts[name] for name in OUTCOMES},
         "steps_run": sum(trial.step for trial in sweep.trials),
         "steps_full": sum(trial.max_steps for trial in sweep.trials),
-        "report": None,
     }
 
 

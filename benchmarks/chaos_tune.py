@@ -1,0 +1,169 @@
+"""Kill a sweep's driver at random moments and see that the same command ends it as if nothing was.
+
+  python benchmarks/chaos_tune.py --kills 5
+
+A sweep runs once undisturbed and once under fire: SIGKILL for the driver at random moments, then
+the same command again. Passed when both have the same trials, each ended once, with every logged
+step once; when whatever both measured is equal to the bit (how far ASHA lets a trial go depends on
+who came first); and when there are a winner, its model, its config and the report. Prints what
+happened and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pyarrow import parquet
+
+from gptray.config import load_config
+from gptray.record import METRICS, read_rows
+from gptray.tuning.record import TRIALS, load_sweep, load_trials, trial_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["ray", "train", "tune", "serve", "data", "actor", "task", "node", "driver", "worker"]
+SPACE = """[
+  {path: optim.lr, choice: [3e-2, 1e-2, 1e-3, 1e20]},
+  {path: model.dropout, uniform: [0, 0.3]},
+  {path: data.split, choice: ['90:10', '80:10:10']},
+]"""
+
+
+def command(storage: Path, name: str, text: Path) -> list[str]:
+    """A sweep of eight short trials, two at a time, and three repetitions."""
+    return [
+        sys.executable,
+        str(ROOT / "jobs" / "tune.py"),
+        f"name={name}",
+        f"storage_path={storage}",
+        f"data.source={text}",
+        "data.tokenizer=char",
+        "model.n_layer=2",
+        "model.n_head=2",
+        "model.n_embd=64",
+        "model.n_positions=64",
+        "train.block_size=64",
+        "train.global_batch_size=8",
+        "train.max_steps=90",
+        "train.eval_interval=10",
+        "train.log_interval=5",
+        "optim.min_lr=0",
+        "optim.warmup_steps=5",
+        "sample.max_new_tokens=4",
+        f"tune.space={SPACE}",
+        "tune.num_samples=7",
+        "tune.replicates=1",
+    ]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
+    output, errors = driver.communicate()
+    if driver.returncode:
+        raise SystemExit(f"the sweep failed:\n{errors.decode()[-3000:]}")
+    result: dict[str, Any] = json.loads(output.decode().splitlines()[-1])
+    return result
+
+
+def progress(sweep: Path) -> int:
+    """Rows that trials have logged, and what the record says."""
+    names = [trial.name for trial in load_trials(sweep)] if (sweep / TRIALS).exists() else []
+    logged = [len(read_rows(trial_dir(sweep, name) / METRICS)) for name in names]
+    return sum(logged) + len(read_rows(sweep / TRIALS))
+
+
+def disturb(arguments: list[str], sweep: Path, moments: list[int], rng: random.Random) -> int:
+    """Run the sweep with a kill at each moment; return how many there were."""
+    driver = start(arguments)
+    for number, moment in enumerate(moments):
+        while progress(sweep) < moment:
+            if driver.poll() is not None:
+                finish(driver)
+                return number
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1))
+        if driver.poll() is not None:
+            return number
+        driver.kill()
+        driver.communicate()
+        ended = sum(trial.outcome is not None for trial in load_trials(sweep))
+        print(f"kill {number + 1}: {ended} trials had ended", flush=True)
+        driver = start(arguments)
+    finish(driver)
+    return len(moments)
+
+
+def is_whole(sweep: Path) -> bool:
+    """Whether every trial ended once, with each step once, and the sweep left what it should."""
+    events = read_rows(sweep / TRIALS)
+    ends = collections.Counter(e["trial"] for e in events if e["event"] == "ended")
+    plans = collections.Counter(e["trial"] for e in events if e["event"] == "planned")
+    trials = load_trials(sweep)
+    steps = [[row["step"] for row in trial.rows] for trial in trials]
+    assert load_config(str(sweep / "best.yaml"), []).tune.space == []
+    return (
+        set(ends.values()) == set(plans.values()) == {1}
+        and ends.keys() == plans.keys()
+        and all(sorted(set(one)) == one for one in steps)
+        and [event["event"] for event in events].count("winner") == 1
+        and (sweep / "model" / "model.safetensors").is_file()
+        and (sweep / "report.html").is_file()
+        and parquet.read_table(sweep / "trials.parquet").num_rows == len(trials)
+    )
+
+
+def is_same(calm: Path, disturbed: Path) -> bool:
+    """Whether what both sweeps measured, in trials of the same values, is equal to the bit."""
+    for one, other in zip(load_trials(calm), load_trials(disturbed), strict=True):
+        if one.replicate_of is None and (one.name, one.values) != (other.name, other.values):
+            return False
+        if one.values != other.values:
+            continue  # which trials are repeated depends on which were cut
+        rows = {row["step"]: row for row in one.rows}
+        for row in other.rows:
+            before = rows.get(row["step"], row)
+            if {**before, "tokens_per_sec": 0} != {**row, "tokens_per_sec": 0}:
+                return False
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="gptray-chaos-") as name:
+        storage, text = Path(name), Path(name) / "text.txt"
+        text.write_text("".join(f"{' '.join(rng.choices(WORDS, k=6))}.\n" for _ in range(3000)))
+        finish(start(command(storage, "calm", text)))
+        total = progress(storage / "calm")
+        moments = sorted(rng.sample(range(int(0.9 * total)), options.kills))
+        arguments = command(storage, "out", text)
+        kills = disturb(arguments, storage / "out", moments, rng)
+        again = finish(start(arguments))
+        result = {
+            "kills": kills,
+            "trials": again["trials"],
+            "whole": is_whole(storage / "calm") and is_whole(storage / "out"),
+            "same": is_same(storage / "calm", storage / "out"),
+            "winner": load_sweep(storage / "out").winner == again["best_trial"],
+        }
+    print(json.dumps(result))
+    passed = result["whole"] and result["same"] and result["winner"]
+    return 0 if passed and kills == options.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
