@@ -6,7 +6,7 @@ tokens each, top-k 50, bf16. Both are whole commands, start-up included, and tak
 
     python benchmarks/batch.py [--shape 124m|10m] [--prompts 2000] [--rounds 1] [KEY=VALUE ...]
 
-KEY=VALUE are settings of the job, such as quantize.weights=int8 generate.compile=true.
+KEY=VALUE are settings of the job, such as quantize.weights=int8.
 
 Prints a table and, last, one JSON line with the ratio and the share of the time between an engine's
 first and last step that it spent in steps.

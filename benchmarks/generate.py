@@ -28,7 +28,7 @@ from turns import answer, median_ratio, take_turns
 SHAPES = {"124m": (12, 12, 768), "10m": (4, 4, 256)}
 VOCAB_SIZE, N_POSITIONS = 50257, 1024
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
-SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8", "int8+compile")
+SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8")
 
 # Generates for that many sequences; the argument makes each call's prompts others.
 Run = Callable[[int, int], None]
@@ -45,7 +45,7 @@ def gptray_run(model_dir: str, precision: str) -> Run:
     from gptray.generation.engine import Request, load_engine
     from gptray.generation.settings import Sampling
 
-    weights, _, compiled = precision.partition("+")
+    weights, _, backend = precision.partition("-")  # such as int8-torch
     is_int8 = weights == "int8"
     engine, _ = load_engine(
         model_dir,
@@ -53,7 +53,7 @@ def gptray_run(model_dir: str, precision: str) -> Run:
         precision="bf16" if is_int8 else weights,
         quantize="int8" if is_int8 else "none",
         device="cpu",
-        compile=bool(compiled),
+        backend=backend or "native",
     )
 
     def run(batch: int, salt: int) -> None:

@@ -2,7 +2,8 @@
 
 A step carries tokens of many sequences side by side: one each for those that are decoding, a piece
 of the prompt for those that begin. No token is padding. What a sequence gets does not depend on
-its neighbours: every product runs over a token's own row.
+its neighbours: every product runs over a token's own row. This decoder runs wherever PyTorch does;
+`gptray.generation.native` has a faster one for some processors.
 
 Shapes: N tokens of a step, S slots, D sequences decoding, H heads, E = head width, C = n_embd.
 """
@@ -10,9 +11,9 @@ Shapes: N tokens of a step, S slots, D sequences decoding, H heads, E = head wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,21 @@ class Piece:
     tokens: Sequence[int]
 
 
-class Cache:
+class Network(Protocol):
+    """What an engine needs of a decoder: the network, and memory for S sequences in slots."""
+
+    def step(self, decoding: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> Tensor:
+        """Logits (D + pieces, V) after each decoding token and each piece's last.
+
+        V is the vocabulary, padded with -inf. decoding: (token, position) of slots 0 .. D - 1.
+        The step's keys and values are kept.
+        """
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy what is kept of the first `tokens` positions of one slot over another's."""
+
+
+class _Cache:
     """Keys and values of every layer for S sequences of up to P tokens, in memory taken once.
 
     Products are several times faster over keys that lie side by side than over slices of longer
@@ -74,7 +89,6 @@ class Cache:
             self.layers.append((keys, values))
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens` positions of one slot over another's."""
         for keys, values in self.layers:
             keys[target, :, :tokens] = keys[source, :, :tokens]
             values[target, :, :tokens] = values[source, :, :tokens]
@@ -89,41 +103,32 @@ def _rounded(tokens: int) -> int:
 
 
 class Decoder:
-    """The network in `dtype`, its weights packed once for the products of generation.
+    """The network in `dtype` for S = `slots` sequences, its weights packed once.
 
-    quantize: "int8" for the weights of all linear layers and of the head. compile: have the code
-    between the products fused, once for all layers and for any number of rows (`warm_up`).
+    quantize: "int8" for the weights of all linear layers and of the head.
     """
 
     def __init__(
-        self, model: GPT, *, dtype: torch.dtype, quantize: str = "none", compile: bool = False
+        self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
-        self.dtype = dtype
-        self.valid_vocab_size = model.valid_vocab_size
+        self._dtype = dtype
+        self._vocab_size = model.valid_vocab_size
         transformer = model.transformer
-        self.device = transformer.wte.weight.device
+        self._device = transformer.wte.weight.device
         self._wte, self._wpe = transformer.wte.weight.detach(), transformer.wpe.weight.detach()
         self._blocks = [
             _block(cast(Block, block), model.config.residual, dtype, quantize)
             for block in transformer.h
         ]
+        self._ln_f = _norm(transformer.ln_f, dtype)
         # A whole number of the sampler's chunks, so that it need not copy the logits.
-        head = self._wte[: self.valid_vocab_size]
-        self._head = _Head(
-            _norm(transformer.ln_f, dtype),
-            product(F.pad(head, (0, 0, 0, -head.size(0) % CHUNK)), None, dtype, quantize=quantize),
-        )
-        self._code = _compiled() if compile else _PLAIN
+        head = F.pad(self._wte[: self._vocab_size], (0, 0, 0, -self._vocab_size % CHUNK))
+        self._head = product(head, None, dtype, quantize=quantize)
+        self._cache = _Cache(model, slots, dtype=dtype, device=self._device)
 
     @torch.no_grad()
-    def step(
-        self, decoding: Sequence[tuple[int, int]], pieces: Sequence[Piece], cache: Cache
-    ) -> Tensor:
-        """Logits (D + pieces, V) after each decoding token and each piece's last, in `dtype`.
-
-        V is the vocabulary, padded with -inf. decoding: (token, position) of slots 0 .. D - 1.
-        Keys and values go into the cache.
-        """
+    def step(self, decoding: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> Tensor:
+        """See `Network`; logits in the decoder's dtype."""
         tokens = [token for token, _ in decoding]
         positions = [position for _, position in decoding]
         last = list(range(len(tokens)))
@@ -131,43 +136,23 @@ class Decoder:
             tokens += piece.tokens
             positions += range(piece.start, piece.start + len(piece.tokens))
             last.append(len(tokens) - 1)
-        wanted = len(last)
-        if self._code.min_rows > wanted:
-            tokens, positions, last = [*tokens, 0], [*positions, 0], [*last, *last]
-        place = torch.tensor(positions, device=self.device)
-        ids = torch.tensor(tokens, device=self.device)
-        x = (F.embedding(ids, self._wte) + F.embedding(place, self._wpe)).to(self.dtype)
-        cache.fit(max(positions) + 1, len(decoding) + len(pieces))
+        ids, place = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
+        x = (F.embedding(ids, self._wte) + F.embedding(place, self._wpe)).to(self._dtype)
+        self._cache.fit(max(positions) + 1, len(decoding) + len(pieces))
         plan = _AttentionPlan(
-            positions[: len(decoding)], pieces, cache.length, self.dtype, self.device
+            positions[: len(decoding)], pieces, self._cache.length, self._dtype, self._device
         )
-        code, blocks = self._code, self._blocks
-        qkv = code.enter(x, blocks[0])
-        for block, following, layer in zip(blocks, blocks[1:], cache.layers, strict=False):
-            x, qkv = code.cross(plan.attend(qkv, *layer, code.attend_one), x, block, following)
-        attended = plan.attend(qkv, *cache.layers[-1], code.attend_one)
-        if pieces:
-            attended, x = attended[last], x[last]
-        logits = code.leave(attended, x, blocks[-1], self._head)[:wanted]
-        logits[:, self.valid_vocab_size :] = float("-inf")
+        for block, layer in zip(self._blocks, self._cache.layers, strict=True):
+            attended = plan.attend(block.c_attn(block.ln_1(x)), *layer)
+            x = block.attn_proj(attended, x if block.residual else None)
+            x = block.mlp_proj(block.c_fc(block.ln_2(x)), x if block.residual else None)
+        logits = self._head(self._ln_f(x[last] if pieces else x))
+        logits[:, self._vocab_size :] = float("-inf")
         return logits
 
-    @torch.no_grad()
-    def warm_up(self, cache: Cache) -> None:
-        """Have everything compiled that steps over this cache will run; seconds, once.
-
-        Sizes that steps differ in are named as such: no later step compiles anything.
-        """
-        code, blocks = self._code, self._blocks
-        slots, _, length, _ = cache.layers[0][0].shape
-        x = torch.zeros(max(slots, 2), self._wpe.size(1), dtype=self.dtype, device=self.device)
-        qkv = code.enter(x, blocks[0])
-        for D in {slots, 1}:
-            plan = _AttentionPlan([0] * D, (), length, self.dtype, self.device)
-            plan.attend(qkv[:D], *cache.layers[0], code.attend_one)
-        if len(blocks) > 1:
-            code.cross(x.clone(), x, blocks[0], blocks[1])
-        code.leave(x.clone(), x, blocks[-1], self._head)
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """See `Network`."""
+        self._cache.move(source, target, tokens)
 
 
 class _AttentionPlan:
@@ -189,13 +174,11 @@ class _AttentionPlan:
         self._mask.masked_fill_(beyond, float("-inf")).unsqueeze_(1)  # (D, 1, length)
         self._pieces = pieces
 
-    def attend(self, qkv: Tensor, keys: Tensor, values: Tensor, attend_one: _AttendOne) -> Tensor:
+    def attend(self, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Store the step's keys and values; attend. qkv (N, 3C), returns (N, C)."""
         D, parts = self._decoding, []
         if D:
-            parts.append(
-                attend_one(qkv[:D], keys, values, self._slots, self._positions, self._mask)
-            )
+            parts.append(self._attend_one(qkv[:D], keys, values))
         row = D
         for piece in self._pieces:
             stop = row + len(piece.tokens)
@@ -203,9 +186,18 @@ class _AttentionPlan:
                 _attend_piece(qkv[row:stop], keys[piece.slot], values[piece.slot], piece.start)
             )
             row = stop
-        if row < qkv.size(0):
-            parts.append(qkv.new_zeros(qkv.size(0) - row, qkv.size(1) // 3))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _attend_one(self, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Store each decoding sequence's key and value; attend over its past. Returns (D, C)."""
+        D, (_, H, _, E) = qkv.size(0), keys.shape
+        q, k, v = qkv.view(D, 3, H, E).unbind(1)
+        keys[self._slots, :, self._positions] = k
+        values[self._slots, :, self._positions] = v
+        past, carried = keys[:D].flatten(0, 1), values[:D].flatten(0, 1)  # (D*H, length, E)
+        scores = torch.bmm(q.reshape(D * H, 1, E), past.transpose(1, 2)).view(D, H, -1)
+        weights = torch.softmax(scores.add_(self._mask), dim=-1)
+        return torch.bmm(weights.view(D * H, 1, -1), carried).view(D, H * E)
 
 
 @dataclass(frozen=True)
@@ -217,96 +209,6 @@ class _Block:
     c_fc: Product
     mlp_proj: Product
     residual: bool
-
-
-@dataclass(frozen=True)
-class _Head:
-    ln_f: _Norm
-    product: Product
-
-
-def _enter(x: Tensor, block: _Block) -> Tensor:
-    """x (N, C) -> queries, keys and values (N, 3C)."""
-    return block.c_attn(block.ln_1(x))
-
-
-def _after_attention(attended: Tensor, x: Tensor, block: _Block) -> Tensor:
-    x = block.attn_proj(attended, x if block.residual else None)
-    return block.mlp_proj(block.c_fc(block.ln_2(x)), x if block.residual else None)
-
-
-def _cross(attended: Tensor, x: Tensor, block: _Block, following: _Block) -> tuple[Tensor, Tensor]:
-    """From one block's attention to the next one's: its x (N, C) and qkv (N, 3C)."""
-    x = _after_attention(attended, x, block)
-    return x, _enter(x, following)
-
-
-def _leave(attended: Tensor, x: Tensor, block: _Block, head: _Head) -> Tensor:
-    """From the last attention to logits (N, V)."""
-    return head.product(head.ln_f(_after_attention(attended, x, block)))
-
-
-def _attend_one(
-    qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, mask: Tensor
-) -> Tensor:
-    """Store each decoding sequence's key and value; attend over its past. Returns (D, C)."""
-    D, (_, H, _, E) = qkv.size(0), keys.shape
-    q, k, v = qkv.view(D, 3, H, E).unbind(1)
-    keys[slots, :, positions] = k
-    values[slots, :, positions] = v
-    past, carried = keys[:D].flatten(0, 1), values[:D].flatten(0, 1)  # (D*H, length, E)
-    scores = torch.bmm(q.reshape(D * H, 1, E), past.transpose(1, 2)).view(D, H, -1)
-    weights = torch.softmax(scores.add_(mask), dim=-1)
-    return torch.bmm(weights.view(D * H, 1, -1), carried).view(D, H * E)
-
-
-_AttendOne = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class _Code:
-    """What a step runs between its products, plain or compiled, over `min_rows` rows or more."""
-
-    enter: Callable[[Tensor, _Block], Tensor] = _enter
-    attend_one: _AttendOne = _attend_one
-    cross: Callable[[Tensor, Tensor, _Block, _Block], tuple[Tensor, Tensor]] = _cross
-    leave: Callable[[Tensor, Tensor, _Block, _Head], Tensor] = _leave
-    min_rows: int = 1
-
-
-_PLAIN = _Code()
-
-
-def _compiled() -> _Code:
-    """Each function compiled by its first call, the sizes that vary named."""
-    return _Code(
-        enter=_Compiled(_enter, [0]),
-        attend_one=_Compiled(_attend_one, [0], [2], [2], [0], [0], [0, 2]),
-        cross=_Compiled(_cross, [0], [0]),
-        leave=_Compiled(_leave, [0], [0]),
-        # Code made for one row alone would sum it in another order.
-        min_rows=2,
-    )
-
-
-class _Compiled:
-    """A function, compiled, with the dimensions of its first arguments that vary."""
-
-    def __init__(self, function: Callable[..., Any], *varying: Sequence[int]) -> None:
-        self._run = torch.compile(function, fullgraph=True)
-        self._varying = varying
-        self._known: set[bool] = set()
-
-    def __call__(self, *args: Any) -> Any:
-        # PyTorch makes code of its own for a size of one.
-        is_one = args[0].size(0) == 1
-        if is_one not in self._known:
-            self._known.add(is_one)
-            for tensor, dims in zip(args, self._varying, strict=False):
-                for dim in dims:
-                    if tensor.size(dim) > 1:
-                        torch._dynamo.mark_dynamic(tensor, dim)
-        return self._run(*args)
 
 
 def _attend_piece(qkv: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:

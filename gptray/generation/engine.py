@@ -18,8 +18,10 @@ from typing import Literal
 import torch
 
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.decoder import Cache, Decoder, Piece
+from gptray.generation.build import pick_backend
+from gptray.generation.decoder import Decoder, Network, Piece
 from gptray.generation.detokenize import TextStream
+from gptray.generation.native import NativeDecoder
 from gptray.generation.sampling import Drawn, Row, draw
 from gptray.generation.settings import Sampling, check_context
 from gptray.model.gpt import GPT
@@ -79,9 +81,9 @@ class Generation:
 class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
-    dtype: what the network computes in. quantize: "none" or "int8" weights. compile: fuse what lies
-    between the products; takes seconds here and a C++ compiler. Memory: the cache takes 2 x n_layer
-    x max_batch_size x n_positions x n_embd numbers of `dtype`.
+    dtype: what the network computes in. quantize: "none" or "int8" weights. backend: "native" where
+    `gptray.generation.build` finds that it can be had, else "torch". Memory: the cache takes up to
+    2 x n_layer x max_batch_size x n_positions x n_embd numbers of `dtype`.
     """
 
     def __init__(
@@ -92,17 +94,13 @@ class Engine:
         max_batch_size: int = 32,
         dtype: torch.dtype = torch.float32,
         quantize: str = "none",
-        compile: bool = False,
+        backend: str = "torch",
     ) -> None:
         self.max_batch_size, self.n_positions = max_batch_size, model.config.n_positions
         self.vocab_size, self.eos_id = model.valid_vocab_size, tokenizer.eos_id
         self._tokenizer = tokenizer
-        self._decoder = Decoder(model, dtype=dtype, quantize=quantize, compile=compile)
-        self._cache = Cache(
-            model, max_batch_size, dtype=dtype, device=model.transformer.wte.weight.device
-        )
-        if compile:
-            self._decoder.warm_up(self._cache)
+        decoder = NativeDecoder if backend == "native" else Decoder
+        self._network: Network = decoder(model, max_batch_size, dtype=dtype, quantize=quantize)
         self._waiting: deque[_Sequence] = deque()
         # Decoding sequences stand in slots 0, 1, ...; one whose prompt is partly read comes after.
         self._decoding: list[_Sequence] = []
@@ -156,7 +154,7 @@ class Engine:
         decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
         if not decoding and not pieces:
             return []
-        logits = self._decoder.step(decoding, pieces, self._cache)
+        logits = self._network.step(decoding, pieces)
         if len(finished_reading) < len(pieces):
             logits = logits[:-1]  # the last piece's prompt goes on in the next step
         self._decoding += finished_reading
@@ -206,9 +204,9 @@ class Engine:
             last = self._decoding.pop()
             if slot < len(self._decoding):
                 self._decoding[slot] = last
-                self._cache.move(len(self._decoding), slot, len(last.history))
+                self._network.move(len(self._decoding), slot, len(last.history))
             if self._reading is not None:
-                self._cache.move(len(self._decoding) + 1, len(self._decoding), self._reading.read)
+                self._network.move(len(self._decoding) + 1, len(self._decoding), self._reading.read)
 
 
 class _Sequence:
@@ -273,11 +271,12 @@ def load_engine(
     precision: str,
     quantize: str,
     device: str,
-    compile: bool = False,
+    backend: str = "auto",
 ) -> tuple[Engine, Tokenizer]:
-    """The engine of a model folder and its tokenizer; precision auto | fp32 | bf16.
+    """The engine of a model folder and its tokenizer.
 
-    Raises UserError naming what is wrong with the folder.
+    precision auto | fp32 | bf16; backend auto | native | torch. Raises UserError naming what is
+    wrong with the folder, or why there is no such backend.
     """
     keep_freed_memory()
     model = load_pretrained(folder).eval().to(device)
@@ -288,6 +287,6 @@ def load_engine(
         max_batch_size=max_batch_size,
         dtype=pick_dtype(precision, device),
         quantize=quantize,
-        compile=compile,
+        backend=pick_backend(backend, use_gpu=torch.device(device).type != "cpu"),
     )
     return engine, tokenizer

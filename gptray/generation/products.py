@@ -1,8 +1,7 @@
 """x W^T + b with the weight packed once, in the form that is fastest for a few rows of x.
 
 On a CPU through oneDNN, whose packed layout reads the weight at the memory's speed; elsewhere
-PyTorch's own. A row of the result depends on that row of x alone, and on no other. To a compiler
-oneDNN's products are closed boxes; what stands around them it may fuse.
+PyTorch's own. A row of the result depends on that row of x alone, and on no other.
 """
 
 from __future__ import annotations
@@ -69,22 +68,15 @@ class _Packed:
         if self._never_alone and rows == 1:
             x = F.pad(x, (0, 0, 0, 1))
             add = None if add is None else F.pad(add, (0, 0, 0, 1))
-        linear = _opaque.packed_linear if torch.compiler.is_compiling() else _packed_linear
-        y: Tensor = linear(x, self._weight, self._bias, add, self._gelu)
+        weight, bias = self._weight, self._bias
+        y: Tensor
+        if add is not None:
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
+        elif self._gelu:
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y[:rows]
-
-
-def _packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gelu: bool
-) -> Tensor:
-    y: Tensor
-    if add is not None:
-        y = torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
-    elif gelu:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
-    else:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
 
 
 class _Int8:
@@ -108,42 +100,23 @@ class _Int8:
         scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         # Unsigned, with 128 for zero: the only kind that the processor multiplies fast.
         rounded = (x / scale).round_().add_(128).to(torch.uint8)
-        linear = _opaque.int8_linear if torch.compiler.is_compiling() else _int8_linear
-        y: Tensor = linear(rounded, self._weight, self._scale, self._zero)
+        weight, zero = self._weight, self._zero
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rounded,
+            1.0,
+            128,
+            weight,
+            self._scale,
+            zero,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
         y = torch.addcmul(self._bias, y, scale)
         if self._gelu:
             y = F.gelu(y, approximate="tanh")
         return (y if add is None else y + add).to(self._dtype)
-
-
-def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 128, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return y
-
-
-# oneDNN's packed weights are tensors of a kind of their own.
-_KINDS = ("CPU", "MkldnnCPU")
-torch.library.define(
-    "gptray::packed_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? add, bool gelu) -> Tensor",
-)
-torch.library.define(
-    "gptray::int8_linear", "(Tensor x, Tensor weight, Tensor scale, Tensor zero) -> Tensor"
-)
-torch.library.impl("gptray::packed_linear", _KINDS, _packed_linear)
-torch.library.impl("gptray::int8_linear", _KINDS, _int8_linear)
-_opaque = torch.ops.gptray
-
-
-@torch.library.register_fake("gptray::packed_linear")  # type: ignore[untyped-decorator]
-def _packed_linear_shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gelu: bool
-) -> Tensor:
-    return x.new_empty(x.size(0), weight.size(0))
-
-
-@torch.library.register_fake("gptray::int8_linear")  # type: ignore[untyped-decorator]
-def _int8_linear_shape(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return scale.new_empty(x.size(0), scale.size(0))

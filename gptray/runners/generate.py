@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
+from gptray.generation.build import library
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
 from gptray.runners.output import Output, check_job
 from gptray.runners.rows_bar import RowsBar
@@ -39,15 +40,17 @@ def generate(config: Config) -> dict[str, Any]:
     be written.
     """
     job = check_job(config)
-    _check_machine(config)
+    check_resources(_compute(config))
     with Output.opened(job) as output:
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
         if missing:
             rows = sum(map(output.rows_of, missing))
             log.info("%s: %s of %s rows to do", job.model_name, f"{rows:,}", f"{output.rows:,}")
+            if job.config.generate.backend == "native":
+                library()
             with ray_cluster():
-                speed = Engines(config, output, missing).run()
+                speed = Engines(job.config, output, missing).run()
         summary = output.finish()
     reasons = summary["finish_reasons"].items()
     log.info("ended by %s", ", ".join(f"{reason}: {count:,}" for reason, count in reasons))
@@ -57,22 +60,20 @@ def generate(config: Config) -> dict[str, Any]:
 def generation_plan(config: Config) -> list[tuple[str, str]]:
     """What the job would do, without torch or Ray; raises UserError as the job would."""
     if config.generate.input_path is None and config.sample.prompt is not None:
-        return [("model", str(look_here(config)[0])), ("output", "this terminal")]
+        config, folder, _ = look_here(config)
+        backend = config.generate.backend
+        return [("model", str(folder)), ("backend", backend), ("output", "this terminal")]
     job = check_job(config)
-    _check_machine(config)
+    check_resources(_compute(config))
     megabytes = sum(file.size for file in job.files) / 1e6
     return [
         ("model", str(job.model_dir)),
         ("input", f"{len(job.files)} files, {megabytes:.1f} MB"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
+        ("backend", job.config.generate.backend),
         ("output", str(job.folder)),
         ("files", "part-*.parquet manifest.json _SUCCESS"),
     ]
-
-
-def _check_machine(config: Config) -> None:
-    compiling = "generate.compile" if config.generate.compile else None
-    check_resources(_compute(config), compiling=compiling)
 
 
 def _compute(config: Config) -> ComputeConfig:
@@ -124,7 +125,7 @@ def _writer(settings: dict[str, Any]) -> PartWriter:
         precision=config.generate.precision,
         quantize=config.quantize.weights,
         device="cuda" if config.compute.use_gpu else "cpu",
-        compile=config.generate.compile,
+        backend=config.generate.backend,
     )
     return PartWriter(
         engine,

@@ -24,6 +24,7 @@ from gptray.data.prompts import InputScan, check_columns, scan, staged
 from gptray.data.sources import SourceFile, file_sha256, find_files
 from gptray.data.tokenizer import tokenizer_files
 from gptray.files import replacing, sha256_of
+from gptray.generation.build import pick_backend
 from gptray.model.shape import read_shape
 from gptray.runners.models import newest_run, open_model
 from gptray.runners.runs import held
@@ -34,7 +35,7 @@ MODEL_FILES = "*.safetensors"
 
 @dataclass(frozen=True)
 class Job:
-    """A generate job that has been looked at: everything in it exists."""
+    """A generate job that has been looked at: everything in it exists, its backend is picked."""
 
     config: Config
     model_dir: Path
@@ -75,10 +76,24 @@ def check_job(config: Config) -> Job:
             f"generate.output_path={settings.output_path}: must be a folder; on a cluster one "
             "that every node sees"
         )
+    try:
+        config = with_backend(config)
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
     folder = Path(os.path.abspath(os.path.expanduser(settings.output_path or "")))
     return Job(config, model_dir, name, tuple(files), folder)
+
+
+def with_backend(config: Config) -> Config:
+    """The config with the backend that `auto` means here, for all engines of the job.
+
+    Raises UserError if the one that is asked for cannot be had.
+    """
+    backend = pick_backend(config.generate.backend, use_gpu=config.compute.use_gpu)
+    settings = config.generate.model_copy(update={"backend": backend})
+    return config.model_copy(update={"generate": settings})
 
 
 def find_model(config: Config) -> tuple[Path, str]:
@@ -237,7 +252,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "generate.id_column": settings.id_column,
         "generate.rows_per_file": settings.rows_per_file,
         "generate.precision": settings.precision,
-        "generate.compile": settings.compile,
+        "generate.backend": settings.backend,
         "quantize.weights": job.config.quantize.weights,
         **{f"sample.{k}": v for k, v in sample.model_dump(mode="json", exclude={"prompt"}).items()},
     }

@@ -9,16 +9,19 @@ from typing import Any
 
 from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
-from gptray.runners.output import check_lengths, find_model
+from gptray.runners.output import check_lengths, find_model, with_backend
 
 
-def look_here(config: Config) -> tuple[Path, str]:
-    """The model's folder and what it was called by; raises UserError for what cannot run here."""
-    compiling = "generate.compile" if config.generate.compile else None
-    check_resources(config.compute, compiling=compiling)
+def look_here(config: Config) -> tuple[Config, Path, str]:
+    """The config with its backend, the model's folder and what that was called by.
+
+    Raises UserError for what cannot run here.
+    """
+    check_resources(config.compute)
+    config = with_backend(config)
     folder, name = find_model(config)
     check_lengths(config, folder)
-    return folder, name
+    return config, folder, name
 
 
 def generate_here(config: Config) -> dict[str, Any]:
@@ -27,7 +30,7 @@ def generate_here(config: Config) -> dict[str, Any]:
     All run in one batch; what comes before its turn to be printed waits. Returns the JSON line's
     facts. Raises UserError for a prompt or a setting that cannot run.
     """
-    folder, name = look_here(config)
+    config, folder, name = look_here(config)
     given = config.sample.prompt
     prompts = [given] if isinstance(given, str) else list(given or [])
 
@@ -40,7 +43,7 @@ def generate_here(config: Config) -> dict[str, Any]:
         precision=config.generate.precision,
         quantize=config.quantize.weights,
         device="cuda" if config.compute.use_gpu else "cpu",
-        compile=config.generate.compile,
+        backend=config.generate.backend,
     )
     sampling = Sampling.of(config.sample)
     generations = []

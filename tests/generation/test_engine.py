@@ -10,12 +10,19 @@ import pytest
 import torch
 
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.decoder import Cache, Decoder, Piece
+from gptray.generation.decoder import Piece
 from gptray.generation.engine import Engine, Generation, Request
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
-from tests.generation.models import random_gpt, reference, small_tokenizer
+from tests.generation.models import (
+    BACKENDS,
+    needs_native,
+    network,
+    random_gpt,
+    reference,
+    small_tokenizer,
+)
 
 SHAPES: list[dict[str, object]] = [
     {},
@@ -58,18 +65,19 @@ def mixed_requests(tokenizer: Tokenizer, count: int, n_positions: int) -> list[R
     ]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "ablation", [{}, {"norm": "none", "residual": False}], ids=["gpt2", "bare"]
 )
 def test_every_request_gets_what_the_uncached_model_gives(
-    tokenizer: Tokenizer, shape: dict[str, object], ablation: dict[str, object]
+    tokenizer: Tokenizer, backend: str, shape: dict[str, object], ablation: dict[str, object]
 ) -> None:
     if ablation:
         shape = {**shape, "initializer_range": 0.6}
     model = random_gpt(tokenizer, **shape, **ablation)
     requests = mixed_requests(tokenizer, 12, model.config.n_positions)
-    engine = Engine(model, tokenizer, max_batch_size=5)
+    engine = Engine(model, tokenizer, max_batch_size=5, backend=backend)
     for generation in run(engine, requests):
         request = generation.request
         expected = reference(model, list(request.prompt), request.sampling, tokenizer.eos_id)
@@ -77,9 +85,10 @@ def test_every_request_gets_what_the_uncached_model_gives(
         assert generation.text == tokenizer.decode(expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_logits_equal_hugging_faces_at_every_position(
-    tokenizer: Tokenizer, shape: dict[str, object], tmp_path: Path
+    tokenizer: Tokenizer, backend: str, shape: dict[str, object], tmp_path: Path
 ) -> None:
     from transformers import GPT2LMHeadModel
 
@@ -88,18 +97,17 @@ def test_logits_equal_hugging_faces_at_every_position(
     ids = prompt_of(tokenizer, model.config.n_positions, seed=1)
     with torch.no_grad():
         expected = GPT2LMHeadModel.from_pretrained(tmp_path)(torch.tensor([ids])).logits[0]
-    decoder = Decoder(model, dtype=torch.float32)
-    cache = Cache(model, 2, dtype=torch.float32, device=torch.device("cpu"))
+    decoder = network(backend, model, 2, torch.float32)
     V = tokenizer.vocab_size
     # A prompt in two pieces, then token after token; a neighbour decodes beside it.
     read = len(ids) // 3
-    first = decoder.step([], [Piece(0, 0, ids[: read - 2])], cache)
-    second = decoder.step([], [Piece(0, read - 2, ids[read - 2 : read])], cache)
+    first = decoder.step([], [Piece(0, 0, ids[: read - 2])])
+    second = decoder.step([], [Piece(0, read - 2, ids[read - 2 : read])])
     torch.testing.assert_close(first[0, :V], expected[read - 3], atol=1e-4, rtol=0)
     torch.testing.assert_close(second[0, :V], expected[read - 1], atol=1e-4, rtol=0)
     for position in range(read, len(ids)):
         pieces = [Piece(1, 0, ids[:4])] if position == read else []
-        logits = decoder.step([(ids[position], position)], pieces, cache)
+        logits = decoder.step([(ids[position], position)], pieces)
         torch.testing.assert_close(logits[0, :V], expected[position], atol=1e-4, rtol=0)
         if pieces:
             torch.testing.assert_close(logits[1, :V], expected[3], atol=1e-4, rtol=0)
@@ -130,44 +138,66 @@ def test_greedy_is_hugging_faces_generate(
         assert generation.tokens == output
 
 
-def test_a_prompt_gets_the_same_tokens_alone_and_among_63_others(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prompt_gets_the_same_tokens_alone_and_among_63_others(
+    tokenizer: Tokenizer, backend: str
+) -> None:
     model = random_gpt(tokenizer, n_embd=64, n_positions=200)
     requests = mixed_requests(tokenizer, 64, 200)
-    together = run(Engine(model, tokenizer, max_batch_size=64), requests)
-    few_at_a_time = run(Engine(model, tokenizer, max_batch_size=3), requests[::-1])[::-1]
+    together = run(Engine(model, tokenizer, max_batch_size=64, backend=backend), requests)
+    few_at_a_time = run(
+        Engine(model, tokenizer, max_batch_size=3, backend=backend), requests[::-1]
+    )[::-1]
     for request, one, other in zip(requests, together, few_at_a_time, strict=True):
-        alone = run(Engine(model, tokenizer, max_batch_size=1), [request])[0]
+        alone = run(Engine(model, tokenizer, max_batch_size=1, backend=backend), [request])[0]
         assert alone.tokens == one.tokens == other.tokens
         assert alone.finish_reason == one.finish_reason == other.finish_reason
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantize", "compile"),
+    ("backend", "dtype", "quantize"),
     [
-        (torch.float32, "none", False),
-        (torch.float32, "int8", False),
-        (torch.bfloat16, "int8", True),
+        ("torch", torch.float32, "none"),
+        ("torch", torch.float32, "int8"),
+        pytest.param("native", torch.float32, "none", marks=needs_native),
+        pytest.param("native", torch.bfloat16, "none", marks=needs_native),
+        pytest.param("native", torch.bfloat16, "int8", marks=needs_native),
     ],
 )
 def test_logits_are_bit_for_bit_those_of_a_row_alone(
-    tokenizer: Tokenizer, dtype: torch.dtype, quantize: str, compile: bool
+    tokenizer: Tokenizer, backend: str, dtype: torch.dtype, quantize: str
 ) -> None:
     model = random_gpt(tokenizer, n_layer=3, n_embd=60, n_head=4, n_inner=100, n_positions=200)
     prompts = [prompt_of(tokenizer, length, seed=length) for length in (3, 17, 64, 65, 128)]
-    decoder = Decoder(model, dtype=dtype, quantize=quantize, compile=compile)
-    if compile:
-        decoder.warm_up(Cache(model, 5, dtype=dtype, device=torch.device("cpu")))
 
     def logits_of(prompts: list[list[int]]) -> torch.Tensor:
-        cache = Cache(model, 5, dtype=dtype, device=torch.device("cpu"))
-        decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)], cache)
-        return decoder.step([(5, len(prompt)) for prompt in prompts], [], cache)
+        decoder = network(backend, model, 5, dtype, quantize)
+        decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)])
+        return decoder.step([(5, len(prompt)) for prompt in prompts], [])
 
-    # Whatever a step runs was compiled before.
-    with torch.compiler.set_stance("fail_on_recompile"):
-        together = logits_of(prompts)
-        for i, prompt in enumerate(prompts):
-            assert torch.equal(logits_of([prompt])[0], together[i])
+    together = logits_of(prompts)
+    for i, prompt in enumerate(prompts):
+        assert torch.equal(logits_of([prompt])[0], together[i])
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("dtype", "quantize"),
+    [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")],
+)
+def test_native_logits_are_bit_for_bit_the_same_however_a_prompt_was_read(
+    tokenizer: Tokenizer, dtype: torch.dtype, quantize: str
+) -> None:
+    model = random_gpt(tokenizer, n_embd=44, n_head=4, n_positions=200)
+    prompt = prompt_of(tokenizer, 120, seed=1)
+    at_once, in_pieces, by_tokens = (network("native", model, 1, dtype, quantize) for _ in range(3))
+    (expected,) = at_once.step([], [Piece(0, 0, prompt)])
+    in_pieces.step([], [Piece(0, 0, prompt[:7])])
+    assert torch.equal(in_pieces.step([], [Piece(0, 7, prompt[7:])])[0], expected)
+    by_tokens.step([], [Piece(0, 0, prompt[:1])])
+    for position in range(1, len(prompt)):
+        logits = by_tokens.step([(prompt[position], position)], [])
+    assert torch.equal(logits[0], expected)
 
 
 def test_rows_of_one_prompt_differ_and_seeds_repeat(tokenizer: Tokenizer) -> None:
@@ -284,29 +314,24 @@ def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) 
         assert max(generation.tokens) < tokenizer.vocab_size
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("dtype", "quantize", "compile"),
-    [
-        (torch.bfloat16, "none", False),
-        (torch.bfloat16, "int8", False),
-        (torch.float32, "int8", False),
-        (torch.bfloat16, "none", True),
-    ],
+    ("dtype", "quantize"),
+    [(torch.bfloat16, "none"), (torch.bfloat16, "int8"), (torch.float32, "int8")],
 )
 @pytest.mark.parametrize("rows", [1, 9])
 def test_bf16_and_int8_stay_close_to_fp32(
-    tokenizer: Tokenizer, dtype: torch.dtype, quantize: str, compile: bool, rows: int
+    tokenizer: Tokenizer, backend: str, dtype: torch.dtype, quantize: str, rows: int
 ) -> None:
     model: GPT = random_gpt(tokenizer, n_embd=64, initializer_range=0.1)
     prompts = [prompt_of(tokenizer, 20, seed=seed) for seed in range(rows)]
 
-    def next_logits(dtype: torch.dtype, quantize: str, compile: bool) -> torch.Tensor:
-        cache = Cache(model, rows, dtype=dtype, device=torch.device("cpu"))
-        decoder = Decoder(model, dtype=dtype, quantize=quantize, compile=compile)
-        decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)], cache)
-        logits = decoder.step([(5, 20)] * rows, [], cache).float()
+    def next_logits(backend: str, dtype: torch.dtype, quantize: str) -> torch.Tensor:
+        decoder = network(backend, model, rows, dtype, quantize)
+        decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)])
+        logits = decoder.step([(5, 20)] * rows, []).float()
         return logits[:, : tokenizer.vocab_size]
 
-    exact = next_logits(torch.float32, "none", False)
-    error = (next_logits(dtype, quantize, compile) - exact).norm() / exact.norm()
+    exact = next_logits("torch", torch.float32, "none")
+    error = (next_logits(backend, dtype, quantize) - exact).norm() / exact.norm()
     assert 0 < error < 0.03
