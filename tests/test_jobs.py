@@ -208,3 +208,21 @@ def test_evaluate_dry_runs_and_refuses_without_torch(text_file: Path, tmp_path: 
     wrong = job("evaluate", *common, "evaluate.stride=65")
     assert wrong.returncode == 2 and "evaluate.stride=65" in wrong.stderr
     assert "Traceback" not in wrong.stderr and wrong.stdout == ""
+
+
+def test_tune_dry_runs_and_refuses_without_torch(tmp_path: Path) -> None:
+    config = f"--config={ROOT / 'configs' / 'overfitting_sweep.yaml'}"
+    dry = job("tune", config, f"storage_path={tmp_path}", "name=dry", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    plan = json.loads(dry.stdout.splitlines()[-1])["plan"]
+    assert plan["trials"] == "16: the config as it is, 15 drawn"
+    assert plan["rungs"].startswith("at steps 100, 300")
+    assert plan["steps"].startswith("9,600 at most")
+    assert not (tmp_path / "dry").exists()
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("tune:\n  space:\n  - path: model.dropot\n    uniform: [0, 0.3]\n")
+    refused = job("tune", f"--config={wrong}", f"storage_path={tmp_path}", "tune.samples=3")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert f"{wrong}:3: tune.space: unknown path model.dropot; did you mean" in refused.stderr
+    assert "did you mean tune.num_samples?" in refused.stderr
+    assert job("tune", f"storage_path={tmp_path}").returncode == 2
