@@ -86,7 +86,7 @@ def run_trials(
                 num_samples=-1,
                 max_concurrent_trials=at_once,
                 search_alg=_Searcher(queue),
-                scheduler=_Rungs(config, past),
+                scheduler=Rungs(config, past),
                 # The workers of a trial that is cut end with the actor that waits for them.
                 reuse_actors=is_here,
                 trial_name_creator=_name_of,
@@ -157,7 +157,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return _NEVER_LOADED
 
 
-class _Rungs(ASHAScheduler):  # type: ignore[misc]
+class Rungs(ASHAScheduler):  # type: ignore[misc]
     """ASHA that knows what trials have measured before this start.
 
     Its public methods are told of the past as if it happened now: every ended trial is added and
