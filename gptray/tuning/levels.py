@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from gptray.config import Config, ConfigError, flatten, override
@@ -32,6 +33,7 @@ class Space:
     def of(cls, config: Config) -> Space:
         """The space of a sweep's config."""
         entries, own = tuple(entries_of(config)), dict[str, Any]()
+        config = override(config, {"tune.space": []})  # not to be checked with every option
         for entry in entries:
             if entry.counts(own):
                 own |= _own_values(entry, config)
@@ -139,8 +141,8 @@ def _by_part(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> Set
     count = max(1, min(MOST_PARTS, len(numbers) // PART)) if numbers else 0
     starts = sorted({numbers[len(numbers) * part // count] for part in range(count)})
     names = []
-    for low, after in zip(starts, [*starts[1:], math.inf], strict=True):
-        first, last = low, max(number for number in numbers if number < after)
+    for first, after in zip_longest(starts, starts[1:], fillvalue=math.inf):
+        last = max(number for number in numbers if number < after)
         ends = [f"{end:.2g}" if isinstance(end, float) else f"{end}" for end in (first, last)]
         names.append(" to ".join(ends if first < last else ends[:1]))
     # The config's own may be null where the space has numbers.

@@ -16,9 +16,9 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Places = NDArray[np.intp]
 
-CHAINS = 40
-BURN_IN = 50
-KEPT = 30
+CHAINS = 32
+BURN_IN = 40
+KEPT = 32
 # What is left at a stage of how a trial deviated at the one before, and how sure that is at first.
 PERSISTENCE, UNSURE = 0.5, 0.5
 # A setting adds at most about so many standard deviations of what trials gain over a stage.
@@ -26,6 +26,8 @@ WIDEST = 3.0
 # Degrees of freedom of Student's t: how far a single trial may go astray.
 TAILS = 4.0
 FLAT = 1e-6  # the precision of a prior that says nothing
+# Squared scales stay in here: what is smaller or larger makes no difference but to the arithmetic.
+LEAST, MOST = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ class _Sampler:
         self._overall_aid = self._inverse_gamma(1.0, 1 + 1 / self._overall)
 
     def _inverse_gamma(self, shape: float | Floats, rate: Floats) -> Floats:
-        return rate / self._rng.gamma(shape, size=rate.shape)
+        drawn: Floats = np.clip(rate / self._rng.gamma(shape, size=rate.shape), LEAST, MOST)
+        return drawn
 
 
 def _prepared(design: Floats, stages: Sequence[Stage], outcome: int) -> list[_Data]:

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import threading
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +18,11 @@ from gptray.record import write_event
 from gptray.runners.report import Reporter
 from gptray.runners.watch import watching
 from tests.evaluation.curves import config_of, evaluated, rows_of, started, write_run
+from tests.evaluation.pages import Page
 
 LOSSES = [4.0, 3.0, 2.5, 2.2, 2.05, 2.0, 2.01, 2.1, 2.2, 2.3, 2.4, 2.5]
-VOID = {"meta", "path", "circle", "rect", "br"}
 EVIL = "</b></blockquote><script>alert('1')</script><img src=x onerror=alert(2)> &amp; \x00\x1b[31m"
 KOREAN = "\uc61b\ub0a0 \uc61b\ub0a0\uc5d0 \U0001f42f"
-
-
-class Page(HTMLParser):
-    """Text, elements and attributes of a page; every element must be closed where it belongs."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(convert_charrefs=True)
-        self.html = path.read_text("utf-8")
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(self.html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def overfitted(folder: Path, *overrides: str, prompt: str = "Once") -> Path:
