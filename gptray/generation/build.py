@@ -61,18 +61,27 @@ def library() -> Path:
     path = _cache_folder() / f"native-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     log.info("building the native decoder, once: %s", path)
-    with replacing(path) as built:
-        command += ["-o", str(built), str(SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            words = "\n".join(done.stderr.splitlines()[:5])
-            raise RunFailed(
-                f"the native decoder cannot be built ({shlex.join(command)}):\n{words}\n"
-                "generate.backend=torch does without it"
-            )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as built:
+            _run([*command, "-o", str(built), str(SOURCE)])
+    except OSError as error:
+        raise RunFailed(
+            f"the native decoder cannot be kept: {error}; XDG_CACHE_HOME names another folder, and "
+            "generate.backend=torch does without it"
+        ) from None
     return path
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = "\n".join(done.stderr.splitlines()[:5])
+        raise RunFailed(
+            f"the native decoder cannot be built ({shlex.join(command)}):\n{words}\n"
+            "generate.backend=torch does without it"
+        )
 
 
 def _obstacle() -> str | None:
@@ -82,8 +91,12 @@ def _obstacle() -> str | None:
     lacks = sorted(set(_NEEDED) - _processor_flags())
     if lacks:
         return f"this processor has no {', '.join(lacks)}"
-    if shutil.which(_compiler()[0]) is None:
-        return f"there is no C++ compiler {_compiler()[0]} on this machine"
+    compiler = _compiler()
+    if shutil.which(compiler[0]) is None:
+        return f"there is no C++ compiler {compiler[0]} on this machine"
+    asked = [*compiler, *_OPTIONS, "-E", "-x", "c++", os.devnull]
+    if subprocess.run(asked, capture_output=True, check=False).returncode:
+        return f"the compiler {shlex.join(compiler)} does not know {' '.join(_OPTIONS)}"
     return None
 
 
