@@ -6,10 +6,11 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from gptray.config import ComputeConfig, Config, UserError
@@ -39,18 +40,23 @@ def ray_cluster() -> Iterator[None]:
         os.environ.setdefault(key, value)
     verbose = logging.getLogger("gptray").isEnabledFor(logging.DEBUG)
     level = logging.INFO if verbose else logging.ERROR
-    with warnings.catch_warnings(), _sigterm_kept():
-        warnings.simplefilter("default" if verbose else "ignore")
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=verbose, logging_level=level)
-        else:
-            ray.init(
-                address="local", include_dashboard=False, log_to_driver=verbose, logging_level=level
-            )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    # Ray prints what it has to say of processes that died, and stdout is for a job's result.
+    with redirect_stdout(sys.stderr):
+        with warnings.catch_warnings(), _sigterm_kept():
+            warnings.simplefilter("default" if verbose else "ignore")
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(log_to_driver=verbose, logging_level=level)
+            else:
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=verbose,
+                    logging_level=level,
+                )
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

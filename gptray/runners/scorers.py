@@ -174,9 +174,10 @@ class Scorers:
                     progress.add(task.tokens)
                 return results
         except ray.exceptions.RayActorError as error:
+            # Its other lines are numbers by which Ray knows the actor.
+            why = str(error).strip().splitlines()[-1]
             raise RunFailed(
-                f"a worker failed more than compute.max_failures={self._most_failures} times\n"
-                f"{error}"
+                f"a worker died more than compute.max_failures={self._most_failures} times. {why}"
             ) from None
         except ray.exceptions.RayTaskError as error:
             cause = error.cause

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from gptray.config import Config, ModelConfig, UserError, load_config
+from gptray.config import Config, ModelConfig, RunFailed, UserError, load_config
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
@@ -111,6 +115,45 @@ def test_neither_workers_nor_batch_size_change_a_number(
     for key, value in evaluated.items():
         if isinstance(value, float):
             assert again[key] == pytest.approx(value, abs=1e-6), key
+
+
+def scorers() -> set[int]:
+    """The scorers of this test session's Ray, by process id."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            is_scorer = (process / "cmdline").read_bytes().startswith(b"ray::Scorer")
+            # The raylet has started it, and this process the raylet.
+            if is_scorer and parent(parent(process.name)) == str(os.getpid()):
+                found.add(int(process.name))
+    return found
+
+
+def parent(pid: str) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+
+
+def kill_next_scorer(before: set[int]) -> None:
+    """SIGKILL the first scorer that comes up. It still loads what its first task needs."""
+    deadline = time.monotonic() + 60
+    while not (new := scorers() - before):
+        assert time.monotonic() < deadline
+    os.kill(new.pop(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("max_failures", [1, 0])
+def test_scorer_that_is_killed_is_replaced_as_often_as_it_may(
+    trained: tuple[Path, dict[str, Any]], evaluated: dict[str, Any], max_failures: int
+) -> None:
+    killer = threading.Thread(target=kill_next_scorer, args=(scorers(),))
+    killer.start()
+    config = config_of(trained[0], "name=run", f"compute.max_failures={max_failures}")
+    if max_failures:
+        assert evaluate(config) == evaluated
+    else:
+        with pytest.raises(RunFailed, match=r"died more than compute\.max_failures=0 times"):
+            evaluate(config)
+    killer.join()
 
 
 def test_any_text_is_scored_by_a_folder_that_is_no_run(
