@@ -8,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gptray.model.hf import save_pretrained
+from gptray.record import read_rows
+from gptray.tuning.record import TRIALS, load_trials
 from tests.generation.models import random_gpt, small_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,3 +229,30 @@ def test_tune_dry_runs_and_refuses_without_torch(tmp_path: Path) -> None:
     assert f"{wrong}:3: tune.space: unknown path model.dropot; did you mean" in refused.stderr
     assert "did you mean tune.num_samples?" in refused.stderr
     assert job("tune", f"storage_path={tmp_path}").returncode == 2
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
+def test_a_submitted_sweep_that_was_stopped_goes_on_when_submitted_again(
+    cluster: dict[str, str], text_file: Path, tmp_path: Path
+) -> None:
+    ray = str(Path(sys.executable).with_name("ray"))
+    space = "[{path: model.dropout, uniform: [0, 0.2]}]"
+    arguments = [f"data.source={text_file}", f"storage_path={tmp_path}", "name=sweep", *TINY]
+    arguments += ["train.max_steps=400", "train.eval_interval=20", f"tune.space={space}"]
+    arguments = [one for one in arguments if one not in TINY[4:6]] + ["tune.num_samples=4"]
+    environment = {**os.environ, **cluster}
+    command = [ray, "job", "submit", "--no-wait", "--submission-id=first", "--working-dir"]
+    command += [str(ROOT), "--", sys.executable, "jobs/tune.py", *arguments]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    while not any(one.outcome for one in load_trials(tmp_path / "sweep")):
+        time.sleep(0.5)
+    subprocess.run([ray, "job", "stop", "first"], env=environment, check=True, capture_output=True)
+    before = [one.name for one in load_trials(tmp_path / "sweep") if one.outcome]
+    assert 0 < len(before) < 5
+    done = submit(cluster, "jobs/tune.py", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"trials": 5' in done.stdout
+    events = read_rows(tmp_path / "sweep" / TRIALS)
+    ended = [event["trial"] for event in events if event["event"] == "ended"]
+    assert ended[: len(before)] == before and sorted(ended) == [f"000{n}" for n in range(5)]
