@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptray.generation.products import Product, product
-from gptray.generation.sampling import CHUNK
+from gptray.generation.sampling import CHUNK, top_candidates
 from gptray.model.gpt import GPT, Attention, Block
 
 # Keys are read up to a multiple of this: sums over them then group in the same way at any length.
@@ -45,6 +45,9 @@ class Network(Protocol):
         V is the vocabulary, padded with -inf. decoding: (token, position) of slots 0 .. D - 1.
         The step's keys and values are kept.
         """
+
+    def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `gptray.generation.sampling.top_candidates`."""
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy what is kept of the first `tokens` positions of one slot over another's."""
@@ -149,6 +152,10 @@ class Decoder:
         logits = self._head(self._ln_f(x[last] if pieces else x))
         logits[:, self._vocab_size :] = float("-inf")
         return logits
+
+    def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `Network`."""
+        return top_candidates(logits, k)
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """See `Network`."""

@@ -158,9 +158,9 @@ class Engine:
         if len(finished_reading) < len(pieces):
             logits = logits[:-1]  # the last piece's prompt goes on in the next step
         self._decoding += finished_reading
-        for sequence, drawn in zip(
-            self._decoding, draw(logits, [s.row() for s in self._decoding]), strict=True
-        ):
+        rows = [sequence.row() for sequence in self._decoding]
+        tokens = draw(logits, rows, self._network.top)
+        for sequence, drawn in zip(self._decoding, tokens, strict=True):
             sequence.take(drawn, self.n_positions)
         touched = [sequence.generation for sequence in self._decoding]
         self._release()

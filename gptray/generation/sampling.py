@@ -10,8 +10,9 @@ Shapes: B rows of the batch, V entries of the vocabulary, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from gptray.generation.settings import Sampling
 CHUNK = 64
 # How far down a row is ranked when only top_p says where to end; all of it if that is too little.
 FIRST_RANKS = 1024
+
+# See `top_candidates`.
+Top = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,20 @@ class Drawn:
 
 
 @torch.no_grad()
-def draw(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
+def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Drawn]:
     """Draw the next token of each row from logits (B, V).
+
+    top: a faster `top_candidates`, to the same effect.
 
     Raises ValueError if a row's logits are not a distribution (NaN, or nothing eligible).
     """
     assert logits.size(0) == len(rows)
+    top = top or top_candidates
     shaped = _shape_logits(logits, rows)
     tokens = torch.empty(len(rows), dtype=torch.int64)
     for members, choose in (
         ([i for i, r in enumerate(rows) if r.sampling.temperature == 0], _greedy),
-        ([i for i, r in enumerate(rows) if _is_ranked(r.sampling)], _draw_ranked),
+        ([i for i, r in enumerate(rows) if _is_ranked(r.sampling)], partial(_draw_ranked, top)),
         ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
     ):
         if members:
@@ -77,7 +84,7 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
     drawn = [Drawn(token) for token in tokens.tolist()]
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     if asked:
-        for i, with_logprobs in zip(asked, _logprobs(logits, rows, drawn, asked), strict=True):
+        for i, with_logprobs in zip(asked, _logprobs(top, logits, rows, drawn, asked), strict=True):
             drawn[i] = with_logprobs
     return drawn
 
@@ -180,24 +187,24 @@ def _greedy(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return tokens
 
 
-def _draw_ranked(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw_ranked(top: Top, logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Draw from the first of the ranked candidates, as many as top_k, top_p and min_p leave."""
     V = logits.size(1)
     limits = [row.sampling.top_k or V for row in rows]
     ranks = min(max(row.sampling.top_k or FIRST_RANKS for row in rows), V)
-    tokens, enough = _draw_among(logits, rows, limits, ranks)
+    tokens, enough = _draw_among(top, logits, rows, limits, ranks)
     if not all(enough):
         again = [i for i, is_enough in enumerate(enough) if not is_enough]
         part = [rows[i] for i in again]
-        tokens[again], _ = _draw_among(logits[again], part, [limits[i] for i in again], V)
+        tokens[again], _ = _draw_among(top, logits[again], part, [limits[i] for i in again], V)
     return tokens
 
 
 def _draw_among(
-    logits: Tensor, rows: Sequence[Row], limits: Sequence[int], ranks: int
+    top: Top, logits: Tensor, rows: Sequence[Row], limits: Sequence[int], ranks: int
 ) -> tuple[Tensor, list[bool]]:
     """Draw (B,) from the first `ranks` candidates; for each row whether those were enough."""
-    values, ids = top_candidates(logits, ranks)
+    values, ids = top(logits, ranks)
     _check(values[:, 0])
     temperature = _column(rows, "temperature", logits)
     weights = torch.exp((values.double() - values[:, :1]) / temperature)  # (B, K), first is 1
@@ -260,14 +267,14 @@ def _check(best: Tensor) -> None:
 
 
 def _logprobs(
-    logits: Tensor, rows: Sequence[Row], drawn: Sequence[Drawn], asked: Sequence[int]
+    top: Top, logits: Tensor, rows: Sequence[Row], drawn: Sequence[Drawn], asked: Sequence[int]
 ) -> list[Drawn]:
     logprobs = torch.log_softmax(logits[asked].float(), dim=-1)
     most = max(rows[i].sampling.logprobs or 0 for i in asked)
-    values, ids = top_candidates(logprobs, max(most, 1))
+    values, ids = top(logprobs, max(most, 1))
     out = []
     for at, i in enumerate(asked):
         n = rows[i].sampling.logprobs or 0
-        top = zip(ids[at, :n].tolist(), values[at, :n].tolist(), strict=True)
-        out.append(Drawn(drawn[i].token, logprobs[at, drawn[i].token].item(), tuple(top)))
+        likeliest = zip(ids[at, :n].tolist(), values[at, :n].tolist(), strict=True)
+        out.append(Drawn(drawn[i].token, logprobs[at, drawn[i].token].item(), tuple(likeliest)))
     return out

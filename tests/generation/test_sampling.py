@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptray.generation import native
 from gptray.generation.sampling import Row, draw, top_candidates, uniform
 from gptray.generation.settings import Sampling
+from tests.generation.models import BACKENDS
 
 V = 200
 
@@ -104,13 +106,15 @@ def test_a_tie_at_the_border_goes_to_the_lower_ids() -> None:
     assert top_candidates(logits, 3)[1].tolist() == [[4000, 77, 1234]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entries", [3, 64, 100, 4096, 50257])
 @pytest.mark.parametrize("k", [1, 2, 50])
-def test_candidates_are_those_of_a_stable_sort(entries: int, k: int) -> None:
+def test_candidates_are_those_of_a_stable_sort(backend: str, entries: int, k: int) -> None:
+    top = native.top_candidates if backend == "native" else top_candidates
     # bf16 leaves many ties; -inf and both zeros are values as any.
     logits = some_logits(3, entries).bfloat16().float()
     logits[0, ::3], logits[1, ::2], logits[1, 1::4] = float("-inf"), 0.0, -0.0
-    values, ids = top_candidates(logits, k)
+    values, ids = top(logits, k)
     expected = logits.sort(dim=1, descending=True, stable=True)
     assert torch.equal(ids, expected.indices[:, :k])
     assert torch.equal(values, expected.values[:, :k])
@@ -175,10 +179,14 @@ def test_logprobs_are_the_models_own() -> None:
     assert draw(logits, rows_of(Sampling(logprobs=0), 2))[0].top == ()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=4), Sampling(temperature=0)])
-def test_logits_that_are_not_finite_are_an_error(sampling: Sampling) -> None:
+def test_logits_that_are_not_finite_are_an_error(backend: str, sampling: Sampling) -> None:
+    top = native.top_candidates if backend == "native" else top_candidates
+    logits = some_logits()
+    logits[0, 7] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        draw(torch.full((1, V), float("nan")), rows_of(sampling, 1))
+        draw(logits, rows_of(sampling, 1), top)
 
 
 @pytest.mark.parametrize(
