@@ -5,8 +5,9 @@
 First a run is left alone; then each round runs the same command and kills, with SIGKILL, the
 first worker or the driver (which is then started again with the same command). A round is passed
 when weights, optimizer state and every loss equal the undisturbed run's to the bit, and
-metrics.jsonl has every step once. Prints a table and, last, one JSON line; exit code 1 if any
-round is not passed.
+metrics.jsonl has every step once. With --beside one worker trains, and in the rounds another one
+scores its checkpoints meanwhile, which must show as little. Prints a table and, last, one JSON
+line; exit code 1 if any round is not passed.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS, INTERVAL = 120, 10
 
 
-def command(storage: Path, name: str, text: Path) -> list[str]:
-    """The training command of a round: two workers, dropout, a checkpoint every ten steps."""
+def command(storage: Path, name: str, text: Path, *, workers: int) -> list[str]:
+    """The training command of a round: dropout, a checkpoint every ten steps."""
     return [
         sys.executable,
         str(ROOT / "jobs" / "train.py"),
@@ -47,7 +48,7 @@ def command(storage: Path, name: str, text: Path) -> list[str]:
         f"train.eval_interval={INTERVAL}",
         "train.log_interval=1",
         "train.patience=null",
-        "compute.num_workers=2",
+        f"compute.num_workers={workers}",
         "compute.cpus_per_worker=1",
         "sample.max_new_tokens=4",
     ]
@@ -125,12 +126,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--beside", action="store_true", help="with train.async_validation=true")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="gptray-chaos-") as folder:
         storage, text = Path(folder), Path(folder) / "text.txt"
         write_text(text, rng)
-        finish(start(command(storage, "undisturbed", text)))
+        workers, more = (1, ["train.async_validation=true"]) if options.beside else (2, [])
+        finish(start(command(storage, "undisturbed", text, workers=workers)))
         expected = fingerprint(storage / "undisturbed")
         assert [row["step"] for row in expected["metrics"]] == list(range(1, STEPS + 1))
         passed = 0
@@ -138,7 +141,8 @@ def main() -> int:
         for number in range(1, options.rounds + 1):
             victim = ("worker", "driver")[number % 2]
             name, began = f"round-{number}", time.monotonic()
-            step = disturb(command(storage, name, text), storage / name, victim, rng)
+            arguments = command(storage, name, text, workers=workers) + more
+            step = disturb(arguments, storage / name, victim, rng)
             is_same = fingerprint(storage / name) == expected
             passed += is_same
             seconds = time.monotonic() - began
