@@ -47,11 +47,12 @@ def save_png(drawing: Figure, path: Path) -> Path:
 
 
 def _draw(chart: Chart, axes: Axes, *, with_legend: bool) -> None:
+    widths = {"cut": 0.8, "winner": 2.4}
     for series in chart.series:
         axes.plot(*_columns(series), ".-" if series.has_dots else "-",
                   label=series.name if series in chart.legend else None,
-                  color=COLOURS[series.role], linewidth=0.8 if series.role == "cut" else 1.4,
-                  markersize=5, zorder=3 if series.role == "winner" else 2)  # fmt: skip
+                  color=COLOURS[series.role], linewidth=widths.get(series.role, 1.4),
+                  markersize=5)  # fmt: skip
     for step in chart.rungs:
         axes.axvline(step, color="#9aa3ad", linewidth=0.8, linestyle="--")
     for mark in chart.marks:

@@ -46,7 +46,8 @@ class _Frame:
 def figure(chart: Chart) -> str:
     """The chart with its caption and legend, as an HTML figure."""
     height = TALL if len(chart.series) > 1 else LOW
-    unit = f" <small>{escape(chart.unit)}</small>" if chart.unit else ""
+    words = [chart.unit] * bool(chart.unit) + ["steps on a logarithmic scale"] * bool(chart.first)
+    unit = f" <small>{escape('; '.join(words))}</small>" if words else ""
     legend = ""
     if len(chart.series) > 1:
         legend = "".join(

@@ -50,8 +50,8 @@ def effects_figure(effects: Sequence[Effect]) -> str:
         _effects_svg(found, width, kind) for width, kind in ((WIDE, "wide"), (NARROW, "narrow"))
     )
     return (
-        "<figure><figcaption><b>Worth of each level</b> <small>bits per byte against the level "
-        "of the config as it is; line: 95 %</small>"
+        "<figure><figcaption><b>Worth of each level</b> <small>bits per byte; line: 95 %"
+        "</small>"
         '<span class="key"><i class="better"></i>lower</span>'
         '<span class="key"><i class="worse"></i>higher</span>'
         '<span class="key"><i class="single"></i>cannot be told</span></figcaption>\n'
@@ -108,9 +108,9 @@ def _column_axis(name: str, scale: _Scale, top: float, height: float) -> str:
         x = scale.x(value)
         kind = "grid" if value else "zero"
         text = ("+" if value > 0 else "") + tick_text(value, spacing)
-        anchor = ' style="text-anchor:end"' if x > scale.right - 14 else ""
         parts.append(f'<path class="{kind}" d="M{x:.1f} {top - 12}V{bottom}"/>')
-        parts.append(f'<text class="x" x="{x:.1f}" y="{bottom + 15}"{anchor}>{text}</text>')
+        if scale.left + 10 < x < scale.right - 14:
+            parts.append(f'<text class="x" x="{x:.1f}" y="{bottom + 15}">{text}</text>')
     return "".join(parts)
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from gptray.tuning import levels
 from gptray.tuning.levels import Setting
 from gptray.tuning.record import Sweep, Trial, rungs
 from gptray.tuning.regression import Flags, Floats, Stage, sample_effects
 
-# Trials that are compared, at least; those of a level; and those of a level that went on.
-ENOUGH, ENOUGH_OF_LEVEL, ENOUGH_GONE_ON = 8, 3, 2
+# Trials that are compared, at least, and those of a level that went on.
+ENOUGH, ENOUGH_GONE_ON = 8, 2
 # Trials that reached a step, at least, for anything to be compared there.
 ENOUGH_AT_STEP = 6
 TAILS = (0.025, 0.975)  # an interval leaves these out
@@ -165,7 +166,7 @@ class _Comparison:
         own, other = self._members(setting, level), self._members(setting, setting.reference)
         worth = []
         for number in range(len(self.draws)):
-            least = ENOUGH_GONE_ON if number else ENOUGH_OF_LEVEL
+            least = ENOUGH_GONE_ON if number else levels.ENOUGH
             there = self.stages[number].reached
             if min((own & there).sum(), (other & there).sum()) < least:
                 break
@@ -201,8 +202,8 @@ def _codes(setting: Setting, trials: Sequence[Trial]) -> dict[int, Floats]:
     Trials without the setting have zeros in them. Two levels have one column, of the same spread.
     """
     places = [setting.of[trial.name] for trial in trials if trial.name in setting.of]
-    levels, counts = np.unique(np.array(places, int), return_counts=True)
-    rows = np.eye(len(levels)) - counts / max(1, counts.sum())
-    if len(levels) == 2:
+    present, counts = np.unique(np.array(places, int), return_counts=True)
+    rows = np.eye(len(present)) - counts / max(1, counts.sum())
+    if len(present) == 2:
         rows = rows[:, 1:] * np.sqrt(2)
-    return dict(zip(levels.tolist(), rows, strict=True))
+    return dict(zip(present.tolist(), rows, strict=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,6 +19,8 @@ from gptray.space import Entry
 from gptray.tuning.plan import entries_of
 from gptray.tuning.record import Trial
 
+# Trials of a level, at least, for it to be compared.
+ENOUGH = 3
 # Trials of one part of a range, at least, and parts at most.
 PART, MOST_PARTS = 4, 3
 
@@ -55,9 +58,9 @@ class Setting:
     """An entry of the space and how trials are grouped by it.
 
     levels: their names, rising where they are numbers. of: the place in `levels` of each trial
-    that has the setting; one whose condition does not hold is missing. reference: the level of the
-    config as it is, with which the others are compared; the first where the config has none.
-    values: each trial's, a tuple where the entry's paths have different ones.
+    that has the setting; one whose condition does not hold is missing. reference: the level that
+    the others are compared with, that of the config as it is or, where it is rare, the most
+    frequent. values: each trial's, a tuple where the entry's paths have different ones.
     """
 
     entry: Entry
@@ -123,16 +126,16 @@ def _own_values(entry: Entry, config: Config) -> dict[str, Any]:
 
 
 def _by_option(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> Setting:
-    options = [_joined(list(option)) for option in entry.options]
+    options: list[Any] = []
+    for option in map(_joined, entry.options):
+        if option not in options:  # one given twice is drawn twice as often
+            options.append(option)
     # The config's own need not be among them.
-    options += [value for value in own if value not in options and value in values.values()]
-    return Setting(
-        entry,
-        tuple(map(value_text, options)),
-        {trial: options.index(value) for trial, value in values.items()},
-        options.index(own[0]) if own and own[0] in options else 0,
-        values,
-    )
+    options += [one for one in own if one not in options and one in values.values()]
+    of = {trial: options.index(value) for trial, value in values.items()}
+    preferred = options.index(own[0]) if own and own[0] in options else None
+    levels = tuple(map(value_text, options))
+    return Setting(entry, levels, of, _reference(of, preferred), values)
 
 
 def _by_part(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> Setting:
@@ -153,13 +156,17 @@ def _by_part(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> Set
             return len(starts)
         return max(0, bisect_right(starts, value) - 1)
 
-    return Setting(
-        entry,
-        (*names, *map(value_text, odd)),
-        {trial: place(value) for trial, value in values.items()},
-        place(own[0]) if own and (_is_number(own[0]) or odd) else 0,
-        values,
-    )
+    of = {trial: place(value) for trial, value in values.items()}
+    preferred = place(own[0]) if own and (_is_number(own[0]) or odd) else None
+    return Setting(entry, (*names, *map(value_text, odd)), of, _reference(of, preferred), values)
+
+
+def _reference(of: Mapping[str, int], preferred: int | None) -> int:
+    """The config's own level, if enough trials have it, else the one that most have."""
+    counts = Counter(of.values())
+    if preferred is not None and (counts[preferred] >= ENOUGH or not counts):
+        return preferred
+    return min(counts, key=lambda level: (-counts[level], level), default=0)
 
 
 def _joined(values: Sequence[Any]) -> Any:

@@ -56,7 +56,7 @@ def curves_chart(standing: Standing) -> list[Chart]:
         Chart(
             key="trials",
             title="Validation loss",
-            unit="bits per byte, by step, each doubling as wide",
+            unit="bits per byte",
             series=tuple(series),
             last=last,
             low=low,

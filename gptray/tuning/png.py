@@ -45,6 +45,6 @@ def _colour(interval: Interval) -> str:
 
 def _label(effect: Effect) -> str:
     setting = effect.setting
-    return (
-        f"{setting.name} {setting.levels[effect.level]} against {setting.levels[setting.reference]}"
-    )
+    level, other = setting.levels[effect.level], setting.levels[setting.reference]
+    # What stands between two dollars would be set as a formula.
+    return f"{setting.name} {level} against {other}".replace("$", r"\$")

@@ -34,8 +34,9 @@ METHOD = (
     "own rest at the rung before. As a trial is stopped for its loss at a rung and nothing "
     "else, this makes up for the stopped ones. All parts are estimated together by a Bayesian "
     "regression (group horseshoe prior, Student's t errors, Gibbs sampling), which takes a setting "
-    "to do nothing until trials say otherwise. The dot is the median of its draws, the line holds "
-    "95 % of them."
+    "to do nothing until trials say otherwise. A level is compared with that of the config as it "
+    "is, or with the most frequent one where few trials have that. The dot is the median of the "
+    "draws, the line holds 95 % of them."
 )
 LIMITS = (
     "Limits: parts add up, so what two settings do only together is not seen and makes intervals "
@@ -193,13 +194,14 @@ def repetitions(standing: Standing) -> str:
     for trial in standing.trials:
         if trial.name not in names:
             continue
-        others = [one for one in standing.repetitions if one.replicate_of == trial.name]
+        over = [one for one in standing.repetitions if one.outcome]
+        others = [one for one in over if one.replicate_of == trial.name]
         scores = [score(one) for one in (trial, *others) if one.best and not is_wrong(one)]
         listed = ", ".join(f"{one:.4f}" for one in scores)
         wrong = sum(is_wrong(one) for one in others)
         how = f"bits per byte: {listed}" + (f"; {wrong} went wrong" if wrong else "")
         spread = f"{stdev(scores):.4f}" if len(scores) > 1 else "-"
-        mean = f"{mean_score(trial, standing.sweep.trials):.4f}"
+        mean = f"{mean_score(trial, (trial, *others)):.4f}"
         rows.append(Row(f"trial {trial.name}", how, (mean, spread, f"{len(scores)}")))
     return table(["mean", "standard deviation", "seeds"], rows)
 

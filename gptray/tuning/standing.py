@@ -11,7 +11,7 @@ from typing import Literal
 
 from gptray.tuning.effects import Effect, Effects, Interval, effects_of
 from gptray.tuning.levels import Setting, Space, settings_of
-from gptray.tuning.plan import choose_winner, ranked
+from gptray.tuning.plan import ranked
 from gptray.tuning.record import Sweep, Trial
 
 # How a trial that did not run to its end is counted among the steps that were not run.
@@ -23,7 +23,8 @@ class Standing:
     """A sweep and what follows from its record.
 
     trials: without repetitions, the best first, then those that cannot win, in their order.
-    best: the winner or, before the end, the one ahead. own: the trial of the config as it is.
+    best: the winner or, before the end, the one with the lowest loss so far. own: the trial of the
+    config as it is.
     """
 
     sweep: Sweep
@@ -51,7 +52,7 @@ class Standing:
             effects=effects_of(sweep, settings),
             trials=(*able, *(trial for trial in first if trial.name not in able_names)),
             repetitions=tuple(trial for trial in sweep.trials if trial.replicate_of),
-            best=by_name.get(sweep.winner or "", choose_winner(sweep.trials)),
+            best=by_name.get(sweep.winner or "", able[0] if able else None),
             own=next((trial for trial in first if space.is_own(trial) and trial.best), None),
         )
 

@@ -7,11 +7,12 @@ from typing import Literal
 
 from gptray.evaluation.page import esc, paragraph
 from gptray.evaluation.wording import count, decimals
-from gptray.tuning.effects import ENOUGH, ENOUGH_OF_LEVEL, Effect
+from gptray.tuning import levels
+from gptray.tuning.effects import ENOUGH, Effect
 from gptray.tuning.levels import assignment
 from gptray.tuning.plan import mean_score, score
 from gptray.tuning.record import Trial
-from gptray.tuning.standing import Standing
+from gptray.tuning.standing import Standing, is_wrong
 
 # Settings that a sentence names.
 NAMED = 4
@@ -87,7 +88,7 @@ def too_few(standing: Standing) -> str:
     if not any(effect.last for effect in standing.effects.of):
         return (
             "Not enough trials: no two levels of a setting have "
-            f"{ENOUGH_OF_LEVEL} trials each to compare."
+            f"{levels.ENOUGH} trials each to compare."
         )
     return ""
 
@@ -113,9 +114,10 @@ def _who(standing: Standing, best: Trial) -> str:
 
 def bits(trial: Trial, standing: Standing) -> str:
     """A trial's validation loss, over its repetitions where it has some."""
-    repeated = sum(one.replicate_of == trial.name for one in standing.repetitions)
-    mean = mean_score(trial, standing.sweep.trials)
+    over = [one for one in standing.sweep.trials if one.outcome]
+    repeated = sum(one.replicate_of == trial.name and not is_wrong(one) for one in over)
     if repeated:
+        mean = mean_score(trial, over)
         return f"{mean:.3f} validation bits per byte on average over {repeated + 1} seeds"
     return f"{score(trial):.3f} validation bits per byte"
 

@@ -219,8 +219,22 @@ def test_tied_paths_are_one_setting_and_the_baseline_is_one_of_its_trials(tmp_pa
     assert size.levels == ("128, 512", "256, null") and size.reference == 1
     assert split.levels == ("90:10", "80:10:10") and split.reference == 0
     assert (size.of["0099"], split.of["0099"]) == (1, 0)
-    assert clip.levels[clip.reference] == "null" and clip.of["0099"] == clip.reference
-    assert len(clip.levels) == 3 and "0099" not in step.of and len(step.of) == 4
+    assert len(clip.levels) == 3 and clip.levels[clip.of["0099"]] == "null"
+    assert clip.reference == 0  # only one trial has the config's null
+    assert "0099" not in step.of and len(step.of) == 4
+
+
+def test_a_level_is_compared_with_the_most_frequent_where_the_own_one_is_rare(
+    tmp_path: Path,
+) -> None:
+    """Options given twice are one level; nobody but the baseline has the config's own value."""
+    space = [{"path": "model.dropout", "choice": [0.1, 0.2, 0.2]}]
+    config = sweep_config(space, "tune.num_samples=12", "model.dropout=0")
+    made = trained(config, lambda values: (0.0, 0.0))
+    write_sweep(tmp_path, config, [Made("0099", {}, made[0].curve), *made])
+    (setting,) = settings_of(Space.of(config), load_sweep(tmp_path).trials)
+    assert setting.levels == ("0.1", "0.2", "0") and setting.reference == 1
+    assert sorted(setting.of.values()) == [0] * 4 + [1] * 8 + [2]
 
 
 def test_trials_that_ended_early_count_at_later_steps_and_running_ones_do_not(

@@ -223,6 +223,11 @@ def test_repetitions_have_their_mean_and_spread(tmp_path: Path) -> None:
     assert "2.100 validation bits per byte on average over 3 seeds" in page.text
     assert "bits per byte: 2.0000, 2.1000, 2.2000" in page.text and "0.1000" in page.text
     assert "\xa00004" not in page.html
+    # One that still runs tells nothing yet.
+    repeated[1].outcome, repeated[1].curve = None, [(9.0, 0.1)]
+    page = page_of(write_sweep(tmp_path / "running", config, [*made, *repeated]))
+    assert "2.050 validation bits per byte on average over 2 seeds" in page.text
+    assert "2.0000, 2.1000" in page.text and "2.1000, 9" not in page.text
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
