@@ -20,3 +20,11 @@ def test_killed_runs_end_with_the_same_bits(rounds: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["passed"] == rounds
+
+
+@pytest.mark.chaos
+def test_a_killed_sweep_ends_as_if_nothing_was() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "chaos_tune.py"), "--kills=5"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 5
