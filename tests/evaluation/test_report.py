@@ -211,6 +211,7 @@ def test_long_runs_are_thinned_and_keep_their_peaks() -> None:
 
 def test_axes_have_round_numbers() -> None:
     assert ticks(0, 20_000, 5) == [0, 5000, 10_000, 15_000, 20_000]
+    assert f"{ticks(0, 800, 8)[0]:.0f}" == "0"  # not -0
     assert ticks(2.4, 6.9, 5) == [3, 4, 5, 6]
     assert [tick_text(x, 0.5) for x in (0, 0.5, 1.0)] == ["0", "0.5", "1.0"]
     assert [tick_text(x, 5e-5) for x in (0.0, 5e-5, 1e-4)] == ["0", "5e-5", "0.0001"]
