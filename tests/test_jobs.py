@@ -219,8 +219,8 @@ def test_tune_dry_runs_and_refuses_without_torch(tmp_path: Path) -> None:
     assert dry.returncode == 0, dry.stderr
     plan = json.loads(dry.stdout.splitlines()[-1])["plan"]
     assert plan["trials"] == "16: the config as it is, 15 drawn"
-    assert plan["rungs"].startswith("at steps 100, 300")
-    assert plan["steps"].startswith("9,600 at most")
+    assert plan["rungs"].startswith("at steps 60, 180")
+    assert plan["steps"].startswith("5,760 at most")
     assert not (tmp_path / "dry").exists()
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("tune:\n  space:\n  - path: model.dropot\n    uniform: [0, 0.3]\n")
