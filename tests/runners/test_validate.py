@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from gptray.config import UserError
+from gptray.config import UserError, override
 from gptray.data.tokens import TokenData
 from gptray.runners.plan import training_plan
 from gptray.runners.sweep_plan import sweep_plan
-from gptray.runners.train import train
+from gptray.runners.train import is_finished, train
+from gptray.training.checkpoint import TrainerState
 from gptray.training.loop import fit
+from gptray.training.stopping import Progress
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -38,12 +40,16 @@ def timeless(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_spare_worker_gives_the_bits_of_validation_in_line(
+def test_spare_worker_tells_what_goes_wrong_and_gives_the_bits_of_validation_in_line(
     text_file: Path, data_root: Path, tiny_data: TokenData, tmp_path: Path
 ) -> None:
     config = tiny_config(text_file, data_root, *BESIDE, "name=beside", "train.precision=auto")
-    result = train(config)
     run_dir = data_root / "beside"
+    # Only whoever samples, which is the spare worker, meets what the tokenizer does not know.
+    with pytest.raises(UserError, match="'@'"):
+        train(override(config, {"sample.prompt": "@", "compute.max_failures": 0}))
+    assert "val_loss" not in timeless(run_dir)[4]
+    result = train(config)
     fit(
         config,
         tiny_data,
@@ -59,21 +65,16 @@ def test_a_spare_worker_gives_the_bits_of_validation_in_line(
     events = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
     samples = {one["step"]: one["samples"] for one in events if one["event"] == "evaluated"}
     assert list(samples) == [5, 10, 15, 20] and all(samples.values())
-    # A kill may come when everything is done but the last score.
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    last = {k: v for k, v in json.loads(lines[-1]).items() if not k.startswith("val_")}
-    (run_dir / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
-    assert train(config)["val_loss"] == result["val_loss"]
-    assert timeless(run_dir) == timeless(tmp_path)
 
 
-def test_what_goes_wrong_in_scoring_is_told(text_file: Path, data_root: Path) -> None:
-    # Only whoever samples meets the character that the tokenizer does not know.
-    config = tiny_config(
-        text_file, data_root, *BESIDE, "name=wrong", "compute.max_failures=0", "sample.prompt=@"
-    )
-    with pytest.raises(UserError, match="'@'"):
-        train(config)
+def test_run_is_not_finished_before_its_last_score(text_file: Path, tmp_path: Path) -> None:
+    state = TrainerState(step=20, progress=Progress(), data="")
+    beside = tiny_config(text_file, tmp_path, *BESIDE)
+    path = tmp_path / "metrics.jsonl"
+    for last, is_over in (({"step": 20}, False), ({"step": 20, "val_loss": 2.0}, True)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in ({"step": 15}, last)))
+        assert is_finished(beside, tmp_path, state) is is_over
+        assert is_finished(tiny_config(text_file, tmp_path), tmp_path, state)
 
 
 def test_machine_without_a_worker_to_spare_is_refused_before_anything_starts(
