@@ -1,7 +1,8 @@
 """The training loop of one worker. It knows torch.distributed, and nothing of Ray.
 
-Its only contact with whatever runs it is `report(metrics, checkpoint_dir)`, so the same loop runs
-in a Ray Train worker, in a Tune trial and in a test.
+Its only contact with whatever runs it is `report(metrics, checkpoint_dir)`, and where somebody else
+scores the checkpoints `validated(step)`, so the same loop runs in a Ray Train worker, in a Tune
+trial and in a test.
 """
 
 from __future__ import annotations
