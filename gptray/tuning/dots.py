@@ -101,7 +101,7 @@ def _scale(intervals: Sequence[Interval], left: float, right: float) -> _Scale:
 
 def _column_axis(name: str, scale: _Scale, top: float, height: float) -> str:
     bottom = height - 22
-    places = ticks(scale.low, scale.high, 4 if scale.right - scale.left > 180 else 2)
+    places = ticks(scale.low, scale.high, 4 if scale.right - scale.left > 180 else 3)
     spacing = places[1] - places[0] if len(places) > 1 else 1.0
     parts = [f'<text x="{scale.left:.1f}" y="14" class="label strong">{name}</text>']
     for value in places:
