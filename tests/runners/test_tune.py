@@ -155,6 +155,7 @@ def test_a_sweep_of_which_nothing_comes_fails_with_the_reasons(
     assert (plan.folder / "report.html").is_file()
 
 
+@pytest.mark.chaos
 def test_a_trial_of_two_workers_runs_to_its_end(
     tiny_data: TokenData, text_file: Path, data_root: Path
 ) -> None:
@@ -176,6 +177,7 @@ def environment(ray_cluster: None) -> dict[str, str]:
     return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
+@pytest.mark.chaos
 def test_a_killed_driver_started_again_changes_nothing(
     environment: dict[str, str], config: Config, folder: Path
 ) -> None:
