@@ -1,0 +1,172 @@
+"""The config's sections of what is done with a trained model: generate, evaluate, serve.
+
+Joined into one tree in `gptray.config`, from where everybody imports them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from gptray.sections import NonEmpty, NonNegative, Positive, PositiveInt, Section
+
+
+class SampleConfig(Section):
+    """How text is continued; names and meaning are Hugging Face's GenerationConfig."""
+
+    prompt: str | list[str] | None = Field(
+        None, description="prompts of the samples; null: the first words of validation text"
+    )
+    max_new_tokens: PositiveInt = Field(64, description="tokens to add at most")
+    min_new_tokens: Annotated[int, Field(ge=0)] = Field(
+        0, description="tokens to add before the text may end"
+    )
+    temperature: NonNegative = Field(0.7, description="0: greedy")
+    top_k: PositiveInt | None = Field(40, description="sample from the k likeliest; null: from all")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="sample from the likeliest that make up this probability; null: off"
+    )
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None, description="drop what is less likely than this part of the likeliest; null: off"
+    )
+    repetition_penalty: Positive = Field(
+        1.0, description="divides the logits of tokens that were there; 1: off"
+    )
+    stop: NonEmpty | list[NonEmpty] | None = Field(
+        None, description="texts that end the output, and are no part of it"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the sampler")
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> SampleConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"sample.min_new_tokens={self.min_new_tokens} must not be above "
+                f"sample.max_new_tokens={self.max_new_tokens}"
+            )
+        return self
+
+
+class QuantizeConfig(Section):
+    weights: Literal["none", "int8"] = Field(
+        "none",
+        description="of the model that generates; int8: faster with large models, a little less "
+        "exact, on CPUs",
+    )
+
+
+class GenerateConfig(Section):
+    model: str | None = Field(
+        None,
+        description="what generates: a run folder, a model folder, an HF GPT-2 folder or hub id; "
+        "null: the run that name says, else the newest in storage_path",
+    )
+    input_path: str | list[str] | None = Field(
+        None,
+        description="prompts: files, folders or globs of .parquet .jsonl .csv .txt (a line each)",
+    )
+    output_path: str | None = Field(
+        None, description="folder for the Parquet files; on a cluster one that every node sees"
+    )
+    prompt_column: str = Field("prompt", description="column that holds the prompts")
+    id_column: str | None = Field(
+        None, description="column that names each row; null: id where there is one, else position"
+    )
+    num_workers: PositiveInt = Field(1, description="engines, each with its share of the cluster")
+    max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
+    rows_per_file: PositiveInt = Field(
+        256, description="rows of one Parquet file; a killed job does open files again"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the processor or GPU computes in it, else fp32"
+    )
+    backend: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="native: the project's own code for CPUs with AVX-512, twice as fast, built by "
+        "a C++ compiler in some seconds once; auto: that where it can be had, else PyTorch",
+    )
+
+
+class EvaluateConfig(Section):
+    model: str | None = Field(
+        None,
+        description="what is evaluated: a run folder, a model folder, an HF GPT-2 folder or hub "
+        "id; null: this run's own model/",
+    )
+    source: str | list[str] | None = Field(
+        None,
+        description="text to score as a whole, in place of the splits: what data.source takes; "
+        "its loss is test_loss",
+    )
+    stride: PositiveInt | None = Field(
+        None,
+        description="tokens between two windows; the rest of a window is context from the one "
+        "before, slower and fairer; null: train.block_size, no overlap",
+    )
+    micro_batch_size: PositiveInt = Field(
+        16, description="windows per forward pass of one worker; changes no result"
+    )
+    train_tokens: PositiveInt = Field(
+        100_000, description="tokens of the training split to score, spread over it evenly"
+    )
+    passages: Annotated[int, Field(ge=0)] = Field(
+        64, description="passages to continue, for BLEU and memorisation; 0: none"
+    )
+
+
+class ServeConfig(Section):
+    """The HTTP endpoint: what it serves, where, and what a client may ask of it."""
+
+    model: str | None = Field(
+        None,
+        description="what is served: a run folder, a model folder, an HF GPT-2 folder or hub id; "
+        "null: the run that name says, else the newest in storage_path",
+    )
+    served_model_name: NonEmpty | None = Field(
+        None, description="what clients call the model; null: the name of its run or folder"
+    )
+    host: NonEmpty = Field(
+        "127.0.0.1", description="address to listen on; 0.0.0.0: every one of the machine's"
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
+    api_key_file: str | None = Field(
+        None,
+        description="file with a key that clients must send (Authorization: Bearer), one on each "
+        "line; null: none needed",
+    )
+    num_replicas: PositiveInt = Field(
+        1, description="engines, each with its share of the cluster (Ray Serve)"
+    )
+    max_replicas: PositiveInt | None = Field(
+        None, description="replicas to grow to under load; null: always num_replicas"
+    )
+    max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
+    max_waiting: PositiveInt = Field(
+        128, description="sequences that wait for an engine; beyond them the answer is 429"
+    )
+    max_body_bytes: PositiveInt = Field(1 << 20, description="of a request")
+    max_prompts: PositiveInt = Field(64, description="prompts of one request")
+    max_n: PositiveInt = Field(16, description="outputs of one prompt")
+    max_output_tokens: PositiveInt | None = Field(
+        None, description="what max_tokens of a request may be; null: the model's context"
+    )
+    max_stop: PositiveInt = Field(16, description="stop strings of one request")
+    max_logprobs: Annotated[int, Field(ge=0)] = Field(
+        20, description="likeliest tokens told at each position"
+    )
+    request_timeout_s: Positive = Field(
+        300.0, description="seconds that one request may take, waiting included"
+    )
+    drain_timeout_s: NonNegative = Field(
+        30.0, description="seconds that running requests have to finish when the server stops"
+    )
+
+    @model_validator(mode="after")
+    def _replicas_grow(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"serve.max_replicas={self.max_replicas} must not be below "
+                f"serve.num_replicas={self.num_replicas}"
+            )
+        return self
