@@ -29,21 +29,30 @@ LENGTH_STEP = 32
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a prompt: its tokens stand at `start` and on, in the cache's `slot`."""
+    """A part of a prompt: its tokens stand at `start` and on, in the cache's `slot`.
+
+    scored: the logits after each of its tokens are asked for, not only after the last.
+    """
 
     slot: int
     start: int
     tokens: Sequence[int]
+    scored: bool = False
+
+    @property
+    def logits(self) -> int:
+        """How many rows of logits are asked for."""
+        return len(self.tokens) if self.scored else 1
 
 
 class Network(Protocol):
     """What an engine needs of a decoder: the network, and memory for S sequences in slots."""
 
     def step(self, decoding: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> Tensor:
-        """Logits (D + pieces, V) after each decoding token and each piece's last.
+        """Logits, fp32, after each decoding token and what each piece asks for, in this order.
 
-        V is the vocabulary, padded with -inf. decoding: (token, position) of slots 0 .. D - 1.
-        The step's keys and values are kept.
+        (D + the pieces' `logits`, V); V is the vocabulary, padded with -inf. decoding: (token,
+        position) of slots 0 .. D - 1. The step's keys and values are kept.
         """
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -131,14 +140,14 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, decoding: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> Tensor:
-        """See `Network`; logits in the decoder's dtype."""
+        """See `Network`."""
         tokens = [token for token, _ in decoding]
         positions = [position for _, position in decoding]
-        last = list(range(len(tokens)))
+        asked = list(range(len(tokens)))
         for piece in pieces:
             tokens += piece.tokens
             positions += range(piece.start, piece.start + len(piece.tokens))
-            last.append(len(tokens) - 1)
+            asked += range(len(tokens) - piece.logits, len(tokens))
         ids, place = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
         x = (F.embedding(ids, self._wte) + F.embedding(place, self._wpe)).to(self._dtype)
         self._cache.fit(max(positions) + 1, len(decoding) + len(pieces))
@@ -149,7 +158,7 @@ class Decoder:
             attended = plan.attend(block.c_attn(block.ln_1(x)), *layer)
             x = block.attn_proj(attended, x if block.residual else None)
             x = block.mlp_proj(block.c_fc(block.ln_2(x)), x if block.residual else None)
-        logits = self._head(self._ln_f(x[last] if pieces else x))
+        logits = self._head(self._ln_f(x if len(asked) == len(x) else x[asked])).float()
         logits[:, self._vocab_size :] = float("-inf")
         return logits
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.build import pick_backend
 from gptray.generation.decoder import Decoder, Network, Piece
 from gptray.generation.detokenize import TextStream
 from gptray.generation.native import NativeDecoder
-from gptray.generation.sampling import Drawn, Row, draw
+from gptray.generation.sampling import Drawn, Row, Top, draw, score
 from gptray.generation.settings import Sampling, check_context
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
@@ -43,20 +44,29 @@ class Request:
 
     row: which of several outputs of one prompt this is; each has a random stream of its own.
     live_text: keep `Generation.text` up to date at every token, not only at the end.
+    prompt_logprobs: how many of the likeliest tokens to report at each of the prompt's; None
+    reports none. With it `sampling.max_new_tokens` may be 0: the prompt is read, no more.
     """
 
     prompt: Sequence[int]
     sampling: Sampling = Sampling()
     row: int = 0
     live_text: bool = False
+    prompt_logprobs: int | None = None
 
 
 class Generation:
-    """What there is of a request's output so far; iterating runs the engine until it is whole."""
+    """What there is of a request's output so far; iterating runs the engine until it is whole.
+
+    prompt: with `Request.prompt_logprobs` the prompt's tokens, whole as soon as there is a new
+    one; the first has no log-probability. end: the end-of-text token if that ended the output.
+    """
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.request = request
+        self.prompt: list[Drawn] = []
         self.drawn: list[Drawn] = []
+        self.end: Drawn | None = None
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self._engine = engine
@@ -121,11 +131,21 @@ class Engine:
         """Requests without a slot yet."""
         return len(self._waiting)
 
+    def check(self, request: Request) -> None:
+        """Raise ValueError if a request can never run, naming what is wrong. Any thread may."""
+        sampling = request.sampling
+        check_context(request.prompt, sampling, self.n_positions)
+        if not sampling.max_new_tokens and request.prompt_logprobs is None:
+            raise ValueError("max_new_tokens=0 must be at least 1 without prompt_logprobs")
+        last = self.vocab_size - 1
+        if not all(0 <= token <= last for token in request.prompt):
+            raise ValueError(f"the prompt holds a token outside 0 .. {last}")
+        if not all(token <= last for token, _ in sampling.logit_bias):
+            raise ValueError(f"logit_bias names a token outside 0 .. {last}")
+
     def submit(self, request: Request) -> Generation:
-        """Queue a request. Raises ValueError if it can never run, naming what is wrong."""
-        check_context(request.prompt, request.sampling, self.n_positions)
-        if not all(0 <= token < self.vocab_size for token in request.prompt):
-            raise ValueError(f"the prompt holds a token outside 0 .. {self.vocab_size - 1}")
+        """Queue a request. Raises ValueError as `check`."""
+        self.check(request)
         generation = Generation(self, request)
         self._waiting.append(_Sequence(generation, self._tokenizer))
         return generation
@@ -150,14 +170,12 @@ class Engine:
 
     def step(self) -> list[Generation]:
         """Run the network once; return the generations that got a token or ended."""
-        pieces, finished_reading = self._take_pieces()
+        reading = self._take_pieces()
         decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
-        if not decoding and not pieces:
+        if not decoding and not reading:
             return []
-        logits = self._network.step(decoding, pieces)
-        if len(finished_reading) < len(pieces):
-            logits = logits[:-1]  # the last piece's prompt goes on in the next step
-        self._decoding += finished_reading
+        logits = self._network.step(decoding, [piece for _, piece in reading])
+        logits = self._take_prompts(logits, reading)
         rows = [sequence.row() for sequence in self._decoding]
         tokens = draw(logits, rows, self._network.top)
         for sequence, drawn in zip(self._decoding, tokens, strict=True):
@@ -166,13 +184,12 @@ class Engine:
         self._release()
         return touched
 
-    def _take_pieces(self) -> tuple[list[Piece], list[_Sequence]]:
-        """This step's pieces of prompts, and the sequences whose prompts end with theirs.
+    def _take_pieces(self) -> list[tuple[_Sequence, Piece]]:
+        """This step's pieces of prompts, and whose they are.
 
         Prompts are read in turn: only the last of the pieces can leave its prompt unfinished.
         """
-        pieces: list[Piece] = []
-        finished: list[_Sequence] = []
+        taken: list[tuple[_Sequence, Piece]] = []
         slot, tokens = len(self._decoding), 0
         while tokens < PREFILL_TOKENS and slot < self.max_batch_size:
             sequence = self._reading
@@ -180,17 +197,28 @@ class Engine:
                 if not self._waiting:
                     break
                 sequence = self._waiting.popleft()
-            part = sequence.history[sequence.read : sequence.read + PIECE_TOKENS]
-            pieces.append(Piece(slot, sequence.read, part))
-            sequence.read += len(part)
-            tokens += len(part)
-            if sequence.read < len(sequence.history):
+            piece = sequence.next_piece(slot)
+            taken.append((sequence, piece))
+            tokens += len(piece.tokens)
+            if sequence.is_reading:
                 self._reading = sequence
                 break
             self._reading = None
-            finished.append(sequence)
             slot += 1
-        return pieces, finished
+        return taken
+
+    def _take_prompts(self, logits: Tensor, reading: list[tuple[_Sequence, Piece]]) -> Tensor:
+        """Take in what a step says of prompts. Returns the rows that draw a token."""
+        drawing, row = list(range(len(self._decoding))), len(self._decoding)
+        for sequence, piece in reading:
+            if piece.scored:
+                sequence.score(piece, logits[row : row + piece.logits], self._network.top)
+            row += piece.logits
+            if not sequence.is_reading:
+                self._decoding.append(sequence)
+                drawing.append(row - 1)
+        is_start = drawing == list(range(len(drawing)))
+        return logits[: len(drawing)] if is_start else logits[drawing]
 
     def _release(self) -> None:
         """Take ended sequences out; those in the last slots move into the free ones."""
@@ -217,6 +245,8 @@ class _Sequence:
         self.generation = generation
         self.history = list(request.prompt)
         self.read = 0  # tokens of the prompt that are in the cache
+        if request.prompt_logprobs is not None:
+            generation.prompt = [Drawn(request.prompt[0])]
         self._tokenizer = tokenizer
         self._text: TextStream | None = None
         if request.live_text or request.sampling.stop:
@@ -236,11 +266,35 @@ class _Sequence:
             request.row,
         )
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether a part of the prompt is not in the cache yet."""
+        return self.read < len(self.generation.request.prompt)
+
+    def next_piece(self, slot: int) -> Piece:
+        """The part of the prompt that is read next, and counts as read from now on."""
+        start, request = self.read, self.generation.request
+        part = self.history[start : start + PIECE_TOKENS]
+        self.read += len(part)
+        return Piece(slot, start, part, scored=request.prompt_logprobs is not None)
+
+    def score(self, piece: Piece, logits: Tensor, top: Top) -> None:
+        """Take in the log-probabilities of the prompt's tokens after each of a piece's."""
+        count = self.generation.request.prompt_logprobs
+        follow = self.history[piece.start + 1 : piece.start + 1 + len(piece.tokens)]
+        if follow:
+            self.generation.prompt += score(logits[: len(follow)], follow, count or 0, top)
+
     def take(self, drawn: Drawn, n_positions: int) -> None:
         """Add a token and end the generation where it is to end."""
         generation = self.generation
+        sampling = generation.request.sampling
+        if not sampling.max_new_tokens:
+            self._end("length")
+            return
         self.history.append(drawn.token)
-        if drawn.token == self._tokenizer.eos_id:
+        if drawn.token == self._tokenizer.eos_id and not sampling.ignore_eos:
+            generation.end = drawn
             self._end("stop")
             return
         generation.drawn.append(drawn)
@@ -251,7 +305,7 @@ class _Sequence:
                 self._end("stop")
                 return
         new = len(self.history) - len(generation.request.prompt)
-        if new >= generation.request.sampling.max_new_tokens or len(self.history) >= n_positions:
+        if new >= sampling.max_new_tokens or len(self.history) >= n_positions:
             self._end("length")
 
     def _end(self, reason: FinishReason) -> None:

@@ -55,12 +55,12 @@ struct Cache {  // keys and values of each layer: (slots, H, length, E), fp32 or
 
 struct Step {
   const int32_t *tokens, *slots, *positions;  // (N)
-  const int32_t *last;                        // the rows whose logits are asked for
-  int32_t rows, last_rows;
+  const int32_t *asked;                       // the rows whose logits are asked for
+  int32_t rows, asked_rows;
   float *x, *attended, *scales;  // (N, C), (N, C), (N)
   float *wide;                   // (N, max(3 C, n_inner))
   int32_t *words;                // N rows as a product reads them, of the most words that one has
-  float *logits;                 // (last_rows, logits_stride)
+  float *logits;                 // (asked_rows, logits_stride)
   int32_t logits_stride;
 };
 
@@ -450,7 +450,7 @@ extern "C" void step(const Model *model, const Cache *cache, const Step *step, i
   {
     embed(*model, *step);
     for (int layer = 0; layer < model->n_layer; ++layer) block(*model, *step, *cache, layer);
-    product(model->head, *step, step->x, &model->ln_f, step->last, step->last_rows,
+    product(model->head, *step, step->x, &model->ln_f, step->asked, step->asked_rows,
             {step->logits, nullptr, step->logits_stride, false});
   }
 }

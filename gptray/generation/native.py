@@ -86,9 +86,9 @@ class _Step(Structure):
         ("tokens", c_void_p),
         ("slots", c_void_p),
         ("positions", c_void_p),
-        ("last", c_void_p),
+        ("asked", c_void_p),
         ("rows", c_int32),
-        ("last_rows", c_int32),
+        ("asked_rows", c_int32),
         ("x", c_void_p),
         ("attended", c_void_p),
         ("scales", c_void_p),
@@ -140,23 +140,23 @@ class NativeDecoder:
 
     @torch.no_grad()
     def step(self, decoding: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> Tensor:
-        """See `gptray.generation.decoder.Network`; fp32 logits."""
+        """See `gptray.generation.decoder.Network`."""
         tokens = [token for token, _ in decoding]
         positions = [position for _, position in decoding]
         slots = list(range(len(tokens)))
-        last = slots.copy()
+        asked = slots.copy()
         for piece in pieces:
             tokens += piece.tokens
             positions += range(piece.start, piece.start + len(piece.tokens))
             slots += [piece.slot] * len(piece.tokens)
-            last.append(len(tokens) - 1)
-        rows = [np.array(numbers, np.int32) for numbers in (tokens, slots, positions, last)]
-        logits = torch.empty(len(last), _rounded(self._vocab_size, PANEL))
+            asked += range(len(tokens) - piece.logits, len(tokens))
+        rows = [np.array(numbers, np.int32) for numbers in (tokens, slots, positions, asked)]
+        logits = torch.empty(len(asked), _rounded(self._vocab_size, PANEL))
         logits[:, self._vocab_size :] = float("-inf")
         step = _Step(
             *(numbers.ctypes.data for numbers in rows),
             len(tokens),
-            len(last),
+            len(asked),
             *self._scratch_for(len(tokens)),
             logits.data_ptr(),
             logits.size(1),

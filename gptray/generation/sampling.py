@@ -1,4 +1,4 @@
-"""Drawing the next token of every row, each by its own settings: pure functions on logits.
+"""Drawing the next token of every row, each by its own settings: functions on logits.
 
 A row's token depends on its logits, its settings and (seed, row, position) alone: the same
 whatever its neighbours in the batch ask for. For that, candidates have one order (likelier first,
@@ -63,7 +63,7 @@ class Drawn:
 
 @torch.no_grad()
 def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Drawn]:
-    """Draw the next token of each row from logits (B, V).
+    """Draw the next token of each row from logits (B, V), fp32; they change on the way.
 
     top: a faster `top_candidates`, to the same effect.
 
@@ -71,7 +71,9 @@ def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Dr
     """
     assert logits.size(0) == len(rows)
     top = top or top_candidates
-    shaped = _shape_logits(logits, rows)
+    asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+    logprobs = _log_softmax(logits, asked)
+    _shape(logits, rows)
     tokens = torch.empty(len(rows), dtype=torch.int64)
     for members, choose in (
         ([i for i, r in enumerate(rows) if r.sampling.temperature == 0], _greedy),
@@ -79,14 +81,25 @@ def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Dr
         ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
     ):
         if members:
-            part = shaped if len(members) == len(rows) else shaped[members]
+            part = logits if len(members) == len(rows) else logits[members]
             tokens[members] = choose(part, [rows[i] for i in members]).cpu()
     drawn = [Drawn(token) for token in tokens.tolist()]
-    asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     if asked:
-        for i, with_logprobs in zip(asked, _logprobs(top, logits, rows, drawn, asked), strict=True):
+        counts = [rows[i].sampling.logprobs or 0 for i in asked]
+        scored = _report(logprobs, tokens[asked].tolist(), counts, top)
+        for i, with_logprobs in zip(asked, scored, strict=True):
             drawn[i] = with_logprobs
     return drawn
+
+
+@torch.no_grad()
+def score(logits: Tensor, tokens: Sequence[int], count: int, top: Top | None = None) -> list[Drawn]:
+    """Each row's token with its log-probability in logits (B, V), and the `count` likeliest.
+
+    Raises ValueError as `draw`.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return _report(logprobs, tokens, [count] * len(tokens), top or top_candidates)
 
 
 def uniform(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -149,27 +162,30 @@ def _first(values: Tensor, ids: Tensor, k: int) -> Tensor:
     return 0x7FFFFFFF - (best & 0xFFFFFFFF)
 
 
-def _shape_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Apply repetition penalty and minimum length; the given logits stay as they are."""
-    penalised = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
-    unfinished = [
-        (i, row.eos_id)
-        for i, row in enumerate(rows)
-        if row.new_tokens < row.sampling.min_new_tokens
-    ]
-    if not penalised and not unfinished:
-        return logits
-    # Penalties are sums of fp32; to forbid a token any type will do.
-    logits = logits.to(torch.float32 if penalised else logits.dtype, copy=True)
-    for i in penalised:
-        seen = torch.tensor(sorted(set(rows[i].history)), device=logits.device)
-        values, penalty = logits[i, seen], rows[i].sampling.repetition_penalty
-        # Keskar et al. 2019, CTRL
-        logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
+def _shape(logits: Tensor, rows: Sequence[Row]) -> None:
+    """Apply bias, penalties and minimum length; only the entries that they name are touched.
+
+    An id that is there several times gets the same value each time: all are read before one is
+    written.
+    """
+    for i, row in enumerate(rows):
+        sampling = row.sampling
+        if sampling.logit_bias:
+            ids, biases = zip(*sampling.logit_bias, strict=True)
+            logits[i, list(ids)] += torch.tensor(biases, device=logits.device)
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.tensor(row.history, device=logits.device)
+            values, penalty = logits[i, seen], sampling.repetition_penalty
+            # Keskar et al. 2019, CTRL
+            logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if row.new_tokens and (sampling.frequency_penalty or sampling.presence_penalty):
+            new = torch.tensor(row.history[row.prompt_tokens :], device=logits.device)
+            times = torch.bincount(new)[new]
+            penalties = sampling.frequency_penalty * times + sampling.presence_penalty
+            logits[i, new] = logits[i, new] - penalties
+    unfinished = [i for i, row in enumerate(rows) if row.new_tokens < row.sampling.min_new_tokens]
     if unfinished:
-        at, eos = zip(*unfinished, strict=True)
-        logits[list(at), list(eos)] = float("-inf")
-    return logits
+        logits[unfinished, [rows[i].eos_id for i in unfinished]] = float("-inf")
 
 
 def _is_ranked(sampling: Sampling) -> bool:
@@ -232,7 +248,6 @@ def _draw_among(
 
 def _draw_unranked(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Draw from the whole vocabulary, or what min_p leaves of it, in the order of the ids."""
-    logits = logits.float()
     best = logits.amax(1, keepdim=True)
     _check(best)
     scaled = (logits - best) / _column(rows, "temperature", logits).float()
@@ -266,15 +281,21 @@ def _check(best: Tensor) -> None:
         raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
 
 
-def _logprobs(
-    top: Top, logits: Tensor, rows: Sequence[Row], drawn: Sequence[Drawn], asked: Sequence[int]
+def _log_softmax(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Of these rows, (len(rows), V)."""
+    return torch.log_softmax(logits if len(rows) == len(logits) else logits[rows], dim=-1)
+
+
+def _report(
+    logprobs: Tensor, tokens: Sequence[int], counts: Sequence[int], top: Top
 ) -> list[Drawn]:
-    logprobs = torch.log_softmax(logits[asked].float(), dim=-1)
-    most = max(rows[i].sampling.logprobs or 0 for i in asked)
-    values, ids = top(logprobs, max(most, 1))
-    out = []
-    for at, i in enumerate(asked):
-        n = rows[i].sampling.logprobs or 0
-        likeliest = zip(ids[at, :n].tolist(), values[at, :n].tolist(), strict=True)
-        out.append(Drawn(drawn[i].token, logprobs[at, drawn[i].token].item(), tuple(likeliest)))
-    return out
+    """Each row's token with its log-probability and that of its `count` likeliest."""
+    values, ids = top(logprobs, max(1, *counts))
+    _check(values[:, 0])
+    own = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0]
+    return [
+        Drawn(token, logprob, tuple(zip(likeliest[:n], best[:n], strict=True)))
+        for token, logprob, likeliest, best, n in zip(
+            tokens, own.tolist(), ids.tolist(), values.tolist(), counts, strict=True
+        )
+    ]

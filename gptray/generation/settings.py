@@ -1,7 +1,8 @@
 """How one sequence is sampled, and what is refused: no torch, so that jobs can check it at once.
 
-Names and meaning are Hugging Face's GenerationConfig, in its order: repetition penalty, minimum
-length, temperature, top-k, top-p, min-p.
+Names and meaning are Hugging Face's GenerationConfig, or OpenAI's where that has none, in their
+order: bias, repetition penalty, frequency and presence penalty, minimum length, temperature,
+top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ class Sampling:
     """Settings of one sequence.
 
     temperature: 0 takes the likeliest token. top_k, top_p, min_p, stop: None or empty is off.
-    max_new_tokens counts the end-of-text token; min_new_tokens forbids it before.
+    max_new_tokens counts the end-of-text token; min_new_tokens forbids it before. ignore_eos: the
+    end-of-text token is one like any other. repetition_penalty divides the logits of all tokens
+    that were there; presence_penalty is taken off those of the output's tokens, frequency_penalty
+    as often as they are there. logit_bias: (token id, what to add), -100 to 100, an id once.
     logprobs: how many of the likeliest tokens to report at each position; None reports none.
     Raises ValueError naming the setting that is impossible.
     """
@@ -33,12 +37,16 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("max_new_tokens", self.max_new_tokens, 1)
+        _whole("max_new_tokens", self.max_new_tokens, 0)
         _whole("min_new_tokens", self.min_new_tokens, 0)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
@@ -53,6 +61,13 @@ class Sampling:
         if self.min_p is not None:
             _real("min_p", self.min_p, low=0.0, high=1.0)
         _real("repetition_penalty", self.repetition_penalty, low=0.0, high=math.inf, open_low=True)
+        _real("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        _real("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        for token, bias in self.logit_bias:
+            _whole("logit_bias's token", token, 0)
+            _real("logit_bias", bias, low=-100.0, high=100.0)
+        if len(dict(self.logit_bias)) < len(self.logit_bias):
+            raise ValueError("logit_bias names a token twice")
         _whole("seed", self.seed, 0)
         if self.seed >= SEEDS:
             raise ValueError(f"seed={self.seed} must be below 2^63")
@@ -65,7 +80,9 @@ class Sampling:
     def of(cls, config: SampleConfig, **changes: Any) -> Sampling:
         """The `sample` section's settings, some of them changed (a row's own columns)."""
         values: dict[str, Any] = {
-            field.name: getattr(config, field.name, None) for field in fields(cls)
+            field.name: getattr(config, field.name)
+            for field in fields(cls)
+            if hasattr(config, field.name)
         }
         values |= changes
         stop = values["stop"]
@@ -81,7 +98,7 @@ def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -
     """
     if not prompt:
         raise ValueError("the prompt is empty")
-    if len(prompt) >= n_positions:
+    if len(prompt) + min(sampling.max_new_tokens, 1) > n_positions:
         raise ValueError(
             f"the prompt is too long: {len(prompt)} tokens leave no room for a new one in the "
             f"model's context of {n_positions}"

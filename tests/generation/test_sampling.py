@@ -25,7 +25,7 @@ def rows_of(sampling: Sampling, count: int, history: tuple[int, ...] = (1, 2)) -
 
 
 def tokens(logits: Tensor, rows: list[Row]) -> list[int]:
-    return [drawn.token for drawn in draw(logits, rows)]
+    return [drawn.token for drawn in draw(logits.clone(), rows)]
 
 
 def some_logits(rows: int = 1, entries: int = V, *, seed: int = 0) -> Tensor:
@@ -194,7 +194,7 @@ def test_logits_that_are_not_finite_are_an_error(backend: str, sampling: Samplin
     [
         {"top_k": 0}, {"top_k": 1.5}, {"temperature": -0.1}, {"temperature": float("nan")},
         {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -1.0},
-        {"repetition_penalty": 0.0}, {"max_new_tokens": 0}, {"seed": -1}, {"seed": 2**63},
+        {"repetition_penalty": 0.0}, {"max_new_tokens": -1}, {"seed": -1}, {"seed": 2**63},
         {"stop": ("",)}, {"min_new_tokens": 65}, {"logprobs": -1}, {"top_k": True},
     ],
     ids=str,
