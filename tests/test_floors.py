@@ -26,6 +26,7 @@ FLOORS = {
     "gptray/generation": 2,
     "gptray/evaluation": 2,
     "gptray/tuning": 3,
+    "gptray/serving": 3,
     "gptray/runners": 4,
     "jobs": 5,
     "benchmarks": 5,
