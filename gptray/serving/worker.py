@@ -73,6 +73,7 @@ class EngineThread:
         self._arrived: list[_Order] = []
         self._left: list[_Order] = []
         self._stopping = False
+        self._error: Exception | None = None  # that ended the thread
 
     def start(self) -> None:
         self._thread.start()
@@ -129,7 +130,7 @@ class EngineThread:
             raise ValueError(f"{len(orders)} outputs at once, and there is room for {self._places}")
         with self._news:
             if not self.alive:
-                raise EngineStopped("the engine has stopped")
+                raise EngineStopped("the engine has stopped") from self._error
             missing = len(self._unfinished) + len(orders) - self._places
             if missing > 0:
                 seconds = math.ceil(missing * self.seconds / max(self.ended, 1))
@@ -144,7 +145,6 @@ class EngineThread:
             self._news.notify()
 
     def _run(self) -> None:
-        error: Exception | None = None
         try:
             orders: dict[Generation, _Order] = {}
             while self._take_news(orders):
@@ -157,13 +157,13 @@ class EngineThread:
                         del orders[generation]
         except Exception as caught:
             log.exception("the engine has stopped")
-            error = caught
+            self._error = caught
         with self._news:
             self._stopping = True
             streams = {order.stream for order in self._unfinished}
         for stream in streams:
             stopped = EngineStopped("the engine has stopped")
-            stopped.__cause__ = error
+            stopped.__cause__ = self._error
             _send(stream.loop, [(stream, stopped)])
 
     def _take_news(self, orders: dict[Generation, _Order]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -137,6 +138,8 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         Sampling(min_p=0.02, seed=5, repetition_penalty=1.3),
         Sampling(top_p=0.9999, temperature=5.0, seed=6),
         Sampling(top_k=5, seed=7, min_new_tokens=9, max_new_tokens=9),
+        Sampling(top_k=5, seed=8, presence_penalty=1.5, logit_bias=((3, 2.0),)),
+        Sampling(seed=9, frequency_penalty=-1.5, repetition_penalty=0.6, logprobs=2),
     ]
     rows = [Row(sampling, 2, [3, 4, 5 + i], eos_id=0) for i, sampling in enumerate(settings)]
     logits = some_logits(len(rows), 3000)
@@ -169,11 +172,62 @@ def test_end_of_text_waits_for_min_new_tokens() -> None:
     assert tokens(logits, [Row(sampling, 2, [1, 2, 3, 4], eos_id=9)]) == [9]
 
 
+def plainly_shaped(logits: list[float], row: Row) -> list[float]:
+    """Bias, penalties and minimum length, an entry at a time."""
+    sampling, output = row.sampling, row.history[row.prompt_tokens :]
+    shaped = []
+    for token, value in enumerate(logits):
+        value += dict(sampling.logit_bias).get(token, 0.0)
+        if token in row.history:
+            penalty = sampling.repetition_penalty
+            value = value / penalty if value > 0 else value * penalty
+        if token in output:
+            value -= sampling.frequency_penalty * list(output).count(token)
+            value -= sampling.presence_penalty
+        if token == row.eos_id and row.new_tokens < sampling.min_new_tokens:
+            value = -math.inf
+        shaped.append(value)
+    return shaped
+
+
+@pytest.mark.parametrize("history", [[1, 2, 2], [1, 2, 2, 5, 6, 6, 6, 7, 5]], ids=len)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(presence_penalty=1.0),
+        Sampling(frequency_penalty=-0.7),
+        Sampling(frequency_penalty=0.5, presence_penalty=-1.5, repetition_penalty=1.4),
+        Sampling(logit_bias=((3, 2.5), (6, -100.0), (2, 1.5)), repetition_penalty=0.7),
+        Sampling(logit_bias=((8, 100.0),), min_new_tokens=4, presence_penalty=2.0),
+    ],
+    ids=str,
+)
+def test_penalties_and_bias_are_those_of_a_plain_loop(
+    sampling: Sampling, history: list[int]
+) -> None:
+    logits = some_logits(300, 9)
+    rows = [Row(replace(sampling, temperature=0), 3, history, eos_id=8)] * 300
+    plain = torch.tensor([plainly_shaped(row.tolist(), rows[0]) for row in logits])
+    assert tokens(logits, rows) == plain.argmax(-1).tolist()
+    is_changed = bool((plain.argmax(-1) != logits.argmax(-1)).any())
+    # Penalties on the output do nothing before there is one.
+    assert is_changed or len(history) == 3
+
+
 def test_logprobs_are_the_models_own() -> None:
     logits = some_logits(2)
-    rows = rows_of(Sampling(top_k=1, temperature=0.1, logprobs=3), 2)
+    sampling = Sampling(
+        top_k=1,
+        temperature=0.1,
+        logprobs=3,
+        logit_bias=((4, 3.0),),
+        repetition_penalty=2.0,
+        presence_penalty=2.0,
+        min_new_tokens=1,
+    )
+    rows = rows_of(sampling, 2)
     expected = torch.log_softmax(logits, -1)
-    for drawn, row in zip(draw(logits, rows), expected, strict=True):
+    for drawn, row in zip(draw(logits.clone(), rows), expected, strict=True):
         assert drawn.logprob == pytest.approx(row[drawn.token].item(), abs=1e-6)
         assert [token for token, _ in drawn.top] == row.topk(3).indices.tolist()
     assert draw(logits, rows_of(Sampling(logprobs=0), 2))[0].top == ()
@@ -196,6 +250,9 @@ def test_logits_that_are_not_finite_are_an_error(backend: str, sampling: Samplin
         {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -1.0},
         {"repetition_penalty": 0.0}, {"max_new_tokens": -1}, {"seed": -1}, {"seed": 2**63},
         {"stop": ("",)}, {"min_new_tokens": 65}, {"logprobs": -1}, {"top_k": True},
+        {"presence_penalty": 2.1}, {"frequency_penalty": float("nan")},
+        {"logit_bias": ((3, 101.0),)}, {"logit_bias": ((-3, 1.0),)},
+        {"logit_bias": ((3, 1.0), (3, 1.0))},
     ],
     ids=str,
 )  # fmt: skip

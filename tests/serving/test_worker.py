@@ -1,0 +1,238 @@
+"""The engine's thread with a real engine: streams, leaving, overload and death."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from gptray.data.tokenizer import Tokenizer
+from gptray.generation.engine import Engine, Generation, Request
+from gptray.generation.settings import Sampling
+from gptray.serving.worker import EngineStopped, EngineThread, Overloaded, Update
+from tests.generation.models import random_gpt, small_tokenizer
+
+# A request that does not end before it is left.
+LONG = Request([1, 2], Sampling(max_new_tokens=250, min_new_tokens=250))
+SHORT = Request([3], Sampling(max_new_tokens=1, temperature=0))
+HANGS_S = 20.0
+
+
+class GatedEngine(Engine):
+    """An engine that makes a step when it is told to; `opened` tells it for good."""
+
+    def __init__(self, tokenizer: Tokenizer, slots: int, *, damaged: bool = False) -> None:
+        model = random_gpt(tokenizer, n_positions=256)
+        if damaged:
+            model.transformer.wte.weight.data[5] = float("nan")
+        super().__init__(model, tokenizer, max_batch_size=slots)
+        self._allowed = threading.Semaphore(0)
+        self._open = False
+
+    def allow(self, steps: int) -> None:
+        self._allowed.release(steps)
+
+    def open(self) -> None:
+        self._open = True
+        self.allow(1)
+
+    def step(self) -> list[Generation]:
+        if not self._open:
+            self._allowed.acquire()
+        return super().step()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return small_tokenizer()
+
+
+@contextmanager
+def started(engine: Engine, *, max_waiting: int = 100) -> Iterator[EngineThread]:
+    worker = EngineThread(engine, max_waiting=max_waiting)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        if isinstance(engine, GatedEngine):
+            engine.open()
+        worker.close()
+
+
+async def collect(worker: EngineThread, requests: list[Request]) -> list[list[Update]]:
+    """Every request's updates."""
+    updates: list[list[Update]] = [[] for _ in requests]
+    async with asyncio.timeout(HANGS_S):
+        async for update in worker.stream(requests):
+            updates[update.index].append(update)
+    return updates
+
+
+async def accepted(worker: EngineThread, *requests: Request) -> asyncio.Task[list[list[Update]]]:
+    """A task that collects; its requests are in the line."""
+    before = worker.waiting
+    task = asyncio.create_task(collect(worker, list(requests)))
+    await asyncio.sleep(0)
+    assert worker.waiting == before + len(requests)
+    return task
+
+
+def test_streams_give_what_the_engine_gives(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer)
+    requests = [
+        Request(
+            [1 + i, 2, 3],
+            Sampling(max_new_tokens=6 * i + 1, temperature=1.5, seed=i, logprobs=2, stop=("t",)),
+            live_text=i % 2 == 0,
+            prompt_logprobs=1 if i % 3 == 0 else None,
+        )
+        for i in range(9)
+    ]
+    expected = Engine(model, tokenizer).run(requests)
+
+    async def both(worker: EngineThread) -> list[list[Update]]:
+        first, second = await asyncio.gather(
+            collect(worker, requests[:2]), collect(worker, requests[2:])
+        )
+        return first + second
+
+    with started(Engine(model, tokenizer, max_batch_size=4)) as worker:
+        streamed = asyncio.run(both(worker))
+        again = asyncio.run(both(worker))  # another event loop
+    for updates, others, generation in zip(streamed, again, expected, strict=True):
+        assert [drawn for update in updates for drawn in update.drawn] == generation.drawn
+        assert "".join(update.text for update in updates) == generation.text
+        assert [drawn for update in updates for drawn in update.prompt] == generation.prompt
+        assert updates[-1].end == generation.end
+        assert [u.finish_reason for u in updates[:-1]] == [None] * (len(updates) - 1)
+        assert updates[-1].finish_reason == generation.finish_reason
+        assert updates == others
+    assert worker.tokens == 2 * sum(len(generation.drawn) for generation in expected)
+    assert worker.ended == 2 * len(requests) and worker.rows <= 4 * worker.steps
+    assert {g.finish_reason for g in expected} == {"stop", "length"}
+
+
+def test_text_comes_as_it_is_made_where_asked(tokenizer: Tokenizer) -> None:
+    live = Request([5, 6], Sampling(max_new_tokens=20, min_new_tokens=20), live_text=True)
+    quiet = Request([5, 6], live.sampling)
+    with started(Engine(random_gpt(tokenizer), tokenizer)) as worker:
+        as_made, at_end = asyncio.run(collect(worker, [live, quiet]))
+    assert sum(bool(update.text) for update in as_made) > 5
+    assert [bool(update.text) for update in at_end] == [False] * 19 + [True]
+
+
+@pytest.mark.parametrize("how", ["closed", "cancelled"])
+def test_who_leaves_frees_the_slot_before_the_next_step_but_one(
+    tokenizer: Tokenizer, how: str
+) -> None:
+    engine = GatedEngine(tokenizer, slots=1)
+
+    async def leave(worker: EngineThread) -> None:
+        stream = worker.stream([LONG])
+        engine.allow(1)
+        await anext(stream)
+        # The thread is about to make its second step: the third is another's.
+        if how == "closed":
+            await stream.aclose()
+        else:
+            task = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        engine.allow(2)
+        (updates,) = await collect(worker, [SHORT])
+        assert [update.finish_reason for update in updates] == ["length"]
+
+    with started(engine, max_waiting=1) as worker:
+        asyncio.run(leave(worker))
+        assert worker.steps <= 3 and not engine.busy
+
+
+def test_a_loop_that_ends_leaves_nothing_behind(tokenizer: Tokenizer) -> None:
+    engine = GatedEngine(tokenizer, slots=1)
+    kept = []
+
+    async def abandon(worker: EngineThread) -> None:
+        kept.append(worker.stream([LONG, LONG]))
+        engine.allow(1)
+        await anext(kept[0])
+
+    with started(engine) as worker:
+        asyncio.run(abandon(worker))
+        engine.open()
+        asyncio.run(collect(worker, [SHORT]))
+        assert worker.running == worker.waiting == 0
+        assert worker.steps <= 4
+
+
+def test_a_full_line_takes_all_of_a_streams_requests_or_none(tokenizer: Tokenizer) -> None:
+    engine = GatedEngine(tokenizer, slots=2)
+
+    async def fill(worker: EngineThread) -> None:
+        first = await accepted(worker, SHORT, SHORT, SHORT)
+        with pytest.raises(Overloaded) as refused:
+            await collect(worker, [SHORT, SHORT, SHORT])
+        assert refused.value.retry_after_s >= 1
+        second = await accepted(worker, SHORT, SHORT)
+        with pytest.raises(Overloaded):
+            await collect(worker, [SHORT])
+        engine.open()
+        for updates in await first + await second:
+            assert updates[-1].finish_reason == "length"
+        await collect(worker, [SHORT] * 5)
+
+    with started(engine, max_waiting=3) as worker:
+        asyncio.run(fill(worker))
+
+
+def test_what_can_never_run_is_refused_and_leaves_no_trace(tokenizer: Tokenizer) -> None:
+    with started(Engine(random_gpt(tokenizer), tokenizer), max_waiting=3) as worker:
+        with pytest.raises(ValueError, match="outside"):
+            asyncio.run(collect(worker, [SHORT, Request([10**6])]))
+        with pytest.raises(ValueError, match="36 outputs"):
+            asyncio.run(collect(worker, [SHORT] * 36))
+        assert worker.waiting == 0 and worker.alive
+        asyncio.run(collect(worker, [SHORT]))
+        assert worker.ended == 1
+
+
+def test_an_engine_that_fails_ends_every_stream_and_takes_no_more(tokenizer: Tokenizer) -> None:
+    engine = GatedEngine(tokenizer, slots=1, damaged=True)
+
+    async def fail(worker: EngineThread) -> None:
+        running, waiting = await accepted(worker, SHORT), await accepted(worker, LONG, SHORT)
+        engine.open()
+        for task in (running, waiting, asyncio.create_task(collect(worker, [SHORT]))):
+            with pytest.raises(EngineStopped) as stopped:
+                await task
+            assert "not finite" in str(stopped.value.__cause__)
+
+    with started(engine) as worker:
+        assert worker.alive
+        asyncio.run(fail(worker))
+        assert not worker.alive
+
+
+def test_closing_ends_open_streams(tokenizer: Tokenizer) -> None:
+    engine = GatedEngine(tokenizer, slots=1)
+
+    async def close(worker: EngineThread) -> None:
+        tasks = [await accepted(worker, LONG), await accepted(worker, SHORT)]
+        engine.allow(1)
+        closing = asyncio.create_task(asyncio.to_thread(worker.close))
+        while worker.alive:
+            await asyncio.sleep(0)
+        engine.open()
+        await closing
+        for task in tasks:
+            with pytest.raises(EngineStopped):
+                await task
+
+    worker = EngineThread(engine, max_waiting=5)
+    worker.start()
+    asyncio.run(close(worker))
+    assert not worker.alive
