@@ -26,10 +26,13 @@ def text_lines(file: SourceFile, stream: BinaryIO) -> Iterator[str]:
             raise UserError(f"{file.name}:{number}: not UTF-8: {error.reason}") from None
 
 
-def json_object(raw: bytes | str) -> dict[str, Any]:
-    """The JSON object on a line. Raises ValueError without the place, which the caller knows."""
+def json_object(raw: bytes | str, **hooks: Any) -> dict[str, Any]:
+    """The JSON object on a line. Raises ValueError without the place, which the caller knows.
+
+    hooks: of `json.loads`, where more is to be refused than it does.
+    """
     try:
-        row = json.loads(raw)
+        row = json.loads(raw, **hooks)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason}") from None
     except json.JSONDecodeError as error:
