@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from gptray.config import UserError
+from gptray.config import Config, UserError
 from gptray.data.tokenizer import tokenizer_files
 from gptray.files import sha256_of
 from gptray.model.shape import model_folder, weight_files
@@ -24,6 +24,24 @@ def open_model(source: str | Path, *, key: str) -> Path:
     if not tokenizer_files(folder):
         raise UserError(f"{key}: {folder} holds no tokenizer (tokenizer.json)")
     return folder
+
+
+def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, str]:
+    """The folder of the model that the config's `key` means by `source`, and what to call it.
+
+    None: the run `name` in `storage_path`, or without a name the newest run there.
+    Raises UserError.
+    """
+    if source is None:
+        storage = Path(config.storage_path).expanduser()
+        newest = storage / config.name if config.name else newest_run(storage)
+        if newest is None:
+            raise UserError(
+                f"{key} is not set and {storage} holds no run with a model; name a run folder, a "
+                "model folder or a hub id"
+            )
+        source = str(newest)
+    return open_model(source, key=key), source
 
 
 def newest_run(storage: Path) -> Path | None:

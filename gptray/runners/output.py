@@ -26,7 +26,7 @@ from gptray.data.tokenizer import tokenizer_files
 from gptray.files import replacing, sha256_of
 from gptray.generation.build import pick_backend
 from gptray.model.shape import read_shape
-from gptray.runners.models import newest_run, open_model
+from gptray.runners.models import find_model
 from gptray.runners.runs import held
 
 SCRATCH, PLAN, MANIFEST, SUCCESS = ".gptray", "plan.json", "manifest.json", "_SUCCESS"
@@ -53,7 +53,7 @@ def check_job(config: Config) -> Job:
     files: list[SourceFile] = []
     model_dir, name = Path(), ""
     try:
-        model_dir, name = find_model(config)
+        model_dir, name = find_model(config, config.generate.model, key="generate.model")
         check_lengths(config, model_dir)
     except UserError as error:
         problems.append(str(error))
@@ -94,25 +94,6 @@ def with_backend(config: Config) -> Config:
     backend = pick_backend(config.generate.backend, use_gpu=config.compute.use_gpu)
     settings = config.generate.model_copy(update={"backend": backend})
     return config.model_copy(update={"generate": settings})
-
-
-def find_model(config: Config) -> tuple[Path, str]:
-    """The folder of the model that `generate.model` means, and what to call it.
-
-    Unset: the run `name` in `storage_path`, or without a name the newest run there.
-    Raises UserError.
-    """
-    source = config.generate.model
-    if source is None:
-        storage = Path(config.storage_path).expanduser()
-        newest = storage / config.name if config.name else newest_run(storage)
-        if newest is None:
-            raise UserError(
-                f"generate.model is not set and {storage} holds no run with a model; name a run "
-                "folder, a model folder or a hub id"
-            )
-        source = str(newest)
-    return open_model(source, key="generate.model"), source
 
 
 def check_lengths(config: Config, model_dir: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
-from gptray.runners.output import check_lengths, find_model, with_backend
+from gptray.runners.models import find_model
+from gptray.runners.output import check_lengths, with_backend
 
 
 def look_here(config: Config) -> tuple[Config, Path, str]:
@@ -19,7 +20,7 @@ def look_here(config: Config) -> tuple[Config, Path, str]:
     """
     check_resources(config.compute)
     config = with_backend(config)
-    folder, name = find_model(config)
+    folder, name = find_model(config, config.generate.model, key="generate.model")
     check_lengths(config, folder)
     return config, folder, name
 
