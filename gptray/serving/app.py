@@ -1,0 +1,241 @@
+"""The routes: OpenAI's completions, what clients ask around them, health, metrics and a page.
+
+`make_app` gives an ASGI application that any server can run; here nobody knows which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import ExitStack, aclosing
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gptray.config import ServeConfig, UserError
+from gptray.serving.body import read_json
+from gptray.serving.completions import Choice, Completion, check_name
+from gptray.serving.endpoint import Endpoint, Served
+from gptray.serving.errors import ApiError, ClientGone
+from gptray.serving.gate import Gate
+from gptray.serving.page import page
+from gptray.serving.protocol import (
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse_request,
+)
+from gptray.serving.telemetry import Stopwatch, Telemetry
+from gptray.serving.worker import EngineStopped, Overloaded
+from gptray.suggest import did_you_mean, nearest
+
+T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def make_app(endpoint: Endpoint, limits: ServeConfig, *, keys: Sequence[str] = ()) -> ASGIApp:
+    """The application over an endpoint. keys: digests of those that let in."""
+    telemetry = Telemetry(endpoint)
+    routes = _Routes(endpoint, limits, telemetry)
+    api = FastAPI(openapi_url=None)
+    for method, path, route in (
+        ("GET", "/", routes.page),
+        ("GET", "/health", routes.health),
+        ("GET", "/metrics", routes.metrics),
+        ("GET", "/v1/models", routes.models),
+        ("GET", "/v1/models/{name:path}", routes.model),
+        ("POST", "/v1/completions", routes.completions),
+        ("POST", "/tokenize", routes.tokenize),
+        ("POST", "/detokenize", routes.detokenize),
+        ("GET", "/tokenizer_info", routes.tokenizer_info),
+    ):
+        api.add_api_route(path, route, methods=[method], response_model=None)
+    paths = [route.path for route in api.routes if isinstance(route, APIRoute)]
+
+    async def no_route(request: Request, _: Exception) -> Response:
+        near = nearest(request.url.path, paths)
+        meant = did_you_mean([near] if near else [])
+        return ApiError(404, f"there is no {request.url.path[:100]} here{meant}").response()
+
+    async def no_method(request: Request, _: Exception) -> Response:
+        return ApiError(405, f"{request.url.path} does not take {request.method}").response()
+
+    api.add_exception_handler(404, no_route)
+    api.add_exception_handler(405, no_method)
+    for kind in (ApiError, ClientGone, UserError, Overloaded, EngineStopped, TimeoutError):
+        api.add_exception_handler(kind, _answer)
+    api.add_exception_handler(Exception, _answer)  # after the answer the server logs it
+    return Gate(api, endpoint, telemetry, keys=keys, paths=paths)
+
+
+class _Routes:
+    """What each path does."""
+
+    def __init__(self, endpoint: Endpoint, limits: ServeConfig, telemetry: Telemetry) -> None:
+        self._endpoint, self._limits, self._telemetry = endpoint, limits, telemetry
+
+    async def completions(self, request: Request) -> Response:
+        deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
+        watch = Stopwatch(self._telemetry)
+        body = await self._body(request, CompletionRequest)
+        with ExitStack() as stack:
+            served = stack.enter_context(self._endpoint.using())
+            completion = await Completion.of(body, served, self._limits)
+            self._telemetry.tokens_in.inc(completion.prompt_tokens)
+            parts = completion.run(deadline, watch.take)
+            if not body.stream:
+                whole = await _unless_gone(request, _all(parts))
+                return JSONResponse(completion.whole(whole))
+            # What makes it no stream at all is known with the first part.
+            first = await _unless_gone(request, anext(parts))
+            return EventStream(_events(completion, first, parts), stack.pop_all())
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._body(request, TokenizeRequest)
+        with self._endpoint.using() as served:
+            check_name(served, body.model)
+            tokens = await served.encode(body.prompt)
+            answer = {
+                "count": len(tokens),
+                "max_model_len": served.engine.n_positions,
+                "tokens": tokens,
+                "token_strs": None,
+            }
+            if body.return_token_strs:
+                answer["token_strs"] = [served.token_text(token) for token in tokens]
+            return JSONResponse(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._body(request, DetokenizeRequest)
+        with self._endpoint.using() as served:
+            check_name(served, body.model)
+            last = served.engine.vocab_size - 1
+            if not all(0 <= token <= last for token in body.tokens):
+                raise ApiError(400, f"tokens holds an id outside 0 .. {last}", param="tokens")
+            return JSONResponse({"prompt": served.tokenizer.decode(body.tokens)})
+
+    async def tokenizer_info(self) -> Response:
+        with self._endpoint.using() as served:
+            info = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None}
+            return JSONResponse({**info, "eos_token": served.eos_text, "pad_token": None})
+
+    async def models(self) -> Response:
+        with self._endpoint.using() as served:
+            return JSONResponse({"object": "list", "data": [_card(served)]})
+
+    async def model(self, name: str) -> Response:
+        with self._endpoint.using() as served:
+            check_name(served, name)
+            return JSONResponse(_card(served))
+
+    async def health(self) -> Response:
+        if not await self._endpoint.healthy():
+            raise ApiError(503, "the engine does not generate")
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self) -> Response:
+        return Response(self._telemetry.text(), media_type="text/plain; version=0.0.4")
+
+    async def page(self) -> Response:
+        return HTMLResponse(page())
+
+    async def _body(self, request: Request, kind: type[Body]) -> Body:
+        async with asyncio.timeout(self._limits.request_timeout_s):
+            given = await read_json(request, self._limits.max_body_bytes)
+        return parse_request(kind, given)
+
+
+class EventStream(StreamingResponse):
+    """Server-Sent Events; however it ends, what makes them is closed, then what they stand on."""
+
+    def __init__(self, events: AsyncGenerator[str, None], resources: ExitStack) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events, self._resources = events, resources
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._resources:
+            async with aclosing(self._events):
+                await super().__call__(scope, receive, send)
+
+
+async def _events(
+    completion: Completion, first: Choice, parts: AsyncGenerator[Choice, None]
+) -> AsyncGenerator[str, None]:
+    """The answer as events. A failure becomes the last one: the status was sent long ago."""
+    async with aclosing(parts):
+        try:
+            yield _event(completion.chunk(first))
+            async for part in parts:
+                yield _event(completion.chunk(part))
+            for chunk in completion.last_chunks():
+                yield _event(chunk)
+            yield "data: [DONE]\n\n"
+        except (EngineStopped, TimeoutError) as error:
+            yield _event(_told(error).body)
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+
+
+async def _all(parts: AsyncGenerator[T, None]) -> list[T]:
+    async with aclosing(parts):
+        return [part async for part in parts]
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which ends when the client goes away. Raises ClientGone."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _card(served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "gptray",
+        "max_model_len": served.engine.n_positions,
+    }
+
+
+async def _answer(_: Request, error: Exception) -> Response:
+    return Response(status_code=499) if isinstance(error, ClientGone) else _told(error).response()
+
+
+def _told(error: Exception) -> ApiError:
+    """An exception as a client is told of it."""
+    match error:
+        case ApiError():
+            return error
+        case UserError():
+            return ApiError(400, str(error))
+        case Overloaded():
+            wait = {"Retry-After": str(error.retry_after_s)}
+            return ApiError(429, str(error), code="overloaded", headers=wait)
+        case EngineStopped():
+            return ApiError(503, str(error))
+        case TimeoutError():
+            return ApiError(408, "the request took longer than serve.request_timeout_s allows")
+        case _:
+            return ApiError(500, "something went wrong inside the server")

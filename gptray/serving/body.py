@@ -1,0 +1,91 @@
+"""A request's body: read no further than it may be long, then strictly as one JSON object.
+
+Python's reader takes NaN, numbers beyond the range of floats, keys that are there twice and halves
+of surrogate pairs; none of them is to come further than this.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from fastapi import Request
+
+from gptray.data.rows import json_object
+from gptray.serving.errors import ApiError, ClientGone
+
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The JSON object of a body. Raises ApiError, or ClientGone for a body that never ends."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"Content-Type must be application/json, got {kind or 'none'}")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise ApiError(415, f"Content-Encoding {encoding} is not taken, send the JSON as it is")
+    return strict_object(await _read(request, max_bytes))
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    said = request.headers.get("content-length", "")
+    too_long = said.isdecimal() and int(said[:20]) > max_bytes
+    body = bytearray()
+    while not too_long:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        too_long = len(body) > max_bytes
+        if not message.get("more_body", False):
+            break
+    if too_long:
+        raise ApiError(
+            413, f"the body is longer than {max_bytes:,} bytes (serve.max_body_bytes)",
+            headers={"Connection": "close"},
+        )  # fmt: skip
+    return bytes(body)
+
+
+def strict_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body is. Raises ApiError(400) saying what is wrong with it."""
+    try:
+        # Decoded here: Python's reader would take surrogates in UTF-8, and UTF-16.
+        found = json_object(
+            body.decode(),
+            parse_constant=_no_number,
+            parse_float=_finite,
+            object_pairs_hook=_distinct,
+        )
+        if _SURROGATE_ESCAPE.search(body):
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8: {error.reason}") from None
+    except UnicodeEncodeError:
+        raise ApiError(400, "the body holds half a surrogate pair, which is no text") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body: {error}") from None
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return number
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found

@@ -1,0 +1,227 @@
+"""From a completion request to the engine's requests, and from its updates to choices and chunks.
+
+A prompt's outputs are rows 0 .. n-1 of its seed, so that each is the same text that
+`jobs/generate.py` gives. Every generated token is told with its log-probability where asked, the
+end-of-text token too, though it is no part of the text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from gptray.config import ServeConfig
+from gptray.generation.detokenize import TextStream
+from gptray.generation.engine import Request
+from gptray.generation.sampling import Drawn
+from gptray.generation.settings import SEEDS, Sampling
+from gptray.serving.endpoint import Served
+from gptray.serving.errors import ApiError
+from gptray.serving.protocol import GREEDY_BELOW, CompletionRequest, StreamOptions
+from gptray.serving.worker import Update
+
+# What stands for a log-probability that JSON cannot hold.
+LEAST_LOGPROB = -9999.0
+
+Choice = dict[str, Any]
+
+
+class Completion:
+    """A completion request with the model that answers it: what to run, what came of it."""
+
+    def __init__(
+        self,
+        body: CompletionRequest,
+        served: Served,
+        sampling: Sampling,
+        prompts: Sequence[tuple[str, list[int]]],
+    ) -> None:
+        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self.body, self._served = body, served
+        self._options = body.stream_options or StreamOptions()
+        scored = body.logprobs if body.echo else None
+        if body.max_tokens == 0:
+            scored = scored or 0
+        self.requests = [
+            Request(ids, sampling, row, live_text=body.stream, prompt_logprobs=scored)
+            for _, ids in prompts
+            for row in range(body.n)
+        ]
+        self._outputs = [
+            _Output(index, text if body.echo else "", body.logprobs is not None, served)
+            for index, text in enumerate(text for text, _ in prompts for _ in range(body.n))
+        ]
+        self.prompt_tokens = sum(len(ids) for _, ids in prompts)
+        self.completion_tokens = 0
+
+    @classmethod
+    async def of(cls, body: CompletionRequest, served: Served, limits: ServeConfig) -> Completion:
+        """Check a request against the model and the limits. Raises ApiError."""
+        _check_limits(body, served, limits)
+        sampling, prompts = _sampling(body), []
+        for number, prompt in enumerate(body.prompt):
+            place = f"prompt {number + 1}: " if len(body.prompt) > 1 else ""
+            try:
+                ids = await served.encode(prompt) if isinstance(prompt, str) else prompt
+                served.engine.check(Request(ids, sampling, prompt_logprobs=0))
+            except ValueError as error:
+                raise ApiError(400, f"{place}{error}") from None
+            text = prompt if isinstance(prompt, str) else served.tokenizer.decode(ids)
+            prompts.append((text, ids))
+        return cls(body, served, sampling, prompts)
+
+    async def run(
+        self, deadline: float, seen: Callable[[Update], None]
+    ) -> AsyncGenerator[Choice, None]:
+        """What each update adds to its choice. Raises as the engine's stream, and TimeoutError.
+
+        deadline: on the event loop's clock. seen: is given every update.
+        """
+        async with aclosing(self._served.thread.stream(self.requests)) as updates:
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    update = await anext(updates, None)
+                if update is None:
+                    return
+                self.completion_tokens += len(update.drawn) + (update.end is not None)
+                seen(update)
+                yield self._outputs[update.index].take(update)
+
+    def whole(self, parts: Sequence[Choice]) -> dict[str, Any]:
+        """The answer in one piece, from what `run` gave."""
+        choices = [_joined([part for part in parts if part["index"] == index])
+                   for index in range(len(self.requests))]  # fmt: skip
+        return {**self._head(), "choices": choices, "usage": self.usage()}
+
+    def chunk(self, choice: Choice) -> dict[str, Any]:
+        """One event of the answer as a stream."""
+        chunk = {**self._head(), "choices": [choice]}
+        if self._options.include_usage:
+            chunk["usage"] = self.usage() if self._options.continuous_usage_stats else None
+        return chunk
+
+    def last_chunks(self) -> Iterator[dict[str, Any]]:
+        """What comes after the last choice's end."""
+        if self._options.include_usage:
+            yield {**self._head(), "choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self._served.name,
+        }
+
+
+class _Output:
+    """One choice as its updates come."""
+
+    def __init__(self, index: int, echoed: str, logprobs: bool, served: Served) -> None:
+        self._index, self._echoed, self._has_logprobs = index, echoed, logprobs
+        self._served = served
+        # Tells where in the text each token begins.
+        self._told = TextStream(served.tokenizer.decode)
+
+    def take(self, update: Update) -> Choice:
+        """What the update adds."""
+        echoed, self._echoed = self._echoed, ""
+        logprobs = None
+        if self._has_logprobs:
+            end = (update.end,) if update.end else ()
+            logprobs = self._logprobs(update.prompt + update.drawn + end)
+        return {
+            "index": self._index,
+            "text": echoed + update.text,
+            "logprobs": logprobs,
+            "finish_reason": update.finish_reason,
+        }
+
+    def _logprobs(self, tokens: Sequence[Drawn]) -> dict[str, list[Any]]:
+        told: dict[str, list[Any]] = {
+            "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
+        }  # fmt: skip
+        for drawn in tokens:
+            told["tokens"].append(self._served.token_text(drawn.token))
+            told["token_logprobs"].append(_finite(drawn.logprob))
+            told["top_logprobs"].append(self._likeliest(drawn))
+            told["text_offset"].append(len(self._told.text))
+            self._told.add(drawn.token)
+        return told
+
+    def _likeliest(self, drawn: Drawn) -> dict[str, float | None] | None:
+        if drawn.logprob is None:
+            return None
+        found: dict[str, float | None] = {}
+        for token, logprob in (*drawn.top, (drawn.token, drawn.logprob)):
+            found.setdefault(self._served.token_text(token), _finite(logprob))
+        return found
+
+
+def _joined(parts: Sequence[Choice]) -> Choice:
+    """A choice whole, from what its updates added."""
+    last = parts[-1]
+    logprobs = last["logprobs"] and {
+        name: [one for part in parts for one in part["logprobs"][name]] for name in last["logprobs"]
+    }
+    return {**last, "text": "".join(part["text"] for part in parts), "logprobs": logprobs}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+def check_name(served: Served, name: str | None) -> None:
+    """Raises ApiError(404) for a model that is not the one that is served."""
+    if name not in (None, served.name):
+        message = f"the model {str(name)[:100]!r} is not served here, {served.name!r} is"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) -> None:
+    check_name(served, body.model)
+    longest = min(limits.max_output_tokens or served.engine.n_positions, served.engine.n_positions)
+    for key, given, most in (
+        ("prompt", len(body.prompt), limits.max_prompts),
+        ("n", body.n, limits.max_n),
+        ("max_tokens", body.max_tokens, longest),
+        ("stop", len(body.stop), limits.max_stop),
+        ("logprobs", body.logprobs or 0, limits.max_logprobs),
+    ):
+        if given > most:
+            what = f"{key} has {given} entries" if key in ("prompt", "stop") else f"{key}={given}"
+            raise ApiError(400, f"{what}, more than {most}", param=key)
+    outputs, room = len(body.prompt) * body.n, limits.max_batch_size + limits.max_waiting
+    if outputs > room:
+        raise ApiError(400, f"prompts x n = {outputs} outputs, more than {room}", param="n")
+
+
+def _sampling(body: CompletionRequest) -> Sampling:
+    return Sampling(
+        max_new_tokens=body.max_tokens,
+        min_new_tokens=body.min_tokens,
+        temperature=0.0 if body.temperature < GREEDY_BELOW else body.temperature,
+        top_k=body.top_k if body.top_k > 0 else None,
+        top_p=body.top_p if body.top_p < 1 else None,
+        min_p=body.min_p or None,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=body.logit_bias,
+        ignore_eos=body.ignore_eos,
+        seed=secrets.randbelow(SEEDS) if body.seed is None else body.seed,
+        stop=body.stop,
+        logprobs=body.logprobs,
+    )

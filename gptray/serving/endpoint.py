@@ -1,0 +1,144 @@
+"""What the routes serve: one model at a time, replaced as a whole while requests are in flight.
+
+A request keeps the model that it began with; a model that was replaced is closed after its last
+request. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
+
+from gptray.config import Config
+from gptray.data.tokenizer import Tokenizer
+from gptray.generation.detokenize import REPLACEMENT
+from gptray.generation.engine import Engine, Request, load_engine
+from gptray.generation.settings import Sampling
+from gptray.serving.worker import EngineStopped, EngineThread, Overloaded
+
+# A healthy engine makes a token within this time, whatever it has to do.
+HEALTH_S = 5.0
+# Characters from which on a text is encoded beside the event loop.
+LONG_TEXT = 4096
+
+
+class Served:
+    """A model with its tokenizer and the engine that runs in a thread of its own."""
+
+    def __init__(self, name: str, engine: Engine, tokenizer: Tokenizer, max_waiting: int) -> None:
+        self.name, self.engine, self.tokenizer = name, engine, tokenizer
+        self.created = int(time.time())
+        self.thread = EngineThread(engine, max_waiting=max_waiting)
+        self.thread.start()
+        self._token_texts: dict[int, str] = {}
+
+    @classmethod
+    def load(cls, folder: str | Path, name: str, config: Config) -> Served:
+        """Open a model folder as the config says. Raises UserError naming what is wrong with it."""
+        engine, tokenizer = load_engine(
+            folder,
+            max_batch_size=config.serve.max_batch_size,
+            precision=config.generate.precision,
+            quantize=config.quantize.weights,
+            device="cuda" if config.compute.use_gpu else "cpu",
+            backend=config.generate.backend,
+        )
+        return cls(name, engine, tokenizer, config.serve.max_waiting)
+
+    @property
+    def eos_text(self) -> str:
+        """The end-of-text token as it is written."""
+        return self.tokenizer.decode([self.tokenizer.eos_id])
+
+    def token_text(self, token: int) -> str:
+        """A token as people see it; one that is part of a character by its number."""
+        if token not in self._token_texts:
+            text = self.tokenizer.decode([token])
+            self._token_texts[token] = f"token_id:{token}" if REPLACEMENT in text else text
+        return self._token_texts[token]
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Raises ValueError for one that the tokenizer does not know."""
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text)
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
+    async def healthy(self) -> bool:
+        """Whether the engine makes tokens: one for this question, or, in a full line, others'."""
+        request = Request([self.tokenizer.eos_id], Sampling(max_new_tokens=1, temperature=0.0))
+        before = self.thread.steps
+        try:
+            async with asyncio.timeout(HEALTH_S), aclosing(self.thread.stream([request])) as probe:
+                async for _ in probe:
+                    pass
+            return True
+        except Overloaded:
+            await asyncio.sleep(HEALTH_S / 5)
+        except (TimeoutError, RuntimeError):
+            pass
+        return self.thread.alive and self.thread.steps > before
+
+
+class Endpoint:
+    """The model of the moment, and how many requests use it or one before it."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.served: Served | None = None
+        self._users: Counter[Served] = Counter()
+        self._idle = asyncio.Event()
+        self._probe: asyncio.Task[bool] | None = None
+
+    @property
+    def active(self) -> int:
+        """Requests in flight."""
+        return self._users.total()
+
+    def serve(self, served: Served) -> None:
+        """Give new requests this model; the one before is closed when its last request ends."""
+        before, self.served = self.served, served
+        if before is not None:
+            self._close_unused(before)
+
+    @contextmanager
+    def using(self) -> Iterator[Served]:
+        """The model for one request, there until that is through. Raises EngineStopped."""
+        served = self.served
+        if served is None:
+            raise EngineStopped("no model is loaded yet")
+        self._users[served] += 1
+        try:
+            yield served
+        finally:
+            self._users[served] -= 1
+            self._close_unused(served)
+            if not self.active:
+                self._idle.set()
+
+    async def healthy(self) -> bool:
+        """Whether the model generates. Who asks meanwhile gets the same answer."""
+        if self.served is None:
+            return False
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self.served.healthy())
+        return await asyncio.shield(self._probe)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no more requests and wait for those in flight; how many had not ended in time."""
+        self.draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.active:
+                    self._idle.clear()
+                    await self._idle.wait()
+        return self.active
+
+    def _close_unused(self, served: Served) -> None:
+        if served is not self.served and not self._users[served]:
+            del self._users[served]
+            # It waits for a step of the engine, which the event loop must not.
+            asyncio.get_running_loop().run_in_executor(None, served.thread.close)

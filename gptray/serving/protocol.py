@@ -1,0 +1,227 @@
+"""Requests as OpenAI's and vLLM's clients send them: every key checked, null like left out.
+
+What is wrong is said in one message that names the keys. Whether a request fits the model and the
+server's limits is for `gptray.serving.completions`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from gptray.fields import FieldSpec, field_specs
+from gptray.generation.settings import SEEDS
+from gptray.serving.errors import ApiError
+from gptray.suggest import did_you_mean, nearest
+
+T = TypeVar("T", bound=BaseModel)
+Prompt = str | list[int]
+
+# Temperatures below this are greedy: dividing by less leaves the range of floats.
+GREEDY_BELOW = 1e-5
+STOP_CHARACTERS = 256
+
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
+
+# Other names that people try for a key.
+ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "messages": "prompt",
+    "input": "prompt",
+    "top_logprobs": "logprobs",
+}
+# What clients send besides, and the values with which it asks for nothing; None: any value.
+WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
+    "user": None,
+    "store": None,
+    "metadata": None,
+    "service_tier": None,
+    "safety_identifier": None,
+    "prompt_cache_key": None,
+    "request_id": None,
+    "add_special_tokens": None,
+    "skip_special_tokens": None,
+    "spaces_between_special_tokens": None,
+    "detokenize": (True,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "priority": (0,),
+}
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    if isinstance(value, str) or _is_ids(value):
+        return [value]
+    several = isinstance(value, list) and bool(value)
+    if several and (all(isinstance(one, str) for one in value) or all(map(_is_ids, value))):
+        return list(value)
+    raise ValueError("expects text, a list of texts, token ids or a list of lists of token ids")
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError("expects text or a list of texts, none of them empty")
+    if any(len(stop) > STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"no stop string may have more than {STOP_CHARACTERS} characters")
+    return tuple(stops)
+
+
+def _bias(value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict) or not all(map(_is_bias, value.items())):
+        raise ValueError("expects an object of token ids, each with a number from -100 to 100")
+    return tuple((int(token), float(bias)) for token, bias in value.items())
+
+
+def _is_bias(item: tuple[str, Any]) -> bool:
+    token, bias = item
+    is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+    return (
+        token.isascii() and token.isdigit() and len(token) < 10 and is_number and abs(bias) <= 100
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: inner for key, inner in value.items() if inner is not None}
+    return value
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class CompletionRequest(BaseModel):
+    """The keys of POST /v1/completions. Numbers that a model or server limits are checked later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    n: Annotated[int, Field(ge=1)] = 1
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_bias)] = ()
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> CompletionRequest:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} must not be above max_tokens={self.max_tokens}"
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 asks for nothing without echo=true")
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of={self.best_of} must be n={self.n}: all outputs are returned")
+        return self
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str
+    model: str | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tokens: list[int]
+    model: str | None = None
+
+
+def parse_request(kind: type[T], given: Mapping[str, Any]) -> T:
+    """The request that a body's JSON object is. Raises ApiError(400) naming every wrong key."""
+    specs = field_specs(kind)
+    problems: dict[str, str] = {}
+    known: dict[str, Any] = {}
+    for key, value in given.items():
+        if value is None and key in specs.keys() | WITHOUT_EFFECT.keys():
+            continue
+        if key in specs:
+            known[key] = value
+        elif key not in WITHOUT_EFFECT:
+            near = ALIASES.get(key) or nearest(key, specs)
+            problems[key] = f"unknown key {key[:60]!r}{_meant(near if near in specs else None)}"
+        elif (harmless := WITHOUT_EFFECT[key]) is not None and value not in harmless:
+            problems[key] = f"{key} is not supported"
+    try:
+        request = kind.model_validate(known)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            key = str(detail["loc"][0]) if detail["loc"] else "body"
+            problems.setdefault(key, _complaint(key, specs, known, dict(detail)))
+    if problems:
+        first = next(iter(problems))
+        raise ApiError(400, "\n".join(problems.values()), param=None if first == "body" else first)
+    return request
+
+
+def _meant(name: str | None) -> str:
+    return did_you_mean([name] if name else [])
+
+
+def _complaint(
+    key: str, specs: Mapping[str, FieldSpec], known: Mapping[str, Any], detail: dict[str, Any]
+) -> str:
+    if key == "body":
+        return str(detail["ctx"]["error"])
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    if detail["type"] == "extra_forbidden":
+        inner = str(detail["loc"][-1])
+        near = nearest(inner, StreamOptions.model_fields)
+        return f"unknown key {key}.{inner[:60]}{_meant(near)}"
+    return f"{key} {specs[key].complaint(known[key], detail)}"

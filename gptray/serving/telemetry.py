@@ -1,0 +1,91 @@
+"""What the endpoint counts, as Prometheus reads it. No text of a request is ever part of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from gptray.serving.endpoint import Endpoint
+from gptray.serving.worker import Update
+
+FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class Telemetry:
+    """Counters of one server; the engine's own are read when somebody asks."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._registry = registry = CollectorRegistry()
+        registry.register(_EngineCounters(endpoint))
+        self.requests = Counter("gptray_requests", "answers", ["path", "status"], registry=registry)
+        self.tokens_in = Counter("gptray_prompt_tokens", "tokens of prompts", registry=registry)
+        self.tokens_out = Counter("gptray_output_tokens", "tokens generated", registry=registry)
+        self.first_token = Histogram(
+            "gptray_first_token_seconds",
+            "from a request's arrival to its first token",
+            buckets=FIRST_TOKEN_S,
+            registry=registry,
+        )
+        self.per_token = Histogram(
+            "gptray_per_token_seconds",
+            "between two tokens of an output",
+            buckets=TOKEN_S,
+            registry=registry,
+        )
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class Stopwatch:
+    """Times the tokens of one request, from its arrival on."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._began = time.monotonic()
+        self._last: dict[int, float] = {}
+
+    def take(self, update: Update) -> None:
+        """Count an update's tokens. Several at once share the time since the last."""
+        tokens = len(update.drawn) + (update.end is not None)
+        if not tokens:
+            return
+        now = time.monotonic()
+        if not self._last:
+            self._telemetry.first_token.observe(now - self._began)
+        if update.index in self._last:
+            for _ in range(tokens):
+                self._telemetry.per_token.observe((now - self._last[update.index]) / tokens)
+        self._last[update.index] = now
+        self._telemetry.tokens_out.inc(tokens)
+
+
+class _EngineCounters(Collector):
+    """The counters of the engine of the moment; they begin anew with another model."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def collect(self) -> Iterator[Metric]:
+        served = self._endpoint.served
+        if served is None:
+            return
+        thread, most = served.thread, served.engine.max_batch_size
+        for name, what, value in (
+            ("gptray_sequences_running", "sequences in the batch", thread.running),
+            ("gptray_sequences_waiting", "sequences in line", thread.waiting),
+            ("gptray_batch_size", "sequences that find room in a batch", most),
+        ):
+            yield GaugeMetricFamily(name, what, value)
+        yield CounterMetricFamily("gptray_steps", "steps of the engine", thread.steps)
+        # Occupancy: rate(gptray_step_sequences) / rate(gptray_steps) / gptray_batch_size.
+        yield CounterMetricFamily(
+            "gptray_step_sequences", "sequences that got a token, over all steps", thread.rows
+        )
