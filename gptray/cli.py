@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class Arguments:
 
 
 def run_job(
-    job: Callable[[Config], dict[str, Any]],
+    job: Callable[[Config], dict[str, Any] | None],
     *,
     name: str,
     doc: str,
@@ -51,8 +51,8 @@ def run_job(
 ) -> int:
     """Run a job from the command line and return its exit code.
 
-    The job's dict becomes the last line of stdout. UserError means exit code 2, RunFailed and
-    any other exception 1, SIGINT and SIGTERM 130.
+    The job's dict becomes the last line of stdout; None: it printed that itself. UserError means
+    exit code 2, RunFailed and any other exception 1, SIGINT and SIGTERM 130.
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
@@ -66,7 +66,8 @@ def run_job(
         _log_to_stderr(verbose=arguments.verbose)
         with _sigterm_interrupts():
             result = job(config)
-        _print(_json_line(result))
+        if result is not None:
+            _print(_json_line(result))
         return DONE
     except ConfigError as error:
         _say(f"{error}\n{name}: nothing was started; --help lists every key")
@@ -84,6 +85,17 @@ def run_job(
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+def line_printer() -> Callable[[dict[str, Any]], None]:
+    """What prints a job's JSON line before its end, to what stdout is now: Ray redirects it."""
+    stdout = sys.stdout
+
+    def print_line(result: dict[str, Any]) -> None:
+        with redirect_stdout(stdout):
+            _print(_json_line(result))
+
+    return print_line
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
