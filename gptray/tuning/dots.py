@@ -120,8 +120,8 @@ def _label(effect: Effect, worth: Worth, y: float, *, beside: bool) -> str:
     level, other = setting.levels[effect.level], setting.levels[setting.reference]
     what = _cut(f"{level} instead of {other}, step {worth.step:,}", LABEL_LETTERS + 6)
     return (
-        f'<text class="label strong over" x="0" y="{y:.1f}">{escape(name)}</text>'
         f'<text class="over" x="0" y="{y + 14:.1f}">{escape(what)}</text>'
+        f'<text class="label strong over" x="0" y="{y:.1f}">{escape(name)}</text>'
     )
 
 
@@ -243,19 +243,20 @@ class _Axis:
         """The range from its low to its high end; what is no number stands at the left."""
         entry = setting.entry
         bend = math.log if entry.kind == "loguniform" else float
-        low, high = bend(entry.low), bend(entry.high)
+        top = entry.high - (entry.kind == "randint")  # its upper end is not drawn
+        low, high = bend(entry.low), bend(top)
 
         def x(value: Any) -> float:
             # The config's own may lie beyond the range, or be null.
             part = -0.06
             if isinstance(value, (int, float)):
-                part = (bend(min(max(value, entry.low), entry.high)) - low) / (high - low)
+                part = (bend(min(max(value, entry.low), top)) - low) / ((high - low) or 1.0)
             return LEFT + 8 + part * (WIDTH - LEFT - RIGHT - 8)
 
         between = (low + high) / 2
         middle = math.exp(between) if bend is math.log else between
         marks = [_mark(x(value), f"{value:.3g}") for value in (entry.low, middle)]
-        marks.append(_mark(WIDTH, f"{entry.high:.3g}", anchor="end"))
+        marks.append(_mark(WIDTH, f"{top:.3g}", anchor="end"))
         return cls({name: x(setting.values[name]) for name in names}, "".join(marks))
 
 
