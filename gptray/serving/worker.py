@@ -13,7 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gptray.generation.engine import Engine, FinishReason, Generation, Request
 from gptray.generation.sampling import Drawn
@@ -38,11 +38,11 @@ class EngineStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of one request.
+    """What is new of one request since the last update, of one token or more.
 
     index: its place among those of the stream. text: whole characters only, and nothing that may
-    yet belong to a stop string; without `Request.live_text` all of it comes at the end. prompt:
-    once, in the first update. end: the end-of-text token, if that ended it.
+    yet belong to a stop string. prompt: once, in the first update. end: the end-of-text token, if
+    that ended it. Without `Request.live_text` there are two: the first token, and the rest.
     """
 
     index: int
@@ -51,6 +51,16 @@ class Update:
     prompt: tuple[Drawn, ...]
     end: Drawn | None
     finish_reason: FinishReason | None
+
+    def __add__(self, later: Update) -> Update:
+        return Update(
+            self.index,
+            self.text + later.text,
+            self.drawn + later.drawn,
+            self.prompt + later.prompt,
+            later.end,
+            later.finish_reason,
+        )
 
 
 class EngineThread:
@@ -101,7 +111,7 @@ class EngineThread:
         return max(0, len(self._unfinished) - self.running)
 
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Update, None]:
-        """Run requests side by side; yield what each step makes of each.
+        """Run requests side by side; yield what steps make of each, as fast as it is taken.
 
         Leaving early cancels what has not ended: the slots are free before the next step but one.
 
@@ -116,11 +126,9 @@ class EngineThread:
         try:
             unfinished = len(orders)
             while unfinished:
-                news = await stream.news.get()
-                if isinstance(news, EngineStopped):
-                    raise news
-                unfinished -= news.finish_reason is not None
-                yield news
+                for update in await stream.take():
+                    unfinished -= update.finish_reason is not None
+                    yield update
         finally:
             self._leave(orders)
 
@@ -130,7 +138,7 @@ class EngineThread:
             raise ValueError(f"{len(orders)} outputs at once, and there is room for {self._places}")
         with self._news:
             if not self.alive:
-                raise EngineStopped("the engine has stopped") from self._error
+                raise self._stopped()
             missing = len(self._unfinished) + len(orders) - self._places
             if missing > 0:
                 seconds = math.ceil(missing * self.seconds / max(self.ended, 1))
@@ -161,10 +169,13 @@ class EngineThread:
         with self._news:
             self._stopping = True
             streams = {order.stream for order in self._unfinished}
-        for stream in streams:
-            stopped = EngineStopped("the engine has stopped")
-            stopped.__cause__ = self._error
-            _send(stream.loop, [(stream, stopped)])
+            self._unfinished.clear()
+        _tell([(stream, self._stopped()) for stream in streams])
+
+    def _stopped(self) -> EngineStopped:
+        stopped = EngineStopped("the engine has stopped")
+        stopped.__cause__ = self._error
+        return stopped
 
     def _take_news(self, orders: dict[Generation, _Order]) -> bool:
         """Wait until there is something to do, and tell the engine. False: it is to stop."""
@@ -186,28 +197,45 @@ class EngineThread:
         return True
 
     def _hand_out(self, orders: Sequence[_Order]) -> None:
-        """Send each of them what is new of it."""
-        updates = [order.update() for order in orders]
+        """Tell the streams of those that got a token or ended what is new of them."""
+        due = [order for order in orders if order.is_due]
+        updates = [order.update() for order in due]
+        ended = [order for order in due if order.has_ended]
         self.steps += 1
         self.rows += len(orders)
         self.tokens += sum(len(update.drawn) for update in updates)
-        ended = [o for o, update in zip(orders, updates, strict=True) if update.finish_reason]
         self.ended += len(ended)
         with self._news:
             self._unfinished.difference_update(ended)
-        by_loop = defaultdict(list)
-        for order, update in zip(orders, updates, strict=True):
-            by_loop[order.stream.loop].append((order.stream, update))
-        for loop, news in by_loop.items():
-            _send(loop, news)
+        _tell([(order.stream, update) for order, update in zip(due, updates, strict=True)])
 
 
-@dataclass(eq=False)
 class _Stream:
-    """Where an event loop waits for news of its requests."""
+    """Where an event loop waits for news of its requests; used by that loop alone."""
 
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    news: asyncio.Queue[Update | EngineStopped] = field(default_factory=asyncio.Queue)
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._updates: dict[int, Update] = {}
+        self._stopped: EngineStopped | None = None
+        self._has_news = asyncio.Event()
+
+    def put(self, news: Update | EngineStopped) -> None:
+        if isinstance(news, EngineStopped):
+            self._stopped = news
+        elif news.index in self._updates:
+            self._updates[news.index] += news
+        else:
+            self._updates[news.index] = news
+        self._has_news.set()
+
+    async def take(self) -> Iterable[Update]:
+        """Wait for news: one update of each request that has any. Raises EngineStopped."""
+        await self._has_news.wait()
+        self._has_news.clear()
+        if self._stopped is not None:
+            raise self._stopped
+        updates, self._updates = self._updates, {}
+        return updates.values()
 
 
 @dataclass(eq=False)
@@ -221,32 +249,49 @@ class _Order:
     tokens: int = 0
     characters: int = 0
 
+    @property
+    def has_ended(self) -> bool:
+        return self._made.finish_reason is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to tell what is new: not each token, where the text is made at the end."""
+        return self.request.live_text or not self.tokens or self.has_ended
+
     def update(self) -> Update:
-        """What is new since the last call; each step brings a token or the end."""
-        generation = self.generation
-        assert generation is not None
+        """What is new since the last call."""
+        made = self._made
         update = Update(
             self.index,
-            generation.text[self.characters :],
-            tuple(generation.drawn[self.tokens :]),
-            () if self.tokens else tuple(generation.prompt),
-            generation.end,
-            generation.finish_reason,
+            made.text[self.characters :],
+            tuple(made.drawn[self.tokens :]),
+            () if self.tokens else tuple(made.prompt),
+            made.end,
+            made.finish_reason,
         )
         self.tokens += len(update.drawn)
         self.characters += len(update.text)
         return update
 
+    @property
+    def _made(self) -> Generation:
+        assert self.generation is not None
+        return self.generation
 
-def _send(
-    loop: asyncio.AbstractEventLoop, news: Sequence[tuple[_Stream, Update | EngineStopped]]
-) -> None:
-    def put() -> None:
-        for stream, item in news:
-            stream.news.put_nowait(item)
 
-    try:
-        loop.call_soon_threadsafe(put)
-    except RuntimeError:
-        if not loop.is_closed():  # then nobody listens any more
-            raise
+def _tell(news: Iterable[tuple[_Stream, Update | EngineStopped]]) -> None:
+    """Put news into their streams, each event loop's in one call."""
+    by_loop = defaultdict(list)
+    for stream, item in news:
+        by_loop[stream.loop].append((stream, item))
+    for loop, items in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put, items)
+        except RuntimeError:
+            if not loop.is_closed():  # then nobody listens any more
+                raise
+
+
+def _put(items: Iterable[tuple[_Stream, Update | EngineStopped]]) -> None:
+    for stream, item in items:
+        stream.put(item)
