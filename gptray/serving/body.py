@@ -16,6 +16,9 @@ from fastapi import Request
 from gptray.data.rows import json_object
 from gptray.serving.errors import ApiError, ClientGone
 
+# No request has reason to be nested deeper.
+MAX_DEPTH = 16
+
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -60,6 +63,7 @@ def strict_object(body: bytes) -> dict[str, Any]:
             parse_float=_finite,
             object_pairs_hook=_distinct,
         )
+        _check_depth(found, MAX_DEPTH)
         if _SURROGATE_ESCAPE.search(body):
             json.dumps(found, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -69,6 +73,14 @@ def strict_object(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ApiError(400, f"the body: {error}") from None
     return found
+
+
+def _check_depth(value: Any, depth: int) -> None:
+    if depth == 0:
+        raise ValueError("nested too deeply")
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, (dict, list)):
+            _check_depth(inner, depth - 1)
 
 
 def _no_number(name: str) -> NoReturn:

@@ -157,9 +157,16 @@ class _Output:
             told["tokens"].append(self._served.token_text(drawn.token))
             told["token_logprobs"].append(_finite(drawn.logprob))
             told["top_logprobs"].append(self._likeliest(drawn))
-            told["text_offset"].append(len(self._told.text))
-            self._told.add(drawn.token)
+            told["text_offset"].append(self._offset(drawn.token))
         return told
+
+    def _offset(self, token: int) -> int:
+        """Where in the text the next token begins; part of a character: where that does."""
+        before, own = len(self._told.text), self._served.token_text(token)
+        self._told.add(token)
+        # What was held back may have come with it.
+        whole = self._told.text.endswith(own)
+        return len(self._told.text) - len(own) if whole else before
 
     def _likeliest(self, drawn: Drawn) -> dict[str, float | None] | None:
         if drawn.logprob is None:

@@ -21,7 +21,7 @@ from gptray.generation.settings import Sampling
 from gptray.serving.worker import EngineStopped, EngineThread, Overloaded
 
 # A healthy engine makes a token within this time, whatever it has to do.
-HEALTH_S = 5.0
+HEALTH_S, HEALTH_POLL_S = 5.0, 0.02
 # Characters from which on a text is encoded beside the event loop.
 LONG_TEXT = 4096
 
@@ -68,19 +68,27 @@ class Served:
         return await asyncio.to_thread(self.tokenizer.encode, text)
 
     async def healthy(self) -> bool:
-        """Whether the engine makes tokens: one for this question, or, in a full line, others'."""
-        request = Request([self.tokenizer.eos_id], Sampling(max_new_tokens=1, temperature=0.0))
-        before = self.thread.steps
+        """Whether the engine makes tokens: one for this question, where it has nothing to do."""
         try:
-            async with asyncio.timeout(HEALTH_S), aclosing(self.thread.stream([request])) as probe:
-                async for _ in probe:
-                    pass
-            return True
-        except Overloaded:
-            await asyncio.sleep(HEALTH_S / 5)
-        except (TimeoutError, RuntimeError):
-            pass
-        return self.thread.alive and self.thread.steps > before
+            async with asyncio.timeout(HEALTH_S):
+                if self.thread.running:
+                    await self._steps_on()
+                else:
+                    await self._generate_one()
+            return self.thread.alive
+        except (TimeoutError, Overloaded, EngineStopped):
+            return False
+
+    async def _steps_on(self) -> None:
+        before = self.thread.steps
+        while self.thread.alive and self.thread.steps == before:
+            await asyncio.sleep(HEALTH_POLL_S)
+
+    async def _generate_one(self) -> None:
+        request = Request([self.tokenizer.eos_id], Sampling(max_new_tokens=1, temperature=0.0))
+        async with aclosing(self.thread.stream([request])) as updates:
+            async for _ in updates:
+                pass
 
 
 class Endpoint:

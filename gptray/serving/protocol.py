@@ -104,9 +104,7 @@ def _bias(value: Any) -> tuple[tuple[int, float], ...]:
 def _is_bias(item: tuple[str, Any]) -> bool:
     token, bias = item
     is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
-    return (
-        token.isascii() and token.isdigit() and len(token) < 10 and is_number and abs(bias) <= 100
-    )
+    return bool(_TOKEN_ID.fullmatch(token)) and is_number and abs(bias) <= 100
 
 
 def _without_nulls(value: Any) -> Any:

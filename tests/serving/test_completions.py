@@ -1,0 +1,184 @@
+"""What a client gets: the openai package and lm-eval's requests over real HTTP, a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import torch
+from openai import BadRequestError, NotFoundError, OpenAI
+
+from gptray.generation.engine import Engine, Request
+from gptray.generation.settings import Sampling
+from tests.serving.servers import TOKENIZER, Server, running, tiny
+
+EOS = TOKENIZER.eos_id
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def texts(prompt: str, *, n: int = 1, **sampling: object) -> list[str]:
+    """What the engine writes, asked directly."""
+    engine = Engine(tiny(), TOKENIZER, max_batch_size=4)
+    settings = Sampling(**sampling)  # type: ignore[arg-type]
+    ids = TOKENIZER.encode(prompt)
+    return [g.text for g in engine.run([Request(ids, settings, row) for row in range(n)])]
+
+
+def test_the_openai_package_gets_what_the_engine_writes(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    done = client.completions.create(
+        model="tiny", prompt="the cat", max_tokens=12, n=3, seed=5, temperature=0.8, top_p=0.9
+    )
+    expected = texts("the cat", n=3, max_new_tokens=12, seed=5, temperature=0.8, top_p=0.9)
+    assert [choice.text for choice in done.choices] == expected
+    assert [choice.index for choice in done.choices] == [0, 1, 2]
+    assert done.usage and done.usage.prompt_tokens == len(TOKENIZER.encode("the cat"))
+    assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
+    assert done.object == "text_completion" and done.id.startswith("cmpl-")
+
+
+def test_a_stream_gives_the_same_text_token_by_token(client: OpenAI) -> None:
+    korean = "\uc61b\ub0a0 \uc61b\uc801\uc5d0"
+    for seed in range(4):
+        stream = client.completions.create(
+            model="tiny", prompt=[korean, "the"], max_tokens=30, n=2, seed=seed, stream=True,
+            logprobs=1, stream_options={"include_usage": True},
+        )  # fmt: skip
+        parts, reasons, tokens, last = [""] * 4, [""] * 4, 0, None
+        for chunk in stream:
+            for choice in chunk.choices:
+                parts[choice.index] += choice.text
+                reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+                assert choice.logprobs and choice.logprobs.tokens is not None
+                tokens += len(choice.logprobs.tokens)
+            last = chunk
+        settings = {"n": 2, "max_new_tokens": 30, "seed": seed}
+        assert parts == texts(korean, **settings) + texts("the", **settings)  # type: ignore[arg-type]
+        assert set(reasons) <= {"stop", "length"}
+        assert last and not last.choices and last.usage and last.usage.completion_tokens == tokens
+
+
+def test_stop_strings_end_the_text_before_them(client: OpenAI) -> None:
+    free = client.completions.create(model="tiny", prompt="a dog", max_tokens=30, temperature=0)
+    stop = free.choices[0].text[9:12]
+    cut = client.completions.create(
+        model="tiny", prompt="a dog", max_tokens=30, temperature=0, stop=[stop, "never there"]
+    )
+    assert cut.choices[0].text == free.choices[0].text.partition(stop)[0]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_a_seed_left_out_is_drawn_anew(client: OpenAI) -> None:
+    def ask() -> str:
+        done = client.completions.create(model="tiny", prompt="the", max_tokens=30)
+        return done.choices[0].text
+
+    assert ask() != ask()
+
+
+def test_lm_eval_gets_the_prompts_own_log_probabilities(server: Server) -> None:
+    model = tiny()
+    prompts = [TOKENIZER.encode("the cat sees a dog"), TOKENIZER.encode("\uc61b\ub0a0")]
+    answer = server.post(
+        model="tiny", prompt=prompts, temperature=0, max_tokens=1, logprobs=1, echo=True, seed=1234
+    ).json()
+    for ids, choice in zip(prompts, answer["choices"], strict=True):
+        logits = model(torch.tensor([ids]))[0, :, : TOKENIZER.vocab_size].log_softmax(-1)
+        told = choice["logprobs"]
+        assert len(told["token_logprobs"]) == len(told["tokens"]) == len(ids) + 1
+        assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+        wanted = [logits[at, token].item() for at, token in enumerate(ids[1:])]
+        assert told["token_logprobs"][1:-1] == pytest.approx(wanted, abs=1e-4)
+        # Greedy is told by the same float standing in both places.
+        greedy = [at for at in range(len(ids) - 1) if logits[at].argmax() == ids[at + 1]]
+        for at, (own, top) in enumerate(
+            zip(told["token_logprobs"][1:-1], told["top_logprobs"][1:-1], strict=True)
+        ):
+            assert (own == max(top.values())) == (at in greedy)
+        assert choice["text"].startswith(TOKENIZER.decode(ids))
+
+
+def test_the_generated_token_is_told_even_if_it_ends_the_text(server: Server) -> None:
+    body = {"prompt": [[1, 2, 3]], "max_tokens": 1, "logprobs": 0, "logit_bias": {f"{EOS}": 100}}
+    choice = server.post(**body, echo=True).json()["choices"][0]
+    assert choice["finish_reason"] == "stop" and choice["text"] == TOKENIZER.decode([1, 2, 3])
+    assert len(choice["logprobs"]["token_logprobs"]) == 4
+    assert choice["logprobs"]["tokens"][-1] == TOKENIZER.decode([EOS])
+    on = server.post(**body, ignore_eos=True).json()["choices"][0]
+    assert on["finish_reason"] == "length" and on["text"] == TOKENIZER.decode([EOS])
+
+
+def test_echo_without_new_tokens_only_scores(server: Server) -> None:
+    body = {"prompt": "the cat", "max_tokens": 0, "echo": True}
+    answer = server.post(**body, logprobs=2).json()
+    assert answer["choices"][0]["text"] == "the cat"
+    assert answer["choices"][0]["finish_reason"] == "length"
+    told = answer["choices"][0]["logprobs"]
+    assert "".join(told["tokens"]) == "the cat" and answer["usage"]["completion_tokens"] == 0
+    assert [len(top) in (2, 3) for top in told["top_logprobs"][1:]].count(False) == 0
+    assert server.post(**body).json()["choices"][0]["logprobs"] is None
+
+
+def test_offsets_say_where_in_the_text_each_token_begins(server: Server) -> None:
+    body = {"prompt": "the cat \uc61b\ub0a0", "max_tokens": 20, "seed": 1, "logprobs": 0}
+    for echo in (False, True):
+        choice = server.post(**body, echo=echo).json()["choices"][0]
+        told, seen = choice["logprobs"], 0
+        assert told["text_offset"] == sorted(told["text_offset"]) and told["text_offset"][0] == 0
+        for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+            if not token.startswith("token_id:"):
+                assert choice["text"][offset : offset + len(token)] == token
+                seen += 1
+        assert seen > 5
+
+
+def test_what_load_clients_send_is_taken(server: Server) -> None:
+    body = {
+        "model": "tiny", "prompt": "the", "max_tokens": 6, "repetition_penalty": 1.0,
+        "logprobs": None, "stop": None, "ignore_eos": True, "stream": True, "suffix": None,
+        "top_k": -1, "min_p": 0, "best_of": 1, "user": "me", "add_special_tokens": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }  # fmt: skip
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = "".join(answer.iter_text()).split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 6, 6]
+    assert chunks[-1]["choices"] == []
+
+
+def test_tokens_to_and_fro(server: Server) -> None:
+    text = "the cat \uc61b\ub0a0"
+    url = f"{server.url}/tokenize"
+    told = httpx.post(url, json={"prompt": text, "add_special_tokens": False}).json()
+    assert told["tokens"] == TOKENIZER.encode(text) and told["count"] == len(told["tokens"])
+    back = httpx.post(f"{server.url}/detokenize", json={"tokens": told["tokens"]}).json()
+    assert back == {"prompt": text}
+    assert server.get("/tokenizer_info").json()["eos_token"] == TOKENIZER.decode([EOS])
+    too_high = httpx.post(f"{server.url}/detokenize", json={"tokens": [TOKENIZER.vocab_size]})
+    assert too_high.status_code == 400
+
+
+def test_errors_reach_the_openai_package_as_its_own(client: OpenAI) -> None:
+    with pytest.raises(NotFoundError) as unknown:
+        client.completions.create(model="gpt-4", prompt="the")
+    assert unknown.value.code == "model_not_found" and "'tiny'" in unknown.value.message
+    with pytest.raises(BadRequestError) as wrong:
+        client.completions.create(model="tiny", prompt="the", extra_body={"max_new_tokens": 5})
+    assert "did you mean max_tokens?" in wrong.value.message
+    assert wrong.value.param == "max_new_tokens" and wrong.value.type == "invalid_request_error"

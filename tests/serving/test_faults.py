@@ -1,0 +1,281 @@
+"""What a server survives: wrong requests, too many, clients that go, a stop, a model replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from gptray.serving.keys import read_keys
+from tests.serving.requests import fuzzed
+from tests.serving.servers import TOKENIZER, Server, running, served, tiny
+
+# Thousands of steps: whoever leaves it is gone long before its end.
+LONG = {"prompt": "the", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+GOOD = {"prompt": "the cat", "max_tokens": 8, "seed": 3}
+FUZZED = 300
+
+
+def long_tiny(seed: int = 0) -> Any:
+    return tiny(seed, n_positions=4096)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    limits = {"max_prompts": 3, "max_n": 2, "max_stop": 2, "max_logprobs": 4}
+    with running(max_body_bytes=3000, max_output_tokens=20, **limits) as server:
+        yield server
+
+
+@contextmanager
+def stream(server: Server, **body: Any) -> Iterator[Iterator[str]]:
+    """A stream whose first event has come."""
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        yield lines
+
+
+def text_of(lines: Iterator[str]) -> str:
+    """The rest of a stream."""
+    events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+
+
+def until(server: Server, metric: str, value: float) -> None:
+    """Ask until a metric has a value; a test that hangs here has failed."""
+    while server.metric(metric) != value:
+        pass
+
+
+def raw(server: Server, body: bytes, **headers: str) -> httpx.Response:
+    kind = {"content-type": "application/json"}
+    return httpx.post(f"{server.url}/v1/completions", content=body, headers=kind | headers)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "not JSON"),
+        (b"[]", "expected a JSON object"),
+        (b'{"prompt": "x", "seed": NaN}', "NaN is no number"),
+        (b'{"prompt": "x", "temperature": -Infinity}', "-Infinity is no number"),
+        (b'{"prompt": "x", "temperature": 1e999}', "too large"),
+        (b'{"prompt": "x", "seed": 1' + b"0" * 400 + b"}", "seed must be below"),
+        (b'{"prompt": "' + b"\\ud800" + b'"}', "surrogate"),
+        (b'{"prompt": "\xed\xa0\x80"}', "UTF-8"),
+        (b'{"prompt": "x", "prompt": "y"}', "'prompt' is there twice"),
+        (b"[" * 2900, "nested too deeply"),
+        (b"{}", "prompt is missing"),
+        (b'{"prompt": null}', "prompt is missing"),
+        (b'{"prompt": ""}', "the prompt is empty"),
+        (b'{"prompt": []}', "prompt expects text"),
+        (b'{"prompt": [[]]}', "prompt expects text"),
+        (b'{"prompt": [[[1]]]}', "prompt expects text"),
+        (b'{"prompt": ["x", 1]}', "prompt expects text"),
+        (b'{"prompt": [true]}', "prompt expects text"),
+        (b'{"prompt": [-1]}', "outside 0 .. "),
+        (b'{"prompt": [99999]}', "outside 0 .. "),
+        (b'{"prompt": ["x", ""]}', "prompt 2: the prompt is empty"),
+        (b'{"prompt": [' + b"1, " * 80 + b"1]}", "the prompt is too long: 81 tokens"),
+        (b'{"prompt": "x", "max_tokens": "5"}', "max_tokens expects a whole number"),
+        (b'{"prompt": "x", "max_tokens": true}', "max_tokens expects a whole number"),
+        (b'{"prompt": "x", "max_tokens": 0}', "max_tokens=0"),
+        (b'{"prompt": "x", "max_tokens": 21}', "max_tokens=21, more than 20"),
+        (b'{"prompt": "x", "n": 3}', "n=3, more than 2"),
+        (b'{"prompt": "x", "n": 2, "best_of": 1}', "best_of=1 must be n=2"),
+        (b'{"prompt": ["a", "b", "c", "d"]}', "prompt has 4 entries, more than 3"),
+        (b'{"prompt": "x", "stop": ["a", "b", "c"]}', "stop has 3 entries, more than 2"),
+        (b'{"prompt": "x", "stop": ""}', "stop expects text"),
+        (b'{"prompt": "x", "logprobs": 5}', "logprobs=5, more than 4"),
+        (b'{"prompt": "x", "logit_bias": {"999999": 1}}', "logit_bias names a token outside"),
+        (b'{"prompt": "x", "logit_bias": {"01": 1}}', "logit_bias expects"),
+        (b'{"prompt": "x", "logit_bias": [1]}', "logit_bias expects"),
+        (b'{"prompt": "x", "repetition_penalty": 1e-300}', "repetition_penalty must be at least"),
+        (b'{"prompt": "x", "suffix": "y"}', "suffix is not supported"),
+        (b'{"prompt": "x", "temprature": 1}', "did you mean temperature?"),
+        (b'{"prompt": "x", "stream_options": {"include_use": 1}}', "did you mean include_usage?"),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong(server: Server, body: bytes, message: str) -> None:
+    answer = raw(server, body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert message in error["message"] and error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_what_stands_at_its_limit_is_answered(server: Server) -> None:
+    body = {"prompt": ["a", "b", "c"], "n": 2, "stop": ["y", "z"], "logprobs": 4, "max_tokens": 20}
+    assert server.post(**body).status_code == 200
+
+
+def test_other_ways_of_asking_wrongly(server: Server) -> None:
+    assert raw(server, b"x" * 3001).status_code == 413
+    assert httpx.post(f"{server.url}/v1/completions", content=iter([b"x" * 9000]), headers={
+        "content-type": "application/json"}).status_code == 413  # fmt: skip
+    assert raw(server, b"{}", **{"content-type": "text/plain"}).status_code == 415
+    assert raw(server, b"{}", **{"content-encoding": "gzip"}).status_code == 415
+    missing = server.get("/v1/completion")
+    assert missing.status_code == 404
+    assert "did you mean /v1/completions?" in missing.json()["error"]["message"]
+    assert server.get("/v1/completions").status_code == 405
+    assert server.get("/v1/models/../../etc/passwd").status_code == 404
+
+
+def test_fuzzed_requests_get_an_answer_in_form_and_harm_nobody(server: Server) -> None:
+    good = server.post(**GOOD).json()["choices"]
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for body in fuzzed(FUZZED, seed=7, vocab_size=TOKENIZER.vocab_size):
+            kind = {"content-type": "application/json"}
+            answer = client.post("/v1/completions", content=body, headers=kind)
+            assert answer.status_code in (200, 400, 404, 413), (body[:300], answer.text)
+            if answer.status_code != 200:
+                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert server.post(**GOOD).json()["choices"] == good
+
+
+def test_a_body_that_is_never_sent_whole_ends_quietly(server: Server) -> None:
+    for _ in range(3):
+        with server.connect() as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 100\r\n\r\n{"prompt'
+            )
+    until(server, 'gptray_requests_total{path="/v1/completions",status="499"}', 3)
+    assert server.post(**GOOD).status_code == 200
+
+
+def test_a_client_that_goes_away_frees_its_slots() -> None:
+    with running(long_tiny()) as server:
+        for _ in range(3):
+            with stream(server, **LONG, n=4):
+                pass
+        body = json.dumps({**LONG, "stream": False}).encode()
+        with server.connect() as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            until(server, "gptray_sequences_running", 1)
+        until(server, "gptray_sequences_running", 0)
+        assert server.metric("gptray_sequences_waiting") == 0
+        assert server.metric("gptray_output_tokens_total") < 4000
+        assert server.endpoint.active == 0
+
+
+def test_what_finds_no_room_is_refused_whole() -> None:
+    with running(long_tiny(), max_batch_size=2, max_waiting=2) as server:
+        with stream(server, **LONG, n=3):
+            refused = server.post(prompt="a", n=2)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert server.metric("gptray_sequences_waiting") == 1
+            assert server.get("/health").status_code == 200
+        until(server, "gptray_sequences_running", 0)
+        assert server.post(prompt="a", n=2, max_tokens=3).status_code == 200
+        assert server.post(prompt=["a", "b", "c"], n=2).status_code == 400
+
+
+def test_a_request_that_takes_too_long_ends_and_frees_its_slot() -> None:
+    with running(long_tiny(), request_timeout_s=0.2) as server:
+        assert server.post(**{**LONG, "stream": False}).status_code == 408
+        with stream(server, **LONG) as lines:
+            events = [line for line in lines if line]
+        assert (
+            "request_timeout_s" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
+        )
+        until(server, "gptray_sequences_running", 0)
+
+
+def test_a_stop_lets_streams_finish_and_refuses_new_requests() -> None:
+    body = {**LONG, "max_tokens": 500}
+    with running(long_tiny()) as server, stream(server, **body) as lines:
+        drained = asyncio.run_coroutine_threadsafe(server.endpoint.drain(60), server.loop)
+        refused = server.post(**GOOD)
+        assert refused.status_code == 503 and "stopping" in refused.json()["error"]["message"]
+        assert server.get("/health").status_code == 503
+        assert not drained.done()
+        assert text_of(lines)
+        assert drained.result() == 0
+
+
+def test_a_stop_does_not_wait_for_ever() -> None:
+    with running(long_tiny()) as server, stream(server, **LONG):
+        drained = asyncio.run_coroutine_threadsafe(server.endpoint.drain(0), server.loop)
+        assert drained.result() == 1
+
+
+def test_a_new_model_takes_over_while_a_stream_ends_on_the_old_one() -> None:
+    body = {**LONG, "max_tokens": 500, "seed": 1}
+    with running(long_tiny()) as server:
+        with stream(server, **body) as lines:
+            whole = text_of(lines)
+        old = server.endpoint.served
+        assert old is not None
+        with stream(server, **body) as lines:
+            after = served(long_tiny(seed=9), server.limits, "new")
+            server.loop.call_soon_threadsafe(server.endpoint.serve, after)
+            while server.get("/v1/models").json()["data"][0]["id"] != "new":
+                pass
+            assert server.post(**GOOD).json()["model"] == "new"
+            assert old.thread.alive
+            assert text_of(lines) == whole
+        while old.thread.alive:
+            pass
+        assert server.post(**GOOD).status_code == 200
+
+
+def test_a_dead_engine_is_told_by_health() -> None:
+    model = tiny()
+    torch.nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
+    with running(model) as server:
+        assert server.get("/health").status_code == 503
+        answer = server.post(**GOOD)
+        assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
+        assert server.get("/metrics").status_code == 200
+
+
+def test_a_key_opens_every_route_and_none_but_health_is_open_without(tmp_path: Path) -> None:
+    path = tmp_path / "keys.txt"
+    path.write_text("first-key\nsecond-key\n")
+    routes = [
+        ("GET", "/"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
+        ("POST", "/v1/completions"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+        ("GET", "/tokenizer_info"), ("GET", "/nowhere"), ("GET", "/health/"), ("GET", "//health"),
+    ]  # fmt: skip
+    with (
+        running(keys=read_keys(str(path))) as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        for method, route in routes:
+            for value in ("", "Bearer wrong", "Bearer", "first-key", "Basic first-key"):
+                answer = client.request(method, route, headers={"Authorization": value})
+                assert answer.status_code == 401, (route, value)
+            for key in ("first-key", "second-key"):
+                inside = {"Authorization": f"Bearer {key}"}
+                assert client.request(method, route, headers=inside).status_code != 401
+        assert client.get("/health").status_code == 200
+
+
+def test_metrics_count_and_hold_no_text() -> None:
+    with running() as server:
+        server.post(prompt="the secret cat", max_tokens=7, ignore_eos=True)
+        server.get("/somewhere/secret")
+        assert server.metric("gptray_output_tokens_total") == 7
+        prompt = len(TOKENIZER.encode("the secret cat"))
+        assert server.metric("gptray_prompt_tokens_total") == prompt
+        assert server.metric("gptray_first_token_seconds_count") == 1
+        assert server.metric("gptray_per_token_seconds_count") == 6
+        assert server.metric("gptray_step_sequences_total") == 7
+        assert server.metric('gptray_requests_total{path="other",status="404"}') == 1
+        assert "secret" not in server.get("/metrics").text
