@@ -5,16 +5,17 @@ A busy machine then slows all of them alike, and none lives with what another sw
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import IO, cast
+from typing import IO, Any, cast
 
 
 class Contestant:
-    """A process that runs `script --worker system ...` and answers each job with its seconds."""
+    """A process that runs `script --worker system ...` and answers each job: seconds, or more."""
 
     def __init__(self, script: str, system: str, arguments: Sequence[str]) -> None:
         self._process = subprocess.Popen(
@@ -23,29 +24,32 @@ class Contestant:
             stdout=subprocess.PIPE,
             text=True,
         )
-        if self._answer() != "ready":
-            raise RuntimeError(f"{system} did not start; its own message is above")
+        self._system = system
+        self._answer()  # it is ready
 
-    def seconds(self, job: int) -> float:
+    def ask(self, job: int) -> Any:
         print(job, file=cast(IO[str], self._process.stdin), flush=True)
-        return float(self._answer())
+        return json.loads(self._answer())
 
     def close(self) -> None:
         cast(IO[str], self._process.stdin).close()
         self._process.wait()
 
     def _answer(self) -> str:
-        return cast(IO[str], self._process.stdout).readline().strip()
+        line = cast(IO[str], self._process.stdout).readline()
+        if not line:
+            raise RuntimeError(f"{self._system} has ended; its own message is above")
+        return line.strip()
 
 
-def answer(prepare: Callable[[], Callable[[int], float]]) -> None:
-    """The contestant's side: prepare, then answer every job on stdin with its seconds."""
+def answer(prepare: Callable[[], Callable[[int], Any]]) -> None:
+    """The contestant's side: prepare, then answer every job on stdin with what JSON can hold."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     run = prepare()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        print(run(int(line)), file=answers, flush=True)
+        print(json.dumps(run(int(line))), file=answers, flush=True)
 
 
 def take_turns(
@@ -58,7 +62,7 @@ def take_turns(
         seconds[job] = {system: [] for system in systems}
         for turn in range(rounds + 1):
             for system, contestant in contestants.items():
-                taken = contestant.seconds(job)
+                taken = contestant.ask(job)
                 if turn:
                     seconds[job][system].append(taken)
     for contestant in contestants.values():

@@ -1,0 +1,211 @@
+"""The HTTP endpoint under load beside its engine alone and two servers that people write.
+
+Random weights of a GPT-2 shape, bf16, prompts of 16 to 128 tokens, outputs of 16 to 128, top-k 50,
+streamed; every client asks again as soon as it has its answer. Systems: gptray (jobs/serve.py),
+engine (no HTTP), app (gptray's routes without Ray), hf (FastAPI and transformers' generate, one
+request at a time), batch (transformers' generate over batches of 32 by @serve.batch). They take
+turns, each started anew with nothing beside it but its clients.
+
+    python benchmarks/serve.py [--shape 124m|10m] [--clients 1,8,32,64] [--systems gptray,engine]
+
+Prints a table and, last, one JSON line with tokens per second and waiting times: a first token's
+from the request on, and between an output's tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from generate import SHAPES, make_model
+from serve_load import TOP_K, Answer, Window, asks, load
+from turns import Contestant, answer
+
+ROOT = Path(__file__).resolve().parent.parent
+SYSTEMS = ("gptray", "engine", "app", "hf", "batch")
+BATCH_SIZE = 32
+START_S, STOP_S = 120.0, 60.0
+
+Measure = Callable[[int], dict[str, Any]]
+
+
+def engine_alone(model_dir: str, seconds: float) -> Measure:
+    """The engine with the requests of that many clients, in one thread."""
+    from gptray.generation.engine import Generation, Request, load_engine
+    from gptray.generation.settings import Sampling
+
+    engine, _ = load_engine(
+        model_dir, max_batch_size=BATCH_SIZE, precision="bf16", quantize="none", device="cpu"
+    )
+
+    def measure(clients: int) -> dict[str, Any]:
+        window, requests = Window(seconds), asks()
+        running: dict[Generation, Answer] = {}
+        while window.left:
+            while len(running) < clients:
+                ask = next(requests)
+                sampling = Sampling(
+                    max_new_tokens=ask.new_tokens, top_k=TOP_K, seed=ask.seed, ignore_eos=True
+                )
+                generation = engine.submit(Request(ask.prompt, sampling))
+                running[generation] = window.new_answer()
+            for generation in engine.step():
+                ended = generation.finish_reason is not None
+                window.got(running[generation], len(generation.drawn), ended=ended)
+                if ended:
+                    del running[generation]
+        for generation in running:
+            engine.cancel(generation)
+        return window.report()
+
+    return measure
+
+
+@contextmanager
+def running_server(system: str, model_dir: str) -> Iterator[int]:
+    """A server in a process of its own; its port, once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if system == "gptray":
+        settings = {
+            "serve.model": model_dir,
+            "serve.port": port,
+            "serve.max_batch_size": BATCH_SIZE,
+            "generate.precision": "bf16",
+        }
+        command = ["jobs/serve.py", *(f"{key}={value}" for key, value in settings.items())]
+    else:
+        command = ["benchmarks/serve_peers.py", system, model_dir, str(port)]
+    server = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server)
+        yield port
+    finally:
+        server.terminate()
+        server.wait(STOP_S)
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            direct.open(url, timeout=START_S).close()
+            return
+        except (urllib.error.URLError, OSError):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{url} does not answer") from None
+            time.sleep(0.2)
+
+
+def contest(system: str, model_dir: str, seconds: float) -> None:
+    """One turn of a system: measure as often as is asked on stdin."""
+    if system == "engine":
+        answer(lambda: engine_alone(model_dir, seconds))
+        return
+    with running_server(system, model_dir) as port:
+        answer(lambda: lambda clients: load(port, clients, seconds))
+
+
+def measure(args: argparse.Namespace, levels: list[int], systems: list[str]) -> dict[str, Any]:
+    """Every system's reports, of all rounds, at each number of clients."""
+    reports: dict[str, Any] = {system: {level: [] for level in levels} for system in systems}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(args.shape, Path(folder))
+        for _ in range(args.rounds):
+            for system in systems:
+                arguments = ["--model", folder, "--seconds", str(args.seconds)]
+                contestant = Contestant(__file__, system, arguments)
+                for level in levels:
+                    report = contestant.ask(level)
+                    print(f"{system}, {level} clients: {report}", file=sys.stderr)
+                    reports[system][level].append(report)
+                contestant.close()
+    return reports
+
+
+def middle(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several: every figure's median."""
+    merged: dict[str, Any] = {}
+    for name, value in reports[0].items():
+        values = [report[name] for report in reports if report[name] is not None]
+        if isinstance(value, dict):
+            merged[name] = middle(values)
+        else:
+            merged[name] = statistics.median(values) if values else None
+    return merged
+
+
+def ratios(reports: dict[str, Any], figure: Callable[[Any], Any]) -> dict[str, dict[int, float]]:
+    """gptray's figure by each other system's."""
+    ours = reports.get("gptray", {})
+    return {
+        f"gptray/{other}": {
+            level: round(figure(ours[level]) / figure(report), 3)
+            for level, report in reports[other].items()
+            if figure(ours[level]) and figure(report)
+        }
+        for other in reports
+        if ours and other != "gptray"
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="124m")
+    parser.add_argument("--clients", default="1,8,32,64")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="of " + " ".join(SYSTEMS))
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        contest(args.worker, args.model, args.seconds)
+        return
+    levels = [int(clients) for clients in args.clients.split(",")]
+    measured = measure(args, levels, args.systems.split(","))
+    reports = {
+        system: {level: middle(rounds) for level, rounds in of_system.items()}
+        for system, of_system in measured.items()
+    }
+    print_table(reports)
+    result = {
+        "shape": args.shape,
+        "seconds": args.seconds,
+        "rounds": args.rounds,
+        "reports": reports,
+        "tokens_per_sec_ratios": ratios(reports, lambda report: report["tokens_per_sec"]),
+        "first_token_p99_ratios": ratios(reports, lambda report: report["first_token_s"]["p99"]),
+    }
+    print(json.dumps(result))
+
+
+def print_table(reports: dict[str, Any]) -> None:
+    columns = ("clients", "requests/s", "tokens/s", "first p50", "p99 s", "token p50", "p99 s")
+    print(f"{'system':10}" + "".join(f"{column:>12}" for column in columns))
+    for system, levels in reports.items():
+        for level, report in levels.items():
+            first, token = report["first_token_s"], report["per_token_s"]
+            figures = (
+                level, report["requests_per_sec"], report["tokens_per_sec"],
+                first["p50"], first["p99"], token["p50"], token["p99"],
+            )  # fmt: skip
+            print(f"{system:10}" + "".join(f"{'-' if f is None else f:>12}" for f in figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Clients of a completions server, each with one request at a time, and what they see of it.
+
+Raw asyncio streams, for a client takes its time from the server beside it. A window of time is
+measured, after the clients have begun; what runs into it and out of it counts for its part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+# Lengths of prompts and outputs, all equally likely.
+PROMPT_TOKENS, NEW_TOKENS = (16, 128), (16, 128)
+VOCABULARY, TOP_K = 50_000, 50
+WARM_UP_S = 5.0
+
+_COUNT = re.compile(rb'"completion_tokens":\s*([0-9]+)')
+
+
+@dataclass
+class Ask:
+    """What one request asks for."""
+
+    prompt: list[int]
+    new_tokens: int
+    seed: int
+
+
+def asks() -> Iterator[Ask]:
+    """The same requests in the same order at each call."""
+    rng = np.random.default_rng(0)
+    for seed in itertools.count():
+        length, new_tokens = (int(rng.integers(a, b + 1)) for a, b in (PROMPT_TOKENS, NEW_TOKENS))
+        yield Ask(rng.integers(VOCABULARY, size=length).tolist(), new_tokens, seed)
+
+
+@dataclass
+class Answer:
+    """What came of a request so far."""
+
+    began: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    first: float | None = None
+    last: float = 0.0
+    ended: bool = False
+
+
+class Window:
+    """The time that is measured, and all answers that it saw."""
+
+    def __init__(self, seconds: float) -> None:
+        self.begin = time.perf_counter() + WARM_UP_S
+        self.end = self.begin + seconds
+        self._answers: list[Answer] = []
+        self._tokens = 0
+
+    @property
+    def left(self) -> float:
+        """Seconds to the end."""
+        return max(0.0, self.end - time.perf_counter())
+
+    def new_answer(self) -> Answer:
+        self._answers.append(Answer())
+        return self._answers[-1]
+
+    def got(self, answer: Answer, tokens: int, *, ended: bool) -> None:
+        """An answer has so many tokens now."""
+        now = time.perf_counter()
+        if self.begin <= now < self.end:
+            self._tokens += tokens - answer.tokens
+        if tokens and answer.first is None:
+            answer.first = now
+        answer.tokens, answer.last, answer.ended = tokens, now, ended
+
+    def report(self) -> dict[str, Any]:
+        """Rates, and the median and 99th percentile of waiting times in seconds."""
+        seconds = self.end - self.begin
+        ended = [a for a in self._answers if a.ended and self.begin <= a.last < self.end]
+        # Who still waits for the first token has waited at least until the end.
+        firsts = [(a.first or self.end, a.began) for a in self._answers]
+        waits = [min(first, self.end) - began for first, began in firsts if first >= self.begin]
+        steps = [(a.last - (a.first or 0)) / (a.tokens - 1) for a in ended if a.tokens > 1]
+        return {
+            "requests_per_sec": round(len(ended) / seconds, 3),
+            "tokens_per_sec": round(self._tokens / seconds, 1),
+            "first_token_s": _quantiles(waits),
+            "per_token_s": _quantiles(steps),
+        }
+
+
+def _quantiles(values: list[float]) -> dict[str, float | None]:
+    return {
+        name: round(float(np.quantile(values, q)), 4) if values else None
+        for name, q in (("p50", 0.5), ("p99", 0.99))
+    }
+
+
+def load(port: int, clients: int, seconds: float) -> dict[str, Any]:
+    """Have that many clients ask a server for the time of a window."""
+    return asyncio.run(_load(port, clients, seconds))
+
+
+async def _load(port: int, clients: int, seconds: float) -> dict[str, Any]:
+    window, requests = Window(seconds), asks()
+
+    async def client() -> None:
+        for ask in requests:
+            await _complete(port, ask, window)
+
+    tasks = [asyncio.create_task(client()) for _ in range(clients)]
+    await asyncio.wait(tasks, timeout=window.left, return_when=asyncio.FIRST_EXCEPTION)
+    for task in tasks:
+        if task.done():
+            task.result()
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    # What the server still does for those that went away is not the next level's.
+    await _complete(port, Ask([1], 1, 0), window)
+    return window.report()
+
+
+async def _complete(port: int, ask: Ask, window: Window) -> None:
+    """One completion as a stream. Raises RuntimeError for an answer that is none."""
+    body = json.dumps(
+        {
+            "prompt": ask.prompt,
+            "max_tokens": ask.new_tokens,
+            "seed": ask.seed,
+            "top_k": TOP_K,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+    ).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    answer = window.new_answer()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(head.encode() + body)
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise RuntimeError(f"{status!r} {await reader.read(2000)!r}")
+        async for line in reader:
+            if line.startswith(b"data:") and (counted := _COUNT.search(line)):
+                tokens = int(counted[1])
+                if tokens > answer.tokens:
+                    window.got(answer, tokens, ended=tokens == ask.new_tokens)
+        if not answer.ended:
+            raise RuntimeError(f"{answer.tokens} of {ask.new_tokens} tokens came")
+    finally:
+        writer.close()

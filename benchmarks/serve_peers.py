@@ -1,0 +1,200 @@
+"""Servers that benchmarks/serve.py measures, each a process: python serve_peers.py KIND FOLDER PORT
+
+app: gptray's routes on uvicorn, without Ray. hf: FastAPI and transformers' generate, one request
+at a time. batch: transformers' generate over batches of up to 32 by Ray Serve's @serve.batch; who
+is done early is held until its batch is, for then all ask again at once and the next batch fills.
+All stream, in bf16, and stop at SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+
+BATCH_SIZE, BATCH_WAIT_S = 32, 0.02
+MAX_CLIENTS = 256
+
+
+class HuggingFace:
+    """transformers' model and what it gives at each of its steps."""
+
+    def __init__(self, model_dir: str) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+        self._model.generation_config.eos_token_id = None
+
+    def generate(self, bodies: Sequence[Any], tell: Callable[[list[str]], None]) -> None:
+        """Complete a batch, padded on the left; tell every row's event at each step."""
+        longest = max(len(body["prompt"]) for body in bodies)
+        pads = [longest - len(body["prompt"]) for body in bodies]
+        ids = torch.tensor([[0] * pad + b["prompt"] for pad, b in zip(pads, bodies, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+        with torch.inference_mode():
+            self._model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max(body["max_tokens"] for body in bodies),
+                do_sample=True,
+                top_k=bodies[0].get("top_k", 50),
+                pad_token_id=0,
+                streamer=_Steps(lambda step, tokens: tell(self._events(step, tokens))),
+            )
+
+    def _events(self, step: int, tokens: list[int]) -> list[str]:
+        contents = [
+            {
+                "choices": [{"text": self._tokenizer.decode([token])}],
+                "usage": {"completion_tokens": step},
+            }
+            for token in tokens
+        ]
+        return [f"data: {json.dumps(content)}\n\n" for content in contents]
+
+
+class _Steps:
+    """What `generate` takes for a streamer: it gets the prompts, then every step's tokens."""
+
+    def __init__(self, tell: Callable[[int, list[int]], None]) -> None:
+        self._step, self._tell = 0, tell
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if self._step:
+            self._tell(self._step, tokens.tolist())
+        self._step += 1
+
+    def end(self) -> None:
+        pass
+
+
+class ClientGone(Exception):
+    """Ends a generation for which nobody waits."""
+
+
+class OneAtATime:
+    """A thread that completes requests in the order in which they came."""
+
+    def __init__(self, model: HuggingFace) -> None:
+        self._model = model
+        self._line: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    async def events(self, body: Any) -> AsyncGenerator[str, None]:
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[str | None] = asyncio.Queue()
+        gone = threading.Event()
+
+        def tell(events: list[str] | None) -> None:
+            if gone.is_set():
+                raise ClientGone
+            loop.call_soon_threadsafe(told.put_nowait, events[0] if events else None)
+
+        def complete() -> None:
+            self._model.generate([body], tell)
+            tell(None)
+
+        self._line.put(complete)
+        try:
+            while (event := await told.get()) is not None:
+                yield event
+        finally:
+            gone.set()
+
+    def _work(self) -> None:
+        while True:
+            complete = self._line.get()
+            try:
+                complete()
+            except ClientGone:
+                continue
+
+
+def hf(model_dir: str, port: int) -> None:
+    one_at_a_time, app = OneAtATime(HuggingFace(model_dir)), FastAPI()
+
+    @app.get("/health")
+    async def health() -> None:
+        pass
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> StreamingResponse:
+        return StreamingResponse(one_at_a_time.events(await request.json()))
+
+    _run_uvicorn(app, port)
+
+
+def app(model_dir: str, port: int) -> None:
+    from gptray.config import Config, override
+    from gptray.serving.app import make_app
+    from gptray.serving.endpoint import Endpoint, Served
+
+    config = override(Config(), {"generate.precision": "bf16"})
+    endpoint = Endpoint()
+    endpoint.serve(Served.load(model_dir, "benchmark", config))
+    _run_uvicorn(make_app(endpoint, config.serve), port)
+
+
+def batch(model_dir: str, port: int) -> None:
+    from ray import serve
+
+    from gptray.runners.cluster import ray_cluster
+
+    @serve.deployment(max_ongoing_requests=MAX_CLIENTS)
+    class Batches:
+        def __init__(self) -> None:
+            torch.set_num_threads(os.cpu_count() or 1)
+            self._model = HuggingFace(model_dir)
+
+        async def __call__(self, request: Request) -> Response:
+            if request.method == "GET":
+                return Response()
+            return StreamingResponse(self._events(await request.json()))
+
+        @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)  # type: ignore[untyped-decorator]
+        async def _events(self, bodies: list[Any]) -> AsyncGenerator[list[Any], None]:
+            loop = asyncio.get_running_loop()
+            told: asyncio.Queue[list[str]] = asyncio.Queue()
+
+            def tell(events: list[str]) -> None:
+                loop.call_soon_threadsafe(told.put_nowait, events)
+
+            done = loop.run_in_executor(None, self._model.generate, bodies, tell)
+            for step in range(1, max(body["max_tokens"] for body in bodies) + 1):
+                events = await told.get()
+                yield [
+                    event if step <= body["max_tokens"] else ":\n\n"
+                    for event, body in zip(events, bodies, strict=True)
+                ]
+            await done
+
+    application: Any = Batches
+    with ray_cluster():
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(application.bind())
+        signal.sigwait({signal.SIGTERM})
+        serve.shutdown()
+
+
+def _run_uvicorn(app: Any, port: int) -> None:
+    import uvicorn
+
+    uvicorn.run(app, port=port, log_level="warning", access_log=False)
+
+
+if __name__ == "__main__":
+    # Blocked in every thread before there is another, so that sigwait gets it.
+    if sys.argv[1] == "batch":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    {"app": app, "hf": hf, "batch": batch}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
