@@ -41,7 +41,8 @@ Body = TypeVar("Body", bound=BaseModel)
 def make_app(endpoint: Endpoint, limits: ServeConfig, *, keys: Sequence[str] = ()) -> ASGIApp:
     """The application over an endpoint. keys: digests of those that let in."""
     telemetry = Telemetry(endpoint)
-    routes = _Routes(endpoint, limits, telemetry)
+    html = page(limits.max_logprobs)
+    routes = _Routes(endpoint, limits, telemetry, html)
     api = FastAPI(openapi_url=None)
     for method, path, route in (
         ("GET", "/", routes.page),
@@ -70,14 +71,17 @@ def make_app(endpoint: Endpoint, limits: ServeConfig, *, keys: Sequence[str] = (
     for kind in (ApiError, ClientGone, UserError, Overloaded, EngineStopped, TimeoutError):
         api.add_exception_handler(kind, _answer)
     api.add_exception_handler(Exception, _answer)  # after the answer the server logs it
-    return Gate(api, endpoint, telemetry, keys=keys, paths=paths)
+    return Gate(api, endpoint, telemetry, keys=keys, page=html, paths=paths)
 
 
 class _Routes:
     """What each path does."""
 
-    def __init__(self, endpoint: Endpoint, limits: ServeConfig, telemetry: Telemetry) -> None:
+    def __init__(
+        self, endpoint: Endpoint, limits: ServeConfig, telemetry: Telemetry, html: str
+    ) -> None:
         self._endpoint, self._limits, self._telemetry = endpoint, limits, telemetry
+        self._html = html
 
     async def completions(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
@@ -142,7 +146,7 @@ class _Routes:
         return Response(self._telemetry.text(), media_type="text/plain; version=0.0.4")
 
     async def page(self) -> Response:
-        return HTMLResponse(page())
+        return HTMLResponse(self._html)
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         async with asyncio.timeout(self._limits.request_timeout_s):

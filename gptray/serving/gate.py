@@ -11,7 +11,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gptray.serving.endpoint import Endpoint
 from gptray.serving.errors import ApiError
 from gptray.serving.keys import lets_in
-from gptray.serving.page import page
 from gptray.serving.telemetry import Telemetry
 
 OPEN_PATHS = ("/health",)
@@ -22,8 +21,8 @@ DRAINING_PATHS = ("/metrics",)
 class Gate:
     """An ASGI application around another one.
 
-    keys: digests of the keys that let in, none for everybody. paths: those that are counted each
-    by its own name.
+    keys: digests of the keys that let in, none for everybody. page: what a browser without a key
+    gets, to ask for it. paths: those that are counted each by its own name.
     """
 
     def __init__(
@@ -33,10 +32,11 @@ class Gate:
         telemetry: Telemetry,
         *,
         keys: Sequence[str],
+        page: str,
         paths: Sequence[str],
     ) -> None:
         self._app, self._endpoint, self._telemetry = app, endpoint, telemetry
-        self._keys, self._paths = tuple(keys), frozenset(paths)
+        self._keys, self._page, self._paths = tuple(keys), page, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +60,7 @@ class Gate:
         path, headers = scope["path"], Headers(scope=scope)
         if path not in OPEN_PATHS and not lets_in(self._keys, headers.get("authorization", "")):
             if path == "/":
-                return HTMLResponse(page(), 401)  # it asks for the key
+                return HTMLResponse(self._page, 401)
             message = "a key is needed, as Authorization: Bearer <key>"
             return ApiError(401, message, code="invalid_api_key").response()
         if self._endpoint.draining and path not in DRAINING_PATHS:

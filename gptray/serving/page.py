@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
+# How many of the likeliest tokens it shows, where the server tells as many.
+CANDIDATES = 8
 
-@cache
-def page() -> str:
+
+def page(max_logprobs: int) -> str:
     """The page's HTML."""
-    return Path(__file__).with_name("page.html").read_text("utf-8")
+    html = Path(__file__).with_name("page.html").read_text("utf-8")
+    return html.replace("{{candidates}}", str(min(CANDIDATES, max_logprobs)))
