@@ -10,7 +10,8 @@ import yaml
 from gptray.config import Config, flatten, load_config
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
-PATHS = sorted(FOLDER.glob("*.yaml"))
+# serve.yaml is Ray Serve's: tests/runners/test_serve.py deploys it.
+PATHS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "serve")
 
 
 def test_the_named_configs_are_there() -> None:
