@@ -42,7 +42,8 @@ def prompts(batch: int, salt: int) -> list[list[int]]:
 
 
 def gptray_run(model_dir: str, precision: str) -> Run:
-    from gptray.generation.engine import Request, load_engine
+    from gptray.generation.engine import load_engine
+    from gptray.generation.request import Request
     from gptray.generation.settings import Sampling
 
     weights, _, backend = precision.partition("-")  # such as int8-torch

@@ -43,7 +43,8 @@ Measure = Callable[[int], dict[str, Any]]
 
 def engine_alone(model_dir: str, seconds: float) -> Measure:
     """The engine with the requests of that many clients, in one thread."""
-    from gptray.generation.engine import Generation, Request, load_engine
+    from gptray.generation.engine import load_engine
+    from gptray.generation.request import Generation, Request
     from gptray.generation.settings import Sampling
 
     engine, _ = load_engine(

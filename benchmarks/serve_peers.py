@@ -151,10 +151,11 @@ def batch(model_dir: str, port: int) -> None:
 
     from gptray.runners.cluster import ray_cluster
 
-    @serve.deployment(max_ongoing_requests=MAX_CLIENTS)
+    @serve.deployment(
+        max_ongoing_requests=MAX_CLIENTS, ray_actor_options={"num_cpus": os.cpu_count()}
+    )
     class Batches:
         def __init__(self) -> None:
-            torch.set_num_threads(os.cpu_count() or 1)
             self._model = HuggingFace(model_dir)
 
         async def __call__(self, request: Request) -> Response:

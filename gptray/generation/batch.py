@@ -18,7 +18,8 @@ from pyarrow import parquet
 from gptray.config import RunFailed, SampleConfig, UserError
 from gptray.data.parts import part_name, write_whole
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.engine import Engine, Generation, Request
+from gptray.generation.engine import Engine
+from gptray.generation.request import Generation, Request
 from gptray.generation.settings import Sampling
 
 

@@ -16,7 +16,8 @@ WORDS, CHARACTERS, TOKENS = 4, 24, 256
 
 def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:
     """(prompt, continuation) for each prompt of the config, or for words of validation text."""
-    from gptray.generation.engine import Engine, Request
+    from gptray.generation.engine import Engine
+    from gptray.generation.request import Request
     from gptray.generation.settings import Sampling
 
     prompts = config.sample.prompt

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gptray.evaluation.metrics import DocumentSums
-    from gptray.generation.engine import Engine, Request
+    from gptray.generation.engine import Engine
+    from gptray.generation.request import Request
     from gptray.generation.settings import Sampling
     from gptray.model.gpt import GPT
 
@@ -97,7 +98,7 @@ class Scorer:
         return list(found_in(self._data.train, start, stop, wanted))
 
     def _request(self, tokens: list[int], wanted: int, sampling: Sampling, row: int) -> Request:
-        from gptray.generation.engine import Request
+        from gptray.generation.request import Request
 
         block_size: int = self._settings["block_size"]
         if len(tokens) >= block_size:

@@ -35,7 +35,8 @@ def generate_here(config: Config) -> dict[str, Any]:
     given = config.sample.prompt
     prompts = [given] if isinstance(given, str) else list(given or [])
 
-    from gptray.generation.engine import Request, load_engine
+    from gptray.generation.engine import load_engine
+    from gptray.generation.request import Request
     from gptray.generation.settings import Sampling
 
     engine, tokenizer = load_engine(

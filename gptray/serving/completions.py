@@ -17,7 +17,7 @@ from typing import Any
 
 from gptray.config import ServeConfig
 from gptray.generation.detokenize import TextStream
-from gptray.generation.engine import Request
+from gptray.generation.request import Request
 from gptray.generation.sampling import Drawn
 from gptray.generation.settings import SEEDS, Sampling
 from gptray.serving.endpoint import Served

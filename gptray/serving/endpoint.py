@@ -16,7 +16,8 @@ from pathlib import Path
 from gptray.config import Config
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.detokenize import REPLACEMENT
-from gptray.generation.engine import Engine, Request, load_engine
+from gptray.generation.engine import Engine, load_engine
+from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
 from gptray.serving.worker import EngineStopped, EngineThread, Overloaded
 

@@ -15,7 +15,8 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 
-from gptray.generation.engine import Engine, FinishReason, Generation, Request
+from gptray.generation.engine import Engine
+from gptray.generation.request import FinishReason, Generation, Request
 from gptray.generation.sampling import Drawn
 
 log = logging.getLogger("gptray")

@@ -11,7 +11,8 @@ import torch
 
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.decoder import Piece
-from gptray.generation.engine import Engine, Generation, Request
+from gptray.generation.engine import Engine
+from gptray.generation.request import Generation, Request
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.engine import Engine, Request
+from gptray.generation.engine import Engine
+from gptray.generation.request import Request
 from gptray.generation.sampling import Drawn
 from gptray.generation.settings import Sampling
 from tests.generation.models import BACKENDS, needs_native, random_gpt, small_tokenizer

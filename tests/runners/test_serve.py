@@ -19,7 +19,8 @@ import httpx
 import pytest
 
 from gptray.config import UserError, load_config
-from gptray.generation.engine import Engine, Request
+from gptray.generation.engine import Engine
+from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
 from gptray.model.hf import save_pretrained
 from gptray.runners.serve import check_endpoint, serving_plan

@@ -10,7 +10,8 @@ import pytest
 import torch
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from gptray.generation.engine import Engine, Request
+from gptray.generation.engine import Engine
+from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
 from tests.serving.servers import TOKENIZER, Server, running, tiny
 
@@ -169,7 +170,11 @@ def test_tokens_to_and_fro(server: Server) -> None:
     assert told["tokens"] == TOKENIZER.encode(text) and told["count"] == len(told["tokens"])
     back = httpx.post(f"{server.url}/detokenize", json={"tokens": told["tokens"]}).json()
     assert back == {"prompt": text}
-    assert server.get("/tokenizer_info").json()["eos_token"] == TOKENIZER.decode([EOS])
+    end = server.get("/tokenizer_info").json()["eos_token"]
+    assert end == TOKENIZER.decode([EOS])
+    # So does lm-eval ask for its id, to put it before a text.
+    assert httpx.post(url, json={"prompt": end}).json()["tokens"] == [EOS]
+    assert len(httpx.post(url, json={"prompt": f"a{end}"}).json()["tokens"]) > 2
     too_high = httpx.post(f"{server.url}/detokenize", json={"tokens": [TOKENIZER.vocab_size]})
     assert too_high.status_code == 400
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gptray.generation.engine import Engine, Request
+from gptray.generation.engine import Engine
+from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
 from gptray.serving.keys import read_keys
 from tests.serving.browser import Tab, chromium, needs_chromium

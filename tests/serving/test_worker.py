@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.engine import Engine, Generation, Request
+from gptray.generation.engine import Engine
+from gptray.generation.request import Generation, Request
 from gptray.generation.settings import Sampling
 from gptray.serving.worker import EngineStopped, EngineThread, Overloaded, Update
 from tests.generation.models import random_gpt, small_tokenizer
