@@ -103,7 +103,9 @@ class _Routes:
         body = await self._body(request, TokenizeRequest)
         with self._endpoint.using() as served:
             check_name(served, body.model)
-            tokens = await served.encode(body.prompt)
+            # Clients ask so for the id of what /tokenizer_info names; elsewhere it is plain text.
+            is_end = body.prompt == served.eos_text
+            tokens = [served.tokenizer.eos_id] if is_end else await served.encode(body.prompt)
             answer = {
                 "count": len(tokens),
                 "max_model_len": served.engine.n_positions,
