@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import threading
 import time
 from collections import defaultdict
@@ -23,6 +24,10 @@ log = logging.getLogger("gptray")
 
 # Nobody is told to come back later than this.
 LONGEST_WAIT_S = 60
+# An update of live text costs about 2 ms of a core until a client behind Ray Serve has it, as much
+# as a token in a full batch. So there are no more than so many a second, of all requests together:
+# a tenth of the machine. With many requests several tokens go in one.
+LIVE_UPDATES_PER_S = 50 * (os.cpu_count() or 1)
 
 
 class Overloaded(RuntimeError):
@@ -199,8 +204,10 @@ class EngineThread:
 
     def _hand_out(self, orders: Sequence[_Order]) -> None:
         """Tell the streams of those that got a token or ended what is new of them."""
-        due = [order for order in orders if order.is_due]
-        updates = [order.update() for order in due]
+        now = time.perf_counter()
+        rested = now - len(orders) / LIVE_UPDATES_PER_S
+        due = [order for order in orders if order.is_due(rested)]
+        updates = [order.update(now) for order in due]
         ended = [order for order in due if order.has_ended]
         self.steps += 1
         self.rows += len(orders)
@@ -249,18 +256,20 @@ class _Order:
     generation: Generation | None = None
     tokens: int = 0
     characters: int = 0
+    told: float = 0.0  # when
 
     @property
     def has_ended(self) -> bool:
         return self._made.finish_reason is not None
 
-    @property
-    def is_due(self) -> bool:
-        """Whether to tell what is new: not each token, where the text is made at the end."""
-        return self.request.live_text or not self.tokens or self.has_ended
+    def is_due(self, rested: float) -> bool:
+        """Whether to tell: the first token, the end, and live text if it was not told since."""
+        is_live = self.request.live_text and self.told <= rested
+        return is_live or not self.tokens or self.has_ended
 
-    def update(self) -> Update:
+    def update(self, now: float) -> Update:
         """What is new since the last call."""
+        self.told = now
         made = self._made
         update = Update(
             self.index,
