@@ -1,0 +1,151 @@
+"""The endpoint on Ray Serve when it is treated badly: for minutes, so only when asked for."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.runners.serving import PROMPT, TOKENIZER, Job, expected, job_running, save_model
+from tests.serving.requests import fuzzed
+
+pytestmark = pytest.mark.chaos
+SLOTS, OVERLOAD_S = 4, 60.0
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    folder = save_model(tmp_path_factory.mktemp("runs"))
+    with job_running(folder, f"serve.max_batch_size={SLOTS}", f"serve.max_waiting={SLOTS}") as job:
+        yield job
+
+
+def side_by_side(clients: int, work: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def metric(job: Job, name: str) -> float:
+    lines = httpx.get(f"{job.url}/metrics", timeout=60).text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
+
+
+def memory(job: Job) -> int:
+    """Resident bytes of the replica and of Serve's proxy."""
+    pids = [pid for pid, name in job.processes().items() if "Replica" in name or "Proxy" in name]
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+    return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_five_thousand_fuzzed_requests(job: Job) -> None:
+    codes: Counter[int] = Counter()
+    with httpx.Client(base_url=job.url, timeout=60) as client:
+        for body in fuzzed(5000, seed=1, vocab_size=TOKENIZER.vocab_size):
+            kind = {"content-type": "application/json"}
+            answer = client.post("/v1/completions", content=body, headers=kind)
+            codes[answer.status_code] += 1
+            assert answer.status_code < 500, (body[:300], answer.text)
+            if answer.status_code != 200:
+                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    print(dict(codes))
+    assert job.ask(20).json()["choices"][0]["text"] == expected(20)
+
+
+def test_ten_times_more_than_it_can_take(job: Job) -> None:
+    def load(clients: int, seconds: float) -> tuple[Counter[int], float, float]:
+        """Status codes, tokens per second of what was accepted, sequences in a step."""
+        codes: Counter[int] = Counter()
+        names = ("gptray_steps_total", "gptray_step_sequences_total")
+        steps, sequences = (metric(job, name) for name in names)
+        end = time.monotonic() + seconds
+
+        def client(_: int) -> None:
+            with httpx.Client(base_url=job.url, timeout=60) as http:
+                while time.monotonic() < end:
+                    body = {"prompt": PROMPT, "max_tokens": 50, "ignore_eos": True}
+                    answer = http.post("/v1/completions", json=body)
+                    codes[answer.status_code] += 1
+                    if answer.status_code == 429:
+                        time.sleep(int(answer.headers["retry-after"]))
+
+        side_by_side(clients, client)
+        in_a_step = (metric(job, names[1]) - sequences) / (metric(job, names[0]) - steps)
+        return codes, 50 * codes[200] / seconds, in_a_step
+
+    load(SLOTS, 5.0)
+    _, peak, _ = load(2 * SLOTS, 15.0)
+    before = memory(job)
+    codes, accepted, in_a_step = load(10 * 2 * SLOTS, OVERLOAD_S)
+    grown = memory(job) / before
+    # Clients and server share the cores: how fast a step is says less than how full.
+    print(f"{dict(codes)}, {accepted:.0f} tokens/s, peak {peak:.0f}, {in_a_step:.2f} in a step")
+    assert set(codes) == {200, 429}
+    assert in_a_step > 0.95 * SLOTS and grown < 1.2
+    assert job.ask(20).json()["choices"][0]["text"] == expected(20)
+
+
+def test_five_hundred_clients_that_go_away(job: Job) -> None:
+    draw = random.Random(0)
+    moments = [draw.expovariate(10.0) for _ in range(500)]
+
+    def client(number: int) -> None:
+        for moment in moments[number::10]:
+            body: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 900, "ignore_eos": True}
+            body["stream"] = moment < 0.1
+            timeout = httpx.Timeout(60, read=moment)
+            try:
+                with httpx.stream("POST", f"{job.url}/v1/completions", json=body, timeout=timeout):
+                    pass
+            except httpx.ReadTimeout:
+                pass
+
+    side_by_side(10, client)
+    deadline = time.monotonic() + 10
+    while metric(job, "gptray_sequences_running") or metric(job, "gptray_sequences_waiting"):
+        assert time.monotonic() < deadline, "slots are still taken"
+    assert job.ask(20).json()["choices"][0]["text"] == expected(20)
+
+
+def test_a_killed_replica_comes_back_and_no_wrong_text_is_given(job: Job) -> None:
+    texts: set[str] = set()
+    codes: Counter[int] = Counter()
+    stop = threading.Event()
+    back = threading.Event()
+    killed = threading.Event()
+
+    def client(_: int) -> None:
+        while not stop.is_set():
+            was_killed = killed.is_set()
+            answer = job.ask(60)
+            codes[answer.status_code] += 1
+            if answer.status_code == 200:
+                texts.add(answer.json()["choices"][0]["text"])
+                if was_killed:
+                    back.set()
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(3)]
+    for thread in clients:
+        thread.start()
+    while codes[200] < 10:
+        pass
+    began = time.monotonic()
+    os.kill(job.replicas()[0], signal.SIGKILL)
+    killed.set()
+    assert back.wait(60)
+    print(f"back after {time.monotonic() - began:.1f} s, {dict(codes)}")
+    stop.set()
+    for thread in clients:
+        thread.join()
+    assert texts == {expected(60)}
