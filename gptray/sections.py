@@ -151,12 +151,23 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the processor or GPU computes in it, else fp32"
     )
+    backend: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="native: the project's own code for bf16 on CPUs with AVX-512, built by a C++ "
+        "compiler in some seconds once; auto: that where it can be had, else PyTorch",
+    )
     compile: bool = Field(
         False, description="torch.compile; needs a C++ compiler, pays on longer runs"
     )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: go on with a run of this name; never: only start a new one"
     )
+
+    @model_validator(mode="after")
+    def _native_in_bf16(self) -> TrainConfig:
+        if self.backend == "native" and self.precision == "fp32":
+            raise ValueError("train.backend=native computes in bf16, not train.precision=fp32")
+        return self
 
 
 class ComputeConfig(Section):

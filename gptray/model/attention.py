@@ -1,7 +1,8 @@
 """Causal self-attention on packed q, k, v: the fastest exact way for device, dtype and length.
 
-On a CPU in bf16, batched GEMMs over blocks of queries that never touch a key beyond their block;
-elsewhere PyTorch's scaled_dot_product_attention.
+On a CPU in bf16 `gptray.model.kernels` where the processor is one for it, else, and with dropout,
+batched GEMMs over blocks of queries that never touch a key beyond their block; elsewhere PyTorch's
+scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptray.model import kernels
 from gptray.model.layers import dropout_mask
 
 QUERY_BLOCK = 128
 
 
-def causal_attention(qkv: Tensor, n_head: int, *, dropout: float = 0.0) -> Tensor:
+def causal_attention(
+    qkv: Tensor, n_head: int, *, dropout: float = 0.0, native: bool = False
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + causal mask) v, with dropout on the probabilities.
 
     qkv (B, T, 3C) holds q, k and v side by side, each of n_head heads of D = C / n_head.
-    Returns (B, T, C). Dropout draws from torch's global generator.
+    Returns (B, T, C). Dropout draws from torch's global generator. native: bf16 on a CPU without
+    dropout goes through `gptray.model.kernels`.
     """
+    if native and not dropout:
+        return kernels.attention(qkv, n_head)
     if qkv.device.type == "cpu" and (qkv.dtype == torch.bfloat16 or dropout):
         y: Tensor
         if torch.compiler.is_compiling():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptray.config import ModelConfig, UserError
+from gptray.model import kernels
 from gptray.model.attention import causal_attention
 from gptray.model.layers import LayerNorm, Linear, dropout, gelu
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
@@ -34,25 +35,27 @@ def _norm(config: ModelConfig) -> nn.Module:
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.native = config.n_head, config.dropout, False
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
-        return dropout(self.c_proj(causal_attention(self.c_attn(x), self.n_head, dropout=p)), p)
+        qkv = self.c_attn(x)
+        y = causal_attention(qkv, self.n_head, dropout=p, native=self.native)
+        return dropout(self.c_proj(y), p)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.native = config.dropout, False
         self.c_fc = Linear(config.n_embd, config.n_inner or 4 * config.n_embd)
         self.c_proj = Linear(config.n_inner or 4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
-        return dropout(self.c_proj(gelu(self.c_fc(x))), p)
+        return dropout(self.c_proj(gelu(self.c_fc(x), native=self.native)), p)
 
 
 class Block(nn.Module):
@@ -116,6 +119,23 @@ class GPT(nn.Module):
     def num_params(self) -> int:
         """Parameters, the tied head counted once."""
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def is_native(self) -> bool:
+        """Whether some of it computes by `gptray.model.kernels`."""
+        return any(getattr(module, "native", False) for module in self.modules())
+
+    def use_kernels(self) -> None:
+        """Compute in bf16 on a CPU by `gptray.model.kernels`, where widths allow it."""
+        config = self.config
+        assert self.compute_dtype == torch.bfloat16
+        width, head = config.n_embd, config.n_embd // config.n_head
+        inner = config.n_inner or 4 * width
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.native = head % 2 == 0 and head <= kernels.LARGEST_HEAD
+            elif isinstance(module, (Linear, MLP, LayerNorm)):
+                module.native = width % 2 == 0 and inner % 2 == 0
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

@@ -1,7 +1,8 @@
 """The decoder's layers, each in the form that is fastest where it runs.
 
-Eager bf16 on a CPU: casts folded into the linear layer's own backward, dropout from whole random
-words. Under torch.compile: plain formulas in fp32 between the GEMMs, which inductor fuses.
+bf16 on a CPU that is one for it: `gptray.model.kernels`. Eager bf16 on another CPU: casts folded
+into the linear layer's own backward. Under torch.compile: plain formulas in fp32 between the GEMMs,
+which inductor fuses. Dropout on a CPU: from whole random words.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptray.model import kernels
 from gptray.model.precision import has_onednn_linear
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype; `GPT.initialise` sets its weights."""
+    """A linear layer that computes in its input's dtype; `GPT.initialise` sets its weights.
+
+    native: whether by `gptray.model.kernels`, for bf16 on a CPU.
+    """
+
+    native = False
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
@@ -24,6 +31,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
+        if self.native:
+            return kernels.linear(x, self.weight, self.bias)
         y: Tensor = _CastLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return y
 
@@ -60,9 +69,13 @@ class _CastLinear(torch.autograd.Function):
 class LayerNorm(nn.LayerNorm):
     """Layer norm in its input's dtype (statistics in fp32)."""
 
+    native = False
+
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
         bias: Tensor = self.bias
+        if self.native and not torch.compiler.is_compiling():
+            return kernels.layer_norm(x, weight, bias, self.eps)
         if x.device.type == "cpu" and x.dtype != weight.dtype and not torch.compiler.is_compiling():
             y: Tensor = _CastLayerNorm.apply(x, weight, bias, self.eps)  # type: ignore[no-untyped-call]
             return y
@@ -95,8 +108,10 @@ class _CastLayerNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad.flatten(0, -2).sum(0).float(), None
 
 
-def gelu(x: Tensor) -> Tensor:
+def gelu(x: Tensor, *, native: bool = False) -> Tensor:
     """GPT-2's GELU, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
+    if native and not torch.compiler.is_compiling():
+        return kernels.gelu(x)
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         y: Tensor = _RationalGelu.apply(x)  # type: ignore[no-untyped-call]
         return y

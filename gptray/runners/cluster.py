@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from gptray.build import check_backend
 from gptray.config import ComputeConfig, Config, UserError
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
@@ -70,6 +71,8 @@ def _sigterm_kept() -> Iterator[None]:
 
 def check_training(config: Config) -> None:
     """Refuse a training for which this machine has not got what it takes; see `check_resources`."""
+    if not os.environ.get("RAY_ADDRESS"):
+        check_backend("train.backend", config.train.backend, use_gpu=config.compute.use_gpu)
     check_resources(
         config.compute,
         compiling="train.compile" if config.train.compile else None,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gptray.config import Config, UserError
 from gptray.fields import shown
-from gptray.runners.cluster import check_resources
+from gptray.runners.cluster import check_training
 from gptray.runners.prepare import check_sources, prepared
 from gptray.runners.runs import check_resumable, resolve, run_dir
 from gptray.space import Entry
@@ -51,7 +51,6 @@ def look_at_sweep(config: Config) -> SweepPlan:
         UserError: says all that is wrong with the space, the text, the machine or the folder.
     """
     config = resolve(config, sweep=True)
-    check_resources(config.compute, compiling="train.compile" if config.train.compile else None)
     if config.tune.search_alg == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UserError(
             "tune.search_alg=optuna needs the package optuna: pip install 'gptray[optuna]'"
@@ -63,6 +62,7 @@ def look_at_sweep(config: Config) -> SweepPlan:
             "train.async_validation=true is for single runs: trials of a sweep are compared, and "
             "cut, by scores that must not come late; leave it out"
         )
+    check_training(config)
     texts = all_texts(config, str(folder), trials)
     for text in texts:
         check_sources(text)

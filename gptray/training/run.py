@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import time
@@ -15,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptray.config import Config, RunFailed
+from gptray.build import check_backend
+from gptray.config import Config, RunFailed, TrainConfig
 from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
+from gptray.model import kernels
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_weights
 from gptray.model.memory import keep_freed_memory
@@ -34,6 +37,8 @@ from gptray.training.checkpoint import (
 from gptray.training.optim import load_optimizer, make_optimizer
 from gptray.training.stopping import Progress
 from gptray.training.workers import Workers
+
+log = logging.getLogger("gptray")
 
 
 @dataclass
@@ -98,6 +103,7 @@ def start(
             step=step,
             workers=workers.size,
             dtype=str(model.compute_dtype).removeprefix("torch."),
+            backend="native" if model.is_native else "torch",
             parameters=model.num_params,
             pid=os.getpid(),
             device=device_name(device),
@@ -180,4 +186,28 @@ def build_model(
     else:
         model.initialise(config.seed)
     model.compute_dtype = pick_dtype(config.train.precision, device)
+    if trains_natively(config.train, device):
+        model.use_kernels()
     return model.to(device)
+
+
+def trains_natively(config: TrainConfig, device: torch.device) -> bool:
+    """Whether `train.backend` means the project's own kernels here; builds them.
+
+    Raises:
+        UserError: it says native, and they cannot be had.
+        RunFailed: it says native, and the compiler does not take them.
+    """
+    if config.backend == "torch" or pick_dtype(config.precision, device) != torch.bfloat16:
+        return False
+    use_gpu = device.type != "cpu"
+    if check_backend(kernels.KEY, config.backend, use_gpu=use_gpu) == "torch":
+        return False
+    try:
+        kernels.library()
+    except RunFailed as error:
+        if config.backend == "native":
+            raise
+        log.warning("training through PyTorch: %s", error)
+        return False
+    return True

@@ -1,0 +1,257 @@
+"""A block's work in bf16 on a CPU by `native/`: linear layers, GELU, attention, layer norm.
+
+For processors with AVX-512's bf16 dot product. Weights are fp32 and their gradients arrive so. The
+same bits at any number of threads. Attention keeps no probabilities and makes them again on the
+way back (Dao et al. 2022, FlashAttention).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import c_float, c_int, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptray.build import built
+
+KEY = "train.backend"
+SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
+PANEL, LARGEST_HEAD, NORM_PARTS = 64, 64, 32
+# How many tensors and how many sizes each function of the library takes.
+_FUNCTIONS = {
+    "linear": (5, 3),
+    "input_gradient": (4, 3),
+    "gelu": (2, 1),
+    "gelu_gradient": (3, 1),
+    "weight_gradients": (5, 3),
+    "attention": (3, 4),
+    "attention_gradient": (5, 4),
+}
+_NORMS = {"layer_norm": 4, "layer_norm_gradients": 7}
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The built kernels. Raises RunFailed if the compiler does not take them."""
+    loaded = ctypes.CDLL(str(built(SOURCE, key=KEY)))
+    for name, (tensors, sizes) in _FUNCTIONS.items():
+        getattr(loaded, name).argtypes = [c_void_p] * tensors + [c_int] * (sizes + 1)
+    for name, tensors in _NORMS.items():
+        getattr(loaded, name).argtypes = [c_void_p] * tensors + [c_float, c_int, c_int, c_int]
+    return loaded
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b; x (..., K) bf16, W (N, K) and b (N) fp32, N and K even. Returns (..., N) bf16."""
+    return _LINEAR([x, weight, bias])
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU of bf16 numbers; in eager mode, for inductor makes its own."""
+    y: Tensor = _Gelu.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
+def attention(qkv: Tensor, n_head: int) -> Tensor:
+    """softmax(q k^T / sqrt(D) + causal mask) v of qkv (B, T, 3C) bf16, D = C / n_head even and at
+    most LARGEST_HEAD. Returns (B, T, C)."""
+    return _ATTENTION([qkv], n_head)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm of x (..., C) bf16, weight and bias fp32; in eager mode, for inductor makes its
+    own."""
+    y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Operator:
+    """A function of tensors and a number, with its gradient.
+
+    forward: gives the result and what else the way back needs. backward: takes the result's
+    gradient, the inputs and that (with keeps_result the result before it), and gives the inputs'
+    gradients. In eager mode they are called as they are; torch.compile gets operators that it calls
+    and does not look into, and learns from `shapes` what forward gives.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[[list[Tensor], int], list[Tensor]],
+        backward: Callable[[Tensor, list[Tensor], list[Tensor], int], list[Tensor]],
+        shapes: Callable[[list[Tensor], int], list[Tensor]],
+        *,
+        keeps_result: bool = False,
+    ) -> None:
+        first_kept = 0 if keeps_result else 1
+
+        class Eager(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, number: int, *inputs: Tensor) -> Tensor:
+                outputs = forward(list(inputs), number)
+                ctx.number, ctx.count = number, len(inputs)
+                ctx.save_for_backward(*inputs, *outputs[first_kept:])
+                return outputs[0]
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+                saved = list(ctx.saved_tensors)
+                inputs, kept = saved[: ctx.count], saved[ctx.count :]
+                return None, *backward(grads[0], inputs, kept, ctx.number)
+
+        @torch.library.custom_op(f"gptray::{name}", mutates_args=())
+        def compiled(inputs: list[Tensor], number: int) -> list[Tensor]:
+            return forward(inputs, number)
+
+        @torch.library.custom_op(f"gptray::{name}_backward", mutates_args=())
+        def compiled_backward(
+            grad: Tensor, inputs: list[Tensor], kept: list[Tensor], number: int
+        ) -> list[Tensor]:
+            return backward(grad, inputs, kept, number)
+
+        def keep(ctx: Any, inputs: tuple[list[Tensor], int], output: list[Tensor]) -> None:
+            ctx.number, ctx.count = inputs[1], len(inputs[0])
+            ctx.save_for_backward(*inputs[0], *output[first_kept:])
+
+        def differentiate(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor], None]:
+            saved = list(ctx.saved_tensors)
+            inputs, kept = saved[: ctx.count], saved[ctx.count :]
+            return compiled_backward(grads[0], inputs, kept, ctx.number), None
+
+        compiled.register_fake(shapes)
+        compiled_backward.register_fake(
+            lambda grad, inputs, kept, number: [x.new_empty(x.shape) for x in inputs]
+        )
+        compiled.register_autograd(differentiate, setup_context=keep)
+        self._eager, self._compiled = Eager, compiled
+
+    def __call__(self, inputs: Sequence[Tensor], number: int = 0) -> Tensor:
+        if torch.compiler.is_compiling():
+            result: Tensor = self._compiled(list(inputs), number)[0]
+            return result
+        y: Tensor = self._eager.apply(number, *inputs)  # type: ignore[no-untyped-call]
+        return y
+
+
+def _call(name: str, tensors: Sequence[Tensor | None], *sizes: float) -> None:
+    """Call a function of the library with tensors that have no gaps."""
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    getattr(library(), name)(*pointers, *sizes, torch.get_num_threads())
+
+
+def _panels(columns: int, words: int) -> Tensor:
+    """Room for packed numbers; PyTorch aligns it to 64 bytes."""
+    return torch.empty(-(-columns // PANEL) * PANEL * words, dtype=torch.int32)
+
+
+def _whole(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+# --- linear layers
+
+
+def _linear(inputs: list[Tensor], _: int) -> list[Tensor]:
+    x, weight, bias = _whole(inputs)
+    N, K = weight.shape
+    y = x.new_empty(*x.shape[:-1], N)
+    _call("linear", [x, weight, bias, y, _panels(N, K // 2)], x.numel() // K, N, K)
+    return [y]
+
+
+def _linear_backward(
+    grad: Tensor, inputs: list[Tensor], kept: list[Tensor], _: int
+) -> list[Tensor]:
+    grad, x, weight = _whole([grad, *inputs[:2]])
+    (N, K), M = weight.shape, x.numel() // weight.size(1)
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    grad_bias = weight.new_empty(N)
+    _call("input_gradient", [grad, weight, grad_x, _panels(K, N // 2)], M, N, K)
+    work = _panels(min(N, K), (M + 1) // 2)
+    _call("weight_gradients", [grad, x, grad_weight, grad_bias, work], M, N, K)
+    return [grad_x, grad_weight, grad_bias]
+
+
+def _linear_shapes(inputs: list[Tensor], _: int) -> list[Tensor]:
+    x, weight = inputs[:2]
+    return [x.new_empty(*x.shape[:-1], weight.size(0))]
+
+
+_LINEAR = _Operator("linear", _linear, _linear_backward, _linear_shapes)
+
+
+# --- attention
+
+
+def _attend(inputs: list[Tensor], n_head: int) -> list[Tensor]:
+    """The output (B, T, C), and of each query the logarithm of its sum of exponentials."""
+    (qkv,) = _whole(inputs)
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    out, log_sums = qkv.new_empty(B, T, C), torch.empty(B, n_head, T)
+    _call("attention", [qkv, out, log_sums], B, T, n_head, C // n_head)
+    return [out, log_sums]
+
+
+def _attend_backward(
+    grad: Tensor, inputs: list[Tensor], kept: list[Tensor], n_head: int
+) -> list[Tensor]:
+    grad, qkv = _whole([grad, *inputs])
+    B, T, C = grad.shape
+    grad_qkv = torch.empty_like(qkv)
+    _call("attention_gradient", [grad, qkv, *kept, grad_qkv], B, T, n_head, C // n_head)
+    return [grad_qkv]
+
+
+def _attention_shapes(inputs: list[Tensor], n_head: int) -> list[Tensor]:
+    (qkv,) = inputs
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    return [qkv.new_empty(B, T, C), qkv.new_empty((B, n_head, T), dtype=torch.float32)]
+
+
+_ATTENTION = _Operator("attention", _attend, _attend_backward, _attention_shapes, keeps_result=True)
+
+
+# --- GELU and layer norm
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        y = torch.empty_like(x)
+        _call("gelu", [x, y], x.numel())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        _call("gelu_gradient", [grads[0].contiguous(), x, grad_x], x.numel())
+        return grad_x
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        x, weight, bias = _whole([x, weight, bias])
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight)
+        y, C = torch.empty_like(x), x.size(-1)
+        _call("layer_norm", [x, weight, bias, y], eps, x.numel() // C, C)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad, C = grads[0].contiguous(), x.size(-1)
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        grad_bias, sums = torch.empty_like(weight), weight.new_empty(NORM_PARTS, 2, C)
+        tensors = [grad, x, weight, grad_x, grad_weight, grad_bias, sums]
+        _call("layer_norm_gradients", tensors, ctx.eps, x.numel() // C, C)
+        return grad_x, grad_weight, grad_bias, None
