@@ -77,6 +77,13 @@ ALIASES = {
     "sample.max_new_tokens": "max_tokens num_tokens length new_tokens",
     "sample.temperature": "temp",
     "sample.top_k": "topk k",
+    "serve.host": "address bind",
+    "serve.port": "http_port",
+    "serve.api_key_file": "api_key api_keys api_key_path",
+    "serve.num_replicas": "replicas n_replicas",
+    "serve.max_waiting": "max_queue queue_size max_queued_requests",
+    "serve.request_timeout_s": "timeout request_timeout",
+    "serve.served_model_name": "model_id served_name",
 }
 
 
