@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import json
+import socket
 import statistics
 import tempfile
 import threading
@@ -155,23 +156,27 @@ def timed(system: str, shape: Shape, steps: int, *, compiled: bool, device: str)
 
 
 def timed_on_ray(system: str, shape: Shape, steps: int, *, compiled: bool, device: str) -> Timed:
-    """The same in a Ray Train worker, with the controller and all that looks after it."""
+    """The same in a Ray Train worker, with the controller and all that looks after it.
+
+    Turns and times go through a socket: any actor more would cost what is to be measured.
+    """
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-    from ray.util.queue import Queue
 
     from gptray.runners.cluster import ray_cluster
 
     cluster, threads = ray_cluster(), torch.get_num_threads()
     cluster.__enter__()
     atexit.register(cluster.__exit__, None, None, None)
-    jobs, answers = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+    server = socket.create_server(("127.0.0.1", 0))
+    address = server.getsockname()
 
     def worker() -> None:
         torch.set_num_threads(threads)
         run = timed(system, shape, steps, compiled=compiled, device=device)
-        while (job := jobs.get()) is not None:
-            answers.put(run(job))
+        with socket.create_connection(address) as connection, connection.makefile("rw") as turns:
+            for job in turns:
+                print(run(int(job)), file=turns, flush=True)
 
     trainer = DataParallelTrainer(
         worker,
@@ -179,10 +184,11 @@ def timed_on_ray(system: str, shape: Shape, steps: int, *, compiled: bool, devic
         run_config=RunConfig(name="benchmark", storage_path=tempfile.mkdtemp()),
     )
     threading.Thread(target=trainer.fit, daemon=True).start()
+    turns = server.accept()[0].makefile("rw")
 
     def run(job: int) -> float:
-        jobs.put(job)
-        return float(answers.get())
+        print(job, file=turns, flush=True)
+        return float(turns.readline())
 
     return run
 
