@@ -138,9 +138,9 @@ class _Operator:
         return y
 
 
-def _call(name: str, tensors: Sequence[Tensor | None], *sizes: float) -> None:
+def _call(name: str, tensors: Sequence[Tensor], *sizes: float) -> None:
     """Call a function of the library with tensors that have no gaps."""
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    pointers = [tensor.data_ptr() for tensor in tensors]
     getattr(library(), name)(*pointers, *sizes, torch.get_num_threads())
 
 
