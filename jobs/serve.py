@@ -20,7 +20,7 @@ def job(config: Config) -> None:
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.runners.serve import serving_plan
+    from gptray.runners.endpoint import serving_plan
 
     return serving_plan(config)
 

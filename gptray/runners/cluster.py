@@ -27,15 +27,16 @@ TRAIN_ENV = {
 
 
 @contextmanager
-def ray_cluster() -> Iterator[None]:
+def ray_cluster() -> Iterator[bool]:
     """Have Ray for the time of a job: the cluster in RAY_ADDRESS, else one on this machine.
 
-    A Ray that the process is connected to already is used and left as it is.
+    A Ray that the process is connected to already is used and left as it is. Gives whether the
+    cluster is the job's own, which ends with it.
     """
     import ray
 
     if ray.is_initialized():
-        yield
+        yield False
         return
     for key, value in TRAIN_ENV.items():
         os.environ.setdefault(key, value)
@@ -55,7 +56,7 @@ def ray_cluster() -> Iterator[None]:
                     logging_level=level,
                 )
         try:
-            yield
+            yield not os.environ.get("RAY_ADDRESS")
         finally:
             ray.shutdown()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
 from typing import Any, TypeVar
 
@@ -38,16 +38,31 @@ T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def make_app(endpoint: Endpoint, limits: ServeConfig, *, keys: Sequence[str] = ()) -> ASGIApp:
-    """The application over an endpoint. keys: digests of those that let in."""
-    telemetry = Telemetry(endpoint)
-    html = page(limits.max_logprobs)
-    routes = _Routes(endpoint, limits, telemetry, html)
+def make_app(
+    endpoint: Endpoint,
+    limits: ServeConfig,
+    *,
+    keys: Sequence[str] = (),
+    telemetry: Telemetry | None = None,
+    metrics: Callable[[], Awaitable[bytes]] | None = None,
+) -> ASGIApp:
+    """The application over an endpoint.
+
+    keys: digests of those that let in. telemetry: what counts, if somebody else reads it too.
+    metrics: what /metrics tells, if that is more than this server's own.
+    """
+    counters, html = telemetry or Telemetry(endpoint), page(limits.max_logprobs)
+    routes = _Routes(endpoint, limits, counters, html)
     api = FastAPI(openapi_url=None)
+
+    async def metrics_route() -> Response:
+        text = await metrics() if metrics else counters.text()
+        return Response(text, media_type="text/plain; version=0.0.4")
+
     for method, path, route in (
         ("GET", "/", routes.page),
         ("GET", "/health", routes.health),
-        ("GET", "/metrics", routes.metrics),
+        ("GET", "/metrics", metrics_route),
         ("GET", "/v1/models", routes.models),
         ("GET", "/v1/models/{name:path}", routes.model),
         ("POST", "/v1/completions", routes.completions),
@@ -71,7 +86,7 @@ def make_app(endpoint: Endpoint, limits: ServeConfig, *, keys: Sequence[str] = (
     for kind in (ApiError, ClientGone, UserError, Overloaded, EngineStopped, TimeoutError):
         api.add_exception_handler(kind, _answer)
     api.add_exception_handler(Exception, _answer)  # after the answer the server logs it
-    return Gate(api, endpoint, telemetry, keys=keys, page=html, paths=paths)
+    return Gate(api, endpoint, counters, keys=keys, page=html, paths=paths)
 
 
 class _Routes:
@@ -143,9 +158,6 @@ class _Routes:
         if not await self._endpoint.healthy():
             raise ApiError(503, "the engine does not generate")
         return JSONResponse({"status": "ok"})
-
-    async def metrics(self) -> Response:
-        return Response(self._telemetry.text(), media_type="text/plain; version=0.0.4")
 
     async def page(self) -> Response:
         return HTMLResponse(self._html)

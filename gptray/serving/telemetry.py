@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from gptray.serving.endpoint import Endpoint
@@ -42,6 +43,31 @@ class Telemetry:
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def side_by_side(texts: Mapping[str, bytes]) -> bytes:
+    """What several servers count, as one text: each sample with its server's name as a label."""
+    found: dict[str, Metric] = {}
+    for server, text in texts.items():
+        for family in text_string_to_metric_families(text.decode()):
+            kept = found.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            for sample in family.samples:
+                kept.add_sample(sample.name, {**sample.labels, "server": server}, sample.value)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Found(found.values()))
+    return generate_latest(registry)
+
+
+class _Found(Collector):
+    """Metrics that are there already."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
 
 
 class Stopwatch:

@@ -58,6 +58,12 @@ class Job:
             found |= more
         return {pid: names[pid] for pid in found if names[pid]}
 
+    def metric(self, name: str) -> dict[str, float]:
+        """A metric of each replica."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        found = [line.split() for line in lines if line.startswith(f"{name}{{")]
+        return {label: float(value) for label, value in found}
+
     def replicas(self) -> list[int]:
         """Process ids of the engines' processes."""
         return [pid for pid, name in self.processes().items() if "ServeReplica" in name]
@@ -85,6 +91,7 @@ def job_running(folder: Path, *settings: str) -> Iterator[Job]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # as a terminal would: what Ctrl-C reaches
     )
     assert process.stdout and process.stderr
     told = process.stdout.readline()

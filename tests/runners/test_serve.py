@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from gptray.config import UserError, load_config
-from gptray.runners.serve import check_endpoint, serving_plan
+from gptray.runners.endpoint import check_endpoint, serving_plan
 from tests.runners.serving import PROMPT, Job, expected, job_running, save_model
 
 LONG = 400

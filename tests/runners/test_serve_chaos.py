@@ -37,11 +37,6 @@ def side_by_side(clients: int, work: Callable[[int], None]) -> None:
         thread.join()
 
 
-def metric(job: Job, name: str) -> float:
-    lines = httpx.get(f"{job.url}/metrics", timeout=60).text.splitlines()
-    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
-
-
 def memory(job: Job) -> int:
     """Resident bytes of the replica and of Serve's proxy."""
     pids = [pid for pid, name in job.processes().items() if "Replica" in name or "Proxy" in name]
@@ -68,7 +63,7 @@ def test_ten_times_more_than_it_can_take(job: Job) -> None:
         """Status codes, tokens per second of what was accepted, sequences in a step."""
         codes: Counter[int] = Counter()
         names = ("gptray_steps_total", "gptray_step_sequences_total")
-        steps, sequences = (metric(job, name) for name in names)
+        steps, sequences = (sum(job.metric(name).values()) for name in names)
         end = time.monotonic() + seconds
 
         def client(_: int) -> None:
@@ -81,8 +76,8 @@ def test_ten_times_more_than_it_can_take(job: Job) -> None:
                         time.sleep(int(answer.headers["retry-after"]))
 
         side_by_side(clients, client)
-        in_a_step = (metric(job, names[1]) - sequences) / (metric(job, names[0]) - steps)
-        return codes, 50 * codes[200] / seconds, in_a_step
+        more_steps, more = (sum(job.metric(name).values()) for name in names)
+        return codes, 50 * codes[200] / seconds, (more - sequences) / (more_steps - steps)
 
     load(SLOTS, 5.0)
     _, peak, _ = load(2 * SLOTS, 15.0)
@@ -113,7 +108,8 @@ def test_five_hundred_clients_that_go_away(job: Job) -> None:
 
     side_by_side(10, client)
     deadline = time.monotonic() + 10
-    while metric(job, "gptray_sequences_running") or metric(job, "gptray_sequences_waiting"):
+    names = ("gptray_sequences_running", "gptray_sequences_waiting")
+    while any(sum(job.metric(name).values()) for name in names):
         assert time.monotonic() < deadline, "slots are still taken"
     assert job.ask(20).json()["choices"][0]["text"] == expected(20)
 
@@ -149,3 +145,15 @@ def test_a_killed_replica_comes_back_and_no_wrong_text_is_given(job: Job) -> Non
     for thread in clients:
         thread.join()
     assert texts == {expected(60)}
+
+
+def test_ctrl_c_lets_a_stream_finish(job: Job) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{job.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.killpg(job.process.pid, signal.SIGINT)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    _, said = job.process.communicate(timeout=60)
+    assert job.process.returncode == 130
+    assert "interrupted" in said and "Traceback" not in said

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gptray.serving.keys import read_keys
+from gptray.serving.telemetry import side_by_side
 from tests.serving.requests import fuzzed
 from tests.serving.servers import TOKENIZER, Server, running, served, tiny
 
@@ -279,3 +280,15 @@ def test_metrics_count_and_hold_no_text() -> None:
         assert server.metric("gptray_step_sequences_total") == 7
         assert server.metric('gptray_requests_total{path="other",status="404"}') == 1
         assert "secret" not in server.get("/metrics").text
+
+
+def test_what_several_servers_count_stands_side_by_side() -> None:
+    with running() as one, running() as two:
+        for number, server in enumerate((one, two), start=1):
+            server.post(prompt="a", max_tokens=3 * number, ignore_eos=True)
+        texts = {name: s.get("/metrics").content for name, s in (("one", one), ("two", two))}
+    text = side_by_side(texts).decode()
+    assert 'gptray_output_tokens_total{server="one"} 3.0' in text
+    assert 'gptray_output_tokens_total{server="two"} 6.0' in text
+    assert 'gptray_first_token_seconds_bucket{le="+Inf",server="two"} 1.0' in text
+    assert text.count("# TYPE gptray_output_tokens_total counter") == 1
