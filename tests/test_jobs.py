@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import yaml
 
 from gptray.model.hf import save_pretrained
 from gptray.record import read_rows
@@ -256,3 +259,52 @@ def test_a_submitted_sweep_that_was_stopped_goes_on_when_submitted_again(
     events = read_rows(tmp_path / "sweep" / TRIALS)
     ended = [event["trial"] for event in events if event["event"] == "ended"]
     assert ended[: len(before)] == before and sorted(ended) == [f"000{n}" for n in range(5)]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
+def test_a_deployed_model_gives_way_to_another_without_a_failed_request(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    tokenizer, port = small_tokenizer(), _free_port()
+    deployed = yaml.safe_load((ROOT / "configs" / "serve.yaml").read_text())
+    deployed["http_options"]["port"] = port
+    address = cluster["RAY_ADDRESS"]
+    serve = str(Path(sys.executable).with_name("serve"))
+
+    def deploy(seed: int) -> None:
+        folder = tmp_path / f"model-{seed}"
+        model = random_gpt(tokenizer, seed=seed)
+        save_pretrained(model, folder, eos_token_id=tokenizer.eos_id)
+        tokenizer.save(folder)
+        replica = deployed["applications"][0]["deployments"][0]
+        replica["user_config"] = {"model": str(folder)}
+        (tmp_path / "serve.yaml").write_text(yaml.safe_dump(deployed))
+        command = [serve, "deploy", "--address", address, str(tmp_path / "serve.yaml")]
+        environment = {**os.environ, **cluster, "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+
+    def ask() -> tuple[str, str]:
+        body = {"prompt": "the", "max_tokens": 20, "temperature": 0}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+        answer.raise_for_status()
+        return answer.json()["model"], answer.json()["choices"][0]["text"]
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    deploy(1)
+    while not answers():
+        time.sleep(0.2)
+    seen = {ask()}
+    changing = threading.Thread(target=deploy, args=(2,))
+    changing.start()
+    while len(seen) < 2:
+        seen.add(ask())
+    changing.join()
+    seen |= {ask() for _ in range(10)}
+    # Each model says one thing.
+    assert len(seen) == 2 and {model for model, _ in seen} == {"model-1", "model-2"}
