@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,11 @@ from gptray.suggest import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
+
+    from gptray.serving.endpoint import Served
+
+# Serve keeps what replicas log here.
+log = logging.getLogger("ray.serve")
 
 USER_CONFIG = ("model", "served_model_name")
 # Requests that a replica takes beyond those that find room in its line, to refuse them itself.
@@ -92,16 +98,30 @@ class Replica:
         )
 
     async def reconfigure(self, model: dict[str, str]) -> None:
-        """Serve this model from now on; requests in flight end on the one before."""
-        from gptray.serving.endpoint import Served
+        """Serve this model from now on; requests in flight end on the one before.
 
+        Raises UserError if it cannot be had and there is none before, which else stays: Serve
+        stops a replica that raises, and the model in use with it.
+        """
         if model == self._model:
             return
+        try:
+            served = await asyncio.to_thread(self._load, model)
+        except UserError as error:
+            if self._model is None:
+                raise
+            log.error("%s stays: %s", self._model["model"], error)
+            return
+        self._endpoint.serve(served)
+        self._model = model
+
+    def _load(self, model: Mapping[str, str]) -> Served:
+        from gptray.serving.endpoint import Served
+
         _check_keys(model)
         folder = open_model(model["model"], key="user_config: model")
         name = model.get("served_model_name") or name_of(model["model"])
-        self._endpoint.serve(await asyncio.to_thread(Served.load, folder, name, self._config))
-        self._model = model
+        return Served.load(folder, name, self._config)
 
     def own_metrics(self) -> tuple[str, bytes]:
         """What this replica counts, and its name."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import json
 import signal
 import socket
@@ -11,9 +13,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+import yaml
 
-from gptray.config import UserError, load_config
+from gptray.config import Config, UserError, load_config, override
 from gptray.runners.endpoint import check_endpoint, serving_plan
+from gptray.runners.replica import USER_CONFIG, Replica
 from tests.runners.serving import PROMPT, Job, expected, job_running, save_model
 
 LONG = 400
@@ -103,3 +108,41 @@ def test_every_mistake_is_told_before_ray_starts(tmp_path: Path, folder: Path) -
 def test_the_plan_names_model_and_url(folder: Path) -> None:
     plan = dict(serving_plan(load_config(None, [f"serve.model={folder}", "serve.host=0.0.0.0"])))
     assert plan["model"].endswith("called tiny") and plan["url"] == "http://127.0.0.1:8000"
+
+
+def test_a_model_that_cannot_be_had_leaves_the_one_in_use(folder: Path) -> None:
+    async def replaced() -> None:
+        replica = Replica(Config().model_dump(mode="json"), [], torch.get_num_threads())
+        app = replica.__serve_build_asgi_app__()
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+
+            async def name() -> str:
+                answer = await client.get("/v1/models")
+                return str(answer.json()["data"][0]["id"]) if answer.is_success else answer.text
+
+            for wrong in ({"model": f"{folder}/nowhere"}, {"modle": f"{folder}"}, {}):
+                with pytest.raises(UserError, match="user_config: "):
+                    await replica.reconfigure(wrong)
+            assert "no model is loaded" in await name()
+            await replica.reconfigure({"model": f"{folder}"})
+            assert await name() == "tiny"
+            for wrong in ({"model": f"{folder}/nowhere"}, {"modle": f"{folder}"}, {}):
+                await replica.reconfigure(wrong)
+                assert await name() == "tiny"
+            await replica.reconfigure({"model": f"{folder}", "served_model_name": "other"})
+            assert await name() == "other"
+            replica.check_health()
+
+    asyncio.run(replaced())
+
+
+def test_the_shipped_serve_config_names_what_there_is() -> None:
+    path = Path(__file__).resolve().parents[2] / "configs" / "serve.yaml"
+    (app,) = yaml.safe_load(path.read_text())["applications"]
+    module, _, name = app["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    override(Config(), app["args"])
+    (deployment,) = app["deployments"]
+    assert deployment["name"] == Replica.__name__
+    assert set(deployment["user_config"]) == set(USER_CONFIG)
