@@ -242,7 +242,8 @@ def test_a_submitted_sweep_that_was_stopped_goes_on_when_submitted_again(
     ray = str(Path(sys.executable).with_name("ray"))
     space = "[{path: model.dropout, uniform: [0, 0.2]}]"
     arguments = [f"data.source={text_file}", f"storage_path={tmp_path}", "name=sweep", *TINY]
-    arguments += ["train.max_steps=400", "train.eval_interval=20", f"tune.space={space}"]
+    arguments += ["train.max_steps=3000", "train.eval_interval=100", f"tune.space={space}"]
+    arguments += ["tune.grace_period=30"]  # none is cut, so that some still run when it is stopped
     arguments = [one for one in arguments if one not in TINY[4:6]] + ["tune.num_samples=4"]
     environment = {**os.environ, **cluster}
     command = [ray, "job", "submit", "--no-wait", "--submission-id=first", "--working-dir"]
