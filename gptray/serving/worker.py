@@ -88,6 +88,7 @@ class EngineThread:
         self._unfinished: set[_Order] = set()
         self._arrived: list[_Order] = []
         self._left: list[_Order] = []
+        self._promised = 0.0  # until when room is promised to those turned away
         self._stopping = False
         self._error: Exception | None = None  # that ended the thread
 
@@ -147,11 +148,20 @@ class EngineThread:
                 raise self._stopped()
             missing = len(self._unfinished) + len(orders) - self._places
             if missing > 0:
-                seconds = math.ceil(missing * self.seconds / max(self.ended, 1))
-                raise Overloaded(min(max(seconds, 1), LONGEST_WAIT_S))
+                raise Overloaded(self._retry_after(missing, len(orders)))
             self._unfinished.update(orders)
             self._arrived += orders
             self._news.notify()
+
+    def _retry_after(self, missing: int, outputs: int) -> int:
+        """Seconds until there is room for these outputs and for those turned away before them.
+
+        So they do not all come back at once, only to be turned away again.
+        """
+        each, now = self.seconds / max(self.ended, 1), time.monotonic()
+        room = max(self._promised, now + (missing - outputs) * each) + outputs * each
+        self._promised = min(room, now + LONGEST_WAIT_S)
+        return max(math.ceil(self._promised - now), 1)
 
     def _leave(self, orders: Iterable[_Order]) -> None:
         with self._news:

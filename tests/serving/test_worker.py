@@ -12,6 +12,7 @@ import pytest
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
 from gptray.generation.request import Generation, Request
+from gptray.generation.sampling import Drawn
 from gptray.generation.settings import Sampling
 from gptray.serving.worker import EngineStopped, EngineThread, Overloaded, Update
 from tests.generation.models import random_gpt, small_tokenizer
@@ -81,6 +82,15 @@ async def accepted(worker: EngineThread, *requests: Request) -> asyncio.Task[lis
     return task
 
 
+def assert_same(ours: list[Drawn], theirs: list[Drawn]) -> None:
+    """The same tokens; their log-probabilities as near as PyTorch comes in another batch."""
+    assert [drawn.token for drawn in ours] == [drawn.token for drawn in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert [token for token, _ in mine.top] == [token for token, _ in other.top]
+        assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [p for _, p in mine.top] == pytest.approx([p for _, p in other.top], abs=1e-4)
+
+
 def test_streams_give_what_the_engine_gives(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer)
     requests = [
@@ -104,10 +114,11 @@ def test_streams_give_what_the_engine_gives(tokenizer: Tokenizer) -> None:
         streamed = asyncio.run(both(worker))
         asyncio.run(both(worker))  # another event loop
     for updates, generation in zip(streamed, expected, strict=True):
-        assert [drawn for update in updates for drawn in update.drawn] == generation.drawn
+        assert_same([drawn for update in updates for drawn in update.drawn], generation.drawn)
         assert "".join(update.text for update in updates) == generation.text
-        assert [drawn for update in updates for drawn in update.prompt] == generation.prompt
-        assert updates[-1].end == generation.end
+        assert_same([drawn for update in updates for drawn in update.prompt], generation.prompt)
+        ends = updates[-1].end, generation.end
+        assert_same(*([end] if end else [] for end in ends))
         assert [u.finish_reason for u in updates[:-1]] == [None] * (len(updates) - 1)
         assert updates[-1].finish_reason == generation.finish_reason
     assert worker.tokens == 2 * sum(len(generation.drawn) for generation in expected)
@@ -211,6 +222,26 @@ def test_a_full_line_takes_all_of_a_streams_requests_or_none(tokenizer: Tokenize
 
     with started(engine, max_waiting=3) as worker:
         asyncio.run(fill(worker))
+
+
+def test_those_turned_away_are_told_to_come_back_one_after_the_other(tokenizer: Tokenizer) -> None:
+    engine = GatedEngine(tokenizer, slots=1)
+
+    async def turn_away(worker: EngineThread) -> None:
+        engine.allow(2)
+        await collect(worker, [SHORT, SHORT])  # so long does one take
+        task = await accepted(worker, SHORT, SHORT)
+        told = []
+        while not told or told[-1] < 3:
+            with pytest.raises(Overloaded) as refused:
+                await collect(worker, [SHORT])
+            told.append(refused.value.retry_after_s)
+        assert told[0] == 1 and told == sorted(told)
+        engine.open()
+        await task
+
+    with started(engine, max_waiting=1) as worker:
+        asyncio.run(turn_away(worker))
 
 
 def test_what_can_never_run_is_refused_and_leaves_no_trace(tokenizer: Tokenizer) -> None:
