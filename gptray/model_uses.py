@@ -9,7 +9,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gptray.sections import NonEmpty, NonNegative, Positive, PositiveInt, Section
+from gptray.sections import (
+    Backend,
+    NonEmpty,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Precision,
+    Section,
+)
 
 
 class SampleConfig(Section):
@@ -78,10 +86,8 @@ class GenerateConfig(Section):
     rows_per_file: PositiveInt = Field(
         256, description="rows of one Parquet file; a killed job does open files again"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the processor or GPU computes in it, else fp32"
-    )
-    backend: Literal["auto", "native", "torch"] = Field(
+    precision: Precision = "auto"
+    backend: Backend = Field(
         "auto",
         description="native: the project's own code for CPUs with AVX-512, twice as fast, built by "
         "a C++ compiler in some seconds once; auto: that where it can be had, else PyTorch",

@@ -14,6 +14,11 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    Field(description="auto: bf16 where the processor or GPU computes in it, else fp32"),
+]
+Backend = Literal["auto", "native", "torch"]
 
 
 class Section(BaseModel):
@@ -148,10 +153,8 @@ class TrainConfig(Section):
         "goes on, to the same numbers; a score counts at the next evaluation, so early stopping "
         "comes one train.eval_interval later",
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the processor or GPU computes in it, else fp32"
-    )
-    backend: Literal["auto", "native", "torch"] = Field(
+    precision: Precision = "auto"
+    backend: Backend = Field(
         "auto",
         description="native: the project's own code for bf16 on CPUs with AVX-512, built by a C++ "
         "compiler in some seconds once; auto: that where it can be had, else PyTorch",
