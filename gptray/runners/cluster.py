@@ -72,8 +72,9 @@ def _sigterm_kept() -> Iterator[None]:
 
 def check_training(config: Config) -> None:
     """Refuse a training for which this machine has not got what it takes; see `check_resources`."""
-    if not os.environ.get("RAY_ADDRESS"):
-        check_backend("train.backend", config.train.backend, use_gpu=config.compute.use_gpu)
+    # Of auto the worker decides, on its own machine.
+    if config.train.backend == "native" and not os.environ.get("RAY_ADDRESS"):
+        check_backend("train.backend", "native", use_gpu=config.compute.use_gpu)
     check_resources(
         config.compute,
         compiling="train.compile" if config.train.compile else None,

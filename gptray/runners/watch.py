@@ -80,7 +80,7 @@ class _Watch:
         for event in events:
             if event["event"] == "start":
                 self._start(event)
-            elif event["event"] in ("damaged", "failure", "waiting"):
+            elif event["event"] in ("damaged", "failure", "notice", "waiting"):
                 log.warning("%s", event["message"])
         if not self._started:
             return

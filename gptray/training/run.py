@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptray.build import check_backend
-from gptray.config import Config, RunFailed, TrainConfig
+from gptray.config import Config, RunFailed
 from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
 from gptray.model import kernels
@@ -88,7 +88,9 @@ def start(
     make_repeatable()
     step = workers.number_from_first(lambda: _resume_step(run_dir), device)
     folder = checkpoint_folder(run_dir, step) if step else None
-    model = build_model(config, data, folder, device)
+    model = build_model(
+        config, data, folder, device, tell=lambda text: write_event(run_dir, "notice", message=text)
+    )
     optimizer = make_optimizer(model.parameters(), config.optim)
     state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
     if folder:
@@ -173,9 +175,17 @@ def make_repeatable() -> None:
 
 
 def build_model(
-    config: Config, data: TokenData, checkpoint: Path | None, device: torch.device
+    config: Config,
+    data: TokenData,
+    checkpoint: Path | None,
+    device: torch.device,
+    *,
+    tell: Callable[[str], None] = log.warning,
 ) -> GPT:
-    """The run's model as a checkpoint holds it; None: as training begins with it."""
+    """The run's model as a checkpoint holds it; None: as training begins with it.
+
+    tell: takes word of kernels that should be there and cannot be built.
+    """
     model = GPT(config.model, vocab_size=data.vocab_size)
     if checkpoint:
         load_weights(model, checkpoint / "model")
@@ -186,28 +196,25 @@ def build_model(
     else:
         model.initialise(config.seed)
     model.compute_dtype = pick_dtype(config.train.precision, device)
-    if trains_natively(config.train, device):
+    if model.compute_dtype == torch.bfloat16 and _has_kernels(config.train.backend, device, tell):
         model.use_kernels()
     return model.to(device)
 
 
-def trains_natively(config: TrainConfig, device: torch.device) -> bool:
+def _has_kernels(backend: str, device: torch.device, tell: Callable[[str], None]) -> bool:
     """Whether `train.backend` means the project's own kernels here; builds them.
 
     Raises:
         UserError: it says native, and they cannot be had.
         RunFailed: it says native, and the compiler does not take them.
     """
-    if config.backend == "torch" or pick_dtype(config.precision, device) != torch.bfloat16:
-        return False
-    use_gpu = device.type != "cpu"
-    if check_backend(kernels.KEY, config.backend, use_gpu=use_gpu) == "torch":
+    if check_backend(kernels.KEY, backend, use_gpu=device.type != "cpu") == "torch":
         return False
     try:
         kernels.library()
     except RunFailed as error:
-        if config.backend == "native":
+        if backend == "native":
             raise
-        log.warning("training through PyTorch: %s", error)
+        tell(f"training through PyTorch: {error}")
         return False
     return True

@@ -14,10 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gptray.config import Config, RunFailed
+from gptray.config import Config, RunFailed, override
 from gptray.data.tokens import TokenData
+from gptray.model import kernels
+from gptray.record import EVENTS, read_rows
 from gptray.training.checkpoint import newest_whole
 from gptray.training.loop import fit
+from tests.generation.models import needs_native
 from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -59,6 +62,30 @@ def same_bits(one: Path, other: Path, step: int) -> bool:
 @pytest.fixture
 def config(text_file: Path, tmp_path: Path) -> Config:
     return tiny_config(text_file, tmp_path)
+
+
+@needs_native
+def test_kernels_that_cannot_be_built_are_told_of_and_done_without(
+    config: Config, tiny_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in *" -E "*) exit 0;; esac\necho no headers >&2; exit 1\n'
+    )
+    broken.chmod(0o755)
+    # By PATH: inductor keeps the CXX that it meets first.
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kernels.library.cache_clear()
+    bf16 = override(config, {"train.precision": "bf16", "train.max_steps": 1})
+    assert run(bf16, tiny_data, tmp_path / "run")["stopped"] == "max_steps"
+    notice, start = read_rows(tmp_path / "run" / EVENTS)[:2]
+    assert notice["event"] == "notice" and "no headers" in notice["message"]
+    assert "train.backend=torch" in notice["message"]
+    assert start["event"] == "start" and start["backend"] == "torch"
+    with pytest.raises(RunFailed, match="no headers"):
+        run(override(bf16, {"train.backend": "native"}), tiny_data, tmp_path / "native")
 
 
 def test_loss_falls_and_every_step_has_one_row(
