@@ -35,14 +35,19 @@ def check_endpoint(config: Config) -> Config:
     Raises UserError with all that is wrong, one line each.
     """
     problems = []
-    for check in (_check_model, _check_address, api_keys, _check_compute, with_backend):
+    picked = config
+    for check in (_check_model, _check_address, api_keys, _check_compute):
         try:
             check(config)
         except UserError as error:
             problems.append(str(error))
+    try:
+        picked = with_backend(config)
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    return with_backend(config)
+    return picked
 
 
 def _check_model(config: Config) -> None:
