@@ -267,7 +267,8 @@ void tiles(const Linear &linear, int panel, const int32_t *words, const float *s
 
 void multiply(const Linear &linear, const Step &step, int rows, const Output &out) {
   const int panels = (linear.out + PANEL - 1) / PANEL;
-#pragma omp for collapse(2) schedule(static)
+  // Cores are seldom equally fast: others' work and other machines' take from each in turn.
+#pragma omp for collapse(2) schedule(dynamic)
   for (int first = 0; first < rows; first += ROW_BLOCK)
     for (int panel = 0; panel < panels; ++panel) {
       const int stop = first + ROW_BLOCK < rows ? first + ROW_BLOCK : rows;
