@@ -7,6 +7,10 @@ request at a time), batch (transformers' generate over batches of 32 by @serve.b
 turns, each started anew with nothing beside it but its clients.
 
     python benchmarks/serve.py [--shape 124m|10m] [--clients 1,8,32,64] [--systems gptray,engine]
+    python benchmarks/serve.py --overload
+
+The second is gptray alone with ten times as many clients as find room, who come back when they are
+told to: what it accepts beside what it does for as many as do find room, before and after.
 
 Prints a table and, last, one JSON line with tokens per second and waiting times: a first token's
 from the request on, and between an output's tokens.
@@ -75,19 +79,15 @@ def engine_alone(model_dir: str, seconds: float) -> Measure:
 
 
 @contextmanager
-def running_server(system: str, model_dir: str) -> Iterator[int]:
+def running_server(system: str, model_dir: str, **settings: Any) -> Iterator[int]:
     """A server in a process of its own; its port, once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     if system == "gptray":
-        settings = {
-            "serve.model": model_dir,
-            "serve.port": port,
-            "serve.max_batch_size": BATCH_SIZE,
-            "generate.precision": "bf16",
-        }
-        command = ["jobs/serve.py", *(f"{key}={value}" for key, value in settings.items())]
+        settings |= {"model": model_dir, "port": port, "max_batch_size": BATCH_SIZE}
+        command = ["jobs/serve.py", "generate.precision=bf16"]
+        command += [f"serve.{key}={value}" for key, value in settings.items()]
     else:
         command = ["benchmarks/serve_peers.py", system, model_dir, str(port)]
     server = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -138,6 +138,21 @@ def measure(args: argparse.Namespace, levels: list[int], systems: list[str]) -> 
     return reports
 
 
+def overload(shape: str, seconds: float) -> dict[str, Any]:
+    """Reports of as many clients as find room, of ten times as many, and of the first again."""
+    room = 2 * BATCH_SIZE
+    reports = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(shape, Path(folder))
+        with running_server("gptray", folder, max_waiting=room - BATCH_SIZE) as port:
+            for name, clients in (("before", room), ("overload", 10 * room), ("after", room)):
+                reports[name] = load(port, clients, seconds)
+                print(f"{name}, {clients} clients: {reports[name]}", file=sys.stderr)
+    accepted = {name: report["tokens_per_sec"] for name, report in reports.items()}
+    peak = (accepted["before"] + accepted["after"]) / 2
+    return {"accepted_of_peak": round(accepted["overload"] / peak, 3), "reports": reports}
+
+
 def middle(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of several: every figure's median."""
     merged: dict[str, Any] = {}
@@ -171,11 +186,15 @@ def main() -> None:
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="of " + " ".join(SYSTEMS))
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--overload", action="store_true", help="ten times what finds room")
     parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         contest(args.worker, args.model, args.seconds)
+        return
+    if args.overload:
+        print(json.dumps({"shape": args.shape, **overload(args.shape, args.seconds)}))
         return
     levels = [int(clients) for clients in args.clients.split(",")]
     measured = measure(args, levels, args.systems.split(","))

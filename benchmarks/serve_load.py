@@ -1,7 +1,8 @@
 """Clients of a completions server, each with one request at a time, and what they see of it.
 
 Raw asyncio streams, for a client takes its time from the server beside it. A window of time is
-measured, after the clients have begun; what runs into it and out of it counts for its part.
+measured, after the clients have begun; what runs into it and out of it counts for its part. Who is
+refused comes back when he is told to.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ PROMPT_TOKENS, NEW_TOKENS = (16, 128), (16, 128)
 VOCABULARY, TOP_K = 50_000, 50
 WARM_UP_S = 5.0
 
+_RETRY_AFTER = re.compile(rb"(?i)\r\nretry-after: *([0-9]+)\r\n")
 _COUNT = re.compile(rb'"completion_tokens":\s*([0-9]+)')
 
 
@@ -60,7 +62,7 @@ class Window:
         self.begin = time.perf_counter() + WARM_UP_S
         self.end = self.begin + seconds
         self._answers: list[Answer] = []
-        self._tokens = 0
+        self._tokens = self._refused = 0
 
     @property
     def left(self) -> float:
@@ -70,6 +72,11 @@ class Window:
     def new_answer(self) -> Answer:
         self._answers.append(Answer())
         return self._answers[-1]
+
+    def refused(self, answer: Answer) -> None:
+        """It will never be one."""
+        self._answers.remove(answer)
+        self._refused += self.begin <= time.perf_counter() < self.end
 
     def got(self, answer: Answer, tokens: int, *, ended: bool) -> None:
         """An answer has so many tokens now."""
@@ -90,6 +97,7 @@ class Window:
         steps = [(a.last - (a.first or 0)) / (a.tokens - 1) for a in ended if a.tokens > 1]
         return {
             "requests_per_sec": round(len(ended) / seconds, 3),
+            "refused_per_sec": round(self._refused / seconds, 3),
             "tokens_per_sec": round(self._tokens / seconds, 1),
             "first_token_s": _quantiles(waits),
             "per_token_s": _quantiles(steps),
@@ -113,7 +121,8 @@ async def _load(port: int, clients: int, seconds: float) -> dict[str, Any]:
 
     async def client() -> None:
         for ask in requests:
-            await _complete(port, ask, window)
+            while wait := await _complete(port, ask, window):
+                await asyncio.sleep(wait)
 
     tasks = [asyncio.create_task(client()) for _ in range(clients)]
     await asyncio.wait(tasks, timeout=window.left, return_when=asyncio.FIRST_EXCEPTION)
@@ -123,12 +132,16 @@ async def _load(port: int, clients: int, seconds: float) -> dict[str, Any]:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     # What the server still does for those that went away is not the next level's.
-    await _complete(port, Ask([1], 1, 0), window)
+    while wait := await _complete(port, Ask([1], 1, 0), window):
+        await asyncio.sleep(wait)
     return window.report()
 
 
-async def _complete(port: int, ask: Ask, window: Window) -> None:
-    """One completion as a stream. Raises RuntimeError for an answer that is none."""
+async def _complete(port: int, ask: Ask, window: Window) -> int:
+    """One completion as a stream; the seconds to wait if it is refused, 0 if it is there.
+
+    Raises RuntimeError for an answer that is none.
+    """
     body = json.dumps(
         {
             "prompt": ask.prompt,
@@ -149,6 +162,9 @@ async def _complete(port: int, ask: Ask, window: Window) -> None:
     try:
         writer.write(head.encode() + body)
         status = await reader.readline()
+        if b" 429 " in status and (wait := _RETRY_AFTER.search(await reader.read())):
+            window.refused(answer)
+            return int(wait[1])
         if b" 200 " not in status:
             raise RuntimeError(f"{status!r} {await reader.read(2000)!r}")
         async for line in reader:
@@ -158,5 +174,6 @@ async def _complete(port: int, ask: Ask, window: Window) -> None:
                     window.got(answer, tokens, ended=tokens == ask.new_tokens)
         if not answer.ended:
             raise RuntimeError(f"{answer.tokens} of {ask.new_tokens} tokens came")
+        return 0
     finally:
         writer.close()
