@@ -23,8 +23,12 @@ SLOTS, OVERLOAD_S = 4, 60.0
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    folder = save_model(tmp_path_factory.mktemp("runs"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def job(folder: Path) -> Iterator[Job]:
     with job_running(folder, f"serve.max_batch_size={SLOTS}", f"serve.max_waiting={SLOTS}") as job:
         yield job
 
@@ -145,6 +149,35 @@ def test_a_killed_replica_comes_back_and_no_wrong_text_is_given(job: Job) -> Non
     for thread in clients:
         thread.join()
     assert texts == {expected(60)}
+
+
+def test_a_second_engine_comes_under_load_and_takes_its_part(folder: Path) -> None:
+    settings = ["serve.max_replicas=2", "serve.max_batch_size=2", "compute.cpus_per_worker=1"]
+    with job_running(folder, *settings) as job:
+        answers: list[httpx.Response] = []
+        shared = threading.Event()
+
+        def client(_: int) -> None:
+            while not shared.is_set():
+                answers.append(job.ask(60))
+
+        def watch() -> None:
+            end = time.monotonic() + 180
+            while time.monotonic() < end and not shared.wait(1):
+                made = job.metric("gptray_output_tokens_total").values()
+                if len(made) == 2 and min(made) >= 60:
+                    break
+            shared.set()
+
+        assert len(job.replicas()) == 1
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        side_by_side(12, client)
+        watcher.join()
+        made = job.metric("gptray_output_tokens_total").values()
+        assert len(job.replicas()) == len(made) == 2 and min(made) > 0
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["choices"][0]["text"] for answer in answers} == {expected(60)}
 
 
 def test_ctrl_c_lets_a_stream_finish(job: Job) -> None:
