@@ -54,8 +54,12 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.n_inner or 4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        return dropout(self.c_proj(gelu(self.c_fc(x), native=self.native)), p)
+        if self.native:
+            weights = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
+            y = kernels.mlp(x, *weights)
+        else:
+            y = self.c_proj(gelu(self.c_fc(x)))
+        return dropout(y, self.dropout if self.training else 0.0)
 
 
 class Block(nn.Module):

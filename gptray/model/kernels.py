@@ -1,4 +1,4 @@
-"""A block's work in bf16 on a CPU by `native/`: linear layers, GELU, attention, layer norm.
+"""A block's work in bf16 on a CPU by `native/`: linear layers, MLP, attention, layer norm.
 
 For processors with AVX-512's bf16 dot product. Weights are fp32 and their gradients arrive so. The
 same bits at any number of threads. Attention keeps no probabilities and makes them again on the
@@ -25,9 +25,9 @@ PANEL, LARGEST_HEAD, NORM_PARTS = 64, 64, 32
 # How many tensors and how many sizes each function of the library takes.
 _FUNCTIONS = {
     "linear": (5, 3),
+    "linear_gelu": (6, 3),
     "input_gradient": (4, 3),
-    "gelu": (2, 1),
-    "gelu_gradient": (3, 1),
+    "input_gradient_gelu": (5, 3),
     "weight_gradients": (5, 3),
     "attention": (3, 4),
     "attention_gradient": (5, 4),
@@ -51,10 +51,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _LINEAR([x, weight, bias])
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GPT-2's GELU of bf16 numbers; in eager mode, for inductor makes its own."""
-    y: Tensor = _Gelu.apply(x)  # type: ignore[no-untyped-call]
-    return y
+def mlp(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
+    """gelu(x W^T + b) V^T + c with GPT-2's GELU; weights and biases as `linear`'s.
+
+    Keeps GELU's slope in place of its argument, so the way back has no GELU to make.
+    """
+    return _MLP([x, weight, bias, out_weight, out_bias])
 
 
 def attention(qkv: Tensor, n_head: int) -> Tensor:
@@ -158,9 +160,8 @@ def _whole(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _linear(inputs: list[Tensor], _: int) -> list[Tensor]:
     x, weight, bias = _whole(inputs)
-    N, K = weight.shape
-    y = x.new_empty(*x.shape[:-1], N)
-    _call("linear", [x, weight, bias, y, _panels(N, K // 2)], x.numel() // K, N, K)
+    y = x.new_empty(*x.shape[:-1], weight.size(0))
+    _call("linear", [x, weight, bias, y, _panels(weight.size(0), weight.size(1) // 2)], *_sizes(x, weight))
     return [y]
 
 
@@ -168,13 +169,7 @@ def _linear_backward(
     grad: Tensor, inputs: list[Tensor], kept: list[Tensor], _: int
 ) -> list[Tensor]:
     grad, x, weight = _whole([grad, *inputs[:2]])
-    (N, K), M = weight.shape, x.numel() // weight.size(1)
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    grad_bias = weight.new_empty(N)
-    _call("input_gradient", [grad, weight, grad_x, _panels(K, N // 2)], M, N, K)
-    work = _panels(min(N, K), (M + 1) // 2)
-    _call("weight_gradients", [grad, x, grad_weight, grad_bias, work], M, N, K)
-    return [grad_x, grad_weight, grad_bias]
+    return [_input_gradient(grad, weight), *_weight_gradients(grad, x, weight)]
 
 
 def _linear_shapes(inputs: list[Tensor], _: int) -> list[Tensor]:
@@ -182,7 +177,55 @@ def _linear_shapes(inputs: list[Tensor], _: int) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], weight.size(0))]
 
 
+def _mlp(inputs: list[Tensor], _: int) -> list[Tensor]:
+    """The output, and for the way back what is within: GELU (..., N) and its slope."""
+    x, weight, bias, *out = _whole(inputs)
+    inner = x.new_empty(*x.shape[:-1], weight.size(0))
+    slope = torch.empty_like(inner)
+    work = _panels(weight.size(0), weight.size(1) // 2)
+    _call("linear_gelu", [x, weight, bias, inner, slope, work], *_sizes(x, weight))
+    return [*_linear([inner, *out], 0), inner, slope]
+
+
+def _mlp_backward(grad: Tensor, inputs: list[Tensor], kept: list[Tensor], _: int) -> list[Tensor]:
+    grad, x, weight, out_weight = _whole([grad, *inputs[:2], inputs[3]])
+    inner, slope = kept
+    grads_out = _weight_gradients(grad, inner, out_weight)
+    grad = _input_gradient(grad, out_weight, slope)
+    return [_input_gradient(grad, weight), *_weight_gradients(grad, x, weight), *grads_out]
+
+
+def _mlp_shapes(inputs: list[Tensor], _: int) -> list[Tensor]:
+    x, (inner,) = inputs[0], _linear_shapes(inputs, 0)
+    return [torch.empty_like(x), inner, torch.empty_like(inner)]
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, slope: Tensor | None = None) -> Tensor:
+    """grad W, times a slope."""
+    N, K = weight.shape
+    grad_x = grad.new_empty(*grad.shape[:-1], K)
+    slopes = [] if slope is None else [slope]
+    name = "input_gradient" if slope is None else "input_gradient_gelu"
+    _call(name, [grad, weight, *slopes, grad_x, _panels(K, N // 2)], *_sizes(grad_x, weight))
+    return grad_x
+
+
+def _weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Those of a linear layer's weight and bias."""
+    M, N, K = _sizes(x, weight)
+    grads = [torch.empty_like(weight), weight.new_empty(N)]
+    _call("weight_gradients", [grad, x, *grads, _panels(min(N, K), (M + 1) // 2)], M, N, K)
+    return grads
+
+
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    """M, N and K of x (..., K), M rows, and W (N, K)."""
+    N, K = weight.shape
+    return x.numel() // K, N, K
+
+
 _LINEAR = _Operator("linear", _linear, _linear_backward, _linear_shapes)
+_MLP = _Operator("mlp", _mlp, _mlp_backward, _mlp_shapes)
 
 
 # --- attention
@@ -216,24 +259,7 @@ def _attention_shapes(inputs: list[Tensor], n_head: int) -> list[Tensor]:
 _ATTENTION = _Operator("attention", _attend, _attend_backward, _attention_shapes, keeps_result=True)
 
 
-# --- GELU and layer norm
-
-
-class _Gelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        ctx.save_for_backward(x)
-        y = torch.empty_like(x)
-        _call("gelu", [x, y], x.numel())
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        _call("gelu_gradient", [grads[0].contiguous(), x, grad_x], x.numel())
-        return grad_x
+# --- layer norm
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -108,10 +108,8 @@ class _CastLayerNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad.flatten(0, -2).sum(0).float(), None
 
 
-def gelu(x: Tensor, *, native: bool = False) -> Tensor:
+def gelu(x: Tensor) -> Tensor:
     """GPT-2's GELU, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
-    if native and not torch.compiler.is_compiling():
-        return kernels.gelu(x)
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         y: Tensor = _RationalGelu.apply(x)  # type: ignore[no-untyped-call]
         return y

@@ -89,13 +89,35 @@ def test_no_token_attends_to_a_later_one() -> None:
     assert not torch.equal(before[:, 200:], after[:, 200:])
 
 
-def test_gelu_is_that_of_fp32() -> None:
-    x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e4, 0.0, 1e4])]).bfloat16()
-    upstream = randn(len(x)).bfloat16()
-    ours = gradients(kernels.gelu, [x], upstream)
-    exact = gradients(lambda z: F.gelu(z, approximate="tanh"), [x.float()], upstream.float())
-    assert_close(ours, exact, off=4e-3)
-    assert torch.isfinite(torch.cat(ours)).all()
+def plain_mlp(x: Tensor, *weights: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, *weights[:2]), approximate="tanh"), *weights[2:])
+
+
+@pytest.mark.parametrize(("rows", "width", "inner"), [(1, 2, 6), (7, 66, 34), (130, 96, 288)])
+def test_an_mlp_is_that_of_fp32(rows: int, width: int, inner: int) -> None:
+    x, upstream = randn(rows, width).bfloat16(), randn(rows, width, seed=1).bfloat16()
+    weights = [
+        (2 * randn(inner, width, seed=2) / width**0.5).bfloat16().float(),
+        randn(inner, seed=3),
+        randn(width, inner, seed=4).bfloat16().float(),
+        randn(width, seed=5),
+    ]
+    ours = gradients(kernels.mlp, [x, *weights], upstream)
+    exact = gradients(plain_mlp, [x.float(), *weights], upstream.float())
+    assert [one.dtype for one in ours] == [torch.bfloat16] * 2 + [torch.float32] * 4
+    assert_close(ours, exact, off=5e-3)
+
+
+def test_an_mlp_has_the_gelu_of_fp32() -> None:
+    # Weights of 1 and 0 leave x alone: y is GELU of x.
+    z = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e4, 0.0, 1e4])]).bfloat16()
+    x = torch.stack([z, torch.zeros_like(z)], dim=1)
+    upstream = randn(len(z), 2).bfloat16()
+    weights = [torch.eye(2), torch.zeros(2), torch.eye(2), torch.zeros(2)]
+    ours = gradients(kernels.mlp, [x, *weights], upstream)
+    exact = gradients(plain_mlp, [x.float(), *weights], upstream.float())
+    assert_close(ours[:2], exact[:2], off=4e-3)
+    assert torch.isfinite(torch.cat([one.flatten() for one in ours])).all()
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 6), (3, 40), (1000, 130)])

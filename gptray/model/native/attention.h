@@ -44,18 +44,18 @@ Rows words_of(const uint16_t *rows, size_t stride) {
 }
 
 // Scores of one query (count) -> probabilities in bf16, zeros after them up to an even number.
-// Returns the logarithm of the sum of their exponentials.
+// Returns the binary logarithm of the sum of their exponentials.
 float softmax(float *scores, int count, float scale, uint16_t *out) {
   Floats most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
   for (int k = 0; k < count; k += LANES) {
     const __mmask16 mask = lanes(count - k);
     most = _mm512_mask_max_ps(most, mask, most, load(scores + k, mask));
   }
-  const float top = _mm512_reduce_max_ps(most) * scale;
+  const float scale_2 = scale * LOG2_E, top = _mm512_reduce_max_ps(most) * scale_2;
   for (int k = 0; k < count; k += LANES) {
     const __mmask16 mask = lanes(count - k);
     const Floats score = load(scores + k, mask);
-    const Floats e = exp(_mm512_fmsub_ps(score, _mm512_set1_ps(scale), _mm512_set1_ps(top)));
+    const Floats e = exp2(_mm512_fmsub_ps(score, _mm512_set1_ps(scale_2), _mm512_set1_ps(top)));
     total = _mm512_mask_add_ps(total, mask, total, e);
     store(scores + k, e, mask);
   }
@@ -64,7 +64,7 @@ float softmax(float *scores, int count, float scale, uint16_t *out) {
     const Floats e = load(scores + k, lanes(count - k));
     store(out + k, _mm512_mul_ps(e, _mm512_set1_ps(1.f / sum)), 0xFFFF);
   }
-  return top + std::log(sum);
+  return top + std::log2(sum);
 }
 
 // Write sums of a tile as rows of D numbers.
@@ -127,6 +127,7 @@ void score_gradients(const Backward &w, int t, int rows, int32_t *p_words, int32
   const Head &head = w.head;
   const size_t width = head.width();
   const Floats scale = _mm512_set1_ps(head.scale());
+  const Floats scale_2 = _mm512_set1_ps(head.scale() * LOG2_E);
   Floats delta[TILE], base[TILE];  // delta: the sum of out * grad
   for (int r = 0; r < rows; ++r) {
     Floats sum = zero(0, 0);
@@ -153,7 +154,7 @@ void score_gradients(const Backward &w, int t, int rows, int32_t *p_words, int32
           const __mmask16 mask = r + o < rows ? lanes(t + r + o + 1 - column) : 0;
           p[o] = s[o] = zero(0, 0);
           if (!mask) continue;
-          p[o] = exp(_mm512_fmsub_ps(scores[r + o][b], scale, base[r + o]));
+          p[o] = exp2(_mm512_fmsub_ps(scores[r + o][b], scale_2, base[r + o]));
           p[o] = _mm512_maskz_mov_ps(mask, p[o]);
           s[o] = _mm512_mul_ps(p[o], _mm512_sub_ps(grads[r + o][b], delta[r + o]));
           s[o] = _mm512_mul_ps(s[o], scale);

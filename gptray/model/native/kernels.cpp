@@ -4,7 +4,6 @@
 // as many columns and words as each function says.
 
 #include "attention.h"
-#include "gelu.h"
 #include "linear.h"
 #include "norm.h"
 
@@ -16,7 +15,18 @@ void linear(const uint16_t *x, const float *w, const float *b, uint16_t *y, Word
 #pragma omp parallel num_threads(threads)
   {
     pack_rows(w, work, N, K);
-    multiply((const int32_t *)x, work, b, y, M, N, K / 2);
+    multiply((const int32_t *)x, work, b, M, N, K / 2, Output{y, N});
+  }
+}
+
+// y = GELU of x w^T + b, and the slope there; the rest as `linear`.
+void linear_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slope,
+                 Words *work, int M, int N, int K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    pack_rows(w, work, N, K);
+    multiply((const int32_t *)x, work, b, M, N, K / 2, WithGelu{{y, N}, slope, {}});
+    _mm_sfence();  // after store_far
   }
 }
 
@@ -26,7 +36,17 @@ void input_gradient(const uint16_t *dy, const float *w, uint16_t *dx, Words *wor
 #pragma omp parallel num_threads(threads)
   {
     pack_columns(w, work, N, K);
-    multiply((const int32_t *)dy, work, nullptr, dx, M, K, N / 2);
+    multiply((const int32_t *)dy, work, nullptr, M, K, N / 2, Output{dx, K});
+  }
+}
+
+// dx = dy w times slope (M, K); the rest as `input_gradient`.
+void input_gradient_gelu(const uint16_t *dy, const float *w, const uint16_t *slope, uint16_t *dx,
+                         Words *work, int M, int N, int K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    pack_columns(w, work, N, K);
+    multiply((const int32_t *)dy, work, nullptr, M, K, N / 2, Sloped{{dx, K}, slope});
   }
 }
 
@@ -36,22 +56,6 @@ void weight_gradients(const uint16_t *dy, const uint16_t *x, float *dw, float *d
                       int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   weight_gradient(dy, x, dw, db, work, M, N, K);
-}
-
-// y = GELU of x, `size` numbers of each.
-void gelu(const uint16_t *x, uint16_t *y, int size, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int i = 0; i < size; i += LANES)
-    store(y + i, gelu(load(x + i, lanes(size - i))), lanes(size - i));
-}
-
-// dx = dy times GELU's slope at x.
-void gelu_gradient(const uint16_t *dy, const uint16_t *x, uint16_t *dx, int size, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int i = 0; i < size; i += LANES) {
-    const __mmask16 mask = lanes(size - i);
-    store(dx + i, _mm512_mul_ps(load(dy + i, mask), gelu_slope(load(x + i, mask))), mask);
-  }
 }
 
 // y (M, C) = layer norm of x (M, C).

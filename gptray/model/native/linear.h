@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "gelu.h"
 #include "words.h"
 
 namespace {
@@ -12,9 +13,62 @@ namespace {
 constexpr int ROW_BLOCK = 96;  // rows that use a panel while it is near
 constexpr int CHUNK = 256;     // words of two panels that are near together
 
-// y (M, N) bf16 = rows of `count` words by panels, + bias (N) or nothing.
-void multiply(const int32_t *x, const Words *panels, const float *bias, uint16_t *y, int M, int N,
-              int count) {
+// Results (M, N) in bf16. Where a tile will be written is fetched before its products are made.
+struct Output {
+  uint16_t *y;
+  int N;
+
+  size_t at(int row, int column) const { return (size_t)row * N + column; }
+  static void fetch(const uint16_t *row) {
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + PANEL / 2);
+  }
+  void begin(int row, int rows, int column) const {
+    for (int r = row; r < row + rows; ++r) fetch(y + at(r, column));
+  }
+  void take(int row, int column, Floats sum, __mmask16 mask) const {
+    store(y + at(row, column), sum, mask);
+  }
+  void end(int, int, int) const {}
+};
+
+// Results times a slope (M, N).
+struct Sloped : Output {
+  const uint16_t *slope;
+
+  void begin(int row, int rows, int column) const {
+    Output::begin(row, rows, column);
+    for (int r = row; r < row + rows; ++r) fetch(slope + at(r, column));
+  }
+  void take(int row, int column, Floats sum, __mmask16 mask) const {
+    Output::take(row, column, _mm512_mul_ps(sum, load(slope + at(row, column), mask)), mask);
+  }
+};
+
+// GELU of results and its slope. Of a tile's sums at rest: in the registers they would wait for
+// the products.
+struct WithGelu : Output {
+  uint16_t *slope;
+  alignas(64) float sums[TILE][PANEL];
+
+  void take(int row, int column, Floats sum, __mmask16) {
+    _mm512_store_ps(sums[row % TILE] + column % PANEL, sum);
+  }
+  void end(int row, int rows, int column) const {
+    for (int r = row; r < row + rows; ++r)
+      for (int c = column; c < std::min(column + PANEL, N); c += LANES) {
+        const Gelu result = gelu(_mm512_load_ps(sums[r % TILE] + c % PANEL));
+        store(y + at(r, c), result.value, lanes(N - c));
+        store_far(slope + at(r, c), result.slope, lanes(N - c));
+      }
+  }
+};
+
+// Rows (M) of `count` words by panels (N columns), + bias (N) or nothing. `to` takes the sums, 16
+// at a time, and is told where a tile of them begins and ends.
+template <typename Output>
+void multiply(const int32_t *x, const Words *panels, const float *bias, int M, int N, int count,
+              Output to) {
 #pragma omp for collapse(2) schedule(static)
   for (int first = 0; first < M; first += ROW_BLOCK)
     for (int panel = 0; panel < panel_count(N); ++panel) {
@@ -24,14 +78,15 @@ void multiply(const int32_t *x, const Words *panels, const float *bias, uint16_t
       for (int b = 0; b < BLOCKS; ++b)
         start[b] = load(bias + column + b * LANES, bias ? lanes(N - column - b * LANES) : 0);
       in_tiles(first, std::min(first + ROW_BLOCK, M), [&](int row, int rows) {
-        uint16_t *to = y + (size_t)row * N + column;
+        to.begin(row, rows, column);
         product(
             rows, {x + (size_t)row * count, (size_t)count, 1}, w, count,
             [&](int, int b) { return start[b]; },
             [&](int r, int b, Floats sum) {
               const __mmask16 mask = lanes(N - column - b * LANES);
-              if (mask) store(to + (size_t)r * N + b * LANES, sum, mask);
+              if (mask) to.take(row + r, column + b * LANES, sum, mask);
             });
+        to.end(row, rows, column);
       });
     }
 }

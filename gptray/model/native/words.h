@@ -44,6 +44,14 @@ inline void store(uint16_t *to, Floats value, __mmask16 mask) {
     _mm256_mask_storeu_epi16(to, mask, to_bf16(value));
 }
 
+// Past the caches where it can be: for what is read much later.
+inline void store_far(uint16_t *to, Floats value, __mmask16 mask) {
+  if (mask == 0xFFFF && (uintptr_t)to % 32 == 0)
+    _mm256_stream_si256((__m256i *)to, to_bf16(value));
+  else
+    store(to, value, mask);
+}
+
 inline void store(float *to, Floats value, __mmask16 mask) {
   _mm512_mask_storeu_ps(to, mask, value);
 }
@@ -56,13 +64,14 @@ inline Words pair(Floats even, Floats odd) {
   return pair(_mm512_cvtepu16_epi32(to_bf16(even)), _mm512_cvtepu16_epi32(to_bf16(odd)));
 }
 
-// 2^n e^r with |r| <= ln 2 / 2; off by 4e-5 of the value, bf16 by up to 4e-3.
-inline Floats exp(Floats x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-104.f));
-  const Floats n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-  const Floats r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.69314718f), x);
-  Floats p = _mm512_set1_ps(1.f / 24);
-  for (const float c : {1.f / 6, 0.5f, 1.f, 1.f})
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x as 2^n 2^r with |r| <= 1 / 2; off by 4e-5 of the value, bf16 by up to 4e-3.
+inline Floats exp2(Floats x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-150.f));
+  const Floats n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
+  Floats p = _mm512_set1_ps(0.00961812911f);  // ln(2)^4 / 4! and so on
+  for (const float c : {0.0555041087f, 0.240226507f, 0.693147181f, 1.f})
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
   return _mm512_scalef_ps(p, n);
 }
