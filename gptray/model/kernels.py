@@ -159,10 +159,7 @@ def _whole(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _linear(inputs: list[Tensor], _: int) -> list[Tensor]:
-    x, weight, bias = _whole(inputs)
-    y = x.new_empty(*x.shape[:-1], weight.size(0))
-    _call("linear", [x, weight, bias, y, _panels(weight.size(0), weight.size(1) // 2)], *_sizes(x, weight))
-    return [y]
+    return _products("linear", _whole(inputs), results=1)
 
 
 def _linear_backward(
@@ -180,11 +177,8 @@ def _linear_shapes(inputs: list[Tensor], _: int) -> list[Tensor]:
 def _mlp(inputs: list[Tensor], _: int) -> list[Tensor]:
     """The output, and for the way back what is within: GELU (..., N) and its slope."""
     x, weight, bias, *out = _whole(inputs)
-    inner = x.new_empty(*x.shape[:-1], weight.size(0))
-    slope = torch.empty_like(inner)
-    work = _panels(weight.size(0), weight.size(1) // 2)
-    _call("linear_gelu", [x, weight, bias, inner, slope, work], *_sizes(x, weight))
-    return [*_linear([inner, *out], 0), inner, slope]
+    inner, slope = _products("linear_gelu", [x, weight, bias], results=2)
+    return [*_products("linear", [inner, *out], results=1), inner, slope]
 
 
 def _mlp_backward(grad: Tensor, inputs: list[Tensor], kept: list[Tensor], _: int) -> list[Tensor]:
@@ -198,6 +192,15 @@ def _mlp_backward(grad: Tensor, inputs: list[Tensor], kept: list[Tensor], _: int
 def _mlp_shapes(inputs: list[Tensor], _: int) -> list[Tensor]:
     x, (inner,) = inputs[0], _linear_shapes(inputs, 0)
     return [torch.empty_like(x), inner, torch.empty_like(inner)]
+
+
+def _products(name: str, inputs: list[Tensor], *, results: int) -> list[Tensor]:
+    """What a function makes of x (..., K), W (N, K) and b: tensors of (..., N)."""
+    x, weight, bias = inputs
+    M, N, K = _sizes(x, weight)
+    made = [x.new_empty(*x.shape[:-1], N) for _ in range(results)]
+    _call(name, [x, weight, bias, *made, _panels(N, K // 2)], M, N, K)
+    return made
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, slope: Tensor | None = None) -> Tensor:

@@ -23,89 +23,90 @@ struct Head {
   float scale() const { return 1.f / std::sqrt((float)D); }
   size_t row_panels() const { return (size_t)panel_count(T) * D / 2 * BLOCKS; }
   size_t column_panel() const { return (size_t)(T + 1) / 2 * BLOCKS; }
-  size_t width() const { return (size_t)panel_count(T) * PANEL; }
+  // From row to row of scores: no power of 2, lest all rows be kept in few places of the cache.
+  size_t width() const { return (size_t)panel_count(T) * PANEL + LANES; }
 };
 
 // T rows of D numbers -> panels of 64 rows, words along D.
 void pack_head_rows(const uint16_t *x, size_t stride, Words *panels, int T, int D) {
-  const Words row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const Words index = _mm512_mullo_epi32(row, _mm512_set1_epi32(2 * stride));  // in bytes
-  for (int block = 0; block < panel_count(T) * BLOCKS; ++block) {
-    const __mmask16 mask = lanes(T - block * LANES);
-    const int32_t *from = (const int32_t *)(x + (size_t)block * LANES * stride);
-    Words *to = panels + (size_t)(block / BLOCKS) * D / 2 * BLOCKS + block % BLOCKS;
-    for (int k = 0; k < D / 2; ++k, to += BLOCKS)
-      *to = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, index, from + k, 1);
-  }
+  for (int block = 0; block < panel_count(T) * BLOCKS; ++block)
+    pack_block(
+        [&](int r, int k) {
+          const int row = block * LANES + r;
+          return _mm512_maskz_loadu_epi32(row < T ? lanes(D / 2 - k) : 0, x + row * stride + 2 * k);
+        },
+        panels, block, D / 2);
 }
 
 Rows words_of(const uint16_t *rows, size_t stride) {
   return {(const int32_t *)rows, stride / 2, 1};
 }
 
-// Scores of one query (count) -> probabilities in bf16, zeros after them up to an even number.
-// Returns the binary logarithm of the sum of their exponentials.
-float softmax(float *scores, int count, float scale, uint16_t *out) {
-  Floats most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-  for (int k = 0; k < count; k += LANES) {
-    const __mmask16 mask = lanes(count - k);
-    most = _mm512_mask_max_ps(most, mask, most, load(scores + k, mask));
-  }
-  const float scale_2 = scale * LOG2_E, top = _mm512_reduce_max_ps(most) * scale_2;
-  for (int k = 0; k < count; k += LANES) {
-    const __mmask16 mask = lanes(count - k);
-    const Floats score = load(scores + k, mask);
-    const Floats e = exp2(_mm512_fmsub_ps(score, _mm512_set1_ps(scale_2), _mm512_set1_ps(top)));
-    total = _mm512_mask_add_ps(total, mask, total, e);
-    store(scores + k, e, mask);
-  }
-  const float sum = _mm512_reduce_add_ps(total);
-  for (int k = 0; k < (count + 1) / 2 * 2; k += LANES) {
-    const Floats e = load(scores + k, lanes(count - k));
-    store(out + k, _mm512_mul_ps(e, _mm512_set1_ps(1.f / sum)), 0xFFFF);
-  }
-  return top + std::log2(sum);
-}
-
-// Write sums of a tile as rows of D numbers.
+// Write sums of a tile times a factor each row as rows of D numbers.
 struct ToRows {
   uint16_t *rows;
   size_t stride;
   int D;
+  const float *factors;
   void operator()(int r, int b, Floats sum) const {
     const __mmask16 mask = lanes(D - b * LANES);
+    sum = _mm512_mul_ps(sum, _mm512_set1_ps(factors[r]));
     if (mask) store(rows + r * stride + b * LANES, sum, mask);
   }
 };
 
-// out: rows of D, `stride` apart; log_sums (T)
+// 2^(scale score - top) of one query's scores (count) in bf16, zeros after them up to a multiple
+// of 16. Returns their sum.
+float exponentials(const float *scores, int count, float scale, float top, uint16_t *out) {
+  Floats total = zero(0, 0);
+  for (int k = 0; k < count; k += LANES) {
+    const Floats score = load(scores + k, 0xFFFF);
+    Floats e = exp2(_mm512_fmsub_ps(score, _mm512_set1_ps(scale), _mm512_set1_ps(top)));
+    e = _mm512_maskz_mov_ps(lanes(count - k), e);
+    total = _mm512_add_ps(total, e);
+    store(out + k, e, 0xFFFF);
+  }
+  return _mm512_reduce_add_ps(total);
+}
+
+// out: rows of D, `stride` apart; log_sums (T): binary logarithms of each query's exponentials
 void attend(const Head &head, uint16_t *out, size_t stride, float *log_sums) {
   const int T = head.T, D = head.D;
   const size_t width = head.width();
   thread_local std::vector<Line> packed;
   thread_local std::vector<float> all_scores;
-  thread_local std::vector<uint16_t> all_probabilities;
+  thread_local std::vector<uint16_t> all_powers;
   Words *keys = (Words *)room(packed, head.row_panels() + head.column_panel());
   Words *values = keys + head.row_panels();
-  float *scores = room(all_scores, TILE * width);                        // (TILE, width)
-  uint16_t *probabilities = room(all_probabilities, TILE * width);  // (TILE, width)
+  float *scores = room(all_scores, TILE * width);     // (TILE, width)
+  uint16_t *powers = room(all_powers, TILE * width);  // (TILE, width)
+  const float scale = head.scale() * LOG2_E;
   pack_head_rows(head.k, head.stride, keys, T, D);
   pack_panel(head.v, head.stride, values, T, D);
   in_tiles(0, T, [&](int t, int rows) {
     const Rows queries = words_of(head.q + t * head.stride, head.stride);
+    Floats most[TILE];
+    std::fill(most, most + rows, _mm512_set1_ps(-INFINITY));
     for (int k = 0; k < t + rows; k += PANEL)
       product(rows, queries, keys + (size_t)(k / PANEL) * D / 2 * BLOCKS, D / 2, zero,
               [&](int r, int b, Floats sum) {
-                store(scores + r * width + k + b * LANES, sum, 0xFFFF);
+                const int column = k + b * LANES;
+                store(scores + r * width + column, sum, 0xFFFF);
+                most[r] = _mm512_mask_max_ps(most[r], lanes(t + r + 1 - column), most[r], sum);
               });
     const int words = (t + rows + 1) / 2;
+    float factors[TILE];
+    for (int r = 0; r < rows; ++r) factors[r] = scale * _mm512_reduce_max_ps(most[r]);
     for (int r = 0; r < rows; ++r) {
-      uint16_t *row = probabilities + r * width;
+      uint16_t *row = powers + r * width;
       std::fill(row + t + r + 1, row + 2 * words, 0);
-      log_sums[t + r] = softmax(scores + r * width, t + r + 1, head.scale(), row);
+      const float top = factors[r];
+      const float sum = exponentials(scores + r * width, t + r + 1, scale, top, row);
+      log_sums[t + r] = top + std::log2(sum);
+      factors[r] = 1 / sum;
     }
-    product(rows, words_of(probabilities, width), values, words, zero,
-            ToRows{out + t * stride, stride, D});
+    product(rows, words_of(powers, width), values, words, zero,
+            ToRows{out + t * stride, stride, D, factors});
   });
 }
 
@@ -116,18 +117,17 @@ struct Backward {
   size_t stride;
   const float *log_sums;  // (T)
   Words *key_rows, *value_rows, *keys, *queries, *grads;  // packed
-  // Probabilities and the gradients of scores: words along the queries, (QUERIES / 2, width).
+  // Probabilities and the gradients of scaled scores: words along the queries, (QUERIES / 2, width).
   int32_t *p_words, *s_words;
   uint16_t *s_rows;           // (TILE, width)
   float *key_grad, *value_grad;  // (T, 64)
 };
 
-// Probabilities and the gradients of the scores of queries t .. t + rows - 1, to all their keys.
+// Probabilities and the gradients of the scaled scores of queries t .. t + rows - 1, to all their keys.
 void score_gradients(const Backward &w, int t, int rows, int32_t *p_words, int32_t *s_words) {
   const Head &head = w.head;
   const size_t width = head.width();
-  const Floats scale = _mm512_set1_ps(head.scale());
-  const Floats scale_2 = _mm512_set1_ps(head.scale() * LOG2_E);
+  const Floats scale = _mm512_set1_ps(head.scale() * LOG2_E);
   Floats delta[TILE], base[TILE];  // delta: the sum of out * grad
   for (int r = 0; r < rows; ++r) {
     Floats sum = zero(0, 0);
@@ -154,10 +154,9 @@ void score_gradients(const Backward &w, int t, int rows, int32_t *p_words, int32
           const __mmask16 mask = r + o < rows ? lanes(t + r + o + 1 - column) : 0;
           p[o] = s[o] = zero(0, 0);
           if (!mask) continue;
-          p[o] = exp2(_mm512_fmsub_ps(scores[r + o][b], scale_2, base[r + o]));
+          p[o] = exp2(_mm512_fmsub_ps(scores[r + o][b], scale, base[r + o]));
           p[o] = _mm512_maskz_mov_ps(mask, p[o]);
           s[o] = _mm512_mul_ps(p[o], _mm512_sub_ps(grads[r + o][b], delta[r + o]));
-          s[o] = _mm512_mul_ps(s[o], scale);
         }
         const size_t at = r / 2 * width + column;
         _mm512_storeu_si512(p_words + at, pair(p[0], p[1]));
@@ -192,6 +191,8 @@ void attend_backward(Backward w, uint16_t *dq, uint16_t *dk, uint16_t *dv) {
   const Head &head = w.head;
   const int T = head.T, D = head.D;
   const size_t width = head.width(), words = QUERIES / 2 * width;
+  float scales[TILE], ones[TILE];
+  std::fill(scales, scales + TILE, head.scale()), std::fill(ones, ones + TILE, 1.f);
   thread_local std::vector<Line> packed;
   thread_local std::vector<int32_t> all_words;
   thread_local std::vector<uint16_t> all_rows;
@@ -219,15 +220,15 @@ void attend_backward(Backward w, uint16_t *dq, uint16_t *dk, uint16_t *dv) {
       const size_t at = (t - first) / 2 * width;
       score_gradients(w, t, rows, w.p_words + at, w.s_words + at);
       product(rows, words_of(w.s_rows, width), w.keys, (t + rows + 1) / 2, zero,
-              ToRows{dq + t * head.stride, head.stride, D});
+              ToRows{dq + t * head.stride, head.stride, D, scales});
     }
     add_to_keys(w, first, last);
   }
   for (int t = 0; t < T; ++t)
     for (int b = 0; b < BLOCKS; ++b) {
-      const size_t from = t * PANEL + b * LANES;
-      ToRows{dk, head.stride, D}(t, b, load(w.key_grad + from, 0xFFFF));
-      ToRows{dv, head.stride, D}(t, b, load(w.value_grad + from, 0xFFFF));
+      const size_t from = t * PANEL + b * LANES, to = t * head.stride;
+      ToRows{dk + to, head.stride, D, scales}(0, b, load(w.key_grad + from, 0xFFFF));
+      ToRows{dv + to, head.stride, D, ones}(0, b, load(w.value_grad + from, 0xFFFF));
     }
 }
 

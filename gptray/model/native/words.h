@@ -155,23 +155,60 @@ T *room(std::vector<T> &vector, size_t size) {
   return vector.data();
 }
 
+// 16 rows of 16 words <-> 16 columns of them.
+inline void transpose(Words (&w)[LANES]) {
+  Words t[LANES];
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4)  // w[i + c]: columns c, c + 4, c + 8, c + 12 of 4 rows
+#pragma GCC unroll 2
+    for (int c = 0; c < 4; c += 2) {
+      w[i + c] = _mm512_unpacklo_epi64(t[i + c / 2], t[i + 2 + c / 2]);
+      w[i + c + 1] = _mm512_unpackhi_epi64(t[i + c / 2], t[i + 2 + c / 2]);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const Words even = _mm512_shuffle_i32x4(w[c], w[c + 4], 0x88);
+    const Words even_2 = _mm512_shuffle_i32x4(w[c + 8], w[c + 12], 0x88);
+    const Words odd = _mm512_shuffle_i32x4(w[c], w[c + 4], 0xDD);
+    const Words odd_2 = _mm512_shuffle_i32x4(w[c + 8], w[c + 12], 0xDD);
+    w[c] = _mm512_shuffle_i32x4(even, even_2, 0x88);
+    w[c + 4] = _mm512_shuffle_i32x4(odd, odd_2, 0x88);
+    w[c + 8] = _mm512_shuffle_i32x4(even, even_2, 0xDD);
+    w[c + 12] = _mm512_shuffle_i32x4(odd, odd_2, 0xDD);
+  }
+}
+
+// Rows of `count` words -> block `block` of their panels; words(r, k) gives 16 words of the
+// block's row r from word k on.
+template <typename Get>
+inline void pack_block(const Get &words, Words *panels, int block, int count) {
+  Words *to = panels + (size_t)(block / BLOCKS) * count * BLOCKS + block % BLOCKS;
+  for (int k = 0; k < count; k += LANES) {
+    Words square[LANES];
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; ++r) square[r] = words(r, k);
+    transpose(square);
+    for (int i = 0; i < std::min(LANES, count - k); ++i) to[(size_t)(k + i) * BLOCKS] = square[i];
+  }
+}
+
 // W (N, K) fp32 -> panels of 64 rows, words along K.
 void pack_rows(const float *w, Words *panels, int N, int K) {
-  const Words row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const Words index = _mm512_mullo_epi32(row, _mm512_set1_epi32(K));
-  const Floats none = _mm512_setzero_ps();
-  const int count = K / 2, blocks = panel_count(N) * BLOCKS;
 #pragma omp for schedule(static)
-  for (int block = 0; block < blocks; ++block) {
-    const __mmask16 mask = lanes(N - block * LANES);
-    const float *from = w + (size_t)block * LANES * K;
-    Words *to = panels + (size_t)(block / BLOCKS) * count * BLOCKS + block % BLOCKS;
-    for (int k = 0; k < count; ++k) {
-      const Floats even = _mm512_mask_i32gather_ps(none, mask, index, from + 2 * k, 4);
-      const Floats odd = _mm512_mask_i32gather_ps(none, mask, index, from + 2 * k + 1, 4);
-      _mm512_store_si512(to + (size_t)k * BLOCKS, pair(even, odd));
-    }
-  }
+  for (int block = 0; block < panel_count(N) * BLOCKS; ++block)
+    pack_block(
+        [&](int r, int k) {
+          const int row = block * LANES + r, left = row < N ? K - 2 * k : 0;
+          const float *from = w + (size_t)row * K + 2 * k;
+          const Floats low = load(from, lanes(left)), high = load(from + LANES, lanes(left - LANES));
+          return (Words)_mm512_cvtne2ps_pbh(high, low);
+        },
+        panels, block, K / 2);
 }
 
 // W (N, K) fp32 -> panels of 64 columns, words along N.
