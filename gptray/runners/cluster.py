@@ -24,6 +24,13 @@ TRAIN_ENV = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+# Read by Ray Serve's controller and proxy where the cluster is the job's own. The controller looks
+# ten times a second by itself, which takes 3 % of a core. By gRPC an update of a stream costs the
+# proxy and the replica a fifth less than by Ray's own way between them.
+SERVE_ENV = {
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+}
 
 
 @contextmanager
@@ -38,7 +45,7 @@ def ray_cluster() -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    for key, value in TRAIN_ENV.items():
+    for key, value in (TRAIN_ENV | SERVE_ENV).items():
         os.environ.setdefault(key, value)
     verbose = logging.getLogger("gptray").isEnabledFor(logging.DEBUG)
     level = logging.INFO if verbose else logging.ERROR

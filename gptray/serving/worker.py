@@ -26,8 +26,8 @@ log = logging.getLogger("gptray")
 LONGEST_WAIT_S = 60
 # An update of live text costs about 2 ms of a core until a client behind Ray Serve has it, as much
 # as a token in a full batch. So there are no more than so many a second, of all requests together:
-# a tenth of the machine. With many requests several tokens go in one.
-LIVE_UPDATES_PER_S = 50 * (os.cpu_count() or 1)
+# a twentieth of the machine. With many requests several tokens go in one.
+LIVE_UPDATES_PER_S = 25 * (os.cpu_count() or 1)
 
 
 class Overloaded(RuntimeError):
@@ -88,6 +88,7 @@ class EngineThread:
         self._unfinished: set[_Order] = set()
         self._arrived: list[_Order] = []
         self._left: list[_Order] = []
+        self._told = 0.0  # when live text went out
         self._promised = 0.0  # until when room is promised to those turned away
         self._stopping = False
         self._error: Exception | None = None  # that ended the thread
@@ -215,9 +216,14 @@ class EngineThread:
     def _hand_out(self, orders: Sequence[_Order]) -> None:
         """Tell the streams of those that got a token or ended what is new of them."""
         now = time.perf_counter()
-        rested = now - len(orders) / LIVE_UPDATES_PER_S
-        due = [order for order in orders if order.is_due(rested)]
-        updates = [order.update(now) for order in due]
+        # All at once: whoever stands between engine and clients is then woken once, and the steps
+        # until the next time run undisturbed.
+        live = sum(order.request.live_text for order in orders)
+        is_time = now - self._told >= live / LIVE_UPDATES_PER_S
+        if is_time:
+            self._told = now
+        due = [order for order in orders if order.is_due(is_time)]
+        updates = [order.update() for order in due]
         ended = [order for order in due if order.has_ended]
         self.steps += 1
         self.rows += len(orders)
@@ -266,20 +272,17 @@ class _Order:
     generation: Generation | None = None
     tokens: int = 0
     characters: int = 0
-    told: float = 0.0  # when
 
     @property
     def has_ended(self) -> bool:
         return self._made.finish_reason is not None
 
-    def is_due(self, rested: float) -> bool:
-        """Whether to tell: the first token, the end, and live text if it was not told since."""
-        is_live = self.request.live_text and self.told <= rested
-        return is_live or not self.tokens or self.has_ended
+    def is_due(self, is_time: bool) -> bool:
+        """Whether to tell: the first token, the end, and live text when it is time for that."""
+        return (is_time and self.request.live_text) or not self.tokens or self.has_ended
 
-    def update(self, now: float) -> Update:
+    def update(self) -> Update:
         """What is new since the last call."""
-        self.told = now
         made = self._made
         update = Update(
             self.index,
