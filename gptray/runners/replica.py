@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray.serve")
 
 USER_CONFIG = ("model", "served_model_name")
-# Requests that a replica takes beyond those that find room in its line, to refuse them itself.
-SPARE_REQUESTS = 64
+# Requests that a replica takes beyond those that find room in its line, to refuse them itself: it
+# knows when there will be room. Serve's proxy, which would call them all back at once, keeps so
+# many for it.
+SPARE_REQUESTS, QUEUED_REQUESTS, QUEUED_RETRY_S = 64, 2_000, 10
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S, METRICS_S = 1.0, 30.0, 5.0
 
 
@@ -60,8 +62,8 @@ def bound(config: Config, model: dict[str, str] | None) -> Any:
         user_config=model,
         ray_actor_options={"num_cpus": reserved["CPU"], "num_gpus": reserved.get("GPU", 0.0)},
         max_ongoing_requests=room,
-        max_queued_requests=room,
-        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        max_queued_requests=QUEUED_REQUESTS,
+        backpressure_config={"status_code": 429, "retry_after_s": QUEUED_RETRY_S},
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
