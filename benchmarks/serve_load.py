@@ -92,7 +92,7 @@ class Window:
         seconds = self.end - self.begin
         ended = [a for a in self._answers if a.ended and self.begin <= a.last < self.end]
         # Who still waits for the first token has waited at least until the end.
-        firsts = [(a.first or self.end, a.began) for a in self._answers]
+        firsts = [(a.first or self.end, a.began) for a in self._answers if a.began < self.end]
         waits = [min(first, self.end) - began for first, began in firsts if first >= self.begin]
         steps = [(a.last - (a.first or 0)) / (a.tokens - 1) for a in ended if a.tokens > 1]
         return {

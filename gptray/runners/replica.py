@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, UserError, override
@@ -108,7 +109,11 @@ class Replica:
         if model == self._model:
             return
         try:
-            served = await asyncio.to_thread(self._load, model)
+            # In a thread that ends: OpenMP counts the threads of one that stays, finds more than
+            # there are cores, and from then on the engine's fall asleep wherever they meet.
+            with ThreadPoolExecutor(1) as passing:
+                loop = asyncio.get_running_loop()
+                served = await loop.run_in_executor(passing, self._load, model)
         except UserError as error:
             if self._model is None:
                 raise
