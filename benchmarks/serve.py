@@ -161,7 +161,7 @@ def middle(reports: list[dict[str, Any]]) -> dict[str, Any]:
         if isinstance(value, dict):
             merged[name] = middle(values)
         else:
-            merged[name] = statistics.median(values) if values else None
+            merged[name] = round(statistics.median(values), 4) if values else None
     return merged
 
 
