@@ -44,7 +44,14 @@ class SampleConfig(Section):
     stop: NonEmpty | list[NonEmpty] | None = Field(
         None, description="texts that end the output, and are no part of it"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the sampler")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of the sampler; each prompt and each row draws on its own"
+    )
+    parse_special: bool = Field(
+        False,
+        description="in a prompt, the end-of-text token's own name (<|endoftext|>) is that token; "
+        "false: plain text",
+    )
 
     @model_validator(mode="after")
     def _min_below_max(self) -> SampleConfig:

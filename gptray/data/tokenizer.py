@@ -49,6 +49,7 @@ class Tokenizer:
         self._special = special
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
+        self.eos_token = special["eos_token"]
         self.eos_id = vocab[special["eos_token"]]
         self._characters = vocab if _one_token_per_character(backend) else None
 
@@ -63,6 +64,18 @@ class Tokenizer:
         Raises UserError for a character that a character tokenizer does not know.
         """
         return self.encode_batch([text])[0]
+
+    def prompt_ids(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids that a model continues; of an empty text the start of a fresh document.
+
+        parse_special: the end-of-text token's own name in the text is that token, not plain text.
+        Raises UserError as `encode`.
+        """
+        parts = text.split(self.eos_token) if parse_special else [text]
+        ids = self.encode(parts[0])
+        for part in parts[1:]:
+            ids += [self.eos_id, *self.encode(part)]
+        return ids or [self.eos_id]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, no special token added."""

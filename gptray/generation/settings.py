@@ -7,6 +7,7 @@ top-k, top-p, min-p.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,8 @@ from typing import Any
 from gptray.config import SampleConfig
 
 SEEDS = 2**63
+# Seeds made here stay whole where a program keeps them as floats: JavaScript, a pandas column.
+_DERIVED_SEEDS = 2**53
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,16 @@ class Sampling:
         stop = values["stop"]
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
         return cls(**values)
+
+
+def derived_seed(seed: int, *key: int | str) -> int:
+    """A seed of its own for whatever `key` names under `seed`: a row's id, the number of a sample.
+
+    Equal arguments give equal seeds on every machine; 1 and "1" are one key. Below 2^53.
+    """
+    text = "\x1f".join(map(str, (seed, *key)))
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % _DERIVED_SEEDS
 
 
 def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -> None:
