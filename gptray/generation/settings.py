@@ -103,6 +103,11 @@ def derived_seed(seed: int, *key: int | str) -> int:
     return int.from_bytes(digest, "little") % _DERIVED_SEEDS
 
 
+def numbered_seed(seed: int, number: int) -> int:
+    """The seed of draw `number` of several under one seed; the first has that seed itself."""
+    return derived_seed(seed, number) if number else seed
+
+
 def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -> None:
     """Refuse what the model's context of `n_positions` tokens cannot hold.
 

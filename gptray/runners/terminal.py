@@ -37,7 +37,7 @@ def generate_here(config: Config) -> dict[str, Any]:
 
     from gptray.generation.engine import load_engine
     from gptray.generation.request import Request
-    from gptray.generation.settings import Sampling
+    from gptray.generation.settings import Sampling, numbered_seed
 
     engine, tokenizer = load_engine(
         folder,
@@ -47,12 +47,12 @@ def generate_here(config: Config) -> dict[str, Any]:
         device="cuda" if config.compute.use_gpu else "cpu",
         backend=config.generate.backend,
     )
-    sampling = Sampling.of(config.sample)
     generations = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
+        sampling = Sampling.of(config.sample, seed=numbered_seed(config.sample.seed, number))
         try:
-            request = Request(tokenizer.encode(prompt), sampling, live_text=True)
-            generations.append(engine.submit(request))
+            ids = tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
+            generations.append(engine.submit(Request(ids, sampling, live_text=True)))
         except ValueError as error:
             raise UserError(f"sample.prompt={prompt!r}: {error}") from None
     began = time.monotonic()
@@ -78,6 +78,7 @@ def generate_here(config: Config) -> dict[str, Any]:
                 "output": generation.text,
                 "finish_reason": generation.finish_reason,
                 "output_tokens": len(generation.tokens),
+                "seed": generation.request.sampling.seed,
             }
             for prompt, generation in zip(prompts, generations, strict=True)
         ],
