@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
 from gptray.runners.output import check_lengths, with_backend
+
+log = logging.getLogger("gptray")
 
 
 def look_here(config: Config) -> tuple[Config, Path, str]:
@@ -63,13 +66,15 @@ def generate_here(config: Config) -> dict[str, Any]:
             _print(generation.text[shown:])
             shown = len(generation.text)
         _print(generation.text[shown:] + "\n")
+        if generation.error:
+            log.warning("sample.prompt=%r: %s", prompt, generation.error)
     seconds = time.monotonic() - began
     tokens = sum(len(generation.tokens) for generation in generations)
     return {
         "model": name,
         "output_path": None,
         "rows": len(prompts),
-        "errors": 0,
+        "errors": sum(generation.error is not None for generation in generations),
         "output_tokens": tokens,
         "tokens_per_sec": round(tokens / seconds, 1),
         "outputs": [

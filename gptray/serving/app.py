@@ -198,7 +198,7 @@ async def _events(
             for chunk in completion.last_chunks():
                 yield _event(chunk)
             yield "data: [DONE]\n\n"
-        except (EngineStopped, TimeoutError) as error:
+        except (ApiError, EngineStopped, TimeoutError) as error:
             yield _event(_told(error).body)
 
 

@@ -20,10 +20,11 @@ from gptray.config import ServeConfig
 from gptray.generation.detokenize import TextStream
 from gptray.generation.request import Request
 from gptray.generation.sampling import Drawn
-from gptray.generation.settings import SEEDS, Sampling
+from gptray.generation.settings import Sampling
+from gptray.limits import SEEDS
 from gptray.serving.endpoint import Served
 from gptray.serving.errors import ApiError
-from gptray.serving.protocol import GREEDY_BELOW, CompletionRequest, StreamOptions
+from gptray.serving.protocol import CompletionRequest, StreamOptions
 from gptray.serving.worker import Update
 
 # What stands for a log-probability that JSON cannot hold.
@@ -89,6 +90,8 @@ class Completion:
                     update = await anext(updates, None)
                 if update is None:
                     return
+                if update.error is not None:
+                    raise ApiError(500, update.error)
                 self.completion_tokens += len(update.drawn) + (update.end is not None)
                 seen(update)
                 yield self._outputs[update.index].take(update)
@@ -232,7 +235,7 @@ def _sampling(body: CompletionRequest) -> Sampling:
     return Sampling(
         max_new_tokens=body.max_tokens,
         min_new_tokens=body.min_tokens,
-        temperature=0.0 if body.temperature < GREEDY_BELOW else body.temperature,
+        temperature=body.temperature,
         top_k=body.top_k if body.top_k > 0 else None,
         top_p=body.top_p if body.top_p < 1 else None,
         min_p=body.min_p or None,

@@ -99,8 +99,9 @@ class Served:
     async def _generate_one(self) -> None:
         request = Request([self.tokenizer.eos_id], Sampling(max_new_tokens=1, temperature=0.0))
         async with aclosing(self.thread.stream([request])) as updates:
-            async for _ in updates:
-                pass
+            async for update in updates:
+                if update.error is not None:
+                    raise EngineStopped(update.error)
 
 
 class Endpoint:
