@@ -64,7 +64,10 @@ class FieldSpec:
             options = f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
             return f"expects {options}, got {shown(value)}{did_you_mean([close] if close else [])}"
         if kind in _LIMITS:
-            limits = {name: f"{limit:.10g}" for name, limit in detail.get("ctx", {}).items()}
+            limits = {
+                name: f"{limit:.10g}" if isinstance(limit, float) else str(limit)
+                for name, limit in detail.get("ctx", {}).items()
+            }
             return f"{_LIMITS[kind].format(**limits)}, got {shown(value)}"
         if kind == "string_pattern_mismatch":
             return f"may have letters, digits and . _ - only, got {shown(value)}"

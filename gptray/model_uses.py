@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from gptray.limits import within
 from gptray.sections import (
     Backend,
     NonEmpty,
@@ -30,25 +31,29 @@ class SampleConfig(Section):
     prompt: str | list[str] | None = Field(
         None, description="prompts of the samples; null: the first words of validation text"
     )
-    max_new_tokens: PositiveInt = Field(64, description="tokens to add at most")
-    min_new_tokens: Annotated[int, Field(ge=0)] = Field(
+    max_new_tokens: Annotated[int, within("max_new_tokens", low=1)] = Field(
+        64, description="tokens to add at most"
+    )
+    min_new_tokens: Annotated[int, within("min_new_tokens")] = Field(
         0, description="tokens to add before the text may end"
     )
-    temperature: NonNegative = Field(0.7, description="0: greedy")
-    top_k: PositiveInt | None = Field(40, description="sample from the k likeliest; null: from all")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+    temperature: Annotated[float, within("temperature")] = Field(0.7, description="0: greedy")
+    top_k: Annotated[int, within("top_k")] | None = Field(
+        40, description="sample from the k likeliest; null: from all"
+    )
+    top_p: Annotated[float, within("top_p")] | None = Field(
         None, description="sample from the likeliest that make up this probability; null: off"
     )
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+    min_p: Annotated[float, within("min_p")] | None = Field(
         None, description="drop what is less likely than this part of the likeliest; null: off"
     )
-    repetition_penalty: Positive = Field(
-        1.0, description="divides the logits of tokens that were there; 1: off"
+    repetition_penalty: Annotated[float, within("repetition_penalty")] = Field(
+        1.0, description="divides the logits of tokens already seen; 1: off"
     )
     stop: NonEmpty | list[NonEmpty] | None = Field(
-        None, description="texts that end the output, and are no part of it"
+        None, description="stop strings: each ends the output and is not part of it"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+    seed: Annotated[int, within("seed")] = Field(
         0, description="of the sampler; each prompt and each row draws on its own"
     )
     parse_special: bool = Field(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.build import pick_backend
 from gptray.generation.decoder import Decoder, Network, Piece
@@ -123,8 +124,13 @@ class Engine:
         rows = [sequence.row() for sequence in self._decoding]
         tokens = draw(logits, rows, self._network.top)
         for sequence, drawn in zip(self._decoding, tokens, strict=True):
-            sequence.take(drawn, self.n_positions)
+            try:
+                sequence.take(drawn, self.n_positions)
+            except Exception as error:  # one text's fault is not its neighbours'
+                sequence.fail(f"{type(error).__name__}: {error}")
         touched = [sequence.generation for sequence in self._decoding]
+        if self._reading is not None and self._reading.ended:
+            touched.append(self._reading.generation)
         self._release()
         return touched
 
@@ -197,6 +203,7 @@ def load_engine(
     """
     keep_freed_memory()
     model = load_pretrained(folder).eval().to(device)
+    _check_weights(model, folder)
     tokenizer = Tokenizer.load(folder)
     engine = Engine(
         model,
@@ -207,3 +214,12 @@ def load_engine(
         backend=pick_backend(backend, use_gpu=torch.device(device).type != "cpu"),
     )
     return engine, tokenizer
+
+
+def _check_weights(model: GPT, folder: str | Path) -> None:
+    """Raise UserError for weights that are not numbers: every row would end in an error."""
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight.detach().sum())):
+            raise UserError(
+                f"{folder}: {name} is not finite: the weights are damaged, or training diverged"
+            )

@@ -150,6 +150,10 @@ class NativeDecoder:
             positions += range(piece.start, piece.start + len(piece.tokens))
             slots += [piece.slot] * len(piece.tokens)
             asked += range(len(tokens) - piece.logits, len(tokens))
+        # The C++ trusts its caller.
+        assert min(tokens) >= 0 and max(tokens) < self._vocab_size, tokens
+        assert min(positions) >= 0 and max(positions) < self._cache.length, positions
+        assert min(slots) >= 0 and max(slots) < self._keys.size(1), slots
         rows = [np.array(numbers, np.int32) for numbers in (tokens, slots, positions, asked)]
         logits = torch.empty(len(asked), _rounded(self._vocab_size, PANEL))
         logits[:, self._vocab_size :] = float("-inf")

@@ -17,7 +17,8 @@ from gptray.generation.settings import Sampling
 # Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any load.
 PIECE_TOKENS = 128
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+NOT_FINITE = "the model's logits are not finite for this text and these settings"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Generation:
 
     prompt: with `Request.prompt_logprobs` the prompt's tokens, whole as soon as there is a new
     one; the first has no log-probability. end: the end-of-text token if that ended the output.
+    error: why, where finish_reason is "error".
     """
 
     def __init__(self, step: Callable[[], object], request: Request) -> None:
@@ -51,6 +53,7 @@ class Generation:
         self.end: Drawn | None = None
         self.text = ""
         self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
         self._step = step
 
     @property
@@ -115,11 +118,24 @@ class ActiveSequence:
         """Take in the log-probabilities of the prompt's tokens after each of a piece's."""
         count = self.generation.request.prompt_logprobs
         follow = self.history[piece.start + 1 : piece.start + 1 + len(piece.tokens)]
-        if follow:
+        if not follow:
+            return
+        try:
             self.generation.prompt += score(logits[: len(follow)], follow, count or 0, top)
+        except ValueError as error:
+            self.fail(str(error))
 
-    def take(self, drawn: Drawn, n_positions: int) -> None:
-        """Add a token and end the generation where it is to end."""
+    def fail(self, reason: str) -> None:
+        """End the generation with an error; other sequences are not affected."""
+        self.generation.finish_reason, self.generation.error = "error", reason
+
+    def take(self, drawn: Drawn | None, n_positions: int) -> None:
+        """Add a token and end the generation where it is to end; None: none could be drawn."""
+        if self.ended:
+            return
+        if drawn is None:
+            self.fail(NOT_FINITE)
+            return
         generation = self.generation
         sampling = generation.request.sampling
         if not sampling.max_new_tokens:

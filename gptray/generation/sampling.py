@@ -27,6 +27,9 @@ CHUNK = 64
 # How far down a row is ranked when only top_p says where to end; all of it if that is too little.
 FIRST_RANKS = 1024
 
+# Tokens (B,), all within the vocabulary, and each row's largest logit (B,): where that is not
+# finite the token means nothing.
+Chosen = tuple[Tensor, Tensor]
 # See `top_candidates`.
 Top = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -62,33 +65,36 @@ class Drawn:
 
 
 @torch.no_grad()
-def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Drawn]:
-    """Draw the next token of each row from logits (B, V), fp32; they change on the way.
+def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Drawn | None]:
+    """Draw the next token of each row from logits (B, V), fp32, which are overwritten.
 
+    None for a row whose logits are not a distribution (NaN, infinity, or nothing eligible).
     top: a faster `top_candidates`, to the same effect.
-
-    Raises ValueError if a row's logits are not a distribution (NaN, or nothing eligible).
     """
     assert logits.size(0) == len(rows)
     top = top or top_candidates
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     logprobs = _log_softmax(logits, asked)
     _shape(logits, rows)
-    tokens = torch.empty(len(rows), dtype=torch.int64)
+    tokens, sound = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows)).bool()
     for members, choose in (
-        ([i for i, r in enumerate(rows) if r.sampling.temperature == 0], _greedy),
+        ([i for i, r in enumerate(rows) if r.sampling.is_greedy], _greedy),
         ([i for i, r in enumerate(rows) if _is_ranked(r.sampling)], partial(_draw_ranked, top)),
         ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
     ):
         if members:
             part = logits if len(members) == len(rows) else logits[members]
-            tokens[members] = choose(part, [rows[i] for i in members]).cpu()
-    drawn = [Drawn(token) for token in tokens.tolist()]
+            chosen, best = choose(part, [rows[i] for i in members])
+            tokens[members], sound[members] = chosen.cpu(), torch.isfinite(best).cpu()
+    drawn = [
+        Drawn(token) if is_sound else None
+        for token, is_sound in zip(tokens.tolist(), sound.tolist(), strict=True)
+    ]
     if asked:
         counts = [rows[i].sampling.logprobs or 0 for i in asked]
         scored = _report(logprobs, tokens[asked].tolist(), counts, top)
         for i, with_logprobs in zip(asked, scored, strict=True):
-            drawn[i] = with_logprobs
+            drawn[i] = drawn[i] and with_logprobs
     return drawn
 
 
@@ -96,9 +102,11 @@ def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Dr
 def score(logits: Tensor, tokens: Sequence[int], count: int, top: Top | None = None) -> list[Drawn]:
     """Each row's token with its log-probability in logits (B, V), and the `count` likeliest.
 
-    Raises ValueError as `draw`.
+    Raises ValueError if a row's logits are not a distribution.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
+    if not bool(torch.isfinite(logprobs.amax(1)).all()):
+        raise ValueError("the model's logits are not finite for this prompt")
     return _report(logprobs, tokens, [count] * len(tokens), top or top_candidates)
 
 
@@ -190,38 +198,39 @@ def _shape(logits: Tensor, rows: Sequence[Row]) -> None:
 
 def _is_ranked(sampling: Sampling) -> bool:
     limited = sampling.top_k is not None or (sampling.top_p or 1.0) < 1.0
-    return sampling.temperature > 0 and limited
+    return limited and not sampling.is_greedy
 
 
 def _is_unranked(sampling: Sampling) -> bool:
-    return sampling.temperature > 0 and not _is_ranked(sampling)
+    return not sampling.is_greedy and not _is_ranked(sampling)
 
 
-def _greedy(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _greedy(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     best, tokens = logits.max(dim=-1)
-    _check(best)
-    return tokens
+    return tokens, best
 
 
-def _draw_ranked(top: Top, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw_ranked(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
     """Draw from the first of the ranked candidates, as many as top_k, top_p and min_p leave."""
     V = logits.size(1)
     limits = [row.sampling.top_k or V for row in rows]
     ranks = min(max(row.sampling.top_k or FIRST_RANKS for row in rows), V)
-    tokens, enough = _draw_among(top, logits, rows, limits, ranks)
+    tokens, best, enough = _draw_among(top, logits, rows, limits, ranks)
     if not all(enough):
         again = [i for i, is_enough in enumerate(enough) if not is_enough]
         part = [rows[i] for i in again]
-        tokens[again], _ = _draw_among(top, logits[again], part, [limits[i] for i in again], V)
-    return tokens
+        tokens[again], _, _ = _draw_among(top, logits[again], part, [limits[i] for i in again], V)
+    return tokens, best
 
 
 def _draw_among(
     top: Top, logits: Tensor, rows: Sequence[Row], limits: Sequence[int], ranks: int
-) -> tuple[Tensor, list[bool]]:
-    """Draw (B,) from the first `ranks` candidates; for each row whether those were enough."""
+) -> tuple[Tensor, Tensor, list[bool]]:
+    """Draw from the first `ranks` candidates; for each row also whether those were enough."""
     values, ids = top(logits, ranks)
-    _check(values[:, 0])
+    best = values[:, 0]
+    is_sound = torch.isfinite(best)
+    values = torch.where(is_sound[:, None], values, 0.0)  # what comes of such a row is not used
     temperature = _column(rows, "temperature", logits)
     weights = torch.exp((values.double() - values[:, :1]) / temperature)  # (B, K), first is 1
     cumulative = weights.cumsum(1)
@@ -239,26 +248,28 @@ def _draw_among(
     # A candidate stays if those before it do not make up top_p of the mass yet.
     eligible &= (cumulative - weights < top_p * mass) | (place == 0)
     count = eligible.sum(1, keepdim=True)
-    enough = ((count < K) | (k <= K)).squeeze(1).tolist()
+    enough = ((count < K) | (k <= K)).squeeze(1) | ~is_sound
     total = cumulative.gather(1, count - 1)
     target = _uniform(rows, logits) * total
     choice = torch.searchsorted(cumulative, target, right=True)
-    return ids.gather(1, torch.minimum(choice, count - 1)).squeeze(1), enough
+    tokens = ids.gather(1, torch.minimum(choice, count - 1)).squeeze(1)
+    return tokens, best, enough.tolist()
 
 
-def _draw_unranked(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw_unranked(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     """Draw from the whole vocabulary, or what min_p leaves of it, in the order of the ids."""
     best = logits.amax(1, keepdim=True)
-    _check(best)
     scaled = (logits - best) / _column(rows, "temperature", logits).float()
     weights = torch.exp(scaled).double()  # (B, V)
     min_p = _column(rows, "min_p", logits, off=0.0)
     if bool((min_p > 0).any()):
         weights = weights.masked_fill(weights < min_p, 0.0)
     cumulative = weights.cumsum(1)
-    target = _uniform(rows, logits) * cumulative[:, -1:]
-    # Right of equal sums: an entry without weight is never chosen.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    total = cumulative[:, -1:]
+    # Right of equal sums, and below the last: an entry without weight is never chosen.
+    target = torch.minimum(_uniform(rows, logits) * total, total.nextafter(torch.zeros_like(total)))
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return tokens.clamp(max=logits.size(1) - 1), best.squeeze(1)
 
 
 def _uniform(rows: Sequence[Row], like: Tensor) -> Tensor:
@@ -276,11 +287,6 @@ def _column(rows: Sequence[Row], name: str, like: Tensor, *, off: float = 0.0) -
     return torch.tensor(column, dtype=torch.float64, device=like.device)[:, None]
 
 
-def _check(best: Tensor) -> None:
-    if not bool(torch.isfinite(best).all()):
-        raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
-
-
 def _log_softmax(logits: Tensor, rows: Sequence[int]) -> Tensor:
     """Of these rows, (len(rows), V)."""
     return torch.log_softmax(logits if len(rows) == len(logits) else logits[rows], dim=-1)
@@ -291,7 +297,6 @@ def _report(
 ) -> list[Drawn]:
     """Each row's token with its log-probability and that of its `count` likeliest."""
     values, ids = top(logprobs, max(1, *counts))
-    _check(values[:, 0])
     own = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0]
     return [
         Drawn(token, logprob, tuple(zip(likeliest[:n], best[:n], strict=True)))

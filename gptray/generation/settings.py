@@ -8,14 +8,18 @@ top-k, top-p, min-p.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from gptray.config import SampleConfig
+from gptray.limits import GREEDY_BELOW, MAX_BIASES, SAMPLING
 
-SEEDS = 2**63
+_WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "logprobs", "seed")
+_REAL = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+_OPTIONAL = ("top_k", "top_p", "min_p", "logprobs")
 # Seeds made here stay whole where a program keeps them as floats: JavaScript, a pandas column.
 _DERIVED_SEEDS = 2**53
 
@@ -24,12 +28,13 @@ _DERIVED_SEEDS = 2**53
 class Sampling:
     """Settings of one sequence.
 
-    temperature: 0 takes the likeliest token. top_k, top_p, min_p, stop: None or empty is off.
-    max_new_tokens counts the end-of-text token; min_new_tokens forbids it before. ignore_eos: the
-    end-of-text token is one like any other. repetition_penalty divides the logits of all tokens
-    that were there; presence_penalty is taken off those of the output's tokens, frequency_penalty
-    as often as they are there. logit_bias: (token id, what to add), -100 to 100, an id once.
-    logprobs: how many of the likeliest tokens to report at each position; None reports none.
+    The numbers' bounds are in `gptray.limits`. temperature: 0 takes the likeliest token. top_k,
+    top_p, min_p, stop: None or empty is off. max_new_tokens counts the end-of-text token;
+    min_new_tokens forbids it before. ignore_eos: treat the end-of-text token like any other.
+    repetition_penalty divides the logits of all tokens seen so far; presence_penalty is subtracted
+    from those of the output's tokens, frequency_penalty once for each time a token occurs there.
+    logit_bias: (token id, what to add), each id once. logprobs: how many of the likeliest tokens to
+    report at each position; None reports none.
     Raises ValueError naming the setting that is impossible.
     """
 
@@ -49,35 +54,34 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("max_new_tokens", self.max_new_tokens, 0)
-        _whole("min_new_tokens", self.min_new_tokens, 0)
+        for name in _WHOLE:
+            _check(name, getattr(self, name), int)
+        for name in _REAL:
+            _check(name, getattr(self, name), float)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens={self.min_new_tokens} is above "
                 f"max_new_tokens={self.max_new_tokens}"
             )
-        _real("temperature", self.temperature, low=0.0, high=math.inf)
-        if self.top_k is not None:
-            _whole("top_k", self.top_k, 1)
-        if self.top_p is not None:
-            _real("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
-        if self.min_p is not None:
-            _real("min_p", self.min_p, low=0.0, high=1.0)
-        _real("repetition_penalty", self.repetition_penalty, low=0.0, high=math.inf, open_low=True)
-        _real("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
-        _real("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
-        for token, bias in self.logit_bias:
-            _whole("logit_bias's token", token, 0)
-            _real("logit_bias", bias, low=-100.0, high=100.0)
-        if len(dict(self.logit_bias)) < len(self.logit_bias):
-            raise ValueError("logit_bias names a token twice")
-        _whole("seed", self.seed, 0)
-        if self.seed >= SEEDS:
-            raise ValueError(f"seed={self.seed} must be below 2^63")
-        if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 0)
+        self._check_bias()
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop={list(self.stop)!r} must be texts of at least one character")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    def _check_bias(self) -> None:
+        if len(self.logit_bias) > MAX_BIASES:
+            raise ValueError(
+                f"logit_bias has {len(self.logit_bias)} entries, more than {MAX_BIASES}"
+            )
+        for token, bias in self.logit_bias:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise ValueError(f"logit_bias names {token!r}, which is no token id")
+            _check("logit_bias", bias, float)
+        if len(dict(self.logit_bias)) < len(self.logit_bias):
+            raise ValueError("logit_bias names a token twice")
 
     @classmethod
     def of(cls, config: SampleConfig, **changes: Any) -> Sampling:
@@ -103,6 +107,11 @@ def derived_seed(seed: int, *key: int | str) -> int:
     return int.from_bytes(digest, "little") % _DERIVED_SEEDS
 
 
+def numbered_seed(seed: int, number: int) -> int:
+    """The seed of draw `number` of several under one seed; the first has that seed itself."""
+    return derived_seed(seed, number) if number else seed
+
+
 def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -> None:
     """Refuse what the model's context of `n_positions` tokens cannot hold.
 
@@ -123,16 +132,20 @@ def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -
         )
 
 
-def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+def _check(name: str, value: Any, kind: type[int] | type[float]) -> None:
+    """Raise ValueError unless the value is a number of that kind within its bounds, or off."""
+    if value is None and name in _OPTIONAL:
+        return
+    low, high, is_open = SAMPLING[name]
+    kinds = (int,) if kind is int else (int, float)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    # NaN fails every comparison.
+    if not is_number or not (low < value if is_open else low <= value) or not value <= high:
+        what = "a whole number" if kind is int else "a number"
+        border = "above" if is_open else "from"
+        raise ValueError(f"{name}={_short(value)} must be {what} {border} {low} to {high}")
 
 
-def _real(name: str, value: Any, *, low: float, high: float, open_low: bool = False) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # NaN fails every comparison; infinity is no number to divide by.
-    inside = real and (low < value if open_low else low <= value) and value <= high
-    if not inside or math.isinf(value):
-        border = "above" if open_low else "at least"
-        upper = "" if math.isinf(high) else f" and at most {high:g}"
-        raise ValueError(f"{name}={value!r} must be {border} {low:g}{upper}")
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

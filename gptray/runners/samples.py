@@ -18,7 +18,7 @@ def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str,
     """(prompt, continuation) for each prompt of the config, or for words of validation text."""
     from gptray.generation.engine import Engine
     from gptray.generation.request import Request
-    from gptray.generation.settings import Sampling
+    from gptray.generation.settings import Sampling, numbered_seed
 
     prompts = config.sample.prompt
     if prompts is None:
@@ -26,14 +26,17 @@ def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str,
     prompts = [prompts] if isinstance(prompts, str) else prompts
     n_positions = model.config.n_positions
     engine = Engine(model, data.tokenizer, max_batch_size=len(prompts), dtype=model.compute_dtype)
-    sampling = Sampling.of(
-        config.sample,
-        max_new_tokens=min(config.sample.max_new_tokens, n_positions),
-        min_new_tokens=min(config.sample.min_new_tokens, n_positions),
-    )
-    # The end of what is too long, and of nothing at all what follows the end of a text.
-    ids = [data.tokenizer.encode(p)[-(n_positions // 2) :] or [data.eos_id] for p in prompts]
-    generations = engine.run([Request(prompt, sampling) for prompt in ids])
+    requests = []
+    for number, prompt in enumerate(prompts):
+        ids = data.tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
+        sampling = Sampling.of(
+            config.sample,
+            max_new_tokens=min(config.sample.max_new_tokens, n_positions),
+            min_new_tokens=min(config.sample.min_new_tokens, n_positions),
+            seed=numbered_seed(config.sample.seed, number),
+        )
+        requests.append(Request(ids[-(n_positions // 2) :], sampling))  # the end of a long prompt
+    generations = engine.run(requests)
     return [(prompt, g.text) for prompt, g in zip(prompts, generations, strict=True)]
 
 

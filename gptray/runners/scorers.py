@@ -85,6 +85,8 @@ class Scorer:
                         for n in left}  # fmt: skip
             done = self._engine.run(list(requests.values()))
             for n, generation in zip(requests, done, strict=True):
+                if generation.error:
+                    raise RunFailed(f"the model cannot continue a passage: {generation.error}")
                 written[n] += generation.tokens
                 left[n] -= len(generation.tokens)
                 if generation.finish_reason == "stop" or left[n] <= 0:

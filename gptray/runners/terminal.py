@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
 from gptray.runners.output import check_lengths, with_backend
+
+log = logging.getLogger("gptray")
 
 
 def look_here(config: Config) -> tuple[Config, Path, str]:
@@ -37,7 +40,7 @@ def generate_here(config: Config) -> dict[str, Any]:
 
     from gptray.generation.engine import load_engine
     from gptray.generation.request import Request
-    from gptray.generation.settings import Sampling
+    from gptray.generation.settings import Sampling, numbered_seed
 
     engine, tokenizer = load_engine(
         folder,
@@ -47,12 +50,12 @@ def generate_here(config: Config) -> dict[str, Any]:
         device="cuda" if config.compute.use_gpu else "cpu",
         backend=config.generate.backend,
     )
-    sampling = Sampling.of(config.sample)
     generations = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
+        sampling = Sampling.of(config.sample, seed=numbered_seed(config.sample.seed, number))
         try:
-            request = Request(tokenizer.encode(prompt), sampling, live_text=True)
-            generations.append(engine.submit(request))
+            ids = tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
+            generations.append(engine.submit(Request(ids, sampling, live_text=True)))
         except ValueError as error:
             raise UserError(f"sample.prompt={prompt!r}: {error}") from None
     began = time.monotonic()
@@ -63,13 +66,15 @@ def generate_here(config: Config) -> dict[str, Any]:
             _print(generation.text[shown:])
             shown = len(generation.text)
         _print(generation.text[shown:] + "\n")
+        if generation.error:
+            log.warning("sample.prompt=%r: %s", prompt, generation.error)
     seconds = time.monotonic() - began
     tokens = sum(len(generation.tokens) for generation in generations)
     return {
         "model": name,
         "output_path": None,
         "rows": len(prompts),
-        "errors": 0,
+        "errors": sum(generation.error is not None for generation in generations),
         "output_tokens": tokens,
         "tokens_per_sec": round(tokens / seconds, 1),
         "outputs": [
@@ -78,6 +83,7 @@ def generate_here(config: Config) -> dict[str, Any]:
                 "output": generation.text,
                 "finish_reason": generation.finish_reason,
                 "output_tokens": len(generation.tokens),
+                "seed": generation.request.sampling.seed,
             }
             for prompt, generation in zip(prompts, generations, strict=True)
         ],

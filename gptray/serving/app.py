@@ -118,9 +118,11 @@ class _Routes:
         body = await self._body(request, TokenizeRequest)
         with self._endpoint.using() as served:
             check_name(served, body.model)
-            # Clients ask so for the id of what /tokenizer_info names; elsewhere it is plain text.
-            is_end = body.prompt == served.eos_text
-            tokens = [served.tokenizer.eos_id] if is_end else await served.encode(body.prompt)
+            # Clients look up the id of the token that /tokenizer_info names in this way.
+            is_end = body.prompt == served.tokenizer.eos_token
+            tokens = [served.tokenizer.eos_id] if is_end else []
+            if body.prompt and not is_end:
+                tokens = await served.prompt_ids(body.prompt)
             answer = {
                 "count": len(tokens),
                 "max_model_len": served.engine.n_positions,
@@ -143,7 +145,9 @@ class _Routes:
     async def tokenizer_info(self) -> Response:
         with self._endpoint.using() as served:
             info = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None}
-            return JSONResponse({**info, "eos_token": served.eos_text, "pad_token": None})
+            return JSONResponse(
+                {**info, "eos_token": served.tokenizer.eos_token, "pad_token": None}
+            )
 
     async def models(self) -> Response:
         with self._endpoint.using() as served:
@@ -194,7 +198,7 @@ async def _events(
             for chunk in completion.last_chunks():
                 yield _event(chunk)
             yield "data: [DONE]\n\n"
-        except (EngineStopped, TimeoutError) as error:
+        except (ApiError, EngineStopped, TimeoutError) as error:
             yield _event(_told(error).body)
 
 

@@ -1,8 +1,8 @@
 """From a completion request to the engine's requests, and from its updates to choices and chunks.
 
-A prompt's outputs are rows 0 .. n-1 of its seed, so that each is the same text that
-`jobs/generate.py` gives. Every generated token is told with its log-probability where asked, the
-end-of-text token too, though it is no part of the text.
+Outputs are independent draws. With a seed, choice i draws from row i of that seed, so the first is
+the text that `jobs/generate.py` gives; without one, each prompt gets a fresh seed. Logprobs cover
+every generated token, the end-of-text token too, though it is no part of the text.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from gptray.config import ServeConfig
 from gptray.generation.detokenize import TextStream
 from gptray.generation.request import Request
 from gptray.generation.sampling import Drawn
-from gptray.generation.settings import SEEDS, Sampling
+from gptray.generation.settings import Sampling
+from gptray.limits import SEEDS
 from gptray.serving.endpoint import Served
 from gptray.serving.errors import ApiError
-from gptray.serving.protocol import GREEDY_BELOW, CompletionRequest, StreamOptions
+from gptray.serving.protocol import CompletionRequest, StreamOptions
 from gptray.serving.worker import Update
 
 # What stands for a log-probability that JSON cannot hold.
@@ -48,9 +50,8 @@ class Completion:
         if body.max_tokens == 0:
             scored = scored or 0
         self.requests = [
-            Request(ids, sampling, row, live_text=body.stream, prompt_logprobs=scored)
-            for _, ids in prompts
-            for row in range(body.n)
+            Request(ids, settings, row, live_text=body.stream, prompt_logprobs=scored)
+            for (ids, settings), row in _draws(body, sampling, [ids for _, ids in prompts])
         ]
         self._outputs = [
             _Output(index, text if body.echo else "", body.logprobs is not None, served)
@@ -67,12 +68,13 @@ class Completion:
         for number, prompt in enumerate(body.prompt):
             place = f"prompt {number + 1}: " if len(body.prompt) > 1 else ""
             try:
-                ids = await served.encode(prompt) if isinstance(prompt, str) else prompt
+                ids = await served.prompt_ids(prompt) if isinstance(prompt, str) else prompt
                 served.engine.check(Request(ids, sampling, prompt_logprobs=0))
             except ValueError as error:
                 raise ApiError(400, f"{place}{error}") from None
-            text = prompt if isinstance(prompt, str) else served.tokenizer.decode(ids)
-            prompts.append((text, ids))
+            # An empty prompt is read as the end-of-text token: echo shows what was read.
+            text = prompt if isinstance(prompt, str) else ""
+            prompts.append((text or served.tokenizer.decode(ids), ids))
         return cls(body, served, sampling, prompts)
 
     async def run(
@@ -88,6 +90,8 @@ class Completion:
                     update = await anext(updates, None)
                 if update is None:
                     return
+                if update.error is not None:
+                    raise ApiError(500, update.error)
                 self.completion_tokens += len(update.drawn) + (update.end is not None)
                 seen(update)
                 yield self._outputs[update.index].take(update)
@@ -215,11 +219,23 @@ def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) 
         raise ApiError(400, f"prompts x n = {outputs} outputs, more than {room}", param="n")
 
 
+def _draws(
+    body: CompletionRequest, sampling: Sampling, prompts: Sequence[list[int]]
+) -> Iterator[tuple[tuple[list[int], Sampling], int]]:
+    """Each choice's prompt and settings, and the row of its seed that it draws from."""
+    for number, ids in enumerate(prompts):
+        if body.seed is None:
+            sampling = replace(sampling, seed=secrets.randbelow(SEEDS))
+        first = 0 if body.seed is None else number * body.n
+        for output in range(body.n):
+            yield (ids, sampling), first + output
+
+
 def _sampling(body: CompletionRequest) -> Sampling:
     return Sampling(
         max_new_tokens=body.max_tokens,
         min_new_tokens=body.min_tokens,
-        temperature=0.0 if body.temperature < GREEDY_BELOW else body.temperature,
+        temperature=body.temperature,
         top_k=body.top_k if body.top_k > 0 else None,
         top_p=body.top_p if body.top_p < 1 else None,
         min_p=body.min_p or None,
@@ -228,7 +244,7 @@ def _sampling(body: CompletionRequest) -> Sampling:
         frequency_penalty=body.frequency_penalty,
         logit_bias=body.logit_bias,
         ignore_eos=body.ignore_eos,
-        seed=secrets.randbelow(SEEDS) if body.seed is None else body.seed,
+        seed=body.seed or 0,
         stop=body.stop,
         logprobs=body.logprobs,
     )

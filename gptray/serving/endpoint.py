@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from gptray.config import Config
@@ -30,8 +31,18 @@ LONG_TEXT = 4096
 class Served:
     """A model with its tokenizer and the engine that runs in a thread of its own."""
 
-    def __init__(self, name: str, engine: Engine, tokenizer: Tokenizer, max_waiting: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        max_waiting: int,
+        *,
+        parse_special: bool = False,
+    ) -> None:
+        """parse_special: see `Tokenizer.prompt_ids`, for every prompt."""
         self.name, self.engine, self.tokenizer = name, engine, tokenizer
+        self._parse_special = parse_special
         self.created = int(time.time())
         self.thread = EngineThread(engine, max_waiting=max_waiting)
         self.thread.start()
@@ -48,12 +59,13 @@ class Served:
             device="cuda" if config.compute.use_gpu else "cpu",
             backend=config.generate.backend,
         )
-        return cls(name, engine, tokenizer, config.serve.max_waiting)
-
-    @property
-    def eos_text(self) -> str:
-        """The end-of-text token as it is written."""
-        return self.tokenizer.decode([self.tokenizer.eos_id])
+        return cls(
+            name,
+            engine,
+            tokenizer,
+            config.serve.max_waiting,
+            parse_special=config.sample.parse_special,
+        )
 
     def token_text(self, token: int) -> str:
         """A token as people see it; one that is part of a character by its number."""
@@ -62,11 +74,10 @@ class Served:
             self._token_texts[token] = f"token_id:{token}" if REPLACEMENT in text else text
         return self._token_texts[token]
 
-    async def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Raises ValueError for one that the tokenizer does not know."""
-        if len(text) < LONG_TEXT:
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+    async def prompt_ids(self, text: str) -> list[int]:
+        """Token ids that a prompt is read as. Raises ValueError for unknown characters."""
+        encode = partial(self.tokenizer.prompt_ids, text, parse_special=self._parse_special)
+        return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
 
     async def healthy(self) -> bool:
         """Whether the engine makes tokens: one for this question, where it has nothing to do."""
@@ -88,8 +99,9 @@ class Served:
     async def _generate_one(self) -> None:
         request = Request([self.tokenizer.eos_id], Sampling(max_new_tokens=1, temperature=0.0))
         async with aclosing(self.thread.stream([request])) as updates:
-            async for _ in updates:
-                pass
+            async for update in updates:
+                if update.error is not None:
+                    raise EngineStopped(update.error)
 
 
 class Endpoint:

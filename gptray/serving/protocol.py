@@ -21,15 +21,13 @@ from pydantic import (
 )
 
 from gptray.fields import FieldSpec, field_specs
-from gptray.generation.settings import SEEDS
+from gptray.limits import MAX_BIASES, within
 from gptray.serving.errors import ApiError
 from gptray.suggest import did_you_mean, nearest
 
 T = TypeVar("T", bound=BaseModel)
 Prompt = str | list[int]
 
-# Temperatures below this are greedy: dividing by less leaves the range of floats.
-GREEDY_BELOW = 1e-5
 STOP_CHARACTERS = 256
 
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
@@ -98,6 +96,8 @@ def _stops(value: Any) -> tuple[str, ...]:
 def _bias(value: Any) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, dict) or not all(map(_is_bias, value.items())):
         raise ValueError("expects an object of token ids, each with a number from -100 to 100")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"may have at most {MAX_BIASES} entries, has {len(value)}")
     return tuple((int(token), float(bias)) for token, bias in value.items())
 
 
@@ -128,21 +128,21 @@ class CompletionRequest(BaseModel):
 
     prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=0)] = 16
-    min_tokens: Annotated[int, Field(ge=0)] = 0
-    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = -1
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_tokens: Annotated[int, within("max_new_tokens")] = 16
+    min_tokens: Annotated[int, within("min_new_tokens")] = 0
+    temperature: Annotated[float, within("temperature")] = 1.0
+    top_p: Annotated[float, within("top_p")] = 1.0
+    top_k: Annotated[int, within("top_k", low=-1)] = -1
+    min_p: Annotated[float, within("min_p")] = 0.0
     n: Annotated[int, Field(ge=1)] = 1
     best_of: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
-    seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = None
+    seed: Annotated[int, within("seed")] | None = None
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    logprobs: Annotated[int, within("logprobs")] | None = None
+    presence_penalty: Annotated[float, within("presence_penalty")] = 0.0
+    frequency_penalty: Annotated[float, within("frequency_penalty")] = 0.0
+    repetition_penalty: Annotated[float, within("repetition_penalty")] = 1.0
     logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_bias)] = ()
     ignore_eos: bool = False
     stream: bool = False

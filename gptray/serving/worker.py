@@ -48,7 +48,8 @@ class Update:
 
     index: its place among those of the stream. text: whole characters only, and nothing that may
     yet belong to a stop string. prompt: once, in the first update. end: the end-of-text token, if
-    that ended it. Without `Request.live_text` there are two: the first token, and the rest.
+    that ended it. error: why, where finish_reason is "error". Without `Request.live_text` there are
+    two: the first token, and the rest.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Update:
     prompt: tuple[Drawn, ...]
     end: Drawn | None
     finish_reason: FinishReason | None
+    error: str | None = None
 
     def __add__(self, later: Update) -> Update:
         return Update(
@@ -66,6 +68,7 @@ class Update:
             self.prompt + later.prompt,
             later.end,
             later.finish_reason,
+            later.error,
         )
 
 
@@ -291,6 +294,7 @@ class _Order:
             () if self.tokens else tuple(made.prompt),
             made.end,
             made.finish_reason,
+            made.error,
         )
         self.tokens += len(update.drawn)
         self.characters += len(update.text)

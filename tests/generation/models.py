@@ -53,7 +53,9 @@ def reference(
         if len(history) >= model.config.n_positions:
             break
         logits = model(torch.tensor([history]))[:, -1, : model.valid_vocab_size]
-        token = draw(logits, [Row(sampling, len(prompt), history, eos_id, row)])[0].token
+        drawn = draw(logits, [Row(sampling, len(prompt), history, eos_id, row)])[0]
+        assert drawn
+        token = drawn.token
         if token == eos_id:
             break
         history.append(token)

@@ -308,6 +308,27 @@ def test_what_cannot_run_is_refused_at_once(
     assert not engine.busy
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_whose_logits_are_not_finite_ends_alone(tokenizer: Tokenizer, backend: str) -> None:
+    model = random_gpt(tokenizer)
+    requests = [
+        Request(prompt_of(tokenizer, 4 * i + 1, i), Sampling(max_new_tokens=3, ignore_eos=True))
+        for i in range(10)
+    ]
+    requests[9] = replace(requests[9], prompt_logprobs=0)
+    expected = run(Engine(model, tokenizer, backend=backend), requests)
+    with torch.no_grad():
+        model.transformer.wpe.weight[20] = float("nan")  # type: ignore[index, union-attr]
+    for generation, before in zip(
+        run(Engine(model, tokenizer, backend=backend), requests), expected, strict=True
+    ):
+        if len(before.request.prompt) + 2 < 20:
+            assert generation.tokens == before.tokens and generation.error is None
+        else:
+            assert generation.finish_reason == "error"
+            assert generation.error and "not finite" in generation.error
+
+
 def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer, vocab_size=512)
     sampling = Sampling(max_new_tokens=60, temperature=50.0)

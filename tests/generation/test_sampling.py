@@ -26,7 +26,7 @@ def rows_of(sampling: Sampling, count: int, history: tuple[int, ...] = (1, 2)) -
 
 
 def tokens(logits: Tensor, rows: list[Row]) -> list[int]:
-    return [drawn.token for drawn in draw(logits.clone(), rows)]
+    return [drawn.token for drawn in draw(logits.clone(), rows) if drawn]
 
 
 def some_logits(rows: int = 1, entries: int = V, *, seed: int = 0) -> Tensor:
@@ -228,26 +228,57 @@ def test_logprobs_are_the_models_own() -> None:
     rows = rows_of(sampling, 2)
     expected = torch.log_softmax(logits, -1)
     for drawn, row in zip(draw(logits.clone(), rows), expected, strict=True):
+        assert drawn
         assert drawn.logprob == pytest.approx(row[drawn.token].item(), abs=1e-6)
         assert [token for token, _ in drawn.top] == row.topk(3).indices.tolist()
-    assert draw(logits, rows_of(Sampling(logprobs=0), 2))[0].top == ()
+    plain = draw(logits, rows_of(Sampling(logprobs=0), 2))[0]
+    assert plain and plain.top == ()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=4), Sampling(temperature=0)])
-def test_logits_that_are_not_finite_are_an_error(backend: str, sampling: Sampling) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(), Sampling(top_k=4), Sampling(temperature=0), Sampling(top_p=0.9, logprobs=2),
+        Sampling(min_p=0.1, temperature=100.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_only_the_row_whose_logits_are_not_finite_draws_nothing(
+    backend: str, sampling: Sampling, value: float
+) -> None:
     top = native.top_candidates if backend == "native" else top_candidates
-    logits = some_logits()
-    logits[0, 7] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        draw(logits, rows_of(sampling, 1), top)
+    logits = some_logits(3, 3000)
+    expected = draw(logits.clone(), rows_of(sampling, 3), top)
+    logits[1] = value
+    got = draw(logits, rows_of(sampling, 3), top)
+    assert got == [expected[0], None, expected[2]]
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e-50}, {"temperature": 1e-5}, {"temperature": 100.0},
+        {"temperature": 1e-5, "top_k": 2**31 - 1}, {"temperature": 1e-5, "top_p": 1e-320},
+        {"repetition_penalty": 0.01}, {"repetition_penalty": 100.0, "min_p": 1.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_extreme_settings_draw_from_the_vocabulary(extreme: dict[str, float]) -> None:
+    logits = some_logits(400, 300) * 50
+    drawn = tokens(logits, rows_of(Sampling(**extreme), 400))  # type: ignore[arg-type]
+    assert len(drawn) == 400 and all(0 <= token < 300 for token in drawn)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"top_k": 0}, {"top_k": 1.5}, {"temperature": -0.1}, {"temperature": float("nan")},
-        {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -1.0},
+        {"temperature": float("inf")}, {"temperature": 1e300}, {"top_k": 2**63},
+        {"repetition_penalty": 1e-38}, {"max_new_tokens": 2**31},
+        {"logit_bias": tuple((token, 1.0) for token in range(1025))},
+        {"logit_bias": ((True, 1.0),)}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -1.0},
         {"repetition_penalty": 0.0}, {"max_new_tokens": -1}, {"seed": -1}, {"seed": 2**63},
         {"stop": ("",)}, {"min_new_tokens": 65}, {"logprobs": -1}, {"top_k": True},
         {"presence_penalty": 2.1}, {"frequency_penalty": float("nan")},

@@ -18,7 +18,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from gptray.config import Config, RunFailed, UserError, dump, load_config
+from gptray.config import Config, UserError, dump, load_config
 from gptray.model.hf import save_pretrained
 from gptray.runners.generate import generate, generation_plan
 from gptray.runners.terminal import generate_here
@@ -306,7 +306,7 @@ def test_a_model_with_damaged_weights_fails_the_job(
         model.transformer.ln_f.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
     save_pretrained(model, tmp_path / "m", eos_token_id=tokenizer.eos_id)
     tokenizer.save(tmp_path / "m")
-    with pytest.raises(RunFailed, match="not finite"):
+    with pytest.raises(UserError, match="ln_f.weight is not finite: the weights are damaged"):
         generate(config_of(tmp_path / "m", prompts, tmp_path / "out"))
 
 

@@ -27,9 +27,11 @@ def tiny(seed: int = 0, **shape: object) -> GPT:
     return random_gpt(TOKENIZER, seed=seed, **shape)
 
 
-def served(model: GPT, limits: ServeConfig, name: str = "tiny") -> Served:
+def served(
+    model: GPT, limits: ServeConfig, name: str = "tiny", *, parse_special: bool = False
+) -> Served:
     engine = Engine(model, TOKENIZER, max_batch_size=limits.max_batch_size)
-    return Served(name, engine, TOKENIZER, limits.max_waiting)
+    return Served(name, engine, TOKENIZER, limits.max_waiting, parse_special=parse_special)
 
 
 @dataclass
@@ -59,7 +61,11 @@ class Server:
 
 @contextmanager
 def running(
-    model: GPT | None = None, *, keys: Sequence[str] = (), **settings: Any
+    model: GPT | None = None,
+    *,
+    keys: Sequence[str] = (),
+    parse_special: bool = False,
+    **settings: Any,
 ) -> Iterator[Server]:
     """A server in a thread of its own. settings: of the serve section."""
     limits = ServeConfig(**settings)
@@ -69,7 +75,8 @@ def running(
     server, started = uvicorn.Server(config), threading.Event()
 
     async def main() -> None:
-        endpoint.serve(served(tiny() if model is None else model, limits))
+        network = tiny() if model is None else model
+        endpoint.serve(served(network, limits, parse_special=parse_special))
         # Named as TCP, or asyncio leaves its delays on.
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.bind(("127.0.0.1", 0))

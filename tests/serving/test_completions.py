@@ -30,12 +30,13 @@ def client(server: Server) -> Iterator[OpenAI]:
         yield client
 
 
-def texts(prompt: str, *, n: int = 1, **sampling: object) -> list[str]:
-    """What the engine writes, asked directly."""
+def texts(prompt: str, *, n: int = 1, first: int = 0, **sampling: object) -> list[str]:
+    """What the engine writes, asked directly, from row `first` of the seed on."""
     engine = Engine(tiny(), TOKENIZER, max_batch_size=4)
     settings = Sampling(**sampling)  # type: ignore[arg-type]
-    ids = TOKENIZER.encode(prompt)
-    return [g.text for g in engine.run([Request(ids, settings, row) for row in range(n)])]
+    ids = TOKENIZER.prompt_ids(prompt)
+    rows = range(first, first + n)
+    return [g.text for g in engine.run([Request(ids, settings, row) for row in rows])]
 
 
 def test_the_openai_package_gets_what_the_engine_writes(client: OpenAI) -> None:
@@ -68,7 +69,8 @@ def test_a_stream_gives_the_same_text_token_by_token(client: OpenAI) -> None:
                 tokens += len(choice.logprobs.tokens)
             last = chunk
         settings = {"n": 2, "max_new_tokens": 30, "seed": seed}
-        assert parts == texts(korean, **settings) + texts("the", **settings)  # type: ignore[arg-type]
+        own = texts(korean, **settings)  # type: ignore[arg-type]
+        assert parts == own + texts("the", first=2, **settings)  # type: ignore[arg-type]
         assert set(reasons) <= {"stop", "length"}
         assert last and not last.choices and last.usage and last.usage.completion_tokens == tokens
 
@@ -89,6 +91,44 @@ def test_a_seed_left_out_is_drawn_anew(client: OpenAI) -> None:
         return done.choices[0].text
 
     assert ask() != ask()
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_prompts_of_one_request_are_independent_draws(server: Server, seed: int | None) -> None:
+    body = {"prompt": ["the cat"] * 20, "max_tokens": 8, "n": 2, "seed": seed}
+    choices = server.post(**body).json()["choices"]
+    assert len({choice["text"] for choice in choices}) >= 38
+    again = server.post(**body).json()["choices"]
+    assert (again == choices) == (seed is not None)
+
+
+def test_the_first_choice_under_a_seed_is_the_single_requests(server: Server) -> None:
+    body = {"max_tokens": 12, "seed": 9}
+    several = server.post(prompt=["the cat", "a dog"], n=2, **body).json()["choices"]
+    alone = server.post(prompt="the cat", **body).json()["choices"]
+    assert several[0]["text"] == alone[0]["text"]
+
+
+def test_an_empty_prompt_starts_a_fresh_document(server: Server) -> None:
+    body = {"max_tokens": 12, "seed": 3}
+    empty = server.post(prompt="", **body).json()
+    assert empty["choices"] == server.post(prompt=[EOS], **body).json()["choices"]
+    assert empty["usage"]["prompt_tokens"] == 1
+    echoed = server.post(prompt=["", "the"], **body, echo=True, logprobs=0).json()["choices"][0]
+    assert echoed["text"] == TOKENIZER.eos_token + empty["choices"][0]["text"]
+    assert echoed["logprobs"]["text_offset"][:2] == [0, len(TOKENIZER.eos_token)]
+
+
+def test_the_end_of_texts_name_is_plain_text_unless_allowed(server: Server) -> None:
+    prompt, body = f"the cat{TOKENIZER.eos_token}a dog", {"max_tokens": 3, "seed": 3}
+    plain = server.post(prompt=prompt, **body).json()
+    assert plain["usage"]["prompt_tokens"] == len(TOKENIZER.encode(prompt))
+    ids = [*TOKENIZER.encode("the cat"), EOS, *TOKENIZER.encode("a dog")]
+    with running(parse_special=True) as allowing:
+        parsed = allowing.post(prompt=prompt, **body).json()
+        told = httpx.post(f"{allowing.url}/tokenize", json={"prompt": prompt}).json()
+    assert parsed["choices"] == server.post(prompt=ids, **body).json()["choices"]
+    assert parsed["usage"]["prompt_tokens"] == told["count"] == len(ids)
 
 
 def test_lm_eval_gets_the_prompts_own_log_probabilities(server: Server) -> None:

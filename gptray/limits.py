@@ -1,0 +1,48 @@
+"""Bounds of the numbers that a sequence is sampled with: one table for every door.
+
+The config's `sample` section, columns of a batch, HTTP and Python check against the same values.
+Inside them no setting can overflow a float, name what is not there, or slow its neighbours down.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+
+class Bounds(NamedTuple):
+    """What a number may be: at least `low` (`is_open`: more than `low`), at most `high`."""
+
+    low: float
+    high: float
+    is_open: bool = False
+
+
+_WHOLE = 2**31 - 1
+SEEDS = 2**63
+# Dividing logits by less leaves the range of floats: such a temperature is greedy.
+GREEDY_BELOW = 1e-5
+MAX_BIASES = 1024
+
+SAMPLING = {
+    "max_new_tokens": Bounds(0, _WHOLE),
+    "min_new_tokens": Bounds(0, _WHOLE),
+    "temperature": Bounds(0, 100),
+    "top_k": Bounds(1, _WHOLE),
+    "top_p": Bounds(0, 1, is_open=True),
+    "min_p": Bounds(0, 1),
+    "repetition_penalty": Bounds(0.01, 100),
+    "presence_penalty": Bounds(-2, 2),
+    "frequency_penalty": Bounds(-2, 2),
+    "logit_bias": Bounds(-100, 100),
+    "logprobs": Bounds(0, _WHOLE),
+    "seed": Bounds(0, SEEDS - 1),
+}
+
+
+def within(name: str, *, low: float | None = None) -> Any:
+    """The bounds of a setting as pydantic checks them; `low` in place of the table's."""
+    bounds = SAMPLING[name]
+    least = bounds.low if low is None else low
+    return Field(gt=least, le=bounds.high) if bounds.is_open else Field(ge=least, le=bounds.high)

@@ -1,0 +1,56 @@
+"""Prompts on the terminal and in training's samples: what they start from, what they draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptray.config import load_config
+from gptray.data.tokens import TokenData
+from gptray.model.hf import save_pretrained
+from gptray.runners.samples import sample_texts
+from gptray.runners.terminal import generate_here
+from tests.generation.models import random_gpt, small_tokenizer
+from tests.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = small_tokenizer()
+    save_pretrained(random_gpt(tokenizer), folder, eos_token_id=tokenizer.eos_id)
+    tokenizer.save(folder)
+    return folder
+
+
+def written(model_dir: Path, *overrides: str) -> list[dict[str, Any]]:
+    fixed = [f"generate.model={model_dir}", "generate.precision=fp32", "sample.max_new_tokens=12"]
+    outputs = generate_here(load_config(None, [*fixed, *overrides]))["outputs"]
+    assert isinstance(outputs, list)
+    return outputs
+
+
+def test_equal_prompts_get_different_texts_that_can_be_made_again(model_dir: Path) -> None:
+    several = written(model_dir, "sample.prompt=[the cat, the cat, the cat]", "sample.seed=4")
+    assert len({one["output"] for one in several}) == 3
+    for one in several:
+        alone = written(model_dir, "sample.prompt=the cat", f"sample.seed={one['seed']}")
+        assert alone == [one]
+
+
+def test_an_empty_prompt_is_the_end_of_text_token_where_that_is_allowed(model_dir: Path) -> None:
+    (empty,) = written(model_dir, 'sample.prompt=""')
+    (named,) = written(model_dir, "sample.prompt=<|endoftext|>", "sample.parse_special=true")
+    (plain,) = written(model_dir, "sample.prompt=<|endoftext|>")
+    assert empty["output"] == named["output"] != plain["output"]
+
+
+def test_samples_of_a_training_are_independent_draws(
+    tiny_data: TokenData, text_file: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(text_file, tmp_path, "sample.prompt=[the, the, the]")
+    model = random_gpt(tiny_data.tokenizer)
+    outputs = [output for _, output in sample_texts(config, tiny_data, model)]
+    assert len(set(outputs)) == 3
