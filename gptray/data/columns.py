@@ -129,7 +129,7 @@ class FoundColumns:
                 raise UserError(no_column(name, self.names, key="generate.settings_from_columns"))
         if "seed" in settings and "seed" not in passed and "seed" not in self._csv_columns:
             source = self._sources.get("seed", [self._json_file])[0]
-            check_seed_type(fields["seed"].type, source)
+            check_seed_type(fields["seed"], source)
         return InputColumns(
             ids,
             _own_field("id", fields.get(ids or ""), pa.int64()),

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from gptray.config import UserError
+from gptray.data.json_columns import holds_json
 from gptray.data.rows import is_text
 
 
@@ -82,10 +83,11 @@ def check_setting_type(name: str, kind: pa.DataType, source: str) -> None:
         )
 
 
-def check_seed_type(kind: pa.DataType, source: str) -> None:
+def check_seed_type(field: pa.Field, source: str) -> None:
     """Raise UserError for a column `seed` that the output's column of integers cannot hold."""
-    if not pa.types.is_integer(kind) and not pa.types.is_null(kind):
+    if not pa.types.is_integer(field.type) and not pa.types.is_null(field.type):
+        held = "values of several types" if holds_json(field) else field.type
         raise UserError(
-            f"{source}: column 'seed' holds {kind}, and the output's seed holds integers; convert "
+            f"{source}: column 'seed' holds {held}, and the output's seed holds integers; convert "
             "it, or set generate.prefix=input_ to pass it through as input_seed as well"
         )

@@ -16,13 +16,14 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from gptray.config import RunFailed, SampleConfig, UserError
+from gptray.config import SampleConfig, UserError
 from gptray.data.parts import part_name, write_whole
 from gptray.data.prompts import ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
 from gptray.generation.request import Generation, Request
-from gptray.generation.settings import Sampling, derived_seed
+from gptray.generation.settings import Sampling, derived_seed, numbered_seed
+from gptray.limits import SEEDS
 
 
 @dataclass
@@ -45,6 +46,15 @@ class _Row:
     error: str | None = None
     prompt_tokens: int = 0
     generation: Generation | None = None
+
+    @property
+    def problem(self) -> str | None:
+        return self.generation.error if self.generation else self.error
+
+    @property
+    def done(self) -> Generation | None:
+        """What there is of the output once the row has ended, if it ended well."""
+        return None if self.problem is not None else self.generation
 
 
 @dataclass
@@ -100,10 +110,7 @@ class PartWriter:
         """The rows of the output that a row of the input gives, their requests under way."""
         own: dict[str, Any] = json.loads(settings) if settings else {}
         first: int = own.pop("seed", derived_seed(self._defaults.seed, name))
-        rows = [
-            _Row(derived_seed(first, sample) if sample else first, error)
-            for sample in range(self._num_samples)
-        ]
+        rows = [_Row(numbered_seed(first, sample), error) for sample in range(self._num_samples)]
         if error is not None:
             return rows
         try:
@@ -126,10 +133,7 @@ class PartWriter:
         while engine.busy and (until_empty or engine.waiting):
             begin = time.monotonic()
             progress.first = begin if progress.first is None else progress.first
-            try:
-                stepped = engine.step()
-            except ValueError as error:
-                raise RunFailed(str(error)) from None
+            stepped = engine.step()
             progress.last = time.monotonic()
             progress.step_seconds += progress.last - begin
             ended = [g for g in stepped if g.finish_reason is not None]
@@ -142,9 +146,9 @@ class PartWriter:
     def _write_done(self) -> list[int]:
         done = [part for part in self._parts if part.done]
         for part in done:
-            failed = sum(row.error is not None for row in part.rows)
-            self.progress.rows += failed
-            self.progress.errors += failed
+            # Those that ran are counted already.
+            self.progress.rows += sum(row.generation is None for row in part.rows)
+            self.progress.errors += sum(row.problem is not None for row in part.rows)
             write_whole(self._output(part), self._output_dir / part_name(part.number))
             self._parts.remove(part)
         return [part.number for part in done]
@@ -155,7 +159,7 @@ class PartWriter:
             # Table.take cannot copy views.
             copies = [staged.slice(row, 1) for row in range(len(staged)) for _ in range(samples)]
             staged = pa.concat_tables(copies)
-        done = [row.generation for row in rows]
+        done = [row.done for row in rows]
         own = {
             "sample": [number % samples for number in range(len(rows))],
             "output": [g and g.text for g in done],
@@ -163,7 +167,7 @@ class PartWriter:
             "prompt_tokens": [row.prompt_tokens for row in rows],
             "output_tokens": [len(g.tokens) if g else 0 for g in done],
             "seed": [_storable(row.seed) for row in rows],
-            "error": [row.error for row in rows],
+            "error": [row.problem for row in rows],
             "model": [self._model] * len(rows),
         }
         given = {"id": staged.column(ID), "prompt": staged.column(PROMPT)}
@@ -178,4 +182,4 @@ class PartWriter:
 
 def _storable(seed: int) -> int | None:
     """A seed that a column of 64 bits holds; what is beyond stands in the row's error."""
-    return seed if -(2**63) <= seed < 2**63 else None
+    return seed if -SEEDS <= seed < SEEDS else None

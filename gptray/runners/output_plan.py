@@ -1,7 +1,7 @@
 """What job an output folder belongs to: a plan in JSON, and what may go on in the folder.
 
-Visible are only whole Parquet files, and at the end manifest.json and _SUCCESS. Scratch is in a
-hidden folder: the input in parts, and plan.json until the manifest takes its place.
+Visible are only whole Parquet files, and at the end manifest.json, which repeats
+the plan, and _SUCCESS. Scratch is in a hidden folder: the input in parts, and plan.json.
 """
 
 from __future__ import annotations
@@ -67,9 +67,15 @@ def new_plan(identity: dict[str, Any], model: str, input_rows: int) -> dict[str,
 
 def existing_plan(folder: Path) -> dict[str, Any] | None:
     """The plan of the job that began in a folder. Raises UserError for a folder of others."""
-    for path in (folder / SCRATCH / PLAN, folder / MANIFEST):
-        if path.is_file():
-            return _read_plan(path)
+    there = [path for path in (folder / SCRATCH / PLAN, folder / MANIFEST) if path.is_file()]
+    for path in there:
+        if (plan := _read_plan(path)) is not None:
+            return plan
+    if there:
+        raise UserError(
+            f"generate.output_path: {there[0]} is damaged or was not written by this job; choose "
+            f"another folder, or delete {folder}"
+        )
     if folder.is_file() or (folder.is_dir() and any(p.name != SCRATCH for p in folder.iterdir())):
         raise UserError(
             f"generate.output_path: {folder} exists and was not written by this job; choose another"
@@ -145,20 +151,15 @@ def _fingerprint(plan: dict[str, Any]) -> str:
 _FINGERPRINTED = ("identity", "rows", "rows_per_file", "num_samples")
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
+def _read_plan(path: Path) -> dict[str, Any] | None:
+    """A plan as it was written; None if it is damaged."""
     try:
         plan = json.loads(path.read_bytes())
-        whole = plan["fingerprint"] == _fingerprint(plan)
+        return dict(plan) if plan["fingerprint"] == _fingerprint(plan) else None
     except OSError as error:
         raise UserError(f"generate.output_path: {path} cannot be read: {error}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(
-            f"generate.output_path: {path} is damaged or was not written by this job; delete the "
-            "folder, or choose another"
-        )
-    return dict(plan)
+        return None
 
 
 def _is_inside(path: str, folder: str) -> bool:

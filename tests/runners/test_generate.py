@@ -18,7 +18,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from gptray.config import Config, UserError, dump, load_config
+from gptray.config import Config, RunFailed, UserError, dump, load_config
+from gptray.generation.settings import derived_seed
 from gptray.model.hf import save_pretrained
 from gptray.runners.generate import generate, generation_plan
 from gptray.runners.terminal import generate_here
@@ -95,7 +96,8 @@ def test_every_row_once_with_its_own_settings_and_columns(
     assert [(row["prompt"], row["topic"]) for row in rows] == [
         (row["prompt"], row["topic"]) for row in given
     ]
-    assert [row["seed"] for row in rows] == [row["seed"] or 0 for row in given]
+    seeds = [derived_seed(0, i) if i % 2 == 0 else i for i in range(ROWS)]
+    assert [row["seed"] for row in rows] == seeds
     assert {row["model"] for row in rows} == {str(model_dir)}
     assert result["rows"] == ROWS and result["errors"] == 0
     assert result["output_tokens"] == sum(row["output_tokens"] for row in rows)
@@ -117,8 +119,8 @@ def test_outputs_are_those_of_the_uncached_model(
     model, tokenizer = load_pretrained(model_dir).eval(), Tokenizer.load(model_dir)
     given = [json.loads(line) for line in prompts.read_text().splitlines()]
     for row, source in list(zip(rows_of(finished[0]), given, strict=True))[::7]:
-        own = {k: source[k] for k in ("temperature", "seed") if source[k] is not None}
-        sampling = Sampling.of(config.sample, **own)
+        own = {k: source[k] for k in ("temperature",) if source[k] is not None}
+        sampling = Sampling.of(config.sample, **own, seed=row["seed"])
         expected = reference(model, tokenizer.encode(row["prompt"]), sampling, tokenizer.eos_id)
         assert row["output"] == tokenizer.decode(expected)
         assert row["output_tokens"] == len(expected)
@@ -151,11 +153,12 @@ def test_rows_that_cannot_run_keep_their_place(
     got = {row["id"]: row for row in rows_of(tmp_path / "out")}
     assert list(got) == list("abcdefgh")
     errors = {name: row["error"] for name, row in got.items() if row["error"]}
-    expected = {"b": "null", "c": "empty", "d": "too long", "e": "top_k", "f": "no text"}
+    expected = {"b": "null", "d": "too long", "e": "top_k", "f": "must be text"}
     for name, text in {**expected, "h": "surrogate"}.items():
         assert text in errors.pop(name)
         assert got[name]["output"] is None and got[name]["finish_reason"] == "error"
-    assert errors == {} and result["errors"] == 6
+    assert errors == {} and result["errors"] == 5
+    assert got["c"]["prompt_tokens"] == 1, "an empty prompt starts a fresh document"
     assert got["g"]["output_tokens"] == 3
 
 
@@ -221,12 +224,133 @@ def test_a_finished_output_is_left_alone_but_for_a_file_that_is_gone(
     assert rows_of(tmp_path / "out") == before
 
 
+def test_a_renamed_input_and_a_dry_run_change_nothing(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    renamed = shutil.copy(prompts, tmp_path / "renamed.jsonl")
+    before = {path: path.stat().st_mtime_ns for path in finished[0].iterdir()}
+    config = config_of(model_dir, renamed, finished[0])
+    assert generate(config)["rows"] == ROWS
+    facts = dict(generation_plan(config))
+    assert facts["rows"] == str(ROWS) and facts["columns"].endswith("topic, temperature")
+    assert before == {path: path.stat().st_mtime_ns for path in finished[0].iterdir()}
+    generation_plan(config_of(model_dir, prompts, tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_samples_are_counted_in_files_and_results(
+    ray_cluster: None, model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = generate(config_of(model_dir, prompts, out, "generate.num_samples=3"))
+    assert result["rows"] == 3 * ROWS == sum(result["finish_reasons"].values())
+    files = sorted(out.glob("*.parquet"))
+    assert len(files) == -(-ROWS // 8) and parquet.read_metadata(files[0]).num_rows == 3 * 8
+    assert {row["sample"] for row in rows_of(out)} == {0, 1, 2}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["rows"], manifest["num_samples"]) == (3 * ROWS, 3)
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.parquet"])
+def test_no_rows_are_a_whole_output_with_a_schema(
+    model_dir: Path, tmp_path: Path, name: str
+) -> None:
+    if name == "p.parquet":
+        kinds = pa.schema([("prompt", pa.string()), ("when", pa.timestamp("ns"))])
+        parquet.write_table(kinds.empty_table(), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("prompt,when\n" if name == "p.csv" else "")
+    out = tmp_path / "out"
+    config = config_of(model_dir, tmp_path / name, out)
+    assert generate(config)["rows"] == 0 and generate(config)["rows"] == 0
+    (part,) = out.glob("*.parquet")
+    schema = parquet.read_schema(part)
+    assert schema.names[:3] == ["id", "prompt", "output"]
+    if name == "p.parquet":
+        assert schema.field("when").type == pa.timestamp("ns")
+    assert json.loads((out / "manifest.json").read_text())["rows"] == 0
+    assert (out / "_SUCCESS").is_file()
+
+
+@pytest.mark.parametrize("entry", ["in", "in/*", "in/**/*.parquet", "in/p.jsonl"])
+def test_an_output_among_the_input_is_refused(model_dir: Path, tmp_path: Path, entry: str) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for path in (tmp_path / "in", tmp_path / "in" / "deep"):
+        (path / "p.jsonl").write_text('{"prompt": "x"}\n')
+        parquet.write_table(pa.table({"prompt": ["x"]}), path / "p.parquet")
+    inside = "in" if entry in ("in/p.jsonl", "in/*") else "in/out"
+    for check in (generate, generation_plan):
+        with pytest.raises(UserError, match=r"generate.output_path: .*in.* choose another folder"):
+            check(config_of(model_dir, tmp_path / entry, tmp_path / inside))
+    config = config_of(model_dir, tmp_path / "in" / "p.jsonl", tmp_path / "in" / "out")
+    assert dict(generation_plan(config))["rows"] == "1", "beside a file is a place like any other"
+
+
+def test_a_dry_run_refuses_what_the_job_refuses(model_dir: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "p.jsonl", tmp_path / "out"
+    rows = [{"id": i, "prompt": "x"} for i in range(2000)]
+
+    def refused(match: str, *overrides: str) -> None:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for check in (generate, generation_plan):
+            with pytest.raises(UserError, match=match):
+                check(config_of(model_dir, path, out, *overrides))
+
+    rows[1999]["id"] = 3
+    refused("p.jsonl:2000: the id 3")
+    rows[1999] = {"id": 4000, "prompt": "x", "output": 1}
+    refused("column named 'output'")
+    rows[1999].pop("output")
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / "out"
+    refused("file")
+    out = tmp_path / "foreign"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    refused("was not written by this job")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"identity": {', b"[]", b"{}", b"\xff\x00", b"[" * 100_000, None]
+)
+def test_a_damaged_plan_is_one_sentence(
+    finished: tuple[Path, dict[str, Any]],
+    model_dir: Path,
+    prompts: Path,
+    tmp_path: Path,
+    damage: bytes | None,
+) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    if damage is None:  # rows that the input has not
+        plan = json.loads((out / "manifest.json").read_text())
+        damage = json.dumps({**plan, "rows": 10**12}).encode()
+    (out / ".gptray" / "plan.json").write_bytes(damage)
+    config = config_of(model_dir, prompts, out)
+    assert generate(config)["rows"] == ROWS, "the manifest says the same"
+    (out / "manifest.json").write_bytes(damage)
+    for check in (generate, generation_plan):
+        with pytest.raises(UserError, match=r"plan.json is damaged or was not written") as told:
+            check(config)
+        assert "\n" not in str(told.value)
+
+
+def test_a_damaged_part_is_named(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    part = out / "part-00003.parquet"
+    part.write_bytes(part.read_bytes()[:200])
+    with pytest.raises(RunFailed, match=r"part-00003.parquet is damaged: .*delete it"):
+        generate(config_of(model_dir, prompts, out))
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [
         (["sample.seed=9"], "sample.seed: 0 there, 9 now"),
         (["sample.top_k=3"], "sample.top_k: 40 there, 3 now"),
         (["generate.rows_per_file=9"], "generate.rows_per_file"),
+        (["generate.num_samples=2"], "generate.num_samples: 1 there, 2 now"),
         pytest.param(
             ["generate.backend=torch"],
             "generate.backend: 'native' there, 'torch' now",
@@ -258,7 +382,7 @@ def test_another_model_or_input_and_a_foreign_folder_are_refused(
         generate(config_of(model_dir, tmp_path / "q.jsonl", finished[0]))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is no output"):
+    with pytest.raises(UserError, match="exists and was not written by this job"):
         generate(config_of(model_dir, prompts, tmp_path / "mine"))
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 
@@ -287,7 +411,7 @@ def test_duplicate_ids_and_broken_lines_stop_before_anything_is_made(
 ) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"id": 1, "prompt": "x"}\n{"id": 1, "prompt": "y"}\n')
-    with pytest.raises(UserError, match=r"p.jsonl:2: the id 1"):
+    with pytest.raises(UserError, match=r"p.jsonl:2: the id 1 in column 'id' is also at"):
         generate(config_of(model_dir, path, tmp_path / "out"))
     path.write_text('{"id": 1, "prompt": "x"}\n{"id": 2,\n')
     with pytest.raises(UserError, match=r"p.jsonl:2: not JSON"):
