@@ -95,6 +95,15 @@ class ArrowBatch:
             raise UserError(f"{self.place(row)}: column {name!r} is not UTF-8") from None
         return values
 
+    def check_text(self, name: str) -> None:
+        """Raise UserError if a column of text holds what is not UTF-8."""
+        try:
+            if name in self.batch.schema.names:
+                self.batch.column(name).validate(full=True)
+        except pa.ArrowInvalid:
+            self.values(name)
+            raise
+
     def array(self, field: pa.Field) -> pa.Array:
         if field.name not in self.batch.schema.names:
             return pa.nulls(self.rows, field.type)

@@ -95,7 +95,10 @@ class FoundColumns:
         self._metadata.append(dict(schema.metadata or {}))
 
     def take(self, batch: Batch) -> None:
-        """Look at rows of a JSON file."""
+        """Look at rows: at the values of JSON, at the text of Parquet that the job reads."""
+        if isinstance(batch, ArrowBatch):
+            for name in (self.prompt_column or "", *setting_columns(self.names, self._config)):
+                batch.check_text(name)
         if not isinstance(batch, ObjectBatch) or not is_json(batch.file):
             return
         for name in dict.fromkeys(key for row in batch.objects for key in row):

@@ -147,6 +147,16 @@ def test_a_damaged_plan_is_one_sentence(
         assert "\n" not in str(told.value)
 
 
+def test_an_input_is_its_content_whatever_its_name(
+    finished: tuple[Path, Path], model_dir: Path, tmp_path: Path
+) -> None:
+    path, out = finished
+    assert generate(config_of(model_dir, path.rename(tmp_path / "q.jsonl"), out))["rows"] == 0
+    (tmp_path / "q.csv").write_text("prompt\n")
+    with pytest.raises(UserError, match="generate.input_path: 'sha256"):
+        generate(config_of(model_dir, tmp_path / "q.csv", out))
+
+
 def test_a_damaged_part_is_named(finished: tuple[Path, Path], model_dir: Path) -> None:
     path, out = finished
     (out / "part-00000.parquet").write_bytes(b"PAR1")
