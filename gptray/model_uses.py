@@ -28,7 +28,7 @@ class SampleConfig(Section):
         None, description="prompts of the samples; null: the first words of validation text"
     )
     max_new_tokens: Annotated[int, within("max_new_tokens", low=1)] = Field(
-        64, description="tokens to add at most"
+        64, description="tokens to add at most; fewer where the model's context is full"
     )
     min_new_tokens: Annotated[int, within("min_new_tokens")] = Field(
         0, description="tokens to add before the text may end"
@@ -167,7 +167,9 @@ class ServeConfig(Section):
     max_prompts: PositiveInt = Field(64, description="prompts of one request")
     max_n: PositiveInt = Field(16, description="outputs of one prompt")
     max_output_tokens: PositiveInt | None = Field(
-        None, description="what max_tokens of a request may be; null: the model's context"
+        None,
+        description="tokens that one output gets at most, whatever max_tokens asks for; null: as "
+        "many as the model's context holds",
     )
     max_stop: PositiveInt = Field(16, description="stop strings of one request")
     max_logprobs: Annotated[int, Field(ge=0)] = Field(
