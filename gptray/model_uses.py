@@ -153,6 +153,11 @@ class ServeConfig(Section):
         description="file with a key that clients must send (Authorization: Bearer), one on each "
         "line; null: none needed",
     )
+    allowed_origins: str | list[str] | None = Field(
+        None,
+        description="web pages that may call from a browser, such as https://example.com; *: any "
+        "(CORS)",
+    )
     num_replicas: PositiveInt = Field(
         1, description="engines, each with its share of the cluster (Ray Serve)"
     )

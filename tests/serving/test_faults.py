@@ -254,6 +254,34 @@ def test_health_says_that_an_engine_is_dead_or_its_model_gives_no_numbers() -> N
             assert server.get("/metrics").status_code == 200
 
 
+def test_a_page_of_an_allowed_origin_may_call_and_its_preflight_needs_no_key() -> None:
+    page, path = {"origin": "https://a.example"}, "/v1/completions"
+    asks = {**page, "access-control-request-method": "POST"}
+    asks |= {"access-control-request-headers": "authorization,content-type"}
+    with running(keys=[], allowed_origins="https://a.example") as server:
+        preflight = httpx.options(f"{server.url}{path}", headers=asks)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        answer = httpx.post(f"{server.url}{path}", json=GOOD, headers=page)
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        other = httpx.post(
+            f"{server.url}{path}", json=GOOD, headers={"origin": "https://b.example"}
+        )
+        assert "access-control-allow-origin" not in other.headers
+    with running() as server:
+        assert httpx.options(f"{server.url}{path}", headers=asks).status_code == 405
+
+
+def test_head_allow_and_a_trailing_slash_are_as_http_has_them() -> None:
+    with running() as server:
+        head = httpx.head(f"{server.url}/v1/models")
+        assert head.status_code == 200 and not head.content
+        wrong = httpx.get(f"{server.url}/v1/completions")
+        assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+        assert server.get("/v1/models/").json() == server.get("/v1/models").json()
+
+
 def test_a_body_of_many_keys_is_refused_in_one_short_message() -> None:
     wrong = {f"key{number}": 1 for number in range(4000)}
     with running() as server:
