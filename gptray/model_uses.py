@@ -32,7 +32,7 @@ class SampleConfig(Section):
         None, description="prompts of the samples; null: the first words of validation text"
     )
     max_new_tokens: Annotated[int, within("max_new_tokens", low=1)] = Field(
-        64, description="tokens to add at most"
+        64, description="tokens to add at most; fewer where the model's context is full"
     )
     min_new_tokens: Annotated[int, within("min_new_tokens")] = Field(
         0, description="tokens to add before the text may end"
@@ -188,6 +188,11 @@ class ServeConfig(Section):
         description="file with a key that clients must send (Authorization: Bearer), one on each "
         "line; null: none needed",
     )
+    allowed_origins: str | list[str] | None = Field(
+        None,
+        description="web pages that may call from a browser, such as https://example.com; *: any "
+        "(CORS)",
+    )
     num_replicas: PositiveInt = Field(
         1, description="engines, each with its share of the cluster (Ray Serve)"
     )
@@ -202,7 +207,9 @@ class ServeConfig(Section):
     max_prompts: PositiveInt = Field(64, description="prompts of one request")
     max_n: PositiveInt = Field(16, description="outputs of one prompt")
     max_output_tokens: PositiveInt | None = Field(
-        None, description="what max_tokens of a request may be; null: the model's context"
+        None,
+        description="tokens that one output gets at most, whatever max_tokens asks for; null: as "
+        "many as the model's context holds",
     )
     max_stop: PositiveInt = Field(16, description="stop strings of one request")
     max_logprobs: Annotated[int, Field(ge=0)] = Field(

@@ -87,6 +87,7 @@ ALIASES = {
     "serve.host": "address bind",
     "serve.port": "http_port",
     "serve.api_key_file": "api_key api_keys api_key_path",
+    "serve.allowed_origins": "cors cors_origins allow_origins",
     "serve.num_replicas": "replicas n_replicas",
     "serve.max_waiting": "max_queue queue_size max_queued_requests",
     "serve.request_timeout_s": "timeout request_timeout",

@@ -35,14 +35,18 @@ class TextStream:
         return self._pass_on(self._whole())
 
     def finish(self) -> str:
-        """Return what was held back: no token will follow. Nothing after a stop string."""
+        """Return what was held back: no token will follow. Nothing after a stop string.
+
+        A stop string may stand in what was held back for a character that never became whole.
+        """
         if self.stopped:
             return ""
         window = self._decode(self._tokens[self._settled :])
-        fresh = self._held + window[self._given :]
-        self._given, self._held = len(window), ""
-        self.text += fresh
-        return fresh
+        fresh, self._given = window[self._given :], len(window)
+        ready = self._pass_on(fresh)
+        rest, self._held = self._held, ""
+        self.text += rest
+        return ready + rest
 
     def _whole(self) -> str:
         """The new text, if its last character is whole."""

@@ -164,4 +164,5 @@ class ActiveSequence:
         else:
             self._text.finish()
             generation.text = self._text.text
+            reason = "stop" if self._text.stopped else reason
         generation.finish_reason = reason

@@ -113,10 +113,9 @@ def numbered_seed(seed: int, number: int) -> int:
 
 
 def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -> None:
-    """Refuse what the model's context of `n_positions` tokens cannot hold.
+    """Raise ValueError for a prompt that the model's context of `n_positions` tokens cannot hold.
 
-    A sequence that reaches `n_positions` tokens, prompt and new ones together, simply ends there.
-    Raises ValueError.
+    max_new_tokens is an upper bound, not a promise: a sequence that fills the context ends there.
     """
     if not prompt:
         raise ValueError("the prompt is empty")
@@ -124,11 +123,6 @@ def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -
         raise ValueError(
             f"the prompt is too long: {len(prompt)} tokens leave no room for a new one in the "
             f"model's context of {n_positions}"
-        )
-    if sampling.max_new_tokens > n_positions:
-        raise ValueError(
-            f"max_new_tokens={sampling.max_new_tokens} is more than the model's context of "
-            f"{n_positions} tokens holds"
         )
 
 

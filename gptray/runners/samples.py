@@ -29,12 +29,7 @@ def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str,
     requests = []
     for number, prompt in enumerate(prompts):
         ids = data.tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
-        sampling = Sampling.of(
-            config.sample,
-            max_new_tokens=min(config.sample.max_new_tokens, n_positions),
-            min_new_tokens=min(config.sample.min_new_tokens, n_positions),
-            seed=numbered_seed(config.sample.seed, number),
-        )
+        sampling = Sampling.of(config.sample, seed=numbered_seed(config.sample.seed, number))
         requests.append(Request(ids[-(n_positions // 2) :], sampling))  # the end of a long prompt
     generations = engine.run(requests)
     return [(prompt, g.text) for prompt, g in zip(prompts, generations, strict=True)]

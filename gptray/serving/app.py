@@ -15,6 +15,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gptray.config import ServeConfig, UserError
@@ -70,7 +72,8 @@ def make_app(
         ("POST", "/detokenize", routes.detokenize),
         ("GET", "/tokenizer_info", routes.tokenizer_info),
     ):
-        api.add_api_route(path, route, methods=[method], response_model=None)
+        methods = ["GET", "HEAD"] if method == "GET" else [method]
+        api.add_api_route(path, route, methods=methods, response_model=None)
     paths = [route.path for route in api.routes if isinstance(route, APIRoute)]
 
     async def no_route(request: Request, _: Exception) -> Response:
@@ -78,15 +81,29 @@ def make_app(
         meant = did_you_mean([near] if near else [])
         return ApiError(404, f"there is no {request.url.path[:100]} here{meant}").response()
 
-    async def no_method(request: Request, _: Exception) -> Response:
-        return ApiError(405, f"{request.url.path} does not take {request.method}").response()
+    async def no_method(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # starlette's, which knows the methods
+        message = f"{request.url.path} does not take {request.method}"
+        return ApiError(405, message, headers=error.headers).response()
 
     api.add_exception_handler(404, no_route)
     api.add_exception_handler(405, no_method)
     for kind in (ApiError, ClientGone, UserError, Overloaded, EngineStopped, TimeoutError):
         api.add_exception_handler(kind, _answer)
     api.add_exception_handler(Exception, _answer)  # after the answer the server logs it
-    return Gate(api, endpoint, counters, keys=keys, page=html, paths=paths)
+    gate = Gate(api, endpoint, counters, keys=keys, page=html, paths=paths)
+    return gate if limits.allowed_origins is None else _cors(gate, limits.allowed_origins)
+
+
+def _cors(app: ASGIApp, origins: str | list[str]) -> ASGIApp:
+    """Let pages of these origins call; a browser's preflight needs no key."""
+    return CORSMiddleware(
+        app,
+        allow_origins=[origins] if isinstance(origins, str) else origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
 
 
 class _Routes:
@@ -154,6 +171,8 @@ class _Routes:
             return JSONResponse({"object": "list", "data": [_card(served)]})
 
     async def model(self, name: str) -> Response:
+        if not name:  # /v1/models/
+            return await self.models()
         with self._endpoint.using() as served:
             check_name(served, name)
             return JSONResponse(_card(served))

@@ -1,7 +1,7 @@
 """A request's body: read no further than it may be long, then strictly as one JSON object.
 
-Python's reader takes NaN, numbers beyond the range of floats, keys that are there twice and halves
-of surrogate pairs; none of them is to come further than this.
+Python's reader takes NaN, numbers beyond the range of floats, duplicate keys and half a surrogate
+pair; here all of them are refused. Every check is linear in the body's length.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 
 from fastapi import Request
 
-from gptray.data.rows import json_object
+from gptray.data.rows import BOM, json_object
 from gptray.serving.errors import ApiError, ClientGone
 
 # No request has reason to be nested deeper.
 MAX_DEPTH = 16
+MAX_KEYS = 4096  # of one object
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -29,7 +30,7 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
         raise ApiError(415, f"Content-Type must be application/json, got {kind or 'none'}")
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
-        raise ApiError(415, f"Content-Encoding {encoding} is not taken, send the JSON as it is")
+        raise ApiError(415, f"Content-Encoding {encoding} is not supported; send plain JSON")
     return strict_object(await _read(request, max_bytes))
 
 
@@ -58,7 +59,7 @@ def strict_object(body: bytes) -> dict[str, Any]:
     try:
         # Decoded here: Python's reader would take surrogates in UTF-8, and UTF-16.
         found = json_object(
-            body.decode(),
+            body.removeprefix(BOM).decode(),
             parse_constant=_no_number,
             parse_float=_finite,
             object_pairs_hook=_distinct,
@@ -69,7 +70,7 @@ def strict_object(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8: {error.reason}") from None
     except UnicodeEncodeError:
-        raise ApiError(400, "the body holds half a surrogate pair, which is no text") from None
+        raise ApiError(400, "the body contains half a surrogate pair") from None
     except ValueError as error:
         raise ApiError(400, f"the body: {error}") from None
     return found
@@ -84,7 +85,7 @@ def _check_depth(value: Any, depth: int) -> None:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _finite(digits: str) -> float:
@@ -95,9 +96,11 @@ def _finite(digits: str) -> float:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+    found: dict[str, Any] = {}
+    if len(pairs) > MAX_KEYS:
+        raise ValueError(f"an object has {len(pairs):,} keys, more than {MAX_KEYS:,}")
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"duplicate key {name[:60]!r}")
+        found[name] = value
     return found

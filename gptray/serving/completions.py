@@ -64,7 +64,7 @@ class Completion:
     async def of(cls, body: CompletionRequest, served: Served, limits: ServeConfig) -> Completion:
         """Check a request against the model and the limits. Raises ApiError."""
         _check_limits(body, served, limits)
-        sampling, prompts = _sampling(body), []
+        sampling, prompts = _sampling(body, limits), []
         for number, prompt in enumerate(body.prompt):
             place = f"prompt {number + 1}: " if len(body.prompt) > 1 else ""
             try:
@@ -203,11 +203,9 @@ def check_name(served: Served, name: str | None) -> None:
 
 def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) -> None:
     check_name(served, body.model)
-    longest = min(limits.max_output_tokens or served.engine.n_positions, served.engine.n_positions)
     for key, given, most in (
         ("prompt", len(body.prompt), limits.max_prompts),
         ("n", body.n, limits.max_n),
-        ("max_tokens", body.max_tokens, longest),
         ("stop", len(body.stop), limits.max_stop),
         ("logprobs", body.logprobs or 0, limits.max_logprobs),
     ):
@@ -231,10 +229,13 @@ def _draws(
             yield (ids, sampling), first + output
 
 
-def _sampling(body: CompletionRequest) -> Sampling:
+def _sampling(body: CompletionRequest, limits: ServeConfig) -> Sampling:
+    longest = body.max_tokens
+    if limits.max_output_tokens is not None:
+        longest = min(longest, limits.max_output_tokens)
     return Sampling(
-        max_new_tokens=body.max_tokens,
-        min_new_tokens=body.min_tokens,
+        max_new_tokens=longest,
+        min_new_tokens=min(body.min_tokens, longest),
         temperature=body.temperature,
         top_k=body.top_k if body.top_k > 0 else None,
         top_p=body.top_p if body.top_p < 1 else None,

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from gptray.fields import FieldSpec, field_specs
-from gptray.limits import MAX_BIASES, within
+from gptray.limits import MAX_BIASES, SEEDS, within
 from gptray.serving.errors import ApiError
 from gptray.suggest import did_you_mean, nearest
 
@@ -68,7 +68,15 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "stop_token_ids": ([],),
     "bad_words": ([],),
     "priority": (0,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "parallel_tool_calls": None,
+    "modalities": (["text"],),
 }
+# A client that sends more keys than this wrong is told of these.
+MAX_PROBLEMS = 12
 
 
 def _prompts(value: Any) -> list[Prompt]:
@@ -107,6 +115,12 @@ def _is_bias(item: tuple[str, Any]) -> bool:
     return bool(_TOKEN_ID.fullmatch(token)) and is_number and abs(bias) <= 100
 
 
+def _seed(value: Any) -> Any:
+    """OpenAI's seeds are signed: a negative one stands for the positive one of the same bits."""
+    is_negative = type(value) is int and -SEEDS <= value < 0
+    return value % SEEDS if is_negative else value
+
+
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: inner for key, inner in value.items() if inner is not None}
@@ -137,7 +151,7 @@ class CompletionRequest(BaseModel):
     n: Annotated[int, Field(ge=1)] = 1
     best_of: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
-    seed: Annotated[int, within("seed")] | None = None
+    seed: Annotated[int, within("seed"), BeforeValidator(_seed)] | None = None
     echo: bool = False
     logprobs: Annotated[int, within("logprobs")] | None = None
     presence_penalty: Annotated[float, within("presence_penalty")] = 0.0
@@ -186,11 +200,14 @@ def parse_request(kind: type[T], given: Mapping[str, Any]) -> T:
     problems: dict[str, str] = {}
     known: dict[str, Any] = {}
     for key, value in given.items():
-        if value is None and key in specs.keys() | WITHOUT_EFFECT.keys():
+        if value is None or _snake_case(key) in given.keys() - {key}:
             continue
         if key in specs:
-            known[key] = value
+            known[key] = _whole_number(value) if int in specs[key].kinds else value
         elif key not in WITHOUT_EFFECT:
+            if len(problems) == MAX_PROBLEMS:
+                problems[key] = "... and more keys that are unknown"
+                break
             near = ALIASES.get(key) or nearest(key, specs)
             problems[key] = f"unknown key {key[:60]!r}{_meant(near if near in specs else None)}"
         elif (harmless := WITHOUT_EFFECT[key]) is not None and value not in harmless:
@@ -205,6 +222,17 @@ def parse_request(kind: type[T], given: Mapping[str, Any]) -> T:
         first = next(iter(problems))
         raise ApiError(400, "\n".join(problems.values()), param=None if first == "body" else first)
     return request
+
+
+def _snake_case(key: str) -> str:
+    """What clients in JavaScript call camelCase: some send a key in both forms."""
+    return re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", key[:60])
+
+
+def _whole_number(value: Any) -> Any:
+    """4 for 4.0: languages without whole numbers write it so."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return int(value) if is_whole and abs(value) < 2**53 else value
 
 
 def _meant(name: str | None) -> str:

@@ -120,3 +120,12 @@ def test_an_unfinished_character_is_shown_at_the_end_only() -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer.encode("a\uc61b")[:-1]
     assert streamed(tokenizer, ids) == ["a", "", "", tokenizer.decode(ids)[1:]]
+
+
+def test_a_stop_string_holds_though_the_text_is_cut_inside_a_character() -> None:
+    # One token of a stop string and the first byte of a syllable.
+    joined = tokenizers.Tokenizer(models.BPE({"end\u00ec": 0, "a": 1, "<|endoftext|>": 2}, []))
+    joined.decoder = decoders.ByteLevel()
+    cut = Tokenizer(joined, {"eos_token": "<|endoftext|>"})
+    assert "".join(streamed(cut, [1, 0], ["nd"])) == "ae"
+    assert "".join(streamed(cut, [1, 0])) == "aend\ufffd"

@@ -204,6 +204,38 @@ def test_what_load_clients_send_is_taken(server: Server) -> None:
     assert chunks[-1]["choices"] == []
 
 
+@pytest.mark.parametrize(
+    ("sent", "means"),
+    [
+        ({"max_tokens": 4.0, "seed": 3.0}, {"max_tokens": 4, "seed": 3}),
+        ({"max_tokens": 1000}, {"max_tokens": 64}),
+        ({"max_tokens": 1000, "min_tokens": 900}, {"max_tokens": 64, "min_tokens": 64}),
+        ({"seed": -1}, {"seed": 2**63 - 1}),
+        ({"response_format": {"type": "text"}, "tools": [], "unheard_of": None}, {}),
+        ({"logitBias": {}, "logit_bias": {}}, {}),
+    ],
+    ids=str,
+)
+def test_clients_habits_are_understood(
+    server: Server, sent: dict[str, object], means: dict[str, object]
+) -> None:
+    fixed = {"prompt": "the cat", "seed": 3, "max_tokens": 6}
+    answer = server.post(**{**fixed, **sent})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"] == server.post(**{**fixed, **means}).json()["choices"]
+    bom = b"\xef\xbb\xbf" + json.dumps({**fixed, **sent}).encode()
+    kind = {"content-type": "application/json"}
+    marked = httpx.post(f"{server.url}/v1/completions", content=bom, headers=kind)
+    assert marked.json()["choices"] == answer.json()["choices"]
+
+
+def test_the_servers_limit_on_tokens_cuts_what_is_asked_for() -> None:
+    with running(max_output_tokens=3) as limited:
+        done = limited.post(prompt="the", max_tokens=50, ignore_eos=True).json()
+    assert done["usage"]["completion_tokens"] == 3
+    assert done["choices"][0]["finish_reason"] == "length"
+
+
 def test_tokens_to_and_fro(server: Server) -> None:
     text = "the cat \uc61b\ub0a0"
     url = f"{server.url}/tokenize"

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+from gptray.config import UserError
 from gptray.serving.keys import read_keys
 from gptray.serving.telemetry import side_by_side
 from tests.serving.requests import fuzzed
@@ -68,8 +69,8 @@ def raw(server: Server, body: bytes, **headers: str) -> httpx.Response:
     [
         (b"", "not JSON"),
         (b"[]", "expected a JSON object"),
-        (b'{"prompt": "x", "seed": NaN}', "NaN is no number"),
-        (b'{"prompt": "x", "temperature": -Infinity}', "-Infinity is no number"),
+        (b'{"prompt": "x", "seed": NaN}', "NaN is not valid JSON"),
+        (b'{"prompt": "x", "temperature": -Infinity}', "-Infinity is not valid JSON"),
         (b'{"prompt": "x", "temperature": 1e999}', "too large"),
         (
             b'{"prompt": "x", "seed": 1' + b"0" * 400 + b"}",
@@ -77,7 +78,7 @@ def raw(server: Server, body: bytes, **headers: str) -> httpx.Response:
         ),
         (b'{"prompt": "' + b"\\ud800" + b'"}', "surrogate"),
         (b'{"prompt": "\xed\xa0\x80"}', "UTF-8"),
-        (b'{"prompt": "x", "prompt": "y"}', "'prompt' is there twice"),
+        (b'{"prompt": "x", "prompt": "y"}', "duplicate key 'prompt'"),
         (b"[" * 2900, "nested too deeply"),
         (b"{}", "prompt is missing"),
         (b'{"prompt": null}', "prompt is missing"),
@@ -94,7 +95,6 @@ def raw(server: Server, body: bytes, **headers: str) -> httpx.Response:
         (b'{"prompt": "x", "max_tokens": "5"}', "max_tokens expects a whole number"),
         (b'{"prompt": "x", "max_tokens": true}', "max_tokens expects a whole number"),
         (b'{"prompt": "x", "max_tokens": 0}', "max_tokens=0"),
-        (b'{"prompt": "x", "max_tokens": 21}', "max_tokens=21, more than 20"),
         (b'{"prompt": "x", "n": 3}', "n=3, more than 2"),
         (b'{"prompt": "x", "n": 2, "best_of": 1}', "best_of=1 must be n=2"),
         (b'{"prompt": ["a", "b", "c", "d"]}', "prompt has 4 entries, more than 3"),
@@ -252,6 +252,74 @@ def test_health_says_that_an_engine_is_dead_or_its_model_gives_no_numbers() -> N
             events = server.post(**GOOD, stream=True).text
             assert "server_error" in events
             assert server.get("/metrics").status_code == 200
+
+
+def test_a_page_of_an_allowed_origin_may_call_and_its_preflight_needs_no_key() -> None:
+    page, path = {"origin": "https://a.example"}, "/v1/completions"
+    asks = {**page, "access-control-request-method": "POST"}
+    asks |= {"access-control-request-headers": "authorization,content-type"}
+    with running(keys=[], allowed_origins="https://a.example") as server:
+        preflight = httpx.options(f"{server.url}{path}", headers=asks)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        answer = httpx.post(f"{server.url}{path}", json=GOOD, headers=page)
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        other = httpx.post(
+            f"{server.url}{path}", json=GOOD, headers={"origin": "https://b.example"}
+        )
+        assert "access-control-allow-origin" not in other.headers
+    with running() as server:
+        assert httpx.options(f"{server.url}{path}", headers=asks).status_code == 405
+
+
+def test_head_allow_and_a_trailing_slash_are_as_http_has_them() -> None:
+    with running() as server:
+        head = httpx.head(f"{server.url}/v1/models")
+        assert head.status_code == 200 and not head.content
+        wrong = httpx.get(f"{server.url}/v1/completions")
+        assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+        assert server.get("/v1/models/").json() == server.get("/v1/models").json()
+
+
+def test_a_body_of_many_keys_is_refused_in_one_short_message() -> None:
+    wrong = {f"key{number}": 1 for number in range(4000)}
+    with running() as server:
+        unknown = server.post(prompt="x", **wrong)
+        many = server.post(prompt="x", logit_bias={str(number): 0 for number in range(5000)})
+        twice = raw(server, b"{" + b'"a": 1, ' * 50_000 + b'"prompt": "x"}')
+    assert unknown.status_code == many.status_code == twice.status_code == 400
+    assert unknown.json()["error"]["message"].count("unknown") == 13
+    assert "5,000 keys, more than 4,096" in many.json()["error"]["message"]
+    assert "keys, more than 4,096" in twice.json()["error"]["message"]
+
+
+def test_a_line_of_the_key_file_is_a_key_and_a_comment_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys.txt"
+    path.write_text("# team A\n\nsk-one\r\n  sk-two  \n")
+    path.chmod(0o600)
+    keys = read_keys(str(path))
+    assert len(keys) == 2 and not caplog.records
+    with running(keys=keys) as server:
+        for key, status in (
+            ("sk-one", 200),
+            ("sk-two", 200),
+            ("team", 401),
+            ("#", 401),
+            ("A", 401),
+        ):
+            assert server.get("/v1/models", authorization=f"Bearer {key}").status_code == status
+    path.chmod(0o644)
+    read_keys(str(path))
+    assert "can be read by other users" in caplog.text
+    path.write_text("sk-one two\n")
+    with pytest.raises(UserError, match="line 1: a key is printable ASCII without spaces"):
+        read_keys(str(path))
+    path.write_text("# nothing\n")
+    with pytest.raises(UserError, match="it has no key"):
+        read_keys(str(path))
 
 
 def test_a_key_opens_every_route_and_none_but_health_is_open_without(tmp_path: Path) -> None:
