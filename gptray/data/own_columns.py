@@ -56,8 +56,8 @@ def passed_names(
         listed = ", ".join(map(repr, meeting))
         free = next(one for one in _prefixes() if not {one + name for name in meeting} & {*names})
         raise UserError(
-            f"the input has {'a column' if len(meeting) == 1 else 'columns'} named {listed}, as "
-            "the job's own output; rename in the input, or pass through under another name: "
+            f"generate.input_path: the output has columns of its own named {listed}; rename them "
+            "in the input, or pass them through under other names: "
             f"generate.prefix={free} makes {meeting[0]!r} {free}{meeting[0]}"
         )
     passed = {

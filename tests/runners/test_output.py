@@ -82,7 +82,7 @@ def test_a_dry_run_refuses_what_the_job_refuses(model_dir: Path, tmp_path: Path)
     rows[1999]["id"] = 3
     refused("p.jsonl:2000: the id 3")
     rows[1999] = {"id": 4000, "prompt": "x", "output": 1}
-    refused("column named 'output'")
+    refused("columns of its own named 'output'")
     rows[1999].pop("output")
     (tmp_path / "file").write_text("x")
     out = tmp_path / "file" / "out"
