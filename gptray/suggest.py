@@ -74,8 +74,7 @@ ALIASES = {
     "tune.max_concurrent_trials": "concurrency max_concurrent parallel_trials concurrent_trials",
     "tune.reduction_factor": "eta",
     "sample.prompt": "prompts start start_text",
-    "sample.max_new_tokens": "max_tokens max_completion_tokens max_output_tokens num_tokens length "
-    "new_tokens",
+    "sample.max_new_tokens": "max_tokens max_completion_tokens num_tokens length new_tokens",
     "sample.min_new_tokens": "min_tokens min_length",
     "sample.temperature": "temp",
     "sample.top_k": "topk k",
