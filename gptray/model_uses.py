@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gptray.limits import within
 from gptray.sections import (
@@ -19,6 +19,10 @@ from gptray.sections import (
     Precision,
     Section,
 )
+from gptray.suggest import did_you_mean, nearest
+
+# The sample section's keys that hold for all rows of a batch job.
+_JOB_WIDE = ("prompt", "parse_special")
 
 
 class SampleConfig(Section):
@@ -68,6 +72,10 @@ class SampleConfig(Section):
         return self
 
 
+# What a row of a batch job may set for itself, by a column of that name.
+ROW_SETTINGS = tuple(name for name in SampleConfig.model_fields if name not in _JOB_WIDE)
+
+
 class QuantizeConfig(Section):
     weights: Literal["none", "int8"] = Field(
         "none",
@@ -84,7 +92,8 @@ class GenerateConfig(Section):
     )
     input_path: str | list[str] | None = Field(
         None,
-        description="prompts: files, folders or globs of .parquet .jsonl .csv .txt (a line each)",
+        description="prompts: files, folders or globs of .parquet .jsonl .csv .txt (a line each), "
+        "or an OpenAI batch file (.jsonl)",
     )
     output_path: str | None = Field(
         None, description="folder for the Parquet files; on a cluster one that every node sees"
@@ -93,10 +102,24 @@ class GenerateConfig(Section):
     id_column: str | None = Field(
         None, description="column that names each row; null: id where there is one, else position"
     )
+    num_samples: PositiveInt = Field(
+        1,
+        description="outputs of each prompt; above 1 the column sample counts them, from 0",
+    )
+    settings_from_columns: bool | list[str] = Field(
+        True,
+        description="columns that hold sampling settings of their row, such as temperature or "
+        "seed; true: all of that name, false: none, or a list of names",
+    )
+    prefix: NonEmpty | None = Field(
+        None,
+        description="put before the name of an input column that the job has a column of its own "
+        "for, such as output; null: refuse the input",
+    )
     num_workers: PositiveInt = Field(1, description="engines, each with its share of the cluster")
     max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
     rows_per_file: PositiveInt = Field(
-        256, description="rows of one Parquet file; a killed job does open files again"
+        256, description="input rows of one Parquet file; a killed job repeats unfinished files"
     )
     precision: Precision = "auto"
     backend: Backend = Field(
@@ -104,6 +127,18 @@ class GenerateConfig(Section):
         description="native: the project's own code for CPUs with AVX-512, twice as fast, built by "
         "a C++ compiler in some seconds once; auto: that where it can be had, else PyTorch",
     )
+
+    @field_validator("settings_from_columns")
+    @classmethod
+    def _known_settings(cls, value: bool | list[str]) -> bool | list[str]:
+        for name in value if isinstance(value, list) else []:
+            if name not in ROW_SETTINGS:
+                near = nearest(name, ROW_SETTINGS)
+                raise ValueError(
+                    f"{name} is not a setting of a row{did_you_mean([near] if near else [])} "
+                    f"(settings: {' '.join(ROW_SETTINGS)})"
+                )
+        return value
 
 
 class EvaluateConfig(Section):

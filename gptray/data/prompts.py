@@ -1,54 +1,153 @@
-"""Prompts out of files, row by row, every column kept; each row says itself if it cannot run.
+"""The input of a batch job: one look at all rows, then parts of it ready for an engine.
 
-A text file has a prompt on each line. A file that cannot be read is an error with its name and
-line; a row whose prompt is null, empty or no text is not: it keeps its place and its reason.
+What is wrong with the input as a whole (a file that cannot be read, a column that cannot pass
+through, an id twice) is an error before anything starts. What is wrong with a row alone is that
+row's error: it keeps its place and its reason.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 
-from gptray.config import UserError
-from gptray.data.corpus import open_parquet
-from gptray.data.rows import csv_rows, is_text, json_object, kind_of, no_column, text_lines
+from gptray.config import GenerateConfig
+from gptray.data.batch_requests import ID_KEY, RowRequest, check_urls, holds_requests
+from gptray.data.batches import Batch, Values, read_batches
+from gptray.data.columns import FoundColumns, InputColumns
+from gptray.data.json_columns import is_utf8
+from gptray.data.own_columns import near_misses
+from gptray.data.row_ids import Ids
+from gptray.data.row_settings import read_settings
+from gptray.data.rows import kind_of
 from gptray.data.sources import SourceFile
 
-BATCH_ROWS = 1024
-_SURROGATE = re.compile("[\ud800-\udfff]")
+ReadRequest = Callable[[Values], RowRequest]
 
-Values = dict[str, Any]
+# A staged part's own columns, in this order, before those that pass through: what the row sets for
+# itself (JSON), why it cannot run, its id, its prompt.
+SETTINGS, ERROR, ID, PROMPT = range(4)
+STAGED = ("gptray.settings", "gptray.error", "id", "prompt")
+
+_OWN = {
+    "output": pa.string(),
+    "finish_reason": pa.string(),
+    "prompt_tokens": pa.int32(),
+    "output_tokens": pa.int32(),
+    "seed": pa.int64(),
+    "error": pa.string(),
+    "model": pa.string(),
+}
 
 
-def read_rows(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Values]]:
-    """(place, columns) of every row; the place is file:line, for messages.
+@dataclass(frozen=True)
+class InputScan:
+    """What one look at all rows tells."""
 
-    Raises UserError for what cannot be read, and where the first row has no prompt column.
+    rows: int
+    columns: InputColumns
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of a staged part."""
+        columns = self.columns
+        own = [
+            pa.field(STAGED[SETTINGS], pa.string()),
+            pa.field(STAGED[ERROR], pa.string()),
+            columns.id_field,
+            columns.prompt_field,
+        ]
+        passed = [field.with_name(name) for field, name in columns.passed]
+        return pa.schema([*own, *passed], metadata=columns.metadata)
+
+
+def check_input(files: Sequence[SourceFile], settings: GenerateConfig) -> None:
+    """Look at what the files say of their columns, and at first rows: at once, however large.
+
+    Raises UserError for what is known from that: see `scan`.
     """
-    readers = {"txt": _lines, "jsonl": _json_lines, "csv": _csv, "parquet": _parquet}
-    try:
-        for number, (place, values) in enumerate(readers[file.format](file, prompt_column)):
-            if number == 0 and prompt_column not in values:
-                problem = no_column(prompt_column, list(values), key="generate.prompt_column")
-                raise UserError(f"{place}: {problem}")
-            yield place, values
-    except (OSError, EOFError) as error:
-        raise UserError(f"{file.name}: cannot be read to its end: {error}") from None
+    _, columns = _declared(files, settings)
+    columns.check_names()
 
 
-def check_columns(file: SourceFile, prompt_column: str) -> None:
-    """Look at the first row only. Raises UserError without the column, or if it holds no text."""
-    if file.format == "parquet":
-        schema = open_parquet(file).schema_arrow
-        kind = schema.field(prompt_column).type if prompt_column in schema.names else pa.null()
-        if not is_text(kind) and not pa.types.is_null(kind):
-            raise UserError(f"{file.name}: column {prompt_column!r} holds {kind}, not text")
-    next(read_rows(file, prompt_column), None)
+def scan(files: Sequence[SourceFile], settings: GenerateConfig) -> InputScan:
+    """Look at every row once.
+
+    Raises UserError for files that cannot be read, columns that cannot pass through, and an id
+    that is missing or there twice.
+    """
+    settings, columns = _declared(files, settings)
+    requests = columns.prompt_column is None
+    rows, ids, urls = 0, Ids(settings.id_column or "id"), set[str]()
+    for batch in _batches(files, settings.prompt_column):
+        rows += batch.rows
+        ids.take(batch)
+        columns.take(batch)
+        if requests:
+            urls.update(map(str, batch.values("url")))
+    if requests:
+        check_urls(files, urls)
+    if columns.id_column is not None:
+        ids.check(lambda: _batches(files, settings.prompt_column))
+    found = columns.resolve()
+    if not requests:
+        found.notes.extend(near_misses(columns.names, settings))
+    return InputScan(rows, found)
+
+
+def _declared(
+    files: Sequence[SourceFile], settings: GenerateConfig
+) -> tuple[GenerateConfig, FoundColumns]:
+    """The files' columns as far as the files themselves say, and the settings for such files."""
+    requests = holds_requests(files, settings)
+    if requests and settings.id_column is None:
+        settings = settings.model_copy(update={"id_column": ID_KEY})
+    columns = FoundColumns(settings, None if requests else settings.prompt_column)
+    for file in files:
+        columns.declare(file)
+    return settings, columns
+
+
+def _batches(files: Sequence[SourceFile], prompt_column: str) -> Iterator[Batch]:
+    return chain.from_iterable(read_batches(file, prompt_column) for file in files)
+
+
+def staged(
+    files: Sequence[SourceFile], found: InputScan, rows_per_part: int, read_request: ReadRequest
+) -> Iterator[pa.Table]:
+    """The rows in parts, columns as STAGED and then those that pass through; at least one part."""
+    schema = found.schema
+    part: list[pa.RecordBatch] = []
+    room, position, empty = rows_per_part, 0, True
+    for batch in _batches(files, found.columns.prompt_column or ""):
+        rows = _staged_batch(batch, found, position, schema, read_request)
+        position += rows.num_rows
+        while rows.num_rows:
+            part.append(rows.slice(0, room))
+            room -= part[-1].num_rows
+            rows = rows.slice(part[-1].num_rows)
+            if not room:
+                yield pa.Table.from_batches(part, schema)
+                part, room, empty = [], rows_per_part, False
+    if part or empty:
+        yield pa.Table.from_batches(part, schema)
+
+
+def output_schema(
+    staged: pa.Schema, num_samples: int, metadata: Mapping[str, str] | None = None
+) -> pa.Schema:
+    """The output's columns; `metadata` is kept beside what the input says of itself."""
+    fields = list(staged)
+    sample = [pa.field("sample", pa.int32())] if num_samples > 1 else []
+    own = [pa.field(name, kind) for name, kind in _OWN.items()]
+    return pa.schema(
+        [fields[ID], *sample, fields[PROMPT], *own, *fields[len(STAGED) :]],
+        metadata={**(staged.metadata or {}), **(metadata or {})},
+    )
 
 
 def prompt_problem(value: Any) -> str | None:
@@ -56,189 +155,32 @@ def prompt_problem(value: Any) -> str | None:
     if value is None:
         return "the prompt is null"
     if not isinstance(value, str):
-        return f"the prompt is no text: {kind_of(value)}"
-    if _SURROGATE.search(value):
-        return "the prompt holds half a surrogate pair"
-    return None if value else "the prompt is empty"
+        return f"the prompt must be text, got {kind_of(value)}"
+    return None if is_utf8(value) else "the prompt holds half a surrogate pair"
 
 
-def _lines(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Values]]:
-    with file.open() as stream:
-        for number, line in enumerate(text_lines(file, stream), start=1):
-            yield f"{file.name}:{number}", {prompt_column: line.rstrip("\r\n")}
-
-
-def _json_lines(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Values]]:
-    with file.open() as stream:
-        for number, line in enumerate(text_lines(file, stream), start=1):
-            place = f"{file.name}:{number}"
-            if not line.strip():
-                continue
-            try:
-                yield place, json_object(line)
-            except ValueError as error:
-                raise UserError(f"{place}: {error}") from None
-
-
-def _csv(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Values]]:
-    rows = csv_rows(file)
-    _, header = next(rows, (1, []))
-    if len(set(header)) < len(header):
-        raise UserError(f"{file.name}:1: a column name is there twice")
-    for line, row in rows:
-        if row:
-            yield f"{file.name}:{line}", dict(zip(header, row, strict=True))
-
-
-def _parquet(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Values]]:
-    table = open_parquet(file)
-    if prompt_column not in table.schema_arrow.names:
-        problem = no_column(prompt_column, table.schema_arrow.names, key="generate.prompt_column")
-        raise UserError(f"{file.name}: {problem}")
-    row = 0
-    try:
-        for batch in table.iter_batches(batch_size=BATCH_ROWS):
-            for values in batch.to_pylist():
-                row += 1
-                yield f"{file.name}: row {row}", values
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise UserError(f"{file.name}: after row {row}: cannot be read: {error}") from None
-
-
-@dataclass
-class InputScan:
-    """What one look at all rows tells: how many, what names them, the type of each column."""
-
-    rows: int = 0
-    id_column: str | None = None
-    id_type: pa.DataType = field(default_factory=pa.int64)
-    types: dict[str, pa.DataType] = field(default_factory=dict)
-
-    def take(self, values: dict[str, list[Any]]) -> None:
-        """Widen the columns' types to hold these values; what has no common type becomes text."""
-        for name, column in values.items():
-            try:
-                kind = pa.array(column).type
-                before = self.types.get(name, pa.null())
-                merged = pa.unify_schemas(
-                    [pa.schema([("c", before)]), pa.schema([("c", kind)])],
-                    promote_options="permissive",
-                )
-                self.types[name] = merged.field("c").type
-            except (pa.ArrowException, OverflowError):
-                self.types[name] = pa.string()
-
-
-def scan(files: Sequence[SourceFile], prompt_column: str, id_column: str | None) -> InputScan:
-    """Look at every row once. `id_column` None: the column id where rows have one, else none.
-
-    Raises UserError for unreadable files, and for an id that is null or there twice.
-    """
-    result = InputScan(id_column=id_column)
-    seen: set[Any] = set()
-    whole = True
-    for batch in _batches(files, prompt_column):
-        if result.rows == 0 and id_column is None and "id" in batch[0][1]:
-            result.id_column = "id"
-        if result.id_column is not None:
-            for place, values in batch:
-                name = _id(place, values, result.id_column, seen)
-                whole = whole and isinstance(name, int)
-        columns: dict[str, list[Any]] = {}
-        for _, values in batch:
-            for name, value in values.items():
-                columns.setdefault(name, []).append(_clean(value))
-        result.take(columns)
-        result.rows += len(batch)
-    if not whole:
-        result.id_type = pa.string()
-    return result
-
-
-def staged(
-    files: Sequence[SourceFile], prompt_column: str, found: InputScan, rows_per_part: int
-) -> Iterator[pa.Table]:
-    """The rows in parts: id, prompt, error, then every column under `passed_name`."""
-    position, part = 0, []
-    for batch in _batches(files, prompt_column):
-        for _, values in batch:
-            part.append((position, values))
-            position += 1
-            if len(part) == rows_per_part:
-                yield _table(part, prompt_column, found)
-                part = []
-    if part:
-        yield _table(part, prompt_column, found)
-
-
-OWN_COLUMNS = (
-    "id", "prompt", "output", "finish_reason", "prompt_tokens", "output_tokens", "seed", "error",
-    "model",
-)  # fmt: skip
-
-
-def passed_name(name: str) -> str:
-    """What a column of the input is called in the output: its own name where that is free."""
-    return f"input_{name}" if name in OWN_COLUMNS else name
-
-
-def _table(part: Sequence[tuple[int, Values]], prompt_column: str, found: InputScan) -> pa.Table:
-    prompts = [values.get(prompt_column) for _, values in part]
-    if found.id_column is None:
-        ids: list[Any] = [position for position, _ in part]
+def _staged_batch(
+    batch: Batch, found: InputScan, position: int, schema: pa.Schema, read_request: ReadRequest
+) -> pa.RecordBatch:
+    columns = found.columns
+    if columns.prompt_column is None:
+        objects = {name: batch.values(name) for name in ("method", "url", "body")}
+        requests = [
+            read_request(dict(zip(objects, row, strict=True)))
+            for row in zip(*objects.values(), strict=True)
+        ]
     else:
-        ids = [values[found.id_column] for _, values in part]
-        ids = ids if pa.types.is_integer(found.id_type) else [str(name) for name in ids]
-    columns = {
-        "id": pa.array(ids, type=found.id_type),
-        "prompt": pa.array([_text(prompt) for prompt in prompts], type=pa.string()),
-        "error": pa.array([prompt_problem(prompt) for prompt in prompts], type=pa.string()),
-    }
-    for name, kind in found.types.items():
-        if name in ("id", "prompt") and name in (found.id_column, prompt_column):
-            continue
-        column = [_clean(values.get(name)) for _, values in part]
-        if pa.types.is_string(kind):
-            column = [_text(value) for value in column]
-        columns[passed_name(name)] = pa.array(column, type=kind)
-    return pa.table(columns)
-
-
-def _batches(files: Sequence[SourceFile], prompt_column: str) -> Iterator[list[tuple[str, Values]]]:
-    batch = []
-    for file in files:
-        for row in read_rows(file, prompt_column):
-            batch.append(row)
-            if len(batch) == BATCH_ROWS:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
-
-
-def _id(place: str, values: Values, column: str, seen: set[Any]) -> Any:
-    name = values.get(column)
-    if isinstance(name, bool) or not isinstance(name, (int, str)):
-        raise UserError(f"{place}: column {column!r} names the row and holds {name!r}")
-    if str(name) in seen:
-        raise UserError(f"{place}: the id {name!r} in column {column!r} is there twice")
-    seen.add(str(name))
-    return name
-
-
-def _text(value: Any) -> str | None:
-    """A value as text: itself, or its JSON; what is no text at all is shown as such."""
-    if value is None or isinstance(value, str):
-        return None if value is None else _SURROGATE.sub("\ufffd", value)
-    return json.dumps(_clean(value), ensure_ascii=False, default=str)
-
-
-def _clean(value: Any) -> Any:
-    """The value with halves of surrogate pairs replaced, which no file can hold."""
-    if isinstance(value, str):
-        return _SURROGATE.sub("\ufffd", value)
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    if isinstance(value, dict):
-        return {str(_clean(key)): _clean(item) for key, item in value.items()}
-    return value
+        given = {name: batch.values(name) for name in columns.settings}
+        requests = [
+            RowRequest(prompt, *read_settings({name: given[name][row] for name in given}))
+            for row, prompt in enumerate(batch.values(columns.prompt_column))
+        ]
+    errors = [request.error or prompt_problem(request.prompt) for request in requests]
+    own = [
+        pa.array([json.dumps(r.settings) if r.settings else None for r in requests], pa.string()),
+        pa.array(errors, pa.string()),
+        columns.ids(batch, position),
+        columns.prompts(batch, [request.prompt for request in requests]),
+    ]
+    passed = [batch.array(field) for field, _ in columns.passed]
+    return pa.RecordBatch.from_arrays([*own, *passed], schema=schema)

@@ -6,43 +6,24 @@ requests, and the rows that are still running end while the next part runs.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
-from gptray.config import RunFailed, SampleConfig, UserError
+from gptray.config import SampleConfig, UserError
 from gptray.data.parts import part_name, write_whole
+from gptray.data.prompts import ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
 from gptray.generation.request import Generation, Request
-from gptray.generation.settings import Sampling
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError("not a whole number")
-    return int(value)
-
-
-# Columns of the input that set a row's own sampling, with what reads them.
-ROW_SETTINGS: dict[str, Any] = {
-    "max_new_tokens": _whole,
-    "min_new_tokens": _whole,
-    "temperature": float,
-    "top_k": _whole,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "seed": _whole,
-    "stop": lambda value: value if isinstance(value, str) else tuple(value),
-}
-# How a column of that name in the input is called in a staged part; `seed` is the output's own.
-STAGED_SETTINGS = {name: "input_seed" if name == "seed" else name for name in ROW_SETTINGS}
+from gptray.generation.settings import Sampling, derived_seed, numbered_seed
+from gptray.limits import SEEDS
 
 
 @dataclass
@@ -59,19 +40,28 @@ class Progress:
 
 @dataclass
 class _Row:
-    """A row of a part: its request on the way, or what is wrong with it."""
+    """A row of the output: its request on the way, or what is wrong with it."""
 
-    seed: int | None = None
+    seed: int
     error: str | None = None
     prompt_tokens: int = 0
     generation: Generation | None = None
+
+    @property
+    def problem(self) -> str | None:
+        return self.generation.error if self.generation else self.error
+
+    @property
+    def done(self) -> Generation | None:
+        """What there is of the output once the row has ended, if it ended well."""
+        return None if self.problem is not None else self.generation
 
 
 @dataclass
 class _Part:
     number: int
-    table: pa.Table
-    rows: list[_Row] = field(default_factory=list)
+    staged: pa.Table
+    rows: list[_Row]
 
     @property
     def done(self) -> bool:
@@ -79,9 +69,10 @@ class _Part:
 
 
 class PartWriter:
-    """Runs staged parts and writes their outputs into `output_dir`.
+    """Runs staged parts (`gptray.data.prompts`) and writes their outputs into `output_dir`.
 
-    metadata goes into every file. model is the name in the column of that name.
+    num_samples: outputs of each row of a part. metadata goes into every file. model is the name in
+    the column of that name.
     """
 
     def __init__(
@@ -91,49 +82,50 @@ class PartWriter:
         defaults: SampleConfig,
         output_dir: Path,
         *,
+        num_samples: int,
         model: str,
         metadata: Mapping[str, str],
     ) -> None:
         self.progress = Progress()
         self._engine, self._tokenizer, self._defaults = engine, tokenizer, defaults
-        self._output_dir, self._model, self._metadata = output_dir, model, dict(metadata)
+        self._output_dir, self._num_samples = output_dir, num_samples
+        self._model, self._metadata = model, dict(metadata)
         self._parts: list[_Part] = []
 
     def feed(self, number: int, staged: Path) -> list[int]:
         """Take on a part; run until more could be taken. Returns the parts written meanwhile."""
-        part = _Part(number, parquet.read_table(staged))
-        part.rows = [self._start(row) for row in part.table.to_pylist()]
-        self._parts.append(part)
+        table = parquet.ParquetFile(staged).read()
+        given = [table.column(place).to_pylist() for place in (SETTINGS, ERROR, ID, PROMPT)]
+        rows = [row for values in zip(*given, strict=True) for row in self._start(*values)]
+        self._parts.append(_Part(number, table, rows))
         return self._run(until_empty=False)
 
     def finish(self) -> list[int]:
         """Run to the end of all parts. Returns those written meanwhile."""
         return self._run(until_empty=True)
 
-    def _start(self, row: dict[str, Any]) -> _Row:
-        if row["error"] is not None:
-            return _Row(error=row["error"])
-        started = _Row()
+    def _start(
+        self, settings: str | None, error: str | None, name: int | str, prompt: str
+    ) -> list[_Row]:
+        """The rows of the output that a row of the input gives, their requests under way."""
+        own: dict[str, Any] = json.loads(settings) if settings else {}
+        first: int = own.pop("seed", derived_seed(self._defaults.seed, name))
+        rows = [_Row(numbered_seed(first, sample), error) for sample in range(self._num_samples)]
+        if error is not None:
+            return rows
         try:
-            sampling = self._sampling(row)
-            started.seed = sampling.seed
-            prompt = self._tokenizer.encode(row["prompt"])
-            started.prompt_tokens = len(prompt)
-            started.generation = self._engine.submit(Request(prompt, sampling))
-        except (UserError, ValueError) as error:
-            started.error = str(error)
-        return started
-
-    def _sampling(self, row: dict[str, Any]) -> Sampling:
-        own = {}
-        for name, read in ROW_SETTINGS.items():
-            value = row.get(STAGED_SETTINGS[name])
-            if value is not None and value != "":
-                try:
-                    own[name] = read(value)
-                except (TypeError, ValueError):
-                    raise ValueError(f"{name}={value!r} is not what {name} can be") from None
-        return Sampling.of(self._defaults, **own)
+            special = self._defaults.parse_special
+            tokens = self._tokenizer.prompt_ids(prompt, parse_special=special)
+        except UserError as problem:
+            return [replace(row, error=str(problem)) for row in rows]
+        for row in rows:
+            row.prompt_tokens = len(tokens)
+            try:
+                sampling = Sampling.of(self._defaults, seed=row.seed, **own)
+                row.generation = self._engine.submit(Request(tokens, sampling))
+            except ValueError as problem:
+                row.error = str(problem)
+        return rows
 
     def _run(self, *, until_empty: bool) -> list[int]:
         written = self._write_done()
@@ -141,10 +133,7 @@ class PartWriter:
         while engine.busy and (until_empty or engine.waiting):
             begin = time.monotonic()
             progress.first = begin if progress.first is None else progress.first
-            try:
-                stepped = engine.step()
-            except ValueError as error:
-                raise RunFailed(str(error)) from None
+            stepped = engine.step()
             progress.last = time.monotonic()
             progress.step_seconds += progress.last - begin
             ended = [g for g in stepped if g.finish_reason is not None]
@@ -157,28 +146,40 @@ class PartWriter:
     def _write_done(self) -> list[int]:
         done = [part for part in self._parts if part.done]
         for part in done:
-            failed = sum(row.error is not None for row in part.rows)
-            self.progress.rows += failed
-            self.progress.errors += failed
+            # Those that ran are counted already.
+            self.progress.rows += sum(row.generation is None for row in part.rows)
+            self.progress.errors += sum(row.problem is not None for row in part.rows)
             write_whole(self._output(part), self._output_dir / part_name(part.number))
             self._parts.remove(part)
         return [part.number for part in done]
 
     def _output(self, part: _Part) -> pa.Table:
-        staged = part.table
-        generations = [row.generation for row in part.rows]
-        columns = {
-            "id": staged["id"],
-            "prompt": staged["prompt"],
-            "output": pa.array([g and g.text for g in generations], pa.string()),
-            "finish_reason": pa.array(
-                [g.finish_reason if g else "error" for g in generations], pa.string()
-            ),
-            "prompt_tokens": pa.array([row.prompt_tokens for row in part.rows], pa.int32()),
-            "output_tokens": pa.array([len(g.tokens) if g else 0 for g in generations], pa.int32()),
-            "seed": pa.array([row.seed for row in part.rows], pa.int64()),
-            "error": pa.array([row.error for row in part.rows], pa.string()),
-            "model": pa.array([self._model] * len(part.rows), pa.string()),
+        staged, rows, samples = part.staged, part.rows, self._num_samples
+        if samples > 1:
+            # Table.take cannot copy views.
+            copies = [staged.slice(row, 1) for row in range(len(staged)) for _ in range(samples)]
+            staged = pa.concat_tables(copies)
+        done = [row.done for row in rows]
+        own = {
+            "sample": [number % samples for number in range(len(rows))],
+            "output": [g and g.text for g in done],
+            "finish_reason": [g.finish_reason if g else "error" for g in done],
+            "prompt_tokens": [row.prompt_tokens for row in rows],
+            "output_tokens": [len(g.tokens) if g else 0 for g in done],
+            "seed": [_storable(row.seed) for row in rows],
+            "error": [row.problem for row in rows],
+            "model": [self._model] * len(rows),
         }
-        columns |= {name: staged[name] for name in staged.column_names if name not in columns}
-        return pa.table(columns).replace_schema_metadata(self._metadata)
+        given = {"id": staged.column(ID), "prompt": staged.column(PROMPT)}
+        passed = [staged.column(place) for place in range(len(STAGED), staged.num_columns)]
+        schema = output_schema(staged.schema, samples, self._metadata)
+        arrays = [
+            given[field.name] if field.name in given else pa.array(own[field.name], field.type)
+            for field in list(schema)[: len(schema) - len(passed)]
+        ]
+        return pa.Table.from_arrays([*arrays, *passed], schema=schema)
+
+
+def _storable(seed: int) -> int | None:
+    """A seed that a column of 64 bits holds; what is beyond stands in the row's error."""
+    return seed if -SEEDS <= seed < SEEDS else None

@@ -16,10 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyarrow import parquet
+
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
+from gptray.data.parts import part_name, write_whole
+from gptray.data.prompts import output_schema
 from gptray.generation.build import library
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
-from gptray.runners.output import Output, check_job
+from gptray.runners.output import Output, check_job, check_output
 from gptray.runners.rows_bar import RowsBar
 from gptray.runners.terminal import look_here
 
@@ -44,7 +48,9 @@ def generate(config: Config) -> dict[str, Any]:
     with Output.opened(job) as output:
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
-        if missing:
+        if missing and not output.rows:
+            _write_empty(output)
+        elif missing:
             rows = sum(map(output.rows_of, missing))
             log.info("%s: %s of %s rows to do", job.model_name, f"{rows:,}", f"{output.rows:,}")
             if job.config.generate.backend == "native":
@@ -65,19 +71,30 @@ def generation_plan(config: Config) -> list[tuple[str, str]]:
         return [("model", str(folder)), ("backend", backend), ("output", "this terminal")]
     job = check_job(config)
     check_resources(_compute(config))
+    found, samples = check_output(job), config.generate.num_samples
     megabytes = sum(file.size for file in job.files) / 1e6
+    columns = output_schema(found.schema, samples).names
     return [
         ("model", str(job.model_dir)),
-        ("input", f"{len(job.files)} files, {megabytes:.1f} MB"),
+        ("input", f"{len(job.files)} files, {megabytes:.1f} MB, {found.rows:,} rows"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
         ("backend", job.config.generate.backend),
         ("output", str(job.folder)),
+        ("rows", f"{found.rows * samples:,}"),
+        ("columns", ", ".join(columns)),
         ("files", "part-*.parquet manifest.json _SUCCESS"),
     ]
 
 
 def _compute(config: Config) -> ComputeConfig:
     return config.compute.model_copy(update={"num_workers": config.generate.num_workers})
+
+
+def _write_empty(output: Output) -> None:
+    """The one file of a job without rows: its columns, which no engine is needed for."""
+    staged = parquet.ParquetFile(output.staged(0)).read()
+    empty = output_schema(staged.schema, output.samples, output.metadata()).empty_table()
+    write_whole(empty, output.folder / part_name(0))
 
 
 class EngineWorker:
@@ -132,6 +149,7 @@ def _writer(settings: dict[str, Any]) -> PartWriter:
         tokenizer,
         config.sample,
         Path(settings["output_dir"]),
+        num_samples=config.generate.num_samples,
         model=settings["model_name"],
         metadata=settings["metadata"],
     )
@@ -252,7 +270,7 @@ class Engines:
         if 0 <= most < self._failures:
             raise RunFailed(
                 f"engines failed more than compute.max_failures={most} times; the same command "
-                f"goes on with what is not written yet.\n{error}"
+                f"resumes with the files that are missing.\n{error}"
             ) from None
         log.warning("an engine died; another takes over its rows")
         lost = engine.parts & set(self._output.missing_parts())

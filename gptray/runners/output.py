@@ -1,14 +1,10 @@
-"""The folder of a generate job: what it is to hold, what it holds already, when it is whole.
-
-Visible are only whole Parquet files, and at the end manifest.json and _SUCCESS. Scratch is in a
-hidden folder: the input in parts, and plan.json, which says what job the folder belongs to.
-"""
+"""The folder of a generate job: what it is to hold, what it holds already, when it is whole."""
 
 from __future__ import annotations
 
 import collections
-import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,21 +12,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import parquet
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.parts import part_name, write_whole
-from gptray.data.prompts import InputScan, check_columns, scan, staged
-from gptray.data.sources import SourceFile, file_sha256, find_files
-from gptray.data.tokenizer import tokenizer_files
-from gptray.files import replacing, sha256_of
+from gptray.data.prompts import InputScan, check_input, scan, staged
+from gptray.data.sources import SourceFile, find_files
+from gptray.files import storing
 from gptray.generation.build import pick_backend
 from gptray.model.shape import read_shape
 from gptray.runners.models import find_model
+from gptray.runners.output_plan import (
+    MANIFEST,
+    PLAN,
+    SCRATCH,
+    SUCCESS,
+    busy,
+    check_writable,
+    existing_plan,
+    job_identity,
+    new_plan,
+    overlap,
+    refuse_differences,
+    write_json,
+)
 from gptray.runners.runs import held
 
-SCRATCH, PLAN, MANIFEST, SUCCESS = ".gptray", "plan.json", "manifest.json", "_SUCCESS"
-MODEL_FILES = "*.safetensors"
+log = logging.getLogger("gptray")
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,7 @@ def check_job(config: Config) -> Job:
     else:
         try:
             files = find_files(settings.input_path, key="generate.input_path")
-            for file in files:
-                check_columns(file, settings.prompt_column)
+            check_input(files, settings)
         except UserError as error:
             problems.append(str(error))
     if settings.output_path is None:
@@ -80,9 +88,13 @@ def check_job(config: Config) -> Job:
         config = with_backend(config)
     except UserError as error:
         problems.append(str(error))
+    folder = Path(os.path.abspath(os.path.expanduser(settings.output_path or "")))
+    given = settings.input_path or []
+    if settings.output_path and "://" not in settings.output_path:
+        problem = overlap(folder, [given] if isinstance(given, str) else given, files)
+        problems += [f"generate.output_path: {problem}"] if problem else []
     if problems:
         raise UserError("\n".join(problems))
-    folder = Path(os.path.abspath(os.path.expanduser(settings.output_path or "")))
     return Job(config, model_dir, name, tuple(files), folder)
 
 
@@ -112,26 +124,24 @@ class Output:
     def __init__(self, job: Job, plan: dict[str, Any]) -> None:
         self.job, self.folder = job, job.folder
         self.rows: int = plan["rows"]
-        self.rows_per_file: int = plan["rows_per_file"]
+        self.samples: int = plan["num_samples"]
+        self.rows_per_file: int = plan["rows_per_file"] * self.samples
         self._plan = plan
 
     @classmethod
     @contextmanager
     def opened(cls, job: Job) -> Iterator[Output]:
-        """Make the folder or go on in it.
+        """Make the folder, or resume in it.
 
         Raises UserError if it belongs to something else, or to a job with other settings, and for
         input that cannot be read; RunFailed without room.
         """
-        existing = _existing_plan(job.folder)
-        identity = _identity(job)
-        if existing is not None:
-            _refuse_differences(job.folder, existing["identity"], identity)
-        plan, found = existing, None
+        plan, identity = _plan_there(job)
+        found = None
         if plan is None:
             # All of the input is looked at before anything is made.
             found = _scan(job)
-            plan = _new_plan(job, identity, found.rows)
+            plan = new_plan(identity, job.model_name, found.rows)
         scratch = job.folder / SCRATCH
         try:
             scratch.mkdir(parents=True, exist_ok=True)
@@ -139,7 +149,7 @@ class Output:
             raise UserError(
                 f"generate.output_path: {job.folder} cannot be written: {error}"
             ) from None
-        with held(scratch, busy=f"another job is writing to {job.folder} now"):
+        with held(scratch, busy=busy(job.folder)):
             output = cls(job, plan)
             for partial in job.folder.glob(".part-*.partial"):
                 partial.unlink()
@@ -152,7 +162,8 @@ class Output:
 
     @property
     def parts(self) -> int:
-        return -(-self.rows // self.rows_per_file)
+        """Files of the output; without a row one, which has the columns."""
+        return max(1, -(-self.rows // self.rows_per_file))
 
     def rows_of(self, part: int) -> int:
         return min(self.rows_per_file, self.rows - part * self.rows_per_file)
@@ -171,11 +182,12 @@ class Output:
 
     def _stage(self, found: InputScan) -> None:
         """Write the input in parts that engines can open; plan.json comes last."""
-        prompt_column = self.job.config.generate.prompt_column
-        tables = staged(self.job.files, prompt_column, found, self.rows_per_file)
-        for part, table in enumerate(tables):
+        from gptray.runners.openai_batch import read_request
+
+        rows = self._plan["rows_per_file"]
+        for part, table in enumerate(staged(self.job.files, found, rows, read_request)):
             write_whole(table, self.staged(part))
-        _write_json(self.folder / SCRATCH / PLAN, self._plan)
+        write_json(self.folder / SCRATCH / PLAN, self._plan)
 
     def finish(self) -> dict[str, Any]:
         """Check the files, write the manifest and _SUCCESS, drop the scratch; return the counts."""
@@ -184,7 +196,7 @@ class Output:
         files = {}
         for part in range(self.parts):
             path = self.folder / part_name(part)
-            table = parquet.read_table(path, columns=["finish_reason", "output_tokens"])
+            table = _counts(path)
             if table.num_rows != self.rows_of(part):
                 raise RunFailed(f"{path} has {table.num_rows} rows, not {self.rows_of(part)}")
             reasons.update(table["finish_reason"].to_pylist())
@@ -198,83 +210,48 @@ class Output:
             "output_tokens": tokens,
             "finish_reasons": dict(sorted(reasons.items())),
         }
-        if not (self.folder / SUCCESS).is_file():
-            _write_json(self.folder / MANIFEST, {**self._plan, **summary, "files": files})
-            (self.folder / SUCCESS).touch()
+        success = self.folder / SUCCESS
+        if not success.is_file():
+            write_json(self.folder / MANIFEST, {**self._plan, **summary, "files": files})
+            with storing(success):
+                success.touch()
         for path in (self.folder / SCRATCH).glob("part-*.parquet"):
             path.unlink()
         return summary
 
 
-def _existing_plan(folder: Path) -> dict[str, Any] | None:
-    for path in (folder / SCRATCH / PLAN, folder / MANIFEST):
-        if path.is_file():
-            plan: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            return plan
-    if folder.is_file() or (folder.is_dir() and any(p.name != SCRATCH for p in folder.iterdir())):
-        raise UserError(
-            f"generate.output_path: {folder} exists and is no output of this job; choose another"
-        )
-    return None
+def check_output(job: Job) -> InputScan:
+    """Every check that `Output.opened` makes, and a look at all rows; writes nothing.
+
+    Raises UserError.
+    """
+    _plan_there(job)
+    check_writable(job.folder)
+    return _scan(job)
 
 
-def _identity(job: Job) -> dict[str, Any]:
-    """What the output depends on, under the names of the keys that say it."""
-    settings, sample = job.config.generate, job.config.sample
-    digest = hashlib.sha256()
-    model_files = [*sorted(job.model_dir.glob(MODEL_FILES)), job.model_dir / "config.json"]
-    for path in [*model_files, *tokenizer_files(job.model_dir)]:
-        digest.update(bytes.fromhex(sha256_of(path)))
-    inputs = [(Path(file.path).name, file_sha256(file)) for file in job.files]
-    return {
-        "generate.model": f"sha256 {digest.hexdigest()[:16]}",
-        "generate.input_path": f"sha256 {hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}",
-        "generate.prompt_column": settings.prompt_column,
-        "generate.id_column": settings.id_column,
-        "generate.rows_per_file": settings.rows_per_file,
-        "generate.precision": settings.precision,
-        "generate.backend": settings.backend,
-        "quantize.weights": job.config.quantize.weights,
-        **{f"sample.{k}": v for k, v in sample.model_dump(mode="json", exclude={"prompt"}).items()},
-    }
-
-
-def _refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    differing = [
-        f"  {key}: {before.get(key)!r} there, {now[key]!r} now"
-        for key in now
-        if before.get(key) != now[key]
-    ]
-    if differing:
-        raise UserError(
-            f"the output {folder} was started with something else:\n" + "\n".join(differing)
-            + "\nGo on with the same, or choose another generate.output_path"
-        )  # fmt: skip
+def _plan_there(job: Job) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The plan in the folder, if there is one of the same job, and the job's identity."""
+    plan = existing_plan(job.folder)
+    identity = job_identity(job.config, job.model_dir, job.files)
+    if plan is not None:
+        refuse_differences(job.folder, plan["identity"], identity)
+    return plan, identity
 
 
 def _scan(job: Job) -> InputScan:
-    """Look at all of the input. Raises UserError for what is wrong with it."""
-    settings = job.config.generate
-    found = scan(job.files, settings.prompt_column, settings.id_column)
-    if found.rows == 0:
-        raise UserError("generate.input_path: there is no row in it")
+    """Look at all of the input, and tell what is odd. Raises UserError for what is wrong."""
+    found = scan(job.files, job.config.generate)
+    for note in found.columns.notes:
+        log.warning("generate.input_path: %s", note)
     return found
 
 
-def _new_plan(job: Job, identity: dict[str, Any], rows: int) -> dict[str, Any]:
-    text = json.dumps(identity, sort_keys=True)
-    return {
-        "identity": identity,
-        "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "model": job.model_name,
-        "rows": rows,
-        "rows_per_file": job.config.generate.rows_per_file,
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _counts(path: Path) -> pa.Table:
+    """The columns of an output file that the summary counts. Raises RunFailed if it is damaged."""
     try:
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    except OSError as error:
-        raise RunFailed(f"{path}: cannot be written: {error}") from None
+        return parquet.ParquetFile(path).read(columns=["finish_reason", "output_tokens"])
+    except (pa.ArrowException, OSError) as error:
+        raise RunFailed(
+            f"{path} is damaged: {error}; delete it and run the same command again"
+        ) from None

@@ -1,4 +1,4 @@
-"""Rows of prompts: every format, every column, and who is to blame for what cannot be read."""
+"""Rows of prompts: every format, ids, settings, and who is to blame for what cannot be read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from gptray.config import UserError
-from gptray.data.prompts import check_columns, passed_name, prompt_problem, read_rows, scan, staged
+from gptray.config import ConfigError, UserError, load_config
+from gptray.data.prompts import check_input, prompt_problem, scan
 from gptray.data.sources import find_files
+from tests.data.test_columns import settings, through
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "one", "n": 1, "tags": ["a"]},
@@ -22,21 +23,20 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def read_all(path: Path, column: str = "prompt", id_column: str | None = None) -> list[Any]:
-    files = find_files(str(path))
-    found = scan(files, column, id_column)
-    tables = list(staged(files, column, found, 2))
-    assert all(table.num_rows <= 2 for table in tables)
-    return [row for table in tables for row in table.to_pylist()]
-
-
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix == ".parquet":
         parquet.write_table(pa.Table.from_pylist(rows), path)
     else:
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        path.write_text(lines)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def own_settings(table: pa.Table) -> list[Any]:
+    return [text and json.loads(text) for text in table["gptray.settings"].to_pylist()]
+
+
+def notes(path: Path, *overrides: str) -> list[str]:
+    return scan(find_files(str(path)), settings(*overrides)).columns.notes
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.parquet", "p.jsonl.gz"])
@@ -46,71 +46,166 @@ def test_rows_keep_their_order_and_all_their_columns(tmp_path: Path, name: str) 
             file.write("".join(json.dumps(row) + "\n" for row in ROWS))
     else:
         write(tmp_path / name, ROWS)
-    rows = read_all(tmp_path / name)
-    assert [row["id"] for row in rows] == [0, 1, 2]
-    assert [row["prompt"] for row in rows] == ["one", ROWS[1]["prompt"], None]
-    assert [row["error"] for row in rows] == [None, None, "the prompt is null"]
-    assert [(row["n"], row["tags"]) for row in rows] == [(r["n"], r["tags"]) for r in ROWS]
+    table = through(tmp_path / name)
+    assert table["id"].to_pylist() == [0, 1, 2]
+    assert table["gptray.error"].to_pylist() == [None, None, "the prompt is null"]
+    assert table.select(["prompt", "n", "tags"]).to_pylist() == ROWS
 
 
-def test_csv_and_text(tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_text('question,n\n"a, b",1\n"two\nlines",x\n')
-    rows = read_all(tmp_path / "p.csv", "question")
-    assert [(row["prompt"], row["question"], row["n"]) for row in rows] == [
-        ("a, b", "a, b", "1"),
-        ("two\nlines", "two\nlines", "x"),
-    ]
-    (tmp_path / "p.txt").write_text("first\n\nthird\r\nlast")
-    rows = read_all(tmp_path / "p.txt")
-    assert [row["prompt"] for row in rows] == ["first", "", "third", "last"]
-    assert rows[1]["error"] == "the prompt is empty"
+def test_another_prompt_column_passes_through_as_well(tmp_path: Path) -> None:
+    write(tmp_path / "p.jsonl", [{"question": "a", "n": 1}, {"question": 7, "n": 2}])
+    table = through(tmp_path / "p.jsonl", "prompt_column=question")
+    assert table["prompt"].to_pylist() == ["a", "7"]
+    assert table["question"].to_pylist() == ['"a"', "7"]
+    assert table["gptray.error"].to_pylist() == [None, "the prompt must be text, got a number"]
 
 
 def test_ids_come_from_the_column_id_or_the_one_that_is_named(tmp_path: Path) -> None:
     rows = [{"id": f"r{i}", "key": 10 - i, "prompt": "x"} for i in range(3)]
-    write(tmp_path / "p.jsonl", rows)
-    assert [row["id"] for row in read_all(tmp_path / "p.jsonl")] == ["r0", "r1", "r2"]
-    named = read_all(tmp_path / "p.jsonl", id_column="key")
-    assert [(row["id"], row["input_id"]) for row in named] == [(10, "r0"), (9, "r1"), (8, "r2")]
+    path = write(tmp_path / "p.jsonl", rows)
+    assert through(path)["id"].to_pylist() == ["r0", "r1", "r2"]
+    named = through(path, "id_column=key", "prefix=in_")
+    assert named["id"].to_pylist() == named["key"].to_pylist() == [10, 9, 8]
+    assert named["in_id"].to_pylist() == ["r0", "r1", "r2"]
+    with pytest.raises(UserError, match=r"no column 'kee'; columns: key.*generate.id_column"):
+        through(path, "id_column=kee")
 
 
-@pytest.mark.parametrize("ids", [["a", "b", "a"], [1, 2, 1], [1, "1"], [1, None]])
-def test_ids_that_are_twice_or_missing_are_refused(tmp_path: Path, ids: list[Any]) -> None:
-    write(tmp_path / "p.jsonl", [{"id": name, "prompt": "x"} for name in ids])
-    with pytest.raises(UserError, match=f"p.jsonl:{len(ids)}: .*id"):
-        read_all(tmp_path / "p.jsonl")
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+@pytest.mark.parametrize("ids", [["a", "b", "a"], [1, 2, 1], [1, "1"], [1, None], [1, 2.5], [True]])
+def test_ids_that_are_twice_or_no_names_are_refused(
+    tmp_path: Path, ids: list[Any], name: str
+) -> None:
+    rows = [{"id": id_, "prompt": "x"} for id_ in ids]
+    if name == "p.parquet" and ids in ([1, "1"], [1, 2.5], [True]):
+        return  # one type, which is looked at as a whole
+    place = "p.jsonl:" if name == "p.jsonl" else "p.parquet: row "
+    with pytest.raises(UserError, match=f"{place}{len(ids)}: .*id.* column 'id'"):
+        through(write(tmp_path / name, rows))
 
 
-def test_columns_of_the_same_name_as_ours_are_kept_under_another(tmp_path: Path) -> None:
-    write(tmp_path / "p.jsonl", [{"prompt": "x", "output": 7, "seed": 3}])
-    row = read_all(tmp_path / "p.jsonl")[0]
-    assert row["input_output"] == 7 and row["input_seed"] == 3
-    assert passed_name("topic") == "topic"
+def test_a_duplicate_id_is_found_among_many_and_both_places_are_named(tmp_path: Path) -> None:
+    rows = [{"id": i if i != 4321 else 17, "prompt": "x"} for i in range(5000)]
+    with pytest.raises(UserError, match=r"p.jsonl:4322: the id 17 .* also at .*p.jsonl:18;"):
+        through(write(tmp_path / "p.jsonl", rows))
 
 
-def test_values_without_a_common_type_become_text(tmp_path: Path) -> None:
-    values = [1, "two", {"three": 3}, 2**80]
-    write(tmp_path / "p.jsonl", [{"prompt": "x", "v": value} for value in values])
-    got = [row["v"] for row in read_all(tmp_path / "p.jsonl")]
-    assert got == ["1", "two", '{"three": 3}', str(2**80)]
-    write(tmp_path / "q.jsonl", [{"prompt": "x", "v": value} for value in (1, 2.5, None)])
-    assert [row["v"] for row in read_all(tmp_path / "q.jsonl")] == [1.0, 2.5, None]
+@pytest.mark.parametrize(
+    ("ids", "kind", "expected"),
+    [
+        ([2**64 - 1, 2], pa.uint64(), [2**64 - 1, 2]),
+        ([-1, 2], pa.int64(), [-1, 2]),
+        ([1, "two"], pa.string(), ["1", "two"]),
+        ([10**30, 2], pa.string(), [str(10**30), "2"]),
+    ],
+)
+def test_ids_of_json_rows(
+    tmp_path: Path, ids: list[Any], kind: pa.DataType, expected: list[Any]
+) -> None:
+    table = through(write(tmp_path / "p.jsonl", [{"id": one, "prompt": "x"} for one in ids]))
+    assert table["id"].type == kind and table["id"].to_pylist() == expected
 
 
 @pytest.mark.parametrize(
     ("value", "problem"),
-    [(None, "null"), ("", "empty"), (5, "no text"), (["a"], "no text"), ("a\ud800", "surrogate")],
+    [
+        (None, "the prompt is null"),
+        (5, "the prompt must be text, got a number"),
+        (["a"], "the prompt must be text, got a list"),
+        ("a\ud800", "the prompt holds half a surrogate pair"),
+    ],
 )
 def test_a_prompt_that_cannot_run_says_why(value: Any, problem: str) -> None:
-    assert problem in (prompt_problem(value) or "")
-    assert prompt_problem("fine ") is None
+    assert prompt_problem(value) == problem
+    assert prompt_problem("fine ") is None and prompt_problem("") is None
 
 
-def test_a_lone_surrogate_harms_its_row_only(tmp_path: Path) -> None:
+def test_a_lone_surrogate_harms_its_row_only_and_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\ud800b", "x": "\\udc00"}\n{"prompt": "c"}\n')
-    rows = read_all(tmp_path / "p.jsonl")
-    assert rows[0]["prompt"] == "a\ufffdb" and rows[0]["x"] == "\ufffd"
-    assert "surrogate" in rows[0]["error"] and rows[1]["error"] is None
+    table = through(tmp_path / "p.jsonl")
+    assert table["prompt"].to_pylist() == [r'"a\ud800b"', "c"]
+    assert table["x"].to_pylist() == [r'"\udc00"', None]
+    assert table["gptray.error"].to_pylist() == ["the prompt holds half a surrogate pair", None]
+
+
+def test_settings_of_a_row_are_read_and_pass_through(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "x", "temperature": 0.5, "top_k": 3, "stop": "end", "seed": 7},
+        {"prompt": "x", "temperature": None, "top_k": None, "stop": ["a", "b"], "seed": None},
+        {"prompt": "x", "temperature": "hot", "top_k": 1.5, "stop": {"a": 1}, "seed": 8},
+    ]
+    table = through(write(tmp_path / "p.jsonl", rows))
+    own = [{"temperature": 0.5, "top_k": 3, "stop": ["end"], "seed": 7}, {"stop": ["a", "b"]}]
+    assert own_settings(table) == [*own, {"seed": 8}]
+    assert table["gptray.error"].to_pylist()[:2] == [None, None]
+    for problem in ("temperature='hot' is not a number", "top_k=1.5 is not a whole number", "stop"):
+        assert problem in table["gptray.error"][2].as_py()
+    assert table["top_k"].to_pylist() == [3.0, None, 1.5]
+    assert "seed" not in table.column_names, "it becomes the output's own"
+
+
+def test_settings_are_read_only_where_the_config_says_so(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "temperature": 21.5, "stop": "Main St", "seed": 3}]
+    path = write(tmp_path / "p.jsonl", rows)
+    none = through(path, "settings_from_columns=false", "prefix=in_")
+    assert own_settings(none) == [None]
+    assert none.select(["temperature", "stop", "in_seed"]).to_pylist() == [
+        {"temperature": 21.5, "stop": "Main St", "in_seed": 3}
+    ]
+    some = through(path, "settings_from_columns=[seed]")
+    assert own_settings(some) == [{"seed": 3}]
+    both = through(path, "prefix=in_")
+    assert own_settings(both)[0]["seed"] == 3 and both["in_seed"].to_pylist() == [3]
+    with pytest.raises(ConfigError, match="temprature is not a setting .* mean temperature"):
+        load_config(None, ["generate.settings_from_columns=[temprature]"])
+    with pytest.raises(UserError, match=r"no column 'top_k'.*settings_from_columns"):
+        through(path, "settings_from_columns=[seed, top_k]")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_a_seed_that_integers_cannot_hold_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [{"prompt": "x", "seed": 1.5}, {"prompt": "x", "seed": 2.0}])
+    with pytest.raises(UserError, match="column 'seed' holds double.*generate.prefix=input_"):
+        through(path)
+    table = through(path, "prefix=input_")
+    assert own_settings(table) == [None, {"seed": 2}]
+    assert table["input_seed"].to_pylist() == [1.5, 2.0]
+    (tmp_path / "p.csv").write_text("prompt,seed\nx,5\nx,\nx,five\n")
+    table = through(tmp_path / "p.csv")
+    assert own_settings(table) == [{"seed": 5}, None, None]
+    assert table["gptray.error"][2].as_py() == "seed='five' is not a whole number"
+
+
+def test_a_type_that_never_is_a_setting_is_refused(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["x"], "temperature": pa.array([1], pa.timestamp("us"))})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="'temperature' holds timestamp.*settings_from_columns"):
+        through(tmp_path / "p.parquet")
+    after = through(tmp_path / "p.parquet", "settings_from_columns=false")
+    assert after["temperature"].type == pa.timestamp("us")
+
+
+def test_a_near_miss_is_told_once(tmp_path: Path) -> None:
+    row = {"prompt": "x", "max_tokens": 2, "temp": 1, "topk": 1, "n": 3, "topic": "t", "score": 1}
+    path = write(tmp_path / "p.jsonl", [row, row])
+    assert notes(path) == [
+        "column 'max_tokens' is passed through; did you mean max_new_tokens?",
+        "column 'temp' is passed through; did you mean temperature?",
+        "column 'topk' is passed through; did you mean top_k?",
+        "column 'n' is passed through; did you mean generate.num_samples?",
+    ]
+    assert notes(path, "settings_from_columns=false") == []
+
+
+def test_an_input_without_rows_has_its_columns(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("id,prompt,n\n")
+    table = through(tmp_path / "p.csv")
+    assert table.num_rows == 0 and table.schema.field("n").type == pa.string()
+    (tmp_path / "p.jsonl").write_text("")
+    assert through(tmp_path / "p.jsonl").schema.field("id").type == pa.int64()
+    empty = pa.table({"prompt": pa.array([], pa.string()), "f": pa.array([], pa.float16())})
+    parquet.write_table(empty, tmp_path / "p.parquet")
+    assert through(tmp_path / "p.parquet").schema.field("f").type == pa.float16()
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
@@ -118,27 +213,37 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     lines[5000] = '{"prompt": "x"'
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"p.jsonl:5001: not JSON"):
-        read_all(tmp_path / "p.jsonl")
+        through(tmp_path / "p.jsonl")
 
 
-@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet", "p.csv"])
 def test_a_wrong_column_is_refused_with_those_that_there_are(tmp_path: Path, name: str) -> None:
-    (file,) = find_files(str(write(tmp_path / name, [{"promt": "x", "n": 1}])))
+    if name == "p.csv":
+        (tmp_path / name).write_text("promt,n\nx,1\n")
+    else:
+        write(tmp_path / name, [{"promt": "x", "n": 1}])
     with pytest.raises(UserError, match=r"no column 'prompt'.*promt.*generate.prompt_column"):
-        check_columns(file, "prompt")
+        check_input(find_files(str(tmp_path / name)), settings())
 
 
-def test_a_column_of_numbers_and_a_truncated_file_are_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "p.parquet", [{"prompt": 1}])
-    with pytest.raises(UserError, match="int64, not text"):
-        check_columns(find_files(str(path))[0], "prompt")
+    with pytest.raises(UserError, match="'prompt' holds int64, not text"):
+        through(path)
     write(path, ROWS)
-    path.write_bytes(path.read_bytes()[:-20])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
     with pytest.raises(UserError, match="not a whole Parquet file"):
-        check_columns(find_files(str(path))[0], "prompt")
+        through(path)
+    raw = pa.array([b"ok", b"\xff"]).view(pa.string())
+    parquet.write_table(pa.table({"prompt": raw, "x": raw}), path)
+    with pytest.raises(UserError, match="p.parquet: row 2: column 'prompt' is not UTF-8"):
+        notes(path)
+    parquet.write_table(pa.table({"prompt": ["a", "b"], "x": raw}), path)
+    assert through(path)["x"].cast(pa.binary()).to_pylist() == [b"ok", b"\xff"]
 
 
 def test_places_count_lines(tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_text('prompt\n"two\nlines"\nlast\n')
-    places = [place for place, _ in read_rows(find_files(str(tmp_path / "p.csv"))[0], "prompt")]
-    assert [place.rpartition(":")[2] for place in places] == ["2", "4"]
+    (tmp_path / "p.csv").write_text('prompt,id\n"two\nlines",1\nlast,1\n')
+    with pytest.raises(UserError, match=r"p.csv:4: the id '1' .* also at .*p.csv:2"):
+        through(tmp_path / "p.csv")

@@ -18,11 +18,13 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from gptray.config import Config, UserError, dump, load_config
+from gptray.config import UserError, dump, load_config
+from gptray.generation.settings import derived_seed
 from gptray.model.hf import save_pretrained
 from gptray.runners.generate import generate, generation_plan
 from gptray.runners.terminal import generate_here
 from tests.generation.models import needs_native, random_gpt, reference, small_tokenizer
+from tests.runners.generating import config_of
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
@@ -55,21 +57,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def config_of(model_dir: Path, prompts: Path, output: Path, *overrides: str) -> Config:
-    defaults = {
-        "generate.model": model_dir,
-        "generate.input_path": prompts,
-        "generate.output_path": output,
-        "generate.rows_per_file": 8,
-        "generate.max_batch_size": 6,
-        "generate.precision": "fp32",
-        "sample.max_new_tokens": 12,
-    }
-    values = {key: str(value) for key, value in defaults.items()}
-    values |= dict(pair.split("=", 1) for pair in overrides)
-    return load_config(None, [f"{key}={value}" for key, value in values.items()])
-
-
 @pytest.fixture(scope="module")
 def finished(
     ray_cluster: None, model_dir: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
@@ -95,7 +82,8 @@ def test_every_row_once_with_its_own_settings_and_columns(
     assert [(row["prompt"], row["topic"]) for row in rows] == [
         (row["prompt"], row["topic"]) for row in given
     ]
-    assert [row["seed"] for row in rows] == [row["seed"] or 0 for row in given]
+    seeds = [derived_seed(0, i) if i % 2 == 0 else i for i in range(ROWS)]
+    assert [row["seed"] for row in rows] == seeds
     assert {row["model"] for row in rows} == {str(model_dir)}
     assert result["rows"] == ROWS and result["errors"] == 0
     assert result["output_tokens"] == sum(row["output_tokens"] for row in rows)
@@ -117,8 +105,8 @@ def test_outputs_are_those_of_the_uncached_model(
     model, tokenizer = load_pretrained(model_dir).eval(), Tokenizer.load(model_dir)
     given = [json.loads(line) for line in prompts.read_text().splitlines()]
     for row, source in list(zip(rows_of(finished[0]), given, strict=True))[::7]:
-        own = {k: source[k] for k in ("temperature", "seed") if source[k] is not None}
-        sampling = Sampling.of(config.sample, **own)
+        own = {k: source[k] for k in ("temperature",) if source[k] is not None}
+        sampling = Sampling.of(config.sample, **own, seed=row["seed"])
         expected = reference(model, tokenizer.encode(row["prompt"]), sampling, tokenizer.eos_id)
         assert row["output"] == tokenizer.decode(expected)
         assert row["output_tokens"] == len(expected)
@@ -151,11 +139,12 @@ def test_rows_that_cannot_run_keep_their_place(
     got = {row["id"]: row for row in rows_of(tmp_path / "out")}
     assert list(got) == list("abcdefgh")
     errors = {name: row["error"] for name, row in got.items() if row["error"]}
-    expected = {"b": "null", "c": "empty", "d": "too long", "e": "top_k", "f": "no text"}
+    expected = {"b": "null", "d": "too long", "e": "top_k", "f": "must be text"}
     for name, text in {**expected, "h": "surrogate"}.items():
         assert text in errors.pop(name)
         assert got[name]["output"] is None and got[name]["finish_reason"] == "error"
-    assert errors == {} and result["errors"] == 6
+    assert errors == {} and result["errors"] == 5
+    assert got["c"]["prompt_tokens"] == 1, "an empty prompt starts a fresh document"
     assert got["g"]["output_tokens"] == 3
 
 
@@ -221,12 +210,40 @@ def test_a_finished_output_is_left_alone_but_for_a_file_that_is_gone(
     assert rows_of(tmp_path / "out") == before
 
 
+def test_a_renamed_input_and_a_dry_run_change_nothing(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    renamed = shutil.copy(prompts, tmp_path / "renamed.jsonl")
+    before = {path: path.stat().st_mtime_ns for path in finished[0].iterdir()}
+    config = config_of(model_dir, renamed, finished[0])
+    assert generate(config)["rows"] == ROWS
+    facts = dict(generation_plan(config))
+    assert facts["rows"] == str(ROWS) and facts["columns"].endswith("topic, temperature")
+    assert before == {path: path.stat().st_mtime_ns for path in finished[0].iterdir()}
+    generation_plan(config_of(model_dir, prompts, tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_samples_are_counted_in_files_and_results(
+    ray_cluster: None, model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = generate(config_of(model_dir, prompts, out, "generate.num_samples=3"))
+    assert result["rows"] == 3 * ROWS == sum(result["finish_reasons"].values())
+    files = sorted(out.glob("*.parquet"))
+    assert len(files) == -(-ROWS // 8) and parquet.read_metadata(files[0]).num_rows == 3 * 8
+    assert {row["sample"] for row in rows_of(out)} == {0, 1, 2}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["rows"], manifest["num_samples"]) == (3 * ROWS, 3)
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [
         (["sample.seed=9"], "sample.seed: 0 there, 9 now"),
         (["sample.top_k=3"], "sample.top_k: 40 there, 3 now"),
         (["generate.rows_per_file=9"], "generate.rows_per_file"),
+        (["generate.num_samples=2"], "generate.num_samples: 1 there, 2 now"),
         pytest.param(
             ["generate.backend=torch"],
             "generate.backend: 'native' there, 'torch' now",
@@ -258,43 +275,9 @@ def test_another_model_or_input_and_a_foreign_folder_are_refused(
         generate(config_of(model_dir, tmp_path / "q.jsonl", finished[0]))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is no output"):
+    with pytest.raises(UserError, match="exists and was not written by this job"):
         generate(config_of(model_dir, prompts, tmp_path / "mine"))
     assert (tmp_path / "mine" / "thesis.txt").is_file()
-
-
-def test_mistakes_are_told_together_without_ray(tmp_path: Path) -> None:
-    config = load_config(
-        None,
-        [
-            f"generate.model={tmp_path}",
-            f"generate.input_path={tmp_path}/none.jsonl",
-            "generate.output_path=s3://bucket/out",
-        ],
-    )
-    with pytest.raises(UserError) as caught:
-        generation_plan(config)
-    lines = str(caught.value).splitlines()
-    assert [line.split(":")[0].split("=")[0] for line in lines] == [
-        "generate.model", "generate.input_path", "generate.output_path"
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="holds no run with a model"):
-        generation_plan(load_config(None, [f"storage_path={tmp_path}"]))
-
-
-def test_duplicate_ids_and_broken_lines_stop_before_anything_is_made(
-    model_dir: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"id": 1, "prompt": "x"}\n{"id": 1, "prompt": "y"}\n')
-    with pytest.raises(UserError, match=r"p.jsonl:2: the id 1"):
-        generate(config_of(model_dir, path, tmp_path / "out"))
-    path.write_text('{"id": 1, "prompt": "x"}\n{"id": 2,\n')
-    with pytest.raises(UserError, match=r"p.jsonl:2: not JSON"):
-        generate(config_of(model_dir, path, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="sample.max_new_tokens=500"):
-        generate(config_of(model_dir, path, tmp_path / "out", "sample.max_new_tokens=500"))
 
 
 def test_a_model_with_damaged_weights_fails_the_job(

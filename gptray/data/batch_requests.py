@@ -1,0 +1,58 @@
+"""OpenAI batch files: JSON lines of HTTP requests, each with custom_id, method, url and body."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from gptray.config import GenerateConfig, UserError
+from gptray.data.batches import first_row, is_json
+from gptray.data.sources import SourceFile
+
+ID_KEY = "custom_id"
+KEYS = (ID_KEY, "method", "url", "body")
+COMPLETIONS_URL = "/v1/completions"
+
+
+class RowRequest(NamedTuple):
+    """What a row asks for: its prompt, the settings that it has of its own, why it cannot run."""
+
+    prompt: Any
+    settings: dict[str, Any]
+    error: str | None
+
+
+def holds_requests(files: Sequence[SourceFile], settings: GenerateConfig) -> bool:
+    """Whether the input is OpenAI batch files, by the first row of each.
+
+    Raises UserError for such files among others.
+    """
+    kinds = {file.name: _is_requests(file, settings.prompt_column) for file in files}
+    if not any(kinds.values()):
+        return False
+    other = next((name for name, is_requests in kinds.items() if not is_requests), None)
+    if other is not None:
+        first = next(name for name, is_requests in kinds.items() if is_requests)
+        raise UserError(
+            f"generate.input_path: {first} is an OpenAI batch file and {other} is not; run them "
+            "as two jobs"
+        )
+    return True
+
+
+def check_urls(files: Sequence[SourceFile], urls: Collection[str]) -> None:
+    """Raise UserError if no row of OpenAI batch files asks for a completion."""
+    if COMPLETIONS_URL not in urls:
+        listed = ", ".join(sorted(urls)[:3])
+        raise UserError(
+            f"{files[0].name}: every request is for {listed}; a batch job runs requests for "
+            f"{COMPLETIONS_URL}, with a body that has a prompt"
+        )
+
+
+def _is_requests(file: SourceFile, prompt_column: str) -> bool:
+    if not is_json(file):
+        return False
+    first = first_row(file)
+    keys = first[1].keys() if first else ()
+    return set(KEYS) <= set(keys) and prompt_column not in keys

@@ -1,0 +1,89 @@
+"""Columns of a batch job's output: its own, those of the input, and what happens when names meet.
+
+Nothing of the input is renamed or left out in silence: a name that the job needs is refused, or
+gets the prefix that the user chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+from gptray.config import GenerateConfig, UserError
+from gptray.model_uses import ROW_SETTINGS
+from gptray.suggest import ALIASES, did_you_mean, nearest
+
+OWN_COLUMNS = (
+    "id", "sample", "prompt", "output", "finish_reason", "prompt_tokens", "output_tokens", "seed",
+    "error", "model",
+)  # fmt: skip
+
+# Other people's names for settings, of a row or of the job.
+_MEANT = {
+    alias: key.partition(".")[2] if key.startswith("sample.") else key
+    for key, aliases in ALIASES.items()
+    if key.partition(".")[2] in ROW_SETTINGS or key == "generate.num_samples"
+    for alias in aliases.split()
+}
+
+
+def setting_columns(names: Sequence[str], settings: GenerateConfig) -> list[str]:
+    """The columns that hold settings of their row."""
+    chosen = settings.settings_from_columns
+    if isinstance(chosen, bool):
+        chosen = list(ROW_SETTINGS) if chosen else []
+    return [name for name in names if name in chosen]
+
+
+def passed_names(
+    names: Sequence[str],
+    settings: GenerateConfig,
+    id_column: str | None,
+    prompt_column: str | None,
+) -> dict[str, str]:
+    """What each column of the input is called in the output; left out: those it has as its own.
+
+    Own are the id, the prompt and the seed in columns of that name. Raises UserError, naming every
+    other column that has a name of the job's own.
+    """
+    prefix = settings.prefix
+    shown = {own for own, name in (("id", id_column), ("prompt", prompt_column)) if own == name}
+    if prefix is None and prompt_column and "seed" in setting_columns(names, settings):
+        shown.add("seed")
+    own = [name for name in OWN_COLUMNS if name != "sample" or settings.num_samples > 1]
+    meeting = [name for name in names if name in own and name not in shown]
+    if meeting and prefix is None:
+        listed = ", ".join(map(repr, meeting))
+        free = next(one for one in _prefixes() if not {one + name for name in meeting} & {*names})
+        raise UserError(
+            f"the input has {'a column' if len(meeting) == 1 else 'columns'} named {listed}, as "
+            "the job's own output; rename in the input, or pass through under another name: "
+            f"generate.prefix={free} makes {meeting[0]!r} {free}{meeting[0]}"
+        )
+    passed = {
+        name: f"{prefix}{name}" if name in meeting else name for name in names if name not in shown
+    }
+    clashing = [name for name in meeting if passed[name] in {*names, *own}]
+    if clashing:
+        raise UserError(
+            f"generate.prefix={prefix}: {clashing[0]!r} would become {passed[clashing[0]]!r}, "
+            "which exists too; choose another prefix"
+        )
+    return passed
+
+
+def _prefixes() -> Iterator[str]:
+    return (f"input{number or ''}_" for number in count())
+
+
+def near_misses(names: Sequence[str], settings: GenerateConfig) -> list[str]:
+    """What to tell of columns that are named almost like a setting and pass through."""
+    if settings.settings_from_columns is not True:
+        return []
+    told = []
+    known = {*ROW_SETTINGS, *OWN_COLUMNS, settings.prompt_column, settings.id_column}
+    for name in names:
+        meant = _MEANT.get(name.lower()) or nearest(name.lower(), ROW_SETTINGS, cutoff=0.8)
+        if name not in known and meant:
+            told.append(f"column {name!r} is passed through{did_you_mean([meant])}")
+    return told

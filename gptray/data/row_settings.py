@@ -1,0 +1,93 @@
+"""Sampling settings of a row, as its columns hold them: read here, judged by the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+
+from gptray.config import UserError
+from gptray.data.json_columns import holds_json
+from gptray.data.rows import is_text
+
+
+def _whole(value: Any) -> int:
+    number = _number(value)
+    whole = int(value if isinstance(value, (int, str)) else number)
+    if isinstance(value, (float, Decimal)) and whole != value:
+        raise ValueError("not a whole number")
+    return whole
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError("not a number")
+    return float(value)
+
+
+def _stops(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ValueError("not texts")
+    return value
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "max_new_tokens": _whole,
+    "min_new_tokens": _whole,
+    "temperature": _number,
+    "top_k": _whole,
+    "top_p": _number,
+    "min_p": _number,
+    "repetition_penalty": _number,
+    "stop": _stops,
+    "seed": _whole,
+}
+
+
+def read_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The settings that a row gives, null and empty text left out; and what cannot be read."""
+    own: dict[str, Any] = {}
+    problems = []
+    for name, value in given.items():
+        if value is None or value == "":
+            continue
+        try:
+            own[name] = READERS[name](value)
+        except (TypeError, ValueError, OverflowError):
+            problems.append(f"{name}={value!r} is not {_WANTED[READERS[name]]}")
+    return own, "; ".join(problems) or None
+
+
+_WANTED: dict[Callable[[Any], Any], str] = {
+    _whole: "a whole number", _number: "a number", _stops: "text or a list of texts"
+}  # fmt: skip
+
+
+def check_setting_type(name: str, kind: pa.DataType, source: str) -> None:
+    """Raise UserError for a column of settings with a type that never is one."""
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    checks = [
+        pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating,
+        pa.types.is_decimal, is_text,
+    ]  # fmt: skip
+    if name == "stop":
+        checks += [pa.types.is_list, pa.types.is_large_list]
+    if not any(is_kind(plain) for is_kind in checks):
+        raise UserError(
+            f"{source}: column {name!r} holds {kind}, and sets {name} of its row; to pass it "
+            "through as it is, leave it out of generate.settings_from_columns"
+        )
+
+
+def check_seed_type(field: pa.Field, source: str) -> None:
+    """Raise UserError for a column `seed` that the output's column of integers cannot hold."""
+    if not pa.types.is_integer(field.type) and not pa.types.is_null(field.type):
+        held = "values of several types" if holds_json(field) else field.type
+        raise UserError(
+            f"{source}: column 'seed' holds {held}, and the output's seed holds integers; convert "
+            "it, or set generate.prefix=input_ to pass it through as input_seed as well"
+        )

@@ -1,0 +1,120 @@
+"""Parts of a batch through one engine, without Ray: seeds, samples, columns, OpenAI's files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from gptray.generation.engine import Engine
+from gptray.generation.settings import derived_seed
+from tests.data.parquet_kinds import KINDS
+from tests.generation.batches import Batch, jsonl
+from tests.generation.models import random_gpt, small_tokenizer
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    tokenizer, threads = small_tokenizer(), torch.get_num_threads()
+    torch.set_num_threads(1)  # a network so small that several threads would wait for each other
+    yield Engine(random_gpt(tokenizer), tokenizer, max_batch_size=64)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def batch(engine: Engine, tmp_path: Path) -> Batch:
+    return Batch(engine, small_tokenizer(), tmp_path)
+
+
+def test_copies_of_a_prompt_are_independent_draws(batch: Batch, tmp_path: Path) -> None:
+    table = batch(
+        jsonl(tmp_path, *[{"prompt": "the cat"}] * 300), "sample.temperature=1", "sample.top_k=null"
+    )
+    assert len(set(table["output"].to_pylist())) >= 290
+    assert len(set(table["seed"].to_pylist())) == 300
+
+
+def test_any_row_is_made_again_alone_from_its_seed(batch: Batch, tmp_path: Path) -> None:
+    rows = [
+        {"id": f"r{i}", "prompt": f"a dog {i}", "seed": i if i == 3 else None} for i in range(9)
+    ]
+    words = ("sample.temperature=1", "sample.seed=5", "generate.num_samples=3")
+    table = batch(jsonl(tmp_path, *rows), *words)
+    assert table.num_rows == 27
+    for row in table.to_pylist():
+        assert row["output"] == batch.alone(row["prompt"], row["seed"], *words[:2])
+        first = 3 if row["id"] == "r3" else derived_seed(5, row["id"])
+        assert row["seed"] == (derived_seed(first, row["sample"]) if row["sample"] else first)
+
+
+def test_the_same_file_in_another_order_gives_the_same_texts(batch: Batch, tmp_path: Path) -> None:
+    rows = [{"id": i, "prompt": f"the dog {i % 5}"} for i in range(40)]
+    texts = []
+    for order in (rows, rows[::-1]):
+        table = batch(jsonl(tmp_path, *order), f"generate.rows_per_file={7 + len(texts)}")
+        texts.append(dict(zip(table["id"].to_pylist(), table["output"].to_pylist(), strict=True)))
+    assert texts[0] == texts[1]
+
+
+def test_samples_of_a_row_stand_together_and_the_first_is_the_rows_own(
+    batch: Batch, tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path, *({"prompt": f"cat {i}", "sample_of": i} for i in range(5)))
+    one = batch(path, "generate.rows_per_file=2")
+    assert "sample" not in one.column_names
+    three = batch(path, "generate.rows_per_file=2", "generate.num_samples=3")
+    assert three["id"].to_pylist() == [i for i in range(5) for _ in range(3)]
+    assert three["sample"].to_pylist() == [0, 1, 2] * 5
+    assert three["sample_of"].to_pylist() == three["id"].to_pylist()
+    first = three.filter(pa.compute.equal(three["sample"], 0)).drop_columns("sample")
+    assert first.equals(one)
+    assert batch.progress.rows == 15 and batch.progress.errors == 0
+
+
+def test_every_kind_of_column_arrives_beside_several_samples(batch: Batch, tmp_path: Path) -> None:
+    columns = {"prompt": pa.array(["one", None, "three"]), **KINDS}
+    parquet.write_table(pa.table(columns), tmp_path / "p.parquet")
+    before = parquet.ParquetFile(tmp_path / "p.parquet").read()
+    after = batch(tmp_path / "p.parquet", "generate.num_samples=2", "sample.max_new_tokens=1")
+    assert after.column_names[:4] == ["id", "sample", "prompt", "output"]
+    assert after["finish_reason"].to_pylist()[2:4] == ["error", "error"]
+    for name in KINDS:
+        assert after.schema.field(name).equals(before.schema.field(name), check_metadata=True)
+        for row in range(3) if name != "odd floats" else (1, 2):
+            given = before[name].slice(row, 1).combine_chunks()
+            for sample in (0, 1):
+                assert after[name].slice(2 * row + sample, 1).combine_chunks().equals(given), name
+    assert after.schema.metadata[b"mine"] == b"1"
+
+
+def test_a_seed_stands_in_the_output_of_a_row_that_cannot_run(batch: Batch, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "prompt": None, "seed": 5},
+        {"id": "b", "prompt": "x", "seed": 2**63},
+        {"id": "c", "prompt": "x " * 500},
+    ]
+    table = batch(jsonl(tmp_path, *rows))
+    assert table["seed"].to_pylist() == [5, None, derived_seed(0, "c")]
+    errors = table["error"].to_pylist()
+    assert "null" in errors[0] and f"seed={2**63}" in errors[1] and "too long" in errors[2]
+    assert table["output"].null_count == 3
+    assert batch.progress.rows == batch.progress.errors == 3
+    negative = batch(jsonl(tmp_path, {"prompt": "x", "seed": -5}))
+    assert negative["seed"].to_pylist() == [-5] and "seed=-5" in negative["error"][0].as_py()
+
+
+def test_prompts_may_be_empty_and_name_the_end_of_text(batch: Batch, tmp_path: Path) -> None:
+    eos, tokens = batch.tokenizer.eos_token, batch.tokenizer.encode
+    path = jsonl(tmp_path, *({"prompt": text} for text in ("", eos, f"the{eos}cat")))
+    plain = batch(path)
+    assert plain["error"].null_count == 3 and plain["prompt_tokens"][0].as_py() == 1
+    assert plain["prompt_tokens"][1].as_py() > 1
+    special = batch(path, "sample.parse_special=true")
+    counts = [1, 1, len(tokens("the")) + 1 + len(tokens("cat"))]
+    assert special["prompt_tokens"].to_pylist() == counts
+    assert special["prompt"].to_pylist() == plain["prompt"].to_pylist()

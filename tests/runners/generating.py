@@ -1,0 +1,22 @@
+"""Small generate jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptray.config import Config, load_config
+
+
+def config_of(model_dir: Path, prompts: Path, output: Path, *overrides: str) -> Config:
+    defaults = {
+        "generate.model": model_dir,
+        "generate.input_path": prompts,
+        "generate.output_path": output,
+        "generate.rows_per_file": 8,
+        "generate.max_batch_size": 6,
+        "generate.precision": "fp32",
+        "sample.max_new_tokens": 12,
+    }
+    values = {key: str(value) for key, value in defaults.items()}
+    values |= dict(pair.split("=", 1) for pair in overrides)
+    return load_config(None, [f"{key}={value}" for key, value in values.items()])
