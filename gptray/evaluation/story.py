@@ -80,7 +80,12 @@ def headline(run: RunRecord) -> str:
     listed = f'<ol class="advice">\n{items}\n</ol>' if len(advice) > 1 else ""
     if len(advice) == 1:
         listed = f'<p class="soft">{esc(advice[0].reason)}</p>'
-    return paragraph(sentence(run.diagnosis, run.config), "headline") + "\n" + listed
+    parts = [paragraph(sentence(run.diagnosis, run.config), "headline"), listed]
+    loses = next((event["loses"] for event in reversed(run.events) if event.get("loses")), "")
+    if loses:
+        charge = "losses and bits per byte include 8 bits for each lost byte"
+        parts.append(paragraph(f"{loses[0].upper()}{loses[1:]}; {charge}."))
+    return "\n".join(parts)
 
 
 def _tiles(run: RunRecord) -> str:

@@ -148,6 +148,7 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
         split = evaluation["splits"][name]
         for key in ("loss", "stderr", "ppl", "bpb"):
             line[f"{name}_{key}"] = split[key] if split else None
+        line[f"{name}_lost"] = split["lost_bytes"] / split["bytes"] if split else None
     bleu, chrf = evaluation["bleu"], evaluation["chrf"]
     return {
         **line,

@@ -22,7 +22,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.parts import part_name, write_whole
 from gptray.data.prompts import InputScan, check_columns, scan, staged
 from gptray.data.sources import SourceFile, file_sha256, find_files
-from gptray.data.tokenizer import tokenizer_files
+from gptray.data.tokenizer_files import tokenizer_files
 from gptray.files import replacing, sha256_of
 from gptray.generation.build import pick_backend
 from gptray.model.shape import read_shape

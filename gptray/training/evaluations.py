@@ -161,12 +161,13 @@ def judge(run: Run, step: int, score: Score) -> None:
 
 
 def score_fields(score: Score, train_loss: float) -> Metrics:
-    """What an evaluation adds to the row of its step."""
+    """What an evaluation adds to the row of its step; `val_lost` only where text is lost."""
     return {
         "val_loss": score.loss,
         "val_ppl": score.perplexity,
         "val_bpb": score.bits_per_byte,
         "gap": score.loss - train_loss,
+        **({"val_lost": score.lost} if score.lost_bytes else {}),
     }
 
 
