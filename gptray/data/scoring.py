@@ -105,6 +105,11 @@ class Score:
         return self.nats / self.tokens
 
     @property
+    def is_finite(self) -> bool:
+        """Whether a float holds the perplexity that the loss has without charge."""
+        return (self.nats - NATS_PER_LOST_BYTE * self.lost_bytes) / self.tokens < 709
+
+    @property
     def perplexity(self) -> float:
         """exp(loss); infinite where a float cannot hold it."""
         return math.exp(self.loss) if self.loss < 709 else math.inf

@@ -113,10 +113,12 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: object, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._push(self._open, False)
-            self._flush()
-        self._stream.close()
+        try:
+            if kind is None:
+                self._push(self._open, False)
+                self._flush()
+        finally:
+            self._stream.close()
         if not self._tokens:
             self._path.unlink()
 

@@ -56,6 +56,7 @@ def test_each_trial_has_a_row_with_its_settings_and_results(tmp_path: Path) -> N
         "val_bpb": 2.25,
         "train_loss": pytest.approx(2.0 / BITS),
         "gap": pytest.approx(0.25 / BITS),
+        "lost": 0.0,
         "seconds": 4.5,
         "message": None,
         "model_dir": str(trial_dir(folder, "0000") / "model"),
