@@ -56,7 +56,12 @@ class DataConfig(Section):
     tokenizer: str | None = Field(
         None,
         description="bpe (byte-level, trained on the training split), char (one token a "
-        "character), or a Hugging Face tokenizer's folder or hub id; null: init_from's, else bpe",
+        "character), or a Hugging Face tokenizer's folder, tokenizer.json or hub id; null: "
+        "init_from's, else bpe",
+    )
+    eos_token: NonEmpty | None = Field(
+        None,
+        description="the token that ends a text, where the tokenizer names none or another",
     )
     vocab_size: Annotated[int, Field(ge=257)] = Field(
         2048, description="entries of a tokenizer trained here (bpe), end-of-text included"
@@ -94,6 +99,17 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None, description="start from these weights: an HF GPT-2 folder, a run folder or a hub id"
     )
+    resize_vocab: bool = Field(
+        False,
+        description="fit init_from's embedding to another tokenizer: rows of tokens that both have "
+        "are kept, the others start from the mean row",
+    )
+
+    @model_validator(mode="after")
+    def _resizes_what_there_is(self) -> ModelConfig:
+        if self.resize_vocab and self.init_from is None:
+            raise ValueError("model.resize_vocab=true goes with model.init_from")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:

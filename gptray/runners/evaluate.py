@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed
 from gptray.data.tokens import TokenData
+from gptray.evaluation.wording import perplexity
 from gptray.runners.cluster import ray_cluster
 from gptray.runners.subject import Subject, check_text, look
 
@@ -121,7 +122,7 @@ def score_splits(subject: Subject, data: TokenData, scorers: Scorers) -> dict[st
 
 def _line(name: str, result: SplitResult) -> str:
     error = f" +- {result['stderr']:.4f}" if result["stderr"] is not None else ""
-    ppl = f"{result['ppl']:,.2f}" if result["ppl"] is not None else "too large"
+    ppl = perplexity(result["ppl"], places=2) if result["ppl"] is not None else "too large"
     return (
         f"{name:5}  loss {result['loss']:.4f}{error}  ppl {ppl}  bpb {result['bpb']:.4f}  "
         f"{result['tokens']:,} tokens"
@@ -148,6 +149,7 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
         split = evaluation["splits"][name]
         for key in ("loss", "stderr", "ppl", "bpb"):
             line[f"{name}_{key}"] = split[key] if split else None
+        line[f"{name}_lost"] = split["lost_bytes"] / split["bytes"] if split else None
     bleu, chrf = evaluation["bleu"], evaluation["chrf"]
     return {
         **line,

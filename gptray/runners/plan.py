@@ -8,6 +8,8 @@ from gptray.model.shape import parameter_count
 from gptray.runners.cluster import check_training
 from gptray.runners.prepare import check_sources, prepared
 from gptray.runners.runs import check_resumable, resolve, run_dir
+from gptray.runners.train import check_known_prompts
+from gptray.runners.vocabulary import check_vocabulary
 
 # fp32 weights, gradients and AdamW's two moments.
 BYTES_PER_PARAMETER = 16
@@ -22,6 +24,8 @@ def training_plan(config: Config) -> list[tuple[str, str]]:
     config = resolve(config)
     check_training(config)
     check_sources(config)
+    check_vocabulary(config)
+    check_known_prompts(config)
     check_resumable(config)
     data = prepared(config)
     vocab_size = config.model.vocab_size or (data.vocab_size if data else None)
@@ -47,6 +51,8 @@ def training_plan(config: Config) -> list[tuple[str, str]]:
         rows.append(("token data", f"{data.data_dir} (ready)"))
         rows.append(("steps per epoch", f"{order.windows_per_epoch / batch:,.1f}"))
         rows.append(("epochs", f"{order.epoch(steps, batch):,.2f} at most"))
+        if data.loses:
+            rows.append(("lost", data.loses))
     else:
         rows.append(("token data", "to be prepared first"))
     rows.append(("files", FILES))

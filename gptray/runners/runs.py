@@ -149,7 +149,7 @@ def outcome(config: Config) -> dict[str, Any]:
     """What the run has come to, from its metrics: the job's JSON line.
 
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
-    evaluation.
+    evaluation. `val_lost` is the share of the validation text that the tokenizer loses.
     """
     folder = run_dir(config)
     rows = read_rows(folder / METRICS)
@@ -167,6 +167,7 @@ def outcome(config: Config) -> dict[str, Any]:
         "val_loss": best["val_loss"],
         "val_ppl": best["val_ppl"],
         "val_bpb": best["val_bpb"],
+        "val_lost": best.get("val_lost", 0.0),
         "last_train_loss": last["train_loss"],
         "last_val_loss": last["val_loss"],
         "stopped": "max_steps" if last["step"] >= config.train.max_steps else "patience",
@@ -176,6 +177,8 @@ def outcome(config: Config) -> dict[str, Any]:
 
 def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
     shape = read_shape(init_from)
+    if config.model.resize_vocab:
+        del shape["vocab_size"]  # null: the tokenizer's, whichever that is
     given = config.model.model_fields_set
     wrong = [
         f"model.{key}={getattr(config.model, key)} but {init_from} has {value}"

@@ -16,7 +16,8 @@ from gptray.config import Config, RunFailed, UserError, flatten, load_config, ov
 from gptray.data.request import Request, make_request, tokenizer_name, whole_request
 from gptray.data.scoring import Windows
 from gptray.data.split import LONG_NAMES
-from gptray.data.tokenizer import KINDS, Tokenizer
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
 from gptray.evaluation.result import EVALUATION
 from gptray.model.shape import read_shape
@@ -265,7 +266,8 @@ def _check_tokenizer(subject: Subject) -> None:
         )
     named = tokenizer_name(subject.text)
     if named not in KINDS:
-        _check_same_tokenizer(subject, Tokenizer.load(named).sha256)
+        tokenizer = Tokenizer.load(named, eos_token=subject.text.data.eos_token)
+        _check_same_tokenizer(subject, tokenizer.sha256)
 
 
 def _check_same_tokenizer(subject: Subject, sha256: str) -> None:

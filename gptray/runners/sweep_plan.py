@@ -12,6 +12,8 @@ from gptray.fields import shown
 from gptray.runners.cluster import check_training
 from gptray.runners.prepare import check_sources, prepared
 from gptray.runners.runs import check_resumable, resolve, run_dir
+from gptray.runners.train import check_known_prompts
+from gptray.runners.vocabulary import check_vocabulary
 from gptray.space import Entry
 from gptray.tuning.plan import FINALISTS, Planned, all_texts, entries_of, plan_trials
 from gptray.tuning.record import load_trials, rungs
@@ -66,6 +68,9 @@ def look_at_sweep(config: Config) -> SweepPlan:
     texts = all_texts(config, str(folder), trials)
     for text in texts:
         check_sources(text)
+    for one in [config, *(trial.config for trial in trials)]:
+        check_vocabulary(one)
+        check_known_prompts(one)
     check_resumable(config, sweep=True)
     return SweepPlan(config, folder, trials, texts)
 
@@ -77,7 +82,7 @@ def sweep_plan(config: Config) -> list[tuple[str, str]]:
     most = max((one.config.train.max_steps for one in plan.trials), default=config.train.max_steps)
     full = sum(one.config.train.max_steps for one in plan.trials)
     full += (plan.num_trials - len(plan.trials) + plan.num_replicates) * most
-    ready = sum(prepared(text) is not None for text in plan.texts)
+    ready = [data for data in map(prepared, plan.texts) if data]
     ended = [one for one in load_trials(plan.folder) if one.outcome]
     rows = [("sweep", str(plan.folder))]
     rows += [
@@ -88,7 +93,8 @@ def sweep_plan(config: Config) -> list[tuple[str, str]]:
         ("at a time", _at_once(config)),
         ("rungs", _rungs(config)),
         ("steps", f"{full:,} at most, without any trial cut"),
-        ("texts to train on", f"{len(plan.texts)}, {ready} of them ready"),
+        ("texts to train on", f"{len(plan.texts)}, {len(ready)} of them ready"),
+        *(("lost", f"{data.loses} ({data.data_dir})") for data in ready if data.loses),
     ]
     if ended:
         rows.append(("ended already", f"{len(ended)} trials"))

@@ -17,7 +17,7 @@ from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
 from gptray.record import METRICS, read_rows, write_event
 from gptray.runners.cluster import check_training, ray_cluster, worker_resources
-from gptray.runners.prepare import check_sources, prepare
+from gptray.runners.prepare import check_sources, known_tokenizer, prepare
 from gptray.runners.report import Reporter
 from gptray.runners.runs import (
     check_resumable,
@@ -28,8 +28,9 @@ from gptray.runners.runs import (
     save_config,
     set_ray_snapshot_aside,
 )
-from gptray.runners.samples import sample_texts
+from gptray.runners.samples import check_prompts, sample_texts
 from gptray.runners.validate import Validations, validation_config
+from gptray.runners.vocabulary import check_vocabulary
 from gptray.runners.watch import show_samples, watching
 from gptray.training.checkpoint import TrainerState, newest_whole
 
@@ -50,6 +51,8 @@ def train(config: Config) -> dict[str, Any]:
     folder = run_dir(config)
     check_training(config)
     check_sources(config)
+    check_vocabulary(config)
+    check_known_prompts(config)
     check_resumable(config)
     with held(folder):
         save_config(config, folder)
@@ -108,11 +111,18 @@ def _run(
     return {"peak_memory_gib": peak}
 
 
+def check_known_prompts(config: Config) -> None:
+    """Refuse prompts that the tokenizer cannot read, where it is known by now. Raises UserError."""
+    tokenizer = known_tokenizer(config) if config.sample.prompt else None
+    if tokenizer:
+        check_prompts(config, tokenizer)
+
+
 def check_data(config: Config, data: TokenData, state: TrainerState | None) -> None:
     """Refuse token data that cannot be trained on, or that is not what the run of `state` has seen.
 
     Raises:
-        UserError: says which split, tokenizer or text, and what to change.
+        UserError: says which split, tokenizer, prompt or text, and what to change.
     """
     rows = config.model.vocab_size
     if rows is not None and rows < data.vocab_size:
@@ -126,6 +136,7 @@ def check_data(config: Config, data: TokenData, state: TrainerState | None) -> N
         raise UserError(f"training text is too short: {error}; lower train.block_size") from None
     if len(data.val) < 2:
         raise UserError("the validation split has fewer than 2 tokens; change data.split")
+    check_prompts(config, data.tokenizer)
     if state and state.data != data.fingerprint:
         raise UserError(
             f"the text or tokenizer of the run {config.name} has changed since it started "

@@ -29,6 +29,8 @@ from gptray.training.checkpoint import TrainerState, newest_whole, publish_model
 from gptray.tuning.plan import (
     Planned,
     choose_winner,
+    loses_text,
+    lossy_ahead,
     plan_trial,
     replicates,
     text_key,
@@ -66,7 +68,16 @@ def tune(config: Config) -> dict[str, Any]:
                     _Sweep(plan, record).run(on_change=lambda: reporter.write(running=True))
                 finally:
                     reporter.write(running=False)
+    _tell_losses(folder)
     return {**outcome(folder), "report": reporter.path}
+
+
+def _tell_losses(folder: Path) -> None:
+    """Say which trials ahead have a tokenizer that loses text."""
+    sweep = load_sweep(folder)
+    winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)
+    for trial in lossy_ahead(sweep.trials, winner):
+        log.warning("%s", loses_text(trial))
 
 
 def _write_report(folder: Path, running: bool) -> Path:
@@ -222,7 +233,8 @@ class _Sweep:
 def outcome(folder: Path) -> dict[str, Any]:
     """What a finished sweep has come to: the job's JSON line.
 
-    `best_*` are the winner's, at its lowest validation loss; `baseline_val_bpb` is that of the
+    `best_*` are the winner's, at its lowest validation loss, `best_lost` the share of the text that
+    its tokenizer loses; `baseline_val_bpb` is that of the
     trial of the config as it is. `steps_full` counts all trials as if none had stopped early.
     """
     sweep = load_sweep(folder)
@@ -236,6 +248,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "best_trial": winner.name,
         "best_val_loss": winner.best["val_loss"],
         "best_val_bpb": winner.best["val_bpb"],
+        "best_lost": winner.lost,
         "baseline_val_bpb": baseline.best["val_bpb"] if baseline and baseline.best else None,
         "model_dir": str(folder / "model"),
         "trials": len(sweep.trials),

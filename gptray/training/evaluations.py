@@ -7,8 +7,8 @@ the next evaluation, never earlier or later: what a run does depends on no clock
 
 from __future__ import annotations
 
-import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,19 +154,23 @@ def judge(run: Run, step: int, score: Score) -> None:
     Raises:
         NonFiniteLoss: the score is no number; nothing was told.
     """
-    if not math.isfinite(score.perplexity):
+    if not score.is_finite:
         raise NonFiniteLoss(f"step {step}: validation loss {score.loss}")
     progress = run.state.progress.after(step, score.loss, min_delta=run.config.train.min_delta)
     run.state = replace(run.state, progress=progress)
 
 
 def score_fields(score: Score, train_loss: float) -> Metrics:
-    """What an evaluation adds to the row of its step."""
+    """What an evaluation adds to the row of its step; `val_lost` only where text is lost.
+
+    Then the perplexity may be too large for a float, and is the largest that there is.
+    """
     return {
         "val_loss": score.loss,
-        "val_ppl": score.perplexity,
+        "val_ppl": min(score.perplexity, sys.float_info.max),
         "val_bpb": score.bits_per_byte,
         "gap": score.loss - train_loss,
+        **({"val_lost": score.lost} if score.lost_bytes else {}),
     }
 
 

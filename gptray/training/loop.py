@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gptray.config import Config
+from gptray.data.scoring import charge_per_token
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
 from gptray.training.evaluations import Beside, InLine, Metrics, Report, Samples, Validation
@@ -133,11 +134,14 @@ def train_step(run: Run) -> tuple[float, float, float]:
 
 
 def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr: float) -> Metrics:
-    """The row of a logged step: `train_loss` is the mean since the row before, dropout on."""
+    """The row of a logged step: `train_loss` is the mean since the row before, dropout on.
+
+    Like validation loss, it is charged for what the tokenizer loses, by the training split's mean.
+    """
     return {
         "step": run.state.step,
         "epoch": round(run.order.epoch(run.state.step, run.config.train.global_batch_size), 4),
-        "train_loss": math.fsum(losses) / len(losses),
+        "train_loss": math.fsum(losses) / len(losses) + charge_per_token(run.data.train),
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens_per_sec": round(rate, 1),

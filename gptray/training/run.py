@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from gptray.build import check_backend
 from gptray.config import Config, RunFailed
 from gptray.data.order import BatchOrder
+from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
+from gptray.data.vocabulary import kept_rows
 from gptray.model import kernels
 from gptray.model.gpt import GPT
-from gptray.model.hf import load_weights
+from gptray.model.hf import Rows, load_weights
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32, pick_dtype
-from gptray.model.shape import model_folder
+from gptray.model.shape import model_folder, read_shape
 from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
     TrainerState,
@@ -88,9 +90,12 @@ def start(
     make_repeatable()
     step = workers.number_from_first(lambda: _resume_step(run_dir), device)
     folder = checkpoint_folder(run_dir, step) if step else None
-    model = build_model(
-        config, data, folder, device, tell=lambda text: write_event(run_dir, "notice", message=text)
-    )
+
+    def tell(text: str) -> None:
+        if workers.is_first:
+            write_event(run_dir, "notice", message=text)
+
+    model = build_model(config, data, folder, device, tell=tell)
     optimizer = make_optimizer(model.parameters(), config.optim)
     state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
     if folder:
@@ -110,6 +115,7 @@ def start(
             pid=os.getpid(),
             device=device_name(device),
             versions=versions(),
+            **({"loses": data.loses} if data.loses else {}),
         )
     compiled = torch.compile(model) if config.train.compile else model
     return Run(
@@ -184,11 +190,13 @@ def build_model(
 ) -> GPT:
     """The run's model as a checkpoint holds it; None: as training begins with it.
 
-    tell: takes word of kernels that should be there and cannot be built.
+    tell: takes word of an embedding that was resized, and of kernels that cannot be built.
     """
     model = GPT(config.model, vocab_size=data.vocab_size)
     if checkpoint:
         load_weights(model, checkpoint / "model")
+    elif config.model.init_from and config.model.resize_vocab:
+        _load_resized(model, config, data, config.model.init_from, tell)
     elif config.model.init_from:
         model.valid_vocab_size = config.model.vocab_size or data.vocab_size
         load_weights(model, model_folder(config.model.init_from))
@@ -199,6 +207,25 @@ def build_model(
     if model.compute_dtype == torch.bfloat16 and _has_kernels(config.train.backend, device, tell):
         model.use_kernels()
     return model.to(device)
+
+
+def _load_resized(
+    model: GPT, config: Config, data: TokenData, source: str, tell: Callable[[str], None]
+) -> None:
+    """Load weights, each row of the embedding for the token that it stands for."""
+    own = Tokenizer.load(source)
+    kept = kept_rows(own, data.tokenizer)
+    folder = model_folder(source)
+    rows = read_shape(folder)["vocab_size"]
+    kept = [row if row < rows else -1 for row in kept]
+    load_weights(model, folder, rows=Rows(kept, min(rows, own.vocab_size), config.seed))
+    new, moved = kept.count(-1), sum(row not in (-1, number) for number, row in enumerate(kept))
+    if new or moved:
+        tell(
+            f"the embedding has a row for each of the tokenizer's {len(kept):,} tokens: "
+            f"{len(kept) - new:,} taken from {source}, {moved:,} of them from another id; {new:,} "
+            "new ones start from the mean row"
+        )
 
 
 def _has_kernels(backend: str, device: torch.device, tell: Callable[[str], None]) -> bool:

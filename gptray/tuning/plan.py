@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptray.config import Config, ConfigError, TuneConfig, UserError, flatten, override
+from gptray.data.difference import percent
 from gptray.fields import shown
 from gptray.space import Entry, read_space
 from gptray.tuning.record import Trial
@@ -137,6 +138,22 @@ def ranked(trials: Iterable[Trial]) -> list[Trial]:
     return sorted(
         (trial for trial in sound if trial.best), key=lambda trial: (score(trial), trial.name)
     )
+
+
+def lossy_ahead(trials: Iterable[Trial], winner: Trial | None) -> list[Trial]:
+    """The trials that win, lead or rank above a lossless one with a tokenizer that loses text."""
+    order = [trial for trial in ranked(trials) if not trial.replicate_of]
+    last = max((place for place, trial in enumerate(order) if not trial.lost), default=0)
+    return [
+        trial
+        for place, trial in enumerate(order)
+        if trial.lost and (place <= last or (winner and trial.name == winner.name))
+    ]
+
+
+def loses_text(trial: Trial) -> str:
+    """What to say of a trial whose tokenizer loses text."""
+    return f"trial {trial.name}'s tokenizer loses {percent(trial.lost)} of the text"
 
 
 def score(trial: Trial) -> float:

@@ -52,6 +52,11 @@ class Trial:
         evaluations = [row for row in self.rows if "val_bpb" in row]
         return min(evaluations, key=lambda row: row["val_bpb"], default=None)
 
+    @property
+    def lost(self) -> float:
+        """Share of the validation text that the trial's tokenizer does not give back."""
+        return float(self.best.get("val_lost", 0.0)) if self.best else 0.0
+
 
 @dataclass(frozen=True)
 class Sweep:

@@ -188,7 +188,7 @@ def test_init_from_with_another_shape_or_tokenizer_is_refused(
     common = [f"data.source={text_file}", f"storage_path={tmp_path}", model, "train.block_size=32"]
     with pytest.raises(UserError, match=r"model\.n_layer=5 but .* has 2"):
         train(load_config(None, [*common, "model.n_layer=5"]))
-    with pytest.raises(UserError, match=r"smaller than the .* entries of the tokenizer"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=bpe: a new tokenizer's ids"):
         train(load_config(None, [*common, "data.tokenizer=bpe", "data.vocab_size=300"]))
 
 

@@ -35,7 +35,10 @@ def sweep_config(space: Sequence[Mapping[str, Any]], *overrides: str) -> Config:
 
 @dataclass
 class Made:
-    """A trial to be written: its curve of (bits per byte, gap in bits per byte) by evaluation."""
+    """A trial to be written: its curve of (bits per byte, gap in bits per byte) by evaluation.
+
+    lost: the share of the text that its tokenizer loses.
+    """
 
     name: str
     values: Values
@@ -44,6 +47,7 @@ class Made:
     message: str | None = None
     replicate_of: str | None = None
     started: bool = True
+    lost: float = 0.0
 
 
 def trained(
@@ -133,6 +137,7 @@ def write_metrics(folder: Path, config: Config, trial: Made) -> None:
             "val_ppl": 2.0 ** (bits / BITS),
             "val_bpb": bits,
             "gap": gap / BITS,
+            **({"val_lost": trial.lost} if trial.lost else {}),
         }
         for number, (bits, gap) in enumerate(trial.curve, start=1)
     ]

@@ -11,6 +11,7 @@ from gptray.config import Config, ConfigError, TuneConfig, UserError, override
 from gptray.tuning.plan import (
     all_texts,
     choose_winner,
+    lossy_ahead,
     mean_score,
     plan_trials,
     ranked,
@@ -30,7 +31,8 @@ def sweep(*space: dict[str, Any], **tune: Any) -> Config:
 
 
 def trial(name: str, *scores: float, outcome: str = "finished", **given: Any) -> Trial:
-    rows = [{"step": 10 * n, "val_bpb": score} for n, score in enumerate(scores, start=1)]
+    lost = {"val_lost": given["lost"]} if "lost" in given else {}
+    rows = [{"step": 10 * n, "val_bpb": score, **lost} for n, score in enumerate(scores, start=1)]
     return Trial(
         name=name,
         values=given.get("values", {}),
@@ -146,3 +148,14 @@ def test_the_best_three_are_repeated_with_other_seeds_and_the_mean_decides() -> 
     winner = choose_winner(repeated)
     assert winner and winner.name == "0002" and mean_score(winner, repeated) == pytest.approx(2.25)
     assert replicates(config, "/s/a", repeated)[0].name == "0005"
+
+
+def test_trials_that_lose_text_are_told_where_they_are_ahead() -> None:
+    honest, lossy = trial("a", 2.0), trial("b", 1.9, lost=0.02)
+    behind, wrong = trial("c", 2.5, lost=0.5), trial("d", 1.0, outcome="failed", lost=0.9)
+    assert names(lossy_ahead([honest, lossy, behind, wrong], lossy)) == ["b"]
+    assert lossy_ahead([honest, behind], honest) == []
+    # Alone at the front, or made the winner by its repetitions.
+    assert names(lossy_ahead([lossy, behind], lossy)) == ["b"]
+    assert names(lossy_ahead([honest, behind], behind)) == ["c"]
+    assert lossy_ahead([], None) == []
