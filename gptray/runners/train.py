@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
-from gptray.record import METRICS, read_rows, write_event
+from gptray.files import cannot_write, storing
+from gptray.record import METRICS, read_rows, try_event, write_event
 from gptray.runners.cluster import check_training, ray_cluster, worker_resources
 from gptray.runners.prepare import check_sources, prepare
 from gptray.runners.report import Reporter
@@ -95,6 +96,9 @@ def _run(
             ):
                 result = fit_on_ray(config, data, folder)
             write_event(folder, "end", stopped=result["stopped"])
+        except (UserError, RunFailed) as error:
+            try_event(folder, "failure", message=str(error))
+            raise
         finally:
             reporter.write(running=False)
     if result["stopped"] == "non_finite":
@@ -139,6 +143,7 @@ def fit_on_ray(
     """Train in Ray Train's workers; return the loop's result. `callbacks` are Ray Train's.
 
     Raises:
+        UserError, RunFailed: what all workers left the loop with.
         RunFailed: the workers failed too often.
     """
     import ray.train
@@ -169,7 +174,8 @@ def fit_on_ray(
         validation_config=validation_config(config, settings, reserved),
     )
     try:
-        result: dict[str, Any] = trainer.fit().return_value
+        with storing(folder):  # Ray keeps a record of its own there
+            result: dict[str, Any] = trainer.fit().return_value
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, (UserError, RunFailed)):
@@ -179,11 +185,15 @@ def fit_on_ray(
             f"times; the run can go on from its last checkpoint with the same command.\n{error}"
         ) from None
     except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, OSError):
+            raise cannot_write(folder, error.controller_failure) from None
         raise RunFailed(
             "Ray Train's controller failed, as it does when the process that scores checkpoints "
             f"dies more than compute.max_failures={config.compute.max_failures} times; the run can "
             f"go on from its last checkpoint with the same command.\n{error.controller_failure}"
         ) from None
+    if result["stopped"] == "failed":
+        raise (UserError if result["mistake"] else RunFailed)(result["message"])
     return result
 
 
@@ -203,7 +213,7 @@ def _failure_notes(folder: Path) -> Any:
         ) -> None:
             ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
             first = str(next(iter(worker_exceptions.values()))).strip().splitlines()
-            write_event(
+            try_event(
                 folder, "failure", message=f"worker {ranks} failed: {first[-1] if first else '?'}"
             )
 
