@@ -6,6 +6,7 @@ function that it is given, and which keys there are is `gptray.config`'s.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -55,6 +56,7 @@ def run_job(
     exit code 2, RunFailed and any other exception 1, SIGINT and SIGTERM 130.
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    _print_what_can_be()
     try:
         if arguments.help:
             _print(help_text(Config, name=name, doc=doc))
@@ -85,6 +87,13 @@ def run_job(
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+def _print_what_can_be() -> None:
+    """Have a terminal or log that is not UTF-8 show \\uXXXX for a character that it lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def line_printer() -> Callable[[dict[str, Any]], None]:

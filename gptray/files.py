@@ -60,7 +60,10 @@ def _reason(error: Exception) -> str:
     """Why, in a few words: shutil.Error lists a (source, target, reason) for each file."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         return str(error.args[0][0][-1])
-    return getattr(error, "strerror", None) or str(error)
+    # safetensors tells the system's reason in words of its own.
+    known = [os.strerror(one) for one in (*_NO_ROOM, errno.EROFS, errno.EIO, errno.ESTALE)]
+    said = next((words for words in known if words in str(error)), str(error))
+    return getattr(error, "strerror", None) or said
 
 
 def _room(path: Path) -> str:

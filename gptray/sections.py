@@ -213,6 +213,12 @@ class TuneConfig(Section):
     replicates: Annotated[int, Field(ge=0)] = Field(
         0, description="other seeds with which the best three are repeated; their mean decides"
     )
+    retry_failed: bool = Field(
+        True,
+        description="trials that failed for a passing reason (a full disk, a process that died) "
+        "run again with the next call, before which there is no winner; false: the best of the "
+        "others wins",
+    )
     max_concurrent_trials: PositiveInt | None = Field(
         None, description="null: as many as find room, each worker with a core (TuneConfig)"
     )

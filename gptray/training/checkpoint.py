@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptray.config import RunFailed, TrainConfig
+from gptray.config import RunFailed, TrainConfig, UserError
 from gptray.files import CannotWrite, sha256_of, storing
+from gptray.record import EVENTS, read_rows
 from gptray.training.stopping import Progress
 
 FORMAT = 1
@@ -118,6 +119,25 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
             "Restore one of them from a copy, or start anew under another name."
         )
     return None, problems
+
+
+def check_not_lost(run_dir: Path) -> None:
+    """Refuse to start anew over a run whose checkpoints somebody has removed.
+
+    Raises:
+        UserError: there is no checkpoint, and a model or evaluations show that there were some.
+    """
+    model = run_dir / "model"
+    if not run_dir.is_dir() or find_checkpoints(run_dir):
+        return
+    evaluated = any(event["event"] == "evaluated" for event in read_rows(run_dir / EVENTS))
+    if model.exists() or evaluated:
+        start = f"; model.init_from={model} starts from its weights" if model.exists() else ""
+        raise UserError(
+            f"the checkpoints of the run {run_dir} are gone, so it cannot resume, and training "
+            "from step 0 would overwrite what it came to. Restore one, or give another name: "
+            f"train.resume=never without a name finds a free one{start}"
+        )
 
 
 def save_checkpoint(

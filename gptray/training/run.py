@@ -30,6 +30,7 @@ from gptray.model.shape import model_folder
 from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
     TrainerState,
+    check_not_lost,
     checkpoint_folder,
     checkpoint_step,
     newest_whole,
@@ -83,7 +84,8 @@ def start(
     """Build a worker's run, from the newest whole checkpoint where there is one.
 
     Raises:
-        RunFailed: checkpoints exist and none is whole.
+        UserError: the checkpoints were removed.
+        RunFailed: checkpoints exist and none is whole, or the disk takes nothing.
         ValueError: the training split is shorter than one block.
     """
     make_repeatable()
@@ -182,6 +184,7 @@ def writing(run_dir: Path, *, wait_s: float = 60.0) -> Iterator[None]:
 
 
 def _resume_step(run_dir: Path) -> int:
+    check_not_lost(run_dir)
     folder, problems = newest_whole(run_dir)
     step = checkpoint_step(folder) or 0 if folder else 0
     for problem in problems:

@@ -105,17 +105,17 @@ def test_optuna_suggests_what_goes_together_and_learns_on(
         record.ended(name, "finished", step=10)
         suggestions.over(name)
 
-    with Record(tmp_path) as record:
-        suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
-        planned = [one for one in (suggestions.suggest() for _ in range(3)) if one]
-        for one in planned:
-            finish(one.name, suggestions, record)
+    record = Record(tmp_path)
+    suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
+    planned = [one for one in (suggestions.suggest() for _ in range(3)) if one]
+    for one in planned:
+        finish(one.name, suggestions, record)
     before = [(one.values, one.point) for one in load_trials(tmp_path)]
-    with Record(tmp_path) as record:
-        suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
-        while one := suggestions.suggest():
-            planned.append(one)
-            finish(one.name, suggestions, record)
+    record = Record(tmp_path)
+    suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
+    while one := suggestions.suggest():
+        planned.append(one)
+        finish(one.name, suggestions, record)
     trials = load_trials(tmp_path)
     assert (
         len(trials) == 10 and [(one.values, one.point) for one in trials][: len(before)] == before

@@ -20,7 +20,7 @@ from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.record import EVENTS, read_rows
 from gptray.runners.prepare import prepared
-from gptray.runners.runs import save_config
+from gptray.runners.resuming import save_config
 from gptray.runners.subject import look
 from gptray.runners.sweep_plan import look_at_sweep
 from gptray.runners.train import train
@@ -145,9 +145,9 @@ def test_a_sweep_of_which_nothing_comes_fails_with_the_reasons(
     plan = look_at_sweep(sweep_config(text_file, data_root, "wreck", space=space, baseline=False))
     plan.folder.mkdir()
     save_config(plan.config, plan.folder)
-    with Record(plan.folder) as record:
-        record.planned("0000", plan.trials[0].values, max_steps=30)
-        record.ended("0000", "diverged", step=7, message="step 8: loss nan")
+    record = Record(plan.folder)
+    record.planned("0000", plan.trials[0].values, max_steps=30)
+    record.ended("0000", "diverged", step=7, message="step 8: loss nan")
     with pytest.raises(
         RunFailed, match="no trial came to a model:\n  0000 diverged: step 8: loss nan"
     ):

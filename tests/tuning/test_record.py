@@ -27,14 +27,14 @@ def write_rows(folder: Path, trial: str, *scores: float) -> None:
 
 
 def test_a_sweep_is_read_as_it_was_written(folder: Path) -> None:
-    with Record(folder) as record:
-        record.planned("0000", {}, max_steps=40)
-        record.planned("0001", {"optim.lr": 0.5, "data.split": [0.9, 0.1]}, max_steps=40)
-        record.started("0000")
-        record.ended("0000", "stopped", step=35)
-        record.planned("0002", {"seed": 7}, max_steps=40, replicate_of="0000")
-        record.started("0001")
-        record.winner("0000")
+    record = Record(folder)
+    record.planned("0000", {}, max_steps=40)
+    record.planned("0001", {"optim.lr": 0.5, "data.split": [0.9, 0.1]}, max_steps=40)
+    record.started("0000")
+    record.ended("0000", "stopped", step=35)
+    record.planned("0002", {"seed": 7}, max_steps=40, replicate_of="0000")
+    record.started("0001")
+    record.winner("0000")
     write_rows(folder, "0000", 2.5, 2.0, 2.25)
     sweep = load_sweep(folder)
     first, second, third = sweep.trials
@@ -49,14 +49,14 @@ def test_a_sweep_is_read_as_it_was_written(folder: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
 def test_a_line_cut_off_is_no_event_and_is_written_over(folder: Path, cut: int) -> None:
-    with Record(folder) as record:
-        record.planned("0000", {}, max_steps=40)
-        record.ended("0000", "finished", step=40)
+    record = Record(folder)
+    record.planned("0000", {}, max_steps=40)
+    record.ended("0000", "finished", step=40)
     path = folder / TRIALS
     path.write_bytes(path.read_bytes()[:-cut])
     assert [trial.outcome for trial in load_sweep(folder).trials] == [None]
-    with Record(folder) as record:
-        record.ended("0000", "diverged", step=7, message="loss nan")
+    record = Record(folder)
+    record.ended("0000", "diverged", step=7, message="loss nan")
     (trial,) = load_sweep(folder).trials
     assert (trial.outcome, trial.step, trial.message) == ("diverged", 7, "loss nan")
 
