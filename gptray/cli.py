@@ -6,6 +6,7 @@ function that it is given, and which keys there are is `gptray.config`'s.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -17,10 +18,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from gptray.config import Config, ConfigError, RunFailed, UserError, dump, load_config
 from gptray.fields import field_specs
+from gptray.files import cannot_write, is_storage
 from gptray.key_help import help_text
 from gptray.suggest import nearest, nearest_keys
 
@@ -84,6 +87,15 @@ def run_job(
         # Ray puts its own SIGTERM handler in place, which exits; a job itself never does.
         _say(f"{name}: interrupted")
         return INTERRUPTED
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _say(f"{name}: {error.strerror}: {str(error.filename)[:60]}...; choose a shorter one")
+            return MISTAKE
+        if not is_storage(error):
+            traceback.print_exc()
+            return FAILED
+        _say(f"{name}: {cannot_write(Path.cwd(), error)}")
+        return FAILED
     except Exception:
         traceback.print_exc()
         return FAILED
@@ -182,16 +194,30 @@ def _json_line(result: dict[str, Any]) -> str:
 
 
 def _print(text: str) -> None:
-    """Print to stdout, also when nobody reads it to the end (| head)."""
+    """Print to stdout, also when nobody reads it to the end (| head).
+
+    Raises:
+        RunFailed: stdout is a file on a disk that is full.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        # What is left in the buffer would fail once more when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _give_up(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise RunFailed(f"cannot write the result to stdout: {error.strerror}") from None
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    """Print to stderr; where that cannot be written the exit code has to tell."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(sys.stderr)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Write to nowhere: what is left in the buffer would fail again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Lines(logging.Handler):

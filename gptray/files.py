@@ -19,6 +19,12 @@ from gptray.config import RunFailed, UserError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+# Of a path within a run.
+_LONGEST_BELOW = 256
+# What else says that storage is not what it was: read-only, broken, a mount that went away.
+_LOST = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.EHOSTDOWN)
+
+
 class CannotWrite(RunFailed):
     """Storage that takes no more: it may pass, and the same command then resumes."""
 
@@ -49,6 +55,11 @@ def cannot_write(path: Path, error: Exception) -> CannotWrite:
     )
 
 
+def is_storage(error: OSError) -> bool:
+    """Whether an error is the storage's own, not that of a path that is wrong."""
+    return error.errno in (*_NO_ROOM, *_LOST)
+
+
 def _is_hidden_below(named: Path, path: Path) -> bool:
     """Whether a name is that of a draft, which nobody knows, of `path` or in its folder."""
     if path.parent not in named.parents:
@@ -61,7 +72,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         return str(error.args[0][0][-1])
     # safetensors tells the system's reason in words of its own.
-    known = [os.strerror(one) for one in (*_NO_ROOM, errno.EROFS, errno.EIO, errno.ESTALE)]
+    known = [os.strerror(one) for one in (*_NO_ROOM, *_LOST)]
     said = next((words for words in known if words in str(error)), str(error))
     return getattr(error, "strerror", None) or said
 
@@ -89,6 +100,8 @@ def check_writable(folder: Path, *, key: str) -> None:
         for part in folder.relative_to(there).parts:
             if len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX"):
                 raise OSError(errno.ENAMETOOLONG, f"the name {part[:40]}... is too long")
+        if len(os.fsencode(folder)) > os.pathconf(there, "PC_PATH_MAX") - _LONGEST_BELOW:
+            raise OSError(errno.ENAMETOOLONG, "the path is too long")
         probe = there / f".gptray-{os.getpid()}.probe"
         try:
             probe.mkdir()

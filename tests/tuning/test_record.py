@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gptray.config import Config, dump, override
+from gptray.config import Config, RunFailed, dump, override
 from gptray.record import METRICS
 from gptray.tuning.record import TRIALS, Record, load_sweep, rungs, trial_dir
+from tests.full_disk import files_up_to
 
 
 @pytest.fixture
@@ -59,6 +60,34 @@ def test_a_line_cut_off_is_no_event_and_is_written_over(folder: Path, cut: int) 
     record.ended("0000", "diverged", step=7, message="loss nan")
     (trial,) = load_sweep(folder).trials
     assert (trial.outcome, trial.step, trial.message) == ("diverged", 7, "loss nan")
+
+
+def test_a_trial_that_is_retried_waits_again(folder: Path) -> None:
+    record = Record(folder)
+    record.planned("0000", {}, max_steps=40)
+    record.started("0000")
+    record.ended("0000", "failed", step=10, message="cannot write", passing=True)
+    (trial,) = load_sweep(folder).trials
+    assert (trial.outcome, trial.passing) == ("failed", True)
+    record.retried("0000")
+    (trial,) = load_sweep(folder).trials
+    assert (trial.outcome, trial.passing, trial.started) == (None, False, True)
+    record.ended("0000", "finished", step=40)
+    (trial,) = load_sweep(folder).trials
+    assert (trial.outcome, trial.step) == ("finished", 40)
+
+
+def test_a_record_without_room_says_so_and_keeps_whole_lines(folder: Path) -> None:
+    record = Record(folder)
+    record.planned("0000", {}, max_steps=40)
+    path = folder / TRIALS
+    with (
+        files_up_to(path.stat().st_size + 20),
+        pytest.raises(RunFailed, match=f"cannot write {path}"),
+    ):
+        record.started("0000")
+    record.winner("0000")
+    assert load_sweep(folder).winner == "0000" and not load_sweep(folder).trials[0].started
 
 
 def test_rungs_rise_by_the_factor_and_stay_below_the_end() -> None:
