@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -58,6 +58,8 @@ def run_job(
     The job's dict becomes the last line of stdout; None: it printed that itself. UserError means
     exit code 2, RunFailed and any other exception 1, SIGINT and SIGTERM 130.
     """
+    if argv is None:
+        _use_utf8()
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     _print_what_can_be()
     try:
@@ -99,6 +101,23 @@ def run_job(
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+def _use_utf8() -> None:
+    """Where the locale is not UTF-8, start again in Python's UTF-8 mode.
+
+    Libraries take every path for UTF-8 whatever the locale says, so that Python has to as well.
+    What is printed stays in the terminal's encoding.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    words: list[Any] = list(sys.orig_argv)
+    with suppress(OSError):
+        # As they were typed: not every locale's decoding can be undone.
+        words = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
+    os.execv(sys.executable, [sys.executable, *words[1:]])
 
 
 def _print_what_can_be() -> None:

@@ -73,6 +73,25 @@ def test_bytes_and_named_encodings_are_fine(call: str) -> None:
     assert guesses(call) == []
 
 
+# A locale that every machine has, and nothing that makes up for it.
+PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_korean_paths_and_prompts_are_understood_in_a_locale_without_korean(
+    tmp_path: Path,
+) -> None:
+    text = tmp_path / "\ud55c\uae00.txt"
+    text.write_text("\uc61b\ub0a0 \uc61b\uc801\uc5d0", "utf-8")
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--dry-run"]
+    command += [f"data.source={text}", f"storage_path={tmp_path}/out", "sample.prompt=\uc61b\ub0a0"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONIOENCODING"}
+    environment |= PLAIN
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert rb"source: " in done.stdout and rb"\ud55c\uae00.txt" in done.stdout
+    assert done.stdout.isascii()
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "euc-kr"])
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--dry-run"], ["--dry-run", "data.source=없다"]]
@@ -84,13 +103,7 @@ def test_a_terminal_that_lacks_characters_ends_no_job(
     config.write_text('sample: {prompt: "옛날 옛적에 — été 🎈"}\n', "utf-8")
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), f"--config={config}"]
     command += [f"storage_path={tmp_path}", *arguments]
-    environment = {
-        **os.environ,
-        "LC_ALL": "C",
-        "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0",
-        "PYTHONIOENCODING": encoding,
-    }
+    environment = {**os.environ, **PLAIN, "PYTHONIOENCODING": encoding}
     done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
     assert b"Traceback" not in done.stderr and b"UnicodeEncodeError" not in done.stderr
     assert done.returncode == (2 if "data.source=없다" in arguments else 0), done.stderr

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptray.data.tokens import DamagedData, TokenData
-from gptray.files import storing
+from gptray.files import check_writable, storing
 
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -24,8 +24,10 @@ _ABANDONED_SECONDS = 24 * 3600
 def building(data_dir: Path) -> Iterator[Path]:
     """Give an empty folder to fill, and make it `data_dir` when the block ends well.
 
-    Raises RunFailed where the disk is full or cannot be written; nothing of the attempt stays.
+    Raises UserError for a folder that cannot be written, RunFailed where the disk takes no more;
+    nothing of the attempt stays.
     """
+    check_writable(data_dir.parent, key="storage_path")
     folder = _beside(data_dir)
     with storing(data_dir):
         _remove_abandoned(data_dir)

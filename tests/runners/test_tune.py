@@ -26,7 +26,7 @@ from gptray.runners.sweep_plan import look_at_sweep
 from gptray.runners.train import train
 from gptray.runners.tune import tune
 from gptray.training.loop import fit
-from gptray.tuning.record import TRIALS, Record, Trial, load_trials, trial_dir
+from gptray.tuning.record import TRIALS, Record, Trial, load_sweep, load_trials, trial_dir
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +153,35 @@ def test_a_sweep_of_which_nothing_comes_fails_with_the_reasons(
     ):
         tune(plan.config)
     assert (plan.folder / "report.html").is_file()
+
+
+def test_trials_that_could_not_write_run_again_before_anything_wins(
+    tiny_data: TokenData, text_file: Path, data_root: Path
+) -> None:
+    space = [{"path": "model.dropout", "uniform": [0, 0.3]}]
+    keys = ("train.max_steps=10", "optim.lr=0.02")
+    config = sweep_config(text_file, data_root, "full", *keys, space=space, num_samples=2)
+    folder = data_root / "full"
+    in_the_way = trial_dir(folder, "0001") / ".checkpoint_000005.tmp"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    message = (
+        r"1 of 3 trials failed: cannot write .*0001/checkpoint_000005: Not a directory .*; the "
+        "same command runs them again; tune.retry_failed=false takes the best of the others"
+    )
+    with pytest.raises(RunFailed, match=message):
+        tune(config)
+    assert load_sweep(folder).winner is None and not (folder / "best.yaml").exists()
+    others = tune(override(config, {"tune.retry_failed": False}))
+    assert others["outcomes"]["failed"] == 1 and others["best_trial"] != "0001"
+    in_the_way.unlink()
+    again = tune(config)
+    assert again["outcomes"]["failed"] == 0 and again["trials"] == 3
+    more = tune(override(config, {"tune.num_samples": 3}))
+    trials = load_trials(folder)
+    assert more["trials"] == 4 and trials[3].outcome in ("finished", "stopped")
+    assert [len(starts(folder, [one])) for one in trials] == [1, 2, 1, 1]
+    assert load_sweep(folder).winner == more["best_trial"]
 
 
 @pytest.mark.chaos
