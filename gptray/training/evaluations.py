@@ -108,7 +108,8 @@ class Beside:
         self._report, self._validated = report, validated
         self._unscored: Metrics | None = None
         if step := run.state.step:
-            self._unscored = journal.row(step) if journal else {"step": step}
+            row = run.workers.from_first(lambda: journal.row(step) if journal else None)
+            self._unscored = row or {"step": step}
             report({"step": step}, checkpoint_folder(run.run_dir, step) if journal else None)
 
     def add(self, row: Metrics) -> None:
