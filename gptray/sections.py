@@ -163,7 +163,7 @@ class TrainConfig(Section):
         False, description="torch.compile; needs a C++ compiler, pays on longer runs"
     )
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on with a run of this name; never: only start a new one"
+        "auto", description="auto: resume a run of this name; never: only start a new one"
     )
 
     @model_validator(mode="after")

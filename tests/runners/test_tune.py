@@ -21,6 +21,7 @@ from gptray.files import sha256_of
 from gptray.record import EVENTS, read_rows
 from gptray.runners.prepare import prepared
 from gptray.runners.resuming import save_config
+from gptray.runners.runs import resolve
 from gptray.runners.subject import look
 from gptray.runners.sweep_plan import look_at_sweep
 from gptray.runners.train import train
@@ -165,6 +166,7 @@ def test_trials_that_could_not_write_run_again_before_anything_wins(
     in_the_way = trial_dir(folder, "0001") / ".checkpoint_000005.tmp"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
+    save_config(resolve(config), folder)
     message = (
         r"1 of 3 trials failed: cannot write .*0001/checkpoint_000005: Not a directory .*; the "
         "same command runs them again; tune.retry_failed=false takes the best of the others"
