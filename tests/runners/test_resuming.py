@@ -167,6 +167,7 @@ def test_storage_among_texts_to_evaluate_is_refused(tmp_path: Path) -> None:
 def test_report_that_cannot_be_written_is_told_once_and_ends_nothing(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (folder / METRICS).unlink()
     (folder / "report.html").mkdir()
     reporter = Reporter(folder)
     for _ in range(2):
