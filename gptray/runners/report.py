@@ -41,6 +41,7 @@ class Reporter:
             message = f"{type(error).__name__}: {error}"
             if isinstance(error, (RunFailed, UserError)):
                 message = str(error)
-            if message not in self._told:
-                self._told.add(message)
+            reason = message.partition(" (")[0]  # how much is free changes all the time
+            if reason not in self._told:
+                self._told.add(reason)
                 log.warning("the report of %s was not written: %s", self._folder, message)
