@@ -130,7 +130,9 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    max_steps: PositiveInt = Field(1000, description="optimizer updates")
+    max_steps: PositiveInt = Field(
+        1000, description="optimizer updates; raised under the same name, the run trains longer"
+    )
     global_batch_size: PositiveInt = Field(16, description="sequences per step, all workers")
     micro_batch_size: PositiveInt | None = Field(
         None,
@@ -204,7 +206,9 @@ class TuneConfig(Section):
         "loguniform or randint, and a condition (when); see configs/overfitting_sweep.yaml",
     )
     num_samples: PositiveInt = Field(
-        16, description="trials drawn, for each point of the grid where there is one (TuneConfig)"
+        16,
+        description="trials drawn, for each point of the grid where there is one; raised under the "
+        "same name, the sweep gets more (TuneConfig)",
     )
     search_alg: Literal["random", "optuna"] = Field(
         "random", description="optuna: suggests from what trials came to (gptray[optuna])"
