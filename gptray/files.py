@@ -71,10 +71,10 @@ def _reason(error: Exception) -> str:
     """Why, in a few words: shutil.Error lists a (source, target, reason) for each file."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         return str(error.args[0][0][-1])
-    # safetensors tells the system's reason in words of its own.
+    # safetensors and pyarrow tell the system's reason in words of their own.
     known = [os.strerror(one) for one in (*_NO_ROOM, *_LOST)]
-    said = next((words for words in known if words in str(error)), str(error))
-    return getattr(error, "strerror", None) or said
+    words = next((one for one in known if one in str(error)), None)
+    return words or getattr(error, "strerror", None) or str(error)
 
 
 def _room(path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem
 from safetensors.torch import save_file
 
 from gptray.config import RunFailed, UserError
@@ -91,3 +92,12 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, folder: str, r
 def test_looking_at_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
     check_writable(tmp_path / "new" / "run", key="storage_path")
     assert not list(tmp_path.iterdir())
+
+
+def test_arrow_files_that_find_no_room_are_told_in_the_same_words(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    stream = LocalFileSystem().open_output_stream(str(path), buffer_size=0)
+    told = pytest.raises(RunFailed, match=rf"cannot write {path}: File too large \(")
+    with told, storing(path), files_up_to(10):
+        stream.write(b"x" * 5000)
+    stream.close()
