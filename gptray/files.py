@@ -69,12 +69,13 @@ def _is_hidden_below(named: Path, path: Path) -> bool:
 
 def _reason(error: Exception) -> str:
     """Why, in a few words: shutil.Error lists a (source, target, reason) for each file."""
+    text = str(error)
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
-        return str(error.args[0][0][-1])
+        text = str(error.args[0][0][-1])
     # safetensors and pyarrow tell the system's reason in words of their own.
     known = [os.strerror(one) for one in (*_NO_ROOM, *_LOST)]
-    words = next((one for one in known if one in str(error)), None)
-    return words or getattr(error, "strerror", None) or str(error)
+    words = next((one for one in known if one in text), None)
+    return words or getattr(error, "strerror", None) or text
 
 
 def _room(path: Path) -> str:

@@ -40,7 +40,7 @@ def test_copied_folder_is_told_by_the_first_file_that_failed(tmp_path: Path) -> 
     (source / "big").write_bytes(b"x" * 5000)
     target = tmp_path / "target"
     with (
-        pytest.raises(RunFailed, match=rf"cannot write {target}: .*File too large"),
+        pytest.raises(RunFailed, match=rf"cannot write {target}: File too large"),
         storing(target),
         files_up_to(1000),
     ):
