@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed
 from gptray.data.tokens import TokenData
+from gptray.evaluation.result import EVALUATION
 from gptray.evaluation.wording import perplexity
+from gptray.files import storing
 from gptray.runners.cluster import ray_cluster
+from gptray.runners.report import Reporter
 from gptray.runners.subject import Subject, check_text, look
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake in the config, the model or the text.
-        RunFailed: a loss is not finite, or workers keep dying.
+        RunFailed: a loss is not finite, workers keep dying, or evaluation.json cannot be written.
     """
     subject = look(config)
     log.info("evaluating %s", subject.model_dir)
@@ -41,14 +44,16 @@ def evaluate(config: Config) -> dict[str, Any]:
         from gptray.runners.scorers import Scorers
 
         evaluation = measure(subject, data, Scorers(subject, data))
-    from gptray.evaluation.report import write_report
     from gptray.evaluation.result import save_evaluation
 
-    subject.folder.mkdir(parents=True, exist_ok=True)
-    path = save_evaluation(evaluation, subject.folder)
-    report = write_report(subject.folder)
     _say(evaluation)
-    return {**outcome(evaluation), "evaluation": str(path), "report": str(report)}
+    path = subject.folder / EVALUATION
+    with storing(path):
+        subject.folder.mkdir(parents=True, exist_ok=True)
+        save_evaluation(evaluation, subject.folder)
+    reporter = Reporter(subject.folder)
+    reporter.write(running=False)
+    return {**outcome(evaluation), "evaluation": str(path), "report": reporter.path}
 
 
 def evaluation_plan(config: Config) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.builtin import builtin_documents
 from gptray.data.corpus import check_column, plan_pieces
 from gptray.data.difference import Lost
-from gptray.data.plan import SplitPlan, plan_split
+from gptray.data.plan import PiecePlan, SplitPlan, plan_split
 from gptray.data.publish import building
 from gptray.data.request import Request, make_request, tokenizer_name
 from gptray.data.shards import Shard, shard_dtype
@@ -28,7 +28,9 @@ from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokenizer_files import KINDS, opens_at_once, tokenizer_path
 from gptray.data.tokens import FORMAT_VERSION, MANIFEST, DamagedData, TokenData
 from gptray.data.work import UnitScan, sample, scan, tokenise
+from gptray.files import storing
 from gptray.runners.cluster import ray_cluster
+from gptray.runners.storage import check_storage
 from gptray.runners.stream import stream
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,10 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
             problems.append(str(error))
     try:
         tokenizer_at_once(config)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        check_storage(config)
     except UserError as error:
         problems.append(str(error))
     if problems:
@@ -191,12 +197,14 @@ def _build(
     )
     if tokenizer is None:
         tokenizer = _make_tokenizer(request, plan, scans, column)
-    tokenizer.save(folder / "tokenizer")
-    shards = stream(
-        plan.units,
-        lambda number, unit: tokenise(unit, column, folder=folder, number=number),
-        doing="tokenising",
-    )
+    with storing(request.data_dir):
+        tokenizer.save(folder / "tokenizer")
+
+    def write_shards(number: int, unit: Sequence[PiecePlan]) -> dict[int, Shard]:
+        with storing(request.data_dir):
+            return tokenise(unit, column, folder=folder, number=number)
+
+    shards = stream(plan.units, write_shards, doing="tokenising")
     for file in files:
         if file.changed():
             raise RunFailed(f"{file.name} changed while it was being prepared; start again")
@@ -206,16 +214,18 @@ def _build(
         "dtype": shard_dtype(tokenizer.vocab_size),
         "splits": _number_shards(folder, plan, shards),
     }
-    (folder / f"{BUILTIN}.jsonl").unlink(missing_ok=True)
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", "utf-8")
+    with storing(request.data_dir):
+        (folder / f"{BUILTIN}.jsonl").unlink(missing_ok=True)
+        (folder / MANIFEST).write_text(text + "\n", "utf-8")
     logger.info("prepared %s in %.1f s", request.data_dir, time.monotonic() - began)
 
 
 def _write_builtin(path: Path) -> SourceFile:
     """Write the builtin documents where every task can read them like any other source."""
     lines = (json.dumps({"text": text}) + "\n" for text in builtin_documents())
-    path.write_text("".join(lines), "utf-8")
+    with storing(path):
+        path.write_text("".join(lines), "utf-8")
     status = path.stat()
     return SourceFile(str(path), status.st_size, status.st_mtime_ns)
 

@@ -25,6 +25,7 @@ from gptray.runners.cluster import check_resources
 from gptray.runners.models import newest_run, open_model, weights_sha256
 from gptray.runners.prepare import check_sources, prepare, prepared
 from gptray.runners.runs import resolve, run_dir
+from gptray.runners.storage import check_storage
 from gptray.training.checkpoint import TrainerState, checkpoint_step, newest_whole
 from gptray.tuning.record import winner_dir
 
@@ -121,6 +122,7 @@ def look(config: Config) -> Subject:
         folder=run if run and run / "model" == model_dir else _folder(config, model_dir, run),
     )
     check_sources(text, subject.request)
+    check_storage(text.model_copy(update={"evaluate": config.evaluate}))
     _check_tokenizer(subject)
     found = subject.prepared()
     if found:

@@ -63,6 +63,7 @@ class InLine:
 
         Raises:
             NonFiniteLoss: on every worker, before anything is saved.
+            UserError, RunFailed: on every worker, what keeping or sampling met on the first.
         """
         run, journal = self._run, self._journal
         score = score_split(
@@ -74,13 +75,16 @@ class InLine:
         )
         judge(run, run.state.step, score)
         row |= score_fields(score, row["train_loss"])
-        checkpoint = None
-        if journal:
+
+        def keep() -> Path:
+            assert journal
             journal.write(row)
             checkpoint = save(run, journal)
             publish_if_best(run, run.state.step)
             tell(run, journal, run.state.step, self._sample(run.model))
-        self._report(row, checkpoint)
+            return checkpoint
+
+        self._report(row, run.workers.from_first(keep))
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -104,7 +108,8 @@ class Beside:
         self._report, self._validated = report, validated
         self._unscored: Metrics | None = None
         if step := run.state.step:
-            self._unscored = journal.row(step) if journal else {"step": step}
+            row = run.workers.from_first(lambda: journal.row(step) if journal else None)
+            self._unscored = row or {"step": step}
             report({"step": step}, checkpoint_folder(run.run_dir, step) if journal else None)
 
     def add(self, row: Metrics) -> None:
@@ -117,9 +122,7 @@ class Beside:
         if journal:
             journal.write(row)
         self.finish()
-        checkpoint = None
-        if journal:
-            checkpoint = save(run, journal)
+        checkpoint = run.workers.from_first(lambda: save(run, journal) if journal else None)
         self._unscored = row
         self._report(row, checkpoint)
 
@@ -128,6 +131,7 @@ class Beside:
 
         Raises:
             NonFiniteLoss: on every worker; the checkpoint is no longer one.
+            UserError, RunFailed: on every worker, what scoring or keeping met.
         """
         if not self._unscored:
             return
@@ -137,15 +141,18 @@ class Beside:
         try:
             judge(run, step, validation.score)
         except NonFiniteLoss:
-            if self._journal:
-                withdraw_checkpoint(run.run_dir, step)
+            run.workers.from_first(lambda: withdraw_checkpoint(run.run_dir, step))
             raise
-        if self._journal:
-            row |= score_fields(validation.score, row["train_loss"])
+
+        def keep() -> None:
+            assert self._journal
+            row.update(score_fields(validation.score, row["train_loss"]))
             publish_if_best(run, step)
             self._journal.amend(row)
             tell(run, self._journal, step, validation.samples)
             remove_old(run)
+
+        run.workers.from_first(keep)
 
 
 def judge(run: Run, step: int, score: Score) -> None:

@@ -224,7 +224,7 @@ def test_what_killed_attempts_left_goes_once_it_is_old(
 def test_check_sources_tells_everything_at_once_without_ray(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", ["x"], column="body")
     write_rows(tmp_path / "b.csv", ["x"], column="tekst")
-    config = config_for(tmp_path, tmp_path, tokenizer="./nowhere")
+    config = config_for(tmp_path, tmp_path / ".storage", tokenizer="./nowhere")
     with pytest.raises(UserError) as caught:
         check_sources(config)
     lines = str(caught.value).splitlines()

@@ -101,23 +101,23 @@ def write_sweep(
     """The sweep's folder with its record and its trials' metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config))
-    with Record(folder) as record:
-        for trial in trials:
-            record.planned(
-                trial.name,
-                trial.values,
-                max_steps=trial.values.get("train.max_steps", config.train.max_steps),
-                replicate_of=trial.replicate_of,
-            )
-        for trial in trials:
-            if trial.started:
-                record.started(trial.name)
-                write_metrics(folder, config, trial)
-            if trial.outcome:
-                step = len(trial.curve) * config.train.eval_interval
-                record.ended(trial.name, trial.outcome, step=step, message=trial.message)
-        if winner:
-            record.winner(winner)
+    record = Record(folder)
+    for trial in trials:
+        record.planned(
+            trial.name,
+            trial.values,
+            max_steps=trial.values.get("train.max_steps", config.train.max_steps),
+            replicate_of=trial.replicate_of,
+        )
+    for trial in trials:
+        if trial.started:
+            record.started(trial.name)
+            write_metrics(folder, config, trial)
+        if trial.outcome:
+            step = len(trial.curve) * config.train.eval_interval
+            record.ended(trial.name, trial.outcome, step=step, message=trial.message)
+    if winner:
+        record.winner(winner)
     return folder
 
 

@@ -147,7 +147,6 @@ def test_the_best_three_are_repeated_with_other_seeds_and_the_mean_decides() -> 
     ]
     winner = choose_winner(repeated)
     assert winner and winner.name == "0002" and mean_score(winner, repeated) == pytest.approx(2.25)
-    assert replicates(config, "/s/a", repeated)[0].name == "0005"
 
 
 def test_trials_that_lose_text_are_told_where_they_are_ahead() -> None:
@@ -159,3 +158,14 @@ def test_trials_that_lose_text_are_told_where_they_are_ahead() -> None:
     assert names(lossy_ahead([lossy, behind], lossy)) == ["b"]
     assert names(lossy_ahead([honest, behind], behind)) == ["c"]
     assert lossy_ahead([], None) == []
+
+
+def test_repetitions_that_are_there_are_not_planned_again() -> None:
+    config = sweep(LR, replicates=1)
+    trials = [trial(f"000{n}", 2.0 + n / 10, values={"optim.lr": 1e-3 * (n + 1)}) for n in range(4)]
+    seed = {"seed": Config().seed + 1}
+    trials += [trial(f"000{n + 4}", 2.0, values=seed, replicate_of=f"000{n}") for n in range(3)]
+    assert replicates(config, "/s/a", trials) == []
+    best = [*trials, trial("0007", 1.0, values={"optim.lr": 0.5})]
+    (planned,) = replicates(config, "/s/a", best)
+    assert (planned.name, planned.replicate_of) == ("0008", "0007")
