@@ -57,7 +57,8 @@ def command(storage: Path, name: str, text: Path, *, workers: int) -> list[str]:
 def write_text(path: Path, rng: random.Random) -> None:
     """Sentences enough for some epochs."""
     words = ["ray", "train", "tune", "serve", "data", "actor", "task", "node", "driver", "worker"]
-    path.write_text("".join(f"{' '.join(rng.choices(words, k=6))}.\n" for _ in range(3000)))
+    lines = (f"{' '.join(rng.choices(words, k=6))}.\n" for _ in range(3000))
+    path.write_text("".join(lines), "utf-8")
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -74,7 +75,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON-lines file that is being written."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
 def wait_for_step(run_dir: Path, step: int, driver: subprocess.Popen[bytes]) -> None:

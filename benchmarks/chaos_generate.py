@@ -55,7 +55,7 @@ def write_prompts(path: Path, count: int, rng: random.Random) -> None:
         }
         for i in range(count)
     )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def command(folder: Path, output: Path, rows_per_file: int) -> list[str]:

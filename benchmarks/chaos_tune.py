@@ -146,7 +146,8 @@ def main() -> int:
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="gptray-chaos-") as name:
         storage, text = Path(name), Path(name) / "text.txt"
-        text.write_text("".join(f"{' '.join(rng.choices(WORDS, k=6))}.\n" for _ in range(3000)))
+        lines = (f"{' '.join(rng.choices(WORDS, k=6))}.\n" for _ in range(3000))
+        text.write_text("".join(lines), "utf-8")
         finish(start(command(storage, "calm", text)))
         total = progress(storage / "calm")
         moments = sorted(rng.sample(range(int(0.9 * total)), options.kills))

@@ -140,7 +140,8 @@ def make_model(shape: str, folder: Path) -> None:
     from tokenizers import models
 
     from gptray.config import ModelConfig
-    from gptray.data.tokenizer import END_OF_TEXT, Tokenizer
+    from gptray.data.tokenizer import Tokenizer
+    from gptray.data.tokenizer_files import END_OF_TEXT
     from gptray.model.gpt import GPT
     from gptray.model.hf import save_pretrained
 

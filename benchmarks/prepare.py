@@ -149,7 +149,7 @@ def _cpu_seconds(pid: int) -> float:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except OSError:  # the process has ended
         return ""
 

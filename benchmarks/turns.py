@@ -44,7 +44,7 @@ class Contestant:
 
 def answer(prepare: Callable[[], Callable[[int], Any]]) -> None:
     """The contestant's side: prepare, then answer every job on stdin with what JSON can hold."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     run = prepare()
     print("ready", file=answers, flush=True)

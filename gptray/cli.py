@@ -6,6 +6,8 @@ function that it is given, and which keys there are is `gptray.config`'s.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
@@ -14,12 +16,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from gptray.config import Config, ConfigError, RunFailed, UserError, dump, load_config
 from gptray.fields import field_specs
+from gptray.files import cannot_write, is_storage
 from gptray.key_help import help_text
 from gptray.suggest import nearest, nearest_keys
 
@@ -54,7 +58,10 @@ def run_job(
     The job's dict becomes the last line of stdout; None: it printed that itself. UserError means
     exit code 2, RunFailed and any other exception 1, SIGINT and SIGTERM 130.
     """
+    if argv is None:
+        _use_utf8()
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    _print_what_can_be()
     try:
         if arguments.help:
             _print(help_text(Config, name=name, doc=doc))
@@ -82,9 +89,42 @@ def run_job(
         # Ray puts its own SIGTERM handler in place, which exits; a job itself never does.
         _say(f"{name}: interrupted")
         return INTERRUPTED
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _say(f"{name}: {error.strerror}: {str(error.filename)[:60]}...; choose a shorter one")
+            return MISTAKE
+        if not is_storage(error):
+            traceback.print_exc()
+            return FAILED
+        _say(f"{name}: {cannot_write(Path.cwd(), error)}")
+        return FAILED
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+def _use_utf8() -> None:
+    """Where the locale is not UTF-8, start again in Python's UTF-8 mode.
+
+    Libraries take every path for UTF-8 whatever the locale says, so that Python has to as well.
+    What is printed stays in the terminal's encoding.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    words: list[Any] = list(sys.orig_argv)
+    with suppress(OSError):
+        # As they were typed: not every locale's decoding can be undone.
+        words = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
+    os.execv(sys.executable, [sys.executable, *words[1:]])
+
+
+def _print_what_can_be() -> None:
+    """Have a terminal or log that is not UTF-8 show \\uXXXX for a character that it lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def line_printer() -> Callable[[dict[str, Any]], None]:
@@ -173,16 +213,30 @@ def _json_line(result: dict[str, Any]) -> str:
 
 
 def _print(text: str) -> None:
-    """Print to stdout, also when nobody reads it to the end (| head)."""
+    """Print to stdout, also when nobody reads it to the end (| head).
+
+    Raises:
+        RunFailed: stdout is a file on a disk that is full.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        # What is left in the buffer would fail once more when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _give_up(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise RunFailed(f"cannot write the result to stdout: {error.strerror}") from None
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    """Print to stderr; where that cannot be written the exit code has to tell."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(sys.stderr)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Write to nowhere: what is left in the buffer would fail again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Lines(logging.Handler):

@@ -81,6 +81,7 @@ class Config(Section):
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,  # file systems take 255, drafts of files add some
         description="the run's folder in storage_path; null: made from the config (Ray RunConfig)",
     )
     storage_path: str = Field(

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gptray.config import RunFailed
+from gptray.config import RunFailed, UserError
+
+# Where more room helps: a full disk, a quota, a limit on the size of a file.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# Of a path within a run.
+_LONGEST_BELOW = 256
+# What else says that storage is not what it was: read-only, broken, a mount that went away.
+_LOST = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.EHOSTDOWN)
+
+
+class CannotWrite(RunFailed):
+    """Storage that takes no more: it may pass, and the same command then resumes."""
 
 
 @contextmanager
@@ -23,22 +38,81 @@ def storing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise RunFailed(f"cannot write {path}: {_reason(error)} ({_room(path)})") from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: Exception) -> CannotWrite:
+    """What to raise where writing to `path` met `error`; names the very file where it is known."""
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if isinstance(named, (str, bytes)):
+        named = Path(os.fsdecode(named))
+        path = path if _is_hidden_below(named, path) else named
+    number = getattr(error, "errno", None)
+    is_full = number in _NO_ROOM or any(os.strerror(one) in str(error) for one in _NO_ROOM)
+    remedy = "once there is room" if is_full else "once it can be written"
+    return CannotWrite(
+        f"cannot write {path}: {_reason(error)} ({_room(path)}); the same command resumes {remedy}"
+    )
+
+
+def is_storage(error: OSError) -> bool:
+    """Whether an error is the storage's own, not that of a path that is wrong."""
+    return error.errno in (*_NO_ROOM, *_LOST)
+
+
+def _is_hidden_below(named: Path, path: Path) -> bool:
+    """Whether a name is that of a draft, which nobody knows, of `path` or in its folder."""
+    if path.parent not in named.parents:
+        return False
+    return any(part.startswith(".") for part in named.relative_to(path.parent).parts)
 
 
 def _reason(error: Exception) -> str:
     """Why, in a few words: shutil.Error lists a (source, target, reason) for each file."""
+    text = str(error)
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
-        return str(error.args[0][0][-1])
-    return getattr(error, "strerror", None) or str(error)
+        text = str(error.args[0][0][-1])
+    # safetensors and pyarrow tell the system's reason in words of their own.
+    known = [os.strerror(one) for one in (*_NO_ROOM, *_LOST)]
+    words = next((one for one in known if one in text), None)
+    return words or getattr(error, "strerror", None) or text
 
 
 def _room(path: Path) -> str:
-    there = next((one for one in (path, *path.parents) if one.exists()), None)
     try:
+        there = next((one for one in (path, *path.parents) if one.exists()), None)
         return f"{shutil.disk_usage(there or '/').free:,} bytes free"
     except OSError:
         return "the disk cannot be asked for its free space"
+
+
+def check_writable(folder: Path, *, key: str) -> None:
+    """Refuse a folder to be written to that cannot be; leaves nothing behind.
+
+    key: what says where it is, as the user wrote it.
+
+    Raises:
+        UserError: names the key, the folder and the reason.
+    """
+    try:
+        there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is not a folder")
+        for part in folder.relative_to(there).parts:
+            if len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX"):
+                raise OSError(errno.ENAMETOOLONG, f"the name {part[:40]}... is too long")
+        if len(os.fsencode(folder)) > os.pathconf(there, "PC_PATH_MAX") - _LONGEST_BELOW:
+            raise OSError(errno.ENAMETOOLONG, "the path is too long")
+        probe = there / f".gptray-{os.getpid()}.probe"
+        try:
+            probe.mkdir()
+        finally:
+            with suppress(OSError):
+                probe.rmdir()
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            return  # room may come before it is needed
+        raise UserError(f"{key}: {folder} cannot be written: {_reason(error)}") from None
 
 
 @contextmanager
@@ -52,7 +126,44 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.chmod(mode)  # safetensors makes its files private
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a lost mount has told already why
+            partial.unlink(missing_ok=True)
+
+
+def append(path: Path, data: bytes, *, cut_torn: bool = False, sync: bool = False) -> None:
+    """Add `data` to a file: all of it or, where there is no room, nothing. One writer at a time.
+
+    cut_torn: drop a last line without its end first, which a crash of the machine may leave.
+    sync: have it on disk.
+
+    Raises OSError.
+    """
+    with path.open("ab+", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        if cut_torn:
+            size = _whole_lines(path, size)
+            file.truncate(size)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _whole_lines(path: Path, size: int) -> int:
+    """The bytes of a file up to the end of its last whole line."""
+    with path.open("rb") as file:
+        if size:
+            file.seek(-1, os.SEEK_END)
+        if not size or file.read(1) == b"\n":
+            return size
+        file.seek(0)
+        return file.read().rfind(b"\n") + 1
 
 
 def sha256_of(path: Path) -> str:

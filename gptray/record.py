@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import platform
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from gptray import __version__
+from gptray.config import RunFailed
+from gptray.files import append, storing
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -26,15 +29,26 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; a torn last line, left by a kill, is not a row yet."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
+    lines = path.read_text("utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
 def write_event(run_dir: Path, event: str, **fields: Any) -> None:
-    """Append one event to `events.jsonl` in a single write."""
+    """Append one event to `events.jsonl`, whole or not at all.
+
+    Raises:
+        RunFailed: the disk is full or cannot be written.
+    """
     line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
-    with (run_dir / EVENTS).open("a") as file:
-        file.write(line + "\n")
+    path = run_dir / EVENTS
+    with storing(path):
+        append(path, line.encode("utf-8", "backslashreplace") + b"\n", cut_torn=True)
+
+
+def try_event(run_dir: Path, event: str, **fields: Any) -> None:
+    """Write an event of a failure that is told elsewhere, whether the disk takes it or not."""
+    with suppress(RunFailed):
+        write_event(run_dir, event, **fields)
 
 
 def versions() -> dict[str, str]:

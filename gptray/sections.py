@@ -56,7 +56,12 @@ class DataConfig(Section):
     tokenizer: str | None = Field(
         None,
         description="bpe (byte-level, trained on the training split), char (one token a "
-        "character), or a Hugging Face tokenizer's folder or hub id; null: init_from's, else bpe",
+        "character), or a Hugging Face tokenizer's folder, tokenizer.json or hub id; null: "
+        "init_from's, else bpe",
+    )
+    eos_token: NonEmpty | None = Field(
+        None,
+        description="the token that ends a text, where the tokenizer names none or another",
     )
     vocab_size: Annotated[int, Field(ge=257)] = Field(
         2048, description="entries of a tokenizer trained here (bpe), end-of-text included"
@@ -94,6 +99,17 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None, description="start from these weights: an HF GPT-2 folder, a run folder or a hub id"
     )
+    resize_vocab: bool = Field(
+        False,
+        description="fit init_from's embedding to another tokenizer: rows of tokens that both have "
+        "are kept, the others start from the mean row",
+    )
+
+    @model_validator(mode="after")
+    def _resizes_what_there_is(self) -> ModelConfig:
+        if self.resize_vocab and self.init_from is None:
+            raise ValueError("model.resize_vocab=true goes with model.init_from")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
@@ -130,7 +146,9 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    max_steps: PositiveInt = Field(1000, description="optimizer updates")
+    max_steps: PositiveInt = Field(
+        1000, description="optimizer updates; raised under the same name, the run trains longer"
+    )
     global_batch_size: PositiveInt = Field(16, description="sequences per step, all workers")
     micro_batch_size: PositiveInt | None = Field(
         None,
@@ -163,7 +181,7 @@ class TrainConfig(Section):
         False, description="torch.compile; needs a C++ compiler, pays on longer runs"
     )
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on with a run of this name; never: only start a new one"
+        "auto", description="auto: resume a run of this name; never: only start a new one"
     )
 
     @model_validator(mode="after")
@@ -204,7 +222,9 @@ class TuneConfig(Section):
         "loguniform or randint, and a condition (when); see configs/overfitting_sweep.yaml",
     )
     num_samples: PositiveInt = Field(
-        16, description="trials drawn, for each point of the grid where there is one (TuneConfig)"
+        16,
+        description="trials drawn, for each point of the grid where there is one; raised under the "
+        "same name, the sweep gets more (TuneConfig)",
     )
     search_alg: Literal["random", "optuna"] = Field(
         "random", description="optuna: suggests from what trials came to (gptray[optuna])"
@@ -212,6 +232,12 @@ class TuneConfig(Section):
     baseline: bool = Field(True, description="one trial more, first, of the config as it is")
     replicates: Annotated[int, Field(ge=0)] = Field(
         0, description="other seeds with which the best three are repeated; their mean decides"
+    )
+    retry_failed: bool = Field(
+        True,
+        description="trials that failed for a passing reason (a full disk, a process that died) "
+        "run again with the next call, before which there is no winner; false: the best of the "
+        "others wins",
     )
     max_concurrent_trials: PositiveInt | None = Field(
         None, description="null: as many as find room, each worker with a core (TuneConfig)"

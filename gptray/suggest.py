@@ -18,6 +18,7 @@ ALIASES = {
     "data.text_column": "column text_field text_key",
     "data.tokenizer": "tokenizer_name tokeniser encoding",
     "data.vocab_size": "vocab n_vocab vocabulary",
+    "data.eos_token": "eos end_of_text bos_eos_token eod_token document_separator_token",
     "data.split": "splits val_split train_split val_fraction split_ratio train_ratio test_split",
     "data.fraction": "data_fraction subset train_fraction",
     "model.n_layer": "n_layers num_layers layers num_hidden_layers depth num_blocks n_blocks",
@@ -34,6 +35,7 @@ ALIASES = {
     "model.initializer_range": "init_std init_range",
     "model.init_from": "pretrained pretrained_model_name_or_path checkpoint model_name init "
     "load_from",
+    "model.resize_vocab": "resize_token_embeddings resize_embeddings resize_embedding grow_vocab",
     "optim.lr": "learning_rate max_lr peak_lr base_lr learningrate",
     "optim.min_lr": "lr_min final_lr min_learning_rate eta_min lr_end",
     "optim.schedule": "scheduler lr_scheduler lr_schedule decay lr_scheduler_type lr_decay_style",

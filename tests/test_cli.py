@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from gptray.cli import run_job
 from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.fields import field_specs
 
+ROOT = Path(__file__).resolve().parent.parent
 Job = Callable[[Config], dict[str, Any]]
 
 
@@ -206,3 +208,45 @@ def test_reader_that_stopped_is_no_error() -> None:
     )
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file"),
+            1,
+            r"train: cannot write /disk/file: No space left on device \([\d,]+ bytes free\); the "
+            "same command resumes once there is room\n",
+        ),
+        (
+            OSError(errno.EROFS, os.strerror(errno.EROFS), "/disk/file"),
+            1,
+            r"train: cannot write /disk/file: Read-only file system .*once it can be written\n",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "n" * 300),
+            2,
+            "train: File name too long: n{60}...; choose a shorter one\n",
+        ),
+    ],
+)
+def test_storage_that_fails_anywhere_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], error: OSError, code: int, said: str
+) -> None:
+    assert run(job=raising(error)) == code
+    assert re.fullmatch(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("stream", "code"), [("stdout", 1), ("stderr", 2)])
+def test_output_to_a_full_disk_ends_in_the_exit_code(
+    tmp_path: Path, stream: str, code: int
+) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--dry-run"]
+    command += [f"storage_path={tmp_path}", "optim.lr=1" if code == 1 else "optim.lrr=1"]
+    with Path("/dev/full").open("wb") as full:
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        done = subprocess.run(command, **{**streams, stream: full}, check=False, timeout=120)
+    assert done.returncode == code
+    if code == 1:
+        assert done.stderr == b"train: cannot write the result to stdout: No space left on device\n"

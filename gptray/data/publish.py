@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptray.config import UserError
 from gptray.data.tokens import DamagedData, TokenData
+from gptray.files import check_writable, storing
 
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -24,17 +24,18 @@ _ABANDONED_SECONDS = 24 * 3600
 def building(data_dir: Path) -> Iterator[Path]:
     """Give an empty folder to fill, and make it `data_dir` when the block ends well.
 
-    Raises UserError where the folder cannot be made.
+    Raises UserError for a folder that cannot be written, RunFailed where the disk takes no more;
+    nothing of the attempt stays.
     """
-    _remove_abandoned(data_dir)
+    check_writable(data_dir.parent, key="storage_path")
     folder = _beside(data_dir)
-    try:
+    with storing(data_dir):
+        _remove_abandoned(data_dir)
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"storage_path: {folder.parent} cannot be written: {error}") from None
     try:
         yield folder
-        _publish(folder, data_dir)
+        with storing(data_dir):
+            _publish(folder, data_dir)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,7 +17,12 @@ from typing import Any
 from gptray.config import Config, UserError
 from gptray.data.builtin import builtin_version
 from gptray.data.sources import BUILTIN, SourceFile, file_sha256, find_files
-from gptray.data.tokenizer import KINDS, folder_sha256, tokenizer_folder
+from gptray.data.tokenizer_files import (
+    END_OF_TEXT,
+    KINDS,
+    tokenizer_path,
+    tokenizer_sha256,
+)
 from gptray.data.tokens import FORMAT_VERSION
 
 # Up to this size the text itself is the identity, so that a copy or a touched file is no other
@@ -31,12 +36,13 @@ class Request:
 
     files: tuple[SourceFile, ...]  # none: builtin
     text_column: str
-    tokenizer: str  # bpe, char, a folder or a hub id
+    tokenizer: str  # bpe, char, a path or a hub id
     vocab_size: int
     split: tuple[float, ...]
     fraction: float
     seed: int
     root: Path  # of all prepared data
+    eos_token: str | None = None
     key: str = "data.source"  # the config's name for the source, in messages
 
     @cached_property
@@ -57,10 +63,11 @@ class Request:
         if self.tokenizer in KINDS:
             size = {"vocab_size": self.vocab_size} if self.tokenizer == "bpe" else {}
             return {"kind": self.tokenizer, **size}
-        folder = tokenizer_folder(self.tokenizer)
-        if folder is None:
-            return {"kind": "hub", "id": self.tokenizer}
-        return {"kind": "folder", "sha256": folder_sha256(folder)}
+        eos = {} if self.eos_token is None else {"eos_token": self.eos_token}
+        path = tokenizer_path(self.tokenizer)
+        if path is None:
+            return {"kind": "hub", "id": self.tokenizer, **eos}
+        return {"kind": "folder", "sha256": tokenizer_sha256(path), **eos}
 
     @property
     def data_dir(self) -> Path:
@@ -93,25 +100,31 @@ def _request(
             f"storage_path={config.storage_path}: token shards are memory-mapped; "
             "give a folder that every node sees"
         )
-    data = config.data
+    data, tokenizer = config.data, tokenizer_name(config)
+    if tokenizer in KINDS and data.eos_token not in (None, END_OF_TEXT):
+        raise UserError(
+            f"data.eos_token={data.eos_token!r}: a tokenizer made here ({tokenizer}) ends texts "
+            f"with {END_OF_TEXT!r}; leave it out"
+        )
     files = [] if source in (BUILTIN, [BUILTIN]) else find_files(source, key=key)
     if files and not any(file.size for file in files):
         raise UserError(f"{key}: there is no text in it")
     return Request(
         files=tuple(files),
         text_column=data.text_column,
-        tokenizer=tokenizer_name(config),
+        tokenizer=tokenizer,
         vocab_size=data.vocab_size,
         split=split,
         fraction=data.fraction,
         seed=config.seed if data.seed is None else data.seed,
         root=Path(config.storage_path).expanduser().absolute() / "data",
+        eos_token=data.eos_token,
         key=key,
     )
 
 
 def tokenizer_name(config: Config) -> str:
-    """bpe, char, a folder or a hub id: as set, else that of the model to start from, else bpe."""
+    """bpe, char, a path or a hub id: as set, else that of the model to start from, else bpe."""
     return config.data.tokenizer or config.model.init_from or "bpe"
 
 

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from gptray.data.tokens import TokenSplit
 
+# Nats that every lost byte of a text costs: 8 bits, so that forgetting never pays.
+NATS_PER_LOST_BYTE = 8 * math.log(2)
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -75,16 +78,36 @@ class Windows:
 
 @dataclass(frozen=True)
 class Score:
-    """Nats over `tokens` predicted tokens of a text of `num_bytes` UTF-8 bytes."""
+    """Nats over `tokens` predicted tokens of a text of `num_bytes` UTF-8 bytes.
+
+    They include 8 bits for each of the `lost_bytes` that the tokenizer does not give back: a
+    tokenizer that drops half of the text would otherwise have half of the text to predict.
+    """
 
     nats: float
     tokens: int
     num_bytes: int
+    lost_bytes: int = 0
+
+    @classmethod
+    def charged(cls, nats: float, tokens: int, num_bytes: int, lost_bytes: int) -> Score:
+        """The score of tokens that cost `nats`, with what the lost bytes cost."""
+        return cls(nats + NATS_PER_LOST_BYTE * lost_bytes, tokens, num_bytes, lost_bytes)
+
+    @property
+    def lost(self) -> float:
+        """Share of the text that the tokenizer does not give back."""
+        return self.lost_bytes / self.num_bytes
 
     @property
     def loss(self) -> float:
         """Nats per token."""
         return self.nats / self.tokens
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether a float holds the perplexity that the loss has without charge."""
+        return (self.nats - NATS_PER_LOST_BYTE * self.lost_bytes) / self.tokens < 709
 
     @property
     def perplexity(self) -> float:
@@ -95,3 +118,8 @@ class Score:
     def bits_per_byte(self) -> float:
         """Independent of the tokenizer: loss x tokens / (ln 2 x bytes)."""
         return self.nats / (math.log(2) * self.num_bytes)
+
+
+def charge_per_token(split: TokenSplit) -> float:
+    """Nats by which a split's lost bytes raise its loss: 8 bits each, shared by its tokens."""
+    return NATS_PER_LOST_BYTE * split.lost_bytes / split.tokens

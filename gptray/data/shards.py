@@ -1,6 +1,7 @@
 """Write token shards: flat little-endian files of token ids, one after the other.
 
 Encodes in batches of about a quarter of a megabyte, so that memory does not grow with the text.
+Every text is checked: what its tokens do not give back is counted.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from gptray.data.boundary import chunks, first_boundary, last_boundary
+from gptray.data.difference import Lost
+from gptray.data.roundtrip import RoundTrip
 from gptray.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 18
@@ -27,6 +31,17 @@ class Shard:
     tokens: int
     bytes: int  # UTF-8 bytes of the text in it, end-of-text tokens not counted
     sha256: str
+    lost: Lost  # of the text in it
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """Its place in a manifest, under the name that it has there."""
+        return {
+            "file": name,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "lost_bytes": min(self.lost.bytes, self.bytes),
+            "sha256": self.sha256,
+        }
 
 
 def shard_dtype(vocab_size: int) -> str:
@@ -46,7 +61,10 @@ class ShardEncoder:
         self.cuts = tokenizer.cuts_at_boundaries()
         self.end_of_text = self._pack([tokenizer.eos_id])
         self._tokenizer = tokenizer
+        self._round_trip = RoundTrip(tokenizer)
+        self._checks_chunks = self.cuts and self._round_trip.adds_up
         self._known: dict[str, bytes] = {}
+        self._lossy: dict[str, Lost] = {}
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """The ids of each text, as they stand in a shard."""
@@ -55,10 +73,21 @@ class ShardEncoder:
         parts = [chunks(text) for text in texts]
         if len(self._known) > _REMEMBERED:
             self._known.clear()
+            self._lossy.clear()
         new = list({chunk for part in parts for chunk in part} - self._known.keys())
         for chunk, ids in zip(new, self._tokenizer.encode_batch(new), strict=True):
             self._known[chunk] = self._pack(ids)
+            if self._checks_chunks and (lost := self._round_trip.lost(chunk, ids, begins=False)):
+                self._lossy[chunk] = lost
         return [b"".join(map(self._known.__getitem__, part)) for part in parts]
+
+    def lost(self, text: str, encoded: bytes) -> Lost | None:
+        """What is lost of a text that was encoded just now; None: nothing."""
+        if self._round_trip.is_lossless or (self._checks_chunks and not self._lossy):
+            return None
+        if self._checks_chunks:
+            return Lost.joined(self._lossy[part] for part in chunks(text) if part in self._lossy)
+        return self._round_trip.lost(text, np.frombuffer(encoded, self.dtype).tolist())
 
     def _pack(self, ids: list[int]) -> bytes:
         return np.array(ids, dtype=self.dtype).tobytes()
@@ -75,6 +104,7 @@ class ShardWriter:
         self._batched = 0  # characters
         self._digest = hashlib.sha256()
         self._tokens = self._bytes = 0
+        self._lost = Lost()
 
     def __enter__(self) -> ShardWriter:
         self._stream = self._path.open("wb")
@@ -83,10 +113,12 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: object, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._push(self._open, False)
-            self._flush()
-        self._stream.close()
+        try:
+            if kind is None:
+                self._push(self._open, False)
+                self._flush()
+        finally:
+            self._stream.close()
         if not self._tokens:
             self._path.unlink()
 
@@ -95,7 +127,8 @@ class ShardWriter:
         """What was written; None when nothing was."""
         if not self._tokens:
             return None
-        return Shard(self._path.name, self._tokens, self._bytes, self._digest.hexdigest())
+        digest = self._digest.hexdigest()
+        return Shard(self._path.name, self._tokens, self._bytes, digest, self._lost)
 
     def add(self, text: str, *, ends: bool) -> None:
         """Append a run of a document's text, and end of text where the document ends."""
@@ -132,4 +165,6 @@ class ShardWriter:
             self._digest.update(block)
             self._tokens += len(block) // self._encoder.dtype.itemsize
             self._bytes += len(text.encode())
+            if lost := self._encoder.lost(text, ids):
+                self._lost.add(lost)
         self._batch, self._batched = [], 0

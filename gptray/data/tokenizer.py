@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptray.config import UserError
 from gptray.data.boundary import chunks
-from gptray.data.sources import hint
+from gptray.data.tokenizer_files import END_OF_TEXT, end_of_text, open_tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
-KINDS = ("bpe", "char")
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _PROBES = (
     "one two",
     "\uac00\ub098 \ub2e4 1 b",
@@ -32,9 +29,18 @@ _PROBES = (
     "\u4e00\u3002\n\u4e8c",
 )
 _ANY_CHARACTER = tokenizers.Regex(r"[\s\S]")
-_TOKENIZER_FILES = re.compile(
-    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges).*\.(json|txt|model)|.*\.model"
-)
+_SHOWN = 40  # characters of a text that cannot be read
+
+
+class UnreadableText(UserError):
+    """Text that a tokenizer does not know and has no unknown token for; `piece` stands in it."""
+
+    def __init__(self, message: str, piece: str) -> None:
+        super().__init__(message)
+        self.piece = piece
+
+    def __reduce__(self) -> tuple[type[UnreadableText], tuple[str, str]]:
+        return type(self), (str(self), self.piece)
 
 
 class Tokenizer:
@@ -58,10 +64,28 @@ class Tokenizer:
         """Of the bytes of tokenizer.json."""
         return hashlib.sha256(self._json()).hexdigest()
 
+    @property
+    def is_by_character(self) -> bool:
+        """Whether it has one token for each character, and raises for others."""
+        return self._characters is not None
+
+    def parts(self) -> dict[str, Any]:
+        """What tokenizer.json holds."""
+        parts: dict[str, Any] = json.loads(self._json())
+        return parts
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of each token in the vocabulary, by id; of ids that stand for none, ""."""
+        names = [""] * self.vocab_size
+        for name, number in self._backend.get_vocab(with_added_tokens=True).items():
+            names[number] = name
+        return names
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, no special token added.
 
-        Raises UserError for a character that a character tokenizer does not know.
+        Raises UnreadableText for what a tokenizer without an unknown token does not know.
         """
         return self.encode_batch([text])[0]
 
@@ -78,10 +102,16 @@ class Tokenizer:
         return ids or [self.eos_id]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, no special token added."""
+        """Token ids of each text, no special token added.
+
+        Raises UnreadableText for what a tokenizer without an unknown token does not know.
+        """
         if self._characters is not None:
             return [self._encode_characters(text, self._characters) for text in texts]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise self._unreadable(texts, error) from None
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -90,10 +120,15 @@ class Tokenizer:
 
     def cuts_at_boundaries(self) -> bool:
         """Whether text that is cut at `gptray.data.boundary`'s places gets the same tokens."""
-        return self._characters is not None or all(
-            self.encode(text) == [i for chunk in chunks(text) for i in self.encode(chunk)]
-            for text in _PROBES
-        )
+        if self._characters is not None:
+            return True
+        try:
+            return all(
+                self.encode(text) == [i for chunk in chunks(text) for i in self.encode(chunk)]
+                for text in _PROBES
+            )
+        except UnreadableText:
+            return False  # not to be known without a text that it can read
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `AutoTokenizer.from_pretrained` opens."""
@@ -110,63 +145,15 @@ class Tokenizer:
         _write_json(folder / "special_tokens_map.json", self._special)
 
     @classmethod
-    def load(cls, source: str | Path) -> Tokenizer:
-        """Open a tokenizer, model, run or prepared-data folder, or a Hugging Face hub id.
+    def load(cls, source: str | Path, *, eos_token: str | None = None) -> Tokenizer:
+        """Open a tokenizer, model, run or prepared-data folder, a tokenizer file or a hub id.
 
-        Raises UserError when there is none or it has no end-of-text token.
+        eos_token: the token that ends a text, where the tokenizer names none or another.
+        Raises UserError when there is no tokenizer or no end-of-text token.
         """
-        folder = tokenizer_folder(str(source))
-        if folder is not None and (folder / "tokenizer.json").is_file():
-            return cls._from_json(folder)
-        return cls._from_transformers(str(folder or source))
-
-    @classmethod
-    def _from_json(cls, folder: Path) -> Tokenizer:
-        path = folder / "tokenizer.json"
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise UserError(f"{path}: not a tokenizer: {error}") from None
-        special: dict[str, str] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / name).is_file():
-                special |= _special_tokens(_read_json(folder / name))
-        if "eos_token" not in special and (folder / "config.json").is_file():
-            # A model's folder whose tokenizer class knows its special tokens, as GPT-2's does.
-            return cls._from_transformers(str(folder))
-        return cls._checked(backend, special, str(folder))
-
-    @classmethod
-    def _from_transformers(cls, source: str) -> Tokenizer:
-        from transformers import AutoTokenizer
-
-        try:
-            loaded = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"data.tokenizer={source}: neither a folder nor a hub id that could be loaded: "
-                f"{reason}"
-            ) from None
-        if getattr(loaded, "backend_tokenizer", None) is None:
-            raise UserError(f"data.tokenizer={source}: it has no tokenizer.json form")
-        return cls._checked(
-            loaded.backend_tokenizer, _special_tokens(loaded.special_tokens_map), source
-        )
-
-    @classmethod
-    def _checked(
-        cls, backend: tokenizers.Tokenizer, special: dict[str, str], source: str
-    ) -> Tokenizer:
-        eos = special.get("eos_token")
-        if eos is None:
-            raise UserError(
-                f"data.tokenizer={source}: it has no end-of-text token; "
-                "name one as eos_token in its tokenizer_config.json"
-            )
-        if backend.token_to_id(eos) is None:
-            raise UserError(f"data.tokenizer={source}: eos_token {eos!r} is not in its vocabulary")
-        return cls(backend, special)
+        opened = backend, special = open_tokenizer(str(source))
+        eos = end_of_text(opened, str(source), asked=eos_token)
+        return cls(backend, {**special, "eos_token": eos})
 
     def _json(self) -> bytes:
         return self._backend.to_str().encode()
@@ -177,10 +164,34 @@ class Tokenizer:
             return [ids[character] for character in text]
         except KeyError as error:
             character = str(error.args[0])
-            raise UserError(
+            raise UnreadableText(
                 f"the character tokenizer does not know {character!r} (U+{ord(character):04X}): "
-                "it was not in the text that the tokenizer was made from"
+                "it was not in the text that the tokenizer was made from",
+                character,
             ) from None
+
+    def _unreadable(self, texts: Sequence[str], error: Exception) -> UnreadableText:
+        """Find what the model, which has no unknown token, could not encode."""
+        text = next(text for text in texts if not self._can_read(text))
+        words = (word for word in text.split() if not self._can_read(word))
+        word = next(words, text)
+        piece = next((one for one in word if not self._can_read(one)), word)
+        kind = type(self._backend.model).__name__
+        if kind == "WordLevel":
+            piece = word
+        return UnreadableText(
+            f"the tokenizer ({kind}) does not know {piece[:_SHOWN]!r} and has no unknown token "
+            f"({str(error).strip()}); give it one (unk_token), or choose data.tokenizer=bpe, which "
+            "reads any text",
+            piece,
+        )
+
+    def _can_read(self, text: str) -> bool:
+        try:
+            self._backend.encode(text, add_special_tokens=False)
+        except Exception:  # tokenizers raises nothing narrower
+            return False
+        return True
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -222,63 +233,10 @@ def _one_token_per_character(backend: tokenizers.Tokenizer) -> bool:
     return (
         backend.normalizer is None
         and repr(backend.pre_tokenizer) == repr(split)
+        and repr(backend.decoder) == repr(decoders.Fuse())
         and backend.token_to_id(backend.model.unk_token) is None
     )
 
 
-def tokenizer_folder(source: str) -> Path | None:
-    """The folder that holds the tokenizer of a tokenizer, model, run or data folder.
-
-    None: not a folder, so a hub id. Raises UserError for a path that is not there or holds none.
-    """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-            raise UserError(f"data.tokenizer={source}: there is no such folder")
-        near = hint(source.lower(), KINDS)
-        if near and "/" not in source:
-            raise UserError(f"data.tokenizer={source}: neither a folder nor a known kind{near}")
-        return None
-    for candidate in (folder, folder / "model", folder / "tokenizer"):
-        if candidate.is_dir() and tokenizer_files(candidate):
-            return candidate
-    raise UserError(f"data.tokenizer={source}: the folder holds no tokenizer (tokenizer.json)")
-
-
-def folder_sha256(folder: Path) -> str:
-    """Identity of a tokenizer folder: of the names and bytes of its tokenizer files."""
-    digest = hashlib.sha256()
-    for path in tokenizer_files(folder):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that a tokenizer is made of; none: it holds no tokenizer."""
-    return sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """Names of special tokens; files give them as text or as an object with `content`."""
-    found = {}
-    for name in _SPECIAL_NAMES:
-        value = settings.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None:
-            found[name] = str(value)
-    return found

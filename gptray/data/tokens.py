@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gptray.data.difference import loses
 from gptray.data.split import split_names
 from gptray.data.tokenizer import Tokenizer
 from gptray.files import sha256_of
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class DamagedData(ValueError):
@@ -35,11 +36,18 @@ class TokenSplit:
         self.tokens: int = entry["tokens"]
         self.bytes: int = entry["bytes"]
         self.documents: int = entry["documents"]
+        # UTF-8 bytes that the tokenizer does not give back.
+        self.lost_bytes: int = entry["lost_bytes"]
         self._folder = folder
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shards: list[dict[str, Any]] = entry["shards"]
         self._starts = list(accumulate((s["tokens"] for s in self._shards), initial=0))
         self._maps: dict[int, npt.NDArray[np.unsignedinteger[Any]]] = {}
+
+    @property
+    def lost(self) -> float:
+        """Share of the text that the tokenizer does not give back."""
+        return self.lost_bytes / self.bytes if self.bytes else 0.0
 
     def __len__(self) -> int:
         return self.tokens
@@ -122,6 +130,12 @@ class TokenData:
     def tokenizer(self) -> Tokenizer:
         """Loaded when first asked for."""
         return Tokenizer.load(self.data_dir / "tokenizer")
+
+    @cached_property
+    def loses(self) -> str:
+        """What the tokenizer loses of the text, in words; nothing if it loses nothing."""
+        num_bytes = sum(split.bytes for split in self.splits.values())
+        return loses(self.manifest["tokenizer"]["lost"], num_bytes)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from gptray.config import UserError
 from gptray.data.boundary import first_boundary
 from gptray.data.corpus import EMPTY_ROW, Part, Piece, read_parts
 from gptray.data.plan import PiecePlan, PieceScan
 from gptray.data.shards import Shard, ShardEncoder, ShardWriter
 from gptray.data.sources import file_sha256
 from gptray.data.split import SPLITS, TRAIN, UNUSED, Labels
-from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokenizer import Tokenizer, UnreadableText
 
 SAMPLE_CHARACTERS = 1 << 16
 
@@ -98,10 +99,28 @@ def tokenise(
     """Write unit `number`'s shards into `folder`, by its `tokenizer/`, and describe them by label.
 
     There is one per split that has text in the unit.
+    Raises UserError for text that the tokenizer cannot read, naming its file.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this task has one core; others run beside it
     encoder = _encoder(folder / "tokenizer")
     writers: dict[int, ShardWriter] = {}
+    try:
+        _write(unit, text_column, encoder, writers, folder=folder, number=number)
+    except UnreadableText as error:
+        name = _file_with(error.piece, unit, text_column)
+        raise UserError(f"{name}: {error}") from None
+    return {label: w.shard for label, w in sorted(writers.items()) if w.shard is not None}
+
+
+def _write(
+    unit: Sequence[PiecePlan],
+    text_column: str,
+    encoder: ShardEncoder,
+    writers: dict[int, ShardWriter],
+    *,
+    folder: Path,
+    number: int,
+) -> None:
     with ExitStack() as stack:
         for label, part in _labelled(unit, text_column):
             if label == UNUSED:
@@ -110,7 +129,14 @@ def tokenise(
                 path = folder / f"{SPLITS[label]}.{number:06d}.part"
                 writers[label] = stack.enter_context(ShardWriter(path, encoder))
             writers[label].add(part.text, ends=part.ends)
-    return {label: w.shard for label, w in sorted(writers.items()) if w.shard is not None}
+
+
+def _file_with(piece: str, unit: Sequence[PiecePlan], text_column: str) -> str:
+    """The name of the first of a unit's files that has a piece of text."""
+    for plan in unit:
+        if any(piece in text for text, _ in read_parts(plan.piece, text_column)):
+            return plan.piece.file.name
+    raise AssertionError(piece)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from gptray.data.split import LONG_NAMES
 from gptray.evaluation.page import Row, continuation, paragraph, section, table
 from gptray.evaluation.result import Evaluation, Sample, SplitResult
+from gptray.evaluation.wording import perplexity
 
 # Samples of held-out text that are shown.
 SHOWN = 6
@@ -20,10 +21,10 @@ def evaluation_sentence(evaluation: Evaluation) -> str:
             break
     else:
         return "No text was scored."
-    perplexity = f"perplexity {split['ppl']:,.1f}, " if split["ppl"] is not None else ""
+    ppl = f"perplexity {perplexity(split['ppl'])}, " if split["ppl"] is not None else ""
     text = (
         f"The loss on the {LONG_NAMES[name]} text is {split['loss']:.3f} nats per token: "
-        f"{perplexity}{split['bpb']:.3f} bits per byte."
+        f"{ppl}{split['bpb']:.3f} bits per byte."
     )
     recited = evaluation["memorised_50"]
     if recited is not None and recited >= 0.1:

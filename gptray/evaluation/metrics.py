@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gptray.data.difference import percent
 from gptray.data.scoring import Score, Windows
 from gptray.data.tokens import TokenSplit
 from gptray.evaluation.result import SplitResult
@@ -110,11 +111,15 @@ def split_result(
 ) -> SplitResult:
     """The numbers of a split of which `scored` windows were scored.
 
-    A part of a split is taken to have as many bytes a token as the whole.
+    A part of a split is taken to have as many bytes a token as the whole, and as many lost ones.
+    Lost bytes raise the loss of every document by the same per token: no change to its error.
     """
     tokens, whole = int(sums.tokens.sum()), scored == len(windows)
-    num_bytes = split.bytes if whole else round(split.bytes * tokens / (len(split) - 1))
-    score = Score(float(sums.nats.sum()), tokens, num_bytes)
+    num_bytes, lost_bytes = (
+        amount if whole else round(amount * tokens / (len(split) - 1))
+        for amount in (split.bytes, split.lost_bytes)
+    )
+    score = Score.charged(float(sums.nats.sum()), tokens, num_bytes, lost_bytes)
     return {
         "loss": score.loss,
         "stderr": sums.standard_error,
@@ -122,9 +127,20 @@ def split_result(
         "bpb": score.bits_per_byte,
         "tokens": tokens,
         "bytes": num_bytes,
+        "lost_bytes": lost_bytes,
         "documents": len(sums.documents),
-        "how": _how(windows, scored, len(sums.documents)),
+        "how": _how(windows, scored, len(sums.documents)) + _charge(score, whole=whole),
     }
+
+
+def _charge(score: Score, *, whole: bool) -> str:
+    if not score.lost_bytes:
+        return ""
+    which = "" if whole else ", by the split's mean"
+    return (
+        f"; 8 bits are charged for each byte that the tokenizer loses, {percent(score.lost)} of "
+        f"the text{which}"
+    )
 
 
 def _how(windows: Windows, scored: int, documents: int) -> str:

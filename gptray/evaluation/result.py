@@ -21,6 +21,7 @@ class SplitResult(TypedDict):
     stderr: float | None  # of the loss, documents as clusters; None with fewer than two of them
     ppl: float | None  # exp(loss); None where no float holds it
     bpb: float  # bits per byte: loss x tokens / (ln 2 x bytes)
+    lost_bytes: int  # that the tokenizer does not give back; each is charged 8 bits
     tokens: int  # scored
     bytes: int  # UTF-8 bytes of the text of these tokens
     documents: int

@@ -23,7 +23,7 @@ from gptray.evaluation.page import (
     tiles,
 )
 from gptray.evaluation.svg import figure
-from gptray.evaluation.wording import count, magnitude, time_words
+from gptray.evaluation.wording import count, magnitude, perplexity, time_words
 
 # Evaluations whose samples are shown at once, and those that a click shows besides.
 SHOWN, FOLDED = 5, 40
@@ -80,7 +80,12 @@ def headline(run: RunRecord) -> str:
     listed = f'<ol class="advice">\n{items}\n</ol>' if len(advice) > 1 else ""
     if len(advice) == 1:
         listed = f'<p class="soft">{esc(advice[0].reason)}</p>'
-    return paragraph(sentence(run.diagnosis, run.config), "headline") + "\n" + listed
+    parts = [paragraph(sentence(run.diagnosis, run.config), "headline"), listed]
+    loses = next((event["loses"] for event in reversed(run.events) if event.get("loses")), "")
+    if loses:
+        charge = "losses and bits per byte include 8 bits for each lost byte"
+        parts.append(paragraph(f"{loses[0].upper()}{loses[1:]}; {charge}."))
+    return "\n".join(parts)
 
 
 def _tiles(run: RunRecord) -> str:
@@ -90,7 +95,7 @@ def _tiles(run: RunRecord) -> str:
     row = _row_at(run, best.step)
     figures = [
         (f"{best.val_loss:.3f}", f"best validation loss, step {best.step:,}"),
-        (f"{row['val_ppl']:,.1f}", "its perplexity"),
+        (perplexity(row["val_ppl"]), "its perplexity"),
         (f"{row['val_bpb']:.3f}", "its bits per byte"),
         (f"{best.gap:+.3f}", "validation minus training loss there"),
     ]
@@ -120,12 +125,16 @@ def _at_three_steps(run: RunRecord) -> str:
         ("Learning rate", "lr", ".3g", "of that step"),
     ]
     rows = [
-        Row(name, how, tuple(f"{row[key]:{form}}" for _, row in chosen))
+        Row(name, how, tuple(_figure(row[key], key, form) for _, row in chosen))
         for name, key, form, how in numbers
     ]
     if not chosen:
         return ""
     return table([f"{name}: step\u00a0{row['step']:,}" for name, row in chosen], rows)
+
+
+def _figure(value: float, key: str, form: str) -> str:
+    return perplexity(value, places=2) if key == "val_ppl" else f"{value:{form}}"
 
 
 VALIDATION_LOSS = (

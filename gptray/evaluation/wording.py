@@ -32,6 +32,11 @@ def magnitude(number: int) -> str:
     return f"{number:,}"
 
 
+def perplexity(value: float, *, places: int = 1) -> str:
+    """A perplexity; of a loss that is mostly charged for lost text it has no use for its digits."""
+    return f"{value:,.{places}f}" if value < 1e9 else f"{value:.1e}"
+
+
 def decimals(difference: float) -> int:
     """How many decimals let a difference be seen: two, and more for a small one."""
     for places in (2, 3, 4):

@@ -11,12 +11,12 @@ SOURCE = Path(__file__).with_name("native.cpp")
 
 
 def pick_backend(backend: str, *, use_gpu: bool) -> str:
-    """The backend for `generate.backend` auto | native | torch: native where it can be had.
+    """The backend for `generate.backend` auto | native | torch: native where this machine has it.
 
     Raises:
-        UserError: native was asked for and cannot be had; says what is missing.
+        UserError: native was asked for and is not there; says what is missing.
     """
-    return check_backend(KEY, backend, use_gpu=use_gpu)
+    return check_backend(KEY, backend, use_gpu=use_gpu, source=SOURCE)
 
 
 def library() -> Path:

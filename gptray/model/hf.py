@@ -7,7 +7,8 @@ Every file appears whole: it is written beside its place and then renamed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -75,15 +76,47 @@ def load_pretrained(source: str | Path, *, dropout: float | None = None) -> GPT:
     return model
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How a network's embedding is made from a file's.
+
+    kept: for each of the network's tokens, its row in the file; -1: a new one. known: rows of the
+    file that stand for tokens, padding left out. seed: rules the new rows.
+    """
+
+    kept: Sequence[int]
+    known: int
+    seed: int
+
+    def of(self, stored: Tensor) -> Tensor:
+        """The rows (tokens, width) from the stored ones.
+
+        New ones are the mean of those known with a tenth of their spread as noise: the model then
+        gives a new token about the probability of an average one, whereas rows near zero would
+        take probability from all others. (Hewitt 2021)
+        """
+        stored = stored.float()
+        kept = torch.tensor(self.kept)
+        rows = stored[kept.clamp(min=0)]
+        is_new = kept < 0
+        known = stored[: self.known]
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(int(is_new.sum()), stored.size(1), generator=generator)
+        rows[is_new] = known.mean(0) + 0.1 * known.std(0, correction=0) * noise
+        return rows
+
+
 @torch.no_grad()
-def load_weights(model: GPT, folder: str | Path) -> None:
+def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) -> None:
     """Copy a folder's weights into a network of the same shape; padding of the vocabulary is zero.
 
+    rows: the embedding is not the file's, but made from it.
     Raises UserError naming the file and the first weight that is missing, strange or misshapen.
     """
     folder = Path(folder)
     missing = dict(model.named_parameters())
-    embedding, head = missing[WTE], None
+    embedding = missing[WTE]
+    stored_embedding = head = None
     for path, key, tensor in _tensors(folder):
         if key.endswith(IGNORED):
             continue
@@ -93,12 +126,17 @@ def load_weights(model: GPT, folder: str | Path) -> None:
         name = key if key.startswith(PREFIX) else PREFIX + key
         if name not in missing:
             raise UserError(f"{path}: {key} is no weight of this network, or is there twice")
-        parameter = missing.pop(name)
-        _copy(parameter[: model.valid_vocab_size] if name == WTE else parameter, tensor, name, path)
+        target: Tensor = missing.pop(name)
+        if name == WTE:
+            stored_embedding = tensor
+            target = target[: model.valid_vocab_size]
+            tensor = rows.of(tensor) if rows else tensor
+        _copy(target, tensor, name, path)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: {next(iter(missing))} is missing from the weights{more}")
-    if head is not None and not torch.equal(head.float(), embedding[: model.valid_vocab_size]):
+    assert stored_embedding is not None
+    if head is not None and not torch.equal(head.float(), stored_embedding.float()):
         raise UserError(f"{folder}: lm_head.weight is not the embedding; only a tied head works")
     embedding[model.valid_vocab_size :].zero_()
 

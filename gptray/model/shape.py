@@ -81,7 +81,7 @@ def _download(hub_id: str, *, weights: bool) -> Path:
 def read_shape(source: str | Path, *, weights: bool = False) -> dict[str, Any]:
     """ModelConfig's fields of the network in a folder or on the hub, from its config.json alone.
 
-    Every field is there but init_from; vocab_size is the number of rows in the file.
+    Every field that shapes a network is there; vocab_size is the number of rows in the file.
     Raises UserError for a file that is no GPT-2 that this network can be.
     """
     path = model_folder(source, weights=weights) / "config.json"
@@ -97,7 +97,7 @@ def read_shape(source: str | Path, *, weights: bool = False) -> dict[str, Any]:
     shape = {key: raw.get(key, default) for key, default in DEFAULTS.items()}
     shape |= {"dropout": raw.get("resid_pdrop", 0.1), "norm": norm, "residual": residual}
     try:
-        return ModelConfig(**shape).model_dump(exclude={"init_from"})
+        return ModelConfig(**shape).model_dump(exclude={"init_from", "resize_vocab"})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from gptray.build import check_backend
-from gptray.config import ComputeConfig, Config, UserError
+from gptray.config import ComputeConfig, Config, RunFailed, UserError
+from gptray.files import cannot_write
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
 # makes a report wait as long; a poll every 0.2 seconds takes some percent of two cores away from
@@ -31,6 +34,9 @@ SERVE_ENV = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
 }
+
+# Logs and sockets of a session; with less room than this Ray's processes do not come up.
+_RAY_NEEDS = 4 << 20
 
 
 @contextmanager
@@ -56,16 +62,37 @@ def ray_cluster() -> Iterator[bool]:
             if os.environ.get("RAY_ADDRESS"):
                 ray.init(log_to_driver=verbose, logging_level=level)
             else:
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    log_to_driver=verbose,
-                    logging_level=level,
-                )
+                with _ray_folder():
+                    ray.init(
+                        address="local",
+                        include_dashboard=False,
+                        log_to_driver=verbose,
+                        logging_level=level,
+                    )
         try:
             yield not os.environ.get("RAY_ADDRESS")
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _ray_folder() -> Iterator[None]:
+    """Say which folder it is when Ray cannot write its session's files. Raises RunFailed."""
+    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    try:
+        yield
+    except OSError as error:
+        failure = cannot_write(folder, error)
+        raise RunFailed(f"Ray did not start: {failure}; RAY_TMPDIR names another folder") from None
+    except Exception as error:
+        # Ray's own processes died, of what they do not tell.
+        if shutil.disk_usage(folder).free < _RAY_NEEDS:
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            failure = cannot_write(folder, full)
+            raise RunFailed(
+                f"Ray did not start: {failure}; RAY_TMPDIR names another folder"
+            ) from error
+        raise
 
 
 @contextmanager

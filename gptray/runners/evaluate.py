@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed
 from gptray.data.tokens import TokenData
+from gptray.evaluation.result import EVALUATION
+from gptray.evaluation.wording import perplexity
+from gptray.files import storing
 from gptray.runners.cluster import ray_cluster
+from gptray.runners.report import Reporter
 from gptray.runners.subject import Subject, check_text, look
 
 if TYPE_CHECKING:
@@ -30,7 +34,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake in the config, the model or the text.
-        RunFailed: a loss is not finite, or workers keep dying.
+        RunFailed: a loss is not finite, workers keep dying, or evaluation.json cannot be written.
     """
     subject = look(config)
     log.info("evaluating %s", subject.model_dir)
@@ -40,14 +44,16 @@ def evaluate(config: Config) -> dict[str, Any]:
         from gptray.runners.scorers import Scorers
 
         evaluation = measure(subject, data, Scorers(subject, data))
-    from gptray.evaluation.report import write_report
     from gptray.evaluation.result import save_evaluation
 
-    subject.folder.mkdir(parents=True, exist_ok=True)
-    path = save_evaluation(evaluation, subject.folder)
-    report = write_report(subject.folder)
     _say(evaluation)
-    return {**outcome(evaluation), "evaluation": str(path), "report": str(report)}
+    path = subject.folder / EVALUATION
+    with storing(path):
+        subject.folder.mkdir(parents=True, exist_ok=True)
+        save_evaluation(evaluation, subject.folder)
+    reporter = Reporter(subject.folder)
+    reporter.write(running=False)
+    return {**outcome(evaluation), "evaluation": str(path), "report": reporter.path}
 
 
 def evaluation_plan(config: Config) -> list[tuple[str, str]]:
@@ -121,7 +127,7 @@ def score_splits(subject: Subject, data: TokenData, scorers: Scorers) -> dict[st
 
 def _line(name: str, result: SplitResult) -> str:
     error = f" +- {result['stderr']:.4f}" if result["stderr"] is not None else ""
-    ppl = f"{result['ppl']:,.2f}" if result["ppl"] is not None else "too large"
+    ppl = perplexity(result["ppl"], places=2) if result["ppl"] is not None else "too large"
     return (
         f"{name:5}  loss {result['loss']:.4f}{error}  ppl {ppl}  bpb {result['bpb']:.4f}  "
         f"{result['tokens']:,} tokens"
@@ -148,6 +154,7 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
         split = evaluation["splits"][name]
         for key in ("loss", "stderr", "ppl", "bpb"):
             line[f"{name}_{key}"] = split[key] if split else None
+        line[f"{name}_lost"] = split["lost_bytes"] / split["bytes"] if split else None
     bleu, chrf = evaluation["bleu"], evaluation["chrf"]
     return {
         **line,

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from gptray.config import Config, UserError
-from gptray.data.tokenizer import tokenizer_files
+from gptray.data.tokenizer_files import tokenizer_files
 from gptray.files import sha256_of
 from gptray.model.shape import model_folder, weight_files
 

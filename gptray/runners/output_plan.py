@@ -18,7 +18,7 @@ from typing import Any
 from gptray.config import Config, UserError
 from gptray.data.parts import part_name
 from gptray.data.sources import SourceFile, file_sha256
-from gptray.data.tokenizer import tokenizer_files
+from gptray.data.tokenizer_files import tokenizer_files
 from gptray.files import replacing, sha256_of, storing
 
 SCRATCH, PLAN, MANIFEST, SUCCESS = ".gptray", "plan.json", "manifest.json", "_SUCCESS"

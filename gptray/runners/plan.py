@@ -5,9 +5,7 @@ from __future__ import annotations
 from gptray.config import Config
 from gptray.data.order import BatchOrder
 from gptray.model.shape import parameter_count
-from gptray.runners.cluster import check_training
-from gptray.runners.prepare import check_sources, prepared
-from gptray.runners.runs import check_resumable, resolve, run_dir
+from gptray.runners.train import check_run
 
 # fp32 weights, gradients and AdamW's two moments.
 BYTES_PER_PARAMETER = 16
@@ -19,23 +17,21 @@ FILES = (
 
 def training_plan(config: Config) -> list[tuple[str, str]]:
     """Label and value of each fact; makes the same checks as the job, and starts nothing."""
-    config = resolve(config)
-    check_training(config)
-    check_sources(config)
-    check_resumable(config)
-    data = prepared(config)
+    checked = check_run(config)
+    config, data = checked.config, checked.data
     vocab_size = config.model.vocab_size or (data.vocab_size if data else None)
     if vocab_size is None and config.data.tokenizer == "bpe":
         vocab_size = config.data.vocab_size
     steps, batch = config.train.max_steps, config.train.global_batch_size
     rows = [
-        ("run", str(run_dir(config))),
+        ("run", str(checked.folder)),
         ("workers", _workers(config)),
         ("sequences per step", f"{batch:,} of {config.train.block_size:,} tokens"),
         ("tokens per step", f"{config.tokens_per_step:,}"),
         ("micro-batch", f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"),
         ("tokens in all", f"{config.tokens_per_step * steps:,} at most"),
     ]
+    rows += [("changes", change) for change in checked.changes]
     if vocab_size:
         count = parameter_count(config.model, vocab_size)
         rows.append(("parameters", f"{count:,}"))
@@ -47,6 +43,8 @@ def training_plan(config: Config) -> list[tuple[str, str]]:
         rows.append(("token data", f"{data.data_dir} (ready)"))
         rows.append(("steps per epoch", f"{order.windows_per_epoch / batch:,.1f}"))
         rows.append(("epochs", f"{order.epoch(steps, batch):,.2f} at most"))
+        if data.loses:
+            rows.append(("lost", data.loses))
     else:
         rows.append(("token data", "to be prepared first"))
     rows.append(("files", FILES))

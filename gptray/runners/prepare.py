@@ -11,23 +11,26 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.builtin import builtin_documents
 from gptray.data.corpus import check_column, plan_pieces
-from gptray.data.plan import SplitPlan, plan_split
+from gptray.data.difference import Lost
+from gptray.data.plan import PiecePlan, SplitPlan, plan_split
 from gptray.data.publish import building
 from gptray.data.request import Request, make_request, tokenizer_name
 from gptray.data.shards import Shard, shard_dtype
 from gptray.data.sources import BUILTIN, SourceFile
 from gptray.data.split import SPLITS, split_names
-from gptray.data.tokenizer import KINDS, Tokenizer, char_tokenizer, tokenizer_folder, train_bpe
+from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
+from gptray.data.tokenizer_files import KINDS, opens_at_once, tokenizer_path
 from gptray.data.tokens import FORMAT_VERSION, MANIFEST, DamagedData, TokenData
 from gptray.data.work import UnitScan, sample, scan, tokenise
+from gptray.files import storing
 from gptray.runners.cluster import ray_cluster
+from gptray.runners.storage import check_storage
 from gptray.runners.stream import stream
 
 logger = logging.getLogger(__name__)
@@ -54,18 +57,30 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
         except UserError as error:
             problems.append(str(error))
     try:
-        _check_tokenizer(tokenizer_name(config))
+        tokenizer_at_once(config)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        check_storage(config)
     except UserError as error:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _check_tokenizer(name: str) -> None:
-    """What is seen without a download, and without importing transformers."""
-    folder = None if name in KINDS else tokenizer_folder(name)
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        Tokenizer.load(folder)
+def tokenizer_at_once(config: Config) -> Tokenizer | None:
+    """The config's tokenizer where it needs no text, no download and no transformers; else None."""
+    name = tokenizer_name(config)
+    path = None if name in KINDS else tokenizer_path(name)
+    if path is None or not opens_at_once(path):
+        return None
+    return Tokenizer.load(name, eos_token=config.data.eos_token)
+
+
+def known_tokenizer(config: Config) -> Tokenizer | None:
+    """The config's tokenizer if it is there before the text is prepared, or the text is already."""
+    data = prepared(config)
+    return data.tokenizer if data else tokenizer_at_once(config)
 
 
 def prepared(config: Config, find: FindSources = make_request) -> TokenData | None:
@@ -92,7 +107,15 @@ def prepare(
     hold. Raises UserError for a source or tokenizer that cannot be read, naming file and line.
     """
     request = find(config)
-    return _whole(request.data_dir) or _prepare(request, piece_bytes=piece_bytes)
+    data = _whole(request.data_dir) or _prepare(request, piece_bytes=piece_bytes)
+    tell_losses(data)
+    return data
+
+
+def tell_losses(data: TokenData) -> None:
+    """Say what the tokenizer loses of the text, if it loses anything."""
+    if data.loses:
+        logger.warning("%s; losses and bits per byte pay 8 bits for each lost byte", data.loses)
 
 
 def prepare_and_count(config: Config) -> dict[str, Any]:
@@ -106,6 +129,7 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
     found = _whole(request.data_dir)
     data = found or _prepare(request, piece_bytes=PIECE_BYTES)
     seconds = time.monotonic() - began
+    tell_losses(data)
     splits = data.manifest["splits"]
     return {
         "data_dir": str(data.data_dir),
@@ -113,6 +137,7 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
         "tokens": {name: entry["tokens"] for name, entry in splits.items()},
         "bytes": {name: entry["bytes"] for name, entry in splits.items()},
         "vocab_size": data.vocab_size,
+        "lost": {name: round(split.lost, 6) for name, split in data.splits.items()},
         "empty_rows": data.manifest["empty_rows"],
         "built": found is None,
         "seconds": round(seconds, 2),
@@ -128,17 +153,21 @@ def preparation_plan(config: Config) -> list[tuple[str, str]]:
     parts = ", ".join(
         f"{name} {share:.0%}" for name, share in zip(SPLITS, request.split, strict=False)
     )
+    data = prepared(config)
     return [
         ("source", size),
         ("tokenizer", request.tokenizer),
         ("split", parts),
         ("data_dir", str(request.data_dir)),
-        ("to do", "nothing, it is prepared" if prepared(config) else "scan, tokenise, write"),
+        ("to do", "nothing, it is prepared" if data else "scan, tokenise, write"),
+        *([("lost", data.loses)] if data and data.loses else []),
     ]
 
 
 def _prepare(request: Request, *, piece_bytes: int) -> TokenData:
-    tokenizer = None if request.tokenizer in KINDS else Tokenizer.load(request.tokenizer)
+    tokenizer = None
+    if request.tokenizer not in KINDS:
+        tokenizer = Tokenizer.load(request.tokenizer, eos_token=request.eos_token)
     with building(request.data_dir) as folder, ray_cluster():
         _build(request, tokenizer, folder, piece_bytes=piece_bytes)
     return TokenData.open(request.data_dir)
@@ -168,31 +197,35 @@ def _build(
     )
     if tokenizer is None:
         tokenizer = _make_tokenizer(request, plan, scans, column)
-    tokenizer.save(folder / "tokenizer")
-    shards = stream(
-        plan.units,
-        lambda number, unit: tokenise(unit, column, folder=folder, number=number),
-        doing="tokenising",
-    )
+    with storing(request.data_dir):
+        tokenizer.save(folder / "tokenizer")
+
+    def write_shards(number: int, unit: Sequence[PiecePlan]) -> dict[int, Shard]:
+        with storing(request.data_dir):
+            return tokenise(unit, column, folder=folder, number=number)
+
+    shards = stream(plan.units, write_shards, doing="tokenising")
     for file in files:
         if file.changed():
             raise RunFailed(f"{file.name} changed while it was being prepared; start again")
     manifest = {
         **_provenance(request, files, plan, scans),
-        "tokenizer": _describe(request, tokenizer),
+        "tokenizer": _describe(request, tokenizer, shards),
         "dtype": shard_dtype(tokenizer.vocab_size),
         "splits": _number_shards(folder, plan, shards),
     }
-    (folder / f"{BUILTIN}.jsonl").unlink(missing_ok=True)
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", "utf-8")
+    with storing(request.data_dir):
+        (folder / f"{BUILTIN}.jsonl").unlink(missing_ok=True)
+        (folder / MANIFEST).write_text(text + "\n", "utf-8")
     logger.info("prepared %s in %.1f s", request.data_dir, time.monotonic() - began)
 
 
 def _write_builtin(path: Path) -> SourceFile:
     """Write the builtin documents where every task can read them like any other source."""
     lines = (json.dumps({"text": text}) + "\n" for text in builtin_documents())
-    path.write_text("".join(lines), "utf-8")
+    with storing(path):
+        path.write_text("".join(lines), "utf-8")
     status = path.stat()
     return SourceFile(str(path), status.st_size, status.st_mtime_ns)
 
@@ -238,12 +271,18 @@ def _provenance(
     }
 
 
-def _describe(request: Request, tokenizer: Tokenizer) -> dict[str, Any]:
+def _describe(
+    request: Request, tokenizer: Tokenizer, units: Sequence[dict[int, Shard]]
+) -> dict[str, Any]:
+    """The tokenizer, and what it loses of the text."""
+    lost = Lost.joined(shard.lost for unit in units for shard in unit.values())
     return {
         "source": request.tokenizer,
         "sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
+        "eos_token": tokenizer.eos_token,
         "eos_token_id": tokenizer.eos_id,
+        "lost": lost.entry(),
     }
 
 
@@ -258,11 +297,12 @@ def _number_shards(
         for shard in (unit[label] for unit in units if label in unit):
             name = f"{names[label]}-{len(entries):05d}.bin"
             (folder / shard.file).rename(folder / name)
-            entries.append({**asdict(shard), "file": name})
+            entries.append(shard.entry(name))
         splits[names[label]] = {
             "documents": documents,
             "tokens": sum(entry["tokens"] for entry in entries),
             "bytes": sum(entry["bytes"] for entry in entries),
+            "lost_bytes": sum(entry["lost_bytes"] for entry in entries),
             "shards": entries,
         }
     return splits

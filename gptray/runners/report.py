@@ -6,6 +6,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from gptray.config import RunFailed, UserError
+from gptray.files import storing
+
 log = logging.getLogger("gptray")
 
 
@@ -32,9 +35,13 @@ class Reporter:
     def write(self, *, running: bool) -> None:
         """Write the report, whatever state the run is in."""
         try:
-            self.path = str(self._write(self._folder, running))
+            with storing(self._folder / "report.html"):
+                self.path = str(self._write(self._folder, running))
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
-            if message not in self._told:
-                self._told.add(message)
+            if isinstance(error, (RunFailed, UserError)):
+                message = str(error)
+            reason = message.partition(" (")[0]  # how much is free changes all the time
+            if reason not in self._told:
+                self._told.add(reason)
                 log.warning("the report of %s was not written: %s", self._folder, message)

@@ -1,4 +1,4 @@
-"""A run's folder: what a config resolves to, whether it may go on there, and what came of it.
+"""A run's folder: what a config resolves to, who holds it, and what came of it.
 
 Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
 """
@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config, override
-from gptray.files import replacing
+from gptray.config import Config, RunFailed, UserError, flatten, override
+from gptray.files import storing
 from gptray.model.shape import model_folder, read_shape
 from gptray.record import METRICS, read_rows
-from gptray.tuning.record import TRIALS
 
-# Keys that do not change what is trained: a run may go on under other values of these.
+# Keys that do not change what is trained: a run may resume under other values of these.
 FREE_KEYS = (
     "name",
     "storage_path",
@@ -36,7 +35,9 @@ FREE_KEYS = (
 SWEEP_FREE_KEYS = (
     *(key for key in FREE_KEYS if key != "tune."),
     "tune.max_concurrent_trials",
+    "tune.retry_failed",
 )
+CONFIG = "config.yaml"
 
 
 def resolve(config: Config, *, sweep: bool = False) -> Config:
@@ -69,63 +70,32 @@ def run_dir(config: Config) -> Path:
     return Path(config.storage_path) / config.name
 
 
-def check_resumable(config: Config, *, sweep: bool = False) -> None:
-    """Refuse to go on in a run's (or a sweep's) folder that another config made.
-
-    Raises:
-        UserError: names every key that differs, or says that the folder is something else's.
-    """
-    folder, what = run_dir(config), "sweep" if sweep else "run"
-    visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
-    if not visible:
-        return
-    if config.train.resume == "never":
-        raise UserError(f"train.resume=never: the {what} {folder} exists; choose another name")
-    if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder} exists and is not a {what} (no config.yaml); choose another name"
-        )
-    if (folder / (METRICS if sweep else TRIALS)).exists():
-        other = "run" if sweep else "sweep"
-        raise UserError(f"{folder} is a {other}, not a {what}; choose another name")
-    free = SWEEP_FREE_KEYS if sweep else FREE_KEYS
-    before, now = flatten(load_config(str(folder / "config.yaml"), [])), flatten(config)
-    differing = [
-        f"  {key}: {before[key]!r} there, {now[key]!r} now"
-        for key in now
-        if before.get(key) != now[key] and not key.startswith(free)
-    ]
-    if differing:
-        raise UserError(
-            f"the {what} {folder} was started with other settings:\n"
-            + "\n".join(differing)
-            + "\nGo on with its own settings, or choose another name"
-        )
-
-
 @contextmanager
 def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
-    """Hold a folder for one driver; a kill of any kind lets go of it.
+    """Lock a folder for one driver; the OS releases the lock when the process dies.
+
+    A folder with nothing to see in it at the end is removed: a start that failed leaves nothing.
 
     Raises:
         UserError: another process holds it; `busy` says so, by default of a run that is trained.
+        RunFailed: the disk is full or cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".driver.lock").open("w") as file:
+    lock = folder / ".driver.lock"
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w", encoding="utf-8")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             message = busy or f"another process is training the run {folder}"
             raise UserError(message) from None
-        yield
-
-
-def save_config(config: Config, folder: Path) -> None:
-    """Write a new run's config.yaml; whole or not at all, since a torn one could not go on."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        with replacing(path) as draft:
-            draft.write_text(dump(config))
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [lock.name]:
+                lock.unlink()
+                folder.rmdir()
 
 
 def set_ray_snapshot_aside(folder: Path) -> str | None:
@@ -138,18 +108,19 @@ def set_ray_snapshot_aside(folder: Path) -> str | None:
     if not snapshot.exists():
         return None
     try:
-        is_torn = not isinstance(json.loads(snapshot.read_text()), dict)
+        is_torn = not isinstance(json.loads(snapshot.read_text("utf-8")), dict)
     except ValueError:
         is_torn = True
-    os.replace(snapshot, folder / ".checkpoint_manager_snapshot.before.json")
-    return f"Ray's {snapshot.name} was torn; going on without it" if is_torn else None
+    with storing(snapshot):
+        os.replace(snapshot, folder / ".checkpoint_manager_snapshot.before.json")
+    return f"Ray's {snapshot.name} was torn; resuming without it" if is_torn else None
 
 
 def outcome(config: Config) -> dict[str, Any]:
     """What the run has come to, from its metrics: the job's JSON line.
 
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
-    evaluation.
+    evaluation. `val_lost` is the share of the validation text that the tokenizer loses.
     """
     folder = run_dir(config)
     rows = read_rows(folder / METRICS)
@@ -167,6 +138,7 @@ def outcome(config: Config) -> dict[str, Any]:
         "val_loss": best["val_loss"],
         "val_ppl": best["val_ppl"],
         "val_bpb": best["val_bpb"],
+        "val_lost": best.get("val_lost", 0.0),
         "last_train_loss": last["train_loss"],
         "last_val_loss": last["val_loss"],
         "stopped": "max_steps" if last["step"] >= config.train.max_steps else "patience",
@@ -176,6 +148,8 @@ def outcome(config: Config) -> dict[str, Any]:
 
 def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
     shape = read_shape(init_from)
+    if config.model.resize_vocab:
+        del shape["vocab_size"]  # null: the tokenizer's, whichever that is
     given = config.model.model_fields_set
     wrong = [
         f"model.{key}={getattr(config.model, key)} but {init_from} has {value}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gptray.config import Config
+from gptray.config import Config, UserError
+from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 
 if TYPE_CHECKING:
@@ -12,6 +13,16 @@ if TYPE_CHECKING:
 
 # A prompt from real text: words and characters at most, from so many tokens.
 WORDS, CHARACTERS, TOKENS = 4, 24, 256
+
+
+def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuse prompts that the tokenizer cannot read. Raises UserError naming sample.prompt."""
+    prompts = config.sample.prompt or []
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:
+        try:
+            tokenizer.encode(prompt)
+        except UserError as error:
+            raise UserError(f"sample.prompt={prompt!r}: {error}") from None
 
 
 def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:

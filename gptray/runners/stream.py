@@ -29,7 +29,7 @@ def stream(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) -> li
     _quiet()
     rows = [{"number": number, "item": item} for number, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _Guarded(task), num_cpus=1
+        _Guarded(task, doing), num_cpus=1
     )
     results: dict[int, R] = {}
     began = said = time.monotonic()
@@ -37,7 +37,7 @@ def stream(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) -> li
         if row["mistake"]:
             raise UserError(row["mistake"])
         if row["failure"]:
-            raise RunFailed(f"{doing} the source failed: {row['failure']}")
+            raise RunFailed(row["failure"])
         results[row["number"]] = row["result"]
         if len(results) < len(rows) and time.monotonic() - said > _PROGRESS_SECONDS:
             said = time.monotonic()
@@ -48,8 +48,8 @@ def stream(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) -> li
 class _Guarded:
     """The task with its row: Ray would wrap what it raises in a traceback of its own."""
 
-    def __init__(self, task: Callable[[int, Any], Any]) -> None:
-        self._task = task
+    def __init__(self, task: Callable[[int, Any], Any], doing: str) -> None:
+        self._task, self._doing = task, doing
         self.__name__ = type(self).__name__
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -58,8 +58,10 @@ class _Guarded:
             out["result"] = self._task(row["number"], row["item"])
         except UserError as error:
             out["mistake"] = str(error)
-        except OSError as error:  # a full disk, a share that went away
+        except RunFailed as error:
             out["failure"] = str(error)
+        except OSError as error:  # a share that went away
+            out["failure"] = f"{self._doing} the source failed: {error}"
         return out
 
 

@@ -16,7 +16,8 @@ from gptray.config import Config, RunFailed, UserError, flatten, load_config, ov
 from gptray.data.request import Request, make_request, tokenizer_name, whole_request
 from gptray.data.scoring import Windows
 from gptray.data.split import LONG_NAMES
-from gptray.data.tokenizer import KINDS, Tokenizer
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
 from gptray.evaluation.result import EVALUATION
 from gptray.model.shape import read_shape
@@ -24,6 +25,7 @@ from gptray.runners.cluster import check_resources
 from gptray.runners.models import newest_run, open_model, weights_sha256
 from gptray.runners.prepare import check_sources, prepare, prepared
 from gptray.runners.runs import resolve, run_dir
+from gptray.runners.storage import check_storage
 from gptray.training.checkpoint import TrainerState, checkpoint_step, newest_whole
 from gptray.tuning.record import winner_dir
 
@@ -120,6 +122,7 @@ def look(config: Config) -> Subject:
         folder=run if run and run / "model" == model_dir else _folder(config, model_dir, run),
     )
     check_sources(text, subject.request)
+    check_storage(text.model_copy(update={"evaluate": config.evaluate}))
     _check_tokenizer(subject)
     found = subject.prepared()
     if found:
@@ -265,7 +268,8 @@ def _check_tokenizer(subject: Subject) -> None:
         )
     named = tokenizer_name(subject.text)
     if named not in KINDS:
-        _check_same_tokenizer(subject, Tokenizer.load(named).sha256)
+        tokenizer = Tokenizer.load(named, eos_token=subject.text.data.eos_token)
+        _check_same_tokenizer(subject, tokenizer.sha256)
 
 
 def _check_same_tokenizer(subject: Subject, sha256: str) -> None:

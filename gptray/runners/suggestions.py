@@ -49,8 +49,11 @@ class Suggestions:
 
         Values that don't go together make a trial that has failed, and the next is asked for.
         """
-        while (number := len(load_trials(self._folder))) < self._num_trials:
-            name = trial_name(number)
+        while True:
+            trials = load_trials(self._folder)
+            if sum(one.replicate_of is None for one in trials) >= self._num_trials:
+                return None
+            name = trial_name(len(trials))
             point = self._search.suggest(name)
             self._asked.add(name)
             values = _values(self._entries, point)
@@ -67,7 +70,6 @@ class Suggestions:
                 name, values, max_steps=planned.config.train.max_steps, point=point
             )
             return planned
-        return None
 
     def over(self, name: str) -> None:
         """Tell Optuna what a trial has come to."""

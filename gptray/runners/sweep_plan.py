@@ -7,15 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptray.config import Config, UserError
+from gptray.config import Config, UserError, load_config
+from gptray.data.tokens import TokenData
 from gptray.fields import shown
 from gptray.runners.cluster import check_training
 from gptray.runners.prepare import check_sources, prepared
-from gptray.runners.runs import check_resumable, resolve, run_dir
+from gptray.runners.resuming import check_free, check_resumable
+from gptray.runners.runs import CONFIG, resolve, run_dir
+from gptray.runners.train import check_data, check_known_prompts
+from gptray.runners.vocabulary import check_vocabulary
 from gptray.space import Entry
-from gptray.tuning.plan import FINALISTS, Planned, all_texts, entries_of, plan_trials
-from gptray.tuning.record import load_trials, rungs
+from gptray.tuning.plan import (
+    FINALISTS,
+    Planned,
+    all_texts,
+    entries_of,
+    plan_trials,
+    text_key,
+)
+from gptray.tuning.record import load_trials, rungs, samples_drawn
 
+BUSY = "another process runs the sweep {}"
 FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet report.html"
 
 
@@ -24,12 +36,14 @@ class SweepPlan:
     """A sweep that has been looked at. `trials`: those known by now.
 
     texts: configs of the texts that trials are trained on.
+    changes: a sentence for each key that is to change in a sweep that is there.
     """
 
     config: Config
     folder: Path
     trials: Sequence[Planned]
     texts: Sequence[Config]
+    changes: Sequence[str] = ()
 
     @property
     def num_trials(self) -> int:
@@ -56,7 +70,12 @@ def look_at_sweep(config: Config) -> SweepPlan:
             "tune.search_alg=optuna needs the package optuna: pip install 'gptray[optuna]'"
         )
     folder = run_dir(config)
-    trials = plan_trials(config, str(folder))
+    changes = check_resumable(config, sweep=True)
+    check_free(folder, busy=BUSY.format(folder))
+    drawn, known = samples_drawn(folder), load_trials(folder)
+    if changes and not drawn:
+        drawn = [load_config(str(folder / CONFIG), []).tune.num_samples]
+    trials = plan_trials(config, str(folder), drawn=drawn, known=known)
     if any(one.train.async_validation for one in [config, *(trial.config for trial in trials)]):
         raise UserError(
             "train.async_validation=true is for single runs: trials of a sweep are compared, and "
@@ -66,8 +85,38 @@ def look_at_sweep(config: Config) -> SweepPlan:
     texts = all_texts(config, str(folder), trials)
     for text in texts:
         check_sources(text)
-    check_resumable(config, sweep=True)
-    return SweepPlan(config, folder, trials, texts)
+    for one in [config, *(trial.config for trial in trials)]:
+        check_vocabulary(one)
+        check_known_prompts(one)
+    _check_prepared(trials, texts)
+    return SweepPlan(config, folder, trials, texts, changes)
+
+
+def _check_prepared(trials: Sequence[Planned], texts: Sequence[Config]) -> None:
+    """What the job checks once texts are prepared, of those that are. Raises UserError."""
+    ready = {text_key(text): prepared(text) for text in texts}
+    check_texts([data for data in ready.values() if data])
+    problems: dict[str, str] = {}
+    for trial in trials:
+        data = ready.get(text_key(trial.config))
+        if data:
+            try:
+                check_data(trial.config, data, None)
+            except UserError as error:
+                problems.setdefault(str(error), trial.name)
+    if problems:
+        raise UserError("\n".join(f"trial {name}: {text}" for text, name in problems.items()))
+
+
+def check_texts(texts: Sequence[TokenData]) -> None:
+    """Refuse texts whose validation splits differ. Raises UserError."""
+    sizes = {(text.val.documents, text.val.bytes) for text in texts}
+    if len(sizes) > 1:
+        found = ", ".join(f"{count} documents of {size:,} bytes" for count, size in sorted(sizes))
+        raise UserError(
+            f"tune.space: the splits leave different text for validation ({found}); there are too "
+            "few documents for so many parts"
+        )
 
 
 def sweep_plan(config: Config) -> list[tuple[str, str]]:
@@ -77,7 +126,7 @@ def sweep_plan(config: Config) -> list[tuple[str, str]]:
     most = max((one.config.train.max_steps for one in plan.trials), default=config.train.max_steps)
     full = sum(one.config.train.max_steps for one in plan.trials)
     full += (plan.num_trials - len(plan.trials) + plan.num_replicates) * most
-    ready = sum(prepared(text) is not None for text in plan.texts)
+    ready = [data for data in map(prepared, plan.texts) if data]
     ended = [one for one in load_trials(plan.folder) if one.outcome]
     rows = [("sweep", str(plan.folder))]
     rows += [
@@ -88,8 +137,10 @@ def sweep_plan(config: Config) -> list[tuple[str, str]]:
         ("at a time", _at_once(config)),
         ("rungs", _rungs(config)),
         ("steps", f"{full:,} at most, without any trial cut"),
-        ("texts to train on", f"{len(plan.texts)}, {ready} of them ready"),
+        ("texts to train on", f"{len(plan.texts)}, {len(ready)} of them ready"),
+        *(("lost", f"{data.loses} ({data.data_dir})") for data in ready if data.loses),
     ]
+    rows += [("changes", change) for change in plan.changes]
     if ended:
         rows.append(("ended already", f"{len(ended)} trials"))
     rows.append(("files", FILES))

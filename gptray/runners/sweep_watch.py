@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from gptray.data.difference import percent
 from gptray.fields import shown
 from gptray.runners.watch import duration
 from gptray.tuning.plan import ranked, score
@@ -65,6 +66,8 @@ class _Watch:
         text = f"trial {trial.name} {_state(trial)} at step {trial.step:,}"
         if trial.best:
             text += f", best {score(trial):.4f} bits per byte"
+        if trial.lost:
+            text += f", its tokenizer loses {percent(trial.lost)} of the text"
         if trial.message:
             text += f": {trial.message}"
         return f"{text}; {self._progress(trials)}"

@@ -9,27 +9,35 @@ from __future__ import annotations
 import logging
 import resource
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
-from gptray.record import METRICS, read_rows, write_event
+from gptray.files import cannot_write, storing
+from gptray.record import try_event, write_event
 from gptray.runners.cluster import check_training, ray_cluster, worker_resources
-from gptray.runners.prepare import check_sources, prepare
+from gptray.runners.prepare import check_sources, known_tokenizer, prepare, prepared
 from gptray.runners.report import Reporter
-from gptray.runners.runs import (
+from gptray.runners.resuming import (
+    check_free,
     check_resumable,
+    how_to_train_longer,
+    is_finished,
+    save_config,
+)
+from gptray.runners.runs import (
     held,
     outcome,
     resolve,
     run_dir,
-    save_config,
     set_ray_snapshot_aside,
 )
-from gptray.runners.samples import sample_texts
+from gptray.runners.samples import check_prompts, sample_texts
 from gptray.runners.validate import Validations, validation_config
+from gptray.runners.vocabulary import check_vocabulary
 from gptray.runners.watch import show_samples, watching
 from gptray.training.checkpoint import TrainerState, newest_whole
 
@@ -40,50 +48,81 @@ log = logging.getLogger("gptray")
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train a model as the config says, or go on with its run; return the job's JSON line.
+    """Train a model as the config says, or resume its run; return the job's JSON line.
 
     Raises:
         UserError: a mistake in the config, the text or the run folder; nothing was started.
         RunFailed: the run stopped: a non-finite loss, no whole checkpoint, too many failures.
     """
-    config = resolve(config)
-    folder = run_dir(config)
-    check_training(config)
-    check_sources(config)
-    check_resumable(config)
+    checked = check_run(config)
+    config, folder, state = checked.config, checked.folder, checked.state
     with held(folder):
-        save_config(config, folder)
         log.info("run %s", folder)
         reporter = Reporter(folder)
-        checkpoint, _ = newest_whole(folder)
-        state = TrainerState.load(checkpoint) if checkpoint else None
         if state and is_finished(config, folder, state):
-            log.info("this run is finished; another name, or train.resume=never, starts a new one")
+            _begin(checked)
+            log.info("%s", how_to_train_longer(config, folder, state))
             facts = {}
             reporter.write(running=False)
         else:
-            facts = _run(config, folder, state, reporter)
+            facts = _run(checked, reporter)
         show_samples(folder)
     return {**outcome(config), **facts, "report": reporter.path}
 
 
-def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:
-    """Whether a run has come to its end, with every checkpoint scored."""
-    if not state.why_stop(config.train):
-        return False
-    rows = read_rows(folder / METRICS)
-    return not config.train.async_validation or any(
-        row["step"] == state.step and "val_loss" in row for row in rows
-    )
+@dataclass(frozen=True)
+class CheckedRun:
+    """A training that has been looked at. `data`: its tokens, where they are prepared.
+
+    state: where its run stands; None before any checkpoint.
+    changes: a sentence for each key that is to change in a run that is there.
+    """
+
+    config: Config
+    folder: Path
+    state: TrainerState | None
+    data: TokenData | None
+    changes: Sequence[str]
 
 
-def _run(
-    config: Config, folder: Path, state: TrainerState | None, reporter: Reporter
-) -> dict[str, Any]:
+def check_run(config: Config) -> CheckedRun:
+    """Resolve the config and find every mistake that can be found without torch and Ray.
+
+    Raises:
+        UserError: a mistake in the config, the text or the run folder.
+        RunFailed: the run has checkpoints and none is whole.
+    """
+    config = resolve(config)
+    folder = run_dir(config)
+    check_training(config)
+    check_sources(config)
+    check_vocabulary(config)
+    check_known_prompts(config)
+    changes = check_resumable(config)
+    check_free(folder)
+    checkpoint, _ = newest_whole(folder)
+    state = TrainerState.load(checkpoint) if checkpoint else None
+    data = prepared(config)
+    if data and not (state and is_finished(config, folder, state)):
+        check_data(config, data, state)
+    return CheckedRun(config, folder, state, data, changes)
+
+
+def _begin(checked: CheckedRun) -> None:
+    """Keep the config of a run, and say what has changed in it."""
+    save_config(checked.config, checked.folder)
+    for change in checked.changes:
+        log.info("%s", change)
+        write_event(checked.folder, "notice", message=change)
+
+
+def _run(checked: CheckedRun, reporter: Reporter) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
+    config, folder = checked.config, checked.folder
     with ray_cluster():
         data = prepare(config)
-        check_data(config, data, state)
+        check_data(config, data, checked.state)
+        _begin(checked)
         torn = set_ray_snapshot_aside(folder)
         if torn:
             log.warning("%s", torn)
@@ -95,6 +134,9 @@ def _run(
             ):
                 result = fit_on_ray(config, data, folder)
             write_event(folder, "end", stopped=result["stopped"])
+        except (UserError, RunFailed) as error:
+            try_event(folder, "failure", message=str(error))
+            raise
         finally:
             reporter.write(running=False)
     if result["stopped"] == "non_finite":
@@ -108,11 +150,18 @@ def _run(
     return {"peak_memory_gib": peak}
 
 
+def check_known_prompts(config: Config) -> None:
+    """Refuse prompts that the tokenizer cannot read, where it is known by now. Raises UserError."""
+    tokenizer = known_tokenizer(config) if config.sample.prompt else None
+    if tokenizer:
+        check_prompts(config, tokenizer)
+
+
 def check_data(config: Config, data: TokenData, state: TrainerState | None) -> None:
     """Refuse token data that cannot be trained on, or that is not what the run of `state` has seen.
 
     Raises:
-        UserError: says which split, tokenizer or text, and what to change.
+        UserError: says which split, tokenizer, prompt or text, and what to change.
     """
     rows = config.model.vocab_size
     if rows is not None and rows < data.vocab_size:
@@ -126,6 +175,7 @@ def check_data(config: Config, data: TokenData, state: TrainerState | None) -> N
         raise UserError(f"training text is too short: {error}; lower train.block_size") from None
     if len(data.val) < 2:
         raise UserError("the validation split has fewer than 2 tokens; change data.split")
+    check_prompts(config, data.tokenizer)
     if state and state.data != data.fingerprint:
         raise UserError(
             f"the text or tokenizer of the run {config.name} has changed since it started "
@@ -139,6 +189,7 @@ def fit_on_ray(
     """Train in Ray Train's workers; return the loop's result. `callbacks` are Ray Train's.
 
     Raises:
+        UserError, RunFailed: what all workers left the loop with.
         RunFailed: the workers failed too often.
     """
     import ray.train
@@ -169,7 +220,8 @@ def fit_on_ray(
         validation_config=validation_config(config, settings, reserved),
     )
     try:
-        result: dict[str, Any] = trainer.fit().return_value
+        with storing(folder):  # Ray keeps a record of its own there
+            result: dict[str, Any] = trainer.fit().return_value
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, (UserError, RunFailed)):
@@ -179,11 +231,15 @@ def fit_on_ray(
             f"times; the run can go on from its last checkpoint with the same command.\n{error}"
         ) from None
     except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, OSError):
+            raise cannot_write(folder, error.controller_failure) from None
         raise RunFailed(
             "Ray Train's controller failed, as it does when the process that scores checkpoints "
             f"dies more than compute.max_failures={config.compute.max_failures} times; the run can "
             f"go on from its last checkpoint with the same command.\n{error.controller_failure}"
         ) from None
+    if result["stopped"] == "failed":
+        raise (UserError if result["mistake"] else RunFailed)(result["message"])
     return result
 
 
@@ -203,7 +259,7 @@ def _failure_notes(folder: Path) -> Any:
         ) -> None:
             ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
             first = str(next(iter(worker_exceptions.values()))).strip().splitlines()
-            write_event(
+            try_event(
                 folder, "failure", message=f"worker {ranks} failed: {first[-1] if first else '?'}"
             )
 

@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config
+from gptray.config import Config, RunFailed, UserError
 from gptray.data.tokens import TokenData
-from gptray.record import write_event
+from gptray.record import try_event, write_event
 from gptray.runners.cluster import TRAIN_ENV
 from gptray.runners.samples import sample_texts
 from gptray.runners.train import fit_on_ray
@@ -32,11 +32,15 @@ def run_trial(settings: dict[str, Any]) -> dict[str, Any]:
         config = Config.model_validate(settings["config"])
         train = _train_here if config.compute.num_workers == 1 else _train_in_workers
         result = train(config, TokenData.open(settings["data_dir"]), folder, settings["threads"])
+        if result["stopped"] == "failed":
+            raise (UserError if result["mistake"] else RunFailed)(result["message"])
+        write_event(folder, "end", stopped=result["stopped"])
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        write_event(folder, "failure", message=message)
-        return {"outcome": "failed", "message": message}
-    write_event(folder, "end", stopped=result["stopped"])
+        passing, message = isinstance(error, (RunFailed, OSError)), str(error)
+        if not isinstance(error, (RunFailed, UserError)):
+            message = f"{type(error).__name__}: {error}"
+        try_event(folder, "failure", message=message)
+        return {"outcome": "failed", "message": message, "passing": passing}
     return {
         "outcome": OUTCOMES[result["stopped"]],
         "message": result.get("message"),

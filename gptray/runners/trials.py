@@ -22,7 +22,8 @@ import ray.tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from gptray.config import Config
+from gptray.config import Config, RunFailed
+from gptray.files import storing
 from gptray.runners.trial import run_trial
 from gptray.tuning.plan import Planned
 from gptray.tuning.record import Trial
@@ -47,6 +48,7 @@ class Queue(Protocol):
     """What is to run, and who is told what became of it."""
 
     is_over: bool
+    failure: RunFailed | None
 
     def next(self) -> Planned | None:
         """The next trial; None while only running trials can tell, or when `is_over`."""
@@ -57,8 +59,10 @@ class Queue(Protocol):
     def started(self, name: str) -> None:
         """A trial's process has begun with it, for the first time or again."""
 
-    def ended(self, name: str, outcome: str, *, step: int, message: str | None) -> None:
-        """A trial has come to an end."""
+    def ended(
+        self, name: str, outcome: str, *, step: int, message: str | None, passing: bool
+    ) -> None:
+        """A trial has come to an end; `passing`: it failed for a reason that may pass."""
 
 
 def run_trials(
@@ -73,13 +77,15 @@ def run_trials(
     """Run the queue's trials, `at_once` at a time, each worker with what is `reserved`.
 
     past: all trials so far, with what they have measured.
+
+    A RunFailed of the queue's is put into its `failure`, and all trials are stopped.
     """
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
     is_here = config.compute.num_workers == 1
     # A trial of several workers only waits for them; Tune refuses a trial that needs nothing.
     resources = reserved if is_here else {"memory": 64 * 2**20}
-    with _scratch(folder) as scratch, _quiet():
+    with storing(folder), _scratch(folder) as scratch, _quiet():
         ray.tune.Tuner(
             ray.tune.with_resources(run_trial, resources),
             tune_config=ray.tune.TuneConfig(
@@ -97,6 +103,7 @@ def run_trials(
                 storage_path=str(folder),
                 verbose=0,
                 callbacks=[_Log(queue)],
+                stop=_Brake(queue),
                 failure_config=ray.tune.FailureConfig(max_failures=config.compute.max_failures),
             ),
         ).fit()
@@ -142,16 +149,43 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        planned = self._queue.next()
-        if planned:
-            return self._queue.settings(planned)
-        return str(Searcher.FINISHED) if self._queue.is_over else None
+        with _kept(self._queue):
+            planned = self._queue.next()
+            if planned:
+                return self._queue.settings(planned)
+        is_over = self._queue.is_over or self._queue.failure
+        return str(Searcher.FINISHED) if is_over else None
 
     def on_trial_complete(self, trial_id: str, *args: Any, **info: Any) -> None:
         pass
 
     def save(self, checkpoint_path: str) -> None:
         pass
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _NEVER_LOADED
+
+
+@contextmanager
+def _kept(queue: Queue) -> Iterator[None]:
+    """Keep what the queue cannot store: Tune would take it for a fault of the trial at hand."""
+    try:
+        yield
+    except RunFailed as error:
+        queue.failure = queue.failure or error
+
+
+class _Brake(ray.tune.Stopper):  # type: ignore[misc]
+    """Stops all trials once the sweep's own record cannot be kept."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._queue.failure is not None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _NEVER_LOADED
@@ -211,17 +245,28 @@ class _Log(ray.tune.Callback):  # type: ignore[misc]
         return _NEVER_LOADED
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._queue.started(_name_of(trial))
+        with _kept(self._queue):
+            self._queue.started(_name_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        if self._queue.failure:
+            return  # stopped for that, and no end of its own
         result = trial.last_result
         # Without an outcome of its own it was the scheduler that ended it.
         outcome = result.get("outcome", "stopped")
         step = result.get("last_step", result.get("step", 0))
-        self._queue.ended(_name_of(trial), outcome, step=step, message=result.get("message"))
+        with _kept(self._queue):
+            self._queue.ended(
+                _name_of(trial),
+                outcome,
+                step=step,
+                message=result.get("message"),
+                passing=result.get("passing", False),
+            )
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         message = "its process died"
         if trial.error_file and Path(trial.error_file).is_file():
-            message = Path(trial.error_file).read_text().strip().splitlines()[-1]
-        self._queue.ended(_name_of(trial), "failed", step=0, message=message)
+            message = Path(trial.error_file).read_text("utf-8").strip().splitlines()[-1]
+        with _kept(self._queue):
+            self._queue.ended(_name_of(trial), "failed", step=0, message=message, passing=True)

@@ -2,7 +2,7 @@
 
 The driver plans and records; running the trials on Ray Tune is `gptray.runners.trials`'s. What a
 sweep has decided stands in its trials.jsonl and what its trials measured in their run folders, so
-the same command goes on with a sweep wherever it was killed.
+the same command resumes a sweep wherever it was killed.
 """
 
 from __future__ import annotations
@@ -10,30 +10,41 @@ from __future__ import annotations
 import collections
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptray.config import Config, RunFailed, UserError, dump, load_config, override
+from gptray.config import Config, RunFailed, dump, load_config, override
 from gptray.data.tokens import TokenData
-from gptray.files import replacing
+from gptray.files import replacing, storing
 from gptray.runners.cluster import ray_cluster, trial_resources
 from gptray.runners.prepare import prepare
 from gptray.runners.report import Reporter
-from gptray.runners.runs import held, save_config
-from gptray.runners.sweep_plan import SweepPlan, look_at_sweep
+from gptray.runners.resuming import save_config
+from gptray.runners.runs import CONFIG, held
+from gptray.runners.sweep_plan import BUSY, SweepPlan, check_texts, look_at_sweep
+from gptray.runners.sweep_start import check_trials, failed_trials, opened
 from gptray.runners.sweep_watch import watching_sweep
-from gptray.runners.train import check_data
-from gptray.training.checkpoint import TrainerState, newest_whole, publish_model
+from gptray.training.checkpoint import publish_model
 from gptray.tuning.plan import (
     Planned,
     choose_winner,
+    loses_text,
+    lossy_ahead,
     plan_trial,
     replicates,
     text_key,
 )
-from gptray.tuning.record import OUTCOMES, Record, Trial, load_sweep, load_trials, trial_dir
+from gptray.tuning.record import (
+    OUTCOMES,
+    Record,
+    Trial,
+    load_sweep,
+    load_trials,
+    trial_dir,
+    winner_dir,
+)
 
 if TYPE_CHECKING:
     from gptray.runners.suggestions import Suggestions
@@ -43,30 +54,46 @@ BEST = "best.yaml"
 
 
 def tune(config: Config) -> dict[str, Any]:
-    """Run a sweep, or go on with it; return the job's JSON line.
+    """Run a sweep, or resume it; return the job's JSON line.
 
     Raises:
         UserError: a mistake in the config, the space, the text or the folder; no trial was started.
-        RunFailed: no trial came to a model; says why.
+        RunFailed: no trial came to a model, or some failed for a reason that may pass; says why.
     """
     plan = look_at_sweep(config)
     folder = plan.folder
-    with held(folder, busy=f"another process runs the sweep {folder}"):
-        save_config(plan.config, folder)
+    with held(folder, busy=BUSY.format(folder)):
         log.info("sweep %s", folder)
         reporter = Reporter(folder, _write_report)
-        if load_sweep(folder).winner:
+        if winner_dir(folder) and not plan.changes and not failed_trials(plan.config, folder):
+            more = 2 * plan.config.tune.num_samples
             log.info(
-                "this sweep is finished; another name, or train.resume=never, starts a new one"
+                "this sweep is finished; more trials: python jobs/tune.py --config %s "
+                "tune.num_samples=%d; train.resume=never and another name start a new one",
+                folder / CONFIG,
+                more,
             )
             reporter.write(running=False)
         else:
-            with Record(folder) as record, ray_cluster():
+            with ray_cluster():
+                texts = {text_key(text): prepare(text) for text in plan.texts}
+                check_texts(list(texts.values()))
+                check_trials(plan, texts)
+                record = opened(plan)
                 try:
-                    _Sweep(plan, record).run(on_change=lambda: reporter.write(running=True))
+                    _Sweep(plan, record, texts).run(on_change=lambda: reporter.write(running=True))
                 finally:
                     reporter.write(running=False)
+    _tell_losses(folder)
     return {**outcome(folder), "report": reporter.path}
+
+
+def _tell_losses(folder: Path) -> None:
+    """Say which trials ahead have a tokenizer that loses text."""
+    sweep = load_sweep(folder)
+    winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)
+    for trial in lossy_ahead(sweep.trials, winner):
+        log.warning("%s", loses_text(trial))
 
 
 def _write_report(folder: Path, running: bool) -> Path:
@@ -81,7 +108,7 @@ def _write_report(folder: Path, running: bool) -> Path:
 class _Sweep:
     """A sweep that runs: its texts are prepared, Ray is there. To Ray Tune it is a queue."""
 
-    def __init__(self, plan: SweepPlan, record: Record) -> None:
+    def __init__(self, plan: SweepPlan, record: Record, texts: Mapping[str, TokenData]) -> None:
         self._config, self._folder, self._plan = plan.config, plan.folder, plan
         self._record = record
         self._at_once, self._reserved = trial_resources(
@@ -89,12 +116,11 @@ class _Sweep:
             trials=plan.num_trials,
             at_once=plan.config.tune.max_concurrent_trials,
         )
-        self._texts = {text_key(text): prepare(text) for text in plan.texts}
-        _check_texts(list(self._texts.values()))
-        _share_texts(self._folder)
+        self._texts = texts
         self._suggestions: Suggestions | None = None
         self._waiting: deque[Planned] = deque()
         self.is_over = False
+        self.failure: RunFailed | None = None
 
     def run(self, *, on_change: Callable[[], None]) -> None:
         """Run what is still to run, name the winner and keep its model.
@@ -104,7 +130,6 @@ class _Sweep:
         from gptray.runners.trials import run_trials
 
         self._write_down(self._plan.trials)
-        self._check_trials()
         if self._config.tune.search_alg == "optuna":
             from gptray.runners.suggestions import Suggestions
 
@@ -125,16 +150,24 @@ class _Sweep:
                 at_once=self._at_once,
                 reserved=self._reserved,
             )
+        if self.failure:
+            raise self.failure
         self._finish()
 
     def next(self) -> Planned | None:
         """The next trial to run; None while only running trials can tell, or when `is_over`."""
+        if self.failure:
+            self.is_over = True
+            return None
         if not self._waiting and self._suggestions:
             suggested = self._suggestions.suggest()
             self._waiting.extend([suggested] if suggested else [])
         if not self._waiting:
             trials = load_trials(self._folder)
             if any(trial.outcome is None for trial in trials):
+                return None
+            if failed_trials(self._config, self._folder):
+                self.is_over = True  # the best are known once these have run again
                 return None
             self._waiting.extend(
                 self._write_down(replicates(self._config, str(self._folder), trials))
@@ -146,9 +179,11 @@ class _Sweep:
         """A trial's process has begun with it."""
         self._record.started(name)
 
-    def ended(self, name: str, outcome: str, *, step: int, message: str | None) -> None:
+    def ended(
+        self, name: str, outcome: str, *, step: int, message: str | None, passing: bool
+    ) -> None:
         """A trial has come to an end."""
-        self._record.ended(name, outcome, step=step, message=message)
+        self._record.ended(name, outcome, step=step, message=message, passing=passing)
         if self._suggestions:
             self._suggestions.over(name)
 
@@ -176,7 +211,8 @@ class _Sweep:
             # Sums over threads depend on their number, so a trial's config names it.
             config = override(config, {"compute.cpus_per_worker": int(cores)})
         folder = trial_dir(self._folder, planned.name)
-        folder.mkdir(parents=True, exist_ok=True)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder)
         return {
             "trial": planned.name,
@@ -190,22 +226,17 @@ class _Sweep:
     def _text(self, planned: Planned) -> TokenData:
         return self._texts[text_key(planned.config)]
 
-    def _check_trials(self) -> None:
-        """Refuse texts that a trial cannot be trained on. Raises UserError with all of them."""
-        problems: dict[str, str] = {}
-        for trial in load_trials(self._folder):
-            if trial.outcome is None:
-                planned = self._planned(trial)
-                try:
-                    state = _state(trial_dir(self._folder, trial.name))
-                    check_data(planned.config, self._text(planned), state)
-                except UserError as error:
-                    problems.setdefault(str(error), trial.name)
-        if problems:
-            raise UserError("\n".join(f"trial {name}: {text}" for text, name in problems.items()))
-
     def _finish(self) -> None:
         trials = load_trials(self._folder)
+        failed = [trial for trial in trials if trial.passing]
+        if failed:
+            told = f"{len(failed)} of {len(trials)} trials failed: {failed[0].message}"
+            if self._config.tune.retry_failed:
+                raise RunFailed(
+                    f"{told}; the same command runs them again; tune.retry_failed=false takes the "
+                    "best of the others"
+                )
+            log.warning("%s; the best of the others wins", told)
         winner = choose_winner(trials)
         if winner is None:
             reasons = [f"  {one.name} {one.outcome}: {one.message or '-'}" for one in trials]
@@ -214,15 +245,17 @@ class _Sweep:
         own = {"name": None, "storage_path": self._config.storage_path}
         trained = load_config(str(trial_dir(self._folder, winner.name) / "config.yaml"), [])
         best = override(trained, own)
-        with replacing(self._folder / BEST) as draft:
-            draft.write_text(dump(best))
+        path = self._folder / BEST
+        with storing(path), replacing(path) as draft:
+            draft.write_text(dump(best), "utf-8")
         self._record.winner(winner.name)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What a finished sweep has come to: the job's JSON line.
 
-    `best_*` are the winner's, at its lowest validation loss; `baseline_val_bpb` is that of the
+    `best_*` are the winner's, at its lowest validation loss, `best_lost` the share of the text that
+    its tokenizer loses; `baseline_val_bpb` is that of the
     trial of the config as it is. `steps_full` counts all trials as if none had stopped early.
     """
     sweep = load_sweep(folder)
@@ -236,6 +269,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "best_trial": winner.name,
         "best_val_loss": winner.best["val_loss"],
         "best_val_bpb": winner.best["val_bpb"],
+        "best_lost": winner.lost,
         "baseline_val_bpb": baseline.best["val_bpb"] if baseline and baseline.best else None,
         "model_dir": str(folder / "model"),
         "trials": len(sweep.trials),
@@ -244,31 +278,3 @@ def outcome(folder: Path) -> dict[str, Any]:
         "steps_run": sum(trial.step for trial in sweep.trials),
         "steps_full": sum(trial.max_steps for trial in sweep.trials),
     }
-
-
-def _state(run_dir: Path) -> TrainerState | None:
-    """Where a trial stands; None also where its checkpoints are damaged, which it says itself."""
-    try:
-        checkpoint, _ = newest_whole(run_dir)
-    except RunFailed:
-        return None
-    return TrainerState.load(checkpoint) if checkpoint else None
-
-
-def _check_texts(texts: Sequence[TokenData]) -> None:
-    """Refuse texts whose validation splits differ. Raises UserError."""
-    sizes = {(text.val.documents, text.val.bytes) for text in texts}
-    if len(sizes) > 1:
-        found = ", ".join(f"{count} documents of {size:,} bytes" for count, size in sorted(sizes))
-        raise UserError(
-            f"tune.space: the splits leave different text for validation ({found}); there are too "
-            "few documents for so many parts"
-        )
-
-
-def _share_texts(folder: Path) -> None:
-    """Let a trial's run folder find the sweep's prepared texts where an ordinary run would."""
-    link = folder / "trials" / "data"
-    link.parent.mkdir(exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(Path("..") / ".." / "data")

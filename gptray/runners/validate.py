@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.scoring import Score
 from gptray.data.tokens import TokenData
-from gptray.record import write_event
+from gptray.record import try_event
 from gptray.runners.samples import sample_texts
 from gptray.training.checkpoint import checkpoint_folder
 
@@ -127,7 +127,8 @@ class Validations:
             return
         self._has_told = True
         steps = self._config.train.eval_interval
-        write_event(
+        # On this worker alone, so that it must not fail; and it is only told.
+        try_event(
             self._run_dir,
             "waiting",
             message=f"training waits for the score of step {step}: scoring takes longer than "

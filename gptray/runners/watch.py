@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from gptray.evaluation.wording import perplexity
 from gptray.record import EVENTS, METRICS, read_rows
 
 log = logging.getLogger("gptray")
@@ -192,7 +193,8 @@ def progress_bar() -> Progress:
 def _metrics_text(row: dict[str, Any]) -> str:
     text = f"train {row['train_loss']:.3f}"
     if "val_loss" in row:
-        text += f"  val {row['val_loss']:.3f}  ppl {row['val_ppl']:.1f}  bpb {row['val_bpb']:.3f}"
+        ppl = perplexity(row["val_ppl"])
+        text += f"  val {row['val_loss']:.3f}  ppl {ppl}  bpb {row['val_bpb']:.3f}"
     return f"{text}  {row['tokens_per_sec']:,.0f} tok/s"
 
 

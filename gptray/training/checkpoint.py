@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptray.config import RunFailed, TrainConfig
-from gptray.files import sha256_of
+from gptray.config import RunFailed, TrainConfig, UserError
+from gptray.files import CannotWrite, sha256_of, storing
+from gptray.record import EVENTS, read_rows
 from gptray.training.stopping import Progress
 
 FORMAT = 1
@@ -52,7 +53,7 @@ class TrainerState:
     @classmethod
     def load(cls, folder: Path) -> TrainerState:
         """Read `trainer.json` of a checkpoint."""
-        state = json.loads((folder / "trainer.json").read_text())
+        state = json.loads((folder / "trainer.json").read_text("utf-8"))
         return cls(state["step"], Progress.from_json(state["progress"]), state["data"])
 
 
@@ -78,7 +79,7 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as it was written."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         if manifest["format"] != FORMAT:
             return f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
         files: dict[str, dict[str, Any]] = manifest["files"]
@@ -120,6 +121,25 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
+def check_not_lost(run_dir: Path) -> None:
+    """Refuse to start anew over a run whose checkpoints somebody has removed.
+
+    Raises:
+        UserError: there is no checkpoint, and a model or evaluations show that there were some.
+    """
+    model = run_dir / "model"
+    if not run_dir.is_dir() or find_checkpoints(run_dir):
+        return
+    evaluated = any(event["event"] == "evaluated" for event in read_rows(run_dir / EVENTS))
+    if model.exists() or evaluated:
+        start = f"; model.init_from={model} starts from its weights" if model.exists() else ""
+        raise UserError(
+            f"the checkpoints of the run {run_dir} are gone, so it cannot resume, and training "
+            "from step 0 would overwrite what it came to. Restore one, or give another name: "
+            f"train.resume=never without a name finds a free one{start}"
+        )
+
+
 def save_checkpoint(
     run_dir: Path,
     state: TrainerState,
@@ -132,50 +152,64 @@ def save_checkpoint(
     `write_tensors` puts `model/` and `optimizer.safetensors` into the folder that it is given.
 
     Raises:
-        RunFailed: the disk is full or cannot be written; names the path and the free space.
+        RunFailed: the disk is full or cannot be written; names the path and the free space. Earlier
+            checkpoints are untouched, and the draft gives its room back.
     """
     final = checkpoint_folder(run_dir, state.step)
     draft = _draft(final)
     try:
-        if draft.exists():  # left by a killed attempt, never visible to a reader
-            shutil.rmtree(draft)
-        draft.mkdir(parents=True)
-        write_tensors(draft)
-        (draft / "trainer.json").write_text(json.dumps(state.to_json(), indent=1))
-        (draft / "config.yaml").write_text(config_yaml)
-        _write_manifest(draft)
-        if final.exists():  # a damaged one that this run has just made again
-            _set_aside(final)
-        os.rename(draft, final)
-        _sync(run_dir)
-    except OSError as error:
-        free = shutil.disk_usage(run_dir).free if run_dir.exists() else 0
-        raise RunFailed(
-            f"cannot write {final}: {error.strerror or error} "
-            f"({free:,} bytes free); earlier checkpoints are untouched"
-        ) from error
+        with storing(final):
+            if draft.exists():  # left by a killed attempt, never visible to a reader
+                shutil.rmtree(draft)
+            draft.mkdir(parents=True)
+            write_tensors(draft)
+            (draft / "trainer.json").write_text(json.dumps(state.to_json(), indent=1), "utf-8")
+            (draft / "config.yaml").write_text(config_yaml, "utf-8")
+            _write_manifest(draft)
+            if final.exists():  # a damaged one that this run has just made again
+                _set_aside(final)
+            os.rename(draft, final)
+            _sync(run_dir)
+    except CannotWrite:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     return final
 
 
 def publish_model(checkpoint: Path, run_dir: Path) -> Path:
-    """Make the checkpoint's model the run's `model/`. A reader never meets a half-written file."""
+    """Make the checkpoint's model the run's `model/`. A reader never meets a half-written file.
+
+    Raises:
+        RunFailed: the disk is full or cannot be written; `model/` is as it was, the next start
+            publishes it.
+    """
     target = run_dir / "model"
+    with storing(target):
+        _publish(checkpoint, target)
+        _sync(run_dir)
+    return target
+
+
+def _publish(checkpoint: Path, target: Path) -> None:
     if not target.exists():
-        draft = run_dir / ".model.tmp"
-        if draft.exists():
-            shutil.rmtree(draft)
-        shutil.copytree(checkpoint / "model", draft)
-        os.rename(draft, target)
-    else:
-        # Weights last: they alone differ within a run, and one replace swaps them.
-        for source in sorted(
-            (checkpoint / "model").iterdir(), key=lambda path: path.suffix == ".safetensors"
-        ):
-            draft = target / f".{source.name}.tmp"
+        draft = target.with_name(".model.tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            shutil.copytree(checkpoint / "model", draft)
+            os.rename(draft, target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return
+    # Weights last: they alone differ within a run, and one replace swaps them.
+    for source in sorted(
+        (checkpoint / "model").iterdir(), key=lambda path: path.suffix == ".safetensors"
+    ):
+        draft = target / f".{source.name}.tmp"
+        try:
             shutil.copyfile(source, draft)
             os.replace(draft, target / source.name)
-    _sync(run_dir)
-    return target
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def withdraw_checkpoint(run_dir: Path, step: int) -> None:
@@ -184,10 +218,11 @@ def withdraw_checkpoint(run_dir: Path, step: int) -> None:
     The next attempt at this step takes its place.
     """
     final = checkpoint_folder(run_dir, step)
-    if _draft(final).exists():
-        shutil.rmtree(_draft(final))
-    os.rename(final, _draft(final))
-    _sync(run_dir)
+    with storing(final):
+        if _draft(final).exists():
+            shutil.rmtree(_draft(final))
+        os.rename(final, _draft(final))
+        _sync(run_dir)
 
 
 def prune(run_dir: Path, num_to_keep: int, *, spare: Collection[int]) -> None:
@@ -195,12 +230,13 @@ def prune(run_dir: Path, num_to_keep: int, *, spare: Collection[int]) -> None:
 
     A folder is hidden by one rename before it is emptied, so that a kill leaves no torn one.
     """
-    for folder in find_checkpoints(run_dir)[num_to_keep:]:
-        if checkpoint_step(folder) not in spare:
-            hidden = run_dir / f".{folder.name}.old"
-            os.rename(folder, hidden)
-    for hidden in run_dir.glob(".checkpoint_*.old"):
-        shutil.rmtree(hidden)
+    with storing(run_dir):
+        for folder in find_checkpoints(run_dir)[num_to_keep:]:
+            if checkpoint_step(folder) not in spare:
+                hidden = run_dir / f".{folder.name}.old"
+                os.rename(folder, hidden)
+        for hidden in run_dir.glob(".checkpoint_*.old"):
+            shutil.rmtree(hidden)
 
 
 def _draft(folder: Path) -> Path:
@@ -215,7 +251,7 @@ def _write_manifest(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), "utf-8")
     for path in (manifest, folder / "model", folder):
         _sync(path)
 

@@ -7,8 +7,8 @@ the next evaluation, never earlier or later: what a run does depends on no clock
 
 from __future__ import annotations
 
-import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +63,7 @@ class InLine:
 
         Raises:
             NonFiniteLoss: on every worker, before anything is saved.
+            UserError, RunFailed: on every worker, what keeping or sampling met on the first.
         """
         run, journal = self._run, self._journal
         score = score_split(
@@ -74,13 +75,16 @@ class InLine:
         )
         judge(run, run.state.step, score)
         row |= score_fields(score, row["train_loss"])
-        checkpoint = None
-        if journal:
+
+        def keep() -> Path:
+            assert journal
             journal.write(row)
             checkpoint = save(run, journal)
             publish_if_best(run, run.state.step)
             tell(run, journal, run.state.step, self._sample(run.model))
-        self._report(row, checkpoint)
+            return checkpoint
+
+        self._report(row, run.workers.from_first(keep))
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -104,7 +108,8 @@ class Beside:
         self._report, self._validated = report, validated
         self._unscored: Metrics | None = None
         if step := run.state.step:
-            self._unscored = journal.row(step) if journal else {"step": step}
+            row = run.workers.from_first(lambda: journal.row(step) if journal else None)
+            self._unscored = row or {"step": step}
             report({"step": step}, checkpoint_folder(run.run_dir, step) if journal else None)
 
     def add(self, row: Metrics) -> None:
@@ -117,9 +122,7 @@ class Beside:
         if journal:
             journal.write(row)
         self.finish()
-        checkpoint = None
-        if journal:
-            checkpoint = save(run, journal)
+        checkpoint = run.workers.from_first(lambda: save(run, journal) if journal else None)
         self._unscored = row
         self._report(row, checkpoint)
 
@@ -128,6 +131,7 @@ class Beside:
 
         Raises:
             NonFiniteLoss: on every worker; the checkpoint is no longer one.
+            UserError, RunFailed: on every worker, what scoring or keeping met.
         """
         if not self._unscored:
             return
@@ -137,15 +141,18 @@ class Beside:
         try:
             judge(run, step, validation.score)
         except NonFiniteLoss:
-            if self._journal:
-                withdraw_checkpoint(run.run_dir, step)
+            run.workers.from_first(lambda: withdraw_checkpoint(run.run_dir, step))
             raise
-        if self._journal:
-            row |= score_fields(validation.score, row["train_loss"])
+
+        def keep() -> None:
+            assert self._journal
+            row.update(score_fields(validation.score, row["train_loss"]))
             publish_if_best(run, step)
             self._journal.amend(row)
             tell(run, self._journal, step, validation.samples)
             remove_old(run)
+
+        run.workers.from_first(keep)
 
 
 def judge(run: Run, step: int, score: Score) -> None:
@@ -154,19 +161,23 @@ def judge(run: Run, step: int, score: Score) -> None:
     Raises:
         NonFiniteLoss: the score is no number; nothing was told.
     """
-    if not math.isfinite(score.perplexity):
+    if not score.is_finite:
         raise NonFiniteLoss(f"step {step}: validation loss {score.loss}")
     progress = run.state.progress.after(step, score.loss, min_delta=run.config.train.min_delta)
     run.state = replace(run.state, progress=progress)
 
 
 def score_fields(score: Score, train_loss: float) -> Metrics:
-    """What an evaluation adds to the row of its step."""
+    """What an evaluation adds to the row of its step; `val_lost` only where text is lost.
+
+    Then the perplexity may be too large for a float, and is the largest that there is.
+    """
     return {
         "val_loss": score.loss,
-        "val_ppl": score.perplexity,
+        "val_ppl": min(score.perplexity, sys.float_info.max),
         "val_bpb": score.bits_per_byte,
         "gap": score.loss - train_loss,
+        **({"val_lost": score.lost} if score.lost_bytes else {}),
     }
 
 

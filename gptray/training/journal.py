@@ -1,7 +1,8 @@
 """What the first worker writes beside the checkpoints: metrics.jsonl and TensorBoard files.
 
 `metrics.jsonl` has no step twice and none missing: a resumed run first drops the rows after its
-checkpoint, then writes them again. A score that comes late is added to its step's row.
+checkpoint, then writes them again. A score that comes late is added to its step's row. Rows for
+which there is no room wait in memory until the next one, or until `sync`, which must have them.
 """
 
 from __future__ import annotations
@@ -9,33 +10,40 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
-
-from tensorboardX import SummaryWriter
+from typing import Any
 
 from gptray.config import RunFailed
-from gptray.files import replacing
+from gptray.files import append, replacing, storing
 from gptray.record import METRICS, read_rows
+from gptray.training.board import Board
 
 
 class Journal:
     """The writer of one run's metrics, held by the rank-0 worker alone."""
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
-        """Open the journal of a run that goes on after `step`; later rows are dropped."""
-        run_dir.mkdir(parents=True, exist_ok=True)
+        """Open the journal of a run that goes on after `step`; later rows are dropped.
+
+        Raises:
+            RunFailed: here and in all that writes: the disk is full or cannot be written.
+        """
         self._path = run_dir / METRICS
-        _rewrite(self._path, [row for row in read_rows(self._path) if row["step"] <= step])
-        self._file: TextIO = self._path.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        with storing(self._path):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _rewrite(self._path, [row for row in read_rows(self._path) if row["step"] <= step])
+        self._pending = b""
+        self._board = Board(run_dir / "tensorboard", step=step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add the row of one logged step; readers see it at once."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        """Add the row of one logged step; readers see it at once, or as soon as there is room."""
+        self._pending += _line(row)
         self._show(row)
+        with suppress(OSError, RunFailed):
+            self._drain()
+            self._board.flush()
 
     def row(self, step: int) -> dict[str, Any]:
         """The row of a step that was written before.
@@ -50,28 +58,29 @@ class Journal:
 
     def amend(self, row: dict[str, Any]) -> None:
         """Put a row in the place of its step's, on disk at once; readers see one or the other."""
-        before = self.row(row["step"])
-        rows = [row if one == before else one for one in read_rows(self._path)]
-        self._file.close()
-        _rewrite(self._path, rows)
-        self._file = self._path.open("a")
+        with storing(self._path):
+            self._drain()
+            before = self.row(row["step"])
+            _rewrite(self._path, [row if one == before else one for one in read_rows(self._path)])
         self._show({key: row[key] for key in row if key == "step" or key not in before})
 
     def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Show (prompt, continuation) pairs in TensorBoard."""
-        text = "\n\n".join(f"**{prompt}**{output}" for prompt, output in samples)
-        self._board.add_text("samples", text, step)
+        words = "\n\n".join(f"**{prompt}**{output}" for prompt, output in samples)
+        self._board.show_text(step, "samples", words)
 
     def sync(self) -> None:
         """Have every row on disk, as a checkpoint promises that the rows before it are there."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with storing(self._path):
+            self._drain(sync=True)
         self._board.flush()
 
+    def _drain(self, *, sync: bool = False) -> None:
+        append(self._path, self._pending, sync=sync)
+        self._pending = b""
+
     def _show(self, row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if key != "step":
-                self._board.add_scalar(key, value, row["step"])
+        self._board.show(row["step"], {key: row[key] for key in row if key != "step"})
 
     def __enter__(self) -> Journal:
         return self
@@ -82,12 +91,18 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._board.close()
+        """Write what waits. What no checkpoint has promised yet is made again by a later start."""
+        with suppress(OSError, RunFailed):
+            self._drain()
+            self._board.flush()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
 def _rewrite(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with replacing(path) as draft, draft.open("w") as file:
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    with replacing(path) as draft, draft.open("wb") as file:
+        file.writelines(map(_line, rows))
         file.flush()
         os.fsync(file.fileno())

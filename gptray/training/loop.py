@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gptray.config import Config
+from gptray.config import Config, RunFailed, UserError
+from gptray.data.scoring import charge_per_token
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
 from gptray.training.evaluations import Beside, InLine, Metrics, Report, Samples, Validation
@@ -44,23 +45,32 @@ def fit(
     alone writes, samples and hands `report` a checkpoint. Training waits for its evaluations,
     unless `validated` is given: then whoever gets the report is to score its checkpoint, and
     `validated(step)`, called by every worker, waits for what came of it. Returns the metrics of
-    the last logged step and `stopped`: max_steps, patience, or non_finite with a `message`.
+    the last logged step and `stopped`: max_steps, patience, non_finite with a `message`, or failed
+    with a `message` and whether it is the user's `mistake`. A failure is shared by all workers and
+    returned rather than raised: whoever restarts workers would take it for a node that died.
     """
     workers = Workers.current()
+    step = 0
     with ExitStack() as stack:
-        if workers.is_first:
-            stack.enter_context(writing(run_dir))
-        run = start(config, data, run_dir, workers=workers, device=device)
-        journal = Journal(run_dir, step=run.state.step) if workers.is_first else None
-        if journal:
-            stack.enter_context(journal)
-        evaluations: InLine | Beside = InLine(run, journal, report, sample)
-        if validated:
-            evaluations = Beside(run, journal, report, validated)
         try:
+            workers.from_first(lambda: stack.enter_context(writing(run_dir)))
+            run = start(config, data, run_dir, workers=workers, device=device)
+            step = run.state.step
+            journal = workers.from_first(lambda: stack.enter_context(Journal(run_dir, step=step)))
+            evaluations: InLine | Beside = InLine(run, journal, report, sample)
+            if validated:
+                evaluations = Beside(run, journal, report, validated)
             return train(run, journal, evaluations)
         except NonFiniteLoss as error:
             return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
+        except (UserError, RunFailed) as error:
+            return failed(step, error)
+
+
+def failed(step: int, error: UserError | RunFailed) -> Metrics:
+    """The result of a run that met `error` at or after `step`."""
+    mistake = isinstance(error, UserError)
+    return {"step": step, "stopped": "failed", "message": str(error), "mistake": mistake}
 
 
 def train(run: Run, journal: Journal | None, evaluations: InLine | Beside) -> Metrics:
@@ -133,11 +143,14 @@ def train_step(run: Run) -> tuple[float, float, float]:
 
 
 def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr: float) -> Metrics:
-    """The row of a logged step: `train_loss` is the mean since the row before, dropout on."""
+    """The row of a logged step: `train_loss` is the mean since the row before, dropout on.
+
+    Like validation loss, it is charged for what the tokenizer loses, by the training split's mean.
+    """
     return {
         "step": run.state.step,
         "epoch": round(run.order.epoch(run.state.step, run.config.train.global_batch_size), 4),
-        "train_loss": math.fsum(losses) / len(losses),
+        "train_loss": math.fsum(losses) / len(losses) + charge_per_token(run.data.train),
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens_per_sec": round(rate, 1),

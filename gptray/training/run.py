@@ -17,18 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from gptray.build import check_backend
-from gptray.config import Config, RunFailed
+from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
+from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
+from gptray.data.vocabulary import kept_rows
+from gptray.files import storing
 from gptray.model import kernels
 from gptray.model.gpt import GPT
-from gptray.model.hf import load_weights
+from gptray.model.hf import Rows, load_weights
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32, pick_dtype
-from gptray.model.shape import model_folder
+from gptray.model.shape import model_folder, read_shape
 from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
     TrainerState,
+    check_not_lost,
     checkpoint_folder,
     checkpoint_step,
     newest_whole,
@@ -82,21 +86,30 @@ def start(
     """Build a worker's run, from the newest whole checkpoint where there is one.
 
     Raises:
-        RunFailed: checkpoints exist and none is whole.
+        UserError: the checkpoints were removed.
+        RunFailed: checkpoints exist and none is whole, or the disk takes nothing.
         ValueError: the training split is shorter than one block.
     """
     make_repeatable()
-    step = workers.number_from_first(lambda: _resume_step(run_dir), device)
+    first = workers.from_first(lambda: _resume_step(run_dir))
+    step = workers.number_from_first(lambda: first or 0, device)
     folder = checkpoint_folder(run_dir, step) if step else None
-    model = build_model(
-        config, data, folder, device, tell=lambda text: write_event(run_dir, "notice", message=text)
-    )
-    optimizer = make_optimizer(model.parameters(), config.optim)
+
+    def tell(text: str) -> None:
+        if workers.is_first:
+            write_event(run_dir, "notice", message=text)
+
+    failure: UserError | RunFailed | None = None
+    try:
+        model, optimizer = _built(config, data, folder, device, tell)
+    except (UserError, RunFailed) as error:
+        failure = error
+    workers.agree(failure)
     state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
     if folder:
         state = TrainerState.load(folder)
-        load_optimizer(folder / "optimizer.safetensors", model, optimizer)
-    if workers.is_first:
+
+    def begin() -> None:
         if folder and state.progress.best_step == step:
             publish_model(folder, run_dir)  # a kill may have come between save and publish
         write_event(
@@ -110,7 +123,10 @@ def start(
             pid=os.getpid(),
             device=device_name(device),
             versions=versions(),
+            **({"loses": data.loses} if data.loses else {}),
         )
+
+    workers.from_first(begin)
     compiled = torch.compile(model) if config.train.compile else model
     return Run(
         config=config,
@@ -124,6 +140,21 @@ def start(
         order=BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed),
         state=state,
     )
+
+
+def _built(
+    config: Config,
+    data: TokenData,
+    checkpoint: Path | None,
+    device: torch.device,
+    tell: Callable[[str], None],
+) -> tuple[GPT, torch.optim.Optimizer]:
+    """The model and its optimizer, as a checkpoint holds them or as training begins with them."""
+    model = build_model(config, data, checkpoint, device, tell=tell)
+    optimizer = make_optimizer(model.parameters(), config.optim)
+    if checkpoint:
+        load_optimizer(checkpoint / "optimizer.safetensors", model, optimizer)
+    return model, optimizer
 
 
 def device_name(device: torch.device) -> str:
@@ -141,10 +172,13 @@ def writing(run_dir: Path, *, wait_s: float = 60.0) -> Iterator[None]:
     A worker whose driver was killed may live on for some seconds; its successor waits for it.
 
     Raises:
-        RunFailed: another process has held the folder for `wait_s` seconds.
+        RunFailed: another process has held the folder for `wait_s` seconds, or nobody can write.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".writer.lock").open("w") as file:
+    path = run_dir / ".writer.lock"
+    with storing(path):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        opened = path.open("w", encoding="utf-8")
+    with opened as file:
         deadline = time.monotonic() + wait_s
         while True:
             try:
@@ -158,6 +192,7 @@ def writing(run_dir: Path, *, wait_s: float = 60.0) -> Iterator[None]:
 
 
 def _resume_step(run_dir: Path) -> int:
+    check_not_lost(run_dir)
     folder, problems = newest_whole(run_dir)
     step = checkpoint_step(folder) or 0 if folder else 0
     for problem in problems:
@@ -184,11 +219,13 @@ def build_model(
 ) -> GPT:
     """The run's model as a checkpoint holds it; None: as training begins with it.
 
-    tell: takes word of kernels that should be there and cannot be built.
+    tell: takes word of an embedding that was resized, and of kernels that cannot be built.
     """
     model = GPT(config.model, vocab_size=data.vocab_size)
     if checkpoint:
         load_weights(model, checkpoint / "model")
+    elif config.model.init_from and config.model.resize_vocab:
+        _load_resized(model, config, data, config.model.init_from, tell)
     elif config.model.init_from:
         model.valid_vocab_size = config.model.vocab_size or data.vocab_size
         load_weights(model, model_folder(config.model.init_from))
@@ -199,6 +236,25 @@ def build_model(
     if model.compute_dtype == torch.bfloat16 and _has_kernels(config.train.backend, device, tell):
         model.use_kernels()
     return model.to(device)
+
+
+def _load_resized(
+    model: GPT, config: Config, data: TokenData, source: str, tell: Callable[[str], None]
+) -> None:
+    """Load weights, each row of the embedding for the token that it stands for."""
+    own = Tokenizer.load(source)
+    kept = kept_rows(own, data.tokenizer)
+    folder = model_folder(source)
+    rows = read_shape(folder)["vocab_size"]
+    kept = [row if row < rows else -1 for row in kept]
+    load_weights(model, folder, rows=Rows(kept, min(rows, own.vocab_size), config.seed))
+    new, moved = kept.count(-1), sum(row not in (-1, number) for number, row in enumerate(kept))
+    if new or moved:
+        tell(
+            f"the embedding has a row for each of the tokenizer's {len(kept):,} tokens: "
+            f"{len(kept) - new:,} taken from {source}, {moved:,} of them from another id; {new:,} "
+            "new ones start from the mean row"
+        )
 
 
 def _has_kernels(backend: str, device: torch.device, tell: Callable[[str], None]) -> bool:

@@ -36,6 +36,7 @@ def score_split(
 ) -> Score:
     """Score every token of the split but its first, once, in windows of `block_size`.
 
+    What the tokenizer has lost of the split's text is charged, see `Score`.
     The windows are shared out over the workers and their sums added in float64, so that neither
     the number of workers nor the batch size changes the loss beyond rounding.
     """
@@ -52,4 +53,4 @@ def score_split(
         total[1] += losses.numel()
     nats, count = workers.sum(total).tolist()
     model.train(was_training)
-    return Score(nats=nats, tokens=int(count), num_bytes=split.bytes)
+    return Score.charged(nats, int(count), split.bytes, split.lost_bytes)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from gptray.config import RunFailed, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,35 @@ class Workers:
         if self.size > 1:
             dist.broadcast(value, src=0)
         return int(value.item())
+
+    def agree(self, failure: UserError | RunFailed | None) -> None:
+        """Raise on every worker what any of them met: all leave together, and none waits for one.
+
+        The workers call this at the same place, each with its own failure or None.
+        """
+        found = [failure]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, failure)
+        for one in found:
+            if one:
+                raise one
+
+    def from_first(self, make: Callable[[], T]) -> T | None:
+        """Call `make` on the first worker; give there what it gives, None elsewhere.
+
+        Raises:
+            UserError, RunFailed: on every worker, what it raised on the first.
+        """
+        failure: UserError | RunFailed | None = None
+        made = None
+        if self.is_first:
+            try:
+                made = make()
+            except (UserError, RunFailed) as error:
+                failure = error
+        self.agree(failure)
+        return made
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model whose backward pass averages gradients over all workers."""

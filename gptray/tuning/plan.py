@@ -5,13 +5,15 @@ A function of the config and of what trials have measured; running them is the r
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gptray.config import Config, ConfigError, TuneConfig, UserError, flatten, override
+from gptray.data.difference import percent
 from gptray.fields import shown
 from gptray.space import Entry, read_space
 from gptray.tuning.record import Trial
@@ -39,8 +41,13 @@ def entries_of(config: Config) -> list[Entry]:
     return read_space(config.tune.space, Config)
 
 
-def plan_trials(config: Config, folder: str) -> list[Planned]:
+def plan_trials(
+    config: Config, folder: str, *, drawn: Sequence[int] = (), known: Sequence[Trial] = ()
+) -> list[Planned]:
     """The trials that the seed decides: with Optuna only the baseline. `folder` is the sweep's.
+
+    drawn: how many samples there were after each earlier round; tune.num_samples is the last.
+    known: trials of the record, whose names stay theirs.
 
     Raises:
         UserError: there is no space, or some of its values don't go together; says all that.
@@ -55,10 +62,20 @@ def plan_trials(config: Config, folder: str) -> list[Planned]:
     is_known = config.tune.search_alg == "random"
     if not is_known:
         _refuse_endless_texts(entries)
-    drawn = draw(entries, config.tune.num_samples if is_known else REHEARSED, seed=config.seed)
-    baseline: list[dict[str, Any]] = [{}] if config.tune.baseline else []
-    trials = _checked([*baseline, *drawn], config, folder)
-    return trials if is_known else trials[: len(baseline)]
+    values: list[dict[str, Any]] = [{}] if config.tune.baseline else []
+    baseline = len(values)
+    before = 0
+    for number in sorted({*drawn, config.tune.num_samples} if is_known else {REHEARSED}):
+        values += draw(entries, number - before, seed=config.seed, after=before)
+        before = number
+    trials = _checked(values, config, folder, _names(known))
+    return trials if is_known else trials[:baseline]
+
+
+def _names(known: Sequence[Trial]) -> Iterator[str]:
+    """Names for trials without repetitions: those of the record, then numbers that are free."""
+    yield from (trial.name for trial in known if trial.replicate_of is None)
+    yield from map(trial_name, itertools.count(len(known)))
 
 
 def text_key(config: Config) -> str:
@@ -115,14 +132,20 @@ def trial_name(number: int) -> str:
 
 
 def replicates(config: Config, folder: str, trials: Sequence[Trial]) -> list[Planned]:
-    """The best trials, each with tune.replicates other seeds, to be run to the end."""
+    """The best trials, each with tune.replicates other seeds, to be run to the end.
+
+    Only those that are not among `trials` already.
+    """
     primary = [trial for trial in trials if trial.replicate_of is None]
+    there = {(trial.replicate_of, trial.values.get("seed")) for trial in trials}
     planned: list[Planned] = []
     for trial in ranked(primary)[: FINALISTS if config.tune.replicates else 0]:
         seed = trial.values.get("seed", config.seed)
         for extra in range(1, config.tune.replicates + 1):
-            name = trial_name(len(primary) + len(planned))
             values = {**trial.values, "seed": (seed + extra) % 2**32}
+            if (trial.name, values["seed"]) in there:
+                continue
+            name = trial_name(len(trials) + len(planned))
             one = plan_trial(config, folder, name, values)
             planned.append(Planned(name, values, one.config, trial.name))
     return planned
@@ -137,6 +160,22 @@ def ranked(trials: Iterable[Trial]) -> list[Trial]:
     return sorted(
         (trial for trial in sound if trial.best), key=lambda trial: (score(trial), trial.name)
     )
+
+
+def lossy_ahead(trials: Iterable[Trial], winner: Trial | None) -> list[Trial]:
+    """The trials that win, lead or rank above a lossless one with a tokenizer that loses text."""
+    order = [trial for trial in ranked(trials) if not trial.replicate_of]
+    last = max((place for place, trial in enumerate(order) if not trial.lost), default=0)
+    return [
+        trial
+        for place, trial in enumerate(order)
+        if trial.lost and (place <= last or (winner and trial.name == winner.name))
+    ]
+
+
+def loses_text(trial: Trial) -> str:
+    """What to say of a trial whose tokenizer loses text."""
+    return f"trial {trial.name}'s tokenizer loses {percent(trial.lost)} of the text"
 
 
 def score(trial: Trial) -> float:
@@ -163,12 +202,14 @@ def mean_score(trial: Trial, trials: Sequence[Trial]) -> float:
     return math.fsum([score(trial), *scores]) / (1 + len(scores))
 
 
-def _checked(drawn: Sequence[Mapping[str, Any]], config: Config, folder: str) -> list[Planned]:
+def _checked(
+    drawn: Sequence[Mapping[str, Any]], config: Config, folder: str, names: Iterator[str]
+) -> list[Planned]:
     """The trials of these values, each config once. Raises ConfigError with all that is wrong."""
     found: dict[str, Planned] = {}
     problems: dict[str, str] = {}
+    name = next(names)
     for values in drawn:
-        name = trial_name(len(found))
         try:
             trial = plan_trial(config, folder, name, values)
         except ConfigError as error:
@@ -176,7 +217,10 @@ def _checked(drawn: Sequence[Mapping[str, Any]], config: Config, folder: str) ->
                 problems.setdefault(problem, _as_text(values))
             continue
         keys = {**flatten(trial.config), "name": None}
-        found.setdefault(json.dumps(keys, sort_keys=True, default=list), trial)
+        key = json.dumps(keys, sort_keys=True, default=list)
+        if key not in found:
+            found[key] = trial
+            name = next(names)
     lines = [
         f"tune.space: {problem} (in a trial with {text})" for problem, text in problems.items()
     ]

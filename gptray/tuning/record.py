@@ -7,15 +7,14 @@ decided. What a trial measured stands in its own run folder `trials/<name>/`.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gptray.config import Config, load_config
+from gptray.files import append, storing
 from gptray.record import METRICS, read_rows
 
 TRIALS = "trials.jsonl"
@@ -33,6 +32,7 @@ class Trial:
     step: the last one logged.
     rows: its metrics.jsonl.
     point: what Optuna suggested, in its own terms.
+    passing: whether it failed for a reason that may pass: a full disk, a process that died.
     """
 
     name: str
@@ -45,12 +45,18 @@ class Trial:
     message: str | None
     rows: Sequence[Mapping[str, Any]]
     point: Mapping[str, Any] | None = None
+    passing: bool = False
 
     @property
     def best(self) -> Mapping[str, Any] | None:
         """The evaluation with the lowest validation loss in bits per byte, None before any."""
         evaluations = [row for row in self.rows if "val_bpb" in row]
         return min(evaluations, key=lambda row: row["val_bpb"], default=None)
+
+    @property
+    def lost(self) -> float:
+        """Share of the validation text that the trial's tokenizer does not give back."""
+        return float(self.best.get("val_lost", 0.0)) if self.best else 0.0
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,29 @@ def load_sweep(folder: Path) -> Sweep:
 
 def winner_dir(folder: Path) -> Path | None:
     """The run folder of a sweep's winner; None before it is known, and for any other folder."""
-    winners = [row["trial"] for row in read_rows(folder / TRIALS) if row["event"] == "winner"]
-    return trial_dir(folder, winners[-1]) if winners else None
+    winner = None
+    for row in read_rows(folder / TRIALS):
+        if row["event"] in ("winner", "reopened"):
+            winner = row.get("trial")
+    return trial_dir(folder, winner) if winner else None
+
+
+def samples_drawn(folder: Path) -> list[int]:
+    """How many samples a sweep had drawn after each round; empty before tune.num_samples rose."""
+    raised = [row for row in read_rows(folder / TRIALS) if row.get("num_samples")]
+    return [raised[0]["before"], *(row["num_samples"] for row in raised)] if raised else []
 
 
 def load_trials(folder: Path) -> list[Trial]:
     """The trials of a sweep's folder as they stand, in the order in which they were planned."""
     by_trial: dict[str, dict[str, dict[str, Any]]] = {}
     for event in read_rows(folder / TRIALS):
-        by_trial.setdefault(event["trial"], {})[event["event"]] = event
+        if "trial" not in event:
+            continue
+        events = by_trial.setdefault(event["trial"], {})
+        events[event["event"]] = event
+        if event["event"] == "retried":
+            events.pop("ended", None)
     return [_trial(folder, events) for events in by_trial.values() if "planned" in events]
 
 
@@ -115,6 +135,7 @@ def _trial(folder: Path, events: Mapping[str, Mapping[str, Any]]) -> Trial:
         message=ended.get("message"),
         rows=rows,
         point=planned.get("point"),
+        passing=ended.get("passing", False),
     )
 
 
@@ -122,11 +143,14 @@ class Record:
     """The writer of a sweep's `trials.jsonl`, held by its driver alone."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the record of a folder; a line that a kill cut off is dropped."""
-        path = folder / TRIALS
-        self._file = path.open("ab")
-        whole, newline, _ = path.read_bytes().rpartition(b"\n")
-        self._file.truncate(len(whole) + len(newline))
+        """Open the record of a folder; a line that a crash cut off is dropped.
+
+        Raises:
+            RunFailed: here and in all that writes: the disk is full or cannot be written.
+        """
+        self._path = folder / TRIALS
+        with storing(self._path):
+            append(self._path, b"", cut_torn=True, sync=True)
 
     def planned(
         self,
@@ -140,7 +164,7 @@ class Record:
         """There is to be such a trial; `point`: what Optuna suggested."""
         self._write(
             "planned",
-            trial,
+            trial=trial,
             values=dict(values),
             max_steps=max_steps,
             replicate_of=replicate_of,
@@ -149,30 +173,35 @@ class Record:
 
     def started(self, trial: str) -> None:
         """The trial runs, for the first time or again."""
-        self._write("started", trial)
+        self._write("started", trial=trial)
 
-    def ended(self, trial: str, outcome: str, *, step: int, message: str | None = None) -> None:
-        """The trial is over: one of OUTCOMES."""
+    def ended(
+        self,
+        trial: str,
+        outcome: str,
+        *,
+        step: int,
+        message: str | None = None,
+        passing: bool = False,
+    ) -> None:
+        """The trial is over: one of OUTCOMES; `passing`: it failed for a reason that may pass."""
         assert outcome in OUTCOMES, outcome
-        self._write("ended", trial, outcome=outcome, step=step, message=message)
+        more = {"passing": True} if passing else {}
+        self._write("ended", trial=trial, outcome=outcome, step=step, message=message, **more)
+
+    def retried(self, trial: str) -> None:
+        """The trial, which had failed, is to run again from its checkpoints."""
+        self._write("retried", trial=trial)
+
+    def reopened(self, **why: int) -> None:
+        """The winner is to be decided anew; num_samples, before: more samples than before."""
+        self._write("reopened", **why)
 
     def winner(self, trial: str) -> None:
         """The sweep is over."""
-        self._write("winner", trial)
+        self._write("winner", trial=trial)
 
-    def _write(self, event: str, trial: str, **fields: Any) -> None:
-        line = {"event": event, "trial": trial, **fields, "time": round(time.time(), 3)}
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> Record:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
+    def _write(self, event: str, **fields: Any) -> None:
+        line = {"event": event, **fields, "time": round(time.time(), 3)}
+        with storing(self._path):
+            append(self._path, json.dumps(line, allow_nan=False).encode() + b"\n", sync=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import stdev
 
 from gptray.config import dump
+from gptray.data.difference import percent
 from gptray.evaluation.page import Row, details, esc, paragraph, table, tiles
 from gptray.evaluation.wording import count
 from gptray.tuning.dots import effects_figure, panels
@@ -136,6 +137,8 @@ def ranking(standing: Standing) -> list[str]:
         "Bits per byte: lowest validation loss x tokens / (ln 2 x bytes of text), the same text "
         "for all. Gap: validation loss - training loss of that evaluation, in bits per byte."
     )
+    if any(trial.lost for trial in standing.trials):
+        how += " Each byte that a tokenizer loses is charged 8 bits."
     parts = [paragraph(how, "soft"), table(columns, rows[:SHOWN])]
     if len(rows) > SHOWN:
         rest = table(columns, rows[SHOWN:])
@@ -150,7 +153,8 @@ def _trial_row(number: int, trial: Trial, standing: Standing) -> Row:
         for setting in standing.settings
         if trial.name in setting.values
     )
-    notes = [note for note in (_note(trial, standing), trial.message or "", values) if note]
+    lost = f"its tokenizer loses {percent(trial.lost)} of the text" if trial.lost else ""
+    notes = [note for note in (_note(trial, standing), trial.message or "", lost, values) if note]
     numbers = ("-", "-", "-")
     if best:
         numbers = (f"{best['val_bpb']:.4f}", f"{best['step']:,}", f"{gap_bits(best):+.3f}")

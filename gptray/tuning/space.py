@@ -17,10 +17,12 @@ from gptray.space import Entry
 Values = dict[str, Any]
 
 
-def draw(entries: Sequence[Entry], num_samples: int, *, seed: int) -> list[Values]:
+def draw(entries: Sequence[Entry], num_samples: int, *, seed: int, after: int = 0) -> list[Values]:
     """The values of `num_samples` trials for each point of the grid, the same for the same seed.
 
     An entry whose condition does not hold is left out of a trial's values.
+
+    after: how many samples were drawn before; more of them are a further Latin hypercube.
     """
     points = grid_points([entry for entry in entries if entry.kind == "grid"])
     trials = [dict(point) for _ in range(num_samples) for point in points]
@@ -28,7 +30,8 @@ def draw(entries: Sequence[Entry], num_samples: int, *, seed: int) -> list[Value
         if entry.kind == "grid":
             continue
         # A draw of its own for each entry: adding one to the space leaves the others' values.
-        rng = np.random.default_rng([seed, zlib.crc32(entry.paths[0].encode())])
+        key = [seed, zlib.crc32(entry.paths[0].encode())]
+        rng = np.random.default_rng([*key, after] if after else key)
         drawn = [values for values in trials if entry.counts(values)]
         for values, stratum in zip(drawn, rng.permutation(len(drawn)), strict=True):
             values |= entry.at((int(stratum) + rng.random()) / len(drawn))

@@ -10,7 +10,7 @@ from gptray.evaluation.wording import count, decimals
 from gptray.tuning import levels
 from gptray.tuning.effects import ENOUGH, Effect
 from gptray.tuning.levels import assignment
-from gptray.tuning.plan import mean_score, score
+from gptray.tuning.plan import loses_text, lossy_ahead, mean_score, score
 from gptray.tuning.record import Trial
 from gptray.tuning.standing import Standing, is_wrong
 
@@ -52,7 +52,19 @@ def headline(standing: Standing) -> str:
         text = "No trial has come to a model." if over else "No trial has been evaluated yet."
         return paragraph(text, "headline")
     parts = [_who(standing, best), _why(standing, best), _cost(standing)]
-    return paragraph(" ".join(part for part in parts if part), "headline")
+    lossy = losses_line(standing)
+    text = paragraph(" ".join(part for part in parts if part), "headline")
+    return text + paragraph(lossy) if lossy else text
+
+
+def losses_line(standing: Standing) -> str:
+    """Which of the trials ahead have a tokenizer that loses text; nothing if none has."""
+    ahead = lossy_ahead(standing.trials, standing.best)
+    if not ahead:
+        return ""
+    text = "; ".join(map(loses_text, ahead[:NAMED]))
+    more = f"; and {len(ahead) - NAMED} more" if len(ahead) > NAMED else ""
+    return f"{text[0].upper()}{text[1:]}{more}. Scores pay 8 bits for each lost byte."
 
 
 def findings(standing: Standing) -> str:

@@ -27,7 +27,8 @@ def write_trials_parquet(folder: Path) -> Path:
     A row for each trial: trial, outcome (null: waits or runs), replicate_of; a column for each
     path that some trial sets, of the key's type, null where the trial does not have it, a list as
     text; step, max_steps; best_step and the metrics of the evaluation with the lowest loss, `gap`
-    in nats per token; seconds of training, pauses left out; message; model_dir.
+    in nats per token; lost, the share of the validation text that the tokenizer loses; seconds of
+    training, pauses left out; message; model_dir.
     """
     sweep = load_sweep(folder)
     space, specs = Space.of(sweep.config), field_specs(Config)
@@ -73,6 +74,7 @@ def _results(sweep: Sweep) -> dict[str, pa.Array]:
         "max_steps": pa.array([trial.max_steps for trial in trials], pa.int64()),
         "best_step": pa.array([row.get("step") for row in best], pa.int64()),
         **{key: pa.array([row.get(key) for row in best], pa.float64()) for key in BEST},
+        "lost": pa.array([trial.lost if trial.best else None for trial in trials], pa.float64()),
         "seconds": pa.array(seconds, pa.float64()),
         "message": pa.array([trial.message for trial in trials], pa.string()),
         "model_dir": pa.array(

@@ -33,11 +33,15 @@ def test_folder_is_named_by_source_and_content(config: Config, tmp_path: Path) -
 
 def test_each_setting_that_matters_asks_for_another_folder(config: Config, tmp_path: Path) -> None:
     train_bpe([KOREAN], 300).save(tmp_path / "tokenizer")
+    content = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer" / "vocabulary.json").write_bytes(content)
     changes: list[dict[str, object]] = [
         {},
         {"data__vocab_size": 300},
         {"data__tokenizer": "char"},
         {"data__tokenizer": str(tmp_path / "tokenizer")},
+        {"data__tokenizer": str(tmp_path / "tokenizer"), "data__eos_token": "!"},
+        {"data__tokenizer": str(tmp_path / "tokenizer" / "vocabulary.json")},
         {"data__tokenizer": "some-owner/some-tokenizer"},
         {"data__split": [0.5, 0.5]},
         {"data__fraction": 0.5},
@@ -100,3 +104,9 @@ def test_init_from_brings_its_tokenizer(config: Config, tmp_path: Path) -> None:
 def test_remote_storage_path_is_a_mistake(config: Config) -> None:
     with pytest.raises(UserError, match="storage_path=s3://bucket"):
         folder(config, storage_path="s3://bucket")
+
+
+def test_a_tokenizer_made_here_has_its_own_end_of_text(config: Config) -> None:
+    with pytest.raises(UserError, match=r"data\.eos_token='</s>': a tokenizer made here \(bpe\)"):
+        folder(config, data__eos_token="</s>")
+    assert folder(config, data__eos_token="<|endoftext|>") == folder(config)

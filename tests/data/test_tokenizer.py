@@ -11,13 +11,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from gptray.config import UserError
 from gptray.data.boundary import chunks
-from gptray.data.tokenizer import (
-    Tokenizer,
-    char_tokenizer,
-    folder_sha256,
-    tokenizer_folder,
-    train_bpe,
-)
+from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
+from gptray.data.tokenizer_files import tokenizer_path, tokenizer_sha256
 from tests.data.texts import CHINESE, DOCUMENTS, EMOJI, ENGLISH, KOREAN, many_documents
 
 
@@ -120,7 +115,10 @@ def test_hf_folder_brings_its_end_of_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({}, "no end-of-text token"), ({"eos_token": "</s>"}, "'</s>' is not in its vocabulary")],
+    [
+        ({}, r"names no end-of-text token; choose one by data\.eos_token, such as '\[EOS\]'$"),
+        ({"eos_token": "</s>"}, "'</s>' is not in its vocabulary; choose one by data.eos_token"),
+    ],
 )
 def test_tokenizer_without_end_of_text_is_refused(
     tmp_path: Path, settings: dict[str, str], message: str
@@ -152,13 +150,15 @@ def test_vocabulary_and_merges_become_a_tokenizer_json(bpe: Tokenizer, tmp_path:
     [
         ("bpee", "did you mean bpe"),
         ("Char", "did you mean char"),
-        ("./nowhere", "there is no such folder"),
-        ("/no/such/folder", "there is no such folder"),
+        ("./nowhere", "there is no such folder or file"),
+        ("/no/such/folder", "there is no such folder or file"),
+        ("no/tokenizer.json", "there is no such folder or file"),
+        (__file__, "is a file; name a folder or a tokenizer.json"),
     ],
 )
 def test_wrong_tokenizer_names_the_nearest(source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        tokenizer_folder(source)
+        tokenizer_path(source)
 
 
 def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -178,11 +178,11 @@ def test_damaged_tokenizer_json_is_named(bpe: Tokenizer, tmp_path: Path) -> None
 def test_folder_identity_follows_its_content(bpe: Tokenizer, tmp_path: Path) -> None:
     for name in ("a", "b"):
         bpe.save(tmp_path / name)
-    assert folder_sha256(tmp_path / "a") == folder_sha256(tmp_path / "b")
+    assert tokenizer_sha256(tmp_path / "a") == tokenizer_sha256(tmp_path / "b")
     (tmp_path / "b" / "README.txt").write_text("no part of it")
-    assert folder_sha256(tmp_path / "a") == folder_sha256(tmp_path / "b")
+    assert tokenizer_sha256(tmp_path / "a") == tokenizer_sha256(tmp_path / "b")
     (tmp_path / "b" / "tokenizer_config.json").write_text('{"eos_token": "x"}')
-    assert folder_sha256(tmp_path / "a") != folder_sha256(tmp_path / "b")
+    assert tokenizer_sha256(tmp_path / "a") != tokenizer_sha256(tmp_path / "b")
 
 
 LLAMA3 = (

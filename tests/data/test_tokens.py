@@ -35,9 +35,15 @@ def make_folder(folder: Path, dtype: str) -> Path:
             file = f"{name}-{number:05d}.bin"
             (folder / file).write_bytes(content)
             digest = hashlib.sha256(content).hexdigest()
-            entries.append({"file": file, "tokens": len(ids), "bytes": 0, "sha256": digest})
+            entries.append({"file": file, "tokens": len(ids), "sha256": digest})
         tokens = sum(map(len, shards))
-        splits[name] = {"documents": 1, "tokens": tokens, "bytes": 5, "shards": entries}
+        splits[name] = {
+            "documents": 1,
+            "tokens": tokens,
+            "bytes": 5,
+            "lost_bytes": 0,
+            "shards": entries,
+        }
     manifest = {
         "format": FORMAT_VERSION,
         "dtype": dtype,

@@ -9,10 +9,12 @@ import pytest
 
 from gptray.config import UserError
 from gptray.data.corpus import plan_pieces
-from gptray.data.plan import SplitPlan, plan_split
+from gptray.data.plan import PiecePlan, SplitPlan, plan_split
+from gptray.data.roundtrip import RoundTrip
 from gptray.data.sources import find_files
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.work import UnitScan, sample, scan, tokenise
+from tests.data import foreign
 from tests.data.reference import expected_documents, expected_tokens
 from tests.data.texts import ENGLISH, KOREAN, many_documents, write_bytes, write_rows
 
@@ -139,3 +141,37 @@ def test_source_without_text_is_a_mistake(tmp_path: Path) -> None:
         planned(write_rows(tmp_path / "r.jsonl", ["", " "]), 1 << 20)
     with pytest.raises(UserError, match="no text in it"):
         planned(write_bytes(tmp_path / "t.txt", b""), 1 << 20)
+
+
+def rows_of(path: Path, texts: list[str]) -> list[list[PiecePlan]]:
+    plan, _ = planned(write_rows(path, texts), 1 << 20, split=(0.5, 0.5))
+    return plan.units
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "dropping_bpe", "llama", "composed"])
+def test_shards_count_what_their_documents_lose(tmp_path: Path, kind: str) -> None:
+    more = {"composed": True} if kind == "composed" else {}
+    backend = getattr(foreign, "byte_level" if more else kind)(**more)
+    tokenizer = foreign.as_tokenizer(backend)
+    tokenizer.save(tmp_path / "tokenizer")
+    texts = ["the cat", "The Cat", "the e\u0301 dog e\u0301", "\ud55c\uad6d dog", "a dog.\n"]
+    trip = RoundTrip(tokenizer)
+    expected = [trip.lost(text, tokenizer.encode(text)) for text in texts]
+    shards = [
+        shard
+        for number, unit in enumerate(rows_of(tmp_path / "r.jsonl", texts))
+        for shard in tokenise(unit, "text", folder=tmp_path, number=number).values()
+    ]
+    assert sum(shard.lost.bytes for shard in shards) == sum(one.bytes for one in expected if one)
+    assert sum(shard.entry("x")["lost_bytes"] for shard in shards) > 0 or kind == "llama"
+
+
+def test_text_that_the_tokenizer_cannot_read_names_its_file(tmp_path: Path) -> None:
+    foreign.as_tokenizer(foreign.word_level()).save(tmp_path / "tokenizer")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("the cat sees a dog")
+    (tmp_path / "texts" / "b.txt").write_text("the cat sees a zebra")
+    plan, _ = planned(tmp_path / "texts", 1 << 20, split=(0.5, 0.5), cut_text=False)
+    with pytest.raises(UserError, match=r"^\S+/b\.txt: the tokenizer .* not know 'zebra'"):
+        for number, unit in enumerate(plan.units):
+            tokenise(unit, "text", folder=tmp_path, number=number)

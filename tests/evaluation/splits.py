@@ -10,7 +10,12 @@ from gptray.data.tokens import TokenSplit
 
 
 def split_of(
-    folder: Path, tokens: list[int], *, num_bytes: int = 1000, shards: int = 2
+    folder: Path,
+    tokens: list[int],
+    *,
+    num_bytes: int = 1000,
+    lost_bytes: int = 0,
+    shards: int = 2,
 ) -> TokenSplit:
     """A split of these tokens, in files as preparation writes them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -18,5 +23,11 @@ def split_of(
     for number, part in enumerate(np.array_split(np.array(tokens, "<u2"), shards)):
         (folder / f"{number}.bin").write_bytes(part.tobytes())
         entries.append({"file": f"{number}.bin", "tokens": len(part)})
-    entry = {"tokens": len(tokens), "bytes": num_bytes, "documents": 1, "shards": entries}
+    entry = {
+        "tokens": len(tokens),
+        "bytes": num_bytes,
+        "lost_bytes": lost_bytes,
+        "documents": 1,
+        "shards": entries,
+    }
     return TokenSplit(folder, "uint16", entry)

@@ -159,3 +159,28 @@ def test_a_sample_of_windows_is_spread_over_the_split() -> None:
     gaps = np.diff([*numbers, len(windows)])
     assert numbers[0] == 0 and gaps.min() >= 99 and gaps.max() <= 101
     assert windows.sample(200_000) == list(range(len(windows)))
+
+
+@pytest.mark.parametrize("part", [1, 3])
+def test_lost_bytes_are_charged_and_leave_the_error_as_it_is(
+    hf_model: tuple[GPT2LMHeadModel, GPT], split: TokenSplit, tmp_path: Path, part: int
+) -> None:
+    ids = split.slice(0, len(split)).tolist()
+    lossy = split_of(tmp_path / "lossy", ids, lost_bytes=200)
+    windows = Windows(len(split), 20, 20)
+    numbers = range(0, len(windows), part)
+    ends = document_ends(split, EOS)
+    sums = score_windows(hf_model[1], split, windows, numbers, ends=ends, batch_size=4)
+    before = split_result(sums, split, windows, len(numbers))
+    after = split_result(sums, lossy, windows, len(numbers))
+    share = 1.0 if part == 1 else after["tokens"] / (len(split) - 1)
+    assert after["lost_bytes"] == round(200 * share) and before["lost_bytes"] == 0
+    charge = 8 * math.log(2) * after["lost_bytes"] / after["tokens"]
+    assert after["loss"] - before["loss"] == pytest.approx(charge)
+    assert after["bpb"] - before["bpb"] == pytest.approx(8 * 0.2, rel=0.02)
+    assert after["stderr"] == before["stderr"]
+    mean = "" if part == 1 else ", by the split's mean"
+    assert after["how"] == (
+        f"{before['how']}; 8 bits are charged for each byte that the tokenizer loses, "
+        f"{100 * after['lost_bytes'] / after['bytes']:.1f} % of the text{mean}"
+    )

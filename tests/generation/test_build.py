@@ -53,3 +53,29 @@ def test_the_library_is_built_once_and_kept(
     stamp = built.stat().st_mtime_ns
     assert library() == built and built.stat().st_mtime_ns == stamp
     assert [path.parent.name for path in tmp_path.rglob("*") if path.is_file()] == ["gptray"]
+
+
+@needs_native
+def test_a_cache_that_cannot_be_written_is_done_without_and_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with caplog.at_level("INFO", logger="gptray"):
+        assert pick_backend("auto", use_gpu=False) == "torch"
+    assert "PyTorch, since XDG_CACHE_HOME: " in caplog.text and "is not a folder" in caplog.text
+    with pytest.raises(UserError, match="generate.backend=native: XDG_CACHE_HOME: .*cannot be"):
+        pick_backend("native", use_gpu=False)
+    with pytest.raises(RunFailed, match="cannot write .*generate.backend=torch does without it"):
+        library()
+
+
+@needs_native
+def test_a_library_that_is_built_needs_no_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = library().parent
+    folder.chmod(0o500)
+    assert pick_backend("auto", use_gpu=False) == "native"
+    folder.chmod(0o700)

@@ -27,7 +27,8 @@ from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
 from gptray.runners.evaluate import evaluate, evaluation_plan
 from gptray.runners.prepare import prepare
-from gptray.runners.runs import outcome, resolve, run_dir, save_config
+from gptray.runners.resuming import save_config
+from gptray.runners.runs import outcome, resolve, run_dir
 from gptray.training.loop import fit
 from tests.generation.models import random_gpt
 from tests.tiny import tiny_config, tiny_text

@@ -14,7 +14,14 @@ import pytest
 from gptray.config import Config, UserError, override
 from gptray.data.tokenizer import char_tokenizer, train_bpe
 from gptray.data.tokens import TokenData
-from gptray.runners.prepare import check_sources, prepare, prepare_and_count, prepared
+from gptray.runners.prepare import (
+    check_sources,
+    preparation_plan,
+    prepare,
+    prepare_and_count,
+    prepared,
+)
+from tests.data import foreign
 from tests.data.reference import (
     documents_of,
     expected_documents,
@@ -217,7 +224,7 @@ def test_what_killed_attempts_left_goes_once_it_is_old(
 def test_check_sources_tells_everything_at_once_without_ray(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", ["x"], column="body")
     write_rows(tmp_path / "b.csv", ["x"], column="tekst")
-    config = config_for(tmp_path, tmp_path, tokenizer="./nowhere")
+    config = config_for(tmp_path, tmp_path / ".storage", tokenizer="./nowhere")
     with pytest.raises(UserError) as caught:
         check_sources(config)
     lines = str(caught.value).splitlines()
@@ -240,3 +247,45 @@ def test_storage_path_that_cannot_be_written_is_named(rows: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="storage_path: .* cannot be written"):
         prepare(config_for(rows, tmp_path / "file"))
+
+
+def test_what_a_tokenizer_loses_is_counted_told_and_kept(
+    ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["The cat sees a dog.", "the cat \ud55c\uad6d\uc5b4 sees"] * 40
+    rows = write_rows(tmp_path / "rows.jsonl", texts)
+    name = str(foreign.save(foreign.wordpiece(), tmp_path / "bert"))
+    config = config_for(rows, tmp_path, tokenizer=name, eos_token="[SEP]", split=[0.5, 0.5])
+    with caplog.at_level(logging.WARNING, "gptray"):
+        line = prepare_and_count(config)
+        prepare_and_count(config)  # told each time
+    data = prepared(config)
+    assert data
+    manifest = data.manifest
+    kinds = manifest["tokenizer"]["lost"]["kinds"]
+    assert kinds == {"unknown": 9 * 40, "case": 40}
+    total = manifest["bytes"]
+    assert data.loses == (
+        f"the tokenizer loses {100 * 400 / total:.1f} % of the text (unknown characters "
+        f"{100 * 360 / total:.1f} %, changed case {100 * 40 / total:.1f} %), such as "
+        "'\ud55c\uad6d\uc5b4' -> '[UNK]', 'The' -> 'the'"
+    )
+    told = f"{data.loses}; losses and bits per byte pay 8 bits for each lost byte"
+    assert [record.message for record in caplog.records].count(told) == 2
+    splits = manifest["splits"]
+    assert sum(split["lost_bytes"] for split in splits.values()) == 400
+    for name, split in splits.items():
+        assert split["lost_bytes"] == sum(shard["lost_bytes"] for shard in split["shards"])
+        assert line["lost"][name] == pytest.approx(split["lost_bytes"] / split["bytes"], abs=1e-6)
+    assert data.tokenizer.eos_token == manifest["tokenizer"]["eos_token"] == "[SEP]"
+    assert ("lost", data.loses) in preparation_plan(config)
+
+
+def test_text_that_the_tokenizer_cannot_read_names_file_and_word(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ["the cat", "the zebra"] * 9)
+    name = str(foreign.save(foreign.word_level(), tmp_path / "words", {"eos_token": "</s>"}))
+    with pytest.raises(UserError, match=rf"^{rows}: .* does not know 'zebra'"):
+        prepare(config_for(rows, tmp_path, tokenizer=name))
+    assert left_in(tmp_path) == []

@@ -9,7 +9,8 @@ import pytest
 from gptray.config import ModelConfig, UserError, load_config
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
-from gptray.runners.runs import check_resumable, held, resolve, run_dir, set_ray_snapshot_aside
+from gptray.runners.resuming import check_resumable
+from gptray.runners.runs import held, resolve, run_dir, set_ray_snapshot_aside
 
 
 def test_name_follows_from_what_is_trained_only(tmp_path: Path) -> None:

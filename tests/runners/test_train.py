@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gptray.config import Config, RunFailed, UserError, load_config
+from gptray.config import Config, RunFailed, UserError, load_config, override
+from gptray.record import EVENTS, read_rows
+from gptray.runners.plan import training_plan
 from gptray.runners.train import train
 from tests.tiny import tiny_config, tiny_text
 
@@ -137,6 +139,35 @@ def test_torn_ray_snapshot_does_not_stop_a_run(
     assert "checkpoint_manager_snapshot.json was torn" in caplog.text
 
 
+def test_checkpoint_that_cannot_be_written_ends_the_run_once_and_the_same_command_resumes(
+    text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = named(text_file, tmp_path, "run", "train.max_steps=4", "train.eval_interval=2")
+    run_dir = tmp_path / "run"
+    in_the_way = run_dir / ".checkpoint_000004.tmp"
+    run_dir.mkdir()
+    in_the_way.touch()
+    message = r"cannot write .*checkpoint_000004: Not a directory .*the same command resumes"
+    with pytest.raises(RunFailed, match=message):
+        train(config)
+    told = [event["event"] for event in read_rows(run_dir / EVENTS)]
+    assert told.count("start") == 1 and told[-1] == "failure"
+    in_the_way.unlink()
+    assert train(config)["stopped"] == "max_steps"
+    with caplog.at_level("INFO", logger="gptray"):
+        assert train(config)["step"] == 4
+        assert f"--config {run_dir / 'config.yaml'} train.max_steps=8" in caplog.text
+        longer = train(override(config, {"train.max_steps": 6}))
+    assert (longer["step"], longer["stopped"]) == (6, "max_steps")
+    change = "train.max_steps raised from 4 to 6: the schedule is planned anew from step 4"
+    assert change in caplog.text
+    assert change in [event.get("message") for event in read_rows(run_dir / EVENTS)]
+    assert load_config(str(run_dir / "config.yaml"), []).train.max_steps == 6
+    assert load_config(str(run_dir / "config.1.yaml"), []).train.max_steps == 4
+    with pytest.raises(UserError, match="has made 6 steps already"):
+        training_plan(override(config, {"train.max_steps": 5}))
+
+
 def test_all_checkpoints_damaged_stops_before_training(text_file: Path, tmp_path: Path) -> None:
     config = named(text_file, tmp_path, "run", "train.max_steps=4", "train.eval_interval=2")
     train(config)
@@ -188,12 +219,17 @@ def test_init_from_with_another_shape_or_tokenizer_is_refused(
     common = [f"data.source={text_file}", f"storage_path={tmp_path}", model, "train.block_size=32"]
     with pytest.raises(UserError, match=r"model\.n_layer=5 but .* has 2"):
         train(load_config(None, [*common, "model.n_layer=5"]))
-    with pytest.raises(UserError, match=r"smaller than the .* entries of the tokenizer"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=bpe: a new tokenizer's ids"):
         train(load_config(None, [*common, "data.tokenizer=bpe", "data.vocab_size=300"]))
 
 
 def test_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("just a few words")
+    config = named(text, tmp_path, "run")
     with pytest.raises(UserError, match=r"training text is too short.*train\.block_size"):
-        train(named(text, tmp_path, "run"))
+        train(config)
+    assert not (tmp_path / "run").exists()
+    # Once the text is prepared the dry run knows it too.
+    with pytest.raises(UserError, match=r"training text is too short.*train\.block_size"):
+        training_plan(config)

@@ -105,17 +105,17 @@ def test_optuna_suggests_what_goes_together_and_learns_on(
         record.ended(name, "finished", step=10)
         suggestions.over(name)
 
-    with Record(tmp_path) as record:
-        suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
-        planned = [one for one in (suggestions.suggest() for _ in range(3)) if one]
-        for one in planned:
-            finish(one.name, suggestions, record)
+    record = Record(tmp_path)
+    suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
+    planned = [one for one in (suggestions.suggest() for _ in range(3)) if one]
+    for one in planned:
+        finish(one.name, suggestions, record)
     before = [(one.values, one.point) for one in load_trials(tmp_path)]
-    with Record(tmp_path) as record:
-        suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
-        while one := suggestions.suggest():
-            planned.append(one)
-            finish(one.name, suggestions, record)
+    record = Record(tmp_path)
+    suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
+    while one := suggestions.suggest():
+        planned.append(one)
+        finish(one.name, suggestions, record)
     trials = load_trials(tmp_path)
     assert (
         len(trials) == 10 and [(one.values, one.point) for one in trials][: len(before)] == before
@@ -129,6 +129,11 @@ def test_optuna_suggests_what_goes_together_and_learns_on(
         assert ("optim.step_size" in one.values) == (one.values["optim.schedule"] == "step")
         assert one.values.get("optim.step_size", 5) in range(5, 9)
     assert len({json.dumps(one.point) for one in trials}) == 10
+    # A repetition is none of the ten, and has a name of its own.
+    record.planned("0010", {"seed": 2}, max_steps=60, replicate_of="0000")
+    suggestions = Suggestions(suggesting, tmp_path, record, num_trials=11)
+    suggestions.suggest()
+    assert [one.name for one in load_trials(tmp_path)][-2:] == ["0010", "0011"]
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,14 @@ from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.record import EVENTS, read_rows
 from gptray.runners.prepare import prepared
-from gptray.runners.runs import save_config
+from gptray.runners.resuming import save_config
+from gptray.runners.runs import resolve
 from gptray.runners.subject import look
 from gptray.runners.sweep_plan import look_at_sweep
 from gptray.runners.train import train
 from gptray.runners.tune import tune
 from gptray.training.loop import fit
-from gptray.tuning.record import TRIALS, Record, Trial, load_trials, trial_dir
+from gptray.tuning.record import TRIALS, Record, Trial, load_sweep, load_trials, trial_dir
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,14 +146,44 @@ def test_a_sweep_of_which_nothing_comes_fails_with_the_reasons(
     plan = look_at_sweep(sweep_config(text_file, data_root, "wreck", space=space, baseline=False))
     plan.folder.mkdir()
     save_config(plan.config, plan.folder)
-    with Record(plan.folder) as record:
-        record.planned("0000", plan.trials[0].values, max_steps=30)
-        record.ended("0000", "diverged", step=7, message="step 8: loss nan")
+    record = Record(plan.folder)
+    record.planned("0000", plan.trials[0].values, max_steps=30)
+    record.ended("0000", "diverged", step=7, message="step 8: loss nan")
     with pytest.raises(
         RunFailed, match="no trial came to a model:\n  0000 diverged: step 8: loss nan"
     ):
         tune(plan.config)
     assert (plan.folder / "report.html").is_file()
+
+
+def test_trials_that_could_not_write_run_again_before_anything_wins(
+    tiny_data: TokenData, text_file: Path, data_root: Path
+) -> None:
+    space = [{"path": "model.dropout", "uniform": [0, 0.3]}]
+    keys = ("train.max_steps=10", "optim.lr=0.02")
+    config = sweep_config(text_file, data_root, "full", *keys, space=space, num_samples=2)
+    folder = data_root / "full"
+    in_the_way = trial_dir(folder, "0001") / ".checkpoint_000005.tmp"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    save_config(resolve(config), folder)
+    message = (
+        r"1 of 3 trials failed: cannot write .*0001/checkpoint_000005: Not a directory .*; the "
+        "same command runs them again; tune.retry_failed=false takes the best of the others"
+    )
+    with pytest.raises(RunFailed, match=message):
+        tune(config)
+    assert load_sweep(folder).winner is None and not (folder / "best.yaml").exists()
+    others = tune(override(config, {"tune.retry_failed": False}))
+    assert others["outcomes"]["failed"] == 1 and others["best_trial"] != "0001"
+    in_the_way.unlink()
+    again = tune(config)
+    assert again["outcomes"]["failed"] == 0 and again["trials"] == 3
+    more = tune(override(config, {"tune.num_samples": 3}))
+    trials = load_trials(folder)
+    assert more["trials"] == 4 and trials[3].outcome in ("finished", "stopped")
+    assert [len(starts(folder, [one])) for one in trials] == [1, 2, 1, 1]
+    assert load_sweep(folder).winner == more["best_trial"]
 
 
 @pytest.mark.chaos

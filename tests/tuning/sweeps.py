@@ -35,7 +35,10 @@ def sweep_config(space: Sequence[Mapping[str, Any]], *overrides: str) -> Config:
 
 @dataclass
 class Made:
-    """A trial to be written: its curve of (bits per byte, gap in bits per byte) by evaluation."""
+    """A trial to be written: its curve of (bits per byte, gap in bits per byte) by evaluation.
+
+    lost: the share of the text that its tokenizer loses.
+    """
 
     name: str
     values: Values
@@ -44,6 +47,7 @@ class Made:
     message: str | None = None
     replicate_of: str | None = None
     started: bool = True
+    lost: float = 0.0
 
 
 def trained(
@@ -97,23 +101,23 @@ def write_sweep(
     """The sweep's folder with its record and its trials' metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config))
-    with Record(folder) as record:
-        for trial in trials:
-            record.planned(
-                trial.name,
-                trial.values,
-                max_steps=trial.values.get("train.max_steps", config.train.max_steps),
-                replicate_of=trial.replicate_of,
-            )
-        for trial in trials:
-            if trial.started:
-                record.started(trial.name)
-                write_metrics(folder, config, trial)
-            if trial.outcome:
-                step = len(trial.curve) * config.train.eval_interval
-                record.ended(trial.name, trial.outcome, step=step, message=trial.message)
-        if winner:
-            record.winner(winner)
+    record = Record(folder)
+    for trial in trials:
+        record.planned(
+            trial.name,
+            trial.values,
+            max_steps=trial.values.get("train.max_steps", config.train.max_steps),
+            replicate_of=trial.replicate_of,
+        )
+    for trial in trials:
+        if trial.started:
+            record.started(trial.name)
+            write_metrics(folder, config, trial)
+        if trial.outcome:
+            step = len(trial.curve) * config.train.eval_interval
+            record.ended(trial.name, trial.outcome, step=step, message=trial.message)
+    if winner:
+        record.winner(winner)
     return folder
 
 
@@ -133,6 +137,7 @@ def write_metrics(folder: Path, config: Config, trial: Made) -> None:
             "val_ppl": 2.0 ** (bits / BITS),
             "val_bpb": bits,
             "gap": gap / BITS,
+            **({"val_lost": trial.lost} if trial.lost else {}),
         }
         for number, (bits, gap) in enumerate(trial.curve, start=1)
     ]

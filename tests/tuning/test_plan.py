@@ -11,6 +11,7 @@ from gptray.config import Config, ConfigError, TuneConfig, UserError, override
 from gptray.tuning.plan import (
     all_texts,
     choose_winner,
+    lossy_ahead,
     mean_score,
     plan_trials,
     ranked,
@@ -30,7 +31,8 @@ def sweep(*space: dict[str, Any], **tune: Any) -> Config:
 
 
 def trial(name: str, *scores: float, outcome: str = "finished", **given: Any) -> Trial:
-    rows = [{"step": 10 * n, "val_bpb": score} for n, score in enumerate(scores, start=1)]
+    lost = {"val_lost": given["lost"]} if "lost" in given else {}
+    rows = [{"step": 10 * n, "val_bpb": score, **lost} for n, score in enumerate(scores, start=1)]
     return Trial(
         name=name,
         values=given.get("values", {}),
@@ -145,4 +147,25 @@ def test_the_best_three_are_repeated_with_other_seeds_and_the_mean_decides() -> 
     ]
     winner = choose_winner(repeated)
     assert winner and winner.name == "0002" and mean_score(winner, repeated) == pytest.approx(2.25)
-    assert replicates(config, "/s/a", repeated)[0].name == "0005"
+
+
+def test_trials_that_lose_text_are_told_where_they_are_ahead() -> None:
+    honest, lossy = trial("a", 2.0), trial("b", 1.9, lost=0.02)
+    behind, wrong = trial("c", 2.5, lost=0.5), trial("d", 1.0, outcome="failed", lost=0.9)
+    assert names(lossy_ahead([honest, lossy, behind, wrong], lossy)) == ["b"]
+    assert lossy_ahead([honest, behind], honest) == []
+    # Alone at the front, or made the winner by its repetitions.
+    assert names(lossy_ahead([lossy, behind], lossy)) == ["b"]
+    assert names(lossy_ahead([honest, behind], behind)) == ["c"]
+    assert lossy_ahead([], None) == []
+
+
+def test_repetitions_that_are_there_are_not_planned_again() -> None:
+    config = sweep(LR, replicates=1)
+    trials = [trial(f"000{n}", 2.0 + n / 10, values={"optim.lr": 1e-3 * (n + 1)}) for n in range(4)]
+    seed = {"seed": Config().seed + 1}
+    trials += [trial(f"000{n + 4}", 2.0, values=seed, replicate_of=f"000{n}") for n in range(3)]
+    assert replicates(config, "/s/a", trials) == []
+    best = [*trials, trial("0007", 1.0, values={"optim.lr": 0.5})]
+    (planned,) = replicates(config, "/s/a", best)
+    assert (planned.name, planned.replicate_of) == ("0008", "0007")

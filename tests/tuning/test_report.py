@@ -251,3 +251,21 @@ def test_a_sweep_of_unlike_trials_has_a_report(tmp_path: Path) -> None:
     with_own = [*made, Made("0099", {}, made[0].curve)]
     page = page_of(write_sweep(tmp_path / "sweep", config, with_own))
     assert "optim.betas=0.9:0.95" in page.text and "optim.max_grad_norm=null" in page.text
+
+
+def test_a_trial_ahead_whose_tokenizer_loses_text_is_told(tmp_path: Path) -> None:
+    config, made = sweep(4)
+    ahead, behind = made[0], made[1]
+    ahead.curve, ahead.lost = [(1.0, 0.1)] * 12, 0.0212
+    behind.curve, behind.lost = [(9.0, 0.1)] * 12, 0.5
+    page = page_of(write_sweep(tmp_path, config, made, winner=ahead.name))
+    assert (
+        f"Trial {ahead.name}'s tokenizer loses 2.1 % of the text. "
+        "Scores pay 8 bits for each lost byte."
+    ) in page.text
+    assert "its tokenizer loses 50.0 % of the text" in page.text  # in the ranking alone
+    assert f"rial {behind.name}'s tokenizer" not in page.text
+
+
+def test_a_sweep_that_loses_nothing_says_nothing_of_it(forty: Path) -> None:
+    assert "loses" not in Page(forty).text

@@ -28,6 +28,14 @@ def test_draws_are_a_function_of_the_seed_and_cover_every_stratum() -> None:
     assert all("optim.step_size" not in v for v in trials if v["optim.schedule"] != "step")
 
 
+def test_further_draws_are_a_hypercube_of_their_own() -> None:
+    first, more = draw([DROPOUT], 15, seed=3), draw([DROPOUT], 15, seed=3, after=15)
+    assert more == draw([DROPOUT], 15, seed=3, after=15)
+    assert not {v["model.dropout"] for v in first} & {v["model.dropout"] for v in more}
+    assert sorted(int(v["model.dropout"] / 0.3 * 15) for v in more) == list(range(15))
+    assert more != draw([DROPOUT], 15, seed=3, after=30)
+
+
 def test_a_new_entry_leaves_the_values_of_the_others() -> None:
     few, more = draw([SCHEDULE], 8, seed=0), draw([DROPOUT, SCHEDULE], 8, seed=0)
     assert [v["optim.schedule"] for v in few] == [v["optim.schedule"] for v in more]

@@ -23,7 +23,7 @@ SPACE = [
 
 
 def test_each_trial_has_a_row_with_its_settings_and_results(tmp_path: Path) -> None:
-    own = Made("0000", {}, [(2.5, 0.1), (2.25, 0.25), (2.75, 0.5)])
+    own = Made("0000", {}, [(2.5, 0.1), (2.25, 0.25), (2.75, 0.5)], lost=0.125)
     step = {"model.dropout": 0.1, "model.residual": False, "optim.schedule": "step"}
     other = Made("0001", {**step, "optim.step_size": 200, "data.split": "80:10:10"}, [], "failed")
     other.message = "out of memory"
@@ -56,6 +56,7 @@ def test_each_trial_has_a_row_with_its_settings_and_results(tmp_path: Path) -> N
         "val_bpb": 2.25,
         "train_loss": pytest.approx(2.0 / BITS),
         "gap": pytest.approx(0.25 / BITS),
+        "lost": 0.125,
         "seconds": 4.5,
         "message": None,
         "model_dir": str(trial_dir(folder, "0000") / "model"),
@@ -63,6 +64,7 @@ def test_each_trial_has_a_row_with_its_settings_and_results(tmp_path: Path) -> N
     assert (second["outcome"], second["message"]) == ("failed", "out of memory")
     assert (second["optim.step_size"], second["data.split"]) == (200, "80:10:10")
     assert second["val_bpb"] is None and second["best_step"] is None and second["step"] == 0
+    assert second["lost"] is None
     assert (third["outcome"], third["replicate_of"], third["seed"]) == (None, "0000", 7)
     types = {name: table.schema.field(name).type for name in first}
     assert types["model.dropout"] == types["gap"] == types["seconds"] == pa.float64()

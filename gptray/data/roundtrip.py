@@ -1,0 +1,201 @@
+"""Whether a tokenizer gives texts back, and what it loses of those that it does not.
+
+Of byte-level BPE and of characters this follows from how they are made. Others are checked on all
+text, mostly without asking their decoder: where it only joins pieces, one for each token, joining
+these here is the same and many times as fast.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import pre_tokenizers
+
+from gptray.data.difference import Lost, measure
+from gptray.data.tokenizer import Tokenizer
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_KEEPS_ALL = ("isolated", "mergedwithprevious", "mergedwithnext", "contiguous")
+
+
+class RoundTrip:
+    """Compares texts with what decoding their tokens gives.
+
+    A space that decoding puts in front of a text counts as nothing lost: some tokenizers begin
+    every text with one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        parts = tokenizer.parts()
+        self.is_lossless = tokenizer.is_by_character or _is_byte_level(parts)
+        self._joins = None if self.is_lossless else _Joining.of(parts, tokenizer)
+        # Whether what a text loses is the sum of what its parts lose.
+        self.adds_up = self._joins is not None and self._joins.starts_plainly
+        self._unknown = _unknown(parts)
+
+    def lost(self, text: str, ids: Sequence[int], *, begins: bool = True) -> Lost | None:
+        """What is lost of `text` if `ids` are kept of it; None: nothing.
+
+        begins: it is a whole text, not a part of one, before which no space is to be overlooked.
+        """
+        if self.is_lossless:
+            return None
+        if self._joins:
+            joined = self._joins.join(ids)
+            if joined == text.encode():
+                return None
+            back = joined.decode(errors="replace")
+        else:
+            back = self._tokenizer.decode(ids)
+        if begins and back.startswith(" ") and not text.startswith(" "):
+            back = back[1:]
+        return None if back == text else measure(text, back, self._unknown)
+
+
+def pieces(tokenizer: Tokenizer) -> list[bytes]:
+    """What each token stands for, by id: its bytes in a text, else its name.
+
+    Ids that stand for no token have none.
+    """
+    joining = _Joining.of(tokenizer.parts(), tokenizer)
+    return joining.pieces if joining else [name.encode() for name in tokenizer.names]
+
+
+class _Joining:
+    """A decoder that joins a piece for each token, and then may drop something at the start."""
+
+    def __init__(self, pieces: list[bytes], firsts: list[bytes] | None, strip: int) -> None:
+        self.pieces, self._firsts, self._strip = pieces, firsts, strip
+        self.starts_plainly = firsts is None and not strip
+
+    def join(self, ids: Sequence[int]) -> bytes:
+        """The bytes of a text's tokens; where they are no UTF-8, decoding shows U+FFFD."""
+        joined = b"".join(map(self.pieces.__getitem__, ids))
+        if self._firsts and ids:
+            joined = self._firsts[ids[0]] + joined[len(self.pieces[ids[0]]) :]
+        for _ in range(self._strip):
+            joined = joined.removeprefix(b" ")
+        return joined
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Any], tokenizer: Tokenizer) -> _Joining | None:
+        """The decoder of a tokenizer.json, if it is one of these: GPT-2's, Llama's, T5's."""
+        decoder = parts["decoder"] or {}
+        names = tokenizer.names
+        match decoder:
+            case {"type": "ByteLevel"}:
+                return cls([_of_bytes(name) for name in names], None, 0)
+            case {"type": "Fuse"}:
+                return cls([name.encode() for name in names], None, 0)
+            case {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme}:
+                pieces = [name.replace(mark, " ").encode() for name in names]
+                firsts = [name.replace(mark, "").encode() for name in names]
+                return cls(pieces, None if scheme == "never" else firsts, 0)
+            case {"type": "Sequence", "decoders": steps}:
+                return cls._of_steps(steps, names)
+        return None
+
+    @classmethod
+    def _of_steps(cls, steps: Sequence[Mapping[str, Any]], names: list[str]) -> _Joining | None:
+        pieces, fused, strip, has_bytes = names, False, 0, False
+        for step in steps:
+            match step:
+                case {"type": "Replace", "pattern": {"String": old}, "content": new} if not fused:
+                    pieces = [piece.replace(old, new) for piece in pieces]
+                case {"type": "ByteFallback"} if not fused:
+                    has_bytes = True
+                case {"type": "Fuse"}:
+                    fused = True
+                case {"type": "Strip", "content": " ", "start": start, "stop": 0} if fused:
+                    strip += start
+                case _:
+                    return None
+        of_bytes = [_BYTE_TOKEN.fullmatch(piece) if has_bytes else None for piece in pieces]
+        return cls(
+            [
+                bytes([int(byte[1], 16)]) if byte else piece.encode()
+                for byte, piece in zip(of_bytes, pieces, strict=True)
+            ],
+            None,
+            strip,
+        )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each of the 256 characters of a byte-level vocabulary stands for.
+
+    Printable bytes are themselves; the others, in order, are U+0100 and on. (GPT-2)
+    """
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    alphabet = {chr(byte): byte for byte in own}
+    alphabet |= {chr(0x100 + number): byte for number, byte in enumerate(others)}
+    assert set(alphabet) == set(pre_tokenizers.ByteLevel.alphabet())
+    return alphabet
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _of_bytes(name: str) -> bytes:
+    """What the byte-level decoder makes of a token: its bytes, or the token as it is written."""
+    try:
+        return bytes([_ALPHABET[character] for character in name])
+    except KeyError:
+        return name.encode()
+
+
+def _is_byte_level(parts: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json is byte-level BPE that cannot lose anything.
+
+    Every byte of a text becomes a character that is in the vocabulary, so nothing is unknown;
+    merges only join neighbours, and the decoder turns each character back into its byte. What could
+    interfere is excluded: normalizers, pre-tokenizers that remove or add, names of tokens that are
+    joined with something in between, and tokens matched in the text before all that.
+    """
+    model = parts["model"]
+    return (
+        parts["normalizer"] is None
+        and (parts["decoder"] or {}).get("type") == "ByteLevel"
+        and model["type"] == "BPE"
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and _ALPHABET.keys() <= model["vocab"].keys()
+        and _only_cuts(parts["pre_tokenizer"])
+        and all(map(_is_plain, parts["added_tokens"]))
+    )
+
+
+def _only_cuts(step: Mapping[str, Any] | None) -> bool:
+    """Whether a pre-tokenizer ends in bytes, adds no space and removes nothing."""
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return True
+        case {"type": "Sequence", "pretokenizers": [*cuts, last]}:
+            return _only_cuts(last) and last["type"] == "ByteLevel" and all(map(_cuts, cuts))
+    return False
+
+
+def _cuts(step: Mapping[str, Any]) -> bool:
+    kept = str(step.get("behavior", "")).lower() in _KEEPS_ALL
+    return (step["type"] == "Split" and kept) or step["type"] == "Digits"
+
+
+def _is_plain(added: Mapping[str, Any]) -> bool:
+    """Whether an added token is not matched in text, or comes back as it is written there."""
+    if added["special"]:
+        return True
+    printable = all("!" <= character <= "~" for character in added["content"])
+    return printable and not added["lstrip"] and not added["rstrip"]
+
+
+def _unknown(parts: Mapping[str, Any]) -> str | None:
+    """The name of the unknown token."""
+    model = parts["model"]
+    if model.get("unk_id") is not None:
+        return str(model["vocab"][model["unk_id"]][0])
+    name: str | None = model.get("unk_token")
+    return name

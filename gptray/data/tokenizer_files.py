@@ -1,0 +1,241 @@
+"""Tokenizers on disk: what `data.tokenizer` may name, which files those are, how they open.
+
+A folder (of a tokenizer, a model, a run or prepared data), a tokenizer.json by its own path or
+name, GPT-2's vocab.json and merges.txt alone, or what `AutoTokenizer` opens, the hub included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from gptray.config import UserError
+from gptray.data.sources import hint
+from gptray.suggest import did_you_mean, nearest
+
+log = logging.getLogger("gptray")
+
+END_OF_TEXT = "<|endoftext|>"
+KINDS = ("bpe", "char")
+# Special tokens by which a tokenizer that names none is known to end its texts.
+WELL_KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges).*\.(json|txt|model)|.*\.model"
+)
+_VOCABULARY = ("vocab.json", "merges.txt")
+_SHOWN = 6
+_told: set[str] = set()
+
+Opened = tuple[tokenizers.Tokenizer, dict[str, str]]
+
+
+def tokenizer_path(source: str) -> Path | None:
+    """The folder that holds the tokenizer of a tokenizer, model, run or data folder, or its file.
+
+    A path to tokenizer.json is its folder; to another .json file, that file alone. None: no path,
+    so a hub id. Raises UserError for a path that does not exist or holds no tokenizer.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.name == "tokenizer.json":
+            return path.parent
+        if path.suffix == ".json":
+            return path
+        raise UserError(f"data.tokenizer={source}: is a file; name a folder or a tokenizer.json")
+    if not path.is_dir():
+        if source.startswith(("/", ".", "~")) or source.count("/") > 1 or path.suffix == ".json":
+            raise UserError(f"data.tokenizer={source}: there is no such folder or file")
+        near = hint(source.lower(), KINDS)
+        if near and "/" not in source:
+            raise UserError(f"data.tokenizer={source}: neither a folder nor a known kind{near}")
+        return None
+    for candidate in (path, path / "model", path / "tokenizer"):
+        if candidate.is_dir() and tokenizer_files(candidate):
+            return candidate
+    raise UserError(f"data.tokenizer={source}: the folder holds no tokenizer (tokenizer.json)")
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files of a folder that a tokenizer is made of; none: it holds no tokenizer."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.iterdir() if _TOKENIZER_FILES.fullmatch(file.name))
+
+
+def tokenizer_sha256(path: Path) -> str:
+    """Identity of a tokenizer folder or file: of the names and bytes of its tokenizer files."""
+    digest = hashlib.sha256()
+    for file in tokenizer_files(path):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def opens_at_once(path: Path) -> bool:
+    """Whether it opens without transformers, whose import takes seconds."""
+    return path.is_file() or (path / "tokenizer.json").is_file() or _is_bare_vocabulary(path)
+
+
+def open_tokenizer(source: str) -> Opened:
+    """A tokenizer as it is stored, and the names of its special tokens as far as it gives any.
+
+    Raises UserError when there is none or it cannot be opened.
+    """
+    path = tokenizer_path(source)
+    if path is None:
+        return _from_transformers(source)
+    if path.is_file():
+        return _from_json(path), {}
+    if _is_bare_vocabulary(path):
+        return _from_vocabulary(path)
+    if not (path / "tokenizer.json").is_file():
+        return _from_transformers(str(path))
+    backend = _from_json(path / "tokenizer.json")
+    special: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            special |= _special_tokens(_read_json(path / name))
+    if "eos_token" not in special and (path / "config.json").is_file():
+        # A model's folder whose tokenizer class knows its special tokens, as GPT-2's does.
+        return _from_transformers(str(path))
+    return backend, special
+
+
+def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
+    """The token that ends a text: as asked for, as the tokenizer says, or as is well known.
+
+    Raises UserError, which names data.eos_token and candidates, where none of these is there.
+    """
+    backend, special = opened
+    if asked is not None:
+        if backend.token_to_id(asked) is None:
+            near = nearest(asked, backend.get_vocab(with_added_tokens=True))
+            raise UserError(
+                f"data.eos_token={asked!r} is not in the vocabulary of {source}"
+                f"{did_you_mean([repr(near)] if near else _candidates(backend))}"
+            )
+        backend.add_special_tokens([asked])  # keeps its id; its name in text is plain text
+        return asked
+    named = special.get("eos_token")
+    if named is not None:
+        if backend.token_to_id(named) is None:
+            raise UserError(
+                f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
+                f"choose one by data.eos_token{_such_as(_candidates(backend))}"
+            )
+        return named
+    known = [name for name in WELL_KNOWN_ENDS if name in _added(backend)]
+    if len(known) != 1:
+        raise UserError(
+            f"data.tokenizer={source}: names no end-of-text token; choose one by data.eos_token"
+            f"{_such_as(_candidates(backend))}"
+        )
+    _tell_once(
+        f"data.tokenizer={source} names no end-of-text token; taking {known[0]!r} "
+        "(data.eos_token chooses another)"
+    )
+    return known[0]
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        log.warning("%s", message)
+
+
+def _candidates(backend: tokenizers.Tokenizer) -> list[str]:
+    """Tokens that may end a text: special ones, and well-known names in the vocabulary."""
+    known = [name for name in WELL_KNOWN_ENDS if backend.token_to_id(name) is not None]
+    return list(dict.fromkeys([*known, *_added(backend)]))[:_SHOWN]
+
+
+def _such_as(names: Iterable[str]) -> str:
+    listed = " or ".join(map(repr, names))
+    return f", such as {listed}" if listed else ""
+
+
+def _added(backend: tokenizers.Tokenizer) -> list[str]:
+    """Its special added tokens."""
+    added = backend.get_added_tokens_decoder()
+    return [token.content for _, token in sorted(added.items()) if token.special]
+
+
+def _is_bare_vocabulary(folder: Path) -> bool:
+    """Whether it has GPT-2's two files, and nothing that says how to read them."""
+    says_how = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    return all((folder / name).is_file() for name in _VOCABULARY) and not any(
+        (folder / name).is_file() for name in says_how
+    )
+
+
+def _from_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{path}: not a tokenizer: {error}") from None
+
+
+def _from_vocabulary(folder: Path) -> Opened:
+    """Byte-level BPE of vocab.json and merges.txt, as GPT-2 reads them."""
+    vocab, merges = (str(folder / name) for name in _VOCABULARY)
+    try:
+        backend = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{folder}: no vocabulary and merges in it: {error}") from None
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - backend.get_vocab().keys()
+    if missing:
+        raise UserError(
+            f"{folder}: vocab.json and merges.txt alone are read as GPT-2's, byte-level, but "
+            f"{len(missing)} of the 256 bytes are not in the vocabulary; give a tokenizer.json"
+        )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    known = [name for name in WELL_KNOWN_ENDS if backend.token_to_id(name) is not None]
+    backend.add_special_tokens(known)
+    return backend, {}
+
+
+def _from_transformers(source: str) -> Opened:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever a tokenizer's class raises of its files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"data.tokenizer={source}: neither a folder nor a hub id that could be loaded: {reason}"
+        ) from None
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"data.tokenizer={source}: it has no tokenizer.json form")
+    return backend, _special_tokens(loaded.special_tokens_map)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
+
+
+def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """Names of special tokens; files give them as text or as an object with `content`."""
+    found = {}
+    for name in _SPECIAL_NAMES:
+        value = settings.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None:
+            found[name] = str(value)
+    return found

@@ -1,0 +1,30 @@
+"""Which rows of a model's embedding another tokenizer can keep: those of tokens that both have."""
+
+from __future__ import annotations
+
+from gptray.data.roundtrip import pieces
+from gptray.data.tokenizer import Tokenizer
+
+
+def differing_ids(own: Tokenizer, other: Tokenizer) -> int:
+    """How many ids stand for different tokens in two tokenizers; ids of one alone don't count."""
+    return sum(a != b for a, b in zip(own.names, other.names, strict=False))
+
+
+def kept_rows(own: Tokenizer, other: Tokenizer) -> list[int]:
+    """For each id of `other`, the id in `own` of the same token; -1: `own` has none.
+
+    Tokens are the same if they are written the same under the same id, or else if they decode to
+    the same bytes: " the" is "\u0120the" to GPT-2 and "\u2581the" to Llama. The ends of text
+    correspond.
+    """
+    by_bytes: dict[bytes, int] = {}
+    for number, piece in enumerate(pieces(own)):
+        by_bytes.setdefault(piece, number)
+    by_bytes.pop(b"", None)  # ids that stand for no token
+    rows = [by_bytes.get(piece, -1) for piece in pieces(other)]
+    for number, (mine, name) in enumerate(zip(own.names, other.names, strict=False)):
+        if mine == name:
+            rows[number] = number
+    rows[other.eos_id] = own.eos_id
+    return rows

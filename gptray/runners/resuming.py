@@ -1,0 +1,174 @@
+"""What may change in a run or a sweep that is there already, and what is kept of before.
+
+Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptray.config import Config, UserError, dump, flatten, load_config
+from gptray.fields import shown
+from gptray.files import replacing, storing
+from gptray.record import METRICS, read_rows
+from gptray.runners.runs import CONFIG, FREE_KEYS, SWEEP_FREE_KEYS, run_dir
+from gptray.training.checkpoint import (
+    TrainerState,
+    check_not_lost,
+    checkpoint_step,
+    find_checkpoints,
+)
+from gptray.tuning.record import TRIALS, samples_drawn
+
+# Keys by which a run is trained longer, or a sweep gets more trials, under the same name.
+LONGER = ("train.max_steps", "train.patience", "train.min_delta")
+MORE = ("tune.num_samples",)
+# Schedules of the learning rate that end at train.max_steps.
+_ENDING = ("linear", "cosine")
+
+
+def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
+    """Refuse to resume in a run's (or a sweep's) folder that another config made.
+
+    Returns a sentence for each key that has changed and may, see LONGER and MORE.
+
+    Raises:
+        UserError: names every key that differs, or says that the folder is something else's, or
+            that its checkpoints are gone.
+    """
+    folder, what = run_dir(config), "sweep" if sweep else "run"
+    visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+    if not visible:
+        return []
+    if config.train.resume == "never":
+        raise UserError(f"train.resume=never: the {what} {folder} exists; choose another name")
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} exists and is not a {what} (no config.yaml); choose another name"
+        )
+    if (folder / (METRICS if sweep else TRIALS)).exists():
+        other = "run" if sweep else "sweep"
+        raise UserError(f"{folder} is a {other}, not a {what}; choose another name")
+    if not sweep:
+        check_not_lost(folder)
+    before, now = flatten(load_config(str(folder / CONFIG), [])), flatten(config)
+    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+    free, extends = (SWEEP_FREE_KEYS, MORE) if sweep else (FREE_KEYS, LONGER)
+    differing = [
+        f"  {key}: {old!r} there, {new!r} now"
+        for key, (old, new) in changed.items()
+        if not key.startswith(free) and key not in extends
+    ]
+    if differing:
+        raise UserError(
+            f"the {what} {folder} was started with other settings:\n"
+            + "\n".join(differing)
+            + "\nResume it with its own settings, or choose another name"
+        )
+    return _more_trials(folder, config, before) if sweep else _longer(folder, config, changed)
+
+
+def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """A sentence for each key of LONGER that has changed. Raises UserError below what was run."""
+    sentences = []
+    steps = [checkpoint_step(one) or 0 for one in find_checkpoints(folder)]
+    step = max(steps, default=0)
+    for key in LONGER:
+        if key not in changed:
+            continue
+        old, new = changed[key]
+        verb = "changed"
+        if key == "train.max_steps":
+            if new < step:
+                raise UserError(
+                    f"train.max_steps={new}: the run {folder} has made {step:,} steps already; "
+                    f"give {step} or more, or choose another name"
+                )
+            verb = "raised" if new > old else "lowered"
+        text = f"{key} {verb} from {shown(old)} to {shown(new)}"
+        if key == "train.max_steps" and config.optim.schedule in _ENDING:
+            text += f": the schedule is planned anew from step {step}"
+        sentences.append(text)
+    return sentences
+
+
+def _more_trials(folder: Path, config: Config, before: Mapping[str, Any]) -> list[str]:
+    """A sentence where tune.num_samples was raised. Raises UserError where it was lowered."""
+    drawn = samples_drawn(folder)
+    old: int = drawn[-1] if drawn else before["tune.num_samples"]
+    new = config.tune.num_samples
+    if new < old:
+        raise UserError(
+            f"tune.num_samples={new}: the sweep {folder} has drawn {old} already; give {old} or "
+            "more, or choose another name"
+        )
+    if new == old:
+        return []
+    return [
+        f"tune.num_samples raised from {old} to {new}: trials there are stay, and the winner is "
+        "decided anew"
+    ]
+
+
+def check_free(folder: Path, *, busy: str | None = None) -> None:
+    """Refuse a folder that another driver holds, without holding it. Raises UserError as held."""
+    lock = folder / ".driver.lock"
+    if not lock.is_file():
+        return
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy or f"another process is training the run {folder}") from None
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """Write config.yaml of a new run, or of one in which keys have changed; whole or not at all.
+
+    The one before is kept beside it as config.1.yaml, config.2.yaml and so on.
+
+    Raises:
+        RunFailed: the disk is full or cannot be written.
+    """
+    path, text = folder / CONFIG, dump(config)
+    with storing(path):
+        if path.exists():
+            if not _extends(config, load_config(str(path), [])):
+                return
+            number = 1
+            while (aside := folder / f"config.{number}.yaml").exists():
+                number += 1
+            with replacing(aside) as draft:
+                shutil.copyfile(path, draft)
+        with replacing(path) as draft:
+            draft.write_text(text, "utf-8")
+
+
+def _extends(config: Config, before: Config) -> bool:
+    now, old = flatten(config), flatten(before)
+    return any(now[key] != old[key] for key in (*LONGER, *MORE))
+
+
+def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:
+    """Whether a run has come to its end, with every checkpoint scored."""
+    if not state.why_stop(config.train):
+        return False
+    rows = read_rows(folder / METRICS)
+    return not config.train.async_validation or any(
+        row["step"] == state.step and "val_loss" in row for row in rows
+    )
+
+
+def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> str:
+    """What to say of a finished run."""
+    longer = f"train.max_steps={2 * state.step}"
+    if state.why_stop(config.train) == "patience" and config.train.patience:
+        longer = f"train.patience={2 * config.train.patience}"
+    return (
+        f"this run is finished; to train it longer: python jobs/train.py --config "
+        f"{folder / CONFIG} {longer}; train.resume=never and another name start a new one"
+    )

@@ -1,0 +1,58 @@
+"""A run's TensorBoard file, written in the thread that trains.
+
+tensorboardX's own writer has a thread and a queue: on a full disk the thread dies, and whoever adds
+to the queue then waits for ever. Its messages are used here, and written as they are due.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from pathlib import Path
+
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import scalar, text
+
+from gptray.files import append, storing
+
+
+class Board:
+    """One events file. What cannot be written yet waits in memory for the next `flush`."""
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        """Begin a file of a run that goes on after `step`: TensorBoard drops what came later."""
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        # The name by which TensorBoard knows such files and their order.
+        stamp = f"{time.time():.6f}".replace(".", "")
+        self._path = (
+            folder / f"events.out.tfevents.{stamp[:10]}.{stamp[10:]}.{socket.gethostname()}"
+        )
+        self._pending = b""
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Add a point to the curve of each value."""
+        for key, value in values.items():
+            self._add(Event(step=step, summary=scalar(key, value)))
+
+    def show_text(self, step: int, tag: str, words: str) -> None:
+        """Add a text under a tag."""
+        self._add(Event(step=step, summary=text(tag, words)))
+
+    def flush(self) -> None:
+        """Write what waits. Raises RunFailed, and keeps it, where there is no room."""
+        with storing(self._path):
+            append(self._path, self._pending)
+        self._pending = b""
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        head = struct.pack("<Q", len(data))
+        # TFRecord: length, its checksum, data, their checksum.
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (head, data)]
+        self._pending += head + sums[0] + data + sums[1]

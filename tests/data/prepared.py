@@ -1,0 +1,38 @@
+"""Prepared data without Ray: one shard for each split, written as a task writes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gptray.data.difference import Lost
+from gptray.data.shards import ShardEncoder, ShardWriter, shard_dtype
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokens import FORMAT_VERSION, TokenData
+
+
+def prepared_here(folder: Path, tokenizer: Tokenizer, *, train: str, val: str) -> TokenData:
+    """Each split is one document."""
+    tokenizer.save(folder / "tokenizer")
+    encoder, splits, parts = ShardEncoder(tokenizer), {}, []
+    for name, text in (("train", train), ("val", val)):
+        with ShardWriter(folder / f"{name}-00000.bin", encoder) as writer:
+            writer.add(text, ends=True)
+        assert writer.shard
+        entry = writer.shard.entry(f"{name}-00000.bin")
+        parts.append(writer.shard.lost)
+        counts = {key: entry[key] for key in ("tokens", "bytes", "lost_bytes")}
+        splits[name] = {"documents": 1, **counts, "shards": [entry]}
+    manifest = {
+        "format": FORMAT_VERSION,
+        "dtype": shard_dtype(tokenizer.vocab_size),
+        "splits": splits,
+        "tokenizer": {
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_token_id": tokenizer.eos_id,
+            "lost": Lost.joined(parts).entry(),
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return TokenData.open(folder)

@@ -1,0 +1,103 @@
+"""What writes says where there is no room, and leaves what was there as it was."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow.fs import LocalFileSystem
+from safetensors.torch import save_file
+
+from gptray.config import RunFailed, UserError
+from gptray.files import append, check_writable, replacing, storing
+from tests.full_disk import files_up_to
+
+
+def test_full_device_is_told_with_path_reason_and_room() -> None:
+    pattern = (
+        r"cannot write /dev/full: No space left on device \([\d,]+ bytes free\); "
+        "the same command resumes once there is room"
+    )
+    with pytest.raises(RunFailed, match=pattern), storing(Path("/dev/full")):
+        Path("/dev/full").write_bytes(b"x")
+
+
+def test_tensors_that_find_no_room_are_told_in_the_same_words(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with (
+        pytest.raises(RunFailed, match=f"cannot write {path}: File too large "),
+        storing(path),
+        files_up_to(1000),
+    ):
+        save_file({"weights": torch.zeros(10_000)}, path)
+
+
+def test_copied_folder_is_told_by_the_first_file_that_failed(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "big").write_bytes(b"x" * 5000)
+    target = tmp_path / "target"
+    with (
+        pytest.raises(RunFailed, match=rf"cannot write {target}: File too large"),
+        storing(target),
+        files_up_to(1000),
+    ):
+        shutil.copytree(source, target)
+
+
+def test_path_that_cannot_be_replaced_stays_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "best.yaml"
+    path.write_text("before", "utf-8")
+    with pytest.raises(OSError), files_up_to(1000), replacing(path) as draft:
+        draft.write_bytes(b"x" * 5000)
+    assert path.read_text("utf-8") == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_appended_piece_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    append(path, b"first\n")
+    with pytest.raises(OSError), files_up_to(10):
+        append(path, b"second that finds room for some of it\n")
+    assert path.read_bytes() == b"first\n"
+    append(path, b"second\n", sync=True)
+    assert path.read_bytes() == b"first\nsecond\n"
+
+
+def test_line_that_a_crash_cut_off_is_dropped_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(b"first\nsec")
+    append(path, b"second\n", cut_torn=True)
+    assert path.read_bytes() == b"first\nsecond\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("file/run", "file is not a folder"),
+        ("file", "file is not a folder"),
+        ("n" * 300, "is too long"),
+        ("/".join(["n" * 200] * 20), "is too long"),
+        ("/proc/nothing", "cannot be written"),
+    ],
+)
+def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, folder: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"storage_path=x: .*{reason}"):
+        check_writable(tmp_path / folder, key="storage_path=x")
+
+
+def test_looking_at_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "run", key="storage_path")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrow_files_that_find_no_room_are_told_in_the_same_words(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    stream = LocalFileSystem().open_output_stream(str(path), buffer_size=0)
+    told = pytest.raises(RunFailed, match=rf"cannot write {path}: File too large \(")
+    with told, storing(path), files_up_to(10):
+        stream.write(b"x" * 5000)
+    stream.close()

@@ -1,0 +1,66 @@
+"""TensorBoard's file: records that its reader takes, also after a disk was full."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter, masked_crc32c
+
+from gptray.config import RunFailed
+from gptray.training.board import Board
+from tests.full_disk import files_up_to
+
+
+def records(folder: Path) -> list[Event]:
+    """The events of the only file, their checksums checked."""
+    (path,) = folder.iterdir()
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        body = data[12 : 12 + length]
+        sums = struct.unpack("<I", data[8:12]) + struct.unpack("<I", data[12 + length :][:4])
+        assert sums == (masked_crc32c(data[:8]), masked_crc32c(body))
+        events.append(Event.FromString(body))
+        data = data[16 + length :]
+    return events
+
+
+def test_curves_and_texts_are_events_of_their_steps(tmp_path: Path) -> None:
+    board = Board(tmp_path, step=20)
+    board.show(21, {"train_loss": 2.5, "lr": 0.125})
+    board.show_text(21, "samples", "once upon")
+    board.flush()
+    version, start, *shown = records(tmp_path)
+    assert version.file_version == "brain.Event:2" and "tfevents" in next(tmp_path.iterdir()).name
+    assert start.step == 21 and start.session_log.status == SessionLog.START
+    assert [one.step for one in shown] == [21, 21, 21]
+    values = {one.summary.value[0].tag: one.summary.value[0] for one in shown}
+    assert values["train_loss"].simple_value == 2.5 and values["lr"].simple_value == 0.125
+    assert values["samples/text_summary"].tensor.string_val == [b"once upon"]
+
+
+def test_records_are_those_of_the_library(tmp_path: Path) -> None:
+    board = Board(tmp_path / "ours", step=0)
+    board.flush()
+    (ours,) = (tmp_path / "ours").iterdir()
+    writer = RecordWriter(str(tmp_path / "theirs"))
+    for event in records(tmp_path / "ours"):
+        writer.write(event.SerializeToString())
+    writer.close()
+    assert ours.read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_points_wait_for_room(tmp_path: Path) -> None:
+    board = Board(tmp_path, step=0)
+    board.flush()
+    board.show(1, {"train_loss": 2.0})
+    size = next(tmp_path.iterdir()).stat().st_size
+    with files_up_to(size + 10), pytest.raises(RunFailed, match="cannot write .*tfevents"):
+        board.flush()
+    assert len(records(tmp_path)) == 2
+    board.show(2, {"train_loss": 1.0})
+    board.flush()
+    assert [one.step for one in records(tmp_path)[2:]] == [1, 2]
