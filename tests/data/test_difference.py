@@ -73,4 +73,4 @@ def test_much_text_that_differs_is_counted_from_a_part_of_it() -> None:
             None,
         )
     assert tally.lost.bytes == pytest.approx(4 * 40_000, rel=0.01)
-    assert tally.lost.examples == [("case", "A", "a"), ("case", "Text", "text")]
+    assert tally.lost.examples == [("case", "A Text", "a text"), ("case", "Some", "some")]
