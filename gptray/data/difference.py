@@ -26,6 +26,8 @@ _UNKNOWN = "\U0010fffe"
 _RESUMES = ((2, 6), (4, 32), (1, 32), (4, 1024))
 # Places where a text differs that are looked at; what follows is taken to lose as much.
 _MOST_PLACES = 10_000
+# Characters of differing texts of a shard that are all compared; then every so many-th text is.
+_COMPARED_WHOLE, _EVERY = 1 << 20, 8
 
 
 @dataclass
@@ -43,9 +45,9 @@ class Lost:
     def bytes(self) -> int:
         return sum(self.kinds.values())
 
-    def add(self, other: Lost) -> None:
+    def add(self, other: Lost, *, times: int = 1) -> None:
         """Take in what another text lost; the first examples of a kind stay."""
-        self.kinds.update(other.kinds)
+        self.kinds.update({kind: times * number for kind, number in other.kinds.items()})
         for example in other.examples:
             of_kind = [one for one in self.examples if one[0] == example[0]]
             if len(of_kind) < EXAMPLES and example not in of_kind:
@@ -64,6 +66,26 @@ class Lost:
         kinds = {kind: number for kind, number in self.kinds.most_common() if number}
         examples = sorted(self.examples, key=lambda one: list(kinds).index(one[0]))
         return {"kinds": kinds, "examples": [list(one) for one in examples]}
+
+
+class Tally:
+    """Adds up what texts lose that differ from what came back of them.
+
+    Once a lot of such text was compared, every eighth of those that differ stands for eight.
+    """
+
+    def __init__(self) -> None:
+        self.lost = Lost()
+        self._compared = self._texts = 0
+
+    def compare(self, text: str, back: str, unknown: str | None) -> None:
+        """Take in a text and what came back of it, as `measure`."""
+        self._texts += 1
+        is_part = self._compared >= _COMPARED_WHOLE
+        if is_part and self._texts % _EVERY:
+            return
+        self._compared += len(text)
+        self.lost.add(measure(text, back, unknown), times=_EVERY if is_part else 1)
 
 
 def loses(entry: Mapping[str, Any], num_bytes: int) -> str:
@@ -97,6 +119,8 @@ def measure(text: str, back: str, unknown: str | None) -> Lost:
             break
         gone, came = text[start:stop], back[back_start:back_stop]
         kind = _kind(gone, came)
+        if kind == "case" and len(gone) == len(came):
+            gone = "".join(a for a, b in zip(gone, came, strict=True) if a != b)
         lost.kinds[kind] += len((gone or came).encode())
         if shown[kind] < EXAMPLES:
             spaces = kind == "white_space"

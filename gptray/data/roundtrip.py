@@ -34,10 +34,15 @@ class RoundTrip:
         self._joins = None if self.is_lossless else _Joining.of(parts, tokenizer)
         # Whether what a text loses is the sum of what its parts lose.
         self.adds_up = self._joins is not None and self._joins.starts_plainly
-        self._unknown = _unknown(parts)
+        self.unknown = _unknown(parts)
 
     def lost(self, text: str, ids: Sequence[int], *, begins: bool = True) -> Lost | None:
-        """What is lost of `text` if `ids` are kept of it; None: nothing.
+        """What is lost of `text` if `ids` are kept of it, as `back`; None: nothing."""
+        back = self.back(text, ids, begins=begins)
+        return None if back is None else measure(text, back, self.unknown)
+
+    def back(self, text: str, ids: Sequence[int], *, begins: bool = True) -> str | None:
+        """What comes back of `text` if `ids` are kept of it; None: the text itself.
 
         begins: it is a whole text, not a part of one, before which no space is to be overlooked.
         """
@@ -52,7 +57,7 @@ class RoundTrip:
             back = self._tokenizer.decode(ids)
         if begins and back.startswith(" ") and not text.startswith(" "):
             back = back[1:]
-        return None if back == text else measure(text, back, self._unknown)
+        return None if back == text else back
 
 
 def pieces(tokenizer: Tokenizer) -> list[bytes]:

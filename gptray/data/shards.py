@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gptray.data.boundary import chunks, first_boundary, last_boundary
-from gptray.data.difference import Lost
+from gptray.data.difference import Lost, Tally
 from gptray.data.roundtrip import RoundTrip
 from gptray.data.tokenizer import Tokenizer
 
@@ -81,20 +81,29 @@ class ShardEncoder:
                 self._lossy[chunk] = lost
         return [b"".join(map(self._known.__getitem__, part)) for part in parts]
 
-    def lost(self, text: str, encoded: bytes) -> Lost | None:
-        """What is lost of a text that was encoded just now; None: nothing."""
-        if self._round_trip.is_lossless or (self._checks_chunks and not self._lossy):
-            return None
+    def check(self, text: str, encoded: bytes, tally: Tally) -> None:
+        """Add up what is lost of a text that was encoded just now."""
+        trip = self._round_trip
+        if trip.is_lossless or (self._checks_chunks and not self._lossy):
+            return
         if self._checks_chunks:
-            return Lost.joined(self._lossy[part] for part in chunks(text) if part in self._lossy)
-        return self._round_trip.lost(text, np.frombuffer(encoded, self.dtype).tolist())
+            for part in chunks(text):
+                if part in self._lossy:
+                    tally.lost.add(self._lossy[part])
+            return
+        back = trip.back(text, np.frombuffer(encoded, self.dtype).tolist())
+        if back is not None:
+            tally.compare(text, back, trip.unknown)
 
     def _pack(self, ids: list[int]) -> bytes:
         return np.array(ids, dtype=self.dtype).tobytes()
 
 
 class ShardWriter:
-    """One shard of one split; a context manager. A shard without tokens leaves no file."""
+    """One shard of one split; a context manager. A shard without text leaves no file.
+
+    One without tokens does, if the tokenizer has lost all of its text.
+    """
 
     def __init__(self, path: Path, encoder: ShardEncoder) -> None:
         self._path = path
@@ -104,7 +113,7 @@ class ShardWriter:
         self._batched = 0  # characters
         self._digest = hashlib.sha256()
         self._tokens = self._bytes = 0
-        self._lost = Lost()
+        self._tally = Tally()
 
     def __enter__(self) -> ShardWriter:
         self._stream = self._path.open("wb")
@@ -119,16 +128,16 @@ class ShardWriter:
                 self._flush()
         finally:
             self._stream.close()
-        if not self._tokens:
+        if not self._tokens and not self._bytes:
             self._path.unlink()
 
     @property
     def shard(self) -> Shard | None:
         """What was written; None when nothing was."""
-        if not self._tokens:
+        if not self._tokens and not self._bytes:
             return None
         digest = self._digest.hexdigest()
-        return Shard(self._path.name, self._tokens, self._bytes, digest, self._lost)
+        return Shard(self._path.name, self._tokens, self._bytes, digest, self._tally.lost)
 
     def add(self, text: str, *, ends: bool) -> None:
         """Append a run of a document's text, and end of text where the document ends."""
@@ -165,6 +174,5 @@ class ShardWriter:
             self._digest.update(block)
             self._tokens += len(block) // self._encoder.dtype.itemsize
             self._bytes += len(text.encode())
-            if lost := self._encoder.lost(text, ids):
-                self._lost.add(lost)
+            self._encoder.check(text, ids, self._tally)
         self._batch, self._batched = [], 0

@@ -96,10 +96,11 @@ def open_tokenizer(source: str) -> Opened:
     if path.is_file():
         return _from_json(path), {}
     if _is_bare_vocabulary(path):
-        return _from_vocabulary(path)
-    if not (path / "tokenizer.json").is_file():
+        backend = _from_vocabulary(path)
+    elif (path / "tokenizer.json").is_file():
+        backend = _from_json(path / "tokenizer.json")
+    else:
         return _from_transformers(str(path))
-    backend = _from_json(path / "tokenizer.json")
     special: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path / name).is_file():
@@ -184,7 +185,7 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
         raise UserError(f"{path}: not a tokenizer: {error}") from None
 
 
-def _from_vocabulary(folder: Path) -> Opened:
+def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
     """Byte-level BPE of vocab.json and merges.txt, as GPT-2 reads them."""
     vocab, merges = (str(folder / name) for name in _VOCABULARY)
     try:
@@ -201,7 +202,7 @@ def _from_vocabulary(folder: Path) -> Opened:
     backend.decoder = decoders.ByteLevel()
     known = [name for name in WELL_KNOWN_ENDS if backend.token_to_id(name) is not None]
     backend.add_special_tokens(known)
-    return backend, {}
+    return backend
 
 
 def _from_transformers(source: str) -> Opened:

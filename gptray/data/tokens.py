@@ -62,7 +62,8 @@ class TokenSplit:
         while at < stop:
             base = self._starts[shard]
             end = min(stop, self._starts[shard + 1])
-            out[at - start : end - start] = self._map(shard)[at - base : end - base]
+            if end > at:  # an empty file cannot be mapped
+                out[at - start : end - start] = self._map(shard)[at - base : end - base]
             at = end
             shard += 1
         return out

@@ -20,7 +20,7 @@ def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
     prompts = config.sample.prompt or []
     for prompt in [prompts] if isinstance(prompts, str) else prompts:
         try:
-            tokenizer.encode(prompt)
+            tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
         except UserError as error:
             raise UserError(f"sample.prompt={prompt!r}: {error}") from None
 

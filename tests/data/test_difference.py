@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptray.data.difference import Lost, loses, measure
+from gptray.data.difference import Lost, Tally, loses, measure
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,7 @@ from gptray.data.difference import Lost, loses, measure
         ("same", "same", {}),
         ("Hello World", "hello world", {"case": 2}),
         ("ALL OF IT", "all of it", {"case": 7}),
+        ("A Big A B", "a big a b", {"case": 4}),
         ("한국어 안녕 end", "[UNK] [UNK] end", {"unknown": 15}),
         ("한국어 end", " end", {"unknown": 9}),
         ("a\n\nb c", "a b c", {"white_space": 2}),
@@ -61,3 +62,15 @@ def test_a_long_text_that_differs_everywhere_is_counted_from_a_part_of_it() -> N
 def test_texts_that_never_agree_are_lost_whole() -> None:
     lost = measure("가나다라" * 5_000, "xyz " * 9_000, None)
     assert lost.bytes == 60_000
+
+
+def test_much_text_that_differs_is_counted_from_a_part_of_it() -> None:
+    tally = Tally()
+    for _ in range(40_000):
+        tally.compare(
+            "A Text of Some Kind, of fifty characters in all ...",
+            "a text of some kind, of fifty characters in all ...",
+            None,
+        )
+    assert tally.lost.bytes == pytest.approx(4 * 40_000, rel=0.01)
+    assert tally.lost.examples == [("case", "A Text", "a text"), ("case", "Some", "some")]

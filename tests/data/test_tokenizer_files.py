@@ -46,6 +46,12 @@ def test_vocabulary_and_merges_alone_are_read_as_gpt2s(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path / "saved").sha256 == loaded.sha256
 
 
+def test_vocabulary_and_merges_may_come_with_the_names_of_special_tokens(tmp_path: Path) -> None:
+    folder = bare(tmp_path / "gpt2")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "!"}')
+    assert Tokenizer.load(folder).eos_token == "!"
+
+
 def test_vocabulary_without_all_bytes_is_refused(tmp_path: Path) -> None:
     folder = bare(tmp_path / "gpt2")
     vocab = json.loads((folder / "vocab.json").read_text())

@@ -11,8 +11,10 @@ from gptray.config import UserError
 from gptray.data.corpus import plan_pieces
 from gptray.data.plan import PiecePlan, SplitPlan, plan_split
 from gptray.data.roundtrip import RoundTrip
+from gptray.data.shards import ShardEncoder, ShardWriter
 from gptray.data.sources import find_files
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
+from gptray.data.tokens import TokenSplit
 from gptray.data.work import UnitScan, sample, scan, tokenise
 from tests.data import foreign
 from tests.data.reference import expected_documents, expected_tokens
@@ -175,3 +177,24 @@ def test_text_that_the_tokenizer_cannot_read_names_its_file(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"^\S+/b\.txt: the tokenizer .* not know 'zebra'"):
         for number, unit in enumerate(plan.units):
             tokenise(unit, "text", folder=tmp_path, number=number)
+
+
+def test_a_unit_of_which_nothing_is_kept_counts_as_lost(tmp_path: Path) -> None:
+    tokenizer = foreign.as_tokenizer(foreign.dropping_bpe())
+    korean, english = "\ud55c\uad6d\n" * 30, "the cat sees\n" * 60
+    encoder = ShardEncoder(tokenizer)
+    shards = []
+    for number, text in enumerate((korean, english)):
+        with ShardWriter(tmp_path / f"{number}.bin", encoder) as writer:
+            writer.add(text, ends=False)
+        assert writer.shard
+        shards.append(writer.shard.entry(f"{number}.bin"))
+    assert shards[0]["tokens"] == 0
+    assert shards[0]["lost_bytes"] == shards[0]["bytes"] == len(korean.encode())
+    counts = {key: sum(s[key] for s in shards) for key in ("tokens", "bytes", "lost_bytes")}
+    split = TokenSplit(tmp_path, "uint16", {"documents": 1, **counts, "shards": shards})
+    split.check(content=True)
+    assert split.slice(0, 2).tolist() == tokenizer.encode("the cat")
+    with ShardWriter(tmp_path / "empty.bin", encoder) as writer:
+        pass
+    assert writer.shard is None and not (tmp_path / "empty.bin").exists()

@@ -143,3 +143,10 @@ def test_a_prompt_that_the_tokenizer_cannot_read_is_refused_at_once(tmp_path: Pa
     with pytest.raises(UserError, match=message):
         look_at_sweep(unreadable(tmp_path, f"tune.space={space}"))
     training_plan(unreadable(tmp_path, "sample.prompt=the cat", 'sample.stop="zebra"'))
+
+
+def test_the_end_of_texts_name_in_a_prompt_is_read_where_it_is_allowed(tmp_path: Path) -> None:
+    prompt = "sample.prompt=the cat</s>the dog"
+    with pytest.raises(UserError, match=r"does not know '.*</s>.*'"):
+        training_plan(unreadable(tmp_path, prompt))
+    training_plan(unreadable(tmp_path, prompt, "sample.parse_special=true"))
