@@ -228,15 +228,15 @@ def fit_on_ray(
                 raise failure from None
         raise RunFailed(
             f"the workers failed more than compute.max_failures={config.compute.max_failures} "
-            f"times; the run can go on from its last checkpoint with the same command.\n{error}"
+            f"times; the same command resumes from the last checkpoint.\n{error}"
         ) from None
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, OSError):
             raise cannot_write(folder, error.controller_failure) from None
         raise RunFailed(
             "Ray Train's controller failed, as it does when the process that scores checkpoints "
-            f"dies more than compute.max_failures={config.compute.max_failures} times; the run can "
-            f"go on from its last checkpoint with the same command.\n{error.controller_failure}"
+            f"dies more than compute.max_failures={config.compute.max_failures} times; the "
+            f"same command resumes from the last checkpoint.\n{error.controller_failure}"
         ) from None
     if result["stopped"] == "failed":
         raise (UserError if result["mistake"] else RunFailed)(result["message"])

@@ -26,7 +26,7 @@ from gptray.runners.runs import CONFIG, held
 from gptray.runners.sweep_plan import BUSY, SweepPlan, check_texts, look_at_sweep
 from gptray.runners.sweep_start import check_trials, failed_trials, opened
 from gptray.runners.sweep_watch import watching_sweep
-from gptray.training.checkpoint import publish_model
+from gptray.training.checkpoint import exchange_model
 from gptray.tuning.plan import (
     Planned,
     choose_winner,
@@ -241,7 +241,7 @@ class _Sweep:
         if winner is None:
             reasons = [f"  {one.name} {one.outcome}: {one.message or '-'}" for one in trials]
             raise RunFailed("no trial came to a model:\n" + "\n".join(reasons))
-        publish_model(trial_dir(self._folder, winner.name), self._folder)
+        exchange_model(trial_dir(self._folder, winner.name), self._folder)
         own = {"name": None, "storage_path": self._config.storage_path}
         trained = load_config(str(trial_dir(self._folder, winner.name) / "config.yaml"), [])
         best = override(trained, own)

@@ -190,15 +190,35 @@ def publish_model(checkpoint: Path, run_dir: Path) -> Path:
     return target
 
 
+def exchange_model(source: Path, folder: Path) -> None:
+    """Make the `model/` of `source`, whatever its shape, that of `folder`, in place of one there.
+
+    Raises:
+        RunFailed: the disk is full or cannot be written; `model/` is as it was.
+    """
+    target = folder / "model"
+    with storing(target):
+        _swap(source, target)
+        _sync(folder)
+
+
+def _swap(source: Path, target: Path) -> None:
+    draft, old = target.with_name(".model.tmp"), target.with_name(".model.old")
+    for left in (draft, old):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        shutil.copytree(source / "model", draft)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _publish(checkpoint: Path, target: Path) -> None:
     if not target.exists():
-        draft = target.with_name(".model.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        try:
-            shutil.copytree(checkpoint / "model", draft)
-            os.rename(draft, target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        _swap(checkpoint, target)
         return
     # Weights last: they alone differ within a run, and one replace swaps them.
     for source in sorted(

@@ -13,6 +13,7 @@ from gptray.config import RunFailed
 from gptray.training.checkpoint import (
     TrainerState,
     damage,
+    exchange_model,
     find_checkpoints,
     newest_whole,
     prune,
@@ -20,6 +21,7 @@ from gptray.training.checkpoint import (
     save_checkpoint,
 )
 from gptray.training.stopping import Progress
+from tests.full_disk import files_up_to
 
 
 def save(run_dir: Path, step: int, *, weights: bytes = b"weights") -> Path:
@@ -176,6 +178,21 @@ def test_prune_finishes_what_a_kill_left(tmp_path: Path) -> None:
     save(tmp_path, 20)
     prune(tmp_path, 2, spare={20})
     assert not list(tmp_path.glob(".checkpoint_*"))
+
+
+def test_model_of_another_shape_takes_the_place_of_the_whole_folder(tmp_path: Path) -> None:
+    sweep, other = tmp_path / "sweep", tmp_path / "other"
+    for folder in (sweep, other):
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / f"{folder.name}.json").write_text("{}")
+    exchange_model(other, sweep)
+    assert [path.name for path in (sweep / "model").iterdir()] == ["other.json"]
+    assert [path.name for path in sweep.iterdir()] == ["model"]
+    (other / "model" / "big").write_bytes(b"x" * 5000)
+    with files_up_to(1000), pytest.raises(RunFailed, match="cannot write .*sweep/model"):
+        exchange_model(other, sweep)
+    assert [path.name for path in (sweep / "model").iterdir()] == ["other.json"]
+    assert [path.name for path in sweep.iterdir()] == ["model"]
 
 
 def test_published_model_is_replaced_file_by_file(tmp_path: Path) -> None:
