@@ -21,7 +21,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.files import sha256_of
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class DamagedData(ValueError):

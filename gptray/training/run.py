@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gptray.build import check_backend
 from gptray.config import Config, RunFailed
 from gptray.data.order import BatchOrder
+from gptray.data.shares import split_rows
 from gptray.data.tokens import TokenData
 from gptray.model import kernels
 from gptray.model.gpt import GPT
@@ -110,6 +111,8 @@ def start(
             pid=os.getpid(),
             device=device_name(device),
             versions=versions(),
+            text=dict(split_rows(data.manifest)),
+            warnings=data.manifest["warnings"],
         )
     compiled = torch.compile(model) if config.train.compile else model
     return Run(

@@ -16,10 +16,10 @@ from gptray.data.tokenizer import char_tokenizer, train_bpe
 from gptray.data.tokens import TokenData
 from gptray.runners.prepare import check_sources, prepare, prepare_and_count, prepared
 from tests.data.reference import (
-    documents_of,
-    expected_documents,
+    expected_runs,
     expected_tokens,
     splits_of,
+    texts_of,
     tokens_of,
 )
 from tests.data.texts import KOREAN, many_documents, write_bytes, write_rows
@@ -47,9 +47,9 @@ def left_in(storage: Path) -> list[str]:
 def test_result_is_that_of_one_process_and_whole_texts(
     ray_cluster: None, rows: Path, tmp_path: Path, tokenizer: str, piece_bytes: int
 ) -> None:
-    documents = expected_documents(TEXTS, SPLIT, seed=1337)
+    runs = expected_runs(TEXTS, SPLIT, seed=1337)
     expected = {
-        "bpe": train_bpe(documents["train"], 400),
+        "bpe": train_bpe([run.text for run in runs["train"]], 400),
         "char": char_tokenizer("".join(TEXTS)),
         "folder": train_bpe(["another text"], 300),
     }[tokenizer]
@@ -61,11 +61,12 @@ def test_result_is_that_of_one_process_and_whole_texts(
 
     data.verify()
     assert data.tokenizer.sha256 == expected.sha256
-    assert tokens_of(data) == expected_tokens(documents, expected)
-    assert documents_of(data) == documents
-    for split, texts in documents.items():
-        assert splits_of(data)[split].documents == len(texts)
-        assert splits_of(data)[split].bytes == len("".join(texts).encode())
+    assert tokens_of(data) == expected_tokens(runs, expected)
+    for split, found in runs.items():
+        text = "".join(run.text + data.tokenizer.eos_token * run.ends for run in found)
+        assert texts_of(data)[split] == text
+        assert splits_of(data)[split].documents == len(found)
+        assert splits_of(data)[split].bytes == sum(len(run.text.encode()) for run in found)
     shards = data.manifest["splits"]["train"]["shards"]
     assert (len(shards) > 5) is (piece_bytes == 500)
     assert [shard["file"] for shard in shards] == [
@@ -84,11 +85,11 @@ def test_manifest_says_where_the_tokens_come_from(
     assert manifest["sources"] == [
         {"path": str(rows), "size": rows.stat().st_size, "sha256": digest}
     ]
-    assert manifest["split"] == {"fractions": list(SPLIT), "by": "document", "seed": 1337}
+    assert manifest["split"] == {"fractions": list(SPLIT), "cut_documents": 0, "seed": 1337}
     assert (manifest["documents"], manifest["empty_rows"]) == (len(TEXTS), 0)
     assert manifest["tokenizer"]["vocab_size"] == data.vocab_size == data.tokenizer.vocab_size
-    half = expected_documents(TEXTS, SPLIT, seed=1337, fraction=0.5)
-    assert documents_of(data) == half
+    half = expected_runs(TEXTS, SPLIT, seed=1337, fraction=0.5)
+    assert tokens_of(data) == expected_tokens(half, data.tokenizer)
 
 
 def test_text_by_position_is_nanogpts_cut(ray_cluster: None, tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_damaged_data_is_built_again_and_said(
         shutil.rmtree(first.data_dir / "tokenizer")
     with caplog.at_level(logging.WARNING, logger="gptray"):
         second = prepare(config)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert sum("prepared data is damaged" in message for message in caplog.messages) == 1
     assert second.fingerprint == fingerprint
     second.verify()
     assert left_in(tmp_path) == [first.data_dir.name]
