@@ -25,9 +25,9 @@ _MARKS = (
 )
 # Encodings to try, and the scripts that text in them is written in beside Latin letters.
 _LIKELY = (
-    ("cp949", {"HANGUL"}),
     ("shift_jis", {"HIRAGANA", "KATAKANA", "CJK"}),
     ("euc_jp", {"HIRAGANA", "KATAKANA", "CJK"}),
+    ("cp949", {"HANGUL"}),
     ("gb18030", {"CJK"}),
     ("big5", {"CJK"}),
     ("cp1251", {"CYRILLIC"}),
@@ -93,7 +93,7 @@ def undecodable(error: UnicodeDecodeError, encoding: str = UTF8) -> str:
     spelled = "UTF-8" if encoding == UTF8 else encoding
     problem = f"not {spelled}: {error.reason}"
     begin = error.object.rfind(b"\n", 0, error.start) + 1
-    likely = _wide_encoding(error.object, least=0.01) or likely_encoding(
+    likely = _wide_encoding(error.object, least=0.03) or likely_encoding(
         error.object[begin : begin + _SAMPLE]
     )
     if likely is None or likely == encoding:

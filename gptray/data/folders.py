@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+WILDCARD = re.compile(r"[*?\[]")
 
 
 class LocalFile(NamedTuple):
@@ -51,14 +54,40 @@ def files_below(folder: str) -> Iterator[str]:
             folders.clear()
             continue
         entered.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links = {name for name in folders if os.path.islink(os.path.join(above, name))}
+        seen = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(seen, key=lambda name: (name in links, name))  # links come last
         yield from (os.path.join(above, name) for name in sorted(names) if name[0] != ".")
 
 
+def glob_regex(pattern: str) -> str:
+    """Translate a glob: `**/` any folders, `*` within one name."""
+    out = []
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]*\]|.", pattern, re.DOTALL):
+        if token == "**/":
+            out.append("(?:.*/)?")
+        elif token == "**":
+            out.append(".*")
+        elif token in ("*", "?"):
+            out.append("[^/]" + token.replace("?", ""))
+        else:
+            out.append(
+                token.replace("[!", "[^") if token[0] == "[" and token != "[" else re.escape(token)
+            )
+    return "".join(out)
+
+
 def matches(pattern: str) -> list[str]:
-    """Paths that a glob matches, folders left out; of several links to a folder, one counts."""
-    found = glob.glob(pattern, recursive=True)
-    return list(once(sorted((path for path in found if os.path.isfile(path)), key=_depth)))
+    """Paths of the files that a glob matches; `**/` stands for any folders, loops met once."""
+    if "**" in pattern:
+        first = re.search(WILDCARD, pattern)
+        assert first
+        folder = pattern[: pattern.rindex("/", 0, first.start())] or "/"
+        wanted = re.compile(glob_regex(pattern))
+        found = [path for path in files_below(folder) if wanted.fullmatch(path)]
+    else:
+        found = glob.glob(pattern)
+    return [path for path in found if os.path.isfile(path)]
 
 
 def once(paths: Iterable[str]) -> Iterator[str]:
@@ -73,7 +102,3 @@ def once(paths: Iterable[str]) -> Iterator[str]:
         if place not in met:
             met.add(place)
             yield path
-
-
-def _depth(path: str) -> tuple[int, str]:
-    return path.count(os.sep), path

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -19,7 +18,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from gptray.config import UserError
-from gptray.data.folders import LocalFile, file_at, files_below, matches, once, shown
+from gptray.data.folders import WILDCARD, LocalFile, file_at, files_below, matches, once, shown
+from gptray.data.remote import file_system, remote_files, scheme_of
 from gptray.suggest import did_you_mean, nearest
 
 BUILTIN = "builtin"
@@ -28,9 +28,7 @@ FORMATS = {
     ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 BUFFER_BYTES = 1 << 20
-_WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class SourceFile:
     @property
     def name(self) -> str:
         """As messages and manifests call it."""
-        return shown(self.path) if self.uri is None else f"{_scheme(self.uri)}://{self.path}"
+        return shown(self.path) if self.uri is None else f"{scheme_of(self.uri)}://{self.path}"
 
     @property
     def compression(self) -> str | None:
@@ -78,7 +76,7 @@ class SourceFile:
     @property
     def _filesystem(self) -> fs.FileSystem:
         assert self.uri is not None
-        return _filesystem(self.uri)[0]
+        return file_system(self.uri)[0]
 
     def open(self, start: int = 0) -> io.BufferedReader:
         """Open as bytes from `start`, which a compressed file cannot choose."""
@@ -159,34 +157,6 @@ def _format(path: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _scheme(uri: str) -> str:
-    return uri.partition("://")[0].lower()
-
-
-def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    scheme = _scheme(uri)
-    if scheme not in SCHEMES:
-        raise UserError(f"{uri}: {_other_scheme(scheme)}")
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{uri}: cannot be opened: {_reason(error)}") from None
-    return filesystem, path
-
-
-def _other_scheme(scheme: str) -> str:
-    """What to do instead of naming a place that is not read from."""
-    if scheme == "hf":
-        return (
-            "Hugging Face's hub is not read directly; download it first (hf download OWNER/NAME "
-            "--repo-type dataset --local-dir FOLDER) and name the folder"
-        )
-    if scheme in ("http", "https", "ftp"):
-        return "download the file first and name it by its path"
-    known = " ".join(f"{name}://" for name in SCHEMES)
-    return f"unknown scheme {scheme}://{hint(scheme, SCHEMES)}; known: {known}, or a local path"
-
-
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
@@ -201,7 +171,7 @@ def _expand(entry: str) -> list[SourceFile]:
     path = os.path.abspath(os.path.expanduser(entry))
     if os.path.isdir(path):
         return _from_folder(entry, path)
-    if not os.path.lexists(path) and _WILDCARD.search(entry):
+    if not os.path.lexists(path) and WILDCARD.search(entry):
         return _readable(entry, [_local(match) for match in matches(path)])
     if not os.path.exists(path):
         raise UserError(f"{shown(entry)}: {_missing(path)}")
@@ -245,54 +215,12 @@ def _of_folder(entry: str, readable: list[SourceFile], count: int) -> list[Sourc
 
 
 def _expand_remote(entry: str) -> list[SourceFile]:
-    location, mark, query = entry.partition("?")
-    wildcard = _WILDCARD.search(location)
-    if wildcard is None:
-        filesystem, path = _filesystem(entry)
-        return _from_remote(entry, filesystem, path)
-    folder = location[: location.rindex("/", 0, wildcard.start())]
-    filesystem, base = _filesystem(folder + mark + query)
-    pattern = re.compile(_glob_regex(location[len(folder) :]))
-    selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
-    infos = [info for info in _listing(entry, filesystem, selector) if info.is_file]
-    matching = [info for info in infos if pattern.fullmatch(info.path[len(base) :])]
-    return _readable(entry, [_remote(info, folder + mark + query) for info in matching])
-
-
-def _glob_regex(pattern: str) -> str:
-    """Translate a glob: `**/` any folders, `*` within one name."""
-    out = []
-    for token in re.findall(r"\*\*/|\*|\[[^\]]*\]|.", pattern):
-        if token == "**/":
-            out.append("(?:.*/)?")
-        elif token == "*":
-            out.append("[^/]*")
-        else:
-            out.append(token.replace("[!", "[^") if token[0] == "[" else re.escape(token))
-    return "".join(out)
-
-
-def _from_remote(entry: str, filesystem: fs.FileSystem, path: str) -> list[SourceFile]:
-    info = _listing(entry, filesystem, path)
-    if info.type == fs.FileType.NotFound:
-        raise UserError(f"{entry}: there is no such file or folder")
-    if info.is_file:
-        return _readable(entry, [_remote(info, entry)])
-    infos = _listing(entry, filesystem, fs.FileSelector(path, recursive=True))
-    visible = [i for i in infos if i.is_file and not _hidden(i.path[len(path) :])]
-    readable = [_remote(i, entry) for i in visible if _format(i.path) is not None]
-    return _readable(entry, _of_folder(entry, readable, len(visible)))
-
-
-def _remote(info: fs.FileInfo, uri: str) -> SourceFile:
-    return SourceFile(info.path, info.size, info.mtime_ns or 0, uri)
-
-
-def _listing(entry: str, filesystem: fs.FileSystem, what: str | fs.FileSelector) -> fs.FileInfo:
-    try:
-        return filesystem.get_file_info(what)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{entry}: cannot be listed: {_reason(error)}") from None
+    infos, uri, is_folder = remote_files(entry)
+    files = [SourceFile(info.path, info.size, info.mtime_ns or 0, uri) for info in infos]
+    if is_folder:
+        readable = [file for file in files if _format(file.path) is not None]
+        files = _of_folder(entry, readable, len(files))
+    return _readable(entry, files)
 
 
 def _readable(entry: str, files: Sequence[SourceFile]) -> list[SourceFile]:
@@ -311,10 +239,6 @@ def _readable(entry: str, files: Sequence[SourceFile]) -> list[SourceFile]:
 
 def _extensions() -> str:
     return f"readable: {' '.join(FORMATS)}, also {' '.join(COMPRESSIONS)} of all but .parquet"
-
-
-def _hidden(relative: str) -> bool:
-    return any(part.startswith(".") for part in relative.split("/"))
 
 
 def _nearby(path: str) -> str:
