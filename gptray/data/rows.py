@@ -171,8 +171,10 @@ class _JsonValues:
             size += len(text)
             if size >= len(parts[0]):
                 break
+        if not size:
+            return False
         self._held, self._at, self._held_line = "".join(parts), 0, self.line
-        return size > 0
+        return True
 
 
 def csv_rows(file: SourceFile, *, encoding: str | None = None) -> Iterator[tuple[int, list[str]]]:

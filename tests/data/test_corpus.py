@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -215,3 +216,70 @@ def test_csv_cell_may_be_long(tmp_path: Path) -> None:
         text,
         json.dumps(text),
     ]
+
+
+def test_missing_text_is_an_empty_row_in_every_format(tmp_path: Path) -> None:
+    rows = ["one", None, "", "two"]
+    as_json = [json.dumps({"id": n, "text": text}) for n, text in enumerate(rows)]
+    parquet.write_table(pa.table({"text": pa.array(rows)}), tmp_path / "r.parquet")
+    contents = {
+        "r.jsonl": "\n".join(as_json),
+        "r.ndjson": "\n".join(as_json),
+        "r.json": f"[{', '.join(as_json)}]",
+        "r.csv": "id,text\n0,one\n1,\n2,\n3,two\n",
+        "r.tsv": "id\ttext\n0\tone\n1\t\n2\t\n3\ttwo\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    for name in [*contents, "r.parquet"]:
+        assert read(tmp_path / name) == ["one", "", "", "two"], name
+
+
+JSON_FORMS = [
+    lambda rows: json.dumps(rows),
+    lambda rows: json.dumps(rows, indent=2),
+    lambda rows: "\n".join(map(json.dumps, rows)),
+    lambda rows: "\n\n".join(json.dumps(row, indent=1) for row in rows) + "\n",
+    lambda rows: "[\n" + "\n,\n".join(map(json.dumps, rows)) + "]\n\n",
+]
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+@pytest.mark.parametrize("name", ["r.json", "r.json.gz"])
+def test_json_is_an_array_or_objects_behind_one_another(
+    tmp_path: Path, form: Callable[[list[dict[str, object]]], str], name: str
+) -> None:
+    long = ["\ub098\ub78f " * 700_000, '{"[' * 500_000]  # beyond a block
+    texts = [*DOCUMENTS, *long, "after"]
+    rows: list[dict[str, object]] = [{"n": n, "text": text} for n, text in enumerate(texts)]
+    assert read(write_bytes(tmp_path / name, form(rows).encode())) == texts
+    assert read(write_bytes(tmp_path / name, form([]).encode())) in ([], [""])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"},\n {"text": "b"}\n {"text": "c"}]', r"r\.json:3: not JSON: Expecting ','"),
+        ('[{"text": "a"},\n\n {"text": oops}]', r"r\.json:3: not JSON: Expecting value"),
+        ('[{"text": "a"},\n 3]', r"r\.json:2: expected a JSON object, found a number"),
+        ('{"text": "a"}\n{"txt": "b"}', r"r\.json:2: no column 'text'; columns: txt"),
+        ('[{"text": "a"}]\n x', r"r\.json:2: not JSON: Extra data"),
+        ('[{"text": "a"},\n', r"r\.json:2: not JSON"),
+        ("true", r"r\.json:1: expected a JSON object"),
+    ],
+)
+def test_bad_json_is_named_by_line(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(write_bytes(tmp_path / "r.json", content.encode()))
+
+
+def test_first_look_finds_a_bad_row_near_the_top(tmp_path: Path) -> None:
+    (file,) = find_files(str(write_bytes(tmp_path / "r.csv", b"id,text\n1,a\n2,b,c\n")))
+    with pytest.raises(UserError, match=r"r\.csv:3: 3 fields where the header has 2"):
+        first_look(file, TEXT)
+
+
+def test_line_that_spans_pieces_is_read_once(tmp_path: Path) -> None:
+    texts = ["a" * 5000, "b", "c" * 300]
+    path = write_rows(tmp_path / "r.jsonl", texts)
+    assert read(path, piece_bytes=64) == texts

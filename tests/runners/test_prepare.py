@@ -14,7 +14,13 @@ import pytest
 from gptray.config import Config, UserError, override
 from gptray.data.tokenizer import char_tokenizer, train_bpe
 from gptray.data.tokens import TokenData
-from gptray.runners.prepare import check_sources, prepare, prepare_and_count, prepared
+from gptray.runners.prepare import (
+    check_sources,
+    preparation_plan,
+    prepare,
+    prepare_and_count,
+    prepared,
+)
 from tests.data.reference import (
     expected_runs,
     expected_tokens,
@@ -103,6 +109,44 @@ def test_text_by_position_is_nanogpts_cut(ray_cluster: None, tmp_path: Path) -> 
         "train": [ids[character] for character in text[:cut]],
         "val": [*(ids[character] for character in text[cut:]), len(ids)],
     }
+
+
+def test_book_beside_a_readme_gives_the_shares_asked_for(ray_cluster: None, tmp_path: Path) -> None:
+    """Whichever of them the seed puts last, and with validation text that is the same."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_bytes(folder / "book.txt", "".join(TEXTS * 5).encode())
+    write_bytes(folder / "README.md", b"# About the book\n" * 30)
+    for seed in (1, 2):
+        result = prepare_and_count(config_for(folder, tmp_path, split=[0.9, 0.1], seed=seed))
+        total = sum(result["bytes"].values())
+        assert result["bytes"]["val"] / total == pytest.approx(0.1, abs=0.02)
+        assert sum(result["split_documents"].values()) == 3
+        assert len(result["warnings"]) == 1  # of the markers in TEXTS
+    with_test = prepare_and_count(config_for(folder, tmp_path, split="80:10:10", seed=2))
+    assert with_test["bytes"]["val"] == result["bytes"]["val"]
+    rows = dict(preparation_plan(config_for(folder, tmp_path, split="80:10:10", seed=2)))
+    assert rows["source"] == "2 files, 0.0 MB: train 80.0%, val 10.0%, test 10.0%"
+    assert rows["test"].startswith("1 document, ") and "(10.0%)" in rows["test"]
+    assert rows["warning"] == with_test["warnings"][0]
+
+
+def test_validation_text_of_its_own_is_read_whole(
+    ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    stories = ["first story", "second\nstory", "third"]
+    separator = "<|endoftext|>"
+    write_bytes(folder / "train.txt", f" \n{separator}\n".join(stories).encode("utf-16"))
+    write_bytes(folder / "val.txt", f"held {separator} out".encode())
+    config = config_for(folder, tmp_path, tokenizer="char", separator=separator, split="90:10")
+    with caplog.at_level(logging.INFO, logger="gptray"):
+        data = prepare(override(config, {"data.val_source": str(folder / "val.txt")}))
+    found = {name: text.split(separator)[:-1] for name, text in texts_of(data).items()}
+    assert found == {"train": stories, "val": ["held", "out"]}
+    assert any("train.txt is read as utf-16" in message for message in caplog.messages)
+    assert [Path(one["path"]).name for one in data.manifest["val_source"]] == ["val.txt"]
 
 
 def test_builtin_needs_no_file(ray_cluster: None, tmp_path: Path) -> None:
