@@ -16,7 +16,15 @@ import pyarrow as pa
 
 from gptray.config import UserError
 from gptray.data.corpus import open_parquet
-from gptray.data.rows import csv_rows, is_text, json_object, kind_of, no_column, text_lines
+from gptray.data.rows import (
+    csv_rows,
+    is_text,
+    json_object,
+    json_rows,
+    kind_of,
+    no_column,
+    text_lines,
+)
 from gptray.data.sources import SourceFile
 
 BATCH_ROWS = 1024
@@ -30,7 +38,9 @@ def read_rows(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Value
 
     Raises UserError for what cannot be read, and where the first row has no prompt column.
     """
-    readers = {"txt": _lines, "jsonl": _json_lines, "csv": _csv, "parquet": _parquet}
+    readers = {
+        "txt": _lines, "jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet
+    }  # fmt: skip
     try:
         for number, (place, values) in enumerate(readers[file.format](file, prompt_column)):
             if number == 0 and prompt_column not in values:
@@ -78,6 +88,11 @@ def _json_lines(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Val
                 yield place, json_object(line)
             except ValueError as error:
                 raise UserError(f"{place}: {error}") from None
+
+
+def _json(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Values]]:
+    for line, values in json_rows(file):
+        yield f"{file.name}:{line}", values
 
 
 def _csv(file: SourceFile, prompt_column: str) -> Iterator[tuple[str, Values]]:
