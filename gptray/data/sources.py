@@ -149,7 +149,8 @@ def hint(word: str, choices: Sequence[str]) -> str:
 
 
 def _format(path: str) -> str | None:
-    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
+    name = path.rpartition("/")[2].lower().lstrip(".")
+    suffixes = [f".{suffix}" for suffix in name.split(".")[1:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         kind = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
         # Parquet compresses inside; a compressed one could not be read by row groups.
