@@ -1,4 +1,4 @@
-"""Rate and peak memory of preparing a large text: one .txt file and the same text as .jsonl.
+"""Rate and peak memory of preparing a large text: a .txt file, the same as .jsonl and on one line.
 
 The text is made from the builtin documents' paragraphs with a seed. Memory is the driver's and the
 tasks' processes (proportional set size without shared memory, so without Ray's object store).
@@ -34,7 +34,12 @@ _KOREAN = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=int, default=1000, help="text per file")
-    parser.add_argument("--formats", nargs="+", default=["txt", "jsonl"])
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=["txt", "jsonl", "line"],
+        help="txt, jsonl, line (a .txt of one line), dna (letters without a space)",
+    )
     parser.add_argument("--tokenizer", default="bpe")
     arguments = parser.parse_args()
     columns = ("mb", "seconds", "mb_per_sec", "mb_per_cpu_sec", "tokens_per_sec", "peak_mb")
@@ -42,7 +47,8 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder, ray_cluster():
         for kind in arguments.formats:
-            path = write_text(Path(folder) / f"text.{kind}", arguments.megabytes * 1_000_000)
+            name = f"text.{kind}" if kind in ("txt", "jsonl") else f"{kind}.txt"
+            path = write_text(Path(folder) / name, arguments.megabytes * 1_000_000)
             row = measure(path, Path(folder), arguments.tokenizer)
             print(f"{row['file']:12}", *(f"{row[name]:14.2f}" for name in columns), flush=True)
             results.append(row)
@@ -59,8 +65,12 @@ def write_text(path: Path, size: int) -> Path:
     with path.open("w", encoding="utf-8", newline="") as stream:
         while written < size:
             text = "\n\n".join(draw.choices(paragraphs, k=8))
-            line = json.dumps({"text": text}) if path.suffix == ".jsonl" else text + "\n"
-            stream.write(line + "\n")
+            if path.name == "line.txt":
+                text = " ".join(text.split()) + " "
+            elif path.name == "dna.txt":
+                text = "".join(draw.choices("ACGT", k=10_000))
+            line = json.dumps({"text": text}) + "\n" if path.suffix == ".jsonl" else text
+            stream.write(line + "\n\n" if path.name == "text.txt" else line)
             written += len(text.encode())
     return path
 

@@ -5,9 +5,13 @@ Joined into one tree in `gptray.config`, from where everybody imports them.
 
 from __future__ import annotations
 
+import codecs
+from encodings.aliases import aliases
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from gptray.suggest import did_you_mean, nearest
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -44,14 +48,48 @@ def _parts(value: Any) -> Any:
     return tuple(parts) if abs(total - 1) < 1e-9 else tuple(part / total for part in parts)
 
 
+def _codec(value: str | None) -> str | None:
+    """Check the name of an encoding, as Python's codecs know it."""
+    if value is None:
+        return None
+    try:
+        "".encode(value)
+        if codecs.lookup(value).incrementaldecoder is not None:
+            return value
+    except (LookupError, ValueError):
+        pass
+    spelled = value.lower().replace("-", "_")
+    near = nearest(spelled, sorted({*aliases, *aliases.values()} - {spelled}))
+    raise ValueError(
+        f"unknown encoding{did_you_mean([near] if near else [])} (such as cp949, utf-16, cp1252)"
+    )
+
+
 class DataConfig(Section):
     source: str | list[str] = Field(
         "builtin",
         description="text to train on: builtin (documentation that Python carries), or files, "
-        "folders or globs of .txt .md .jsonl .csv .parquet (.gz and .zst too), local or s3://, gs://",
+        "folders or globs of .txt .md .jsonl .ndjson .json .csv .tsv .parquet (.gz and .zst too), "
+        "local or s3://, gs://",
+    )
+    val_source: str | list[str] | None = Field(
+        None,
+        description="validation text of its own, in the forms of source; source then gives none",
+    )
+    test_source: str | list[str] | None = Field(
+        None, description="test text of its own, in the forms of source; source then gives none"
     )
     text_column: str = Field(
-        "text", description="column of .jsonl .csv .parquet that holds the text"
+        "text", description="column that holds the text, of all but .txt and .md"
+    )
+    separator: NonEmpty | None = Field(
+        None,
+        description="what stands between documents in .txt and .md, such as <|endoftext|>; null: "
+        "each file is a document",
+    )
+    encoding: Annotated[str | None, AfterValidator(_codec)] = Field(
+        None,
+        description="of text files, such as cp949; null: UTF-8, or what a byte order mark says",
     )
     tokenizer: str | None = Field(
         None,
@@ -68,7 +106,8 @@ class DataConfig(Section):
     )
     split: Annotated[tuple[float, ...], BeforeValidator(_parts)] = Field(
         (0.9, 0.1),
-        description="train:val or train:val:test, by document (one document: by position)",
+        description="train:val or train:val:test, shares of the text; a document larger than a "
+        "share is cut by position",
     )
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="part of the training split to train on; validation stays the same"

@@ -7,12 +7,23 @@ Qwen's patterns start a new piece there; `Tokenizer.cuts_at_boundaries` tells if
 
 from __future__ import annotations
 
+import codecs
 import re
+import sys
+from collections.abc import Iterator
 from typing import BinaryIO
 
 _BOUNDARY = re.compile(r"(?=[ \n])(?<=[^\W_])|(?<=\n)(?=[^\W_])(?<=\S\n)")
 _LAST = re.compile(f"(?s).*(?:{_BOUNDARY.pattern})")
+_LOOKBEHIND = 2  # characters
 _WINDOW = 1 << 16  # bytes
+# Text without a boundary for so many bytes is cut where a piece of the file begins.
+LONGEST_RUN = 1 << 20
+# What a tokenizer's trainer sees as one word. Its time grows with the length of words.
+LONGEST_WORD = 256
+_LONG = re.compile(rf"\S{{{LONGEST_WORD + 1}}}|\s{{{LONGEST_WORD + 1}}}")
+_KINDS = (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s")
+_LONG_WORD = re.compile("|".join(rf"{kind}{{{LONGEST_WORD + 1},}}" for kind in _KINDS))
 
 
 def chunks(text: str) -> list[str]:
@@ -26,26 +37,89 @@ def last_boundary(text: str) -> int:
     return match.end() if match else 0
 
 
-def first_boundary(text: str, start: int = 0) -> int:
-    """Position of the first place to cut `text` at or after `start`; 0 when there is none."""
-    match = _BOUNDARY.search(text, start)
+def first_boundary(text: str, start: int = 0, stop: int = sys.maxsize) -> int:
+    """Position of the first place to cut `text[:stop]` at or after `start`; 0: there is none."""
+    match = _BOUNDARY.search(text, start, stop)
     return match.end() if match else 0
+
+
+def short_words(text: str) -> Iterator[str]:
+    """The text, cut inside words longer than LONGEST_WORD: runs of letters, digits, others, space.
+
+    For training a tokenizer only; most texts come back as they are.
+    """
+    start = 0
+    if _LONG.search(text):
+        for match in _LONG_WORD.finditer(text):
+            for stop in range(match.start() + LONGEST_WORD, match.end(), LONGEST_WORD):
+                yield text[start:stop]
+                start = stop
+    yield text[start:]
 
 
 def byte_boundary(stream: BinaryIO, offset: int, size: int) -> int:
     """The first cut at or after byte `offset` of a UTF-8 file of `size` bytes, or `size`.
 
-    A function of the file and the offset alone: neighbours that share a border agree on it.
+    Without one in LONGEST_RUN bytes it is the first character at or after `offset`. A function of
+    the file and the offset alone: neighbours that share a border agree on it.
     """
     if offset <= 0 or offset >= size:
         return min(max(offset, 0), size)
     stream.seek(offset)
-    window = b""
-    while block := stream.read(_WINDOW):
-        window += block
-        # Not strict: invalid bytes are reported with their line by whoever reads the text.
-        text = window.decode("utf-8", "surrogateescape")
-        cut = first_boundary(text)
+    # Not strict: invalid bytes are reported with their line by whoever reads the text.
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    behind, skipped = "", 0  # the characters before the window, the bytes up to it
+    while skipped < LONGEST_RUN:
+        block = stream.read(_WINDOW)
+        text = behind + decoder.decode(block, final=not block)
+        cut = first_boundary(text, len(behind))
         if cut:
-            return offset + len(text[:cut].encode("utf-8", "surrogateescape"))
-    return size
+            return offset + skipped + _bytes_in(text[len(behind) : cut])
+        if not block:
+            return size
+        skipped += _bytes_in(text[len(behind) :])
+        behind = text[-_LOOKBEHIND:]
+    return _character_start(stream, offset)
+
+
+def separator_border(
+    stream: BinaryIO, offset: int, stop: int, size: int, separator: bytes
+) -> int | None:
+    """The first separator at or after byte `offset` of a file, or the file's end.
+
+    None where there is none before `stop`. Of separators that overlap only the first counts,
+    wherever reading begins.
+    """
+    if offset <= 0 or offset >= size:
+        return min(max(offset, 0), size)
+    at = max(offset - len(separator) + 1, 0)
+    stream.seek(at)
+    held, latest = b"", -len(separator)
+    while at < stop and (block := stream.read(_WINDOW)):
+        held += block
+        found = held.find(separator)
+        while found >= 0:
+            position, before = at + found, latest
+            latest = position
+            if position >= stop:
+                return None
+            if position >= offset and position - before >= len(separator):
+                return position
+            found = held.find(separator, found + 1)
+        kept = max(len(held) - len(separator) + 1, 0)
+        at, held = at + kept, held[kept:]
+    return size if stop >= size else None
+
+
+def _bytes_in(text: str) -> int:
+    return len(text.encode("utf-8", "surrogateescape"))
+
+
+def _character_start(stream: BinaryIO, offset: int) -> int:
+    stream.seek(offset)
+    inside = 0
+    for byte in stream.read(3):
+        if byte & 0xC0 != 0x80:
+            break
+        inside += 1
+    return offset + inside

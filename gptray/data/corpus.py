@@ -6,30 +6,45 @@ whole file. Reading one holds about a megabyte. Errors name the file and the lin
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from functools import partial
+from io import BufferedReader
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
 from gptray.config import UserError
-from gptray.data.boundary import byte_boundary, last_boundary
-from gptray.data.rows import BOM, csv_rows, is_text, json_object, kind_of, no_column
+from gptray.data.boundary import byte_boundary, separator_border
+from gptray.data.documents import EMPTY_ROW, Part, one_document, split_documents
+from gptray.data.encoding import BLOCK_BYTES, UTF8, decoded, stream_encoding
+from gptray.data.rows import (
+    BOM,
+    csv_rows,
+    is_text,
+    json_object,
+    json_rows,
+    kind_of,
+    no_column,
+    text_lines,
+)
 from gptray.data.sources import SourceFile
 
-BLOCK_BYTES = 1 << 20
+# The first look at a file goes so far.
+_FIRST_LOOK = 1 << 16  # characters
 
 
-class Part(NamedTuple):
-    """A run of a document's text; `ends` on its last one. An empty row is `Part("", True)`."""
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a source are read: the config's keys of these names.
 
-    text: str
-    ends: bool
+    encoding: as `codec_of` gives it; None: UTF-8, or what a byte order mark says.
+    """
 
-
-EMPTY_ROW = Part("", True)
+    text_column: str = "text"
+    separator: str | None = None
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,34 +54,37 @@ class Piece:
     file: SourceFile
     start: int
     stop: int
+    reading: Reading
 
 
-def read_parts(piece: Piece, text_column: str) -> Iterator[Part]:
-    """Read a piece's documents. A text file is one document and may go on in the next piece.
+def read_parts(piece: Piece) -> Iterator[Part]:
+    """Read a piece's documents. A text file without separator may go on in the next piece.
 
     Raises UserError at the first line that cannot be read.
     """
-    readers: dict[str, Callable[[Piece, str], Iterator[Part]]] = {
-        "txt": _read_text, "jsonl": _read_json_lines, "csv": _read_csv, "parquet": _read_parquet
+    readers: dict[str, Callable[[Piece], Iterator[Part]]] = {
+        "txt": _read_text, "jsonl": _read_json_lines, "json": _read_json, "csv": _read_csv,
+        "parquet": _read_parquet,
     }  # fmt: skip
     try:
-        yield from readers[piece.file.format](piece, text_column)
+        yield from readers[piece.file.format](piece)
     except OSError as error:  # a truncated or damaged stream; opening it has its own message
-        raise UserError(f"{piece.file.name}: cannot be read to its end: {error}") from None
+        raise UserError(f"{piece.file.name}: is truncated or damaged: {error}") from None
 
 
 def plan_pieces(
-    files: Sequence[SourceFile], *, piece_bytes: int, cut_text: bool
+    files: Sequence[SourceFile], reading: Reading, *, piece_bytes: int, cut_text: bool
 ) -> list[list[Piece]]:
     """Group the corpus, in order, into units of work of about `piece_bytes`.
 
     The plan depends on the files alone, never on the cluster. Text files stay whole unless
-    `cut_text`. Compressed and CSV files are always whole: neither can be entered in the middle.
+    `cut_text`, or a separator stands between documents. Compressed, CSV and JSON files and
+    encodings other than UTF-8 are always whole: none can be entered in the middle.
     """
     units: list[list[Piece]] = []
     room = 0
     for file in files:
-        for piece, size in _pieces(file, piece_bytes, cut_text=cut_text):
+        for piece, size in _pieces(file, reading, piece_bytes, cut_text=cut_text):
             if not units or size > room:
                 units.append([])
                 room = piece_bytes
@@ -75,73 +93,74 @@ def plan_pieces(
     return units
 
 
-def _pieces(file: SourceFile, piece_bytes: int, *, cut_text: bool) -> Iterator[tuple[Piece, int]]:
+def _pieces(
+    file: SourceFile, reading: Reading, piece_bytes: int, *, cut_text: bool
+) -> Iterator[tuple[Piece, int]]:
     if file.format == "parquet":
-        yield from _row_group_pieces(file, piece_bytes)
+        yield from _row_group_pieces(file, reading, piece_bytes)
         return
-    whole = file.compression is not None or file.format == "csv"
-    whole = whole or (file.format == "txt" and not cut_text)
+    whole = file.compression is not None or file.format in ("csv", "json")
+    whole = whole or (file.format == "txt" and not cut_text and reading.separator is None)
+    whole = whole or file.size <= piece_bytes or file_encoding(file, reading) != UTF8
     step = max(file.size, 1) if whole else piece_bytes
     for start in range(0, file.size, step):
         stop = min(start + step, file.size)
-        yield Piece(file, start, stop), stop - start
+        yield Piece(file, start, stop, reading), stop - start
 
 
-def _row_group_pieces(file: SourceFile, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
+def file_encoding(file: SourceFile, reading: Reading) -> str:
+    """How a text file is decoded: as asked for, by its byte order mark, or UTF-8."""
+    with file.open() as stream:
+        return stream_encoding(stream, reading.encoding)
+
+
+def _row_group_pieces(
+    file: SourceFile, reading: Reading, piece_bytes: int
+) -> Iterator[tuple[Piece, int]]:
     start = size = 0
     metadata = open_parquet(file).metadata
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
         if size >= piece_bytes or group == metadata.num_row_groups - 1:
-            yield Piece(file, start, group + 1), size
+            yield Piece(file, start, group + 1, reading), size
             start, size = group + 1, 0
 
 
-def _read_text(piece: Piece, text_column: str) -> Iterator[Part]:
-    file = piece.file
+def _read_text(piece: Piece) -> Iterator[Part]:
+    file, separator = piece.file, piece.reading.separator
     with file.open() as stream:
+        codec = stream_encoding(stream, piece.reading.encoding)
         start, stop, end = 0, -1, -1  # -1: to the end of a stream of unknown size
-        if file.compression is None:
+        if piece.start > 0 or piece.stop < file.size:
             end = file.size
-            start, stop = (byte_boundary(stream, at, end) for at in (piece.start, piece.stop))
+            borders = _borders(piece, stream)
+            if borders is None:
+                return
+            start, stop = borders
             stream.seek(start)
-        if start == stop:
-            return
-        held = ""
-        fresh = start == 0
-        for text in _decoded(file, stream, start, stop):
-            held += text
-            # Text without a place to cut goes on too, but for its end, which is told apart below.
-            cut = last_boundary(held) or (len(held) - 1 if len(held) > BLOCK_BYTES else 0)
-            if cut:
-                yield Part(held[:cut], False)
-                held, fresh = held[cut:], False
-        if stop == end:
-            # Nothing but white space is no document.
-            yield EMPTY_ROW if fresh and not held.strip() else Part(held, True)
-        elif held:
-            yield Part(held, False)
+        size = stop - start if stop >= 0 else -1
+        first_line = partial(_line_at, file, start)
+        texts = decoded(
+            file.name, stream, codec, size=size, first=start == 0, first_line=first_line
+        )
+        if separator is None:
+            yield from one_document(texts, begins=start == 0, ends=stop == end)
+        else:
+            yield from split_documents(texts, separator)
 
 
-def _decoded(file: SourceFile, stream: BinaryIO, start: int, stop: int) -> Iterator[str]:
-    """Decode bytes [start, stop) strictly; newlines stay as they are, a byte order mark goes."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = start
-    while True:
-        block = stream.read(BLOCK_BYTES if stop < 0 else min(BLOCK_BYTES, stop - position))
-        held = decoder.getstate()[0]
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            line = _line_at(file, position - len(held) + error.start)
-            raise UserError(f"{file.name}:{line}: not UTF-8: {error.reason}") from None
-        if position == 0:
-            text = text.removeprefix("\ufeff")
-        position += len(block)
-        if text:
-            yield text
-        if not block:
-            return
+def _borders(piece: Piece, stream: BufferedReader) -> tuple[int, int] | None:
+    """The bytes of a piece of a text file, at places where it may be cut; None: it has none."""
+    size, separator = piece.file.size, piece.reading.separator
+    if separator is None:
+        start, stop = (byte_boundary(stream, at, size) for at in (piece.start, piece.stop))
+    else:
+        mark = separator.encode()
+        found = separator_border(stream, piece.start, piece.stop, size, mark)
+        if found is None:
+            return None
+        start, stop = found, separator_border(stream, piece.stop, size, size, mark) or size
+    return (start, stop) if start < stop else None
 
 
 def _line_at(file: SourceFile, offset: int) -> int:
@@ -154,37 +173,79 @@ def _line_at(file: SourceFile, offset: int) -> int:
     return line
 
 
-def _read_json_lines(piece: Piece, text_column: str) -> Iterator[Part]:
+def _read_json_lines(piece: Piece) -> Iterator[Part]:
     """Read the lines that begin in the piece; the first may begin in its neighbour."""
-    file = piece.file
+    file, column = piece.file, piece.reading.text_column
     stop = piece.stop if file.compression is None else None
     begin = max(piece.start - 1, 0)
     with file.open(begin) as stream:
+        if begin == 0 and stream_encoding(stream, piece.reading.encoding) != UTF8:
+            yield from _decoded_json_lines(piece, stream)
+            return
         position = begin
         if piece.start:
-            position += len(stream.readline())
+            position += _skip_line(stream, piece.stop - begin)
         line = 0
         while (stop is None or position < stop) and (raw := stream.readline()):
             line += 1
             try:
-                yield _json_text(raw.removeprefix(BOM) if position == 0 else raw, text_column)
+                yield _json_text(raw.removeprefix(BOM) if position == 0 else raw, column)
             except ValueError as error:
                 number = line if not piece.start else _line_at(file, position)
                 raise UserError(f"{file.name}:{number}: {error}") from None
             position += len(raw)
 
 
-def _json_text(raw: bytes, text_column: str) -> Part:
+def _skip_line(stream: BufferedReader, most: int) -> int:
+    """Pass the end of the line, or `most` bytes where it goes on longer; return how many."""
+    skipped = 0
+    while skipped < most and (raw := stream.readline(min(BLOCK_BYTES, most - skipped))):
+        skipped += len(raw)
+        if raw.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _decoded_json_lines(piece: Piece, stream: BufferedReader) -> Iterator[Part]:
+    file, reading = piece.file, piece.reading
+    lines = text_lines(file, stream, encoding=reading.encoding)
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield _json_text(line, reading.text_column)
+        except ValueError as error:
+            raise UserError(f"{file.name}:{number}: {error}") from None
+
+
+def _json_text(raw: bytes | str, text_column: str) -> Part:
     if not raw.strip():
         return EMPTY_ROW
-    row = json_object(raw)
+    return _json_row(json_object(raw), text_column)
+
+
+def _json_row(row: dict[str, Any], text_column: str) -> Part:
+    """Null is a missing text; a row without the column is of another kind, a mistake."""
     if text_column not in row:
         raise ValueError(no_column(text_column, list(row)))
     return _row(row[text_column], text_column)
 
 
+def _read_json(piece: Piece) -> Iterator[Part]:
+    file, reading = piece.file, piece.reading
+    for line, row in json_rows(file, encoding=reading.encoding):
+        try:
+            part = _json_row(row, reading.text_column)
+        except ValueError as error:
+            raise UserError(f"{file.name}:{line}: {error}") from None
+        yield part
+
+
 def _row(value: Any, text_column: str) -> Part:
-    """Check one row's text. Raises ValueError without the place, which the caller knows."""
+    """Check one row's text; a missing one (null) is an empty row.
+
+    Raises ValueError without the place, which the caller knows.
+    """
+    if value is None:
+        return EMPTY_ROW
     if not isinstance(value, str):
         raise ValueError(f"column {text_column!r} holds {kind_of(value)}, not text")
     try:
@@ -194,15 +255,16 @@ def _row(value: Any, text_column: str) -> Part:
     return Part(value, True) if value.strip() else EMPTY_ROW
 
 
-def _read_csv(piece: Piece, text_column: str) -> Iterator[Part]:
-    rows = csv_rows(piece.file)
+def _read_csv(piece: Piece) -> Iterator[Part]:
+    reading = piece.reading
+    rows = csv_rows(piece.file, encoding=reading.encoding)
     line, header = next(rows, (1, []))
     try:
-        if text_column not in header:
-            raise ValueError(no_column(text_column, header))
-        column = header.index(text_column)
+        if reading.text_column not in header:
+            raise ValueError(no_column(reading.text_column, header))
+        column = header.index(reading.text_column)
         for line, row in rows:  # noqa: B007 - the message below tells it
-            yield _row(row[column], text_column) if row else EMPTY_ROW
+            yield _row(row[column], reading.text_column) if row else EMPTY_ROW
     except UserError:
         raise
     except ValueError as error:
@@ -212,16 +274,16 @@ def _read_csv(piece: Piece, text_column: str) -> Iterator[Part]:
 def open_parquet(file: SourceFile) -> parquet.ParquetFile:
     """Open a Parquet file's metadata. Raises UserError for a damaged or truncated one."""
     try:
-        return parquet.ParquetFile(file.path, filesystem=file.filesystem)
+        return parquet.ParquetFile(file.open_stored())
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file.name}: not a whole Parquet file: {error}") from None
 
 
-def _read_parquet(piece: Piece, text_column: str) -> Iterator[Part]:
-    file = piece.file
+def _read_parquet(piece: Piece) -> Iterator[Part]:
+    file, text_column = piece.file, piece.reading.text_column
+    groups = range(piece.start, piece.stop)
     table = open_parquet(file)
     check_parquet_column(file, table.schema_arrow, text_column)
-    groups = range(piece.start, piece.stop)
     row = sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
     try:
         for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=[text_column]):
@@ -238,12 +300,19 @@ def _read_parquet(piece: Piece, text_column: str) -> Iterator[Part]:
         raise UserError(f"{file.name}: row {row}: {error}") from None
 
 
-def check_column(file: SourceFile, text_column: str) -> None:
-    """Look at the file's beginning only: raise UserError unless it has the column."""
+def first_look(file: SourceFile, reading: Reading) -> None:
+    """Look at the file's beginning only: raise UserError where it cannot be read.
+
+    Finds a missing column, the wrong encoding, and a bad row among the first ones.
+    """
     if file.format == "parquet":
-        check_parquet_column(file, open_parquet(file).schema_arrow, text_column)
-    elif file.format != "txt":
-        next(read_parts(Piece(file, 0, file.size), text_column), None)
+        check_parquet_column(file, open_parquet(file).schema_arrow, reading.text_column)
+        return
+    seen = 0
+    for part in read_parts(Piece(file, 0, file.size, reading)):
+        seen += len(part.text) + 1
+        if seen > _FIRST_LOOK:
+            return
 
 
 def check_parquet_column(file: SourceFile, schema: pa.Schema, text_column: str) -> None:

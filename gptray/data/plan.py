@@ -5,36 +5,50 @@ Pure: the counts come from `work.scan`, the rule from `split`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 
 from gptray.config import UserError
 from gptray.data.corpus import Piece
-from gptray.data.split import TRAIN, UNUSED, Labels, Region, assign_documents, assign_positions
+from gptray.data.split import TRAIN, UNUSED, Assignment, Counts, Labels, Region, assign
 
 
 @dataclass(frozen=True)
 class PieceScan:
     """What a piece holds. Its first document may come from, its last go on into, a neighbour."""
 
-    bytes: npt.NDArray[np.int64]  # UTF-8 bytes of each document
-    characters: int
+    bytes: Counts  # UTF-8 bytes of each document, (documents,)
+    characters: Counts  # of each document, (documents,)
     empty_rows: int
     ends: bool  # whether the last document ends here
-    alphabet: str  # its characters, where asked for
+    alphabet: str = ""  # its characters, where asked for
+    markers: dict[str, tuple[int, int]] = field(default_factory=dict)  # how often, in how many
+
+
+@dataclass(frozen=True)
+class ScannedText:
+    """One source of the corpus: all of `data.source`, say, and how it is shared out."""
+
+    units: Sequence[Sequence[Piece]]
+    scans: Sequence[Sequence[PieceScan]]  # of each unit's pieces
+    shares: Mapping[int, float]  # by label; they add up to 1
+    key: str = "data.source"  # the config's name for it, in messages
 
 
 @dataclass(frozen=True)
 class PiecePlan:
-    """A piece and where its text goes: a label per document, or regions of the only document."""
+    """A piece and where its text goes: a label per document, and regions of those that are cut.
+
+    Documents are counted from the piece's first one, a document's characters from its beginning.
+    """
 
     piece: Piece
-    labels: Labels | None
-    regions: tuple[Region, ...] = ()
-    first_character: int = 0  # of the piece, in the only document
+    labels: Labels
+    cut: dict[int, tuple[Region, ...]]
+    first_character: int  # of the piece, in its first document
 
 
 @dataclass(frozen=True)
@@ -42,75 +56,79 @@ class SplitPlan:
     """The whole corpus, unit by unit, with its documents counted."""
 
     units: list[list[PiecePlan]]
-    by: str  # document or position
-    documents: list[int]  # per split; a document that is cut counts in each
+    documents: list[int]  # per split; a document that is cut counts in each of its own
+    cut_documents: int
     total_documents: int
     total_bytes: int
-    train_bytes: int  # of the whole split; exact by document, nearly so by position
+    train_bytes: int  # of the whole training split; a cut document's are estimated
 
 
-def plan_split(
-    units: Sequence[Sequence[Piece]],
-    scans: Sequence[Sequence[PieceScan]],
-    *,
-    split: Sequence[float],
-    fraction: float,
-    seed: int,
-    key: str = "data.source",
-) -> SplitPlan:
-    """Send every document, or every part of the only one, to its split.
+def plan_split(texts: Sequence[ScannedText], *, fraction: float, seed: int) -> SplitPlan:
+    """Send every document, or every region of it, to its split.
 
-    `key` is the config's name for the source, in messages.
-    Raises UserError when there is no text, or too little for so many splits.
+    Raises UserError when a text is empty, or too short for so many splits.
     """
-    flat = [scan for unit in scans for scan in unit]
-    firsts, sizes = _documents(flat)
-    if not len(sizes):
-        raise UserError(f"{key}: there is no text in it")
-    if len(sizes) == 1:
-        return _by_position(units, flat, sizes, split=split, fraction=fraction)
-    labels = assign_documents(sizes, split, fraction=fraction, seed=seed)
-    pieces = iter(zip(flat, firsts, strict=True))
+    units: list[list[PiecePlan]] = []
+    labels = max(label for text in texts for label in text.shares) + 1
+    documents = [0] * labels
+    cut = total = total_bytes = train_bytes = 0
+    for text in texts:
+        scans = list(chain.from_iterable(text.scans))
+        firsts, sizes, characters = _documents(scans)
+        if not len(sizes):
+            raise UserError(f"{text.key} is empty: there is no text in it")
+        assigned = assign(sizes, characters, text.shares, fraction=fraction, seed=seed)
+        units += _piece_plans(text.units, scans, firsts, assigned)
+        documents = [documents[label] + assigned.documents(label) for label in range(labels)]
+        cut += len(assigned.cut)
+        total += len(sizes)
+        total_bytes += int(sizes.sum())
+        train_bytes += _train_bytes(assigned, sizes, characters)
+    return SplitPlan(units, documents, cut, total, total_bytes, train_bytes)
+
+
+def _piece_plans(
+    units: Sequence[Sequence[Piece]],
+    scans: Sequence[PieceScan],
+    firsts: Sequence[int],
+    assigned: Assignment,
+) -> list[list[PiecePlan]]:
     plans: list[list[PiecePlan]] = []
+    pieces = iter(zip(scans, firsts, strict=True))
+    before = 0  # characters of the document that goes on into the next piece
     for unit in units:
         plans.append([])
         for piece in unit:
             scan, first = next(pieces)
-            plans[-1].append(PiecePlan(piece, labels[first : first + len(scan.bytes)]))
-    return SplitPlan(
-        plans,
-        "document",
-        [int((labels == label).sum()) for label in range(len(split))],
-        len(sizes),
-        int(sizes.sum()),
-        int(sizes[np.isin(labels, (TRAIN, UNUSED))].sum()),
-    )
+            count = len(scan.bytes)
+            cut = {
+                document - first: regions
+                for document, regions in assigned.cut.items()
+                if first <= document < first + count
+            }
+            plans[-1].append(PiecePlan(piece, assigned.labels[first : first + count], cut, before))
+            if count:
+                goes_on = 0 if scan.ends else int(scan.characters[-1])
+                before = goes_on + (before if count == 1 and not scan.ends else 0)
+    return plans
 
 
-def _by_position(
-    units: Sequence[Sequence[Piece]],
-    scans: Sequence[PieceScan],
-    sizes: npt.NDArray[np.int64],
-    *,
-    split: Sequence[float],
-    fraction: float,
-) -> SplitPlan:
-    characters = sum(scan.characters for scan in scans)
-    regions = tuple(assign_positions(characters, split, fraction=fraction))
-    position = 0
-    counts = iter(scans)
-    plans: list[list[PiecePlan]] = []
-    for unit in units:
-        plans.append([])
-        for piece in unit:
-            plans[-1].append(PiecePlan(piece, None, regions, position))
-            position += next(counts).characters
-    total = int(sizes.sum())
-    return SplitPlan(plans, "position", [1] * len(split), 1, total, int(total * split[0]))
+def _train_bytes(assigned: Assignment, sizes: Counts, characters: Counts) -> int:
+    total = int(sizes[np.isin(assigned.labels, (TRAIN, UNUSED))].sum())
+    for document, regions in assigned.cut.items():
+        if regions[0].label in (TRAIN, UNUSED):
+            total -= int(sizes[document])
+        start = 0
+        for region in regions:
+            if region.label in (TRAIN, UNUSED):
+                share = (region.stop - start) / int(characters[document])
+                total += int(sizes[document] * share)
+            start = region.stop
+    return total
 
 
-def _documents(scans: Sequence[PieceScan]) -> tuple[list[int], npt.NDArray[np.int64]]:
-    """Index of each piece's first document in the corpus, and every document's bytes."""
+def _documents(scans: Sequence[PieceScan]) -> tuple[list[int], Counts, Counts]:
+    """Index of each piece's first document in its text; every document's bytes and characters."""
     firsts = []
     total = 0
     goes_on = False
@@ -119,7 +137,8 @@ def _documents(scans: Sequence[PieceScan]) -> tuple[list[int], npt.NDArray[np.in
         if len(scan.bytes):
             total = firsts[-1] + len(scan.bytes)
             goes_on = not scan.ends
-    sizes = np.zeros(total, np.int64)
+    sizes, characters = np.zeros(total, np.int64), np.zeros(total, np.int64)
     for first, scan in zip(firsts, scans, strict=True):
         sizes[first : first + len(scan.bytes)] += scan.bytes
-    return firsts, sizes
+        characters[first : first + len(scan.characters)] += scan.characters
+    return firsts, sizes, characters

@@ -16,7 +16,11 @@ from typing import Any
 
 from gptray.config import Config, UserError
 from gptray.data.builtin import builtin_version
-from gptray.data.sources import BUILTIN, SourceFile, file_sha256, find_files
+from gptray.data.corpus import Reading
+from gptray.data.encoding import codec_of
+from gptray.data.held_out import hold_out
+from gptray.data.sources import BUILTIN, Source, file_sha256, find_files
+from gptray.data.split import TEST, VAL, split_names
 from gptray.data.tokenizer_files import (
     END_OF_TEXT,
     KINDS,
@@ -32,10 +36,11 @@ _HASHED_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """The part of a config that prepared data depends on, with its source found."""
+    """The part of a config that prepared data depends on, with its sources found."""
 
-    files: tuple[SourceFile, ...]  # none: builtin
-    text_column: str
+    source: Source
+    own: dict[int, Source]  # by label: validation and test text that is not part of `source`
+    reading: Reading
     tokenizer: str  # bpe, char, a path or a hub id
     vocab_size: int
     split: tuple[float, ...]
@@ -43,16 +48,37 @@ class Request:
     seed: int
     root: Path  # of all prepared data
     eos_token: str | None = None
-    key: str = "data.source"  # the config's name for the source, in messages
+    warnings: tuple[str, ...] = ()  # what the user should know before the text is read
+
+    @property
+    def sources(self) -> list[tuple[Source, dict[int, float]]]:
+        """Every source and how it is shared out: shares by label, which add up to 1."""
+        shares = {label: x for label, x in enumerate(self.split) if label not in self.own}
+        if self.own:
+            total = sum(shares.values())
+            shares = {label: share / total for label, share in shares.items()}
+        return [(self.source, shares), *((own, {label: 1.0}) for label, own in self.own.items())]
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that there will be, by label."""
+        return split_names(max([len(self.split), *(label + 1 for label in self.own)]))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides about reuse, and is kept in the manifest."""
-        columns = any(file.format != "txt" for file in self.files)
+        files = [file for source, _ in self.sources for file in source.files]
+        reading = self.reading
+        settings = {
+            "text_column": reading.text_column if any(f.format != "txt" for f in files) else None,
+            "separator": reading.separator if any(f.format == "txt" for f in files) else None,
+            "encoding": reading.encoding if any(f.format != "parquet" for f in files) else None,
+        }
         return {
             "format": FORMAT_VERSION,
-            "sources": _identities(self.files) or builtin_version(),
-            **({"text_column": self.text_column} if columns else {}),
+            "sources": _identities(self.source),
+            **{own.key.removeprefix("data."): _identities(own) for own in self.own.values()},
+            **{name: value for name, value in settings.items() if value is not None},
             "tokenizer": self._tokenizer_identity(),
             "split": list(self.split),
             "fraction": self.fraction,
@@ -73,14 +99,33 @@ class Request:
     def data_dir(self) -> Path:
         """Where the prepared data belongs: a readable label and a hash of the identity."""
         text = json.dumps(self.identity, sort_keys=True)
-        label = PurePosixPath(self.files[0].path).name.partition(".")[0] if self.files else BUILTIN
+        files = self.source.files
+        label = PurePosixPath(files[0].path).name.partition(".")[0] if files else BUILTIN
         label = re.sub(r"[^A-Za-z0-9_-]+", "-", label).strip("-")[:40] or "text"
         return self.root / f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def make_request(config: Config) -> Request:
     """Find the sources of a config. Raises UserError for what is not there or cannot be read."""
-    return _request(config, config.data.source, "data.source", split=config.data.split)
+    data = config.data
+    problems = []
+    found: dict[str, Source] = {}
+    for key, names in (
+        ("data.source", data.source),
+        ("data.val_source", data.val_source),
+        ("data.test_source", data.test_source),
+    ):
+        try:
+            if names is not None:
+                found[key] = _find(names, key)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    labels = {"data.val_source": VAL, "data.test_source": TEST}
+    own = {label: found[key] for key, label in labels.items() if key in found}
+    source, warnings = hold_out(found["data.source"], own)
+    return _request(config, source, own, data.split, data.fraction, warnings)
 
 
 def whole_request(config: Config, source: str | Sequence[str], *, key: str) -> Request:
@@ -88,12 +133,23 @@ def whole_request(config: Config, source: str | Sequence[str], *, key: str) -> R
 
     Raises UserError as `make_request` does.
     """
-    whole = config.model_copy(update={"data": config.data.model_copy(update={"fraction": 1.0})})
-    return _request(whole, source, key, split=(1.0,))
+    return _request(config, _find(source, key), {}, (1.0,), 1.0, ())
+
+
+def _find(source: str | Sequence[str], key: str) -> Source:
+    files = [] if source in (BUILTIN, [BUILTIN]) else find_files(source, key=key)
+    if files and not any(file.size for file in files):
+        raise UserError(f"{key} is empty: there is no text in it")
+    return Source(key, tuple(files))
 
 
 def _request(
-    config: Config, source: str | Sequence[str], key: str, *, split: tuple[float, ...]
+    config: Config,
+    source: Source,
+    own: dict[int, Source],
+    split: tuple[float, ...],
+    fraction: float,
+    warnings: Sequence[str],
 ) -> Request:
     if "://" in config.storage_path:
         raise UserError(
@@ -106,20 +162,18 @@ def _request(
             f"data.eos_token={data.eos_token!r}: a tokenizer made here ({tokenizer}) ends texts "
             f"with {END_OF_TEXT!r}; leave it out"
         )
-    files = [] if source in (BUILTIN, [BUILTIN]) else find_files(source, key=key)
-    if files and not any(file.size for file in files):
-        raise UserError(f"{key}: there is no text in it")
     return Request(
-        files=tuple(files),
-        text_column=data.text_column,
+        source=source,
+        own=own,
+        reading=Reading(data.text_column, data.separator, codec_of(data.encoding)),
         tokenizer=tokenizer,
         vocab_size=data.vocab_size,
         split=split,
-        fraction=data.fraction,
+        fraction=fraction,
         seed=config.seed if data.seed is None else data.seed,
         root=Path(config.storage_path).expanduser().absolute() / "data",
         eos_token=data.eos_token,
-        key=key,
+        warnings=tuple(warnings),
     )
 
 
@@ -128,7 +182,10 @@ def tokenizer_name(config: Config) -> str:
     return config.data.tokenizer or config.model.init_from or "bpe"
 
 
-def _identities(files: Sequence[SourceFile]) -> list[list[str | int]]:
+def _identities(source: Source) -> list[list[str | int]] | str:
+    files = source.files
+    if not files:
+        return builtin_version()
     local = all(file.uri is None for file in files)
     if local and sum(file.size for file in files) <= _HASHED_BYTES:
         return [[PurePosixPath(f.path).suffix, f.size, file_sha256(f)] for f in files]

@@ -1,29 +1,55 @@
-"""Rows of text files: lines, JSON objects, CSV fields, and what is said of those that are none."""
+"""Rows of text files: lines, JSON objects, CSV fields, and what is said of those that are none.
+
+Every reader takes the `encoding` of data.encoding; None: UTF-8, or what a byte order mark says.
+"""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import pyarrow as pa
 
 from gptray.config import UserError
+from gptray.data.encoding import UTF8, decoded, stream_encoding, undecodable
 from gptray.data.sources import SourceFile
 
 BOM = codecs.BOM_UTF8
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def text_lines(file: SourceFile, stream: BinaryIO) -> Iterator[str]:
-    """The lines of a stream, ends included. Raises UserError naming the line that is not UTF-8."""
+def text_lines(
+    file: SourceFile, stream: BufferedReader, *, encoding: str | None = None
+) -> Iterator[str]:
+    """The lines of a stream, ends included. Raises UserError naming the line it cannot decode."""
+    codec = stream_encoding(stream, encoding)
+    if codec != UTF8:
+        yield from _lines(decoded(file.name, stream, codec))
+        return
     for number, raw in enumerate(stream, start=1):
         try:
             yield (raw.removeprefix(BOM) if number == 1 else raw).decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{file.name}:{number}: not UTF-8: {error.reason}") from None
+            raise UserError(f"{file.name}:{number}: {undecodable(error)}") from None
+
+
+def _lines(texts: Iterator[str]) -> Iterator[str]:
+    begun: list[str] = []  # of a line that goes on in the next text
+    for text in texts:
+        *whole, rest = text.split("\n")
+        for line in whole:
+            yield "".join([*begun, line, "\n"])
+            begun = []
+        begun.append(rest)
+    last = "".join(begun)
+    if last:
+        yield last
 
 
 def json_object(raw: bytes | str, **hooks: Any) -> dict[str, Any]:
@@ -34,24 +60,133 @@ def json_object(raw: bytes | str, **hooks: Any) -> dict[str, Any]:
     try:
         row = json.loads(raw, **hooks)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason}") from None
+        raise ValueError(undecodable(error)) from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
+        raise ValueError(_not_json(error)) from None
     except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    return _checked_object(row)
+
+
+_TOO_DEEP = "not JSON that can be read: nested too deeply"
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    return f"not JSON: {error.msg} (column {error.colno})"
+
+
+def _checked_object(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {kind_of(row)}")
     return row
 
 
-def csv_rows(file: SourceFile) -> Iterator[tuple[int, list[str]]]:
+def json_rows(
+    file: SourceFile, *, encoding: str | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of a .json file: an array of objects, or objects one behind the other.
+
+    Holds one object at a time. Raises UserError naming the line that is none.
+    """
+    with file.open() as stream:
+        codec = stream_encoding(stream, encoding)
+        values = _JsonValues(decoded(file.name, stream, codec))
+        line = 1
+        try:
+            for line, row in values:
+                yield line, _checked_object(row)
+        except UserError:
+            raise
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file.name}:{values.line_of(error)}: {_not_json(error)}") from None
+        except RecursionError:
+            raise UserError(f"{file.name}:{values.line}: {_TOO_DEEP}") from None
+        except ValueError as error:
+            raise UserError(f"{file.name}:{line}: {error}") from None
+
+
+class _JsonValues:
+    """The values in a stream of JSON text, each with the line on which it begins."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self.line = self._held_line = 1
+        self._texts = texts
+        self._held = ""
+        self._at = 0  # where reading stands in _held, which begins on _held_line
+        self._decoder = json.JSONDecoder()
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        if self._next_character() != "[":
+            while self._next_character():
+                yield self.line, self._value()
+            return
+        self._at += 1
+        following = self._next_character()
+        while following != "]":
+            yield self.line, self._value()
+            following = self._next_character()
+            if following == ",":
+                self._at += 1
+                self._next_character()
+            elif following != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", self._held, self._at)
+        self._at += 1
+        if self._next_character():
+            raise json.JSONDecodeError("Extra data", self._held, self._at)
+
+    def line_of(self, error: json.JSONDecodeError) -> int:
+        return self._held_line + error.lineno - 1
+
+    def _next_character(self) -> str:
+        """The character that is not white space at which reading stands; "" at the end."""
+        while True:
+            space = _SPACE.match(self._held, self._at)
+            assert space
+            self.line += self._held.count("\n", self._at, space.end())
+            self._at = space.end()
+            if self._at < len(self._held):
+                return self._held[self._at]
+            if not self._read():
+                return ""
+
+    def _value(self) -> Any:
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._held, self._at)
+            except json.JSONDecodeError as error:
+                # What ends at the end of the text at hand may go on.
+                may_go_on = error.msg.startswith("Unterminated") or len(self._held) - error.pos < 12
+                if not (may_go_on and self._read()):
+                    raise
+                continue
+            self.line += self._held.count("\n", self._at, end)
+            self._at = end
+            return value
+
+    def _read(self) -> bool:
+        """Take in as much text as is at hand, so that a long value is read a few times only."""
+        parts, size = [self._held[self._at :]], 0
+        for text in self._texts:
+            parts.append(text)
+            size += len(text)
+            if size >= len(parts[0]):
+                break
+        if not size:
+            return False
+        self._held, self._at, self._held_line = "".join(parts), 0, self.line
+        return True
+
+
+def csv_rows(file: SourceFile, *, encoding: str | None = None) -> Iterator[tuple[int, list[str]]]:
     """(line, fields) of every row, the header first; a blank line has no fields.
 
-    Raises UserError naming the line that is no CSV or has not as many fields as the header.
+    Tabs separate the fields of a .tsv file. Raises UserError naming the line that is no CSV or has
+    not as many fields as the header.
     """
     csv.field_size_limit(2**31 - 1)  # a cell is a document: no limit of 128 kB
     with file.open() as stream:
-        rows = csv.reader(text_lines(file, stream), strict=True)
+        lines = text_lines(file, stream, encoding=encoding)
+        rows = csv.reader(lines, strict=True, delimiter="\t" if file.has_tabs else ",")
         line, width = 1, -1
         try:
             for row in rows:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from gptray.data.boundary import chunks, first_boundary, last_boundary
+from gptray.data.boundary import chunks, last_boundary
 from gptray.data.difference import Lost, Tally
 from gptray.data.roundtrip import RoundTrip
 from gptray.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 18
-_REMEMBERED = 1 << 18  # chunks
+_REMEMBERED = 1 << 23  # characters of chunks
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,19 @@ class ShardEncoder:
         self._checks_chunks = self.cuts and self._round_trip.adds_up
         self._known: dict[str, bytes] = {}
         self._lossy: dict[str, Lost] = {}
+        self._remembered = 0
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """The ids of each text, as they stand in a shard."""
         if not self.cuts:
             return [self._pack(ids) for ids in self._tokenizer.encode_batch(texts)]
         parts = [chunks(text) for text in texts]
-        if len(self._known) > _REMEMBERED:
+        if self._remembered > _REMEMBERED:
             self._known.clear()
             self._lossy.clear()
+            self._remembered = 0
         new = list({chunk for part in parts for chunk in part} - self._known.keys())
+        self._remembered += sum(map(len, new))
         for chunk, ids in zip(new, self._tokenizer.encode_batch(new), strict=True):
             self._known[chunk] = self._pack(ids)
             if self._checks_chunks and (lost := self._round_trip.lost(chunk, ids, begins=False)):
@@ -148,14 +151,17 @@ class ShardWriter:
             self._push(self._open, True)
             self._open = ""
 
+    def break_off(self) -> None:
+        """Close the tokens of a document that goes on in another split: no token reaches over."""
+        self._push(self._open, False)
+        self._open = ""
+
     def _push_long_text(self) -> None:
         start = 0
         while len(self._open) - start > BATCH_CHARACTERS:
+            # Text without a boundary is cut at a fixed length, counted from the last boundary.
             window = self._open[start : start + BATCH_CHARACTERS + 1]
-            cut = last_boundary(window)
-            cut = start + cut if cut else first_boundary(self._open, start + len(window) - 1)
-            if not cut:
-                break
+            cut = start + (last_boundary(window) or BATCH_CHARACTERS)
             self._push(self._open[start:cut], False)
             start = cut
         self._open = self._open[start:]

@@ -1,30 +1,34 @@
-"""What `data.source` names: files, folders, globs and lists of them, on any pyarrow file system.
+"""What `data.source` names: files, folders, globs and lists of them, local or by URI.
 
 Finds files and opens them as byte streams, decompressed; it reads no text (`corpus` does).
+Local names need not be UTF-8; what a URI names is listed and opened by a pyarrow file system.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO, cast
+from typing import cast
 
+import pyarrow as pa
 from pyarrow import fs
 
 from gptray.config import UserError
+from gptray.data.folders import WILDCARD, LocalFile, file_at, files_below, matches, once, shown
+from gptray.data.remote import file_system, remote_files, scheme_of
 from gptray.suggest import did_you_mean, nearest
 
 BUILTIN = "builtin"
-FORMATS = {".txt": "txt", ".md": "txt", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {
+    ".txt": "txt", ".md": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
+    ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+}  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 1 << 20
-_WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class SourceFile:
     @property
     def name(self) -> str:
         """As messages and manifests call it."""
-        return self.path if self.uri is None else f"{self.uri.partition('://')[0]}://{self.path}"
+        return shown(self.path) if self.uri is None else f"{scheme_of(self.uri)}://{self.path}"
 
     @property
     def compression(self) -> str | None:
@@ -47,33 +51,63 @@ class SourceFile:
 
     @property
     def format(self) -> str:
-        """txt, jsonl, csv or parquet."""
+        """txt, jsonl, json, csv or parquet."""
         kind = _format(self.path)
         assert kind is not None, self.path
         return kind
 
+    @property
+    def has_tabs(self) -> bool:
+        """Whether tabs separate the columns of a CSV file."""
+        return ".tsv" in [suffix.lower() for suffix in PurePosixPath(self.path).suffixes[-2:]]
+
+    @property
+    def place(self) -> str:
+        """Equal for two names of one file."""
+        return os.path.realpath(self.path) if self.uri is None else self.name
+
     def changed(self) -> bool:
-        """Whether the file is no more the one that was listed."""
-        info = self.filesystem.get_file_info(self.path)
+        """Whether the file is no longer the one that was listed."""
+        if self.uri is None:
+            return file_at(self.path) != LocalFile(self.path, self.size, self.modified)
+        info = self._filesystem.get_file_info(self.path)
         return (info.size, info.mtime_ns or 0) != (self.size, self.modified)
 
     @property
-    def filesystem(self) -> fs.FileSystem:
-        return _filesystem(self.uri)[0]
+    def _filesystem(self) -> fs.FileSystem:
+        assert self.uri is not None
+        return file_system(self.uri)[0]
 
-    def open(self, start: int = 0) -> BinaryIO:
+    def open(self, start: int = 0) -> io.BufferedReader:
         """Open as bytes from `start`, which a compressed file cannot choose."""
+        raw = self.open_stored()
         try:
             if self.compression is None:
-                raw = self.filesystem.open_input_file(self.path)
                 raw.seek(start)
             else:
                 assert start == 0, "a compressed stream is read from its beginning"
-                raw = self.filesystem.open_input_stream(self.path, compression=self.compression)
+                raw = pa.CompressedInputStream(raw, self.compression)
         except OSError as error:
-            raise UserError(f"{self.name}: cannot be opened: {error}") from None
+            raise UserError(f"{self.name}: cannot be opened: {_reason(error)}") from None
         # pyarrow's files are file-like enough for io, but their stubs do not say so.
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), BUFFER_BYTES))
+        return io.BufferedReader(cast(io.RawIOBase, raw), BUFFER_BYTES)
+
+    def open_stored(self) -> pa.NativeFile:
+        """Open as the bytes that are stored, compressed ones included."""
+        try:
+            if self.uri is None:
+                return pa.OSFile(os.fsencode(self.path))
+            return self._filesystem.open_input_file(self.path)
+        except OSError as error:
+            raise UserError(f"{self.name}: cannot be opened: {_reason(error)}") from None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text that one key of the config names."""
+
+    key: str  # data.source, say
+    files: tuple[SourceFile, ...]  # none: builtin
 
 
 def find_files(source: str | Sequence[str], *, key: str = "data.source") -> list[SourceFile]:
@@ -88,20 +122,21 @@ def find_files(source: str | Sequence[str], *, key: str = "data.source") -> list
     for entry in [source] if isinstance(source, str) else source:
         try:
             for file in _expand(entry):
-                found.setdefault(file.name, file)
+                found.setdefault(file.path if file.uri is None else file.name, file)
         except UserError as error:
             problems.append(f"{key}={error}")
     if problems:
         raise UserError("\n".join(problems))
     if not found:
         raise UserError(f"{key} is an empty list; name a file or a folder")
-    return list(found.values())
+    local = set(once(path for path, file in found.items() if file.uri is None))
+    return [file for name, file in found.items() if file.uri is not None or name in local]
 
 
 def file_sha256(file: SourceFile) -> str:
     """Of the file's bytes as stored, compressed ones included."""
     digest = hashlib.sha256()
-    with file.filesystem.open_input_stream(file.path, compression=None) as stream:
+    with file.open_stored() as stream:
         while block := stream.read(BUFFER_BYTES):
             digest.update(block)
     return digest.hexdigest()
@@ -114,7 +149,8 @@ def hint(word: str, choices: Sequence[str]) -> str:
 
 
 def _format(path: str) -> str | None:
-    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
+    name = path.rpartition("/")[2].lower().lstrip(".")
+    suffixes = [f".{suffix}" for suffix in name.split(".")[1:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         kind = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
         # Parquet compresses inside; a compressed one could not be read by row groups.
@@ -122,14 +158,8 @@ def _format(path: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _filesystem(uri: str | None) -> tuple[fs.FileSystem, str]:
-    if uri is None:
-        return fs.LocalFileSystem(), ""
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{uri}: cannot be opened: {error}") from None
-    return filesystem, path
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _expand(entry: str) -> list[SourceFile]:
@@ -137,80 +167,72 @@ def _expand(entry: str) -> list[SourceFile]:
         raise UserError("builtin stands alone, not in a list with files")
     if "://" in entry:
         return _expand_remote(entry)
+    if not entry.isprintable() and shown(entry) != entry:
+        raise UserError(f"{shown(entry)}: not UTF-8; name the file by its folder or by a glob")
     path = os.path.abspath(os.path.expanduser(entry))
-    if not os.path.exists(path) and _WILDCARD.search(entry):
-        paths = [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
-        infos = fs.LocalFileSystem().get_file_info(paths)
-        return _readable(entry, infos, uri=None)
+    if os.path.isdir(path):
+        return _from_folder(entry, path)
+    if not os.path.lexists(path) and WILDCARD.search(entry):
+        return _readable(entry, [_local(match) for match in matches(path)])
     if not os.path.exists(path):
-        raise UserError(f"{entry}: there is no such file or folder{_nearby(path)}")
-    return _from_file_or_folder(entry, fs.LocalFileSystem(), path, uri=None)
+        raise UserError(f"{shown(entry)}: {_missing(path)}")
+    if not os.path.isfile(path):
+        raise UserError(f"{shown(entry)}: neither a file nor a folder")
+    return _readable(entry, [_local(path)])
+
+
+def _missing(path: str) -> str:
+    if os.path.islink(path):
+        return f"a link to {shown(os.readlink(path))}, which does not exist"
+    return f"there is no such file or folder{_nearby(path)}"
+
+
+def _from_folder(entry: str, path: str) -> list[SourceFile]:
+    try:
+        found = list(files_below(path))
+    except OSError as error:
+        where = shown(str(error.filename or path))
+        raise UserError(f"{shown(entry)}: {where} cannot be listed: {_reason(error)}") from None
+    readable = [one for one in found if _format(one) is not None]
+    return _readable(entry, _of_folder(entry, [_local(one) for one in readable], len(found)))
+
+
+def _local(path: str) -> SourceFile:
+    file = file_at(path)
+    if file is None and not os.path.exists(path):
+        raise UserError(f"{shown(path)}: {_missing(path)}")
+    if file is None:
+        raise UserError(f"{shown(path)}: not a file that can be read")
+    return SourceFile(*file)
+
+
+def _of_folder(entry: str, readable: list[SourceFile], count: int) -> list[SourceFile]:
+    if not readable:
+        raise UserError(
+            f"{shown(entry)}: the folder holds no file that can be read ({_extensions()}); "
+            f"it holds {count} other files"
+        )
+    return readable
 
 
 def _expand_remote(entry: str) -> list[SourceFile]:
-    location, mark, query = entry.partition("?")
-    wildcard = _WILDCARD.search(location)
-    if wildcard is None:
-        filesystem, path = _filesystem(entry)
-        return _from_file_or_folder(entry, filesystem, path, uri=entry)
-    folder = location[: location.rindex("/", 0, wildcard.start())]
-    filesystem, base = _filesystem(folder + mark + query)
-    pattern = re.compile(_glob_regex(location[len(folder) :]))
-    selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
-    infos = [info for info in _listing(entry, filesystem, selector) if info.is_file]
-    matching = [info for info in infos if pattern.fullmatch(info.path[len(base) :])]
-    return _readable(entry, matching, uri=folder + mark + query)
+    infos, uri, is_folder = remote_files(entry)
+    files = [SourceFile(info.path, info.size, info.mtime_ns or 0, uri) for info in infos]
+    if is_folder:
+        readable = [file for file in files if _format(file.path) is not None]
+        files = _of_folder(entry, readable, len(files))
+    return _readable(entry, files)
 
 
-def _glob_regex(pattern: str) -> str:
-    """Translate a glob: `**/` any folders, `*` within one name."""
-    out = []
-    for token in re.findall(r"\*\*/|\*|\[[^\]]*\]|.", pattern):
-        if token == "**/":
-            out.append("(?:.*/)?")
-        elif token == "*":
-            out.append("[^/]*")
-        else:
-            out.append(token.replace("[!", "[^") if token[0] == "[" else re.escape(token))
-    return "".join(out)
-
-
-def _from_file_or_folder(
-    entry: str, filesystem: fs.FileSystem, path: str, *, uri: str | None
-) -> list[SourceFile]:
-    info = _listing(entry, filesystem, path)
-    if info.type == fs.FileType.NotFound:
-        raise UserError(f"{entry}: there is no such file or folder")
-    if info.is_file:
-        return _readable(entry, [info], uri=uri)
-    infos = _listing(entry, filesystem, fs.FileSelector(path, recursive=True))
-    visible = [i for i in infos if i.is_file and not _hidden(i.path[len(path) :])]
-    readable = [i for i in visible if _format(i.path) is not None]
-    if not readable:
-        raise UserError(
-            f"{entry}: the folder holds no file that can be read ({_extensions()}); "
-            f"it holds {len(visible)} other files"
-        )
-    return _readable(entry, readable, uri=uri)
-
-
-def _listing(entry: str, filesystem: fs.FileSystem, what: str | fs.FileSelector) -> fs.FileInfo:
-    try:
-        return filesystem.get_file_info(what)
-    except OSError as error:
-        raise UserError(f"{entry}: cannot be listed: {error}") from None
-
-
-def _readable(entry: str, infos: Sequence[fs.FileInfo], *, uri: str | None) -> list[SourceFile]:
-    if not infos:
-        raise UserError(f"{entry}: no file matches")
-    files = [SourceFile(i.path, i.size, i.mtime_ns or 0, uri) for i in infos]
+def _readable(entry: str, files: Sequence[SourceFile]) -> list[SourceFile]:
+    if not files:
+        raise UserError(f"{shown(entry)}: no file matches")
     for file in files:
         if _format(file.path) is None:
             suffix = PurePosixPath(file.path).suffix
             near = hint(suffix, list(FORMATS)) if suffix not in COMPRESSIONS else ""
             raise UserError(
-                f"{file.name}: cannot read {suffix or 'a name without extension'}"
+                f"{file.name}: cannot read {shown(suffix) or 'a name without extension'}"
                 f"{near} ({_extensions()})"
             )
     return sorted(files, key=lambda file: file.path)
@@ -218,10 +240,6 @@ def _readable(entry: str, infos: Sequence[fs.FileInfo], *, uri: str | None) -> l
 
 def _extensions() -> str:
     return f"readable: {' '.join(FORMATS)}, also {' '.join(COMPRESSIONS)} of all but .parquet"
-
-
-def _hidden(relative: str) -> bool:
-    return any(part.startswith(".") for part in relative.split("/"))
 
 
 def _nearby(path: str) -> str:

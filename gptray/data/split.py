@@ -1,11 +1,12 @@
-"""Which document, or which part of the only document, goes to train, val and test.
+"""Which documents, and which parts of the documents that a border cuts, go to train, val and test.
 
-Pure functions of sizes, fractions and the seed; reading and writing is left to others.
+Pure functions of sizes, shares and the seed; reading and writing is left to others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,14 +17,18 @@ from gptray.config import UserError
 SPLITS = ("train", "val", "test")
 LONG_NAMES = {"train": "training", "val": "validation", "test": "test"}
 WHOLE = ("test",)  # of a text that is not split
-# How splits lie in a text, by number of parts: validation last, so that where it begins depends on
-# its own share alone, and 90:10 and 80:10:10 are validated on the same text.
-_LAYOUTS = {1: (0,), 2: (0, 1), 3: (0, 2, 1)}
-TRAIN = 0
+TRAIN, VAL, TEST = range(3)
 UNUSED = 255  # training text beyond data.fraction
+# How splits lie along the text. Validation is last, so that where it begins depends on its own
+# share alone, and 90:10 and 80:10:10 are validated on the same text.
+_LAYOUT = (TRAIN, TEST, VAL)
 _SPLIT_STREAM = 1  # keeps this permutation apart from every other use of the seed
+# A border moves to the nearest document edge if that is this near, as a share of the text, and
+# within a tenth of the shares beside it.
+_SLACK, _SLACK_OF_SHARE = 0.01, 0.1
 
 Labels = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
 
 
 def split_names(parts: int) -> tuple[str, ...]:
@@ -32,65 +37,144 @@ def split_names(parts: int) -> tuple[str, ...]:
 
 
 class Region(NamedTuple):
-    """Characters of the only document up to `stop` that carry one label (an index of SPLITS)."""
+    """Characters of a document up to `stop` that carry one label (an index of SPLITS)."""
 
     stop: int
     label: int
 
 
-def assign_documents(
-    sizes: npt.NDArray[np.int64], fractions: Sequence[float], *, fraction: float, seed: int
-) -> Labels:
-    """Label each document (index of SPLITS, or UNUSED) by its place in a seeded permutation.
+@dataclass(frozen=True)
+class Assignment:
+    """A label for each document (index of SPLITS, or UNUSED), and regions of those that are cut."""
 
-    A document belongs where the middle of its bytes falls, so shares hold in bytes; training
-    subsets of growing `fraction` are nested and leave validation and test as they are.
-    Raises UserError when there are fewer documents than splits.
+    labels: Labels  # (documents,); of a document that is cut, its first region's
+    cut: dict[int, tuple[Region, ...]]
+
+    def documents(self, label: int) -> int:
+        """How many documents have text in a split; one that is cut counts in each of its own."""
+        whole = int((self.labels == label).sum())
+        starts = [regions[0].label for regions in self.cut.values()]
+        parts = [region.label for regions in self.cut.values() for region in regions]
+        return whole - starts.count(label) + parts.count(label)
+
+
+def assign(
+    sizes: Counts,
+    characters: Counts,
+    shares: Mapping[int, float],
+    *,
+    fraction: float = 1.0,
+    seed: int,
+) -> Assignment:
+    """Share out documents of `sizes` bytes and so many `characters`, both of shape (documents,).
+
+    Documents lie in a seeded permutation along a line; borders on it give each label its share of
+    the bytes. A border falls on a document edge that is close, and else cuts the document in
+    which it falls, at int(characters * share of the document's bytes). Training subsets of growing
+    `fraction` are nested and leave validation and test as they are.
+
+    Raises UserError when a split would get less than one character.
     """
-    count, parts = len(sizes), len(fractions)
-    if count < parts:
+    labels = [label for label in _LAYOUT if label in shares]
+    total = int(characters.sum())
+    if any(share * total < 1 for share in shares.values()):
         raise UserError(
-            f"data.split has {parts} parts but the source has only {count} documents; "
+            f"data.split has {len(labels)} parts but the source has only {total} characters; "
             "give fewer parts or more text"
         )
-    order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(count)
-    ends = np.cumsum(sizes[order])
-    middles = ends - sizes[order] / 2
-    bounds = [0, *np.searchsorted(middles, [cut * ends[-1] for cut in _cuts(fractions)]), count]
-    for i in range(1, parts):  # no split stays empty
-        bounds[i] = min(max(bounds[i], bounds[i - 1] + 1), count - (parts - i))
-    labels = np.empty(count, dtype=np.uint8)
-    for place, label in enumerate(_LAYOUTS[parts]):
-        labels[order[bounds[place] : bounds[place + 1]]] = label
-    used = np.searchsorted(middles[: bounds[1]], fraction * ends[bounds[1] - 1])
-    labels[order[max(int(used), 1) : bounds[1]]] = UNUSED
-    return labels
+    order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(len(sizes))
+    line = _Line(sizes[order], characters[order])
+    borders = _borders(line, [shares[label] for label in labels])
+    for i in range(len(borders) - 2, 0, -1):  # no split stays empty
+        borders[i] = min(max(borders[i], i), borders[i + 1] - 1)
+    stops = list(zip(borders[1:], labels, strict=True))
+    if fraction < 1 and labels[0] == TRAIN:
+        used = min(max(line.fraction(fraction, borders[1]), 1), borders[1])
+        rest = [(borders[1], UNUSED)] if used < borders[1] else []
+        stops = [(used, TRAIN), *rest, *stops[1:]]
+    return _assignment(line, order, stops)
 
 
-def assign_positions(
-    characters: int, fractions: Sequence[float], *, fraction: float
-) -> list[Region]:
-    """Cut the only document by position, train first, at int(characters * fraction of it).
+class _Line:
+    """Documents one behind the other, measured in bytes and in characters."""
 
-    Raises UserError when a split would stay empty.
-    """
-    bounds = [0, *(int(characters * cut) for cut in _cuts(fractions)), characters]
-    used = max(int(bounds[1] * fraction), 1)
-    if any(start >= stop for start, stop in zip(bounds, bounds[1:], strict=False)):
-        raise UserError(
-            f"the source is one document of {characters} characters, too short for a split "
-            f"in {len(fractions)} parts"
+    def __init__(self, sizes: Counts, characters: Counts) -> None:
+        self.bytes = np.concatenate([[0], np.cumsum(sizes)])
+        self.characters = np.concatenate([[0], np.cumsum(characters)])
+        self.total = max(int(self.bytes[-1]), 1)
+
+    def border(self, share: float, slack: float) -> tuple[int, float]:
+        """The character where a border at this share of the bytes falls, and its real share."""
+        edge = self._nearest_edge(share * self.total)
+        if abs(int(self.bytes[edge]) - share * self.total) <= slack * self.total:
+            return int(self.characters[edge]), int(self.bytes[edge]) / self.total
+        return self._inside(share), share
+
+    def fraction(self, fraction: float, end: int) -> int:
+        """The character up to which `fraction` of the text before character `end` reaches.
+
+        How near an edge must be depends on that edge, so that larger fractions reach further.
+        """
+        share = fraction * self._share(end)
+        edge = self._nearest_edge(share * self.total)
+        reached = int(self.bytes[edge])
+        slack = min(_SLACK * self.total, _SLACK_OF_SHARE * reached)
+        if abs(reached - share * self.total) <= slack:
+            return int(self.characters[edge])
+        return self._inside(share)
+
+    def _nearest_edge(self, at: float) -> int:
+        right = min(int(np.searchsorted(self.bytes, at)), len(self.bytes) - 1)
+        left = max(right - 1, 0)
+        return left if at - self.bytes[left] <= self.bytes[right] - at else right
+
+    def _inside(self, share: float) -> int:
+        at = share * self.total
+        place = int(np.searchsorted(self.bytes[1:-1], at, side="right"))
+        start, stop = self.bytes[place : place + 2]
+        first, last = self.characters[place : place + 2]
+        # The only document is cut at exactly its share: products and quotients are rounded.
+        part = share if stop - start == self.total else (at - start) / (stop - start)
+        return int(first) + int(int(last - first) * part)
+
+    def _share(self, character: int) -> float:
+        """The share of the bytes before a character; within a document bytes are spread evenly."""
+        if len(self.bytes) == 2:
+            return character / int(self.characters[-1])
+        return float(np.interp(character, self.characters, self.bytes)) / self.total
+
+
+def _borders(line: _Line, shares: Sequence[float]) -> list[int]:
+    """Characters at which the splits begin and end, in the order in which they lie."""
+    end = int(line.characters[-1])
+    if len(shares) == 1:
+        return [0, end]
+    *_, last = shares
+    slack = min(_SLACK, _SLACK_OF_SHARE * last, _SLACK_OF_SHARE * (1 - last))
+    border, share = line.border(1 - last, slack)
+    if len(shares) == 2:
+        return [0, border, end]
+    # The part in the middle keeps its share where the border behind it has moved.
+    train, middle = shares[0] + (share - (1 - last)), shares[1]
+    slack = min(_SLACK, _SLACK_OF_SHARE * middle, _SLACK_OF_SHARE * shares[0])
+    first, _ = line.border(train if abs(train - shares[0]) > 1e-12 else shares[0], slack)
+    return [0, first, border, end]
+
+
+def _assignment(line: _Line, order: Counts, stops: Sequence[tuple[int, int]]) -> Assignment:
+    """Labels in the documents' own order, from (character, label) along the line."""
+    ends = np.array([stop for stop, _ in stops])
+    names = np.array([label for _, label in stops], dtype=np.uint8)
+    begin, end = line.characters[:-1], line.characters[1:]
+    first = np.minimum(np.searchsorted(ends, begin, side="right"), len(ends) - 1)
+    last = np.maximum(np.searchsorted(ends, end, side="left"), first)
+    labels = np.empty(len(order), dtype=np.uint8)
+    labels[order] = names[first]
+    cut = {
+        int(order[place]): tuple(
+            Region(int(min(ends[part], end[place]) - begin[place]), int(names[part]))
+            for part in range(first[place], last[place] + 1)
         )
-    regions = [Region(used, TRAIN)]
-    if used < bounds[1]:
-        regions.append(Region(bounds[1], UNUSED))
-    rest = zip(bounds[2:], _LAYOUTS[len(fractions)][1:], strict=True)
-    return regions + [Region(stop, label) for stop, label in rest]
-
-
-def _cuts(fractions: Sequence[float]) -> list[float]:
-    """Where one split ends and the next begins, as shares of the whole."""
-    if len(fractions) == 1:
-        return []
-    # A lone remainder is not rounded: 1 - 0.1 is 0.9 however the shares before it add up.
-    return [*fractions[: len(fractions) - 2], 1 - fractions[1]]
+        for place in np.flatnonzero(last > first)
+    }
+    return Assignment(labels, cut)

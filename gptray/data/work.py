@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,86 +17,119 @@ from pathlib import Path
 import numpy as np
 
 from gptray.config import UserError
-from gptray.data.boundary import first_boundary
-from gptray.data.corpus import EMPTY_ROW, Part, Piece, read_parts
+from gptray.data.boundary import first_boundary, short_words
+from gptray.data.corpus import Piece, file_encoding, read_parts
+from gptray.data.documents import EMPTY_ROW, Part
+from gptray.data.encoding import UTF8
 from gptray.data.plan import PiecePlan, PieceScan
 from gptray.data.shards import Shard, ShardEncoder, ShardWriter
 from gptray.data.sources import file_sha256
-from gptray.data.split import SPLITS, TRAIN, UNUSED, Labels
+from gptray.data.split import SPLITS, TRAIN, UNUSED, Region
 from gptray.data.tokenizer import Tokenizer, UnreadableText
 
 SAMPLE_CHARACTERS = 1 << 16
+# What separates documents in other people's files. As text, a model learns to write it.
+MARKERS = (
+    "<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>",
+    "<|im_end|>", "<|eot_id|>", "<s>", "</s>", "<bos>", "<eos>", "[BOS]", "[EOS]", "[SEP]", "[CLS]",
+)  # fmt: skip
+_MARKER_BEGINNINGS = "<|", "s>", "os>", "OS]", "[SEP]", "[CLS]"  # one of them is in every marker
 
 
 @dataclass(frozen=True)
 class UnitScan:
-    """What a unit holds, and the sha256 of every file that begins in it."""
+    """What a unit holds, and of every file that begins in it the sha256 and an odd encoding."""
 
     pieces: list[PieceScan]
     sha256: dict[str, str]
+    encodings: dict[str, str]  # of files with a byte order mark that says more than UTF-8
 
 
-def scan(unit: Sequence[Piece], text_column: str, *, alphabet: bool) -> UnitScan:
+def scan(unit: Sequence[Piece], *, alphabet: bool) -> UnitScan:
     """Read a unit through once. Raises UserError at the first bad line."""
-    pieces = [_scan_piece(piece, text_column, alphabet=alphabet) for piece in unit]
-    begun = [piece.file for piece in unit if piece.start == 0]
-    return UnitScan(pieces, {file.name: file_sha256(file) for file in begun})
+    pieces = [_scan_piece(piece, alphabet=alphabet) for piece in unit]
+    begun = [piece for piece in unit if piece.start == 0]
+    encodings = {
+        piece.file.name: file_encoding(piece.file, piece.reading)
+        for piece in begun
+        if piece.file.format != "parquet" and piece.reading.encoding is None
+    }
+    return UnitScan(
+        pieces,
+        {piece.file.name: file_sha256(piece.file) for piece in begun},
+        {name: encoding for name, encoding in encodings.items() if encoding != UTF8},
+    )
 
 
-def _scan_piece(piece: Piece, text_column: str, *, alphabet: bool) -> PieceScan:
+def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
     sizes: list[int] = []
-    characters = empty_rows = 0
+    characters: list[int] = []
+    empty_rows = 0
     seen: set[str] = set()
+    markers: Counter[str] = Counter()
+    marked: dict[str, set[int]] = {}  # documents that hold each marker
     ended = True
-    for part in read_parts(piece, text_column):
+    for part in read_parts(piece):
         if part == EMPTY_ROW:
             empty_rows += 1
             continue
         if ended:
             sizes.append(0)
+            characters.append(0)
         sizes[-1] += len(part.text.encode())
-        characters += len(part.text)
+        characters[-1] += len(part.text)
         ended = part.ends
         if alphabet:
             seen.update(part.text)
+        for marker, count in _markers(part.text):
+            markers[marker] += count
+            marked.setdefault(marker, set()).add(len(sizes))
     return PieceScan(
-        np.array(sizes, np.int64), characters, empty_rows, ended, "".join(sorted(seen))
+        bytes=np.array(sizes, np.int64),
+        characters=np.array(characters, np.int64),
+        empty_rows=empty_rows,
+        ends=ended,
+        alphabet="".join(sorted(seen)),
+        markers={marker: (count, len(marked[marker])) for marker, count in markers.items()},
     )
 
 
-def sample(
-    unit: Sequence[PiecePlan], text_column: str, *, share: float, seed: int, number: int
-) -> list[str]:
+def _markers(text: str) -> Iterator[tuple[str, int]]:
+    if any(beginning in text for beginning in _MARKER_BEGINNINGS):
+        yield from ((marker, n) for marker in MARKERS if (n := text.count(marker)))
+
+
+def sample(unit: Sequence[PiecePlan], *, share: float, seed: int, number: int) -> list[str]:
     """Unit `number`'s text to train a tokenizer on: all of its training split, or runs of it.
 
     Runs are drawn by the seed, so that `share` of the text is spread over all documents. The split
     counts whole, whatever fraction of it is used: losses of different fractions then compare.
+    Words of absurd length are cut, or training would take hours on them.
     """
-    texts = []
-    for index, (label, part) in enumerate(_labelled(unit, text_column)):
+    texts: list[str] = []
+    for index, (label, part) in enumerate(_labelled(unit)):
         if label not in (TRAIN, UNUSED):
             continue
         if share >= 1:
-            texts.append(part.text)
+            texts += short_words(part.text)
             continue
         for start, run in _runs(part.text):
             draw = hashlib.sha256(f"{seed} {number} {index} {start}".encode()).digest()
             if int.from_bytes(draw[:4], "big") < share * 2**32:
-                texts.append(run)
+                texts += short_words(run)
     return texts
 
 
 def _runs(text: str) -> Iterator[tuple[int, str]]:
     start = 0
     while start < len(text):
-        stop = first_boundary(text, start + SAMPLE_CHARACTERS) or len(text)
+        least, most = start + SAMPLE_CHARACTERS, start + 2 * SAMPLE_CHARACTERS
+        stop = first_boundary(text, least, most) or min(most, len(text))
         yield start, text[start:stop]
         start = stop
 
 
-def tokenise(
-    unit: Sequence[PiecePlan], text_column: str, *, folder: Path, number: int
-) -> dict[int, Shard]:
+def tokenise(unit: Sequence[PiecePlan], *, folder: Path, number: int) -> dict[int, Shard]:
     """Write unit `number`'s shards into `folder`, by its `tokenizer/`, and describe them by label.
 
     There is one per split that has text in the unit.
@@ -105,16 +139,15 @@ def tokenise(
     encoder = _encoder(folder / "tokenizer")
     writers: dict[int, ShardWriter] = {}
     try:
-        _write(unit, text_column, encoder, writers, folder=folder, number=number)
+        _write(unit, encoder, writers, folder=folder, number=number)
     except UnreadableText as error:
-        name = _file_with(error.piece, unit, text_column)
+        name = _file_with(error.piece, unit)
         raise UserError(f"{name}: {error}") from None
     return {label: w.shard for label, w in sorted(writers.items()) if w.shard is not None}
 
 
 def _write(
     unit: Sequence[PiecePlan],
-    text_column: str,
     encoder: ShardEncoder,
     writers: dict[int, ShardWriter],
     *,
@@ -122,7 +155,11 @@ def _write(
     number: int,
 ) -> None:
     with ExitStack() as stack:
-        for label, part in _labelled(unit, text_column):
+        latest = UNUSED
+        for label, part in _labelled(unit):
+            if latest in writers and label != latest:
+                writers[latest].break_off()
+            latest = label
             if label == UNUSED:
                 continue
             if label not in writers:
@@ -131,10 +168,10 @@ def _write(
             writers[label].add(part.text, ends=part.ends)
 
 
-def _file_with(piece: str, unit: Sequence[PiecePlan], text_column: str) -> str:
+def _file_with(piece: str, unit: Sequence[PiecePlan]) -> str:
     """The name of the first of a unit's files that has a piece of text."""
     for plan in unit:
-        if any(piece in text for text, _ in read_parts(plan.piece, text_column)):
+        if any(piece in text for text, _ in read_parts(plan.piece)):
             return plan.piece.file.name
     raise AssertionError(piece)
 
@@ -145,33 +182,28 @@ def _encoder(folder: Path) -> ShardEncoder:
     return ShardEncoder(Tokenizer.load(folder))
 
 
-def _labelled(unit: Sequence[PiecePlan], text_column: str) -> Iterator[tuple[int, Part]]:
+def _labelled(unit: Sequence[PiecePlan]) -> Iterator[tuple[int, Part]]:
     """The unit's text in order, each run with its label."""
     for plan in unit:
-        parts = (p for p in read_parts(plan.piece, text_column) if p != EMPTY_ROW)
-        if plan.labels is None:
-            labelled = _by_position(plan, parts)
-        else:
-            labelled = _by_document(plan.labels, parts)
-        yield from labelled
+        document, position = 0, plan.first_character
+        for part in read_parts(plan.piece):
+            if part == EMPTY_ROW:
+                continue
+            if document in plan.cut:
+                yield from _by_region(plan.cut[document], part, position)
+            else:
+                yield int(plan.labels[document]), part
+            position += len(part.text)
+            if part.ends:
+                document, position = document + 1, 0
 
 
-def _by_document(labels: Labels, parts: Iterator[Part]) -> Iterator[tuple[int, Part]]:
-    document = 0
-    for part in parts:
-        yield int(labels[document]), part
-        document += part.ends
-
-
-def _by_position(plan: PiecePlan, parts: Iterator[Part]) -> Iterator[tuple[int, Part]]:
-    base = plan.first_character
-    for text, ends in parts:
-        done = 0
-        for region in plan.regions:
-            stop = min(region.stop - base, len(text))
-            if stop > done:
-                # Only the document's own end gets an end of text; a cut is no end.
-                at_end = ends and region == plan.regions[-1]
-                yield region.label, Part(text[done:stop], at_end)
-                done = stop
-        base += len(text)
+def _by_region(regions: Sequence[Region], part: Part, position: int) -> Iterator[tuple[int, Part]]:
+    """Share out a part that begins at character `position` of its document."""
+    done = 0
+    for region in regions:
+        stop = min(region.stop - position, len(part.text))
+        if stop > done:
+            # Only the document's own end gets an end of text; a cut is no end.
+            yield region.label, Part(part.text[done:stop], part.ends and stop == len(part.text))
+            done = stop

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from gptray.config import Config, dump, flatten
+from gptray.data.split import LONG_NAMES
 from gptray.evaluation.advice import advise, sentence
 from gptray.evaluation.charts import Chart
 from gptray.evaluation.diagnosis import Diagnosis
@@ -160,7 +161,11 @@ def _of_the_run(run: RunRecord) -> str:
     tokens = config.tokens_per_step * diagnosis.last_step
     rows.append(Row("Tokens trained on", "steps x tokens per step", (magnitude(tokens),)))
     facts = diagnosis.facts
-    if facts.train_tokens:
+    text = _latest_start(run.events).get("text", {})
+    for name, words in text.items():
+        how = "documents, size and share of all text, tokens"
+        rows.append(Row(f"{LONG_NAMES[name].capitalize()} text", how, (words,)))
+    if facts.train_tokens and not text:
         how = "tokens trained on / epochs"
         rows.append(Row("Training text", how, (f"about {magnitude(facts.train_tokens)} tokens",)))
     if facts.parameters:
@@ -240,8 +245,8 @@ def _spread(steps: Sequence[int], most: int, wanted: int | None) -> list[int]:
 
 
 def _happened(run: RunRecord) -> str:
-    """Restarts, damaged checkpoints and failures; nothing of a run without any."""
-    lines = []
+    """What is odd about the text, restarts, damaged checkpoints, failures; "" without any."""
+    lines = list(_latest_start(run.events).get("warnings", []))
     for event in run.events:
         if event["event"] == "start" and event["step"]:
             lines.append(f"went on after step {event['step']:,}")
@@ -250,6 +255,10 @@ def _happened(run: RunRecord) -> str:
     if not lines:
         return ""
     return section("What happened", "<ul>" + "".join(f"<li>{esc(x)}</li>" for x in lines) + "</ul>")
+
+
+def _latest_start(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next((event for event in reversed(events) if event["event"] == "start"), {})
 
 
 def _config(config: Config) -> str:
@@ -275,12 +284,10 @@ def _value(value: object) -> str:
 
 def _environment(run: RunRecord) -> str:
     """What the last start of the run said about its workers, devices and libraries."""
-    starts = [event for event in run.events if event["event"] == "start"]
-    if not starts:
+    start = _latest_start(run.events)
+    if not start:
         return paragraph("The workers have not started yet.")
     names = {"workers": "Workers", "device": "Device of each", "dtype": "Computed in"}
-    rows = [
-        Row(name, "", (str(starts[-1][key]),)) for key, name in names.items() if key in starts[-1]
-    ]
-    rows += [Row(name, "", (number,)) for name, number in starts[-1].get("versions", {}).items()]
+    rows = [Row(name, "", (str(start[key]),)) for key, name in names.items() if key in start]
+    rows += [Row(name, "", (number,)) for name, number in start.get("versions", {}).items()]
     return table([], rows)

@@ -11,25 +11,26 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.data.builtin import builtin_documents
-from gptray.data.corpus import check_column, plan_pieces
+from gptray.data.corpus import first_look
 from gptray.data.difference import Lost
-from gptray.data.plan import PiecePlan, SplitPlan, plan_split
+from gptray.data.plan import PiecePlan, SplitPlan
 from gptray.data.publish import building
 from gptray.data.request import Request, make_request, tokenizer_name
 from gptray.data.shards import Shard, shard_dtype
-from gptray.data.sources import BUILTIN, SourceFile
-from gptray.data.split import SPLITS, split_names
+from gptray.data.shares import split_rows
+from gptray.data.sources import BUILTIN, Source, SourceFile
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokenizer_files import KINDS, opens_at_once, tokenizer_path
 from gptray.data.tokens import FORMAT_VERSION, MANIFEST, DamagedData, TokenData
-from gptray.data.work import UnitScan, sample, scan, tokenise
+from gptray.data.work import UnitScan, sample, tokenise
 from gptray.files import storing
 from gptray.runners.cluster import ray_cluster
+from gptray.runners.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.runners.storage import check_storage
 from gptray.runners.stream import stream
 
@@ -44,18 +45,18 @@ FindSources = Callable[[Config], Request]
 
 
 def check_sources(config: Config, find: FindSources = make_request) -> None:
-    """Raise UserError, without Ray, for what can be seen at once: files, columns, tokenizer."""
+    """Raise UserError, without Ray, for what can be seen at once: files, columns, tokenizer.
+
+    Logs what the user should know about the files.
+    """
     problems = []
     try:
-        files = find(config).files
+        request = find(config)
+        for warning in request.warnings:
+            _warn(warning)
+        problems += _first_looks(request)
     except UserError as error:
         problems.append(str(error))
-        files = ()
-    for file in files[:_CHECKED_FILES]:
-        try:
-            check_column(file, config.data.text_column)
-        except UserError as error:
-            problems.append(str(error))
     try:
         tokenizer_at_once(config)
     except UserError as error:
@@ -66,6 +67,23 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _first_looks(request: Request) -> list[str]:
+    problems = []
+    files = [file for source, _ in request.sources for file in source.files]
+    for file in files[:_CHECKED_FILES]:
+        try:
+            first_look(file, request.reading)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+@lru_cache
+def _warn(message: str) -> None:
+    """Once a process: a sweep looks at its text for every trial that changes how it is read."""
+    logger.warning("%s", message)
 
 
 def tokenizer_at_once(config: Config) -> Tokenizer | None:
@@ -136,9 +154,11 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
         "documents": data.manifest["documents"],
         "tokens": {name: entry["tokens"] for name, entry in splits.items()},
         "bytes": {name: entry["bytes"] for name, entry in splits.items()},
+        "split_documents": {name: entry["documents"] for name, entry in splits.items()},
         "vocab_size": data.vocab_size,
         "lost": {name: round(split.lost, 6) for name, split in data.splits.items()},
         "empty_rows": data.manifest["empty_rows"],
+        "warnings": data.manifest["warnings"],
         "built": found is None,
         "seconds": round(seconds, 2),
         "mb_per_sec": None if found else round(data.manifest["bytes"] / 1e6 / seconds, 3),
@@ -149,18 +169,21 @@ def preparation_plan(config: Config) -> list[tuple[str, str]]:
     """What the prepare job would do, without Ray; raises UserError as the job would."""
     check_sources(config)
     request = make_request(config)
-    size = f"{len(request.files)} files, {_mb(request.files):.1f} MB" if request.files else BUILTIN
-    parts = ", ".join(
-        f"{name} {share:.0%}" for name, share in zip(SPLITS, request.split, strict=False)
-    )
-    data = prepared(config)
+    data = _whole(request.data_dir)
+    names = {label: name for label, name in enumerate(request.split_names)}
+    rows = []
+    for source, shares in request.sources:
+        parts = ", ".join(f"{names[label]} {share:.1%}" for label, share in shares.items())
+        size = f"{len(source.files)} files, {_mb(source.files):.1f} MB" if source.files else BUILTIN
+        rows += [(source.key.removeprefix("data."), f"{size}: {parts}")]
     return [
-        ("source", size),
+        *rows,
         ("tokenizer", request.tokenizer),
-        ("split", parts),
         ("data_dir", str(request.data_dir)),
         ("to do", "nothing, it is prepared" if data else "scan, tokenise, write"),
         *([("lost", data.loses)] if data and data.loses else []),
+        *(split_rows(data.manifest) if data else []),
+        *((("warning", warning) for warning in data.manifest["warnings"]) if data else ()),
     ]
 
 
@@ -178,61 +201,41 @@ def _build(
 ) -> None:
     """Fill `folder` with the tokenizer, the shards and, last, the manifest."""
     began = time.monotonic()
-    files = list(request.files) or [_write_builtin(folder / f"{BUILTIN}.jsonl")]
-    column = request.text_column if request.files else "text"
-    cut_text = tokenizer is None or tokenizer.cuts_at_boundaries()
-    units = plan_pieces(files, piece_bytes=piece_bytes, cut_text=cut_text)
+    texts = find_pieces(request, tokenizer, folder, piece_bytes=piece_bytes)
+    files = [file for source, _ in texts for file in source.files]
     logger.info("preparing %s: %d files, %.1f MB", request.data_dir.name, len(files), _mb(files))
-    wants_alphabet = request.tokenizer == "char"
-    scans = stream(
-        units, lambda _, unit: scan(unit, column, alphabet=wants_alphabet), doing="reading"
-    )
-    plan = plan_split(
-        units,
-        [unit.pieces for unit in scans],
-        split=request.split,
-        fraction=request.fraction,
-        seed=request.seed,
-        key=request.key,
-    )
+    plan, scans = scan_and_plan(request, texts)
     if tokenizer is None:
-        tokenizer = _make_tokenizer(request, plan, scans, column)
+        tokenizer = _make_tokenizer(request, plan, scans)
     with storing(request.data_dir):
         tokenizer.save(folder / "tokenizer")
 
     def write_shards(number: int, unit: Sequence[PiecePlan]) -> dict[int, Shard]:
         with storing(request.data_dir):
-            return tokenise(unit, column, folder=folder, number=number)
+            return tokenise(unit, folder=folder, number=number)
 
     shards = stream(plan.units, write_shards, doing="tokenising")
     for file in files:
         if file.changed():
             raise RunFailed(f"{file.name} changed while it was being prepared; start again")
+    splits = _number_shards(folder, request.split_names, plan, shards)
     manifest = {
-        **_provenance(request, files, plan, scans),
+        **_provenance(request, [source for source, _ in texts], plan, scans),
         "tokenizer": _describe(request, tokenizer, shards),
         "dtype": shard_dtype(tokenizer.vocab_size),
-        "splits": _number_shards(folder, plan, shards),
+        "splits": splits,
+        "warnings": text_warnings(request, plan, scans, splits),
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     with storing(request.data_dir):
         (folder / f"{BUILTIN}.jsonl").unlink(missing_ok=True)
         (folder / MANIFEST).write_text(text + "\n", "utf-8")
     logger.info("prepared %s in %.1f s", request.data_dir, time.monotonic() - began)
+    for name, words in split_rows(manifest):
+        logger.info("%-5s  %s", name, words)
 
 
-def _write_builtin(path: Path) -> SourceFile:
-    """Write the builtin documents where every task can read them like any other source."""
-    lines = (json.dumps({"text": text}) + "\n" for text in builtin_documents())
-    with storing(path):
-        path.write_text("".join(lines), "utf-8")
-    status = path.stat()
-    return SourceFile(str(path), status.st_size, status.st_mtime_ns)
-
-
-def _make_tokenizer(
-    request: Request, plan: SplitPlan, scans: Sequence[UnitScan], column: str
-) -> Tokenizer:
+def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]) -> Tokenizer:
     if request.tokenizer == "char":
         # Of the whole text: a character that only validation has must have a token too.
         return char_tokenizer(c for unit in scans for piece in unit.pieces for c in piece.alphabet)
@@ -240,30 +243,39 @@ def _make_tokenizer(
     seed = request.seed
     texts = stream(
         plan.units,
-        lambda number, unit: sample(unit, column, share=share, seed=seed, number=number),
+        lambda number, unit: sample(unit, share=share, seed=seed, number=number),
         doing="sampling",
     )
     return train_bpe((text for unit in texts for text in unit), request.vocab_size)
 
 
 def _provenance(
-    request: Request, files: Sequence[SourceFile], plan: SplitPlan, scans: Sequence[UnitScan]
+    request: Request, sources: Sequence[Source], plan: SplitPlan, scans: Sequence[UnitScan]
 ) -> dict[str, Any]:
     """Where the tokens come from: sources, split and counts."""
     sha256 = {name: digest for unit in scans for name, digest in unit.sha256.items()}
-    sources = [
-        {
-            "path": file.name if request.files else BUILTIN,
-            "size": file.size,
-            "sha256": sha256[file.name],
-        }
-        for file in files
-    ]
+    named = {file for source, _ in request.sources for file in source.files}
+    files = {
+        source.key.removeprefix("data."): [
+            {
+                "path": file.name if file in named else BUILTIN,
+                "size": file.size,
+                "sha256": sha256[file.name],
+            }
+            for file in source.files
+        ]
+        for source in sources
+    }
     return {
         "format": FORMAT_VERSION,
         "request": request.identity,
-        "sources": sources,
-        "split": {"fractions": list(request.split), "by": plan.by, "seed": request.seed},
+        "sources": files.pop(sources[0].key.removeprefix("data.")),
+        **files,
+        "split": {
+            "fractions": list(request.split),
+            "cut_documents": plan.cut_documents,
+            "seed": request.seed,
+        },
         "fraction": request.fraction,
         "documents": plan.total_documents,
         "bytes": plan.total_bytes,
@@ -287,11 +299,10 @@ def _describe(
 
 
 def _number_shards(
-    folder: Path, plan: SplitPlan, units: Sequence[dict[int, Shard]]
+    folder: Path, names: Sequence[str], plan: SplitPlan, units: Sequence[dict[int, Shard]]
 ) -> dict[str, Any]:
     """Give the tasks' files their final names, in corpus order, and list them by split."""
     splits = {}
-    names = split_names(len(plan.documents))
     for label, documents in enumerate(plan.documents):
         entries: list[dict[str, Any]] = []
         for shard in (unit[label] for unit in units if label in unit):

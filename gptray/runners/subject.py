@@ -189,6 +189,9 @@ def _text(config: Config, trained: Config | None, run: Path | None, model_dir: P
     given = _data_keys(flatten(config, given=True))
     text = config
     if trained and run:
+        if given.get("data.source", trained.data.source) != trained.data.source:
+            # Held-out text belongs to the source beside which it was named.
+            given = {"data.val_source": None, "data.test_source": None, **given}
         text = override(trained, {**given, "storage_path": str(run.parent), "name": run.name})
         if _is_own_text(config, text, trained):
             return text

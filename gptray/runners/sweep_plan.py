@@ -114,8 +114,8 @@ def check_texts(texts: Sequence[TokenData]) -> None:
     if len(sizes) > 1:
         found = ", ".join(f"{count} documents of {size:,} bytes" for count, size in sorted(sizes))
         raise UserError(
-            f"tune.space: the splits leave different text for validation ({found}); there are too "
-            "few documents for so many parts"
+            f"tune.space: trials would be validated on different text ({found}); give all of them "
+            "the same data.source and share for validation, or one data.val_source"
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gptray.build import check_backend
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
+from gptray.data.shares import split_rows
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.data.vocabulary import kept_rows
@@ -124,6 +125,8 @@ def start(
             device=device_name(device),
             versions=versions(),
             **({"loses": data.loses} if data.loses else {}),
+            text=dict(split_rows(data.manifest)),
+            warnings=data.manifest["warnings"],
         )
 
     workers.from_first(begin)

@@ -233,6 +233,14 @@ def _checked(
 
 
 def _unequal_validation(trials: Sequence[Planned]) -> list[str]:
+    sources = {str(trial.config.data.val_source) for trial in trials}
+    if len(sources) > 1:
+        return [
+            "tune.space: data.val_source: validation text must be the same in all trials; there "
+            f"are {', '.join(sorted(sources))}"
+        ]
+    if sources != {str(None)}:
+        return []  # data.split does not cut it
     parts = sorted({trial.config.data.split[1] for trial in trials})
     if not parts or parts[-1] - parts[0] < 1e-9:
         return []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from gptray.data.split import UNUSED, assign_documents
+from gptray.data.split import UNUSED, Region, assign
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData, TokenSplit
 
@@ -12,24 +14,41 @@ Expected = dict[str, list[int]]
 NAMES = ("train", "val", "test")
 
 
-def expected_documents(
+class Run(NamedTuple):
+    """A document's text in a split; one that is cut short has no end."""
+
+    text: str
+    ends: bool
+
+
+def expected_runs(
     texts: list[str], split: tuple[float, ...], *, seed: int, fraction: float = 1.0
-) -> dict[str, list[str]]:
-    """Texts of each split, in corpus order."""
+) -> dict[str, list[Run]]:
+    """What of each text is in each split, in corpus order."""
     sizes = np.array([len(text.encode()) for text in texts])
-    labels = assign_documents(sizes, split, fraction=fraction, seed=seed)
-    out: dict[str, list[str]] = {name: [] for name in NAMES[: len(split)]}
-    for text, label in zip(texts, labels.tolist(), strict=True):
-        if label != UNUSED:
-            out[NAMES[label]].append(text)
+    characters = np.array([len(text) for text in texts])
+    shares = dict(enumerate(split))
+    assigned = assign(sizes, characters, shares, fraction=fraction, seed=seed)
+    out: dict[str, list[Run]] = {name: [] for name in NAMES[: len(split)]}
+    for number, text in enumerate(texts):
+        whole = (Region(len(text), int(assigned.labels[number])),)
+        start = 0
+        for stop, label in assigned.cut.get(number, whole):
+            if label != UNUSED:
+                out[NAMES[label]].append(Run(text[start:stop], stop == len(text)))
+            start = stop
     return out
 
 
-def expected_tokens(documents: dict[str, list[str]], tokenizer: Tokenizer) -> Expected:
-    """Every document's tokens and an end of text behind each."""
+def expected_tokens(runs: dict[str, list[Run]], tokenizer: Tokenizer) -> Expected:
+    """Every run's tokens, and an end of text where its document ends."""
     return {
-        name: [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]]
-        for name, texts in documents.items()
+        name: [
+            token
+            for text, ends in found
+            for token in [*tokenizer.encode(text), *([tokenizer.eos_id] if ends else [])]
+        ]
+        for name, found in runs.items()
     }
 
 
@@ -43,16 +62,6 @@ def tokens_of(data: TokenData) -> Expected:
     return {name: split.slice(0, len(split)).tolist() for name, split in splits_of(data).items()}
 
 
-def documents_of(data: TokenData) -> dict[str, list[str]]:
-    """Every document's text, decoded between its ends of text."""
-    out: dict[str, list[str]] = {}
-    for name, ids in tokens_of(data).items():
-        documents: list[list[int]] = [[]]
-        for token in ids:
-            if token == data.eos_id:
-                documents.append([])
-            else:
-                documents[-1].append(token)
-        assert documents.pop() == []
-        out[name] = [data.tokenizer.decode(document) for document in documents]
-    return out
+def texts_of(data: TokenData) -> dict[str, str]:
+    """All text of each split, decoded, with its ends of text as tokens' names."""
+    return {name: data.tokenizer.decode(ids) for name, ids in tokens_of(data).items()}

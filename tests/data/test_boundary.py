@@ -4,7 +4,15 @@ import io
 
 import pytest
 
-from gptray.data.boundary import byte_boundary, chunks, first_boundary, last_boundary
+from gptray.data.boundary import (
+    LONGEST_RUN,
+    LONGEST_WORD,
+    byte_boundary,
+    chunks,
+    first_boundary,
+    last_boundary,
+    short_words,
+)
 from tests.data.texts import CHINESE, DOCUMENTS, ENGLISH, KOREAN
 
 
@@ -38,3 +46,33 @@ def test_every_byte_offset_leads_to_a_cut_of_the_whole_text() -> None:
     assert set(found) <= cuts
     assert found == sorted(found)
     assert all(cut >= offset for offset, cut in enumerate(found))
+
+
+@pytest.mark.parametrize("character", ["a", "\u3002", "\uac00"])
+def test_text_without_a_boundary_is_cut_at_the_offset(character: str) -> None:
+    content = (character * (3 * LONGEST_RUN // len(character.encode()))).encode()
+    stream = io.BytesIO(content)
+    for offset in (1, 5, 1000, LONGEST_RUN + 1):
+        cut = byte_boundary(stream, offset, len(content))
+        assert 0 <= cut - offset < 3
+        assert content[:cut].decode()
+    near_end = len(content) - 10
+    assert byte_boundary(stream, near_end, len(content)) == len(content)
+
+
+def test_boundary_is_found_across_windows() -> None:
+    for length in range(65_530, 65_542):
+        content = b"." * length + "\uac00\uac00 b".encode()
+        found = byte_boundary(io.BytesIO(content), 1, len(content))
+        assert content[found:] == b" b"
+
+
+def test_words_that_a_trainer_sees_are_short() -> None:
+    texts = [ENGLISH, KOREAN, "word " * 900, CHINESE * 50]
+    for text in texts:
+        assert list(short_words(text)) == [text]
+    for text in ("ACGT" * 1000, "7" * 999, " " * 1000, "." * 600 + "end", "\u4e00" * 700):
+        parts = list(short_words(f"before {text} after"))
+        assert "".join(parts) == f"before {text} after"
+        assert len(parts) > 2
+        assert max(len(run) for part in parts for run in part.split()) <= LONGEST_WORD

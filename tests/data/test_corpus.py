@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +9,8 @@ import pytest
 from pyarrow import parquet
 
 from gptray.config import UserError
-from gptray.data.corpus import EMPTY_ROW, check_column, plan_pieces, read_parts
+from gptray.data.corpus import Reading, first_look, plan_pieces, read_parts
+from gptray.data.documents import EMPTY_ROW
 from gptray.data.sources import find_files
 from tests.data.texts import CHINESE, DOCUMENTS, ENGLISH, KOREAN, write_bytes, write_rows
 
@@ -21,15 +23,17 @@ ROW_FORMATS = [
     "r.csv.zst",
     "r.parquet",
 ]
+TEXT = Reading()
 TEXT_FORMATS = ["t.txt", "t.md", "t.txt.gz", "t.md.zst"]
 
 
-def read(path: Path, *, piece_bytes: int = 1 << 20, column: str = "text") -> list[str]:
+def read(path: Path, *, piece_bytes: int = 1 << 20, reading: Reading = TEXT) -> list[str]:
     """Every document and every empty row ("") of a file, read piece by piece."""
     documents = [""]
-    for unit in plan_pieces(find_files(str(path)), piece_bytes=piece_bytes, cut_text=True):
+    files = find_files(str(path))
+    for unit in plan_pieces(files, reading, piece_bytes=piece_bytes, cut_text=True):
         for piece in unit:
-            for part in read_parts(piece, column):
+            for part in read_parts(piece):
                 assert part != EMPTY_ROW or not documents[-1], "a document has no empty row"
                 documents[-1] += part.text
                 if part.ends:
@@ -72,14 +76,14 @@ def test_parquet_row_groups_are_pieces(tmp_path: Path) -> None:
         table = pa.table({"text": pa.array(texts).cast(kind)})
         parquet.write_table(table, tmp_path / "r.parquet", row_group_size=30)
         files = find_files(str(tmp_path / "r.parquet"))
-        assert len(plan_pieces(files, piece_bytes=1, cut_text=True)) == 6
+        assert len(plan_pieces(files, TEXT, piece_bytes=1, cut_text=True)) == 6
         assert read(tmp_path / "r.parquet", piece_bytes=1) == texts
 
 
 def test_small_files_share_a_unit_and_large_ones_are_cut(tmp_path: Path) -> None:
     for name, size in (("a.txt", 10), ("b.txt", 10), ("c.txt", 250), ("d.csv", 250)):
         (tmp_path / name).write_bytes(b"x " * (size // 2))
-    units = plan_pieces(find_files(str(tmp_path)), piece_bytes=100, cut_text=True)
+    units = plan_pieces(find_files(str(tmp_path)), TEXT, piece_bytes=100, cut_text=True)
     shape = [[(Path(p.file.name).name, p.start, p.stop) for p in unit] for unit in units]
     assert shape == [
         [("a.txt", 0, 10), ("b.txt", 0, 10)],
@@ -88,7 +92,8 @@ def test_small_files_share_a_unit_and_large_ones_are_cut(tmp_path: Path) -> None
         [("c.txt", 200, 250)],
         [("d.csv", 0, 250)],
     ]
-    whole = plan_pieces(find_files(str(tmp_path / "c.txt")), piece_bytes=100, cut_text=False)
+    files = find_files(str(tmp_path / "c.txt"))
+    whole = plan_pieces(files, TEXT, piece_bytes=100, cut_text=False)
     assert [(piece.start, piece.stop) for unit in whole for piece in unit] == [(0, 250)]
 
 
@@ -101,15 +106,7 @@ def test_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet"])
 def test_empty_rows_are_marked(tmp_path: Path, name: str) -> None:
     path = write_rows(tmp_path / name, ["one", "", " \n", "two"])
-    files = find_files(str(path))
-    parts = [
-        part
-        for unit in plan_pieces(files, piece_bytes=1 << 20, cut_text=True)
-        for piece in unit
-        for part in read_parts(piece, "text")
-    ]
-    assert [part.text for part in parts if part != EMPTY_ROW] == ["one", "two"]
-    assert parts.count(EMPTY_ROW) == 2
+    assert read(path) == ["one", "", "", "two"]
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\r\n", b"\xef\xbb\xbf"])
@@ -124,7 +121,6 @@ def good_lines(count: int) -> bytes:
 BAD_JSON = [
     (b'{"text": "cut', "not JSON"),
     (b"[1]", "expected a JSON object, found a list"),
-    (b'{"text": null}', "column 'text' holds null, not text"),
     (b'{"text": 3}', "column 'text' holds a number, not text"),
     (b'{"text": ["a"]}', "column 'text' holds a list, not text"),
     (b'{"texts": "a", "id": 1}', "no column 'text'; columns: texts, id"),
@@ -181,13 +177,13 @@ def test_utf8_cut_off_at_the_end_is_named(tmp_path: Path) -> None:
 def test_truncated_compressed_file_is_named(tmp_path: Path, name: str) -> None:
     path = write_rows(tmp_path / name, DOCUMENTS * 50)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=rf"{name}: cannot be read to its end"):
+    with pytest.raises(UserError, match=rf"{name}: is truncated or damaged"):
         read(path)
 
 
 def test_file_that_is_not_compressed_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.txt.gz").write_bytes(b"plain text")
-    with pytest.raises(UserError, match=r"t\.txt\.gz: cannot be"):
+    with pytest.raises(UserError, match=r"t\.txt\.gz: is truncated or damaged"):
         read(tmp_path / "t.txt.gz")
 
 
@@ -198,27 +194,20 @@ def test_truncated_parquet_is_named(tmp_path: Path) -> None:
         read(path)
 
 
-def test_null_in_parquet_is_named_by_row(tmp_path: Path) -> None:
-    table = pa.table({"text": pa.array(["a", "b", "c", None, "e"])})
-    parquet.write_table(table, tmp_path / "r.parquet", row_group_size=2)
-    with pytest.raises(UserError, match=r"r\.parquet: row 4: column 'text' holds null"):
-        read(tmp_path / "r.parquet", piece_bytes=1)
-
-
 @pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet", "r.jsonl.gz"])
-def test_check_column_offers_the_nearest_first(tmp_path: Path, name: str) -> None:
+def test_first_look_offers_the_nearest_first(tmp_path: Path, name: str) -> None:
     path = write_rows(tmp_path / name, ["a"], column="body")
     (file,) = find_files(str(path))
-    check_column(file, "body")
+    first_look(file, Reading("body"))
     with pytest.raises(UserError, match=r"no column 'bdy'; columns: body, id .*data\.text_column"):
-        check_column(file, "bdy")
+        first_look(file, Reading("bdy"))
 
 
-def test_check_column_refuses_numbers_in_parquet(tmp_path: Path) -> None:
+def test_first_look_refuses_numbers_in_parquet(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "r.parquet")
     (file,) = find_files(str(tmp_path / "r.parquet"))
     with pytest.raises(UserError, match="column 'text' holds int64, not text"):
-        check_column(file, "text")
+        first_look(file, TEXT)
 
 
 def test_csv_cell_may_be_long(tmp_path: Path) -> None:
@@ -227,3 +216,70 @@ def test_csv_cell_may_be_long(tmp_path: Path) -> None:
         text,
         json.dumps(text),
     ]
+
+
+def test_missing_text_is_an_empty_row_in_every_format(tmp_path: Path) -> None:
+    rows = ["one", None, "", "two"]
+    as_json = [json.dumps({"id": n, "text": text}) for n, text in enumerate(rows)]
+    parquet.write_table(pa.table({"text": pa.array(rows)}), tmp_path / "r.parquet")
+    contents = {
+        "r.jsonl": "\n".join(as_json),
+        "r.ndjson": "\n".join(as_json),
+        "r.json": f"[{', '.join(as_json)}]",
+        "r.csv": "id,text\n0,one\n1,\n2,\n3,two\n",
+        "r.tsv": "id\ttext\n0\tone\n1\t\n2\t\n3\ttwo\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    for name in [*contents, "r.parquet"]:
+        assert read(tmp_path / name) == ["one", "", "", "two"], name
+
+
+JSON_FORMS = [
+    lambda rows: json.dumps(rows),
+    lambda rows: json.dumps(rows, indent=2),
+    lambda rows: "\n".join(map(json.dumps, rows)),
+    lambda rows: "\n\n".join(json.dumps(row, indent=1) for row in rows) + "\n",
+    lambda rows: "[\n" + "\n,\n".join(map(json.dumps, rows)) + "]\n\n",
+]
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+@pytest.mark.parametrize("name", ["r.json", "r.json.gz"])
+def test_json_is_an_array_or_objects_behind_one_another(
+    tmp_path: Path, form: Callable[[list[dict[str, object]]], str], name: str
+) -> None:
+    long = ["\ub098\ub78f " * 700_000, '{"[' * 500_000]  # beyond a block
+    texts = [*DOCUMENTS, *long, "after"]
+    rows: list[dict[str, object]] = [{"n": n, "text": text} for n, text in enumerate(texts)]
+    assert read(write_bytes(tmp_path / name, form(rows).encode())) == texts
+    assert read(write_bytes(tmp_path / name, form([]).encode())) in ([], [""])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"},\n {"text": "b"}\n {"text": "c"}]', r"r\.json:3: not JSON: Expecting ','"),
+        ('[{"text": "a"},\n\n {"text": oops}]', r"r\.json:3: not JSON: Expecting value"),
+        ('[{"text": "a"},\n 3]', r"r\.json:2: expected a JSON object, found a number"),
+        ('{"text": "a"}\n{"txt": "b"}', r"r\.json:2: no column 'text'; columns: txt"),
+        ('[{"text": "a"}]\n x', r"r\.json:2: not JSON: Extra data"),
+        ('[{"text": "a"},\n', r"r\.json:2: not JSON"),
+        ("true", r"r\.json:1: expected a JSON object"),
+    ],
+)
+def test_bad_json_is_named_by_line(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(write_bytes(tmp_path / "r.json", content.encode()))
+
+
+def test_first_look_finds_a_bad_row_near_the_top(tmp_path: Path) -> None:
+    (file,) = find_files(str(write_bytes(tmp_path / "r.csv", b"id,text\n1,a\n2,b,c\n")))
+    with pytest.raises(UserError, match=r"r\.csv:3: 3 fields where the header has 2"):
+        first_look(file, TEXT)
+
+
+def test_line_that_spans_pieces_is_read_once(tmp_path: Path) -> None:
+    texts = ["a" * 5000, "b", "c" * 300]
+    path = write_rows(tmp_path / "r.jsonl", texts)
+    assert read(path, piece_bytes=64) == texts

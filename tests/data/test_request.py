@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, UserError, override
-from gptray.data.request import make_request
+from gptray.data.request import Request, make_request
+from gptray.data.split import SPLITS, TEST, TRAIN, VAL
 from gptray.data.tokenizer import train_bpe
 from tests.data.texts import KOREAN, write_bytes, write_rows
 
@@ -110,3 +111,73 @@ def test_a_tokenizer_made_here_has_its_own_end_of_text(config: Config) -> None:
     with pytest.raises(UserError, match=r"data\.eos_token='</s>': a tokenizer made here \(bpe\)"):
         folder(config, data__eos_token="</s>")
     assert folder(config, data__eos_token="<|endoftext|>") == folder(config)
+
+
+def asked(config: Config, **data: object) -> Request:
+    return make_request(override(config, {f"data.{key}": value for key, value in data.items()}))
+
+
+def test_text_of_its_own_leaves_the_other_shares_in_proportion(
+    config: Config, tmp_path: Path
+) -> None:
+    held = str(write_bytes(tmp_path / "held.txt", b"other text"))
+    more = str(write_bytes(tmp_path / "more.txt", b"more text"))
+    halves: list[tuple[dict[str, object], list[dict[int, float]]]] = [
+        ({"val_source": held}, [{TRAIN: 1.0}, {VAL: 1.0}]),
+        ({"val_source": held, "split": "80:10:10"},
+         [{TRAIN: 8 / 9, TEST: 1 / 9}, {VAL: 1.0}]),
+        ({"test_source": held}, [{TRAIN: 0.9, VAL: 0.1}, {TEST: 1.0}]),
+        ({"val_source": held, "test_source": [more]}, [{TRAIN: 1.0}, {VAL: 1.0}, {TEST: 1.0}]),
+    ]  # fmt: skip
+    for changes, expected in halves:
+        request = asked(config, **changes)
+        assert [shares for _, shares in request.sources] == [
+            pytest.approx(shares) for shares in expected
+        ]
+        labels = {label for shares in expected for label in shares}
+        assert request.split_names == SPLITS[: max(labels) + 1]
+        assert request.data_dir != asked(config).data_dir
+
+
+def test_file_in_both_is_held_out_and_said_once(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    train, val = (write_bytes(folder / f"{name}.txt", name.encode()) for name in ("train", "val"))
+    (tmp_path / "link.txt").symlink_to(val)
+    request = asked(config, source=str(folder), val_source=str(tmp_path / "link.txt"))
+    assert [file.path for file in request.source.files] == [str(train)]
+    assert request.warnings == (f"{val}: in data.source and in data.val_source; not trained on",)
+    with pytest.raises(UserError, match="all of its files are in data.val_source too"):
+        asked(config, source=str(val), val_source=str(folder))
+    with pytest.raises(UserError, match="is in data.val_source too; leave it in one"):
+        asked(config, source=str(train), val_source=str(val), test_source=[str(val)])
+
+
+@pytest.mark.parametrize(
+    ("names", "key"),
+    [
+        (["train.txt", "val.txt"], "data.val_source"),
+        (["train-00000.txt", "validation-00000.txt"], "data.val_source"),
+        (["wiki.train.txt", "dev_set.txt"], "data.val_source"),
+        (["train.txt", "test.txt"], "data.test_source"),
+        (["book.txt", "valley.txt", "testament.txt", "devil.txt"], None),
+        (["val.txt"], None),
+    ],
+)
+def test_files_called_like_splits_are_pointed_out(
+    config: Config, tmp_path: Path, names: list[str], key: str | None
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in names:
+        write_bytes(tmp_path / "folder" / name, name.encode())
+    warnings = asked(config, source=str(tmp_path / "folder")).warnings
+    assert len(warnings) == (key is not None)
+    if key:
+        assert f"{key}={tmp_path}/folder/{names[1]}" in warnings[0]
+
+
+def test_separator_and_encoding_ask_for_another_folder(config: Config) -> None:
+    plain = asked(config).data_dir
+    assert asked(config, separator="<|endoftext|>").data_dir != plain
+    assert asked(config, encoding="cp949").data_dir != plain
+    assert asked(config, encoding="UTF8").data_dir == plain

@@ -38,6 +38,7 @@ def test_folder_gives_readable_files_by_path(folder: Path) -> None:
     [
         ("*.txt", ["b.txt"]),
         ("**/*.jsonl", ["deep/er/c.jsonl"]),
+        ("deep/**", ["deep/d.csv.gz", "deep/er/c.jsonl"]),
         ("[ab].*", ["a.md", "b.txt"]),
         ("deep/*", ["deep/d.csv.gz"]),
     ],
@@ -84,16 +85,18 @@ def test_home_and_relative_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         ("bb.txt", r"bb\.txt: there is no such file or folder; did you mean b\.txt\?"),
         ("nowhere/b.txt", r"nowhere is not a folder"),
         ("*.parquet", "no file matches"),
-        ("notes.docx", r"cannot read \.docx .*\.txt \.md \.jsonl \.csv \.parquet"),
-        ("table.tsv", r"cannot read \.tsv; did you mean \.csv\?"),
-        ("text.json", r"did you mean \.jsonl\?"),
+        (
+            "notes.docx",
+            r"cannot read \.docx .*\.txt \.md \.jsonl \.ndjson \.json \.csv \.tsv \.parquet",
+        ),
+        ("table.xsv", r"cannot read \.xsv; did you mean \.[ct]sv\?"),
         ("p.parquet.gz", r"cannot read \.gz"),
         ("plain", "a name without extension"),
         ("empty", "holds no file that can be read"),
     ],
 )
 def test_what_cannot_be_read_is_named(folder: Path, source: str, message: str) -> None:
-    for name in ("table.tsv", "text.json", "p.parquet.gz", "plain"):
+    for name in ("table.xsv", "p.parquet.gz", "plain"):
         (folder / name).write_text("x")
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match=message):
@@ -112,3 +115,44 @@ def test_empty_list_and_builtin_in_a_list_are_mistakes() -> None:
         find_files([])
     with pytest.raises(UserError, match="builtin stands alone"):
         find_files(["builtin", "x.txt"])
+
+
+def test_names_that_are_not_utf8_are_read_and_shown_with_escapes(tmp_path: Path) -> None:
+    (tmp_path / "ok.txt").write_text("one")
+    (tmp_path / os.fsdecode(b"\xc7\xd1.txt")).write_text("two")
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_text("picture")
+    for source in (str(tmp_path), f"{tmp_path}/*.txt"):
+        files = find_files(source)
+        assert [file.name for file in files] == [f"{tmp_path}/ok.txt", f"{tmp_path}/\\xc7\\xd1.txt"]
+        assert [file.open().read() for file in files] == [b"one", b"two"]
+        assert not any(file.changed() for file in files)
+    with pytest.raises(UserError, match=r"\\xc7\\xd1\.txt: not UTF-8; name the file by its folder"):
+        find_files(str(tmp_path / os.fsdecode(b"\xc7\xd1.txt")))
+
+
+def test_loop_of_links_is_entered_once(folder: Path) -> None:
+    (folder / "deep" / "up").symlink_to("..")
+    (folder / "here").symlink_to(".")
+    expected = ["a.md", "b.txt", "deep/d.csv.gz", "deep/er/c.jsonl"]
+    assert names(folder, str(folder)) == expected
+    assert names(folder, f"{folder}/**/*.jsonl") == ["deep/er/c.jsonl"]
+    assert names(folder, [str(folder), str(folder / "here")]) == expected
+
+
+def test_link_to_nothing_is_named(folder: Path) -> None:
+    (folder / "gone.txt").symlink_to("nowhere.txt")
+    with pytest.raises(UserError, match=r"gone\.txt: a link to nowhere\.txt, which does not exist"):
+        find_files(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("hf://datasets/a/b", r"not read directly; download it first \(hf download"),
+        ("https://host/a.txt", "download the file first"),
+        ("s4://bucket/a.txt", r"unknown scheme s4://; known: file:// s3://"),
+    ],
+)
+def test_scheme_that_is_not_read_says_what_to_do(uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_files(uri)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gptray.config import UserError
-from gptray.data.corpus import plan_pieces
-from gptray.data.plan import PiecePlan, SplitPlan, plan_split
+from gptray.data.corpus import Reading, plan_pieces
+from gptray.data.plan import PiecePlan, ScannedText, SplitPlan, plan_split
 from gptray.data.roundtrip import RoundTrip
 from gptray.data.shards import ShardEncoder, ShardWriter
 from gptray.data.sources import find_files
@@ -17,7 +17,7 @@ from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokens import TokenSplit
 from gptray.data.work import UnitScan, sample, scan, tokenise
 from tests.data import foreign
-from tests.data.reference import expected_documents, expected_tokens
+from tests.data.reference import expected_runs, expected_tokens
 from tests.data.texts import ENGLISH, KOREAN, many_documents, write_bytes, write_rows
 
 TEXTS = many_documents(70)
@@ -32,10 +32,11 @@ def planned(
     fraction: float = 1.0,
     cut_text: bool = True,
 ) -> tuple[SplitPlan, list[UnitScan]]:
-    units = plan_pieces(find_files(str(path)), piece_bytes=piece_bytes, cut_text=cut_text)
-    scans = [scan(unit, "text", alphabet=True) for unit in units]
-    pieces = [unit.pieces for unit in scans]
-    return plan_split(units, pieces, split=split, fraction=fraction, seed=1), scans
+    files = find_files(str(path))
+    units = plan_pieces(files, Reading(), piece_bytes=piece_bytes, cut_text=cut_text)
+    scans = [scan(unit, alphabet=True) for unit in units]
+    text = ScannedText(units, [unit.pieces for unit in scans], dict(enumerate(split)))
+    return plan_split([text], fraction=fraction, seed=1), scans
 
 
 def tokenised(plan: SplitPlan, tokenizer: Tokenizer, folder: Path) -> dict[str, list[int]]:
@@ -43,7 +44,7 @@ def tokenised(plan: SplitPlan, tokenizer: Tokenizer, folder: Path) -> dict[str, 
     tokenizer.save(folder / "tokenizer")
     tokens: dict[str, list[int]] = {name: [] for name in NAMES[: len(plan.documents)]}
     for number, unit in enumerate(plan.units):
-        for label, shard in tokenise(unit, "text", folder=folder, number=number).items():
+        for label, shard in tokenise(unit, folder=folder, number=number).items():
             ids = np.fromfile(folder / shard.file, dtype="<u2")
             assert len(ids) == shard.tokens
             tokens[NAMES[label]] += ids.tolist()
@@ -66,9 +67,9 @@ def test_documents_reach_their_split_token_for_token(
     rows = [text for one in TEXTS for text in (one, "")]  # every other row is empty
     path = write_rows(tmp_path / name, rows)
     plan, scans = planned(path, piece_bytes, fraction=fraction)
-    documents = expected_documents(TEXTS, (0.8, 0.1, 0.1), seed=1, fraction=fraction)
-    assert tokenised(plan, tokenizer, tmp_path) == expected_tokens(documents, tokenizer)
-    assert plan.documents == [len(documents[name]) for name in NAMES]
+    runs = expected_runs(TEXTS, (0.8, 0.1, 0.1), seed=1, fraction=fraction)
+    assert tokenised(plan, tokenizer, tmp_path) == expected_tokens(runs, tokenizer)
+    assert plan.documents == [len(runs[name]) for name in NAMES]
     assert plan.total_documents == len(TEXTS)
     assert plan.total_bytes == len("".join(TEXTS).encode())
     assert sum(piece.empty_rows for unit in scans for piece in unit.pieces) == len(TEXTS)
@@ -82,8 +83,8 @@ def test_text_files_over_several_units_stay_whole_documents(
     for number, text in enumerate(TEXTS):
         write_bytes(tmp_path / "texts" / f"{number:03d}.txt", text.encode())
     plan, _ = planned(tmp_path / "texts", piece_bytes)
-    documents = expected_documents(TEXTS, (0.8, 0.1, 0.1), seed=1)
-    assert tokenised(plan, tokenizer, tmp_path) == expected_tokens(documents, tokenizer)
+    runs = expected_runs(TEXTS, (0.8, 0.1, 0.1), seed=1)
+    assert tokenised(plan, tokenizer, tmp_path) == expected_tokens(runs, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "one.jsonl"])
@@ -97,7 +98,7 @@ def test_only_document_is_cut_by_position(
         write_rows(tmp_path / name, [text]), piece_bytes, split=(0.9, 0.1), fraction=fraction
     )
     cut = int(len(text) * 0.9)
-    assert plan.by == "position"
+    assert plan.cut_documents == 1
     assert tokenised(plan, tokenizer, tmp_path) == {
         "train": tokenizer.encode(text[: int(cut * fraction)]),
         "val": [*tokenizer.encode(text[cut:]), tokenizer.eos_id],
@@ -109,7 +110,9 @@ def test_long_document_is_encoded_in_parts_with_the_same_tokens(
 ) -> None:
     text = "".join(TEXTS) * 60
     assert len(text) > 300_000
-    plan, _ = planned(write_rows(tmp_path / "r.jsonl", [text, KOREAN]), 1 << 20, split=(0.5, 0.5))
+    rows = write_rows(tmp_path / "r.jsonl", [text, text + KOREAN])
+    plan, _ = planned(rows, 1 << 20, split=(0.5, 0.5))
+    assert not plan.cut_documents
     tokens = tokenised(plan, tokenizer, tmp_path)
     assert [*tokenizer.encode(text), tokenizer.eos_id] in tokens.values()
 
@@ -127,21 +130,21 @@ def test_scan_reports_the_alphabet_and_each_files_sha256(tmp_path: Path) -> None
 def test_sample_is_training_text_only_and_a_share_of_it(tmp_path: Path) -> None:
     texts = [f"{n} " + "some words " * 9000 for n in range(60)]
     plan, _ = planned(write_rows(tmp_path / "r.jsonl", texts), 1 << 20, split=(0.5, 0.5))
-    train = "".join(expected_documents(texts, (0.5, 0.5), seed=1)["train"])
+    train = "".join(run.text for run in expected_runs(texts, (0.5, 0.5), seed=1)["train"])
     units = list(enumerate(plan.units))
-    whole = [t for n, u in units for t in sample(u, "text", share=1.0, seed=1, number=n)]
+    whole = [t for n, u in units for t in sample(u, share=1.0, seed=1, number=n)]
     assert "".join(whole) == train
-    part = [t for n, u in units for t in sample(u, "text", share=0.5, seed=1, number=n)]
+    part = [t for n, u in units for t in sample(u, share=0.5, seed=1, number=n)]
     assert 0.2 < len("".join(part)) / len(train) < 0.8
     assert all(text in train for text in part)
-    other = [t for n, u in units for t in sample(u, "text", share=0.5, seed=2, number=n)]
+    other = [t for n, u in units for t in sample(u, share=0.5, seed=2, number=n)]
     assert part != other
 
 
 def test_source_without_text_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no text in it"):
+    with pytest.raises(UserError, match="is empty"):
         planned(write_rows(tmp_path / "r.jsonl", ["", " "]), 1 << 20)
-    with pytest.raises(UserError, match="no text in it"):
+    with pytest.raises(UserError, match="is empty"):
         planned(write_bytes(tmp_path / "t.txt", b""), 1 << 20)
 
 
@@ -162,7 +165,7 @@ def test_shards_count_what_their_documents_lose(tmp_path: Path, kind: str) -> No
     shards = [
         shard
         for number, unit in enumerate(rows_of(tmp_path / "r.jsonl", texts))
-        for shard in tokenise(unit, "text", folder=tmp_path, number=number).values()
+        for shard in tokenise(unit, folder=tmp_path, number=number).values()
     ]
     assert sum(shard.lost.bytes for shard in shards) == sum(one.bytes for one in expected if one)
     assert sum(shard.entry("x")["lost_bytes"] for shard in shards) > 0 or kind == "llama"
@@ -176,7 +179,7 @@ def test_text_that_the_tokenizer_cannot_read_names_its_file(tmp_path: Path) -> N
     plan, _ = planned(tmp_path / "texts", 1 << 20, split=(0.5, 0.5), cut_text=False)
     with pytest.raises(UserError, match=r"^\S+/b\.txt: the tokenizer .* not know 'zebra'"):
         for number, unit in enumerate(plan.units):
-            tokenise(unit, "text", folder=tmp_path, number=number)
+            tokenise(unit, folder=tmp_path, number=number)
 
 
 def test_a_unit_of_which_nothing_is_kept_counts_as_lost(tmp_path: Path) -> None:

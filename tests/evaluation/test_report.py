@@ -249,3 +249,15 @@ def test_the_report_is_rewritten_when_an_evaluation_is_known(tmp_path: Path) -> 
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         write_event(folder, "evaluated", step=10, best=True, samples=[["Once", " upon"]])
     assert "4.0000" in Page(folder / "report.html").text
+
+
+def test_report_says_the_shares_of_the_text_and_what_is_odd_about_it(tmp_path: Path) -> None:
+    rows = rows_of(LOSSES)
+    start = started() | {
+        "text": {"train": "9 documents, 1.8 MB (90.0%), 700,000 tokens"},
+        "warnings": ["the text holds <|endoftext|> as plain text"],
+    }
+    page = Page(write_report(write_run(tmp_path / "run", rows, [start], config_of(rows))))
+    assert "Training text" in page.text
+    assert "9 documents, 1.8 MB (90.0%), 700,000 tokens" in page.text
+    assert "the text holds <|endoftext|> as plain text" in page.text

@@ -23,10 +23,10 @@ from gptray.runners.prepare import (
 )
 from tests.data import foreign
 from tests.data.reference import (
-    documents_of,
-    expected_documents,
+    expected_runs,
     expected_tokens,
     splits_of,
+    texts_of,
     tokens_of,
 )
 from tests.data.texts import KOREAN, many_documents, write_bytes, write_rows
@@ -54,9 +54,9 @@ def left_in(storage: Path) -> list[str]:
 def test_result_is_that_of_one_process_and_whole_texts(
     ray_cluster: None, rows: Path, tmp_path: Path, tokenizer: str, piece_bytes: int
 ) -> None:
-    documents = expected_documents(TEXTS, SPLIT, seed=1337)
+    runs = expected_runs(TEXTS, SPLIT, seed=1337)
     expected = {
-        "bpe": train_bpe(documents["train"], 400),
+        "bpe": train_bpe([run.text for run in runs["train"]], 400),
         "char": char_tokenizer("".join(TEXTS)),
         "folder": train_bpe(["another text"], 300),
     }[tokenizer]
@@ -68,11 +68,12 @@ def test_result_is_that_of_one_process_and_whole_texts(
 
     data.verify()
     assert data.tokenizer.sha256 == expected.sha256
-    assert tokens_of(data) == expected_tokens(documents, expected)
-    assert documents_of(data) == documents
-    for split, texts in documents.items():
-        assert splits_of(data)[split].documents == len(texts)
-        assert splits_of(data)[split].bytes == len("".join(texts).encode())
+    assert tokens_of(data) == expected_tokens(runs, expected)
+    for split, found in runs.items():
+        text = "".join(run.text + data.tokenizer.eos_token * run.ends for run in found)
+        assert texts_of(data)[split] == text
+        assert splits_of(data)[split].documents == len(found)
+        assert splits_of(data)[split].bytes == sum(len(run.text.encode()) for run in found)
     shards = data.manifest["splits"]["train"]["shards"]
     assert (len(shards) > 5) is (piece_bytes == 500)
     assert [shard["file"] for shard in shards] == [
@@ -91,11 +92,11 @@ def test_manifest_says_where_the_tokens_come_from(
     assert manifest["sources"] == [
         {"path": str(rows), "size": rows.stat().st_size, "sha256": digest}
     ]
-    assert manifest["split"] == {"fractions": list(SPLIT), "by": "document", "seed": 1337}
+    assert manifest["split"] == {"fractions": list(SPLIT), "cut_documents": 0, "seed": 1337}
     assert (manifest["documents"], manifest["empty_rows"]) == (len(TEXTS), 0)
     assert manifest["tokenizer"]["vocab_size"] == data.vocab_size == data.tokenizer.vocab_size
-    half = expected_documents(TEXTS, SPLIT, seed=1337, fraction=0.5)
-    assert documents_of(data) == half
+    half = expected_runs(TEXTS, SPLIT, seed=1337, fraction=0.5)
+    assert tokens_of(data) == expected_tokens(half, data.tokenizer)
 
 
 def test_text_by_position_is_nanogpts_cut(ray_cluster: None, tmp_path: Path) -> None:
@@ -109,6 +110,44 @@ def test_text_by_position_is_nanogpts_cut(ray_cluster: None, tmp_path: Path) -> 
         "train": [ids[character] for character in text[:cut]],
         "val": [*(ids[character] for character in text[cut:]), len(ids)],
     }
+
+
+def test_book_beside_a_readme_gives_the_shares_asked_for(ray_cluster: None, tmp_path: Path) -> None:
+    """Whichever of them the seed puts last, and with validation text that is the same."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_bytes(folder / "book.txt", "".join(TEXTS * 5).encode())
+    write_bytes(folder / "README.md", b"# About the book\n" * 30)
+    for seed in (1, 2):
+        result = prepare_and_count(config_for(folder, tmp_path, split=[0.9, 0.1], seed=seed))
+        total = sum(result["bytes"].values())
+        assert result["bytes"]["val"] / total == pytest.approx(0.1, abs=0.02)
+        assert sum(result["split_documents"].values()) == 3
+        assert len(result["warnings"]) == 1  # of the markers in TEXTS
+    with_test = prepare_and_count(config_for(folder, tmp_path, split="80:10:10", seed=2))
+    assert with_test["bytes"]["val"] == result["bytes"]["val"]
+    rows = dict(preparation_plan(config_for(folder, tmp_path, split="80:10:10", seed=2)))
+    assert rows["source"] == "2 files, 0.0 MB: train 80.0%, val 10.0%, test 10.0%"
+    assert rows["test"].startswith("1 document, ") and "(10.0%)" in rows["test"]
+    assert rows["warning"] == with_test["warnings"][0]
+
+
+def test_validation_text_of_its_own_is_read_whole(
+    ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    stories = ["first story", "second\nstory", "third"]
+    separator = "<|endoftext|>"
+    write_bytes(folder / "train.txt", f" \n{separator}\n".join(stories).encode("utf-16"))
+    write_bytes(folder / "val.txt", f"held {separator} out".encode())
+    config = config_for(folder, tmp_path, tokenizer="char", separator=separator, split="90:10")
+    with caplog.at_level(logging.INFO, logger="gptray"):
+        data = prepare(override(config, {"data.val_source": str(folder / "val.txt")}))
+    found = {name: text.split(separator)[:-1] for name, text in texts_of(data).items()}
+    assert found == {"train": stories, "val": ["held", "out"]}
+    assert any("train.txt is read as utf-16" in message for message in caplog.messages)
+    assert [Path(one["path"]).name for one in data.manifest["val_source"]] == ["val.txt"]
 
 
 def test_builtin_needs_no_file(ray_cluster: None, tmp_path: Path) -> None:
@@ -164,7 +203,7 @@ def test_damaged_data_is_built_again_and_said(
         shutil.rmtree(first.data_dir / "tokenizer")
     with caplog.at_level(logging.WARNING, logger="gptray"):
         second = prepare(config)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert sum("prepared data is damaged" in message for message in caplog.messages) == 1
     assert second.fingerprint == fingerprint
     second.verify()
     assert left_in(tmp_path) == [first.data_dir.name]

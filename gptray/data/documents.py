@@ -1,0 +1,74 @@
+"""Documents out of running text (.txt, .md): a whole file is one, or a separator stands between.
+
+Text comes in parts as it is read, so that no document is held whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from gptray.data.boundary import last_boundary
+
+_LONGEST_PART = 1 << 20  # characters
+
+
+class Part(NamedTuple):
+    """A run of a document's text; `ends` on its last one. An empty row is `Part("", True)`."""
+
+    text: str
+    ends: bool
+
+
+EMPTY_ROW = Part("", True)
+
+
+def one_document(texts: Iterable[str], *, begins: bool, ends: bool) -> Iterator[Part]:
+    """The parts of a document, or of the piece of it that `begins` or `ends` it."""
+    held = ""
+    for text in texts:
+        held += text
+        cut = _ready(held, len(held))
+        if cut:
+            yield Part(held[:cut], False)
+            held, begins = held[cut:], False
+    if ends:
+        # Nothing but white space is no document.
+        yield EMPTY_ROW if begins and not held.strip() else Part(held, True)
+    elif held:
+        yield Part(held, False)
+
+
+def split_documents(texts: Iterable[str], separator: str) -> Iterator[Part]:
+    """The documents between separators, without white space around them; empty ones don't count."""
+    kept = len(separator) - 1  # characters at the end that may begin a separator
+    held, fresh = "", True
+    for text in texts:
+        held += text
+        *whole, held = held.split(separator)
+        for document in whole:
+            yield from _closed(document, fresh)
+            fresh = True
+        tail = max(len(held) - kept, 0)
+        if fresh:
+            head = held[:tail].lstrip()
+            held, tail = head + held[tail:], len(head)
+        cut = _ready(held, len(held[:tail].rstrip()))
+        if cut:
+            yield Part(held[:cut], False)
+            held, fresh = held[cut:], False
+    yield from _closed(held, fresh)
+
+
+def _closed(text: str, fresh: bool) -> Iterator[Part]:
+    text = text.strip() if fresh else text.rstrip()
+    if text:
+        yield Part(text, True)
+
+
+def _ready(held: str, stop: int) -> int:
+    """How much of held[:stop] can go on: never all of it, for the end of a document is told apart.
+
+    Text without a place to cut goes on too.
+    """
+    return last_boundary(held[:stop]) or (stop - 1 if stop > _LONGEST_PART else 0)

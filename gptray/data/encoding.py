@@ -1,0 +1,150 @@
+"""Bytes to text: the encoding that is asked for, marked in the file or UTF-8, and which is likely.
+
+Decoding is strict. What cannot be decoded is named by line, with the encoding that would fit.
+"""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from io import BufferedReader
+
+from gptray.config import UserError
+
+BLOCK_BYTES = 1 << 20
+UTF8 = "utf-8"
+_SAMPLE = 1 << 14  # bytes
+# UTF-32's little-endian mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Encodings to try, and the scripts that text in them is written in beside Latin letters.
+_LIKELY = (
+    ("shift_jis", {"HIRAGANA", "KATAKANA", "CJK"}),
+    ("euc_jp", {"HIRAGANA", "KATAKANA", "CJK"}),
+    ("cp949", {"HANGUL"}),
+    ("gb18030", {"CJK"}),
+    ("big5", {"CJK"}),
+    ("cp1251", {"CYRILLIC"}),
+    ("cp1252", {"LATIN"}),
+)
+_KANA = {"HIRAGANA", "KATAKANA"}
+
+
+def codec_of(encoding: str | None) -> str | None:
+    """The codec's own name; None for UTF-8, with or without a byte order mark."""
+    name = codecs.lookup(encoding or UTF8).name
+    return None if name in (UTF8, "utf-8-sig") else name
+
+
+def marked_encoding(head: bytes) -> str | None:
+    """utf-16 or utf-32 where a text begins with that byte order mark."""
+    return next((name for mark, name in _MARKS if head.startswith(mark)), None)
+
+
+def stream_encoding(stream: BufferedReader, encoding: str | None) -> str:
+    """How a stream that is at its beginning is to be decoded; `encoding` None: by its mark."""
+    return codec_of(encoding) or marked_encoding(stream.peek(len(codecs.BOM_UTF32_LE))) or UTF8
+
+
+def decoded(
+    name: str,
+    stream: BufferedReader,
+    encoding: str,
+    *,
+    size: int = -1,
+    first: bool = True,
+    first_line: Callable[[], int] = lambda: 1,
+) -> Iterator[str]:
+    """Decode the next `size` bytes of a stream (-1: all) strictly; newlines stay as they are.
+
+    `first` where the text begins here: a byte order mark goes. `name` and `first_line` are for
+    messages. Raises UserError for what cannot be decoded.
+    """
+    lines = 0
+    decoder = codecs.getincrementaldecoder(encoding)()
+    while True:
+        block = stream.read(BLOCK_BYTES if size < 0 else min(BLOCK_BYTES, size))
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start].decode(encoding, "replace")
+            line = first_line() + lines + before.count("\n")
+            raise UserError(f"{name}:{line}: {undecodable(error, encoding)}") from None
+        if first and text:
+            text, first = text.removeprefix("\ufeff"), False
+            if encoding == UTF8:
+                _refuse_wide_characters(name, block)
+        lines += text.count("\n")
+        size -= len(block) if size > 0 else 0
+        if text:
+            yield text
+        if not block:
+            return
+
+
+def undecodable(error: UnicodeDecodeError, encoding: str = UTF8) -> str:
+    """What is wrong, and which encoding is likely."""
+    spelled = "UTF-8" if encoding == UTF8 else encoding
+    problem = f"not {spelled}: {error.reason}"
+    begin = error.object.rfind(b"\n", 0, error.start) + 1
+    likely = _wide_encoding(error.object, least=0.03) or likely_encoding(
+        error.object[begin : begin + _SAMPLE]
+    )
+    if likely is None or likely == encoding:
+        return f"{problem}; name the file's encoding by data.encoding"
+    return f"{problem}; it looks like {likely}: set data.encoding={likely}"
+
+
+def likely_encoding(sample: bytes) -> str | None:
+    """The encoding under which bytes that are not UTF-8 are letters of one script, if any."""
+    for encoding, scripts in _LIKELY:
+        found = _scripts(sample, encoding)
+        foreign = sum(found.values()) - found["ASCII"]
+        if not found or sum(found[script] for script in scripts) < 0.95 * foreign:
+            continue
+        if scripts >= _KANA and sum(found[script] for script in _KANA) < 0.1 * foreign:
+            continue  # Chinese characters alone are another encoding's
+        if encoding != "cp1252" and not foreign:
+            continue  # quotation marks and dashes among Latin letters
+        if encoding == "cp1251" and foreign < found["ASCII"]:
+            continue  # accents among Latin letters
+        return encoding
+    return None
+
+
+def _scripts(sample: bytes, encoding: str) -> Counter[str]:
+    """How many letters of each script; nothing where the bytes are not in this encoding."""
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(sample)
+    except UnicodeDecodeError:
+        return Counter()
+    if any(unicodedata.category(c) in ("Cc", "Cn", "Co") and c not in "\t\r\n\f" for c in text):
+        return Counter()
+    letters = (c for c in text if c.isalpha())
+    return Counter("ASCII" if c.isascii() else unicodedata.name(c, "?").split()[0] for c in letters)
+
+
+def _refuse_wide_characters(name: str, head: bytes) -> None:
+    """UTF-16 and UTF-32 without a byte order mark can pass for UTF-8: every other byte is zero."""
+    wide = _wide_encoding(head, least=0.25)
+    if wide:
+        raise UserError(
+            f"{name}: it looks like {wide} without a byte order mark: set data.encoding={wide}"
+        )
+
+
+def _wide_encoding(data: bytes, *, least: float) -> str | None:
+    """UTF-16 or UTF-32 where at least such a part of the bytes is zero, little- or big-endian."""
+    head = data[:_SAMPLE]
+    zeros = [head[start::4].count(0) for start in range(4)]
+    if sum(zeros) <= least * len(head):
+        return None
+    if sum(zeros) > 0.6 * len(head):
+        return "utf-32-le" if zeros[3] > zeros[0] else "utf-32-be"
+    return "utf-16-le" if zeros[1] + zeros[3] > zeros[0] + zeros[2] else "utf-16-be"

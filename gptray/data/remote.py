@@ -1,0 +1,84 @@
+"""Files that a URI names, through pyarrow's file systems: one, a folder's, or those of a glob."""
+
+from __future__ import annotations
+
+import re
+
+from pyarrow import fs
+
+from gptray.config import UserError
+from gptray.data.folders import WILDCARD, glob_regex
+
+SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+
+
+def scheme_of(uri: str) -> str:
+    """s3 of s3://bucket/key, say."""
+    return uri.partition("://")[0].lower()
+
+
+def file_system(uri: str) -> tuple[fs.FileSystem, str]:
+    """What opens a URI, and the path in it. Raises UserError for one that cannot be reached."""
+    scheme = scheme_of(uri)
+    if scheme not in SCHEMES:
+        raise UserError(f"{uri}: {_other_scheme(scheme)}")
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{uri}: cannot be opened: {error}") from None
+    return filesystem, path
+
+
+def _other_scheme(scheme: str) -> str:
+    """What to do instead of naming a place that is not read from."""
+    if scheme == "hf":
+        return (
+            "Hugging Face's hub is not read directly; download it first (hf download OWNER/NAME "
+            "--repo-type dataset --local-dir FOLDER) and name the folder"
+        )
+    if scheme in ("http", "https", "ftp"):
+        return "download the file first and name it by its path"
+    known = " ".join(f"{name}://" for name in SCHEMES)
+    return f"unknown scheme {scheme}://; known: {known}, or a local path"
+
+
+def remote_files(entry: str) -> tuple[list[fs.FileInfo], str, bool]:
+    """The files that a URI names, the URI that opens them, and whether it is a folder's.
+
+    Raises UserError for what cannot be listed or is not there.
+    """
+    location, mark, query = entry.partition("?")
+    wildcard = WILDCARD.search(location)
+    if wildcard is None:
+        filesystem, path = file_system(entry)
+        return _file_or_folder(entry, filesystem, path)
+    folder = location[: location.rindex("/", 0, wildcard.start())]
+    filesystem, base = file_system(folder + mark + query)
+    pattern = re.compile(glob_regex(location[len(folder) :]))
+    selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
+    infos = [info for info in _listing(entry, filesystem, selector) if info.is_file]
+    matching = [info for info in infos if pattern.fullmatch(info.path[len(base) :])]
+    return matching, folder + mark + query, False
+
+
+def _file_or_folder(
+    entry: str, filesystem: fs.FileSystem, path: str
+) -> tuple[list[fs.FileInfo], str, bool]:
+    info = _listing(entry, filesystem, path)
+    if info.type == fs.FileType.NotFound:
+        raise UserError(f"{entry}: there is no such file or folder")
+    if info.is_file:
+        return [info], entry, False
+    infos = _listing(entry, filesystem, fs.FileSelector(path, recursive=True))
+    return [i for i in infos if i.is_file and not _hidden(i.path[len(path) :])], entry, True
+
+
+def _listing(entry: str, filesystem: fs.FileSystem, what: str | fs.FileSelector) -> fs.FileInfo:
+    try:
+        return filesystem.get_file_info(what)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{entry}: cannot be listed: {error}") from None
+
+
+def _hidden(relative: str) -> bool:
+    return any(part.startswith(".") for part in relative.split("/"))

@@ -1,0 +1,64 @@
+"""What became of a text, in words: the shares of its splits, and what looks wrong in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gptray.data.plan import PieceScan
+from gptray.data.split import LONG_NAMES
+
+# A share that is off by more than this part of what was asked for is worth a warning.
+_TOLERANCE = 0.2
+
+
+def split_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each split of prepared data by name, and how much text it has."""
+    total = manifest["bytes"]
+    return [(name, share_words(entry, total)) for name, entry in manifest["splits"].items()]
+
+
+def share_words(split: Mapping[str, Any], total: int) -> str:
+    """The `documents`, `bytes` and `tokens` of a split; `total`: bytes of all text."""
+    documents = f"{split['documents']:,} document{'' if split['documents'] == 1 else 's'}"
+    share = split["bytes"] / max(total, 1)
+    return f"{documents}, {_size(split['bytes'])} ({share:.1%}), {split['tokens']:,} tokens"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+
+
+def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> list[str]:
+    """A warning for every split of a source that is far from the share asked for, by name."""
+    total = max(sum(bytes_of.values()), 1)
+    return [
+        f"the {LONG_NAMES[name]} split has {bytes_of[name] / total:.1%} of the text, while "
+        f"data.split asks for {share:.1%}"
+        for name, share in asked.items()
+        if abs(bytes_of[name] / total - share) > _TOLERANCE * share
+    ]
+
+
+def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | None:
+    """What to say of well-known markers that stand in the text, the commonest first.
+
+    splits_text: whether there are text files that data.separator would split there.
+    """
+    counts: Counter[str] = Counter()
+    documents: Counter[str] = Counter()
+    for scan in scans:
+        for marker, (count, within) in scan.markers.items():
+            counts[marker] += count
+            documents[marker] += within
+    if not counts:
+        return None
+    found = ", ".join(
+        f"{marker} {count:,} times in {documents[marker]:,} document"
+        f"{'' if documents[marker] == 1 else 's'}"
+        for marker, count in counts.most_common()
+    )
+    likeliest = counts.most_common(1)[0][0]
+    cure = f"; data.separator='{likeliest}' splits .txt files there" if splits_text else ""
+    return f"the text holds markers as plain text, which the model learns to write: {found}{cure}"

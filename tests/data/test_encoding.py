@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gptray.config import UserError
+from gptray.data.corpus import Reading, first_look, plan_pieces, read_parts
+from gptray.data.encoding import codec_of, likely_encoding
+from gptray.data.rows import csv_rows, text_lines
+from gptray.data.sources import find_files
+from tests.data.texts import write_bytes
+
+KOREAN = "옛날 옛날에 호랑이가 살았습니다.\n오늘은 날씨가 좋아서 강가를 걸었다.\n"
+JAPANESE = "むかしむかし、あるところに、おじいさんとおばあさんがいました。\n"
+CHINESE = "从前有一个老人，他住在山里，每天都去河边钓鱼。\n"
+RUSSIAN = "Жили-были старик со старухой у самого синего моря.\n"
+FRENCH = "Il était une fois un garçon très occupé à Noël.\n"
+QUOTES = "It’s a plain text, but for “quotes”.\n"
+
+
+def read(path: Path, encoding: str | None = None, *, piece_bytes: int = 1 << 20) -> str:
+    reading = Reading(encoding=codec_of(encoding))
+    units = plan_pieces(find_files(str(path)), reading, piece_bytes=piece_bytes, cut_text=True)
+    return "".join(part.text for unit in units for piece in unit for part in read_parts(piece))
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "named"),
+    [
+        (KOREAN, "cp949", "cp949"),
+        (KOREAN, "euc-kr", "cp949"),
+        (JAPANESE, "shift_jis", "shift_jis"),
+        (JAPANESE, "euc_jp", "euc_jp"),
+        (CHINESE, "gb18030", "gb18030"),
+        (RUSSIAN, "cp1251", "cp1251"),
+        (FRENCH, "cp1252", "cp1252"),
+        (QUOTES, "cp1252", "cp1252"),
+        (KOREAN, "utf-16-le", "utf-16-le"),
+        (KOREAN, "utf-16-be", "utf-16-be"),
+    ],
+)
+def test_message_names_the_likely_encoding_and_it_reads_the_text(
+    tmp_path: Path, text: str, encoding: str, named: str
+) -> None:
+    path = write_bytes(tmp_path / "t.txt", ("plain\n" + text * 9).encode(encoding))
+    with pytest.raises(UserError, match=rf"t\.txt:\d+: not UTF-8: .*data\.encoding={named}$"):
+        first_look(find_files(str(path))[0], Reading())
+    assert read(path, named) == "plain\n" + text * 9
+
+
+def test_bytes_in_no_likely_encoding_are_told_without_a_guess(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "t.txt", b"one\ntwo \xff\x81\x01\n")
+    with pytest.raises(UserError, match=r"t\.txt:2: not UTF-8: .*name the file's encoding"):
+        read(path)
+    assert likely_encoding(b"\x81\x00") is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_wide_ascii_without_a_mark_does_not_pass_for_utf8(tmp_path: Path, encoding: str) -> None:
+    path = write_bytes(tmp_path / "t.txt", ("plain words only\n" * 50).encode(encoding))
+    with pytest.raises(UserError, match=f"looks like {encoding} .*data.encoding={encoding}"):
+        read(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "r.jsonl", "r.json", "r.csv", "r.tsv"])
+def test_byte_order_mark_is_used_without_being_asked_for(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    row = KOREAN.strip().replace("\n", " ")
+    content = {
+        "txt": row,
+        "jsonl": json.dumps({"id": 1, "text": row}, ensure_ascii=False) + "\n",
+        "json": json.dumps([{"id": 1, "text": row}], ensure_ascii=False),
+        "csv": f"id,text\r\n1,{row}\r\n",
+        "tsv": f"id\ttext\r\n1\t{row}\r\n",
+    }[name.split(".")[1]]
+    path = write_bytes(tmp_path / name, content.encode(encoding))
+    assert read(path, piece_bytes=16) == row
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "utf-16", "gb18030", "iso2022_jp_3"])
+def test_text_in_another_encoding_is_decoded_as_a_stream(tmp_path: Path, encoding: str) -> None:
+    text = (KOREAN if encoding in ("cp949", "utf-16") else "plain words\n") * 60_000
+    assert read(write_bytes(tmp_path / "t.txt", text.encode(encoding)), encoding) == text
+
+
+def test_what_the_asked_encoding_cannot_decode_is_named_by_line(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "t.txt", KOREAN.encode("cp949") * 3 + b"\xff\xff\n")
+    with pytest.raises(UserError, match=r"t\.txt:7: not cp949: "):
+        read(path, "cp949")
+
+
+def test_rows_of_prompts_take_an_encoding_too(tmp_path: Path) -> None:
+    (rows,) = find_files(str(write_bytes(tmp_path / "r.csv", f"p\n{JAPANESE}".encode("euc_jp"))))
+    assert list(csv_rows(rows, encoding="euc_jp")) == [(1, ["p"]), (2, [JAPANESE.strip()])]
+    (lines,) = find_files(str(write_bytes(tmp_path / "r.txt", KOREAN.encode("utf-16"))))
+    with lines.open() as stream:
+        assert "".join(text_lines(lines, stream)) == KOREAN

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+
+from gptray.data.plan import PieceScan
+from gptray.data.shares import marker_warning, share_warnings, split_rows
+
+
+def scan(**markers: tuple[int, int]) -> PieceScan:
+    none = np.array([], np.int64)
+    return PieceScan(none, none, 0, True, markers={f"<|{n}|>": c for n, c in markers.items()})
+
+
+def test_markers_are_counted_over_pieces_and_the_key_is_named() -> None:
+    text = marker_warning([scan(endoftext=(3, 1), im_end=(1, 1)), scan(endoftext=(2, 2))],
+                          splits_text=True)  # fmt: skip
+    assert text is not None
+    assert "<|endoftext|> 5 times in 3 documents, <|im_end|> 1 times in 1 document;" in text
+    assert "data.separator='<|endoftext|>'" in text
+    rows = marker_warning([scan(endoftext=(1, 1))], splits_text=False)
+    assert rows is not None and "data.separator" not in rows
+    assert marker_warning([scan()], splits_text=True) is None
+
+
+def test_share_that_is_off_by_a_fifth_is_a_warning() -> None:
+    asked = {"train": 0.8, "val": 0.1, "test": 0.1}
+    assert share_warnings(asked, {"train": 800, "val": 110, "test": 90}) == []
+    (warning,) = share_warnings(asked, {"train": 800, "val": 125, "test": 95})
+    assert warning.startswith("the validation split has 12.3% of the text, while data.split asks")
+
+
+def test_rows_say_documents_bytes_and_tokens() -> None:
+    manifest = {
+        "bytes": 4_000_000,
+        "splits": {
+            "train": {"documents": 1, "bytes": 3_600_000, "tokens": 1_000_000},
+            "val": {"documents": 2, "bytes": 400_000, "tokens": 1_234},
+        },
+    }
+    assert split_rows(manifest) == [
+        ("train", "1 document, 3.6 MB (90.0%), 1,000,000 tokens"),
+        ("val", "2 documents, 400.0 kB (10.0%), 1,234 tokens"),
+    ]
