@@ -18,7 +18,7 @@ from pyarrow import compute, parquet
 from gptray.config import UserError
 from gptray.data.corpus import open_parquet
 from gptray.data.json_columns import holds_json, json_text
-from gptray.data.rows import csv_rows, json_object, text_lines
+from gptray.data.rows import csv_rows, json_object, json_rows, text_lines
 from gptray.data.sources import SourceFile
 
 BATCH_ROWS, BATCH_BYTES = 1024, 64 << 20
@@ -186,6 +186,9 @@ def _lines(file: SourceFile, prompt_column: str) -> Iterator[tuple[int, Values]]
 
 
 def _json_rows(file: SourceFile) -> Iterator[tuple[int, Values]]:
+    if file.format == "json":
+        yield from json_rows(file, object_pairs_hook=_object)
+        return
     with file.open() as stream:
         for number, line in enumerate(text_lines(file, stream), start=1):
             if not line.strip():

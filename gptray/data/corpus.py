@@ -37,14 +37,10 @@ _FIRST_LOOK = 1 << 16  # characters
 
 @dataclass(frozen=True)
 class Reading:
-    """How the files of a source are read: the config's keys of these names.
-
-    encoding: as `codec_of` gives it; None: UTF-8, or what a byte order mark says.
-    """
+    """How documents are found in the files of a source: the config's keys of these names."""
 
     text_column: str = "text"
     separator: str | None = None
-    encoding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,17 +97,17 @@ def _pieces(
         return
     whole = file.compression is not None or file.format in ("csv", "json")
     whole = whole or (file.format == "txt" and not cut_text and reading.separator is None)
-    whole = whole or file.size <= piece_bytes or file_encoding(file, reading) != UTF8
+    whole = whole or file.size <= piece_bytes or file_encoding(file) != UTF8
     step = max(file.size, 1) if whole else piece_bytes
     for start in range(0, file.size, step):
         stop = min(start + step, file.size)
         yield Piece(file, start, stop, reading), stop - start
 
 
-def file_encoding(file: SourceFile, reading: Reading) -> str:
+def file_encoding(file: SourceFile) -> str:
     """How a text file is decoded: as asked for, by its byte order mark, or UTF-8."""
     with file.open() as stream:
-        return stream_encoding(stream, reading.encoding)
+        return stream_encoding(stream, file.encoding)
 
 
 def _row_group_pieces(
@@ -129,7 +125,7 @@ def _row_group_pieces(
 def _read_text(piece: Piece) -> Iterator[Part]:
     file, separator = piece.file, piece.reading.separator
     with file.open() as stream:
-        codec = stream_encoding(stream, piece.reading.encoding)
+        codec = stream_encoding(stream, piece.file.encoding)
         start, stop, end = 0, -1, -1  # -1: to the end of a stream of unknown size
         if piece.start > 0 or piece.stop < file.size:
             end = file.size
@@ -179,7 +175,7 @@ def _read_json_lines(piece: Piece) -> Iterator[Part]:
     stop = piece.stop if file.compression is None else None
     begin = max(piece.start - 1, 0)
     with file.open(begin) as stream:
-        if begin == 0 and stream_encoding(stream, piece.reading.encoding) != UTF8:
+        if begin == 0 and stream_encoding(stream, piece.file.encoding) != UTF8:
             yield from _decoded_json_lines(piece, stream)
             return
         position = begin
@@ -208,7 +204,7 @@ def _skip_line(stream: BufferedReader, most: int) -> int:
 
 def _decoded_json_lines(piece: Piece, stream: BufferedReader) -> Iterator[Part]:
     file, reading = piece.file, piece.reading
-    lines = text_lines(file, stream, encoding=reading.encoding)
+    lines = text_lines(file, stream)
     for number, line in enumerate(lines, start=1):
         try:
             yield _json_text(line, reading.text_column)
@@ -231,7 +227,7 @@ def _json_row(row: dict[str, Any], text_column: str) -> Part:
 
 def _read_json(piece: Piece) -> Iterator[Part]:
     file, reading = piece.file, piece.reading
-    for line, row in json_rows(file, encoding=reading.encoding):
+    for line, row in json_rows(file):
         try:
             part = _json_row(row, reading.text_column)
         except ValueError as error:
@@ -257,7 +253,7 @@ def _row(value: Any, text_column: str) -> Part:
 
 def _read_csv(piece: Piece) -> Iterator[Part]:
     reading = piece.reading
-    rows = csv_rows(piece.file, encoding=reading.encoding)
+    rows = csv_rows(piece.file)
     line, header = next(rows, (1, []))
     try:
         if reading.text_column not in header:

@@ -17,7 +17,6 @@ from typing import Any
 from gptray.config import Config, UserError
 from gptray.data.builtin import builtin_version
 from gptray.data.corpus import Reading
-from gptray.data.encoding import codec_of
 from gptray.data.held_out import hold_out
 from gptray.data.sources import BUILTIN, Source, file_sha256, find_files
 from gptray.data.split import TEST, VAL, split_names
@@ -72,7 +71,7 @@ class Request:
         settings = {
             "text_column": reading.text_column if any(f.format != "txt" for f in files) else None,
             "separator": reading.separator if any(f.format == "txt" for f in files) else None,
-            "encoding": reading.encoding if any(f.format != "parquet" for f in files) else None,
+            "encoding": next((f.encoding for f in files if f.format != "parquet"), None),
         }
         return {
             "format": FORMAT_VERSION,
@@ -117,7 +116,7 @@ def make_request(config: Config) -> Request:
     ):
         try:
             if names is not None:
-                found[key] = _find(names, key)
+                found[key] = _find(names, key, data.encoding)
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -133,11 +132,13 @@ def whole_request(config: Config, source: str | Sequence[str], *, key: str) -> R
 
     Raises UserError as `make_request` does.
     """
-    return _request(config, _find(source, key), {}, (1.0,), 1.0, ())
+    text = _find(source, key, config.data.encoding)
+    return _request(config, text, {}, (1.0,), 1.0, ())
 
 
-def _find(source: str | Sequence[str], key: str) -> Source:
-    files = [] if source in (BUILTIN, [BUILTIN]) else find_files(source, key=key)
+def _find(source: str | Sequence[str], key: str, encoding: str | None) -> Source:
+    is_builtin = source in (BUILTIN, [BUILTIN])
+    files = [] if is_builtin else find_files(source, key=key, encoding=encoding)
     if files and not any(file.size for file in files):
         raise UserError(f"{key} is empty: there is no text in it")
     return Source(key, tuple(files))
@@ -165,7 +166,7 @@ def _request(
     return Request(
         source=source,
         own=own,
-        reading=Reading(data.text_column, data.separator, codec_of(data.encoding)),
+        reading=Reading(data.text_column, data.separator),
         tokenizer=tokenizer,
         vocab_size=data.vocab_size,
         split=split,

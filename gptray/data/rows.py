@@ -1,6 +1,6 @@
 """Rows of text files: lines, JSON objects, CSV fields, and what is said of those that are none.
 
-Every reader takes the `encoding` of data.encoding; None: UTF-8, or what a byte order mark says.
+Text is decoded as its file's `encoding` says.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ BOM = codecs.BOM_UTF8
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def text_lines(
-    file: SourceFile, stream: BufferedReader, *, encoding: str | None = None
-) -> Iterator[str]:
+def text_lines(file: SourceFile, stream: BufferedReader) -> Iterator[str]:
     """The lines of a stream, ends included. Raises UserError naming the line it cannot decode."""
-    codec = stream_encoding(stream, encoding)
+    codec = stream_encoding(stream, file.encoding)
     if codec != UTF8:
         yield from _lines(decoded(file.name, stream, codec))
         return
@@ -81,16 +79,15 @@ def _checked_object(row: Any) -> dict[str, Any]:
     return row
 
 
-def json_rows(
-    file: SourceFile, *, encoding: str | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(file: SourceFile, **hooks: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) of a .json file: an array of objects, or objects one behind the other.
 
-    Holds one object at a time. Raises UserError naming the line that is none.
+    Holds one object at a time. hooks: of `json.JSONDecoder`. Raises UserError naming the line that
+    is none.
     """
     with file.open() as stream:
-        codec = stream_encoding(stream, encoding)
-        values = _JsonValues(decoded(file.name, stream, codec))
+        codec = stream_encoding(stream, file.encoding)
+        values = _JsonValues(decoded(file.name, stream, codec), json.JSONDecoder(**hooks))
         line = 1
         try:
             for line, row in values:
@@ -108,12 +105,12 @@ def json_rows(
 class _JsonValues:
     """The values in a stream of JSON text, each with the line on which it begins."""
 
-    def __init__(self, texts: Iterator[str]) -> None:
+    def __init__(self, texts: Iterator[str], decoder: json.JSONDecoder) -> None:
         self.line = self._held_line = 1
         self._texts = texts
         self._held = ""
         self._at = 0  # where reading stands in _held, which begins on _held_line
-        self._decoder = json.JSONDecoder()
+        self._decoder = decoder
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         if self._next_character() != "[":
@@ -177,7 +174,7 @@ class _JsonValues:
         return True
 
 
-def csv_rows(file: SourceFile, *, encoding: str | None = None) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(file: SourceFile) -> Iterator[tuple[int, list[str]]]:
     """(line, fields) of every row, the header first; a blank line has no fields.
 
     Tabs separate the fields of a .tsv file. Raises UserError naming the line that is no CSV or has
@@ -185,7 +182,7 @@ def csv_rows(file: SourceFile, *, encoding: str | None = None) -> Iterator[tuple
     """
     csv.field_size_limit(2**31 - 1)  # a cell is a document: no limit of 128 kB
     with file.open() as stream:
-        lines = text_lines(file, stream, encoding=encoding)
+        lines = text_lines(file, stream)
         rows = csv.reader(lines, strict=True, delimiter="\t" if file.has_tabs else ",")
         line, width = 1, -1
         try:

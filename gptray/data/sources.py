@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import cast
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from gptray.config import UserError
+from gptray.data.encoding import codec_of
 from gptray.data.folders import WILDCARD, LocalFile, file_at, files_below, matches, once, shown
 from gptray.data.remote import file_system, remote_files, scheme_of
 from gptray.suggest import did_you_mean, nearest
@@ -33,12 +34,16 @@ BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the corpus. `uri` is what opens its file system; None: the local one."""
+    """One file of a source. `uri` is what opens its file system; None: the local one.
+
+    encoding: of its text, as `codec_of` gives it; None: UTF-8, or what a byte order mark says.
+    """
 
     path: str
     size: int  # bytes, as stored
     modified: int  # ns
     uri: str | None = None
+    encoding: str | None = None
 
     @property
     def name(self) -> str:
@@ -110,10 +115,12 @@ class Source:
     files: tuple[SourceFile, ...]  # none: builtin
 
 
-def find_files(source: str | Sequence[str], *, key: str = "data.source") -> list[SourceFile]:
+def find_files(
+    source: str | Sequence[str], *, key: str = "data.source", encoding: str | None = None
+) -> list[SourceFile]:
     """List the files that `source` names, each once, in the order given; a folder's by path.
 
-    `key` is the config's name for it, in messages.
+    key: the config's name for it, in messages. encoding: as data.encoding has it.
 
     Raises UserError with all that is wrong, one line each.
     """
@@ -129,8 +136,12 @@ def find_files(source: str | Sequence[str], *, key: str = "data.source") -> list
         raise UserError("\n".join(problems))
     if not found:
         raise UserError(f"{key} is an empty list; name a file or a folder")
-    local = set(once(path for path, file in found.items() if file.uri is None))
-    return [file for name, file in found.items() if file.uri is not None or name in local]
+    local, codec = set(once(p for p, file in found.items() if file.uri is None)), codec_of(encoding)
+    return [
+        replace(file, encoding=codec)
+        for name, file in found.items()
+        if file.uri is not None or name in local
+    ]
 
 
 def file_sha256(file: SourceFile) -> str:

@@ -50,9 +50,9 @@ def scan(unit: Sequence[Piece], *, alphabet: bool) -> UnitScan:
     pieces = [_scan_piece(piece, alphabet=alphabet) for piece in unit]
     begun = [piece for piece in unit if piece.start == 0]
     encodings = {
-        piece.file.name: file_encoding(piece.file, piece.reading)
+        piece.file.name: file_encoding(piece.file)
         for piece in begun
-        if piece.file.format != "parquet" and piece.reading.encoding is None
+        if piece.file.format != "parquet" and piece.file.encoding is None
     }
     return UnitScan(
         pieces,

@@ -73,7 +73,9 @@ def check_job(config: Config) -> Job:
         )
     else:
         try:
-            files = find_files(settings.input_path, key="generate.input_path")
+            files = find_files(
+                settings.input_path, key="generate.input_path", encoding=config.data.encoding
+            )
             check_input(files, settings)
         except UserError as error:
             problems.append(str(error))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, UserError
+from gptray.data.encoding import codec_of
 from gptray.data.parts import part_name
 from gptray.data.sources import SourceFile, file_sha256
 from gptray.data.tokenizer_files import tokenizer_files
@@ -40,6 +41,7 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
     return {
         "generate.model": f"sha256 {digest.hexdigest()[:16]}",
         "generate.input_path": f"sha256 {hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}",
+        "data.encoding": codec_of(config.data.encoding),
         **{f"generate.{key}": getattr(settings, key) for key in _GENERATE_KEYS},
         "quantize.weights": config.quantize.weights,
         **{f"sample.{k}": v for k, v in sample.model_dump(mode="json", exclude={"prompt"}).items()},

@@ -7,7 +7,7 @@ import pytest
 
 from gptray.config import UserError
 from gptray.data.corpus import Reading, first_look, plan_pieces, read_parts
-from gptray.data.encoding import codec_of, likely_encoding
+from gptray.data.encoding import likely_encoding
 from gptray.data.rows import csv_rows, text_lines
 from gptray.data.sources import find_files
 from tests.data.texts import write_bytes
@@ -21,8 +21,8 @@ QUOTES = "It’s a plain text, but for “quotes”.\n"
 
 
 def read(path: Path, encoding: str | None = None, *, piece_bytes: int = 1 << 20) -> str:
-    reading = Reading(encoding=codec_of(encoding))
-    units = plan_pieces(find_files(str(path)), reading, piece_bytes=piece_bytes, cut_text=True)
+    files = find_files(str(path), encoding=encoding)
+    units = plan_pieces(files, Reading(), piece_bytes=piece_bytes, cut_text=True)
     return "".join(part.text for unit in units for piece in unit for part in read_parts(piece))
 
 
@@ -94,8 +94,9 @@ def test_what_the_asked_encoding_cannot_decode_is_named_by_line(tmp_path: Path) 
 
 
 def test_rows_of_prompts_take_an_encoding_too(tmp_path: Path) -> None:
-    (rows,) = find_files(str(write_bytes(tmp_path / "r.csv", f"p\n{JAPANESE}".encode("euc_jp"))))
-    assert list(csv_rows(rows, encoding="euc_jp")) == [(1, ["p"]), (2, [JAPANESE.strip()])]
+    path = write_bytes(tmp_path / "r.csv", f"p\n{JAPANESE}".encode("euc_jp"))
+    (rows,) = find_files(str(path), encoding="euc_jp")
+    assert list(csv_rows(rows)) == [(1, ["p"]), (2, [JAPANESE.strip()])]
     (lines,) = find_files(str(write_bytes(tmp_path / "r.txt", KOREAN.encode("utf-16"))))
     with lines.open() as stream:
         assert "".join(text_lines(lines, stream)) == KOREAN
