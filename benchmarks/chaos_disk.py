@@ -104,7 +104,7 @@ def ways(text: Path, prompts: Path) -> list[Way]:
         Way("train-journal", "train", run, step_is(12), 0, model),
         Way("train-report", "train", run, last_is_evaluated, 8_192, model, goes_on=True),
         Way("train-two-workers", "train", [*run, "compute.num_workers=2"], step_is(12), 0, model),
-        Way("tune-trial", "tune", sweep, step_is(12, "sweep/trials/0001"), 65_536, swept),
+        Way("tune-trial", "tune", sweep, step_is(1, "sweep/trials/0001"), 65_536, swept),
         Way("tune-record", "tune", sweep, has("sweep/trials/0001/model"), 0, swept),
         Way("batch-staging", "generate", batch, None, 4_096, out, [trained]),
         Way("batch-part", "generate", batch, has("out/.*/*"), 4_096, out, [trained]),
