@@ -104,7 +104,7 @@ def ways(text: Path, prompts: Path) -> list[Way]:
         Way("train-journal", "train", run, step_is(12), 0, model),
         Way("train-report", "train", run, last_is_evaluated, 8_192, model, goes_on=True),
         Way("train-two-workers", "train", [*run, "compute.num_workers=2"], step_is(12), 0, model),
-        Way("tune-trial", "tune", sweep, step_is(12, "sweep/trials/0001"), 65_536, swept),
+        Way("tune-trial", "tune", sweep, step_is(1, "sweep/trials/0001"), 65_536, swept),
         Way("tune-record", "tune", sweep, has("sweep/trials/0001/model"), 0, swept),
         Way("batch-staging", "generate", batch, None, 4_096, out, [trained]),
         Way("batch-part", "generate", batch, has("out/.*/*"), 4_096, out, [trained]),
@@ -255,7 +255,7 @@ class Calm:
 def try_way(way: Way, folder: Path, calm: Calm, *, verbose: bool) -> list[str]:
     """Run a way; return what went wrong."""
     on_disk = way.environment is None
-    disk = Disk(folder / "disk")
+    disk = Disk(folder / "d")
     storage = disk.folder if on_disk else folder / "storage"
     environment = dict(os.environ) | ({} if on_disk else {str(way.environment): str(disk.folder)})
     try:
@@ -287,7 +287,7 @@ def main() -> int:
     if os.geteuid():
         parser.error("this needs root, to mount a tmpfs")
     passed = tried = 0
-    with tempfile.TemporaryDirectory(prefix="gptray-disk-") as name:
+    with tempfile.TemporaryDirectory(prefix="gd-") as name:
         folder = Path(name)
         text, prompts = folder / "text.txt", folder / "prompts.jsonl"
         write_text(text, random.Random(0))
@@ -298,7 +298,7 @@ def main() -> int:
             if options.only and way.name not in options.only:
                 continue
             tried, began = tried + 1, time.monotonic()
-            place = folder / way.name
+            place = folder / f"{tried}"  # short: Ray keeps sockets below
             place.mkdir()
             found = try_way(way, place, calm, verbose=options.verbose)
             passed += not found

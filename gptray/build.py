@@ -5,6 +5,7 @@ Loads no torch, so that a job can ask what there is before it starts anything.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -69,6 +70,8 @@ def built(source: Path, *, key: str) -> Path:
     log.info("building %s, once: %s", source.name, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < _LIBRARY_BYTES:  # the compiler says it in pages
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with replacing(path) as fresh:
             _run([*command, "-o", str(fresh), str(source)], f"{key}=torch does without it")
     except OSError as error:

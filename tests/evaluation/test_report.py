@@ -227,7 +227,8 @@ def test_a_report_that_cannot_be_written_is_told_once_and_ends_nothing(
         reporter.write(running=True)
         reporter.write(running=True)
     assert reporter.path is None
-    assert len(caplog.records) == 1 and "was not written: cannot write" in caplog.text
+    told = f"was not written: cannot write {folder / 'report.html'}: Is a directory"
+    assert len(caplog.records) == 1 and told in caplog.text
     (folder / "report.html").rmdir()
     reporter.write(running=False)
     assert reporter.path == str(folder / "report.html")

@@ -10,7 +10,6 @@ import pytest
 
 from gptray.config import Config, UserError, load_config
 from gptray.record import METRICS, write_event
-from gptray.runners.report import Reporter
 from gptray.runners.resuming import check_free, check_resumable, save_config
 from gptray.runners.runs import held, resolve, run_dir
 from gptray.runners.storage import check_storage
@@ -162,15 +161,3 @@ def test_storage_among_texts_to_evaluate_is_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path / "out", f"evaluate.source={tmp_path}")
     with pytest.raises(UserError, match=r"storage_path=.* lies in evaluate.source="):
         check_storage(config)
-
-
-def test_report_that_cannot_be_written_is_told_once_and_ends_nothing(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (folder / METRICS).unlink()
-    (folder / "report.html").mkdir()
-    reporter = Reporter(folder)
-    for _ in range(2):
-        reporter.write(running=True)
-    assert reporter.path is None
-    assert caplog.text.count(f"cannot write {folder / 'report.html'}: Is a directory") == 1
