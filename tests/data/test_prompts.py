@@ -247,3 +247,16 @@ def test_places_count_lines(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text('prompt,id\n"two\nlines",1\nlast,1\n')
     with pytest.raises(UserError, match=r"p.csv:4: the id '1' .* also at .*p.csv:2"):
         through(tmp_path / "p.csv")
+
+
+def test_rows_of_other_formats(tmp_path: Path) -> None:
+    rows = [{"prompt": "\uc61b\ub0a0", "n": 1}, {"prompt": "two", "n": 2}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.ndjson").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("a.json", "b.ndjson"):
+        assert through(tmp_path / name).select(["prompt", "n"]).to_pylist() == rows
+    (tmp_path / "c.tsv").write_text("prompt\tn\na, b\t1\n")
+    assert through(tmp_path / "c.tsv")["prompt"].to_pylist() == ["a, b"]
+    (tmp_path / "a.json").write_text('[{"prompt": "a"},\n {"prompt": "b", "x": 1, "x": 2}]')
+    with pytest.raises(UserError, match="a.json:.: duplicate key 'x'"):
+        through(tmp_path / "a.json")
