@@ -8,7 +8,7 @@ from pathlib import Path
 from gptray.config import Config, UserError
 from gptray.data.tokenizer_files import tokenizer_files
 from gptray.files import sha256_of
-from gptray.model.shape import model_folder, weight_files
+from gptray.model.shape import model_folder, read_shape, weight_files
 
 
 def open_model(source: str | Path, *, key: str) -> Path:
@@ -19,6 +19,7 @@ def open_model(source: str | Path, *, key: str) -> Path:
     try:
         folder = model_folder(source)
         weight_files(folder)
+        read_shape(folder)  # refuses another kind of network
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     if not tokenizer_files(folder):

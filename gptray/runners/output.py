@@ -21,7 +21,6 @@ from gptray.data.prompts import InputScan, check_input, scan, staged
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import storing
 from gptray.generation.build import pick_backend
-from gptray.model.shape import read_shape
 from gptray.runners.models import find_model
 from gptray.runners.output_plan import (
     MANIFEST,
@@ -63,7 +62,6 @@ def check_job(config: Config) -> Job:
     model_dir, name = Path(), ""
     try:
         model_dir, name = find_model(config, config.generate.model, key="generate.model")
-        check_lengths(config, model_dir)
     except UserError as error:
         problems.append(str(error))
     if settings.input_path is None:
@@ -108,16 +106,6 @@ def with_backend(config: Config) -> Config:
     backend = pick_backend(config.generate.backend, use_gpu=config.compute.use_gpu)
     settings = config.generate.model_copy(update={"backend": backend})
     return config.model_copy(update={"generate": settings})
-
-
-def check_lengths(config: Config, model_dir: Path) -> None:
-    """Refuse more new tokens than the model's context holds. Raises UserError."""
-    n_positions = read_shape(model_dir)["n_positions"]
-    if config.sample.max_new_tokens > n_positions:
-        raise UserError(
-            f"sample.max_new_tokens={config.sample.max_new_tokens} is more than the model's "
-            f"context of {n_positions} tokens holds"
-        )
 
 
 class Output:

@@ -11,7 +11,7 @@ from typing import Any
 from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
-from gptray.runners.output import check_lengths, with_backend
+from gptray.runners.output import with_backend
 
 log = logging.getLogger("gptray")
 
@@ -24,19 +24,20 @@ def look_here(config: Config) -> tuple[Config, Path, str]:
     check_resources(config.compute)
     config = with_backend(config)
     folder, name = find_model(config, config.generate.model, key="generate.model")
-    check_lengths(config, folder)
     return config, folder, name
 
 
 def generate_here(config: Config) -> dict[str, Any]:
-    """Print each prompt of `sample.prompt` and its continuation, one after the other.
+    """Print each prompt of `sample.prompt` and its continuations, one after the other.
 
     All run in one batch; what comes before its turn to be printed waits. Returns the JSON line's
-    facts. Raises UserError for a prompt or a setting that cannot run.
+    facts; an output's `seed` makes it again alone. Raises UserError for a prompt or a setting that
+    cannot run.
     """
     config, folder, name = look_here(config)
-    given = config.sample.prompt
+    given, samples = config.sample.prompt, range(config.generate.num_samples)
     prompts = [given] if isinstance(given, str) else list(given or [])
+    prompts = [prompt for prompt in prompts for _ in samples]
 
     from gptray.generation.engine import load_engine
     from gptray.generation.request import Request

@@ -26,8 +26,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(model_dir: Path, *overrides: str) -> list[dict[str, Any]]:
-    fixed = [f"generate.model={model_dir}", "generate.precision=fp32", "sample.max_new_tokens=12"]
-    outputs = generate_here(load_config(None, [*fixed, *overrides]))["outputs"]
+    keys = {"generate.model": str(model_dir), "generate.precision": "fp32"}
+    keys |= {"sample.max_new_tokens": "12"} | dict(pair.split("=", 1) for pair in overrides)
+    config = load_config(None, [f"{key}={value}" for key, value in keys.items()])
+    outputs = generate_here(config)["outputs"]
     assert isinstance(outputs, list)
     return outputs
 
@@ -38,6 +40,19 @@ def test_equal_prompts_get_different_texts_that_can_be_made_again(model_dir: Pat
     for one in several:
         alone = written(model_dir, "sample.prompt=the cat", f"sample.seed={one['seed']}")
         assert alone == [one]
+
+
+def test_a_prompt_has_as_many_outputs_as_asked_for_until_the_context_is_full(
+    model_dir: Path,
+) -> None:
+    outputs = written(
+        model_dir, "sample.prompt=[the cat, a dog]", "generate.num_samples=3",
+        "sample.max_new_tokens=500", "sample.min_new_tokens=500",
+    )  # fmt: skip
+    assert [one["prompt"] for one in outputs] == ["the cat"] * 3 + ["a dog"] * 3
+    assert len({one["output"] for one in outputs}) == 6
+    assert {one["finish_reason"] for one in outputs} == {"length"}
+    assert all(0 < one["output_tokens"] < 64 for one in outputs)
 
 
 def test_an_empty_prompt_is_the_end_of_text_token_where_that_is_allowed(model_dir: Path) -> None:
