@@ -72,7 +72,7 @@ class ConfigError(UserError):
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on; its message says all that the user needs; exit code 1."""
+    """A run that cannot continue; its message says all that the user needs; exit code 1."""
 
 
 class Config(Section):

@@ -92,8 +92,8 @@ class GenerateConfig(Section):
     )
     input_path: str | list[str] | None = Field(
         None,
-        description="prompts: files, folders or globs of .parquet .jsonl .csv .txt (a line each), "
-        "or an OpenAI batch file (.jsonl)",
+        description="prompts: files, folders or globs of .parquet .jsonl .ndjson .json .csv .tsv "
+        ".txt (a line each), or an OpenAI batch file (.jsonl)",
     )
     output_path: str | None = Field(
         None, description="folder for the Parquet files; on a cluster one that every node sees"

@@ -285,7 +285,7 @@ class TuneConfig(Section):
         1, description="evaluations before a trial may be stopped (ASHAScheduler)"
     )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
-        3, description="of so many trials one goes on beyond a rung (ASHAScheduler)"
+        3, description="the best 1 in so many trials survives a rung (ASHAScheduler)"
     )
     brackets: PositiveInt = Field(
         1, description="groups of trials, each with its first rung later (ASHAScheduler)"
