@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gptray.config import Config
 from gptray.data.order import BatchOrder
+from gptray.data.shares import split_rows
 from gptray.model.shape import parameter_count
 from gptray.runners.train import check_run
 
@@ -41,6 +42,8 @@ def training_plan(config: Config) -> list[tuple[str, str]]:
     if data:
         order = BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)
         rows.append(("token data", f"{data.data_dir} (ready)"))
+        rows += split_rows(data.manifest)
+        rows += [("warning", warning) for warning in data.manifest["warnings"]]
         rows.append(("steps per epoch", f"{order.windows_per_epoch / batch:,.1f}"))
         rows.append(("epochs", f"{order.epoch(steps, batch):,.2f} at most"))
         if data.loses:
