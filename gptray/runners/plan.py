@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gptray.config import Config
 from gptray.data.order import BatchOrder
-from gptray.data.shares import split_rows
 from gptray.model.shape import parameter_count
+from gptray.runners.prepare import text_rows
 from gptray.runners.train import check_run
 
 # fp32 weights, gradients and AdamW's two moments.
@@ -32,7 +32,8 @@ def training_plan(config: Config) -> list[tuple[str, str]]:
         ("micro-batch", f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"),
         ("tokens in all", f"{config.tokens_per_step * steps:,} at most"),
     ]
-    rows += [("changes", change) for change in checked.changes]
+    if checked.changes:
+        rows.append(("changes", "; ".join(checked.changes)))
     if vocab_size:
         count = parameter_count(config.model, vocab_size)
         rows.append(("parameters", f"{count:,}"))
@@ -42,12 +43,9 @@ def training_plan(config: Config) -> list[tuple[str, str]]:
     if data:
         order = BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)
         rows.append(("token data", f"{data.data_dir} (ready)"))
-        rows += split_rows(data.manifest)
-        rows += [("warning", warning) for warning in data.manifest["warnings"]]
+        rows += text_rows(data)
         rows.append(("steps per epoch", f"{order.windows_per_epoch / batch:,.1f}"))
         rows.append(("epochs", f"{order.epoch(steps, batch):,.2f} at most"))
-        if data.loses:
-            rows.append(("lost", data.loses))
     else:
         rows.append(("token data", "to be prepared first"))
     rows.append(("files", FILES))

@@ -176,15 +176,23 @@ def preparation_plan(config: Config) -> list[tuple[str, str]]:
         parts = ", ".join(f"{names[label]} {share:.1%}" for label, share in shares.items())
         size = f"{len(source.files)} files, {_mb(source.files):.1f} MB" if source.files else BUILTIN
         rows += [(source.key.removeprefix("data."), f"{size}: {parts}")]
-    return [
-        *rows,
+    rows += [
         ("tokenizer", request.tokenizer),
         ("data_dir", str(request.data_dir)),
         ("to do", "nothing, it is prepared" if data else "scan, tokenise, write"),
-        *([("lost", data.loses)] if data and data.loses else []),
-        *(split_rows(data.manifest) if data else []),
-        *((("warning", warning) for warning in data.manifest["warnings"]) if data else ()),
     ]
+    return rows + (text_rows(data) if data else [])
+
+
+def text_rows(data: TokenData) -> list[tuple[str, str]]:
+    """What a plan says of text that is prepared: its shares, what is odd, what the tokenizer loses.
+
+    Labels differ, since a plan is also told as an object.
+    """
+    rows = split_rows(data.manifest)
+    if data.manifest["warnings"]:
+        rows.append(("warnings", "; ".join(data.manifest["warnings"])))
+    return rows + ([("lost", data.loses)] if data.loses else [])
 
 
 def _prepare(request: Request, *, piece_bytes: int) -> TokenData:

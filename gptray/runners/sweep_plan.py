@@ -140,7 +140,8 @@ def sweep_plan(config: Config) -> list[tuple[str, str]]:
         ("texts to train on", f"{len(plan.texts)}, {len(ready)} of them ready"),
         *(("lost", f"{data.loses} ({data.data_dir})") for data in ready if data.loses),
     ]
-    rows += [("changes", change) for change in plan.changes]
+    if plan.changes:
+        rows.append(("changes", "; ".join(plan.changes)))
     if ended:
         rows.append(("ended already", f"{len(ended)} trials"))
     rows.append(("files", FILES))
