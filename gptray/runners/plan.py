@@ -5,7 +5,7 @@ from __future__ import annotations
 from gptray.config import Config
 from gptray.data.order import BatchOrder
 from gptray.model.shape import parameter_count
-from gptray.runners.prepare import text_rows
+from gptray.runners.preparation import text_rows
 from gptray.runners.train import check_run
 
 # fp32 weights, gradients and AdamW's two moments.

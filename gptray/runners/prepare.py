@@ -136,65 +136,6 @@ def tell_losses(data: TokenData) -> None:
         logger.warning("%s; losses and bits per byte pay 8 bits for each lost byte", data.loses)
 
 
-def prepare_and_count(config: Config) -> dict[str, Any]:
-    """The prepare job: what there is afterwards, and how fast it came to be.
-
-    `mb_per_sec` counts the text's bytes over the whole job; null when nothing had to be built.
-    """
-    began = time.monotonic()
-    check_sources(config)
-    request = make_request(config)
-    found = _whole(request.data_dir)
-    data = found or _prepare(request, piece_bytes=PIECE_BYTES)
-    seconds = time.monotonic() - began
-    tell_losses(data)
-    splits = data.manifest["splits"]
-    return {
-        "data_dir": str(data.data_dir),
-        "documents": data.manifest["documents"],
-        "tokens": {name: entry["tokens"] for name, entry in splits.items()},
-        "bytes": {name: entry["bytes"] for name, entry in splits.items()},
-        "split_documents": {name: entry["documents"] for name, entry in splits.items()},
-        "vocab_size": data.vocab_size,
-        "lost": {name: round(split.lost, 6) for name, split in data.splits.items()},
-        "empty_rows": data.manifest["empty_rows"],
-        "warnings": data.manifest["warnings"],
-        "built": found is None,
-        "seconds": round(seconds, 2),
-        "mb_per_sec": None if found else round(data.manifest["bytes"] / 1e6 / seconds, 3),
-    }
-
-
-def preparation_plan(config: Config) -> list[tuple[str, str]]:
-    """What the prepare job would do, without Ray; raises UserError as the job would."""
-    check_sources(config)
-    request = make_request(config)
-    data = _whole(request.data_dir)
-    names = {label: name for label, name in enumerate(request.split_names)}
-    rows = []
-    for source, shares in request.sources:
-        parts = ", ".join(f"{names[label]} {share:.1%}" for label, share in shares.items())
-        size = f"{len(source.files)} files, {_mb(source.files):.1f} MB" if source.files else BUILTIN
-        rows += [(source.key.removeprefix("data."), f"{size}: {parts}")]
-    rows += [
-        ("tokenizer", request.tokenizer),
-        ("data_dir", str(request.data_dir)),
-        ("to do", "nothing, it is prepared" if data else "scan, tokenise, write"),
-    ]
-    return rows + (text_rows(data) if data else [])
-
-
-def text_rows(data: TokenData) -> list[tuple[str, str]]:
-    """What a plan says of text that is prepared: its shares, what is odd, what the tokenizer loses.
-
-    Labels differ, since a plan is also told as an object.
-    """
-    rows = split_rows(data.manifest)
-    if data.manifest["warnings"]:
-        rows.append(("warnings", "; ".join(data.manifest["warnings"])))
-    return rows + ([("lost", data.loses)] if data.loses else [])
-
-
 def _prepare(request: Request, *, piece_bytes: int) -> TokenData:
     tokenizer = None
     if request.tokenizer not in KINDS:

@@ -14,11 +14,10 @@ import pytest
 from gptray.config import Config, UserError, override
 from gptray.data.tokenizer import char_tokenizer, train_bpe
 from gptray.data.tokens import TokenData
+from gptray.runners.preparation import preparation_plan, prepare_and_count
 from gptray.runners.prepare import (
     check_sources,
-    preparation_plan,
     prepare,
-    prepare_and_count,
     prepared,
 )
 from tests.data import foreign
