@@ -6,7 +6,7 @@ from gptray.config import Config
 from gptray.data.order import BatchOrder
 from gptray.model.shape import parameter_count
 from gptray.runners.preparation import text_rows
-from gptray.runners.train import check_run
+from gptray.runners.training_checks import check_run
 
 # fp32 weights, gradients and AdamW's two moments.
 BYTES_PER_PARAMETER = 16

@@ -14,7 +14,7 @@ from gptray.runners.cluster import check_training
 from gptray.runners.prepare import check_sources, prepared
 from gptray.runners.resuming import check_free, check_resumable
 from gptray.runners.runs import CONFIG, resolve, run_dir
-from gptray.runners.train import check_data, check_known_prompts
+from gptray.runners.training_checks import check_data, check_known_prompts
 from gptray.runners.vocabulary import check_vocabulary
 from gptray.space import Entry
 from gptray.tuning.plan import (

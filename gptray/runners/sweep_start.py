@@ -12,7 +12,7 @@ from gptray.files import storing
 from gptray.runners.resuming import save_config
 from gptray.runners.runs import CONFIG
 from gptray.runners.sweep_plan import SweepPlan
-from gptray.runners.train import check_data
+from gptray.runners.training_checks import check_data
 from gptray.training.checkpoint import TrainerState, newest_whole
 from gptray.tuning.plan import plan_trial, text_key
 from gptray.tuning.record import (

@@ -9,21 +9,17 @@ from __future__ import annotations
 import logging
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
 from gptray.files import cannot_write, storing
 from gptray.record import try_event, write_event
-from gptray.runners.cluster import check_training, ray_cluster, worker_resources
-from gptray.runners.prepare import check_sources, known_tokenizer, prepare, prepared
+from gptray.runners.cluster import ray_cluster, worker_resources
+from gptray.runners.prepare import prepare
 from gptray.runners.report import Reporter
 from gptray.runners.resuming import (
-    check_free,
-    check_resumable,
     how_to_train_longer,
     is_finished,
     save_config,
@@ -31,15 +27,12 @@ from gptray.runners.resuming import (
 from gptray.runners.runs import (
     held,
     outcome,
-    resolve,
-    run_dir,
     set_ray_snapshot_aside,
 )
-from gptray.runners.samples import check_prompts, sample_texts
+from gptray.runners.samples import sample_texts
+from gptray.runners.training_checks import CheckedRun, check_data, check_run
 from gptray.runners.validate import Validations, validation_config
-from gptray.runners.vocabulary import check_vocabulary
 from gptray.runners.watch import show_samples, watching
-from gptray.training.checkpoint import TrainerState, newest_whole
 
 if TYPE_CHECKING:
     import torch
@@ -68,44 +61,6 @@ def train(config: Config) -> dict[str, Any]:
             facts = _run(checked, reporter)
         show_samples(folder)
     return {**outcome(config), **facts, "report": reporter.path}
-
-
-@dataclass(frozen=True)
-class CheckedRun:
-    """A training that has been looked at. `data`: its tokens, where they are prepared.
-
-    state: where its run stands; None before any checkpoint.
-    changes: a sentence for each key that is to change in a run that is there.
-    """
-
-    config: Config
-    folder: Path
-    state: TrainerState | None
-    data: TokenData | None
-    changes: Sequence[str]
-
-
-def check_run(config: Config) -> CheckedRun:
-    """Resolve the config and find every mistake that can be found without torch and Ray.
-
-    Raises:
-        UserError: a mistake in the config, the text or the run folder.
-        RunFailed: the run has checkpoints and none is whole.
-    """
-    config = resolve(config)
-    folder = run_dir(config)
-    check_training(config)
-    check_sources(config)
-    check_vocabulary(config)
-    check_known_prompts(config)
-    changes = check_resumable(config)
-    check_free(folder)
-    checkpoint, _ = newest_whole(folder)
-    state = TrainerState.load(checkpoint) if checkpoint else None
-    data = prepared(config)
-    if data and not (state and is_finished(config, folder, state)):
-        check_data(config, data, state)
-    return CheckedRun(config, folder, state, data, changes)
 
 
 def _begin(checked: CheckedRun) -> None:
@@ -148,39 +103,6 @@ def _run(checked: CheckedRun, reporter: Reporter) -> dict[str, Any]:
     peak = round(result["peak_memory_bytes"] / 2**30, 3)
     log.info("peak memory of a worker: %.2f GiB", peak)
     return {"peak_memory_gib": peak}
-
-
-def check_known_prompts(config: Config) -> None:
-    """Refuse prompts that the tokenizer cannot read, where it is known by now. Raises UserError."""
-    tokenizer = known_tokenizer(config) if config.sample.prompt else None
-    if tokenizer:
-        check_prompts(config, tokenizer)
-
-
-def check_data(config: Config, data: TokenData, state: TrainerState | None) -> None:
-    """Refuse token data that cannot be trained on, or that is not what the run of `state` has seen.
-
-    Raises:
-        UserError: says which split, tokenizer, prompt or text, and what to change.
-    """
-    rows = config.model.vocab_size
-    if rows is not None and rows < data.vocab_size:
-        raise UserError(
-            f"model.vocab_size={rows} is smaller than the {data.vocab_size} entries of the "
-            f"tokenizer ({config.data.tokenizer})"
-        )
-    try:
-        BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)
-    except ValueError as error:
-        raise UserError(f"training text is too short: {error}; lower train.block_size") from None
-    if len(data.val) < 2:
-        raise UserError("the validation split has fewer than 2 tokens; change data.split")
-    check_prompts(config, data.tokenizer)
-    if state and state.data != data.fingerprint:
-        raise UserError(
-            f"the text or tokenizer of the run {config.name} has changed since it started "
-            f"(data {state.data}, now {data.fingerprint}); choose another name"
-        )
 
 
 def fit_on_ray(
