@@ -14,8 +14,9 @@ import torch
 from gptray.config import UserError, override
 from gptray.data.tokens import TokenData
 from gptray.runners.plan import training_plan
+from gptray.runners.runs import resolve, save_config
 from gptray.runners.sweep_plan import sweep_plan
-from gptray.runners.train import is_finished, train
+from gptray.runners.train import fit_on_ray, is_finished, train
 from gptray.training.checkpoint import TrainerState
 from gptray.training.loop import fit
 from gptray.training.stopping import Progress
@@ -45,9 +46,15 @@ def test_spare_worker_tells_what_goes_wrong_and_gives_the_bits_of_validation_in_
 ) -> None:
     config = tiny_config(text_file, data_root, *BESIDE, "name=beside", "train.precision=auto")
     run_dir = data_root / "beside"
-    # Only whoever samples, which is the spare worker, meets what the tokenizer does not know.
+    mistaken = resolve(override(config, {"sample.prompt": "@", "compute.max_failures": 0}))
+    with pytest.raises(UserError, match="^sample.prompt='@': "):
+        train(mistaken)
+    assert not run_dir.exists()
+    # Without that check, only who samples meets the mistake, and that is the spare worker.
+    run_dir.mkdir()
+    save_config(mistaken, run_dir)
     with pytest.raises(UserError, match="'@'"):
-        train(override(config, {"sample.prompt": "@", "compute.max_failures": 0}))
+        fit_on_ray(mistaken, tiny_data, run_dir)
     assert "val_loss" not in timeless(run_dir)[4]
     result = train(config)
     fit(
