@@ -25,6 +25,8 @@ def prepared_here(folder: Path, tokenizer: Tokenizer, *, train: str, val: str) -
         splits[name] = {"documents": 1, **counts, "shards": [entry]}
     manifest = {
         "format": FORMAT_VERSION,
+        "bytes": sum(entry["bytes"] for entry in splits.values()),
+        "warnings": [],
         "dtype": shard_dtype(tokenizer.vocab_size),
         "splits": splits,
         "tokenizer": {

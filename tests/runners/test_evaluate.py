@@ -244,7 +244,7 @@ def learn_by_heart(model: GPT, tokens: list[int]) -> None:
             "do not belong together: .*sha256 [0-9a-f]{64}.*sha256 [0-9a-f]{64}",
         ),
         (["evaluate.model={misfit}"], "do not belong together: .*sha256 .* 300 .*sha256 .* 315"),
-        (["evaluate.model={folder}", "evaluate.source={empty}"], "evaluate.source: .* no text"),
+        (["evaluate.model={folder}", "evaluate.source={empty}"], "evaluate.source is empty"),
         (["evaluate.model={folder}", "name=run"], "is not an evaluation of"),
     ],
 )
@@ -291,7 +291,7 @@ def test_text_that_is_too_short_or_not_the_models_is_refused(
         evaluate(config_of(tmp_path, *short))
     (tmp_path / "empty.txt").write_text("\n")
     empty = [f"evaluate.model={folder}", f"evaluate.source={tmp_path / 'empty.txt'}"]
-    with pytest.raises(UserError, match="evaluate.source: there is no text in it"):
+    with pytest.raises(UserError, match="evaluate.source is empty: there is no text in it"):
         evaluate(config_of(tmp_path, *empty))
     # A character tokenizer is made anew of another text: it is not the one of the run.
     named = [f"evaluate.model={trained[0] / 'run'}", "data.tokenizer=char", "train.block_size=16"]

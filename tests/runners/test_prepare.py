@@ -128,7 +128,7 @@ def test_book_beside_a_readme_gives_the_shares_asked_for(ray_cluster: None, tmp_
     rows = dict(preparation_plan(config_for(folder, tmp_path, split="80:10:10", seed=2)))
     assert rows["source"] == "2 files, 0.0 MB: train 80.0%, val 10.0%, test 10.0%"
     assert rows["test"].endswith(f" {with_test['tokens']['test']:,} tokens")
-    assert rows["warning"] == with_test["warnings"][0]
+    assert rows["warnings"] == with_test["warnings"][0]
 
 
 def test_validation_text_of_its_own_is_read_whole(

@@ -14,9 +14,10 @@ import torch
 from gptray.config import UserError, override
 from gptray.data.tokens import TokenData
 from gptray.runners.plan import training_plan
-from gptray.runners.runs import resolve, save_config
+from gptray.runners.resuming import is_finished, save_config
+from gptray.runners.runs import resolve
 from gptray.runners.sweep_plan import sweep_plan
-from gptray.runners.train import fit_on_ray, is_finished, train
+from gptray.runners.train import fit_on_ray, train
 from gptray.training.checkpoint import TrainerState
 from gptray.training.loop import fit
 from gptray.training.stopping import Progress
