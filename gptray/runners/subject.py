@@ -27,7 +27,7 @@ from gptray.runners.prepare import check_sources, prepare, prepared
 from gptray.runners.runs import resolve, run_dir
 from gptray.runners.storage import check_storage
 from gptray.training.checkpoint import TrainerState, checkpoint_step, newest_whole
-from gptray.tuning.record import winner_dir
+from gptray.tuning.record import crowned_dir
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _source(config: Config) -> str | Path:
 
 def _trained(model_dir: Path) -> Path:
     """The model in the run that trained it: a sweep's is the copy of its winner's."""
-    winner = winner_dir(model_dir.parent)
+    winner = crowned_dir(model_dir.parent)
     return winner / "model" if winner and model_dir.name == "model" else model_dir
 
 

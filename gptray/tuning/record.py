@@ -95,11 +95,20 @@ def load_sweep(folder: Path) -> Sweep:
 
 def winner_dir(folder: Path) -> Path | None:
     """The run folder of a sweep's winner; None before it is known, and for any other folder."""
-    winner = None
-    for row in read_rows(folder / TRIALS):
-        if row["event"] in ("winner", "reopened"):
-            winner = row.get("trial")
-    return trial_dir(folder, winner) if winner else None
+    return _last_trial(folder, "winner", "reopened")
+
+
+def crowned_dir(folder: Path) -> Path | None:
+    """The run folder whose model is the sweep's: the winner's, or of the last one while reopened.
+
+    None before any winner, and for any other folder.
+    """
+    return _last_trial(folder, "winner")
+
+
+def _last_trial(folder: Path, *events: str) -> Path | None:
+    named = [row.get("trial") for row in read_rows(folder / TRIALS) if row["event"] in events]
+    return trial_dir(folder, named[-1]) if named and named[-1] else None
 
 
 def samples_drawn(folder: Path) -> list[int]:

@@ -14,7 +14,7 @@ from gptray.runners.resuming import check_free, check_resumable, save_config
 from gptray.runners.runs import held, resolve, run_dir
 from gptray.runners.storage import check_storage
 from gptray.runners.sweep_plan import look_at_sweep
-from gptray.tuning.record import Record, load_sweep, load_trials
+from gptray.tuning.record import Record, crowned_dir, load_sweep, load_trials, trial_dir
 
 SPACE = "tune.space=[{path: optim.lr, loguniform: [1e-3, 1e-2]}]"
 
@@ -132,6 +132,7 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     record.reopened(before=4, num_samples=7)
     save_config(more.config, more.folder)
     assert load_sweep(more.folder).winner is None and len(load_trials(more.folder)) == 6
+    assert crowned_dir(more.folder) == trial_dir(more.folder, "0001")
     again = sweep_of(tmp_path, "tune.num_samples=7")
     assert (again.trials, again.changes) == (more.trials, [])
     # Another three are not those that would be drawn at once.
