@@ -6,6 +6,7 @@ Needs neither torch nor ray, so that every mistake is told before anything expen
 from __future__ import annotations
 
 import fcntl
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,10 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
     if not visible:
         return []
     if config.train.resume == "never":
-        raise UserError(f"train.resume=never: the {what} {folder} exists; choose another name")
+        raise UserError(
+            f"train.resume=never: the {what} {folder} exists; choose another name, or go on with "
+            "it by train.resume=auto"
+        )
     if not (folder / CONFIG).is_file():
         raise UserError(
             f"{folder} exists and is not a {what} (no config.yaml); choose another name"
@@ -165,10 +169,20 @@ def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:
 
 def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> str:
     """What to say of a finished run."""
-    longer = f"train.max_steps={2 * state.step}"
-    if state.why_stop(config.train) == "patience" and config.train.patience:
-        longer = f"train.patience={2 * config.train.patience}"
+    longer = []
+    if state.step >= config.train.max_steps:
+        longer.append(f"train.max_steps={2 * state.step}")
+    if state.progress.exhausted(config.train.patience):
+        longer.append(f"train.patience={2 * state.progress.bad_evals}")
     return (
-        f"this run is finished; to train it longer: python jobs/train.py --config "
-        f"{folder / CONFIG} {longer}; train.resume=never and another name start a new one"
+        f"this run is finished; to train it longer: {command('train', config, folder, *longer)}; "
+        "train.resume=never and another name start a new one"
     )
+
+
+def command(job: str, config: Config, folder: Path, *words: str) -> str:
+    """What to type to go on with the run or sweep in a folder, with these keys changed."""
+    words = ("--config", str(folder / CONFIG), *words)
+    if config.train.resume == "never":
+        words = (*words, "train.resume=auto")
+    return shlex.join(["python", f"jobs/{job}.py", *words])

@@ -21,8 +21,8 @@ from gptray.files import replacing, storing
 from gptray.runners.cluster import ray_cluster, trial_resources
 from gptray.runners.prepare import prepare
 from gptray.runners.report import Reporter
-from gptray.runners.resuming import save_config
-from gptray.runners.runs import CONFIG, held
+from gptray.runners.resuming import command, save_config
+from gptray.runners.runs import held
 from gptray.runners.sweep_plan import BUSY, SweepPlan, check_texts, look_at_sweep
 from gptray.runners.sweep_start import check_trials, failed_trials, opened
 from gptray.runners.sweep_watch import watching_sweep
@@ -66,12 +66,11 @@ def tune(config: Config) -> dict[str, Any]:
         log.info("sweep %s", folder)
         reporter = Reporter(folder, _write_report)
         if winner_dir(folder) and not plan.changes and not failed_trials(plan.config, folder):
-            more = 2 * plan.config.tune.num_samples
+            more = f"tune.num_samples={2 * plan.config.tune.num_samples}"
             log.info(
-                "this sweep is finished; more trials: python jobs/tune.py --config %s "
-                "tune.num_samples=%d; train.resume=never and another name start a new one",
-                folder / CONFIG,
-                more,
+                "this sweep is finished; more trials: %s; train.resume=never and another name "
+                "start a new one",
+                command("tune", plan.config, folder, more),
             )
             reporter.write(running=False)
         else:
