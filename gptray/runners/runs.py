@@ -29,6 +29,7 @@ FREE_KEYS = (
     "generate.",
     "evaluate.",
     "quantize.",
+    "serve.",
     "tune.",
     "train.resume",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,17 @@ import pytest
 
 from gptray.config import Config, UserError, load_config
 from gptray.record import METRICS, write_event
-from gptray.runners.resuming import check_free, check_resumable, save_config
+from gptray.runners.resuming import (
+    check_free,
+    check_resumable,
+    how_to_train_longer,
+    save_config,
+)
 from gptray.runners.runs import held, resolve, run_dir
 from gptray.runners.storage import check_storage
 from gptray.runners.sweep_plan import look_at_sweep
+from gptray.training.checkpoint import TrainerState
+from gptray.training.stopping import Progress
 from gptray.tuning.record import Record, crowned_dir, load_sweep, load_trials, trial_dir
 
 SPACE = "tune.space=[{path: optim.lr, loguniform: [1e-3, 1e-2]}]"
@@ -58,6 +66,31 @@ def test_what_trains_longer_may_change_and_is_told(folder: Path, key: str, sente
     assert check_resumable(config) == []
     save_config(config, folder)
     assert not (folder / "config.2.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "bad_evals", "words"),
+    [
+        ([], 0, ["train.max_steps=200"]),
+        (["train.max_steps=500", "train.patience=2"], 7, ["train.patience=14"]),
+        (["train.patience=2"], 3, ["train.max_steps=200", "train.patience=6"]),
+        (["train.resume=never"], 0, ["train.max_steps=200", "train.resume=auto"]),
+    ],
+)
+def test_the_command_that_trains_a_finished_run_longer_does(
+    tmp_path: Path, keys: list[str], bad_evals: int, words: list[str]
+) -> None:
+    config = config_of(tmp_path / "my runs", "train.max_steps=100", *keys)
+    folder = run_dir(config)
+    folder.mkdir(parents=True)
+    save_config(config, folder)
+    (folder / "checkpoint_000100").mkdir()
+    state = TrainerState(100, Progress(bad_evals=bad_evals), data="")
+    told = how_to_train_longer(config, folder, state)
+    typed = shlex.split(told.partition("longer: ")[2].partition(";")[0])
+    assert typed == ["python", "jobs/train.py", "--config", str(folder / "config.yaml"), *words]
+    longer = resolve(load_config(typed[3], typed[4:]))
+    assert check_resumable(longer) and state.why_stop(longer.train) is None
 
 
 def test_schedule_without_an_end_is_not_planned_anew(tmp_path: Path) -> None:
@@ -106,6 +139,17 @@ def test_start_that_failed_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError), held(tmp_path / "run"):
         raise UserError("training text is too short")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["serve.port=9000", "generate.max_batch_size=4"])
+def test_settings_of_other_jobs_do_not_keep_a_run_or_sweep_from_resuming(
+    folder: Path, tmp_path: Path, key: str
+) -> None:
+    assert check_resumable(config_of(folder.parent, "train.max_steps=100", key)) == []
+    sweep = sweep_of(tmp_path)
+    sweep.folder.mkdir()
+    save_config(sweep.config, sweep.folder)
+    assert sweep_of(tmp_path, key).changes == []
 
 
 def sweep_of(tmp_path: Path, *keys: str) -> Any:
