@@ -200,7 +200,8 @@ def parse_request(kind: type[T], given: Mapping[str, Any]) -> T:
     problems: dict[str, str] = {}
     known: dict[str, Any] = {}
     for key, value in given.items():
-        if value is None or _snake_case(key) in given.keys() - {key}:
+        snake = _snake_case(key)
+        if value is None or (snake != key and given.get(snake) is not None):
             continue
         if key in specs:
             known[key] = _whole_number(value) if int in specs[key].kinds else value

@@ -13,6 +13,8 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from gptray.generation.engine import Engine
 from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
+from gptray.serving.errors import ApiError
+from gptray.serving.protocol import CompletionRequest, parse_request
 from tests.serving.servers import TOKENIZER, Server, running, tiny
 
 EOS = TOKENIZER.eos_id
@@ -260,3 +262,10 @@ def test_errors_reach_the_openai_package_as_its_own(client: OpenAI) -> None:
         client.completions.create(model="tiny", prompt="the", extra_body={"max_new_tokens": 5})
     assert "did you mean max_tokens?" in wrong.value.message
     assert wrong.value.param == "max_new_tokens" and wrong.value.type == "invalid_request_error"
+
+
+def test_key_in_two_forms_counts_once_and_is_never_passed_over() -> None:
+    both = {"prompt": "x", "maxTokens": 5, "max_tokens": 4}
+    assert parse_request(CompletionRequest, both).max_tokens == 4
+    with pytest.raises(ApiError, match=r"unknown key 'maxTokens'; did you mean max_tokens\?"):
+        parse_request(CompletionRequest, {**both, "max_tokens": None})
