@@ -59,6 +59,7 @@ def run_job(
     exit code 2, RunFailed and any other exception 1, SIGINT and SIGTERM 130.
     """
     if argv is None:
+        _open_closed_streams()
         _use_utf8()
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     _print_what_can_be()
@@ -101,6 +102,15 @@ def run_job(
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+def _open_closed_streams() -> None:
+    """Print to nowhere where stdout or stderr is closed: a file would later get its place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _use_utf8() -> None:

@@ -250,3 +250,19 @@ def test_output_to_a_full_disk_ends_in_the_exit_code(
     assert done.returncode == code
     if code == 1:
         assert done.stderr == b"train: cannot write the result to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+@pytest.mark.parametrize("locale", ["C.UTF-8", "POSIX"])
+def test_closed_output_is_no_error(tmp_path: Path, descriptor: int, locale: str) -> None:
+    words = [str(ROOT / "jobs" / "train.py"), "--dry-run", f"storage_path={tmp_path}"]
+    closed = 'exec "$@" ' + f"{descriptor}>&-"
+    done = subprocess.run(
+        ["sh", "-c", closed, "sh", sys.executable, *words],
+        env={**os.environ, "LC_ALL": locale},
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.stdout == b"") == (descriptor == 1)
