@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.data.tokens import TokenData
+from gptray.data.tokens import DamagedData, TokenData
 from gptray.record import try_event, write_event
 from gptray.runners.cluster import TRAIN_ENV
 from gptray.runners.samples import sample_texts
@@ -36,7 +36,8 @@ def run_trial(settings: dict[str, Any]) -> dict[str, Any]:
             raise (UserError if result["mistake"] else RunFailed)(result["message"])
         write_event(folder, "end", stopped=result["stopped"])
     except Exception as error:
-        passing, message = isinstance(error, (RunFailed, OSError)), str(error)
+        # What has become of the prepared text, the next start makes good.
+        passing, message = isinstance(error, (RunFailed, OSError, DamagedData)), str(error)
         if not isinstance(error, (RunFailed, UserError)):
             message = f"{type(error).__name__}: {error}"
         try_event(folder, "failure", message=message)

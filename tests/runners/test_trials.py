@@ -13,6 +13,7 @@ from gptray.config import Config, dump, override
 from gptray.record import METRICS
 from gptray.runners.cluster import trial_resources
 from gptray.runners.suggestions import Suggestions
+from gptray.runners.trial import run_trial
 from gptray.runners.trials import Rungs
 from gptray.tuning.record import Record, Trial, load_trials, trial_dir
 
@@ -160,3 +161,10 @@ def test_trials_share_two_cores_out(
     compute = override(Config(), {**keys, "train.global_batch_size": 16}).compute
     number, reserved = trial_resources(compute, trials=trials, at_once=at_once)
     assert (number, reserved["CPU"]) == expected
+
+
+def test_a_trial_whose_text_is_gone_may_run_again(tmp_path: Path) -> None:
+    settings = {"trial": "0000", "run_dir": str(tmp_path), "data_dir": str(tmp_path / "gone")}
+    result = run_trial({**settings, "config": CONFIG.model_dump(mode="json"), "threads": 1})
+    assert (result["outcome"], result["passing"]) == ("failed", True)
+    assert "manifest.json cannot be read" in result["message"]
