@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,10 @@ def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            if [path.name for path in folder.iterdir()] == [lock.name]:
-                lock.unlink()
-                folder.rmdir()
+            with suppress(OSError):  # a lost mount has told already why
+                if [path.name for path in folder.iterdir()] == [lock.name]:
+                    lock.unlink()
+                    folder.rmdir()
 
 
 def set_ray_snapshot_aside(folder: Path) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptray.config import Config, UserError, load_config
+from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.record import METRICS, write_event
 from gptray.runners.resuming import (
     check_free,
@@ -139,6 +140,12 @@ def test_start_that_failed_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError), held(tmp_path / "run"):
         raise UserError("training text is too short")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_gone_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="cannot write"), held(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+        raise RunFailed("cannot write metrics.jsonl")
 
 
 @pytest.mark.parametrize("key", ["serve.port=9000", "generate.max_batch_size=4"])
