@@ -6,7 +6,7 @@ of several files has one type in all of them, or the input is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,9 +135,9 @@ class FoundColumns:
             check_seed_type(fields["seed"], source)
         return InputColumns(
             ids,
-            _own_field("id", fields.get(ids or ""), pa.int64()),
+            _own_field("id", None if ids is None else fields[ids], pa.int64()),
             self.prompt_column,
-            _own_field("prompt", self._fields.get(self.prompt_column or ""), pa.string()),
+            _own_field("prompt", self._prompt_field(fields), pa.string()),
             settings,
             [(fields[name], new) for name, new in passed.items()],
             self._common_metadata(renamed=any(name != new for name, new in passed.items())),
@@ -197,6 +197,13 @@ class FoundColumns:
                 found = self._with_json(fields[name], found)
             fields[name] = found
         return fields
+
+    def _prompt_field(self, fields: Mapping[str, pa.Field]) -> pa.Field | None:
+        """Where a file says its type; of JSON rows alone prompts become text."""
+        if self.prompt_column is None or self.prompt_column not in self._fields:
+            return None
+        field = fields[self.prompt_column]
+        return field if is_text(field.type) or pa.types.is_null(field.type) else None
 
     def _with_json(self, declared: pa.Field, found: pa.Field) -> pa.Field:
         """One field for a column of JSON rows and of other files. Raises UserError."""
