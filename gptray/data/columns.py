@@ -109,6 +109,12 @@ class FoundColumns:
     def check_names(self) -> None:
         """Raise UserError for names that meet the job's own, and for what Parquet cannot hold."""
         passed_names(self.names, self._config, self.id_column, self.prompt_column)
+        for name in self._shapes:
+            if not is_utf8(name):
+                raise UserError(
+                    f"{self._json_file}: column {name!r}: its name holds half a surrogate pair, "
+                    "which no file can hold; rename it"
+                )
         for name, problem in unwritable(self._fields.values()).items():
             raise UserError(f"{self._sources[name][0]}: column {name!r}: {problem}")
 

@@ -82,6 +82,7 @@ def test_a_body_sets_its_row_and_the_line_passes_through(engine: Engine, tmp_pat
         ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ({"prompt": "x", "temprature": 1}, "temprature.*did you mean temperature"),
         ({"prompt": "x", "temperature": "hot"}, "temperature"),
+        ({"prompt": "x", "temperature": "hot\ud800"}, r"temperature.*hot\\ud800"),
         ({}, "prompt is missing"),
     ],
 )
