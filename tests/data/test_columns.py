@@ -255,3 +255,16 @@ def test_prompts_of_files_of_two_kinds_make_one_column(tmp_path: Path) -> None:
         after = through([tmp_path / name, tmp_path / "j.jsonl"])
         assert after.schema.field("prompt").equals(pa.field("prompt", pa.string()))
         assert after["prompt"].to_pylist() == [first, "x", None]
+
+
+def test_a_category_with_too_many_values_for_its_type_is_refused(tmp_path: Path) -> None:
+    """Each file numbers its own values from 0; together they need more than 8 bits."""
+    paths = [tmp_path / f"{name}.parquet" for name in "ab"]
+    for path in paths:
+        words = pa.array([f"{path.stem}{number}" for number in range(100)])
+        numbers = pa.array(range(100), pa.int8())
+        category = pa.DictionaryArray.from_arrays(numbers, words)
+        parquet.write_table(pa.table({"prompt": words, "c": category}), path)
+    assert through(paths, rows_per_part=100)["c"].to_pylist()[100] == "b0"
+    with pytest.raises(UserError, match="column 'c' has more values in 200 rows than its type"):
+        through(paths, rows_per_part=200)
