@@ -107,3 +107,9 @@ def test_a_name_twice_and_another_kind_of_file_are_refused(tmp_path: Path) -> No
     assert "p.jsonl:2: the id 'a' in column 'custom_id'" in refused(path)
     (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n')
     assert "p.jsonl is an OpenAI batch file and" in refused(tmp_path)
+
+
+def test_a_file_without_rows_is_of_either_kind(tmp_path: Path) -> None:
+    jsonl(tmp_path, line("a", prompt="x"))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert scan(find_files(str(tmp_path)), SETTINGS).rows == 1
