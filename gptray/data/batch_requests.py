@@ -27,7 +27,8 @@ def holds_requests(files: Sequence[SourceFile], settings: GenerateConfig) -> boo
 
     Raises UserError for such files among others.
     """
-    kinds = {file.name: _is_requests(file, settings.prompt_column) for file in files}
+    found = {file.name: _is_requests(file, settings.prompt_column) for file in files}
+    kinds = {name: kind for name, kind in found.items() if kind is not None}
     if not any(kinds.values()):
         return False
     other = next((name for name, is_requests in kinds.items() if not is_requests), None)
@@ -50,9 +51,12 @@ def check_urls(files: Sequence[SourceFile], urls: Collection[str]) -> None:
         )
 
 
-def _is_requests(file: SourceFile, prompt_column: str) -> bool:
+def _is_requests(file: SourceFile, prompt_column: str) -> bool | None:
+    """None: it has no row that could say so."""
     if not is_json(file):
         return False
     first = first_row(file)
-    keys = first[1].keys() if first else ()
-    return set(KEYS) <= set(keys) and prompt_column not in keys
+    if first is None:
+        return None
+    keys = first[1].keys()
+    return set(KEYS) <= keys and prompt_column not in keys

@@ -6,7 +6,7 @@ of several files has one type in all of them, or the input is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,12 @@ class FoundColumns:
     def check_names(self) -> None:
         """Raise UserError for names that meet the job's own, and for what Parquet cannot hold."""
         passed_names(self.names, self._config, self.id_column, self.prompt_column)
+        for name in self._shapes:
+            if not is_utf8(name):
+                raise UserError(
+                    f"{self._json_file}: column {name!r}: its name holds half a surrogate pair, "
+                    "which no file can hold; rename it"
+                )
         for name, problem in unwritable(self._fields.values()).items():
             raise UserError(f"{self._sources[name][0]}: column {name!r}: {problem}")
 
@@ -135,9 +141,9 @@ class FoundColumns:
             check_seed_type(fields["seed"], source)
         return InputColumns(
             ids,
-            _own_field("id", fields.get(ids or ""), pa.int64()),
+            _own_field("id", None if ids is None else fields[ids], pa.int64()),
             self.prompt_column,
-            _own_field("prompt", self._fields.get(self.prompt_column or ""), pa.string()),
+            _own_field("prompt", self._prompt_field(fields), pa.string()),
             settings,
             [(fields[name], new) for name, new in passed.items()],
             self._common_metadata(renamed=any(name != new for name, new in passed.items())),
@@ -197,6 +203,13 @@ class FoundColumns:
                 found = self._with_json(fields[name], found)
             fields[name] = found
         return fields
+
+    def _prompt_field(self, fields: Mapping[str, pa.Field]) -> pa.Field | None:
+        """Where a file says its type; of JSON rows alone prompts become text."""
+        if self.prompt_column is None or self.prompt_column not in self._fields:
+            return None
+        field = fields[self.prompt_column]
+        return field if is_text(field.type) or pa.types.is_null(field.type) else None
 
     def _with_json(self, declared: pa.Field, found: pa.Field) -> pa.Field:
         """One field for a column of JSON rows and of other files. Raises UserError."""

@@ -98,8 +98,9 @@ def _pieces(
     whole = file.compression is not None or file.format in ("csv", "json")
     whole = whole or (file.format == "txt" and not cut_text and reading.separator is None)
     whole = whole or file.size <= piece_bytes or file_encoding(file) != UTF8
-    step = max(file.size, 1) if whole else piece_bytes
-    for start in range(0, file.size, step):
+    size = max(file.size, 1)  # an empty file is a piece too
+    step = size if whole else piece_bytes
+    for start in range(0, size, step):
         stop = min(start + step, file.size)
         yield Piece(file, start, stop, reading), stop - start
 
@@ -115,6 +116,8 @@ def _row_group_pieces(
 ) -> Iterator[tuple[Piece, int]]:
     start = size = 0
     metadata = open_parquet(file).metadata
+    if not metadata.num_row_groups:
+        yield Piece(file, 0, 0, reading), 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
         if size >= piece_bytes or group == metadata.num_row_groups - 1:

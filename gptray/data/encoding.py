@@ -79,7 +79,7 @@ def decoded(
         if first and text:
             text, first = text.removeprefix("\ufeff"), False
             if encoding == UTF8:
-                _refuse_wide_characters(name, block)
+                refuse_wide_characters(name, block)
         lines += text.count("\n")
         size -= len(block) if size > 0 else 0
         if text:
@@ -130,8 +130,11 @@ def _scripts(sample: bytes, encoding: str) -> Counter[str]:
     return Counter("ASCII" if c.isascii() else unicodedata.name(c, "?").split()[0] for c in letters)
 
 
-def _refuse_wide_characters(name: str, head: bytes) -> None:
-    """UTF-16 and UTF-32 without a byte order mark can pass for UTF-8: every other byte is zero."""
+def refuse_wide_characters(name: str, head: bytes) -> None:
+    """Raise UserError for UTF-16 or UTF-32 without a byte order mark.
+
+    Letters in it can pass for UTF-8: every other byte is zero.
+    """
     wide = _wide_encoding(head, least=0.25)
     if wide:
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from gptray.config import GenerateConfig
+from gptray.config import GenerateConfig, UserError
 from gptray.data.batch_requests import ID_KEY, RowRequest, check_urls, holds_requests
 from gptray.data.batches import Batch, Values, read_batches
 from gptray.data.columns import FoundColumns, InputColumns
@@ -119,7 +119,10 @@ def _batches(files: Sequence[SourceFile], prompt_column: str) -> Iterator[Batch]
 def staged(
     files: Sequence[SourceFile], found: InputScan, rows_per_part: int, read_request: ReadRequest
 ) -> Iterator[pa.Table]:
-    """The rows in parts, columns as STAGED and then those that pass through; at least one part."""
+    """The rows in parts, columns as STAGED and then those that pass through; at least one part.
+
+    Raises UserError for a column that a part cannot hold.
+    """
     schema = found.schema
     part: list[pa.RecordBatch] = []
     room, position, empty = rows_per_part, 0, True
@@ -131,10 +134,25 @@ def staged(
             room -= part[-1].num_rows
             rows = rows.slice(part[-1].num_rows)
             if not room:
-                yield pa.Table.from_batches(part, schema)
+                yield _part(part, schema)
                 part, room, empty = [], rows_per_part, False
     if part or empty:
-        yield pa.Table.from_batches(part, schema)
+        yield _part(part, schema)
+
+
+def _part(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+    table = pa.Table.from_batches(batches, schema)
+    for field, column in zip(schema, table.columns, strict=True):
+        if pa.types.is_dictionary(field.type):
+            try:
+                column.unify_dictionaries()
+            except pa.ArrowInvalid:
+                raise UserError(
+                    f"generate.input_path: column {field.name!r} has more values in "
+                    f"{len(table):,} rows than its type, {field.type}, can number; convert it to "
+                    "text, or lower generate.rows_per_file"
+                ) from None
+    return table
 
 
 def output_schema(

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from gptray.config import UserError
 from gptray.data.batches import Batch
+from gptray.data.json_columns import is_utf8
 from gptray.data.rows import is_text
 
 
@@ -24,7 +25,7 @@ class Ids:
     def take(self, batch: Batch) -> None:
         ids = batch.values(self._column)
         if self._problem is None:
-            wrong = (row for row, name in enumerate(ids) if type(name) not in (int, str))
+            wrong = (row for row, name in enumerate(ids) if not _is_name(name))
             row = next(wrong, None)
             self._problem = None if row is None else self._complaint(batch.place(row), ids[row])
         hashes = (hash(str(name)) for name in ids)
@@ -56,7 +57,13 @@ class Ids:
 
     def _complaint(self, place: str, name: Any) -> str:
         shown = "null" if name is None else repr(name)[:60]
+        if type(name) is str:
+            shown += ", which holds half a surrogate pair"
         return f"{place}: the id in column {self._column!r} is {shown}; {_ADVICE}"
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is int or (type(value) is str and is_utf8(value))
 
 
 def check_id_type(name: str, kind: pa.DataType, source: str) -> None:

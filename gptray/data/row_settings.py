@@ -14,8 +14,11 @@ from gptray.data.rows import is_text
 
 
 def _whole(value: Any) -> int:
+    if isinstance(value, str):
+        # 16.0 too: so pandas writes a column with gaps.
+        return int(value.strip().removesuffix(".0"))
     number = _number(value)
-    whole = int(value if isinstance(value, (int, str)) else number)
+    whole = int(value if isinstance(value, int) else number)
     if isinstance(value, (float, Decimal)) and whole != value:
         raise ValueError("not a whole number")
     return whole

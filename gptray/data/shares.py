@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gptray.data.plan import PieceScan
+from gptray.data.plan import PiecePlan, PieceScan
+from gptray.data.sources import SourceFile
 from gptray.data.split import LONG_NAMES
 
 # A share that is off by more than this part of what was asked for is worth a warning.
@@ -39,6 +40,17 @@ def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> l
         for name, share in asked.items()
         if abs(bytes_of[name] / total - share) > _TOLERANCE * share
     ]
+
+
+def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str | None:
+    """What to say of a separator at which no text file is split."""
+    documents: Counter[SourceFile] = Counter()
+    for plan in plans:
+        if plan.piece.file.format == "txt":
+            documents[plan.piece.file] += len(plan.labels)
+    if separator is None or not documents or max(documents.values()) > 1:
+        return None
+    return f"data.separator={separator!r} splits no text file: it never stands between two texts"
 
 
 def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | None:

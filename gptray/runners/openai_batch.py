@@ -43,7 +43,9 @@ def read_request(row: Values) -> RowRequest:
     try:
         request = parse_request(CompletionRequest, body)
     except ApiError as error:
-        return RowRequest(prompt, {}, error.message)
+        # A value that it shows may hold half a surrogate pair.
+        problem = error.message.encode("utf-8", "backslashreplace").decode()
+        return RowRequest(prompt, {}, problem)
     if len(request.prompt) == 1 and isinstance(request.prompt[0], str):
         prompt = request.prompt[0]
     given = request.model_fields_set & SETTINGS.keys()

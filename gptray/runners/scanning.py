@@ -14,7 +14,7 @@ from gptray.data.builtin import builtin_documents
 from gptray.data.corpus import Reading, plan_pieces
 from gptray.data.plan import ScannedText, SplitPlan, plan_split
 from gptray.data.request import Request
-from gptray.data.shares import marker_warning, share_warnings
+from gptray.data.shares import marker_warning, separator_warning, share_warnings
 from gptray.data.sources import BUILTIN, Source, SourceFile
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.work import UnitScan, scan
@@ -70,7 +70,8 @@ def text_warnings(
     splits_text = any(file.format == "txt" for file in files) and not request.reading.separator
     pieces = chain.from_iterable(unit.pieces for unit in scans)
     marked = marker_warning(pieces, splits_text=splits_text)
-    found = [marked] if marked else []
+    unsplit = separator_warning(request.reading.separator, chain.from_iterable(plan.units))
+    found = [warning for warning in (marked, unsplit) if warning]
     found += share_warnings({names[label]: share for label, share in shares.items()}, bytes_of)
     for warning in found:
         logger.warning("%s", warning)

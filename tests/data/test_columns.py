@@ -230,3 +230,41 @@ def test_columns_of_text_formats_are_text(tmp_path: Path) -> None:
     after = through(tmp_path / "p.txt")
     assert after["prompt"].to_pylist() == ["first", "", "third", "last"]
     assert after["gptray.error"].null_count == 4, "an empty prompt starts a fresh document"
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.parquet", "p.jsonl"])
+def test_a_column_without_a_name_is_one_like_others(tmp_path: Path, name: str) -> None:
+    """pandas writes its index so."""
+    if name == "p.csv":
+        (tmp_path / name).write_text(",prompt\n1.5,x\n")
+    elif name == "p.jsonl":
+        (tmp_path / name).write_text('{"": 1.5, "prompt": "x"}\n')
+    else:
+        parquet.write_table(pa.table({"": [1.5], "prompt": ["x"]}), tmp_path / name)
+    after = through(tmp_path / name)
+    assert after.schema.field("id").type == pa.int64() and after["id"].to_pylist() == [0]
+    assert after[""].to_pylist() == ["1.5" if name == "p.csv" else 1.5]
+
+
+def test_prompts_of_files_of_two_kinds_make_one_column(tmp_path: Path) -> None:
+    (tmp_path / "j.jsonl").write_text('{"prompt": "x"}\n{"prompt": null}\n')
+    parquet.write_table(pa.table({"prompt": pa.nulls(1)}), tmp_path / "nulls.parquet")
+    full = pa.schema([pa.field("prompt", pa.string(), nullable=False)])
+    parquet.write_table(pa.table({"prompt": ["y"]}, schema=full), tmp_path / "full.parquet")
+    for name, first in (("nulls.parquet", None), ("full.parquet", "y")):
+        after = through([tmp_path / name, tmp_path / "j.jsonl"])
+        assert after.schema.field("prompt").equals(pa.field("prompt", pa.string()))
+        assert after["prompt"].to_pylist() == [first, "x", None]
+
+
+def test_a_category_with_too_many_values_for_its_type_is_refused(tmp_path: Path) -> None:
+    """Each file numbers its own values from 0; together they need more than 8 bits."""
+    paths = [tmp_path / f"{name}.parquet" for name in "ab"]
+    for path in paths:
+        words = pa.array([f"{path.stem}{number}" for number in range(100)])
+        numbers = pa.array(range(100), pa.int8())
+        category = pa.DictionaryArray.from_arrays(numbers, words)
+        parquet.write_table(pa.table({"prompt": words, "c": category}), path)
+    assert through(paths, rows_per_part=100)["c"].to_pylist()[100] == "b0"
+    with pytest.raises(UserError, match="column 'c' has more values in 200 rows than its type"):
+        through(paths, rows_per_part=200)

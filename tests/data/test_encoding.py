@@ -100,3 +100,11 @@ def test_rows_of_prompts_take_an_encoding_too(tmp_path: Path) -> None:
     (lines,) = find_files(str(write_bytes(tmp_path / "r.txt", KOREAN.encode("utf-16"))))
     with lines.open() as stream:
         assert "".join(text_lines(lines, stream)) == KOREAN
+
+
+@pytest.mark.parametrize("name", ["r.txt", "r.csv", "r.jsonl"])
+def test_wide_rows_without_a_mark_do_not_pass_for_utf8(tmp_path: Path, name: str) -> None:
+    path = write_bytes(tmp_path / name, ("prompt\nplain words\n" * 9).encode("utf-16-le"))
+    (file,) = find_files(str(path))
+    with file.open() as stream, pytest.raises(UserError, match="data.encoding=utf-16-le"):
+        list(text_lines(file, stream))

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from gptray.config import UserError
 from gptray.data.json_columns import MOST_KEYS, holds_json
 from tests.data.test_columns import through
 
@@ -117,3 +118,13 @@ def test_the_whole_of_it_is_told_once_by_name(tmp_path: Path) -> None:
         "columns without one type in common are carried as JSON text: a",
         "the ids in column 'id' are carried as text",
     ]
+
+
+def test_half_a_surrogate_pair_in_a_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a", "prompt": "x"}\n{"id": "\\ud800", "prompt": "y"}\n')
+    with pytest.raises(UserError, match=r"p.jsonl:2: the id .*\\ud800.* half a surrogate pair"):
+        through(path)
+    path.write_text('{"prompt": "x"}\n{"prompt": "y", "\\ud800": 1}\n')
+    with pytest.raises(UserError, match=r"p.jsonl: column '\\ud800': its name holds half a"):
+        through(path)

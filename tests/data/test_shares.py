@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptray.data.plan import PieceScan
-from gptray.data.shares import marker_warning, share_warnings, split_rows
+from gptray.data.corpus import Piece, Reading
+from gptray.data.plan import PiecePlan, PieceScan
+from gptray.data.shares import marker_warning, separator_warning, share_warnings, split_rows
+from gptray.data.sources import SourceFile
 
 
 def scan(**markers: tuple[int, int]) -> PieceScan:
@@ -20,6 +22,19 @@ def test_markers_are_counted_over_pieces_and_the_key_is_named() -> None:
     rows = marker_warning([scan(endoftext=(1, 1))], splits_text=False)
     assert rows is not None and "data.separator" not in rows
     assert marker_warning([scan()], splits_text=True) is None
+
+
+def test_a_separator_that_splits_nothing_is_a_warning() -> None:
+    def plan(name: str, documents: int) -> PiecePlan:
+        piece = Piece(SourceFile(name, 9, 0), 0, 9, Reading(separator="\n\n"))
+        return PiecePlan(piece, np.zeros(documents, np.uint8), {}, 0)
+
+    unsplit = [plan("a.txt", 1), plan("b.txt", 1), plan("c.jsonl", 7)]
+    said = separator_warning("\n\n", unsplit)
+    assert said is not None and r"data.separator='\n\n' splits no text file" in said
+    assert separator_warning("\n\n", [*unsplit, plan("b.txt", 1)]) is None
+    assert separator_warning("\n\n", [plan("c.jsonl", 7)]) is None
+    assert separator_warning(None, unsplit) is None
 
 
 def test_share_that_is_off_by_a_fifth_is_a_warning() -> None:

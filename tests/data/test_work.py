@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from gptray.config import UserError
 from gptray.data.corpus import Reading, plan_pieces
@@ -125,6 +127,18 @@ def test_scan_reports_the_alphabet_and_each_files_sha256(tmp_path: Path) -> None
         KOREAN + ENGLISH
     )
     assert sorted(Path(name).name for unit in scans for name in unit.sha256) == ["a.txt", "b.txt"]
+
+
+def test_files_without_text_among_others_are_scanned_too(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl", "c.json", "d.txt.gz"):
+        write_bytes(tmp_path / name, b"")
+    schema = pa.schema([("text", pa.string())])
+    parquet.ParquetWriter(tmp_path / "e.parquet", schema).close()  # without a row group
+    write_bytes(tmp_path / "f.txt", ENGLISH.encode())
+    plan, scans = planned(tmp_path, 1 << 20)
+    names = [Path(name).name for unit in scans for name in unit.sha256]
+    assert sorted(names) == ["a.txt", "b.jsonl", "c.json", "d.txt.gz", "e.parquet", "f.txt"]
+    assert plan.total_documents == 1
 
 
 def test_sample_is_training_text_only_and_a_share_of_it(tmp_path: Path) -> None:

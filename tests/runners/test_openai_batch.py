@@ -82,6 +82,7 @@ def test_a_body_sets_its_row_and_the_line_passes_through(engine: Engine, tmp_pat
         ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ({"prompt": "x", "temprature": 1}, "temprature.*did you mean temperature"),
         ({"prompt": "x", "temperature": "hot"}, "temperature"),
+        ({"prompt": "x", "temperature": "hot\ud800"}, r"temperature.*hot\\ud800"),
         ({}, "prompt is missing"),
     ],
 )
@@ -106,3 +107,9 @@ def test_a_name_twice_and_another_kind_of_file_are_refused(tmp_path: Path) -> No
     assert "p.jsonl:2: the id 'a' in column 'custom_id'" in refused(path)
     (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n')
     assert "p.jsonl is an OpenAI batch file and" in refused(tmp_path)
+
+
+def test_a_file_without_rows_is_of_either_kind(tmp_path: Path) -> None:
+    jsonl(tmp_path, line("a", prompt="x"))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert scan(find_files(str(tmp_path)), SETTINGS).rows == 1
