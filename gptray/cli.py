@@ -90,6 +90,9 @@ def run_job(
         # Ray puts its own SIGTERM handler in place, which exits; a job itself never does.
         _say(f"{name}: interrupted")
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has seen enough (| head)
+        _give_up(sys.stdout)
+        return DONE
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             _say(f"{name}: {error.strerror}: {str(error.filename)[:60]}...; choose a shorter one")

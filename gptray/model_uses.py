@@ -62,6 +62,13 @@ class SampleConfig(Section):
         "false: plain text",
     )
 
+    @field_validator("prompt")
+    @classmethod
+    def _some_prompt(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value == []:
+            raise ValueError("needs at least one prompt, or null")
+        return value
+
     @model_validator(mode="after")
     def _min_below_max(self) -> SampleConfig:
         if self.min_new_tokens > self.max_new_tokens:

@@ -22,6 +22,8 @@ from gptray.data.row_settings import check_seed_type, check_setting_type
 from gptray.data.rows import is_text, no_column
 from gptray.data.sources import SourceFile
 
+MAX_COLUMNS = 4096  # of JSON
+
 
 @dataclass(frozen=True)
 class InputColumns:
@@ -103,6 +105,11 @@ class FoundColumns:
             return
         for name in dict.fromkeys(key for row in batch.objects for key in row):
             self._shapes.setdefault(name, Shape())
+        if len(self._shapes) > MAX_COLUMNS:
+            raise UserError(
+                f"{batch.file.name}: the rows have more than {MAX_COLUMNS:,} different keys, as if "
+                "keys were data; put them into one key of each row"
+            )
         for name, shape in self._shapes.items():
             shape.take([row[name] for row in batch.objects if name in row])
 

@@ -16,6 +16,7 @@ from gptray.config import UserError
 BLOCK_BYTES = 1 << 20
 UTF8 = "utf-8"
 _SAMPLE = 1 << 14  # bytes
+_SURELY = 20  # characters beyond ASCII that no other encoding looks like
 # UTF-32's little-endian mark begins with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -49,7 +50,10 @@ def marked_encoding(head: bytes) -> str | None:
 
 def stream_encoding(stream: BufferedReader, encoding: str | None) -> str:
     """How a stream that is at its beginning is to be decoded; `encoding` None: by its mark."""
-    return codec_of(encoding) or marked_encoding(stream.peek(len(codecs.BOM_UTF32_LE))) or UTF8
+    head = stream.peek(len(codecs.BOM_UTF32_LE))
+    if head.startswith(codecs.BOM_UTF8):
+        return UTF8
+    return codec_of(encoding) or marked_encoding(head) or UTF8
 
 
 def decoded(
@@ -92,6 +96,9 @@ def undecodable(error: UnicodeDecodeError, encoding: str = UTF8) -> str:
     """What is wrong, and which encoding is likely."""
     spelled = "UTF-8" if encoding == UTF8 else encoding
     problem = f"not {spelled}: {error.reason}"
+    before = error.object[: error.start][-_SAMPLE:].decode(encoding, "ignore")
+    if encoding == UTF8 and sum(not character.isascii() for character in before) >= _SURELY:
+        return f"{problem}; the text before it is UTF-8, so the file is damaged there"
     begin = error.object.rfind(b"\n", 0, error.start) + 1
     likely = _wide_encoding(error.object, least=0.03) or likely_encoding(
         error.object[begin : begin + _SAMPLE]

@@ -91,14 +91,16 @@ def matches(pattern: str) -> list[str]:
 
 
 def once(paths: Iterable[str]) -> Iterator[str]:
-    """The first path to each place; several links to a folder lead to the same places."""
-    folders: dict[str, str] = {}
-    met: set[tuple[str, str]] = set()
+    """The first path to each file: links of both kinds lead to the same one."""
+    met: set[str] = set()
     for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        place = folders[folder], name
+        place = identity(path)
         if place not in met:
             met.add(place)
             yield path
+
+
+def identity(path: str) -> str:
+    """Equal for two names of one file."""
+    status = os.stat(path)
+    return f"{status.st_dev} {status.st_ino}"

@@ -19,7 +19,16 @@ from pyarrow import fs
 
 from gptray.config import UserError
 from gptray.data.encoding import codec_of
-from gptray.data.folders import WILDCARD, LocalFile, file_at, files_below, matches, once, shown
+from gptray.data.folders import (
+    WILDCARD,
+    LocalFile,
+    file_at,
+    files_below,
+    identity,
+    matches,
+    once,
+    shown,
+)
 from gptray.data.remote import file_system, remote_files, scheme_of
 from gptray.suggest import did_you_mean, nearest
 
@@ -68,8 +77,8 @@ class SourceFile:
 
     @property
     def place(self) -> str:
-        """Equal for two names of one file."""
-        return os.path.realpath(self.path) if self.uri is None else self.name
+        """Equal for two names of one file, links of both kinds among them."""
+        return identity(self.path) if self.uri is None else self.name
 
     def changed(self) -> bool:
         """Whether the file is no longer the one that was listed."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.data.tokens import TokenData
+from gptray.data.tokens import DamagedData, TokenData
 from gptray.files import cannot_write, storing
 from gptray.record import try_event, write_event
 from gptray.runners.cluster import ray_cluster, worker_resources
@@ -195,11 +195,14 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from gptray.runners.group import process_group
-    from gptray.training.loop import fit
+    from gptray.training.loop import failed, fit
 
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(settings["threads"])
-    data = TokenData.open(settings["data_dir"])
+    try:
+        data = TokenData.open(settings["data_dir"])
+    except DamagedData as error:  # not a worker's death: no other attempt would find it whole
+        return failed(0, RunFailed(f"{error}; the same command prepares the text again"))
 
     def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
         # The loop has written the checkpoint into the run's folder already.

@@ -108,3 +108,14 @@ def test_wide_rows_without_a_mark_do_not_pass_for_utf8(tmp_path: Path, name: str
     (file,) = find_files(str(path))
     with file.open() as stream, pytest.raises(UserError, match="data.encoding=utf-16-le"):
         list(text_lines(file, stream))
+
+
+def test_damaged_utf8_is_not_taken_for_another_encoding(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "t.txt", KOREAN.encode()[:-3] + b"\xea\n")
+    with pytest.raises(UserError, match=r"t\.txt:2: not UTF-8: .*the file is damaged there$"):
+        read(path)
+
+
+def test_a_byte_order_mark_of_utf8_holds_whatever_is_asked_for(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "t.txt", b"\xef\xbb\xbf" + KOREAN.encode())
+    assert read(path, "cp949") == KOREAN

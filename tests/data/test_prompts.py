@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from gptray.config import ConfigError, UserError, load_config
+from gptray.config import ConfigError, GenerateConfig, UserError, load_config
 from gptray.data.prompts import check_input, prompt_problem, scan
 from gptray.data.sources import find_files
 from tests.data.test_columns import settings, through
@@ -260,3 +260,11 @@ def test_rows_of_other_formats(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"prompt": "a"},\n {"prompt": "b", "x": 1, "x": 2}]')
     with pytest.raises(UserError, match="a.json:.: duplicate key 'x'"):
         through(tmp_path / "a.json")
+
+
+def test_keys_that_look_like_data_are_refused_in_time(tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": "x", f"k{number}": 1}) for number in range(9_000)]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(rows))
+    with pytest.raises(UserError, match="p.jsonl: the rows have more than 4,096 different keys"):
+        scan(find_files(str(path)), GenerateConfig())

@@ -156,3 +156,11 @@ def test_link_to_nothing_is_named(folder: Path) -> None:
 def test_scheme_that_is_not_read_says_what_to_do(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_files(uri)
+
+
+def test_links_of_both_kinds_lead_to_one_file(tmp_path: Path) -> None:
+    first = tmp_path / "a.txt"
+    first.write_text("text")
+    (tmp_path / "b.txt").hardlink_to(first)
+    (tmp_path / "c.txt").symlink_to(first)
+    assert [file.path for file in find_files(str(tmp_path))] == [str(first)]
