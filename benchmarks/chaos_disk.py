@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos import ROOT, rows, write_text
+from pyarrow import parquet
 
 SIZE_MB, STEPS = 64, 60
 SHAPE = ["model.n_layer=2", "model.n_head=2", "model.n_embd=96", "model.n_positions=64"]
@@ -179,13 +180,16 @@ def run_full(way: Way, storage: Path, disk: Disk, environment: dict[str, str]) -
 
 
 def digests(storage: Path, patterns: list[str]) -> dict[str, str]:
-    """Of the files that are compared; of an evaluation its numbers."""
+    """Of the files that are compared; of an evaluation its numbers, of a batch its rows."""
     found = {}
     for path in sorted(path for pattern in patterns for path in storage.glob(pattern)):
         content = path.read_bytes()
         if path.suffix == ".json":
             splits = json.loads(content)["splits"]
             content = json.dumps(splits).encode()
+        if path.suffix == ".parquet":  # `model` says where the model lies
+            table = parquet.read_table(path).drop_columns(["model"])
+            content = repr(table.to_pylist()).encode()
         if path.suffix == ".yaml":
             content = content.replace(str(storage).encode(), b"")
         name = path.relative_to(storage).as_posix()
