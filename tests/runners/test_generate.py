@@ -31,15 +31,6 @@ ROWS = 60
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = small_tokenizer()
-    save_pretrained(random_gpt(tokenizer), folder, eos_token_id=tokenizer.eos_id)
-    tokenizer.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(3)
     words = ["the", "cat", "sees", "a", "dog.", "\uc61b\ub0a0", "\U0001f984"]

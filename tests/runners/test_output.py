@@ -10,19 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from gptray.config import RunFailed, UserError, load_config
-from gptray.model.hf import save_pretrained
 from gptray.runners.generate import generate, generation_plan
-from tests.generation.models import random_gpt, small_tokenizer
 from tests.runners.generating import config_of
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = small_tokenizer()
-    save_pretrained(random_gpt(tokenizer), folder, eos_token_id=tokenizer.eos_id)
-    tokenizer.save(folder)
-    return folder
 
 
 @pytest.fixture

@@ -5,24 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from gptray.config import load_config
 from gptray.data.tokens import TokenData
-from gptray.model.hf import save_pretrained
 from gptray.runners.samples import sample_texts
 from gptray.runners.terminal import generate_here
-from tests.generation.models import random_gpt, small_tokenizer
+from tests.generation.models import random_gpt
 from tests.tiny import tiny_config
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = small_tokenizer()
-    save_pretrained(random_gpt(tokenizer), folder, eos_token_id=tokenizer.eos_id)
-    tokenizer.save(folder)
-    return folder
 
 
 def written(model_dir: Path, *overrides: str) -> list[dict[str, Any]]:
