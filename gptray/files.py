@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,12 +105,7 @@ def check_writable(folder: Path, *, key: str) -> None:
                 raise OSError(errno.ENAMETOOLONG, f"the name {part[:40]}... is too long")
         if len(os.fsencode(folder)) > os.pathconf(there, "PC_PATH_MAX") - _LONGEST_BELOW:
             raise OSError(errno.ENAMETOOLONG, "the path is too long")
-        probe = there / f".gptray-{os.getpid()}.probe"
-        try:
-            probe.mkdir()
-        finally:
-            with suppress(OSError):
-                probe.rmdir()
+        Path(tempfile.mkdtemp(prefix=".gptray-", suffix=".probe", dir=there)).rmdir()
     except OSError as error:
         if error.errno in _NO_ROOM:
             return  # room may come before it is needed
@@ -118,7 +115,8 @@ def check_writable(folder: Path, *, key: str) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, moved to `path` if all went well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Containers that share a folder may share process ids too.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,24 @@ def test_path_that_cannot_be_replaced_stays_and_leaves_nothing_beside_it(tmp_pat
         draft.write_bytes(b"x" * 5000)
     assert path.read_text("utf-8") == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_path_each_have_a_draft(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the last to be moved
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_is_looked_at_by_many_at_once(tmp_path: Path) -> None:
+    def look(_: int) -> None:
+        check_writable(tmp_path / "new", key="storage_path")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(look, range(400)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_appended_piece_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
