@@ -1,0 +1,269 @@
+"""Type README's commands, block by block, in a fresh clone with a fresh HOME.
+
+  python benchmarks/readme.py                     all of them; about an hour on two cores
+  python benchmarks/readme.py --skip pytest       all but the commands that hold this word
+  python benchmarks/readme.py --keep FOLDER       the clone, HOME and outputs stay there
+
+One bash types every line of every bash block as written, and feeds Python blocks to `python`. Files
+that README takes as the reader's own (book.txt, prompts.jsonl ...) are written beforehand. Models
+that README takes from the hub are small folders of the same name, unless --hub is given. A server
+stays until the next command that is not Python. Ray's ports must be free. Prints a table with each
+command's time and, last, one JSON line; exit code 1 if any command failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_S = 3600.0
+# What a reader has not set: Python's, Ray's and the libraries' own variables.
+FOREIGN = ("PYTHON", "RAY_", "VIRTUAL_ENV", "XDG_", "HF_", "TRANSFORMERS_", "OMP_", "CXX")
+
+# What needs the environment that README's first command makes.
+PARQUET = """
+import pyarrow.json, pyarrow.parquet
+pyarrow.parquet.write_table(pyarrow.json.read_json("prompts.jsonl"), "prompts.parquet")
+"""
+# Stands for the hub's GPT-2.
+SMALL_GPT2 = """
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+bpe = Tokenizer(models.BPE())
+bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+alphabet = pre_tokenizers.ByteLevel.alphabet()
+trainer = trainers.BpeTrainer(
+    vocab_size=1000, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+)
+bpe.train(["book.txt"], trainer)
+PreTrainedTokenizerFast(
+    tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+).save_pretrained("gpt2")
+config = GPT2Config(
+    vocab_size=1000, n_layer=2, n_head=4, n_embd=64, bos_token_id=0, eos_token_id=0
+)
+GPT2LMHeadModel(config).save_pretrained("gpt2")
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of README as a reader types it. line: where it stands there."""
+
+    line: int
+    language: str
+    text: str
+
+    @property
+    def is_server(self) -> bool:
+        return "jobs/serve.py" in self.text
+
+    @property
+    def typed(self) -> str:
+        return f"python - <<'END'\n{self.text}\nEND" if self.language == "python" else self.text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended. reason: why it failed, the last of what it said; empty: it did not."""
+
+    command: Command
+    seconds: float
+    reason: str
+
+
+def commands(readme: str) -> Iterator[Command]:
+    """The commands of a Markdown text's bash and python blocks, in order."""
+    for block in re.finditer(r"^```(bash|python)\n(.*?)^```$", readme, re.M | re.S):
+        language, text = block.groups()
+        number = readme.count("\n", 0, block.start(2)) + 1
+        if language == "python":
+            yield Command(number, language, text.rstrip())
+            continue
+        for command in re.finditer(r"(?:.*\\\n)*.*\n", text):
+            if command[0].strip() and not command[0].startswith("#"):
+                line = number + text.count("\n", 0, command.start())
+                yield Command(line, language, command[0].rstrip())
+
+
+class Shell:
+    """A bash that lives from the first command to the last, as a reader's terminal does."""
+
+    def __init__(self, folder: Path, env: dict[str, str], outputs: Path) -> None:
+        self._outputs = outputs
+        self._bash = subprocess.Popen(
+            ["bash"], cwd=folder, env=env, text=True, bufsize=1, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self._bash.stdin is not None and self._bash.stdout is not None
+        self._in: IO[str] = self._bash.stdin
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._bash.stdout, selectors.EVENT_READ)
+
+    def run(self, text: str, name: str) -> int:
+        """Type a command and wait for its end; its exit status. Raises TimeoutError."""
+        self._type(f"{{ {text}\n}} {self._redirections(name)}; echo $?")
+        assert self._bash.stdout is not None
+        if not self._selector.select(DEADLINE_S):
+            raise TimeoutError
+        return int(self._bash.stdout.readline() or -1)
+
+    def start(self, text: str, name: str) -> int:
+        """Start a server and wait until it answers; 0 once it does. Raises TimeoutError."""
+        # A shell that reads no terminal would have its children ignore SIGINT: SIGTERM ends them.
+        self.run(f"{text} & server=$!", name)
+        end = time.monotonic() + DEADLINE_S
+        while time.monotonic() < end:
+            if '"url"' in self.output(name):
+                return 0
+            if self.run("kill -0 $server", "server-alive"):
+                return self.run("wait $server", "server-wait") or -1
+            time.sleep(0.5)
+        raise TimeoutError
+
+    def stop(self) -> int:
+        """End the server as a service manager does; its exit status."""
+        return self.run("kill $server; wait $server", "server-stop")
+
+    def output(self, name: str, stream: str = "out") -> str:
+        return (self._outputs / f"{name}.{stream}").read_text("utf-8", errors="replace")
+
+    def close(self) -> None:
+        """Leave the terminal; whatever still runs in it ends."""
+        self._in.close()
+        with self._bash:
+            if self._bash.poll() is None:
+                os.killpg(self._bash.pid, signal.SIGTERM)
+
+    def _redirections(self, name: str) -> str:
+        return f"</dev/null >{self._outputs / name}.out 2>{self._outputs / name}.err"
+
+    def _type(self, line: str) -> None:
+        self._in.write(f"{line}\n")
+
+
+def type_all(shell: Shell, todo: list[Command]) -> Iterator[Outcome]:
+    """Run the commands in order; a server lasts until the next command that is not Python."""
+    server: Command | None = None
+    for number, command in enumerate(todo):
+        if server and command.language == "bash":
+            yield _outcome(server, shell.stop, shell, "server-stop")
+            server = None
+        print(f"README.md:{command.line}: {command.text.splitlines()[0]}", file=sys.stderr)
+        name = f"{number:02}"
+        run = partial(shell.start if command.is_server else shell.run, command.typed, name)
+        outcome = _outcome(command, run, shell, name)
+        server = command if command.is_server and not outcome.reason else server
+        yield outcome
+    if server:
+        yield _outcome(server, shell.stop, shell, "server-stop")
+
+
+def _outcome(command: Command, run: Callable[[], int], shell: Shell, name: str) -> Outcome:
+    begin = time.monotonic()
+    status = run()
+    said = shell.output(name, "err").strip().splitlines() or [f"exit status {status}"]
+    return Outcome(command, time.monotonic() - begin, said[-1] if status else "")
+
+
+def write_files(folder: Path) -> None:
+    """Write what README takes as the reader's own files, from text that every Python carries."""
+    text = "\n\n".join(topics.values()).encode("ascii", "ignore").decode()
+    lengths = {"book": 200_000, "train": 120_000, "val": 20_000, "other": 20_000}
+    for name, length in (lengths | {"the-verdict": 20_000}).items():
+        (folder / f"{name}.txt").write_text(text[:length], "utf-8")
+        text = text[length:]
+    stories = "<|endoftext|>\n".join(text[:100_000].split("\n\n"))
+    (folder / "TinyStories.txt").write_text(stories, "utf-8")
+    who, where, what = ["나는", "너는", "우리는", "그는"], ["집에서", "학교에서", "밖에서"], [
+        "밥을 먹어", "책을 읽어", "노래를 불러", "친구를 만나", "잠을 자",
+    ]  # fmt: skip
+    with (folder / "chats.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["Q", "A"])
+        for number in range(30):
+            for words in itertools.product(who, where, what):
+                rows.writerow([f"{' '.join(words)}? {number}", f"응, {words[-1]}."])
+    prompts = [{"id": n, "prompt": f"The {word}"} for n, word in enumerate(text[:600].split())]
+    lines = (json.dumps(prompt) + "\n" for prompt in prompts)
+    (folder / "prompts.jsonl").write_text("".join(lines), "utf-8")
+    (folder / "my.yaml").write_text(
+        "generate: {input_path: prompts.jsonl, output_path: out-gpt2}\n", "utf-8"
+    )
+
+
+def environment(home: Path, python_folder: Path) -> dict[str, str]:
+    """A reader's environment: a HOME with nothing in it, `python3` this very Python's."""
+    python = python_folder / "python3"
+    python.write_text(f'#!/bin/sh\nexec "{Path(sys.executable).resolve()}" "$@"\n', "utf-8")
+    python.chmod(0o755)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+    inside = Path(sys.prefix, "bin")
+    paths = [one for one in kept.get("PATH", "").split(os.pathsep) if Path(one) != inside]
+    return kept | {"HOME": str(home), "PATH": os.pathsep.join([str(python_folder), *paths])}
+
+
+@contextmanager
+def terminal(work: Path) -> Iterator[tuple[Shell, Path]]:
+    """A fresh clone of what is committed, and a shell in it."""
+    clone, home, outputs, binaries = (work / name for name in ("gptray", "home", "outputs", "bin"))
+    for folder in (home, outputs, binaries):
+        folder.mkdir(parents=True)
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    write_files(clone)
+    shell = Shell(clone, environment(home, binaries), outputs)
+    try:
+        yield shell, clone
+    finally:
+        shell.close()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Type README's commands in a fresh clone.")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="commands to skip")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder to work in")
+    parser.add_argument("--hub", action="store_true", help="take GPT-2 from the hub")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    begin = time.monotonic()
+    outcomes: list[Outcome] = []
+    place = tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep)
+    with place as folder, terminal(Path(folder).resolve()) as (shell, clone):
+        found = list(commands((clone / "README.md").read_text("utf-8")))
+        todo = [one for one in found if not any(word in one.text for word in args.skip)]
+        made = PARQUET if args.hub else PARQUET + SMALL_GPT2
+        todo.insert(1, Command(0, "bash", f".venv/bin/python - <<'END'{made}END"))
+        outcomes += type_all(shell, todo)
+    for outcome in outcomes:
+        first = outcome.command.text.splitlines()[0]
+        said = outcome.reason or "ok"
+        print(f"{outcome.command.line:4} {outcome.seconds:7.1f} s  {said:30.200}  {first:.90}")
+    failed = [outcome.command.line for outcome in outcomes if outcome.reason]
+    passed, seconds = len(outcomes) - len(failed), time.monotonic() - begin
+    print(json.dumps({"passed": passed, "failed_lines": failed, "seconds": round(seconds, 1)}))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
