@@ -1,0 +1,54 @@
+"""README's commands: their keys hold; in the long tests they are typed, each as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptray.cli import parse_arguments
+from gptray.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def job_commands() -> list[str]:
+    """What follows `python` in README's bash blocks where it is one of the jobs."""
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [found[1] for line in lines if (found := re.search(r"python (jobs/\w+\.py.*)", line))]
+
+
+@pytest.mark.parametrize("command", job_commands())
+def test_command_names_a_job_and_keys_that_there_are(command: str) -> None:
+    job, *words = shlex.split(command, comments=True)
+    assert (ROOT / job).is_file()
+    arguments = parse_arguments(words)
+    assert arguments.problems == []
+    # A config that an earlier command writes, or the reader, is not there yet.
+    shipped = arguments.config if str(arguments.config).startswith("configs/") else None
+    load_config(shipped and ROOT / shipped, arguments.overrides)
+
+
+def test_every_block_of_yaml_is_a_config(tmp_path: Path) -> None:
+    assert blocks("yaml")
+    for block in blocks("yaml"):
+        (tmp_path / "block.yaml").write_text(block, "utf-8")
+        load_config(tmp_path / "block.yaml", [])
+
+
+@pytest.mark.chaos
+def test_commands_work_as_typed_in_a_fresh_clone() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "readme.py")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["failed_lines"] == []
