@@ -79,7 +79,7 @@ def _check_address(config: Config) -> None:
 
 
 def api_keys(config: Config) -> list[str]:
-    """Digests of the keys that let in. Raises UserError if none can be read."""
+    """Digests of the keys that let in, as they are now. Raises UserError if none can be read."""
     return read_keys(config.serve.api_key_file) if config.serve.api_key_file else []
 
 

@@ -115,7 +115,7 @@ def test_a_model_that_cannot_be_had_leaves_the_one_in_use(folder: Path) -> None:
         replica = Replica(Config().model_dump(mode="json"), [], torch.get_num_threads())
         app = replica.__serve_build_asgi_app__()
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
 
             async def name() -> str:
                 answer = await client.get("/v1/models")
