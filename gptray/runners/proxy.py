@@ -22,7 +22,6 @@ from gptray.serving.errors import ApiError
 
 # Which applications there are, and whether the proxy is up.
 SERVES_PATHS = ("/-/routes", "/-/healthz")
-HEADERS_S, HEADERS_BYTES = 20.0, 64 << 10
 # What Serve says of these, it says as plain text with names of its own.
 ANSWERS = {
     404: "no model is served here yet",
@@ -119,6 +118,7 @@ class TimedHeaders(HttpToolsProtocol):
     Uvicorn by itself waits for them without end.
     """
 
+    headers_s, headers_bytes = 20.0, 64 << 10
     _deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
@@ -129,8 +129,10 @@ class TimedHeaders(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._header_bytes += len(data)
         super().data_received(data)
-        if self._deadline is not None and self._header_bytes > HEADERS_BYTES:
-            self._refuse(ApiError(431, f"the headers are longer than {HEADERS_BYTES:,} bytes"))
+        if self._deadline is None:
+            self._header_bytes = 0
+        elif self._header_bytes > self.headers_bytes:
+            self._refuse(ApiError(431, f"the headers are longer than {self.headers_bytes:,} bytes"))
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, msg))
@@ -149,8 +151,7 @@ class TimedHeaders(HttpToolsProtocol):
 
     def _expect_headers(self) -> None:
         self._stop_waiting()
-        self._header_bytes = 0
-        self._deadline = self.loop.call_later(HEADERS_S, self._give_up)
+        self._deadline = self.loop.call_later(self.headers_s, self._give_up)
 
     def _stop_waiting(self) -> None:
         if self._deadline is not None:
@@ -161,7 +162,7 @@ class TimedHeaders(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._expect_headers()  # of a request behind one that is still answered
             return
-        self._refuse(ApiError(408, f"the headers did not arrive within {HEADERS_S:g} s"))
+        self._refuse(ApiError(408, f"the headers did not arrive within {self.headers_s:g} s"))
 
     def _refuse(self, error: ApiError) -> None:
         self._stop_waiting()
