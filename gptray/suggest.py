@@ -99,8 +99,7 @@ ALIASES = {
     "serve.max_outputs": "max_choices max_completions max_batch_prompts",
     "serve.max_waiting": "max_queue queue_size max_queued_requests",
     "serve.request_timeout_s": "timeout request_timeout",
-    "serve.body_timeout_s": "client_body_timeout read_timeout timeout_keep_alive header_timeout "
-    "receive_timeout",
+    "serve.body_timeout_s": "client_body_timeout read_timeout header_timeout receive_timeout",
     "serve.served_model_name": "model_id served_name",
 }
 

@@ -40,6 +40,9 @@ def test_the_job_tells_its_url_and_answers_there(job: Job) -> None:
     answer = job.ask(20).json()
     assert answer["choices"][0]["text"] == expected(20) and answer["model"] == "tiny"
     assert httpx.get(f"{job.url}/health", timeout=60).status_code == 200
+    assert httpx.get(f"{job.url}/health", headers={"host": "evil.example"}).status_code == 421
+    for path in ("/-/routes", "/-/healthz"):  # Serve's own
+        assert httpx.get(f"{job.url}{path}").json()["error"]["type"] == "not_found_error"
     wrong = job.post(prompt=PROMPT, max_tokns=3)
     assert wrong.status_code == 400 and "did you mean max_tokens?" in wrong.text
 
