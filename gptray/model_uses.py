@@ -5,6 +5,7 @@ Joined into one tree in `gptray.config`, from where everybody imports them.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +22,7 @@ from gptray.sections import (
 )
 from gptray.suggest import did_you_mean, nearest
 
+_HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:]+\]")
 # The sample section's keys that hold for all rows of a batch job.
 _JOB_WIDE = ("prompt", "parse_special")
 
@@ -195,6 +197,11 @@ class ServeConfig(Section):
         description="file with a key that clients must send (Authorization: Bearer), one on each "
         "line; null: none needed",
     )
+    allowed_hosts: str | list[str] | None = Field(
+        None,
+        description="names other than its own by which clients may call it (Host), such as "
+        "api.example.com or *.example.com; *: any; null: none, or any if host is 0.0.0.0 or ::",
+    )
     allowed_origins: str | list[str] | None = Field(
         None,
         description="web pages that may call from a browser, such as https://example.com; *: any "
@@ -211,8 +218,13 @@ class ServeConfig(Section):
         128, description="sequences that wait for an engine; beyond them the answer is 429"
     )
     max_body_bytes: PositiveInt = Field(1 << 20, description="of a request")
-    max_prompts: PositiveInt = Field(64, description="prompts of one request")
+    max_prompts: PositiveInt = Field(
+        64, description="prompts of one request that run or wait at a time; the others follow them"
+    )
     max_n: PositiveInt = Field(16, description="outputs of one prompt")
+    max_outputs: PositiveInt = Field(
+        2048, description="outputs of one request, all prompts together"
+    )
     max_output_tokens: PositiveInt | None = Field(
         None,
         description="tokens that one output gets at most, whatever max_tokens asks for; null: as "
@@ -222,12 +234,26 @@ class ServeConfig(Section):
     max_logprobs: Annotated[int, Field(ge=0)] = Field(
         20, description="likeliest tokens told at each position"
     )
+    body_timeout_s: Positive = Field(
+        20.0, description="seconds in which the body of a request must arrive"
+    )
     request_timeout_s: Positive = Field(
         300.0, description="seconds that one request may take, waiting included"
     )
     drain_timeout_s: NonNegative = Field(
         30.0, description="seconds that running requests have to finish when the server stops"
     )
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, given: str | list[str] | None) -> str | list[str] | None:
+        for name in [given] if isinstance(given, str) else given or []:
+            if not _HOST_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} must be a name without scheme, port or path, such as "
+                    "api.example.com, *.example.com or *"
+                )
+        return given
 
     @model_validator(mode="after")
     def _replicas_grow(self) -> ServeConfig:

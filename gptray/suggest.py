@@ -93,10 +93,13 @@ ALIASES = {
     "serve.host": "address bind",
     "serve.port": "http_port",
     "serve.api_key_file": "api_key api_keys api_key_path",
+    "serve.allowed_hosts": "trusted_hosts host_names server_name hostnames",
     "serve.allowed_origins": "cors cors_origins allow_origins",
     "serve.num_replicas": "replicas n_replicas",
+    "serve.max_outputs": "max_choices max_completions max_batch_prompts",
     "serve.max_waiting": "max_queue queue_size max_queued_requests",
     "serve.request_timeout_s": "timeout request_timeout",
+    "serve.body_timeout_s": "client_body_timeout read_timeout header_timeout receive_timeout",
     "serve.served_model_name": "model_id served_name",
 }
 

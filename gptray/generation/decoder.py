@@ -48,11 +48,18 @@ class Piece:
 class Network(Protocol):
     """What an engine needs of a decoder: the network, and memory for S sequences in slots."""
 
-    def step(self, decoding: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> Tensor:
+    def step(
+        self,
+        decoding: Sequence[tuple[int, int]],
+        pieces: Sequence[Piece],
+        *,
+        alone: bool = False,
+    ) -> Tensor:
         """Logits, fp32, after each decoding token and what each piece asks for, in this order.
 
         (D + the pieces' `logits`, V); V is the vocabulary, padded with -inf. decoding: (token,
-        position) of slots 0 .. D - 1. The step's keys and values are kept.
+        position) of slots 0 .. D - 1. The step's keys and values are kept, and what lower slots
+        hold; alone: what all other slots hold.
         """
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -100,6 +107,10 @@ class _Cache:
             keys[:used, :, :kept], values[:used, :, :kept] = old
             self.layers.append((keys, values))
 
+    def grow(self, tokens: int) -> None:
+        """Make room for a sequence of `tokens`, keeping all that all slots hold."""
+        self.fit(max(tokens, self.length), self._slots)
+
     def move(self, source: int, target: int, tokens: int) -> None:
         for keys, values in self.layers:
             keys[target, :, :tokens] = keys[source, :, :tokens]
@@ -139,7 +150,13 @@ class Decoder:
         self._cache = _Cache(model, slots, dtype=dtype, device=self._device)
 
     @torch.no_grad()
-    def step(self, decoding: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> Tensor:
+    def step(
+        self,
+        decoding: Sequence[tuple[int, int]],
+        pieces: Sequence[Piece],
+        *,
+        alone: bool = False,
+    ) -> Tensor:
         """See `Network`."""
         tokens = [token for token, _ in decoding]
         positions = [position for _, position in decoding]
@@ -150,7 +167,10 @@ class Decoder:
             asked += range(len(tokens) - piece.logits, len(tokens))
         ids, place = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
         x = (F.embedding(ids, self._wte) + F.embedding(place, self._wpe)).to(self._dtype)
-        self._cache.fit(max(positions) + 1, len(decoding) + len(pieces))
+        if alone:
+            self._cache.grow(max(positions) + 1)
+        else:
+            self._cache.fit(max(positions) + 1, len(decoding) + len(pieces))
         plan = _AttentionPlan(
             positions[: len(decoding)], pieces, self._cache.length, self._dtype, self._device
         )

@@ -114,15 +114,26 @@ class Engine:
         self._release()
 
     def step(self) -> list[Generation]:
-        """Run the network once; return the generations that got a token or ended."""
+        """Run the network once; return the generations that got a token or ended.
+
+        A sequence with which the network or the sampler raises an exception ends with that as its
+        error; the others draw their token at the next step. Where no single one is to blame, or
+        nothing runs any more, the exception is raised.
+        """
         reading = self._take_pieces()
         decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
         if not decoding and not reading:
             return []
-        logits = self._network.step(decoding, [piece for _, piece in reading])
+        try:
+            logits = self._network.step(decoding, [piece for _, piece in reading])
+        except Exception as error:
+            return self._end_guilty(error, reading)
         logits = self._take_prompts(logits, reading)
         rows = [sequence.row() for sequence in self._decoding]
-        tokens = draw(logits, rows, self._network.top)
+        try:
+            tokens = draw(logits, rows, self._network.top)
+        except Exception as error:
+            return self._end_guilty(error, [])
         for sequence, drawn in zip(self._decoding, tokens, strict=True):
             try:
                 sequence.take(drawn, self.n_positions)
@@ -169,6 +180,52 @@ class Engine:
                 drawing.append(row - 1)
         is_start = drawing == list(range(len(drawing)))
         return logits[: len(drawing)] if is_start else logits[drawing]
+
+    def _end_guilty(
+        self, error: Exception, reading: list[tuple[ActiveSequence, Piece]]
+    ) -> list[Generation]:
+        """End the sequences that cannot run alone either, and return them; raise if none is.
+
+        reading: the prompts whose pieces were not read, which is to be done again.
+        """
+        if isinstance(error, MemoryError):
+            raise error
+        last = [
+            (sequence, Piece(slot, len(sequence.history) - 1, sequence.history[-1:]))
+            for slot, sequence in enumerate(self._decoding)
+        ]
+        guilty = [
+            (sequence, piece, fault)
+            for sequence, piece in last + reading
+            if (fault := self._fault(sequence, piece))
+        ]
+        # An engine that cannot read the shortest of prompts is not to be trusted with another.
+        if not guilty or self._fault(None, Piece(guilty[0][1].slot, 0, [self.eos_id])):
+            raise error
+        for sequence, _, fault in guilty:
+            sequence.fail(f"{type(fault).__name__}: {fault}")
+        if reading:
+            self._reading = None
+        for sequence, piece in reversed(reading):
+            sequence.read = piece.start
+            if sequence.ended:
+                continue
+            if piece.start:
+                self._reading = sequence
+            else:
+                self._waiting.appendleft(sequence)
+        self._release()
+        return [sequence.generation for sequence, _, _ in guilty]
+
+    def _fault(self, sequence: ActiveSequence | None, piece: Piece) -> Exception | None:
+        """What is raised if this piece alone is read and, of a decoding sequence, a token drawn."""
+        try:
+            logits = self._network.step([], [piece], alone=True)
+            if sequence is not None and not sequence.is_reading:
+                draw(logits[-1:], [sequence.row()], self._network.top)
+        except Exception as error:
+            return error
+        return None
 
     def _release(self) -> None:
         """Take ended sequences out; those in the last slots move into the free ones."""

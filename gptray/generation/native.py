@@ -139,8 +139,14 @@ class NativeDecoder:
         self._scratch = torch.empty(0)
 
     @torch.no_grad()
-    def step(self, decoding: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> Tensor:
-        """See `gptray.generation.decoder.Network`."""
+    def step(
+        self,
+        decoding: Sequence[tuple[int, int]],
+        pieces: Sequence[Piece],
+        *,
+        alone: bool = False,
+    ) -> Tensor:
+        """See `gptray.generation.decoder.Network`; slots never disturb each other here."""
         tokens = [token for token, _ in decoding]
         positions = [position for _, position in decoding]
         slots = list(range(len(tokens)))

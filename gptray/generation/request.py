@@ -124,6 +124,8 @@ class ActiveSequence:
             self.generation.prompt += score(logits[: len(follow)], follow, count or 0, top)
         except ValueError as error:
             self.fail(str(error))
+        except Exception as error:  # one text's fault is not its neighbours'
+            self.fail(f"{type(error).__name__}: {error}")
 
     def fail(self, reason: str) -> None:
         """End the generation with an error; other sequences are not affected."""

@@ -29,10 +29,12 @@ TRAIN_ENV = {
 }
 # Read by Ray Serve's controller and proxy where the cluster is the job's own. The controller looks
 # ten times a second by itself, which takes 3 % of a core. By gRPC an update of a stream costs the
-# proxy and the replica a fifth less than by Ray's own way between them.
+# proxy and the replica a fifth less than by Ray's own way between them. See `gptray.runners.proxy`
+# for what stands before Serve's proxy.
 SERVE_ENV = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gptray.runners.proxy:middlewares",
 }
 
 # Logs and sockets of a session; with less room than this Ray's processes do not come up.

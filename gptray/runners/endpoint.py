@@ -11,6 +11,7 @@ from gptray.model.shape import read_shape
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
 from gptray.runners.output import with_backend
+from gptray.serving.hosts import WILDCARDS
 from gptray.serving.keys import read_keys
 
 
@@ -25,8 +26,17 @@ def serving_plan(config: Config) -> list[tuple[str, str]]:
         ("url", endpoint_url(config)),
         ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
         ("backend", config.generate.backend),
+        ("hosts", _hosts(config)),
         ("api key", "needed" if settings.api_key_file else "not needed"),
     ]
+
+
+def _hosts(config: Config) -> str:
+    host, allowed = config.serve.host, config.serve.allowed_hosts
+    if "*" in (allowed or ()) or (allowed is None and host in WILDCARDS):
+        return "any"
+    more = [allowed] if isinstance(allowed, str) else allowed or []
+    return ", ".join(["localhost", "any address", *more])
 
 
 def check_endpoint(config: Config) -> Config:
@@ -79,7 +89,7 @@ def _check_address(config: Config) -> None:
 
 
 def api_keys(config: Config) -> list[str]:
-    """Digests of the keys that let in. Raises UserError if none can be read."""
+    """Digests of the keys that let in, as they are now. Raises UserError if none can be read."""
     return read_keys(config.serve.api_key_file) if config.serve.api_key_file else []
 
 

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray.serve")
 
 USER_CONFIG = ("model", "served_model_name")
-# Requests that a replica takes beyond those that find room in its line, to refuse them itself: it
-# knows when there will be room. Serve's proxy, which would call them all back at once, keeps so
-# many for it.
-SPARE_REQUESTS, QUEUED_REQUESTS, QUEUED_RETRY_S = 64, 2_000, 10
+# Far more requests than find room in the engine's line: the replica itself refuses those, and knows
+# when there will be room, and a body that is still on its way takes nobody's place. Beyond them
+# Serve's proxy keeps some, all of which it would call back at once.
+ONGOING_REQUESTS, QUEUED_REQUESTS, QUEUED_RETRY_S = 20_000, 2_000, 10
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S, METRICS_S = 1.0, 30.0, 5.0
 
 
@@ -47,7 +47,6 @@ def bound(config: Config, model: dict[str, str] | None) -> Any:
     from ray import serve
 
     settings, reserved = config.serve, worker_resources(replicas_compute(config))
-    room = settings.max_batch_size + settings.max_waiting + SPARE_REQUESTS
     scaling: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas:
         scaling = {
@@ -62,7 +61,7 @@ def bound(config: Config, model: dict[str, str] | None) -> Any:
         **scaling,
         user_config=model,
         ray_actor_options={"num_cpus": reserved["CPU"], "num_gpus": reserved.get("GPU", 0.0)},
-        max_ongoing_requests=room,
+        max_ongoing_requests=ONGOING_REQUESTS,
         max_queued_requests=QUEUED_REQUESTS,
         backpressure_config={"status_code": 429, "retry_after_s": QUEUED_RETRY_S},
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -91,11 +90,13 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from gptray.serving.app import make_app
+        from gptray.serving.keys import Keys
 
+        path = self._config.serve.api_key_file
         return make_app(
             self._endpoint,
             self._config.serve,
-            keys=self._keys,
+            keys=Keys(path, self._keys) if path else None,
             telemetry=self._telemetry,
             metrics=self._all_metrics,
         )

@@ -6,25 +6,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack, aclosing
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from gptray.config import ServeConfig, UserError
 from gptray.serving.body import read_json
-from gptray.serving.completions import Choice, Completion, check_name
+from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.errors import ApiError, ClientGone
+from gptray.serving.events import EventStream
 from gptray.serving.gate import Gate
+from gptray.serving.keys import Keys
 from gptray.serving.page import page
 from gptray.serving.protocol import (
     CompletionRequest,
@@ -32,8 +33,10 @@ from gptray.serving.protocol import (
     TokenizeRequest,
     parse_request,
 )
+from gptray.serving.streams import EngineStopped
 from gptray.serving.telemetry import Stopwatch, Telemetry
-from gptray.serving.worker import EngineStopped, Overloaded
+from gptray.serving.told import told
+from gptray.serving.worker import Overloaded
 from gptray.suggest import did_you_mean, nearest
 
 T = TypeVar("T")
@@ -44,14 +47,14 @@ def make_app(
     endpoint: Endpoint,
     limits: ServeConfig,
     *,
-    keys: Sequence[str] = (),
+    keys: Keys | None = None,
     telemetry: Telemetry | None = None,
     metrics: Callable[[], Awaitable[bytes]] | None = None,
 ) -> ASGIApp:
     """The application over an endpoint.
 
-    keys: digests of those that let in. telemetry: what counts, if somebody else reads it too.
-    metrics: what /metrics tells, if that is more than this server's own.
+    keys: those that let in; None lets everybody in. telemetry: what counts, if somebody else reads
+    it too. metrics: what /metrics tells, if that is more than this server's own.
     """
     counters, html = telemetry or Telemetry(endpoint), page(limits.max_logprobs)
     routes = _Routes(endpoint, limits, counters, html)
@@ -91,7 +94,7 @@ def make_app(
     for kind in (ApiError, ClientGone, UserError, Overloaded, EngineStopped, TimeoutError):
         api.add_exception_handler(kind, _answer)
     api.add_exception_handler(Exception, _answer)  # after the answer the server logs it
-    gate = Gate(api, endpoint, counters, keys=keys, page=html, paths=paths)
+    gate = Gate(api, endpoint, limits, counters, keys=keys, page=html, paths=paths)
     return gate if limits.allowed_origins is None else _cors(gate, limits.allowed_origins)
 
 
@@ -123,13 +126,12 @@ class _Routes:
             served = stack.enter_context(self._endpoint.using())
             completion = await Completion.of(body, served, self._limits)
             self._telemetry.tokens_in.inc(completion.prompt_tokens)
-            parts = completion.run(deadline, watch.take)
-            if not body.stream:
-                whole = await _unless_gone(request, _all(parts))
-                return JSONResponse(completion.whole(whole))
-            # What makes it no stream at all is known with the first part.
-            first = await _unless_gone(request, anext(parts))
-            return EventStream(_events(completion, first, parts), stack.pop_all())
+            accepted = stack.enter_context(completion.accept(self._limits))
+            parts = completion.run(accepted, deadline, watch.take)
+            if body.stream:
+                return EventStream(completion, parts, stack.pop_all())
+            whole = await _unless_gone(request, _all(parts))
+            return JSONResponse(completion.whole(whole))
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request, TokenizeRequest)
@@ -186,43 +188,11 @@ class _Routes:
         return HTMLResponse(self._html)
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        async with asyncio.timeout(self._limits.request_timeout_s):
-            given = await read_json(request, self._limits.max_body_bytes)
+        limits = self._limits
+        given = await read_json(
+            request, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s
+        )
         return parse_request(kind, given)
-
-
-class EventStream(StreamingResponse):
-    """Server-Sent Events; however it ends, what makes them is closed, then what they stand on."""
-
-    def __init__(self, events: AsyncGenerator[str, None], resources: ExitStack) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events, self._resources = events, resources
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._resources:
-            async with aclosing(self._events):
-                await super().__call__(scope, receive, send)
-
-
-async def _events(
-    completion: Completion, first: Choice, parts: AsyncGenerator[Choice, None]
-) -> AsyncGenerator[str, None]:
-    """The answer as events. A failure becomes the last one: the status was sent long ago."""
-    async with aclosing(parts):
-        try:
-            yield _event(completion.chunk(first))
-            async for part in parts:
-                yield _event(completion.chunk(part))
-            for chunk in completion.last_chunks():
-                yield _event(chunk)
-            yield "data: [DONE]\n\n"
-        except (ApiError, EngineStopped, TimeoutError) as error:
-            yield _event(_told(error).body)
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
 async def _all(parts: AsyncGenerator[T, None]) -> list[T]:
@@ -261,22 +231,4 @@ def _card(served: Served) -> dict[str, Any]:
 
 
 async def _answer(_: Request, error: Exception) -> Response:
-    return Response(status_code=499) if isinstance(error, ClientGone) else _told(error).response()
-
-
-def _told(error: Exception) -> ApiError:
-    """An exception as a client is told of it."""
-    match error:
-        case ApiError():
-            return error
-        case UserError():
-            return ApiError(400, str(error))
-        case Overloaded():
-            wait = {"Retry-After": str(error.retry_after_s)}
-            return ApiError(429, str(error), code="overloaded", headers=wait)
-        case EngineStopped():
-            return ApiError(503, str(error))
-        case TimeoutError():
-            return ApiError(408, "the request took longer than serve.request_timeout_s allows")
-        case _:
-            return ApiError(500, "something went wrong inside the server")
+    return Response(status_code=499) if isinstance(error, ClientGone) else told(error).response()

@@ -1,4 +1,4 @@
-"""A request's body: read no further than it may be long, then strictly as one JSON object.
+"""A request's body: read no longer than it may take and be long, then strictly as one JSON object.
 
 Python's reader takes NaN, numbers beyond the range of floats, duplicate keys and half a surrogate
 pair; here all of them are refused. Every check is linear in the body's length.
@@ -6,6 +6,7 @@ pair; here all of them are refused. Every check is linear in the body's length.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -19,19 +20,33 @@ from gptray.serving.errors import ApiError, ClientGone
 # No request has reason to be nested deeper.
 MAX_DEPTH = 16
 MAX_KEYS = 4096  # of one object
+# An answer that comes before the body's end is the connection's last.
+CLOSE = {"Connection": "close"}
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The JSON object of a body. Raises ApiError, or ClientGone for a body that never ends."""
+async def read_json(request: Request, *, max_bytes: int, timeout_s: float) -> dict[str, Any]:
+    """The JSON object of a body, all of which must arrive within `timeout_s`.
+
+    Raises ApiError, or ClientGone if the client goes away before the body's end.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, got {kind or 'none'}")
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise ApiError(415, f"Content-Encoding {encoding} is not supported; send plain JSON")
-    return strict_object(await _read(request, max_bytes))
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await _read(request, max_bytes)
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the body did not arrive within {timeout_s:g} s (serve.body_timeout_s)",
+            headers=CLOSE,
+        ) from None
+    return strict_object(body)
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
@@ -49,7 +64,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     if too_long:
         raise ApiError(
             413, f"the body is longer than {max_bytes:,} bytes (serve.max_body_bytes)",
-            headers={"Connection": "close"},
+            headers=CLOSE,
         )  # fmt: skip
     return bytes(body)
 

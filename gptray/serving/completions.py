@@ -11,6 +11,7 @@ import asyncio
 import secrets
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -25,7 +26,8 @@ from gptray.limits import SEEDS
 from gptray.serving.endpoint import Served
 from gptray.serving.errors import ApiError
 from gptray.serving.protocol import CompletionRequest, StreamOptions
-from gptray.serving.worker import Update
+from gptray.serving.streams import Update
+from gptray.serving.worker import Accepted
 
 # What stands for a log-probability that JSON cannot hold.
 LEAST_LOGPROB = -9999.0
@@ -75,16 +77,22 @@ class Completion:
             # An empty prompt is read as the end-of-text token: echo shows what was read.
             text = prompt if isinstance(prompt, str) else ""
             prompts.append((text or served.tokenizer.decode(ids), ids))
+            await asyncio.sleep(0)  # other requests get their turn between many prompts
         return cls(body, served, sampling, prompts)
 
+    def accept(self, limits: ServeConfig) -> Accepted:
+        """Put the outputs in the engine's line. Raises as `EngineThread.accept`."""
+        at_once = limits.max_prompts * self.body.n
+        return self._served.thread.accept(self.requests, at_once=at_once)
+
     async def run(
-        self, deadline: float, seen: Callable[[Update], None]
+        self, accepted: Accepted, deadline: float, seen: Callable[[Update], None]
     ) -> AsyncGenerator[Choice, None]:
-        """What each update adds to its choice. Raises as the engine's stream, and TimeoutError.
+        """What each update adds to its choice. Raises EngineStopped, ApiError and TimeoutError.
 
         deadline: on the event loop's clock. seen: is given every update.
         """
-        async with aclosing(self._served.thread.stream(self.requests)) as updates:
+        async with aclosing(accepted.updates()) as updates:
             while True:
                 async with asyncio.timeout_at(deadline):
                     update = await anext(updates, None)
@@ -98,8 +106,10 @@ class Completion:
 
     def whole(self, parts: Sequence[Choice]) -> dict[str, Any]:
         """The answer in one piece, from what `run` gave."""
-        choices = [_joined([part for part in parts if part["index"] == index])
-                   for index in range(len(self.requests))]  # fmt: skip
+        of_choice = defaultdict(list)
+        for part in parts:
+            of_choice[part["index"]].append(part)
+        choices = [_joined(of_choice[index]) for index in range(len(self.requests))]
         return {**self._head(), "choices": choices, "usage": self.usage()}
 
     def chunk(self, choice: Choice) -> dict[str, Any]:
@@ -204,17 +214,21 @@ def check_name(served: Served, name: str | None) -> None:
 def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) -> None:
     check_name(served, body.model)
     for key, given, most in (
-        ("prompt", len(body.prompt), limits.max_prompts),
         ("n", body.n, limits.max_n),
         ("stop", len(body.stop), limits.max_stop),
         ("logprobs", body.logprobs or 0, limits.max_logprobs),
     ):
         if given > most:
-            what = f"{key} has {given} entries" if key in ("prompt", "stop") else f"{key}={given}"
+            what = f"{key} has {given} entries" if key == "stop" else f"{key}={given}"
             raise ApiError(400, f"{what}, more than {most}", param=key)
-    outputs, room = len(body.prompt) * body.n, limits.max_batch_size + limits.max_waiting
-    if outputs > room:
-        raise ApiError(400, f"prompts x n = {outputs} outputs, more than {room}", param="n")
+    outputs, most = len(body.prompt) * body.n, limits.max_outputs
+    if outputs > most:
+        raise ApiError(
+            400,
+            f"prompts x n = {outputs} outputs, more than {most} (serve.max_outputs); send several "
+            "requests",
+            param="prompt",
+        )
 
 
 def _draws(

@@ -20,7 +20,8 @@ from gptray.generation.detokenize import REPLACEMENT
 from gptray.generation.engine import Engine, load_engine
 from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
-from gptray.serving.worker import EngineStopped, EngineThread, Overloaded
+from gptray.serving.streams import EngineStopped
+from gptray.serving.worker import EngineThread, Overloaded
 
 # A healthy engine makes a token within this time, whatever it has to do.
 HEALTH_S, HEALTH_POLL_S = 5.0, 0.02

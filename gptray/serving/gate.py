@@ -1,4 +1,4 @@
-"""Before every route: the API key, and whether the server stops; after it: the count."""
+"""Before every route: the Host, the API key, whether the server stops; after it: the count."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from fastapi.datastructures import Headers
 from fastapi.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gptray.config import ServeConfig
 from gptray.serving.endpoint import Endpoint
 from gptray.serving.errors import ApiError
-from gptray.serving.keys import lets_in
+from gptray.serving.hosts import Hosts
+from gptray.serving.keys import Keys
 from gptray.serving.telemetry import Telemetry
 
 OPEN_PATHS = ("/health",)
@@ -21,22 +23,24 @@ DRAINING_PATHS = ("/metrics",)
 class Gate:
     """An ASGI application around another one.
 
-    keys: digests of the keys that let in, none for everybody. page: what a browser without a key
-    gets, to ask for it. paths: those that are counted each by its own name.
+    keys: those that let in; None lets everybody in. page: what a browser without a key gets, to ask
+    for it. paths: those that are counted each by its own name.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         endpoint: Endpoint,
+        limits: ServeConfig,
         telemetry: Telemetry,
         *,
-        keys: Sequence[str],
+        keys: Keys | None,
         page: str,
         paths: Sequence[str],
     ) -> None:
         self._app, self._endpoint, self._telemetry = app, endpoint, telemetry
-        self._keys, self._page, self._paths = tuple(keys), page, frozenset(paths)
+        self._hosts = Hosts(limits.host, limits.allowed_hosts)
+        self._keys, self._page, self._paths = keys, page, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +62,11 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> Response | None:
         path, headers = scope["path"], Headers(scope=scope)
-        if path not in OPEN_PATHS and not lets_in(self._keys, headers.get("authorization", "")):
+        host = headers.get("host", "")
+        if not self._hosts.include(host):
+            message = f"the Host {host[:100]!r} is not this endpoint's; see serve.allowed_hosts"
+            return ApiError(421, message, code="host_not_allowed").response()
+        if path not in OPEN_PATHS and not self._is_let_in(headers):
             if path == "/":
                 return HTMLResponse(self._page, 401)
             message = "a key is needed, as Authorization: Bearer <key>"
@@ -68,3 +76,6 @@ class Gate:
                 503, "the server is stopping", headers={"Connection": "close"}
             ).response()
         return None
+
+    def _is_let_in(self, headers: Headers) -> bool:
+        return self._keys is None or self._keys.let_in(headers.get("authorization", ""))

@@ -1,17 +1,22 @@
-"""API keys: read from a file, kept as digests, compared in constant time."""
+"""API keys: read from a file and again when it changes; digests, compared in constant time."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import logging
+import os
 import stat
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from gptray.config import UserError
 
 log = logging.getLogger("gptray")
+
+# How often the file is looked at, at most.
+LOOK_S = 1.0
 
 
 def read_keys(path: str) -> list[str]:
@@ -41,12 +46,46 @@ def read_keys(path: str) -> list[str]:
     return [_digest(key) for key in keys]
 
 
-def lets_in(digests: Sequence[str], authorization: str) -> bool:
-    """Whether an Authorization header carries one of the keys; everything does where none is."""
-    scheme, _, key = authorization.partition(" ")
-    given = _digest(key.strip()) if scheme.lower() == "bearer" else ""
-    # All are compared, so that the time does not tell which.
-    return not digests or any([hmac.compare_digest(given, digest) for digest in digests])
+class Keys:
+    """The keys that let in. A change of the file counts within a second, without a restart.
+
+    digests: of the keys to begin with; those stay in use while the file cannot be read or is wrong.
+    """
+
+    def __init__(self, path: str, digests: Sequence[str]) -> None:
+        self._path, self._digests = path, tuple(digests)
+        self._seen: tuple[int, ...] | None = ()  # what told the file's last state apart
+        self._look_at = 0.0
+
+    def let_in(self, authorization: str) -> bool:
+        """Whether an Authorization header carries one of the keys."""
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOOK_S
+            self._look()
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip()) if scheme.lower() == "bearer" else ""
+        # All are compared, so that the time does not tell which.
+        return any([hmac.compare_digest(given, digest) for digest in self._digests])
+
+    def _look(self) -> None:
+        """Read the file if it is not as it was. What is wrong with it is told once."""
+        seen = _state(self._path)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._digests = tuple(read_keys(self._path))
+        except UserError as error:
+            log.warning("%s; the keys read before stay in use", error)
+
+
+def _state(path: str) -> tuple[int, ...] | None:
+    """Changes whenever a file is replaced or written; None if there is none."""
+    try:
+        found = os.stat(Path(path).expanduser())
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _digest(key: str) -> str:

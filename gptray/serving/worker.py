@@ -6,19 +6,17 @@ step made goes to the loop in one call. Knows nothing of HTTP or Ray.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import os
 import threading
 import time
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
 
 from gptray.generation.engine import Engine
-from gptray.generation.request import FinishReason, Generation, Request
-from gptray.generation.sampling import Drawn
+from gptray.generation.request import Generation, Request
+from gptray.serving.streams import EngineStopped, Order, Stream, Update, tell
 
 log = logging.getLogger("gptray")
 
@@ -38,46 +36,14 @@ class Overloaded(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
-class EngineStopped(RuntimeError):
-    """The engine's thread was closed, or died of the exception that this one comes from."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """What is new of one request since the last update, of one token or more.
-
-    index: its place among those of the stream. text: whole characters only, and nothing that may
-    yet belong to a stop string. prompt: once, in the first update. end: the end-of-text token, if
-    that ended it. error: why, where finish_reason is "error". Without `Request.live_text` there are
-    two: the first token, and the rest.
-    """
-
-    index: int
-    text: str
-    drawn: tuple[Drawn, ...]
-    prompt: tuple[Drawn, ...]
-    end: Drawn | None
-    finish_reason: FinishReason | None
-    error: str | None = None
-
-    def __add__(self, later: Update) -> Update:
-        return Update(
-            self.index,
-            self.text + later.text,
-            self.drawn + later.drawn,
-            self.prompt + later.prompt,
-            later.end,
-            later.finish_reason,
-            later.error,
-        )
-
-
 class EngineThread:
     """Runs an engine for any number of streams at a time.
 
-    At most `max_waiting` requests wait for a slot. An exception in a step ends the thread and all
-    streams. Counts `steps`, `rows` (sequences that drew a token, over all steps), `tokens` (those
-    given out), `ended` (requests) and `seconds` (of all steps).
+    At most `max_waiting` requests wait for a slot. Of a stream of many requests only some are under
+    way at a time, so that other streams find room; the next begins when one of its own ends. An
+    exception in a step ends the thread and all streams. Counts `steps`, `rows` (sequences that drew
+    a token, over all steps), `tokens` (those given out), `ended` (requests) and `seconds` (of all
+    steps).
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int) -> None:
@@ -85,12 +51,15 @@ class EngineThread:
         self.seconds = 0.0
         self._engine = engine
         self._places = engine.max_batch_size + max_waiting
+        # What streams with more requests than find room may take of the places, all together.
+        self._shared = max(engine.max_batch_size, self._places // 2)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Guards what follows, and wakes the thread when there is something new.
         self._news = threading.Condition()
-        self._unfinished: set[_Order] = set()
-        self._arrived: list[_Order] = []
-        self._left: list[_Order] = []
+        self._unfinished: set[Order] = set()
+        self._arrived: list[Order] = []
+        self._left: list[Order] = []
+        self._partial: deque[Stream] = deque()  # streams of which requests wait without a place
         self._told = 0.0  # when live text went out
         self._promised = 0.0  # until when room is promised to those turned away
         self._stopping = False
@@ -119,62 +88,80 @@ class EngineThread:
     @property
     def waiting(self) -> int:
         """Requests without a slot yet."""
-        return max(0, len(self._unfinished) - self.running)
+        with self._news:
+            later = sum(len(stream.later) for stream in self._partial)
+            return max(0, len(self._unfinished) + later - self.running)
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Update, None]:
-        """Run requests side by side; yield what steps make of each, as fast as it is taken.
+    def accept(self, requests: Sequence[Request], *, at_once: int | None = None) -> Accepted:
+        """Take requests on, side by side: all of them, or as many as find room and then the next.
 
-        Leaving early cancels what has not ended: the slots are free before the next step but one.
+        at_once: how many may be under way at a time. Belongs to the event loop that calls.
 
-        Raises, before any update: ValueError, a request can never run; Overloaded, there is no
-        room for all of them. At any moment: EngineStopped.
+        Raises ValueError, a request can never run; Overloaded, there is no room for any of them;
+        EngineStopped.
         """
         for request in requests:
             self._engine.check(request)
-        stream = _Stream()
-        orders = [_Order(request, index, stream) for index, request in enumerate(requests)]
-        self._accept(orders)
-        try:
-            unfinished = len(orders)
-            while unfinished:
-                for update in await stream.take():
-                    unfinished -= update.finish_reason is not None
-                    yield update
-        finally:
-            self._leave(orders)
-
-    def _accept(self, orders: Sequence[_Order]) -> None:
-        """Give all of them a place, or none."""
-        if len(orders) > self._places:
-            raise ValueError(f"{len(orders)} outputs at once, and there is room for {self._places}")
+        stream = Stream(min(at_once or self._shared, self._shared))
+        orders = [Order(request, index, stream) for index, request in enumerate(requests)]
+        stream.later.extend(orders)
         with self._news:
             if not self.alive:
                 raise self._stopped()
-            missing = len(self._unfinished) + len(orders) - self._places
-            if missing > 0:
-                raise Overloaded(self._retry_after(missing, len(orders)))
-            self._unfinished.update(orders)
-            self._arrived += orders
+            if len(self._unfinished) >= self._places:
+                raise Overloaded(self._retry_after())
+            fits = len(orders) <= stream.at_once
+            self._feed(stream, self._places if fits else self._shared)
+            if not stream.under_way:
+                self._begin_next(stream)
+            if stream.later:
+                self._partial.append(stream)
+            self._news.notify()
+        return Accepted(self, stream, len(orders))
+
+    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Update, None]:
+        """Accept requests and yield what steps make of each. Raises as `accept`, and EngineStopped.
+
+        Leaving early cancels what has not ended.
+        """
+        with self.accept(requests) as accepted:
+            async for update in accepted.updates():
+                yield update
+
+    def leave(self, stream: Stream) -> None:
+        """Cancel what has not ended: its slots are free before the next step but one."""
+        with self._news:
+            stream.later.clear()
+            self._left += self._unfinished.intersection(stream.under_way)
             self._news.notify()
 
-    def _retry_after(self, missing: int, outputs: int) -> int:
-        """Seconds until there is room for these outputs and for those turned away before them.
+    def _feed(self, stream: Stream, places: int) -> None:
+        """Begin requests of a stream as long as it may, and fewer than `places` are taken."""
+        while (
+            stream.later
+            and len(stream.under_way) < stream.at_once
+            and len(self._unfinished) < places
+        ):
+            self._begin_next(stream)
+
+    def _begin_next(self, stream: Stream) -> None:
+        order = stream.later.popleft()
+        stream.under_way.add(order)
+        self._unfinished.add(order)
+        self._arrived.append(order)
+
+    def _retry_after(self) -> int:
+        """Seconds until there is room for one more and for those turned away before it.
 
         So they do not all come back at once, only to be turned away again.
         """
         each, now = self.seconds / max(self.ended, 1), time.monotonic()
-        room = max(self._promised, now + (missing - outputs) * each) + outputs * each
-        self._promised = min(room, now + LONGEST_WAIT_S)
+        self._promised = min(max(self._promised, now) + each, now + LONGEST_WAIT_S)
         return max(math.ceil(self._promised - now), 1)
-
-    def _leave(self, orders: Iterable[_Order]) -> None:
-        with self._news:
-            self._left += self._unfinished.intersection(orders)
-            self._news.notify()
 
     def _run(self) -> None:
         try:
-            orders: dict[Generation, _Order] = {}
+            orders: dict[Generation, Order] = {}
             while self._take_news(orders):
                 begin = time.perf_counter()
                 touched = self._engine.step()
@@ -190,21 +177,23 @@ class EngineThread:
             self._stopping = True
             streams = {order.stream for order in self._unfinished}
             self._unfinished.clear()
-        _tell([(stream, self._stopped()) for stream in streams])
+            self._partial.clear()
+        tell([(stream, self._stopped()) for stream in streams])
 
     def _stopped(self) -> EngineStopped:
         stopped = EngineStopped("the engine has stopped")
         stopped.__cause__ = self._error
         return stopped
 
-    def _take_news(self, orders: dict[Generation, _Order]) -> bool:
+    def _take_news(self, orders: dict[Generation, Order]) -> bool:
         """Wait until there is something to do, and tell the engine. False: it is to stop."""
         with self._news:
             while not (self._arrived or self._left or self._engine.busy or self._stopping):
                 self._news.wait()
-            arrived, self._arrived = self._arrived, []
             left, self._left = self._left, []
             self._unfinished.difference_update(left)
+            self._share_room()
+            arrived, self._arrived = self._arrived, []
             if self._stopping:
                 return False
         for order in arrived:
@@ -216,7 +205,15 @@ class EngineThread:
                 self._engine.cancel(order.generation)
         return True
 
-    def _hand_out(self, orders: Sequence[_Order]) -> None:
+    def _share_room(self) -> None:
+        """Begin more of the streams that wait for room, each in its turn."""
+        for _ in range(len(self._partial)):
+            stream = self._partial.popleft()
+            self._feed(stream, self._shared)
+            if stream.later:
+                self._partial.append(stream)
+
+    def _hand_out(self, orders: Sequence[Order]) -> None:
         """Tell the streams of those that got a token or ended what is new of them."""
         now = time.perf_counter()
         # All at once: whoever stands between engine and clients is then woken once, and the steps
@@ -234,91 +231,28 @@ class EngineThread:
         self.ended += len(ended)
         with self._news:
             self._unfinished.difference_update(ended)
-        _tell([(order.stream, update) for order, update in zip(due, updates, strict=True)])
+            for order in ended:
+                order.stream.under_way.discard(order)
+                if order.stream.later:
+                    self._begin_next(order.stream)
+        tell([(order.stream, update) for order, update in zip(due, updates, strict=True)])
 
 
-class _Stream:
-    """Where an event loop waits for news of its requests; used by that loop alone."""
+class Accepted:
+    """Requests that are on their way. Leaving the context cancels what has not ended."""
 
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._updates: dict[int, Update] = {}
-        self._stopped: EngineStopped | None = None
-        self._has_news = asyncio.Event()
+    def __init__(self, thread: EngineThread, stream: Stream, requests: int) -> None:
+        self._thread, self._stream, self._unfinished = thread, stream, requests
 
-    def put(self, news: Update | EngineStopped) -> None:
-        if isinstance(news, EngineStopped):
-            self._stopped = news
-        elif news.index in self._updates:
-            self._updates[news.index] += news
-        else:
-            self._updates[news.index] = news
-        self._has_news.set()
+    def __enter__(self) -> Accepted:
+        return self
 
-    async def take(self) -> Iterable[Update]:
-        """Wait for news: one update of each request that has any. Raises EngineStopped."""
-        await self._has_news.wait()
-        self._has_news.clear()
-        if self._stopped is not None:
-            raise self._stopped
-        updates, self._updates = self._updates, {}
-        return updates.values()
+    def __exit__(self, *_: object) -> None:
+        self._thread.leave(self._stream)
 
-
-@dataclass(eq=False)
-class _Order:
-    """A request on its way through the thread, and how much of its output was handed out."""
-
-    request: Request
-    index: int
-    stream: _Stream
-    generation: Generation | None = None
-    tokens: int = 0
-    characters: int = 0
-
-    @property
-    def has_ended(self) -> bool:
-        return self._made.finish_reason is not None
-
-    def is_due(self, is_time: bool) -> bool:
-        """Whether to tell: the first token, the end, and live text when it is time for that."""
-        return (is_time and self.request.live_text) or not self.tokens or self.has_ended
-
-    def update(self) -> Update:
-        """What is new since the last call."""
-        made = self._made
-        update = Update(
-            self.index,
-            made.text[self.characters :],
-            tuple(made.drawn[self.tokens :]),
-            () if self.tokens else tuple(made.prompt),
-            made.end,
-            made.finish_reason,
-            made.error,
-        )
-        self.tokens += len(update.drawn)
-        self.characters += len(update.text)
-        return update
-
-    @property
-    def _made(self) -> Generation:
-        assert self.generation is not None
-        return self.generation
-
-
-def _tell(news: Iterable[tuple[_Stream, Update | EngineStopped]]) -> None:
-    """Put news into their streams, each event loop's in one call."""
-    by_loop = defaultdict(list)
-    for stream, item in news:
-        by_loop[stream.loop].append((stream, item))
-    for loop, items in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_put, items)
-        except RuntimeError:
-            if not loop.is_closed():  # then nobody listens any more
-                raise
-
-
-def _put(items: Iterable[tuple[_Stream, Update | EngineStopped]]) -> None:
-    for stream, item in items:
-        stream.put(item)
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        """What steps make of each request, as fast as it is taken. Raises EngineStopped."""
+        while self._unfinished:
+            for update in await self._stream.take():
+                self._unfinished -= update.finish_reason is not None
+                yield update

@@ -328,6 +328,40 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(tokenizer: Tokenizer, back
             assert generation.error and "not finite" in generation.error
 
 
+def test_a_row_that_breaks_a_step_ends_alone_and_the_others_get_their_text(
+    tokenizer: Tokenizer,
+) -> None:
+    model, positions = random_gpt(tokenizer, n_positions=256), 150
+    lengths = [3, 149, 10, 200, 140, 1, 130, 145, 129, 160]
+    requests = [
+        Request(
+            prompt_of(tokenizer, length, i), Sampling(max_new_tokens=8, seed=i, min_new_tokens=8)
+        )
+        for i, length in enumerate(lengths)
+    ]
+    requests[4] = replace(requests[4], prompt_logprobs=2)
+    expected = run(Engine(model, tokenizer, max_batch_size=4), requests)
+    # What lies beyond cannot be looked up: the network raises, for all rows of its step.
+    model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:positions]
+    engine = Engine(model, tokenizer, max_batch_size=4)
+    for generation, before in zip(run(engine, requests), expected, strict=True):
+        if len(before.request.prompt) + 7 <= positions:
+            assert generation.error is None and generation.tokens == before.tokens
+            assert [d.token for d in generation.prompt] == [d.token for d in before.prompt]
+        else:
+            assert generation.finish_reason == "error"
+            assert generation.error and "IndexError: index out of range" in generation.error
+    assert {g.finish_reason for g in run(engine, requests[:1])} == {"length"}
+
+
+def test_an_engine_for_which_no_single_row_is_to_blame_raises(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer)
+    model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:0]
+    engine = Engine(model, tokenizer)
+    with pytest.raises(RuntimeError, match="self indexing axis"):
+        run(engine, [Request([1, 2]), Request([3])])
+
+
 def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer, vocab_size=512)
     sampling = Sampling(max_new_tokens=60, temperature=50.0)

@@ -40,6 +40,9 @@ def test_the_job_tells_its_url_and_answers_there(job: Job) -> None:
     answer = job.ask(20).json()
     assert answer["choices"][0]["text"] == expected(20) and answer["model"] == "tiny"
     assert httpx.get(f"{job.url}/health", timeout=60).status_code == 200
+    assert httpx.get(f"{job.url}/health", headers={"host": "evil.example"}).status_code == 421
+    for path in ("/-/routes", "/-/healthz"):  # Serve's own
+        assert httpx.get(f"{job.url}{path}").json()["error"]["type"] == "not_found_error"
     wrong = job.post(prompt=PROMPT, max_tokns=3)
     assert wrong.status_code == 400 and "did you mean max_tokens?" in wrong.text
 
@@ -115,7 +118,7 @@ def test_a_model_that_cannot_be_had_leaves_the_one_in_use(folder: Path) -> None:
         replica = Replica(Config().model_dump(mode="json"), [], torch.get_num_threads())
         app = replica.__serve_build_asgi_app__()
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
 
             async def name() -> str:
                 answer = await client.get("/v1/models")

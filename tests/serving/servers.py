@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from gptray.generation.engine import Engine
 from gptray.model.gpt import GPT
 from gptray.serving.app import make_app
 from gptray.serving.endpoint import Endpoint, Served
+from gptray.serving.keys import Keys
 from tests.generation.models import random_gpt, small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -63,7 +64,7 @@ class Server:
 def running(
     model: GPT | None = None,
     *,
-    keys: Sequence[str] = (),
+    keys: Keys | None = None,
     parse_special: bool = False,
     **settings: Any,
 ) -> Iterator[Server]:
@@ -80,6 +81,7 @@ def running(
         # Named as TCP, or asyncio leaves its delays on.
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.bind(("127.0.0.1", 0))
+        listening.listen(1024)
         found.append((listening.getsockname()[1], asyncio.get_running_loop()))
         started.set()
         await server.serve(sockets=[listening])

@@ -199,8 +199,8 @@ def test_what_load_clients_send_is_taken(server: Server) -> None:
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         events = "".join(answer.iter_text()).split("\n\n")
-    assert events[-2:] == ["data: [DONE]", ""]
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert events[0] == ": accepted" and events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[1:-2]]
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts) and counts[0] >= 1 and counts[-2:] == [6, 6]
     assert chunks[-1]["choices"] == []

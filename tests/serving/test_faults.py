@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gptray.config import UserError
-from gptray.serving.keys import read_keys
+from gptray.serving.keys import Keys, read_keys
 from gptray.serving.telemetry import side_by_side
 from tests.serving.requests import fuzzed
 from tests.serving.servers import TOKENIZER, Server, running, served, tiny
@@ -23,6 +23,7 @@ from tests.serving.servers import TOKENIZER, Server, running, served, tiny
 LONG = {"prompt": "the", "max_tokens": 4000, "ignore_eos": True, "stream": True}
 GOOD = {"prompt": "the cat", "max_tokens": 8, "seed": 3}
 FUZZED = 300
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def long_tiny(seed: int = 0) -> Any:
@@ -31,7 +32,7 @@ def long_tiny(seed: int = 0) -> Any:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    limits = {"max_prompts": 3, "max_n": 2, "max_stop": 2, "max_logprobs": 4}
+    limits = {"max_outputs": 7, "max_n": 2, "max_stop": 2, "max_logprobs": 4}
     with running(max_body_bytes=3000, max_output_tokens=20, **limits) as server:
         yield server
 
@@ -41,7 +42,7 @@ def stream(server: Server, **body: Any) -> Iterator[Iterator[str]]:
     """A stream whose first event has come."""
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
         assert answer.status_code == 200
-        lines = answer.iter_lines()
+        lines = (line for line in answer.iter_lines() if line.startswith("data: "))
         assert next(lines).startswith("data: {")
         yield lines
 
@@ -97,7 +98,7 @@ def raw(server: Server, body: bytes, **headers: str) -> httpx.Response:
         (b'{"prompt": "x", "max_tokens": 0}', "max_tokens=0"),
         (b'{"prompt": "x", "n": 3}', "n=3, more than 2"),
         (b'{"prompt": "x", "n": 2, "best_of": 1}', "best_of=1 must be n=2"),
-        (b'{"prompt": ["a", "b", "c", "d"]}', "prompt has 4 entries, more than 3"),
+        (b'{"prompt": ["a", "b", "c", "d"], "n": 2}', "8 outputs, more than 7 (serve.max_outputs)"),
         (b'{"prompt": "x", "stop": ["a", "b", "c"]}', "stop has 3 entries, more than 2"),
         (b'{"prompt": "x", "stop": ""}', "stop expects text"),
         (b'{"prompt": "x", "logprobs": 5}', "logprobs=5, more than 4"),
@@ -151,10 +152,7 @@ def test_fuzzed_requests_get_an_answer_in_form_and_harm_nobody(server: Server) -
 def test_a_body_that_is_never_sent_whole_ends_quietly(server: Server) -> None:
     for _ in range(3):
         with server.connect() as connection:
-            connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b'Content-Length: 100\r\n\r\n{"prompt'
-            )
+            connection.sendall(HEAD + b'Content-Length: 100\r\n\r\n{"prompt')
     until(server, 'gptray_requests_total{path="/v1/completions",status="499"}', 3)
     assert server.post(**GOOD).status_code == 200
 
@@ -166,10 +164,7 @@ def test_a_client_that_goes_away_frees_its_slots() -> None:
                 pass
         body = json.dumps({**LONG, "stream": False}).encode()
         with server.connect() as connection:
-            connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-            )
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
             until(server, "gptray_sequences_running", 1)
         until(server, "gptray_sequences_running", 0)
         assert server.metric("gptray_sequences_waiting") == 0
@@ -177,17 +172,22 @@ def test_a_client_that_goes_away_frees_its_slots() -> None:
         assert server.endpoint.active == 0
 
 
-def test_what_finds_no_room_is_refused_whole() -> None:
-    with running(long_tiny(), max_batch_size=2, max_waiting=2) as server:
-        with stream(server, **LONG, n=3):
-            refused = server.post(prompt="a", n=2)
+def test_a_full_line_says_so_with_a_status_also_to_who_asks_for_a_stream() -> None:
+    with running(long_tiny(), max_batch_size=2, max_waiting=2) as server, ExitStack() as open_ones:
+        url, kept = f"{server.url}/v1/completions", []
+        for _ in range(4):  # of the last two no token comes, but the line that they were accepted
+            answer = open_ones.enter_context(httpx.stream("POST", url, json=LONG, timeout=60))
+            kept.append(answer.iter_lines())
+            assert next(kept[-1]) == ": accepted"
+        assert server.metric("gptray_sequences_waiting") == 2
+        for wanted in ({"n": 2}, {"stream": True}):
+            refused = server.post(prompt="a", **wanted)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
-            assert server.metric("gptray_sequences_waiting") == 1
-            assert server.get("/health").status_code == 200
+        assert server.get("/health").status_code == 200
+        open_ones.close()
         until(server, "gptray_sequences_running", 0)
         assert server.post(prompt="a", n=2, max_tokens=3).status_code == 200
-        assert server.post(prompt=["a", "b", "c"], n=2).status_code == 400
 
 
 def test_a_request_that_takes_too_long_ends_and_frees_its_slot() -> None:
@@ -258,7 +258,7 @@ def test_a_page_of_an_allowed_origin_may_call_and_its_preflight_needs_no_key() -
     page, path = {"origin": "https://a.example"}, "/v1/completions"
     asks = {**page, "access-control-request-method": "POST"}
     asks |= {"access-control-request-headers": "authorization,content-type"}
-    with running(keys=[], allowed_origins="https://a.example") as server:
+    with running(allowed_origins="https://a.example") as server:
         preflight = httpx.options(f"{server.url}{path}", headers=asks)
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == "https://a.example"
@@ -302,7 +302,7 @@ def test_a_line_of_the_key_file_is_a_key_and_a_comment_is_none(
     path.chmod(0o600)
     keys = read_keys(str(path))
     assert len(keys) == 2 and not caplog.records
-    with running(keys=keys) as server:
+    with running(keys=Keys(str(path), keys)) as server:
         for key, status in (
             ("sk-one", 200),
             ("sk-two", 200),
@@ -331,7 +331,7 @@ def test_a_key_opens_every_route_and_none_but_health_is_open_without(tmp_path: P
         ("GET", "/tokenizer_info"), ("GET", "/nowhere"), ("GET", "/health/"), ("GET", "//health"),
     ]  # fmt: skip
     with (
-        running(keys=read_keys(str(path))) as server,
+        running(keys=Keys(str(path), read_keys(str(path)))) as server,
         httpx.Client(base_url=server.url) as client,
     ):
         for method, route in routes:

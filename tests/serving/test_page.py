@@ -10,7 +10,7 @@ import pytest
 from gptray.generation.engine import Engine
 from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
-from gptray.serving.keys import read_keys
+from gptray.serving.keys import Keys, read_keys
 from tests.serving.browser import Tab, chromium, needs_chromium
 from tests.serving.servers import TOKENIZER, Server, running, tiny
 
@@ -110,7 +110,8 @@ def test_it_fits_a_phone_and_the_dark(tab: Tab, server: Server) -> None:
 
 def test_it_asks_for_the_key(tab: Tab, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("opensesame")
-    with running(keys=read_keys(str(tmp_path / "key"))) as server:
+    path = str(tmp_path / "key")
+    with running(keys=Keys(path, read_keys(path))) as server:
         tab.open(server.url)
         tab.until("!document.querySelector('#key-field').hidden")
         fill(tab, prompt="the", key="opensesame", max_tokens="5")

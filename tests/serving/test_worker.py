@@ -204,24 +204,45 @@ def test_a_loop_that_ends_leaves_nothing_behind(tokenizer: Tokenizer) -> None:
         assert worker.steps <= 4
 
 
-def test_a_full_line_takes_all_of_a_streams_requests_or_none(tokenizer: Tokenizer) -> None:
+def test_only_a_full_line_turns_away_and_others_find_room_beside_many(tokenizer: Tokenizer) -> None:
     engine = GatedEngine(tokenizer, slots=2)
 
     async def fill(worker: EngineThread) -> None:
-        first = await accepted(worker, SHORT, SHORT, SHORT)
+        many = await accepted(worker, *[SHORT] * 20)  # takes no more than three of the six places
+        more = await accepted(worker, *[SHORT] * 20)  # and these one of their own
+        others = [await accepted(worker, SHORT, SHORT)]
         with pytest.raises(Overloaded) as refused:
-            await collect(worker, [SHORT, SHORT, SHORT])
-        assert refused.value.retry_after_s >= 1
-        second = await accepted(worker, SHORT, SHORT)
-        with pytest.raises(Overloaded):
             await collect(worker, [SHORT])
+        assert refused.value.retry_after_s >= 1
         engine.open()
-        for updates in await first + await second:
-            assert updates[-1].finish_reason == "length"
-        await collect(worker, [SHORT] * 5)
+        for task in (many, more, *others):
+            assert [updates[-1].finish_reason for updates in await task] == ["length"] * len(
+                task.result()
+            )
 
-    with started(engine, max_waiting=3) as worker:
+    with started(engine, max_waiting=4) as worker:
         asyncio.run(fill(worker))
+        assert worker.ended == 42 and worker.waiting == 0
+
+
+def test_a_stream_of_many_has_as_many_under_way_as_it_asks_for(tokenizer: Tokenizer) -> None:
+    engine = GatedEngine(tokenizer, slots=4)
+    model = random_gpt(tokenizer, n_positions=256)
+    requests = [Request([1 + i], Sampling(max_new_tokens=3, seed=i)) for i in range(9)]
+    expected = Engine(model, tokenizer).run(requests)
+
+    async def two_at_a_time(worker: EngineThread) -> list[str]:
+        texts = [""] * len(requests)
+        with worker.accept(requests, at_once=2) as taken:
+            assert worker.waiting == len(requests)
+            engine.open()
+            async for update in taken.updates():
+                texts[update.index] += update.text
+        return texts
+
+    with started(engine) as worker:
+        assert asyncio.run(two_at_a_time(worker)) == [done.text for done in expected]
+        assert worker.rows <= 2 * worker.steps
 
 
 def test_those_turned_away_are_told_to_come_back_one_after_the_other(tokenizer: Tokenizer) -> None:
@@ -230,7 +251,7 @@ def test_those_turned_away_are_told_to_come_back_one_after_the_other(tokenizer: 
     async def turn_away(worker: EngineThread) -> None:
         engine.allow(2)
         await collect(worker, [SHORT, SHORT])  # so long does one take
-        task = await accepted(worker, SHORT, SHORT)
+        tasks = [await accepted(worker, SHORT) for _ in range(2)]
         told = []
         while not told or told[-1] < 3:
             with pytest.raises(Overloaded) as refused:
@@ -238,7 +259,7 @@ def test_those_turned_away_are_told_to_come_back_one_after_the_other(tokenizer: 
             told.append(refused.value.retry_after_s)
         assert told[0] == 1 and told == sorted(told)
         engine.open()
-        await task
+        await asyncio.gather(*tasks)
 
     with started(engine, max_waiting=1) as worker:
         asyncio.run(turn_away(worker))
@@ -248,8 +269,6 @@ def test_what_can_never_run_is_refused_and_leaves_no_trace(tokenizer: Tokenizer)
     with started(Engine(random_gpt(tokenizer), tokenizer), max_waiting=3) as worker:
         with pytest.raises(ValueError, match="outside"):
             asyncio.run(collect(worker, [SHORT, Request([10**6])]))
-        with pytest.raises(ValueError, match="36 outputs"):
-            asyncio.run(collect(worker, [SHORT] * 36))
         assert worker.waiting == 0 and worker.alive
         asyncio.run(collect(worker, [SHORT]))
         assert worker.ended == 1

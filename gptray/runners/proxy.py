@@ -1,0 +1,178 @@
+"""What stands before Ray Serve's HTTP proxy, in its process: `middlewares` is named to Serve there.
+
+The environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH does that, where the cluster is
+the job's own by itself. It puts Serve's own paths behind the application's key, turns Serve's plain
+answers into OpenAI's form, and limits how long and large a request's headers may be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+from http import HTTPStatus
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gptray.serving.errors import ApiError
+
+# Which applications there are, and whether the proxy is up.
+SERVES_PATHS = ("/-/routes", "/-/healthz")
+# What Serve says of these, it says as plain text with names of its own.
+ANSWERS = {
+    404: "no model is served here yet",
+    408: "the request took longer than serve.request_timeout_s allows",
+    429: "too many requests wait already",
+    503: "no engine is ready for this request; try again",
+}
+ENDED = "the engine ended before the answer was complete; try again"
+
+
+def middlewares() -> list[Middleware]:
+    """What Serve's proxy is to put around itself. Called in its process, before it listens."""
+    # A connection takes a file; many systems begin with 1,024.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    HTTP_PROTOCOLS["auto"] = f"{TimedHeaders.__module__}:{TimedHeaders.__name__}"
+    return [Middleware(Front)]
+
+
+class Front:
+    """An ASGI application around Serve's proxy."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"] in SERVES_PATHS:  # for the application to answer, as any other path
+            scope = {**scope, "path": f"{scope['path']}/"}
+        answer = _Answer(send)
+        try:
+            await self._app(scope, receive, answer.send)
+        finally:
+            await answer.complete()
+
+
+class _Answer:
+    """One answer on its way out: Serve's own are put into form, one that breaks off is ended."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._begun = self._ended = self._is_plain = self._is_stream = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._begun = True
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            self._is_stream = kind.startswith(b"text/event-stream")
+            self._is_plain = message["status"] in ANSWERS and kind.startswith(b"text/plain")
+            if self._is_plain:
+                kept = {
+                    name.decode(): value.decode()
+                    for name, value in message["headers"]
+                    if name.lower() == b"retry-after"
+                }
+                status = message["status"]
+                await self._tell(ApiError(status, ANSWERS[status], headers=kept))
+                return
+        if self._is_plain:
+            return
+        self._ended = message["type"] == "http.response.body" and not message.get("more_body")
+        await self._send(message)
+
+    async def complete(self) -> None:
+        """End an answer that Serve left without an end, because its replica is gone."""
+        if self._ended:
+            return
+        gone = ApiError(503, ENDED)
+        if not self._begun:
+            await self._tell(gone)
+        elif self._is_stream:
+            self._ended = True
+            last = f"data: {json.dumps(gone.body)}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": last})
+
+    async def _tell(self, error: ApiError) -> None:
+        self._begun = self._ended = True
+        answer = error.response()
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": answer.status_code,
+                "headers": answer.raw_headers,
+            }
+        )
+        await self._send({"type": "http.response.body", "body": answer.body})
+
+
+class TimedHeaders(HttpToolsProtocol):
+    """A connection that ends if the headers of a request are not complete in time, or are too long.
+
+    Uvicorn by itself waits for them without end.
+    """
+
+    headers_s, headers_bytes = 20.0, 64 << 10
+    _deadline: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        self._header_bytes += len(data)
+        super().data_received(data)
+        if self._deadline is None:
+            self._header_bytes = 0
+        elif self._header_bytes > self.headers_bytes:
+            self._refuse(ApiError(431, f"the headers are longer than {self.headers_bytes:,} bytes"))
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, msg))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect_headers()
+
+    def on_headers_complete(self) -> None:
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _expect_headers(self) -> None:
+        self._stop_waiting()
+        self._deadline = self.loop.call_later(self.headers_s, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._expect_headers()  # of a request behind one that is still answered
+            return
+        self._refuse(ApiError(408, f"the headers did not arrive within {self.headers_s:g} s"))
+
+    def _refuse(self, error: ApiError) -> None:
+        self._stop_waiting()
+        if self.transport.is_closing():
+            return
+        if not self._header_bytes:  # a browser's spare connection
+            self.transport.close()
+            return
+        answer = error.response()
+        head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "connection: close"]
+        head += [f"{name.decode()}: {value.decode()}" for name, value in answer.raw_headers]
+        self.transport.write("\r\n".join([*head, "", ""]).encode() + answer.body)
+        self.transport.close()

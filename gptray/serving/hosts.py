@@ -1,0 +1,54 @@
+"""Which Host headers are the endpoint's own.
+
+A page of another site can have its own name resolve to this machine (DNS rebinding): a browser then
+sends its requests here, with that name as Host. An address as Host cannot come about in this way.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+
+WILDCARDS = ("0.0.0.0", "::")
+
+
+class Hosts:
+    """The names by which the endpoint may be called, whatever the port: tunnels change that.
+
+    host: the address it listens on. allowed: more names; `*.example.com` are all names below one,
+    `*` is any. Without them an endpoint on all of the machine's addresses takes any name.
+    """
+
+    def __init__(self, host: str, allowed: str | Sequence[str] | None) -> None:
+        names = [allowed] if isinstance(allowed, str) else list(allowed or ())
+        if allowed is None and host.strip("[]") in WILDCARDS:
+            names = ["*"]
+        machine = socket.gethostname()
+        own = ["localhost", "*.localhost", host, machine, f"{machine}.local"]
+        names = [name.lower().rstrip(".") for name in [*own, *names]]
+        self._any = "*" in names
+        self._names = frozenset(name for name in names if not name.startswith("*."))
+        self._below = tuple(name[1:] for name in names if name.startswith("*."))
+
+    def include(self, header: str) -> bool:
+        """Whether a Host header names the endpoint. Who sends none is no browser."""
+        name = _without_port(header.strip().lower())
+        if self._any or not name or _is_address(name):
+            return True
+        return name in self._names or name.endswith(self._below)
+
+
+def _without_port(header: str) -> str:
+    name, _, port = header.rpartition(":")
+    has_port = bool(name) and (port.isdecimal() or not port) and not header.endswith("]")
+    is_bare_ipv6 = header.count(":") > 1 and not header.startswith("[")
+    return (name if has_port and not is_bare_ipv6 else header).rstrip(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
