@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyarrow import parquet
-
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
-from gptray.data.parts import part_name, write_whole
+from gptray.data.parts import read_whole, write_part
 from gptray.data.prompts import output_schema
 from gptray.generation.build import library
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
@@ -92,9 +90,9 @@ def _compute(config: Config) -> ComputeConfig:
 
 def _write_empty(output: Output) -> None:
     """The one file of a job without rows: its columns, which no engine is needed for."""
-    staged = parquet.ParquetFile(output.staged(0)).read()
+    staged = read_whole(output.staged(0))
     empty = output_schema(staged.schema, output.samples, output.metadata()).empty_table()
-    write_whole(empty, output.folder / part_name(0))
+    write_part(empty, output.folder, 0)
 
 
 class EngineWorker:
