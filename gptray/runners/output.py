@@ -20,7 +20,7 @@ from gptray.data.parts import SCRATCH, holds_rows, part_name, part_sha256, write
 from gptray.data.prompts import InputScan, check_input, scan, staged
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import storing
-from gptray.generation.build import pick_backend
+from gptray.generation.build import library, pick_backend
 from gptray.runners.models import find_model
 from gptray.runners.output_plan import (
     MANIFEST,
@@ -105,6 +105,24 @@ def with_backend(config: Config) -> Config:
     backend = pick_backend(config.generate.backend, use_gpu=config.compute.use_gpu)
     settings = config.generate.model_copy(update={"backend": backend})
     return config.model_copy(update={"generate": settings})
+
+
+def with_built_backend(asked: Config, picked: Config) -> Config:
+    """A config of `with_backend` once its library is built; PyTorch if `auto` cannot build it.
+
+    Raises RunFailed if generate.backend=native was asked for and cannot be built.
+    """
+    if picked.generate.backend != "native":
+        return picked
+    try:
+        library()
+    except RunFailed as error:
+        if asked.generate.backend == "native":
+            raise
+        log.warning("generate.backend: PyTorch, since %s", error)
+        settings = picked.generate.model_copy(update={"backend": "torch"})
+        return picked.model_copy(update={"generate": settings})
+    return picked
 
 
 class Output:

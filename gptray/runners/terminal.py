@@ -11,7 +11,7 @@ from typing import Any
 from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
-from gptray.runners.output import with_backend
+from gptray.runners.output import with_backend, with_built_backend
 
 log = logging.getLogger("gptray")
 
@@ -34,7 +34,8 @@ def generate_here(config: Config) -> dict[str, Any]:
     facts; an output's `seed` makes it again alone. Raises UserError for a prompt or a setting that
     cannot run.
     """
-    config, folder, name = look_here(config)
+    picked, folder, name = look_here(config)
+    config = with_built_backend(config, picked)
     given, samples = config.sample.prompt, range(config.generate.num_samples)
     prompts = [given] if isinstance(given, str) else list(given or [])
     prompts = [prompt for prompt in prompts for _ in samples]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -78,7 +79,10 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
     Raises:
         RunFailed: they are not those of AdamW for this model; names the first.
     """
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise RunFailed(f"{path} is damaged: {error}; restore it from a copy") from None
     for name, parameter in model.named_parameters():
         moments = {}
         for key in _MOMENTS:
