@@ -12,6 +12,7 @@ from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
 from gptray.runners.output import with_backend, with_built_backend
+from gptray.visible import visible
 
 log = logging.getLogger("gptray")
 
@@ -93,5 +94,5 @@ def generate_here(config: Config) -> dict[str, Any]:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(visible(text))
     sys.stdout.flush()
