@@ -1,5 +1,7 @@
 """Builds the project's own C++ for this machine, once: libraries stay in the user's cache folder.
 
+A library's name ends with the digest of its bytes, which are checked before every use: a damaged
+one is built again, and one that another user could have written is never run.
 Loads no torch, so that a job can ask what there is before it starts anything.
 """
 
@@ -12,11 +14,16 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from gptray.config import RunFailed, UserError
-from gptray.files import cannot_write, check_writable, replacing
+from gptray.files import cannot_write, check_writable, sha256_of
 
 log = logging.getLogger("gptray")
 
@@ -47,7 +54,10 @@ def check_backend(key: str, backend: str, *, use_gpu: bool, source: Path | None 
         return "torch"
     missing = "it runs on CPUs, and compute.use_gpu=true" if use_gpu else _obstacle(source)
     if missing and backend == "native":
-        raise UserError(f"{key}=native: {missing}; {key}=auto does without")
+        raise UserError(
+            f"{key}=native: {missing}; {key}=auto does without on the machine where the job "
+            f"starts, {key}=torch on every node"
+        )
     if missing:
         log.info("%s: PyTorch, since %s", key, missing)
     return "torch" if missing else "native"
@@ -61,33 +71,96 @@ def built(source: Path, *, key: str) -> Path:
     key: what to set to torch to do without it.
 
     Raises:
-        RunFailed: the compiler does not take the source; with what it says.
+        RunFailed: the compiler does not take the source, with what it says; or the cache folder
+            takes no library, or is open to others.
     """
-    command = [*_compiler(), *_OPTIONS]
-    path = _library_path(source)
-    if path.is_file():
-        return path
-    log.info("building %s, once: %s", source.name, path)
+    remedy = f"XDG_CACHE_HOME names another folder, and {key}=torch does without it"
+    name, folder = _library_name(source), _cache_folder()
+    found = kept(name)
+    if found:
+        return found
+    for damaged in folder.glob(f"{name}-*.so"):
+        log.warning("%s is damaged or not this user's: built again", damaged)
+        with suppress(OSError):
+            damaged.unlink()
+    log.info("building %s, once: %s", source.name, folder)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < _LIBRARY_BYTES:  # the compiler says it in pages
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < _LIBRARY_BYTES:  # the compiler says it in pages
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with replacing(path) as fresh:
-            _run([*command, "-o", str(fresh), str(source)], f"{key}=torch does without it")
+        if problem := _not_private(folder):
+            raise RunFailed(f"{folder} {problem}, so that no code is run from it; {remedy}")
+        with _draft(folder) as fresh:
+            command = [*compiler(), *_OPTIONS, "-o", str(fresh), str(source)]
+            _run(command, f"{key}=torch does without it")
+            fresh.chmod(0o644)
+            path = folder / f"{name}-{_digest(fresh)}.so"
+            os.replace(fresh, path)
     except OSError as error:
-        raise RunFailed(
-            f"{cannot_write(path, error)}; XDG_CACHE_HOME names another folder, and {key}=torch "
-            "does without it"
-        ) from None
+        raise RunFailed(f"{cannot_write(folder / name, error)}; {remedy}") from None
+    if kept(name) is None:
+        raise RunFailed(f"{path} is not this user's as soon as it is written; {remedy}")
     return path
 
 
-def _library_path(source: Path) -> Path:
-    """Where the library of a source is kept: source, compiler and options are in its name."""
+@contextmanager
+def _draft(folder: Path) -> Iterator[Path]:
+    """A file to write a library to, in a folder of its own that goes away."""
+    own = Path(tempfile.mkdtemp(prefix=".build-", dir=folder))
+    try:
+        yield own / "library.so"
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _library_name(source: Path) -> str:
+    """The name of a source's libraries, without the digest of their own bytes that follows.
+
+    Made from what the bytes depend on: source, headers, compiler with its flags and version.
+    """
     parts = [source, *sorted(source.parent.glob("*.h"))]
     text = b"".join(part.read_bytes() for part in parts)
-    text += repr((shutil.which(_compiler()[0]), _OPTIONS)).encode()
-    return _cache_folder() / f"{source.stem}-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    text += repr((compiler(), _version(), _OPTIONS)).encode()
+    return f"{source.stem}-{hashlib.sha256(text).hexdigest()[:16]}"
+
+
+def kept(name: str) -> Path | None:
+    """A library that was built before: whole, as its digest tells, and nobody else's."""
+    folder = _cache_folder()
+    if not folder.is_dir() or _not_private(folder):
+        return None
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        with suppress(OSError):
+            if not _not_private(path) and path.stem.endswith(f"-{_digest(path)}"):
+                return path
+    return None
+
+
+def _not_private(path: Path) -> str | None:
+    """Why somebody else may have written to a file or a folder; None if nobody can."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        status = path.stat() if path.is_dir() else status
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to another user ({status.st_uid})"
+    return "can be written by other users" if status.st_mode & 0o022 else None
+
+
+def _digest(path: Path) -> str:
+    return sha256_of(path)[:32]
+
+
+@cache
+def _version_of(command: tuple[str, ...]) -> str:
+    asked = [*command, "--version"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
+def _version() -> str:
+    return _version_of(tuple(compiler()))
 
 
 def _run(command: list[str], remedy: str) -> None:
@@ -106,13 +179,13 @@ def _obstacle(source: Path | None) -> str | None:
     lacks = sorted(set(_NEEDED) - _processor_flags())
     if lacks:
         return f"this processor has no {', '.join(lacks)}"
-    compiler = _compiler()
-    if shutil.which(compiler[0]) is None:
-        return f"there is no C++ compiler {compiler[0]} on this machine"
-    asked = [*compiler, *_OPTIONS, "-E", "-x", "c++", os.devnull]
+    command = compiler()
+    if shutil.which(command[0]) is None:
+        return f"there is no C++ compiler {command[0]} on this machine"
+    asked = [*command, *_OPTIONS, "-E", "-x", "c++", os.devnull]
     if subprocess.run(asked, capture_output=True, check=False).returncode:
-        return f"the compiler {shlex.join(compiler)} does not know {' '.join(_OPTIONS)}"
-    if source and not _library_path(source).is_file():
+        return f"the compiler {shlex.join(command)} does not know {' '.join(_OPTIONS)}"
+    if source and kept(_library_name(source)) is None:
         return _why_not_kept(_cache_folder())
     return None
 
@@ -124,6 +197,8 @@ def _why_not_kept(folder: Path) -> str | None:
     except UserError as error:
         return str(error)
     there = next(one for one in (folder, *folder.parents) if one.is_dir())
+    if folder.is_dir() and (problem := _not_private(folder)):
+        return f"{folder} {problem}, so that no code is run from it (see XDG_CACHE_HOME)"
     free = shutil.disk_usage(there).free
     if free < _LIBRARY_BYTES:
         return f"there is no room for it in {folder} ({free:,} bytes free; see XDG_CACHE_HOME)"
@@ -137,8 +212,13 @@ def _processor_flags() -> set[str]:
     return set()
 
 
-def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX") or "g++")
+def compiler() -> list[str]:
+    """The C++ compiler's command and flags: CXX, or g++. Raises UserError if CXX has no words."""
+    given = os.environ.get("CXX") or "g++"
+    try:
+        return shlex.split(given) or ["g++"]
+    except ValueError as error:
+        raise UserError(f"CXX={given}: {error}") from None
 
 
 def _cache_folder() -> Path:

@@ -26,6 +26,7 @@ from gptray.fields import field_specs
 from gptray.files import cannot_write, is_storage
 from gptray.key_help import help_text
 from gptray.suggest import nearest, nearest_keys
+from gptray.visible import visible, visible_json
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 FLAGS = ("--config", "--dry-run", "--verbose", "--help")
@@ -98,12 +99,12 @@ def run_job(
             _say(f"{name}: {error.strerror}: {str(error.filename)[:60]}...; choose a shorter one")
             return MISTAKE
         if not is_storage(error):
-            traceback.print_exc()
+            _say(traceback.format_exc().rstrip("\n"))
             return FAILED
         _say(f"{name}: {cannot_write(Path.cwd(), error)}")
         return FAILED
     except Exception:
-        traceback.print_exc()
+        _say(traceback.format_exc().rstrip("\n"))
         return FAILED
 
 
@@ -215,14 +216,14 @@ def _config(arguments: Arguments) -> Config:
 def _plan_text(config: Config, rows: Plan) -> str:
     """Return the config as YAML, what follows from it as YAML comments, and the JSON line."""
     width = max((len(label) for label, _ in rows), default=0)
-    comments = [f"# {label:{width}}  {value}" for label, value in rows]
+    comments = [visible(f"# {label:{width}}  {value}") for label, value in rows]
     last = _json_line({"dry_run": True, "plan": dict(rows)})
     return "\n".join([dump(config).rstrip("\n"), *comments, last])
 
 
 def _json_line(result: dict[str, Any]) -> str:
     ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-    return json.dumps(result, allow_nan=False, ensure_ascii=ascii_only)
+    return visible_json(json.dumps(result, allow_nan=False, ensure_ascii=ascii_only))
 
 
 def _print(text: str) -> None:
@@ -242,7 +243,7 @@ def _print(text: str) -> None:
 def _say(message: str) -> None:
     """Print to stderr; where that cannot be written the exit code has to tell."""
     try:
-        print(message, file=sys.stderr, flush=True)
+        print(visible(message), file=sys.stderr, flush=True)
     except OSError:
         _give_up(sys.stderr)
 
@@ -257,7 +258,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            print(visible(self.format(record)), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 

@@ -7,10 +7,12 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,6 +23,7 @@ from gptray.config import RunFailed, UserError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+_LINK = "it is a link, which is not followed"
 # Of a path within a run.
 _LONGEST_BELOW = 256
 # What else says that storage is not what it was: read-only, broken, a mount that went away.
@@ -136,7 +139,7 @@ def append(path: Path, data: bytes, *, cut_torn: bool = False, sync: bool = Fals
 
     Raises OSError.
     """
-    with path.open("ab+", buffering=0) as file:
+    with _opened_here(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         if cut_torn:
@@ -153,6 +156,52 @@ def append(path: Path, data: bytes, *, cut_torn: bool = False, sync: bool = Fals
             raise
 
 
+def open_lock(path: Path) -> FileIO:
+    """An empty file to lock, made where there is none; not one that a link leads to.
+
+    Raises OSError.
+    """
+    return _opened_here(path, os.O_RDWR | os.O_CREAT)
+
+
+def _opened_here(path: Path, flags: int) -> FileIO:
+    """Open a file in its own place: a link would have another file written. Raises OSError."""
+    try:
+        # A pipe without a reader would make the call wait.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, _LINK, str(path)) from None
+        raise
+    file = FileIO(descriptor, "rb+")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all in it, if it is there; never what a link names."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def refuse_links(folder: Path, names: Iterable[str], *, what: str) -> None:
+    """Refuse a folder in which a link stands where a job writes: it would write elsewhere.
+
+    what: whose folder it is. Raises UserError.
+    """
+    for name in names:
+        path = folder / name
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}: {what} writes there and follows no "
+                "links; put the file or folder itself in its place, or choose another name"
+            )
+
+
 def _whole_lines(path: Path, size: int) -> int:
     """The bytes of a file up to the end of its last whole line."""
     with path.open("rb") as file:
@@ -165,6 +214,9 @@ def _whole_lines(path: Path, size: int) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """Of a regular file's bytes, in hexadecimal. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device may have no end
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,19 +19,66 @@ from typing import Any
 from gptray import __version__
 from gptray.config import RunFailed
 from gptray.files import append, storing
+from gptray.stored import Unreadable, parse_json, read_bytes
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+# Kinds of a row's fields, by name; of every row under "", and of those of an event under its name.
+RowFields = Mapping[str, Mapping[str, Any]]
+METRIC_FIELDS: RowFields = {"": {"step": int, "train_loss": (int, float)}}
+EVENT_FIELDS: RowFields = {
+    "": {"event": str},
+    "evaluated": {"step": int, "best": bool, "samples": list},
+    "notice": {"message": str},
+    "damaged": {"message": str},
+    "failure": {"message": str},
+    "waiting": {"message": str},
+}
 # What a result depends on, besides gptray itself.
 LIBRARIES = ("torch", "ray", "transformers", "tokenizers")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a torn last line, left by a kill, is not a row yet."""
-    if not path.exists():
+def read_rows(path: Path, fields: RowFields | None = None) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a torn last line, left by a kill, is not a row yet.
+
+    fields: what each row must have; by default what a file of that name must.
+    Lines without text, and the NULs that a crash of the machine leaves, are no rows either.
+
+    Raises:
+        RunFailed: a row is damaged; names its line.
+    """
+    fields = fields or (METRIC_FIELDS if path.name == METRICS else EVENT_FIELDS)
+    try:
+        lines = read_bytes(path, most=None).split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    except Unreadable as error:
+        raise RunFailed(f"{path} cannot be read: {error}; restore it from a copy") from None
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        if line.strip(b"\0\r\t "):
+            try:
+                rows.append(parse_row(line, fields))
+            except Unreadable as error:
+                raise RunFailed(
+                    f"{path}:{number}: the line is damaged: {error}; restore the file from a copy, "
+                    "or delete the line"
+                ) from None
+    return rows
+
+
+def parse_row(line: bytes, fields: RowFields) -> dict[str, Any]:
+    """The row in a line of JSON. Raises Unreadable if it lacks one of its fields."""
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise Unreadable("not a JSON object")
+    event = row.get("event")
+    own = fields.get(event, {}) if isinstance(event, str) else {}
+    for key, kind in {**fields.get("", {}), **own}.items():
+        value = row.get(key)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise Unreadable(f"no {key} in it" if value is None else f"{key}={value!r:.40}")
+    return row
 
 
 def write_event(run_dir: Path, event: str, **fields: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gptray.cli import run_job
+from gptray.cli import Plan, run_job
 from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.fields import field_specs
 
@@ -32,8 +32,8 @@ def rows(config: Config) -> list[tuple[str, str]]:
     return [("tokens per step", f"{config.tokens_per_step:,}"), ("run folder", "~/gptray/a")]
 
 
-def run(*argv: str, job: Job = steps) -> int:
-    return run_job(job, name="train", doc="Train a GPT on text.", plan=rows, argv=argv)
+def run(*argv: str, job: Job = steps, plan: Callable[[Config], Plan] = rows) -> int:
+    return run_job(job, name="train", doc="Train a GPT on text.", plan=plan, argv=argv)
 
 
 def raising(error: BaseException) -> Job:
@@ -192,7 +192,7 @@ def test_sigterm_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_reader_that_stopped_is_no_error() -> None:
     code = (
-        "from gptray.cli import run_job\n"
+        "from gptray.cli import Plan, run_job\n"
         "run_job(dict, name='a', doc='b', plan=lambda config: [], argv=['--dry-run'])"
     )
     read_end, write_end = os.pipe()
@@ -266,3 +266,35 @@ def test_closed_output_is_no_error(tmp_path: Path, descriptor: int, locale: str)
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert (done.stdout == b"") == (descriptor == 1)
+
+
+HOSTILE = "a\x1b[2J\x9b31m\u202eb\r"
+
+
+def test_terminal_escapes_in_what_is_said_are_shown_and_not_obeyed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def job(config: Config) -> dict[str, Any]:
+        logging.getLogger("gptray").warning("file %s\tis\nodd", HOSTILE)
+        raise UserError(f"{HOSTILE}: no such file")
+
+    assert run(job=job) == 2
+    out, err = capsys.readouterr()
+    shown = r"a\x1b[2J\x9b31m\u202eb\x0d"
+    assert err == f"warning: file {shown}\tis\nodd\ntrain: {shown}: no such file\n"
+    assert out == ""
+
+
+def test_terminal_escapes_in_a_result_stay_what_they_are_for_programs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(job=lambda config: {"output": HOSTILE}) == 0
+    line = capsys.readouterr().out
+    assert line.rstrip("\n").isprintable() and json.loads(line) == {"output": HOSTILE}
+
+
+def test_a_traceback_and_a_plan_show_escapes_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(job=raising(KeyError(HOSTILE)), plan=lambda config: []) == 1
+    assert run("--dry-run", plan=lambda config: [("model", HOSTILE)]) == 0
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and r"# model  a\x1b[2J" in out

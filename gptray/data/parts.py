@@ -1,4 +1,8 @@
-"""Parquet files that appear whole or not at all: the parts of a large table."""
+"""Parquet files that appear whole or not at all: the parts of a large table.
+
+Pages carry checksums. A part of an output has its sha256 beside it, in the folder's scratch, so
+that damage, or a file of somebody else's in its place, shows at the next look.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from gptray.files import replacing, storing
+from gptray.config import RunFailed
+from gptray.files import replacing, sha256_of, storing
+from gptray.stored import Unreadable, read_bytes
 
 COMPRESSION = "zstd"
+SCRATCH = ".gptray"
 
 
 def part_name(number: int) -> str:
@@ -22,9 +29,65 @@ def part_name(number: int) -> str:
 def write_whole(table: pa.Table, path: Path) -> None:
     """Write a Parquet file that appears whole or not at all. Raises RunFailed without room."""
     with storing(path), replacing(path) as partial:
-        parquet.write_table(table, partial, compression=COMPRESSION)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        _write(table, partial)
+
+
+def read_whole(path: Path) -> pa.Table:
+    """The table in a file of `write_whole`. Raises RunFailed if it is damaged."""
+    try:
+        return parquet.ParquetFile(path, page_checksum_verification=True).read()
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, str(error).splitlines()[0]) from None
+
+
+def holds_rows(path: Path, rows: int) -> bool:
+    """Whether a file ends as a Parquet file of so many rows does."""
+    try:
+        return bool(parquet.read_metadata(path).num_rows == rows)
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def write_part(table: pa.Table, folder: Path, number: int) -> None:
+    """Write a part of an output, after its sha256. Raises RunFailed without room."""
+    path, digest = folder / part_name(number), _digest(folder, number)
+    with storing(path), replacing(path) as partial:
+        _write(table, partial)
+        digest.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(digest) as draft:
+            draft.write_text(sha256_of(partial), "utf-8")
+
+
+def part_sha256(folder: Path, number: int) -> str:
+    """The sha256 of a part of an output.
+
+    Raises RunFailed unless it is the one that the part was written with.
+    """
+    path = folder / part_name(number)
+    try:
+        written = read_bytes(_digest(folder, number))
+        found = sha256_of(path)
+    except FileNotFoundError:
+        raise _damaged(path, "it was not written by this job") from None
+    except (OSError, Unreadable) as error:
+        raise _damaged(path, f"{error}") from None
+    if written != found.encode():
+        raise _damaged(path, "its sha256 is not the one that it was written with")
+    return found
+
+
+def _digest(folder: Path, number: int) -> Path:
+    return folder / SCRATCH / f"part-{number:05d}.sha256"
+
+
+def _damaged(path: Path, reason: str) -> RunFailed:
+    return RunFailed(f"{path} is damaged: {reason}; delete it and run the same command again")
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    parquet.write_table(table, path, compression=COMPRESSION, write_page_checksum=True)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def unwritable(fields: Iterable[pa.Field]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gptray.config import UserError
 from gptray.data.boundary import chunks
 from gptray.data.tokenizer_files import END_OF_TEXT, end_of_text, open_tokenizer
+from gptray.data.trust import panics_told
 
 _PROBES = (
     "one two",
@@ -109,14 +110,16 @@ class Tokenizer:
         if self._characters is not None:
             return [self._encode_characters(text, self._characters) for text in texts]
         try:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            with panics_told():
+                encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # tokenizers raises nothing narrower
             raise self._unreadable(texts, error) from None
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens show as their names."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        with panics_told():
+            return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def cuts_at_boundaries(self) -> bool:
         """Whether text that is cut at `gptray.data.boundary`'s places gets the same tokens."""
@@ -188,7 +191,8 @@ class Tokenizer:
 
     def _can_read(self, text: str) -> bool:
         try:
-            self._backend.encode(text, add_special_tokens=False)
+            with panics_told():
+                self._backend.encode(text, add_special_tokens=False)
         except Exception:  # tokenizers raises nothing narrower
             return False
         return True

@@ -7,7 +7,6 @@ name, GPT-2's vocab.json and merges.txt alone, or what `AutoTokenizer` opens, th
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -19,6 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gptray.config import UserError
 from gptray.data.sources import hint
+from gptray.data.trust import check_growth, check_vocabulary, panics_told
+from gptray.stored import Unreadable, read_object
 from gptray.suggest import did_you_mean, nearest
 
 log = logging.getLogger("gptray")
@@ -68,7 +69,8 @@ def tokenizer_files(path: Path) -> list[Path]:
     """The files of a folder that a tokenizer is made of; none: it holds no tokenizer."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.iterdir() if _TOKENIZER_FILES.fullmatch(file.name))
+    named = [file for file in path.iterdir() if _TOKENIZER_FILES.fullmatch(file.name)]
+    return sorted(file for file in named if file.is_file())
 
 
 def tokenizer_sha256(path: Path) -> str:
@@ -180,7 +182,11 @@ def _is_bare_vocabulary(folder: Path) -> bool:
 
 def _from_json(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        with panics_told():
+            check_growth(read_object(path, most=None))
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            check_vocabulary(backend)
+            return backend
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{path}: not a tokenizer: {error}") from None
 
@@ -223,12 +229,9 @@ def _from_transformers(source: str) -> Opened:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+        return read_object(path, finite=False)
+    except (Unreadable, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:

@@ -6,8 +6,8 @@ Opens, checks and reads it by memory map; building it is `gptray.runners.prepare
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -20,9 +20,11 @@ from gptray.data.difference import loses
 from gptray.data.split import split_names
 from gptray.data.tokenizer import Tokenizer
 from gptray.files import sha256_of
+from gptray.stored import read_object
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
+_READERS = 4  # threads that verify shards
 
 
 class DamagedData(ValueError):
@@ -74,8 +76,15 @@ class TokenSplit:
             self._maps[shard] = np.memmap(path, dtype=self._dtype, mode="r")
         return self._maps[shard]
 
-    def check(self, *, content: bool) -> None:
-        """Raise DamagedData unless every shard has its size (and, with `content`, its sha256)."""
+    @property
+    def sha256(self) -> dict[Path, str]:
+        """Of each shard, as it was written."""
+        return {self._folder / entry["file"]: entry["sha256"] for entry in self._shards}
+
+    def check(self) -> None:
+        """Raise DamagedData unless every shard is there and has its size."""
+        if self.tokens != self._starts[-1]:
+            raise DamagedData(f"{self._folder / MANIFEST}: shards do not add up to {self.tokens:,}")
         for entry in self._shards:
             path = self._folder / entry["file"]
             size = entry["tokens"] * self._dtype.itemsize
@@ -83,8 +92,6 @@ class TokenSplit:
                 raise DamagedData(f"{path} is missing")
             if path.stat().st_size != size:
                 raise DamagedData(f"{path} has {path.stat().st_size} bytes, not {size}")
-            if content and sha256_of(path) != entry["sha256"]:
-                raise DamagedData(f"{path} has changed (sha256)")
 
 
 class TokenData:
@@ -105,13 +112,15 @@ class TokenData:
         """Open a folder; raises DamagedData unless it is whole (file sizes; see `verify`)."""
         folder = Path(data_dir)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+            manifest = read_object(folder / MANIFEST, most=None)
             if manifest["format"] != FORMAT_VERSION:
                 raise DamagedData(f"{folder} has format {manifest['format']}, not {FORMAT_VERSION}")
             data = cls(folder, manifest)
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            data._check()
+        except DamagedData:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedData(f"{folder / MANIFEST} cannot be read: {error!r}") from None
-        data._check(content=False)
         return data
 
     @property
@@ -145,15 +154,29 @@ class TokenData:
         text = " ".join([self.manifest["tokenizer"]["sha256"], *shards])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all shards."""
+        return sum(path.stat().st_size for split in self.splits.values() for path in split.sha256)
+
     def verify(self) -> None:
         """Read everything; raises DamagedData for the first file that is not as it was written."""
-        self._check(content=True)
-
-    def _check(self, *, content: bool) -> None:
-        path = self.data_dir / "tokenizer" / "tokenizer.json"
-        if not path.is_file():
-            raise DamagedData(f"{path} is missing")
-        if content and sha256_of(path) != self.manifest["tokenizer"]["sha256"]:
-            raise DamagedData(f"{path} has changed (sha256)")
+        self._check()
+        expected = {self._tokenizer_json: self.manifest["tokenizer"]["sha256"]}
         for split in self.splits.values():
-            split.check(content=content)
+            expected |= split.sha256
+        # hashlib lets go of the interpreter meanwhile.
+        with ThreadPoolExecutor(_READERS) as readers:
+            for path, found in zip(expected, readers.map(sha256_of, expected), strict=True):
+                if found != expected[path]:
+                    raise DamagedData(f"{path} has changed (sha256)")
+
+    @property
+    def _tokenizer_json(self) -> Path:
+        return self.data_dir / "tokenizer" / "tokenizer.json"
+
+    def _check(self) -> None:
+        if not self._tokenizer_json.is_file():
+            raise DamagedData(f"{self._tokenizer_json} is missing")
+        for split in self.splits.values():
+            split.check()

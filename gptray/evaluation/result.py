@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
+from gptray.config import UserError
 from gptray.files import replacing
+from gptray.stored import Unreadable, read_object
 
 EVALUATION = "evaluation.json"
 
@@ -94,9 +96,12 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:
 
 
 def load_evaluation(folder: Path) -> Evaluation | None:
-    """What `evaluation.json` in a folder says; None without one."""
+    """What `evaluation.json` in a folder says; None without one. Raises UserError if damaged."""
     path = folder / EVALUATION
-    if not path.is_file():
+    try:
+        evaluation: Any = read_object(path)
+    except FileNotFoundError:
         return None
-    evaluation: Evaluation = json.loads(path.read_text("utf-8"))
-    return evaluation
+    except Unreadable as error:
+        raise UserError(f"{path}: {error}; remove it and evaluate again") from None
+    return cast(Evaluation, evaluation)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import parquet
 
 from gptray.config import SampleConfig, UserError
-from gptray.data.parts import part_name, write_whole
+from gptray.data.parts import read_whole, write_part
 from gptray.data.prompts import ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
@@ -94,7 +93,7 @@ class PartWriter:
 
     def feed(self, number: int, staged: Path) -> list[int]:
         """Take on a part; run until more could be taken. Returns the parts written meanwhile."""
-        table = parquet.ParquetFile(staged).read()
+        table = read_whole(staged)
         given = [table.column(place).to_pylist() for place in (SETTINGS, ERROR, ID, PROMPT)]
         rows = [row for values in zip(*given, strict=True) for row in self._start(*values)]
         self._parts.append(_Part(number, table, rows))
@@ -149,7 +148,7 @@ class PartWriter:
             # Those that ran are counted already.
             self.progress.rows += sum(row.generation is None for row in part.rows)
             self.progress.errors += sum(row.problem is not None for row in part.rows)
-            write_whole(self._output(part), self._output_dir / part_name(part.number))
+            write_part(self._output(part), self._output_dir, part.number)
             self._parts.remove(part)
         return [part.number for part in done]
 

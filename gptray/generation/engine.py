@@ -262,6 +262,11 @@ def load_engine(
     model = load_pretrained(folder).eval().to(device)
     _check_weights(model, folder)
     tokenizer = Tokenizer.load(folder)
+    if tokenizer.eos_id >= model.valid_vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer's end-of-text token {tokenizer.eos_token!r} has id "
+            f"{tokenizer.eos_id}, but the model has {model.valid_vocab_size} tokens"
+        )
     engine = Engine(
         model,
         tokenizer,

@@ -19,10 +19,10 @@ from torch import Tensor
 from gptray.config import ModelConfig, UserError
 from gptray.files import replacing
 from gptray.model.gpt import GPT
-from gptray.model.shape import WEIGHTS, hf_config, model_folder, read_shape, weight_files
+from gptray.model.header import check_weights
+from gptray.model.shape import PREFIX, WEIGHTS, hf_config, model_folder, read_shape, weight_files
 
 WTE = "transformer.wte.weight"
-PREFIX = "transformer."
 # HF's GPT-2 keeps these (in, out), as OpenAI's Conv1D did; in memory they are (out, in).
 STORED_TRANSPOSED = (
     "attn.c_attn.weight",
@@ -66,6 +66,7 @@ def load_pretrained(source: str | Path, *, dropout: float | None = None) -> GPT:
     """
     folder = model_folder(source)
     shape = read_shape(folder)
+    check_weights(folder, shape)
     rows = shape.pop("vocab_size")
     if dropout is not None:
         shape["dropout"] = dropout

@@ -5,7 +5,6 @@ No torch here, so that a dry run answers at once. Weights are `gptray.model.hf`'
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptray.config import ModelConfig, UserError
+from gptray.stored import Unreadable, is_whole, read_object
 
 # A network that GPT-2's classes would load and compute differently says so by its model_type.
 MODEL_TYPES: dict[tuple[str, bool], str] = {
@@ -23,6 +23,9 @@ MODEL_TYPES: dict[tuple[str, bool], str] = {
 }
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PREFIX = "transformer."
+# Of a dimension; what is beyond is no network.
+_MOST = 2**31 - 1
 # What this network always does, under HF's names, with HF's default first.
 FIXED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -88,14 +91,19 @@ def read_shape(source: str | Path, *, weights: bool = False) -> dict[str, Any]:
     raw = read_json(path)
     kinds = {name: kind for kind, name in MODEL_TYPES.items()}
     model_type = raw.get("model_type")
-    if model_type not in kinds:
-        raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(kinds)}")
+    if not isinstance(model_type, str) or model_type not in kinds:
+        raise UserError(f"{path}: model_type {model_type!r:.60} is not one of {', '.join(kinds)}")
     for key, allowed in FIXED.items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{path}: {key}={raw[key]!r} is not supported, only {allowed[0]!r}")
+        if raw.get(key, allowed[0]) not in allowed:  # a list or an object is simply not in it
+            raise UserError(f"{path}: {key}={raw[key]!r:.60} is not supported, only {allowed[0]!r}")
     norm, residual = kinds[model_type]
     shape = {key: raw.get(key, default) for key, default in DEFAULTS.items()}
     shape |= {"dropout": raw.get("resid_pdrop", 0.1), "norm": norm, "residual": residual}
+    if shape["vocab_size"] is None:
+        raise UserError(f"{path}: vocab_size is null; it is the number of rows of the embedding")
+    for key, value in shape.items():
+        if is_whole(value, least=_MOST + 1):
+            raise UserError(f"{path}: {key} is above {_MOST:,}, which no network has")
     try:
         return ModelConfig(**shape).model_dump(exclude={"init_from", "resize_vocab"})
     except ValidationError as error:
@@ -109,17 +117,26 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise UserError(f"{folder / INDEX}: no weight_map in it")
-        # Only names beside the index: an index is not to read files elsewhere.
-        return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
+        return [folder / name for name in _shard_names(folder / INDEX)]
     if any(folder.glob("*.bin")):
         raise UserError(
             f"{folder}: only pickled weights (.bin), which gptray does not open; convert them once "
             "with transformers: AutoModelForCausalLM.from_pretrained(X).save_pretrained(Y)"
         )
     raise UserError(f"{folder}: no {WEIGHTS}")
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The files that an index names. Raises UserError, also for names of files elsewhere."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index}: no weight_map in it")
+    files = list(names.values())
+    for name in files:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            shown = f"{name!r:.60}"
+            raise UserError(f"{index}: {shown} is not the name of a .safetensors file beside it")
+    return sorted(set(files))
 
 
 def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) -> dict[str, Any]:
@@ -141,12 +158,9 @@ def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) ->
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; UserError naming the file if there is none."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a JSON object was expected")
-    return raw
+        return read_object(path, finite=False)
+    except (Unreadable, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:

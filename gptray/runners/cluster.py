@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-from gptray.build import check_backend
+from gptray.build import check_backend, compiler
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.files import cannot_write
 
@@ -152,10 +152,10 @@ def check_resources(
             f"{spare}; this machine has {gpus if compute.use_gpu else cpus}. Without it ({beside}"
             "=false) the workers themselves score, to the same numbers"
         )
-    compiler = os.environ.get("CXX", "g++")
-    if compiling and not compute.use_gpu and shutil.which(compiler) is None:
+    command = compiler()[0]
+    if compiling and not compute.use_gpu and shutil.which(command) is None:
         problems.append(
-            f"{compiling}=true needs a C++ compiler, and there is no {compiler} on this machine; "
+            f"{compiling}=true needs a C++ compiler, and there is no {command} on this machine; "
             f"install it, name another one in CXX, or set {compiling}=false"
         )
     if problems:

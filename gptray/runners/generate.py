@@ -16,14 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyarrow import parquet
-
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
-from gptray.data.parts import part_name, write_whole
+from gptray.data.parts import read_whole, write_part
 from gptray.data.prompts import output_schema
-from gptray.generation.build import library
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
-from gptray.runners.output import Output, check_job, check_output
+from gptray.runners.output import Output, check_job, check_output, with_built_backend
 from gptray.runners.rows_bar import RowsBar
 from gptray.runners.terminal import look_here
 
@@ -45,6 +42,9 @@ def generate(config: Config) -> dict[str, Any]:
     """
     job = check_job(config)
     check_resources(_compute(config))
+    built = with_built_backend(config, job.config)
+    if built.generate.backend != job.config.generate.backend:
+        job = check_job(built)
     with Output.opened(job) as output:
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
@@ -53,8 +53,6 @@ def generate(config: Config) -> dict[str, Any]:
         elif missing:
             rows = sum(map(output.rows_of, missing))
             log.info("%s: %s of %s rows to do", job.model_name, f"{rows:,}", f"{output.rows:,}")
-            if job.config.generate.backend == "native":
-                library()
             with ray_cluster():
                 speed = Engines(job.config, output, missing).run()
         summary = output.finish()
@@ -92,9 +90,9 @@ def _compute(config: Config) -> ComputeConfig:
 
 def _write_empty(output: Output) -> None:
     """The one file of a job without rows: its columns, which no engine is needed for."""
-    staged = parquet.ParquetFile(output.staged(0)).read()
+    staged = read_whole(output.staged(0))
     empty = output_schema(staged.schema, output.samples, output.metadata()).empty_table()
-    write_whole(empty, output.folder / part_name(0))
+    write_part(empty, output.folder, 0)
 
 
 class EngineWorker:

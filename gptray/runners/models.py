@@ -8,6 +8,7 @@ from pathlib import Path
 from gptray.config import Config, UserError
 from gptray.data.tokenizer_files import tokenizer_files
 from gptray.files import sha256_of
+from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape, weight_files
 
 
@@ -18,8 +19,7 @@ def open_model(source: str | Path, *, key: str) -> Path:
     """
     try:
         folder = model_folder(source)
-        weight_files(folder)
-        read_shape(folder)  # refuses another kind of network
+        check_weights(folder, read_shape(folder))
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     if not tokenizer_files(folder):

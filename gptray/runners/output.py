@@ -16,16 +16,15 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.data.parts import part_name, write_whole
+from gptray.data.parts import SCRATCH, holds_rows, part_name, part_sha256, write_whole
 from gptray.data.prompts import InputScan, check_input, scan, staged
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import storing
-from gptray.generation.build import pick_backend
+from gptray.generation.build import library, pick_backend
 from gptray.runners.models import find_model
 from gptray.runners.output_plan import (
     MANIFEST,
     PLAN,
-    SCRATCH,
     SUCCESS,
     busy,
     check_writable,
@@ -108,6 +107,24 @@ def with_backend(config: Config) -> Config:
     return config.model_copy(update={"generate": settings})
 
 
+def with_built_backend(asked: Config, picked: Config) -> Config:
+    """A config of `with_backend` once its library is built; PyTorch if `auto` cannot build it.
+
+    Raises RunFailed if generate.backend=native was asked for and cannot be built.
+    """
+    if picked.generate.backend != "native":
+        return picked
+    try:
+        library()
+    except RunFailed as error:
+        if asked.generate.backend == "native":
+            raise
+        log.warning("generate.backend: PyTorch, since %s", error)
+        settings = picked.generate.model_copy(update={"backend": "torch"})
+        return picked.model_copy(update={"generate": settings})
+    return picked
+
+
 class Output:
     """The opened folder of a job; nobody else writes there meanwhile."""
 
@@ -140,13 +157,18 @@ class Output:
                 f"generate.output_path: {job.folder} cannot be written: {error}"
             ) from None
         with held(scratch, busy=busy(job.folder)):
+            if found and (there := existing_plan(job.folder)):
+                # Another job has begun since this one looked.
+                refuse_differences(job.folder, there["identity"], identity)
+                plan = there
             output = cls(job, plan)
             for partial in job.folder.glob(".part-*.partial"):
                 partial.unlink()
             missing = output.missing_parts()
+            output._check_parts(set(missing))
             if missing:
                 (job.folder / SUCCESS).unlink(missing_ok=True)
-            if found or not all(output.staged(part).is_file() for part in missing):
+            if found or not all(map(output._is_staged, missing)):
                 output._stage(found or _scan(job))
             yield output
 
@@ -164,6 +186,22 @@ class Output:
     def missing_parts(self) -> list[int]:
         """Parts without their output file. A file is there only when it is whole."""
         return [n for n in range(self.parts) if not (self.folder / part_name(n)).is_file()]
+
+    def _check_parts(self, missing: set[int]) -> None:
+        """Raise UserError for a file that is none of the job's, RunFailed for a damaged one."""
+        own = {part_name(number): number for number in range(self.parts)}
+        for path in sorted(self.folder.glob("part-*.parquet")):
+            if path.name not in own or (own[path.name] in missing and os.path.lexists(path)):
+                raise UserError(
+                    f"generate.output_path: {path} is no file of this job, and whoever reads the "
+                    "folder would read it too; remove it, or choose another folder"
+                )
+            part_sha256(self.folder, own[path.name])
+
+    def _is_staged(self, part: int) -> bool:
+        """Whether the input of a part is there, to its end."""
+        samples = self._plan["num_samples"]
+        return holds_rows(self.staged(part), self.rows_of(part) // samples)
 
     def metadata(self) -> dict[str, str]:
         """For the files' own metadata: the settings, and a fingerprint of the whole job."""
@@ -186,13 +224,15 @@ class Output:
         files = {}
         for part in range(self.parts):
             path = self.folder / part_name(part)
+            digest = part_sha256(self.folder, part)
             table = _counts(path)
             if table.num_rows != self.rows_of(part):
                 raise RunFailed(f"{path} has {table.num_rows} rows, not {self.rows_of(part)}")
             reasons.update(table["finish_reason"].to_pylist())
             tokens += sum(table["output_tokens"].to_pylist())
             rows += table.num_rows
-            files[path.name] = {"rows": table.num_rows, "size": path.stat().st_size}
+            size = path.stat().st_size
+            files[path.name] = {"rows": table.num_rows, "size": size, "sha256": digest}
         summary = {
             "output_path": str(self.folder),
             "rows": rows,
@@ -201,7 +241,7 @@ class Output:
             "finish_reasons": dict(sorted(reasons.items())),
         }
         success = self.folder / SUCCESS
-        if not success.is_file():
+        if not (success.is_file() and (self.folder / MANIFEST).is_file()):
             write_json(self.folder / MANIFEST, {**self._plan, **summary, "files": files})
             with storing(success):
                 success.touch()

@@ -17,12 +17,13 @@ from typing import Any
 
 from gptray.config import Config, UserError
 from gptray.data.encoding import codec_of
-from gptray.data.parts import part_name
+from gptray.data.parts import SCRATCH, part_name
 from gptray.data.sources import SourceFile, file_sha256
 from gptray.data.tokenizer_files import tokenizer_files
-from gptray.files import replacing, sha256_of, storing
+from gptray.files import refuse_links, replacing, sha256_of, storing
+from gptray.stored import read_object
 
-SCRATCH, PLAN, MANIFEST, SUCCESS = ".gptray", "plan.json", "manifest.json", "_SUCCESS"
+PLAN, MANIFEST, SUCCESS = "plan.json", "manifest.json", "_SUCCESS"
 LOCK = ".driver.lock"
 MODEL_FILES = "*.safetensors"
 
@@ -69,6 +70,7 @@ def new_plan(identity: dict[str, Any], model: str, input_rows: int) -> dict[str,
 
 def existing_plan(folder: Path) -> dict[str, Any] | None:
     """The plan of the job that began in a folder. Raises UserError for a folder of others."""
+    refuse_links(folder, (SCRATCH, f"{SCRATCH}/{LOCK}", MANIFEST, SUCCESS), what="the job")
     there = [path for path in (folder / SCRATCH / PLAN, folder / MANIFEST) if path.is_file()]
     for path in there:
         if (plan := _read_plan(path)) is not None:
@@ -156,11 +158,11 @@ _FINGERPRINTED = ("identity", "rows", "rows_per_file", "num_samples")
 def _read_plan(path: Path) -> dict[str, Any] | None:
     """A plan as it was written; None if it is damaged."""
     try:
-        plan = json.loads(path.read_bytes())
-        return dict(plan) if plan["fingerprint"] == _fingerprint(plan) else None
+        plan = read_object(path)
+        return plan if plan["fingerprint"] == _fingerprint(plan) else None
     except OSError as error:
         raise UserError(f"generate.output_path: {path} cannot be read: {error}") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 16 << 20  # of text per task
 SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
+_SAID_BYTES = 1 << 30  # of tokens whose verifying takes so long that it is told
 _CHECKED_FILES = 100  # looked into before Ray starts; the scan looks into all
 
 # How a config's text is found: `make_request`, or one for another text of it.
@@ -102,15 +104,21 @@ def known_tokenizer(config: Config) -> Tokenizer | None:
 
 
 def prepared(config: Config, find: FindSources = make_request) -> TokenData | None:
-    """The prepared data of a config, or None when there is none that is whole."""
+    """The prepared data of a config, or None when there is none that is whole by its sizes."""
     return _whole(find(config).data_dir)
 
 
-def _whole(folder: Path) -> TokenData | None:
-    if not folder.exists():
+def _whole(folder: Path, *, verify: bool = False) -> TokenData | None:
+    """The data in a folder, with `verify` read to its last byte; None, and told, if damaged."""
+    if not os.path.lexists(folder):
         return None
     try:
-        return TokenData.open(folder)
+        data = TokenData.open(folder)
+        if verify:
+            if data.num_bytes > _SAID_BYTES:
+                logger.info("verifying %.1f GB of prepared data", data.num_bytes / 1e9)
+            data.verify()
+        return data
     except DamagedData as error:
         logger.warning("prepared data is damaged and is to be built again: %s", error)
         return None
@@ -122,10 +130,11 @@ def prepare(
     """Return the prepared data of a config; build it, on Ray, when there is none.
 
     A task reads about `piece_bytes` of text; the size decides where shards end, never what they
-    hold. Raises UserError for a source or tokenizer that cannot be read, naming file and line.
+    hold. What is there already is verified byte by byte. Raises UserError for a source or tokenizer
+    that cannot be read, naming file and line.
     """
     request = find(config)
-    data = _whole(request.data_dir) or _prepare(request, piece_bytes=piece_bytes)
+    data = _whole(request.data_dir, verify=True) or _prepare(request, piece_bytes=piece_bytes)
     tell_losses(data)
     return data
 

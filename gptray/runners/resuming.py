@@ -6,18 +6,21 @@ Needs neither torch nor ray, so that every mistake is told before anything expen
 from __future__ import annotations
 
 import fcntl
+import itertools
+import logging
 import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config, UserError, dump, flatten, load_config
+from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config
 from gptray.fields import shown
-from gptray.files import replacing, storing
-from gptray.record import METRICS, read_rows
-from gptray.runners.runs import CONFIG, FREE_KEYS, SWEEP_FREE_KEYS, run_dir
+from gptray.files import refuse_links, replacing, storing
+from gptray.record import EVENTS, METRICS, read_rows
+from gptray.runners.runs import CONFIG, FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir
 from gptray.training.checkpoint import (
+    WRITER_LOCK,
     TrainerState,
     check_not_lost,
     checkpoint_step,
@@ -25,9 +28,13 @@ from gptray.training.checkpoint import (
 )
 from gptray.tuning.record import TRIALS, samples_drawn
 
+log = logging.getLogger("gptray")
+
 # Keys by which a run is trained longer, or a sweep gets more trials, under the same name.
 LONGER = ("train.max_steps", "train.patience", "train.min_delta")
 MORE = ("tune.num_samples",)
+# Files and folders that jobs write to in place: a link there would have something else written.
+_WRITTEN = (LOCK, WRITER_LOCK, METRICS, EVENTS, TRIALS, "model", "tensorboard", "trials")
 # Schedules of the learning rate that end at train.max_steps.
 _ENDING = ("linear", "cosine")
 
@@ -42,6 +49,7 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
             that its checkpoints are gone.
     """
     folder, what = run_dir(config), "sweep" if sweep else "run"
+    refuse_links(folder, _WRITTEN, what=f"the {what}")
     visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     if not visible:
         return []
@@ -120,7 +128,7 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, Any]) -> lis
 
 def check_free(folder: Path, *, busy: str | None = None) -> None:
     """Refuse a folder that another driver holds, without holding it. Raises UserError as held."""
-    lock = folder / ".driver.lock"
+    lock = folder / LOCK
     if not lock.is_file():
         return
     with lock.open("rb") as file:
@@ -128,6 +136,36 @@ def check_free(folder: Path, *, busy: str | None = None) -> None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy or f"another process is training the run {folder}") from None
+
+
+def check_records(folder: Path, state: TrainerState | None, *, log_interval: int) -> None:
+    """Refuse a run whose records are damaged: what comes after its training reads them.
+
+    Lost rows on which nothing depends but curves are told.
+
+    Raises:
+        RunFailed: names the line, or the step whose row is lost.
+    """
+    read_rows(folder / EVENTS)
+    path, steps = folder / METRICS, [row["step"] for row in read_rows(folder / METRICS)]
+    for before, step in itertools.pairwise(steps):
+        if step <= before:
+            raise RunFailed(
+                f"{path} has the row of step {step} after that of step {before}; restore the file "
+                "from a copy, or delete the row"
+            )
+    if state is None:
+        return
+    for step in {state.step, state.progress.best_step or state.step} - {*steps}:
+        raise RunFailed(f"{path} has lost the row of step {step}; restore it from a copy")
+    lost = sorted({*range(log_interval, state.step, log_interval)} - {*steps})
+    if lost:
+        log.warning(
+            "%s has lost %s of its rows, such as that of step %s: curves lack them",
+            path,
+            f"{len(lost):,}",
+            f"{lost[0]:,}",
+        )
 
 
 def save_config(config: Config, folder: Path) -> None:

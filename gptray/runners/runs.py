@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
-from gptray.files import storing
+from gptray.files import open_lock, storing
+from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.record import METRICS, read_rows
+from gptray.stored import Unreadable, read_object
 
 # Keys that do not change what is trained: a run may resume under other values of these.
 FREE_KEYS = (
@@ -38,7 +40,7 @@ SWEEP_FREE_KEYS = (
     "tune.max_concurrent_trials",
     "tune.retry_failed",
 )
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", ".driver.lock"
 
 
 def resolve(config: Config, *, sweep: bool = False) -> Config:
@@ -81,10 +83,10 @@ def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
         UserError: another process holds it; `busy` says so, by default of a run that is trained.
         RunFailed: the disk is full or cannot be written.
     """
-    lock = folder / ".driver.lock"
-    with storing(folder):
+    lock = folder / LOCK
+    with storing(lock):
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w", encoding="utf-8")
+        file = open_lock(lock)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,11 +109,12 @@ def set_ray_snapshot_aside(folder: Path) -> str | None:
     outdated one. gptray resumes from its own verified checkpoints and never needs it.
     """
     snapshot = folder / "checkpoint_manager_snapshot.json"
-    if not snapshot.exists():
-        return None
+    is_torn = False
     try:
-        is_torn = not isinstance(json.loads(snapshot.read_text("utf-8")), dict)
-    except ValueError:
+        read_object(snapshot, most=None)
+    except FileNotFoundError:
+        return None
+    except Unreadable:
         is_torn = True
     with storing(snapshot):
         os.replace(snapshot, folder / ".checkpoint_manager_snapshot.before.json")
@@ -150,6 +153,8 @@ def outcome(config: Config) -> dict[str, Any]:
 
 def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
     shape = read_shape(init_from)
+    if Path(init_from).expanduser().exists():
+        check_weights(model_folder(init_from), shape)
     if config.model.resize_vocab:
         del shape["vocab_size"]  # null: the tokenizer's, whichever that is
     given = config.model.model_fields_set

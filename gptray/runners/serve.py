@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.generation.build import library
 from gptray.runners.cluster import ray_cluster
 from gptray.runners.endpoint import check_endpoint, endpoint_url, user_config
+from gptray.runners.output import with_built_backend
 from gptray.runners.replica import bound
 
 log = logging.getLogger("gptray")
@@ -37,9 +37,7 @@ def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
     Raises UserError for what cannot start, RunFailed when it does not come up or goes away,
     KeyboardInterrupt after Ctrl-C.
     """
-    config = check_endpoint(config)
-    if config.generate.backend == "native":
-        library()
+    config = with_built_backend(config, check_endpoint(config))
     url, model = endpoint_url(config), user_config(config)
     with ray_cluster() as is_own, _started(config, model, is_own=is_own):
         _wait_until_healthy(url)

@@ -16,12 +16,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from gptray.data.difference import percent
 from gptray.fields import shown
 from gptray.runners.watch import duration
 from gptray.tuning.plan import ranked, score
 from gptray.tuning.record import Trial, load_trials
+from gptray.visible import visible
 
 log = logging.getLogger("gptray")
 POLL_S = 1.0
@@ -105,7 +107,7 @@ class _Watch:
                 f"{trial.step:,}/{trial.max_steps:,}",
                 f"{score(trial):.4f}" if trial.best else "",
                 f"{trial.best['step']:,}" if trial.best else "",
-                " ".join(f"{p.rpartition('.')[2]}={shown(v)}" for p, v in trial.values.items()),
+                Text(visible(_settings(trial))),  # as Text: [b] in a path is no markup
             )
         return table
 
@@ -133,6 +135,10 @@ def watching_sweep(
         done.set()
         thread.join()
         watch.close()
+
+
+def _settings(trial: Trial) -> str:
+    return " ".join(f"{p.rpartition('.')[2]}={shown(v)}" for p, v in trial.values.items())
 
 
 def _steps(trials: Sequence[Trial]) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
-from gptray.runners.output import with_backend
+from gptray.runners.output import with_backend, with_built_backend
+from gptray.visible import visible
 
 log = logging.getLogger("gptray")
 
@@ -34,7 +35,8 @@ def generate_here(config: Config) -> dict[str, Any]:
     facts; an output's `seed` makes it again alone. Raises UserError for a prompt or a setting that
     cannot run.
     """
-    config, folder, name = look_here(config)
+    picked, folder, name = look_here(config)
+    config = with_built_backend(config, picked)
     given, samples = config.sample.prompt, range(config.generate.num_samples)
     prompts = [given] if isinstance(given, str) else list(given or [])
     prompts = [prompt for prompt in prompts for _ in samples]
@@ -92,5 +94,5 @@ def generate_here(config: Config) -> dict[str, Any]:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(visible(text))
     sys.stdout.flush()

@@ -14,7 +14,12 @@ from gptray.data.order import BatchOrder
 from gptray.data.tokens import TokenData
 from gptray.runners.cluster import check_training
 from gptray.runners.prepare import check_sources, known_tokenizer, prepared
-from gptray.runners.resuming import check_free, check_resumable, is_finished
+from gptray.runners.resuming import (
+    check_free,
+    check_records,
+    check_resumable,
+    is_finished,
+)
 from gptray.runners.runs import resolve, run_dir
 from gptray.runners.samples import check_prompts
 from gptray.runners.vocabulary import check_vocabulary
@@ -53,6 +58,7 @@ def check_run(config: Config) -> CheckedRun:
     check_free(folder)
     checkpoint, _ = newest_whole(folder)
     state = TrainerState.load(checkpoint) if checkpoint else None
+    check_records(folder, state, log_interval=config.train.log_interval)
     data = prepared(config)
     if data and not (state and is_finished(config, folder, state)):
         check_data(config, data, state)

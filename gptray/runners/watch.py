@@ -6,7 +6,6 @@ workers are threads away or nodes away, and needs nothing of them.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -23,7 +22,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from gptray.evaluation.wording import perplexity
-from gptray.record import EVENTS, METRICS, read_rows
+from gptray.record import (
+    EVENT_FIELDS,
+    EVENTS,
+    METRIC_FIELDS,
+    METRICS,
+    parse_row,
+    read_rows,
+)
+from gptray.stored import Unreadable
 
 log = logging.getLogger("gptray")
 POLL_S = 0.2
@@ -36,7 +43,7 @@ class _Tail:
         self._path = path
         # Held open, since the next file might get the number of one that is gone.
         self._file: BinaryIO | None = None
-        self._offset = 0
+        self._offset, self._told = 0, False
         if from_end and path.exists():
             self._file = path.open("rb")
             self._offset = self._file.seek(0, os.SEEK_END)
@@ -50,7 +57,18 @@ class _Tail:
         self._file.seek(self._offset)
         whole, newline, _ = self._file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.split(b"\n") if line]
+        return [row for line in whole.split(b"\n") if line and (row := self._row(line))]
+
+    def _row(self, line: bytes) -> dict[str, Any] | None:
+        """The row in a line; None, and said once, if something else than the run wrote it."""
+        fields = METRIC_FIELDS if self._path.name == METRICS else EVENT_FIELDS
+        try:
+            return parse_row(line, fields)
+        except Unreadable as error:
+            if not self._told:
+                log.warning("%s has a damaged line: %s", self._path, error)
+            self._told = True
+            return None
 
     def close(self) -> None:
         if self._file:

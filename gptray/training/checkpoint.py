@@ -20,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import RunFailed, TrainConfig, UserError
-from gptray.files import CannotWrite, sha256_of, storing
+from gptray.files import CannotWrite, is_storage, remove, sha256_of, storing
 from gptray.record import EVENTS, read_rows
+from gptray.stored import Unreadable, is_whole, read_object
 from gptray.training.stopping import Progress
 
 FORMAT = 1
+MANIFEST, WRITER_LOCK = "manifest.json", ".writer.lock"
+# Without these nothing can resume.
+_NEEDED = ("trainer.json", "optimizer.safetensors", "model/config.json", "model/model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,22 @@ class TrainerState:
 
     @classmethod
     def load(cls, folder: Path) -> TrainerState:
-        """Read `trainer.json` of a checkpoint."""
-        state = json.loads((folder / "trainer.json").read_text("utf-8"))
-        return cls(state["step"], Progress.from_json(state["progress"]), state["data"])
+        """Read `trainer.json` of a checkpoint. Raises ValueError if it does not tell a state."""
+        match read_object(folder / "trainer.json"):
+            case {"step": step, "progress": dict(progress), "data": str(data)} if is_whole(step):
+                state = cls(step, Progress.from_json(progress), data)
+            case _:
+                raise ValueError("it tells no state of a run")
+        if max(state.progress.best_step, state.progress.bad_evals) > step:
+            raise ValueError("it tells of later steps than its own")
+        return state
 
 
 def checkpoint_step(folder: Path) -> int | None:
     """The step that a checkpoint folder's name tells, or None for any other name."""
-    match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
-    return int(match[1]) if match else None
+    match = re.fullmatch(r"checkpoint_([0-9]{6,12})", folder.name)
+    step = int(match[1]) if match else 0
+    return step if folder.name == f"checkpoint_{step:06d}" else None
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -79,22 +90,52 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as it was written."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        if manifest["format"] != FORMAT:
-            return f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
-        files: dict[str, dict[str, Any]] = manifest["files"]
+        manifest = read_object(folder / MANIFEST)
     except FileNotFoundError:
-        return "manifest.json is missing"
-    except (ValueError, KeyError, TypeError):
-        return "manifest.json cannot be read"
-    for name, expected in files.items():
-        path = folder / name
+        return f"{MANIFEST} is missing"
+    except Unreadable as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    if manifest.get("format") != FORMAT:
+        return f"{MANIFEST} has format {manifest.get('format')!r:.40}, this version reads {FORMAT}"
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return f"{MANIFEST} cannot be read (no list of files)"
+    for name in (*_NEEDED, *(name for name in files if name not in _NEEDED)):
+        if problem := _file_damage(folder, name, files.get(name)):
+            return problem
+    return _state_damage(folder)
+
+
+def _file_damage(folder: Path, name: str, expected: Any) -> str | None:
+    """What is wrong with a file that a manifest lists; None if nothing is."""
+    shown = f"{name:.60}"
+    match expected:
+        case {"size": int(size), "sha256": str(sha256)} if ".." not in Path(name).parts:
+            path = folder / name
+        case _:
+            return f"{MANIFEST} cannot be read (its entry of {shown})"
+    try:
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if sha256_of(path) != expected["sha256"]:
-            return f"{name} does not have the sha256 that its manifest names"
+            return f"{shown} is missing"
+        if path.stat().st_size != size:
+            return f"{shown} has {path.stat().st_size} bytes instead of {size}"
+        if sha256_of(path) != sha256:
+            return f"{shown} does not have the sha256 that its manifest names"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, OSError) and is_storage(error):
+            raise
+        return f"{shown} cannot be read ({error})"
+    return None
+
+
+def _state_damage(folder: Path) -> str | None:
+    """What is wrong with what a checkpoint, whose files are whole, says of itself."""
+    try:
+        state = TrainerState.load(folder)
+    except ValueError as error:
+        return f"trainer.json cannot be read ({error})"
+    if state.step != checkpoint_step(folder):
+        return f"trainer.json is of step {state.step}"
     return None
 
 
@@ -159,14 +200,13 @@ def save_checkpoint(
     draft = _draft(final)
     try:
         with storing(final):
-            if draft.exists():  # left by a killed attempt, never visible to a reader
-                shutil.rmtree(draft)
+            remove(draft)  # left by a killed attempt, never visible to a reader
             draft.mkdir(parents=True)
             write_tensors(draft)
             (draft / "trainer.json").write_text(json.dumps(state.to_json(), indent=1), "utf-8")
             (draft / "config.yaml").write_text(config_yaml, "utf-8")
             _write_manifest(draft)
-            if final.exists():  # a damaged one that this run has just made again
+            if os.path.lexists(final):  # a damaged one that this run has just made again
                 _set_aside(final)
             os.rename(draft, final)
             _sync(run_dir)
@@ -205,19 +245,19 @@ def exchange_model(source: Path, folder: Path) -> None:
 def _swap(source: Path, target: Path) -> None:
     draft, old = target.with_name(".model.tmp"), target.with_name(".model.old")
     for left in (draft, old):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
+        remove(left)
     try:
         shutil.copytree(source / "model", draft)
-        if target.exists():
+        if os.path.lexists(target):
             os.rename(target, old)
         os.rename(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def _publish(checkpoint: Path, target: Path) -> None:
-    if not target.exists():
+    if target.is_symlink() or not target.is_dir():
         _swap(checkpoint, target)
         return
     # Weights last: they alone differ within a run, and one replace swaps them.
@@ -239,8 +279,7 @@ def withdraw_checkpoint(run_dir: Path, step: int) -> None:
     """
     final = checkpoint_folder(run_dir, step)
     with storing(final):
-        if _draft(final).exists():
-            shutil.rmtree(_draft(final))
+        remove(_draft(final))
         os.rename(final, _draft(final))
         _sync(run_dir)
 
@@ -254,9 +293,10 @@ def prune(run_dir: Path, num_to_keep: int, *, spare: Collection[int]) -> None:
         for folder in find_checkpoints(run_dir)[num_to_keep:]:
             if checkpoint_step(folder) not in spare:
                 hidden = run_dir / f".{folder.name}.old"
+                remove(hidden)
                 os.rename(folder, hidden)
         for hidden in run_dir.glob(".checkpoint_*.old"):
-            shutil.rmtree(hidden)
+            remove(hidden)
 
 
 def _draft(folder: Path) -> Path:
@@ -270,7 +310,7 @@ def _write_manifest(folder: Path) -> None:
         _sync(path)
         name = path.relative_to(folder).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), "utf-8")
     for path in (manifest, folder / "model", folder):
         _sync(path)

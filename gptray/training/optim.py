@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gptray.config import OptimConfig
+from gptray.config import OptimConfig, RunFailed
+
+# What AdamW keeps of each parameter: a count, and two tensors of its shape.
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -70,12 +74,24 @@ def save_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the moments in a file back, each to its parameter."""
-    tensors = load_file(path)
+    """Put the moments in a file back, each to its parameter.
+
+    Raises:
+        RunFailed: they are not those of AdamW for this model; names the first.
+    """
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise RunFailed(f"{path} is damaged: {error}; restore it from a copy") from None
     for name, parameter in model.named_parameters():
-        prefix = f"{name}."
-        optimizer.state[parameter] = {
-            key.removeprefix(prefix): value.to(parameter.device)
-            for key, value in tensors.items()
-            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-        }
+        moments = {}
+        for key in _MOMENTS:
+            moment = tensors.get(f"{name}.{key}")
+            dims = torch.Size() if key == "step" else parameter.shape
+            if moment is None or moment.shape != dims or not bool(moment.isfinite().all()):
+                raise RunFailed(
+                    f"{path} does not hold the moments of this model ({name}.{key}); remove the "
+                    f"folder {path.parent} to resume from the checkpoint before it"
+                )
+            moments[key] = moment.to(parameter.device)
+        optimizer.state[parameter] = moments

@@ -23,15 +23,17 @@ from gptray.data.shares import split_rows
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.data.vocabulary import kept_rows
-from gptray.files import storing
+from gptray.files import open_lock, storing
 from gptray.model import kernels
 from gptray.model.gpt import GPT
+from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32, pick_dtype
 from gptray.model.shape import model_folder, read_shape
 from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
+    WRITER_LOCK,
     TrainerState,
     check_not_lost,
     checkpoint_folder,
@@ -177,10 +179,10 @@ def writing(run_dir: Path, *, wait_s: float = 60.0) -> Iterator[None]:
     Raises:
         RunFailed: another process has held the folder for `wait_s` seconds, or nobody can write.
     """
-    path = run_dir / ".writer.lock"
+    path = run_dir / WRITER_LOCK
     with storing(path):
         run_dir.mkdir(parents=True, exist_ok=True)
-        opened = path.open("w", encoding="utf-8")
+        opened = open_lock(path)
     with opened as file:
         deadline = time.monotonic() + wait_s
         while True:
@@ -224,6 +226,9 @@ def build_model(
 
     tell: takes word of an embedding that was resized, and of kernels that cannot be built.
     """
+    if config.model.init_from and not checkpoint:
+        folder = model_folder(config.model.init_from)
+        check_weights(folder, read_shape(folder))
     model = GPT(config.model, vocab_size=data.vocab_size)
     if checkpoint:
         load_weights(model, checkpoint / "model")

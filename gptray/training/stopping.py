@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gptray.stored import is_whole
+
 
 class NonFiniteLoss(ArithmeticError):
     """A loss or gradient norm is NaN or infinite; nothing was updated or saved with it."""
@@ -45,8 +47,11 @@ class Progress:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> Progress:
-        """The inverse of `to_json`."""
-        values: dict[str, Any] = {
-            key: math.inf if value is None else value for key, value in state.items()
-        }
-        return cls(**values)
+        """The inverse of `to_json`. Raises ValueError for what that never gives."""
+        match state:
+            case {"best_step": best, "best_val_loss": loss, "bar": bar, "bad_evals": bad}:
+                loss, bar = (math.inf if value is None else value for value in (loss, bar))
+                numbers = all(isinstance(value, (int, float)) for value in (loss, bar))
+                if len(state) == 4 and numbers and is_whole(best) and is_whole(bad):
+                    return cls(best, loss, bar, bad)
+        raise ValueError("it tells no progress of a run")

@@ -7,20 +7,32 @@ decided. What a trial measured stands in its own run folder `trials/<name>/`.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config, load_config
+from gptray.config import Config, RunFailed, load_config
 from gptray.files import append, storing
-from gptray.record import METRICS, read_rows
+from gptray.record import METRICS, RowFields, read_rows
 
 TRIALS = "trials.jsonl"
 # How a trial ends: at max_steps, by its own early stopping, cut at a rung, with a number that is
 # not finite, with an exception.
 OUTCOMES = ("finished", "patience", "stopped", "diverged", "failed")
+# What each event must have.
+_FIELDS: RowFields = {
+    "": {"event": str},
+    "planned": {"trial": str, "values": dict, "max_steps": int},
+    "started": {"trial": str},
+    "ended": {"trial": str, "outcome": str, "step": int},
+    "retried": {"trial": str},
+    "winner": {"trial": str},
+}
+# A trial's name is that of its folder, which lies in the sweep's.
+_TRIAL = r"[\w-]+"
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,15 @@ def trial_dir(folder: Path, name: str) -> Path:
     return folder / "trials" / name
 
 
+def _events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a sweep; none of another folder. Raises RunFailed if a line is damaged."""
+    events = read_rows(folder / TRIALS, _FIELDS)
+    for event in events:
+        if not re.fullmatch(_TRIAL, str(event.get("trial", "none"))):
+            raise RunFailed(f"{folder / TRIALS} names a trial {event['trial']!r:.40}")
+    return events
+
+
 def rungs(config: Config) -> list[int]:
     """The steps at which ASHA compares trials and stops the worse ones, rising, below max_steps.
 
@@ -107,20 +128,20 @@ def crowned_dir(folder: Path) -> Path | None:
 
 
 def _last_trial(folder: Path, *events: str) -> Path | None:
-    named = [row.get("trial") for row in read_rows(folder / TRIALS) if row["event"] in events]
+    named = [row.get("trial") for row in _events(folder) if row["event"] in events]
     return trial_dir(folder, named[-1]) if named and named[-1] else None
 
 
 def samples_drawn(folder: Path) -> list[int]:
     """How many samples a sweep had drawn after each round; empty before tune.num_samples rose."""
-    raised = [row for row in read_rows(folder / TRIALS) if row.get("num_samples")]
+    raised = [row for row in _events(folder) if row.get("num_samples")]
     return [raised[0]["before"], *(row["num_samples"] for row in raised)] if raised else []
 
 
 def load_trials(folder: Path) -> list[Trial]:
     """The trials of a sweep's folder as they stand, in the order in which they were planned."""
     by_trial: dict[str, dict[str, dict[str, Any]]] = {}
-    for event in read_rows(folder / TRIALS):
+    for event in _events(folder):
         if "trial" not in event:
             continue
         events = by_trial.setdefault(event["trial"], {})
@@ -137,7 +158,7 @@ def _trial(folder: Path, events: Mapping[str, Mapping[str, Any]]) -> Trial:
         name=planned["trial"],
         values=planned["values"],
         max_steps=planned["max_steps"],
-        replicate_of=planned["replicate_of"],
+        replicate_of=planned.get("replicate_of"),
         outcome=ended.get("outcome"),
         started="started" in events,
         step=max(ended.get("step", 0), rows[-1]["step"] if rows else 0),

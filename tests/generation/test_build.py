@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from gptray.config import RunFailed, UserError
+from gptray.build import kept as kept_library
+from gptray.config import RunFailed, UserError, load_config
 from gptray.generation.build import library, pick_backend
+from gptray.runners.output import with_backend, with_built_backend
 from tests.generation.models import needs_native
 
 
@@ -79,3 +84,93 @@ def test_a_library_that_is_built_needs_no_room(
     folder.chmod(0o500)
     assert pick_backend("auto", use_gpu=False) == "native"
     folder.chmod(0o700)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder with the library in it."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield library().parents[1]
+
+
+@pytest.fixture
+def kept(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The library in a cache of the test's own."""
+    shutil.copytree(good, tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return library()
+
+
+@needs_native
+def test_no_damaged_library_is_taken_for_a_whole_one(kept: Path) -> None:
+    whole, name = kept.read_bytes(), kept.stem.rpartition("-")[0]
+    rng = random.Random(1)
+    cuts = [whole[: rng.randrange(len(whole))] for _ in range(20)]
+    flips = []
+    for _ in range(40):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        flips.append(bytes(flipped))
+    for damaged in (*cuts, *flips):
+        kept.write_bytes(damaged)
+        assert kept_library(name) is None
+    kept.write_bytes(whole)
+    assert kept_library(name) == kept
+
+
+@needs_native
+def test_a_damaged_library_is_built_again_and_told(
+    kept: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept.write_bytes(kept.read_bytes()[:1000])
+    with caplog.at_level("INFO", logger="gptray"):
+        fresh = library()
+    assert "is damaged or not this user's: built again" in caplog.text
+    assert fresh.stat().st_size > 1000 and [*fresh.parent.iterdir()] == [fresh]
+
+
+@needs_native
+def test_a_library_that_others_can_write_is_built_again(kept: Path) -> None:
+    kept.chmod(0o666)
+    before = kept.stat().st_mtime_ns
+    fresh = library()
+    assert fresh.stat().st_mode & 0o022 == 0 and fresh.stat().st_mtime_ns != before
+
+
+@needs_native
+def test_a_cache_that_others_can_write_is_refused_or_done_without(kept: Path) -> None:
+    kept.parent.chmod(0o777)
+    with pytest.raises(RunFailed, match="can be written by other users, so that no code is run"):
+        library()
+    assert pick_backend("auto", use_gpu=False) == "torch"
+
+
+@needs_native
+def test_compilers_with_other_flags_have_libraries_of_their_own(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "g++ -DNOTHING")
+    assert library() != kept
+    assert len([*kept.parent.glob("*.so")]) == 2
+
+
+@needs_native
+def test_auto_generates_through_pytorch_where_the_build_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picky = tmp_path / "picky-g++"
+    picky.write_text(
+        '#!/bin/sh\ncase "$*" in *-E*) exit 0;; esac\necho "error: out of registers" >&2; exit 1\n'
+    )
+    picky.chmod(0o755)
+    monkeypatch.setenv("CXX", str(picky))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = load_config(None, [])
+    assert with_backend(config).generate.backend == "native"
+    built = with_built_backend(config, with_backend(config))
+    assert built.generate.backend == "torch" and "PyTorch, since" in caplog.text
+    asked = load_config(None, ["generate.backend=native"])
+    with pytest.raises(RunFailed, match="out of registers"):
+        with_built_backend(asked, with_backend(asked))

@@ -217,7 +217,7 @@ def test_wrong_weights_are_named(
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"n_head": 4}, "config.json: .*model.n_head=4"),
         ({"n_layer": "many"}, "config.json: n_layer"),
-        ({"n_layer": 2}, "transformer.h.2.* is no weight of this network"),
+        ({"n_layer": 2}, "config.json: n_layer=2, but the weights have 3 layers"),
     ],
 )
 def test_wrong_configs_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:

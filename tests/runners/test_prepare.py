@@ -186,7 +186,7 @@ def test_changed_source_goes_into_another_folder(
     TokenData.open(first.data_dir).verify()
 
 
-@pytest.mark.parametrize("damage", ["shard", "manifest", "tokenizer"])
+@pytest.mark.parametrize("damage", ["shard", "bit", "manifest", "tokenizer"])
 def test_damaged_data_is_built_again_and_said(
     ray_cluster: None, rows: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,6 +196,9 @@ def test_damaged_data_is_built_again_and_said(
     if damage == "shard":
         path = first.data_dir / "val-00000.bin"
         path.write_bytes(path.read_bytes()[:-2])
+    elif damage == "bit":
+        path = first.data_dir / "train-00000.bin"
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     elif damage == "manifest":
         (first.data_dir / "manifest.json").write_text("{")
     else:

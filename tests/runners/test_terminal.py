@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from gptray.config import load_config
 from gptray.data.tokens import TokenData
@@ -57,3 +60,13 @@ def test_samples_of_a_training_are_independent_draws(
     model = random_gpt(tiny_data.tokenizer)
     outputs = [output for _, output in sample_texts(config, tiny_data, model)]
     assert len(set(outputs)) == 3
+
+
+def test_what_a_model_writes_cannot_command_the_terminal(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    escape = "\x1b]0;title\x07the cat"
+    (one,) = written(model_dir, f"sample.prompt={json.dumps(escape)}")
+    shown = capsys.readouterr().out
+    assert one["prompt"] == escape and shown.startswith(r"\x1b]0;title\x07the cat")
+    assert "\x1b" not in shown

@@ -22,8 +22,11 @@ def folder(tmp_path: Path) -> Path:
 def write_rows(folder: Path, trial: str, *scores: float) -> None:
     run = trial_dir(folder, trial)
     run.mkdir(parents=True)
-    rows = [{"step": 10 * n, "val_bpb": score} for n, score in enumerate(scores, start=1)]
-    rows.append({"step": 10 * len(rows) + 5})
+    rows = [
+        {"step": 10 * n, "train_loss": 1.0, "val_bpb": score}
+        for n, score in enumerate(scores, start=1)
+    ]
+    rows.append({"step": 10 * len(rows) + 5, "train_loss": 1.0})
     (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -40,7 +43,7 @@ def test_a_sweep_is_read_as_it_was_written(folder: Path) -> None:
     sweep = load_sweep(folder)
     first, second, third = sweep.trials
     assert (first.outcome, first.step, first.started) == ("stopped", 35, True)
-    assert first.best == {"step": 20, "val_bpb": 2.0}
+    assert first.best == {"step": 20, "train_loss": 1.0, "val_bpb": 2.0}
     assert (second.outcome, second.step, second.started, second.best) == (None, 0, True, None)
     assert second.values == {"optim.lr": 0.5, "data.split": [0.9, 0.1]}
     assert (third.replicate_of, third.started) == ("0000", False)

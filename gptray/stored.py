@@ -1,0 +1,87 @@
+"""Reads small files that are there already: somebody or something may have damaged them.
+
+A pipe or a device in a file's place cannot make the reader wait, and what is no JSON, nested
+without end or not finite is told as such.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gptray.files import is_storage
+
+# Of a config, a manifest, a vocabulary's settings.
+MAX_BYTES = 64 << 20
+
+
+class Unreadable(ValueError):
+    """A file that does not hold what it should; says why, and leaves the path to the caller."""
+
+
+def open_regular(path: Path, flags: int = 0) -> int:
+    """A descriptor of a regular file, for reading unless `flags` say otherwise.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Unreadable: it is a folder, a pipe or a device, or cannot be opened.
+        OSError: the storage failed.
+    """
+    try:
+        # A pipe without a writer would make the call wait.
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if is_storage(error):
+            raise
+        raise Unreadable(error.strerror) from None
+    except ValueError as error:  # a NUL in the name
+        raise Unreadable(str(error)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unreadable("it is not a regular file")
+    return descriptor
+
+
+def read_bytes(path: Path, *, most: int | None = MAX_BYTES) -> bytes:
+    """The bytes of a regular file of at most `most`. Raises as `open_regular`."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise Unreadable(f"{size:,} bytes are too many for such a file")
+        return file.read()
+
+
+def parse_json(raw: bytes, *, finite: bool = True) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    finite: refuse NaN and Infinity, which only other people's files have.
+    Raises Unreadable.
+    """
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_refuse if finite else None)
+    except RecursionError:
+        raise Unreadable("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise Unreadable(f"not JSON: {error}") from None
+
+
+def read_object(path: Path, *, finite: bool = True, most: int | None = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. Raises as `read_bytes` and `parse_json`."""
+    value = parse_json(read_bytes(path, most=most), finite=finite)
+    if not isinstance(value, dict):
+        raise Unreadable("not a JSON object")
+    return value
+
+
+def is_whole(value: object, *, least: int = 0) -> bool:
+    """Whether a JSON value is a whole number, `least` or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} in it")
