@@ -53,6 +53,10 @@ class SampleConfig(Section):
     stop: NonEmpty | list[NonEmpty] | None = Field(
         None, description="stop strings: each ends the output and is not part of it"
     )
+    utf8: bool = Field(
+        True,
+        description="draw no token that would break a character, so that no output holds U+FFFD",
+    )
     seed: Annotated[int, within("seed")] = Field(
         0, description="of the sampler; each prompt and each row draws on its own"
     )
