@@ -177,6 +177,11 @@ class EvaluateConfig(Section):
     passages: Annotated[int, Field(ge=0)] = Field(
         64, description="passages to continue, for BLEU and memorisation; 0: none"
     )
+    bleu_tokenize: Literal["auto", "13a", "char", "ko-mecab", "intl", "flores200"] = Field(
+        "auto",
+        description="what BLEU counts, by sacrebleu's names; auto: char for text that is mostly "
+        "Korean, Chinese, Japanese or the like, else 13a",
+    )
 
 
 class ServeConfig(Section):

@@ -19,6 +19,7 @@ from gptray.data.split import LONG_NAMES
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
+from gptray.evaluation.bleu import check_bleu
 from gptray.evaluation.result import EVALUATION
 from gptray.model.shape import read_shape
 from gptray.runners.cluster import check_resources
@@ -101,6 +102,7 @@ class Subject:
 def look(config: Config) -> Subject:
     """Find the model and the text. Raises UserError naming the key or the file."""
     check_resources(config.compute)
+    check_bleu(config.evaluate.bleu_tokenize)
     if "://" in config.storage_path:
         raise UserError(
             f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
