@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gptray.fields import EntriesError
 from gptray.model_uses import (
@@ -20,6 +20,7 @@ from gptray.model_uses import (
     SampleConfig,
     ServeConfig,
 )
+from gptray.names import checked_name
 from gptray.overrides import Reader
 from gptray.sections import (
     ComputeConfig,
@@ -78,11 +79,10 @@ class RunFailed(RuntimeError):
 class Config(Section):
     """Everything a job needs. Defaults are the quick start: builtin text, a small model, a CPU."""
 
-    name: str | None = Field(
+    name: Annotated[str, AfterValidator(checked_name)] | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        max_length=200,  # file systems take 255, drafts of files add some
-        description="the run's folder in storage_path; null: made from the config (Ray RunConfig)",
+        description="the run's folder in storage_path, letters and digits of any script; null: "
+        "made from the config (Ray RunConfig)",
     )
     storage_path: str = Field(
         "~/gptray",

@@ -69,10 +69,6 @@ class FieldSpec:
                 for name, limit in detail.get("ctx", {}).items()
             }
             return f"{_LIMITS[kind].format(**limits)}, got {shown(value)}"
-        if kind == "string_too_long":
-            return f"is too long: {len(value)} characters, at most {detail['ctx']['max_length']}"
-        if kind == "string_pattern_mismatch":
-            return f"may have letters, digits and . _ - only, got {shown(value)}"
         return f"expects {self._expected()}, got {shown(value)}"
 
     def _expected(self) -> str:

@@ -55,6 +55,10 @@ class SampleConfig(Section):
     stop: NonEmpty | list[NonEmpty] | None = Field(
         None, description="stop strings: each ends the output and is not part of it"
     )
+    utf8: bool = Field(
+        True,
+        description="draw no token that would break a character, so that no output holds U+FFFD",
+    )
     seed: Annotated[int, within("seed")] = Field(
         0, description="of the sampler; each prompt and each row draws on its own"
     )
@@ -174,6 +178,11 @@ class EvaluateConfig(Section):
     )
     passages: Annotated[int, Field(ge=0)] = Field(
         64, description="passages to continue, for BLEU and memorisation; 0: none"
+    )
+    bleu_tokenize: Literal["auto", "13a", "char", "ko-mecab", "intl", "flores200"] = Field(
+        "auto",
+        description="what BLEU counts, by sacrebleu's names; auto: char for text that is mostly "
+        "Korean, Chinese, Japanese or the like, else 13a",
     )
 
 

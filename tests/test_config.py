@@ -139,7 +139,7 @@ def test_text_in_yaml_stays_as_written(write: Write) -> None:
         ("data.split=90", "train:val"),
         ("data.split=90:0", "above 0"),
         ("data.source=[*.txt]", "quote the items"),
-        ("name=a/b", "letters, digits"),
+        ("name=a/b", "letters or digits"),
         ("name=", "name has no value"),
         ("seed", "seed has no value, such as seed=1337"),
         ("optim=3", "optim is a section"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,7 +101,8 @@ class Request:
         text = json.dumps(self.identity, sort_keys=True)
         files = self.source.files
         label = PurePosixPath(files[0].path).name.partition(".")[0] if files else BUILTIN
-        label = re.sub(r"[^A-Za-z0-9_-]+", "-", label).strip("-")[:40] or "text"
+        label = unicodedata.normalize("NFC", label)
+        label = re.sub(r"[^\w-]+", "-", label).strip("-")[:40] or "text"
         return self.root / f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

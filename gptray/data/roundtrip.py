@@ -69,6 +69,11 @@ def pieces(tokenizer: Tokenizer) -> list[bytes]:
     return joining.pieces if joining else [name.encode() for name in tokenizer.names]
 
 
+def is_byte_token(name: str) -> bool:
+    """Whether a token's name is that of a byte, <0x41>, as SentencePiece spells characters."""
+    return _BYTE_TOKEN.fullmatch(name) is not None
+
+
 class _Joining:
     """A decoder that joins a piece for each token, and then may drop something at the start."""
 

@@ -30,6 +30,14 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _flag(value: Any) -> bool:
+    if isinstance(value, str):
+        return {"true": True, "false": False}[value.strip().lower()]
+    if value not in (True, False):
+        raise ValueError("not true or false")
+    return bool(value)
+
+
 def _stops(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
@@ -47,6 +55,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "min_p": _number,
     "repetition_penalty": _number,
     "stop": _stops,
+    "utf8": _flag,
     "seed": _whole,
 }
 
@@ -60,13 +69,14 @@ def read_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]
             continue
         try:
             own[name] = READERS[name](value)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             problems.append(f"{name}={value!r} is not {_WANTED[READERS[name]]}")
     return own, "; ".join(problems) or None
 
 
 _WANTED: dict[Callable[[Any], Any], str] = {
-    _whole: "a whole number", _number: "a number", _stops: "text or a list of texts"
+    _whole: "a whole number", _number: "a number", _flag: "true or false",
+    _stops: "text or a list of texts",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from gptray.data.boundary import chunks, last_boundary
 from gptray.data.difference import Lost, Tally
+from gptray.data.fallback import fallback_tokens
 from gptray.data.roundtrip import RoundTrip
 from gptray.data.tokenizer import Tokenizer
 
@@ -32,6 +33,8 @@ class Shard:
     bytes: int  # UTF-8 bytes of the text in it, end-of-text tokens not counted
     sha256: str
     lost: Lost  # of the text in it
+    characters: int
+    fallback_tokens: int  # that stand for parts of characters or unknown ones
 
     def entry(self, name: str) -> dict[str, Any]:
         """Its place in a manifest, under the name that it has there."""
@@ -40,6 +43,8 @@ class Shard:
             "tokens": self.tokens,
             "bytes": self.bytes,
             "lost_bytes": min(self.lost.bytes, self.bytes),
+            "characters": self.characters,
+            "fallback_tokens": self.fallback_tokens,
             "sha256": self.sha256,
         }
 
@@ -61,11 +66,16 @@ class ShardEncoder:
         self.cuts = tokenizer.cuts_at_boundaries()
         self.end_of_text = self._pack([tokenizer.eos_id])
         self._tokenizer = tokenizer
+        self._is_fallback = fallback_tokens(tokenizer)
         self._round_trip = RoundTrip(tokenizer)
         self._checks_chunks = self.cuts and self._round_trip.adds_up
         self._known: dict[str, bytes] = {}
         self._lossy: dict[str, Lost] = {}
         self._remembered = 0
+
+    def count_fallback(self, ids: bytes) -> int:
+        """How many of a text's tokens stand for parts of characters or unknown ones."""
+        return int(self._is_fallback[np.frombuffer(ids, self.dtype)].sum())
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """The ids of each text, as they stand in a shard."""
@@ -115,7 +125,7 @@ class ShardWriter:
         self._batch: list[tuple[str, bool]] = []
         self._batched = 0  # characters
         self._digest = hashlib.sha256()
-        self._tokens = self._bytes = 0
+        self._tokens = self._bytes = self._characters = self._fallback = 0
         self._tally = Tally()
 
     def __enter__(self) -> ShardWriter:
@@ -140,7 +150,15 @@ class ShardWriter:
         if not self._tokens and not self._bytes:
             return None
         digest = self._digest.hexdigest()
-        return Shard(self._path.name, self._tokens, self._bytes, digest, self._tally.lost)
+        return Shard(
+            self._path.name,
+            self._tokens,
+            self._bytes,
+            digest,
+            self._tally.lost,
+            self._characters,
+            self._fallback,
+        )
 
     def add(self, text: str, *, ends: bool) -> None:
         """Append a run of a document's text, and end of text where the document ends."""
@@ -180,5 +198,7 @@ class ShardWriter:
             self._digest.update(block)
             self._tokens += len(block) // self._encoder.dtype.itemsize
             self._bytes += len(text.encode())
+            self._characters += len(text)
+            self._fallback += self._encoder.count_fallback(ids)
             self._encoder.check(text, ids, self._tally)
         self._batch, self._batched = [], 0

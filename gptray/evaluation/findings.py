@@ -83,11 +83,13 @@ def _hows(evaluation: Evaluation) -> str:
 
 def _text_scores(evaluation: Evaluation) -> str:
     rows = []
-    for key, name in (("bleu", "BLEU"), ("chrf", "chrF")):
+    for key, name in (("chrf", "chrF"), ("bleu", "BLEU")):
         scores = evaluation["bleu"] if key == "bleu" else evaluation["chrf"]
         if scores:
             greedy, sampled = scores["greedy"], scores["sampled"]
             how = f"{evaluation['how'].get(key, '')} [{greedy['signature']}]".strip()
+            if key == "bleu" and "bleu_compares" in evaluation["how"]:
+                how += f". It counts {evaluation['how']['bleu_compares']}"
             rows.append(Row(name, how, (f"{greedy['score']:.2f}", f"{sampled['score']:.2f}")))
     return table(["greedy", "sampled"], rows)
 

@@ -74,9 +74,11 @@ def _without_torn_start(tokens: list[int], decode: Decode) -> list[int]:
     return tokens
 
 
-def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> TextScore:
+def bleu(
+    hypotheses: Sequence[str], references: Sequence[str], *, tokenize: str = "13a"
+) -> TextScore:
     """Corpus BLEU of texts against one reference each (Papineni et al. 2002; Post 2018)."""
-    return _corpus_score(sacrebleu.BLEU(), hypotheses, references)
+    return _corpus_score(sacrebleu.BLEU(tokenize=tokenize), hypotheses, references)
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> TextScore:

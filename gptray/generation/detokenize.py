@@ -14,16 +14,29 @@ Decode = Callable[[Sequence[int]], str]
 REPLACEMENT = "\ufffd"
 
 
-class TextStream:
-    """The text of one sequence as its tokens arrive."""
+def decode_after(decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens; a character that begins in `lead`, the tokens before, comes whole."""
+    if not lead or not tokens:
+        return decode(tokens)
+    return decode([*lead, *tokens])[len(decode(lead).rstrip(REPLACEMENT)) :]
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
+
+class TextStream:
+    """The text of one sequence as its tokens arrive.
+
+    lead: tokens before these that end inside a character; it is given out whole.
+    """
+
+    def __init__(
+        self, decode: Decode, stop: Sequence[str] = (), *, lead: Sequence[int] = ()
+    ) -> None:
         self._decode = decode
         self._stop = tuple(stop)
-        self._tokens: list[int] = []
+        self._tokens: list[int] = list(lead)
         self._settled = 0  # what comes before is not decoded again
         self._begin = 0  # where the newest tokens begin
-        self._given = 0  # characters of tokens[settled:] that were passed on
+        # Characters of tokens[settled:] that were passed on.
+        self._given = len(decode(lead).rstrip(REPLACEMENT)) if lead else 0
         self._held = ""  # passed on by the decoder, but may begin a stop string
         self.text = ""
         self.stopped = False

@@ -24,6 +24,7 @@ from gptray.generation.native import NativeDecoder
 from gptray.generation.request import ActiveSequence, Generation, Request
 from gptray.generation.sampling import draw
 from gptray.generation.settings import check_context
+from gptray.generation.utf8 import Utf8
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
@@ -56,6 +57,9 @@ class Engine:
         self._tokenizer = tokenizer
         decoder = NativeDecoder if backend == "native" else Decoder
         self._network: Network = decoder(model, max_batch_size, dtype=dtype, quantize=quantize)
+        device = model.transformer.wte.weight.device
+        utf8 = Utf8(tokenizer, self.vocab_size, device)
+        self._utf8 = utf8 if utf8.is_needed else None
         self._waiting: deque[ActiveSequence] = deque()
         # Decoding sequences stand in slots 0, 1, ...; one whose prompt is partly read comes after.
         self._decoding: list[ActiveSequence] = []
@@ -92,7 +96,7 @@ class Engine:
         """Queue a request. Raises ValueError as `check`."""
         self.check(request)
         generation = Generation(self.step, request)
-        self._waiting.append(ActiveSequence(generation, self._tokenizer))
+        self._waiting.append(ActiveSequence(generation, self._tokenizer, self._utf8))
         return generation
 
     def run(self, requests: Sequence[Request]) -> list[Generation]:
@@ -129,7 +133,7 @@ class Engine:
         except Exception as error:
             return self._end_guilty(error, reading)
         logits = self._take_prompts(logits, reading)
-        rows = [sequence.row() for sequence in self._decoding]
+        rows = [sequence.row(self.n_positions) for sequence in self._decoding]
         try:
             tokens = draw(logits, rows, self._network.top)
         except Exception as error:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.decoder import Piece
-from gptray.generation.detokenize import TextStream
+from gptray.generation.detokenize import TextStream, decode_after
 from gptray.generation.sampling import Drawn, Row, Top, score
 from gptray.generation.settings import Sampling
+from gptray.generation.utf8 import INVALID, START, Utf8
 
 # Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any load.
 PIECE_TOKENS = 128
@@ -76,7 +77,9 @@ class Generation:
 class ActiveSequence:
     """A request on its way through the engine."""
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, generation: Generation, tokenizer: Tokenizer, utf8: Utf8 | None = None
+    ) -> None:
         request = generation.request
         self.generation = generation
         self.history = list(request.prompt)
@@ -84,22 +87,32 @@ class ActiveSequence:
         if request.prompt_logprobs is not None:
             generation.prompt = [Drawn(request.prompt[0])]
         self._tokenizer = tokenizer
+        self._utf8 = utf8 if request.sampling.utf8 else None
+        # The end of a prompt that stops inside a character.
+        self._lead = self._utf8.open_end(request.prompt) if self._utf8 else []
+        self._state = self._utf8.state_after(self._lead) if self._utf8 else START
         self._text: TextStream | None = None
         if request.live_text or request.sampling.stop:
-            self._text = TextStream(tokenizer.decode, request.sampling.stop)
+            self._text = TextStream(tokenizer.decode, request.sampling.stop, lead=self._lead)
 
     @property
     def ended(self) -> bool:
         return self.generation.finish_reason is not None
 
-    def row(self) -> Row:
-        request = self.generation.request
+    def row(self, n_positions: int) -> Row:
+        """What drawing the next token needs, in a context of n_positions tokens."""
+        request, mask = self.generation.request, None
+        if self._utf8:
+            most = len(request.prompt) + request.sampling.max_new_tokens
+            left = min(most, n_positions) - len(self.history) - 1
+            mask = self._utf8.mask(self._state, left)
         return Row(
             request.sampling,
             len(request.prompt),
             self.history,
             self._tokenizer.eos_id,
             request.row,
+            mask,
         )
 
     @property
@@ -144,6 +157,7 @@ class ActiveSequence:
             self._end("length")
             return
         self.history.append(drawn.token)
+        self._follow(drawn.token)
         if drawn.token == self._tokenizer.eos_id and not sampling.ignore_eos:
             generation.end = drawn
             self._end("stop")
@@ -159,10 +173,17 @@ class ActiveSequence:
         if new >= sampling.max_new_tokens or len(self.history) >= n_positions:
             self._end("length")
 
+    def _follow(self, token: int) -> None:
+        if self._utf8:
+            self._state = self._utf8.next(self._state, token)
+            if self._state == INVALID:  # no token was left that is none
+                self._state = self._utf8.state_after(self.history)
+
     def _end(self, reason: FinishReason) -> None:
         generation = self.generation
         if self._text is None:
-            generation.text = self._tokenizer.decode(generation.tokens)
+            decode = self._tokenizer.decode
+            generation.text = decode_after(decode, self._lead, generation.tokens)
         else:
             self._text.finish()
             generation.text = self._text.text

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptray.generation.philox import uniform
 from gptray.generation.settings import Sampling
+from gptray.generation.utf8 import Mask
 
 # Candidates are first looked for in chunks of this many entries of the vocabulary.
 CHUNK = 64
@@ -38,7 +38,8 @@ Top = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 class Row:
     """One row of a batch, as far as drawing its next token goes.
 
-    row: which of a request's outputs it is. history: its tokens so far, prompt included.
+    row: which of a request's outputs it is. history: its tokens so far, prompt included. mask: the
+    tokens that would break a character (`gptray.generation.utf8`).
     """
 
     sampling: Sampling
@@ -46,6 +47,7 @@ class Row:
     history: Sequence[int]
     eos_id: int
     row: int = 0
+    mask: Mask | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -76,19 +78,15 @@ def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Dr
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     logprobs = _log_softmax(logits, asked)
     _shape(logits, rows)
-    tokens, sound = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows)).bool()
-    for members, choose in (
-        ([i for i, r in enumerate(rows) if r.sampling.is_greedy], _greedy),
-        ([i for i, r in enumerate(rows) if _is_ranked(r.sampling)], partial(_draw_ranked, top)),
-        ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
-    ):
-        if members:
-            part = logits if len(members) == len(rows) else logits[members]
-            chosen, best = choose(part, [rows[i] for i in members])
-            tokens[members], sound[members] = chosen.cpu(), torch.isfinite(best).cpu()
+    tokens, best = _choose_of_all(top, logits, rows)
+    for mask, members in _by_mask(rows).items():
+        if mask and mask.allowed is not None:
+            few = logits[torch.tensor(members, device=logits.device)[:, None], mask.allowed]
+            chosen, best[members] = _choose(top, few, [rows[i] for i in members])
+            tokens[members] = mask.allowed.cpu()[chosen]
     drawn = [
         Drawn(token) if is_sound else None
-        for token, is_sound in zip(tokens.tolist(), sound.tolist(), strict=True)
+        for token, is_sound in zip(tokens.tolist(), torch.isfinite(best).tolist(), strict=True)
     ]
     if asked:
         counts = [rows[i].sampling.logprobs or 0 for i in asked]
@@ -108,34 +106,6 @@ def score(logits: Tensor, tokens: Sequence[int], count: int, top: Top | None = N
     if not bool(torch.isfinite(logprobs.amax(1)).all()):
         raise ValueError("the model's logits are not finite for this prompt")
     return _report(logprobs, tokens, [count] * len(tokens), top or top_candidates)
-
-
-def uniform(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """One number in [0, 1) for each (seed, row, position), fp64; the same on every machine.
-
-    Philox4x32-10, a hash of a counter (Salmon et al. 2011, Parallel Random Numbers: As Easy as
-    1, 2, 3). 53 random bits each.
-    """
-    seed = np.asarray(seeds, dtype=np.uint64)
-    key = [seed & _LOW, seed >> _32]
-    place = [np.asarray(values, dtype=np.uint64) for values in (positions, rows)]
-    counter = [place[0] & _LOW, place[0] >> _32, place[1] & _LOW, place[1] >> _32]
-    for _ in range(10):
-        first, second = counter[0] * _PHILOX_M[0], counter[2] * _PHILOX_M[1]
-        counter = [
-            (second >> _32) ^ counter[1] ^ key[0],
-            second & _LOW,
-            (first >> _32) ^ counter[3] ^ key[1],
-            first & _LOW,
-        ]
-        key = [(k + w) & _LOW for k, w in zip(key, _PHILOX_W, strict=True)]
-    bits: NDArray[np.uint64] = (counter[0] << _32 | counter[1]) >> np.uint64(11)
-    return torch.from_numpy(bits.astype(np.float64) * 2.0**-53)
-
-
-_32, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
-_PHILOX_M = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_PHILOX_W = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 
 
 def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +141,7 @@ def _first(values: Tensor, ids: Tensor, k: int) -> Tensor:
 
 
 def _shape(logits: Tensor, rows: Sequence[Row]) -> None:
-    """Apply bias, penalties and minimum length; only the entries that they name are touched.
+    """Apply bias, penalties, minimum length and masks; only entries that they name are touched.
 
     An id that is there several times gets the same value each time: all are read before one is
     written.
@@ -194,6 +164,42 @@ def _shape(logits: Tensor, rows: Sequence[Row]) -> None:
     unfinished = [i for i, row in enumerate(rows) if row.new_tokens < row.sampling.min_new_tokens]
     if unfinished:
         logits[unfinished, [rows[i].eos_id for i in unfinished]] = float("-inf")
+    for mask, members in _by_mask(rows).items():
+        if mask is None or mask.banned is None:
+            continue
+        if len(members) == len(logits):
+            logits.index_fill_(1, mask.banned, float("-inf"))
+        else:
+            logits[torch.tensor(members, device=logits.device)[:, None], mask.banned] = -torch.inf
+
+
+def _by_mask(rows: Sequence[Row]) -> dict[Mask | None, list[int]]:
+    members: dict[Mask | None, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(row.mask, []).append(i)
+    return members
+
+
+def _choose_of_all(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
+    """Each row's token out of all; rows with a list of their own too, to spare a copy without."""
+    if all(row.mask and row.mask.allowed is not None for row in rows):
+        return torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows))
+    return _choose(top, logits, rows)
+
+
+def _choose(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
+    """Each row's token by its own settings."""
+    tokens, best = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
+    for members, choose in (
+        ([i for i, r in enumerate(rows) if r.sampling.is_greedy], _greedy),
+        ([i for i, r in enumerate(rows) if _is_ranked(r.sampling)], partial(_draw_ranked, top)),
+        ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
+    ):
+        if members:
+            part = logits if len(members) == len(rows) else logits[members]
+            chosen, highest = choose(part, [rows[i] for i in members])
+            tokens[members], best[members] = chosen.cpu(), highest.cpu()
+    return tokens, best
 
 
 def _is_ranked(sampling: Sampling) -> bool:

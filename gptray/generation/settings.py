@@ -1,8 +1,8 @@
 """How one sequence is sampled, and what is refused: no torch, so that jobs can check it at once.
 
 Names and meaning are Hugging Face's GenerationConfig, or OpenAI's where that has none, in their
-order: bias, repetition penalty, frequency and presence penalty, minimum length, temperature,
-top-k, top-p, min-p.
+order: bias, repetition penalty, frequency and presence penalty, minimum length, whole characters,
+temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Sampling:
 
     The numbers' bounds are in `gptray.limits`. temperature: 0 takes the likeliest token. top_k,
     top_p, min_p, stop: None or empty is off. max_new_tokens counts the end-of-text token;
-    min_new_tokens forbids it before. ignore_eos: treat the end-of-text token like any other.
+    min_new_tokens forbids it before. ignore_eos: treat the end-of-text token like any other. utf8:
+    draw no token that would break a character.
     repetition_penalty divides the logits of all tokens seen so far; presence_penalty is subtracted
     from those of the output's tokens, frequency_penalty once for each time a token occurs there.
     logit_bias: (token id, what to add), each id once. logprobs: how many of the likeliest tokens to
@@ -49,6 +50,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     ignore_eos: bool = False
+    utf8: bool = True
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None

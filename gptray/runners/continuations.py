@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from gptray.data.tokens import TokenData, TokenSplit
 from gptray.evaluation import recitation, texts
+from gptray.evaluation.bleu import compares, pick_bleu
 from gptray.evaluation.recitation import LENGTHS, PROMPT_TOKENS, RECITED_TOKENS
 from gptray.evaluation.result import Sample, TextMeasures, TextScore, TextScores
 from gptray.evaluation.texts import PASSAGE_TOKENS, Passage
@@ -34,9 +36,10 @@ def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMe
     greedy = _continued(scorers, "writing", passages, lengths, GREEDY)
     sampled = _continued(scorers, "sampling", passages, lengths, sampling)
     real = [data.tokenizer.decode(passage.reference) for passage in passages]
+    tokenize = pick_bleu(subject.config.evaluate.bleu_tokenize, real)
     memorised = _memorised(subject, data, scorers)
     return {
-        "bleu": _scores(texts.bleu, greedy, sampled, real),
+        "bleu": _scores(partial(texts.bleu, tokenize=tokenize), greedy, sampled, real),
         "chrf": _scores(texts.chrf, greedy, sampled, real),
         "distinct_1": texts.distinct([one.text for one in sampled], 1),
         "distinct_2": texts.distinct([one.text for one in sampled], 2),
@@ -44,7 +47,7 @@ def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMe
         "memorised_20": memorised[0],
         "memorised_50": memorised[1],
         "samples": _samples(data, passages, greedy, sampled, real),
-        "how": _how(subject, passages, sampling),
+        "how": _how(passages, sampling, tokenize),
     }
 
 
@@ -141,7 +144,7 @@ def _samples(
     ]
 
 
-def _how(subject: Subject, passages: list[Passage], sampling: Sampling) -> dict[str, str]:
+def _how(passages: list[Passage], sampling: Sampling, tokenize: str) -> dict[str, str]:
     """In words, how each number about texts was computed."""
     of_real = (
         f"{len(passages)} held-out passages of up to {PASSAGE_TOKENS} tokens: the first half is "
@@ -157,8 +160,10 @@ def _how(subject: Subject, passages: list[Passage], sampling: Sampling) -> dict[
         "training split"
     )
     return {
+        "chrf": f"sacrebleu's corpus chrF2, which tells more than BLEU of texts this short; "
+        f"{of_real}; {drawn}",
         "bleu": f"sacrebleu's corpus BLEU; {of_real}; {drawn}",
-        "chrf": f"sacrebleu's corpus chrF2; {of_real}; {drawn}",
+        "bleu_compares": compares(tokenize),
         "distinct_1": f"different words / words of the continuations, {drawn}",
         "distinct_2": f"different pairs of words / pairs of the continuations, {drawn}",
         "repetition": "mean share of a continuation's 4-grams of tokens that came before in it, "

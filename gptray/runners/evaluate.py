@@ -136,11 +136,13 @@ def _line(name: str, result: SplitResult) -> str:
 
 def _say(evaluation: Evaluation) -> None:
     """The numbers about texts, each with what it rests on."""
-    for name, scores in (("bleu", evaluation["bleu"]), ("chrf", evaluation["chrf"])):
+    for name, scores in (("chrf", evaluation["chrf"]), ("bleu", evaluation["bleu"])):
         if scores:
             greedy, sampled = scores["greedy"], scores["sampled"]
             both = f"greedy {greedy['score']:.2f}  sampled {sampled['score']:.2f}"
             log.info("%s  %s  %d passages  %s", name, both, greedy["passages"], greedy["signature"])
+    if evaluation["bleu"]:
+        log.info("bleu counts %s", evaluation["how"]["bleu_compares"])
     long, short = evaluation["memorised_50"], evaluation["memorised_20"]
     if short is not None:
         more = f", {long:.1%} of 50" if long is not None else ""
@@ -160,6 +162,8 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
         **line,
         "gap": evaluation["gap"],
         "bleu": bleu and bleu["greedy"]["score"],
+        "bleu_signature": bleu and bleu["greedy"]["signature"],
+        "bleu_compares": bleu and evaluation["how"]["bleu_compares"],
         "chrf": chrf and chrf["greedy"]["score"],
         "memorised_20": evaluation["memorised_20"],
         "memorised_50": evaluation["memorised_50"],

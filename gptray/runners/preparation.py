@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptray.config import Config
+from gptray.data.fallback import token_measures, token_words
 from gptray.data.request import make_request
 from gptray.data.shares import split_rows
 from gptray.data.sources import BUILTIN, SourceFile
@@ -33,6 +34,7 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
         "split_documents": {name: entry["documents"] for name, entry in splits.items()},
         "vocab_size": data.vocab_size,
         "lost": {name: round(split.lost, 6) for name, split in data.splits.items()},
+        **{key: round(value, 4) for key, value in token_measures(data.manifest).items()},
         "empty_rows": data.manifest["empty_rows"],
         "warnings": data.manifest["warnings"],
         "built": not is_ready,
@@ -64,6 +66,8 @@ def text_rows(data: TokenData) -> list[tuple[str, str]]:
     Labels differ, since a plan is also told as an object.
     """
     rows = split_rows(data.manifest)
+    if words := token_words(data.manifest):
+        rows.append(("tokens", words))
     if data.manifest["warnings"]:
         rows.append(("warnings", "; ".join(data.manifest["warnings"])))
     return rows + ([("lost", data.loses)] if data.loses else [])

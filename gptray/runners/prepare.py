@@ -19,6 +19,7 @@ from typing import Any
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.corpus import first_look
 from gptray.data.difference import Lost
+from gptray.data.fallback import fallback_warning, token_words
 from gptray.data.plan import PiecePlan, SplitPlan
 from gptray.data.publish import building
 from gptray.data.request import Request, make_request, tokenizer_name
@@ -177,13 +178,17 @@ def _build(
         if file.changed():
             raise RunFailed(f"{file.name} changed while it was being prepared; start again")
     splits = _number_shards(folder, request.split_names, plan, shards)
-    manifest = {
+    manifest: dict[str, Any] = {
         **_provenance(request, [source for source, _ in texts], plan, scans),
         "tokenizer": _describe(request, tokenizer, shards),
         "dtype": shard_dtype(tokenizer.vocab_size),
         "splits": splits,
         "warnings": text_warnings(request, plan, scans, splits),
     }
+    asked = request.vocab_size if request.tokenizer == "bpe" else None
+    if warning := fallback_warning(manifest, asked=asked):
+        logger.warning("%s", warning)
+        manifest["warnings"].append(warning)
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     with storing(request.data_dir):
         (folder / f"{BUILTIN}.jsonl").unlink(missing_ok=True)
@@ -191,6 +196,7 @@ def _build(
     logger.info("prepared %s in %.1f s", request.data_dir, time.monotonic() - began)
     for name, words in split_rows(manifest):
         logger.info("%-5s  %s", name, words)
+    logger.info("tokens  %s", token_words(manifest))
 
 
 def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]) -> Tokenizer:
@@ -272,6 +278,8 @@ def _number_shards(
             "tokens": sum(entry["tokens"] for entry in entries),
             "bytes": sum(entry["bytes"] for entry in entries),
             "lost_bytes": sum(entry["lost_bytes"] for entry in entries),
+            "characters": sum(entry["characters"] for entry in entries),
+            "fallback_tokens": sum(entry["fallback_tokens"] for entry in entries),
             "shards": entries,
         }
     return splits

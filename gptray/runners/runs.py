@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from gptray.config import Config, RunFailed, UserError, flatten, override
 from gptray.files import open_lock, storing
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
+from gptray.names import label_of
 from gptray.record import METRICS, read_rows
 from gptray.stored import Unreadable, read_object
 
@@ -177,11 +177,11 @@ def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
 def _free_name(config: Config, *, sweep: bool) -> str:
     """A name that the config always gives; under train.resume=never one not taken yet."""
     source = config.data.source if isinstance(config.data.source, str) else config.data.source[0]
-    label = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem).strip("-").lower() or "run"
+    label = label_of(Path(source).stem, 24) or "run"
     free = SWEEP_FREE_KEYS if sweep else FREE_KEYS
     identity = {k: v for k, v in flatten(config).items() if not k.startswith(free)}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
-    name = unique = f"{label[:24]}{'-sweep' if sweep else ''}-{digest[:6]}"
+    name = unique = f"{label}{'-sweep' if sweep else ''}-{digest[:6]}"
     number = 1
     while config.train.resume == "never" and (Path(config.storage_path) / unique).exists():
         number += 1

@@ -6,7 +6,6 @@ Found and checked without torch and without Ray, as far as that can be known.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +18,10 @@ from gptray.data.split import LONG_NAMES
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
+from gptray.evaluation.bleu import check_bleu
 from gptray.evaluation.result import EVALUATION
 from gptray.model.shape import read_shape
+from gptray.names import label_of
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import newest_run, open_model, weights_sha256
 from gptray.runners.prepare import check_sources, prepare, prepared
@@ -101,6 +102,7 @@ class Subject:
 def look(config: Config) -> Subject:
     """Find the model and the text. Raises UserError naming the key or the file."""
     check_resources(config.compute)
+    check_bleu(config.evaluate.bleu_tokenize)
     if "://" in config.storage_path:
         raise UserError(
             f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
@@ -226,7 +228,7 @@ def _name(config: Config, model_dir: Path, run: Path | None) -> str:
     source = Path(config.evaluate.model or model_dir)
     label = source.parent.name if source.name == "model" else source.name
     label = f"{run.name}-{label}" if run else label
-    label = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower()[:40] or "model"
+    label = label_of(label, 40) or "model"
     return f"{label}-{weights_sha256(model_dir)[:6]}"
 
 

@@ -66,7 +66,7 @@ class Completion:
     async def of(cls, body: CompletionRequest, served: Served, limits: ServeConfig) -> Completion:
         """Check a request against the model and the limits. Raises ApiError."""
         _check_limits(body, served, limits)
-        sampling, prompts = _sampling(body, limits), []
+        sampling, prompts = _sampling(body, served, limits), []
         for number, prompt in enumerate(body.prompt):
             place = f"prompt {number + 1}: " if len(body.prompt) > 1 else ""
             try:
@@ -243,7 +243,7 @@ def _draws(
             yield (ids, sampling), first + output
 
 
-def _sampling(body: CompletionRequest, limits: ServeConfig) -> Sampling:
+def _sampling(body: CompletionRequest, served: Served, limits: ServeConfig) -> Sampling:
     longest = body.max_tokens
     if limits.max_output_tokens is not None:
         longest = min(longest, limits.max_output_tokens)
@@ -259,6 +259,7 @@ def _sampling(body: CompletionRequest, limits: ServeConfig) -> Sampling:
         frequency_penalty=body.frequency_penalty,
         logit_bias=body.logit_bias,
         ignore_eos=body.ignore_eos,
+        utf8=served.utf8,
         seed=body.seed or 0,
         stop=body.stop,
         logprobs=body.logprobs,

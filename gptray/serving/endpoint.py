@@ -40,10 +40,11 @@ class Served:
         max_waiting: int,
         *,
         parse_special: bool = False,
+        utf8: bool = True,
     ) -> None:
-        """parse_special: see `Tokenizer.prompt_ids`, for every prompt."""
+        """parse_special: see `Tokenizer.prompt_ids`; utf8: see `Sampling`. Of every prompt."""
         self.name, self.engine, self.tokenizer = name, engine, tokenizer
-        self._parse_special = parse_special
+        self._parse_special, self.utf8 = parse_special, utf8
         self.created = int(time.time())
         self.thread = EngineThread(engine, max_waiting=max_waiting)
         self.thread.start()
@@ -66,6 +67,7 @@ class Served:
             tokenizer,
             config.serve.max_waiting,
             parse_special=config.sample.parse_special,
+            utf8=config.sample.utf8,
         )
 
     def token_text(self, token: int) -> str:

@@ -132,13 +132,18 @@ def test_settings_of_a_row_are_read_and_pass_through(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "x", "temperature": 0.5, "top_k": 3, "stop": "end", "seed": 7},
         {"prompt": "x", "temperature": None, "top_k": None, "stop": ["a", "b"], "seed": None},
-        {"prompt": "x", "temperature": "hot", "top_k": 1.5, "stop": {"a": 1}, "seed": 8},
+        {"prompt": "x", "temperature": "hot", "top_k": 1.5, "stop": {"a": 1}, "seed": 8, "utf8": 2},
     ]
     table = through(write(tmp_path / "p.jsonl", rows))
     own = [{"temperature": 0.5, "top_k": 3, "stop": ["end"], "seed": 7}, {"stop": ["a", "b"]}]
     assert own_settings(table) == [*own, {"seed": 8}]
     assert table["gptray.error"].to_pylist()[:2] == [None, None]
-    for problem in ("temperature='hot' is not a number", "top_k=1.5 is not a whole number", "stop"):
+    for problem in (
+        "temperature='hot' is not a number",
+        "top_k=1.5 is not a whole number",
+        "stop",
+        "utf8=2 is not true or false",
+    ):
         assert problem in table["gptray.error"][2].as_py()
     assert table["top_k"].to_pylist() == [3.0, None, 1.5]
     assert "seed" not in table.column_names, "it becomes the output's own"

@@ -39,6 +39,21 @@ def test_copies_of_a_prompt_are_independent_draws(batch: Batch, tmp_path: Path) 
     assert len(set(table["seed"].to_pylist())) == 300
 
 
+def test_a_column_says_whether_a_row_may_break_characters(batch: Batch, tmp_path: Path) -> None:
+    rows = [{"prompt": "the cat", "utf8": value} for value in (True, False, None, "false") * 30]
+    words = ("sample.temperature=1", "sample.top_k=null")
+    table = batch(jsonl(tmp_path, *rows), *words)
+    broken = ["\ufffd" in output for output in table["output"].to_pylist()]
+    assert not any(broken[0::4]) and not any(broken[2::4])
+    assert any(broken[1::4]) and any(broken[3::4])
+    assert any(
+        "\ufffd" in text
+        for text in batch(jsonl(tmp_path, *rows[2::4]), *words, "sample.utf8=false")[
+            "output"
+        ].to_pylist()
+    )
+
+
 def test_any_row_is_made_again_alone_from_its_seed(batch: Batch, tmp_path: Path) -> None:
     rows = [
         {"id": f"r{i}", "prompt": f"a dog {i}", "seed": i if i == 3 else None} for i in range(9)

@@ -47,7 +47,9 @@ def run(engine: Engine, requests: list[Request]) -> list[Generation]:
     return engine.run(requests)
 
 
-def mixed_requests(tokenizer: Tokenizer, count: int, n_positions: int) -> list[Request]:
+def mixed_requests(
+    tokenizer: Tokenizer, count: int, n_positions: int, *, utf8: bool = True
+) -> list[Request]:
     """Prompts of all lengths, each with settings of its own."""
     rng = random.Random(5)
     return [
@@ -60,6 +62,7 @@ def mixed_requests(tokenizer: Tokenizer, count: int, n_positions: int) -> list[R
                 top_p=rng.choice([None, 0.9]),
                 repetition_penalty=rng.choice([1.0, 1.2]),
                 seed=i,
+                utf8=utf8,
             ),
         )
         for i in range(count)
@@ -77,7 +80,7 @@ def test_every_request_gets_what_the_uncached_model_gives(
     if ablation:
         shape = {**shape, "initializer_range": 0.6}
     model = random_gpt(tokenizer, **shape, **ablation)
-    requests = mixed_requests(tokenizer, 12, model.config.n_positions)
+    requests = mixed_requests(tokenizer, 12, model.config.n_positions, utf8=False)
     engine = Engine(model, tokenizer, max_batch_size=5, backend=backend)
     for generation in run(engine, requests):
         request = generation.request
@@ -123,7 +126,7 @@ def test_greedy_is_hugging_faces_generate(
     model = random_gpt(tokenizer, **shape)
     save_pretrained(model, tmp_path, eos_token_id=tokenizer.eos_id)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
-    sampling = Sampling(temperature=0, max_new_tokens=30)
+    sampling = Sampling(temperature=0, max_new_tokens=30, utf8=False)
     prompts = [prompt_of(tokenizer, length, seed=length) for length in (1, 2, 9, 30)]
     ours = run(Engine(model, tokenizer), [Request(prompt, sampling) for prompt in prompts])
     for prompt, generation in zip(prompts, ours, strict=True):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gptray.generation import native
-from gptray.generation.sampling import Row, draw, top_candidates, uniform
+from gptray.generation.philox import uniform
+from gptray.generation.sampling import Row, draw, top_candidates
 from gptray.generation.settings import Sampling
 from tests.generation.models import BACKENDS
 

@@ -29,10 +29,17 @@ def tiny(seed: int = 0, **shape: object) -> GPT:
 
 
 def served(
-    model: GPT, limits: ServeConfig, name: str = "tiny", *, parse_special: bool = False
+    model: GPT,
+    limits: ServeConfig,
+    name: str = "tiny",
+    *,
+    parse_special: bool = False,
+    utf8: bool = True,
 ) -> Served:
     engine = Engine(model, TOKENIZER, max_batch_size=limits.max_batch_size)
-    return Served(name, engine, TOKENIZER, limits.max_waiting, parse_special=parse_special)
+    return Served(
+        name, engine, TOKENIZER, limits.max_waiting, parse_special=parse_special, utf8=utf8
+    )
 
 
 @dataclass
@@ -66,6 +73,7 @@ def running(
     *,
     keys: Keys | None = None,
     parse_special: bool = False,
+    utf8: bool = True,
     **settings: Any,
 ) -> Iterator[Server]:
     """A server in a thread of its own. settings: of the serve section."""
@@ -77,7 +85,7 @@ def running(
 
     async def main() -> None:
         network = tiny() if model is None else model
-        endpoint.serve(served(network, limits, parse_special=parse_special))
+        endpoint.serve(served(network, limits, parse_special=parse_special, utf8=utf8))
         # Named as TCP, or asyncio leaves its delays on.
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.bind(("127.0.0.1", 0))

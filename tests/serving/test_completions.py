@@ -133,6 +133,13 @@ def test_the_end_of_texts_name_is_plain_text_unless_allowed(server: Server) -> N
     assert parsed["usage"]["prompt_tokens"] == told["count"] == len(ids)
 
 
+def test_no_answer_has_a_broken_character_unless_the_server_allows_it(server: Server) -> None:
+    body = {"prompt": "the cat", "n": 12, "seed": 3, "max_tokens": 30}
+    assert "\ufffd" not in server.post(**body).text
+    with running(utf8=False) as allowing:
+        assert "\ufffd" in allowing.post(**body).text
+
+
 def test_lm_eval_gets_the_prompts_own_log_probabilities(server: Server) -> None:
     model = tiny()
     prompts = [TOKENIZER.encode("the cat sees a dog"), TOKENIZER.encode("\uc61b\ub0a0")]

@@ -1,0 +1,167 @@
+"""Which tokens keep the bytes of a text UTF-8, so that no character comes out broken.
+
+Tokens of bytes (byte-level BPE, SentencePiece's byte fallback) can stand for parts of characters. A
+row carries a state of the automaton that reads UTF-8; a token is allowed if its bytes lead from
+there to a state from which the tokens that may still follow can finish the character. For each
+state that is one list of tokens, made once.
+
+The automaton is RFC 3629's, which knows neither surrogates nor overlong forms; it also refuses
+U+FFFD itself, which stands for a broken character wherever it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gptray.data.roundtrip import pieces
+from gptray.data.tokenizer import Tokenizer
+
+# Between two characters, and after bytes that no text has.
+START, INVALID = 0, 10
+# For each state inside a character: bytes from .. to and the state that they lead to. 1 and 2 wait
+# for so many bytes; the others, after these first bytes, allow only some second ones.
+_AFTER_E0, _AFTER_ED, _AFTER_EF, _AFTER_EF_BF, _AFTER_F0, _AFTER_F1, _AFTER_F4 = range(3, 10)
+_EDGES = (
+    (START, 0x00, 0x7F, START), (START, 0xC2, 0xDF, 1), (START, 0xE1, 0xEE, 2),
+    (START, 0xE0, 0xE0, _AFTER_E0), (START, 0xED, 0xED, _AFTER_ED), (START, 0xEF, 0xEF, _AFTER_EF),
+    (START, 0xF0, 0xF0, _AFTER_F0), (START, 0xF1, 0xF3, _AFTER_F1), (START, 0xF4, 0xF4, _AFTER_F4),
+    (1, 0x80, 0xBF, START), (2, 0x80, 0xBF, 1),
+    (_AFTER_E0, 0xA0, 0xBF, 1), (_AFTER_ED, 0x80, 0x9F, 1),
+    (_AFTER_EF, 0x80, 0xBE, 1), (_AFTER_EF, 0xBF, 0xBF, _AFTER_EF_BF),
+    (_AFTER_EF_BF, 0x80, 0xBF, START), (_AFTER_EF_BF, 0xBD, 0xBD, INVALID),
+    (_AFTER_F0, 0x90, 0xBF, 2), (_AFTER_F1, 0x80, 0xBF, 2), (_AFTER_F4, 0x80, 0x8F, 2),
+)  # fmt: skip
+# Tokens that a character may take: one for each byte.
+_LONGEST = 4
+
+States = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The tokens that a row may draw; rows in the same state share one.
+
+    Between characters a few are banned, inside one nearly all: one of the two lists is there, the
+    shorter. Both have ids in order.
+    """
+
+    banned: Tensor | None
+    allowed: Tensor | None
+
+    @classmethod
+    def of(cls, is_allowed: NDArray[np.bool_], device: torch.device) -> Mask:
+        banned, allowed = (
+            torch.from_numpy(np.flatnonzero(one)).to(device) for one in (~is_allowed, is_allowed)
+        )
+        return cls(banned, None) if len(banned) <= len(allowed) else cls(None, allowed)
+
+
+class Utf8:
+    """The automaton over the V tokens of a vocabulary. `is_needed`: whether it bans anything."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> None:
+        self._pieces = _pieces(tokenizer)[:vocab_size]
+        self._eos_id, self._device = tokenizer.eos_id, device
+        states = np.repeat(np.arange(INVALID + 1, dtype=np.uint8)[:, None], vocab_size, axis=1)
+        states[:, : len(self._pieces)] = _transitions(tokenizer)[:, :vocab_size]
+        states[:, self._eos_id] = INVALID
+        states[START, self._eos_id] = START
+        self.is_needed = bool((states[START] != START).any())
+        self._states = states
+        self._next = [row.tobytes() for row in states]
+        self._distance = _distances(states)
+        self._masks: dict[tuple[int, int], Mask | None] = {}
+
+    def next(self, state: int, token: int) -> int:
+        """The state after a token; INVALID after one that breaks a character."""
+        following: int = self._next[state][token]
+        return following
+
+    def open_end(self, tokens: Sequence[int]) -> list[int]:
+        """The last of these tokens, from the one on in which an unfinished character begins."""
+        end = b""
+        for count in range(1, min(len(tokens), _LONGEST) + 1):
+            token = tokens[-count]
+            end = (self._pieces[token] if token < len(self._pieces) else b"") + end
+            begin = next((i for i in range(1, len(end) + 1) if end[-i] & 0xC0 != 0x80), None)
+            if begin is not None:
+                is_open = begin < _LONGEST and _read(end[-begin:]) not in (START, INVALID)
+                return list(tokens[-count:]) if is_open else []
+        return []
+
+    def state_after(self, tokens: Sequence[int]) -> int:
+        """The state after these tokens, whatever they hold."""
+        end = b"".join(self._pieces[t] for t in self.open_end(tokens) if t < len(self._pieces))
+        begin = next((i for i in range(1, len(end) + 1) if end[-i] & 0xC0 != 0x80), 0)
+        return _read(end[len(end) - begin :])
+
+    def mask(self, state: int, left: int) -> Mask | None:
+        """What may not be drawn in a state if `left` tokens can follow the drawn one.
+
+        None where every token may be, or where none could.
+        """
+        key = state, min(max(left, 0), _LONGEST - 1)
+        if key not in self._masks:
+            is_allowed = self._distance[self._states[state]] <= key[1]
+            others = is_allowed.sum() - is_allowed[self._eos_id]
+            useless = is_allowed.all() or not others
+            self._masks[key] = None if useless else Mask.of(is_allowed, self._device)
+        return self._masks[key]
+
+
+def _table() -> States:
+    """The state after each byte, (states, 256)."""
+    table = np.full((INVALID + 1, 256), INVALID, np.uint8)
+    for state, first, last, target in _EDGES:
+        table[state, first : last + 1] = target
+    return table
+
+
+_TABLE = _table()
+
+
+def _read(text: bytes) -> int:
+    state = START
+    for byte in text:
+        state = int(_TABLE[state, byte])
+    return state
+
+
+@lru_cache(maxsize=2)
+def _pieces(tokenizer: Tokenizer) -> list[bytes]:
+    return pieces(tokenizer)
+
+
+@lru_cache(maxsize=2)
+def _transitions(tokenizer: Tokenizer) -> States:
+    """The state after each token's bytes, (states, tokens)."""
+    given = _pieces(tokenizer)
+    lengths = np.array([len(piece) for piece in given])
+    order = np.argsort(-lengths, kind="stable")  # longest first: those that go on come first
+    joined = np.frombuffer(b"".join(given), np.uint8)
+    starts = (np.cumsum(lengths) - lengths)[order]
+    states = np.repeat(np.arange(INVALID + 1, dtype=np.uint8)[:, None], len(given), axis=1)
+    for place in range(int(lengths.max(initial=0))):
+        count = int((lengths > place).sum())
+        states[:, :count] = _TABLE[states[:, :count], joined[starts[:count] + place]]
+    found = np.empty_like(states)
+    found[:, order] = states
+    return found
+
+
+def _distances(states: States) -> NDArray[np.int64]:
+    """How many tokens each state needs to the end of a character; more than any where none do."""
+    never = 1 << 30
+    distance = np.full(INVALID + 1, never)
+    distance[START] = 0
+    for _ in range(_LONGEST):
+        nearest = distance[states].min(axis=1) + 1
+        distance[1:INVALID] = np.minimum(distance, nearest)[1:INVALID]
+    return distance

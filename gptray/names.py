@@ -1,0 +1,37 @@
+"""Names of folders, of letters and digits of any script."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# File systems take 255 bytes of a name; drafts beside it, and Ray, add some.
+MOST_BYTES = 200
+
+
+def checked_name(name: str) -> str:
+    """A folder's name as it is stored: composed (NFC), so that one name is one folder everywhere.
+
+    Raises ValueError for what is no such name.
+    """
+    name = unicodedata.normalize("NFC", name)
+    if not name or name[0] in ".-_" or not all(c in ".-_" or _is_letter(c) for c in name):
+        raise ValueError(
+            "must be letters or digits of any script and . _ -, and begin with a letter or digit"
+        )
+    size = len(name.encode())
+    if size > MOST_BYTES:
+        raise ValueError(f"has {size} bytes, more than {MOST_BYTES}")
+    return name
+
+
+def label_of(text: str, most: int) -> str:
+    """The letters and digits of a text as a part of a name, at most so many; may be empty."""
+    text = unicodedata.normalize("NFC", text).lower()
+    words = "".join(c if _is_letter(c) else " " for c in unicodedata.normalize("NFC", text)).split()
+    return "-".join(words)[:most].strip("-")
+
+
+def _is_letter(character: str) -> bool:
+    """Letters, the marks that complete them, and digits."""
+    category = unicodedata.category(character)
+    return category[0] in "LM" or category == "Nd"
