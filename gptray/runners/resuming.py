@@ -6,17 +6,18 @@ Needs neither torch nor ray, so that every mistake is told before anything expen
 from __future__ import annotations
 
 import fcntl
-import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptray.commands import typed
 from gptray.config import Config, UserError, dump, flatten, load_config
 from gptray.fields import shown
 from gptray.files import replacing, storing
 from gptray.record import METRICS, read_rows
-from gptray.runners.runs import CONFIG, FREE_KEYS, SWEEP_FREE_KEYS, run_dir
+from gptray.runners.models import CONFIG
+from gptray.runners.runs import FREE_KEYS, SWEEP_FREE_KEYS, run_dir
 from gptray.training.checkpoint import (
     TrainerState,
     check_not_lost,
@@ -185,4 +186,4 @@ def command(job: str, config: Config, folder: Path, *words: str) -> str:
     words = ("--config", str(folder / CONFIG), *words)
     if config.train.resume == "never":
         words = (*words, "train.resume=auto")
-    return shlex.join(["python", f"jobs/{job}.py", *words])
+    return typed(job, *words)

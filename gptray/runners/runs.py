@@ -17,8 +17,10 @@ from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
 from gptray.files import storing
+from gptray.hub import NotOnHub
 from gptray.model.shape import model_folder, read_shape
 from gptray.record import METRICS, read_rows
+from gptray.runners.models import locate, unknown, with_tokenizer
 
 # Keys that do not change what is trained: a run may resume under other values of these.
 FREE_KEYS = (
@@ -38,7 +40,6 @@ SWEEP_FREE_KEYS = (
     "tune.max_concurrent_trials",
     "tune.retry_failed",
 )
-CONFIG = "config.yaml"
 
 
 def resolve(config: Config, *, sweep: bool = False) -> Config:
@@ -54,6 +55,7 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
             f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
             "node sees, such as an NFS mount"
         )
+    config = with_tokenizer(config)
     values: dict[str, Any] = {
         "storage_path": os.path.abspath(os.path.expanduser(config.storage_path))
     }
@@ -149,7 +151,11 @@ def outcome(config: Config) -> dict[str, Any]:
 
 
 def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
-    shape = read_shape(init_from)
+    init_from = locate(config, init_from, key="model.init_from")
+    try:
+        shape = read_shape(init_from)
+    except NotOnHub as error:
+        raise unknown(config, init_from, error.reason, key="model.init_from") from None
     if config.model.resize_vocab:
         del shape["vocab_size"]  # null: the tokenizer's, whichever that is
     given = config.model.model_fields_set
