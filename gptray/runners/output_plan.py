@@ -1,7 +1,8 @@
 """What job an output folder belongs to: a plan in JSON, and what may go on in the folder.
 
-Visible are only whole Parquet files, and at the end manifest.json, which repeats
-the plan, and _SUCCESS. Scratch is in a hidden folder: the input in parts, and plan.json.
+Visible are only whole Parquet files; at the end _manifest.json, which repeats the plan, and
+_SUCCESS join them, by names that readers of a Parquet folder pass over. Scratch is in a hidden
+folder: the input in parts, and plan.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from gptray.data.sources import SourceFile, file_sha256
 from gptray.data.tokenizer_files import tokenizer_files
 from gptray.files import replacing, sha256_of, storing
 
-SCRATCH, PLAN, MANIFEST, SUCCESS = ".gptray", "plan.json", "manifest.json", "_SUCCESS"
+SCRATCH, PLAN, MANIFEST, SUCCESS = ".gptray", "plan.json", "_manifest.json", "_SUCCESS"
+# What _manifest.json was called at first, when pandas took it for Parquet.
+MANIFEST_BEFORE = "manifest.json"
 LOCK = ".driver.lock"
 MODEL_FILES = "*.safetensors"
 
@@ -69,7 +72,8 @@ def new_plan(identity: dict[str, Any], model: str, input_rows: int) -> dict[str,
 
 def existing_plan(folder: Path) -> dict[str, Any] | None:
     """The plan of the job that began in a folder. Raises UserError for a folder of others."""
-    there = [path for path in (folder / SCRATCH / PLAN, folder / MANIFEST) if path.is_file()]
+    names = (f"{SCRATCH}/{PLAN}", MANIFEST, MANIFEST_BEFORE)
+    there = [folder / name for name in names if (folder / name).is_file()]
     for path in there:
         if (plan := _read_plan(path)) is not None:
             return plan
@@ -83,6 +87,14 @@ def existing_plan(folder: Path) -> dict[str, Any] | None:
             f"generate.output_path: {folder} exists and was not written by this job; choose another"
         )
     return None
+
+
+def rename_manifest(folder: Path) -> None:
+    """Give the manifest of an output that an earlier version finished its name of today."""
+    before = folder / MANIFEST_BEFORE
+    if before.is_file() and not (folder / MANIFEST).exists():
+        with storing(before):
+            before.rename(folder / MANIFEST)
 
 
 def refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
