@@ -6,8 +6,9 @@ Read off the tree's annotations once; the tree itself is in `gptray.config`.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -129,7 +130,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def field_specs(root: type[BaseModel]) -> dict[str, FieldSpec]:
+@cache
+def field_specs(root: type[BaseModel]) -> Mapping[str, FieldSpec]:
     """Return every key of the tree, dotted, in the tree's order."""
     return {spec.key: spec for spec in _specs(root, "")}
 

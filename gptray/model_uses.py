@@ -100,7 +100,7 @@ class QuantizeConfig(Section):
 class GenerateConfig(Section):
     model: str | None = Field(
         None,
-        description="what generates: a run folder, a model folder, an HF GPT-2 folder or hub id; "
+        description="what generates: a run by name or folder, a model folder or a hub id; "
         "null: the run that name says, else the newest in storage_path",
     )
     input_path: str | list[str] | None = Field(
@@ -157,8 +157,8 @@ class GenerateConfig(Section):
 class EvaluateConfig(Section):
     model: str | None = Field(
         None,
-        description="what is evaluated: a run folder, a model folder, an HF GPT-2 folder or hub "
-        "id; null: this run's own model/",
+        description="what is evaluated: a run by name or folder, a model folder or a hub id; "
+        "null: this run's own model/",
     )
     source: str | list[str] | None = Field(
         None,
@@ -191,7 +191,7 @@ class ServeConfig(Section):
 
     model: str | None = Field(
         None,
-        description="what is served: a run folder, a model folder, an HF GPT-2 folder or hub id; "
+        description="what is served: a run by name or folder, a model folder or a hub id; "
         "null: the run that name says, else the newest in storage_path",
     )
     served_model_name: NonEmpty | None = Field(

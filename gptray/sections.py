@@ -94,8 +94,8 @@ class DataConfig(Section):
     tokenizer: str | None = Field(
         None,
         description="bpe (byte-level, trained on the training split), char (one token a "
-        "character), or a Hugging Face tokenizer's folder, tokenizer.json or hub id; null: "
-        "init_from's, else bpe",
+        "character), a run by name, or a Hugging Face tokenizer's folder, tokenizer.json or hub "
+        "id; null: init_from's, else bpe",
     )
     eos_token: NonEmpty | None = Field(
         None,
@@ -136,7 +136,9 @@ class ModelConfig(Section):
     layer_norm_epsilon: Positive = Field(1e-5, description="added to the variance")
     initializer_range: Positive = Field(0.02, description="standard deviation of initial weights")
     init_from: str | None = Field(
-        None, description="start from these weights: an HF GPT-2 folder, a run folder or a hub id"
+        None,
+        description="start from these weights: a run by name or folder, a GPT-2 model folder or a "
+        "hub id",
     )
     resize_vocab: bool = Field(
         False,

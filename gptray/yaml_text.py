@@ -83,6 +83,15 @@ def write_yaml(values: dict[str, Any]) -> str:
     return text
 
 
+def read_written(path: Path) -> Any:
+    """What `write_yaml` has written to a file, by libyaml, which knows no lines of keys.
+
+    Raises yaml.YAMLError, ValueError, OSError.
+    """
+    loader = yaml.CSafeLoader(path.read_bytes())
+    return loader.get_single_data()
+
+
 def read_node(path: Path) -> yaml.Node | None:
     """Return the root node of a YAML file, None if the file is empty; raise YamlError, OSError."""
     with path.open("rb") as file:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from gptray.config import UserError
 from gptray.data.sources import hint
 from gptray.data.trust import check_growth, check_vocabulary, panics_told
+from gptray.hub import NotOnHub, download_model
 from gptray.stored import Unreadable, read_object
 from gptray.suggest import did_you_mean, nearest
 
@@ -32,6 +34,10 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer|special_tokens_map|added_tokens|vocab|merges).*\.(json|txt|model)|.*\.model"
 )
+_HUB_FILES = (
+    "config.json", "tokenizer*.json", "tokenizer*.txt", "special_tokens_map.json",
+    "added_tokens.json", "vocab*.json", "vocab*.txt", "merges*.txt", "*.model",
+)  # fmt: skip
 _VOCABULARY = ("vocab.json", "merges.txt")
 _SHOWN = 6
 _told: set[str] = set()
@@ -65,6 +71,20 @@ def tokenizer_path(source: str) -> Path | None:
     raise UserError(f"data.tokenizer={source}: the folder holds no tokenizer (tokenizer.json)")
 
 
+@cache
+def hub_tokenizer(hub_id: str) -> Path:
+    """The folder with a hub repository's tokenizer files. Raises UserError without any."""
+    try:
+        folder = download_model(hub_id, [*_HUB_FILES])
+    except NotOnHub as error:
+        raise UserError(
+            f"data.tokenizer={hub_id}: neither a folder nor a known kind, and {error.reason}"
+        ) from None
+    if not tokenizer_files(folder):
+        raise UserError(f"data.tokenizer={hub_id}: the hub has no tokenizer under that name")
+    return folder
+
+
 def tokenizer_files(path: Path) -> list[Path]:
     """The files of a folder that a tokenizer is made of; none: it holds no tokenizer."""
     if path.is_file():
@@ -92,9 +112,7 @@ def open_tokenizer(source: str) -> Opened:
 
     Raises UserError when there is none or it cannot be opened.
     """
-    path = tokenizer_path(source)
-    if path is None:
-        return _from_transformers(source)
+    path = tokenizer_path(source) or hub_tokenizer(source)
     if path.is_file():
         return _from_json(path), {}
     if _is_bare_vocabulary(path):
@@ -218,9 +236,7 @@ def _from_transformers(source: str) -> Opened:
         loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's class raises of its files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"data.tokenizer={source}: neither a folder nor a hub id that could be loaded: {reason}"
-        ) from None
+        raise UserError(f"data.tokenizer={source}: transformers cannot open it: {reason}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"data.tokenizer={source}: it has no tokenizer.json form")

@@ -226,7 +226,7 @@ class Engine:
         try:
             logits = self._network.step([], [piece], alone=True)
             if sequence is not None and not sequence.is_reading:
-                draw(logits[-1:], [sequence.row()], self._network.top)
+                draw(logits[-1:], [sequence.row(self.n_positions)], self._network.top)
         except Exception as error:
             return error
         return None

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptray.config import ModelConfig, UserError
+from gptray.hub import download_model
 from gptray.stored import Unreadable, is_whole, read_object
 
 # A network that GPT-2's classes would load and compute differently says so by its model_type.
@@ -65,17 +66,11 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
 
 
 def _download(hub_id: str, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
     wanted = ["config.json"]
     if weights:
         wanted += ["*.safetensors", "*.safetensors.index.json"]
         wanted += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-    try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
-    except (OSError, ValueError) as error:  # no network, no such repository, not an id
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{hub_id}: no such folder, and not on the hub: {reason}") from None
+    folder = download_model(hub_id, wanted)
     if not (folder / "config.json").is_file():
         raise UserError(f"{hub_id}: this hub repository has no config.json")
     return folder

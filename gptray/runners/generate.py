@@ -80,7 +80,7 @@ def generation_plan(config: Config) -> list[tuple[str, str]]:
         ("output", str(job.folder)),
         ("rows", f"{found.rows * samples:,}"),
         ("columns", ", ".join(columns)),
-        ("files", "part-*.parquet manifest.json _SUCCESS"),
+        ("files", "part-*.parquet _manifest.json _SUCCESS"),
     ]
 
 

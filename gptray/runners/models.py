@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+from functools import cache
 from pathlib import Path
 
+from gptray.commands import typed
 from gptray.config import Config, UserError
-from gptray.data.tokenizer_files import tokenizer_files
+from gptray.data.tokenizer_files import KINDS, tokenizer_files
 from gptray.files import sha256_of
+from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape, weight_files
+from gptray.suggest import did_you_mean, nearest
+from gptray.tuning.record import TRIALS
+
+log = logging.getLogger("gptray")
+CONFIG = "config.yaml"
 
 
 def open_model(source: str | Path, *, key: str) -> Path:
     """The folder with the model and its tokenizer that the config's `key` names.
 
-    Raises UserError, which begins with the key, for what is no model that text can be given to.
+    Raises UserError, which begins with the key, for what is no model that text can be given to;
+    NotOnHub for what is no folder and no hub id either.
     """
     try:
         folder = model_folder(source)
         check_weights(folder, read_shape(folder))
+    except NotOnHub:
+        raise
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     if not tokenizer_files(folder):
@@ -33,16 +46,96 @@ def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, s
     None: the run `name` in `storage_path`, or without a name the newest run there.
     Raises UserError.
     """
-    if source is None:
-        storage = Path(config.storage_path).expanduser()
-        newest = storage / config.name if config.name else newest_run(storage)
+    place = locate(config, source, key=key) if source else str(own_run(config, key=key))
+    try:
+        return open_model(place, key=key), place
+    except NotOnHub as error:
+        raise unknown(config, place, error.reason, key=key) from None
+
+
+def locate(config: Config, source: str, *, key: str) -> str:
+    """Where the model is that the config's `key` means by `source`: the folder of a run, or itself.
+
+    A bare word is the folder of that name here, if it holds a model; else the run or sweep of that
+    name in `storage_path`; else, where there is neither, a hub id. Raises UserError for a run
+    that has no model yet.
+    """
+    if _is_path(source):
+        return source
+    here, run = Path(source), storage_of(config) / source
+    if not (run / CONFIG).is_file() and not has_model(run):
+        return source
+    if has_model(here) and here.resolve() != run.resolve():
+        _tell(f"{key}={source} is the folder {here.absolute()}; {key}={run} is the run")
+        return source
+    if not has_model(run):
+        raise UserError(f"{key}={source}: the run {run} has no model yet; {_how_to_train(run)}")
+    if here.exists():
+        _tell(f"{key}={source} is the run {run}; the folder {here.absolute()} holds no model")
+    return str(run)
+
+
+def own_run(config: Config, *, key: str) -> Path:
+    """The run `name` in `storage_path`; without a name the newest there. Raises UserError."""
+    storage = storage_of(config)
+    if config.name is None:
+        newest = newest_run(storage)
         if newest is None:
             raise UserError(
-                f"{key} is not set and {storage} holds no run with a model; name a run folder, a "
-                "model folder or a hub id"
+                f"{key} is not set and {storage} holds no run with a model; name a run, a model "
+                "folder or a hub id"
             )
-        source = str(newest)
-    return open_model(source, key=key), source
+        return newest
+    run = storage / config.name
+    if has_model(run):
+        return run
+    if (run / CONFIG).is_file():
+        raise UserError(f"name={config.name}: {run} has no model yet; {_how_to_train(run)}")
+    near = _near(storage, config.name)
+    raise UserError(f"name={config.name}: {storage} holds no run of that name{near}")
+
+
+def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
+    """What to raise for a name that is no run's, no folder's and, for a reason, not on the hub."""
+    if _is_path(source):
+        return UserError(f"{key}={source}: no such folder, and {reason}")
+    storage = storage_of(config)
+    return UserError(
+        f"{key}={source}: neither a run in {storage} nor a folder here, and "
+        f"{reason}{_near(storage, source)}"
+    )
+
+
+def storage_of(config: Config) -> Path:
+    """The folder of all runs."""
+    return Path(config.storage_path).expanduser().absolute()
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a folder is a model's, or a run's that has one."""
+    return any((place / "config.json").is_file() for place in (folder, folder / "model"))
+
+
+def _is_path(source: str) -> bool:
+    return os.sep in source or source.startswith(("~", "."))
+
+
+def _near(storage: Path, name: str) -> str:
+    """Which run's name was meant, if one is spelled nearly like that."""
+    runs = {run.parent.name.lower(): run.parent.name for run in storage.glob(f"*/{CONFIG}")}
+    close = nearest(name.lower(), runs)
+    return did_you_mean([runs[close]] if close else [])
+
+
+def _how_to_train(run: Path) -> str:
+    job = "tune" if (run / TRIALS).is_file() else "train"
+    return f"{typed(job, '--config', str(run / CONFIG))} resumes it"
+
+
+@cache
+def _tell(message: str) -> None:
+    """Once: a job looks at its model several times."""
+    log.info("%s", message)
 
 
 def newest_run(storage: Path) -> Path | None:
@@ -50,6 +143,18 @@ def newest_run(storage: Path) -> Path | None:
     models = storage.glob("*/model/config.json")
     newest = max(models, key=lambda path: path.stat().st_mtime, default=None)
     return newest and newest.parents[1]
+
+
+def with_tokenizer(config: Config) -> Config:
+    """The config with the folder of the run whose name `data.tokenizer` is, if it is one's."""
+    named = config.data.tokenizer
+    if named is None or named in KINDS or _is_path(named) or Path(named).exists():
+        return config
+    run = storage_of(config) / named
+    if not has_model(run):
+        return config
+    data = config.data.model_copy(update={"tokenizer": str(run)})
+    return config.model_copy(update={"data": data})
 
 
 def weights_sha256(model_dir: Path) -> str:

@@ -33,6 +33,7 @@ from gptray.runners.output_plan import (
     new_plan,
     overlap,
     refuse_differences,
+    rename_manifest,
     write_json,
 )
 from gptray.runners.runs import held
@@ -157,6 +158,7 @@ class Output:
                 f"generate.output_path: {job.folder} cannot be written: {error}"
             ) from None
         with held(scratch, busy=busy(job.folder)):
+            rename_manifest(job.folder)
             if found and (there := existing_plan(job.folder)):
                 # Another job has begun since this one looked.
                 refuse_differences(job.folder, there["identity"], identity)
@@ -181,7 +183,8 @@ class Output:
         return min(self.rows_per_file, self.rows - part * self.rows_per_file)
 
     def staged(self, part: int) -> Path:
-        return self.folder / SCRATCH / part_name(part)
+        """Where the input of a part stands; not as .parquet, which some readers find anywhere."""
+        return self.folder / SCRATCH / Path(part_name(part)).with_suffix(".staged")
 
     def missing_parts(self) -> list[int]:
         """Parts without their output file. A file is there only when it is whole."""
@@ -245,7 +248,7 @@ class Output:
             write_json(self.folder / MANIFEST, {**self._plan, **summary, "files": files})
             with storing(success):
                 success.touch()
-        for path in (self.folder / SCRATCH).glob("part-*.parquet"):
+        for path in (self.folder / SCRATCH).glob("part-*"):
             path.unlink()
         return summary
 

@@ -1,7 +1,8 @@
 """What job an output folder belongs to: a plan in JSON, and what may go on in the folder.
 
-Visible are only whole Parquet files, and at the end manifest.json, which repeats
-the plan, and _SUCCESS. Scratch is in a hidden folder: the input in parts, and plan.json.
+Visible are only whole Parquet files; at the end _manifest.json, which repeats the plan, and
+_SUCCESS join them, by names that readers of a Parquet folder pass over. Scratch is in a hidden
+folder: the input in parts, and plan.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from gptray.data.tokenizer_files import tokenizer_files
 from gptray.files import refuse_links, replacing, sha256_of, storing
 from gptray.stored import read_object
 
-PLAN, MANIFEST, SUCCESS = "plan.json", "manifest.json", "_SUCCESS"
+PLAN, MANIFEST, SUCCESS = "plan.json", "_manifest.json", "_SUCCESS"
+# What _manifest.json was called at first, when pandas took it for Parquet.
+MANIFEST_BEFORE = "manifest.json"
 LOCK = ".driver.lock"
 MODEL_FILES = "*.safetensors"
 
@@ -70,8 +73,9 @@ def new_plan(identity: dict[str, Any], model: str, input_rows: int) -> dict[str,
 
 def existing_plan(folder: Path) -> dict[str, Any] | None:
     """The plan of the job that began in a folder. Raises UserError for a folder of others."""
-    refuse_links(folder, (SCRATCH, f"{SCRATCH}/{LOCK}", MANIFEST, SUCCESS), what="the job")
-    there = [path for path in (folder / SCRATCH / PLAN, folder / MANIFEST) if path.is_file()]
+    names = (f"{SCRATCH}/{PLAN}", MANIFEST, MANIFEST_BEFORE)
+    refuse_links(folder, (SCRATCH, f"{SCRATCH}/{LOCK}", SUCCESS, *names), what="the job")
+    there = [folder / name for name in names if (folder / name).is_file()]
     for path in there:
         if (plan := _read_plan(path)) is not None:
             return plan
@@ -85,6 +89,14 @@ def existing_plan(folder: Path) -> dict[str, Any] | None:
             f"generate.output_path: {folder} exists and was not written by this job; choose another"
         )
     return None
+
+
+def rename_manifest(folder: Path) -> None:
+    """Give the manifest of an output that an earlier version finished its name of today."""
+    before = folder / MANIFEST_BEFORE
+    if before.is_file() and not (folder / MANIFEST).exists():
+        with storing(before):
+            before.rename(folder / MANIFEST)
 
 
 def refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from gptray.data.request import make_request
 from gptray.data.shares import split_rows
 from gptray.data.sources import BUILTIN, SourceFile
 from gptray.data.tokens import TokenData
+from gptray.runners.models import with_tokenizer
 from gptray.runners.prepare import check_sources, prepare, prepared
 
 
@@ -21,6 +22,7 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
     `mb_per_sec` counts the text's bytes over the whole job; null when nothing had to be built.
     """
     began = time.monotonic()
+    config = with_tokenizer(config)
     check_sources(config)
     is_ready = prepared(config) is not None
     data = prepare(config)
@@ -45,6 +47,7 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
 
 def preparation_plan(config: Config) -> list[tuple[str, str]]:
     """What the prepare job would do, without Ray; raises UserError as the job would."""
+    config = with_tokenizer(config)
     check_sources(config)
     request, data = make_request(config), prepared(config)
     names = dict(enumerate(request.split_names))

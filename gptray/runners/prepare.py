@@ -27,7 +27,7 @@ from gptray.data.shards import Shard, shard_dtype
 from gptray.data.shares import split_rows
 from gptray.data.sources import BUILTIN, Source, SourceFile
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
-from gptray.data.tokenizer_files import KINDS, opens_at_once, tokenizer_path
+from gptray.data.tokenizer_files import KINDS, hub_tokenizer, opens_at_once, tokenizer_path
 from gptray.data.tokens import FORMAT_VERSION, MANIFEST, DamagedData, TokenData
 from gptray.data.work import UnitScan, sample, tokenise
 from gptray.files import storing
@@ -58,6 +58,7 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
         for warning in request.warnings:
             _warn(warning)
         problems += _first_looks(request)
+        _check_hub(request)
     except UserError as error:
         problems.append(str(error))
     try:
@@ -70,6 +71,13 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _check_hub(request: Request) -> None:
+    """Refuse a tokenizer of the hub's that cannot be downloaded. Raises UserError."""
+    name = request.tokenizer
+    if name not in KINDS and not request.data_dir.exists() and tokenizer_path(name) is None:
+        hub_tokenizer(name)
 
 
 def _first_looks(request: Request) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gptray.config import Config, UserError, override
 from gptray.runners.cluster import worker_resources
 from gptray.runners.endpoint import api_keys, name_of, replicas_compute
-from gptray.runners.models import open_model
+from gptray.runners.models import find_model
 from gptray.runners.output import with_backend
 from gptray.suggest import did_you_mean, nearest
 
@@ -127,8 +127,8 @@ class Replica:
         from gptray.serving.endpoint import Served
 
         _check_keys(model)
-        folder = open_model(model["model"], key="user_config: model")
-        name = model.get("served_model_name") or name_of(model["model"])
+        folder, place = find_model(self._config, model["model"], key="user_config: model")
+        name = model.get("served_model_name") or name_of(place)
         return Served.load(folder, name, self._config)
 
     def own_metrics(self) -> tuple[str, bytes]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import fcntl
 import itertools
 import logging
-import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptray.commands import typed
 from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config
 from gptray.fields import shown
 from gptray.files import refuse_links, replacing, storing
 from gptray.record import EVENTS, METRICS, read_rows
-from gptray.runners.runs import CONFIG, FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir
+from gptray.runners.models import CONFIG
+from gptray.runners.runs import FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir
 from gptray.training.checkpoint import (
     WRITER_LOCK,
     TrainerState,
@@ -223,4 +224,4 @@ def command(job: str, config: Config, folder: Path, *words: str) -> str:
     words = ("--config", str(folder / CONFIG), *words)
     if config.train.resume == "never":
         words = (*words, "train.resume=auto")
-    return shlex.join(["python", f"jobs/{job}.py", *words])
+    return typed(job, *words)

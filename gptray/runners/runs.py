@@ -16,10 +16,12 @@ from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
 from gptray.files import open_lock, storing
+from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.names import label_of
 from gptray.record import METRICS, read_rows
+from gptray.runners.models import locate, unknown, with_tokenizer
 from gptray.stored import Unreadable, read_object
 
 # Keys that do not change what is trained: a run may resume under other values of these.
@@ -40,7 +42,7 @@ SWEEP_FREE_KEYS = (
     "tune.max_concurrent_trials",
     "tune.retry_failed",
 )
-CONFIG, LOCK = "config.yaml", ".driver.lock"
+LOCK = ".driver.lock"
 
 
 def resolve(config: Config, *, sweep: bool = False) -> Config:
@@ -56,6 +58,7 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
             f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
             "node sees, such as an NFS mount"
         )
+    config = with_tokenizer(config)
     values: dict[str, Any] = {
         "storage_path": os.path.abspath(os.path.expanduser(config.storage_path))
     }
@@ -152,7 +155,11 @@ def outcome(config: Config) -> dict[str, Any]:
 
 
 def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
-    shape = read_shape(init_from)
+    init_from = locate(config, init_from, key="model.init_from")
+    try:
+        shape = read_shape(init_from)
+    except NotOnHub as error:
+        raise unknown(config, init_from, error.reason, key="model.init_from") from None
     if Path(init_from).expanduser().exists():
         check_weights(model_folder(init_from), shape)
     if config.model.resize_vocab:

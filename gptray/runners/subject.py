@@ -23,7 +23,14 @@ from gptray.evaluation.result import EVALUATION
 from gptray.model.shape import read_shape
 from gptray.names import label_of
 from gptray.runners.cluster import check_resources
-from gptray.runners.models import newest_run, open_model, weights_sha256
+from gptray.runners.models import (
+    find_model,
+    has_model,
+    newest_run,
+    storage_of,
+    weights_sha256,
+    with_tokenizer,
+)
 from gptray.runners.prepare import check_sources, prepare, prepared
 from gptray.runners.runs import resolve, run_dir
 from gptray.runners.storage import check_storage
@@ -103,12 +110,13 @@ def look(config: Config) -> Subject:
     """Find the model and the text. Raises UserError naming the key or the file."""
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
+    config = with_tokenizer(config)
     if "://" in config.storage_path:
         raise UserError(
             f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
             "node sees"
         )
-    model_dir = _trained(open_model(_source(config), key="evaluate.model").resolve())
+    model_dir = _trained(find_model(config, _source(config), key="evaluate.model")[0].resolve())
     run = _run_of(model_dir)
     trained = load_config(str(run / "config.yaml"), []) if run else None
     block_size, stride = _window(config, trained, model_dir)
@@ -132,20 +140,19 @@ def look(config: Config) -> Subject:
     return subject
 
 
-def _source(config: Config) -> str | Path:
-    """What `evaluate.model` says; by default the run of this name or of this config."""
-    if config.evaluate.model is not None:
+def _source(config: Config) -> str | None:
+    """What `evaluate.model` says; by default the run of this name (None) or of this config."""
+    if config.evaluate.model is not None or config.name is not None:
         return config.evaluate.model
-    storage = Path(config.storage_path).expanduser()
-    run = storage / config.name if config.name else run_dir(resolve(config))
-    if not (run / "model" / "config.json").is_file():
-        newest = newest_run(storage)
-        other = f", such as {newest}" if newest else ""
+    run = run_dir(resolve(config))
+    if not has_model(run):
+        newest = newest_run(storage_of(config))
+        other = f", such as name={newest.name}" if newest else ""
         raise UserError(
             f"evaluate.model is not set and {run} holds no trained model: train it first, or "
             f"name a run, a model folder or a hub id{other}"
         )
-    return run
+    return str(run)
 
 
 def _trained(model_dir: Path) -> Path:

@@ -11,9 +11,10 @@ from gptray.config import Config, UserError, load_config
 from gptray.data.tokens import TokenData
 from gptray.fields import shown
 from gptray.runners.cluster import check_training
+from gptray.runners.models import CONFIG
 from gptray.runners.prepare import check_sources, prepared
 from gptray.runners.resuming import check_free, check_resumable
-from gptray.runners.runs import CONFIG, resolve, run_dir
+from gptray.runners.runs import resolve, run_dir
 from gptray.runners.training_checks import check_data, check_known_prompts
 from gptray.runners.vocabulary import check_vocabulary
 from gptray.space import Entry

@@ -9,8 +9,8 @@ from pathlib import Path
 from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.data.tokens import TokenData
 from gptray.files import storing
+from gptray.runners.models import CONFIG
 from gptray.runners.resuming import save_config
-from gptray.runners.runs import CONFIG
 from gptray.runners.sweep_plan import SweepPlan
 from gptray.runners.training_checks import check_data
 from gptray.training.checkpoint import TrainerState, newest_whole

@@ -80,9 +80,18 @@ def test_every_row_once_with_its_own_settings_and_columns(
     assert result["output_tokens"] == sum(row["output_tokens"] for row in rows)
     assert sum(result["finish_reasons"].values()) == ROWS
     assert (output / "_SUCCESS").is_file()
-    assert json.loads((output / "manifest.json").read_text())["rows"] == ROWS
+    assert json.loads((output / "_manifest.json").read_text())["rows"] == ROWS
     metadata = parquet.read_schema(output / "part-00000.parquet").metadata
     assert json.loads(metadata[b"gptray.settings"])["sample.max_new_tokens"] == 12
+
+
+def test_pandas_pyarrow_and_ray_open_the_folder(finished: tuple[Path, dict[str, Any]]) -> None:
+    import ray
+
+    pandas = pytest.importorskip("pandas")
+    output = finished[0]
+    assert len(pandas.read_parquet(output)) == parquet.read_table(output).num_rows == ROWS
+    assert ray.data.read_parquet(str(output)).count() == ROWS
 
 
 def test_outputs_are_those_of_the_uncached_model(
@@ -224,7 +233,7 @@ def test_samples_are_counted_in_files_and_results(
     files = sorted(out.glob("*.parquet"))
     assert len(files) == -(-ROWS // 8) and parquet.read_metadata(files[0]).num_rows == 3 * 8
     assert {row["sample"] for row in rows_of(out)} == {0, 1, 2}
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = json.loads((out / "_manifest.json").read_text())
     assert (manifest["rows"], manifest["num_samples"]) == (3 * ROWS, 3)
 
 

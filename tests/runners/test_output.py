@@ -40,7 +40,7 @@ def test_no_rows_are_a_whole_output_with_a_schema(
     assert schema.names[:3] == ["id", "prompt", "output"]
     if name == "p.parquet":
         assert schema.field("when").type == pa.timestamp("ns")
-    assert json.loads((out / "manifest.json").read_text())["rows"] == 0
+    assert json.loads((out / "_manifest.json").read_text())["rows"] == 0
     assert (out / "_SUCCESS").is_file()
 
 
@@ -122,12 +122,12 @@ def test_a_damaged_plan_is_one_sentence(
 ) -> None:
     path, out = finished
     if damage is None:  # rows that the input has not
-        plan = json.loads((out / "manifest.json").read_text())
+        plan = json.loads((out / "_manifest.json").read_text())
         damage = json.dumps({**plan, "rows": 10**12}).encode()
     (out / ".gptray" / "plan.json").write_bytes(damage)
     config = config_of(model_dir, path, out)
     assert generate(config)["rows"] == 0, "the manifest says the same"
-    (out / "manifest.json").write_bytes(damage)
+    (out / "_manifest.json").write_bytes(damage)
     for check in (generate, generation_plan):
         with pytest.raises(UserError, match=r"plan.json is damaged or was not written") as told:
             check(config)
@@ -149,3 +149,32 @@ def test_a_damaged_part_is_named(finished: tuple[Path, Path], model_dir: Path) -
     (out / "part-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(RunFailed, match=r"part-00000.parquet is damaged: .*delete it"):
         generate(config_of(model_dir, path, out))
+
+
+def test_what_reads_a_parquet_folder_reads_the_output_and_no_file_beside_it(
+    finished: tuple[Path, Path], model_dir: Path
+) -> None:
+    _, out = finished
+    pandas = pytest.importorskip("pandas")
+    names = parquet.read_schema(out / "part-00000.parquet").names
+    for writing in (False, True):
+        if writing:  # as an unfinished job leaves the folder
+            (out / "_SUCCESS").unlink()
+            (out / "_manifest.json").unlink()
+            parquet.write_table(pa.table({"x": [1]}), out / ".gptray" / "part-00001.staged")
+            (out / ".part-00001.parquet.ab12.partial").write_bytes(b"PAR1")
+        assert parquet.read_table(out).column_names == names
+        assert list(pandas.read_parquet(out).columns) == names
+
+
+def test_an_output_finished_by_an_earlier_version_gets_todays_names(
+    finished: tuple[Path, Path], model_dir: Path
+) -> None:
+    path, out = finished
+    (out / "_manifest.json").rename(out / "manifest.json")
+    (out / ".gptray" / "plan.json").unlink()
+    config = config_of(model_dir, path, out)
+    assert dict(generation_plan(config))["rows"] == "0" and (out / "manifest.json").exists()
+    assert generate(config)["rows"] == 0
+    assert not (out / "manifest.json").exists() and parquet.read_table(out).num_rows == 0
+    assert json.loads((out / "_manifest.json").read_text())["rows"] == 0

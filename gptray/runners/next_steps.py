@@ -1,0 +1,71 @@
+"""What comes next: the commands that a job names at its end, each of which works when typed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptray.commands import typed
+from gptray.config import Config, flatten
+from gptray.fields import shown
+from gptray.record import EVENTS, read_rows
+from gptray.runners.models import has_model, storage_of
+
+log = logging.getLogger("gptray")
+
+_DEFAULTS = Config()
+# Characters of a prompt in a command.
+_LONGEST = 40
+
+
+def tell(settings: str, commands: Sequence[str]) -> None:
+    """Say a run's settings in one line, and what to type next."""
+    log.info("settings: %s", settings)
+    log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
+
+
+def of_model(folder: Path, *, prompt: str | None = None) -> list[str]:
+    """What to do with the model of a run or sweep: read what it writes, serve it."""
+    written = prompt or prompt_of(folder)
+    return [
+        typed("generate", named("generate.model", folder), f"sample.prompt={written}"),
+        typed("serve", named("serve.model", folder)),
+    ]
+
+
+def evaluation_of(folder: Path) -> str:
+    """What evaluates a run or a sweep's winner."""
+    return typed("evaluate", named("evaluate.model", folder))
+
+
+def named(key: str, folder: Path) -> str:
+    """`key=` and the run: by its name where that alone finds it, else by its folder."""
+    is_plain = folder.parent == storage_of(_DEFAULTS) and not has_model(Path(folder.name))
+    return f"{key}={folder.name if is_plain else folder}"
+
+
+def settings_of(values: Mapping[str, Any]) -> str:
+    """Keys and their values in one line."""
+    words = (f"{key}={shown(value).strip(chr(39))}" for key, value in values.items())
+    return " ".join(words) or "all as the defaults are"
+
+
+def differing(config: Config) -> dict[str, Any]:
+    """The keys that differ from the defaults, but for where the run is."""
+    defaults = flatten(_DEFAULTS)
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if value != defaults[key] and key not in ("name", "storage_path", "tune.space")
+    }
+
+
+def prompt_of(folder: Path) -> str:
+    """A prompt that the run itself has continued, if it can stand in a command."""
+    for event in reversed(read_rows(folder / EVENTS)):
+        for prompt, _ in event.get("samples") or ():
+            if prompt.isprintable() and len(prompt) <= _LONGEST and prompt[:1] not in "'\"[~":
+                return str(prompt)
+    return "Once upon a time"

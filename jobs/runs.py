@@ -1,0 +1,32 @@
+"""List the runs and sweeps in storage_path, newest first: state, verdict, losses, what to do next.
+
+python jobs/runs.py
+python jobs/runs.py storage_path=/mnt/runs
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from gptray.cli import run_job
+from gptray.config import Config
+
+
+def job(config: Config) -> dict[str, Any]:
+    from gptray.runners.listing import listed
+    from gptray.runners.runs_table import table_of
+
+    runs = listed(config)
+    print(table_of(runs), end="")
+    return {"runs": [run.to_json() for run in runs]}
+
+
+def plan(config: Config) -> list[tuple[str, str]]:
+    from gptray.runners.listing import listed
+
+    return [("runs", f"{len(listed(config))} in {config.storage_path}, none is changed")]
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(job, name="runs", doc=__doc__ or "", plan=plan))

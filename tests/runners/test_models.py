@@ -1,0 +1,132 @@
+"""Models by the names that people give them: a run's, a folder's, one that is spelled wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptray.config import Config, UserError, dump, load_config
+from gptray.runners.endpoint import user_config
+from gptray.runners.models import find_model
+from gptray.runners.preparation import preparation_plan
+from gptray.runners.runs import resolve
+from gptray.runners.subject import look
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def without_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def storage(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A storage path with the run ko-q; the working directory is another folder."""
+    storage = tmp_path / "runs"
+    shutil.copytree(model_dir, storage / "ko-q" / "model")
+    (storage / "ko-q" / "config.yaml").write_text(dump(load_config(None, ["train.block_size=64"])))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return storage
+
+
+def config_of(storage: Path, *overrides: str) -> Config:
+    return load_config(None, [f"storage_path={storage}", *overrides])
+
+
+def found(storage: Path, source: str) -> Path:
+    return find_model(config_of(storage), source, key="generate.model")[0]
+
+
+def test_a_runs_name_is_taken_wherever_a_model_is_named(storage: Path) -> None:
+    run = storage / "ko-q"
+    assert found(storage, "ko-q") == run / "model"
+    served = user_config(config_of(storage, "serve.model=ko-q"))
+    assert served == {"model": str(run), "served_model_name": "ko-q"}
+    shape = resolve(config_of(storage, "model.init_from=ko-q", "train.block_size=8")).model
+    assert shape.init_from == str(run / "model") and shape.n_positions == 64
+    plan = dict(preparation_plan(config_of(storage, "data.tokenizer=ko-q")))
+    assert plan["tokenizer"] == str(run)
+
+
+def test_a_runs_name_is_evaluated(storage: Path, text_file: Path) -> None:
+    overrides = [f"evaluate.source={text_file}", "evaluate.model=ko-q"]
+    assert look(config_of(storage, *overrides)).model_dir == storage / "ko-q" / "model"
+
+
+def test_a_folder_without_a_model_does_not_hide_a_run(
+    storage: Path, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gptray")
+    Path("ko-q").mkdir()
+    assert found(storage, "ko-q") == storage / "ko-q" / "model"
+    assert f"generate.model=ko-q is the run {storage}/ko-q; the folder" in caplog.text
+    shutil.copytree(model_dir, "ko-q", dirs_exist_ok=True)
+    assert found(storage, "ko-q") == Path("ko-q")
+    assert f"; generate.model={storage}/ko-q is the run" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["generate.model", "serve.model"])
+def test_a_name_that_is_nobodys_gets_the_nearest_runs(storage: Path, key: str) -> None:
+    with pytest.raises(UserError) as told:
+        find_model(config_of(storage), "KO-p", key=key)
+    assert str(told.value).startswith(f"{key}=KO-p: neither a run in {storage} nor a folder here")
+    assert str(told.value).endswith("; did you mean ko-q?")
+    with pytest.raises(UserError, match="did you mean ko-q"):
+        resolve(config_of(storage, "model.init_from=ko-p"))
+    with pytest.raises(UserError, match=r"^name=ko-p: .*; did you mean ko-q\?$"):
+        find_model(config_of(storage, "name=ko-p"), None, key=key)
+
+
+def test_a_run_without_a_model_says_what_trains_it(storage: Path) -> None:
+    (storage / "ko-q" / "model").rename(storage / "elsewhere")
+    with pytest.raises(UserError, match=r"has no model yet; python jobs/train.py --config .*/ko-q"):
+        found(storage, "ko-q")
+
+
+@pytest.mark.parametrize("key", ["generate.model", "model.init_from", "data.tokenizer"])
+def test_a_hub_that_never_answers_is_one_sentence(tmp_path: Path, key: str) -> None:
+    job = "generate" if key == "generate.model" else "train"
+    words = [f"{key}=nobodys-model", "sample.prompt=a", f"storage_path={tmp_path}"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *words],
+            env={**os.environ, **hub, "HOME": str(tmp_path), "HF_HOME": str(tmp_path)},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert f"{key}=nobodys-model" in line and "does not answer" in line
+    assert not list(tmp_path.glob("builtin*"))
+
+
+def test_without_a_hub_its_cache_is_used(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--some--gpt"
+    shutil.copytree(model_dir, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    code = (
+        "import json; from pathlib import Path; from gptray.model.shape import model_folder;"
+        "from gptray.data.tokenizer import Tokenizer;"
+        "print(json.dumps([str(model_folder('some/gpt')), Tokenizer.load('some/gpt').vocab_size]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)},
+        capture_output=True, text=True, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder, size = json.loads(done.stdout)
+    assert folder == str(repository / "snapshots" / "abc") and size > 0
