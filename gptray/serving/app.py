@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gptray.config import ServeConfig, UserError
 from gptray.serving.body import read_json
 from gptray.serving.completions import Choice, Completion, check_name
+from gptray.serving.elsewhere import no_path
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.errors import ApiError, ClientGone
 from gptray.serving.gate import Gate
@@ -34,7 +35,6 @@ from gptray.serving.protocol import (
 )
 from gptray.serving.telemetry import Stopwatch, Telemetry
 from gptray.serving.worker import EngineStopped, Overloaded
-from gptray.suggest import did_you_mean, nearest
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
@@ -77,9 +77,7 @@ def make_app(
     paths = [route.path for route in api.routes if isinstance(route, APIRoute)]
 
     async def no_route(request: Request, _: Exception) -> Response:
-        near = nearest(request.url.path, paths)
-        meant = did_you_mean([near] if near else [])
-        return ApiError(404, f"there is no {request.url.path[:100]} here{meant}").response()
+        return ApiError(404, no_path(request.url.path, paths)).response()
 
     async def no_method(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # starlette's, which knows the methods
