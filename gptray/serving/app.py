@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from gptray.config import ServeConfig, UserError
 from gptray.serving.body import read_json
 from gptray.serving.completions import Completion, check_name
+from gptray.serving.elsewhere import no_path
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.errors import ApiError, ClientGone
 from gptray.serving.events import EventStream
@@ -37,7 +38,6 @@ from gptray.serving.streams import EngineStopped
 from gptray.serving.telemetry import Stopwatch, Telemetry
 from gptray.serving.told import told
 from gptray.serving.worker import Overloaded
-from gptray.suggest import did_you_mean, nearest
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
@@ -80,9 +80,7 @@ def make_app(
     paths = [route.path for route in api.routes if isinstance(route, APIRoute)]
 
     async def no_route(request: Request, _: Exception) -> Response:
-        near = nearest(request.url.path, paths)
-        meant = did_you_mean([near] if near else [])
-        return ApiError(404, f"there is no {request.url.path[:100]} here{meant}").response()
+        return ApiError(404, no_path(request.url.path, paths)).response()
 
     async def no_method(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # starlette's, which knows the methods

@@ -137,6 +137,26 @@ def test_other_ways_of_asking_wrongly(server: Server) -> None:
     assert server.get("/v1/models/../../etc/passwd").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/v1/chat/completions", "there is no chat here: call POST /v1/completions, with `prompt`"),
+        ("/chat/completions", "there is no chat here: call POST /v1/completions, with `prompt`"),
+        ("/v1/responses", "call POST /v1/completions, with `prompt` in place of `input`"),
+        ("/v1/embeddings", "only text: POST /v1/completions"),
+        ("/completions", "did you mean /v1/completions?"),
+        ("/v1/images/generations", "to complete text, call POST /v1/completions"),
+    ],
+)
+def test_what_has_no_counterpart_says_what_to_call_instead(
+    server: Server, path: str, told: str
+) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+    answer = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+    assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
+    assert told in answer.json()["error"]["message"]
+
+
 def test_fuzzed_requests_get_an_answer_in_form_and_harm_nobody(server: Server) -> None:
     good = server.post(**GOOD).json()["choices"]
     with httpx.Client(base_url=server.url, timeout=60) as client:
