@@ -34,7 +34,7 @@ def random_gpt(tokenizer: Tokenizer, *, seed: int = 0, **shape: object) -> GPT:
     defaults: dict[str, object] = {
         "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "initializer_range": 0.4,
     }  # fmt: skip
-    model = GPT(ModelConfig(**(defaults | shape)), vocab_size=tokenizer.vocab_size)  # type: ignore[arg-type]
+    model = GPT(ModelConfig(**(defaults | shape)), vocab_size=tokenizer.vocab_size)
     model.initialise(seed)
     return model.eval()
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import httpx
 
-from gptray.generation.engine import Engine, Request
+from gptray.generation.engine import Engine
+from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
 from gptray.model.hf import save_pretrained
 from tests.generation.models import random_gpt, small_tokenizer
