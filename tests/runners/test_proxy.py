@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -163,8 +164,11 @@ def test_serve_is_given_the_front_and_uvicorn_the_timed_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, before[1]), before[1]))
     (only,) = middlewares()
     assert only.cls is Front
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     config = uvicorn.Config(tells_path)
     config.load()
     assert config.http_protocol_class is TimedConnection
