@@ -20,6 +20,7 @@ import resource
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Event
@@ -33,7 +34,7 @@ from serve import running_server
 KINDS = ("headers", "body", "unread", "idle")
 GOOD_CLIENTS, NEW_TOKENS = 4, 16
 # How many begin in a second, and how long each waits between two bytes.
-OPENED_PER_S, DRIP_S = 200, 5.0
+OPENED_PER_S, DRIP_S = 100, 5.0
 SPARE_FILES = 100
 
 
@@ -47,7 +48,8 @@ def request(path: str, body: dict[str, Any] | None = None) -> bytes:
 
 async def slow_client(kind: str, port: int) -> None:
     """One connection after the other, each as slow as the server lets it be."""
-    completion = request("/v1/completions", {"prompt": [1] * 250, "max_tokens": 4, "stream": True})
+    body = {"prompt": [1] * 250, "max_tokens": 1, "stream": True}
+    completion = request("/v1/completions", body)
     first = {
         "headers": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
         "body": completion[:-400],
@@ -101,12 +103,24 @@ def slow(kind: str, port: int, connections: int) -> Iterator[None]:
         while not opened.wait(1.0):
             if not process.is_alive():
                 raise RuntimeError(f"the slow clients ({kind}) could not connect")
+        wait_for_idle_engine(port)
         yield
         if not process.is_alive():
             raise RuntimeError(f"the slow clients ({kind}) ended")
     finally:
         process.kill()
         process.join()
+
+
+def wait_for_idle_engine(port: int) -> None:
+    """Return when nobody is in the batch or in line: unread answers have been written then."""
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        names = ("gptray_sequences_running", "gptray_sequences_waiting")
+        if not sum(float(line.split()[-1]) for line in lines if line.startswith(names)):
+            return
+        time.sleep(0.5)
 
 
 def good_clients(port: int, seconds: float) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class Engine:
             for sequence, piece in last + reading
             if (fault := self._fault(sequence, piece))
         ]
-        # An engine that cannot read the shortest of prompts is not to be trusted with another.
+        # An engine that fails on the shortest of prompts too would fail on all that come.
         if not guilty or self._fault(None, Piece(guilty[0][1].slot, 0, [self.eos_id])):
             raise error
         for sequence, _, fault in guilty:

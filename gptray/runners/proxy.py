@@ -2,7 +2,8 @@
 
 The environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH does that, where the cluster is
 the job's own by itself. It puts Serve's own paths behind the application's key, turns Serve's plain
-answers into OpenAI's form, and limits how long and large a request's headers may be.
+answers into OpenAI's form, and limits how long and large a request's headers may be and how long a
+client may leave an answer unread.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def middlewares() -> list[Middleware]:
     # A connection takes a file; many systems begin with 1,024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    HTTP_PROTOCOLS["auto"] = f"{TimedHeaders.__module__}:{TimedHeaders.__name__}"
+    HTTP_PROTOCOLS["auto"] = f"{TimedConnection.__module__}:{TimedConnection.__name__}"
     return [Middleware(Front)]
 
 
@@ -112,13 +113,14 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": answer.body})
 
 
-class TimedHeaders(HttpToolsProtocol):
-    """A connection that ends if the headers of a request are not complete in time, or are too long.
+class TimedConnection(HttpToolsProtocol):
+    """A connection that ends if a request's headers are late or long, or its answer is not read.
 
-    Uvicorn by itself waits for them without end.
+    Uvicorn by itself waits for both without end.
     """
 
-    headers_s, headers_bytes = 20.0, 64 << 10
+    headers_s, headers_bytes, unread_s = 20.0, 64 << 10, 60.0
+    _stalled: asyncio.TimerHandle | None = None
     _deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
@@ -145,8 +147,17 @@ class TimedHeaders(HttpToolsProtocol):
         self._stop_waiting()
         super().on_headers_complete()
 
+    def pause_writing(self) -> None:
+        self._stalled = self.loop.call_later(self.unread_s, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stop_stalled()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_stalled()
         super().connection_lost(exc)
 
     def _expect_headers(self) -> None:
@@ -157,6 +168,11 @@ class TimedHeaders(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _stop_stalled(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _give_up(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:

@@ -41,9 +41,9 @@ class EngineThread:
 
     At most `max_waiting` requests wait for a slot. Of a stream of many requests only some are under
     way at a time, so that other streams find room; the next begins when one of its own ends. An
-    exception in a step ends the thread and all streams. Counts `steps`, `rows` (sequences that drew
-    a token, over all steps), `tokens` (those given out), `ended` (requests) and `seconds` (of all
-    steps).
+    exception that the engine raises ends the thread and all streams. Counts `steps`, `rows`
+    (sequences that drew a token, over all steps), `tokens` (those given out), `ended` (requests)
+    and `seconds` (of all steps).
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int) -> None:

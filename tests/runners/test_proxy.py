@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,13 +16,16 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
-from gptray.runners.proxy import Front, TimedHeaders, middlewares
+from gptray.runners.proxy import Front, TimedConnection, middlewares
 
 GONE = "the engine ended before the answer was complete; try again"
 
 
-class Impatient(TimedHeaders):
-    headers_s, headers_bytes = 0.2, 1000
+MUCH = b"x" * (1 << 17)
+
+
+class Impatient(TimedConnection):
+    headers_s, headers_bytes, unread_s = 0.2, 1000, 0.2
 
 
 @contextmanager
@@ -134,12 +138,37 @@ def test_headers_must_come_in_time_and_be_short(data: bytes, status: bytes) -> N
         assert httpx.post(f"http://127.0.0.1:{address[1]}/", **long_body).status_code == 200
 
 
-def test_serve_is_given_the_front_and_uvicorn_the_timed_headers(
+def test_an_answer_that_nobody_reads_ends_and_one_that_is_read_arrives_whole() -> None:
+    ended = threading.Event()
+
+    async def much(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send(start(200, "text/plain"))
+            for _ in range(300):
+                await send({"type": "http.response.body", "body": MUCH, "more_body": True})
+            await send({"type": "http.response.body"})
+        finally:
+            ended.set()
+
+    with listening(much) as address:
+        with socket.create_connection(address, timeout=20) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert ended.wait(20)
+            came = sum(map(len, iter(lambda: connection.recv(1 << 20), b"")))
+            assert came < 300 * len(MUCH)
+        answer = httpx.get(f"http://127.0.0.1:{address[1]}/", timeout=60)
+        assert len(answer.content) == 300 * len(MUCH)
+
+
+def test_serve_is_given_the_front_and_uvicorn_the_timed_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, before[1]), before[1]))
     (only,) = middlewares()
     assert only.cls is Front
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     config = uvicorn.Config(tells_path)
     config.load()
-    assert config.http_protocol_class is TimedHeaders
+    assert config.http_protocol_class is TimedConnection
