@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from gptray.config import Config
 from gptray.evaluation.diagnosis import Diagnosis, Point
@@ -17,11 +18,17 @@ TOKENS_PER_PARAMETER = 20
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing to try, and the numbers that speak for it; the higher `weight` the more they do."""
+    """One thing to try, and the numbers that speak for it; the higher `weight` the more they do.
+
+    keys: what to set for it, where that can be said. resumes: the run itself takes them; else a
+    new one does.
+    """
 
     change: str
     reason: str
     weight: float
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    resumes: bool = False
 
 
 def advise(diagnosis: Diagnosis, config: Config) -> tuple[Advice, ...]:
@@ -143,38 +150,63 @@ def _single(diagnosis: Diagnosis, best: Point, last: Point) -> str:
 
 def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     yield from _regularise(config)
-    yield from _size(diagnosis)
+    yield from _size(diagnosis, config)
     yield from _whole_text(config)
     if config.model.init_from and config.optim.lr > 1e-4:
         yield Advice(
             "a lower learning rate",
             f"optim.lr is {config.optim.lr:g}; tuning a trained model mostly takes 1e-5 to 1e-4",
             3.0,
+            _lr(config, 5e-5),
         )
     if config.train.patience is None:
         yield Advice(
             "early stopping",
             "train.patience is null; train.patience=5 stops after 5 evaluations without a new best",
             1.5,
+            {"train.patience": 5},
         )
 
 
 def _regularise(config: Config) -> Iterator[Advice]:
     dropout = config.model.dropout
     if dropout == 0:
-        yield Advice("dropout", "model.dropout is 0; 0.1 to 0.3 is usual for little text", 4.5)
+        reason = "model.dropout is 0; 0.1 to 0.3 is usual for little text"
+        yield Advice("dropout", reason, 4.5, {"model.dropout": 0.1})
     elif dropout < 0.4:
-        yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout)
+        more = {"model.dropout": round(dropout + 0.1, 2)}
+        yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout, more)
     if config.optim.weight_decay == 0:
-        yield Advice("weight decay", "optim.weight_decay is 0; 0.1 is usual", 2.2)
+        reason = "optim.weight_decay is 0; 0.1 is usual"
+        yield Advice("weight decay", reason, 2.2, {"optim.weight_decay": 0.1})
 
 
 def _whole_text(config: Config) -> Iterator[Advice]:
     if config.data.fraction < 1:
-        yield Advice("all of the text", f"data.fraction is {config.data.fraction:g}", 6.0)
+        reason = f"data.fraction is {config.data.fraction:g}"
+        yield Advice("all of the text", reason, 6.0, {"data.fraction": 1.0})
 
 
-def _size(diagnosis: Diagnosis) -> Iterator[Advice]:
+def _lr(config: Config, lr: float) -> dict[str, Any]:
+    """Keys of another learning rate, the schedule's end in the same proportion."""
+    optim = config.optim
+    return {
+        "optim.lr": float(f"{lr:.2g}"),
+        "optim.min_lr": float(f"{optim.min_lr * lr / optim.lr:.2g}"),
+    }
+
+
+def _half(config: Config) -> dict[str, Any]:
+    """Keys of a smaller network; none where its shape is another model's."""
+    model = config.model
+    if model.init_from:
+        return {}
+    if model.n_embd % (2 * model.n_head) == 0:
+        return {"model.n_embd": model.n_embd // 2}
+    return {"model.n_layer": model.n_layer // 2} if model.n_layer > 1 else {}
+
+
+def _size(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     """Fewer parameters and more data, by how often the text was read and how little there is."""
     facts = diagnosis.facts
     if facts.parameters and facts.train_tokens:
@@ -189,6 +221,7 @@ def _size(diagnosis: Diagnosis) -> Iterator[Advice]:
                 f"{magnitude(facts.parameters)} parameters on {magnitude(facts.train_tokens)} "
                 f"tokens of training text: {each}",
                 4.0 - 2.5 * per_parameter / TOKENS_PER_PARAMETER,
+                _half(config),
             )
     epochs = facts.epochs_at_best
     if epochs and epochs > 1:
@@ -210,30 +243,36 @@ def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
             "more frequent evaluations",
             f"train.eval_interval is {interval}; a turn needs three evaluations after it",
             3.0,
+            {"train.eval_interval": -(-interval // 3)},
         )
     patience = config.train.patience
     if diagnosis.ended == "patience" and patience and patience < 3:
-        yield Advice(
-            "more patience", f"train.patience is {patience}; three evaluations tell more", 4.0
-        )
+        reason = f"train.patience is {patience}; three evaluations tell more"
+        yield Advice("more patience", reason, 4.0, {"train.patience": 5}, resumes=True)
 
 
 def _against_instability(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     optim, steps = config.optim, config.train.max_steps
-    yield Advice("a lower learning rate", f"optim.lr is {optim.lr:g}", 3.0)
+    lower = _lr(config, optim.lr / 3)
+    yield Advice("a lower learning rate", f"optim.lr is {optim.lr:g}", 3.0, lower)
     if optim.warmup_steps < 0.05 * steps:
         warmup = f"optim.warmup_steps is {optim.warmup_steps:,} of {count(steps, 'step')}"
-        yield Advice("a longer warm-up", warmup, 2.0)
+        longer = {"optim.warmup_steps": -(-steps // 20)}
+        yield Advice("a longer warm-up", warmup, 2.0, longer)
     if optim.max_grad_norm is None:
-        yield Advice("clipping", "optim.max_grad_norm is null; 1.0 is usual", 4.0)
+        reason = "optim.max_grad_norm is null; 1.0 is usual"
+        yield Advice("clipping", reason, 4.0, {"optim.max_grad_norm": 1.0})
 
 
 def _against_being_stuck(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     optim, steps = config.optim, config.train.max_steps
     if optim.warmup_steps > 0.5 * steps:
         yield _shorter_warmup(config)
-    change = "a lower learning rate" if optim.lr >= 1e-2 else "a higher learning rate"
-    yield Advice(change, f"optim.lr is {optim.lr:g}; 1e-4 to 2e-3 is usual", 3.0)
+    change, lr = "a higher learning rate", 3 * optim.lr
+    if optim.lr >= 1e-2:
+        change, lr = "a lower learning rate", optim.lr / 10
+    reason = f"optim.lr is {optim.lr:g}; 1e-4 to 2e-3 is usual"
+    yield Advice(change, reason, 3.0, _lr(config, lr))
 
 
 def _shorter_warmup(config: Config) -> Advice:
@@ -242,13 +281,16 @@ def _shorter_warmup(config: Config) -> Advice:
         f"optim.warmup_steps is {config.optim.warmup_steps:,} of "
         f"{count(config.train.max_steps, 'step')}",
         5.0,
+        {"optim.warmup_steps": -(-config.train.max_steps // 20)},
     )
 
 
 def _to_fall_further(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     if diagnosis.ended is None:
         return
-    yield Advice("more steps", f"train.max_steps is {config.train.max_steps:,}", 4.0)
+    steps = config.train.max_steps
+    more = {"train.max_steps": 2 * steps}
+    yield Advice("more steps", f"train.max_steps is {steps:,}", 4.0, more, resumes=True)
     if config.optim.warmup_steps > 0.5 * config.train.max_steps:
         yield _shorter_warmup(config)
 
@@ -262,6 +304,7 @@ def _to_get_lower(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
             f"training loss ({last.train_loss:.2f}) is close to validation loss "
             f"({last.val_loss:.2f}): the model has not taken in all that it was shown",
             3.0,
+            {} if config.model.init_from else {"model.n_embd": 2 * config.model.n_embd},
         )
     else:
         yield from _regularise(config)
@@ -279,4 +322,5 @@ def _to_see_more(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
         return
     if config.train.eval_interval > 1:
         interval = f"train.eval_interval is {config.train.eval_interval:,}"
-        yield Advice("more frequent evaluations", interval, 3.0)
+        often = {"train.eval_interval": -(-config.train.eval_interval // 3)}
+        yield Advice("more frequent evaluations", interval, 3.0, often)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from gptray.data.split import LONG_NAMES
@@ -32,6 +33,22 @@ def evaluation_sentence(evaluation: Evaluation) -> str:
             f" It recites its training text: {_percent(recited)} of what it writes in runs of 50."
         )
     return text
+
+
+def evaluation_tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """The numbers that come first: of held-out text, and of what the model writes."""
+    figures = []
+    test = evaluation["splits"].get("test")
+    if test:
+        figures.append((f"{test['loss']:.3f}", f"test loss, {test['bpb']:.3f} bits per byte"))
+    for name, scores in (("chrF", evaluation["chrf"]), ("BLEU", evaluation["bleu"])):
+        if scores:
+            best = scores["greedy"]
+            tokenized = re.search(r"tok:([^|]+)", best["signature"])
+            unit = f" ({tokenized[1]})" if tokenized else ""
+            how = f"{name}{unit} of greedy continuations, {best['passages']} passages"
+            figures.append((f"{best['score']:.1f}", how))
+    return figures
 
 
 def evaluation_sections(evaluation: Evaluation) -> list[str]:
@@ -91,6 +108,8 @@ def _text_scores(evaluation: Evaluation) -> str:
             if key == "bleu" and "bleu_compares" in evaluation["how"]:
                 how += f". It counts {evaluation['how']['bleu_compares']}"
             rows.append(Row(name, how, (f"{greedy['score']:.2f}", f"{sampled['score']:.2f}")))
+        elif reason := evaluation["how"].get(key):
+            rows.append(Row(name, reason, ("-", "-")))
     return table(["greedy", "sampled"], rows)
 
 
@@ -105,9 +124,9 @@ def _single_scores(evaluation: Evaluation) -> str:
     return table(
         [],
         [
-            Row(name, evaluation["how"].get(key, ""), (_percent(value),))
+            Row(name, evaluation["how"].get(key, ""), ("-" if value is None else _percent(value),))
             for name, key, value in shares
-            if value is not None
+            if value is not None or evaluation["how"].get(key)
         ],
     )
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from gptray.config import UserError, load_config
 from gptray.evaluation.charts import Chart, run_charts
+from gptray.evaluation.commands import evaluate_command
 from gptray.evaluation.diagnosis import diagnose
 from gptray.evaluation.findings import evaluation_sections, evaluation_sentence
+from gptray.evaluation.gap import is_stale
 from gptray.evaluation.page import esc, footer, page, paragraph
 from gptray.evaluation.png import save_pngs
 from gptray.evaluation.result import Evaluation, load_evaluation
@@ -23,6 +25,7 @@ from gptray.record import EVENTS, METRICS, read_rows
 REPORT = "report.html"
 # How often a browser looks for a newer page while a run goes on.
 REFRESH_S = 10
+STALE = "The run has found a better model since it was evaluated: {} measures that one."
 
 
 def write_report(folder: Path, *, running: bool = False) -> Path:
@@ -35,7 +38,8 @@ def write_report(folder: Path, *, running: bool = False) -> Path:
     Raises:
         UserError: the folder has neither a run nor an evaluation.
     """
-    run, evaluation = _read_run(folder), load_evaluation(folder)
+    evaluation = load_evaluation(folder)
+    run = _read_run(folder, evaluation)
     if run is None and evaluation is None:
         raise UserError(f"{folder} has neither a run (config.yaml) nor an evaluation.json")
     charts = run_charts(run.rows, run.diagnosis) if run else []
@@ -47,13 +51,14 @@ def write_report(folder: Path, *, running: bool = False) -> Path:
     return path
 
 
-def _read_run(folder: Path) -> RunRecord | None:
+def _read_run(folder: Path, evaluation: Evaluation | None) -> RunRecord | None:
     config_file = folder / "config.yaml"
     if not config_file.is_file():
         return None
     config = load_config(str(config_file), [])
     rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
-    return RunRecord(config, rows, events, diagnose(rows, config, events))
+    current = None if evaluation and is_stale(evaluation, events) else evaluation
+    return RunRecord(folder, config, rows, events, diagnose(rows, config, events), current)
 
 
 def _page(
@@ -72,7 +77,10 @@ def _page(
         parts.append(paragraph(evaluation_sentence(evaluation), "headline"))
     parts.append("</header>")
     if run:
-        parts += run_sections(run, charts, evaluation_sections(evaluation) if evaluation else [])
+        found = evaluation_sections(evaluation) if evaluation else []
+        if evaluation and not run.evaluation:
+            found.insert(0, paragraph(STALE.format(evaluate_command(folder)), "soft"))
+        parts += run_sections(run, charts, found)
     elif evaluation:
         parts += evaluation_sections(evaluation)
     parts.append(footer())

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
-from gptray.evaluation.advice import advise, sentence
+from gptray.evaluation.advice import Advice, advise, sentence
 from gptray.evaluation.charts import Chart
+from gptray.evaluation.commands import evaluate_command, job_command, train_command
 from gptray.evaluation.diagnosis import Diagnosis
+from gptray.evaluation.findings import evaluation_tiles
+from gptray.evaluation.gap import Gap, gap_of
 from gptray.evaluation.page import (
     SHORT,
     Row,
-    continuation,
     details,
     esc,
     paragraph,
@@ -23,31 +26,40 @@ from gptray.evaluation.page import (
     table,
     tiles,
 )
+from gptray.evaluation.result import Evaluation
 from gptray.evaluation.svg import figure
 from gptray.evaluation.wording import count, magnitude, perplexity, time_words
-
-# Evaluations whose samples are shown at once, and those that a click shows besides.
-SHOWN, FOLDED = 5, 40
+from gptray.evaluation.written import samples_section
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder's config, rows and events, and what they say."""
+    """A run folder's config, rows and events, and what they say.
 
+    evaluation: of the model that is the best now; None without one.
+    """
+
+    folder: Path
     config: Config
     rows: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     diagnosis: Diagnosis
+    evaluation: Evaluation | None
+
+    @property
+    def gap(self) -> Gap:
+        return gap_of(self.folder, self.config, self.diagnosis, self.evaluation)
 
 
 def run_sections(run: RunRecord, charts: Sequence[Chart], evaluation: Sequence[str]) -> list[str]:
     """All sections of a run; those of an evaluation come after the run's own numbers."""
     return [
         _tiles(run),
+        _next_commands(run),
         section("Curves", *map(figure, charts)),
         section("Numbers", _at_three_steps(run), _of_the_run(run)),
         *evaluation,
-        _samples(run),
+        samples_section(run.events, run.diagnosis),
         _happened(run),
         section("Config", _config(run.config)),
         section("Environment", _environment(run)),
@@ -76,17 +88,41 @@ def headline(run: RunRecord) -> str:
     """The diagnosis in a sentence, and every piece of advice with its reason."""
     advice = advise(run.diagnosis, run.config)
     items = "\n".join(
-        f"<li>{esc(item.change)}<small>{esc(item.reason)}</small></li>" for item in advice
+        f"<li>{esc(item.change)}<small>{esc(item.reason)}</small>{_command(run, item)}</li>"
+        for item in advice
     )
     listed = f'<ol class="advice">\n{items}\n</ol>' if len(advice) > 1 else ""
     if len(advice) == 1:
-        listed = f'<p class="soft">{esc(advice[0].reason)}</p>'
+        listed = f'<p class="soft">{esc(advice[0].reason)}</p>{_command(run, advice[0])}'
     parts = [paragraph(sentence(run.diagnosis, run.config), "headline"), listed]
     loses = next((event["loses"] for event in reversed(run.events) if event.get("loses")), "")
     if loses:
         charge = "losses and bits per byte include 8 bits for each lost byte"
         parts.append(paragraph(f"{loses[0].upper()}{loses[1:]}; {charge}."))
     return "\n".join(parts)
+
+
+def _command(run: RunRecord, advice: Advice) -> str:
+    """What follows a piece of advice, as it is typed; "" where no key says it."""
+    if not advice.keys or run.diagnosis.ended is None:
+        return ""
+    command = train_command(run.folder, run.config, advice.keys, resumes=advice.resumes)
+    return f"<pre>{esc(command)}</pre>" if command else ""
+
+
+def _next_commands(run: RunRecord) -> str:
+    """What to do with the model of a run that has ended."""
+    if run.diagnosis.ended is None or run.diagnosis.best is None:
+        return ""
+    folder = str(run.folder.resolve())
+    commands = [
+        evaluate_command(run.folder),
+        job_command("generate", f"generate.model={folder}", "sample.prompt=..."),
+        job_command("serve", f"serve.model={folder}"),
+    ]
+    if run.evaluation:
+        commands.pop(0)
+    return section("What comes next", f"<pre>{esc(chr(10).join(commands))}</pre>")
 
 
 def _tiles(run: RunRecord) -> str:
@@ -98,9 +134,11 @@ def _tiles(run: RunRecord) -> str:
         (f"{best.val_loss:.3f}", f"best validation loss, step {best.step:,}"),
         (perplexity(row["val_ppl"]), "its perplexity"),
         (f"{row['val_bpb']:.3f}", "its bits per byte"),
-        (f"{best.gap:+.3f}", "validation minus training loss there"),
     ]
-    return tiles(figures)
+    gap = run.gap.value
+    how = "not measured yet: training has dropout on" if gap is None else "dropout off in both"
+    figures.append(("-" if gap is None else f"{gap:+.3f}", f"gap, {how}"))
+    return tiles(figures + (evaluation_tiles(run.evaluation) if run.evaluation else []))
 
 
 def _row_at(run: RunRecord, step: int) -> Mapping[str, Any]:
@@ -116,10 +154,10 @@ def _at_three_steps(run: RunRecord) -> str:
     chosen = [(name, _row_at(run, point.step)) for name, point in named if point]
     if len(chosen) > 1 and chosen[0][1]["step"] == chosen[-1][1]["step"]:
         chosen.pop()
+    dropout = "dropout on" if run.config.model.dropout else "no dropout"
     numbers = [
         ("Validation loss", "val_loss", ".4f", VALIDATION_LOSS),
-        ("Training loss", "train_loss", ".4f", TRAINING_LOSS),
-        ("Gap", "gap", "+.4f", "validation loss - training loss; it grows as a model overfits"),
+        ("Training loss", "train_loss", ".4f", f"{TRAINING_LOSS}, {dropout}"),
         ("Perplexity", "val_ppl", ",.2f", "exp(validation loss)"),
         ("Bits per byte", "val_bpb", ".4f", BITS_PER_BYTE),
         ("Epochs", "epoch", ".2f", "how often the training text has been read"),
@@ -131,7 +169,19 @@ def _at_three_steps(run: RunRecord) -> str:
     ]
     if not chosen:
         return ""
+    rows[2:2] = _gap_rows(run.gap, len(chosen))
     return table([f"{name}: step\u00a0{row['step']:,}" for name, row in chosen], rows)
+
+
+def _gap_rows(gap: Gap, columns: int) -> list[Row]:
+    """The gap at the best step, which comes first; it is measured nowhere else."""
+    rest = ("-",) * (columns - 1)
+    rows = []
+    if gap.train_loss is not None:
+        how = "nats per token of a sample of the training split, dropout off"
+        rows.append(Row("Training loss, dropout off", how, (f"{gap.train_loss:.4f}", *rest)))
+    value = "-" if gap.value is None else f"{gap.value:+.4f}"
+    return [*rows, Row("Gap", gap.how, (value, *rest))]
 
 
 def _figure(value: float, key: str, form: str) -> str:
@@ -142,7 +192,7 @@ VALIDATION_LOSS = (
     "nats per token: minus the logarithm of the probability of the right token, averaged over the "
     "whole validation split, dropout off"
 )
-TRAINING_LOSS = "nats per token of the batches since the row before, dropout on"
+TRAINING_LOSS = "nats per token of the batches since the row before"
 BITS_PER_BYTE = "validation loss x tokens / (ln 2 x bytes of text); compares across tokenizers"
 
 
@@ -200,48 +250,6 @@ def seconds_trained(events: Sequence[Mapping[str, Any]]) -> float:
             began = event["time"]
         latest = event["time"]
     return total + (latest - began if began is not None else 0.0)
-
-
-def _samples(run: RunRecord) -> str:
-    """What the model wrote, from its first evaluation to its last."""
-    evaluated = {point.step for point in run.diagnosis.points}
-    # A run that went on from an earlier checkpoint has sampled some steps twice: the later holds.
-    written = {
-        event["step"]: event["samples"]
-        for event in run.events
-        if event["event"] == "evaluated" and event["step"] in evaluated and event["samples"]
-    }
-    if not written:
-        return ""
-    best = run.diagnosis.best.step if run.diagnosis.best else None
-    steps = sorted(written)
-    shown = _spread(steps, SHOWN, best)
-    folded = _spread([step for step in steps if step not in shown], FOLDED, None)
-    parts = [_sample_of(step, written[step], best) for step in shown]
-    if folded:
-        inside = "\n".join(_sample_of(step, written[step], None) for step in folded)
-        parts.append(
-            details(f"{count(len(folded), 'evaluation')} between these", inside, on_paper=False)
-        )
-    how = "The prompt is bold; what follows is sampled as the config's section sample says."
-    return section("What the model wrote", paragraph(how, "soft"), *parts)
-
-
-def _sample_of(step: int, samples: Sequence[Sequence[str]], best_step: int | None) -> str:
-    best = ", the best" if step == best_step else ""
-    texts = "\n".join(continuation(prompt, output) for prompt, output in samples)
-    return f"<h3>Step {step:,}{best}</h3>\n{texts}"
-
-
-def _spread(steps: Sequence[int], most: int, wanted: int | None) -> list[int]:
-    """At most `most` of the steps, the ends and the wanted one among them, spread evenly."""
-    if len(steps) <= most:
-        return list(steps)
-    chosen = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}
-    if wanted is not None and wanted in steps and wanted not in chosen:
-        chosen.remove(min(sorted(chosen)[1:-1], key=lambda step: abs(step - wanted)))
-        chosen.add(wanted)
-    return sorted(chosen)
 
 
 def _happened(run: RunRecord) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from gptray.evaluation import recitation, texts
 from gptray.evaluation.bleu import compares, pick_bleu
 from gptray.evaluation.recitation import LENGTHS, PROMPT_TOKENS, RECITED_TOKENS
 from gptray.evaluation.result import Sample, TextMeasures, TextScore, TextScores
-from gptray.evaluation.texts import PASSAGE_TOKENS, Passage
+from gptray.evaluation.texts import LEAST_TOKENS, PASSAGE_TOKENS, Passage
 from gptray.generation.settings import Sampling
 from gptray.runners.scorers import Continuation, Scorers, Task
 from gptray.runners.subject import Subject
@@ -38,16 +39,19 @@ def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMe
     real = [data.tokenizer.decode(passage.reference) for passage in passages]
     tokenize = pick_bleu(subject.config.evaluate.bleu_tokenize, real)
     memorised = _memorised(subject, data, scorers)
+    how = _how(passages, sampling, tokenize)
+    for name, reason in _not_measured(subject, passages, memorised).items():
+        how[name] = f"not measured: {reason}"
     return {
         "bleu": _scores(partial(texts.bleu, tokenize=tokenize), greedy, sampled, real),
         "chrf": _scores(texts.chrf, greedy, sampled, real),
         "distinct_1": texts.distinct([one.text for one in sampled], 1),
         "distinct_2": texts.distinct([one.text for one in sampled], 2),
         "repetition": texts.repetition([one.tokens for one in sampled]),
-        "memorised_20": memorised[0],
-        "memorised_50": memorised[1],
+        "memorised_20": memorised.shares[0],
+        "memorised_50": memorised.shares[1],
         "samples": _samples(data, passages, greedy, sampled, real),
-        "how": _how(passages, sampling, tokenize),
+        "how": how,
     }
 
 
@@ -91,24 +95,36 @@ def _scores(
     }
 
 
-def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> list[float | None]:
-    """Shares of the generated n-grams that stand in the training split, for each of LENGTHS."""
+class _Recited(NamedTuple):
+    """Shares of the generated n-grams that stand in the training split, for each of LENGTHS.
+
+    why: what stopped those that are None from being measured.
+    """
+
+    shares: list[float | None]
+    why: str = ""
+
+
+def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
+    nothing: list[float | None] = [None for _ in LENGTHS]
     if "train" not in data.splits:
-        return [None for _ in LENGTHS]
+        return _Recited(nothing, "the text that is scored has no training split")
     length = min(2 * PROMPT_TOKENS, subject.block_size // 2)
     passages = _passages(subject, data, data.train, length, room=RECITED_TOKENS)
+    if not passages:
+        return _Recited(nothing, _no_passage(subject, "training"))
     lengths = [RECITED_TOKENS] * len(passages)
     written = _continued(scorers, "reciting", passages, lengths, GREEDY)
     grams = [
         np.concatenate(
             [recitation.ngram_hashes(np.array(one.tokens, np.int64), n) for one in written]
-            or [np.empty(0, np.uint64)]
         )
         for n in LENGTHS
     ]
     wanted = [np.unique(hashes) for hashes in grams]
+    why = "every continuation reached its end of text before so many tokens"
     if not any(len(hashes) for hashes in wanted):
-        return [None for _ in LENGTHS]
+        return _Recited(nothing, why)
     tasks = [
         Task("find", (start, stop, wanted), stop - start)
         for start in range(0, len(data.train), TASK_READ_TOKENS)
@@ -117,10 +133,31 @@ def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> list[floa
     found = [
         np.logical_or.reduce(seen) for seen in zip(*scorers.run("looking", tasks), strict=True)
     ]
-    return [
+    shares = [
         float(np.isin(all_of_them, hashes[seen]).mean()) if len(all_of_them) else None
         for all_of_them, hashes, seen in zip(grams, wanted, found, strict=True)
     ]
+    return _Recited(shares, why)
+
+
+def _not_measured(subject: Subject, passages: list[Passage], memorised: _Recited) -> dict[str, str]:
+    """Why there is no number, by the names of those that are missing."""
+    reasons = {
+        f"memorised_{n}": memorised.why
+        for n, share in zip(LENGTHS, memorised.shares, strict=True)
+        if share is None
+    }
+    if not passages:
+        why = _no_passage(subject, "held-out")
+        reasons |= dict.fromkeys(("chrf", "bleu", "distinct_1", "distinct_2", "repetition"), why)
+    return reasons
+
+
+def _no_passage(subject: Subject, kind: str) -> str:
+    if not subject.config.evaluate.passages:
+        return "evaluate.passages is 0"
+    length = min(LEAST_TOKENS, subject.block_size)
+    return f"no document of the {kind} text has {length} tokens in a row"
 
 
 def _samples(

@@ -141,12 +141,16 @@ def _say(evaluation: Evaluation) -> None:
             greedy, sampled = scores["greedy"], scores["sampled"]
             both = f"greedy {greedy['score']:.2f}  sampled {sampled['score']:.2f}"
             log.info("%s  %s  %d passages  %s", name, both, greedy["passages"], greedy["signature"])
-    if evaluation["bleu"]:
+    if not evaluation["bleu"]:
+        log.info("bleu and chrf  %s", evaluation["how"]["bleu"])
+    else:
         log.info("bleu counts %s", evaluation["how"]["bleu_compares"])
     long, short = evaluation["memorised_50"], evaluation["memorised_20"]
     if short is not None:
         more = f", {long:.1%} of 50" if long is not None else ""
         log.info("memorised  %s of 20 tokens in a row%s", f"{short:.1%}", more)
+    else:
+        log.info("memorised  %s", evaluation["how"]["memorised_20"])
 
 
 def outcome(evaluation: Evaluation) -> dict[str, Any]:

@@ -219,12 +219,14 @@ async def _disconnected(request: Request) -> None:
 
 
 def _card(served: Served) -> dict[str, Any]:
+    example = {"example_prompt": served.example_prompt} if served.example_prompt else {}
     return {
         "id": served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "gptray",
         "max_model_len": served.engine.n_positions,
+        **example,
     }
 
 

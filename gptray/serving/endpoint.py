@@ -20,6 +20,7 @@ from gptray.generation.detokenize import REPLACEMENT
 from gptray.generation.engine import Engine, load_engine
 from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
+from gptray.model.example import load_example
 from gptray.serving.streams import EngineStopped
 from gptray.serving.worker import EngineThread, Overloaded
 
@@ -41,10 +42,12 @@ class Served:
         *,
         parse_special: bool = False,
         utf8: bool = True,
+        example_prompt: str | None = None,
     ) -> None:
         """parse_special: see `Tokenizer.prompt_ids`; utf8: see `Sampling`. Of every prompt."""
         self.name, self.engine, self.tokenizer = name, engine, tokenizer
         self._parse_special, self.utf8 = parse_special, utf8
+        self.example_prompt = example_prompt
         self.created = int(time.time())
         self.thread = EngineThread(engine, max_waiting=max_waiting)
         self.thread.start()
@@ -68,6 +71,7 @@ class Served:
             config.serve.max_waiting,
             parse_special=config.sample.parse_special,
             utf8=config.sample.utf8,
+            example_prompt=load_example(Path(folder)),
         )
 
     def token_text(self, token: int) -> str:

@@ -18,6 +18,34 @@ from tensorboardX.summary import scalar, text
 from gptray.files import append, storing
 
 
+class Boards:
+    """A run's curves: training and validation beside each other, in one chart of losses.
+
+    TensorBoard draws what has one tag in one chart, with a colour for each folder: the folders are
+    `<name>/train` and `<name>/val`, and both losses have the tag `loss`.
+    """
+
+    def __init__(self, folder: Path, name: str, *, step: int) -> None:
+        self._train = Board(folder / name / "train", step=step)
+        self._val = Board(folder / name / "val", step=step)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Add a point to the curve of each value of a row of metrics."""
+        of_val = {key: value for key, value in values.items() if key.startswith(("val_", "gap"))}
+        self._val.show(step, {key.removeprefix("val_"): value for key, value in of_val.items()})
+        rest = {key: value for key, value in values.items() if key not in of_val}
+        self._train.show(step, {key.removeprefix("train_"): rest[key] for key in rest})
+
+    def show_text(self, step: int, tag: str, words: str) -> None:
+        """Add a text under a tag."""
+        self._val.show_text(step, tag, words)
+
+    def flush(self) -> None:
+        """Write what waits. Raises RunFailed, and keeps it, where there is no room."""
+        self._train.flush()
+        self._val.flush()
+
+
 class Board:
     """One events file. What cannot be written yet waits in memory for the next `flush`."""
 

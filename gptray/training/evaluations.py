@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import dump
+from gptray.data.openings import first_words
 from gptray.data.scoring import Score
+from gptray.model.example import save_example
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
 from gptray.record import write_event
@@ -188,6 +190,8 @@ def save(run: Run, journal: Journal) -> Path:
     def write_tensors(folder: Path) -> None:
         save_pretrained(run.model, folder / "model", eos_token_id=run.data.eos_id)
         shutil.copytree(run.data.data_dir / "tokenizer", folder / "model", dirs_exist_ok=True)
+        for prompt in first_words(run.data)[:1]:
+            save_example(folder / "model", prompt)
         save_optimizer(folder / "optimizer.safetensors", run.model, run.optimizer)
 
     checkpoint = save_checkpoint(

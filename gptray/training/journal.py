@@ -18,7 +18,7 @@ from typing import Any
 from gptray.config import RunFailed
 from gptray.files import append, replacing, storing
 from gptray.record import METRICS, read_rows
-from gptray.training.board import Board
+from gptray.training.board import Boards
 
 
 class Journal:
@@ -35,7 +35,7 @@ class Journal:
             run_dir.mkdir(parents=True, exist_ok=True)
             _rewrite(self._path, [row for row in read_rows(self._path) if row["step"] <= step])
         self._pending = b""
-        self._board = Board(run_dir / "tensorboard", step=step)
+        self._boards = Boards(run_dir / "tensorboard", run_dir.resolve().name, step=step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add the row of one logged step; readers see it at once, or as soon as there is room."""
@@ -43,7 +43,7 @@ class Journal:
         self._show(row)
         with suppress(OSError, RunFailed):
             self._drain()
-            self._board.flush()
+            self._boards.flush()
 
     def row(self, step: int) -> dict[str, Any]:
         """The row of a step that was written before.
@@ -67,20 +67,20 @@ class Journal:
     def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Show (prompt, continuation) pairs in TensorBoard."""
         words = "\n\n".join(f"**{prompt}**{output}" for prompt, output in samples)
-        self._board.show_text(step, "samples", words)
+        self._boards.show_text(step, "samples", words)
 
     def sync(self) -> None:
         """Have every row on disk, as a checkpoint promises that the rows before it are there."""
         with storing(self._path):
             self._drain(sync=True)
-        self._board.flush()
+        self._boards.flush()
 
     def _drain(self, *, sync: bool = False) -> None:
         append(self._path, self._pending, sync=sync)
         self._pending = b""
 
     def _show(self, row: dict[str, Any]) -> None:
-        self._board.show(row["step"], {key: row[key] for key in row if key != "step"})
+        self._boards.show(row["step"], {key: row[key] for key in row if key != "step"})
 
     def __enter__(self) -> Journal:
         return self
@@ -94,7 +94,7 @@ class Journal:
         """Write what waits. What no checkpoint has promised yet is made again by a later start."""
         with suppress(OSError, RunFailed):
             self._drain()
-            self._board.flush()
+            self._boards.flush()
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import re
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptray.config import UserError
+from gptray.config import UserError, load_config
 from gptray.evaluation.charts import averaged, thinned, tick_text, ticks
 from gptray.evaluation.report import write_report
 from gptray.record import write_event
@@ -164,6 +166,110 @@ def test_an_evaluation_where_little_was_measured_has_a_report(tmp_path: Path) ->
 def test_numbers_of_an_evaluation_join_those_of_its_run(tmp_path: Path) -> None:
     page = Page(write_report(with_evaluation(overfitted(tmp_path / "run"))))
     assert "Validation loss was best at step 60" in page.text and "12,345" in page.text
+
+
+def whole_evaluation(**changes: Any) -> dict[str, Any]:
+    """Of a run's own text, by the run's best model."""
+    split = evaluation()["splits"]["test"]
+    splits = {
+        "train": split | {"loss": 1.25},
+        "val": split | {"loss": 2.0},
+        "test": split,
+    }
+    score = {"score": 12.34, "signature": "nrefs:1|tok:char|version:2", "passages": 8}
+    scores = {"greedy": score, "sampled": score}
+    found = {"splits": splits, "gap": 0.75, "chrf": scores | {"greedy": score | {"score": 34.5}}}
+    return {**found, "bleu": scores, **changes}
+
+
+def tiles_of(page: Page) -> str:
+    return page.text[page.text.index("best validation loss") : page.text.index("What comes next")]
+
+
+def test_the_tile_and_the_table_have_one_gap_measured_without_dropout(tmp_path: Path) -> None:
+    folder = overfitted(tmp_path / "run")
+    before = Page(write_report(folder))
+    assert "- gap, not measured yet: training has dropout on" in tiles_of(before)
+    command = f"python jobs/evaluate.py evaluate.model={folder}"
+    assert f"not measured: training has dropout on; {command} measures it" in before.text
+    after = Page(write_report(with_evaluation(folder, **whole_evaluation())))
+    assert "+0.750 gap, dropout off in both" in tiles_of(after)
+    assert "Training loss, dropout off 1.2500 - -" in after.text
+    assert "Gap +0.7500 - -" in after.text and "not measured" not in after.text
+    assert "gap +0.7500:" in after.text  # the evaluation's own section
+    plain = Page(write_report(overfitted(tmp_path / "plain", "model.dropout=0")))
+    assert "gap, dropout off in both" in tiles_of(plain)
+
+
+def test_test_loss_and_text_scores_are_at_the_top_once_evaluated(tmp_path: Path) -> None:
+    folder = with_evaluation(overfitted(tmp_path / "run"), **whole_evaluation())
+    found = tiles_of(Page(write_report(folder)))
+    places = [found.index(text) for text in ("2.346 test loss", "34.5 chrF", "12.3 BLEU (char)")]
+    assert places == sorted(places)
+
+
+def test_an_evaluation_of_an_earlier_model_is_not_at_the_top(tmp_path: Path) -> None:
+    folder = with_evaluation(overfitted(tmp_path / "run"), **whole_evaluation())
+    write_event(folder, "evaluated", step=120, best=True, samples=[])
+    page = Page(write_report(folder))
+    assert "test loss" not in tiles_of(page) and "not measured yet" in tiles_of(page)
+    assert "has found a better model since it was evaluated" in page.text
+    assert "2.3457" in page.text
+
+
+def test_what_was_not_measured_says_why(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"memorised_50": None, "bleu": None, "chrf": None}
+    reason = "not measured: every continuation reached its end of text before so many tokens"
+    how = {"memorised_50": reason, "bleu": "not measured: evaluate.passages is 0"}
+    page = Page(write_report(with_evaluation(tmp_path / "m", **changes, how=how)))
+    assert f"Recited, 50 tokens in a row - {reason}" in page.text
+    assert "BLEU - - not measured: evaluate.passages is 0" in page.text
+
+
+@pytest.mark.parametrize("name", ["run", "\ud55c\uad6d\uc5b4", 'it\'s a "run" $HOME'])
+@pytest.mark.parametrize(
+    ("losses", "overrides"),
+    [
+        (LOSSES, ()),
+        (LOSSES, ("model.dropout=0", "optim.weight_decay=0", "data.fraction=0.5")),
+        (LOSSES, ("optim.lr=0.01", "optim.max_grad_norm=null")),
+        ([4.0, 3.5, 3.0, 2.6, 2.3, 2.0], ()),
+        ([4.0], ()),
+        ([6.0, 6.0, 6.0, 6.0], ("optim.lr=1e-5", "optim.min_lr=1e-6")),
+        ([6.0, 6.0, 6.0, 6.0], ("optim.lr=0.1",)),
+        ([4.0, 3.0, 2.5, 2.4, 2.4, 2.4, 2.4], ()),
+    ],
+)
+def test_commands_of_the_report_work_when_they_are_typed(
+    tmp_path: Path, name: str, losses: list[float], overrides: tuple[str, ...]
+) -> None:
+    rows = rows_of(losses)
+    folder = write_run(tmp_path / name, rows, [started()], config_of(rows, *overrides))
+    (tmp_path / f"{name}-2").mkdir()
+    page = Page(write_report(folder))
+    # As a browser copies them: the text of each <pre> but that of the whole config.
+    found = re.findall(r"python jobs/\w+\.py [^\n<]*", html.unescape(page.html))
+    commands = {line for line in found if "measures" not in line}
+    jobs = [words(line) for line in commands]
+    assert {job for job, _ in jobs} >= {"evaluate", "generate", "serve"}
+    for job, given in jobs:
+        if job != "train":
+            assert given[0].endswith(f".model={folder}")
+            continue
+        assert given[:2] == ["--config", str(folder / "config.yaml")]
+        config = load_config(given[1], [one for one in given[2:] if not one.startswith("name=")])
+        assert config != load_config(given[1], [])
+        names = [one for one in given if one.startswith("name=")]
+        assert names in ([], [f"name={name}-3"])
+
+
+def words(line: str) -> tuple[str, list[str]]:
+    """The job and its arguments, as a shell hands them over."""
+    shown = subprocess.run(
+        ["sh", "-c", line.replace("python", "printf '%s\\n'", 1)], capture_output=True, text=True
+    )
+    job, *given = shown.stdout.splitlines()
+    return Path(job).stem, given
 
 
 def test_a_resumed_run_shows_each_evaluation_once_and_says_that_it_went_on(tmp_path: Path) -> None:

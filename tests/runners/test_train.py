@@ -58,7 +58,7 @@ def test_run_folder_has_what_is_promised(finished: tuple[Path, dict[str, object]
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(1, 21))
     assert load_config(str(run_dir / "config.yaml"), []).name == "done"
-    assert list((run_dir / "tensorboard").glob("events.out.*"))
+    assert list((run_dir / "tensorboard" / run_dir.name).glob("*/events.out.*"))
     page = (run_dir / "report.html").read_text("utf-8")
     assert finished[1]["report"] == str(run_dir / "report.html")
     assert "<b>finished</b> after 20 steps" in page and 'http-equiv="refresh"' not in page

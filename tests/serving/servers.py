@@ -35,10 +35,17 @@ def served(
     *,
     parse_special: bool = False,
     utf8: bool = True,
+    example_prompt: str | None = None,
 ) -> Served:
     engine = Engine(model, TOKENIZER, max_batch_size=limits.max_batch_size)
     return Served(
-        name, engine, TOKENIZER, limits.max_waiting, parse_special=parse_special, utf8=utf8
+        name,
+        engine,
+        TOKENIZER,
+        limits.max_waiting,
+        parse_special=parse_special,
+        utf8=utf8,
+        example_prompt=example_prompt,
     )
 
 
@@ -74,6 +81,7 @@ def running(
     keys: Keys | None = None,
     parse_special: bool = False,
     utf8: bool = True,
+    example_prompt: str | None = None,
     **settings: Any,
 ) -> Iterator[Server]:
     """A server in a thread of its own. settings: of the serve section."""
@@ -85,7 +93,14 @@ def running(
 
     async def main() -> None:
         network = tiny() if model is None else model
-        endpoint.serve(served(network, limits, parse_special=parse_special, utf8=utf8))
+        loaded = served(
+            network,
+            limits,
+            parse_special=parse_special,
+            utf8=utf8,
+            example_prompt=example_prompt,
+        )
+        endpoint.serve(loaded)
         # Named as TCP, or asyncio leaves its delays on.
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.bind(("127.0.0.1", 0))

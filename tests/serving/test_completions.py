@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from gptray.generation.engine import Engine
 from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
+from gptray.model.example import load_example, save_example
 from gptray.serving.errors import ApiError
 from gptray.serving.protocol import CompletionRequest, parse_request
 from tests.serving.servers import TOKENIZER, Server, running, tiny
@@ -131,6 +133,16 @@ def test_the_end_of_texts_name_is_plain_text_unless_allowed(server: Server) -> N
         told = httpx.post(f"{allowing.url}/tokenize", json={"prompt": prompt}).json()
     assert parsed["choices"] == server.post(prompt=ids, **body).json()["choices"]
     assert parsed["usage"]["prompt_tokens"] == told["count"] == len(ids)
+
+
+def test_a_model_of_gptrays_tells_a_prompt_that_suits_it(server: Server, tmp_path: Path) -> None:
+    assert "example_prompt" not in server.get("/v1/models").json()["data"][0]
+    save_example(tmp_path, "\uc61b\ub0a0")
+    with running(example_prompt=load_example(tmp_path)) as own:
+        assert own.get("/v1/models/tiny").json()["example_prompt"] == "\uc61b\ub0a0"
+    for damaged in ("{", "[]", '{"example_prompt": 3}', '{"example_prompt": ""}'):
+        (tmp_path / "gptray.json").write_text(damaged)
+        assert load_example(tmp_path) is None
 
 
 def test_no_answer_has_a_broken_character_unless_the_server_allows_it(server: Server) -> None:

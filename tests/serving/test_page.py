@@ -108,6 +108,18 @@ def test_it_fits_a_phone_and_the_dark(tab: Tab, server: Server) -> None:
     assert tab.complaints == []
 
 
+def test_the_first_prompt_is_the_models_own(tab: Tab, server: Server) -> None:
+    with running(example_prompt="\uc61b\ub0a0 \uc61b\uc801\uc5d0") as own:
+        tab.open(own.url)
+        tab.until("document.title === 'tiny'")
+        assert (
+            tab.run("document.querySelector('#prompt').value") == "\uc61b\ub0a0 \uc61b\uc801\uc5d0"
+        )
+    tab.open(server.url)
+    tab.until("document.title === 'tiny'")
+    assert tab.run("document.querySelector('#prompt').value") == "Once upon a time"
+
+
 def test_it_asks_for_the_key(tab: Tab, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("opensesame")
     path = str(tmp_path / "key")

@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
 from gptray.config import RunFailed
-from gptray.training.board import Board
+from gptray.training.board import Board, Boards
 from tests.full_disk import files_up_to
 
 
@@ -40,6 +40,32 @@ def test_curves_and_texts_are_events_of_their_steps(tmp_path: Path) -> None:
     values = {one.summary.value[0].tag: one.summary.value[0] for one in shown}
     assert values["train_loss"].simple_value == 2.5 and values["lr"].simple_value == 0.125
     assert values["samples/text_summary"].tensor.string_val == [b"once upon"]
+
+
+def test_both_losses_have_one_tag_in_two_folders_named_after_the_run(tmp_path: Path) -> None:
+    boards = Boards(tmp_path, "book", step=0)
+    boards.show(5, {"train_loss": 2.0, "lr": 0.1, "val_loss": 3.0, "val_bpb": 1.5, "gap": 1.0})
+    boards.show_text(5, "samples", "once upon")
+    boards.flush()
+    shown = {
+        name: {
+            one.summary.value[0].tag: one.summary.value[0].simple_value
+            for one in records(tmp_path / "book" / name)[2:]
+        }
+        for name in ("train", "val")
+    }
+    assert shown["train"] == pytest.approx({"loss": 2.0, "lr": 0.1})
+    assert shown["val"] == {"loss": 3.0, "bpb": 1.5, "gap": 1.0, "samples/text_summary": 0.0}
+
+
+def test_tensorboard_reads_both(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_multiplexer")
+    boards = Boards(tmp_path / "tensorboard", "book", step=0)
+    boards.show(5, {"train_loss": 2.0, "val_loss": 3.0})
+    boards.flush()
+    found = reader.EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
+    losses = {run: found.Scalars(run, "loss")[0].value for run in found.Runs()}
+    assert losses == {"book/train": 2.0, "book/val": 3.0}
 
 
 def test_records_are_those_of_the_library(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 from gptray.config import Config, override
 from gptray.data.tokens import TokenData
 from gptray.model import kernels
+from gptray.model.example import load_example
 from gptray.record import EVENTS, read_rows
 from gptray.training.checkpoint import newest_whole
 from gptray.training.loop import fit
@@ -100,6 +101,19 @@ def test_loss_falls_and_every_step_has_one_row(
     evaluated = rows(tmp_path)[-1]
     assert evaluated["val_ppl"] == pytest.approx(math.exp(evaluated["val_loss"]))
     assert evaluated["gap"] == pytest.approx(evaluated["val_loss"] - evaluated["train_loss"])
+
+
+def test_the_model_folder_has_a_prompt_from_validation_text(
+    config: Config, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    run(
+        override(config, {"train.max_steps": 2, "train.eval_interval": 2}),
+        tiny_data,
+        tmp_path / "r",
+    )
+    prompt = load_example(tmp_path / "r" / "model")
+    validation = tiny_data.tokenizer.decode(tiny_data.val.slice(0, 2000).tolist())
+    assert prompt and prompt in validation
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
