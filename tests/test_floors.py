@@ -30,6 +30,7 @@ FLOORS = {
     "gptray/runners": 4,
     "jobs": 5,
     "benchmarks": 5,
+    "benchmarks/client_scripts": 5,
 }
 WITHOUT_TORCH = ("gptray", "gptray/data")
 NEVER = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
