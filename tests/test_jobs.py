@@ -217,7 +217,7 @@ def test_evaluate_dry_runs_and_refuses_without_torch(text_file: Path, tmp_path: 
 
 
 def test_tune_dry_runs_and_refuses_without_torch(tmp_path: Path) -> None:
-    config = f"--config={ROOT / 'configs' / 'overfitting_sweep.yaml'}"
+    config = f"--config={ROOT / 'configs' / 'overfitting_demo.yaml'}"
     dry = job("tune", config, f"storage_path={tmp_path}", "name=dry", "--dry-run")
     assert dry.returncode == 0, dry.stderr
     plan = json.loads(dry.stdout.splitlines()[-1])["plan"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import logging
 import os
+import shlex
 import threading
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from gptray.data.parts import part_name, write_whole
 from gptray.data.prompts import output_schema
 from gptray.generation.build import library
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
+from gptray.runners.next_steps import tell
 from gptray.runners.output import Output, check_job, check_output
 from gptray.runners.rows_bar import RowsBar
 from gptray.runners.terminal import look_here
@@ -60,6 +62,8 @@ def generate(config: Config) -> dict[str, Any]:
         summary = output.finish()
     reasons = summary["finish_reasons"].items()
     log.info("ended by %s", ", ".join(f"{reason}: {count:,}" for reason, count in reasons))
+    read = f"import pandas; print(pandas.read_parquet({str(job.folder)!r}))"
+    tell([shlex.join(["python", "-c", read])])
     return {**summary, **speed}
 
 

@@ -9,9 +9,12 @@ from typing import Any
 
 from gptray.commands import typed
 from gptray.config import Config, flatten
+from gptray.evaluation.advice import sentence
+from gptray.evaluation.diagnosis import diagnose
 from gptray.fields import shown
-from gptray.record import EVENTS, read_rows
+from gptray.record import EVENTS, METRICS, read_rows
 from gptray.runners.models import has_model, storage_of
+from gptray.runners.resuming import command
 
 log = logging.getLogger("gptray")
 
@@ -20,10 +23,23 @@ _DEFAULTS = Config()
 _LONGEST = 40
 
 
-def tell(settings: str, commands: Sequence[str]) -> None:
+def tell(commands: Sequence[str], *, settings: Mapping[str, Any] | None = None) -> None:
     """Say a run's settings in one line, and what to type next."""
-    log.info("settings: %s", settings)
+    if settings is not None:
+        log.info("settings: %s", settings_of(settings))
     log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
+
+
+def tell_run(config: Config, folder: Path) -> None:
+    """Say what a run that has ended has come to, its settings, and what to type next."""
+    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    diagnosis = diagnose(rows, config, events)
+    log.info("%s", sentence(diagnosis, config))
+    commands = [of_model(folder)[0], typed("evaluate", named("evaluate.model", folder))]
+    if diagnosis.verdict == "falling" and diagnosis.ended == "max_steps":
+        longer = f"train.max_steps={2 * diagnosis.last_step}"
+        commands = [command("train", config, folder, longer), commands[0]]
+    tell(commands, settings=differing(config))
 
 
 def of_model(folder: Path, *, prompt: str | None = None) -> list[str]:
@@ -35,11 +51,6 @@ def of_model(folder: Path, *, prompt: str | None = None) -> list[str]:
     ]
 
 
-def evaluation_of(folder: Path) -> str:
-    """What evaluates a run or a sweep's winner."""
-    return typed("evaluate", named("evaluate.model", folder))
-
-
 def named(key: str, folder: Path) -> str:
     """`key=` and the run: by its name where that alone finds it, else by its folder."""
     is_plain = folder.parent == storage_of(_DEFAULTS) and not has_model(Path(folder.name))
@@ -49,7 +60,7 @@ def named(key: str, folder: Path) -> str:
 def settings_of(values: Mapping[str, Any]) -> str:
     """Keys and their values in one line."""
     words = (f"{key}={shown(value).strip(chr(39))}" for key, value in values.items())
-    return " ".join(words) or "all as the defaults are"
+    return " ".join(words) or "the defaults"
 
 
 def differing(config: Config) -> dict[str, Any]:
