@@ -12,13 +12,15 @@ import logging
 import os
 import shlex
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyarrow import parquet
 
+from gptray.commands import retyped
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.data.parts import part_name, write_whole
 from gptray.data.prompts import output_schema
@@ -47,7 +49,7 @@ def generate(config: Config) -> dict[str, Any]:
     """
     job = check_job(config)
     check_resources(_compute(config))
-    with Output.opened(job) as output:
+    with _resumable(job.folder), Output.opened(job) as output:
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
         if missing and not output.rows:
@@ -65,6 +67,18 @@ def generate(config: Config) -> dict[str, Any]:
     read = f"import pandas; print(pandas.read_parquet({str(job.folder)!r}))"
     tell([shlex.join(["python", "-c", read])])
     return {**summary, **speed}
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Where the block is interrupted, say where the rows are and what does the others."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if folder.is_dir():
+            again = retyped("generate") or "the same command"
+            log.info("stopped: whole files stay in %s\nresume:\n  %s", folder, again)
+        raise
 
 
 def generation_plan(config: Config) -> list[tuple[str, str]]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gptray.commands import typed
-from gptray.config import Config, flatten
+from gptray.config import Config, differences
 from gptray.evaluation.advice import sentence
 from gptray.evaluation.diagnosis import diagnose
 from gptray.fields import shown
 from gptray.record import EVENTS, METRICS, read_rows
-from gptray.runners.models import has_model, storage_of
+from gptray.runners.models import CONFIG, has_model, storage_of
 from gptray.runners.resuming import command
 
 log = logging.getLogger("gptray")
@@ -42,6 +43,19 @@ def tell_run(config: Config, folder: Path) -> None:
     tell(commands, settings=differing(config))
 
 
+@contextmanager
+def resumable(job: str, config: Config, folder: Path) -> Iterator[None]:
+    """Where the block is interrupted, say where the run or sweep is and what resumes it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Ray's SIGTERM handler exits
+        if (folder / CONFIG).is_file():
+            rows = read_rows(folder / METRICS)
+            at = f" after step {rows[-1]['step']:,} of {config.train.max_steps:,}" if rows else ""
+            log.info("stopped%s: %s\nresume:\n  %s", at, folder, command(job, config, folder))
+        raise
+
+
 def of_model(folder: Path, *, prompt: str | None = None) -> list[str]:
     """What to do with the model of a run or sweep: read what it writes, serve it."""
     written = prompt or prompt_of(folder)
@@ -65,12 +79,8 @@ def settings_of(values: Mapping[str, Any]) -> str:
 
 def differing(config: Config) -> dict[str, Any]:
     """The keys that differ from the defaults, but for where the run is."""
-    defaults = flatten(_DEFAULTS)
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if value != defaults[key] and key not in ("name", "storage_path", "tune.space")
-    }
+    hidden = ("name", "storage_path", "tune.space")
+    return {key: value for key, value in differences(config).items() if key not in hidden}
 
 
 def prompt_of(folder: Path) -> str:

@@ -18,6 +18,7 @@ from gptray.config import Config, RunFailed, dump, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.files import replacing, storing
 from gptray.runners.cluster import ray_cluster, trial_resources
+from gptray.runners.next_steps import resumable
 from gptray.runners.prepare import prepare
 from gptray.runners.report import Reporter
 from gptray.runners.resuming import command, save_config
@@ -60,7 +61,7 @@ def tune(config: Config) -> dict[str, Any]:
     """
     plan = look_at_sweep(config)
     folder = plan.folder
-    with held(folder, busy=BUSY.format(folder)):
+    with held(folder, busy=BUSY.format(folder)), resumable("tune", plan.config, folder):
         log.info("sweep %s", folder)
         reporter = Reporter(folder, _write_report)
         if winner_dir(folder) and not plan.changes and not failed_trials(plan.config, folder):
