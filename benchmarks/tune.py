@@ -2,7 +2,7 @@
 
   python benchmarks/tune.py
 
-Runs configs/overfitting_sweep.yaml as it is, then once more with no rungs and without early
+Runs configs/overfitting_demo.yaml as it is, then once more with no rungs and without early
 stopping inside the trials, so that each makes all its steps. Prints both rankings, the time that a
 trial takes beyond its own training loop (from the end of one to the first step of the next in the
 same process) and, last, one JSON line. Further arguments are keys of the config, such as
@@ -27,7 +27,7 @@ from gptray.tuning.plan import ranked, score
 from gptray.tuning.record import Trial, load_trials, trial_dir
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "overfitting_sweep.yaml"
+CONFIG = ROOT / "configs" / "overfitting_demo.yaml"
 
 
 def sweep(storage: Path, name: str, keys: list[str]) -> tuple[list[Trial], dict[str, Any], float]:

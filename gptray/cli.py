@@ -11,8 +11,10 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from gptray.config import Config, ConfigError, RunFailed, UserError, dump, load_config
+from gptray.config import (
+    Config,
+    ConfigError,
+    RunFailed,
+    UserError,
+    differences,
+    dump_differences,
+    load_config,
+)
 from gptray.fields import field_specs
 from gptray.files import cannot_write, is_storage
 from gptray.key_help import help_text
@@ -214,11 +224,30 @@ def _config(arguments: Arguments) -> Config:
 
 
 def _plan_text(config: Config, rows: Plan) -> str:
-    """Return the config as YAML, what follows from it as YAML comments, and the JSON line."""
-    width = max((len(label) for label, _ in rows), default=0)
-    comments = [visible(f"# {label:{width}}  {value}") for label, value in rows]
+    """Return the plan as YAML comments, the keys that differ from the defaults, the JSON line.
+
+    All but the last line is a config file.
+    """
+    own, of_all = dump_differences(config), len(field_specs(Config))
+    differing = len(differences(config))
+    others = f"# {of_all - differing} of {of_all} keys have their defaults (--help lists them)"
     last = _json_line({"dry_run": True, "plan": dict(rows)})
-    return "\n".join([dump(config).rstrip("\n"), *comments, last])
+    return "\n".join([*_comments(rows), *own.splitlines(), others, last])
+
+
+def _comments(rows: Plan) -> Iterator[str]:
+    """Yield label and value of each fact, folded to the terminal's width, but for paths."""
+    label_width = max((len(label) for label, _ in rows), default=0)
+    width = shutil.get_terminal_size((100, 24)).columns
+    for label, value in rows:
+        yield from textwrap.wrap(
+            visible(" ".join(value.split())),
+            max(width, label_width + 24),
+            initial_indent=f"# {label:{label_width}}  ",
+            subsequent_indent="#" + " " * (label_width + 3),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
 
 def _json_line(result: dict[str, Any]) -> str:

@@ -12,8 +12,17 @@ def typed(job: str, *words: str) -> str:
 
     From a test or a notebook: `python jobs/JOB.py`.
     """
-    called = Path(sys.argv[0])
-    is_job = called.suffix == ".py" and called.parent.name == "jobs"
-    python = sys.orig_argv[0] if is_job else "python"
-    script = called.with_name(f"{job}.py") if is_job else Path("jobs", f"{job}.py")
-    return shlex.join([python, str(script), *words])
+    called = _called()
+    script = called.with_name(f"{job}.py") if called else Path("jobs", f"{job}.py")
+    return shlex.join([sys.orig_argv[0] if called else "python", str(script), *words])
+
+
+def retyped(job: str) -> str | None:
+    """What runs a job with the words that this one was called with; None outside of a job."""
+    return typed(job, *sys.argv[1:]) if _called() else None
+
+
+def _called() -> Path | None:
+    """The script of a job that this process runs."""
+    script = Path(sys.argv[0])
+    return script if script.suffix == ".py" and script.parent.name == "jobs" else None

@@ -52,7 +52,9 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "UserError",
+    "differences",
     "dump",
+    "dump_differences",
     "flatten",
     "load_config",
     "load_saved",
@@ -194,6 +196,25 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 def dump(config: Config) -> str:
     """Return the whole config as YAML that `load_config` reads into an equal one."""
     return write_yaml(config.model_dump(mode="json"))
+
+
+def differences(config: Config) -> dict[str, Any]:
+    """The keys that differ from the defaults, dotted, with their values."""
+    defaults = flatten(Config())
+    return {key: value for key, value in flatten(config).items() if value != defaults[key]}
+
+
+def dump_differences(config: Config) -> str:
+    """As `dump`, but only what differs from the defaults; "" if nothing does."""
+    values: dict[str, Any] = {}
+    whole = config.model_dump(mode="json")
+    for key in differences(config):
+        section, _, name = key.rpartition(".")
+        if section:
+            values.setdefault(section, {})[name] = whole[section][name]
+        else:
+            values[name] = whole[name]
+    return write_yaml(values) if values else ""
 
 
 def flatten(config: Config, *, given: bool = False) -> dict[str, Any]:

@@ -116,6 +116,18 @@ def check_writable(folder: Path, *, key: str) -> None:
 
 
 @contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Remove at the end what was made meanwhile of a folder and those above it, and is empty."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the first that is not empty, or a lost mount that has told why
+            for one in made:
+                one.rmdir()
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, moved to `path` if all went well."""
     # Containers that share a folder may share process ids too.

@@ -19,7 +19,7 @@ OPTIONS = """\
 options:
   --config FILE        YAML with the keys below in their sections; see configs/
   section.field=value  set one key; stronger than the file and the defaults
-  --dry-run            print the resolved config and what follows from it
+  --dry-run            print what would happen, and the keys that were changed
   --verbose            show debug lines and Ray's own log
   --help               this text
 

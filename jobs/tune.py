@@ -1,8 +1,8 @@
 """Tune a GPT on Ray: trials of a search space, the worse ones cut early, the best settings kept.
 
-python jobs/tune.py --config configs/overfitting_sweep.yaml                   what helps?
-python jobs/tune.py --config my.yaml data.source=book.txt name=book-sweep     your own
-python jobs/train.py --config ~/gptray/book-sweep/best.yaml                   its winner
+python jobs/tune.py --config configs/overfitting_sweep.yaml data.source=book.txt name=book-sweep
+python jobs/tune.py --config configs/overfitting_demo.yaml       a demonstration: what helps?
+python jobs/train.py --config ~/gptray/book-sweep/best.yaml train.max_steps=4000    its winner
 """
 
 from __future__ import annotations

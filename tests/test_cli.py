@@ -67,9 +67,31 @@ def test_dry_run_prints_a_config_file_and_a_plan_without_running(
     path = tmp_path / "resolved.yaml"
     path.write_text("\n".join(lines))
     assert load_config(str(path), []) == load_config(None, ["optim.lr=3e-4"])
-    assert "# tokens per step  2,048" in lines
+    assert lines == [
+        "# tokens per step  2,048",
+        "# run folder       ~/gptray/a",
+        "optim:",
+        "  lr: 0.0003",
+        f"# {len(field_specs(Config)) - 1} of {len(field_specs(Config))} keys have their defaults "
+        "(--help lists them)",
+    ]
     plan = {"tokens per step": "2,048", "run folder": "~/gptray/a"}
     assert json.loads(last) == {"dry_run": True, "plan": plan}
+
+
+def test_a_plan_folds_to_the_terminal_and_stays_a_config_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def long(config: Config) -> list[tuple[str, str]]:
+        return [("files", "report.html " * 20), ("path", "/" + "a" * 90)]
+
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run_job(steps, name="a", doc="b", plan=long, argv=["--dry-run", "name=a"]) == 0
+    *lines, _ = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "aaa" not in line) <= 60
+    assert f"/{'a' * 90}" in "".join(lines), "a path is not cut"
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    assert load_config(str(tmp_path / "a.yaml"), []) == load_config(None, ["name=a"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -104,6 +105,30 @@ def test_sigterm_interrupts_with_130(text_file: Path, tmp_path: Path) -> None:
     _, rest = driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert "interrupted" in rest and "Traceback" not in rest
+    stopped, resume, command, *_ = rest[rest.index("stopped after step") :].splitlines()
+    assert str(tmp_path / "run") in stopped and resume == "resume:"
+    script = str(ROOT / "jobs" / "train.py")
+    words = [sys.executable, script, "--config", str(tmp_path / "run" / "config.yaml")]
+    assert shlex.split(command) == words
+
+
+@pytest.mark.parametrize("name", ["train", "tune", "generate", "prepare"])
+def test_a_start_that_fails_leaves_nothing(text_file: Path, tmp_path: Path, name: str) -> None:
+    storage = tmp_path / "new" / "runs"
+    words = [f"data.source={text_file}", f"storage_path={storage}", *TINY]
+    if name == "tune":
+        words += ["tune.space=[{path: model.dropout, uniform: [0, 0.2]}]", "tune.num_samples=1"]
+    if name == "generate":
+        tokenizer = small_tokenizer()
+        save_pretrained(random_gpt(tokenizer), tmp_path / "m", eos_token_id=tokenizer.eos_id)
+        tokenizer.save(tmp_path / "m")
+        (tmp_path / "p.txt").write_text("one\n")
+        words = [f"generate.model={tmp_path}/m", f"generate.input_path={tmp_path}/p.txt"]
+        words += [f"generate.output_path={storage}/out", "generate.backend=torch"]
+    done = job(name, *words, environment={"RAY_ADDRESS": f"127.0.0.1:{_free_port()}"})
+    assert done.returncode == 2 and done.stdout == ""
+    assert "no Ray answers there: Connection refused" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()
 
 
 def _free_port() -> int:
@@ -217,7 +242,7 @@ def test_evaluate_dry_runs_and_refuses_without_torch(text_file: Path, tmp_path: 
 
 
 def test_tune_dry_runs_and_refuses_without_torch(tmp_path: Path) -> None:
-    config = f"--config={ROOT / 'configs' / 'overfitting_sweep.yaml'}"
+    config = f"--config={ROOT / 'configs' / 'overfitting_demo.yaml'}"
     dry = job("tune", config, f"storage_path={tmp_path}", "name=dry", "--dry-run")
     assert dry.returncode == 0, dry.stderr
     plan = json.loads(dry.stdout.splitlines()[-1])["plan"]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptray.data.tokens import DamagedData, TokenData
-from gptray.files import check_writable, storing
+from gptray.files import check_writable, no_empty_folders, storing
 
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -29,15 +29,16 @@ def building(data_dir: Path) -> Iterator[Path]:
     """
     check_writable(data_dir.parent, key="storage_path")
     folder = _beside(data_dir)
-    with storing(data_dir):
-        _remove_abandoned(data_dir)
-        folder.mkdir(parents=True)
-    try:
-        yield folder
+    with no_empty_folders(data_dir.parent):
         with storing(data_dir):
-            _publish(folder, data_dir)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            _remove_abandoned(data_dir)
+            folder.mkdir(parents=True)
+        try:
+            yield folder
+            with storing(data_dir):
+                _publish(folder, data_dir)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(folder: Path, data_dir: Path) -> None:

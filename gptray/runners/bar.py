@@ -6,11 +6,69 @@ import logging
 import sys
 import time
 
-from gptray.runners.watch import progress_bar
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Column
+from rich.text import Text
 
 log = logging.getLogger("gptray")
 # Without a terminal: seconds between two lines.
 LINE_S = 10.0
+# Columns of the drawn bar, and those of the terminal from which there is room for it.
+BAR, WIDE = 24, 100
+
+
+def progress_bar(console: Console | None = None) -> Progress:
+    """A bar on stderr for tasks of `new_task`, which tells counts and the time to go at any width.
+
+    The bar that is drawn, and then the figures from their end, give way to a narrow terminal.
+    """
+    console = console or Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        *([_Drawn()] if console.width >= WIDE else []),
+        MofNCompleteColumn(),
+        _Eta(),
+        _Figures(console),
+        console=console,
+    )
+
+
+def new_task(bar: Progress, doing: str, *, total: int, done: int = 0) -> TaskID:
+    """A task whose `metrics` and `eta` are shown behind its counts."""
+    return bar.add_task(doing, total=total, completed=done, metrics="", eta="")
+
+
+class _Drawn(ProgressColumn):
+    def render(self, task: Task) -> ProgressBar:
+        return ProgressBar(total=task.total, completed=task.completed, width=BAR)
+
+
+class _Eta(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_eta(task))
+
+
+class _Figures(ProgressColumn):
+    """As many of the figures, which two spaces part, as fit beside the other columns."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        width = self._console.width
+        others = [task.description, f"{task.total:.0f}/{task.total:.0f}", _eta(task)]
+        room = width - sum(len(text) + 1 for text in others) - (BAR + 1 if width >= WIDE else 0)
+        figures = task.fields["metrics"].split("  ")
+        while figures and len("  ".join(figures)) > room:
+            figures.pop()
+        return Text("  ".join(figures))
+
+
+def _eta(task: Task) -> str:
+    return f"eta {task.fields['eta']}" if task.fields["eta"] else ""
 
 
 class Bar:
@@ -20,13 +78,15 @@ class Bar:
         self._said = time.monotonic()
         self._bar = progress_bar() if sys.stderr.isatty() else None
         if self._bar:
-            self._task = self._bar.add_task(doing, total=total, completed=done, metrics="")
+            self._task = new_task(self._bar, doing, total=total, done=done)
             self._bar.start()
 
-    def show(self, doing: str, done: int, figures: str, *, line: str | None) -> None:
+    def show(self, doing: str, done: int, figures: str, *, eta: str, line: str | None) -> None:
         """Say where things stand; without a terminal by `line`, if it is time for one."""
         if self._bar:
-            self._bar.update(self._task, description=doing, completed=done, metrics=figures)
+            self._bar.update(
+                self._task, description=doing, completed=done, metrics=figures, eta=eta
+            )
         elif line and time.monotonic() - self._said >= LINE_S:
             self._said = time.monotonic()
             log.info("%s", line)

@@ -18,6 +18,7 @@ from pathlib import Path
 from gptray.build import check_backend, compiler
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.files import cannot_write
+from gptray.runners.address import check_address
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
 # makes a report wait as long; a poll every 0.2 seconds takes some percent of two cores away from
@@ -53,6 +54,8 @@ def ray_cluster() -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
+    if os.environ.get("RAY_ADDRESS"):
+        check_address(os.environ["RAY_ADDRESS"])
     for key, value in (TRAIN_ENV | SERVE_ENV).items():
         os.environ.setdefault(key, value)
     verbose = logging.getLogger("gptray").isEnabledFor(logging.DEBUG)

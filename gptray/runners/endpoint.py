@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import socket
 from pathlib import Path
 
@@ -117,6 +119,15 @@ def name_of(source: str) -> str:
     """What a model is called after where it is: its run, its folder, its name on the hub."""
     path = Path(source).expanduser().absolute()
     return path.parent.name if path.name == "model" else path.name
+
+
+def completion_command(config: Config, url: str, model: str) -> str:
+    """What asks the endpoint for a text from a shell; the key stands in the variable KEY."""
+    body = {"model": model, "prompt": "Once upon a time", "max_tokens": 40}
+    text = json.dumps(body, ensure_ascii=False)
+    words = ["curl", f"{url}/v1/completions", "-H", "Content-Type: application/json", "-d", text]
+    key = ' -H "Authorization: Bearer $KEY"' if config.serve.api_key_file else ""
+    return f"{shlex.join(words)}{key}"
 
 
 def endpoint_url(config: Config) -> str:

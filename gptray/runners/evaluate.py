@@ -17,6 +17,7 @@ from gptray.evaluation.result import EVALUATION
 from gptray.evaluation.wording import perplexity
 from gptray.files import storing
 from gptray.runners.cluster import ray_cluster
+from gptray.runners.next_steps import of_model, tell
 from gptray.runners.report import Reporter
 from gptray.runners.subject import Subject, check_text, look
 
@@ -53,6 +54,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         save_evaluation(evaluation, subject.folder)
     reporter = Reporter(subject.folder)
     reporter.write(running=False)
+    tell(of_model(subject.run or subject.model_dir))
     return {**outcome(evaluation), "evaluation": str(path), "report": reporter.path}
 
 

@@ -10,16 +10,20 @@ from __future__ import annotations
 import collections
 import logging
 import os
+import shlex
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptray.commands import retyped
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.data.parts import read_whole, write_part
 from gptray.data.prompts import output_schema
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
+from gptray.runners.next_steps import tell
 from gptray.runners.output import Output, check_job, check_output, with_built_backend
 from gptray.runners.rows_bar import RowsBar
 from gptray.runners.terminal import look_here
@@ -45,7 +49,7 @@ def generate(config: Config) -> dict[str, Any]:
     built = with_built_backend(config, job.config)
     if built.generate.backend != job.config.generate.backend:
         job = check_job(built)
-    with Output.opened(job) as output:
+    with _resumable(job.folder), Output.opened(job) as output:
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
         if missing and not output.rows:
@@ -58,7 +62,21 @@ def generate(config: Config) -> dict[str, Any]:
         summary = output.finish()
     reasons = summary["finish_reasons"].items()
     log.info("ended by %s", ", ".join(f"{reason}: {count:,}" for reason, count in reasons))
+    read = f"import pandas; print(pandas.read_parquet({str(job.folder)!r}))"
+    tell([shlex.join(["python", "-c", read])])
     return {**summary, **speed}
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Where the block is interrupted, say where the rows are and what does the others."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if folder.is_dir():
+            again = retyped("generate") or "the same command"
+            log.info("stopped: whole files stay in %s\nresume:\n  %s", folder, again)
+        raise
 
 
 def generation_plan(config: Config) -> list[tuple[str, str]]:

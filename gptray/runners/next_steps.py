@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gptray.commands import typed
-from gptray.config import Config, flatten
+from gptray.config import Config, differences
+from gptray.evaluation.advice import sentence
+from gptray.evaluation.diagnosis import diagnose
 from gptray.fields import shown
-from gptray.record import EVENTS, read_rows
-from gptray.runners.models import has_model, storage_of
+from gptray.record import EVENTS, METRICS, read_rows
+from gptray.runners.models import CONFIG, has_model, storage_of
+from gptray.runners.resuming import command
 
 log = logging.getLogger("gptray")
 
@@ -20,10 +24,36 @@ _DEFAULTS = Config()
 _LONGEST = 40
 
 
-def tell(settings: str, commands: Sequence[str]) -> None:
+def tell(commands: Sequence[str], *, settings: Mapping[str, Any] | None = None) -> None:
     """Say a run's settings in one line, and what to type next."""
-    log.info("settings: %s", settings)
+    if settings is not None:
+        log.info("settings: %s", settings_of(settings))
     log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
+
+
+def tell_run(config: Config, folder: Path) -> None:
+    """Say what a run that has ended has come to, its settings, and what to type next."""
+    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    diagnosis = diagnose(rows, config, events)
+    log.info("%s", sentence(diagnosis, config))
+    commands = [of_model(folder)[0], typed("evaluate", named("evaluate.model", folder))]
+    if diagnosis.verdict == "falling" and diagnosis.ended == "max_steps":
+        longer = f"train.max_steps={2 * diagnosis.last_step}"
+        commands = [command("train", config, folder, longer), commands[0]]
+    tell(commands, settings=differing(config))
+
+
+@contextmanager
+def resumable(job: str, config: Config, folder: Path) -> Iterator[None]:
+    """Where the block is interrupted, say where the run or sweep is and what resumes it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Ray's SIGTERM handler exits
+        if (folder / CONFIG).is_file():
+            rows = read_rows(folder / METRICS)
+            at = f" after step {rows[-1]['step']:,} of {config.train.max_steps:,}" if rows else ""
+            log.info("stopped%s: %s\nresume:\n  %s", at, folder, command(job, config, folder))
+        raise
 
 
 def of_model(folder: Path, *, prompt: str | None = None) -> list[str]:
@@ -35,11 +65,6 @@ def of_model(folder: Path, *, prompt: str | None = None) -> list[str]:
     ]
 
 
-def evaluation_of(folder: Path) -> str:
-    """What evaluates a run or a sweep's winner."""
-    return typed("evaluate", named("evaluate.model", folder))
-
-
 def named(key: str, folder: Path) -> str:
     """`key=` and the run: by its name where that alone finds it, else by its folder."""
     is_plain = folder.parent == storage_of(_DEFAULTS) and not has_model(Path(folder.name))
@@ -49,17 +74,13 @@ def named(key: str, folder: Path) -> str:
 def settings_of(values: Mapping[str, Any]) -> str:
     """Keys and their values in one line."""
     words = (f"{key}={shown(value).strip(chr(39))}" for key, value in values.items())
-    return " ".join(words) or "all as the defaults are"
+    return " ".join(words) or "the defaults"
 
 
 def differing(config: Config) -> dict[str, Any]:
     """The keys that differ from the defaults, but for where the run is."""
-    defaults = flatten(_DEFAULTS)
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if value != defaults[key] and key not in ("name", "storage_path", "tune.space")
-    }
+    hidden = ("name", "storage_path", "tune.space")
+    return {key: value for key, value in differences(config).items() if key not in hidden}
 
 
 def prompt_of(folder: Path) -> str:

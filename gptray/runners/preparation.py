@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from gptray.commands import retyped
 from gptray.config import Config
 from gptray.data.fallback import token_measures, token_words
 from gptray.data.request import make_request
@@ -13,6 +14,7 @@ from gptray.data.shares import split_rows
 from gptray.data.sources import BUILTIN, SourceFile
 from gptray.data.tokens import TokenData
 from gptray.runners.models import with_tokenizer
+from gptray.runners.next_steps import differing, tell
 from gptray.runners.prepare import check_sources, prepare, prepared
 
 
@@ -28,6 +30,9 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
     data = prepare(config)
     seconds = time.monotonic() - began
     splits = data.manifest["splits"]
+    again = retyped("train")
+    if again:
+        tell([again], settings=differing(config))
     return {
         "data_dir": str(data.data_dir),
         "documents": data.manifest["documents"],

@@ -32,6 +32,6 @@ class RowsBar:
         pace = (rows - self._first) / seconds
         tokens = sum(engine.output_tokens for engine in running) / seconds
         left = duration((self._total - rows) / pace) if pace else "?"
-        speed = f"{tokens:,.0f} tok/s  eta {left}"
-        line = f"{rows:,}/{self._total:,} rows  {speed}" if tokens else None
-        self._bar.show("generating", rows, speed, line=line)
+        speed = f"{tokens:,.0f} tok/s"
+        line = f"{rows:,}/{self._total:,} rows  {speed}  eta {left}" if tokens else None
+        self._bar.show("generating", rows, speed, eta=left, line=line)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
-from gptray.files import open_lock, storing
+from gptray.files import no_empty_folders, open_lock, storing
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
@@ -80,29 +80,29 @@ def run_dir(config: Config) -> Path:
 def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
     """Lock a folder for one driver; the OS releases the lock when the process dies.
 
-    A folder with nothing to see in it at the end is removed: a start that failed leaves nothing.
+    A folder made here with nothing to see in it at the end is removed: a failed start leaves none.
 
     Raises:
         UserError: another process holds it; `busy` says so, by default of a run that is trained.
         RunFailed: the disk is full or cannot be written.
     """
     lock = folder / LOCK
-    with storing(lock):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open_lock(lock)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = busy or f"another process is training the run {folder}"
-            raise UserError(message) from None
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # a lost mount has told already why
-                if [path.name for path in folder.iterdir()] == [lock.name]:
-                    lock.unlink()
-                    folder.rmdir()
+    with no_empty_folders(folder):
+        with storing(lock):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open_lock(lock)
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = busy or f"another process is training the run {folder}"
+                raise UserError(message) from None
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # a lost mount has told already why
+                    if [path.name for path in folder.iterdir()] == [lock.name]:
+                        lock.unlink()
 
 
 def set_ray_snapshot_aside(folder: Path) -> str | None:

@@ -198,10 +198,10 @@ class _Progress:
     def add(self, tokens: int) -> None:
         self._done += tokens
         pace = self._done / max(time.monotonic() - self._began, 1e-9)
-        speed = f"{pace:,.0f} tok/s  eta {duration((self._total - self._done) / pace)}"
+        speed, left = f"{pace:,.0f} tok/s", duration((self._total - self._done) / pace)
         is_end = self._done >= self._total
-        line = f"{self._doing} {self._done:,}/{self._total:,} tokens  {speed}"
-        self._bar.show(self._doing, self._done, speed, line=None if is_end else line)
+        line = f"{self._doing} {self._done:,}/{self._total:,} tokens  {speed}  eta {left}"
+        self._bar.show(self._doing, self._done, speed, eta=left, line=None if is_end else line)
 
     def close(self) -> None:
         self._bar.close()

@@ -18,7 +18,13 @@ from typing import Any
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.runners.cluster import ray_cluster
-from gptray.runners.endpoint import check_endpoint, endpoint_url, user_config
+from gptray.runners.endpoint import (
+    check_endpoint,
+    completion_command,
+    endpoint_url,
+    user_config,
+)
+from gptray.runners.next_steps import tell
 from gptray.runners.output import with_built_backend
 from gptray.runners.replica import bound
 
@@ -44,6 +50,7 @@ def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
         with _sigterm_sets() as stop:
             answers({"url": url, "model": model["served_model_name"]})
             log.info("serving %s at %s", model["model"], url)
+            tell([completion_command(config, url, model["served_model_name"])])
             try:
                 while not stop.wait(POLL_S):
                     _check_running()

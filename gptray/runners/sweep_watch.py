@@ -93,10 +93,13 @@ class _Watch:
 
     def _table(self, trials: Sequence[Trial]) -> Table:
         table = Table(title=self._progress(trials), title_justify="left", box=None)
-        for column in ("trial", "state", "step", "bits per byte", "at step", "settings"):
+        for column in ("trial", "state", "step", "bits/byte", "at step", "settings"):
             is_number = column not in ("trial", "state", "settings")
             table.add_column(
-                column, justify="right" if is_number else "left", no_wrap=column != "settings"
+                column,
+                justify="right" if is_number else "left",
+                no_wrap=column in ("trial", "step", "bits/byte"),
+                overflow="fold",
             )
         running = [trial for trial in trials if trial.started and not trial.outcome]
         best = [trial for trial in ranked(trials) if trial not in running]

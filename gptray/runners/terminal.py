@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gptray.commands import typed
 from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
+from gptray.runners.next_steps import named, tell
 from gptray.runners.output import with_backend, with_built_backend
 from gptray.visible import visible
 
@@ -72,6 +74,9 @@ def generate_here(config: Config) -> dict[str, Any]:
         if generation.error:
             log.warning("sample.prompt=%r: %s", prompt, generation.error)
     seconds = time.monotonic() - began
+    tell(
+        [typed("serve", named("serve.model", folder.parent if folder.name == "model" else folder))]
+    )
     tokens = sum(len(generation.tokens) for generation in generations)
     return {
         "model": name,

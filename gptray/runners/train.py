@@ -17,6 +17,7 @@ from gptray.data.tokens import DamagedData, TokenData
 from gptray.files import cannot_write, storing
 from gptray.record import try_event, write_event
 from gptray.runners.cluster import ray_cluster, worker_resources
+from gptray.runners.next_steps import resumable, tell_run
 from gptray.runners.prepare import prepare
 from gptray.runners.report import Reporter
 from gptray.runners.resuming import (
@@ -49,7 +50,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     checked = check_run(config)
     config, folder, state = checked.config, checked.folder, checked.state
-    with held(folder):
+    with held(folder), resumable("train", config, folder):
         log.info("run %s", folder)
         reporter = Reporter(folder)
         if state and is_finished(config, folder, state):
@@ -60,6 +61,7 @@ def train(config: Config) -> dict[str, Any]:
         else:
             facts = _run(checked, reporter)
         show_samples(folder)
+        tell_run(config, folder)
     return {**outcome(config), **facts, "report": reporter.path}
 
 

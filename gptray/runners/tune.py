@@ -7,7 +7,6 @@ the same command resumes a sweep wherever it was killed.
 
 from __future__ import annotations
 
-import collections
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +18,12 @@ from gptray.config import Config, RunFailed, dump, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.files import replacing, storing
 from gptray.runners.cluster import ray_cluster, trial_resources
+from gptray.runners.next_steps import resumable
 from gptray.runners.prepare import prepare
 from gptray.runners.report import Reporter
 from gptray.runners.resuming import command, save_config
 from gptray.runners.runs import held
+from gptray.runners.sweep_end import BEST, outcome, tell_winner
 from gptray.runners.sweep_plan import BUSY, SweepPlan, check_texts, look_at_sweep
 from gptray.runners.sweep_start import check_trials, failed_trials, opened
 from gptray.runners.sweep_watch import watching_sweep
@@ -37,7 +38,6 @@ from gptray.tuning.plan import (
     text_key,
 )
 from gptray.tuning.record import (
-    OUTCOMES,
     Record,
     Trial,
     load_sweep,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from gptray.runners.suggestions import Suggestions
 
 log = logging.getLogger("gptray")
-BEST = "best.yaml"
 
 
 def tune(config: Config) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def tune(config: Config) -> dict[str, Any]:
     """
     plan = look_at_sweep(config)
     folder = plan.folder
-    with held(folder, busy=BUSY.format(folder)):
+    with held(folder, busy=BUSY.format(folder)), resumable("tune", plan.config, folder):
         log.info("sweep %s", folder)
         reporter = Reporter(folder, _write_report)
         if winner_dir(folder) and not plan.changes and not failed_trials(plan.config, folder):
@@ -84,6 +83,7 @@ def tune(config: Config) -> dict[str, Any]:
                 finally:
                     reporter.write(running=False)
     _tell_losses(folder)
+    tell_winner(folder)
     return {**outcome(folder), "report": reporter.path}
 
 
@@ -248,32 +248,3 @@ class _Sweep:
         with storing(path), replacing(path) as draft:
             draft.write_text(dump(best), "utf-8")
         self._record.winner(winner.name)
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """What a finished sweep has come to: the job's JSON line.
-
-    `best_*` are the winner's, at its lowest validation loss, `best_lost` the share of the text that
-    its tokenizer loses; `baseline_val_bpb` is that of the
-    trial of the config as it is. `steps_full` counts all trials as if none had stopped early.
-    """
-    sweep = load_sweep(folder)
-    winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)
-    baseline = next((one for one in sweep.trials if not one.values and one.best), None)
-    counts = collections.Counter(trial.outcome for trial in sweep.trials)
-    assert winner.best
-    return {
-        "sweep_dir": str(folder),
-        "best_config": str(folder / BEST),
-        "best_trial": winner.name,
-        "best_val_loss": winner.best["val_loss"],
-        "best_val_bpb": winner.best["val_bpb"],
-        "best_lost": winner.lost,
-        "baseline_val_bpb": baseline.best["val_bpb"] if baseline and baseline.best else None,
-        "model_dir": str(folder / "model"),
-        "trials": len(sweep.trials),
-        "trials_stopped_early": counts["stopped"] + counts["patience"],
-        "outcomes": {name: counts[name] for name in OUTCOMES},
-        "steps_run": sum(trial.step for trial in sweep.trials),
-        "steps_full": sum(trial.max_steps for trial in sweep.trials),
-    }

@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import Progress, TaskID
 
 from gptray.evaluation.wording import perplexity
 from gptray.record import (
@@ -30,6 +29,7 @@ from gptray.record import (
     parse_row,
     read_rows,
 )
+from gptray.runners.bar import new_task, progress_bar
 from gptray.stored import Unreadable
 
 log = logging.getLogger("gptray")
@@ -90,7 +90,7 @@ class _Watch:
         self._task = TaskID(0)
         if sys.stderr.isatty():
             self._bar = progress_bar()
-            self._task = self._bar.add_task("starting workers", total=max_steps, metrics="")
+            self._task = new_task(self._bar, "starting workers", total=max_steps)
             self._bar.start()
 
     def look(self) -> None:
@@ -153,7 +153,7 @@ class _Watch:
         pace = (time.monotonic() - began) / max(1, self._shown - since)
         eta = duration(pace * (self._max_steps - self._shown))
         if self._bar:
-            self._bar.update(self._task, completed=self._shown, metrics=f"{metrics}  eta {eta}")
+            self._bar.update(self._task, completed=self._shown, metrics=metrics, eta=eta)
         if not self._bar or "val_loss" in row:
             width = len(f"{self._max_steps}")
             best = "  best so far" if is_best else ""
@@ -195,17 +195,6 @@ def show_samples(run_dir: Path) -> None:
     log.info("what the best model (step %s) writes:", best[-1]["step"])
     for prompt, output in best[-1]["samples"]:
         log.info("%s", textwrap.indent(f"[{prompt}]{output}", "  | ", lambda line: True))
-
-
-def progress_bar() -> Progress:
-    """A bar on stderr; each task has a field `metrics`, shown behind its counts."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[metrics]}"),
-        console=Console(stderr=True),
-    )
 
 
 def _metrics_text(row: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from gptray.tuning.effects import ENOUGH, Effect
 from gptray.tuning.levels import assignment
 from gptray.tuning.plan import loses_text, lossy_ahead, mean_score, score
 from gptray.tuning.record import Trial
+from gptray.tuning.seen import Seen
 from gptray.tuning.standing import Standing, is_wrong
 
 # Settings that a sentence names.
@@ -51,7 +52,9 @@ def headline(standing: Standing) -> str:
         over = any(trial.outcome for trial in standing.sweep.trials)
         text = "No trial has come to a model." if over else "No trial has been evaluated yet."
         return paragraph(text, "headline")
-    parts = [_who(standing, best), _why(standing, best), _cost(standing)]
+    parts = [
+        _who(standing, best), _saw(standing, best), _why(standing, best), _cost(standing),
+    ]  # fmt: skip
     lossy = losses_line(standing)
     text = paragraph(" ".join(part for part in parts if part), "headline")
     return text + paragraph(lossy) if lossy else text
@@ -124,6 +127,10 @@ def _who(standing: Standing, best: Trial) -> str:
     return f"{text}, against {score(own):.3f} of the config as it is{stopped}."
 
 
+def _saw(standing: Standing, best: Trial) -> str:
+    return f"Its model has seen {Seen.of(best, standing.sweep.config).words}."
+
+
 def bits(trial: Trial, standing: Standing) -> str:
     """A trial's validation loss, over its repetitions where it has some."""
     over = [one for one in standing.sweep.trials if one.outcome]
@@ -157,7 +164,7 @@ def _cost(standing: Standing) -> str:
     if not standing.sweep.winner:
         return f"So far it took {count(run, 'step')}."
     return (
-        f"It took {100 * run / full:.0f} % of the steps of all trials run to their ends: "
+        f"The sweep took {100 * run / full:.0f} % of the steps of all trials run to their ends: "
         f"{run:,} of {full:,}."
     )
 

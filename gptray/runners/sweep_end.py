@@ -1,0 +1,77 @@
+"""What a finished sweep has come to: the job's JSON line, and what comes next."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from pathlib import Path
+from typing import Any
+
+from gptray.commands import typed
+from gptray.config import load_saved
+from gptray.runners.next_steps import of_model, prompt_of, tell
+from gptray.tuning.plan import score
+from gptray.tuning.record import OUTCOMES, load_sweep, trial_dir
+from gptray.tuning.seen import Seen
+
+log = logging.getLogger("gptray")
+
+BEST = "best.yaml"
+# How many times as many steps the command has that trains the winner longer.
+LONGER = 4
+
+
+def tell_winner(folder: Path) -> None:
+    """Say who has won, what it has seen, its settings, and what trains them longer."""
+    sweep = load_sweep(folder)
+    winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)
+    seen = Seen.of(winner, sweep.config)
+    bpb = f"{score(winner):.4f} bits per byte"
+    log.info("winner: trial %s with %s; it has seen %s", winner.name, bpb, seen.words)
+    run = trial_dir(folder, winner.name)
+    longer = [f"train.max_steps={LONGER * winner.max_steps}", f"name={folder.name}-long"]
+    if seen.fraction < 1:
+        longer.insert(0, "data.fraction=1")
+    if load_saved(folder / BEST).train.patience is None:
+        longer.insert(0, "train.patience=5")
+    commands = [
+        typed("train", "--config", str(folder / BEST), *longer),
+        of_model(folder, prompt=prompt_of(run))[0],
+    ]
+    tell(commands, settings=winner.values)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What a finished sweep has come to: the job's JSON line.
+
+    `best_*` are the winner's, at its lowest validation loss: `best_lost` the share of the text that
+    its tokenizer loses, `best_tokens` how many it was trained on, as often as they were read,
+    `best_epochs` how often it read its part of the text, `best_text_share` how much of all training
+    text it has read (0 to 1). `baseline_val_bpb` is that of the config as it is. `steps_full`
+    counts all trials as if none had stopped early.
+    """
+    sweep = load_sweep(folder)
+    winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)
+    baseline = next((one for one in sweep.trials if not one.values and one.best), None)
+    counts = collections.Counter(trial.outcome for trial in sweep.trials)
+    assert winner.best
+    seen = Seen.of(winner, sweep.config)
+    return {
+        "sweep_dir": str(folder),
+        "best_config": str(folder / BEST),
+        "best_trial": winner.name,
+        "best_val_loss": winner.best["val_loss"],
+        "best_val_bpb": winner.best["val_bpb"],
+        "best_lost": winner.lost,
+        "best_step": seen.step,
+        "best_tokens": seen.tokens,
+        "best_epochs": round(seen.epochs, 3),
+        "best_text_share": round(seen.share, 4),
+        "baseline_val_bpb": baseline.best["val_bpb"] if baseline and baseline.best else None,
+        "model_dir": str(folder / "model"),
+        "trials": len(sweep.trials),
+        "trials_stopped_early": counts["stopped"] + counts["patience"],
+        "outcomes": {name: counts[name] for name in OUTCOMES},
+        "steps_run": sum(trial.step for trial in sweep.trials),
+        "steps_full": sum(trial.max_steps for trial in sweep.trials),
+    }

@@ -1,0 +1,44 @@
+"""What a trial has seen of the training text by the time its model was best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gptray.config import Config, override
+from gptray.evaluation.wording import count, magnitude
+from gptray.tuning.record import Trial
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Steps and tokens trained on; `epochs` of the trial's part of the text, `fraction` of all.
+
+    tokens: as often as they were read. share: of the training split, 0 to 1, read at least once.
+    """
+
+    step: int
+    tokens: int
+    epochs: float
+    fraction: float
+
+    @classmethod
+    def of(cls, trial: Trial, config: Config) -> Seen:
+        """By the best evaluation of a trial of the sweep that `config` is."""
+        assert trial.best
+        own, step = override(config, trial.values), trial.best["step"]
+        return cls(step, step * own.tokens_per_step, trial.best["epoch"], own.data.fraction)
+
+    @property
+    def share(self) -> float:
+        return self.fraction * min(1.0, self.epochs)
+
+    @property
+    def words(self) -> str:
+        """As the end of "it has seen ..."."""
+        share = f"{100 * self.share:.2g} %" if self.share < 1 else "all"
+        times = f" {self.epochs:.1f} times" if self.epochs >= 1.05 else ""
+        part = " (data.fraction)" if self.fraction < 1 else ""
+        return (
+            f"{share} of the training text{part}{times}, in {count(self.step, 'step')} of "
+            f"{magnitude(self.tokens)} tokens in all"
+        )

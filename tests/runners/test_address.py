@@ -1,0 +1,51 @@
+"""A RAY_ADDRESS at which no Ray listens: told before Ray asks for minutes."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from gptray.config import UserError
+from gptray.runners.address import check_address
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}"])
+def test_an_address_where_nothing_listens_is_one_sentence(closed_port: int, form: str) -> None:
+    address = form.format(closed_port)
+    with pytest.raises(UserError, match="no Ray answers there: .*unset RAY_ADDRESS") as told:
+        check_address(address)
+    assert str(told.value).startswith(f"RAY_ADDRESS={address}: ") and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("address", ["somewhere", "127.0.0.1:many", ":", "127.0.0.1:99999999999"])
+def test_what_is_no_address_is_told_too(address: str) -> None:
+    with pytest.raises(UserError, match="no Ray answers there"):
+        check_address(address)
+
+
+def test_a_dashboards_address_says_what_it_is_for() -> None:
+    with pytest.raises(UserError, match="for ray job submit"):
+        check_address("http://127.0.0.1:8265")
+
+
+def test_auto_is_the_ray_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    check_address("auto")  # none was started, which Ray says itself
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{closed_port}")
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS=auto \(127.0.0.1:{closed_port}\): no Ray"):
+        check_address("auto")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        check_address(f"127.0.0.1:{listening.getsockname()[1]}")
