@@ -417,16 +417,20 @@ void top_of_row(const float *logits, int width, int k, float *values, int64_t *i
     least = maxima[k - 1];
   }
   std::vector<int64_t> keys;
+  const Floats lowest = _mm512_set1_ps(-INFINITY);
   for (int i = 0; i < width; i += LANES) {
     const __mmask16 mask = lanes(width - i);
     const Floats row = load(logits + i, mask);
-    // "Not less" takes NaN too: the sampler is to see it.
+    // "Not less" takes NaN too: the sampler is to see it. -inf waits: a masked row is full of it.
     int found = _mm512_mask_cmp_ps_mask(mask, row, _mm512_set1_ps(least), _CMP_NLT_UQ);
+    found &= _mm512_mask_cmp_ps_mask(mask, row, lowest, _CMP_NEQ_UQ);
     for (; found; found &= found - 1) {
       const int id = i + __builtin_ctz(found);
       keys.push_back(rank_key(logits[id], id));
     }
   }
+  for (int id = 0; (int)keys.size() < k; ++id)
+    if (logits[id] == -INFINITY) keys.push_back(rank_key(logits[id], id));
   std::partial_sort(keys.begin(), keys.begin() + k, keys.end(), std::greater<int64_t>());
   for (int i = 0; i < k; ++i) {
     ids[i] = 0x7FFFFFFF - (keys[i] & 0xFFFFFFFF);

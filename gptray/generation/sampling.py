@@ -10,7 +10,7 @@ Shapes: B rows of the batch, V entries of the vocabulary, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,15 +78,19 @@ def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Dr
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     logprobs = _log_softmax(logits, asked)
     _shape(logits, rows)
-    tokens, best = _choose_of_all(top, logits, rows)
-    for mask, members in _by_mask(rows).items():
-        if mask and mask.allowed is not None:
-            few = logits[torch.tensor(members, device=logits.device)[:, None], mask.allowed]
-            chosen, best[members] = _choose(top, few, [rows[i] for i in members])
-            tokens[members] = mask.allowed.cpu()[chosen]
+    tokens, sound = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows)).bool()
+    for members, choose in (
+        ([i for i, r in enumerate(rows) if r.sampling.is_greedy], _greedy),
+        ([i for i, r in enumerate(rows) if _is_ranked(r.sampling)], partial(_draw_ranked, top)),
+        ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
+    ):
+        if members:
+            part = logits if len(members) == len(rows) else logits[members]
+            chosen, best = choose(part, [rows[i] for i in members])
+            tokens[members], sound[members] = chosen.cpu(), torch.isfinite(best).cpu()
     drawn = [
         Drawn(token) if is_sound else None
-        for token, is_sound in zip(tokens.tolist(), torch.isfinite(best).tolist(), strict=True)
+        for token, is_sound in zip(tokens.tolist(), sound.tolist(), strict=True)
     ]
     if asked:
         counts = [rows[i].sampling.logprobs or 0 for i in asked]
@@ -164,42 +168,33 @@ def _shape(logits: Tensor, rows: Sequence[Row]) -> None:
     unfinished = [i for i, row in enumerate(rows) if row.new_tokens < row.sampling.min_new_tokens]
     if unfinished:
         logits[unfinished, [rows[i].eos_id for i in unfinished]] = float("-inf")
-    for mask, members in _by_mask(rows).items():
-        if mask is None or mask.banned is None:
-            continue
-        if len(members) == len(logits):
-            logits.index_fill_(1, mask.banned, float("-inf"))
-        else:
-            logits[torch.tensor(members, device=logits.device)[:, None], mask.banned] = -torch.inf
+    _mask(logits, rows)
 
 
-def _by_mask(rows: Sequence[Row]) -> dict[Mask | None, list[int]]:
-    members: dict[Mask | None, list[int]] = {}
-    for i, row in enumerate(rows):
-        members.setdefault(row.mask, []).append(i)
-    return members
+def _mask(logits: Tensor, rows: Sequence[Row]) -> None:
+    """Leave what may be drawn: between characters a few entries go, inside one a few stay."""
+    masks = [(i, row.mask) for i, row in enumerate(rows) if row.mask]
+    banned = {i: mask.banned for i, mask in masks if mask.banned is not None}
+    allowed = {i: mask.allowed for i, mask in masks if mask.allowed is not None}
+    if len(banned) == len(rows) and len({id(ids) for ids in banned.values()}) == 1:
+        logits.index_fill_(1, banned[0], float("-inf"))
+    elif banned:
+        logits[_places(banned)] = float("-inf")
+    if allowed:
+        places = _places(allowed)
+        kept = logits[places]
+        logits.index_fill_(0, places[0][:, 0], float("-inf"))
+        logits[places] = kept
 
 
-def _choose_of_all(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
-    """Each row's token out of all; rows with a list of their own too, to spare a copy without."""
-    if all(row.mask and row.mask.allowed is not None for row in rows):
-        return torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows))
-    return _choose(top, logits, rows)
-
-
-def _choose(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
-    """Each row's token by its own settings."""
-    tokens, best = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
-    for members, choose in (
-        ([i for i, r in enumerate(rows) if r.sampling.is_greedy], _greedy),
-        ([i for i, r in enumerate(rows) if _is_ranked(r.sampling)], partial(_draw_ranked, top)),
-        ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
-    ):
-        if members:
-            part = logits if len(members) == len(rows) else logits[members]
-            chosen, highest = choose(part, [rows[i] for i in members])
-            tokens[members], best[members] = chosen.cpu(), highest.cpu()
-    return tokens, best
+def _places(ids: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where these ids of these rows stand; rows that have fewer repeat one."""
+    lists = list(ids.values())
+    if any(one is not lists[0] for one in lists):
+        most = max(map(len, lists))
+        lists = [torch.cat([one, one[:1].expand(most - len(one))]) for one in lists]
+    columns = torch.stack(lists)
+    return torch.tensor(list(ids), device=columns.device)[:, None], columns
 
 
 def _is_ranked(sampling: Sampling) -> bool:

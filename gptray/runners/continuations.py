@@ -24,7 +24,6 @@ TASK_PROMPTS = 16
 TASK_READ_TOKENS = 1 << 23
 # Passages that are kept to be read.
 SHOWN = 8
-GREEDY = Sampling(temperature=0.0)
 
 
 def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMeasures:
@@ -34,7 +33,8 @@ def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMe
     passages = _passages(subject, data, held_out, length)
     lengths = [len(passage.reference) for passage in passages]
     sampling = Sampling.of(subject.config.sample, min_new_tokens=0, stop=())
-    greedy = _continued(scorers, "writing", passages, lengths, GREEDY)
+    likeliest = Sampling(temperature=0.0, utf8=sampling.utf8)
+    greedy = _continued(scorers, "writing", passages, lengths, likeliest)
     sampled = _continued(scorers, "sampling", passages, lengths, sampling)
     real = [data.tokenizer.decode(passage.reference) for passage in passages]
     tokenize = pick_bleu(subject.config.evaluate.bleu_tokenize, real)
@@ -114,7 +114,9 @@ def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
     if not passages:
         return _Recited(nothing, _no_passage(subject, "training"))
     lengths = [RECITED_TOKENS] * len(passages)
-    written = _continued(scorers, "reciting", passages, lengths, GREEDY)
+    # What the network itself would say next, broken characters and all.
+    likeliest = Sampling(temperature=0.0, utf8=False)
+    written = _continued(scorers, "reciting", passages, lengths, likeliest)
     grams = [
         np.concatenate(
             [recitation.ngram_hashes(np.array(one.tokens, np.int64), n) for one in written]

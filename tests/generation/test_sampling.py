@@ -116,6 +116,7 @@ def test_candidates_are_those_of_a_stable_sort(backend: str, entries: int, k: in
     # bf16 leaves many ties; -inf and both zeros are values as any.
     logits = some_logits(3, entries).bfloat16().float()
     logits[0, ::3], logits[1, ::2], logits[1, 1::4] = float("-inf"), 0.0, -0.0
+    logits[2, :1], logits[2, 3:-2] = float("-inf"), float("-inf")  # as of a masked row
     values, ids = top(logits, k)
     expected = logits.sort(dim=1, descending=True, stable=True)
     assert torch.equal(ids, expected.indices[:, :k])

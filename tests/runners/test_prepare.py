@@ -98,8 +98,7 @@ def test_manifest_says_where_the_tokens_come_from(
     assert tokens_of(data) == expected_tokens(half, data.tokenizer)
     characters = {name: sum(len(text) for text, _ in runs) for name, runs in half.items()}
     told = {name: split["characters"] for name, split in manifest["splits"].items()}
-    assert told == characters and manifest["splits"]["train"]["fallback_tokens"] > 0
-    assert any("parts of characters" in warning for warning in manifest["warnings"])
+    assert told == characters and manifest["splits"]["train"]["fallback_tokens"] == 0
 
 
 def test_text_by_position_is_nanogpts_cut(ray_cluster: None, tmp_path: Path) -> None:
