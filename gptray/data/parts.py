@@ -1,7 +1,7 @@
 """Parquet files that appear whole or not at all: the parts of a large table.
 
-Pages carry checksums. A part of an output has its sha256 beside it, in the folder's scratch, so
-that damage, or a file of somebody else's in its place, shows at the next look.
+Pages carry checksums. A part has its sha256 in a hidden folder beside it, so that damage, or a
+file of somebody else's in its place, shows at the next look.
 """
 
 from __future__ import annotations
@@ -40,16 +40,8 @@ def read_whole(path: Path) -> pa.Table:
         raise _damaged(path, str(error).splitlines()[0]) from None
 
 
-def holds_rows(path: Path, rows: int) -> bool:
-    """Whether a file ends as a Parquet file of so many rows does."""
-    try:
-        return bool(parquet.read_metadata(path).num_rows == rows)
-    except (pa.ArrowException, OSError):
-        return False
-
-
 def write_part(table: pa.Table, folder: Path, number: int) -> None:
-    """Write a part of an output, after its sha256. Raises RunFailed without room."""
+    """Write a part that appears whole, after its sha256. Raises RunFailed without room."""
     path, digest = folder / part_name(number), _digest(folder, number)
     with storing(path), replacing(path) as partial:
         _write(table, partial)
@@ -59,10 +51,7 @@ def write_part(table: pa.Table, folder: Path, number: int) -> None:
 
 
 def part_sha256(folder: Path, number: int) -> str:
-    """The sha256 of a part of an output.
-
-    Raises RunFailed unless it is the one that the part was written with.
-    """
+    """The sha256 of a part, which is the one that it was written with; else raises RunFailed."""
     path = folder / part_name(number)
     try:
         written = read_bytes(_digest(folder, number))
