@@ -40,9 +40,9 @@ def read_whole(path: Path) -> pa.Table:
         raise _damaged(path, str(error).splitlines()[0]) from None
 
 
-def write_part(table: pa.Table, folder: Path, number: int) -> None:
+def write_part(table: pa.Table, path: Path) -> None:
     """Write a part that appears whole, after its sha256. Raises RunFailed without room."""
-    path, digest = folder / part_name(number), _digest(folder, number)
+    digest = _digest(path)
     with storing(path), replacing(path) as partial:
         _write(table, partial)
         digest.parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +50,10 @@ def write_part(table: pa.Table, folder: Path, number: int) -> None:
             draft.write_text(sha256_of(partial), "utf-8")
 
 
-def part_sha256(folder: Path, number: int) -> str:
+def part_sha256(path: Path) -> str:
     """The sha256 of a part, which is the one that it was written with; else raises RunFailed."""
-    path = folder / part_name(number)
     try:
-        written = read_bytes(_digest(folder, number))
+        written = read_bytes(_digest(path))
         found = sha256_of(path)
     except FileNotFoundError:
         raise _damaged(path, "it was not written by this job") from None
@@ -65,8 +64,11 @@ def part_sha256(folder: Path, number: int) -> str:
     return found
 
 
-def _digest(folder: Path, number: int) -> Path:
-    return folder / SCRATCH / f"part-{number:05d}.sha256"
+def _digest(path: Path) -> Path:
+    """Where the sha256 of a part stands, be it of the output or staged in the scratch."""
+    if path.parent.name == SCRATCH:
+        return path.with_name(f"{path.name}.sha256")
+    return path.parent / SCRATCH / f"output-{path.stem}.sha256"
 
 
 def _damaged(path: Path, reason: str) -> RunFailed:

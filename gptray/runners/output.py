@@ -196,12 +196,12 @@ class Output:
                     f"generate.output_path: {path} is no file of this job, and whoever reads the "
                     "folder would read it too; remove it, or choose another folder"
                 )
-            part_sha256(self.folder, own[path.name])
+            part_sha256(path)
 
     def _is_staged(self, part: int) -> bool:
         """Whether the input of a part is there as it was written."""
         try:
-            part_sha256(self.folder / SCRATCH, part)
+            part_sha256(self.staged(part))
         except RunFailed:
             return False
         return True
@@ -217,7 +217,7 @@ class Output:
 
         rows = self._plan["rows_per_file"]
         for part, table in enumerate(staged(self.job.files, found, rows, read_request)):
-            write_part(table, self.folder / SCRATCH, part)
+            write_part(table, self.staged(part))
         write_json(self.folder / SCRATCH / PLAN, self._plan)
 
     def finish(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ class Output:
         files = {}
         for part in range(self.parts):
             path = self.folder / part_name(part)
-            digest = part_sha256(self.folder, part)
+            digest = part_sha256(path)
             table = _counts(path)
             if table.num_rows != self.rows_of(part):
                 raise RunFailed(f"{path} has {table.num_rows} rows, not {self.rows_of(part)}")
@@ -248,7 +248,7 @@ class Output:
             write_json(self.folder / MANIFEST, {**self._plan, **summary, "files": files})
             with storing(success):
                 success.touch()
-        for path in (self.folder / SCRATCH).glob("part-*.parquet"):
+        for path in (self.folder / SCRATCH).glob("part-*"):
             path.unlink()
         return summary
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gptray.data.parts import part_name
 from gptray.generation.batch import PartWriter
 from gptray.generation.engine import load_engine
 from gptray.runners.output import Output, check_job
+from gptray.runners.output_plan import MANIFEST
 from tests.damage import (
     NO_JSON,
     Damage,
@@ -36,7 +38,7 @@ from tests.damage import (
 from tests.runners.generating import config_of
 
 ROWS, PLAN, PARTS = 25, ".gptray/plan.json", [part_name(number) for number in range(4)]
-FIRST, STAGED = PARTS[0], f".gptray/{PARTS[1]}"
+FIRST = PARTS[0]
 Feed = Callable[[Output, int], None]
 
 
@@ -123,17 +125,32 @@ def both(*damages: Damage) -> Damage:
     return lambda out: [damage(out) for damage in damages]
 
 
+def staged(damage: Callable[[str], Damage]) -> Damage:
+    """Damage the staged input of the second part."""
+
+    def of(out: Path) -> None:
+        (path,) = (
+            path for path in (out / ".gptray").glob("part-00001.*") if path.suffix != ".sha256"
+        )
+        damage(f".gptray/{path.name}")(out)
+
+    return of
+
+
 def linked(name: str) -> Damage:
     return link_at(name, "../precious" if "/" not in name else "../../precious")
 
 
 RIGHT: dict[str, Damage] = {
     "nothing": lambda out: None,
-    **{f"staged part cut to {n}0 %": cut(STAGED, n) for n in (0, 2, 5, 9)},
-    **{f"staged bit at {n}0 %": flipped(STAGED, n) for n in (0, 2, 3, 5, 8, 10)},
-    "staged part gone": gone(STAGED),
-    "staged part a pipe": pipe_at(STAGED),
-    "staged part a dead link": link_at(STAGED, "nowhere"),
+    **{f"staged part cut to {n}0 %": staged(lambda name, n=n: cut(name, n)) for n in (0, 2, 5, 9)},
+    **{
+        f"staged bit at {n}0 %": staged(lambda name, n=n: flipped(name, n))
+        for n in (0, 2, 3, 5, 8, 10)
+    },
+    "staged part gone": staged(gone),
+    "staged part a pipe": staged(pipe_at),
+    "staged part a dead link": staged(partial(link_at, target="nowhere")),
     "written part gone": gone(FIRST),
     "_SUCCESS too early": text("_SUCCESS", ""),
     "a file of somebody's": text("notes.txt", "x"),
@@ -168,7 +185,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "part of nobody's": (
         lambda out: shutil.copy(out / FIRST, out / PARTS[2]), "was not written by this job"
     ),
-    "part's digest gone": (gone(".gptray/part-00000.sha256"), "was not written by this job"),
+    "part's digest gone": (gone(".gptray/output-part-00000.sha256"), "was not written by this job"),
     "part a folder": (folder_at(FIRST), NOT_OURS),
     "part a pipe": (pipe_at(FIRST), NOT_OURS),
     "part a dead link": (link_at(FIRST, "nowhere"), NOT_OURS),
@@ -176,7 +193,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "part beyond the last": (lambda out: shutil.copy(out / FIRST, out / part_name(99)), NOT_OURS),
     **{
         f"{name} a link": (linked(name), "is a link to .*: the job writes there")
-        for name in (".gptray/.driver.lock", "_SUCCESS", "manifest.json")
+        for name in (".gptray/.driver.lock", "_SUCCESS", MANIFEST)
     },
     "scratch a link": (
         lambda out: ((out / ".gptray").rename(out.parent / "s"), link_at(".gptray", "../s")(out)),
@@ -218,7 +235,7 @@ def test_a_bit_that_turns_in_a_finished_output_is_told(
 ) -> None:
     config = config_for(out.parent, model_dir)
     job(config, feed)
-    files = json.loads((out / "manifest.json").read_text())["files"]
+    files = json.loads((out / MANIFEST).read_text())["files"]
     assert {name: entry["sha256"] for name, entry in files.items()} == whole
     flipped(PARTS[3], 5)(out)
     with pytest.raises(RunFailed, match=f"{PARTS[3]} is damaged: its sha256 is not the one"):
