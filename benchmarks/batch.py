@@ -47,9 +47,13 @@ def hf_script(model_dir: str, source: str, target: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_dir, padding_side="left", trust_remote_code=False
+    )
     tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.bfloat16, trust_remote_code=False
+    )
     model.eval()
     rows = parquet.read_table(source).to_pylist()
     for begin in range(0, len(rows), HF_BATCH):

@@ -70,7 +70,9 @@ def hf_run(model_dir: str, precision: str) -> Run:
     from transformers import AutoModelForCausalLM
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=dtype, trust_remote_code=False
+    )
     model.eval()
 
     def run(batch: int, salt: int) -> None:
@@ -97,7 +99,9 @@ def ct2_run(model_dir: str, compute_type: str) -> Run:
 
     folder = f"{model_dir}/ct2-{compute_type}"
     TransformersConverter(model_dir).convert(folder, quantization=compute_type)
-    names = AutoTokenizer.from_pretrained(model_dir).convert_ids_to_tokens(list(range(VOCAB_SIZE)))
+    names = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False).convert_ids_to_tokens(
+        list(range(VOCAB_SIZE))
+    )
     cores = os.cpu_count() or 1
     alone = ctranslate2.Generator(folder, compute_type=compute_type, intra_threads=cores)
     spread = ctranslate2.Generator(

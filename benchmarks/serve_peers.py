@@ -33,8 +33,10 @@ class HuggingFace:
     def __init__(self, model_dir: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.bfloat16, trust_remote_code=False
+        )
         self._model.generation_config.eos_token_id = None
 
     def generate(self, bodies: Sequence[Any], tell: Callable[[list[str]], None]) -> None:

@@ -299,10 +299,10 @@ def _read_parquet(piece: Piece) -> Iterator[Part]:
         raise UserError(f"{file.name}: row {row}: {error}") from None
 
 
-def first_look(file: SourceFile, reading: Reading) -> None:
-    """Look at the file's beginning only: raise UserError where it cannot be read.
+def first_look(file: SourceFile, reading: Reading, *, whole: bool = False) -> None:
+    """Look at the file's beginning, or at all of it: raise UserError where it cannot be read.
 
-    Finds a missing column, the wrong encoding, and a bad row among the first ones.
+    Finds a missing column, the wrong encoding, and a bad row among those looked at.
     """
     if file.format == "parquet":
         check_parquet_column(file, open_parquet(file).schema_arrow, reading.text_column)
@@ -310,7 +310,7 @@ def first_look(file: SourceFile, reading: Reading) -> None:
     seen = 0
     for part in read_parts(Piece(file, 0, file.size, reading)):
         seen += len(part.text) + 1
-        if seen > _FIRST_LOOK:
+        if seen > _FIRST_LOOK and not whole:
             return
 
 

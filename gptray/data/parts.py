@@ -1,7 +1,7 @@
 """Parquet files that appear whole or not at all: the parts of a large table.
 
-Pages carry checksums. A part of an output has its sha256 beside it, in the folder's scratch, so
-that damage, or a file of somebody else's in its place, shows at the next look.
+Pages carry checksums. A part has its sha256 in a hidden folder beside it, so that damage, or a
+file of somebody else's in its place, shows at the next look.
 """
 
 from __future__ import annotations
@@ -40,17 +40,9 @@ def read_whole(path: Path) -> pa.Table:
         raise _damaged(path, str(error).splitlines()[0]) from None
 
 
-def holds_rows(path: Path, rows: int) -> bool:
-    """Whether a file ends as a Parquet file of so many rows does."""
-    try:
-        return bool(parquet.read_metadata(path).num_rows == rows)
-    except (pa.ArrowException, OSError):
-        return False
-
-
-def write_part(table: pa.Table, folder: Path, number: int) -> None:
-    """Write a part of an output, after its sha256. Raises RunFailed without room."""
-    path, digest = folder / part_name(number), _digest(folder, number)
+def write_part(table: pa.Table, path: Path) -> None:
+    """Write a part that appears whole, after its sha256. Raises RunFailed without room."""
+    digest = _digest(path)
     with storing(path), replacing(path) as partial:
         _write(table, partial)
         digest.parent.mkdir(parents=True, exist_ok=True)
@@ -58,14 +50,10 @@ def write_part(table: pa.Table, folder: Path, number: int) -> None:
             draft.write_text(sha256_of(partial), "utf-8")
 
 
-def part_sha256(folder: Path, number: int) -> str:
-    """The sha256 of a part of an output.
-
-    Raises RunFailed unless it is the one that the part was written with.
-    """
-    path = folder / part_name(number)
+def part_sha256(path: Path) -> str:
+    """The sha256 of a part, which is the one that it was written with; else raises RunFailed."""
     try:
-        written = read_bytes(_digest(folder, number))
+        written = read_bytes(_digest(path))
         found = sha256_of(path)
     except FileNotFoundError:
         raise _damaged(path, "it was not written by this job") from None
@@ -76,8 +64,11 @@ def part_sha256(folder: Path, number: int) -> str:
     return found
 
 
-def _digest(folder: Path, number: int) -> Path:
-    return folder / SCRATCH / f"part-{number:05d}.sha256"
+def _digest(path: Path) -> Path:
+    """Where the sha256 of a part stands, be it of the output or staged in the scratch."""
+    if path.parent.name == SCRATCH:
+        return path.with_name(f"{path.name}.sha256")
+    return path.parent / SCRATCH / f"output-{path.stem}.sha256"
 
 
 def _damaged(path: Path, reason: str) -> RunFailed:

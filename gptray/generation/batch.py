@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from gptray.config import SampleConfig, UserError
-from gptray.data.parts import read_whole, write_part
+from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
@@ -148,7 +148,7 @@ class PartWriter:
             # Those that ran are counted already.
             self.progress.rows += sum(row.generation is None for row in part.rows)
             self.progress.errors += sum(row.problem is not None for row in part.rows)
-            write_part(self._output(part), self._output_dir, part.number)
+            write_part(self._output(part), self._output_dir / part_name(part.number))
             self._parts.remove(part)
         return [part.number for part in done]
 

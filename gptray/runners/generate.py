@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptray.commands import retyped
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
-from gptray.data.parts import read_whole, write_part
+from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import output_schema
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
 from gptray.runners.next_steps import tell
@@ -110,7 +110,7 @@ def _write_empty(output: Output) -> None:
     """The one file of a job without rows: its columns, which no engine is needed for."""
     staged = read_whole(output.staged(0))
     empty = output_schema(staged.schema, output.samples, output.metadata()).empty_table()
-    write_part(empty, output.folder, 0)
+    write_part(empty, output.folder / part_name(0))
 
 
 class EngineWorker:

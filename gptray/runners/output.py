@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.data.parts import SCRATCH, holds_rows, part_name, part_sha256, write_whole
+from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
 from gptray.data.prompts import InputScan, check_input, scan, staged
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import storing
@@ -199,12 +199,15 @@ class Output:
                     f"generate.output_path: {path} is no file of this job, and whoever reads the "
                     "folder would read it too; remove it, or choose another folder"
                 )
-            part_sha256(self.folder, own[path.name])
+            part_sha256(path)
 
     def _is_staged(self, part: int) -> bool:
-        """Whether the input of a part is there, to its end."""
-        samples = self._plan["num_samples"]
-        return holds_rows(self.staged(part), self.rows_of(part) // samples)
+        """Whether the input of a part is there as it was written."""
+        try:
+            part_sha256(self.staged(part))
+        except RunFailed:
+            return False
+        return True
 
     def metadata(self) -> dict[str, str]:
         """For the files' own metadata: the settings, and a fingerprint of the whole job."""
@@ -217,7 +220,7 @@ class Output:
 
         rows = self._plan["rows_per_file"]
         for part, table in enumerate(staged(self.job.files, found, rows, read_request)):
-            write_whole(table, self.staged(part))
+            write_part(table, self.staged(part))
         write_json(self.folder / SCRATCH / PLAN, self._plan)
 
     def finish(self) -> dict[str, Any]:
@@ -227,7 +230,7 @@ class Output:
         files = {}
         for part in range(self.parts):
             path = self.folder / part_name(part)
-            digest = part_sha256(self.folder, part)
+            digest = part_sha256(path)
             table = _counts(path)
             if table.num_rows != self.rows_of(part):
                 raise RunFailed(f"{path} has {table.num_rows} rows, not {self.rows_of(part)}")

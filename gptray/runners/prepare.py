@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 16 << 20  # of text per task
 SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
 _SAID_BYTES = 1 << 30  # of tokens whose verifying takes so long that it is told
+_LOOKED_BYTES = 8 << 20  # of CSV that is read to its end before Ray starts
 _CHECKED_FILES = 100  # looked into before Ray starts; the scan looks into all
 
 # How a config's text is found: `make_request`, or one for another text of it.
@@ -81,11 +82,14 @@ def _check_hub(request: Request) -> None:
 
 
 def _first_looks(request: Request) -> list[str]:
-    problems = []
+    problems, left = [], _LOOKED_BYTES
     files = [file for source, _ in request.sources for file in source.files]
     for file in files[:_CHECKED_FILES]:
+        # A row too wide may come anywhere in a CSV file, and reading one takes a moment.
+        whole = file.format == "csv" and file.compression is None and file.size <= left
+        left -= file.size if whole else 0
         try:
-            first_look(file, request.reading)
+            first_look(file, request.reading, whole=whole)
         except UserError as error:
             problems.append(str(error))
     return problems

@@ -51,9 +51,9 @@ def test_auto_tokenizer_opens_the_folder_and_agrees(tokenizer: Tokenizer, tmp_pa
     from transformers import AutoTokenizer, GPT2Config
 
     tokenizer.save(tmp_path)
-    plain = AutoTokenizer.from_pretrained(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     GPT2Config(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path)
-    beside_a_model = AutoTokenizer.from_pretrained(tmp_path)
+    beside_a_model = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     for opened in (plain, beside_a_model):
         assert len(opened) == tokenizer.vocab_size
         assert opened.eos_token_id == tokenizer.eos_id

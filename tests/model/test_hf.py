@@ -76,7 +76,9 @@ def test_transformers_opens_ours_with_no_missing_or_unexpected_key(
 ) -> None:
     model = make(fields).eval()
     save_pretrained(model, tmp_path, eos_token_id=3)
-    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, trust_remote_code=False
+    )
     assert {key: len(problems) for key, problems in info.items() if problems} == {}
     assert type(theirs) is GPT2LMHeadModel
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 3
@@ -121,7 +123,10 @@ def test_dropout_is_the_files_or_the_callers(tmp_path: Path) -> None:
     save_pretrained(make(SHAPES[0] | {"dropout": 0.25}), tmp_path)
     assert load_pretrained(tmp_path).config.dropout == 0.25
     assert load_pretrained(tmp_path, dropout=0.0).config.dropout == 0.0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.attn_pdrop == 0.25
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False).config.attn_pdrop
+        == 0.25
+    )
 
 
 def test_shape_is_read_from_config_alone(folder: Path) -> None:
@@ -135,7 +140,7 @@ def test_padding_is_left_out_of_files_and_zero_after_loading(tmp_path: Path) -> 
     config = ModelConfig.model_validate(SHAPES[0] | {"vocab_size": 80})
     model = GPT(config, vocab_size=VOCAB_SIZE)
     save_pretrained(model, tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
     assert theirs.config.vocab_size == theirs.lm_head.out_features == VOCAB_SIZE
     again = GPT(config, vocab_size=VOCAB_SIZE)
     rough(again)
@@ -158,7 +163,7 @@ def test_ablations_load_here_and_nowhere_else(
     save_pretrained(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model_type
     with pytest.raises(ValueError, match=model_type):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
     loaded = load_pretrained(tmp_path).eval()
     idx = some_ids(20)
     assert torch.equal(loaded(idx), model(idx))

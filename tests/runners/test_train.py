@@ -76,9 +76,11 @@ def test_run_folder_has_what_is_promised(finished: tuple[Path, dict[str, object]
 
 def test_model_folder_opens_in_transformers(finished: tuple[Path, dict[str, object]]) -> None:
     folder = str(finished[1]["model_dir"])
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=False
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     text = "the old king sees a dog.\n"
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert tokenizer.decode(ids[0]) == text

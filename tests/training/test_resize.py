@@ -137,6 +137,10 @@ def test_a_resized_run_resumes_to_the_same_bits_and_opens_in_transformers(
     assert digests[0] == digests[1]
     notices = [e for e in read_rows(tmp_path / "cut" / EVENTS) if e["event"] == "notice"]
     assert len(notices) == 1 and "2 new ones start from the mean row" in notices[0]["message"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "model")
-    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "cut" / "model"))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "cut" / "model", trust_remote_code=False
+    )
+    assert model.config.vocab_size == len(
+        AutoTokenizer.from_pretrained(tmp_path / "cut" / "model", trust_remote_code=False)
+    )
     assert torch.equal(model.lm_head.weight, model.transformer.wte.weight)
