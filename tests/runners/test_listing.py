@@ -84,6 +84,18 @@ def test_a_run_that_a_driver_holds_is_training(tmp_path: Path) -> None:
     assert by_name(tmp_path)["run"].state == "finished"
 
 
+def test_commands_hold_whatever_a_path_or_a_prompt_is(tmp_path: Path) -> None:
+    storage = tmp_path / '\ub0b4 \ucc45\'s "texts" $HOME *'
+    prompt = 'it\'s "\uc61b\ub0a0" & $5'
+    made(storage / "best", OVERFITTED, evaluated(60, [["a\nb", ""], [prompt, " sat"]]), END)
+    made(storage / "short", FALLING, END)
+    runs = by_name(storage)
+    config = load_config(None, shlex.split(runs["best"].next)[2:])
+    assert (config.generate.model, config.sample.prompt) == (str(storage / "best"), prompt)
+    _, _, flag, path, longer = shlex.split(runs["short"].next)
+    assert flag == "--config" and load_config(path, [longer]).train.max_steps == 160
+
+
 def test_a_sweep_tells_its_winner(tmp_path: Path) -> None:
     config = sweep_config([{"path": "model.dropout", "uniform": [0, 0.3]}], "tune.num_samples=6")
     trials = cut(config, trained(config, lambda values: (values["model.dropout"], 0.0)))
