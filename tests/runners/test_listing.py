@@ -150,6 +150,7 @@ def test_other_folders_are_named_and_text_is_left_out(tmp_path: Path) -> None:
 def test_the_job_prints_a_table_that_folds_and_one_json_line(tmp_path: Path, columns: str) -> None:
     made(tmp_path / "book", OVERFITTED, END)
     made(tmp_path / "a-much-longer-name-that-somebody-chose", FALLING, END)
+    (tmp_path / "evil\x1b[2J\nname").mkdir()
     code = (
         "import runpy, sys; sys.argv[1:] = [sys.argv[2]]; sys.argv[0] = 'jobs/runs.py'\n"
         "try: runpy.run_path('jobs/runs.py', run_name='__main__')\n"
@@ -167,5 +168,6 @@ def test_the_job_prints_a_table_that_folds_and_one_json_line(tmp_path: Path, col
     )
     shown = [line for line in lines if "jobs/" not in line]  # commands are to be copied
     assert max(map(len, shown)) <= int(columns)
+    assert "\x1b" not in done.stdout
     text = " ".join(" ".join(shown).split())
     assert "2.000" in text and "overfits since step 70" in text and "finished" in text
