@@ -1,20 +1,22 @@
 """The Hugging Face hub: what is downloaded from it, and in one sentence why something is not.
 
 Its client retries for a minute where there is no network, so whether the hub answers is asked
-first, once in a process and for some seconds at most. Neither torch nor Ray here.
+first, once a minute and for some seconds at most. Neither torch nor Ray here.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from gptray.config import UserError
 
 # Of one request, and of all that asking takes: looking up the hub's name has no limit of its own.
 REQUEST_S, ASKING_S = 2.0, 3.0
+ANSWER_HOLDS_S = 60.0
 
 
 class NotOnHub(UserError):
@@ -28,13 +30,20 @@ class NotOnHub(UserError):
         return type(self), (str(self), self.reason)
 
 
-@cache
 def why_unreachable() -> str | None:
     """Why nothing can be downloaded now, as a clause; None if the hub answers."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
+    return _silence(int(time.monotonic() // ANSWER_HOLDS_S))
+
+
+@lru_cache(maxsize=1)
+def _silence(period: int) -> str | None:
+    """What the hub does instead of answering; asked once a period: a replica lives for days."""
+    from huggingface_hub import constants
+
     reasons = ["no answer"]
     thread = threading.Thread(target=_ask, args=(constants.ENDPOINT, reasons), daemon=True)
     thread.start()

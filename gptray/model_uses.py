@@ -109,7 +109,9 @@ class GenerateConfig(Section):
         ".txt (a line each), or an OpenAI batch file (.jsonl)",
     )
     output_path: str | None = Field(
-        None, description="folder for the Parquet files; on a cluster one that every node sees"
+        None,
+        description="folder for the Parquet files, which pandas and pyarrow open as a table; on a "
+        "cluster one that every node sees",
     )
     prompt_column: str = Field("prompt", description="column that holds the prompts")
     id_column: str | None = Field(

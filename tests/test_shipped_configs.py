@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from gptray.config import Config, flatten, load_config
+from gptray.tuning.plan import plan_trials
+from gptray.tuning.record import rungs
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 # serve.yaml is Ray Serve's: tests/runners/test_serve.py deploys it.
@@ -59,3 +61,19 @@ def test_gpt2_124m_has_the_published_shape() -> None:
     assert (model.n_positions, model.vocab_size, config.train.block_size) == (1024, 50257, 1024)
     assert config.train.global_batch_size == 480
     assert config.grad_accum_steps * config.micro_batch_size * config.compute.num_workers == 480
+
+
+def test_the_sweep_for_ones_own_text_trains_each_trial_on_all_of_it() -> None:
+    config = load_config(str(FOLDER / "overfitting_sweep.yaml"), ["data.source=book.txt"])
+    trials = plan_trials(config, "/runs/book-sweep", drawn=[], known=[])
+    assert len(trials) == 12 and trials[0].values == {}
+    texts = {(one.config.data.fraction, one.config.data.split) for one in trials}
+    assert texts == {(1.0, config.data.split)}
+    steps = [config.train.max_steps, *rungs(config)]
+    assert len({str(trial.values) for trial in trials}) == 12 and min(steps) < max(steps) / 3
+
+
+def test_the_demonstration_trains_on_parts_of_the_text() -> None:
+    config = load_config(str(FOLDER / "overfitting_demo.yaml"), [])
+    trials = plan_trials(config, "/runs/demo", drawn=[], known=[])
+    assert len(trials) == 16 and max(trial.config.data.fraction for trial in trials) < 1

@@ -19,7 +19,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
 from gptray.data.prompts import InputScan, check_input, scan, staged
 from gptray.data.sources import SourceFile, find_files
-from gptray.files import storing
+from gptray.files import no_empty_folders, storing
 from gptray.generation.build import library, pick_backend
 from gptray.runners.models import find_model
 from gptray.runners.output_plan import (
@@ -150,14 +150,7 @@ class Output:
             # All of the input is looked at before anything is made.
             found = _scan(job)
             plan = new_plan(identity, job.model_name, found.rows)
-        scratch = job.folder / SCRATCH
-        try:
-            scratch.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"generate.output_path: {job.folder} cannot be written: {error}"
-            ) from None
-        with held(scratch, busy=busy(job.folder)):
+        with _scratch(job.folder, is_new=found is not None):
             rename_manifest(job.folder)
             if found and (there := existing_plan(job.folder)):
                 # Another job has begun since this one looked.
@@ -254,6 +247,25 @@ class Output:
         for path in (self.folder / SCRATCH).glob("part-*"):
             path.unlink()
         return summary
+
+
+@contextmanager
+def _scratch(folder: Path, *, is_new: bool) -> Iterator[None]:
+    """Hold the hidden folder of an output; a mistake that ends a new one leaves none of it."""
+    scratch = folder / SCRATCH
+    with no_empty_folders(scratch):
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"generate.output_path: {folder} cannot be written: {error}") from None
+        with held(scratch, busy=busy(folder)):
+            try:
+                yield
+            except UserError:
+                if is_new:
+                    for path in scratch.iterdir():
+                        path.unlink()
+                raise
 
 
 def check_output(job: Job) -> InputScan:

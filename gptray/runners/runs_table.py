@@ -26,18 +26,17 @@ def table_of(runs: Sequence[Listed]) -> str:
     for run in runs:
         if console.width < WIDE:
             figures = "  ".join(cell for cell in _cells(run)[3:] if cell)
-            console.print(Text(f"{run.name}  {run.kind}, {run.state}".rstrip(", ")))
-            _indented(console, run.verdict, figures)
-        _indented(console, run.problem)
+            console.print(_text(f"{run.name}  {run.kind}, {run.state}".rstrip(", ")))
+            _indented(console, run.verdict, figures, run.problem)
         if run.next:
             # One line whatever the width: it is to be copied.
-            console.print(Text(f"    {run.next}"), soft_wrap=True)
+            console.print(_text(f"    {run.next}"), soft_wrap=True)
     return text.getvalue()
 
 
 def _indented(console: Console, *texts: str) -> None:
     for text in filter(None, texts):
-        for line in Text(text).wrap(console, console.width - 4):
+        for line in _text(text).wrap(console, console.width - 4):
             console.print(Text("    ") + line)
 
 
@@ -51,7 +50,7 @@ def _table(runs: Sequence[Listed]) -> Table:
         numbers = [cell.split(" ")[-1] for cell in (loss, bpb)]
         size_words = parameters.removeprefix("parameters ")
         cells = (name, kind, state, *numbers, size_words, size, run.verdict or run.problem)
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(_text, cells))
     return table
 
 
@@ -65,3 +64,8 @@ def _cells(run: Listed) -> tuple[str, str, str, str, str, str, str]:
         f"parameters {magnitude(run.parameters)}" if run.parameters else "",
         f"{run.bytes / 1e6:,.1f} MB",
     )
+
+
+def _text(text: str) -> Text:
+    """Names and messages of folders that anybody may have made: nothing steers the terminal."""
+    return Text(text if text.isprintable() else text.encode("unicode_escape").decode("ascii"))

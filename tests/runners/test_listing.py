@@ -84,6 +84,18 @@ def test_a_run_that_a_driver_holds_is_training(tmp_path: Path) -> None:
     assert by_name(tmp_path)["run"].state == "finished"
 
 
+def test_commands_hold_whatever_a_path_or_a_prompt_is(tmp_path: Path) -> None:
+    storage = tmp_path / '\ub0b4 \ucc45\'s "texts" $HOME *'
+    prompt = 'it\'s "\uc61b\ub0a0" & $5'
+    made(storage / "best", OVERFITTED, evaluated(60, [["a\nb", ""], [prompt, " sat"]]), END)
+    made(storage / "short", FALLING, END)
+    runs = by_name(storage)
+    config = load_config(None, shlex.split(runs["best"].next)[2:])
+    assert (config.generate.model, config.sample.prompt) == (str(storage / "best"), prompt)
+    _, _, flag, path, longer = shlex.split(runs["short"].next)
+    assert flag == "--config" and load_config(path, [longer]).train.max_steps == 160
+
+
 def test_a_sweep_tells_its_winner(tmp_path: Path) -> None:
     config = sweep_config([{"path": "model.dropout", "uniform": [0, 0.3]}], "tune.num_samples=6")
     trials = cut(config, trained(config, lambda values: (values["model.dropout"], 0.0)))
@@ -138,6 +150,7 @@ def test_other_folders_are_named_and_text_is_left_out(tmp_path: Path) -> None:
 def test_the_job_prints_a_table_that_folds_and_one_json_line(tmp_path: Path, columns: str) -> None:
     made(tmp_path / "book", OVERFITTED, END)
     made(tmp_path / "a-much-longer-name-that-somebody-chose", FALLING, END)
+    (tmp_path / "evil\x1b[2J\nname").mkdir()
     code = (
         "import runpy, sys; sys.argv[1:] = [sys.argv[2]]; sys.argv[0] = 'jobs/runs.py'\n"
         "try: runpy.run_path('jobs/runs.py', run_name='__main__')\n"
@@ -155,5 +168,6 @@ def test_the_job_prints_a_table_that_folds_and_one_json_line(tmp_path: Path, col
     )
     shown = [line for line in lines if "jobs/" not in line]  # commands are to be copied
     assert max(map(len, shown)) <= int(columns)
+    assert "\x1b" not in done.stdout
     text = " ".join(" ".join(shown).split())
     assert "2.000" in text and "overfits since step 70" in text and "finished" in text
