@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import time
@@ -123,14 +122,14 @@ def test_changed_keys_count_without_a_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"
-    os.umask(0o077)
-    path.write_text("first\n")
+    for file, text in ((path, "first\n"), (tmp_path / "new", "third\n")):
+        file.write_text(text)
+        file.chmod(0o600)
     keys = Keys(str(path), read_keys(str(path)))
     assert keys.let_in("Bearer first") and not keys.let_in("Bearer second")
     path.write_text("second\n")
     until_let_in(keys, "second", True)
     assert not keys.let_in("Bearer first")
-    (tmp_path / "new").write_text("third\n")
     (tmp_path / "new").replace(path)
     until_let_in(keys, "third", True)
     assert not caplog.records
