@@ -19,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from gptray.config import ServeConfig, UserError
-from gptray.serving.body import read_json
+from gptray.serving.body import BodyReader
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.elsewhere import no_path
 from gptray.serving.endpoint import Endpoint, Served
@@ -114,7 +114,7 @@ class _Routes:
         self, endpoint: Endpoint, limits: ServeConfig, telemetry: Telemetry, html: str
     ) -> None:
         self._endpoint, self._limits, self._telemetry = endpoint, limits, telemetry
-        self._html = html
+        self._html, self._bodies = html, BodyReader(limits)
 
     async def completions(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
@@ -186,11 +186,7 @@ class _Routes:
         return HTMLResponse(self._html)
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        limits = self._limits
-        given = await read_json(
-            request, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s
-        )
-        return parse_request(kind, given)
+        return parse_request(kind, await self._bodies.read_json(request))
 
 
 async def _all(parts: AsyncGenerator[T, None]) -> list[T]:

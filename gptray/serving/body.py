@@ -10,63 +10,87 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 from fastapi import Request
 
+from gptray.config import ServeConfig
 from gptray.data.rows import BOM, json_object
 from gptray.serving.errors import ApiError, ClientGone
 
 # No request has reason to be nested deeper.
 MAX_DEPTH = 16
 MAX_KEYS = 4096  # of one object
+# So many of the longest bodies may be on their way at a time; one that is small may always come.
+LARGEST_AT_ONCE, SMALL = 64, 16 << 10
 # An answer that comes before the body's end is the connection's last.
 CLOSE = {"Connection": "close"}
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_json(request: Request, *, max_bytes: int, timeout_s: float) -> dict[str, Any]:
-    """The JSON object of a body, all of which must arrive within `timeout_s`.
+class BodyReader:
+    """Reads the bodies of one server within its limits, of each and of all together."""
 
-    Raises ApiError, or ClientGone if the client goes away before the body's end.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"Content-Type must be application/json, got {kind or 'none'}")
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise ApiError(415, f"Content-Encoding {encoding} is not supported; send plain JSON")
-    try:
-        async with asyncio.timeout(timeout_s):
-            body = await _read(request, max_bytes)
-    except TimeoutError:
-        raise ApiError(
-            408,
-            f"the body did not arrive within {timeout_s:g} s (serve.body_timeout_s)",
-            headers=CLOSE,
-        ) from None
-    return strict_object(body)
+    def __init__(self, limits: ServeConfig) -> None:
+        self._max_bytes, self._timeout_s = limits.max_body_bytes, limits.body_timeout_s
+        self._held = 0  # bytes of bodies that are not there whole
+
+    async def read_json(self, request: Request) -> dict[str, Any]:
+        """The JSON object of a body.
+
+        Raises ApiError, or ClientGone if the client goes away before the body's end.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, f"Content-Type must be application/json, got {kind or 'none'}")
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise ApiError(415, f"Content-Encoding {encoding} is not supported; send plain JSON")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._read(request)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"the body did not arrive within {self._timeout_s:g} s (serve.body_timeout_s)",
+                headers=CLOSE,
+            ) from None
+        return strict_object(body)
+
+    async def _read(self, request: Request) -> bytes:
+        said = request.headers.get("content-length", "")
+        if said.isdecimal() and int(said[:20]) > self._max_bytes:
+            raise self._too_long()
+        body = bytearray()
+        try:
+            async for part in _parts(request):
+                body += part
+                self._held += len(part)
+                if len(body) > self._max_bytes:
+                    raise self._too_long()
+                if len(body) > SMALL and self._held > LARGEST_AT_ONCE * self._max_bytes:
+                    message = "too many large bodies arrive at the same time; try again"
+                    raise ApiError(503, message, headers=CLOSE)
+        finally:
+            self._held -= len(body)
+        return bytes(body)
+
+    def _too_long(self) -> ApiError:
+        message = f"the body is longer than {self._max_bytes:,} bytes (serve.max_body_bytes)"
+        return ApiError(413, message, headers=CLOSE)
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    said = request.headers.get("content-length", "")
-    too_long = said.isdecimal() and int(said[:20]) > max_bytes
-    body = bytearray()
-    while not too_long:
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    """A body as it comes. Raises ClientGone."""
+    has_more = True
+    while has_more:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body += message.get("body", b"")
-        too_long = len(body) > max_bytes
-        if not message.get("more_body", False):
-            break
-    if too_long:
-        raise ApiError(
-            413, f"the body is longer than {max_bytes:,} bytes (serve.max_body_bytes)",
-            headers=CLOSE,
-        )  # fmt: skip
-    return bytes(body)
+        yield message.get("body", b"")
+        has_more = message.get("more_body", False)
 
 
 def strict_object(body: bytes) -> dict[str, Any]:

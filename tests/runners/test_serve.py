@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,10 @@ from gptray.runners.replica import USER_CONFIG, Replica
 from tests.runners.serving import PROMPT, Job, expected, job_running, save_model
 
 LONG = 400
+HALF = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b'Content-Length: 100\r\n\r\n{"prompt'
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,16 @@ def test_the_job_tells_its_url_and_answers_there(job: Job) -> None:
         assert httpx.get(f"{job.url}{path}").json()["error"]["type"] == "not_found_error"
     wrong = job.post(prompt=PROMPT, max_tokns=3)
     assert wrong.status_code == 400 and "did you mean max_tokens?" in wrong.text
+
+
+def test_more_half_sent_bodies_than_sequences_find_room_silence_nobody(job: Job) -> None:
+    address = job.url.removeprefix("http://").split(":")
+    with ExitStack() as open_ones:
+        for _ in range(300):
+            connection = socket.create_connection((address[0], int(address[1])), timeout=60)
+            open_ones.enter_context(connection).sendall(HALF)
+        assert httpx.get(f"{job.url}/health", timeout=60).status_code == 200
+        assert job.ask(5).json()["choices"][0]["text"] == expected(5)
 
 
 def test_sigterm_lets_streams_finish_refuses_new_requests_and_leaves_nothing(job: Job) -> None:

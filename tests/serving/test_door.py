@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -45,6 +45,18 @@ def test_half_sent_bodies_take_nobodys_place() -> None:
     with running(max_batch_size=1, max_waiting=1) as server, half_sent(server, 300):
         assert server.get("/health").status_code == 200
         assert server.post(prompt="the cat", max_tokens=3).status_code == 200
+
+
+def test_large_bodies_on_their_way_are_limited_and_small_ones_pass() -> None:
+    with running(max_body_bytes=30_000) as server, ExitStack() as open_ones:
+        connections = [open_ones.enter_context(server.connect()) for _ in range(80)]
+        for connection in connections:
+            connection.sendall(HALF.replace(b": 100", b": 29999") + b"x" * 29_000)
+        refused, _, _ = select.select(connections, [], [], DEADLINE_S)
+        answer = b"".join(iter(lambda: refused[0].recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 503") and b"too many large bodies" in answer
+        assert server.post(prompt="the cat", max_tokens=3).status_code == 200
+        assert 0 < len(refused) < len(connections)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +122,14 @@ def test_changed_keys_count_without_a_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"
-    os.umask(0o077)
-    path.write_text("first\n")
+    for file, text in ((path, "first\n"), (tmp_path / "new", "third\n")):
+        file.write_text(text)
+        file.chmod(0o600)
     keys = Keys(str(path), read_keys(str(path)))
     assert keys.let_in("Bearer first") and not keys.let_in("Bearer second")
     path.write_text("second\n")
     until_let_in(keys, "second", True)
     assert not keys.let_in("Bearer first")
-    (tmp_path / "new").write_text("third\n")
     (tmp_path / "new").replace(path)
     until_let_in(keys, "third", True)
     assert not caplog.records

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from tests.serving.servers import Server, running, tiny
 
 PROMPTS = [f"the {animal}" for animal in ("cat", "dog", "tree", "house", "cat sees")] * 3
+DEADLINE_S = 20.0
 SETTINGS = {"max_tokens": 9, "temperature": 1.2, "seed": 5}
 
 
@@ -45,7 +48,12 @@ def test_more_prompts_and_outputs_than_find_room_get_their_texts(server: Server)
 
 
 def test_a_single_request_is_answered_while_a_larger_one_runs() -> None:
-    large = {"prompt": ["the"] * 40, "max_tokens": 150, "ignore_eos": True, "stream": True}
+    large: dict[str, Any] = {
+        "prompt": ["the"] * 40,
+        "max_tokens": 150,
+        "ignore_eos": True,
+        "stream": True,
+    }
     with running(tiny(n_positions=256), max_batch_size=2, max_waiting=4) as server:
         url = f"{server.url}/v1/completions"
         with (
@@ -56,3 +64,8 @@ def test_a_single_request_is_answered_while_a_larger_one_runs() -> None:
             assert next(first) == next(second) == ": accepted"
             assert server.post(prompt="the cat", max_tokens=2).status_code == 200
             assert server.metric("gptray_sequences_waiting") > 40
+        # Those that left take what waited of theirs along.
+        deadline = time.monotonic() + DEADLINE_S
+        while server.metric("gptray_sequences_waiting") + server.metric("gptray_sequences_running"):
+            assert time.monotonic() < deadline
+        assert server.metric("gptray_output_tokens_total") < 40 * large["max_tokens"]
