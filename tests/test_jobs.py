@@ -88,24 +88,6 @@ def test_mistake_is_one_message_and_exit_code_2(
         assert done.stdout == ""
 
 
-def test_sigterm_interrupts_with_130(text_file: Path, tmp_path: Path) -> None:
-    arguments = [f"data.source={text_file}", f"storage_path={tmp_path}", "name=run", *TINY]
-    arguments[arguments.index("train.max_steps=4")] = "train.max_steps=100000"
-    driver = subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "train.py"), *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert driver.stderr
-    for line in driver.stderr:
-        if line.startswith("step"):
-            break
-    driver.send_signal(signal.SIGTERM)
-    _, rest = driver.communicate(timeout=60)
-    assert driver.returncode == 130
-    assert "interrupted" in rest and "Traceback" not in rest
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
