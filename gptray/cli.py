@@ -12,16 +12,14 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import textwrap
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from gptray.config import (
     Config,
@@ -35,6 +33,7 @@ from gptray.config import (
 from gptray.fields import field_specs
 from gptray.files import cannot_write, is_storage
 from gptray.key_help import help_text
+from gptray.signals import STOP_S, interrupting
 from gptray.suggest import nearest, nearest_keys
 from gptray.visible import visible, visible_json
 
@@ -72,6 +71,19 @@ def run_job(
     if argv is None:
         _open_closed_streams()
         _use_utf8()
+    code = _run(job, name, doc, plan, argv)
+    if argv is None and code in (FAILED, INTERRUPTED):
+        _end_process(code)  # threads may still wait for a Ray that is gone
+    return code
+
+
+def _run(
+    job: Callable[[Config], dict[str, Any] | None],
+    name: str,
+    doc: str,
+    plan: Callable[[Config], Plan],
+    argv: Sequence[str] | None,
+) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     _print_what_can_be()
     try:
@@ -83,7 +95,7 @@ def run_job(
             _print(_plan_text(config, plan(config)))
             return DONE
         _log_to_stderr(verbose=arguments.verbose)
-        with _sigterm_interrupts():
+        with interrupting(lambda failure, is_again: _end_at_once(name, failure, is_again)):
             result = job(config)
         if result is not None:
             _print(_json_line(result))
@@ -310,18 +322,15 @@ def _log_to_stderr(*, verbose: bool) -> None:
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM (`ray job stop`, a scheduler's eviction) like Ctrl-C meanwhile."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _end_at_once(name: str, failure: str | None, is_again: bool) -> NoReturn:
+    """End a job that does not leave by itself; its Ray's processes end with this one."""
+    late = "" if is_again else f"; what had not stopped after {STOP_S:.0f} s was killed"
+    _say(f"{name}: {failure or 'interrupted'}{late}")
+    _end_process(FAILED if failure else INTERRUPTED)
 
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _end_process(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -87,29 +86,6 @@ def test_mistake_is_one_message_and_exit_code_2(
         assert done.returncode == 2, done.stderr
         assert message in done.stderr and "Traceback" not in done.stderr
         assert done.stdout == ""
-
-
-def test_sigterm_interrupts_with_130(text_file: Path, tmp_path: Path) -> None:
-    arguments = [f"data.source={text_file}", f"storage_path={tmp_path}", "name=run", *TINY]
-    arguments[arguments.index("train.max_steps=4")] = "train.max_steps=100000"
-    driver = subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "train.py"), *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert driver.stderr
-    for line in driver.stderr:
-        if line.startswith("step"):
-            break
-    driver.send_signal(signal.SIGTERM)
-    _, rest = driver.communicate(timeout=60)
-    assert driver.returncode == 130
-    assert "interrupted" in rest and "Traceback" not in rest
-    stopped, resume, command, *_ = rest[rest.index("stopped after step") :].splitlines()
-    assert str(tmp_path / "run") in stopped and resume == "resume:"
-    script = str(ROOT / "jobs" / "train.py")
-    words = [sys.executable, script, "--config", str(tmp_path / "run" / "config.yaml")]
-    assert shlex.split(command) == words
 
 
 @pytest.mark.parametrize("name", ["train", "tune", "generate", "prepare"])

@@ -12,13 +12,14 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 from gptray.build import check_backend, compiler
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.files import cannot_write
 from gptray.runners.address import check_address
+from gptray.runners.own_ray import own_ray
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
 # makes a report wait as long; a poll every 0.2 seconds takes some percent of two cores away from
@@ -49,9 +50,7 @@ def ray_cluster() -> Iterator[bool]:
     A Ray that the process is connected to already is used and left as it is. Gives whether the
     cluster is the job's own, which ends with it.
     """
-    import ray
-
-    if ray.is_initialized():
+    if _is_connected():
         yield False
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -60,24 +59,26 @@ def ray_cluster() -> Iterator[bool]:
         os.environ.setdefault(key, value)
     verbose = logging.getLogger("gptray").isEnabledFor(logging.DEBUG)
     level = logging.INFO if verbose else logging.ERROR
+    options = {"log_to_driver": verbose, "logging_level": level}
     # Ray prints what it has to say of processes that died, and stdout is for a job's result.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
         with warnings.catch_warnings(), _sigterm_kept():
             warnings.simplefilter("default" if verbose else "ignore")
             if os.environ.get("RAY_ADDRESS"):
-                ray.init(log_to_driver=verbose, logging_level=level)
+                import ray
+
+                ray.init(**options)
+                stack.callback(ray.shutdown)
             else:
                 with _ray_folder():
-                    ray.init(
-                        address="local",
-                        include_dashboard=False,
-                        log_to_driver=verbose,
-                        logging_level=level,
-                    )
-        try:
-            yield not os.environ.get("RAY_ADDRESS")
-        finally:
-            ray.shutdown()
+                    stack.enter_context(own_ray(**options))
+        yield not os.environ.get("RAY_ADDRESS")
+
+
+def _is_connected() -> bool:
+    """Whether this process has a Ray; without importing it, which reads the environment."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 @contextmanager

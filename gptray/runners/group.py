@@ -6,6 +6,7 @@ driver and in the controller, one after the other: four of the twenty seconds of
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,8 +42,21 @@ def _store(rank: int, size: int) -> TCPStore:
     """The group's key-value store, on the first worker's node, at a port that is free there."""
     if rank == 0:
         host = ray.util.get_node_ip_address()
-        store = TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        # By itself it would listen on every network of the node.
+        listener = socket.create_server((host, 0), family=_family(host))
+        store = TCPStore(
+            host,
+            listener.getsockname()[1],
+            size,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         ray.train.collective.broadcast_from_rank_zero((host, store.port))
         return store
     host, port = ray.train.collective.broadcast_from_rank_zero(None)
     return TCPStore(host, port, size, is_master=False, timeout=TIMEOUT)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -7,8 +7,6 @@ What a replica is stands in `gptray.runners.replica`, what is checked before in
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +25,7 @@ from gptray.runners.endpoint import (
 from gptray.runners.next_steps import tell
 from gptray.runners.output import with_built_backend
 from gptray.runners.replica import bound
+from gptray.signals import failure, leaving_within, sigterm_sets
 
 log = logging.getLogger("gptray")
 
@@ -34,6 +33,10 @@ APPLICATION = "gptray"
 # Serve's own limits come this much later than the endpoint's, which answers in the client's form.
 SPARE_S = 10.0
 START_S, POLL_S = 60.0, 5.0
+OPEN_PORT = (
+    "Ray Serve keeps a port of each replica open to the network, which asks for a token that only "
+    "this job has"
+)
 
 
 def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
@@ -47,17 +50,21 @@ def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
     url, model = endpoint_url(config), user_config(config)
     with ray_cluster() as is_own, _started(config, model, is_own=is_own):
         _wait_until_healthy(url)
-        with _sigterm_sets() as stop:
+        drain_s = config.serve.drain_timeout_s
+        with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):
             answers({"url": url, "model": model["served_model_name"]})
             log.info("serving %s at %s", model["model"], url)
             tell([completion_command(config, url, model["served_model_name"])])
+            if is_own:
+                log.info("%s", OPEN_PORT)
             try:
                 while not stop.wait(POLL_S):
                     _check_running()
             except KeyboardInterrupt:
-                _drain(config.serve.drain_timeout_s)
+                if not failure():
+                    _drain(drain_s)
                 raise
-            _drain(config.serve.drain_timeout_s)
+            _drain(drain_s)
 
 
 @contextmanager
@@ -105,17 +112,6 @@ def _wait_until_healthy(url: str) -> None:
             if time.monotonic() > deadline:
                 raise RunFailed(f"{url}/health did not answer: {error}") from None
             time.sleep(0.1)
-
-
-@contextmanager
-def _sigterm_sets() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets meanwhile."""
-    stop = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda signum, frame: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _check_running() -> None:

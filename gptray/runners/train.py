@@ -162,6 +162,11 @@ def fit_on_ray(
             f"dies more than compute.max_failures={config.compute.max_failures} times; the "
             f"same command resumes from the last checkpoint.\n{error.controller_failure}"
         ) from None
+    except ray.exceptions.RayActorError:
+        raise RunFailed(
+            "Ray Train's controller died, killed or out of memory; the same command resumes from "
+            "the last checkpoint"
+        ) from None
     if result["stopped"] == "failed":
         raise (UserError if result["mistake"] else RunFailed)(result["message"])
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import os
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ import yaml
 from gptray.config import Config, UserError, load_config, override
 from gptray.runners.endpoint import check_endpoint, serving_plan
 from gptray.runners.replica import USER_CONFIG, Replica
+from tests.processes import listening
 from tests.runners.serving import PROMPT, Job, expected, job_running, save_model
 
 LONG = 400
@@ -62,7 +64,16 @@ def test_more_half_sent_bodies_than_sequences_find_room_silence_nobody(job: Job)
         assert job.ask(5).json()["choices"][0]["text"] == expected(5)
 
 
-def test_sigterm_lets_streams_finish_refuses_new_requests_and_leaves_nothing(job: Job) -> None:
+def test_only_the_endpoint_and_one_port_of_a_replica_are_open_to_the_network(job: Job) -> None:
+    pids = [pid for pid, name in job.processes().items() if "ServeReplica" not in name]
+    assert {"127.0.0.1"} == {address for address, _ in listening(pids)}
+    ports = [port for address, port in listening(job.replicas()) if address != "127.0.0.1"]
+    assert len(ports) <= 1  # Ray Serve's own, where a token is needed
+
+
+def test_sigterm_to_the_group_lets_streams_finish_refuses_new_ones_and_leaves_nothing(
+    job: Job,
+) -> None:
     body = {"prompt": PROMPT, "max_tokens": LONG, "ignore_eos": True, "seed": 3, "stream": True}
     texts: list[str] = []
     begun = threading.Semaphore(0)
@@ -82,7 +93,7 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_leaves_nothing(job
     for _ in range(40):
         begun.acquire()
     processes = job.processes()
-    job.process.send_signal(signal.SIGTERM)
+    os.killpg(job.process.pid, signal.SIGTERM)
     answer = job.ask(1)
     while answer.status_code == 200:
         answer = job.ask(1)

@@ -1,0 +1,167 @@
+"""How SIGTERM, SIGINT and the death of Ray end a job: soon, and whatever it still waits for.
+
+The first signal interrupts the job, which then has `STOP_S` to leave its blocks; after that, or at
+a second signal, the process ends where it stands. Run folders and outputs are whole at any moment,
+and a Ray of the job's own dies with the process.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_S = 8.0
+# `timeout` signals its child and then the child's group: both are one stop.
+REPEAT_S = 1.0
+
+
+class _Stop:
+    """What the signals of a running job do, and what is known of its end.
+
+    A thread reads the signals' numbers from Python's wakeup descriptor. So they count while the
+    main thread waits in a library, and where a library has put its own handler in place.
+    """
+
+    def __init__(self, end: Callable[[str | None, bool], object]) -> None:
+        self.failure: str | None = None
+        self.limit_s = STOP_S
+        self._end = end
+        self._since: float | None = None
+        self._is_raised = False
+        self._insists = False  # whether to interrupt until the main thread has noticed
+        self._own = 0  # signals that are sent from here and not read yet
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+
+    def handle(self, number: int, frame: Any) -> None:
+        """Interrupt the job, once: a second time would cut its way out."""
+        if not self._is_raised:
+            self._is_raised = True
+            raise KeyboardInterrupt
+
+    def insist(self) -> None:
+        """Interrupt the main thread, whatever it waits for."""
+        self._since = self._since or time.monotonic()
+        self._insists = True
+        self._own += 1
+        ident = threading.main_thread().ident
+        assert ident is not None
+        signal.pthread_kill(ident, signal.SIGTERM)
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._previous)
+        os.close(self._writer)
+
+    def _watch(self) -> None:
+        while True:
+            is_due = self._insists and not self._is_raised
+            left = self._left()
+            wait = REPEAT_S / 2 if is_due and left else left
+            if select.select([self._reader], [], [], wait)[0]:
+                numbers = os.read(self._reader, 64)
+                if not numbers:
+                    os.close(self._reader)
+                    return
+                for number in numbers:
+                    self._count(number)
+            elif self._left() == 0:
+                self._end(self.failure, False)
+                return
+            elif is_due:
+                self.insist()
+
+    def _left(self) -> float | None:
+        """Seconds that a job that is to stop still has."""
+        if self._since is None:
+            return None
+        limit = min(STOP_S, self.limit_s) if self.failure else self.limit_s
+        return max(0.0, self._since + limit - time.monotonic())
+
+    def _count(self, number: int) -> None:
+        if number == signal.SIGTERM and self._own:
+            self._own -= 1
+        elif number in SIGNALS and self._since is None:
+            self._since = time.monotonic()
+            if number == signal.SIGINT and signal.getsignal(number) != self.handle:
+                self.insist()  # a library's handler would only wait
+        elif number in SIGNALS and time.monotonic() - (self._since or 0) > REPEAT_S:
+            self._end(self.failure, True)
+
+
+_stop: _Stop | None = None
+
+
+@contextmanager
+def interrupting(end: Callable[[str | None, bool], object]) -> Iterator[None]:
+    """Have SIGTERM and SIGINT raise KeyboardInterrupt in the block; needs the main thread.
+
+    end: ends the process at once. It is told the failure that the job stops for, if it is one, and
+        whether a second signal asks for it; else the job did not leave within `STOP_S`.
+    """
+    global _stop
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Who starts a job in the background may have it ignore Ctrl-C.
+    numbers = [one for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+    _stop = stop = _Stop(end)
+    previous = {one: signal.signal(one, stop.handle) for one in numbers}
+    try:
+        yield
+    finally:
+        for one, handler in previous.items():
+            signal.signal(one, handler)
+        stop.close()
+        _stop = None
+
+
+@contextmanager
+def leaving_within(seconds: float) -> Iterator[None]:
+    """In the block a job that is stopped has so long to leave, for what it still answers."""
+    if _stop is None:
+        yield
+        return
+    _stop.limit_s, before = seconds, _stop.limit_s
+    try:
+        yield
+    finally:
+        _stop.limit_s = before
+
+
+@contextmanager
+def sigterm_sets() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets in the block, where the job is not interrupted for a failure."""
+    event = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if _stop is not None and _stop.failure:
+            _stop.handle(number, frame)
+        else:
+            event.set()
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def fail(message: str) -> None:
+    """Interrupt the job from another thread, for a failure that its main thread waits through."""
+    if _stop is not None:
+        _stop.failure = message
+        _stop.insist()
+
+
+def failure() -> str | None:
+    """What the job is interrupted for, if not by a signal."""
+    return _stop.failure if _stop else None

@@ -1,0 +1,48 @@
+"""What a process has started and where it listens, from /proc."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Command lines of the processes with this text in their environment, by process id."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(entry.name)
+            if mark.encode() in (entry / "environ").read_bytes():
+                found[pid] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+    return {pid: name for pid, name in found.items() if name}
+
+
+def listening(pids: Iterable[int]) -> list[tuple[str, int]]:
+    """Address and port of every TCP socket on which these processes listen."""
+    sockets = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    sockets.update(re.findall(r"socket:\[(\d+)\]", os.readlink(descriptor)))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and rest[5] in sockets:
+                address, _, port = local.partition(":")
+                found.append((_address(address), int(port, 16)))
+    return found
+
+
+def _address(text: str) -> str:
+    """The kernel's hexadecimal words, each in the machine's byte order."""
+    words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
+    address = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
