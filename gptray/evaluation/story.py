@@ -10,7 +10,7 @@ from typing import Any
 
 from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
-from gptray.evaluation.advice import Advice, advise, sentence
+from gptray.evaluation.advice import Advice, advise
 from gptray.evaluation.charts import Chart
 from gptray.evaluation.commands import next_commands, train_command
 from gptray.evaluation.diagnosis import Diagnosis
@@ -27,6 +27,7 @@ from gptray.evaluation.page import (
     tiles,
 )
 from gptray.evaluation.result import Evaluation
+from gptray.evaluation.sentence import sentence
 from gptray.evaluation.svg import figure
 from gptray.evaluation.wording import count, magnitude, perplexity, time_words
 from gptray.evaluation.written import samples_section
