@@ -208,7 +208,7 @@ class Reader:
 
     def _explain_rule(self, message: str, left_out: set[str]) -> set[str]:
         """Add the problem of a rule that joins keys, unless one of them is wrong anyway."""
-        named = [name for name in re.findall(r"[a-z_]+\.[a-z_]+", message) if name in self.specs]
+        named = [name for name in re.findall(r"[a-z_]+\.[a-z0-9_]+", message) if name in self.specs]
         given = [self.given[name] for name in named if name in self.given]
         if not left_out.intersection(named):
             places = dict.fromkeys(one.where for one in given if one.where)

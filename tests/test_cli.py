@@ -175,7 +175,7 @@ def test_help_lists_every_key_within_the_width(
     assert err == ""
     assert max(len(line) for line in out.splitlines()) <= min(max(int(columns), 80), 120)
     assert "\033" not in out
-    shown = {match[1]: match[2] for match in re.finditer(r"^  ([a-z_.]+)=(.*)", out, re.M)}
+    shown = {match[1]: match[2] for match in re.finditer(r"^  ([a-z0-9_.]+)=(.*)", out, re.M)}
     words = " ".join(out.split())
     for key, spec in field_specs(Config).items():
         assert key in shown

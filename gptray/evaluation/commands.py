@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, UserError, override
+from gptray.model.example import load_example
+
+# For a model that names none of its own.
+PROMPT = "Once upon a time"
 
 
 def job_command(job: str, *words: str) -> str:
@@ -19,6 +23,18 @@ def job_command(job: str, *words: str) -> str:
 def evaluate_command(folder: Path) -> str:
     """What measures a run's best model."""
     return job_command("evaluate", f"evaluate.model={folder.resolve()}")
+
+
+def next_commands(folder: Path, *, is_evaluated: bool) -> list[str]:
+    """What to do with the model of a run that has ended."""
+    model = str(folder.resolve())
+    prompt = json.dumps(load_example(folder / "model") or PROMPT, ensure_ascii=False)
+    measure = [] if is_evaluated else [evaluate_command(folder)]
+    return [
+        *measure,
+        job_command("generate", f"generate.model={model}", f"sample.prompt={prompt}"),
+        job_command("serve", f"serve.model={model}"),
+    ]
 
 
 def train_command(

@@ -10,9 +10,9 @@ from typing import Any
 
 from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
-from gptray.evaluation.advice import Advice, advise, sentence
+from gptray.evaluation.advice import Advice, advise
 from gptray.evaluation.charts import Chart
-from gptray.evaluation.commands import evaluate_command, job_command, train_command
+from gptray.evaluation.commands import next_commands, train_command
 from gptray.evaluation.diagnosis import Diagnosis
 from gptray.evaluation.findings import evaluation_tiles
 from gptray.evaluation.gap import Gap, gap_of
@@ -27,6 +27,7 @@ from gptray.evaluation.page import (
     tiles,
 )
 from gptray.evaluation.result import Evaluation
+from gptray.evaluation.sentence import sentence
 from gptray.evaluation.svg import figure
 from gptray.evaluation.wording import count, magnitude, perplexity, time_words
 from gptray.evaluation.written import samples_section
@@ -114,15 +115,8 @@ def _next_commands(run: RunRecord) -> str:
     """What to do with the model of a run that has ended."""
     if run.diagnosis.ended is None or run.diagnosis.best is None:
         return ""
-    folder = str(run.folder.resolve())
-    commands = [
-        evaluate_command(run.folder),
-        job_command("generate", f"generate.model={folder}", "sample.prompt=..."),
-        job_command("serve", f"serve.model={folder}"),
-    ]
-    if run.evaluation:
-        commands.pop(0)
-    return section("What comes next", f"<pre>{esc(chr(10).join(commands))}</pre>")
+    commands = next_commands(run.folder, is_evaluated=run.evaluation is not None)
+    return section("What comes next", *(f"<pre>{esc(command)}</pre>" for command in commands))
 
 
 def _tiles(run: RunRecord) -> str:

@@ -23,6 +23,7 @@ small, .soft, figcaption small { color: var(--soft); font-size: .82rem; font-wei
 .state .running { color: var(--best); }
 ol.advice { margin: .5rem 0; padding-left: 1.4rem; }
 ol.advice small { display: block; }
+ol.advice pre { margin: .3rem 0 .9rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.25rem 0 .5rem; }
 .tiles div { flex: 1 1 9rem; background: var(--panel); border-radius: 6px; padding: .6rem .8rem; }
 .tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }

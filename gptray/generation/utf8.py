@@ -68,11 +68,13 @@ class Utf8:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> None:
         self._pieces = _pieces(tokenizer)[:vocab_size]
-        self._eos_id, self._device = tokenizer.eos_id, device
+        self._device = device
         states = np.repeat(np.arange(INVALID + 1, dtype=np.uint8)[:, None], vocab_size, axis=1)
         states[:, : len(self._pieces)] = _transitions(tokenizer)[:, :vocab_size]
-        states[:, self._eos_id] = INVALID
-        states[START, self._eos_id] = START
+        # A text ends between characters; a tokenizer may have more tokens than its model.
+        self._is_end = np.arange(vocab_size) == tokenizer.eos_id
+        states[:, self._is_end] = INVALID
+        states[START, self._is_end] = START
         self.is_needed = bool((states[START] != START).any())
         self._states = states
         self._next = [row.tobytes() for row in states]
@@ -110,8 +112,7 @@ class Utf8:
         key = state, min(max(left, 0), _LONGEST - 1)
         if key not in self._masks:
             is_allowed = self._distance[self._states[state]] <= key[1]
-            others = is_allowed.sum() - is_allowed[self._eos_id]
-            useless = is_allowed.all() or not others
+            useless = is_allowed.all() or not (is_allowed & ~self._is_end).any()
             self._masks[key] = None if useless else Mask.of(is_allowed, self._device)
         return self._masks[key]
 

@@ -39,7 +39,7 @@ def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMe
     real = [data.tokenizer.decode(passage.reference) for passage in passages]
     tokenize = pick_bleu(subject.config.evaluate.bleu_tokenize, real)
     memorised = _memorised(subject, data, scorers)
-    how = _how(passages, sampling, tokenize)
+    how = _how(subject, passages, sampling, tokenize)
     for name, reason in _not_measured(subject, passages, memorised).items():
         how[name] = f"not measured: {reason}"
     return {
@@ -142,6 +142,12 @@ def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
     return _Recited(shares, why)
 
 
+def _short(subject: Subject, n: int) -> str:
+    """What a share is worth where the model sees less than is looked for."""
+    size = subject.block_size
+    return "" if size >= n else f"; of {size} tokens that it sees at once: a low share says little"
+
+
 def _not_measured(subject: Subject, passages: list[Passage], memorised: _Recited) -> dict[str, str]:
     """Why there is no number, by the names of those that are missing."""
     reasons = {
@@ -183,7 +189,9 @@ def _samples(
     ]
 
 
-def _how(passages: list[Passage], sampling: Sampling, tokenize: str) -> dict[str, str]:
+def _how(
+    subject: Subject, passages: list[Passage], sampling: Sampling, tokenize: str
+) -> dict[str, str]:
     """In words, how each number about texts was computed."""
     of_real = (
         f"{len(passages)} held-out passages of up to {PASSAGE_TOKENS} tokens: the first half is "
@@ -207,6 +215,6 @@ def _how(passages: list[Passage], sampling: Sampling, tokenize: str) -> dict[str
         "distinct_2": f"different pairs of words / pairs of the continuations, {drawn}",
         "repetition": "mean share of a continuation's 4-grams of tokens that came before in it, "
         f"{drawn}",
-        **{f"memorised_{n}": recited.format(n=n) for n in LENGTHS},
+        **{f"memorised_{n}": recited.format(n=n) + _short(subject, n) for n in LENGTHS},
         "samples": f"some of the {of_real}",
     }

@@ -7,8 +7,9 @@ import random
 
 import pytest
 
-from gptray.evaluation.advice import advise, sentence
+from gptray.evaluation.advice import advise
 from gptray.evaluation.diagnosis import diagnose, turning_point
+from gptray.evaluation.sentence import sentence
 from gptray.evaluation.wording import count, decimals, time_words
 from tests.evaluation.curves import Rows, config_of, evaluated, rows_of, started
 
