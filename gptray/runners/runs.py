@@ -152,12 +152,9 @@ def outcome(config: Config) -> dict[str, Any]:
 
 
 def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
-    try:
-        shape = read_shape(init_from)
-        if Path(init_from).expanduser().exists():
-            check_weights(model_folder(init_from), shape)
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
+    shape = read_shape(init_from)
+    if Path(init_from).expanduser().exists():
+        check_weights(model_folder(init_from), shape)
     if config.model.resize_vocab:
         del shape["vocab_size"]  # null: the tokenizer's, whichever that is
     given = config.model.model_fields_set
