@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     },
     "model is a link": (link_at("model", "../../precious"), "model is a link to"),
     "tensorboard is a link": (link_at("tensorboard", "../../precious"), "tensorboard is a link"),
-    "tensorboard is a file": (file_at("tensorboard"), "cannot write .*tensorboard: "),
+    "tensorboard is a file": (file_at("tensorboard"), "cannot write .*tensorboard.*: "),
     "config gone": (gone("config.yaml"), "is not a run"),
     "config empty": (text("config.yaml", ""), "was started with other settings"),
     "config binary": (text("config.yaml", b"\xff\x00"), "config.yaml:1: not UTF-8"),
