@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from pyarrow.fs import LocalFileSystem
 from safetensors.torch import save_file
 
 from gptray.config import RunFailed, UserError
-from gptray.files import append, check_writable, replacing, storing
+from gptray.files import append, check_writable, open_lock, remove, replacing, storing
+from gptray.stored import MAX_BYTES, Unreadable, read_bytes
 from tests.full_disk import files_up_to
 
 
@@ -120,3 +123,39 @@ def test_arrow_files_that_find_no_room_are_told_in_the_same_words(tmp_path: Path
     with told, storing(path), files_up_to(10):
         stream.write(b"x" * 5000)
     stream.close()
+
+
+@pytest.mark.parametrize("write", [lambda path: append(path, b"x\n"), open_lock])
+def test_neither_a_log_nor_a_lock_is_written_through_a_link_or_a_pipe(
+    tmp_path: Path, write: Callable[[Path], object]
+) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RunFailed, match="link: it is a link"), storing(tmp_path / "link"):
+        write(tmp_path / "link")
+    with pytest.raises(RunFailed, match="pipe: it is not a regular"), storing(tmp_path / "pipe"):
+        write(tmp_path / "pipe")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_link_is_removed_without_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").touch()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "dead").symlink_to("nowhere")
+    for name in ("link", "dead", "never there"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "precious").exists()
+
+
+@pytest.mark.parametrize("size", [0, 10, MAX_BYTES + 1])
+def test_a_small_file_is_read_and_a_large_one_refused_unread(tmp_path: Path, size: int) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(size)
+    if size > MAX_BYTES:
+        with pytest.raises(Unreadable, match="bytes are too many"):
+            read_bytes(tmp_path / "sparse")
+    else:
+        assert read_bytes(tmp_path / "sparse") == b"\0" * size

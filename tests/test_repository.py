@@ -67,3 +67,15 @@ def test_ci_is_a_valid_script_that_may_be_run() -> None:
     path = ROOT / ".ci" / "run"
     assert path.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("folder", ["gptray", "jobs", "tests", "benchmarks"])
+def test_no_model_folder_may_bring_code_of_its_own(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(value=ast.Name(id=name), attr="from_pretrained")
+                ) if name.startswith("Auto"):
+                    said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                    assert said.get("trust_remote_code") == "False", f"{path}:{node.lineno}"

@@ -160,7 +160,7 @@ class Output:
             for partial in job.folder.glob(".part-*.partial"):
                 partial.unlink()
             missing = output.missing_parts()
-            output._check_parts(set(missing))
+            output._check_parts()
             if missing:
                 (job.folder / SUCCESS).unlink(missing_ok=True)
             if found or not all(map(output._is_staged, missing)):
@@ -183,11 +183,11 @@ class Output:
         """Parts without their output file. A file is there only when it is whole."""
         return [n for n in range(self.parts) if not (self.folder / part_name(n)).is_file()]
 
-    def _check_parts(self, missing: set[int]) -> None:
+    def _check_parts(self) -> None:
         """Raise UserError for a file that is none of the job's, RunFailed for a damaged one."""
-        own = {part_name(number): number for number in range(self.parts)}
+        own = {part_name(number) for number in range(self.parts)}
         for path in sorted(self.folder.glob("part-*.parquet")):
-            if path.name not in own or (own[path.name] in missing and os.path.lexists(path)):
+            if path.name not in own or not path.is_file():
                 raise UserError(
                     f"generate.output_path: {path} is no file of this job, and whoever reads the "
                     "folder would read it too; remove it, or choose another folder"

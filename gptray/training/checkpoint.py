@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import RunFailed, TrainConfig, UserError
-from gptray.files import CannotWrite, is_storage, remove, sha256_of, storing
+from gptray.files import CannotWrite, remove, storing
 from gptray.record import EVENTS, read_rows
-from gptray.stored import Unreadable, is_whole, read_object
+from gptray.stored import is_whole, read_object
+from gptray.training.manifest import FORMAT, files_damage, sync, write_manifest
 from gptray.training.stopping import Progress
 
-FORMAT = 1
-MANIFEST, WRITER_LOCK = "manifest.json", ".writer.lock"
+WRITER_LOCK = ".writer.lock"
 # Without these nothing can resume.
 _NEEDED = ("trainer.json", "optimizer.safetensors", "model/config.json", "model/model.safetensors")
 
@@ -89,43 +89,7 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as it was written."""
-    try:
-        manifest = read_object(folder / MANIFEST)
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except Unreadable as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    if manifest.get("format") != FORMAT:
-        return f"{MANIFEST} has format {manifest.get('format')!r:.40}, this version reads {FORMAT}"
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        return f"{MANIFEST} cannot be read (no list of files)"
-    for name in (*_NEEDED, *(name for name in files if name not in _NEEDED)):
-        if problem := _file_damage(folder, name, files.get(name)):
-            return problem
-    return _state_damage(folder)
-
-
-def _file_damage(folder: Path, name: str, expected: Any) -> str | None:
-    """What is wrong with a file that a manifest lists; None if nothing is."""
-    shown = f"{name:.60}"
-    match expected:
-        case {"size": int(size), "sha256": str(sha256)} if ".." not in Path(name).parts:
-            path = folder / name
-        case _:
-            return f"{MANIFEST} cannot be read (its entry of {shown})"
-    try:
-        if not path.is_file():
-            return f"{shown} is missing"
-        if path.stat().st_size != size:
-            return f"{shown} has {path.stat().st_size} bytes instead of {size}"
-        if sha256_of(path) != sha256:
-            return f"{shown} does not have the sha256 that its manifest names"
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, OSError) and is_storage(error):
-            raise
-        return f"{shown} cannot be read ({error})"
-    return None
+    return files_damage(folder, needed=_NEEDED) or _state_damage(folder)
 
 
 def _state_damage(folder: Path) -> str | None:
@@ -205,11 +169,11 @@ def save_checkpoint(
             write_tensors(draft)
             (draft / "trainer.json").write_text(json.dumps(state.to_json(), indent=1), "utf-8")
             (draft / "config.yaml").write_text(config_yaml, "utf-8")
-            _write_manifest(draft)
+            write_manifest(draft)
             if os.path.lexists(final):  # a damaged one that this run has just made again
                 _set_aside(final)
             os.rename(draft, final)
-            _sync(run_dir)
+            sync(run_dir)
     except CannotWrite:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -226,7 +190,7 @@ def publish_model(checkpoint: Path, run_dir: Path) -> Path:
     target = run_dir / "model"
     with storing(target):
         _publish(checkpoint, target)
-        _sync(run_dir)
+        sync(run_dir)
     return target
 
 
@@ -239,7 +203,7 @@ def exchange_model(source: Path, folder: Path) -> None:
     target = folder / "model"
     with storing(target):
         _swap(source, target)
-        _sync(folder)
+        sync(folder)
 
 
 def _swap(source: Path, target: Path) -> None:
@@ -281,7 +245,7 @@ def withdraw_checkpoint(run_dir: Path, step: int) -> None:
     with storing(final):
         remove(_draft(final))
         os.rename(final, _draft(final))
-        _sync(run_dir)
+        sync(run_dir)
 
 
 def prune(run_dir: Path, num_to_keep: int, *, spare: Collection[int]) -> None:
@@ -303,29 +267,8 @@ def _draft(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
-def _write_manifest(folder: Path) -> None:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {}
-    for path in paths:
-        _sync(path)
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), "utf-8")
-    for path in (manifest, folder / "model", folder):
-        _sync(path)
-
-
 def _set_aside(folder: Path) -> None:
     number = 1
     while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
         number += 1
     os.rename(folder, aside)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

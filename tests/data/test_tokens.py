@@ -12,6 +12,7 @@ import pytest
 from gptray.data.shards import ShardEncoder, ShardWriter, shard_dtype
 from gptray.data.tokenizer import Tokenizer, char_tokenizer
 from gptray.data.tokens import FORMAT_VERSION, DamagedData, TokenData
+from tests.damage import NO_JSON, Damage, fields, flipped, folder_at, pipe_at, text
 from tests.data.texts import DOCUMENTS
 
 SHARDS = {"train": [list(range(7)), [100], list(range(20, 25))], "val": [[1, 2, 3]]}
@@ -154,3 +155,32 @@ def test_writer_without_tokens_leaves_no_file(tokenizer: Tokenizer, tmp_path: Pa
         pass
     assert writer.shard is None
     assert list(tmp_path.iterdir()) == []
+
+
+MANIFESTS = {
+    **{name: text("manifest.json", raw) for name, raw in NO_JSON.items()},
+    **{
+        f"{key}={value!r:.12}": fields("manifest.json", **{key: value})
+        for key, value in (
+            ("format", 2), ("dtype", "object"), ("dtype", 1), ("splits", []), ("splits", {}),
+            ("splits", {"train": 1, "val": 1}), ("tokenizer", None), ("tokenizer", {}),
+        )
+    },
+    "a folder": folder_at("manifest.json"),
+    "a pipe": pipe_at("manifest.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", MANIFESTS.values(), ids=MANIFESTS)
+def test_a_damaged_manifest_is_damage(data_dir: Path, damage: Damage) -> None:
+    damage(data_dir)
+    with pytest.raises(DamagedData):
+        TokenData.open(data_dir)
+
+
+@pytest.mark.parametrize("tenth", range(11))
+@pytest.mark.parametrize("name", ["train-00000.bin", "train-00002.bin", "val-00000.bin"])
+def test_no_bit_turns_unseen_by_verify(data_dir: Path, name: str, tenth: int) -> None:
+    flipped(name, tenth)(data_dir)
+    with pytest.raises(DamagedData, match=rf"{name} has changed \(sha256\)"):
+        TokenData.open(data_dir).verify()

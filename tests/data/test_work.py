@@ -18,6 +18,7 @@ from gptray.data.sources import find_files
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokens import TokenSplit
 from gptray.data.work import UnitScan, sample, scan, tokenise
+from gptray.files import sha256_of
 from tests.data import foreign
 from tests.data.reference import expected_runs, expected_tokens
 from tests.data.texts import ENGLISH, KOREAN, many_documents, write_bytes, write_rows
@@ -210,7 +211,8 @@ def test_a_unit_of_which_nothing_is_kept_counts_as_lost(tmp_path: Path) -> None:
     assert shards[0]["lost_bytes"] == shards[0]["bytes"] == len(korean.encode())
     counts = {key: sum(s[key] for s in shards) for key in ("tokens", "bytes", "lost_bytes")}
     split = TokenSplit(tmp_path, "uint16", {"documents": 1, **counts, "shards": shards})
-    split.check(content=True)
+    split.check()
+    assert {path: sha256_of(path) for path in split.sha256} == split.sha256
     assert split.slice(0, 2).tolist() == tokenizer.encode("the cat")
     with ShardWriter(tmp_path / "empty.bin", encoder) as writer:
         pass

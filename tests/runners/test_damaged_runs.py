@@ -5,7 +5,6 @@ What `jobs/train.py` does, with its loop in this process; no Ray.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,19 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from gptray.config import Config, RunFailed, UserError
+from gptray.config import RunFailed, UserError
 from gptray.data.request import make_request
 from gptray.data.tokenizer import char_tokenizer
-from gptray.files import sha256_of
-from gptray.record import read_rows
-from gptray.runners.resuming import save_config
-from gptray.runners.runs import held, outcome, resolve, run_dir, set_ray_snapshot_aside
-from gptray.runners.training_checks import check_run
-from gptray.runners.watch import show_samples, watching
+from gptray.runners.runs import run_dir
 from gptray.training.checkpoint import newest_whole
-from gptray.training.loop import fit
 from tests.damage import (
     DEEP,
     NO_JSON,
@@ -44,70 +36,31 @@ from tests.damage import (
     text,
 )
 from tests.data.prepared import prepared_here
-from tests.tiny import tiny_config, tiny_text
-
-STEPS = 6
-NEW, OLD = "checkpoint_000004", "checkpoint_000002"
-MANIFEST, TRAINER, MOMENTS = f"{NEW}/manifest.json", "trainer.json", "optimizer.safetensors"
-WEIGHTS = "model/model.safetensors"
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
-
-
-class Killed(BaseException):
-    """Ends a run where a kill would."""
+from tests.runners.interrupted import (
+    EVENTS,
+    MANIFEST,
+    METRICS,
+    MOMENTS,
+    NEW,
+    OLD,
+    TRAINER,
+    WEIGHTS,
+    Killed,
+    config_in,
+    job,
+    moments,
+    not_finite,
+    progress,
+    signed,
+    what_it_came_to,
+)
+from tests.tiny import tiny_text
 
 
 @pytest.fixture(autouse=True)
 def in_time() -> Iterator[None]:
     with deadline():
         yield
-
-
-def config_in(storage: Path) -> Config:
-    source = storage.parent / "tiny.txt"
-    return resolve(
-        tiny_config(
-            source, storage, "name=r", f"train.max_steps={STEPS}", "train.eval_interval=2",
-            "train.log_interval=1", "compute.num_to_keep=3",
-        )
-    )  # fmt: skip
-
-
-def job(config: Config, *, kill_at: int | None = None) -> dict[str, Any]:
-    """Train or resume, as the job does."""
-    checked = check_run(config)
-    folder, data = checked.folder, checked.data
-    assert data
-
-    def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        if metrics["step"] == kill_at:
-            raise Killed
-
-    with held(folder):
-        save_config(checked.config, folder)
-        set_ray_snapshot_aside(folder)
-        with watching(folder, STEPS, on_evaluation=lambda: None):
-            result = fit(
-                checked.config, data, folder, report=report, sample=lambda model: [("p", "o")],
-                device=torch.device("cpu"),
-            )  # fmt: skip
-        show_samples(folder)
-    if result["stopped"] == "failed":
-        raise (UserError if result["mistake"] else RunFailed)(result["message"])
-    if result["stopped"] == "non_finite":
-        raise RunFailed(result["message"])
-    return outcome(checked.config)
-
-
-def what_it_came_to(folder: Path) -> tuple[str, list[tuple[int, float]]]:
-    """The bits of the last checkpoint and of the model, and all losses."""
-    digest = hashlib.sha256()
-    last = folder / f"checkpoint_{STEPS:06d}"
-    for path in (last / WEIGHTS, last / MOMENTS, folder / WEIGHTS):
-        digest.update(path.read_bytes())
-    return digest.hexdigest(), [
-        (row["step"], row["train_loss"]) for row in read_rows(folder / METRICS)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -151,45 +104,6 @@ def run(storage: Path, tmp_path: Path) -> Path:
 def precious(folder: Path) -> dict[str, str]:
     place = folder.parents[1] / "precious"
     return {path.name: path.read_text() for path in place.iterdir()}
-
-
-def signed(damage: Damage) -> Damage:
-    """Damage the newest checkpoint, and make its manifest right again."""
-
-    def both(folder: Path) -> None:
-        checkpoint = folder / NEW
-        damage(checkpoint)
-        paths = [path for path in checkpoint.rglob("*") if path.is_file()]
-        files = {
-            path.relative_to(checkpoint).as_posix(): {
-                "size": path.stat().st_size, "sha256": sha256_of(path)
-            }
-            for path in paths if path.name != "manifest.json"
-        }  # fmt: skip
-        content = json.dumps({"format": 1, "files": files})
-        (checkpoint / "manifest.json").write_text(content)
-
-    return both
-
-
-def progress(**values: Any) -> Damage:
-    """Set or, by `...`, remove what trainer.json says of the progress."""
-
-    def damage(folder: Path) -> None:
-        known = json.loads((folder / TRAINER).read_text())["progress"] | values
-        kept = {key: value for key, value in known.items() if value is not ...}
-        fields(TRAINER, progress=kept)(folder)
-
-    return damage
-
-
-def moments(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Damage:
-    return lambda folder: save_file(change(load_file(folder / MOMENTS)), folder / MOMENTS)
-
-
-def not_finite(folder: Path) -> None:
-    tensors = {name: one * float("nan") for name, one in load_file(folder / WEIGHTS).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def appended(name: str, line: bytes) -> Damage:
@@ -346,7 +260,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     },
     "model is a link": (link_at("model", "../../precious"), "model is a link to"),
     "tensorboard is a link": (link_at("tensorboard", "../../precious"), "tensorboard is a link"),
-    "tensorboard is a file": (file_at("tensorboard"), "cannot write .*tensorboard: "),
+    "tensorboard is a file": (file_at("tensorboard"), "cannot write .*tensorboard.*: "),
     "config gone": (gone("config.yaml"), "is not a run"),
     "config empty": (text("config.yaml", ""), "was started with other settings"),
     "config binary": (text("config.yaml", b"\xff\x00"), "config.yaml:1: not UTF-8"),

@@ -278,6 +278,14 @@ def test_check_sources_tells_everything_at_once_without_ray(tmp_path: Path) -> N
     assert "data.tokenizer=./nowhere" in lines[2]
 
 
+def test_a_row_too_wide_far_down_a_csv_file_is_told_without_ray(tmp_path: Path) -> None:
+    lines = ["text,b", *(f"hello world {number},x" for number in range(20_000)), "hello,x,y"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    config = config_for(tmp_path / "t.csv", tmp_path / "s", tokenizer="char")
+    with pytest.raises(UserError, match=r"t\.csv:20002: 3 fields where the header has 2"):
+        check_sources(config)
+
+
 def test_check_sources_accepts_what_can_be_prepared(rows: Path, tmp_path: Path) -> None:
     check_sources(Config())
     check_sources(config_for(rows, tmp_path))
