@@ -65,7 +65,7 @@ def listed(config: Config) -> list[Listed]:
     except OSError as error:
         raise UserError(f"storage_path={config.storage_path}: {error.strerror}") from None
     shown = [one for one in folders if one.name[0] != "." and one.name != PREPARED]
-    return sorted(map(_listed, shown), key=lambda one: -one.changed)
+    return sorted([_listed(one) for one in shown], key=lambda one: -one.changed)
 
 
 def _listed(folder: Path) -> Listed:
@@ -82,7 +82,7 @@ def _listed(folder: Path) -> Listed:
         facts["problem"] = str(error).splitlines()[0]
     except OSError as error:
         facts["problem"] = f"cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # anything may have happened to a record
         facts["problem"] = f"its record is damaged: {type(error).__name__}: {error}"
     return Listed(name, path, kind, bytes=size, changed=changed, **facts)
 

@@ -180,4 +180,7 @@ def test_losses_that_are_not_finite_are_left_out_of_the_json_line(tmp_path: Path
     run = made(tmp_path / "run", OVERFITTED, END)
     rows = [{**row, "val_loss": float("nan"), "val_bpb": float("nan")} for row in rows_of([2.0])]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    json.dumps(by_name(tmp_path)["run"].to_json(), allow_nan=False)
+    made(tmp_path / "other", OVERFITTED, END)
+    runs = by_name(tmp_path)
+    assert set(runs) == {"run", "other"} and runs["run"].val_loss is None
+    json.dumps([run.to_json() for run in runs.values()], allow_nan=False)
