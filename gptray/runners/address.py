@@ -11,6 +11,9 @@ from gptray.config import UserError
 
 WAIT_S = 3.0
 _CLIENT_PORT = 10001
+# Of HTTP/2: how a client begins, an empty frame of settings included, and the kind of such a frame.
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_SETTINGS = b"\x04"
 
 
 def check_address(address: str) -> None:
@@ -27,7 +30,8 @@ def check_address(address: str) -> None:
     if not host and place.startswith("ray://"):
         host, port = port, str(_CLIENT_PORT)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT_S) as connection:
+            _speak(connection)
     except (OSError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         found = f" ({place})" if address == "auto" else ""
@@ -35,6 +39,16 @@ def check_address(address: str) -> None:
             f"RAY_ADDRESS={address}{found}: no Ray answers there: {reason}; start it with ray "
             "start --head, or unset RAY_ADDRESS to have the job start its own"
         ) from None
+
+
+def _speak(connection: socket.socket) -> None:
+    """Greet as gRPC does, on which Ray stands. Raises OSError where the answer is another's."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return  # it greets inside of TLS only
+    connection.sendall(_PREFACE)
+    answer = connection.recv(9)
+    if answer[3:4] != _SETTINGS:
+        raise ConnectionError("what listens there is not Ray")
 
 
 def _running_here() -> str | None:

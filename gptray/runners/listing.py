@@ -7,6 +7,7 @@ line that says so.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -64,7 +65,7 @@ def listed(config: Config) -> list[Listed]:
     except OSError as error:
         raise UserError(f"storage_path={config.storage_path}: {error.strerror}") from None
     shown = [one for one in folders if one.name[0] != "." and one.name != PREPARED]
-    return sorted(map(_listed, shown), key=lambda one: -one.changed)
+    return sorted([_listed(one) for one in shown], key=lambda one: -one.changed)
 
 
 def _listed(folder: Path) -> Listed:
@@ -81,7 +82,7 @@ def _listed(folder: Path) -> Listed:
         facts["problem"] = str(error).splitlines()[0]
     except OSError as error:
         facts["problem"] = f"cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # anything may have happened to a record
         facts["problem"] = f"its record is damaged: {type(error).__name__}: {error}"
     return Listed(name, path, kind, bytes=size, changed=changed, **facts)
 
@@ -121,8 +122,8 @@ def _run(folder: Path) -> dict[str, Any]:
         "state": state,
         "verdict": verdict(diagnosis),
         "step": diagnosis.last_step,
-        "val_loss": best and best["val_loss"],
-        "val_bpb": best and best["val_bpb"],
+        "val_loss": best and _finite(best["val_loss"]),
+        "val_bpb": best and _finite(best["val_bpb"]),
         "parameters": diagnosis.facts.parameters,
         "next": follows,
     }
@@ -157,12 +158,14 @@ def _evaluation(folder: Path) -> dict[str, Any]:
     return {
         "state": "finished",
         "verdict": f"of {evaluation['model_dir']}",
-        "val_loss": split and split["loss"],
-        "val_bpb": split and split["bpb"],
+        "val_loss": split and _finite(split["loss"]),
+        "val_bpb": split and _finite(split["bpb"]),
     }
 
 
 def _other(folder: Path) -> dict[str, Any]:
+    if (folder / METRICS).exists():
+        return {"problem": f"is a run that has lost its {CONFIG}"}
     if has_model(folder):
         return {"state": "a model", "next": of_model(folder)[0]}
     return {"problem": f"is no run: it has no {CONFIG}"}
@@ -229,6 +232,10 @@ def verdict(diagnosis: Diagnosis) -> str:
         "falling": "does not overfit, still falling",
         "level": "does not overfit",
     }[diagnosis.verdict]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _val_loss(row: Mapping[str, Any]) -> float:

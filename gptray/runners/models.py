@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def locate(config: Config, source: str, *, key: str) -> str:
     if not (run / CONFIG).is_file() and not has_model(run):
         return source
     if has_model(here) and here.resolve() != run.resolve():
-        _tell(f"{key}={source} is the folder {here.absolute()}; {key}={run} is the run")
+        word = shlex.quote(f"{key}={run}")
+        _tell(f"{key}={source} is the folder {here.absolute()}; {word} is the run")
         return source
     if not has_model(run):
         raise UserError(f"{key}={source}: the run {run} has no model yet; {_how_to_train(run)}")

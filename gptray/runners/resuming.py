@@ -56,7 +56,7 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
         return []
     if config.train.resume == "never":
         raise UserError(
-            f"train.resume=never: the {what} {folder} exists; choose another name, or go on with "
+            f"train.resume=never: the {what} {folder} exists; choose another name, or resume "
             "it by train.resume=auto"
         )
     if not (folder / CONFIG).is_file():

@@ -6,6 +6,7 @@ Found and checked without torch and without Ray, as far as that can be known.
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -289,6 +290,6 @@ def _check_same_tokenizer(subject: Subject, sha256: str) -> None:
     if own != sha256:
         raise UserError(
             f"model and text do not belong together: the tokenizer of {folder} has sha256 "
-            f"{own}, the one that reads the text has sha256 {sha256}; data.tokenizer={folder} "
-            "reads it with the model's own"
+            f"{own}, the one that reads the text has sha256 {sha256}; "
+            f"{shlex.quote(f'data.tokenizer={folder}')} reads it with the model's own"
         )

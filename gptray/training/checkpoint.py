@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -137,7 +138,8 @@ def check_not_lost(run_dir: Path) -> None:
         return
     evaluated = any(event["event"] == "evaluated" for event in read_rows(run_dir / EVENTS))
     if model.exists() or evaluated:
-        start = f"; model.init_from={model} starts from its weights" if model.exists() else ""
+        word = shlex.quote(f"model.init_from={model}")
+        start = f"; {word} starts from its weights" if model.exists() else ""
         raise UserError(
             f"the checkpoints of the run {run_dir} are gone, so it cannot resume, and training "
             "from step 0 would overwrite what it came to. Restore one, or give another name: "

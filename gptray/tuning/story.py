@@ -41,7 +41,7 @@ def state_line(standing: Standing, *, running: bool) -> str:
         text = f"<b>failed</b>: none of {count(ended, 'trial')} came to a model"
     else:
         text = f"<b>cut off</b>: {ended} of {_total(standing)} trials ended; "
-        text += "the same command goes on with it"
+        text += "the same command resumes it"
     return f'<p class="state">{text}</p>'
 
 

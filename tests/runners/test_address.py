@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,5 +48,27 @@ def test_auto_is_the_ray_of_this_machine(
     (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{closed_port}")
     with pytest.raises(UserError, match=rf"RAY_ADDRESS=auto \(127.0.0.1:{closed_port}\): no Ray"):
         check_address("auto")
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_what_listens_and_is_not_ray_is_told(answer: bytes | None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        check_address(f"127.0.0.1:{listening.getsockname()[1]}")
+        place = f"127.0.0.1:{listening.getsockname()[1]}"
+
+        def reply() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                assert answer is not None
+                connection.sendall(answer)
+                connection.recv(64)
+
+        if answer is not None:  # None: it never says a word
+            threading.Thread(target=reply, daemon=True).start()
+        with pytest.raises(UserError, match="no Ray answers there: (what listens|timed out)"):
+            check_address(place)
+
+
+def test_a_ray_is_let_pass(ray_cluster: None) -> None:
+    import ray
+
+    check_address(ray.get_runtime_context().gcs_address)

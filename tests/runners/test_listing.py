@@ -119,16 +119,19 @@ def test_a_sweep_tells_its_winner(tmp_path: Path) -> None:
         ("metrics.jsonl", b'{"step": 1\n', "metrics.jsonl is damaged"),
         ("metrics.jsonl", b"[1]\n", "metrics.jsonl is damaged"),
         ("metrics.jsonl", b'{"val_loss": 3}\n', "its record is damaged"),
+        ("config.yaml", None, "is a run that has lost its config.yaml"),
         ("events.jsonl", b"{}\n", "its record is damaged"),
         ("trials.jsonl", b"{}\n", "its record is damaged"),
     ],
 )
 def test_a_damaged_folder_is_one_line_beside_the_others(
-    tmp_path: Path, file: str, content: bytes, problem: str
+    tmp_path: Path, file: str, content: bytes | None, problem: str
 ) -> None:
     made(tmp_path / "good", OVERFITTED, END)
     made(tmp_path / "bad", OVERFITTED, END)
-    (tmp_path / "bad" / file).write_bytes(content)
+    (tmp_path / "bad" / file).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / "bad" / file).write_bytes(content)
     runs = by_name(tmp_path)
     assert problem in runs["bad"].problem and "\n" not in runs["bad"].problem
     assert runs["good"].problem == "" and runs["good"].val_loss == 2.0
@@ -171,3 +174,13 @@ def test_the_job_prints_a_table_that_folds_and_one_json_line(tmp_path: Path, col
     assert "\x1b" not in done.stdout
     text = " ".join(" ".join(shown).split())
     assert "2.000" in text and "overfits since step 70" in text and "finished" in text
+
+
+def test_losses_that_are_not_finite_are_left_out_of_the_json_line(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", OVERFITTED, END)
+    rows = [{**row, "val_loss": float("nan"), "val_bpb": float("nan")} for row in rows_of([2.0])]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made(tmp_path / "other", OVERFITTED, END)
+    runs = by_name(tmp_path)
+    assert set(runs) == {"run", "other"} and runs["run"].val_loss is None
+    json.dumps([run.to_json() for run in runs.values()], allow_nan=False)

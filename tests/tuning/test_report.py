@@ -146,7 +146,7 @@ def test_a_page_renews_itself_and_says_how_far_the_sweep_is_while_it_runs(tmp_pa
     assert "still to be run: 830" in page.text and "waits; model" in page.text
     assert not list(folder.glob("*.png"))
     page = Page(write_sweep_report(folder))
-    assert "cut off : 9 of 16 trials ended; the same command goes on with it" in page.text
+    assert "cut off : 9 of 16 trials ended; the same command resumes it" in page.text
     assert not [m for m in page.all("meta") if m.get("http-equiv") == "refresh"]
 
 
@@ -175,7 +175,7 @@ def test_a_half_written_record_is_read_as_far_as_it_goes(tmp_path: Path) -> None
     record.write_bytes(record.read_bytes()[:-30])  # in the middle of the last line
     metrics = next((folder / "trials").glob("*/metrics.jsonl"))
     metrics.write_text(metrics.read_text()[:-20])
-    assert "the same command goes on with it" in Page(write_sweep_report(folder)).text
+    assert "the same command resumes it" in Page(write_sweep_report(folder)).text
 
 
 def test_a_sweep_in_which_all_went_wrong_gives_the_reasons(tmp_path: Path) -> None:
