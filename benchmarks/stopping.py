@@ -42,7 +42,7 @@ BEGUN = {
     "tune": "ray::ImplicitFunc",
     "prepare": "ray::Map",
     "evaluate": "ray::Scorer",
-    "generate": "ray::EngineWorker.feed",
+    "generate": "400 rows  ",
     "serve": "serving",
 }
 # Exit codes that are right, by way; serve drains and is done.

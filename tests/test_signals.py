@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,10 +45,13 @@ def started(job: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    deadline = threading.Timer(60, process.kill)
+    deadline.start()
     try:
         until(process, "ready")
         yield process
     finally:
+        deadline.cancel()
         process.kill()
         process.communicate()
 

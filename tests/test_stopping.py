@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ def training(arguments: list[str], home: Path) -> Iterator[subprocess.Popen[str]
         env={**os.environ, "HOME": str(home)},
         start_new_session=True,
     )
+    deadline = threading.Timer(180, driver.kill)
+    deadline.start()
     try:
         assert driver.stderr
         steps = (line for line in driver.stderr if line.startswith("step"))
@@ -44,6 +47,7 @@ def training(arguments: list[str], home: Path) -> Iterator[subprocess.Popen[str]
             next(steps)
         yield driver
     finally:
+        deadline.cancel()
         driver.kill()
         driver.communicate()
 
