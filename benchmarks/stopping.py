@@ -231,16 +231,16 @@ def commands(folder: Path) -> dict[str, Callable[[int], list[str]]]:
     from tests.tiny import tiny_text
 
     text = folder / "text.txt"
-    text.write_text(tiny_text(3000))
+    text.write_text(tiny_text(3000), "utf-8")
     large = folder / "large.txt"
-    large.write_text(tiny_text(40_000) * 8)
+    large.write_text(tiny_text(40_000) * 8, "utf-8")
     tokenizer = small_tokenizer()
     model = folder / "tiny" / "model"
     shape = {"n_positions": 512, "n_layer": 4, "n_embd": 192, "n_head": 4}
     save_pretrained(random_gpt(tokenizer, **shape), model, eos_token_id=tokenizer.eos_id)
     tokenizer.save(model)
     prompts = folder / "prompts.txt"
-    prompts.write_text("the cat sat\n" * 400)
+    prompts.write_text("the cat sat\n" * 400, "utf-8")
     tiny = [
         *("data.tokenizer=char", "model.n_layer=2", "model.n_head=2", "model.n_embd=64"),
         *("model.n_positions=64", "train.block_size=64", "train.global_batch_size=8"),
@@ -250,7 +250,8 @@ def commands(folder: Path) -> dict[str, Callable[[int], list[str]]]:
     space = folder / "space.yaml"
     space.write_text(
         "tune:\n  num_samples: 3\n  replicates: 0\n  space:\n"
-        "    - {path: model.dropout, uniform: [0, 0.3]}\n"
+        "    - {path: model.dropout, uniform: [0, 0.3]}\n",
+        "utf-8",
     )
 
     def job(name: str, *words: str) -> list[str]:

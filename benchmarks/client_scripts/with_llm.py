@@ -11,7 +11,7 @@ ENTRY = "- model_id: {0}\n  model_name: {1}\n  api_base: {2}\n  completion: {3}\
 folder = tempfile.TemporaryDirectory()
 os.environ["LLM_USER_PATH"] = folder.name
 Path(folder.name, "extra-openai-models.yaml").write_text(
-    ENTRY.format("here", MODEL, URL, "true") + ENTRY.format("chat", MODEL, URL, "false")
+    ENTRY.format("here", MODEL, URL, "true") + ENTRY.format("chat", MODEL, URL, "false"), "utf-8"
 )
 
 import llm  # noqa: E402

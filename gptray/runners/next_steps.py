@@ -10,8 +10,8 @@ from typing import Any
 
 from gptray.commands import typed
 from gptray.config import Config, differences
-from gptray.evaluation.advice import sentence
 from gptray.evaluation.diagnosis import diagnose
+from gptray.evaluation.sentence import sentence
 from gptray.fields import shown
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.runners.models import CONFIG, has_model, storage_of

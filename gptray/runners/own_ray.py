@@ -112,8 +112,8 @@ def _children() -> dict[int, str]:
     found = {}
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):
-            for pid in (task / "children").read_text().split():
-                found[int(pid)] = Path(f"/proc/{pid}/comm").read_text().strip()
+            for pid in (task / "children").read_text("utf-8").split():
+                found[int(pid)] = Path(f"/proc/{pid}/comm").read_text("utf-8").strip()
     return found
 
 
