@@ -16,6 +16,7 @@ def config_of(model_dir: Path, prompts: Path, output: Path, *overrides: str) -> 
         "generate.max_batch_size": 6,
         "generate.precision": "fp32",
         "sample.max_new_tokens": 12,
+        "sample.utf8": False,  # as the reference draws
     }
     values = {key: str(value) for key, value in defaults.items()}
     values |= dict(pair.split("=", 1) for pair in overrides)

@@ -88,7 +88,8 @@ def job_running(folder: Path, *settings: str) -> Iterator[Job]:
         port = probe.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, str(JOB), f"serve.model={folder.parent}", f"serve.port={port}"]
-        + ["generate.backend=torch", "generate.precision=fp32", *settings],
+        + ["generate.backend=torch", "generate.precision=fp32", "serve.drain_timeout_s=120"]
+        + [*settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

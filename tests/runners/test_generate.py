@@ -23,6 +23,7 @@ from gptray.generation.settings import derived_seed
 from gptray.model.hf import save_pretrained
 from gptray.runners.generate import generate, generation_plan
 from gptray.runners.terminal import generate_here
+from gptray.visible import visible
 from tests.generation.models import needs_native, random_gpt, reference, small_tokenizer
 from tests.runners.generating import config_of
 
@@ -316,7 +317,7 @@ def test_prompts_on_the_terminal(
     )
     result = generate_here(config)
     shown = "".join(f"{one['prompt']}{one['output']}\n" for one in result["outputs"])
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == visible(shown)
     assert result["rows"] == 2 and result["output_tokens"] <= 18
     with pytest.raises(UserError, match="too long"):
         generate_here(

@@ -91,7 +91,7 @@ def test_sigterm_to_the_group_lets_streams_finish_refuses_new_ones_and_leaves_no
     for client in clients:
         client.start()
     for _ in range(40):
-        begun.acquire()
+        assert begun.acquire(timeout=60)
     processes = job.processes()
     os.killpg(job.process.pid, signal.SIGTERM)
     answer = job.ask(1)
