@@ -49,7 +49,8 @@ def _publish(folder: Path, data_dir: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     try:
-        TokenData.open(data_dir)  # another attempt was faster; the same request, the same data
+        # Another attempt was faster: the same request, the same data.
+        TokenData.open(data_dir).verify()
     except DamagedData:
         aside = _beside(data_dir)
         data_dir.rename(aside)

@@ -53,17 +53,18 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
 
     Logs what the user should know about the files.
     """
-    problems = []
+    problems, request = [], None
     try:
         request = find(config)
         for warning in request.warnings:
             _warn(warning)
         problems += _first_looks(request)
-        _check_hub(request)
     except UserError as error:
         problems.append(str(error))
     try:
         tokenizer_at_once(config)
+        if request is not None:
+            _check_hub(request)
     except UserError as error:
         problems.append(str(error))
     try:

@@ -45,7 +45,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def left_in(storage: Path) -> list[str]:
-    return sorted(path.name for path in (storage / "data").iterdir())
+    return sorted(path.name for path in (storage / "data").glob("*"))
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "char", "folder"])
