@@ -193,11 +193,16 @@ def _opened_here(path: Path, flags: int) -> FileIO:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all in it, if it is there; never what a link names."""
+    """Remove a file, a link or a folder with all in it, if it is there; never what a link names.
+
+    Raises OSError; FileExistsError for anything else, such as a named pipe.
+    """
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
-    elif path.exists():
+    elif path.is_dir():
         shutil.rmtree(path)
+    elif path.exists():
+        raise FileExistsError(errno.EEXIST, "it is neither a file nor a folder", str(path))
 
 
 def refuse_links(folder: Path, names: Iterable[str], *, what: str) -> None:

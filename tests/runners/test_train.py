@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,8 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_once_and_the_same_comman
     run_dir = tmp_path / "run"
     in_the_way = run_dir / ".checkpoint_000004.tmp"
     run_dir.mkdir()
-    in_the_way.touch()
-    message = r"cannot write .*checkpoint_000004: Not a directory .*the same command resumes"
+    os.mkfifo(in_the_way)  # neither a file nor a folder, which a killed attempt could leave
+    message = r"cannot write .*checkpoint_000004: it is neither a file .*the same command resumes"
     with pytest.raises(RunFailed, match=message):
         train(config)
     told = [event["event"] for event in read_rows(run_dir / EVENTS)]

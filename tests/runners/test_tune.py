@@ -165,11 +165,11 @@ def test_trials_that_could_not_write_run_again_before_anything_wins(
     folder = data_root / "full"
     in_the_way = trial_dir(folder, "0001") / ".checkpoint_000005.tmp"
     in_the_way.parent.mkdir(parents=True)
-    in_the_way.touch()
+    os.mkfifo(in_the_way)  # neither a file nor a folder, which a killed attempt could leave
     save_config(resolve(config), folder)
     message = (
-        r"1 of 3 trials failed: cannot write .*0001/checkpoint_000005: Not a directory .*; the "
-        "same command runs them again; tune.retry_failed=false takes the best of the others"
+        r"1 of 3 trials failed: cannot write .*0001/checkpoint_000005: it is neither a file .*; "
+        "the same command runs them again; tune.retry_failed=false takes the best of the others"
     )
     with pytest.raises(RunFailed, match=message):
         tune(config)
