@@ -158,7 +158,7 @@ RIGHT: dict[str, Damage] = {
     "a draft is a link": linked(f".{PARTS[2]}.0.partial"),
     "input touched": lambda out: os.utime(out.parent / "in.jsonl"),
 }
-NOT_OURS = "is no file of this job"
+NOT_OURS = "was not written by this job"
 REFUSED: dict[str, tuple[Damage, str]] = {
     **{f"plan {name}": (text(PLAN, raw), "plan.json is damaged") for name, raw in NO_JSON.items()},
     **{
