@@ -18,12 +18,12 @@ from gptray.fields import FieldSpec, field_specs, shown
 OPTIONS = """\
 options:
   --config FILE        YAML with the keys below in their sections; see configs/
-  section.field=value  set one key; stronger than the file and the defaults
-  --dry-run            print what would happen, and the keys that were changed
+  section.field=value  set one key; overrides the file and the defaults
+  --dry-run            print what would happen and the keys that differ from the defaults
   --verbose            show debug lines and Ray's own log
   --help               this text
 
-Quote what the shell would change: 'data.source=texts/*.txt' 'sample.prompt=a b'
+Quote words that the shell would change: 'data.source=texts/*.txt' 'sample.prompt=a b'
 
 exit codes: 0 done, 1 the run failed, 2 a wrong key or file, 130 interrupted.
 The last line of stdout is one JSON object; everything else goes to stderr."""

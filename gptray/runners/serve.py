@@ -34,8 +34,8 @@ APPLICATION = "gptray"
 SPARE_S = 10.0
 START_S, POLL_S = 60.0, 5.0
 OPEN_PORT = (
-    "Ray Serve keeps a port of each replica open to the network, which asks for a token that only "
-    "this job has"
+    "Ray Serve keeps one port of each replica open to the network; it needs a token that only this "
+    "job has"
 )
 
 

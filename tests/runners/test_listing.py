@@ -118,10 +118,10 @@ def test_a_sweep_tells_its_winner(tmp_path: Path) -> None:
         ("config.yaml", b"\xff\xfe\x00", "config.yaml"),
         ("metrics.jsonl", b'{"step": 1\n', "metrics.jsonl:1: the line is damaged"),
         ("metrics.jsonl", b"[1]\n", "metrics.jsonl:1: the line is damaged"),
-        ("metrics.jsonl", b'{"val_loss": 3}\n', "no step in it"),
+        ("metrics.jsonl", b'{"val_loss": 3}\n', "step is missing"),
         ("config.yaml", None, "a run without its config.yaml"),
-        ("events.jsonl", b"{}\n", "no event in it"),
-        ("trials.jsonl", b"{}\n", "no event in it"),
+        ("events.jsonl", b"{}\n", "event is missing"),
+        ("trials.jsonl", b"{}\n", "event is missing"),
     ],
 )
 def test_a_damaged_folder_is_one_line_beside_the_others(

@@ -97,7 +97,7 @@ def test_mistakes_are_told_together_without_ray(tmp_path: Path) -> None:
     assert [line.split(":")[0].split("=")[0] for line in lines] == [
         "generate.model", "generate.input_path", "generate.output_path"
     ]  # fmt: skip
-    with pytest.raises(UserError, match="holds no run with a model"):
+    with pytest.raises(UserError, match="has no run with a model"):
         generation_plan(load_config(None, [f"storage_path={tmp_path}"]))
 
 
