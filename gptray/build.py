@@ -213,7 +213,7 @@ def _processor_flags() -> set[str]:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler's command and flags: CXX, or g++. Raises UserError if CXX has open quotes."""
+    """The C++ compiler's command and flags: CXX, or g++. Raises UserError for an open quote."""
     given = os.environ.get("CXX") or "g++"
     try:
         return shlex.split(given) or ["g++"]
