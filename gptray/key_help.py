@@ -19,7 +19,7 @@ OPTIONS = """\
 options:
   --config FILE        YAML with the keys below in their sections; see configs/
   section.field=value  set one key; overrides the file and the defaults
-  --dry-run            print what would happen and the keys that differ from the defaults
+  --dry-run            print what would happen, and the non-default keys
   --verbose            show debug lines and Ray's own log
   --help               this text
 

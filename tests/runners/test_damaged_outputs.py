@@ -238,5 +238,5 @@ def test_a_bit_that_turns_in_a_finished_output_is_told(
     files = json.loads((out / MANIFEST).read_text())["files"]
     assert {name: entry["sha256"] for name, entry in files.items()} == whole
     flipped(PARTS[3], 5)(out)
-    with pytest.raises(RunFailed, match=f"{PARTS[3]} is damaged: its sha256 is not the one"):
+    with pytest.raises(RunFailed, match=f"{PARTS[3]} is damaged: its sha256 has changed"):
         job(config, feed)
