@@ -23,7 +23,7 @@ options:
   --verbose            show debug lines and Ray's own log
   --help               this text
 
-Quote words that the shell would change: 'data.source=texts/*.txt' 'sample.prompt=a b'
+Quote what the shell would change: 'data.source=texts/*.txt' 'sample.prompt=a b'
 
 exit codes: 0 done, 1 the run failed, 2 a wrong key or file, 130 interrupted.
 The last line of stdout is one JSON object; everything else goes to stderr."""
