@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "part a link": (linked(PARTS[2]), "was not written by this job"),
     "part beyond the last": (lambda out: shutil.copy(out / FIRST, out / part_name(99)), NOT_OURS),
     **{
-        f"{name} a link": (linked(name), "is a link to .*: the job writes there")
+        f"{name} a link": (linked(name), "is a link to .*, and the job would write through it")
         for name in (".gptray/.driver.lock", "_SUCCESS", MANIFEST)
     },
     "scratch a link": (
