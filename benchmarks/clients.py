@@ -1,15 +1,15 @@
-"""Have the clients that people already have call an endpoint, with their defaults.
+"""Calls an endpoint with clients that people already use, with their defaults.
 
   python benchmarks/clients.py --python ~/venvs/litellm ~/venvs/llm --node ~/node
   python benchmarks/clients.py --url http://127.0.0.1:8000/v1 --model book
 
-Tries litellm, langchain-openai, llama-index, llm and openai where one of the Pythons has them
-(--python: virtual environments; else this one), and openai and the Vercel AI SDK of npm where a
+Tries litellm, langchain-openai, llama-index, llm and openai if one of the Pythons has them
+(--python: virtual environments; by default this one), and npm's openai and Vercel AI SDK if a
 folder with node_modules is given (--node). Each client's calls are in benchmarks/client_scripts/.
 Without --url an endpoint is started on a tiny model. Prints a table of clients and calls: `ok`,
-`refused` for what an endpoint of completions does not have, where the answer says what to call
-instead, or what went wrong. Last comes a JSON line; exit code 1 where a call failed or no client
-is installed.
+`refused` if a completions endpoint has no such thing and its answer says what to call instead, or
+what went wrong. Prints, last, one JSON line; exit code 1 if a call failed or no client is
+installed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "benchmarks" / "client_scripts"
-# The module or package by which a client is found.
+from serve import running_server
+from tiny import make_tiny_model
+
+SCRIPTS = Path(__file__).resolve().parent / "client_scripts"
+# The module or package that shows that a client is installed.
 PYTHON = {
     "openai": "openai",
     "litellm": "litellm",
@@ -49,7 +51,7 @@ def commands(pythons: Sequence[str], node: str | None) -> dict[str, list[str]]:
         for name, module in PYTHON.items():
             code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
             is_there = subprocess.run([path, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
-            # openai comes with most of the others; theirs may be older.
+            # Most of the others bring openai along, perhaps an older one: the first found counts.
             if is_there and name not in found:
                 found[name] = [path, str(SCRIPTS / f"with_{name}.py")]
     for name, packages in NODE.items() if node and shutil.which("node") else ():
@@ -61,7 +63,7 @@ def commands(pythons: Sequence[str], node: str | None) -> dict[str, list[str]]:
 
 
 def _beside(folder: Path) -> Path:
-    """The scripts where Node finds the packages: it looks from the script upwards."""
+    """A copy of the scripts beside the packages: Node looks for them from the script upwards."""
     scripts = folder / ".gptray-clients"
     scripts.mkdir(exist_ok=True)
     for script in SCRIPTS.glob("*.mjs"):
@@ -70,7 +72,7 @@ def _beside(folder: Path) -> Path:
 
 
 def calls(command: Sequence[str], url: str, model: str) -> list[dict[str, Any]]:
-    """What a client's script reports of its calls."""
+    """What a client's script reports about its calls."""
     with tempfile.TemporaryDirectory() as home:
         env = {**os.environ, "HOME": home, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
         done = subprocess.run(
@@ -96,11 +98,11 @@ def endpoint(url: str | None, model: str | None) -> Iterator[tuple[str, str]]:
     if url:
         yield url, model or "model"
         return
-    sys.path.insert(0, str(ROOT))
-    from tests.runners.serving import job_running, save_model
-
-    with tempfile.TemporaryDirectory() as runs, job_running(save_model(Path(runs))) as job:
-        yield f"{job.url}/v1", job.model
+    with tempfile.TemporaryDirectory() as runs:
+        folder = Path(runs, "tiny")
+        make_tiny_model(folder)
+        with running_server("gptray", str(folder)) as port:
+            yield f"http://127.0.0.1:{port}/v1", folder.name
 
 
 def main() -> int:

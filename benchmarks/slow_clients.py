@@ -1,9 +1,9 @@
-"""The endpoint with a thousand slow clients of one kind at a time beside a few good ones.
+"""The endpoint with a thousand slow clients of one kind at a time, beside a few good ones.
 
 Kinds: headers (a request's headers never end), body (half a body, then a byte at a time), unread (a
-stream is asked for and never read), idle (kept alive after one answer). Who is turned away comes
-again at once. Good clients ask for a short completion again and again; the 99th percentile of how
-long that takes is compared with what it is before and after, without the slow ones.
+stream is requested and never read), idle (kept alive after one answer). A refused client comes
+back at once. Good clients request short completions in a loop; the 99th percentile of their times
+is compared with that before and after, without the slow ones.
 
     python benchmarks/slow_clients.py [--connections 1000] [--kinds headers,body,unread,idle]
 
@@ -33,7 +33,7 @@ from serve import running_server
 
 KINDS = ("headers", "body", "unread", "idle")
 GOOD_CLIENTS, NEW_TOKENS = 4, 16
-# How many begin in a second, and how long each waits between two bytes.
+# Connections opened in a second, and seconds between two bytes.
 OPENED_PER_S, DRIP_S = 100, 5.0
 SPARE_FILES = 100
 
@@ -47,7 +47,7 @@ def request(path: str, body: dict[str, Any] | None = None) -> bytes:
 
 
 async def slow_client(kind: str, port: int) -> None:
-    """One connection after the other, each as slow as the server lets it be."""
+    """One connection after another, each as slow as the server allows."""
     body = {"prompt": [1] * 250, "max_tokens": 1, "stream": True}
     completion = request("/v1/completions", body)
     first = {
@@ -77,7 +77,7 @@ async def _until_end(reader: asyncio.StreamReader) -> None:
 
 
 def slow_clients(kind: str, port: int, connections: int, opened: Event) -> None:
-    """All of them, in a process of their own; ended from outside."""
+    """All slow clients, in their own process, which is killed in the end."""
 
     async def run() -> None:
         running = set()
@@ -113,7 +113,7 @@ def slow(kind: str, port: int, connections: int) -> Iterator[None]:
 
 
 def wait_for_idle_engine(port: int) -> None:
-    """Return when nobody is in the batch or in line: unread answers have been written then."""
+    """Wait until no sequence runs or waits: by then unread answers have been written."""
     while True:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             lines = answer.read().decode().splitlines()
@@ -124,7 +124,7 @@ def wait_for_idle_engine(port: int) -> None:
 
 
 def good_clients(port: int, seconds: float) -> dict[str, Any]:
-    """Answers, refusals and times, in seconds, of good clients; the longest /health took."""
+    """Counts and times, in seconds, of good clients' answers, and the longest time of /health."""
     took: list[float] = []
     health: list[float] = []
     refused = 0
@@ -174,7 +174,7 @@ def good_clients(port: int, seconds: float) -> dict[str, Any]:
 
 
 def measure(port: int, kinds: list[str], connections: int, seconds: float) -> dict[str, Any]:
-    """Reports of each kind and of the quiet times around it."""
+    """Reports for each kind and for the quiet times around it."""
     good_clients(port, 3.0)
     reports = {"quiet": [good_clients(port, seconds)]}
     for kind in kinds:
@@ -186,7 +186,7 @@ def measure(port: int, kinds: list[str], connections: int, seconds: float) -> di
 
 
 def room_for(connections: int) -> None:
-    """Let this process and the server, which inherits it, open as many files."""
+    """Let this process, and the server, which inherits the limit, open that many files."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < connections + SPARE_FILES:
         sys.exit(f"{connections} connections need more files than the {most} of `ulimit -Hn`")

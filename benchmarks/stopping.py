@@ -1,15 +1,14 @@
-"""Stop every job by a signal, to its driver alone and to its process group, and see what is left.
+"""Stops every job by a signal, to its driver or its process group, and checks what is left.
 
   python benchmarks/stopping.py
   python benchmarks/stopping.py --jobs train serve --ways group-TERM kill-raylet
 
-Each job runs on a tiny model and text of its own and is stopped while it works: by SIGTERM or
-SIGINT to the driver or to the whole process group (as `timeout`, a service manager or Ctrl-C on a
-terminal do), by SIGKILL to the driver, or by the death of a Ray process under it. The table has
-the exit code, the seconds until the last process that the job started was gone, whether a
-traceback was printed, and whether the same command then resumed to a good end. Prints, last, one
-JSON line; exit code 1 where a stop took longer than ten seconds, left a process, printed a
-traceback or did not resume.
+Each job runs on a tiny model and text and is stopped while it works: by SIGTERM or SIGINT to the
+driver or to the whole process group (as `timeout`, a service manager or Ctrl-C in a terminal send
+them), by SIGKILL to the driver, or by the death of one of its Ray processes. The table has the
+exit code, the seconds to the exit and until the job's last process was gone, and whether the same
+command then resumed and succeeded. Prints, last, one JSON line; exit code 1 if a stop took longer
+than ten seconds, left a process, printed a traceback or did not resume.
 """
 
 from __future__ import annotations
@@ -33,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from chaos import ROOT
+from tiny import make_tiny_model, tiny_text
 
 LIMIT_S, START_S = 10.0, 120.0
 MARK = "GPTRAY_STOPPING"
-# What a job says, or how a process of it is called, once it works on what can be stopped.
+# What a job prints, or the name of one of its processes, once it is at work.
 BEGUN = {
     "train": "step  30",
     "tune": "ray::ImplicitFunc",
@@ -45,7 +45,7 @@ BEGUN = {
     "generate": "400 rows  ",
     "serve": "serving",
 }
-# Exit codes that are right, by way; serve drains and is done.
+# The right exit codes, by way; serve drains and exits with 0.
 CODES = {"TERM": 130, "INT": 130, "KILL": -9, "kill": 1}
 WAYS = ("driver-TERM", "driver-INT", "group-TERM", "group-INT", "twice-TERM", "driver-KILL")
 DEATHS = ("kill-raylet", "kill-gcs_server", "kill-TrainController")
@@ -69,7 +69,7 @@ class Started:
         return self.has_said(word)
 
     def alive(self) -> dict[int, str]:
-        """Everything that the job has started and that runs, by process id."""
+        """The names of the job's running processes, by process id."""
         found = {}
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
@@ -100,7 +100,7 @@ def start(command: Sequence[str], env: Mapping[str, str]) -> Started:
 
 
 def wait(happened: Callable[[], object], seconds: float) -> float | None:
-    """Seconds until it happened; None: not in so many."""
+    """Seconds until it happened; None if it did not within the limit."""
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         if happened():
@@ -124,7 +124,7 @@ def send(started: Started, way: str) -> None:
         return
     os.kill(pid, number)
     if whom == "twice":
-        time.sleep(1.5)  # what comes sooner is taken for the same stop
+        time.sleep(1.5)  # a signal that comes sooner counts as the same stop
         with suppress(ProcessLookupError):
             os.killpg(pid, number)
 
@@ -175,7 +175,7 @@ def stop(
 
 
 def wanted_codes(job: str, way: str) -> tuple[int, ...]:
-    """Exit codes that are right; an endpoint that has answered all is done."""
+    """The right exit codes; an endpoint that has answered all requests exits with 0."""
     whom, _, what = way.partition("-")
     code = CODES[whom if whom == "kill" else what]
     if job == "serve" and what == "TERM":
@@ -224,21 +224,13 @@ class Stream:
 
 
 def commands(folder: Path) -> dict[str, Callable[[int], list[str]]]:
-    """How each job is started; the number tells the rounds apart."""
-    sys.path.insert(0, str(ROOT))
-    from gptray.model.hf import save_pretrained
-    from tests.generation.models import random_gpt, small_tokenizer
-    from tests.tiny import tiny_text
-
+    """The command of each job; the number tells the rounds apart."""
     text = folder / "text.txt"
     text.write_text(tiny_text(3000), "utf-8")
     large = folder / "large.txt"
     large.write_text(tiny_text(40_000) * 8, "utf-8")
-    tokenizer = small_tokenizer()
     model = folder / "tiny" / "model"
-    shape = {"n_positions": 512, "n_layer": 4, "n_embd": 192, "n_head": 4}
-    save_pretrained(random_gpt(tokenizer, **shape), model, eos_token_id=tokenizer.eos_id)
-    tokenizer.save(model)
+    make_tiny_model(model, n_positions=512, n_layer=4, n_embd=192, n_head=4)
     prompts = folder / "prompts.txt"
     prompts.write_text("the cat sat\n" * 400, "utf-8")
     tiny = [

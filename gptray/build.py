@@ -1,8 +1,8 @@
 """Builds the project's own C++ for this machine, once: libraries stay in the user's cache folder.
 
-A library's name ends with the digest of its bytes, which are checked before every use: a damaged
-one is built again, and one that another user could have written is never run.
-Loads no torch, so that a job can ask what there is before it starts anything.
+A library's name ends with the digest of its bytes, which is verified before every use. A damaged
+library is built again; one that another user could have written is never loaded. Loads no torch,
+so that a job can check for a backend before it starts anything.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def check_backend(key: str, backend: str, *, use_gpu: bool, source: Path | None 
     missing = "it runs on CPUs, and compute.use_gpu=true" if use_gpu else _obstacle(source)
     if missing and backend == "native":
         raise UserError(
-            f"{key}=native: {missing}; {key}=auto does without on the machine where the job "
-            f"starts, {key}=torch on every node"
+            f"{key}=native: {missing}; {key}=auto falls back to PyTorch on the machine where the "
+            f"job starts, {key}=torch uses it on every node"
         )
     if missing:
         log.info("%s: PyTorch, since %s", key, missing)
@@ -71,16 +71,16 @@ def built(source: Path, *, key: str) -> Path:
     key: what to set to torch to do without it.
 
     Raises:
-        RunFailed: the compiler does not take the source, with what it says; or the cache folder
-            takes no library, or is open to others.
+        RunFailed: the compiler rejects the source, with its message; or the cache folder cannot be
+            written, or is writable by others.
     """
-    remedy = f"XDG_CACHE_HOME names another folder, and {key}=torch does without it"
+    remedy = f"set XDG_CACHE_HOME to another folder, or {key}=torch to do without it"
     name, folder = _library_name(source), _cache_folder()
     found = kept(name)
     if found:
         return found
     for damaged in folder.glob(f"{name}-*.so"):
-        log.warning("%s is damaged or not this user's: built again", damaged)
+        log.warning("%s is damaged or not this user's: building it again", damaged)
         with suppress(OSError):
             damaged.unlink()
     log.info("building %s, once: %s", source.name, folder)
@@ -89,7 +89,7 @@ def built(source: Path, *, key: str) -> Path:
         if shutil.disk_usage(folder).free < _LIBRARY_BYTES:  # the compiler says it in pages
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if problem := _not_private(folder):
-            raise RunFailed(f"{folder} {problem}, so that no code is run from it; {remedy}")
+            raise RunFailed(f"{folder} {problem}, so no code is loaded from it; {remedy}")
         with _draft(folder) as fresh:
             command = [*compiler(), *_OPTIONS, "-o", str(fresh), str(source)]
             _run(command, f"{key}=torch does without it")
@@ -99,13 +99,13 @@ def built(source: Path, *, key: str) -> Path:
     except OSError as error:
         raise RunFailed(f"{cannot_write(folder / name, error)}; {remedy}") from None
     if kept(name) is None:
-        raise RunFailed(f"{path} is not this user's as soon as it is written; {remedy}")
+        raise RunFailed(f"{path} was changed by somebody else as it was written; {remedy}")
     return path
 
 
 @contextmanager
 def _draft(folder: Path) -> Iterator[Path]:
-    """A file to write a library to, in a folder of its own that goes away."""
+    """A file to write a library to, in a temporary folder."""
     own = Path(tempfile.mkdtemp(prefix=".build-", dir=folder))
     try:
         yield own / "library.so"
@@ -114,9 +114,9 @@ def _draft(folder: Path) -> Iterator[Path]:
 
 
 def _library_name(source: Path) -> str:
-    """The name of a source's libraries, without the digest of their own bytes that follows.
+    """The name of a source's libraries, up to the digest of their own bytes.
 
-    Made from what the bytes depend on: source, headers, compiler with its flags and version.
+    Derived from what the bytes depend on: source, headers, compiler with its flags and version.
     """
     parts = [source, *sorted(source.parent.glob("*.h"))]
     text = b"".join(part.read_bytes() for part in parts)
@@ -125,7 +125,7 @@ def _library_name(source: Path) -> str:
 
 
 def kept(name: str) -> Path | None:
-    """A library that was built before: whole, as its digest tells, and nobody else's."""
+    """A library that was built before, if its digest is right and nobody else can write to it."""
     folder = _cache_folder()
     if not folder.is_dir() or _not_private(folder):
         return None
@@ -137,7 +137,7 @@ def kept(name: str) -> Path | None:
 
 
 def _not_private(path: Path) -> str | None:
-    """Why somebody else may have written to a file or a folder; None if nobody can."""
+    """Why another user may have written to a file or folder; None if none can."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
         status = path.stat() if path.is_dir() else status
@@ -198,7 +198,7 @@ def _why_not_kept(folder: Path) -> str | None:
         return str(error)
     there = next(one for one in (folder, *folder.parents) if one.is_dir())
     if folder.is_dir() and (problem := _not_private(folder)):
-        return f"{folder} {problem}, so that no code is run from it (see XDG_CACHE_HOME)"
+        return f"{folder} {problem}, so no code is loaded from it (see XDG_CACHE_HOME)"
     free = shutil.disk_usage(there).free
     if free < _LIBRARY_BYTES:
         return f"there is no room for it in {folder} ({free:,} bytes free; see XDG_CACHE_HOME)"
@@ -213,7 +213,7 @@ def _processor_flags() -> set[str]:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler's command and flags: CXX, or g++. Raises UserError if CXX has no words."""
+    """The C++ compiler's command and flags: CXX, or g++. Raises UserError for an open quote."""
     given = os.environ.get("CXX") or "g++"
     try:
         return shlex.split(given) or ["g++"]

@@ -73,7 +73,7 @@ def run_job(
         _use_utf8()
     code = _run(job, name, doc, plan, argv)
     if argv is None and code in (FAILED, INTERRUPTED):
-        _end_process(code)  # threads may still wait for a Ray that is gone
+        _end_process(code)  # threads may still be waiting for a Ray that is gone
     return code
 
 
@@ -236,9 +236,9 @@ def _config(arguments: Arguments) -> Config:
 
 
 def _plan_text(config: Config, rows: Plan) -> str:
-    """Return the plan as YAML comments, the keys that differ from the defaults, the JSON line.
+    """Return the plan as YAML comments, the keys that differ from the defaults, and the JSON line.
 
-    All but the last line is a config file.
+    All but the last line form a config file.
     """
     own, of_all = dump_differences(config), len(field_specs(Config))
     differing = len(differences(config))
@@ -248,7 +248,7 @@ def _plan_text(config: Config, rows: Plan) -> str:
 
 
 def _comments(rows: Plan) -> Iterator[str]:
-    """Yield label and value of each fact, folded to the terminal's width, but for paths."""
+    """Yield label and value of each fact, wrapped to the terminal's width; paths stay whole."""
     label_width = max((len(label) for label, _ in rows), default=0)
     width = shutil.get_terminal_size((100, 24)).columns
     for label, value in rows:
@@ -323,8 +323,8 @@ def _log_to_stderr(*, verbose: bool) -> None:
 
 
 def _end_at_once(name: str, failure: str | None, is_again: bool) -> NoReturn:
-    """End a job that does not leave by itself; its Ray's processes end with this one."""
-    late = "" if is_again else f"; what had not stopped after {STOP_S:.0f} s was killed"
+    """End a job that does not stop by itself; its own Ray ends with the process."""
+    late = "" if is_again else f"; killed, since it had not stopped after {STOP_S:.0f} s"
     _say(f"{name}: {failure or 'interrupted'}{late}")
     _end_process(FAILED if failure else INTERRUPTED)
 

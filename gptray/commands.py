@@ -1,4 +1,4 @@
-"""Commands as a user can type them again: the same Python, the same folder of jobs, quoted."""
+"""Commands for a user to type, quoted for a shell."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import sys
 from pathlib import Path
 
 
-def typed(job: str, *words: str) -> str:
-    """What runs a job with these words, called as the one that runs now was.
+def job_command(job: str, *words: str) -> str:
+    """The command of a job, as typed in the repository's root."""
+    return shlex.join(["python", f"jobs/{job}.py", *words])
 
-    From a test or a notebook: `python jobs/JOB.py`.
+
+def typed(job: str, *words: str) -> str:
+    """The command of a job, by the Python and the path to jobs/ that this process was started with.
+
+    Outside a job, in a test or a notebook, as `job_command`.
     """
     called = _called()
-    script = called.with_name(f"{job}.py") if called else Path("jobs", f"{job}.py")
-    return shlex.join([sys.orig_argv[0] if called else "python", str(script), *words])
+    if called is None:
+        return job_command(job, *words)
+    return shlex.join([sys.orig_argv[0], str(called.with_name(f"{job}.py")), *words])
 
 
 def retyped(job: str) -> str | None:
-    """What runs a job with the words that this one was called with; None outside of a job."""
+    """The command of a job with the arguments of the running one; None outside a job."""
     return typed(job, *sys.argv[1:]) if _called() else None
 
 
 def _called() -> Path | None:
-    """The script of a job that this process runs."""
+    """The script in jobs/ that this process runs; None if it runs something else."""
     script = Path(sys.argv[0])
     return script if script.suffix == ".py" and script.parent.name == "jobs" else None

@@ -86,15 +86,15 @@ class Config(Section):
 
     name: Annotated[str, AfterValidator(checked_name)] | None = Field(
         None,
-        description="the run's folder in storage_path, letters and digits of any script; null: "
-        "made from the config (Ray RunConfig)",
+        description="the run's folder in storage_path, in letters and digits of any script; null: "
+        "derived from the config (Ray RunConfig)",
     )
     storage_path: str = Field(
         "~/gptray",
         description="folder of all runs; on a cluster one that every node sees (Ray RunConfig)",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        1337, description="rules the split, the initial weights, the batch order and dropout"
+        1337, description="seed of the split, the initial weights, the batch order and dropout"
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -175,13 +175,10 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 
 
 def load_saved(path: Path) -> Config:
-    """The config that a run has saved: as `load_config`, in a fifth of the time.
-
-    Raises ConfigError.
-    """
+    """The config that a run saved; as `load_config`, in a fifth of the time. Raises ConfigError."""
     try:
         return Config.model_validate(read_written(path))
-    except (OSError, ValueError, TypeError, YAMLError):  # which load_config puts into words
+    except (OSError, ValueError, TypeError, YAMLError):  # load_config says what is wrong
         return load_config(str(path), [])
 
 
@@ -199,7 +196,7 @@ def dump(config: Config) -> str:
 
 
 def differences(config: Config) -> dict[str, Any]:
-    """The keys that differ from the defaults, dotted, with their values."""
+    """The dotted keys that differ from the defaults, with their values."""
     defaults = flatten(Config())
     return {key: value for key, value in flatten(config).items() if value != defaults[key]}
 

@@ -21,8 +21,6 @@ from gptray.config import RunFailed, UserError
 
 # Where more room helps: a full disk, a quota, a limit on the size of a file.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 _LINK = "it is a link, which is not followed"
 # Of a path within a run.
 _LONGEST_BELOW = 256
@@ -117,12 +115,12 @@ def check_writable(folder: Path, *, key: str) -> None:
 
 @contextmanager
 def no_empty_folders(folder: Path) -> Iterator[None]:
-    """Remove at the end what was made meanwhile of a folder and those above it, and is empty."""
+    """At the end, remove the folder and its parents if the block made them and left them empty."""
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield
     finally:
-        with suppress(OSError):  # the first that is not empty, or a lost mount that has told why
+        with suppress(OSError):  # the first that is not empty, or a lost mount, reported already
             for one in made:
                 one.rmdir()
 
@@ -169,17 +167,14 @@ def append(path: Path, data: bytes, *, cut_torn: bool = False, sync: bool = Fals
 
 
 def open_lock(path: Path) -> FileIO:
-    """An empty file to lock, made where there is none; not one that a link leads to.
-
-    Raises OSError.
-    """
+    """Open an empty file to lock, creating it if needed; links are refused. Raises OSError."""
     return _opened_here(path, os.O_RDWR | os.O_CREAT)
 
 
 def _opened_here(path: Path, flags: int) -> FileIO:
-    """Open a file in its own place: a link would have another file written. Raises OSError."""
+    """Open a regular file, but no link: that would write another file. Raises OSError."""
     try:
-        # A pipe without a reader would make the call wait.
+        # Without O_NONBLOCK a pipe without a reader would block here.
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
@@ -193,7 +188,7 @@ def _opened_here(path: Path, flags: int) -> FileIO:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all in it, if it is there; never what a link names.
+    """Remove a file, a link (not its target) or a whole folder, if it exists.
 
     Raises OSError; FileExistsError for anything else, such as a named pipe.
     """
@@ -206,16 +201,16 @@ def remove(path: Path) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str], *, what: str) -> None:
-    """Refuse a folder in which a link stands where a job writes: it would write elsewhere.
+    """Refuse a folder if one of `names`, to which a job writes, is a link out of it.
 
-    what: whose folder it is. Raises UserError.
+    what: the owner of the folder, for the message. Raises UserError.
     """
     for name in names:
         path = folder / name
         if path.is_symlink():
             raise UserError(
-                f"{path} is a link to {os.readlink(path)}: {what} writes there and follows no "
-                "links; put the file or folder itself in its place, or choose another name"
+                f"{path} is a link to {os.readlink(path)}, and {what} would write through it; put "
+                "the file or folder itself there, or choose another name"
             )
 
 
@@ -231,7 +226,7 @@ def _whole_lines(path: Path, size: int) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a regular file's bytes, in hexadecimal. Raises OSError."""
+    """The sha256 of a regular file, in hexadecimal. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device may have no end

@@ -1,7 +1,7 @@
-"""The Hugging Face hub: what is downloaded from it, and in one sentence why something is not.
+"""The Hugging Face hub: downloads models, or says in one sentence why it cannot.
 
-Its client retries for a minute where there is no network, so whether the hub answers is asked
-first, once a minute and for some seconds at most. Neither torch nor Ray here.
+Without a network the hub's client retries for a minute, so this first checks whether the hub
+answers: once a minute, for a few seconds. Needs neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from gptray.config import UserError
 
-# Of one request, and of all that asking takes: looking up the hub's name has no limit of its own.
+# Of one request, and of the whole check: the look-up of the hub's name has no time limit.
 REQUEST_S, ASKING_S = 2.0, 3.0
 ANSWER_HOLDS_S = 60.0
 
 
 class NotOnHub(UserError):
-    """A model that the hub does not give; `reason` completes a sentence about it."""
+    """The hub has no such model, or cannot be reached; `reason` says which, as a clause."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ def why_unreachable() -> str | None:
 
 @lru_cache(maxsize=1)
 def _silence(period: int) -> str | None:
-    """What the hub does instead of answering; asked once a period: a replica lives for days."""
+    """Why the hub does not answer. Cached for a period, not for good: a replica lives for days."""
     from huggingface_hub import constants
 
     reasons = ["no answer"]
@@ -52,19 +52,19 @@ def _silence(period: int) -> str | None:
 
 
 def _ask(endpoint: str, reasons: list[str]) -> None:
-    """Empty `reasons` if the hub answers, whatever it says; else add why not."""
+    """Empty `reasons` if the hub answers, whatever the answer; else add why not."""
     from huggingface_hub import get_session
 
     try:
         get_session().head(endpoint, timeout=REQUEST_S)
     except Exception as error:  # the client's own errors, and those of its settings
-        reasons.append(_first_line(error))
+        reasons.append(first_line(error))
     else:
         reasons.clear()
 
 
 def download_model(hub_id: str, patterns: Sequence[str]) -> Path:
-    """The folder with a hub model's files of these patterns; without a network, those in the cache.
+    """The folder with a hub model's files that match these patterns; offline, from the cache.
 
     Raises NotOnHub.
     """
@@ -77,13 +77,14 @@ def download_model(hub_id: str, patterns: Sequence[str]) -> Path:
             snapshot_download(hub_id, allow_patterns=[*patterns], local_files_only=away is not None)
         )
     except GatedRepoError:
-        reason = "the hub has it behind conditions that the owner of HF_TOKEN has not accepted"
+        reason = "the hub gates it: the owner of HF_TOKEN must accept its conditions first"
     except (RepositoryNotFoundError, HFValidationError):
         reason = "the hub has no model of that name, or a private one (set HF_TOKEN)"
     except (OSError, ValueError) as error:
-        reason = f"it is not in the cache, and {away}" if away else f"the hub: {_first_line(error)}"
+        reason = f"it is not in the cache, and {away}" if away else f"the hub: {first_line(error)}"
     raise NotOnHub(f"{hub_id}: no such folder, and {reason}", reason)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

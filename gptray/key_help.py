@@ -18,8 +18,8 @@ from gptray.fields import FieldSpec, field_specs, shown
 OPTIONS = """\
 options:
   --config FILE        YAML with the keys below in their sections; see configs/
-  section.field=value  set one key; stronger than the file and the defaults
-  --dry-run            print what would happen, and the keys that were changed
+  section.field=value  set one key; overrides the file and the defaults
+  --dry-run            print what would happen, and the non-default keys
   --verbose            show debug lines and Ray's own log
   --help               this text
 

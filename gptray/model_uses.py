@@ -34,7 +34,7 @@ class SampleConfig(Section):
         None, description="prompts of the samples; null: the first words of validation text"
     )
     max_new_tokens: Annotated[int, within("max_new_tokens", low=1)] = Field(
-        64, description="tokens to add at most; fewer where the model's context is full"
+        64, description="most tokens to add; fewer if the model's context fills up"
     )
     min_new_tokens: Annotated[int, within("min_new_tokens")] = Field(
         0, description="tokens to add before the text may end"
@@ -44,10 +44,11 @@ class SampleConfig(Section):
         40, description="sample from the k likeliest; null: from all"
     )
     top_p: Annotated[float, within("top_p")] | None = Field(
-        None, description="sample from the likeliest that make up this probability; null: off"
+        None, description="sample from the likeliest that add up to this probability; null: off"
     )
     min_p: Annotated[float, within("min_p")] | None = Field(
-        None, description="drop what is less likely than this part of the likeliest; null: off"
+        None,
+        description="drop tokens less likely than this share of the likeliest one; null: off",
     )
     repetition_penalty: Annotated[float, within("repetition_penalty")] = Field(
         1.0, description="divides the logits of tokens already seen; 1: off"
@@ -60,12 +61,12 @@ class SampleConfig(Section):
         description="draw no token that would break a character, so that no output holds U+FFFD",
     )
     seed: Annotated[int, within("seed")] = Field(
-        0, description="of the sampler; each prompt and each row draws on its own"
+        0, description="seed of the sampler; each prompt and each row draws independently"
     )
     parse_special: bool = Field(
         False,
-        description="in a prompt, the end-of-text token's own name (<|endoftext|>) is that token; "
-        "false: plain text",
+        description="read the end-of-text token's name in a prompt (<|endoftext|>) as that token; "
+        "false: as plain text",
     )
 
     @field_validator("prompt")
@@ -92,44 +93,44 @@ ROW_SETTINGS = tuple(name for name in SampleConfig.model_fields if name not in _
 class QuantizeConfig(Section):
     weights: Literal["none", "int8"] = Field(
         "none",
-        description="of the model that generates; int8: faster with large models, a little less "
-        "exact, on CPUs",
+        description="weights of the model that generates; int8: faster with large models, "
+        "slightly less exact, on CPUs",
     )
 
 
 class GenerateConfig(Section):
     model: str | None = Field(
         None,
-        description="what generates: a run by name or folder, a model folder or a hub id; "
-        "null: the run that name says, else the newest in storage_path",
+        description="model to generate with: a run by name or folder, a model folder or a hub id; "
+        "null: the run called name, else the newest in storage_path",
     )
     input_path: str | list[str] | None = Field(
         None,
         description="prompts: files, folders or globs of .parquet .jsonl .ndjson .json .csv .tsv "
-        ".txt (a line each), or an OpenAI batch file (.jsonl)",
+        ".txt (one a line), or an OpenAI batch file (.jsonl)",
     )
     output_path: str | None = Field(
         None,
-        description="folder for the Parquet files, which pandas and pyarrow open as a table; on a "
-        "cluster one that every node sees",
+        description="folder for the Parquet files, which pandas and pyarrow open as one table; on "
+        "a cluster a folder that every node sees",
     )
     prompt_column: str = Field("prompt", description="column that holds the prompts")
     id_column: str | None = Field(
-        None, description="column that names each row; null: id where there is one, else position"
+        None, description="column that identifies each row; null: id if there is one, else position"
     )
     num_samples: PositiveInt = Field(
         1,
-        description="outputs of each prompt; above 1 the column sample counts them, from 0",
+        description="outputs for each prompt; above 1 the column sample numbers them from 0",
     )
     settings_from_columns: bool | list[str] = Field(
         True,
         description="columns that hold sampling settings of their row, such as temperature or "
-        "seed; true: all of that name, false: none, or a list of names",
+        "seed; true: all with such a name, false: none, or a list of names",
     )
     prefix: NonEmpty | None = Field(
         None,
-        description="put before the name of an input column that the job has a column of its own "
-        "for, such as output; null: refuse the input",
+        description="put before the name of an input column that clashes with one of the job's "
+        "own, such as output; null: refuse the input",
     )
     num_workers: PositiveInt = Field(1, description="engines, each with its share of the cluster")
     max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
@@ -139,8 +140,8 @@ class GenerateConfig(Section):
     precision: Precision = "auto"
     backend: Backend = Field(
         "auto",
-        description="native: the project's own code for CPUs with AVX-512, twice as fast, built by "
-        "a C++ compiler in some seconds once; auto: that where it can be had, else PyTorch",
+        description="native: the project's own code for CPUs with AVX-512, twice as fast, built "
+        "once by a C++ compiler in some seconds; auto: native where available, else PyTorch",
     )
 
     @field_validator("settings_from_columns")
@@ -159,24 +160,24 @@ class GenerateConfig(Section):
 class EvaluateConfig(Section):
     model: str | None = Field(
         None,
-        description="what is evaluated: a run by name or folder, a model folder or a hub id; "
+        description="model to evaluate: a run by name or folder, a model folder or a hub id; "
         "null: this run's own model/",
     )
     source: str | list[str] | None = Field(
         None,
-        description="text to score as a whole, in place of the splits: what data.source takes; "
+        description="text to score as a whole instead of the splits, in any form of data.source; "
         "its loss is test_loss",
     )
     stride: PositiveInt | None = Field(
         None,
-        description="tokens between two windows; the rest of a window is context from the one "
-        "before, slower and fairer; null: train.block_size, no overlap",
+        description="tokens from one window to the next; a smaller stride gives more context from "
+        "the window before, slower and fairer; null: train.block_size, no overlap",
     )
     micro_batch_size: PositiveInt = Field(
-        16, description="windows per forward pass of one worker; changes no result"
+        16, description="windows per forward pass of one worker; does not change results"
     )
     train_tokens: PositiveInt = Field(
-        100_000, description="tokens of the training split to score, spread over it evenly"
+        100_000, description="tokens of the training split to score, spread evenly over it"
     )
     passages: Annotated[int, Field(ge=0)] = Field(
         64, description="passages to continue, for BLEU and memorisation; 0: none"
@@ -189,29 +190,29 @@ class EvaluateConfig(Section):
 
 
 class ServeConfig(Section):
-    """The HTTP endpoint: what it serves, where, and what a client may ask of it."""
+    """The HTTP endpoint: what it serves, where, and what a client may ask for."""
 
     model: str | None = Field(
         None,
-        description="what is served: a run by name or folder, a model folder or a hub id; "
-        "null: the run that name says, else the newest in storage_path",
+        description="model to serve: a run by name or folder, a model folder or a hub id; "
+        "null: the run called name, else the newest in storage_path",
     )
     served_model_name: NonEmpty | None = Field(
         None, description="what clients call the model; null: the name of its run or folder"
     )
     host: NonEmpty = Field(
-        "127.0.0.1", description="address to listen on; 0.0.0.0: every one of the machine's"
+        "127.0.0.1", description="address to listen on; 0.0.0.0: all of the machine's"
     )
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
     api_key_file: str | None = Field(
         None,
-        description="file with a key that clients must send (Authorization: Bearer), one on each "
-        "line; null: none needed",
+        description="file of keys, one per line, of which clients must send one (Authorization: "
+        "Bearer); null: no key needed",
     )
     allowed_hosts: str | list[str] | None = Field(
         None,
-        description="names other than its own by which clients may call it (Host), such as "
-        "api.example.com or *.example.com; *: any; null: none, or any if host is 0.0.0.0 or ::",
+        description="Host names accepted besides the machine's own, such as api.example.com or "
+        "*.example.com; *: any; null: none, or any if host is 0.0.0.0 or ::",
     )
     allowed_origins: str | list[str] | None = Field(
         None,
@@ -226,33 +227,33 @@ class ServeConfig(Section):
     )
     max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
     max_waiting: PositiveInt = Field(
-        128, description="sequences that wait for an engine; beyond them the answer is 429"
+        128, description="sequences that may wait for an engine; beyond that the answer is 429"
     )
-    max_body_bytes: PositiveInt = Field(1 << 20, description="of a request")
+    max_body_bytes: PositiveInt = Field(1 << 20, description="longest body of a request")
     max_prompts: PositiveInt = Field(
-        64, description="prompts of one request that run or wait at a time; the others follow them"
+        64, description="prompts of one request in the engine or its queue at a time; others follow"
     )
-    max_n: PositiveInt = Field(16, description="outputs of one prompt")
+    max_n: PositiveInt = Field(16, description="outputs for one prompt")
     max_outputs: PositiveInt = Field(
-        2048, description="outputs of one request, all prompts together"
+        2048, description="outputs for one request, all prompts together"
     )
     max_output_tokens: PositiveInt | None = Field(
         None,
-        description="tokens that one output gets at most, whatever max_tokens asks for; null: as "
-        "many as the model's context holds",
+        description="most tokens for one output, whatever max_tokens asks for; null: as many as "
+        "the model's context holds",
     )
     max_stop: PositiveInt = Field(16, description="stop strings of one request")
     max_logprobs: Annotated[int, Field(ge=0)] = Field(
-        20, description="likeliest tokens told at each position"
+        20, description="most log-probabilities to return at each position"
     )
     body_timeout_s: Positive = Field(
-        20.0, description="seconds in which the body of a request must arrive"
+        20.0, description="seconds within which the body of a request must arrive"
     )
     request_timeout_s: Positive = Field(
-        300.0, description="seconds that one request may take, waiting included"
+        300.0, description="seconds that one request may take, including its wait"
     )
     drain_timeout_s: NonNegative = Field(
-        30.0, description="seconds that running requests have to finish when the server stops"
+        30.0, description="seconds for running requests to finish when the server stops"
     )
 
     @field_validator("allowed_hosts")

@@ -1,17 +1,17 @@
-"""Names of folders, of letters and digits of any script."""
+"""Names of folders: letters and digits of any script."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# File systems take 255 bytes of a name; drafts beside it, and Ray, add some.
+# File systems allow 255 bytes in a name; draft files and Ray append to it.
 MOST_BYTES = 200
 
 
 def checked_name(name: str) -> str:
-    """A folder's name as it is stored: composed (NFC), so that one name is one folder everywhere.
+    """A folder's name as stored: composed (NFC), so that one name is one folder everywhere.
 
-    Raises ValueError for what is no such name.
+    Raises ValueError for an invalid name.
     """
     name = unicodedata.normalize("NFC", name)
     if not name or name[0] in ".-_" or not all(c in ".-_" or _is_letter(c) for c in name):
@@ -25,9 +25,9 @@ def checked_name(name: str) -> str:
 
 
 def label_of(text: str, most: int) -> str:
-    """The letters and digits of a text as a part of a name, at most so many; may be empty."""
-    text = unicodedata.normalize("NFC", text).lower()
-    words = "".join(c if _is_letter(c) else " " for c in unicodedata.normalize("NFC", text)).split()
+    """The letters and digits of a text as part of a name, `most` characters or fewer, even none."""
+    text = unicodedata.normalize("NFC", text.lower())
+    words = "".join(c if _is_letter(c) else " " for c in text).split()
     return "-".join(words)[:most].strip("-")
 
 

@@ -23,7 +23,7 @@ from gptray.stored import Unreadable, parse_json, read_bytes
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
-# Kinds of a row's fields, by name; of every row under "", and of those of an event under its name.
+# Types of a row's fields by name: of every row under "", of an event's rows under its name.
 RowFields = Mapping[str, Mapping[str, Any]]
 METRIC_FIELDS: RowFields = {"": {"step": int, "train_loss": (int, float)}}
 EVENT_FIELDS: RowFields = {
@@ -39,10 +39,10 @@ LIBRARIES = ("torch", "ray", "transformers", "tokenizers")
 
 
 def read_rows(path: Path, fields: RowFields | None = None) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a torn last line, left by a kill, is not a row yet.
+    """The rows of a JSON-lines file, without a torn last line, which a kill leaves.
 
-    fields: what each row must have; by default what a file of that name must.
-    Lines without text, and the NULs that a crash of the machine leaves, are no rows either.
+    fields: what each row must have; by default, what a file of that name must have. Blank lines,
+    and the NULs that a crash of the machine leaves, are skipped.
 
     Raises:
         RunFailed: a row is damaged; names its line.
@@ -77,7 +77,7 @@ def parse_row(line: bytes, fields: RowFields) -> dict[str, Any]:
     for key, kind in {**fields.get("", {}), **own}.items():
         value = row.get(key)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise Unreadable(f"no {key} in it" if value is None else f"{key}={value!r:.40}")
+            raise Unreadable(f"{key} is missing" if value is None else f"{key}={value!r:.40}")
     return row
 
 

@@ -68,38 +68,36 @@ def _codec(value: str | None) -> str | None:
 class DataConfig(Section):
     source: str | list[str] = Field(
         "builtin",
-        description="text to train on: builtin (documentation that Python carries), or files, "
-        "folders or globs of .txt .md .jsonl .ndjson .json .csv .tsv .parquet (.gz and .zst too), "
-        "local or s3://, gs://",
+        description="text to train on: builtin (Python's own documentation), or files, folders or "
+        "globs of .txt .md .jsonl .ndjson .json .csv .tsv .parquet (.gz and .zst too), local or "
+        "s3://, gs://",
     )
     val_source: str | list[str] | None = Field(
         None,
-        description="validation text of its own, in the forms of source; source then gives none",
+        description="separate validation text, in any form of source, instead of a share of it",
     )
     test_source: str | list[str] | None = Field(
-        None, description="test text of its own, in the forms of source; source then gives none"
+        None, description="separate test text, in any form of source, instead of a share of it"
     )
-    text_column: str = Field(
-        "text", description="column that holds the text, of all but .txt and .md"
-    )
+    text_column: str = Field("text", description="column that holds the text; not for .txt and .md")
     separator: NonEmpty | None = Field(
         None,
-        description="what stands between documents in .txt and .md, such as <|endoftext|>; null: "
-        "each file is a document",
+        description="string between documents in .txt and .md, such as <|endoftext|>; null: each "
+        "file is a document",
     )
     encoding: Annotated[str | None, AfterValidator(_codec)] = Field(
         None,
-        description="of text files, such as cp949; null: UTF-8, or what a byte order mark says",
+        description="encoding of text files, such as cp949; null: by byte order mark, else UTF-8",
     )
     tokenizer: str | None = Field(
         None,
-        description="bpe (byte-level, trained on the training split), char (one token a "
+        description="bpe (byte-level, trained on the training split), char (one token per "
         "character), a run by name, or a Hugging Face tokenizer's folder, tokenizer.json or hub "
         "id; null: init_from's, else bpe",
     )
     eos_token: NonEmpty | None = Field(
         None,
-        description="the token that ends a text, where the tokenizer names none or another",
+        description="end-of-text token, if the tokenizer names none or another",
     )
     vocab_size: Annotated[int, Field(ge=257)] = Field(
         2048, description="entries of a tokenizer trained here (bpe), end-of-text included"
@@ -110,10 +108,10 @@ class DataConfig(Section):
         "share is cut by position",
     )
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="part of the training split to train on; validation stays the same"
+        1.0, description="share of the training split to train on; validation stays the same"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
-        None, description="rules the split; null: the run's seed"
+        None, description="seed of the split; null: the run's seed"
     )
 
 
@@ -193,7 +191,7 @@ class TrainConfig(Section):
     global_batch_size: PositiveInt = Field(16, description="sequences per step, all workers")
     micro_batch_size: PositiveInt | None = Field(
         None,
-        description="sequences per forward pass of one worker; null: all of its share",
+        description="sequences per forward pass of one worker; null: its whole share",
     )
     block_size: PositiveInt = Field(128, description="tokens in a sequence, at most n_positions")
     eval_interval: PositiveInt = Field(
@@ -208,21 +206,21 @@ class TrainConfig(Section):
     )
     async_validation: bool = Field(
         False,
-        description="a worker besides compute.num_workers scores the checkpoints while training "
-        "goes on, to the same numbers; a score counts at the next evaluation, so early stopping "
-        "comes one train.eval_interval later",
+        description="an extra worker scores the checkpoints while training continues, to the same "
+        "numbers; a score counts at the next evaluation, so early stopping comes one "
+        "train.eval_interval later",
     )
     precision: Precision = "auto"
     backend: Backend = Field(
         "auto",
-        description="native: the project's own code for bf16 on CPUs with AVX-512, built by a C++ "
-        "compiler in some seconds once; auto: that where it can be had, else PyTorch",
+        description="native: the project's own bf16 code for CPUs with AVX-512, built once by a "
+        "C++ compiler in some seconds; auto: native where available, else PyTorch",
     )
     compile: bool = Field(
-        False, description="torch.compile; needs a C++ compiler, pays on longer runs"
+        False, description="torch.compile; needs a C++ compiler, pays off on longer runs"
     )
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: resume a run of this name; never: only start a new one"
+        "auto", description="auto: resume a run of this name; never: always start a new one"
     )
 
     @model_validator(mode="after")
@@ -264,33 +262,33 @@ class TuneConfig(Section):
     )
     num_samples: PositiveInt = Field(
         16,
-        description="trials drawn, for each point of the grid where there is one; raised under the "
-        "same name, the sweep gets more (TuneConfig)",
+        description="trials to draw, for each grid point if there is a grid; raised under the same "
+        "name, the sweep gets more (TuneConfig)",
     )
     search_alg: Literal["random", "optuna"] = Field(
-        "random", description="optuna: suggests from what trials came to (gptray[optuna])"
+        "random", description="optuna: suggests from the results of trials (gptray[optuna])"
     )
-    baseline: bool = Field(True, description="one trial more, first, of the config as it is")
+    baseline: bool = Field(True, description="first, one more trial of the config as it is")
     replicates: Annotated[int, Field(ge=0)] = Field(
-        0, description="other seeds with which the best three are repeated; their mean decides"
+        0, description="repeat the best three with this many other seeds; their mean decides"
     )
     retry_failed: bool = Field(
         True,
         description="trials that failed for a passing reason (a full disk, a process that died) "
-        "run again with the next call, before which there is no winner; false: the best of the "
+        "run again on the next call, and no winner is declared before; false: the best of the "
         "others wins",
     )
     max_concurrent_trials: PositiveInt | None = Field(
-        None, description="null: as many as find room, each worker with a core (TuneConfig)"
+        None, description="null: as many as fit, each worker with a core (TuneConfig)"
     )
     grace_period: PositiveInt = Field(
         1, description="evaluations before a trial may be stopped (ASHAScheduler)"
     )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
-        3, description="the best 1 in so many trials survives a rung (ASHAScheduler)"
+        3, description="the best 1 in this many trials survives a rung (ASHAScheduler)"
     )
     brackets: PositiveInt = Field(
-        1, description="groups of trials, each with its first rung later (ASHAScheduler)"
+        1, description="groups of trials, each with a later first rung (ASHAScheduler)"
     )
 
     @model_validator(mode="after")

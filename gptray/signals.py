@@ -1,8 +1,8 @@
-"""How SIGTERM, SIGINT and the death of Ray end a job: soon, and whatever it still waits for.
+"""How SIGTERM, SIGINT and the death of Ray end a job: soon, whatever it is waiting for.
 
-The first signal interrupts the job, which then has `STOP_S` to leave its blocks; after that, or at
-a second signal, the process ends where it stands. Run folders and outputs are whole at any moment,
-and a Ray of the job's own dies with the process.
+The first signal interrupts the job, which then has `STOP_S` to clean up; after that, or at a second
+signal, the process ends at once. Run folders and outputs are consistent at any moment, and the
+job's own Ray dies with the process.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_S = 8.0
-# `timeout` signals its child and then the child's group: both are one stop.
+# `timeout` signals its child and then the child's group: together they are one stop.
 REPEAT_S = 1.0
 
 
 class _Stop:
-    """What the signals of a running job do, and what is known of its end.
+    """Handles the signals of a running job, and knows why and by when it is to stop.
 
-    A thread reads the signals' numbers from Python's wakeup descriptor. So they count while the
-    main thread waits in a library, and where a library has put its own handler in place.
+    A thread reads the signals' numbers from Python's wakeup descriptor, so they are noticed even
+    while the main thread waits in a library, or after a library has installed its own handler.
     """
 
     def __init__(self, end: Callable[[str | None, bool], object]) -> None:
@@ -36,20 +36,20 @@ class _Stop:
         self._since: float | None = None
         self._is_raised = False
         self._insists = False  # whether to interrupt until the main thread has noticed
-        self._own = 0  # signals that are sent from here and not read yet
+        self._own = 0  # signals sent from here and not read yet
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def handle(self, number: int, frame: Any) -> None:
-        """Interrupt the job, once: a second time would cut its way out."""
+        """Interrupt the job, once: a second time would interrupt its cleanup."""
         if not self._is_raised:
             self._is_raised = True
             raise KeyboardInterrupt
 
     def insist(self) -> None:
-        """Interrupt the main thread, whatever it waits for."""
+        """Interrupt the main thread, whatever it is waiting for."""
         self._since = self._since or time.monotonic()
         self._insists = True
         self._own += 1
@@ -80,7 +80,7 @@ class _Stop:
                 self.insist()
 
     def _left(self) -> float | None:
-        """Seconds that a job that is to stop still has."""
+        """Seconds left for a job that is stopping; None if it is not."""
         if self._since is None:
             return None
         limit = min(STOP_S, self.limit_s) if self.failure else self.limit_s
@@ -104,14 +104,14 @@ _stop: _Stop | None = None
 def interrupting(end: Callable[[str | None, bool], object]) -> Iterator[None]:
     """Have SIGTERM and SIGINT raise KeyboardInterrupt in the block; needs the main thread.
 
-    end: ends the process at once. It is told the failure that the job stops for, if it is one, and
-        whether a second signal asks for it; else the job did not leave within `STOP_S`.
+    end: ends the process at once. Its arguments are the failure that stops the job, if any, and
+        whether a second signal asked for it; if not, the job did not stop within `STOP_S`.
     """
     global _stop
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Who starts a job in the background may have it ignore Ctrl-C.
+    # A shell may start a background job with SIGINT ignored.
     numbers = [one for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
     _stop = stop = _Stop(end)
     previous = {one: signal.signal(one, stop.handle) for one in numbers}
@@ -126,7 +126,7 @@ def interrupting(end: Callable[[str | None, bool], object]) -> Iterator[None]:
 
 @contextmanager
 def leaving_within(seconds: float) -> Iterator[None]:
-    """In the block a job that is stopped has so long to leave, for what it still answers."""
+    """In the block, a job that is stopped has this long to finish what it still answers."""
     if _stop is None:
         yield
         return
@@ -139,7 +139,7 @@ def leaving_within(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def sigterm_sets() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets in the block, where the job is not interrupted for a failure."""
+    """An event that SIGTERM sets in the block, unless the job is interrupted for a failure."""
     event = threading.Event()
 
     def handle(number: int, frame: Any) -> None:
@@ -156,12 +156,12 @@ def sigterm_sets() -> Iterator[threading.Event]:
 
 
 def fail(message: str) -> None:
-    """Interrupt the job from another thread, for a failure that its main thread waits through."""
+    """Interrupt the job from another thread, for a failure that its main thread does not notice."""
     if _stop is not None:
         _stop.failure = message
         _stop.insist()
 
 
 def failure() -> str | None:
-    """What the job is interrupted for, if not by a signal."""
+    """The failure that interrupted the job; None if a signal did, or nothing has."""
     return _stop.failure if _stop else None

@@ -1,7 +1,7 @@
-"""Reads small files that are there already: somebody or something may have damaged them.
+"""Reads small files that may have been damaged, or come from somebody else.
 
-A pipe or a device in a file's place cannot make the reader wait, and what is no JSON, nested
-without end or not finite is told as such.
+A pipe or a device instead of a file cannot block the reader. Invalid, endlessly nested or
+non-finite JSON is reported in one clause.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any, NoReturn
 
 from gptray.files import is_storage
 
-# Of a config, a manifest, a vocabulary's settings.
+# Of a config or a manifest.
 MAX_BYTES = 64 << 20
 
 
 class Unreadable(ValueError):
-    """A file that does not hold what it should; says why, and leaves the path to the caller."""
+    """A file that does not hold what it should. The message says why; the caller adds the path."""
 
 
-def open_regular(path: Path, flags: int = 0) -> int:
-    """A descriptor of a regular file, for reading unless `flags` say otherwise.
+def open_regular(path: Path) -> int:
+    """A descriptor for reading a regular file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         Unreadable: it is a folder, a pipe or a device, or cannot be opened.
         OSError: the storage failed.
     """
     try:
-        # A pipe without a writer would make the call wait.
-        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        # Without O_NONBLOCK a pipe without a writer would block here.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -52,15 +52,14 @@ def read_bytes(path: Path, *, most: int | None = MAX_BYTES) -> bytes:
     with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
-            raise Unreadable(f"{size:,} bytes are too many for such a file")
+            raise Unreadable(f"it is too large ({size:,} bytes)")
         return file.read()
 
 
 def parse_json(raw: bytes, *, finite: bool = True) -> Any:
     """The value of a JSON text in UTF-8.
 
-    finite: refuse NaN and Infinity, which only other people's files have.
-    Raises Unreadable.
+    finite: refuse NaN and Infinity, which only foreign files may have. Raises Unreadable.
     """
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_refuse if finite else None)
@@ -79,7 +78,7 @@ def read_object(path: Path, *, finite: bool = True, most: int | None = MAX_BYTES
 
 
 def is_whole(value: object, *, least: int = 0) -> bool:
-    """Whether a JSON value is a whole number, `least` or more."""
+    """Whether a JSON value is an integer of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

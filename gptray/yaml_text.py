@@ -84,7 +84,7 @@ def write_yaml(values: dict[str, Any]) -> str:
 
 
 def read_written(path: Path) -> Any:
-    """What `write_yaml` has written to a file, by libyaml, which knows no lines of keys.
+    """Read a file of `write_yaml` by libyaml: fast, but without the line numbers of keys.
 
     Raises yaml.YAMLError, ValueError, OSError.
     """

@@ -1,4 +1,4 @@
-"""Continue prompts: a file of them to Parquet on Ray, or some right here on the terminal.
+"""Continue prompts: a file of them to Parquet on Ray, or a few right here in the terminal.
 
 python jobs/generate.py 'sample.prompt=Once upon a time'
 python jobs/generate.py generate.input_path=prompts.jsonl generate.output_path=out

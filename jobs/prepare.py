@@ -4,7 +4,7 @@
   python jobs/prepare.py data.source=books/ data.split=80:10:10   a folder of your own
   python jobs/prepare.py data.source='s3://bucket/*.jsonl' data.text_column=body
 
-Training does it by itself when it was not done; equal text and settings are never done twice.
+Training does this by itself if it was not done; the same text and settings are prepared only once.
 """
 
 from __future__ import annotations

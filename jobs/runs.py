@@ -1,4 +1,4 @@
-"""List the runs and sweeps in storage_path, newest first: state, verdict, losses, what to do next.
+"""List the runs and sweeps in storage_path, newest first: state, verdict, losses, next command.
 
 python jobs/runs.py
 python jobs/runs.py storage_path=/mnt/runs
@@ -25,7 +25,7 @@ def job(config: Config) -> dict[str, Any]:
 def plan(config: Config) -> list[tuple[str, str]]:
     from gptray.runners.listing import listed
 
-    return [("runs", f"{len(listed(config))} in {config.storage_path}, none is changed")]
+    return [("runs", f"{len(listed(config))} in {config.storage_path}; the list changes nothing")]
 
 
 if __name__ == "__main__":

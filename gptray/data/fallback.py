@@ -1,7 +1,7 @@
-"""How finely a tokenizer cuts a text: bytes and characters per token, and how much it spells out.
+"""How well a tokenizer fits a text: bytes and tokens per character, and the share of fallbacks.
 
-A token that stands for part of a character, or for one that the tokenizer does not know, says that
-the vocabulary was made for other text, or is too small for this one.
+A fallback token stands for part of a character, or for an unknown one. Many of them mean that the
+vocabulary was made for other text, or is too small for this one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from gptray.data.difference import percent
 from gptray.data.roundtrip import RoundTrip, is_byte_token, pieces
 from gptray.data.tokenizer import Tokenizer
 
-# A share of such tokens from which on a model wastes much of its context on spelling.
+# The share from which a model wastes much of its context on spelling.
 HIGH = 0.1
 
 
 def fallback_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """Which tokens, by id, stand for a part of a character or for an unknown one."""
+    """Which tokens, by id, stand for part of a character or for an unknown one."""
     names, unknown = tokenizer.names, RoundTrip(tokenizer).unknown
     return np.array(
         [
@@ -40,7 +40,7 @@ def _is_part(piece: bytes) -> bool:
 
 
 def token_measures(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """What all splits come to; nothing for data that was prepared without counting.
+    """Measures over all splits; empty for data that was prepared without counting.
 
     Keys: bytes_per_token, tokens_per_character, fallback (a share of the tokens).
     """
@@ -57,12 +57,12 @@ def token_measures(manifest: Mapping[str, Any]) -> dict[str, float]:
 
 
 def token_words(manifest: Mapping[str, Any]) -> str:
-    """The same in words; "" where nothing was counted."""
+    """The measures in words; "" if nothing was counted."""
     found = token_measures(manifest)
     if not found:
         return ""
     words = (
-        f"{found['bytes_per_token']:.2f} bytes each, {found['tokens_per_character']:.2f} for each "
+        f"{found['bytes_per_token']:.2f} bytes each, {found['tokens_per_character']:.2f} per "
         "character"
     )
     if found["fallback"]:
@@ -71,17 +71,20 @@ def token_words(manifest: Mapping[str, Any]) -> str:
 
 
 def fallback_warning(manifest: Mapping[str, Any], *, asked: int | None) -> str | None:
-    """What to raise where a text is mostly spelled out; `asked`: vocab_size, if trained on it."""
+    """A warning if many tokens are fallbacks; None if few.
+
+    asked: data.vocab_size, if the tokenizer was trained on this text.
+    """
     share = token_measures(manifest).get("fallback", 0.0)
     if share < HIGH:
         return None
     size = manifest["tokenizer"]["vocab_size"]
-    cure = "data.tokenizer=bpe trains one on this text"
+    remedy = "data.tokenizer=bpe trains one on this text"
     if asked is not None:
-        cure = f"raise data.vocab_size from {size}, such as to {4 * size}"
+        remedy = f"raise data.vocab_size from {size}, for example to {4 * size}"
         if size < asked:
-            cure = f"it is too short to train more than {size} of data.vocab_size={asked}"
+            remedy = f"the text is too short for data.vocab_size={asked}, only for {size}"
     return (
-        f"{percent(share)} of the tokens stand for parts of characters or unknown ones: the "
-        f"vocabulary has too few of this text's characters; {cure}"
+        f"{percent(share)} of the tokens are parts of characters or unknown: the vocabulary has "
+        f"too few of this text's characters; {remedy}"
     )

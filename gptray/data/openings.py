@@ -1,17 +1,17 @@
-"""Prompts from a text itself: how two of its validation documents begin."""
+"""Prompts from the text itself: how two of its validation documents begin."""
 
 from __future__ import annotations
 
 from gptray.data.tokens import TokenData
 
-# Words and characters of a prompt at most, from so many tokens.
+# The most words and characters of a prompt, and tokens to take them from.
 WORDS, CHARACTERS, TOKENS = 4, 24, 256
 
 
 def first_words(data: TokenData) -> list[str]:
     """Prompts from text that the model does not train on: how two validation documents begin.
 
-    Of a single document, which the split may have cut anywhere, how a line of it begins.
+    If there is only one, which the split may have cut anywhere: how one of its lines begins.
     """
     middle = len(data.val) // 2
     ends = (data.val.slice(middle, min(len(data.val), middle + 50_000)) == data.eos_id).nonzero()[0]
@@ -23,7 +23,7 @@ def first_words(data: TokenData) -> list[str]:
 
 
 def _text(data: TokenData, begin: int) -> str:
-    """What stands at a place of the validation text, up to the end of its document."""
+    """The validation text from a position up to the end of its document."""
     ids = data.val.slice(begin, min(begin + TOKENS, len(data.val))).tolist()
     if data.eos_id in ids:
         ids = ids[: ids.index(data.eos_id)]
@@ -31,7 +31,7 @@ def _text(data: TokenData, begin: int) -> str:
 
 
 def _few_words(text: str) -> str:
-    """The first words; of a short text not all, so that something is left to say."""
+    """The first words; of a short text not all, so that something is left to continue."""
     words = text.split(" ")
     prompt = words[0][:CHARACTERS]
     for word in words[1 : min(WORDS, len(words) - 1)]:

@@ -1,7 +1,7 @@
 """Parquet files that appear whole or not at all: the parts of a large table.
 
-Pages carry checksums. A part has its sha256 in a hidden folder beside it, so that damage, or a
-file of somebody else's in its place, shows at the next look.
+Pages carry checksums. A part's sha256 is kept in a hidden folder beside it, so that damage, or
+another file in its place, is noticed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read_whole(path: Path) -> pa.Table:
 
 
 def write_part(table: pa.Table, path: Path) -> None:
-    """Write a part that appears whole, after its sha256. Raises RunFailed without room."""
+    """Write a part that appears whole, after its sha256. Raises RunFailed if the disk is full."""
     digest = _digest(path)
     with storing(path), replacing(path) as partial:
         _write(table, partial)
@@ -51,7 +51,7 @@ def write_part(table: pa.Table, path: Path) -> None:
 
 
 def part_sha256(path: Path) -> str:
-    """The sha256 of a part, which is the one that it was written with; else raises RunFailed."""
+    """The sha256 of a part, verified. Raises RunFailed if it is not the one of its writing."""
     try:
         written = read_bytes(_digest(path))
         found = sha256_of(path)
@@ -60,12 +60,12 @@ def part_sha256(path: Path) -> str:
     except (OSError, Unreadable) as error:
         raise _damaged(path, f"{error}") from None
     if written != found.encode():
-        raise _damaged(path, "its sha256 is not the one that it was written with")
+        raise _damaged(path, "its sha256 has changed since it was written")
     return found
 
 
 def _digest(path: Path) -> Path:
-    """Where the sha256 of a part stands, be it of the output or staged in the scratch."""
+    """The file with the sha256 of a part, whether of the output or staged in the scratch folder."""
     if path.parent.name == SCRATCH:
         return path.with_name(f"{path.name}.sha256")
     return path.parent / SCRATCH / f"output-{path.stem}.sha256"

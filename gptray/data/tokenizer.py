@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gptray.config import UserError
 from gptray.data.boundary import chunks
 from gptray.data.tokenizer_files import END_OF_TEXT, end_of_text, open_tokenizer
-from gptray.data.trust import panics_told
+from gptray.data.trust import panics_as_errors
 
 _PROBES = (
     "one two",
@@ -110,7 +110,7 @@ class Tokenizer:
         if self._characters is not None:
             return [self._encode_characters(text, self._characters) for text in texts]
         try:
-            with panics_told():
+            with panics_as_errors():
                 encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # tokenizers raises nothing narrower
             raise self._unreadable(texts, error) from None
@@ -118,7 +118,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens show as their names."""
-        with panics_told():
+        with panics_as_errors():
             return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def cuts_at_boundaries(self) -> bool:
@@ -191,7 +191,7 @@ class Tokenizer:
 
     def _can_read(self, text: str) -> bool:
         try:
-            with panics_told():
+            with panics_as_errors():
                 self._backend.encode(text, add_special_tokens=False)
         except Exception:  # tokenizers raises nothing narrower
             return False

@@ -19,8 +19,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gptray.config import UserError
 from gptray.data.sources import hint
-from gptray.data.trust import check_growth, check_vocabulary, panics_told
-from gptray.hub import NotOnHub, download_model
+from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
+from gptray.hub import NotOnHub, download_model, first_line
 from gptray.stored import Unreadable, read_object
 from gptray.suggest import did_you_mean, nearest
 
@@ -73,15 +73,15 @@ def tokenizer_path(source: str) -> Path | None:
 
 @cache
 def hub_tokenizer(hub_id: str) -> Path:
-    """The folder with a hub repository's tokenizer files. Raises UserError without any."""
+    """The folder with a hub repository's tokenizer files. Raises UserError if it has none."""
     try:
         folder = download_model(hub_id, [*_HUB_FILES])
     except NotOnHub as error:
         raise UserError(
-            f"data.tokenizer={hub_id}: neither a folder nor a known kind, and {error.reason}"
+            f"data.tokenizer={hub_id}: not a folder here nor bpe or char, and {error.reason}"
         ) from None
     if not tokenizer_files(folder):
-        raise UserError(f"data.tokenizer={hub_id}: the hub has no tokenizer under that name")
+        raise UserError(f"data.tokenizer={hub_id}: this hub repository has no tokenizer")
     return folder
 
 
@@ -200,7 +200,7 @@ def _is_bare_vocabulary(folder: Path) -> bool:
 
 def _from_json(path: Path) -> tokenizers.Tokenizer:
     try:
-        with panics_told():
+        with panics_as_errors():
             check_growth(read_object(path, most=None))
             backend = tokenizers.Tokenizer.from_file(str(path))
             check_vocabulary(backend)
@@ -235,8 +235,9 @@ def _from_transformers(source: str) -> Opened:
     try:
         loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's class raises of its files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"data.tokenizer={source}: transformers cannot open it: {reason}") from None
+        raise UserError(
+            f"data.tokenizer={source}: transformers cannot open it: {first_line(error)}"
+        ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"data.tokenizer={source}: it has no tokenizer.json form")

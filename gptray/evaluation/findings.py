@@ -36,7 +36,7 @@ def evaluation_sentence(evaluation: Evaluation) -> str:
 
 
 def evaluation_tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """The numbers that come first: of held-out text, and of what the model writes."""
+    """The most important numbers: test loss, and scores of the model's text."""
     figures = []
     test = evaluation["splits"].get("test")
     if test:

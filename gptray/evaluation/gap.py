@@ -1,4 +1,4 @@
-"""The one gap of a report: loss of validation minus loss of training text, dropout off in both."""
+"""The gap of a report: validation loss minus training loss, dropout off in both."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MEANS = "validation loss - training loss, dropout off in both; it grows as a mod
 
 @dataclass(frozen=True)
 class Gap:
-    """The gap of a run's best model, and what it was taken from.
+    """The gap of a run's best model, and how it was measured.
 
-    train_loss: of a sample of the training split, dropout off. None: not measured; `how` says so.
+    train_loss: on a sample of the training split, dropout off. None: not measured, as `how` says.
     """
 
     value: float | None
@@ -31,7 +31,7 @@ class Gap:
 def gap_of(
     folder: Path, config: Config, diagnosis: Diagnosis, evaluation: Evaluation | None
 ) -> Gap:
-    """As an evaluation measured it; in training only where that has no dropout."""
+    """The gap from an evaluation, or from training if that has no dropout."""
     if evaluation and evaluation["gap"] is not None:
         train = evaluation["splits"]["train"]
         assert train
@@ -44,6 +44,6 @@ def gap_of(
 
 
 def is_stale(evaluation: Evaluation, events: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a run has found a better model since it was evaluated."""
+    """Whether the run has found a better model since it was evaluated."""
     found = [event["time"] for event in events if event["event"] == "evaluated" and event["best"]]
     return bool(found) and found[-1] > datetime.fromisoformat(evaluation["time"]).timestamp() + 1

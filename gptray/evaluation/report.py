@@ -23,9 +23,9 @@ from gptray.files import replacing
 from gptray.record import EVENTS, METRICS, read_rows
 
 REPORT = "report.html"
-# How often a browser looks for a newer page while a run goes on.
+# How often a browser reloads the page of a running run.
 REFRESH_S = 10
-STALE = "The run has found a better model since it was evaluated: {} measures that one."
+STALE = "The run has found a better model since this evaluation: {} evaluates that one."
 
 
 def write_report(folder: Path, *, running: bool = False) -> Path:

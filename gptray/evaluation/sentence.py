@@ -7,7 +7,7 @@ from gptray.evaluation.advice import advise
 from gptray.evaluation.diagnosis import Diagnosis, Point
 from gptray.evaluation.wording import count, decimals, time_words
 
-# Of the advice, how much the sentence has.
+# How many pieces of advice the sentence has.
 IN_SENTENCE = 3
 
 
@@ -53,7 +53,7 @@ def _timed(diagnosis: Diagnosis, steps: int) -> str:
 def _saved(diagnosis: Diagnosis) -> str:
     time = _timed(diagnosis, diagnosis.steps_saved)
     in_time = f" ({time})" if time else ""
-    return f"spared {count(diagnosis.steps_saved, 'step')}{in_time}"
+    return f"saved {count(diagnosis.steps_saved, 'step')}{in_time}"
 
 
 def _overfitting(diagnosis: Diagnosis, best: Point, last: Point) -> str:
@@ -84,7 +84,7 @@ def _unstable(diagnosis: Diagnosis, best: Point, last: Point) -> str:
     if diagnosis.ended == "non_finite":
         return (
             f"{_best(diagnosis, best)}; training stopped after step {diagnosis.last_step:,}, "
-            "when a number was not finite any more."
+            "when a number was no longer finite."
         )
     worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
     return (
@@ -103,10 +103,10 @@ def _falling(diagnosis: Diagnosis, best: Point, last: Point) -> str:
 
 
 def _level(diagnosis: Diagnosis, best: Point, last: Point) -> str:
-    text = f"{_best(diagnosis, best)} and has stayed about there: nothing is wrong"
+    text = f"{_best(diagnosis, best)} and has hardly changed since: nothing is wrong"
     return f"{text}; early stopping {_saved(diagnosis)}." if diagnosis.steps_saved else f"{text}."
 
 
 def _single(diagnosis: Diagnosis, best: Point, last: Point) -> str:
     loss = f"{best.val_loss:.2f} at step {best.step:,}"
-    return f"There is one evaluation only: validation loss {loss}."
+    return f"There is only one evaluation: validation loss {loss}."

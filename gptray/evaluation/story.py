@@ -35,9 +35,9 @@ from gptray.evaluation.written import samples_section
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder's config, rows and events, and what they say.
+    """A run folder's config, rows and events, and the diagnosis from them.
 
-    evaluation: of the model that is the best now; None without one.
+    evaluation: of the current best model; None if it was not evaluated.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ def state_line(run: RunRecord, *, running: bool) -> str:
     elif diagnosis.ended == "non_finite":
         text = f"<b>failed</b> after {of_all}"
     else:
-        text = f"<b>cut off</b> after {of_all}; the same command goes on with it"
+        text = f"<b>interrupted</b> after {of_all}; the same command resumes it"
     return f'<p class="state">{text}</p>'
 
 
@@ -104,7 +104,7 @@ def headline(run: RunRecord) -> str:
 
 
 def _command(run: RunRecord, advice: Advice) -> str:
-    """What follows a piece of advice, as it is typed; "" where no key says it."""
+    """The command that follows a piece of advice; "" if no key does."""
     if not advice.keys or run.diagnosis.ended is None:
         return ""
     command = train_command(run.folder, run.config, advice.keys, resumes=advice.resumes)
@@ -112,7 +112,7 @@ def _command(run: RunRecord, advice: Advice) -> str:
 
 
 def _next_commands(run: RunRecord) -> str:
-    """What to do with the model of a run that has ended."""
+    """The commands that use the model of a run that has ended; "" before that."""
     if run.diagnosis.ended is None or run.diagnosis.best is None:
         return ""
     commands = next_commands(run.folder, is_evaluated=run.evaluation is not None)
@@ -168,7 +168,7 @@ def _at_three_steps(run: RunRecord) -> str:
 
 
 def _gap_rows(gap: Gap, columns: int) -> list[Row]:
-    """The gap at the best step, which comes first; it is measured nowhere else."""
+    """The gap at the best step, the first column; it is not measured at the others."""
     rest = ("-",) * (columns - 1)
     rows = []
     if gap.train_loss is not None:
@@ -251,7 +251,7 @@ def _happened(run: RunRecord) -> str:
     lines = list(_latest_start(run.events).get("warnings", []))
     for event in run.events:
         if event["event"] == "start" and event["step"]:
-            lines.append(f"went on after step {event['step']:,}")
+            lines.append(f"resumed after step {event['step']:,}")
         elif event.get("message"):
             lines.append(event["message"])
     if not lines:

@@ -1,4 +1,4 @@
-"""The report's section of what a run's model wrote while it was trained."""
+"""The report's section of samples from training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gptray.evaluation.diagnosis import Diagnosis
 from gptray.evaluation.page import continuation, details, paragraph, section
 from gptray.evaluation.wording import count
 
-# Evaluations whose samples are shown at once, and those that a click shows besides.
+# Evaluations whose samples are shown at once, and those that a click unfolds.
 SHOWN, FOLDED = 5, 40
 
 
 def samples_section(events: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> str:
     """What the model wrote, from its first evaluation to its last."""
     evaluated = {point.step for point in diagnosis.points}
-    # A run that went on from an earlier checkpoint has sampled some steps twice: the later holds.
+    # A run resumed from an earlier checkpoint has sampled some steps twice: the later one counts.
     written = {
         event["step"]: event["samples"]
         for event in events
@@ -34,7 +34,7 @@ def samples_section(events: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -
         parts.append(
             details(f"{count(len(folded), 'evaluation')} between these", inside, on_paper=False)
         )
-    how = "The prompt is bold; what follows is sampled as the config's section sample says."
+    how = "The prompt is bold; the rest is sampled by the settings in the config's sample section."
     return section("What the model wrote", paragraph(how, "soft"), *parts)
 
 

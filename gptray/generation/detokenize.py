@@ -15,7 +15,7 @@ REPLACEMENT = "\ufffd"
 
 
 def decode_after(decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens; a character that begins in `lead`, the tokens before, comes whole."""
+    """The text of tokens; a character that begins in `lead`, the tokens before, is whole."""
     if not lead or not tokens:
         return decode(tokens)
     return decode([*lead, *tokens])[len(decode(lead).rstrip(REPLACEMENT)) :]
@@ -24,7 +24,7 @@ def decode_after(decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> 
 class TextStream:
     """The text of one sequence as its tokens arrive.
 
-    lead: tokens before these that end inside a character; it is given out whole.
+    lead: tokens before these that end inside a character, which is passed on whole.
     """
 
     def __init__(

@@ -120,9 +120,9 @@ class Engine:
     def step(self) -> list[Generation]:
         """Run the network once; return the generations that got a token or ended.
 
-        A sequence with which the network or the sampler raises an exception ends with that as its
-        error; the others draw their token at the next step. Where no single one is to blame, or
-        nothing runs any more, the exception is raised.
+        If one sequence makes the network or the sampler raise an exception, it ends with that as
+        its error, and the others draw their token at the next step. If no single one is to blame,
+        or nothing runs any more, the exception is raised.
         """
         reading = self._take_pieces()
         decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
@@ -188,9 +188,9 @@ class Engine:
     def _end_guilty(
         self, error: Exception, reading: list[tuple[ActiveSequence, Piece]]
     ) -> list[Generation]:
-        """End the sequences that cannot run alone either, and return them; raise if none is.
+        """End and return the sequences that fail even alone; raise the error if none does.
 
-        reading: the prompts whose pieces were not read, which is to be done again.
+        reading: the prompts whose pieces were not read; they are read again.
         """
         if isinstance(error, MemoryError):
             raise error
@@ -203,7 +203,7 @@ class Engine:
             for sequence, piece in last + reading
             if (fault := self._fault(sequence, piece))
         ]
-        # An engine that fails on the shortest of prompts too would fail on all that come.
+        # An engine that fails even on the shortest prompt would fail on every other.
         if not guilty or self._fault(None, Piece(guilty[0][1].slot, 0, [self.eos_id])):
             raise error
         for sequence, _, fault in guilty:
@@ -222,7 +222,7 @@ class Engine:
         return [sequence.generation for sequence, _, _ in guilty]
 
     def _fault(self, sequence: ActiveSequence | None, piece: Piece) -> Exception | None:
-        """What is raised if this piece alone is read and, of a decoding sequence, a token drawn."""
+        """The error of reading this piece alone, and of drawing a token if it decodes, if any."""
         try:
             logits = self._network.step([], [piece], alone=True)
             if sequence is not None and not sequence.is_reading:

@@ -176,7 +176,7 @@ class ActiveSequence:
     def _follow(self, token: int) -> None:
         if self._utf8:
             self._state = self._utf8.next(self._state, token)
-            if self._state == INVALID:  # no token was left that is none
+            if self._state == INVALID:  # no valid token was left to draw
                 self._state = self._utf8.state_after(self.history)
 
     def _end(self, reason: FinishReason) -> None:

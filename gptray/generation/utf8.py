@@ -1,12 +1,12 @@
-"""Which tokens keep the bytes of a text UTF-8, so that no character comes out broken.
+"""Which tokens keep a text valid UTF-8, so that no character comes out broken.
 
-Tokens of bytes (byte-level BPE, SentencePiece's byte fallback) can stand for parts of characters. A
-row carries a state of the automaton that reads UTF-8; a token is allowed if its bytes lead from
-there to a state from which the tokens that may still follow can finish the character. For each
-state that is one list of tokens, made once.
+Byte tokens (byte-level BPE, SentencePiece's byte fallback) can stand for parts of characters. Each
+row carries a state of an automaton that reads UTF-8. A token is allowed if its bytes lead to a
+state from which the tokens that may still follow can finish the character. The list of allowed
+tokens is built once for each state.
 
-The automaton is RFC 3629's, which knows neither surrogates nor overlong forms; it also refuses
-U+FFFD itself, which stands for a broken character wherever it stands.
+The automaton is RFC 3629's, without surrogates and overlong forms. It also refuses U+FFFD itself,
+the mark of a broken character.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 from gptray.data.roundtrip import pieces
 from gptray.data.tokenizer import Tokenizer
 
-# Between two characters, and after bytes that no text has.
+# Between two characters; after bytes that no UTF-8 text has.
 START, INVALID = 0, 10
-# For each state inside a character: bytes from .. to and the state that they lead to. 1 and 2 wait
-# for so many bytes; the others, after these first bytes, allow only some second ones.
+# Edges: state, first and last byte, next state. States 1 and 2 need that many more bytes; the
+# others, after the bytes in their names, allow only some second bytes.
 _AFTER_E0, _AFTER_ED, _AFTER_EF, _AFTER_EF_BF, _AFTER_F0, _AFTER_F1, _AFTER_F4 = range(3, 10)
 _EDGES = (
     (START, 0x00, 0x7F, START), (START, 0xC2, 0xDF, 1), (START, 0xE1, 0xEE, 2),
@@ -38,7 +38,7 @@ _EDGES = (
     (_AFTER_EF_BF, 0x80, 0xBF, START), (_AFTER_EF_BF, 0xBD, 0xBD, INVALID),
     (_AFTER_F0, 0x90, 0xBF, 2), (_AFTER_F1, 0x80, 0xBF, 2), (_AFTER_F4, 0x80, 0x8F, 2),
 )  # fmt: skip
-# Tokens that a character may take: one for each byte.
+# The most tokens that a character takes: one for each byte.
 _LONGEST = 4
 
 States = NDArray[np.uint8]
@@ -46,10 +46,10 @@ States = NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The tokens that a row may draw; rows in the same state share one.
+    """The tokens that a row may draw; rows in the same state share a mask.
 
-    Between characters a few are banned, inside one nearly all: one of the two lists is there, the
-    shorter. Both have ids in order.
+    Between characters few tokens are banned, inside one nearly all: only the shorter of the two
+    lists is stored, the other is None. Ids are in order.
     """
 
     banned: Tensor | None
@@ -64,7 +64,7 @@ class Mask:
 
 
 class Utf8:
-    """The automaton over the V tokens of a vocabulary. `is_needed`: whether it bans anything."""
+    """The automaton over a vocabulary of V tokens. `is_needed`: whether it ever bans a token."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> None:
         self._pieces = _pieces(tokenizer)[:vocab_size]
@@ -87,7 +87,7 @@ class Utf8:
         return following
 
     def open_end(self, tokens: Sequence[int]) -> list[int]:
-        """The last of these tokens, from the one on in which an unfinished character begins."""
+        """The last of these tokens, from the one in which an unfinished character begins."""
         end = b""
         for count in range(1, min(len(tokens), _LONGEST) + 1):
             token = tokens[-count]
@@ -99,15 +99,15 @@ class Utf8:
         return []
 
     def state_after(self, tokens: Sequence[int]) -> int:
-        """The state after these tokens, whatever they hold."""
+        """The state after any tokens, valid or not."""
         end = b"".join(self._pieces[t] for t in self.open_end(tokens) if t < len(self._pieces))
         begin = next((i for i in range(1, len(end) + 1) if end[-i] & 0xC0 != 0x80), 0)
         return _read(end[len(end) - begin :])
 
     def mask(self, state: int, left: int) -> Mask | None:
-        """What may not be drawn in a state if `left` tokens can follow the drawn one.
+        """What may be drawn in a state if `left` tokens can follow the drawn one.
 
-        None where every token may be, or where none could.
+        None if every token may be drawn, or none could.
         """
         key = state, min(max(left, 0), _LONGEST - 1)
         if key not in self._masks:
@@ -145,7 +145,7 @@ def _transitions(tokenizer: Tokenizer) -> States:
     """The state after each token's bytes, (states, tokens)."""
     given = _pieces(tokenizer)
     lengths = np.array([len(piece) for piece in given])
-    order = np.argsort(-lengths, kind="stable")  # longest first: those that go on come first
+    order = np.argsort(-lengths, kind="stable")  # longest first: those with bytes left lead
     joined = np.frombuffer(b"".join(given), np.uint8)
     starts = (np.cumsum(lengths) - lengths)[order]
     states = np.repeat(np.arange(INVALID + 1, dtype=np.uint8)[:, None], len(given), axis=1)
@@ -158,7 +158,7 @@ def _transitions(tokenizer: Tokenizer) -> States:
 
 
 def _distances(states: States) -> NDArray[np.int64]:
-    """How many tokens each state needs to the end of a character; more than any where none do."""
+    """How many tokens each state needs to finish its character; a huge number if none can."""
     never = 1 << 30
     distance = np.full(INVALID + 1, never)
     distance[START] = 0

@@ -1,7 +1,7 @@
-"""What weight files say of themselves: their headers, compared with config.json before any work.
+"""Compares the headers of weight files with config.json before a model is built.
 
-A config that promises more than its files hold would otherwise be built first, layer by layer.
-No torch here, so that a job can refuse a folder at once; weights are `gptray.model.hf`'s.
+Otherwise a config that promises more than its files hold would be built first, layer by layer.
+Needs no torch, so that a job can refuse a folder at once; `gptray.model.hf` reads the weights.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from gptray.config import UserError
 from gptray.model.shape import PREFIX, weight_files
 from gptray.stored import Unreadable, is_whole, open_regular, parse_json
 
-# Some 200 bytes stand there for each tensor; GPT-2 XL has 580 tensors.
+# A header has some 200 bytes for each tensor; GPT-2 XL has 580 tensors.
 _MAX_HEADER_BYTES = 32 << 20
-# Others would be rounded, or are not weights.
+# Other types would be rounded, or are not weights.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 Stored = tuple[Path, list[int], str]
 
 
 def check_weights(folder: Path, shape: Mapping[str, Any]) -> None:
-    """Refuse a folder whose weight files are damaged or not of the network `shape`.
+    """Refuse a folder whose weight files are damaged or do not fit the network `shape`.
 
-    Reads headers alone, so that what a config.json asks for is never built on its word.
-    shape: ModelConfig's fields, as `read_shape` gives them.
+    Reads only headers. shape: ModelConfig's fields, as `read_shape` gives them.
 
     Raises:
         UserError: names the file, and the first weight that is missing or misshapen.
@@ -63,7 +62,7 @@ def _compare(folder: Path, name: str, stored: Stored | None, expected: list[int]
 
 
 def _expected(shape: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
-    """Names and shapes of a network's weights as files have them, linear layers (in, out)."""
+    """Names and shapes of a network's weights as stored in files, linear layers (in, out)."""
     width, inner = shape["n_embd"], shape["n_inner"] or 4 * shape["n_embd"]
     linears = {
         "attn.c_attn": [width, 3 * width],
@@ -103,7 +102,7 @@ def _header(path: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def _tensors(entries: Any, room: int) -> dict[str, tuple[list[int], str]]:
-    """The entries of a header, checked; `room`: bytes of data behind it."""
+    """The checked entries of a header; `room`: bytes of data after it."""
     if not isinstance(entries, dict):
         raise Unreadable("its header is not a JSON object")
     tensors = {}

@@ -15,14 +15,14 @@ from rich.text import Text
 log = logging.getLogger("gptray")
 # Without a terminal: seconds between two lines.
 LINE_S = 10.0
-# Columns of the drawn bar, and those of the terminal from which there is room for it.
+# Columns of the drawn bar, and of a terminal that has room for it.
 BAR, WIDE = 24, 100
 
 
 def progress_bar(console: Console | None = None) -> Progress:
-    """A bar on stderr for tasks of `new_task`, which tells counts and the time to go at any width.
+    """A progress display on stderr for tasks of `new_task`; counts and ETA show at any width.
 
-    The bar that is drawn, and then the figures from their end, give way to a narrow terminal.
+    A narrow terminal loses the drawn bar first, then the figures, the last one first.
     """
     console = console or Console(stderr=True)
     return Progress(
@@ -36,7 +36,7 @@ def progress_bar(console: Console | None = None) -> Progress:
 
 
 def new_task(bar: Progress, doing: str, *, total: int, done: int = 0) -> TaskID:
-    """A task whose `metrics` and `eta` are shown behind its counts."""
+    """A task whose `metrics` and `eta` are shown after its counts."""
     return bar.add_task(doing, total=total, completed=done, metrics="", eta="")
 
 
@@ -51,7 +51,7 @@ class _Eta(ProgressColumn):
 
 
 class _Figures(ProgressColumn):
-    """As many of the figures, which two spaces part, as fit beside the other columns."""
+    """As many figures (separated by two spaces) as fit beside the other columns."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(Column(no_wrap=True))

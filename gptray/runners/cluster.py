@@ -31,8 +31,8 @@ TRAIN_ENV = {
 }
 # Read by Ray Serve's controller and proxy where the cluster is the job's own. The controller looks
 # ten times a second by itself, which takes 3 % of a core. By gRPC an update of a stream costs the
-# proxy and the replica a fifth less than by Ray's own way between them. See `gptray.runners.proxy`
-# for what stands before Serve's proxy.
+# proxy and the replica a fifth less than by Ray's own way between them. `gptray.runners.proxy` is
+# wrapped around Serve's proxy.
 SERVE_ENV = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
@@ -76,7 +76,7 @@ def ray_cluster() -> Iterator[bool]:
 
 
 def _is_connected() -> bool:
-    """Whether this process has a Ray; without importing it, which reads the environment."""
+    """Whether this process is connected to a Ray, without importing ray, which reads os.environ."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
 

@@ -96,9 +96,9 @@ def _scores(
 
 
 class _Recited(NamedTuple):
-    """Shares of the generated n-grams that stand in the training split, for each of LENGTHS.
+    """Shares of the generated n-grams that occur in the training split, for each of LENGTHS.
 
-    why: what stopped those that are None from being measured.
+    why: the reason for the shares that are None.
     """
 
     shares: list[float | None]
@@ -108,7 +108,7 @@ class _Recited(NamedTuple):
 def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
     nothing: list[float | None] = [None for _ in LENGTHS]
     if "train" not in data.splits:
-        return _Recited(nothing, "the text that is scored has no training split")
+        return _Recited(nothing, "the scored text has no training split")
     length = min(2 * PROMPT_TOKENS, subject.block_size // 2)
     passages = _passages(subject, data, data.train, length, room=RECITED_TOKENS)
     if not passages:
@@ -124,7 +124,7 @@ def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
         for n in LENGTHS
     ]
     wanted = [np.unique(hashes) for hashes in grams]
-    why = "every continuation reached its end of text before so many tokens"
+    why = "every continuation ended before that many tokens"
     if not any(len(hashes) for hashes in wanted):
         return _Recited(nothing, why)
     tasks = [
@@ -143,13 +143,13 @@ def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
 
 
 def _short(subject: Subject, n: int) -> str:
-    """What a share is worth where the model sees less than is looked for."""
+    """A caveat for a context shorter than the n-grams that are looked for."""
     size = subject.block_size
-    return "" if size >= n else f"; of {size} tokens that it sees at once: a low share says little"
+    return "" if size >= n else f"; the context is only {size} tokens: a low share says little"
 
 
 def _not_measured(subject: Subject, passages: list[Passage], memorised: _Recited) -> dict[str, str]:
-    """Why there is no number, by the names of those that are missing."""
+    """The reasons for missing numbers, by name."""
     reasons = {
         f"memorised_{n}": memorised.why
         for n, share in zip(LENGTHS, memorised.shares, strict=True)
@@ -203,18 +203,18 @@ def _how(
     )
     recited = (
         "share of the {n}-grams of tokens in greedy continuations of training passages "
-        f"({RECITED_TOKENS} tokens each, {PROMPT_TOKENS} at most given) that stand in the "
-        "training split"
+        f"({RECITED_TOKENS} tokens each, from prompts of at most {PROMPT_TOKENS}) that occur in "
+        "the training split"
     )
     return {
-        "chrf": f"sacrebleu's corpus chrF2, which tells more than BLEU of texts this short; "
+        "chrf": "sacrebleu's corpus chrF2, which says more than BLEU about texts this short; "
         f"{of_real}; {drawn}",
         "bleu": f"sacrebleu's corpus BLEU; {of_real}; {drawn}",
         "bleu_compares": compares(tokenize),
-        "distinct_1": f"different words / words of the continuations, {drawn}",
-        "distinct_2": f"different pairs of words / pairs of the continuations, {drawn}",
-        "repetition": "mean share of a continuation's 4-grams of tokens that came before in it, "
-        f"{drawn}",
+        "distinct_1": f"distinct words / all words of the continuations, {drawn}",
+        "distinct_2": f"distinct pairs of words / all pairs of the continuations, {drawn}",
+        "repetition": "mean share of a continuation's 4-grams of tokens that occurred in it "
+        f"before, {drawn}",
         **{f"memorised_{n}": recited.format(n=n) + _short(subject, n) for n in LENGTHS},
         "samples": f"some of the {of_real}",
     }

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from gptray.config import ComputeConfig, Config, UserError
+from gptray.model.example import FALLBACK
 from gptray.model.shape import read_shape
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
@@ -42,7 +43,7 @@ def _hosts(config: Config) -> str:
 
 
 def check_endpoint(config: Config) -> Config:
-    """Look at all that can be seen before Ray starts; return the config with its backend picked.
+    """Check all that can be checked before Ray starts; return the config with its backend picked.
 
     Raises UserError with all that is wrong, one line each.
     """
@@ -91,7 +92,7 @@ def _check_address(config: Config) -> None:
 
 
 def api_keys(config: Config) -> list[str]:
-    """Digests of the keys that let in, as they are now. Raises UserError if none can be read."""
+    """Digests of the accepted keys, as the file has them now. Raises UserError if unreadable."""
     return read_keys(config.serve.api_key_file) if config.serve.api_key_file else []
 
 
@@ -106,7 +107,7 @@ def replicas_compute(config: Config) -> ComputeConfig:
 
 
 def user_config(config: Config) -> dict[str, str]:
-    """What a replica is told to serve: all that a new model under the same address changes."""
+    """What a replica serves: all that changes when another model takes over the address."""
     _, source = find_model(config, config.serve.model, key="serve.model")
     folder = Path(source).expanduser().absolute()
     return {
@@ -122,8 +123,8 @@ def name_of(source: str) -> str:
 
 
 def completion_command(config: Config, url: str, model: str) -> str:
-    """What asks the endpoint for a text from a shell; the key stands in the variable KEY."""
-    body = {"model": model, "prompt": "Once upon a time", "max_tokens": 40}
+    """A curl command that asks the endpoint for a completion; it reads the API key from $KEY."""
+    body = {"model": model, "prompt": FALLBACK, "max_tokens": 40}
     text = json.dumps(body, ensure_ascii=False)
     words = ["curl", f"{url}/v1/completions", "-H", "Content-Type: application/json", "-d", text]
     key = ' -H "Authorization: Bearer $KEY"' if config.serve.api_key_file else ""
@@ -131,6 +132,6 @@ def completion_command(config: Config, url: str, model: str) -> str:
 
 
 def endpoint_url(config: Config) -> str:
-    """Where this machine reaches the endpoint."""
+    """The URL by which this machine reaches the endpoint."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.serve.host, config.serve.host)
     return f"http://{host}:{config.serve.port}"

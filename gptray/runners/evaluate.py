@@ -137,7 +137,7 @@ def _line(name: str, result: SplitResult) -> str:
 
 
 def _say(evaluation: Evaluation) -> None:
-    """The numbers about texts, each with what it rests on."""
+    """Log the scores of texts, each with what it is based on."""
     for name, scores in (("chrf", evaluation["chrf"]), ("bleu", evaluation["bleu"])):
         if scores:
             greedy, sampled = scores["greedy"], scores["sampled"]

@@ -22,6 +22,7 @@ from gptray.commands import retyped
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import output_schema
+from gptray.evaluation.wording import count
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
 from gptray.runners.next_steps import tell
 from gptray.runners.output import Output, check_job, check_output, with_built_backend
@@ -61,7 +62,7 @@ def generate(config: Config) -> dict[str, Any]:
                 speed = Engines(job.config, output, missing).run()
         summary = output.finish()
     reasons = summary["finish_reasons"].items()
-    log.info("ended by %s", ", ".join(f"{reason}: {count:,}" for reason, count in reasons))
+    log.info("ended by %s", ", ".join(f"{reason}: {number:,}" for reason, number in reasons))
     read = f"import pandas; print(pandas.read_parquet({str(job.folder)!r}))"
     tell([shlex.join(["python", "-c", read])])
     return {**summary, **speed}
@@ -69,13 +70,13 @@ def generate(config: Config) -> dict[str, Any]:
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """Where the block is interrupted, say where the rows are and what does the others."""
+    """If the block is interrupted, log where the finished rows are and what resumes the job."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         if folder.is_dir():
             again = retyped("generate") or "the same command"
-            log.info("stopped: whole files stay in %s\nresume:\n  %s", folder, again)
+            log.info("stopped: finished files stay in %s\nresume:\n  %s", folder, again)
         raise
 
 
@@ -92,7 +93,7 @@ def generation_plan(config: Config) -> list[tuple[str, str]]:
     columns = output_schema(found.schema, samples).names
     return [
         ("model", str(job.model_dir)),
-        ("input", f"{len(job.files)} files, {megabytes:.1f} MB, {found.rows:,} rows"),
+        ("input", f"{count(len(job.files), 'file')}, {megabytes:.1f} MB, {found.rows:,} rows"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
         ("backend", job.config.generate.backend),
         ("output", str(job.folder)),
@@ -107,7 +108,7 @@ def _compute(config: Config) -> ComputeConfig:
 
 
 def _write_empty(output: Output) -> None:
-    """The one file of a job without rows: its columns, which no engine is needed for."""
+    """Write the one file of a job without rows: its columns, which need no engine."""
     staged = read_whole(output.staged(0))
     empty = output_schema(staged.schema, output.samples, output.metadata()).empty_table()
     write_part(empty, output.folder / part_name(0))

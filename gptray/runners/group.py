@@ -42,7 +42,7 @@ def _store(rank: int, size: int) -> TCPStore:
     """The group's key-value store, on the first worker's node, at a port that is free there."""
     if rank == 0:
         host = ray.util.get_node_ip_address()
-        # By itself it would listen on every network of the node.
+        # By default it would listen on every network of the node.
         listener = socket.create_server((host, 0), family=_family(host))
         store = TCPStore(
             host,

@@ -1,7 +1,7 @@
 """What lies in a storage path: runs, sweeps and evaluations, with what each has come to.
 
-Reads the folders' own files, without torch and without Ray; what is damaged or no run's gets a
-line that says so.
+Reads the folders' own files, without torch or Ray. A damaged folder, or one that is not a run's,
+gets a line that says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from gptray.evaluation.result import EVALUATION, load_evaluation
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.runners.models import CONFIG, has_model, storage_of
 from gptray.runners.next_steps import of_model
-from gptray.tuning.record import TRIALS, load_trials, trial_dir, winner_dir
+from gptray.runners.runs import LOCK
+from gptray.tuning.record import TRIALS, Trial, load_trials, trial_dir, winner_dir
 
 PREPARED = "data"
 
@@ -32,7 +33,7 @@ class Listed:
 
     kind: run, sweep, evaluation or other. val_loss in nats per token, of the best model; val_bpb
     its bits per byte. bytes: on disk. next: a command; "" where there is none.
-    problem: what is wrong with the folder; then all else may be missing.
+    problem: what is wrong with the folder; then the other facts may be missing.
     """
 
     name: str
@@ -82,7 +83,7 @@ def _listed(folder: Path) -> Listed:
         facts["problem"] = str(error).splitlines()[0]
     except OSError as error:
         facts["problem"] = f"cannot be read: {error.strerror}"
-    except Exception as error:  # anything may have happened to a record
+    except Exception as error:  # a record may be damaged in any way
         facts["problem"] = f"its record is damaged: {type(error).__name__}: {error}"
     return Listed(name, path, kind, bytes=size, changed=changed, **facts)
 
@@ -165,10 +166,10 @@ def _evaluation(folder: Path) -> dict[str, Any]:
 
 def _other(folder: Path) -> dict[str, Any]:
     if (folder / METRICS).exists():
-        return {"problem": f"is a run that has lost its {CONFIG}"}
+        return {"problem": f"a run without its {CONFIG}"}
     if has_model(folder):
         return {"state": "a model", "next": of_model(folder)[0]}
-    return {"problem": f"is no run: it has no {CONFIG}"}
+    return {"problem": f"not a run: it has no {CONFIG}"}
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -181,18 +182,8 @@ _READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def _diagnosed(folder: Path) -> tuple[Config, Diagnosis, Sequence[Mapping[str, Any]]]:
     config = load_saved(folder / CONFIG)
-    rows, events = _rows(folder / METRICS), _rows(folder / EVENTS)
+    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
     return config, diagnose(rows, config, events), rows
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = read_rows(path)
-    except ValueError as error:
-        raise UserError(f"{path.name} is damaged: {error}") from None
-    if any(not isinstance(row, dict) for row in rows):
-        raise UserError(f"{path.name} is damaged: a line is no JSON object")
-    return rows
 
 
 def _state(folder: Path, diagnosis: Diagnosis) -> str:
@@ -208,9 +199,9 @@ def _state(folder: Path, diagnosis: Diagnosis) -> str:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a driver works in the folder now."""
+    """Whether a driver is at work in the folder now."""
     try:
-        with (folder / ".driver.lock").open("rb") as file:
+        with (folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -242,5 +233,6 @@ def _val_loss(row: Mapping[str, Any]) -> float:
     return float(row["val_loss"])
 
 
-def _best_bpb(trial: Any) -> float:
+def _best_bpb(trial: Trial) -> float:
+    assert trial.best
     return float(trial.best["val_bpb"])

@@ -26,8 +26,8 @@ CONFIG = "config.yaml"
 def open_model(source: str | Path, *, key: str) -> Path:
     """The folder with the model and its tokenizer that the config's `key` names.
 
-    Raises UserError, which begins with the key, for what is no model that text can be given to;
-    NotOnHub for what is no folder and no hub id either.
+    Raises UserError, which begins with the key, if it is not a model that can read text; NotOnHub
+    if it is neither a folder nor on the hub.
     """
     try:
         folder = model_folder(source)
@@ -55,11 +55,10 @@ def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, s
 
 
 def locate(config: Config, source: str, *, key: str) -> str:
-    """Where the model is that the config's `key` means by `source`: the folder of a run, or itself.
+    """The model that the config's `key` means by `source`: the folder of a run, or `source` itself.
 
     A bare word is the folder of that name here, if it holds a model; else the run or sweep of that
-    name in `storage_path`; else, where there is neither, a hub id. Raises UserError for a run
-    that has no model yet.
+    name in `storage_path`; else a hub id. Raises UserError for a run that has no model yet.
     """
     if _is_path(source):
         return source
@@ -73,18 +72,18 @@ def locate(config: Config, source: str, *, key: str) -> str:
     if not has_model(run):
         raise UserError(f"{key}={source}: the run {run} has no model yet; {_how_to_train(run)}")
     if here.exists():
-        _tell(f"{key}={source} is the run {run}; the folder {here.absolute()} holds no model")
+        _tell(f"{key}={source} is the run {run}; the folder {here.absolute()} has no model")
     return str(run)
 
 
 def own_run(config: Config, *, key: str) -> Path:
-    """The run `name` in `storage_path`; without a name the newest there. Raises UserError."""
+    """The run called `name` in `storage_path`; without a name the newest one. Raises UserError."""
     storage = storage_of(config)
     if config.name is None:
         newest = newest_run(storage)
         if newest is None:
             raise UserError(
-                f"{key} is not set and {storage} holds no run with a model; name a run, a model "
+                f"{key} is not set and {storage} has no run with a model; name a run, a model "
                 "folder or a hub id"
             )
         return newest
@@ -94,11 +93,11 @@ def own_run(config: Config, *, key: str) -> Path:
     if (run / CONFIG).is_file():
         raise UserError(f"name={config.name}: {run} has no model yet; {_how_to_train(run)}")
     near = _near(storage, config.name)
-    raise UserError(f"name={config.name}: {storage} holds no run of that name{near}")
+    raise UserError(f"name={config.name}: {storage} has no run of that name{near}")
 
 
 def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
-    """What to raise for a name that is no run's, no folder's and, for a reason, not on the hub."""
+    """The error for a name that is neither a run nor a folder and, for `reason`, not on the hub."""
     if _is_path(source):
         return UserError(f"{key}={source}: no such folder, and {reason}")
     storage = storage_of(config)
@@ -114,7 +113,7 @@ def storage_of(config: Config) -> Path:
 
 
 def has_model(folder: Path) -> bool:
-    """Whether a folder is a model's, or a run's that has one."""
+    """Whether a folder is a model, or a run with one."""
     return any((place / "config.json").is_file() for place in (folder, folder / "model"))
 
 
@@ -123,7 +122,7 @@ def _is_path(source: str) -> bool:
 
 
 def _near(storage: Path, name: str) -> str:
-    """Which run's name was meant, if one is spelled nearly like that."""
+    """A suggestion of the run with the nearest name, if one is near."""
     runs = {run.parent.name.lower(): run.parent.name for run in storage.glob(f"*/{CONFIG}")}
     close = nearest(name.lower(), runs)
     return did_you_mean([runs[close]] if close else [])
@@ -136,7 +135,7 @@ def _how_to_train(run: Path) -> str:
 
 @cache
 def _tell(message: str) -> None:
-    """Once: a job looks at its model several times."""
+    """Log a message once, though a job looks up its model several times."""
     log.info("%s", message)
 
 
@@ -148,7 +147,7 @@ def newest_run(storage: Path) -> Path | None:
 
 
 def with_tokenizer(config: Config) -> Config:
-    """The config with the folder of the run whose name `data.tokenizer` is, if it is one's."""
+    """The config with `data.tokenizer`, if it names a run, replaced by that run's folder."""
     named = config.data.tokenizer
     if named is None or named in KINDS or _is_path(named) or Path(named).exists():
         return config

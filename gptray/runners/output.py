@@ -33,7 +33,6 @@ from gptray.runners.output_plan import (
     new_plan,
     overlap,
     refuse_differences,
-    rename_manifest,
     write_json,
 )
 from gptray.runners.runs import held
@@ -101,7 +100,7 @@ def check_job(config: Config) -> Job:
 def with_backend(config: Config) -> Config:
     """The config with the backend that `auto` means here, for all engines of the job.
 
-    Raises UserError if the one that is asked for cannot be had.
+    Raises UserError if the one that is asked for is not available.
     """
     backend = pick_backend(config.generate.backend, use_gpu=config.compute.use_gpu)
     settings = config.generate.model_copy(update={"backend": backend})
@@ -109,7 +108,7 @@ def with_backend(config: Config) -> Config:
 
 
 def with_built_backend(asked: Config, picked: Config) -> Config:
-    """A config of `with_backend` once its library is built; PyTorch if `auto` cannot build it.
+    """Build the library of the backend that `with_backend` picked; fall back from auto to PyTorch.
 
     Raises RunFailed if generate.backend=native was asked for and cannot be built.
     """
@@ -151,9 +150,8 @@ class Output:
             found = _scan(job)
             plan = new_plan(identity, job.model_name, found.rows)
         with _scratch(job.folder, is_new=found is not None):
-            rename_manifest(job.folder)
             if found and (there := existing_plan(job.folder)):
-                # Another job has begun since this one looked.
+                # Another job has started here since the check above.
                 refuse_differences(job.folder, there["identity"], identity)
                 plan = there
             output = cls(job, plan)
@@ -176,7 +174,7 @@ class Output:
         return min(self.rows_per_file, self.rows - part * self.rows_per_file)
 
     def staged(self, part: int) -> Path:
-        """Where the input of a part stands; not as .parquet, which some readers find anywhere."""
+        """The staged input of a part; not .parquet: some readers search hidden folders too."""
         return self.folder / SCRATCH / Path(part_name(part)).with_suffix(".staged")
 
     def missing_parts(self) -> list[int]:
@@ -184,18 +182,18 @@ class Output:
         return [n for n in range(self.parts) if not (self.folder / part_name(n)).is_file()]
 
     def _check_parts(self) -> None:
-        """Raise UserError for a file that is none of the job's, RunFailed for a damaged one."""
+        """Raise UserError for a file that is not the job's, RunFailed for a damaged one."""
         own = {part_name(number) for number in range(self.parts)}
         for path in sorted(self.folder.glob("part-*.parquet")):
             if path.name not in own or not path.is_file():
                 raise UserError(
-                    f"generate.output_path: {path} is no file of this job, and whoever reads the "
+                    f"generate.output_path: {path} was not written by this job, but readers of the "
                     "folder would read it too; remove it, or choose another folder"
                 )
             part_sha256(path)
 
     def _is_staged(self, part: int) -> bool:
-        """Whether the input of a part is there as it was written."""
+        """Whether the staged input of a part is there and intact."""
         try:
             part_sha256(self.staged(part))
         except RunFailed:
@@ -251,7 +249,7 @@ class Output:
 
 @contextmanager
 def _scratch(folder: Path, *, is_new: bool) -> Iterator[None]:
-    """Hold the hidden folder of an output; a mistake that ends a new one leaves none of it."""
+    """Lock the hidden folder of an output; if a mistake ends a new output, remove the folder."""
     scratch = folder / SCRATCH
     with no_empty_folders(scratch):
         try:

@@ -1,8 +1,8 @@
-"""What job an output folder belongs to: a plan in JSON, and what may go on in the folder.
+"""Which job an output folder belongs to, and whether another one may write there.
 
-Visible are only whole Parquet files; at the end _manifest.json, which repeats the plan, and
-_SUCCESS join them, by names that readers of a Parquet folder pass over. Scratch is in a hidden
-folder: the input in parts, and plan.json.
+Only whole Parquet files are visible. At the end _manifest.json, which repeats the plan, and
+_SUCCESS join them; readers of a Parquet folder skip names that begin with _. The hidden scratch
+folder holds plan.json and the staged input.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from gptray.data.parts import SCRATCH, part_name
 from gptray.data.sources import SourceFile, file_sha256
 from gptray.data.tokenizer_files import tokenizer_files
 from gptray.files import refuse_links, replacing, sha256_of, storing
+from gptray.runners.runs import LOCK
 from gptray.stored import read_object
 
 PLAN, MANIFEST, SUCCESS = "plan.json", "_manifest.json", "_SUCCESS"
-# What _manifest.json was called at first, when pandas took it for Parquet.
-MANIFEST_BEFORE = "manifest.json"
-LOCK = ".driver.lock"
 MODEL_FILES = "*.safetensors"
 
 
@@ -73,7 +71,7 @@ def new_plan(identity: dict[str, Any], model: str, input_rows: int) -> dict[str,
 
 def existing_plan(folder: Path) -> dict[str, Any] | None:
     """The plan of the job that began in a folder. Raises UserError for a folder of others."""
-    names = (f"{SCRATCH}/{PLAN}", MANIFEST, MANIFEST_BEFORE)
+    names = (f"{SCRATCH}/{PLAN}", MANIFEST)
     refuse_links(folder, (SCRATCH, f"{SCRATCH}/{LOCK}", SUCCESS, *names), what="the job")
     there = [folder / name for name in names if (folder / name).is_file()]
     for path in there:
@@ -89,14 +87,6 @@ def existing_plan(folder: Path) -> dict[str, Any] | None:
             f"generate.output_path: {folder} exists and was not written by this job; choose another"
         )
     return None
-
-
-def rename_manifest(folder: Path) -> None:
-    """Give the manifest of an output that an earlier version finished its name of today."""
-    before = folder / MANIFEST_BEFORE
-    if before.is_file() and not (folder / MANIFEST).exists():
-        with storing(before):
-            before.rename(folder / MANIFEST)
 
 
 def refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""A Ray of the job's own: apart from the job's signals, closed to the network, gone with the job.
+"""The job's own Ray: shielded from the job's signals, closed to the network, gone with the job.
 
-Ray's processes die with the process that started them, but they would also die of the signals that
-a terminal, `timeout` or a service manager sends to a job's whole process group, and the job with
-them in the middle of its way out. So they get sessions of their own.
+Ray's processes die with the process that started them. They would also die from the signals that a
+terminal, `timeout` or a service manager sends to the job's process group, in the middle of the
+job's cleanup. So each gets its own session.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from gptray.config import RunFailed, UserError
 
 log = logging.getLogger("gptray")
 
-# The processes without which Ray waits for minutes, and then ends its driver without a word.
+# If one of these dies, Ray waits for minutes and then ends its driver without a word.
 VITAL = ("raylet", "gcs_server")
-# Seconds in which a process may turn out to have died after an error of Ray's, and between looks.
+# Seconds to wait, after an error of Ray's, for the news that a process died; and between checks.
 NOTICE_S, POLL_S = 1.0, 0.5
 # One token for the life of this process: Ray keeps the first that it reads.
 _TOKEN = secrets.token_hex(32)
@@ -37,16 +37,16 @@ def _leave_session() -> None:
         os.setsid()
 
 
-# Ray starts its processes by Popen with a preexec_fn, before which Python runs these.
+# Ray starts its processes by Popen with a preexec_fn; Python runs these hooks before it.
 os.register_at_fork(after_in_child=_leave_session)
 
 
 @contextmanager
 def own_ray(**options: Any) -> Iterator[None]:
-    """Have a Ray on this machine meanwhile; options are ray.init's.
+    """Run a Ray on this machine during the block; options are ray.init's.
 
     Raises:
-        RunFailed: one of its processes died; what the block raised because of that is dropped.
+        RunFailed: one of its processes died; replaces what the block raised because of that.
     """
     global _is_starting
     with _environment():
@@ -77,11 +77,11 @@ def own_ray(**options: Any) -> Iterator[None]:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """What Ray and its processes read at their start.
+    """Set the environment that Ray and its processes read when they start.
 
-    Ray would make a token in ~/.ray, readable by all, where a later `ray start` takes it up and
-    asks clients for it that know of none. The second has Ray take the loopback address for the
-    machine's own and bind its ports to that; the third does so for torch.distributed.
+    RAY_AUTH_TOKEN: else Ray makes a token in ~/.ray, readable by all, and a later `ray start` would
+    demand it from clients that do not know it. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER: makes Ray bind
+    its ports to the loopback address. GLOO_SOCKET_IFNAME: the same for torch.distributed.
     """
     wanted = {
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", _TOKEN),
@@ -102,13 +102,13 @@ def _environment() -> Iterator[None]:
 
 
 def _tell_open_ports(address: str) -> None:
-    """Say so where Ray, imported before by somebody else, listens on every network."""
+    """Warn if Ray, imported too early to read the environment, listens on every network."""
     if address not in ("127.0.0.1", "::1"):
         log.warning("Ray's ports are open to the network, at %s", address)
 
 
 def _children() -> dict[int, str]:
-    """The processes that this one has started, and their names."""
+    """The child processes of this one, and their names."""
     found = {}
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):
@@ -118,7 +118,7 @@ def _children() -> dict[int, str]:
 
 
 class _Deaths:
-    """Watches Ray's processes; when a vital one dies, the job is interrupted as a failure."""
+    """Watches Ray's processes, and interrupts the job with a failure when a vital one dies."""
 
     def __init__(self, processes: Mapping[int, str]) -> None:
         self.message = ""
@@ -129,12 +129,12 @@ class _Deaths:
         self._thread.start()
 
     def close(self) -> None:
-        """Watch no longer: from here on Ray's processes may end."""
+        """Stop watching: from now on Ray's processes may end."""
         self._closed.set()
         self._thread.join()
 
     def kill_others(self) -> None:
-        """End what is left; Ray's own way out would wait for the one that is dead."""
+        """Kill the rest; Ray's own shutdown would wait for the dead process."""
         for pid in self._processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -154,7 +154,7 @@ class _Deaths:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether a child of this process has ended; who waits for it still can."""
+    """Whether a child of this process has ended; leaves it for others to wait for."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:

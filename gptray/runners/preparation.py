@@ -13,6 +13,7 @@ from gptray.data.request import make_request
 from gptray.data.shares import split_rows
 from gptray.data.sources import BUILTIN, SourceFile
 from gptray.data.tokens import TokenData
+from gptray.evaluation.wording import count
 from gptray.runners.models import with_tokenizer
 from gptray.runners.next_steps import differing, tell
 from gptray.runners.prepare import check_sources, prepare, prepared
@@ -83,4 +84,4 @@ def text_rows(data: TokenData) -> list[tuple[str, str]]:
 
 def _size(files: Sequence[SourceFile]) -> str:
     megabytes = sum(file.size for file in files) / 1e6
-    return f"{len(files)} files, {megabytes:.1f} MB" if files else BUILTIN
+    return f"{count(len(files), 'file')}, {megabytes:.1f} MB" if files else BUILTIN

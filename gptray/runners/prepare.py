@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 16 << 20  # of text per task
 SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
-_SAID_BYTES = 1 << 30  # of tokens whose verifying takes so long that it is told
+_SAID_BYTES = 1 << 30  # of tokens: verifying more takes long enough to announce
 _LOOKED_BYTES = 8 << 20  # of CSV that is read to its end before Ray starts
 _CHECKED_FILES = 100  # looked into before Ray starts; the scan looks into all
 
@@ -76,7 +76,7 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
 
 
 def _check_hub(request: Request) -> None:
-    """Refuse a tokenizer of the hub's that cannot be downloaded. Raises UserError."""
+    """Refuse a hub tokenizer that cannot be downloaded. Raises UserError."""
     name = request.tokenizer
     if name not in KINDS and not request.data_dir.exists() and tokenizer_path(name) is None:
         hub_tokenizer(name)
@@ -86,7 +86,7 @@ def _first_looks(request: Request) -> list[str]:
     problems, left = [], _LOOKED_BYTES
     files = [file for source, _ in request.sources for file in source.files]
     for file in files[:_CHECKED_FILES]:
-        # A row too wide may come anywhere in a CSV file, and reading one takes a moment.
+        # A row too wide may come anywhere in a CSV file, and a small file is read in a moment.
         whole = file.format == "csv" and file.compression is None and file.size <= left
         left -= file.size if whole else 0
         try:
@@ -118,12 +118,12 @@ def known_tokenizer(config: Config) -> Tokenizer | None:
 
 
 def prepared(config: Config, find: FindSources = make_request) -> TokenData | None:
-    """The prepared data of a config, or None when there is none that is whole by its sizes."""
+    """The prepared data of a config; None if there is none, or its files have wrong sizes."""
     return _whole(find(config).data_dir)
 
 
 def _whole(folder: Path, *, verify: bool = False) -> TokenData | None:
-    """The data in a folder, with `verify` read to its last byte; None, and told, if damaged."""
+    """The data in a folder, or None; damage is logged. verify: check every byte."""
     if not os.path.lexists(folder):
         return None
     try:
@@ -134,7 +134,7 @@ def _whole(folder: Path, *, verify: bool = False) -> TokenData | None:
             data.verify()
         return data
     except DamagedData as error:
-        logger.warning("prepared data is damaged and is to be built again: %s", error)
+        logger.warning("prepared data is damaged and will be built again: %s", error)
         return None
 
 
@@ -144,7 +144,7 @@ def prepare(
     """Return the prepared data of a config; build it, on Ray, when there is none.
 
     A task reads about `piece_bytes` of text; the size decides where shards end, never what they
-    hold. What is there already is verified byte by byte. Raises UserError for a source or tokenizer
+    hold. Data prepared before is verified byte by byte. Raises UserError for a source or tokenizer
     that cannot be read, naming file and line.
     """
     request = find(config)

@@ -1,9 +1,9 @@
-"""What stands before Ray Serve's HTTP proxy, in its process: `middlewares` is named to Serve there.
+"""Middleware around Ray Serve's HTTP proxy, in the proxy's process.
 
-The environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH does that, where the cluster is
-the job's own by itself. It puts Serve's own paths behind the application's key, turns Serve's plain
-answers into OpenAI's form, and limits how long and large a request's headers may be and how long a
-client may leave an answer unread.
+Serve finds `middlewares` by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, which a job with its own Ray
+sets. It puts Serve's own paths behind the application's key, turns Serve's plain-text answers into
+OpenAI's form, limits the time and size of a request's headers, and limits how long a client may
+leave an answer unread.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gptray.serving.errors import ApiError
 
-# Which applications there are, and whether the proxy is up.
+# They list the applications, and say whether the proxy is up.
 SERVES_PATHS = ("/-/routes", "/-/healthz")
-# What Serve says of these, it says as plain text with names of its own.
+# Serve answers these in plain text, in terms of its own.
 ANSWERS = {
     404: "no model is served here yet",
     408: "the request took longer than serve.request_timeout_s allows",
-    429: "too many requests wait already",
+    429: "too many requests are waiting",
     503: "no engine is ready for this request; try again",
 }
 ENDED = "the engine ended before the answer was complete; try again"
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve's proxy is to put around itself. Called in its process, before it listens."""
-    # A connection takes a file; many systems begin with 1,024.
+    """What Serve's proxy wraps around itself. Called in its process, before it listens."""
+    # Each connection takes a file descriptor; many systems allow 1,024 by default.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     HTTP_PROTOCOLS["auto"] = f"{TimedConnection.__module__}:{TimedConnection.__name__}"
@@ -52,7 +52,7 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"] in SERVES_PATHS:  # for the application to answer, as any other path
+        if scope["path"] in SERVES_PATHS:  # goes to the application, like any other path
             scope = {**scope, "path": f"{scope['path']}/"}
         answer = _Answer(send)
         try:
@@ -62,7 +62,7 @@ class Front:
 
 
 class _Answer:
-    """One answer on its way out: Serve's own are put into form, one that breaks off is ended."""
+    """One answer on its way out: puts Serve's own into OpenAI's form, ends one that breaks off."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -89,7 +89,7 @@ class _Answer:
         await self._send(message)
 
     async def complete(self) -> None:
-        """End an answer that Serve left without an end, because its replica is gone."""
+        """End an answer that Serve left unfinished because its replica is gone."""
         if self._ended:
             return
         gone = ApiError(503, ENDED)
@@ -114,9 +114,9 @@ class _Answer:
 
 
 class TimedConnection(HttpToolsProtocol):
-    """A connection that ends if a request's headers are late or long, or its answer is not read.
+    """A connection that closes if headers are late or too long, or the answer is not read.
 
-    Uvicorn by itself waits for both without end.
+    Uvicorn alone would wait for both forever.
     """
 
     headers_s, headers_bytes, unread_s = 20.0, 64 << 10, 60.0
@@ -176,7 +176,7 @@ class TimedConnection(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._expect_headers()  # of a request behind one that is still answered
+            self._expect_headers()  # of a request pipelined behind one that is still being answered
             return
         self._refuse(ApiError(408, f"the headers did not arrive within {self.headers_s:g} s"))
 

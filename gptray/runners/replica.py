@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray.serve")
 
 USER_CONFIG = ("model", "served_model_name")
-# Far more requests than find room in the engine's line: the replica itself refuses those, and knows
-# when there will be room, and a body that is still on its way takes nobody's place. Beyond them
-# Serve's proxy keeps some, all of which it would call back at once.
+# Far more requests than fit in the engine's queue: the replica refuses the rest itself, since it
+# knows when there will be room, and a body that is still arriving takes nobody's place. Beyond that
+# Serve's proxy holds some, which it would all send at once.
 ONGOING_REQUESTS, QUEUED_REQUESTS, QUEUED_RETRY_S = 20_000, 2_000, 10
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S, METRICS_S = 1.0, 30.0, 5.0
 
@@ -104,7 +104,7 @@ class Replica:
     async def reconfigure(self, model: dict[str, str]) -> None:
         """Serve this model from now on; requests in flight end on the one before.
 
-        Raises UserError if it cannot be had and there is none before, which else stays: Serve
+        Raises UserError if it fails to load and there is none before, which else stays: Serve
         stops a replica that raises, and the model in use with it.
         """
         if model == self._model:

@@ -34,7 +34,7 @@ log = logging.getLogger("gptray")
 # Keys by which a run is trained longer, or a sweep gets more trials, under the same name.
 LONGER = ("train.max_steps", "train.patience", "train.min_delta")
 MORE = ("tune.num_samples",)
-# Files and folders that jobs write to in place: a link there would have something else written.
+# Files and folders that jobs write to in place: through a link they would write elsewhere.
 _WRITTEN = (LOCK, WRITER_LOCK, METRICS, EVENTS, TRIALS, "model", "tensorboard", "trials")
 # Schedules of the learning rate that end at train.max_steps.
 _ENDING = ("linear", "cosine")
@@ -56,8 +56,8 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
         return []
     if config.train.resume == "never":
         raise UserError(
-            f"train.resume=never: the {what} {folder} exists; choose another name, or resume "
-            "it by train.resume=auto"
+            f"train.resume=never: the {what} {folder} exists; choose another name, or set "
+            "train.resume=auto to resume it"
         )
     if not (folder / CONFIG).is_file():
         raise UserError(
@@ -140,9 +140,9 @@ def check_free(folder: Path, *, busy: str | None = None) -> None:
 
 
 def check_records(folder: Path, state: TrainerState | None, *, log_interval: int) -> None:
-    """Refuse a run whose records are damaged: what comes after its training reads them.
+    """Refuse a run whose records are damaged, since reports and results are made from them.
 
-    Lost rows on which nothing depends but curves are told.
+    Lost rows on which only curves depend cause a warning.
 
     Raises:
         RunFailed: names the line, or the step whose row is lost.
@@ -162,7 +162,7 @@ def check_records(folder: Path, state: TrainerState | None, *, log_interval: int
     lost = sorted({*range(log_interval, state.step, log_interval)} - {*steps})
     if lost:
         log.warning(
-            "%s has lost %s of its rows, such as that of step %s: curves lack them",
+            "%s has lost %s of its rows, such as that of step %s; they are missing from the curves",
             path,
             f"{len(lost):,}",
             f"{lost[0]:,}",

@@ -80,7 +80,7 @@ def run_dir(config: Config) -> Path:
 def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
     """Lock a folder for one driver; the OS releases the lock when the process dies.
 
-    A folder made here with nothing to see in it at the end is removed: a failed start leaves none.
+    A folder made here that holds nothing else at the end is removed: a failed start leaves none.
 
     Raises:
         UserError: another process holds it; `busy` says so, by default of a run that is trained.
@@ -100,7 +100,7 @@ def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
             try:
                 yield
             finally:
-                with suppress(OSError):  # a lost mount has told already why
+                with suppress(OSError):  # a lost mount was reported already
                     if [path.name for path in folder.iterdir()] == [lock.name]:
                         lock.unlink()
 

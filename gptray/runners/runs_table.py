@@ -1,4 +1,4 @@
-"""The list of runs as people read it: a table, or on less than 100 columns some lines for each."""
+"""The list of runs as people read it: a table or, below 100 columns, a few lines for each run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from rich.text import Text
 
 from gptray.evaluation.wording import magnitude
 from gptray.runners.listing import Listed
+from gptray.visible import visible
 
-# Columns from which a row of the table holds a run.
+# Columns of a terminal from which a run fits into one row of a table.
 WIDE = 100
 
 
@@ -67,5 +68,5 @@ def _cells(run: Listed) -> tuple[str, str, str, str, str, str, str]:
 
 
 def _text(text: str) -> Text:
-    """Names and messages of folders that anybody may have made: nothing steers the terminal."""
-    return Text(text if text.isprintable() else text.encode("unicode_escape").decode("ascii"))
+    """One line that cannot command the terminal: anybody may have named the folder."""
+    return Text(visible(text).replace("\n", "\\n"))

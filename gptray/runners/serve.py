@@ -34,8 +34,8 @@ APPLICATION = "gptray"
 SPARE_S = 10.0
 START_S, POLL_S = 60.0, 5.0
 OPEN_PORT = (
-    "Ray Serve keeps a port of each replica open to the network, which asks for a token that only "
-    "this job has"
+    "Ray Serve keeps one port of each replica open to the network; it needs a token that only this "
+    "job has"
 )
 
 
@@ -126,7 +126,7 @@ def _drain(timeout_s: float) -> None:
     """Have all replicas finish what they have begun, and refuse what is new."""
     from ray import serve
 
-    log.info("no more requests are taken; those that run have %g s", timeout_s)
+    log.info("draining: running requests have %g s to finish", timeout_s)
     replicas = serve.get_app_handle(APPLICATION).broadcast("drain", timeout_s)
     cut = sum(replicas.results(timeout_s=timeout_s + SPARE_S))
     if cut:

@@ -142,7 +142,7 @@ def look(config: Config) -> Subject:
 
 
 def _source(config: Config) -> str | None:
-    """What `evaluate.model` says; by default the run of this name (None) or of this config."""
+    """What `evaluate.model` says; by default the run called name (None) or of this config."""
     if config.evaluate.model is not None or config.name is not None:
         return config.evaluate.model
     run = run_dir(resolve(config))
@@ -150,7 +150,7 @@ def _source(config: Config) -> str | None:
         newest = newest_run(storage_of(config))
         other = f", such as name={newest.name}" if newest else ""
         raise UserError(
-            f"evaluate.model is not set and {run} holds no trained model: train it first, or "
+            f"evaluate.model is not set and {run} has no trained model: train it first, or "
             f"name a run, a model folder or a hub id{other}"
         )
     return str(run)

@@ -1,4 +1,4 @@
-"""What a finished sweep has come to: the job's JSON line, and what comes next."""
+"""The end of a sweep: the winner, the commands that come next, and the job's JSON line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gptray.tuning.seen import Seen
 log = logging.getLogger("gptray")
 
 BEST = "best.yaml"
-# How many times as many steps the command has that trains the winner longer.
+# The command that trains the winner longer has this many times its steps.
 LONGER = 4
 
 
 def tell_winner(folder: Path) -> None:
-    """Say who has won, what it has seen, its settings, and what trains them longer."""
+    """Log the winner, how much text it has seen, its settings, and the commands that come next."""
     sweep = load_sweep(folder)
     winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)
     seen = Seen.of(winner, sweep.config)
@@ -42,13 +42,13 @@ def tell_winner(folder: Path) -> None:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What a finished sweep has come to: the job's JSON line.
+    """The result of a finished sweep: the job's JSON line.
 
     `best_*` are the winner's, at its lowest validation loss: `best_lost` the share of the text that
-    its tokenizer loses, `best_tokens` how many it was trained on, as often as they were read,
-    `best_epochs` how often it read its part of the text, `best_text_share` how much of all training
-    text it has read (0 to 1). `baseline_val_bpb` is that of the config as it is. `steps_full`
-    counts all trials as if none had stopped early.
+    its tokenizer loses, `best_tokens` those it was trained on, counted each time they were read,
+    `best_epochs` how often it read its share of the text, `best_text_share` how much of all
+    training text it has read (0 to 1). `baseline_val_bpb` is that of the config as it is.
+    `steps_full` counts all trials as if none had stopped early.
     """
     sweep = load_sweep(folder)
     winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)

@@ -1,4 +1,4 @@
-"""Prompts answered on the terminal as the text comes, in this process, without Ray."""
+"""Continues prompts in the terminal, as the text is generated, in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = logging.getLogger("gptray")
 
 
 def look_here(config: Config) -> tuple[Config, Path, str]:
-    """The config with its backend, the model's folder and what that was called by.
+    """The config with its backend, the model's folder, and the name it was given by.
 
-    Raises UserError for what cannot run here.
+    Raises UserError if the job cannot run here.
     """
     check_resources(config.compute)
     config = with_backend(config)
@@ -31,10 +31,10 @@ def look_here(config: Config) -> tuple[Config, Path, str]:
 
 
 def generate_here(config: Config) -> dict[str, Any]:
-    """Print each prompt of `sample.prompt` and its continuations, one after the other.
+    """Print each prompt of `sample.prompt` and its continuations, one after another.
 
-    All run in one batch; what comes before its turn to be printed waits. Returns the JSON line's
-    facts; an output's `seed` makes it again alone. Raises UserError for a prompt or a setting that
+    All run in one batch; text waits until it is its turn to be printed. Returns the JSON line's
+    facts; an output's `seed` reproduces it alone. Raises UserError for a prompt or a setting that
     cannot run.
     """
     picked, folder, name = look_here(config)
@@ -74,9 +74,8 @@ def generate_here(config: Config) -> dict[str, Any]:
         if generation.error:
             log.warning("sample.prompt=%r: %s", prompt, generation.error)
     seconds = time.monotonic() - began
-    tell(
-        [typed("serve", named("serve.model", folder.parent if folder.name == "model" else folder))]
-    )
+    run = folder.parent if folder.name == "model" else folder
+    tell([typed("serve", named("serve.model", run))])
     tokens = sum(len(generation.tokens) for generation in generations)
     return {
         "model": name,

@@ -60,7 +60,7 @@ class _Tail:
         return [row for line in whole.split(b"\n") if line and (row := self._row(line))]
 
     def _row(self, line: bytes) -> dict[str, Any] | None:
-        """The row in a line; None, and said once, if something else than the run wrote it."""
+        """The row in a line; None if it is damaged, which is logged once."""
         fields = METRIC_FIELDS if self._path.name == METRICS else EVENT_FIELDS
         try:
             return parse_row(line, fields)

@@ -21,12 +21,12 @@ from starlette.types import ASGIApp
 from gptray.config import ServeConfig, UserError
 from gptray.serving.body import BodyReader
 from gptray.serving.completions import Completion, check_name
-from gptray.serving.elsewhere import no_path
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.errors import ApiError, ClientGone
 from gptray.serving.events import EventStream
 from gptray.serving.gate import Gate
 from gptray.serving.keys import Keys
+from gptray.serving.no_path import no_path
 from gptray.serving.page import page
 from gptray.serving.protocol import (
     CompletionRequest,
@@ -53,8 +53,8 @@ def make_app(
 ) -> ASGIApp:
     """The application over an endpoint.
 
-    keys: those that let in; None lets everybody in. telemetry: what counts, if somebody else reads
-    it too. metrics: what /metrics tells, if that is more than this server's own.
+    keys: the accepted API keys; None accepts everybody. telemetry: the counters, if somebody else
+    reads them too. metrics: what /metrics returns, if that is more than this server's own.
     """
     counters, html = telemetry or Telemetry(endpoint), page(limits.max_logprobs)
     routes = _Routes(endpoint, limits, counters, html)

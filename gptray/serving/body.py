@@ -1,4 +1,4 @@
-"""A request's body: read no longer than it may take and be long, then strictly as one JSON object.
+"""A request's body: read within limits of time and size, then strictly as one JSON object.
 
 Python's reader takes NaN, numbers beyond the range of floats, duplicate keys and half a surrogate
 pair; here all of them are refused. Every check is linear in the body's length.
@@ -22,7 +22,7 @@ from gptray.serving.errors import ApiError, ClientGone
 # No request has reason to be nested deeper.
 MAX_DEPTH = 16
 MAX_KEYS = 4096  # of one object
-# So many of the longest bodies may be on their way at a time; one that is small may always come.
+# This many bodies of the largest size may be arriving at a time; small ones always may.
 LARGEST_AT_ONCE, SMALL = 64, 16 << 10
 # An answer that comes before the body's end is the connection's last.
 CLOSE = {"Connection": "close"}
@@ -31,11 +31,11 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BodyReader:
-    """Reads the bodies of one server within its limits, of each and of all together."""
+    """Reads the bodies of one server, within limits for each and for all together."""
 
     def __init__(self, limits: ServeConfig) -> None:
         self._max_bytes, self._timeout_s = limits.max_body_bytes, limits.body_timeout_s
-        self._held = 0  # bytes of bodies that are not there whole
+        self._held = 0  # bytes of bodies that are still arriving
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The JSON object of a body.
@@ -71,7 +71,7 @@ class BodyReader:
                 if len(body) > self._max_bytes:
                     raise self._too_long()
                 if len(body) > SMALL and self._held > LARGEST_AT_ONCE * self._max_bytes:
-                    message = "too many large bodies arrive at the same time; try again"
+                    message = "too many large bodies are arriving; try again"
                     raise ApiError(503, message, headers=CLOSE)
         finally:
             self._held -= len(body)
@@ -83,7 +83,7 @@ class BodyReader:
 
 
 async def _parts(request: Request) -> AsyncIterator[bytes]:
-    """A body as it comes. Raises ClientGone."""
+    """A body as it arrives. Raises ClientGone."""
     has_more = True
     while has_more:
         message = await request.receive()

@@ -77,11 +77,11 @@ class Completion:
             # An empty prompt is read as the end-of-text token: echo shows what was read.
             text = prompt if isinstance(prompt, str) else ""
             prompts.append((text or served.tokenizer.decode(ids), ids))
-            await asyncio.sleep(0)  # other requests get their turn between many prompts
+            await asyncio.sleep(0)  # lets other requests run between many prompts
         return cls(body, served, sampling, prompts)
 
     def accept(self, limits: ServeConfig) -> Accepted:
-        """Put the outputs in the engine's line. Raises as `EngineThread.accept`."""
+        """Put the outputs in the engine's queue. Raises as `EngineThread.accept`."""
         at_once = limits.max_prompts * self.body.n
         return self._served.thread.accept(self.requests, at_once=at_once)
 
@@ -225,8 +225,8 @@ def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) 
     if outputs > most:
         raise ApiError(
             400,
-            f"prompts x n = {outputs} outputs, more than {most} (serve.max_outputs); send several "
-            "requests",
+            f"prompts x n = {outputs} outputs, more than {most} (serve.max_outputs); split them "
+            "into several requests",
             param="prompt",
         )
 

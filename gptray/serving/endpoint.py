@@ -44,7 +44,7 @@ class Served:
         utf8: bool = True,
         example_prompt: str | None = None,
     ) -> None:
-        """parse_special: see `Tokenizer.prompt_ids`; utf8: see `Sampling`. Of every prompt."""
+        """parse_special (see `Tokenizer.prompt_ids`), utf8 (see `Sampling`): for all prompts."""
         self.name, self.engine, self.tokenizer = name, engine, tokenizer
         self._parse_special, self.utf8 = parse_special, utf8
         self.example_prompt = example_prompt

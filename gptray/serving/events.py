@@ -15,12 +15,12 @@ from gptray.serving.errors import ApiError
 from gptray.serving.streams import EngineStopped
 from gptray.serving.told import told
 
-# Comes at once: clients and proxies that limit the wait for an answer see that there is one.
+# Sent at once: clients and proxies that limit the wait for an answer see that one has begun.
 ACCEPTED = ": accepted\n\n"
 
 
 class EventStream(StreamingResponse):
-    """The answer to a stream; however it ends, what makes it is closed, then what it stands on."""
+    """A streamed answer. However it ends, its generators are closed first, then its resources."""
 
     def __init__(
         self, completion: Completion, parts: AsyncGenerator[Choice, None], resources: ExitStack
@@ -38,18 +38,18 @@ class EventStream(StreamingResponse):
 async def _events(
     completion: Completion, parts: AsyncGenerator[Choice, None]
 ) -> AsyncGenerator[str, None]:
-    """The answer as events. A failure becomes the last one: the status was sent long ago."""
+    """The answer as events. A failure becomes the last event, as the status was sent before."""
     async with aclosing(parts):
         try:
             yield ACCEPTED
             async for part in parts:
-                yield event(completion.chunk(part))
+                yield _event(completion.chunk(part))
             for chunk in completion.last_chunks():
-                yield event(chunk)
+                yield _event(chunk)
             yield "data: [DONE]\n\n"
         except (ApiError, EngineStopped, TimeoutError) as error:
-            yield event(told(error).body)
+            yield _event(told(error).body)
 
 
-def event(content: dict[str, Any]) -> str:
+def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"

@@ -1,4 +1,4 @@
-"""Before every route: the Host, the API key, whether the server stops; after it: the count."""
+"""Before every route: checks the Host, the API key, and draining; after it: counts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ DRAINING_PATHS = ("/metrics",)
 class Gate:
     """An ASGI application around another one.
 
-    keys: those that let in; None lets everybody in. page: what a browser without a key gets, to ask
-    for it. paths: those that are counted each by its own name.
+    keys: the accepted API keys; None accepts everybody. page: what a browser without a key gets, to
+    ask for it. paths: those that are counted by name.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class Gate:
         path, headers = scope["path"], Headers(scope=scope)
         host = headers.get("host", "")
         if not self._hosts.include(host):
-            message = f"the Host {host[:100]!r} is not this endpoint's; see serve.allowed_hosts"
+            message = f"the Host {host[:100]!r} is not allowed here; see serve.allowed_hosts"
             return ApiError(421, message, code="host_not_allowed").response()
-        if path not in OPEN_PATHS and not self._is_let_in(headers):
+        if path not in OPEN_PATHS and not self._has_key(headers):
             if path == "/":
                 return HTMLResponse(self._page, 401)
             message = "a key is needed, as Authorization: Bearer <key>"
@@ -77,5 +77,5 @@ class Gate:
             ).response()
         return None
 
-    def _is_let_in(self, headers: Headers) -> bool:
+    def _has_key(self, headers: Headers) -> bool:
         return self._keys is None or self._keys.let_in(headers.get("authorization", ""))

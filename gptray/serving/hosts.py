@@ -1,7 +1,7 @@
-"""Which Host headers are the endpoint's own.
+"""Which Host headers the endpoint accepts.
 
-A page of another site can have its own name resolve to this machine (DNS rebinding): a browser then
-sends its requests here, with that name as Host. An address as Host cannot come about in this way.
+Another site can make its own name resolve to this machine (DNS rebinding): a browser then sends the
+site's requests here, with that name as Host. An IP address as Host cannot come from that.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 class Hosts:
-    """The names by which the endpoint may be called, whatever the port: tunnels change that.
+    """The names by which the endpoint may be called, on any port, since tunnels change it.
 
-    host: the address it listens on. allowed: more names; `*.example.com` are all names below one,
-    `*` is any. Without them an endpoint on all of the machine's addresses takes any name.
+    host: the address it listens on. allowed: more names; `*.example.com` is any subdomain, `*` any
+    name. Without them an endpoint on all of the machine's addresses accepts any name.
     """
 
     def __init__(self, host: str, allowed: str | Sequence[str] | None) -> None:
@@ -32,7 +32,7 @@ class Hosts:
         self._below = tuple(name[1:] for name in names if name.startswith("*."))
 
     def include(self, header: str) -> bool:
-        """Whether a Host header names the endpoint. Who sends none is no browser."""
+        """Whether a Host header names the endpoint. Without one the client is not a browser."""
         name = _without_port(header.strip().lower())
         if self._any or not name or _is_address(name):
             return True

@@ -1,4 +1,4 @@
-"""API keys: read from a file and again when it changes; digests, compared in constant time."""
+"""API keys: read from a file, again when it changes; kept as digests, compared in constant time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptray.config import UserError
 
 log = logging.getLogger("gptray")
 
-# How often the file is looked at, at most.
+# Seconds between two looks at the file, at least.
 LOOK_S = 1.0
 
 
@@ -47,14 +47,14 @@ def read_keys(path: str) -> list[str]:
 
 
 class Keys:
-    """The keys that let in. A change of the file counts within a second, without a restart.
+    """The accepted keys. Changes to the file take effect within a second, without a restart.
 
-    digests: of the keys to begin with; those stay in use while the file cannot be read or is wrong.
+    digests: of the keys to begin with; they stay in use while the file is unreadable or invalid.
     """
 
     def __init__(self, path: str, digests: Sequence[str]) -> None:
         self._path, self._digests = path, tuple(digests)
-        self._seen: tuple[int, ...] | None = ()  # what told the file's last state apart
+        self._seen: tuple[int, ...] | None = ()  # the file's `_state` when it was last read
         self._look_at = 0.0
 
     def let_in(self, authorization: str) -> bool:
@@ -68,7 +68,7 @@ class Keys:
         return any([hmac.compare_digest(given, digest) for digest in self._digests])
 
     def _look(self) -> None:
-        """Read the file if it is not as it was. What is wrong with it is told once."""
+        """Read the file if it has changed. What is wrong with it is logged once."""
         seen = _state(self._path)
         if seen == self._seen:
             return
@@ -76,11 +76,11 @@ class Keys:
         try:
             self._digests = tuple(read_keys(self._path))
         except UserError as error:
-            log.warning("%s; the keys read before stay in use", error)
+            log.warning("%s; the previous keys stay in use", error)
 
 
 def _state(path: str) -> tuple[int, ...] | None:
-    """Changes whenever a file is replaced or written; None if there is none."""
+    """Changes whenever the file is replaced or written; None if it does not exist."""
     try:
         found = os.stat(Path(path).expanduser())
     except OSError:

@@ -1,4 +1,4 @@
-"""What is new of requests, on its way from the engine's thread to the event loops that wait."""
+"""Carries updates of requests from the engine's thread to the event loops that wait for them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from gptray.generation.sampling import Drawn
 
 
 class EngineStopped(RuntimeError):
-    """The engine's thread was closed, or died of the exception that this one comes from."""
+    """The engine's thread was closed, or died from the exception that caused this one."""
 
 
 @dataclass(frozen=True)
 class Update:
     """What is new of one request since the last update, of one token or more.
 
-    index: its place among those of the stream. text: whole characters only, and nothing that may
-    yet belong to a stop string. prompt: once, in the first update. end: the end-of-text token, if
-    that ended it. error: why, where finish_reason is "error". Without `Request.live_text` there are
-    two: the first token, and the rest.
+    index: of the request in its stream. text: whole characters only, without what may yet become a
+    stop string. prompt: only in the first update. end: the end-of-text token, if that ended it.
+    error: the reason, if finish_reason is "error". Without `Request.live_text` there are two
+    updates: the first token, and the rest.
     """
 
     index: int
@@ -46,10 +46,10 @@ class Update:
 
 
 class Stream:
-    """Where an event loop waits for news of its requests; `put` and `take` are that loop's alone.
+    """Where an event loop waits for updates of its requests; only that loop calls `put` and `take`.
 
-    later: requests that have no place yet; under_way: those that have one, at most `at_once`. Both
-    are guarded by the thread's lock.
+    later: requests without a place in the engine's queue; under_way: those with one, at most
+    `at_once`. The thread's lock guards both.
     """
 
     def __init__(self, at_once: int) -> None:
@@ -82,7 +82,7 @@ class Stream:
 
 @dataclass(eq=False)
 class Order:
-    """A request on its way through the thread, and how much of its output was handed out."""
+    """A request in the engine's thread, and how much of its output was passed on."""
 
     request: Request
     index: int
@@ -122,7 +122,7 @@ class Order:
 
 
 def tell(news: Iterable[tuple[Stream, Update | EngineStopped]]) -> None:
-    """Put news into their streams, each event loop's in one call."""
+    """Put updates into their streams, with one call for each event loop."""
     by_loop = defaultdict(list)
     for stream, item in news:
         by_loop[stream.loop].append((stream, item))

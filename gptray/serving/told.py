@@ -1,4 +1,4 @@
-"""Exceptions as a client is told of them."""
+"""Turns exceptions into answers."""
 
 from __future__ import annotations
 

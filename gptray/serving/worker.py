@@ -32,18 +32,18 @@ class Overloaded(RuntimeError):
     """The line is full. retry_after_s: when there is likely to be room."""
 
     def __init__(self, retry_after_s: int) -> None:
-        super().__init__(f"too many requests wait already; try again in {retry_after_s} s")
+        super().__init__(f"too many requests are waiting; try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
 class EngineThread:
     """Runs an engine for any number of streams at a time.
 
-    At most `max_waiting` requests wait for a slot. Of a stream of many requests only some are under
-    way at a time, so that other streams find room; the next begins when one of its own ends. An
+    At most `max_waiting` requests wait for a slot. A stream of many requests has only some of them
+    under way at a time, to leave room for other streams; when one ends, its next begins. An
     exception that the engine raises ends the thread and all streams. Counts `steps`, `rows`
-    (sequences that drew a token, over all steps), `tokens` (those given out), `ended` (requests)
-    and `seconds` (of all steps).
+    (sequences that drew a token, over all steps), `tokens` (passed on), `ended` (requests) and
+    `seconds` (of all steps).
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int) -> None:
@@ -51,7 +51,7 @@ class EngineThread:
         self.seconds = 0.0
         self._engine = engine
         self._places = engine.max_batch_size + max_waiting
-        # What streams with more requests than find room may take of the places, all together.
+        # The most places that streams with more requests than fit may take, all together.
         self._shared = max(engine.max_batch_size, self._places // 2)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Guards what follows, and wakes the thread when there is something new.
@@ -59,7 +59,7 @@ class EngineThread:
         self._unfinished: set[Order] = set()
         self._arrived: list[Order] = []
         self._left: list[Order] = []
-        self._partial: deque[Stream] = deque()  # streams of which requests wait without a place
+        self._partial: deque[Stream] = deque()  # streams with requests that have no place yet
         self._told = 0.0  # when live text went out
         self._promised = 0.0  # until when room is promised to those turned away
         self._stopping = False
@@ -93,12 +93,14 @@ class EngineThread:
             return max(0, len(self._unfinished) + later - self.running)
 
     def accept(self, requests: Sequence[Request], *, at_once: int | None = None) -> Accepted:
-        """Take requests on, side by side: all of them, or as many as find room and then the next.
+        """Run requests side by side: all of them, or as many as fit and then the next.
 
-        at_once: how many may be under way at a time. Belongs to the event loop that calls.
+        at_once: how many may be under way at a time. The result belongs to the calling event loop.
 
-        Raises ValueError, a request can never run; Overloaded, there is no room for any of them;
-        EngineStopped.
+        Raises:
+            ValueError: a request can never run.
+            Overloaded: there is no room for any of them.
+            EngineStopped: the engine's thread has ended.
         """
         for request in requests:
             self._engine.check(request)
@@ -120,23 +122,23 @@ class EngineThread:
         return Accepted(self, stream, len(orders))
 
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Update, None]:
-        """Accept requests and yield what steps make of each. Raises as `accept`, and EngineStopped.
+        """Accept requests and yield their updates. Raises as `accept`, and EngineStopped.
 
-        Leaving early cancels what has not ended.
+        Leaving early cancels those that have not ended.
         """
         with self.accept(requests) as accepted:
             async for update in accepted.updates():
                 yield update
 
     def leave(self, stream: Stream) -> None:
-        """Cancel what has not ended: its slots are free before the next step but one."""
+        """Cancel what has not ended: its slots are free within two steps."""
         with self._news:
             stream.later.clear()
             self._left += self._unfinished.intersection(stream.under_way)
             self._news.notify()
 
     def _feed(self, stream: Stream, places: int) -> None:
-        """Begin requests of a stream as long as it may, and fewer than `places` are taken."""
+        """Begin requests of a stream while it may have more and fewer than `places` are taken."""
         while (
             stream.later
             and len(stream.under_way) < stream.at_once
@@ -151,9 +153,9 @@ class EngineThread:
         self._arrived.append(order)
 
     def _retry_after(self) -> int:
-        """Seconds until there is room for one more and for those turned away before it.
+        """Seconds until there is room for this request and for all refused before it.
 
-        So they do not all come back at once, only to be turned away again.
+        Else they would all come back at once, only to be refused again.
         """
         each, now = self.seconds / max(self.ended, 1), time.monotonic()
         self._promised = min(max(self._promised, now) + each, now + LONGEST_WAIT_S)
@@ -206,7 +208,7 @@ class EngineThread:
         return True
 
     def _share_room(self) -> None:
-        """Begin more of the streams that wait for room, each in its turn."""
+        """Begin more requests of the streams that wait for room, in turn."""
         for _ in range(len(self._partial)):
             stream = self._partial.popleft()
             self._feed(stream, self._shared)
@@ -239,7 +241,7 @@ class EngineThread:
 
 
 class Accepted:
-    """Requests that are on their way. Leaving the context cancels what has not ended."""
+    """Requests under way. Leaving the context cancels those that have not ended."""
 
     def __init__(self, thread: EngineThread, stream: Stream, requests: int) -> None:
         self._thread, self._stream, self._unfinished = thread, stream, requests
@@ -251,7 +253,7 @@ class Accepted:
         self._thread.leave(self._stream)
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """What steps make of each request, as fast as it is taken. Raises EngineStopped."""
+        """Updates of each request, merged if they are taken slowly. Raises EngineStopped."""
         while self._unfinished:
             for update in await self._stream.take():
                 self._unfinished -= update.finish_reason is not None

@@ -28,7 +28,7 @@ from gptray.training.manifest import FORMAT, files_damage, sync, write_manifest
 from gptray.training.stopping import Progress
 
 WRITER_LOCK = ".writer.lock"
-# Without these nothing can resume.
+# No run can resume without these.
 _NEEDED = ("trainer.json", "optimizer.safetensors", "model/config.json", "model/model.safetensors")
 
 
@@ -57,14 +57,14 @@ class TrainerState:
 
     @classmethod
     def load(cls, folder: Path) -> TrainerState:
-        """Read `trainer.json` of a checkpoint. Raises ValueError if it does not tell a state."""
+        """Read `trainer.json` of a checkpoint. Raises ValueError if it holds no valid state."""
         match read_object(folder / "trainer.json"):
             case {"step": step, "progress": dict(progress), "data": str(data)} if is_whole(step):
                 state = cls(step, Progress.from_json(progress), data)
             case _:
-                raise ValueError("it tells no state of a run")
+                raise ValueError("it holds no state of a run")
         if max(state.progress.best_step, state.progress.bad_evals) > step:
-            raise ValueError("it tells of later steps than its own")
+            raise ValueError("it names later steps than its own")
         return state
 
 
@@ -94,13 +94,13 @@ def damage(folder: Path) -> str | None:
 
 
 def _state_damage(folder: Path) -> str | None:
-    """What is wrong with what a checkpoint, whose files are whole, says of itself."""
+    """What is wrong with the state in a checkpoint whose files are intact; None if nothing is."""
     try:
         state = TrainerState.load(folder)
     except ValueError as error:
         return f"trainer.json cannot be read ({error})"
     if state.step != checkpoint_step(folder):
-        return f"trainer.json is of step {state.step}"
+        return f"trainer.json is for step {state.step}"
     return None
 
 
@@ -172,7 +172,7 @@ def save_checkpoint(
             (draft / "trainer.json").write_text(json.dumps(state.to_json(), indent=1), "utf-8")
             (draft / "config.yaml").write_text(config_yaml, "utf-8")
             write_manifest(draft)
-            if os.path.lexists(final):  # a damaged one that this run has just made again
+            if os.path.lexists(final):  # a damaged one that this run has just replaced
                 _set_aside(final)
             os.rename(draft, final)
             sync(run_dir)

@@ -1,4 +1,4 @@
-"""The manifest of a folder: every file's size and sha256, to find what was done to it since."""
+"""The manifest of a folder: every file's size and sha256, to detect damage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT, MANIFEST = 1, "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Write a folder's manifest, and have all of the folder on disk. Raises OSError."""
+    """Write a folder's manifest, and flush the whole folder to disk. Raises OSError."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {}
     for path in paths:
@@ -29,7 +29,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def files_damage(folder: Path, *, needed: Sequence[str]) -> str | None:
-    """What is wrong with the files of a folder, or None if each is as it was written.
+    """What is wrong with the files of a folder; None if each is intact.
 
     needed: files that its manifest must list.
     """
@@ -64,7 +64,7 @@ def _file_damage(folder: Path, name: str, expected: Any) -> str | None:
         if path.stat().st_size != size:
             return f"{shown} has {path.stat().st_size} bytes instead of {size}"
         if sha256_of(path) != sha256:
-            return f"{shown} does not have the sha256 that its manifest names"
+            return f"{shown} does not have the sha256 in its manifest"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, OSError) and is_storage(error):
             raise
@@ -73,7 +73,7 @@ def _file_damage(folder: Path, name: str, expected: Any) -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder's entries on disk. Raises OSError."""
+    """Flush a file or a folder's entries to disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

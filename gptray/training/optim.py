@@ -14,7 +14,7 @@ from torch import nn
 
 from gptray.config import OptimConfig, RunFailed
 
-# What AdamW keeps of each parameter: a count, and two tensors of its shape.
+# AdamW's state for each parameter: a count, and two tensors of its shape.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -77,7 +77,7 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
     """Put the moments in a file back, each to its parameter.
 
     Raises:
-        RunFailed: they are not those of AdamW for this model; names the first.
+        RunFailed: they are not AdamW's for this model; names the first wrong one.
     """
     try:
         tensors = load_file(path)

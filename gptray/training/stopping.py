@@ -47,11 +47,11 @@ class Progress:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> Progress:
-        """The inverse of `to_json`. Raises ValueError for what that never gives."""
+        """The inverse of `to_json`. Raises ValueError for anything else."""
         match state:
             case {"best_step": best, "best_val_loss": loss, "bar": bar, "bad_evals": bad}:
                 loss, bar = (math.inf if value is None else value for value in (loss, bar))
                 numbers = all(isinstance(value, (int, float)) for value in (loss, bar))
                 if len(state) == 4 and numbers and is_whole(best) and is_whole(bad):
                     return cls(best, loss, bar, bad)
-        raise ValueError("it tells no progress of a run")
+        raise ValueError("it holds no progress of a run")

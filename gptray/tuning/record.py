@@ -31,7 +31,7 @@ _FIELDS: RowFields = {
     "retried": {"trial": str},
     "winner": {"trial": str},
 }
-# A trial's name is that of its folder, which lies in the sweep's.
+# A trial's name is its folder's name: it must not lead out of the sweep.
 _TRIAL = r"[\w-]+"
 
 
@@ -87,11 +87,11 @@ def trial_dir(folder: Path, name: str) -> Path:
 
 
 def _events(folder: Path) -> list[dict[str, Any]]:
-    """The events of a sweep; none of another folder. Raises RunFailed if a line is damaged."""
+    """The events of a sweep. Raises RunFailed if a line is damaged or names no valid trial."""
     events = read_rows(folder / TRIALS, _FIELDS)
     for event in events:
         if not re.fullmatch(_TRIAL, str(event.get("trial", "none"))):
-            raise RunFailed(f"{folder / TRIALS} names a trial {event['trial']!r:.40}")
+            raise RunFailed(f"{folder / TRIALS}: invalid trial name {event['trial']!r:.40}")
     return events
 
 

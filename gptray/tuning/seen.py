@@ -1,4 +1,4 @@
-"""What a trial has seen of the training text by the time its model was best."""
+"""How much of the training text a trial had seen when its model was best."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from gptray.tuning.record import Trial
 
 @dataclass(frozen=True)
 class Seen:
-    """Steps and tokens trained on; `epochs` of the trial's part of the text, `fraction` of all.
+    """Steps and tokens trained on; `epochs` of the trial's share of the text, `fraction` of all.
 
-    tokens: as often as they were read. share: of the training split, 0 to 1, read at least once.
+    tokens: counted each time they were read. share: of the training split, 0 to 1, read at least
+    once.
     """
 
     step: int
@@ -23,7 +24,7 @@ class Seen:
 
     @classmethod
     def of(cls, trial: Trial, config: Config) -> Seen:
-        """By the best evaluation of a trial of the sweep that `config` is."""
+        """At the best evaluation of a trial of the sweep with this config."""
         assert trial.best
         own, step = override(config, trial.values), trial.best["step"]
         return cls(step, step * own.tokens_per_step, trial.best["epoch"], own.data.fraction)

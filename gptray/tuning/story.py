@@ -40,7 +40,7 @@ def state_line(standing: Standing, *, running: bool) -> str:
     elif trials and ended == len(trials) and standing.best is None:
         text = f"<b>failed</b>: none of {count(ended, 'trial')} came to a model"
     else:
-        text = f"<b>cut off</b>: {ended} of {_total(standing)} trials ended; "
+        text = f"<b>interrupted</b>: {ended} of {_total(standing)} trials ended; "
         text += "the same command resumes it"
     return f'<p class="state">{text}</p>'
 
@@ -50,7 +50,7 @@ def headline(standing: Standing) -> str:
     best = standing.best
     if best is None:
         over = any(trial.outcome for trial in standing.sweep.trials)
-        text = "No trial has come to a model." if over else "No trial has been evaluated yet."
+        text = "No trial produced a model." if over else "No trial has been evaluated yet."
         return paragraph(text, "headline")
     parts = [
         _who(standing, best), _saw(standing, best), _why(standing, best), _cost(standing),

@@ -65,14 +65,14 @@ def test_pace_knows_that_a_run_was_interrupted() -> None:
     assert diagnose(rows, config_of(rows), day + next_day).pace == pytest.approx(4.0)
 
 
-def test_early_stopping_is_told_with_what_it_spared() -> None:
+def test_early_stopping_is_told_with_what_it_saved() -> None:
     rows = rows_of(OVERFIT[:10])
     config = config_of(rows, "train.patience=4", "train.max_steps=900")
     diagnosis = diagnose(rows, config)
     assert diagnosis.ended == "patience" and diagnosis.steps_saved == 800
     text = sentence(diagnosis, config)
     assert "best at step 60 (2.00); early stopping ended training 40 steps later" in text
-    assert "spared 800 steps (13 min). Try: " in text
+    assert "saved 800 steps (13 min). Try: " in text
     assert "early stopping" not in changes(rows, "train.patience=4")
 
 
@@ -193,7 +193,7 @@ def test_one_evaluation_or_none_is_no_story() -> None:
     one = rows_of([3.0])
     config = config_of(one, "train.max_steps=10")
     assert diagnose(one, config).verdict == "single"
-    assert "one evaluation only" in sentence(diagnose(one, config), config)
+    assert "only one evaluation" in sentence(diagnose(one, config), config)
     none = diagnose([], config)
     assert none.verdict == "none" and none.best is None and none.steps_after_best == 0
     assert sentence(none, config) == "There is no evaluation to judge by yet."

@@ -114,7 +114,7 @@ def test_a_page_renews_itself_only_while_the_run_goes_on(tmp_path: Path) -> None
     assert not (folder / "loss.png").exists()
     done = Page(write_report(folder))
     assert not [m for m in done.all("meta") if m.get("http-equiv") == "refresh"]
-    assert "running" not in done.text and "cut off after step 120 of 400" in done.text
+    assert "running" not in done.text and "interrupted after step 120 of 400" in done.text
     write_event(folder, "end", stopped="patience")
     assert "stopped early at step 120 of 400" in Page(write_report(folder)).text
 
@@ -213,13 +213,13 @@ def test_an_evaluation_of_an_earlier_model_is_not_at_the_top(tmp_path: Path) -> 
     write_event(folder, "evaluated", step=120, best=True, samples=[])
     page = Page(write_report(folder))
     assert "test loss" not in tiles_of(page) and "not measured yet" in tiles_of(page)
-    assert "has found a better model since it was evaluated" in page.text
+    assert "has found a better model since this evaluation" in page.text
     assert "2.3457" in page.text
 
 
 def test_what_was_not_measured_says_why(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"memorised_50": None, "bleu": None, "chrf": None}
-    reason = "not measured: every continuation reached its end of text before so many tokens"
+    reason = "not measured: every continuation ended before that many tokens"
     how = {"memorised_50": reason, "bleu": "not measured: evaluate.passages is 0"}
     page = Page(write_report(with_evaluation(tmp_path / "m", **changes, how=how)))
     assert f"Recited, 50 tokens in a row - {reason}" in page.text
@@ -286,7 +286,7 @@ def test_a_resumed_run_shows_each_evaluation_once_and_says_that_it_went_on(tmp_p
     ]
     page = Page(write_report(write_run(tmp_path / "run", rows, events, config_of(rows))))
     assert "kept" in page.text and "lost" not in page.text and "beyond" not in page.text
-    assert "went on after step 10" in page.text and "worker 0 failed: <gone>" in page.text
+    assert "resumed after step 10" in page.text and "worker 0 failed: <gone>" in page.text
 
 
 def test_a_run_that_has_hardly_begun_has_a_report(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ RIGHT: dict[str, Damage] = {
     "a draft is a link": linked(f".{PARTS[2]}.0.partial"),
     "input touched": lambda out: os.utime(out.parent / "in.jsonl"),
 }
-NOT_OURS = "is no file of this job"
+NOT_OURS = "was not written by this job"
 REFUSED: dict[str, tuple[Damage, str]] = {
     **{f"plan {name}": (text(PLAN, raw), "plan.json is damaged") for name, raw in NO_JSON.items()},
     **{
@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "part a link": (linked(PARTS[2]), "was not written by this job"),
     "part beyond the last": (lambda out: shutil.copy(out / FIRST, out / part_name(99)), NOT_OURS),
     **{
-        f"{name} a link": (linked(name), "is a link to .*: the job writes there")
+        f"{name} a link": (linked(name), "is a link to .*, and the job would write through it")
         for name in (".gptray/.driver.lock", "_SUCCESS", MANIFEST)
     },
     "scratch a link": (
@@ -238,5 +238,5 @@ def test_a_bit_that_turns_in_a_finished_output_is_told(
     files = json.loads((out / MANIFEST).read_text())["files"]
     assert {name: entry["sha256"] for name, entry in files.items()} == whole
     flipped(PARTS[3], 5)(out)
-    with pytest.raises(RunFailed, match=f"{PARTS[3]} is damaged: its sha256 is not the one"):
+    with pytest.raises(RunFailed, match=f"{PARTS[3]} is damaged: its sha256 has changed"):
         job(config, feed)

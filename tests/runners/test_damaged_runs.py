@@ -254,7 +254,8 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "metrics doubled": (changed(METRICS, lambda b: b + b), "row of step 1 after that of step 4"),
     **{
         f"{name} is a link": (
-            link_at(name, "../../precious/file"), f"{name} is a link to .*: the run writes there"
+            link_at(name, "../../precious/file"),
+            f"{name} is a link to .*, and the run would write through it",
         )
         for name in LINKS
     },

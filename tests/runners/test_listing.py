@@ -116,12 +116,12 @@ def test_a_sweep_tells_its_winner(tmp_path: Path) -> None:
         ("config.yaml", b"[[[", "config.yaml"),
         ("config.yaml", b"train: {max_steps: many}\n", "max_steps"),
         ("config.yaml", b"\xff\xfe\x00", "config.yaml"),
-        ("metrics.jsonl", b'{"step": 1\n', "metrics.jsonl is damaged"),
-        ("metrics.jsonl", b"[1]\n", "metrics.jsonl is damaged"),
-        ("metrics.jsonl", b'{"val_loss": 3}\n', "its record is damaged"),
-        ("config.yaml", None, "is a run that has lost its config.yaml"),
-        ("events.jsonl", b"{}\n", "its record is damaged"),
-        ("trials.jsonl", b"{}\n", "its record is damaged"),
+        ("metrics.jsonl", b'{"step": 1\n', "metrics.jsonl:1: the line is damaged"),
+        ("metrics.jsonl", b"[1]\n", "metrics.jsonl:1: the line is damaged"),
+        ("metrics.jsonl", b'{"val_loss": 3}\n', "step is missing"),
+        ("config.yaml", None, "a run without its config.yaml"),
+        ("events.jsonl", b"{}\n", "event is missing"),
+        ("trials.jsonl", b"{}\n", "event is missing"),
     ],
 )
 def test_a_damaged_folder_is_one_line_beside_the_others(
@@ -146,7 +146,7 @@ def test_other_folders_are_named_and_text_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "loop" / "itself").symlink_to(tmp_path / "loop")
     runs = by_name(tmp_path)
     assert sorted(runs) == ["letters", "loop"]
-    assert runs["letters"].problem == "is no run: it has no config.yaml"
+    assert runs["letters"].problem == "not a run: it has no config.yaml"
 
 
 @pytest.mark.parametrize("columns", ["60", "140"])

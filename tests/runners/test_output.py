@@ -97,7 +97,7 @@ def test_mistakes_are_told_together_without_ray(tmp_path: Path) -> None:
     assert [line.split(":")[0].split("=")[0] for line in lines] == [
         "generate.model", "generate.input_path", "generate.output_path"
     ]  # fmt: skip
-    with pytest.raises(UserError, match="holds no run with a model"):
+    with pytest.raises(UserError, match="has no run with a model"):
         generation_plan(load_config(None, [f"storage_path={tmp_path}"]))
 
 
@@ -165,16 +165,3 @@ def test_what_reads_a_parquet_folder_reads_the_output_and_no_file_beside_it(
             (out / ".part-00001.parquet.ab12.partial").write_bytes(b"PAR1")
         assert parquet.read_table(out).column_names == names
         assert list(pandas.read_parquet(out).columns) == names
-
-
-def test_an_output_finished_by_an_earlier_version_gets_todays_names(
-    finished: tuple[Path, Path], model_dir: Path
-) -> None:
-    path, out = finished
-    (out / "_manifest.json").rename(out / "manifest.json")
-    (out / ".gptray" / "plan.json").unlink()
-    config = config_of(model_dir, path, out)
-    assert dict(generation_plan(config))["rows"] == "0" and (out / "manifest.json").exists()
-    assert generate(config)["rows"] == 0
-    assert not (out / "manifest.json").exists() and parquet.read_table(out).num_rows == 0
-    assert json.loads((out / "_manifest.json").read_text())["rows"] == 0

@@ -101,7 +101,7 @@ def test_another_host_is_refused_on_every_path_in_one_sentence() -> None:
             assert server.get(path, host="evil.example:8000").status_code == 421
             assert server.get(path, host="localhost:8000").status_code != 421
         refused = server.get("/v1/models", host="evil.example:8000").json()["error"]["message"]
-    assert refused == "the Host 'evil.example:8000' is not this endpoint's; see serve.allowed_hosts"
+    assert refused == "the Host 'evil.example:8000' is not allowed here; see serve.allowed_hosts"
 
 
 @pytest.mark.parametrize("name", ["https://a.example", "a.example:8000", "a.example/v1", "", "a b"])
@@ -157,7 +157,7 @@ def test_a_key_file_that_is_gone_or_wrong_leaves_the_keys_in_use_and_is_told_onc
     while not caplog.records:
         assert keys.let_in("Bearer first") and time.monotonic() < deadline
     assert "line 1: a key is printable ASCII" in caplog.text
-    assert "the keys read before stay in use" in caplog.text
+    assert "the previous keys stay in use" in caplog.text
     (tmp_path / "two" / "keys").unlink()
     while len(caplog.records) < 2:
         assert keys.let_in("Bearer first") and time.monotonic() < deadline

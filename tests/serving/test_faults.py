@@ -142,8 +142,8 @@ def test_other_ways_of_asking_wrongly(server: Server) -> None:
     [
         ("/v1/chat/completions", "there is no chat here: call POST /v1/completions, with `prompt`"),
         ("/chat/completions", "there is no chat here: call POST /v1/completions, with `prompt`"),
-        ("/v1/responses", "call POST /v1/completions, with `prompt` in place of `input`"),
-        ("/v1/embeddings", "only text: POST /v1/completions"),
+        ("/v1/responses", "call POST /v1/completions, with `prompt` instead of `input`"),
+        ("/v1/embeddings", "only text: call POST /v1/completions"),
         ("/completions", "did you mean /v1/completions?"),
         ("/v1/images/generations", "to complete text, call POST /v1/completions"),
     ],

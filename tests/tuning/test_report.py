@@ -146,7 +146,7 @@ def test_a_page_renews_itself_and_says_how_far_the_sweep_is_while_it_runs(tmp_pa
     assert "still to be run: 830" in page.text and "waits; model" in page.text
     assert not list(folder.glob("*.png"))
     page = Page(write_sweep_report(folder))
-    assert "cut off : 9 of 16 trials ended; the same command resumes it" in page.text
+    assert "interrupted : 9 of 16 trials ended; the same command resumes it" in page.text
     assert not [m for m in page.all("meta") if m.get("http-equiv") == "refresh"]
 
 
