@@ -20,7 +20,10 @@ ANSWER_HOLDS_S = 60.0
 
 
 class NotOnHub(UserError):
-    """A model that the hub does not give; `reason` completes a sentence about it."""
+    """A model that the hub does not give; `reason` completes a sentence about it.
+
+    It is empty for what can be no name on the hub.
+    """
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)

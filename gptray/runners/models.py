@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shlex
+import unicodedata
 from functools import cache
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def locate(config: Config, source: str, *, key: str) -> str:
     """
     if _is_path(source):
         return source
-    here, run = Path(source), storage_of(config) / source
+    here, run = Path(source), _run_named(config, source)
     if not (run / CONFIG).is_file() and not has_model(run):
         return source
     if has_model(here) and here.resolve() != run.resolve():
@@ -99,18 +100,23 @@ def own_run(config: Config, *, key: str) -> Path:
 
 def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
     """What to raise for a name that is no run's, no folder's and, for a reason, not on the hub."""
+    why = f", and {reason}" if reason else ""
     if _is_path(source):
-        return UserError(f"{key}={source}: no such folder, and {reason}")
+        return UserError(f"{key}={source}: no such folder{why}")
     storage = storage_of(config)
     return UserError(
-        f"{key}={source}: neither a run in {storage} nor a folder here, and "
-        f"{reason}{_near(storage, source)}"
+        f"{key}={source}: neither a run in {storage} nor a folder here{why}{_near(storage, source)}"
     )
 
 
 def storage_of(config: Config) -> Path:
     """The folder of all runs."""
     return Path(config.storage_path).expanduser().absolute()
+
+
+def _run_named(config: Config, name: str) -> Path:
+    """The folder that a run of this name has; names are stored composed, see `checked_name`."""
+    return storage_of(config) / unicodedata.normalize("NFC", name)
 
 
 def has_model(folder: Path) -> bool:
@@ -125,7 +131,7 @@ def _is_path(source: str) -> bool:
 def _near(storage: Path, name: str) -> str:
     """Which run's name was meant, if one is spelled nearly like that."""
     runs = {run.parent.name.lower(): run.parent.name for run in storage.glob(f"*/{CONFIG}")}
-    close = nearest(name.lower(), runs)
+    close = nearest(unicodedata.normalize("NFC", name).lower(), runs)
     return did_you_mean([runs[close]] if close else [])
 
 
@@ -152,7 +158,7 @@ def with_tokenizer(config: Config) -> Config:
     named = config.data.tokenizer
     if named is None or named in KINDS or _is_path(named) or Path(named).exists():
         return config
-    run = storage_of(config) / named
+    run = _run_named(config, named)
     if not has_model(run):
         return config
     data = config.data.model_copy(update={"tokenizer": str(run)})
