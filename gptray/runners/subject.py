@@ -32,6 +32,7 @@ from gptray.runners.models import (
     weights_sha256,
     with_tokenizer,
 )
+from gptray.runners.places import with_whole_paths
 from gptray.runners.prepare import check_sources, prepare, prepared
 from gptray.runners.runs import resolve, run_dir
 from gptray.runners.storage import check_storage
@@ -111,7 +112,7 @@ def look(config: Config) -> Subject:
     """Find the model and the text. Raises UserError naming the key or the file."""
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
-    config = with_tokenizer(config)
+    config = with_whole_paths(with_tokenizer(config))
     if "://" in config.storage_path:
         raise UserError(
             f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
@@ -119,7 +120,7 @@ def look(config: Config) -> Subject:
         )
     model_dir = _trained(find_model(config, _source(config), key="evaluate.model")[0].resolve())
     run = _run_of(model_dir)
-    trained = load_config(str(run / "config.yaml"), []) if run else None
+    trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
     text = _text(config, trained, run, model_dir)
     subject = Subject(
