@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from gptray.config import RunFailed, UserError
-from gptray.files import cannot_write, check_writable, remove, sha256_of
+from gptray.files import cannot_write, check_writable, expanded, remove, sha256_of
 
 log = logging.getLogger("gptray")
 
@@ -222,6 +222,6 @@ def compiler() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    given = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+    given = expanded(os.environ.get("XDG_CACHE_HOME", ""))
     # The standard has a relative one ignored: each working directory would have a cache of its own.
-    return (given if given.is_absolute() else Path("~/.cache").expanduser()) / "gptray"
+    return (given if given.is_absolute() else expanded("~/.cache")) / "gptray"

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptray.config import ModelConfig, UserError
+from gptray.files import expanded
 from gptray.hub import NotOnHub, download_model
 from gptray.stored import Unreadable, is_whole, read_object
 
@@ -54,7 +55,7 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     A hub id is downloaded: config.json, and with `weights` the safetensors and tokenizer files.
     Raises NotOnHub for what is no folder and not there; UserError for a folder without a model.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate

@@ -13,7 +13,7 @@ from pathlib import Path
 from gptray.commands import typed
 from gptray.config import Config, UserError
 from gptray.data.tokenizer_files import KINDS, tokenizer_files
-from gptray.files import sha256_of
+from gptray.files import expanded, sha256_of
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape, weight_files
@@ -111,7 +111,7 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
 
 def storage_of(config: Config) -> Path:
     """The folder of all runs."""
-    return Path(config.storage_path).expanduser().absolute()
+    return expanded(config.storage_path).absolute()
 
 
 def _run_named(config: Config, name: str) -> Path:

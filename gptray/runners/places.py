@@ -10,6 +10,7 @@ from typing import Any
 from gptray.config import Config, load_saved
 from gptray.data.sources import BUILTIN
 from gptray.data.tokenizer_files import KINDS
+from gptray.files import expanded
 from gptray.runners.models import CONFIG, storage_of
 
 # Keys whose values are paths; the last may be a kind or a hub id instead.
@@ -32,7 +33,7 @@ def with_whole_paths(config: Config) -> Config:
         if value is not None and (whole := _whole(value)) != value:
             changed[name] = whole
     tokenizer = data.tokenizer
-    if tokenizer and tokenizer not in KINDS and Path(tokenizer).expanduser().exists():
+    if tokenizer and tokenizer not in KINDS and expanded(tokenizer).exists():
         changed["tokenizer"] = _whole(tokenizer)
     return config.model_copy(update={"data": data.model_copy(update=changed)})
 

@@ -21,6 +21,7 @@ from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
 from gptray.evaluation.result import EVALUATION
+from gptray.files import expanded
 from gptray.model.shape import read_shape
 from gptray.names import label_of
 from gptray.runners.cluster import check_resources
@@ -222,7 +223,7 @@ def _data_keys(flat: dict[str, Any]) -> dict[str, Any]:
 
 def _folder(config: Config, model_dir: Path, run: Path | None) -> Path:
     """Where to keep the results of a model that is no run's best one: a folder of its own."""
-    storage = Path(os.path.abspath(os.path.expanduser(config.storage_path)))
+    storage = Path(os.path.abspath(expanded(config.storage_path)))
     folder = storage / (config.name or _name(config, model_dir, run))
     visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     if visible and ((folder / "config.yaml").exists() or not (folder / EVALUATION).exists()):

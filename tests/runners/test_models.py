@@ -101,6 +101,21 @@ def test_names_of_any_script_are_found_and_corrected(storage: Path) -> None:
         found(storage, "./ko")
 
 
+@pytest.mark.parametrize(
+    "key", ["generate.model", "model.init_from", "data.tokenizer", "storage_path"]
+)
+def test_a_home_that_nobody_has_is_one_sentence(storage: Path, key: str) -> None:
+    place = "~nobody-of-this-name/x"
+    told = f"{place}: no home folder is known for ~nobody-of-this-name"
+    with pytest.raises(UserError, match=told):
+        if key == "generate.model":
+            found(storage, place)
+        elif key == "data.tokenizer":
+            preparation_plan(config_of(storage, f"{key}={place}"))
+        else:
+            resolve(load_config(None, [f"{key}={place}"]))
+
+
 def test_a_run_without_a_model_says_what_trains_it(storage: Path) -> None:
     (storage / "ko-q" / "model").rename(storage / "elsewhere")
     with pytest.raises(UserError, match=r"has no model yet; python jobs/train.py --config .*/ko-q"):
