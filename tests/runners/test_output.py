@@ -178,3 +178,24 @@ def test_an_output_finished_by_an_earlier_version_gets_todays_names(
     assert generate(config)["rows"] == 0
     assert not (out / "manifest.json").exists() and parquet.read_table(out).num_rows == 0
     assert json.loads((out / "_manifest.json").read_text())["rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("link", "link is not a folder"),
+        ("file/out", "file is not a folder"),
+        ("/proc/out", "/proc/out cannot be written"),
+        ("~nobody-of-this-name/out", "no home folder is known"),
+    ],
+)
+def test_a_place_that_takes_no_output_is_refused(
+    model_dir: Path, tmp_path: Path, place: str, told: str
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    out = Path(place) if place.startswith("~") else tmp_path / place
+    for check in (generate, generation_plan):
+        with pytest.raises(UserError, match=told):
+            check(config_of(model_dir, tmp_path / "p.jsonl", out))
