@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from gptray.config import RunFailed, UserError
-from gptray.files import cannot_write, check_writable, sha256_of
+from gptray.files import cannot_write, check_writable, expanded, remove, sha256_of
 
 log = logging.getLogger("gptray")
 
@@ -82,7 +82,7 @@ def built(source: Path, *, key: str) -> Path:
     for damaged in folder.glob(f"{name}-*.so"):
         log.warning("%s is damaged or not this user's: building it again", damaged)
         with suppress(OSError):
-            damaged.unlink()
+            remove(damaged)
     log.info("building %s, once: %s", source.name, folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -222,4 +222,6 @@ def compiler() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gptray"
+    given = expanded(os.environ.get("XDG_CACHE_HOME", ""))
+    # The standard has a relative one ignored: each working directory would have a cache of its own.
+    return (given if given.is_absolute() else expanded("~/.cache")) / "gptray"

@@ -74,6 +74,7 @@ class FieldSpec:
 
     def _expected(self) -> str:
         words = [_WORDS[kind] for kind in self.kinds if kind in _WORDS]
+        words += ["an object" for kind in self.kinds if issubclass(kind, BaseModel)]
         if self.items:
             count = f"{self.size} " if self.size else ""
             words.append(f"a list of {count}{_PLURALS[self.items[0]]}")

@@ -32,6 +32,17 @@ class CannotWrite(RunFailed):
     """Storage that takes no more: it may pass, and the same command then resumes."""
 
 
+def expanded(path: str | Path) -> Path:
+    """A path whose ~ or ~user is the home folder. Raises UserError where none is known."""
+    text = os.path.expanduser(path)
+    if text.startswith("~"):
+        raise UserError(
+            f"{path}: no home folder is known for {text.partition(os.sep)[0]} (HOME is one's own); "
+            "give the whole path"
+        )
+    return Path(text)
+
+
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
     """Guard whatever writes to `path`: a full disk, a lost mount, a quota.

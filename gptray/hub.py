@@ -20,7 +20,10 @@ ANSWER_HOLDS_S = 60.0
 
 
 class NotOnHub(UserError):
-    """The hub has no such model, or cannot be reached; `reason` says which, as a clause."""
+    """The hub has no such model, or cannot be reached; `reason` says which, as a clause.
+
+    It is empty for what cannot be a name on the hub.
+    """
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)

@@ -6,6 +6,8 @@ import unicodedata
 
 # File systems allow 255 bytes in a name; draft files and Ray append to it.
 MOST_BYTES = 200
+# The folder in storage_path that holds prepared text.
+PREPARED = "data"
 
 
 def checked_name(name: str) -> str:
@@ -18,6 +20,8 @@ def checked_name(name: str) -> str:
         raise ValueError(
             "must be letters or digits of any script and . _ -, and begin with a letter or digit"
         )
+    if name == PREPARED:
+        raise ValueError(f"must not be {PREPARED}, the folder of prepared text in storage_path")
     size = len(name.encode())
     if size > MOST_BYTES:
         raise ValueError(f"has {size} bytes, more than {MOST_BYTES}")

@@ -35,6 +35,11 @@ def test_other_names_are_refused(name: str) -> None:
         load_config(None, [f"name='{name}'"])
 
 
+def test_no_run_is_named_as_the_folder_of_prepared_text() -> None:
+    with pytest.raises(UserError, match="name: must not be data, the folder of prepared text"):
+        load_config(None, ["name=data"])
+
+
 def test_a_name_is_measured_in_bytes() -> None:
     assert load_config(None, [f"name={NAME * 22}"]).name
     with pytest.raises(UserError, match="name: has 201 bytes, more than 200"):

@@ -28,6 +28,8 @@ from gptray.data.tokenizer_files import (
     tokenizer_sha256,
 )
 from gptray.data.tokens import FORMAT_VERSION
+from gptray.files import expanded
+from gptray.names import PREPARED
 
 # Up to this size the text itself is the identity, so that a copy or a touched file is no other
 # source; beyond, path, size and time of change stand for it.
@@ -174,7 +176,7 @@ def _request(
         split=split,
         fraction=fraction,
         seed=config.seed if data.seed is None else data.seed,
-        root=Path(config.storage_path).expanduser().absolute() / "data",
+        root=expanded(config.storage_path).absolute() / PREPARED,
         eos_token=data.eos_token,
         warnings=tuple(warnings),
     )

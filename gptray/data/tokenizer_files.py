@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from gptray.config import UserError
 from gptray.data.sources import hint
 from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
+from gptray.files import expanded
 from gptray.hub import NotOnHub, download_model, first_line
 from gptray.stored import Unreadable, read_object
 from gptray.suggest import did_you_mean, nearest
@@ -51,7 +52,7 @@ def tokenizer_path(source: str) -> Path | None:
     A path to tokenizer.json is its folder; to another .json file, that file alone. None: no path,
     so a hub id. Raises UserError for a path that does not exist or holds no tokenizer.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         if path.name == "tokenizer.json":
             return path.parent

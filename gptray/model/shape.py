@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptray.config import ModelConfig, UserError
-from gptray.hub import download_model
+from gptray.files import expanded
+from gptray.hub import NotOnHub, download_model
 from gptray.stored import Unreadable, is_whole, read_object
 
 # A network that GPT-2's classes would load and compute differently says so by its model_type.
@@ -52,16 +53,16 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     """The local folder with config.json for a model folder, a run folder or a Hugging Face hub id.
 
     A hub id is downloaded: config.json, and with `weights` the safetensors and tokenizer files.
-    Raises UserError if there is no such model.
+    Raises NotOnHub for what is no folder and not there; UserError for a folder without a model.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate
     if folder.exists():
         raise UserError(f"{folder}: no config.json in it or in its model/, so this is no model")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(source)):
-        raise UserError(f"{folder}: no such folder")
+        raise NotOnHub(f"{folder}: no such folder", "")
     return _download(str(source), weights=weights)
 
 

@@ -29,6 +29,8 @@ def check_address(address: str) -> None:
     host, _, port = place.removeprefix("ray://").rpartition(":")
     if not host and place.startswith("ray://"):
         host, port = port, str(_CLIENT_PORT)
+    if not host or not port.isdecimal():
+        raise UserError(f"RAY_ADDRESS={address}: is not HOST:PORT, such as 127.0.0.1:6379, or auto")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT_S) as connection:
             _speak(connection)

@@ -6,9 +6,9 @@ import json
 import os
 import shlex
 import socket
-from pathlib import Path
 
 from gptray.config import ComputeConfig, Config, UserError
+from gptray.files import expanded
 from gptray.model.example import FALLBACK
 from gptray.model.shape import read_shape
 from gptray.runners.cluster import check_resources
@@ -109,7 +109,7 @@ def replicas_compute(config: Config) -> ComputeConfig:
 def user_config(config: Config) -> dict[str, str]:
     """What a replica serves: all that changes when another model takes over the address."""
     _, source = find_model(config, config.serve.model, key="serve.model")
-    folder = Path(source).expanduser().absolute()
+    folder = expanded(source).absolute()
     return {
         "model": str(folder) if folder.exists() else source,
         "served_model_name": config.serve.served_model_name or name_of(source),
@@ -118,7 +118,7 @@ def user_config(config: Config) -> dict[str, str]:
 
 def name_of(source: str) -> str:
     """What a model is called after where it is: its run, its folder, its name on the hub."""
-    path = Path(source).expanduser().absolute()
+    path = expanded(source).absolute()
     return path.parent.name if path.name == "model" else path.name
 
 

@@ -14,17 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptray.commands import typed
 from gptray.config import Config, RunFailed, UserError, load_saved
 from gptray.evaluation.diagnosis import Diagnosis, diagnose
 from gptray.evaluation.result import EVALUATION, load_evaluation
+from gptray.names import PREPARED
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.runners.models import CONFIG, has_model, storage_of
 from gptray.runners.next_steps import of_model
+from gptray.runners.resuming import command
 from gptray.runners.runs import LOCK
 from gptray.tuning.record import TRIALS, Trial, load_trials, trial_dir, winner_dir
-
-PREPARED = "data"
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,15 @@ def _run(folder: Path) -> dict[str, Any]:
     config, diagnosis, rows = _diagnosed(folder)
     state = _state(folder, diagnosis)
     best = min((row for row in rows if "val_loss" in row), key=_val_loss, default=None)
-    resumes = typed("train", "--config", str(folder / CONFIG))
+    resumes = command("train", config, folder)
     follows = resumes
     if state == "training":
         follows = ""
     elif diagnosis.ended in ("max_steps", "patience") and has_model(folder):
         follows = of_model(folder)[0]
         if diagnosis.verdict == "falling":
-            follows = f"{resumes} train.max_steps={2 * config.train.max_steps}"
+            longer = f"train.max_steps={2 * config.train.max_steps}"
+            follows = command("train", config, folder, longer)
     return {
         "state": state,
         "verdict": verdict(diagnosis),
@@ -133,7 +133,7 @@ def _run(folder: Path) -> dict[str, Any]:
 def _sweep(folder: Path) -> dict[str, Any]:
     trials, winner = load_trials(folder), winner_dir(folder)
     ended = sum(trial.outcome is not None for trial in trials)
-    facts: dict[str, Any] = {"next": typed("tune", "--config", str(folder / CONFIG))}
+    facts: dict[str, Any] = {"next": command("tune", load_saved(folder / CONFIG), folder)}
     if _is_held(folder):
         facts |= {"state": f"running, {ended} of {len(trials)} trials", "next": ""}
     elif winner is None:

@@ -6,13 +6,14 @@ import hashlib
 import logging
 import os
 import shlex
+import unicodedata
 from functools import cache
 from pathlib import Path
 
 from gptray.commands import typed
 from gptray.config import Config, UserError
 from gptray.data.tokenizer_files import KINDS, tokenizer_files
-from gptray.files import sha256_of
+from gptray.files import expanded, sha256_of
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape, weight_files
@@ -62,7 +63,7 @@ def locate(config: Config, source: str, *, key: str) -> str:
     """
     if _is_path(source):
         return source
-    here, run = Path(source), storage_of(config) / source
+    here, run = Path(source), _run_named(config, source)
     if not (run / CONFIG).is_file() and not has_model(run):
         return source
     if has_model(here) and here.resolve() != run.resolve():
@@ -98,18 +99,23 @@ def own_run(config: Config, *, key: str) -> Path:
 
 def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
     """The error for a name that is neither a run nor a folder and, for `reason`, not on the hub."""
+    why = f", and {reason}" if reason else ""
     if _is_path(source):
-        return UserError(f"{key}={source}: no such folder, and {reason}")
+        return UserError(f"{key}={source}: no such folder{why}")
     storage = storage_of(config)
     return UserError(
-        f"{key}={source}: neither a run in {storage} nor a folder here, and "
-        f"{reason}{_near(storage, source)}"
+        f"{key}={source}: neither a run in {storage} nor a folder here{why}{_near(storage, source)}"
     )
 
 
 def storage_of(config: Config) -> Path:
     """The folder of all runs."""
-    return Path(config.storage_path).expanduser().absolute()
+    return expanded(config.storage_path).absolute()
+
+
+def _run_named(config: Config, name: str) -> Path:
+    """The folder that a run of this name has; names are stored composed, see `checked_name`."""
+    return storage_of(config) / unicodedata.normalize("NFC", name)
 
 
 def has_model(folder: Path) -> bool:
@@ -124,7 +130,7 @@ def _is_path(source: str) -> bool:
 def _near(storage: Path, name: str) -> str:
     """A suggestion of the run with the nearest name, if one is near."""
     runs = {run.parent.name.lower(): run.parent.name for run in storage.glob(f"*/{CONFIG}")}
-    close = nearest(name.lower(), runs)
+    close = nearest(unicodedata.normalize("NFC", name).lower(), runs)
     return did_you_mean([runs[close]] if close else [])
 
 
@@ -151,7 +157,7 @@ def with_tokenizer(config: Config) -> Config:
     named = config.data.tokenizer
     if named is None or named in KINDS or _is_path(named) or Path(named).exists():
         return config
-    run = storage_of(config) / named
+    run = _run_named(config, named)
     if not has_model(run):
         return config
     data = config.data.model_copy(update={"tokenizer": str(run)})

@@ -19,7 +19,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
 from gptray.data.prompts import InputScan, check_input, scan, staged
 from gptray.data.sources import SourceFile, find_files
-from gptray.files import no_empty_folders, storing
+from gptray.files import expanded, no_empty_folders, storing
 from gptray.generation.build import library, pick_backend
 from gptray.runners.models import find_model
 from gptray.runners.output_plan import (
@@ -27,7 +27,7 @@ from gptray.runners.output_plan import (
     PLAN,
     SUCCESS,
     busy,
-    check_writable,
+    check_place,
     existing_plan,
     job_identity,
     new_plan,
@@ -87,7 +87,7 @@ def check_job(config: Config) -> Job:
         config = with_backend(config)
     except UserError as error:
         problems.append(str(error))
-    folder = Path(os.path.abspath(os.path.expanduser(settings.output_path or "")))
+    folder = Path(os.path.abspath(expanded(settings.output_path or "")))
     given = settings.input_path or []
     if settings.output_path and "://" not in settings.output_path:
         problem = overlap(folder, [given] if isinstance(given, str) else given, files)
@@ -272,13 +272,13 @@ def check_output(job: Job) -> InputScan:
     Raises UserError.
     """
     _plan_there(job)
-    check_writable(job.folder)
     return _scan(job)
 
 
 def _plan_there(job: Job) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """The plan in the folder, if there is one of the same job, and the job's identity."""
     plan = existing_plan(job.folder)
+    check_place(job.folder)
     identity = job_identity(job.config, job.model_dir, job.files)
     if plan is not None:
         refuse_differences(job.folder, plan["identity"], identity)

@@ -21,7 +21,7 @@ from gptray.data.encoding import codec_of
 from gptray.data.parts import SCRATCH, part_name
 from gptray.data.sources import SourceFile, file_sha256
 from gptray.data.tokenizer_files import tokenizer_files
-from gptray.files import refuse_links, replacing, sha256_of, storing
+from gptray.files import check_writable, refuse_links, replacing, sha256_of, storing
 from gptray.runners.runs import LOCK
 from gptray.stored import read_object
 
@@ -129,13 +129,9 @@ def overlap(folder: Path, entries: Sequence[str], files: Sequence[SourceFile]) -
     return None
 
 
-def check_writable(folder: Path) -> None:
+def check_place(folder: Path) -> None:
     """Raise UserError if a folder cannot be made or written, or another job writes there now."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"generate.output_path: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"generate.output_path: {there} cannot be written")
+    check_writable(folder, key="generate.output_path")
     lock = folder / SCRATCH / LOCK
     if lock.is_file():
         with lock.open("rb") as file:

@@ -19,6 +19,7 @@ from gptray.fields import shown
 from gptray.files import refuse_links, replacing, storing
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.runners.models import CONFIG
+from gptray.runners.places import SOURCES, TOKENIZER, is_same_place, with_whole_paths, words_for
 from gptray.runners.runs import FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir
 from gptray.training.checkpoint import (
     WRITER_LOCK,
@@ -70,6 +71,9 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
         check_not_lost(folder)
     before, now = flatten(load_config(str(folder / CONFIG), [])), flatten(config)
     changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+    for key in {*SOURCES, TOKENIZER}.intersection(changed):
+        if is_same_place(*changed[key]):
+            del changed[key]
     free, extends = (SWEEP_FREE_KEYS, MORE) if sweep else (FREE_KEYS, LONGER)
     differing = [
         f"  {key}: {old!r} there, {new!r} now"
@@ -172,12 +176,13 @@ def check_records(folder: Path, state: TrainerState | None, *, log_interval: int
 def save_config(config: Config, folder: Path) -> None:
     """Write config.yaml of a new run, or of one in which keys have changed; whole or not at all.
 
-    The one before is kept beside it as config.1.yaml, config.2.yaml and so on.
+    Paths are written whole, so that the run resumes from any folder. The config before is kept
+    beside it as config.1.yaml, config.2.yaml and so on.
 
     Raises:
         RunFailed: the disk is full or cannot be written.
     """
-    path, text = folder / CONFIG, dump(config)
+    path, text = folder / CONFIG, dump(with_whole_paths(config))
     with storing(path):
         if path.exists():
             if not _extends(config, load_config(str(path), [])):
@@ -221,7 +226,7 @@ def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> st
 
 def command(job: str, config: Config, folder: Path, *words: str) -> str:
     """What to type to go on with the run or sweep in a folder, with these keys changed."""
-    words = ("--config", str(folder / CONFIG), *words)
+    words = ("--config", str(folder / CONFIG), *words_for(folder), *words)
     if config.train.resume == "never":
         words = (*words, "train.resume=auto")
     return typed(job, *words)

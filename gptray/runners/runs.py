@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
-from gptray.files import no_empty_folders, open_lock, storing
+from gptray.files import expanded, no_empty_folders, open_lock, storing
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
@@ -59,9 +59,7 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
             "node sees, such as an NFS mount"
         )
     config = with_tokenizer(config)
-    values: dict[str, Any] = {
-        "storage_path": os.path.abspath(os.path.expanduser(config.storage_path))
-    }
+    values: dict[str, Any] = {"storage_path": os.path.abspath(expanded(config.storage_path))}
     if config.model.init_from:
         values |= _shape_of(config, config.model.init_from)
     elif config.data.tokenizer is None:
@@ -160,7 +158,7 @@ def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
         shape = read_shape(init_from)
     except NotOnHub as error:
         raise unknown(config, init_from, error.reason, key="model.init_from") from None
-    if Path(init_from).expanduser().exists():
+    if expanded(init_from).exists():
         check_weights(model_folder(init_from), shape)
     if config.model.resize_vocab:
         del shape["vocab_size"]  # null: the tokenizer's, whichever that is
@@ -174,7 +172,7 @@ def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
         raise UserError("; ".join(wrong))
     keys = {key: value for key, value in shape.items() if key != "dropout" or key not in given}
     values: dict[str, Any] = {f"model.{key}": value for key, value in keys.items()}
-    if Path(init_from).expanduser().exists():
+    if expanded(init_from).exists():
         values["model.init_from"] = str(model_folder(init_from).resolve())
     if config.data.tokenizer is None:
         values["data.tokenizer"] = values.get("model.init_from", init_from)

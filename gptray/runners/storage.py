@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from gptray.config import Config, UserError
-from gptray.files import check_writable
+from gptray.files import check_writable, expanded
 
 
 def check_storage(config: Config) -> None:
@@ -16,7 +16,7 @@ def check_storage(config: Config) -> None:
     Raises:
         UserError: names storage_path, and the source that reads what is there.
     """
-    storage = Path(os.path.abspath(os.path.expanduser(config.storage_path)))
+    storage = Path(os.path.abspath(expanded(config.storage_path)))
     folder = storage / config.name if config.name else storage
     for key, sources in (
         ("data.source", config.data.source),

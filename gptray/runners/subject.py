@@ -21,6 +21,7 @@ from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
 from gptray.evaluation.result import EVALUATION
+from gptray.files import expanded
 from gptray.model.shape import read_shape
 from gptray.names import label_of
 from gptray.runners.cluster import check_resources
@@ -32,6 +33,7 @@ from gptray.runners.models import (
     weights_sha256,
     with_tokenizer,
 )
+from gptray.runners.places import with_whole_paths
 from gptray.runners.prepare import check_sources, prepare, prepared
 from gptray.runners.runs import resolve, run_dir
 from gptray.runners.storage import check_storage
@@ -111,7 +113,7 @@ def look(config: Config) -> Subject:
     """Find the model and the text. Raises UserError naming the key or the file."""
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
-    config = with_tokenizer(config)
+    config = with_whole_paths(with_tokenizer(config))
     if "://" in config.storage_path:
         raise UserError(
             f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
@@ -119,7 +121,7 @@ def look(config: Config) -> Subject:
         )
     model_dir = _trained(find_model(config, _source(config), key="evaluate.model")[0].resolve())
     run = _run_of(model_dir)
-    trained = load_config(str(run / "config.yaml"), []) if run else None
+    trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
     text = _text(config, trained, run, model_dir)
     subject = Subject(
@@ -221,7 +223,7 @@ def _data_keys(flat: dict[str, Any]) -> dict[str, Any]:
 
 def _folder(config: Config, model_dir: Path, run: Path | None) -> Path:
     """Where to keep the results of a model that is no run's best one: a folder of its own."""
-    storage = Path(os.path.abspath(os.path.expanduser(config.storage_path)))
+    storage = Path(os.path.abspath(expanded(config.storage_path)))
     folder = storage / (config.name or _name(config, model_dir, run))
     visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     if visible and ((folder / "config.yaml").exists() or not (folder / EVALUATION).exists()):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from gptray.config import Config, UserError
 from gptray.data.request import tokenizer_name
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS, opens_at_once, tokenizer_files, tokenizer_path
 from gptray.data.vocabulary import differing_ids
+from gptray.files import expanded
 from gptray.model.shape import read_shape
 
 _CURE = (
@@ -27,7 +26,7 @@ def check_vocabulary(config: Config) -> None:
     if source is None:
         return
     name = tokenizer_name(config)
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     has_own = not folder.is_dir() or bool(tokenizer_files(folder))
     if config.model.resize_vocab:
         if not has_own:

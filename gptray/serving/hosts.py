@@ -26,7 +26,7 @@ class Hosts:
             names = ["*"]
         machine = socket.gethostname()
         own = ["localhost", "*.localhost", host, machine, f"{machine}.local"]
-        names = [name.lower().rstrip(".") for name in [*own, *names]]
+        names = [_as_sent(name.lower().rstrip(".")) for name in [*own, *names]]
         self._any = "*" in names
         self._names = frozenset(name for name in names if not name.startswith("*."))
         self._below = tuple(name[1:] for name in names if name.startswith("*."))
@@ -37,6 +37,14 @@ class Hosts:
         if self._any or not name or _is_address(name):
             return True
         return name in self._names or name.endswith(self._below)
+
+
+def _as_sent(name: str) -> str:
+    """A name as clients send it: letters beyond ASCII have a form of their own there (IDNA)."""
+    try:
+        return name.encode("idna").decode()
+    except UnicodeError:
+        return name
 
 
 def _without_port(header: str) -> str:

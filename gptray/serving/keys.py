@@ -9,9 +9,9 @@ import os
 import stat
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from gptray.config import UserError
+from gptray.files import expanded
 
 log = logging.getLogger("gptray")
 
@@ -24,7 +24,7 @@ def read_keys(path: str) -> list[str]:
 
     Raises UserError if the file has no key, or a line that no client could send.
     """
-    place, file = f"serve.api_key_file={path}", Path(path).expanduser()
+    place, file = f"serve.api_key_file={path}", expanded(path)
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
         is_open = file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
@@ -82,7 +82,7 @@ class Keys:
 def _state(path: str) -> tuple[int, ...] | None:
     """Changes whenever the file is replaced or written; None if it does not exist."""
     try:
-        found = os.stat(Path(path).expanduser())
+        found = os.stat(expanded(path))
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -132,6 +132,24 @@ def test_a_damaged_library_is_built_again_and_told(
 
 
 @needs_native
+def test_a_folder_in_the_librarys_place_is_replaced(kept: Path) -> None:
+    kept.unlink()
+    (kept / "file").mkdir(parents=True)
+    assert library() == kept and kept.is_file()
+
+
+@needs_native
+def test_a_relative_cache_folder_counts_for_nothing(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".cache").symlink_to(tmp_path / "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.chdir(tmp_path)
+    assert library() == tmp_path / ".cache" / "gptray" / kept.name
+
+
+@needs_native
 def test_a_library_that_others_can_write_is_not_taken(kept: Path) -> None:
     name = kept.stem.rpartition("-")[0]
     for mode, found in ((0o666, None), (0o664, None), (0o644, kept)):

@@ -28,10 +28,15 @@ def test_an_address_where_nothing_listens_is_one_sentence(closed_port: int, form
     assert str(told.value).startswith(f"RAY_ADDRESS={address}: ") and "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("address", ["somewhere", "127.0.0.1:many", ":", "127.0.0.1:99999999999"])
+@pytest.mark.parametrize("address", ["somewhere", "127.0.0.1:many", ":", ":6379", "ray://"])
 def test_what_is_no_address_is_told_too(address: str) -> None:
-    with pytest.raises(UserError, match="no Ray answers there"):
+    with pytest.raises(UserError, match="is not HOST:PORT, such as 127.0.0.1:6379"):
         check_address(address)
+
+
+def test_a_port_beyond_all_ports_has_no_ray() -> None:
+    with pytest.raises(UserError, match="no Ray answers there"):
+        check_address("127.0.0.1:99999999999")
 
 
 def test_a_dashboards_address_says_what_it_is_for() -> None:

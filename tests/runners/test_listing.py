@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gptray.config import load_config
+from gptray.config import Config, dump, load_config, override
 from gptray.runners.listing import Listed, listed
 from gptray.runners.runs import held
 from tests.evaluation.curves import config_of, evaluated, rows_of, started, write_run
@@ -27,7 +27,9 @@ END = {"event": "end", "time": 90.0, "stopped": "max_steps"}
 def made(folder: Path, losses: list[float], *events: dict[str, Any], model: bool = True) -> Path:
     folder.mkdir(parents=True)
     rows = rows_of(losses)
-    write_run(folder, rows, [started(), *events], config_of(rows, "train.patience=5"))
+    config = config_of(rows, "train.patience=5")
+    write_run(folder, rows, [started(), *events], config)
+    write_config(folder, config)
     if model:
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text("{}")
@@ -70,10 +72,9 @@ def test_each_run_has_its_state_verdict_losses_and_next_command(tmp_path: Path) 
     load_config(words["cut"][-1], [])
 
 
-def write_config(folder: Path, config: Any) -> None:
-    from gptray.config import dump
-
-    (folder / "config.yaml").write_text(dump(config))
+def write_config(folder: Path, config: Config) -> None:
+    own = {"name": folder.name, "storage_path": str(folder.parent)}
+    (folder / "config.yaml").write_text(dump(override(config, own)))
 
 
 def test_a_run_that_a_driver_holds_is_training(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,34 @@ def test_a_name_that_is_nobodys_gets_the_nearest_runs(storage: Path, key: str) -
         resolve(config_of(storage, "model.init_from=ko-p"))
     with pytest.raises(UserError, match=r"^name=ko-p: .*; did you mean ko-q\?$"):
         find_model(config_of(storage, "name=ko-p"), None, key=key)
+
+
+def test_names_of_any_script_are_found_and_corrected(storage: Path) -> None:
+    run = (storage / "ko-q").rename(storage / "\ud55c\uad6d\uc5b4")
+    assert found(storage, unicodedata.normalize("NFD", run.name)) == run / "model"
+    with pytest.raises(UserError) as told:
+        found(storage, "\ud55c\uad6d")
+    assert str(told.value) == (
+        f"generate.model=\ud55c\uad6d: neither a run in {storage} nor a folder here; "
+        f"did you mean {run.name}?"
+    )
+    with pytest.raises(UserError, match=r"^generate.model=./ko: no such folder$"):
+        found(storage, "./ko")
+
+
+@pytest.mark.parametrize(
+    "key", ["generate.model", "model.init_from", "data.tokenizer", "storage_path"]
+)
+def test_a_home_that_nobody_has_is_one_sentence(storage: Path, key: str) -> None:
+    place = "~nobody-of-this-name/x"
+    told = f"{place}: no home folder is known for ~nobody-of-this-name"
+    with pytest.raises(UserError, match=told):
+        if key == "generate.model":
+            found(storage, place)
+        elif key == "data.tokenizer":
+            preparation_plan(config_of(storage, f"{key}={place}"))
+        else:
+            resolve(load_config(None, [f"{key}={place}"]))
 
 
 def test_a_run_without_a_model_says_what_trains_it(storage: Path) -> None:

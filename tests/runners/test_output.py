@@ -165,3 +165,24 @@ def test_what_reads_a_parquet_folder_reads_the_output_and_no_file_beside_it(
             (out / ".part-00001.parquet.ab12.partial").write_bytes(b"PAR1")
         assert parquet.read_table(out).column_names == names
         assert list(pandas.read_parquet(out).columns) == names
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("link", "link is not a folder"),
+        ("file/out", "file is not a folder"),
+        ("/proc/out", "/proc/out cannot be written"),
+        ("~nobody-of-this-name/out", "no home folder is known"),
+    ],
+)
+def test_a_place_that_takes_no_output_is_refused(
+    model_dir: Path, tmp_path: Path, place: str, told: str
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    out = Path(place) if place.startswith("~") else tmp_path / place
+    for check in (generate, generation_plan):
+        with pytest.raises(UserError, match=told):
+            check(config_of(model_dir, tmp_path / "p.jsonl", out))

@@ -87,6 +87,8 @@ def test_large_bodies_on_their_way_are_limited_and_small_ones_pass() -> None:
         ("127.0.0.1", ["*.example.com", "b.org"], "example.com", False),
         ("127.0.0.1", ["*.example.com", "b.org"], "evilexample.com", False),
         ("127.0.0.1", "*", "evil.example", True),
+        ("127.0.0.1", "api.\uc608\uc2dc.kr", "api.xn--vv4b11d.kr:443", True),
+        ("127.0.0.1", "*.\uc608\uc2dc.kr", "api.xn--vv4b11d.kr", True),
     ],
 )
 def test_a_host_is_the_endpoints_own_or_an_allowed_one(

@@ -109,6 +109,7 @@ def raw(server: Server, body: bytes, **headers: str) -> httpx.Response:
         (b'{"prompt": "x", "suffix": "y"}', "suffix is not supported"),
         (b'{"prompt": "x", "temprature": 1}', "did you mean temperature?"),
         (b'{"prompt": "x", "stream_options": {"include_use": 1}}', "did you mean include_usage?"),
+        (b'{"prompt": "x", "stream_options": []}', "stream_options expects an object or null"),
     ],
 )
 def test_a_wrong_request_is_told_what_is_wrong(server: Server, body: bytes, message: str) -> None:
