@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import re
+
 from gptray.data.tokens import TokenData
 
 # The most words and characters of a prompt, and tokens to take them from.
 WORDS, CHARACTERS, TOKENS = 4, 24, 256
+# Where a line begins with a word, not with the mark of a list, a table or code.
+_WORD = re.compile(r"^[^\W\d_]{2}", re.MULTILINE)
 
 
 def first_words(data: TokenData) -> list[str]:
     """Prompts from text that the model does not train on: how two validation documents begin.
 
-    If there is only one, which the split may have cut anywhere: how one of its lines begins.
+    If there is only one, which the split may have cut anywhere: how one of its lines begins, if
+    possible with a word.
     """
     middle = len(data.val) // 2
     ends = (data.val.slice(middle, min(len(data.val), middle + 50_000)) == data.eos_id).nonzero()[0]
     after = middle + int(ends[0]) + 1 if len(ends) else len(data.val)
     begins = [_text(data, begin) for begin in (0, after) if begin < len(data.val)]
     if len(begins) == 1:
-        begins = [begins[0].partition("\n")[2].lstrip() or begins[0]]
+        lines = begins[0].partition("\n")[2].lstrip() or begins[0]
+        word = _WORD.search(lines)
+        begins = [lines[word.start() :] if word else lines]
     return [_few_words(text) for text in begins if text]
 
 

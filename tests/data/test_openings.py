@@ -1,0 +1,28 @@
+"""Prompts that come from the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptray.data.openings import first_words
+from gptray.data.tokenizer import char_tokenizer
+from tests.data.prepared import prepared_here
+
+
+@pytest.mark.parametrize(
+    ("val", "prompt"),
+    [
+        ("cut off\n| --- |\n* x\nThe tree stands here.\n", "The tree stands"),
+        ("잘린 줄\n- 첫째\n나무가 저기 서 있다\n", "나무가 저기 서"),
+        ("| a |\n| b |\n", "| b"),
+        ("only one line", "only one"),
+    ],
+)
+def test_prompt_of_a_single_document_begins_with_a_word(
+    tmp_path: Path, val: str, prompt: str
+) -> None:
+    data = prepared_here(tmp_path, char_tokenizer(val), train=val, val=val)
+    (found,) = first_words(data)
+    assert found == prompt
