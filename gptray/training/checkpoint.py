@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,8 @@ def save_checkpoint(
             os.rename(draft, final)
             sync(run_dir)
     except CannotWrite:
-        shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            remove(draft)
         raise
     return final
 
