@@ -102,7 +102,9 @@ def test_optuna_suggests_what_goes_together_and_learns_on(
     def finish(name: str, suggestions: Suggestions, record: Record) -> None:
         run = trial_dir(tmp_path, name)
         run.mkdir(parents=True)
-        (run / METRICS).write_text(json.dumps({"step": 10, "val_bpb": 2.0}) + "\n")
+        (run / METRICS).write_text(
+            json.dumps({"step": 10, "train_loss": 1.0, "val_bpb": 2.0}) + "\n"
+        )
         record.ended(name, "finished", step=10)
         suggestions.over(name)
 

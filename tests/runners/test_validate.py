@@ -80,7 +80,8 @@ def test_run_is_not_finished_before_its_last_score(text_file: Path, tmp_path: Pa
     beside = tiny_config(text_file, tmp_path, *BESIDE)
     path = tmp_path / "metrics.jsonl"
     for last, is_over in (({"step": 20}, False), ({"step": 20, "val_loss": 2.0}, True)):
-        path.write_text("".join(json.dumps(row) + "\n" for row in ({"step": 15}, last)))
+        rows = [{**row, "train_loss": 1.0} for row in ({"step": 15}, last)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert is_finished(beside, tmp_path, state) is is_over
         assert is_finished(tiny_config(text_file, tmp_path), tmp_path, state)
 
