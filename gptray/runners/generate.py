@@ -14,7 +14,7 @@ import shlex
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +47,7 @@ def generate(config: Config) -> dict[str, Any]:
     """
     job = check_job(config)
     check_resources(_compute(config))
-    built = with_built_backend(config, job.config)
-    if built.generate.backend != job.config.generate.backend:
-        job = check_job(built)
+    job = replace(job, config=with_built_backend(config, job.config))
     with _resumable(job.folder), Output.opened(job) as output:
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}

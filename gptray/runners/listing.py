@@ -107,8 +107,10 @@ def _size(folder: Path) -> tuple[int, float]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    config, diagnosis, rows = _diagnosed(folder)
-    state = _state(folder, diagnosis)
+    config = load_saved(folder / CONFIG)
+    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    diagnosis = diagnose(rows, config, events)
+    state = _state(folder, diagnosis, events)
     best = min((row for row in rows if "val_loss" in row), key=_val_loss, default=None)
     resumes = command("train", config, folder)
     follows = resumes
@@ -180,18 +182,11 @@ _READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def _diagnosed(folder: Path) -> tuple[Config, Diagnosis, Sequence[Mapping[str, Any]]]:
-    config = load_saved(folder / CONFIG)
-    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
-    return config, diagnose(rows, config, events), rows
-
-
-def _state(folder: Path, diagnosis: Diagnosis) -> str:
+def _state(folder: Path, diagnosis: Diagnosis, events: Sequence[Mapping[str, Any]]) -> str:
     if _is_held(folder):
         return "training"
     if diagnosis.ended is None:
-        last = read_rows(folder / EVENTS)[-1:]
-        failed = bool(last) and last[0]["event"] == "failure"
+        failed = bool(events) and events[-1]["event"] == "failure"
         return f"{'failed' if failed else 'interrupted'} at step {diagnosis.last_step:,}"
     return {"max_steps": "finished", "patience": "early stopped", "non_finite": "failed"}[
         diagnosis.ended
