@@ -134,6 +134,7 @@ class Output:
         self.samples: int = plan["num_samples"]
         self.rows_per_file: int = plan["rows_per_file"] * self.samples
         self._plan = plan
+        self._sha256: dict[str, str] = {}  # of the parts that were there at the start
 
     @classmethod
     @contextmanager
@@ -190,7 +191,7 @@ class Output:
                     f"generate.output_path: {path} was not written by this job, but readers of the "
                     "folder would read it too; remove it, or choose another folder"
                 )
-            part_sha256(path)
+            self._sha256[path.name] = part_sha256(path)
 
     def _is_staged(self, part: int) -> bool:
         """Whether the staged input of a part is there and intact."""
@@ -221,7 +222,7 @@ class Output:
         files = {}
         for part in range(self.parts):
             path = self.folder / part_name(part)
-            digest = part_sha256(path)
+            digest = self._sha256.get(path.name) or part_sha256(path)
             table = _counts(path)
             if table.num_rows != self.rows_of(part):
                 raise RunFailed(f"{path} has {table.num_rows} rows, not {self.rows_of(part)}")
