@@ -1,12 +1,14 @@
-"""A tiny model's folder, for the jobs that use one."""
+"""What tests of jobs share: a tiny model's folder, and an end for a test that hangs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gptray.model.hf import save_pretrained
+from tests.damage import deadline
 from tests.generation.models import random_gpt, small_tokenizer
 
 
@@ -17,3 +19,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pretrained(random_gpt(tokenizer), folder, eos_token_id=tokenizer.eos_id)
     tokenizer.save(folder)
     return folder
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    with deadline():
+        yield

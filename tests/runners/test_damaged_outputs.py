@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from tests.damage import (
     Damage,
     assert_a_sentence,
     cut,
-    deadline,
     fields,
     flipped,
     folder_at,
@@ -37,15 +36,11 @@ from tests.damage import (
 )
 from tests.runners.generating import config_of
 
+pytestmark = pytest.mark.usefixtures("in_time")
+
 ROWS, PLAN, PARTS = 25, ".gptray/plan.json", [part_name(number) for number in range(4)]
 FIRST = PARTS[0]
 Feed = Callable[[Output, int], None]
-
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    with deadline():
-        yield
 
 
 @pytest.fixture(scope="module")

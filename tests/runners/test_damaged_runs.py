@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from tests.damage import (
     Damage,
     assert_a_sentence,
     cut,
-    deadline,
     fields,
     file_at,
     flipped,
@@ -56,11 +55,7 @@ from tests.runners.interrupted import (
 )
 from tests.tiny import tiny_text
 
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    with deadline():
-        yield
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 @pytest.fixture(scope="module")

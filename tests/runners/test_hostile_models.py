@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from tests.damage import (
     Damage,
     assert_a_sentence,
     cut,
-    deadline,
     fields,
     folder_at,
     gone,
@@ -35,16 +33,12 @@ from tests.damage import (
     text,
 )
 
+pytestmark = pytest.mark.usefixtures("in_time")
+
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, SPECIAL = "tokenizer.json", "special_tokens_map.json"
 SETTINGS = "tokenizer_config.json"
 BIAS, WTE = "transformer.h.0.mlp.c_fc.bias", "transformer.wte.weight"
-
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    with deadline():
-        yield
 
 
 def written_by(folder: Path) -> str:
