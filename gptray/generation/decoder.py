@@ -13,18 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from gptray.generation.products import Product, product
-from gptray.generation.sampling import CHUNK, top_candidates
-from gptray.model.gpt import GPT, Attention, Block
+from gptray.generation.packed import PackedGPT
+from gptray.generation.sampling import Drawn, Row, draw, top_candidates
+from gptray.model.gpt import GPT
 
 # Keys are read up to a multiple of this: sums over them then group in the same way at any length.
 LENGTH_STEP = 32
+# What `Network.prompt_tokens` is on a CPU.
+PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Piece:
 class Network(Protocol):
     """What an engine needs of a decoder: the network, and memory for S sequences in slots."""
 
+    # A step begins no further piece after so many tokens of prompts, so that decoding never stalls.
+    prompt_tokens: int
+
     def step(
         self,
         decoding: Sequence[tuple[int, int]],
@@ -61,6 +65,9 @@ class Network(Protocol):
         position) of slots 0 .. D - 1. The step's keys and values are kept, and what lower slots
         hold; alone: what all other slots hold.
         """
+
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
+        """See `gptray.generation.sampling.draw`."""
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `gptray.generation.sampling.top_candidates`."""
@@ -131,22 +138,13 @@ class Decoder:
     quantize: "int8" for the weights of all linear layers and of the head.
     """
 
+    prompt_tokens = PROMPT_TOKENS
+
     def __init__(
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
-        self._dtype = dtype
-        self._vocab_size = model.valid_vocab_size
-        transformer = model.transformer
-        self._device = transformer.wte.weight.device
-        self._wte, self._wpe = transformer.wte.weight.detach(), transformer.wpe.weight.detach()
-        self._blocks = [
-            _block(cast(Block, block), model.config.residual, dtype, quantize)
-            for block in transformer.h
-        ]
-        self._ln_f = _norm(transformer.ln_f, dtype)
-        # A whole number of the sampler's chunks, so that it need not copy the logits.
-        head = F.pad(self._wte[: self._vocab_size], (0, 0, 0, -self._vocab_size % CHUNK))
-        self._head = product(head, None, dtype, quantize=quantize)
+        self._packed = PackedGPT(model, dtype, quantize=quantize)
+        self._device = self._packed.device
         self._cache = _Cache(model, slots, dtype=dtype, device=self._device)
 
     @torch.no_grad()
@@ -166,21 +164,20 @@ class Decoder:
             positions += range(piece.start, piece.start + len(piece.tokens))
             asked += range(len(tokens) - piece.logits, len(tokens))
         ids, place = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
-        x = (F.embedding(ids, self._wte) + F.embedding(place, self._wpe)).to(self._dtype)
         if alone:
             self._cache.grow(max(positions) + 1)
         else:
             self._cache.fit(max(positions) + 1, len(decoding) + len(pieces))
         plan = _AttentionPlan(
-            positions[: len(decoding)], pieces, self._cache.length, self._dtype, self._device
+            positions[: len(decoding)], pieces, self._cache.length, self._packed.dtype, self._device
         )
-        for block, layer in zip(self._blocks, self._cache.layers, strict=True):
-            attended = plan.attend(block.c_attn(block.ln_1(x)), *layer)
-            x = block.attn_proj(attended, x if block.residual else None)
-            x = block.mlp_proj(block.c_fc(block.ln_2(x)), x if block.residual else None)
-        logits = self._head(self._ln_f(x if len(asked) == len(x) else x[asked])).float()
-        logits[:, self._vocab_size :] = float("-inf")
-        return logits
+        layers = self._cache.layers
+        x = self._packed.hidden(ids, place, lambda layer, qkv: plan.attend(qkv, *layers[layer]))
+        return self._packed.logits(x if len(asked) == len(x) else x[asked])
+
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
+        """See `Network`."""
+        return draw(logits, rows)
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `Network`."""
@@ -236,17 +233,6 @@ class _AttentionPlan:
         return torch.bmm(weights.view(D * H, 1, -1), carried).view(D, H * E)
 
 
-@dataclass(frozen=True)
-class _Block:
-    ln_1: _Norm
-    c_attn: Product
-    attn_proj: Product
-    ln_2: _Norm
-    c_fc: Product
-    mlp_proj: Product
-    residual: bool
-
-
 def _attend_piece(qkv: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
     """Store a piece's keys and values, (H, length, E); attend causally. Returns (T, C)."""
     T, (H, _, E) = qkv.size(0), keys.shape
@@ -259,47 +245,3 @@ def _attend_piece(qkv: Tensor, keys: Tensor, values: Tensor, start: int) -> Tens
     scores[:, :, start:] += future
     weights = torch.softmax(scores, dim=-1)
     return torch.bmm(weights, values[:, :stop]).transpose(0, 1).reshape(T, H * E)
-
-
-@dataclass(frozen=True)
-class _Norm:
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.weight is None:
-            return x
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
-def _norm(module: nn.Module, dtype: torch.dtype) -> _Norm:
-    if isinstance(module, nn.Identity):
-        return _Norm(None, None, 0.0)
-    assert isinstance(module, nn.LayerNorm)
-    return _Norm(module.weight.detach().to(dtype), module.bias.detach().to(dtype), module.eps)
-
-
-def _block(block: Block, residual: bool, dtype: torch.dtype, quantize: str) -> _Block:
-    return _Block(
-        ln_1=_norm(block.ln_1, dtype),
-        c_attn=_scaled_attention_input(block.attn, dtype, quantize),
-        attn_proj=_product(block.attn.c_proj, dtype, quantize),
-        ln_2=_norm(block.ln_2, dtype),
-        c_fc=_product(block.mlp.c_fc, dtype, quantize, gelu=True),
-        mlp_proj=_product(block.mlp.c_proj, dtype, quantize),
-        residual=residual,
-    )
-
-
-def _product(layer: nn.Linear, dtype: torch.dtype, quantize: str, *, gelu: bool = False) -> Product:
-    return product(layer.weight.detach(), layer.bias.detach(), dtype, quantize=quantize, gelu=gelu)
-
-
-def _scaled_attention_input(attention: Attention, dtype: torch.dtype, quantize: str) -> Product:
-    """c_attn with the scores' 1 / sqrt(E) in the rows that make q."""
-    layer, C = attention.c_attn, attention.c_attn.in_features
-    scale = torch.ones(3 * C, 1, device=layer.weight.device)
-    scale[:C] = 1.0 / math.sqrt(C // attention.n_head)
-    weight, bias = layer.weight.detach() * scale, layer.bias.detach() * scale[:, 0]
-    return product(weight, bias, dtype, quantize=quantize)

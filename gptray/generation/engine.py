@@ -22,16 +22,12 @@ from gptray.generation.build import pick_backend
 from gptray.generation.decoder import Decoder, Network, Piece
 from gptray.generation.native import NativeDecoder
 from gptray.generation.request import ActiveSequence, Generation, Request
-from gptray.generation.sampling import draw
 from gptray.generation.settings import check_context
 from gptray.generation.utf8 import Utf8
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import pick_dtype
-
-# A step begins no further piece after so many tokens of prompts, so that decoding never stalls.
-PREFILL_TOKENS = 512
 
 
 class Engine:
@@ -135,7 +131,7 @@ class Engine:
         logits = self._take_prompts(logits, reading)
         rows = [sequence.row(self.n_positions) for sequence in self._decoding]
         try:
-            tokens = draw(logits, rows, self._network.top)
+            tokens = self._network.draw(logits, rows)
         except Exception as error:
             return self._end_guilty(error, [])
         for sequence, drawn in zip(self._decoding, tokens, strict=True):
@@ -156,7 +152,7 @@ class Engine:
         """
         taken: list[tuple[ActiveSequence, Piece]] = []
         slot, tokens = len(self._decoding), 0
-        while tokens < PREFILL_TOKENS and slot < self.max_batch_size:
+        while tokens < self._network.prompt_tokens and slot < self.max_batch_size:
             sequence = self._reading
             if sequence is None:
                 if not self._waiting:
@@ -226,7 +222,7 @@ class Engine:
         try:
             logits = self._network.step([], [piece], alone=True)
             if sequence is not None and not sequence.is_reading:
-                draw(logits[-1:], [sequence.row(self.n_positions)], self._network.top)
+                self._network.draw(logits[-1:], [sequence.row(self.n_positions)])
         except Exception as error:
             return error
         return None

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptray.generation.build import library
-from gptray.generation.decoder import Piece
+from gptray.generation.decoder import PROMPT_TOKENS, Piece
+from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.gpt import GPT, Attention, Block
 
 # Outputs that a product computes side by side; a whole number of the sampler's chunks.
@@ -109,6 +110,8 @@ class NativeDecoder:
         RunFailed: the native library cannot be built.
     """
 
+    prompt_tokens = PROMPT_TOKENS
+
     def __init__(
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
@@ -174,6 +177,10 @@ class NativeDecoder:
         threads = len(tokens) * self._weights.count // THREAD_WORK + 1
         self._library.step(self._model, self._cache, step, min(threads, torch.get_num_threads()))
         return logits
+
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
+        """See `gptray.generation.decoder.Network`."""
+        return draw(logits, rows, self.top)
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `gptray.generation.decoder.Network`."""

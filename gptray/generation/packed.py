@@ -1,0 +1,116 @@
+"""A GPT with its weights packed for generation, in the dtype that it computes in.
+
+Shapes: N tokens, C = n_embd, V the vocabulary, padded to a whole number of the sampler's chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptray.generation.products import Product, product
+from gptray.generation.sampling import CHUNK
+from gptray.model.gpt import GPT, Attention, Block
+
+# From a layer's number and its q, k, v, (N, 3C), to what it attended to, (N, C).
+Attend = Callable[[int, Tensor], Tensor]
+
+
+class PackedGPT:
+    """The network but for attention, which depends on where keys and values are kept.
+
+    quantize: "int8" for the weights of all linear layers and of the head.
+    """
+
+    def __init__(self, model: GPT, dtype: torch.dtype, *, quantize: str = "none") -> None:
+        transformer = model.transformer
+        self.vocab_size, self.dtype = model.valid_vocab_size, dtype
+        self._wte, self._wpe = transformer.wte.weight.detach(), transformer.wpe.weight.detach()
+        self._blocks = [
+            _block(cast(Block, block), model.config.residual, dtype, quantize)
+            for block in transformer.h
+        ]
+        self._ln_f = _norm(transformer.ln_f, dtype)
+        head = F.pad(self._wte[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
+        self._head = product(head, None, dtype, quantize=quantize)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._wte.device
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """What the last block gives for N tokens at their positions, (N, C)."""
+        x = (F.embedding(tokens, self._wte) + F.embedding(positions, self._wpe)).to(self.dtype)
+        for layer, block in enumerate(self._blocks):
+            attended = attend(layer, block.c_attn(block.ln_1(x)))
+            x = block.attn_proj(attended, x if block.residual else None)
+            x = block.mlp_proj(block.c_fc(block.ln_2(x)), x if block.residual else None)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (N, V) in fp32; -inf where V is padded."""
+        logits = self._head(self._ln_f(hidden)).float()
+        logits[:, self.vocab_size :] = float("-inf")
+        return logits
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return x
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class _Block:
+    ln_1: _Norm
+    c_attn: Product
+    attn_proj: Product
+    ln_2: _Norm
+    c_fc: Product
+    mlp_proj: Product
+    residual: bool
+
+
+def _norm(module: nn.Module, dtype: torch.dtype) -> _Norm:
+    if isinstance(module, nn.Identity):
+        return _Norm(None, None, 0.0)
+    assert isinstance(module, nn.LayerNorm)
+    return _Norm(module.weight.detach().to(dtype), module.bias.detach().to(dtype), module.eps)
+
+
+def _block(block: Block, residual: bool, dtype: torch.dtype, quantize: str) -> _Block:
+    return _Block(
+        ln_1=_norm(block.ln_1, dtype),
+        c_attn=_scaled_attention_input(block.attn, dtype, quantize),
+        attn_proj=_product(block.attn.c_proj, dtype, quantize),
+        ln_2=_norm(block.ln_2, dtype),
+        c_fc=_product(block.mlp.c_fc, dtype, quantize, gelu=True),
+        mlp_proj=_product(block.mlp.c_proj, dtype, quantize),
+        residual=residual,
+    )
+
+
+def _product(layer: nn.Linear, dtype: torch.dtype, quantize: str, *, gelu: bool = False) -> Product:
+    return product(layer.weight.detach(), layer.bias.detach(), dtype, quantize=quantize, gelu=gelu)
+
+
+def _scaled_attention_input(attention: Attention, dtype: torch.dtype, quantize: str) -> Product:
+    """c_attn with the scores' 1 / sqrt(E) in the rows that make q."""
+    layer, C = attention.c_attn, attention.c_attn.in_features
+    scale = torch.ones(3 * C, 1, device=layer.weight.device)
+    scale[:C] = 1.0 / math.sqrt(C // attention.n_head)
+    weight, bias = layer.weight.detach() * scale, layer.bias.detach() * scale[:, 0]
+    return product(weight, bias, dtype, quantize=quantize)
