@@ -18,12 +18,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gptray.generation.choosing import top_candidates
 from gptray.generation.packed import PackedGPT
-from gptray.generation.sampling import Drawn, Row, draw, top_candidates
+from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.gpt import GPT
 
 # Keys are read up to a multiple of this: sums over them then group in the same way at any length.
 LENGTH_STEP = 32
+# Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any load.
+PIECE_TOKENS = 128
 # What `Network.prompt_tokens` is on a CPU.
 PROMPT_TOKENS = 512
 
@@ -61,9 +64,9 @@ class Network(Protocol):
     ) -> Tensor:
         """Logits, fp32, after each decoding token and what each piece asks for, in this order.
 
-        (D + the pieces' `logits`, V); V is the vocabulary, padded with -inf. decoding: (token,
-        position) of slots 0 .. D - 1. The step's keys and values are kept, and what lower slots
-        hold; alone: what all other slots hold.
+        (D + the pieces' `logits`, V), valid until the next step; V is the vocabulary, padded with
+        -inf. decoding: (token, position) of slots 0 .. D - 1. The step's keys and values are kept,
+        and what lower slots hold; alone: what all other slots hold.
         """
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:

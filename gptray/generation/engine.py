@@ -9,8 +9,11 @@ ride along with decoding).
 
 from __future__ import annotations
 
+import logging
+import subprocess
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +21,10 @@ from torch import Tensor
 
 from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer
+from gptray.generation import gpu
 from gptray.generation.build import pick_backend
 from gptray.generation.decoder import Decoder, Network, Piece
+from gptray.generation.graphs import GraphDecoder
 from gptray.generation.native import NativeDecoder
 from gptray.generation.request import ActiveSequence, Generation, Request
 from gptray.generation.settings import check_context
@@ -29,13 +34,15 @@ from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import pick_dtype
 
+log = logging.getLogger("gptray")
+
 
 class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
-    dtype: what the network computes in. quantize: "none" or "int8" weights. backend: "native" where
-    `gptray.generation.build` finds that it can be had, else "torch". Memory: the cache takes up to
-    2 x n_layer x max_batch_size x n_positions x n_embd numbers of `dtype`.
+    dtype: what the network computes in. quantize: "none" or "int8" weights. backend: "native" for
+    `gptray.generation.native`, "graph" for `gptray.generation.graphs`, or "torch". Memory: the
+    cache takes up to 2 x n_layer x max_batch_size x n_positions x n_embd numbers of `dtype`.
     """
 
     def __init__(
@@ -51,8 +58,7 @@ class Engine:
         self.max_batch_size, self.n_positions = max_batch_size, model.config.n_positions
         self.vocab_size, self.eos_id = model.valid_vocab_size, tokenizer.eos_id
         self._tokenizer = tokenizer
-        decoder = NativeDecoder if backend == "native" else Decoder
-        self._network: Network = decoder(model, max_batch_size, dtype=dtype, quantize=quantize)
+        self._network = make_decoder(backend, model, max_batch_size, dtype, quantize)
         device = model.transformer.wte.weight.device
         utf8 = Utf8(tokenizer, self.vocab_size, device)
         self._utf8 = utf8 if utf8.is_needed else None
@@ -92,7 +98,9 @@ class Engine:
         """Queue a request. Raises ValueError as `check`."""
         self.check(request)
         generation = Generation(self.step, request)
-        self._waiting.append(ActiveSequence(generation, self._tokenizer, self._utf8))
+        self._waiting.append(
+            ActiveSequence(generation, self._tokenizer, self.n_positions, self._utf8)
+        )
         return generation
 
     def run(self, requests: Sequence[Request]) -> list[Generation]:
@@ -129,14 +137,14 @@ class Engine:
         except Exception as error:
             return self._end_guilty(error, reading)
         logits = self._take_prompts(logits, reading)
-        rows = [sequence.row(self.n_positions) for sequence in self._decoding]
+        rows = [sequence.row() for sequence in self._decoding]
         try:
             tokens = self._network.draw(logits, rows)
         except Exception as error:
             return self._end_guilty(error, [])
         for sequence, drawn in zip(self._decoding, tokens, strict=True):
             try:
-                sequence.take(drawn, self.n_positions)
+                sequence.take(drawn)
             except Exception as error:  # one text's fault is not its neighbours'
                 sequence.fail(f"{type(error).__name__}: {error}")
         touched = [sequence.generation for sequence in self._decoding]
@@ -222,7 +230,7 @@ class Engine:
         try:
             logits = self._network.step([], [piece], alone=True)
             if sequence is not None and not sequence.is_reading:
-                self._network.draw(logits[-1:], [sequence.row(self.n_positions)])
+                self._network.draw(logits[-1:], [sequence.row()])
         except Exception as error:
             return error
         return None
@@ -231,6 +239,9 @@ class Engine:
         """Take ended sequences out; those in the last slots move into the free ones."""
         if self._reading is not None and self._reading.ended:
             self._reading = None
+        if self._reading is None:
+            while self._decoding and self._decoding[-1].ended:
+                self._decoding.pop()
         slot = 0
         while slot < len(self._decoding):
             if not self._decoding[slot].ended:
@@ -244,6 +255,17 @@ class Engine:
                 self._network.move(len(self._decoding) + 1, len(self._decoding), self._reading.read)
 
 
+def make_decoder(
+    backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
+) -> Network:
+    """The decoder of a backend; see `Engine`."""
+    if backend == "graph":
+        assert quantize == "none"
+        return GraphDecoder(model, slots, dtype=dtype)
+    decoder = NativeDecoder if backend == "native" else Decoder
+    return decoder(model, slots, dtype=dtype, quantize=quantize)
+
+
 def load_engine(
     folder: str | Path,
     *,
@@ -255,8 +277,8 @@ def load_engine(
 ) -> tuple[Engine, Tokenizer]:
     """The engine of a model folder and its tokenizer.
 
-    precision auto | fp32 | bf16; backend auto | native | torch. Raises UserError naming what is
-    wrong with the folder, or why there is no such backend.
+    precision auto | fp32 | bf16; backend auto | native | torch: auto is the fastest for the device.
+    Raises UserError naming what is wrong with the folder, or why there is no such backend.
     """
     keep_freed_memory()
     model = load_pretrained(folder).eval().to(device)
@@ -267,15 +289,24 @@ def load_engine(
             f"{folder}: the tokenizer's end-of-text token {tokenizer.eos_token!r} has id "
             f"{tokenizer.eos_id}, but the model has {model.valid_vocab_size} tokens"
         )
-    engine = Engine(
+    make = partial(
+        Engine,
         model,
         tokenizer,
         max_batch_size=max_batch_size,
         dtype=pick_dtype(precision, device),
         quantize=quantize,
-        backend=pick_backend(backend, use_gpu=torch.device(device).type != "cpu"),
     )
-    return engine, tokenizer
+    picked = pick_backend(backend, use_gpu=torch.device(device).type != "cpu")
+    if backend == "auto" and torch.device(device).type == "cuda" and gpu.HAS_TRITON:
+        try:
+            return make(backend="graph"), tokenizer
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            # Triton needs a C compiler and Python's headers.
+            log.warning("generating without CUDA graphs, which is slower: %s", error)
+    return make(backend=picked), tokenizer
 
 
 def _check_weights(model: GPT, folder: str | Path) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptray.generation.choosing import CHUNK
 from gptray.generation.products import Product, product
-from gptray.generation.sampling import CHUNK
 from gptray.model.gpt import GPT, Attention, Block
 
 # From a layer's number and its q, k, v, (N, 3C), to what it attended to, (N, C).
@@ -38,6 +38,7 @@ class PackedGPT:
         ]
         self._ln_f = _norm(transformer.ln_f, dtype)
         head = F.pad(self._wte[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
+        self.logits_width = len(head)
         self._head = product(head, None, dtype, quantize=quantize)
 
     @property
@@ -54,9 +55,10 @@ class PackedGPT:
             x = block.mlp_proj(block.c_fc(block.ln_2(x)), x if block.residual else None)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (N, V) in fp32; -inf where V is padded."""
-        logits = self._head(self._ln_f(hidden)).float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits (N, V) in fp32, in `out` where that is given; -inf where V is padded."""
+        logits = self._head(self._ln_f(hidden))
+        logits = logits.float() if out is None else out.copy_(logits)
         logits[:, self.vocab_size :] = float("-inf")
         return logits
 

@@ -9,6 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+ROUNDS = 10
+MULTIPLIERS, WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+
 
 def uniform(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Tensor:
     """One number in [0, 1) for each (seed, row, position), fp64; the same on every machine.
@@ -20,7 +23,7 @@ def uniform(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int])
     key = [seed & _LOW, seed >> _32]
     place = [np.asarray(values, dtype=np.uint64) for values in (positions, rows)]
     counter = [place[0] & _LOW, place[0] >> _32, place[1] & _LOW, place[1] >> _32]
-    for _ in range(10):
+    for _ in range(ROUNDS):
         first, second = counter[0] * _PHILOX_M[0], counter[2] * _PHILOX_M[1]
         counter = [
             (second >> _32) ^ counter[1] ^ key[0],
@@ -34,5 +37,5 @@ def uniform(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int])
 
 
 _32, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
-_PHILOX_M = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_PHILOX_W = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_PHILOX_M = tuple(np.uint64(number) for number in MULTIPLIERS)
+_PHILOX_W = tuple(np.uint64(number) for number in WEYL)

@@ -9,14 +9,12 @@ from typing import Literal
 from torch import Tensor
 
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.decoder import Piece
+from gptray.generation.choosing import Top
+from gptray.generation.decoder import PIECE_TOKENS, Piece
 from gptray.generation.detokenize import TextStream, decode_after
-from gptray.generation.sampling import Drawn, Row, Top, score
+from gptray.generation.sampling import Drawn, Row, score
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import INVALID, START, Utf8
-
-# Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any load.
-PIECE_TOKENS = 128
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 NOT_FINITE = "the model's logits are not finite for this text and these settings"
@@ -75,12 +73,17 @@ class Generation:
 
 
 class ActiveSequence:
-    """A request on its way through the engine."""
+    """A request on its way through an engine whose context has n_positions tokens."""
 
     def __init__(
-        self, generation: Generation, tokenizer: Tokenizer, utf8: Utf8 | None = None
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        n_positions: int,
+        utf8: Utf8 | None = None,
     ) -> None:
         request = generation.request
+        self._longest = min(len(request.prompt) + request.sampling.max_new_tokens, n_positions)
         self.generation = generation
         self.history = list(request.prompt)
         self.read = 0  # tokens of the prompt that are in the cache
@@ -91,6 +94,9 @@ class ActiveSequence:
         # The end of a prompt that stops inside a character.
         self._lead = self._utf8.open_end(request.prompt) if self._utf8 else []
         self._state = self._utf8.state_after(self._lead) if self._utf8 else START
+        self._row = Row(
+            request.sampling, len(request.prompt), self.history, tokenizer.eos_id, request.row
+        )
         self._text: TextStream | None = None
         if request.live_text or request.sampling.stop:
             self._text = TextStream(tokenizer.decode, request.sampling.stop, lead=self._lead)
@@ -99,21 +105,12 @@ class ActiveSequence:
     def ended(self) -> bool:
         return self.generation.finish_reason is not None
 
-    def row(self, n_positions: int) -> Row:
-        """What drawing the next token needs, in a context of n_positions tokens."""
-        request, mask = self.generation.request, None
+    def row(self) -> Row:
+        """What drawing the next token needs."""
         if self._utf8:
-            most = len(request.prompt) + request.sampling.max_new_tokens
-            left = min(most, n_positions) - len(self.history) - 1
-            mask = self._utf8.mask(self._state, left)
-        return Row(
-            request.sampling,
-            len(request.prompt),
-            self.history,
-            self._tokenizer.eos_id,
-            request.row,
-            mask,
-        )
+            left = self._longest - len(self.history) - 1
+            self._row.mask = self._utf8.mask(self._state, left)
+        return self._row
 
     @property
     def is_reading(self) -> bool:
@@ -144,7 +141,7 @@ class ActiveSequence:
         """End the generation with an error; other sequences are not affected."""
         self.generation.finish_reason, self.generation.error = "error", reason
 
-    def take(self, drawn: Drawn | None, n_positions: int) -> None:
+    def take(self, drawn: Drawn | None) -> None:
         """Add a token and end the generation where it is to end; None: none could be drawn."""
         if self.ended:
             return
@@ -157,7 +154,8 @@ class ActiveSequence:
             self._end("length")
             return
         self.history.append(drawn.token)
-        self._follow(drawn.token)
+        if self._utf8:
+            self._follow(self._utf8, drawn.token)
         if drawn.token == self._tokenizer.eos_id and not sampling.ignore_eos:
             generation.end = drawn
             self._end("stop")
@@ -169,15 +167,13 @@ class ActiveSequence:
             if self._text.stopped:
                 self._end("stop")
                 return
-        new = len(self.history) - len(generation.request.prompt)
-        if new >= sampling.max_new_tokens or len(self.history) >= n_positions:
+        if len(self.history) >= self._longest:
             self._end("length")
 
-    def _follow(self, token: int) -> None:
-        if self._utf8:
-            self._state = self._utf8.next(self._state, token)
-            if self._state == INVALID:  # no valid token was left to draw
-                self._state = self._utf8.state_after(self.history)
+    def _follow(self, utf8: Utf8, token: int) -> None:
+        self._state = utf8.next(self._state, token)
+        if self._state == INVALID:  # no valid token was left to draw
+            self._state = utf8.state_after(self.history)
 
     def _end(self, reason: FinishReason) -> None:
         generation = self.generation

@@ -10,36 +10,34 @@ Shapes: B rows of the batch, V entries of the vocabulary, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from gptray.generation.choosing import (
+    FIRST_RANKS,
+    Chosen,
+    Columns,
+    Top,
+    draw_ranked,
+    draw_unranked,
+    top_candidates,
+)
 from gptray.generation.philox import uniform
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import Mask
 
-# Candidates are first looked for in chunks of this many entries of the vocabulary.
-CHUNK = 64
-# How far down a row is ranked when only top_p says where to end; all of it if that is too little.
-FIRST_RANKS = 1024
 
-# Tokens (B,), all within the vocabulary, and each row's largest logit (B,): where that is not
-# finite the token means nothing.
-Chosen = tuple[Tensor, Tensor]
-# See `top_candidates`.
-Top = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Row:
-    """One row of a batch, as far as drawing its next token goes.
+    """One row of a batch, as far as drawing its next token goes; the same object at every step.
 
-    row: which of a request's outputs it is. history: its tokens so far, prompt included. mask: the
-    tokens that would break a character (`gptray.generation.utf8`).
+    row: which of a request's outputs it is. history: its tokens so far, prompt included, which
+    grows. mask: the tokens that would break a character now (`gptray.generation.utf8`).
     """
 
     sampling: Sampling
@@ -54,8 +52,7 @@ class Row:
         return len(self.history) - self.prompt_tokens
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A token; with `Sampling.logprobs` its log-probability and the likeliest tokens' too.
 
     Log-probabilities are the model's own, before any setting changes them.
@@ -81,7 +78,7 @@ def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Dr
     tokens, sound = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows)).bool()
     for members, choose in (
         ([i for i, r in enumerate(rows) if r.sampling.is_greedy], _greedy),
-        ([i for i, r in enumerate(rows) if _is_ranked(r.sampling)], partial(_draw_ranked, top)),
+        ([i for i, r in enumerate(rows) if is_ranked(r.sampling)], partial(_draw_ranked, top)),
         ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
     ):
         if members:
@@ -110,38 +107,6 @@ def score(logits: Tensor, tokens: Sequence[int], count: int, top: Top | None = N
     if not bool(torch.isfinite(logprobs.amax(1)).all()):
         raise ValueError("the model's logits are not finite for this prompt")
     return _report(logprobs, tokens, [count] * len(tokens), top or top_candidates)
-
-
-def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row (B, V), fp32, and their ids, (B, k) each; equals by lower id.
-
-    torch.topk leaves open which of equal values it takes. The k largest lie in the k chunks of
-    the vocabulary with the largest maxima, so that only those are looked at closely.
-    """
-    B, V = logits.shape
-    k = min(k, V)
-    chunks = -(-V // CHUNK)
-    if 4 * k >= chunks:
-        ids = _first(logits, torch.arange(V, device=logits.device).expand(B, V), k)
-        return logits.gather(1, ids).float(), ids
-    if V % CHUNK:
-        logits = F.pad(logits, (0, chunks * CHUNK - V), value=float("-inf"))
-    maxima = logits.view(B, chunks, CHUNK).amax(-1)
-    near = _first(maxima, torch.arange(chunks, device=logits.device).expand(B, chunks), k)
-    offsets = torch.arange(CHUNK, device=logits.device)
-    ids = (near[:, :, None] * CHUNK + offsets).flatten(1)  # (B, k * CHUNK)
-    ids = _first(logits.gather(1, ids), ids, k)
-    return logits.gather(1, ids).float(), ids
-
-
-def _first(values: Tensor, ids: Tensor, k: int) -> Tensor:
-    """The ids of the k first by (value descending, id ascending); values and ids (B, N)."""
-    bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: -0 is 0
-    # As integers, floats of one sign are in order; the negative ones in reverse.
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
-    keys = (order << 32) | (0x7FFFFFFF - ids)
-    best = keys.topk(k, dim=1, sorted=True).values
-    return 0x7FFFFFFF - (best & 0xFFFFFFFF)
 
 
 def _shape(logits: Tensor, rows: Sequence[Row]) -> None:
@@ -197,13 +162,13 @@ def _places(ids: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.tensor(list(ids), device=columns.device)[:, None], columns
 
 
-def _is_ranked(sampling: Sampling) -> bool:
+def is_ranked(sampling: Sampling) -> bool:
     limited = sampling.top_k is not None or (sampling.top_p or 1.0) < 1.0
     return limited and not sampling.is_greedy
 
 
 def _is_unranked(sampling: Sampling) -> bool:
-    return not sampling.is_greedy and not _is_ranked(sampling)
+    return not sampling.is_greedy and not is_ranked(sampling)
 
 
 def _greedy(logits: Tensor, rows: Sequence[Row]) -> Chosen:
@@ -214,78 +179,40 @@ def _greedy(logits: Tensor, rows: Sequence[Row]) -> Chosen:
 def _draw_ranked(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
     """Draw from the first of the ranked candidates, as many as top_k, top_p and min_p leave."""
     V = logits.size(1)
-    limits = [row.sampling.top_k or V for row in rows]
     ranks = min(max(row.sampling.top_k or FIRST_RANKS for row in rows), V)
-    tokens, best, enough = _draw_among(top, logits, rows, limits, ranks)
-    if not all(enough):
-        again = [i for i, is_enough in enumerate(enough) if not is_enough]
-        part = [rows[i] for i in again]
-        tokens[again], _, _ = _draw_among(top, logits[again], part, [limits[i] for i in again], V)
+    beyond = [i for i, row in enumerate(rows) if min(row.sampling.top_k or V, V) > ranks]
+    tokens, best, enough = draw_ranked(top, logits, _columns(rows, logits), ranks, beyond)
+    again = [] if bool(enough.all()) else (~enough).nonzero()[:, 0].tolist()
+    if again:
+        part = logits[again]
+        columns = _columns([rows[i] for i in again], logits)
+        tokens[again], _, _ = draw_ranked(top, part, columns, V, [])
     return tokens, best
 
 
-def _draw_among(
-    top: Top, logits: Tensor, rows: Sequence[Row], limits: Sequence[int], ranks: int
-) -> tuple[Tensor, Tensor, list[bool]]:
-    """Draw from the first `ranks` candidates; for each row also whether those were enough."""
-    values, ids = top(logits, ranks)
-    best = values[:, 0]
-    is_sound = torch.isfinite(best)
-    values = torch.where(is_sound[:, None], values, 0.0)  # what comes of such a row is not used
-    temperature = _column(rows, "temperature", logits)
-    weights = torch.exp((values.double() - values[:, :1]) / temperature)  # (B, K), first is 1
-    cumulative = weights.cumsum(1)
-    K = values.size(1)
-    k = torch.tensor(limits, device=logits.device).clamp(max=logits.size(1))[:, None]
-    mass = cumulative.gather(1, k.clamp(max=K) - 1)  # of the top k
-    beyond = (k > K).squeeze(1)  # only without a top k, where the mass is the whole row's
-    if beyond.any():
-        tail = torch.exp((logits[beyond].double() - values[beyond, :1]) / temperature[beyond])
-        mass[beyond] = tail.sum(1, keepdim=True)
-    top_p = _column(rows, "top_p", logits, off=1.0)
-    min_p = _column(rows, "min_p", logits, off=0.0)
-    place = torch.arange(K, device=logits.device)
-    eligible = (place < k) & (weights >= min_p) & (weights > 0)
-    # A candidate stays if those before it do not make up top_p of the mass yet.
-    eligible &= (cumulative - weights < top_p * mass) | (place == 0)
-    count = eligible.sum(1, keepdim=True)
-    enough = ((count < K) | (k <= K)).squeeze(1) | ~is_sound
-    total = cumulative.gather(1, count - 1)
-    target = _uniform(rows, logits) * total
-    choice = torch.searchsorted(cumulative, target, right=True)
-    tokens = ids.gather(1, torch.minimum(choice, count - 1)).squeeze(1)
-    return tokens, best, enough.tolist()
-
-
 def _draw_unranked(logits: Tensor, rows: Sequence[Row]) -> Chosen:
-    """Draw from the whole vocabulary, or what min_p leaves of it, in the order of the ids."""
-    best = logits.amax(1, keepdim=True)
-    scaled = (logits - best) / _column(rows, "temperature", logits).float()
-    weights = torch.exp(scaled).double()  # (B, V)
-    min_p = _column(rows, "min_p", logits, off=0.0)
-    if bool((min_p > 0).any()):
-        weights = weights.masked_fill(weights < min_p, 0.0)
-    cumulative = weights.cumsum(1)
-    total = cumulative[:, -1:]
-    # Right of equal sums, and below the last: an entry without weight is never chosen.
-    target = torch.minimum(_uniform(rows, logits) * total, total.nextafter(torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return tokens.clamp(max=logits.size(1) - 1), best.squeeze(1)
+    columns = _columns(rows, logits)
+    return draw_unranked(logits, columns, any(row.sampling.min_p for row in rows))
 
 
-def _uniform(rows: Sequence[Row], like: Tensor) -> Tensor:
+def _columns(rows: Sequence[Row], logits: Tensor) -> Columns:
+    """Rows' settings, for logits (B, V), on their device."""
+    device, V = logits.device, logits.size(1)
+    settings = [row.sampling for row in rows]
+    asked = [
+        [s.temperature for s in settings],
+        [V if s.top_k is None else min(s.top_k, V) for s in settings],
+        [1.0 if s.top_p is None else s.top_p for s in settings],
+        [s.min_p or 0.0 for s in settings],
+    ]
+    columns = torch.tensor(asked, dtype=torch.float64).to(device)[:, :, None]
     numbers = uniform(
-        [row.sampling.seed for row in rows],
+        [s.seed for s in settings],
         [row.row for row in rows],
         [row.new_tokens for row in rows],
     )
-    return numbers.to(like.device)[:, None]
-
-
-def _column(rows: Sequence[Row], name: str, like: Tensor, *, off: float = 0.0) -> Tensor:
-    values = [getattr(row.sampling, name) for row in rows]
-    column = [off if value is None else float(value) for value in values]
-    return torch.tensor(column, dtype=torch.float64, device=like.device)[:, None]
+    temperature, top_k, top_p, min_p = columns.unbind()
+    return Columns(temperature, top_k.long(), top_p, min_p, numbers.to(device)[:, None])
 
 
 def _log_softmax(logits: Tensor, rows: Sequence[int]) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from gptray.config import ModelConfig
 from gptray.data.tokenizer import Tokenizer, train_bpe
 from gptray.generation.build import pick_backend
-from gptray.generation.decoder import Decoder, Network
-from gptray.generation.native import NativeDecoder
+from gptray.generation.decoder import Network
+from gptray.generation.engine import make_decoder
 from gptray.generation.sampling import Row, draw
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
@@ -18,15 +18,14 @@ needs_native = pytest.mark.skipif(
     pick_backend("auto", use_gpu=False) != "native",
     reason="needs a processor with AVX-512 and a C++ compiler",
 )
-BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
+BACKENDS = ["torch", "graph", pytest.param("native", marks=needs_native)]
 
 
 def network(
     backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
 ) -> Network:
     """The decoder of that backend."""
-    decoder = NativeDecoder if backend == "native" else Decoder
-    return decoder(model, slots, dtype=dtype, quantize=quantize)
+    return make_decoder(backend, model, slots, dtype, quantize)
 
 
 def random_gpt(tokenizer: Tokenizer, *, seed: int = 0, **shape: object) -> GPT:

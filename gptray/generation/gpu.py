@@ -1,0 +1,73 @@
+"""What the graph decoder computes by Triton; where that is absent, by plain formulas in PyTorch.
+
+Shapes: N rows, S slots, H heads, E = head width, P positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptray.generation.philox import uniform
+
+try:
+    from gptray.generation import triton_kernels as kernels
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
+# Keys that a program reads at a time.
+BLOCK_KEYS = 128
+_PHILOX_BLOCK = 128
+
+
+def attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    """Store each row's key and value at its slot and position; attend to all up to there.
+
+    qkv (N, 3HE), q scaled; keys and values (S, H, P, E), contiguous; slots and positions (N,)
+    int64. Rows of one slot see each other: all are stored first. Returns (N, HE).
+    """
+    N, (_, H, P, E) = len(qkv), keys.shape
+    if not qkv.is_cuda and not _interpreted():
+        return _attend(qkv, keys, values, slots, positions)
+    out = qkv.new_empty(N, H * E)
+    width, block = _power_of_2(H * E), _power_of_2(E)
+    kernels.store_kernel[(N,)](qkv, keys, values, slots, positions, P, H=H, E=E, WIDTH=width)
+    kernels.attend_kernel[(N, H)](
+        qkv, keys, values, slots, positions, out, P, H=H, E=E, BLOCK_E=block, BLOCK_K=BLOCK_KEYS
+    )
+    return out
+
+
+def random_numbers(seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """`gptray.generation.philox.uniform` of (N,) int64 each, where they are."""
+    if not seeds.is_cuda and not _interpreted():
+        return uniform(seeds.tolist(), rows.tolist(), positions.tolist())
+    out = torch.empty_like(seeds, dtype=torch.float64)
+    grid = (-(-len(seeds) // _PHILOX_BLOCK),)
+    kernels.philox_kernel[grid](seeds, rows, positions, out, len(seeds), BLOCK=_PHILOX_BLOCK)
+    return out
+
+
+def _interpreted() -> bool:
+    return HAS_TRITON and kernels.is_interpreted()
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    N, (_, H, _, E) = len(qkv), keys.shape
+    q, k, v = qkv.view(N, 3, H, E).unbind(1)
+    keys[slots, :, positions] = k
+    values[slots, :, positions] = v
+    out = torch.zeros_like(q)
+    for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        if slot == len(keys) - 1:
+            continue  # padding
+        past, carried = (kept[slot, :, : position + 1].float() for kept in (keys, values))
+        weights = torch.softmax(torch.einsum("he,hpe->hp", q[row].float(), past), dim=1)
+        out[row] = torch.einsum("hp,hpe->he", weights, carried).to(out.dtype)
+    return out.view(N, H * E)

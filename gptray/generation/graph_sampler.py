@@ -1,0 +1,199 @@
+"""Draws tokens where the logits are, in one CUDA graph with one copy each way.
+
+It gives what `gptray.generation.sampling.draw` gives. A row with settings of the rarer kind (bias,
+penalties, log-probabilities, a very large top_k) goes through that.
+
+Shapes: S slots, B rows of a draw, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptray.generation.choosing import (
+    FIRST_RANKS,
+    Columns,
+    draw_ranked,
+    draw_unranked,
+    top_candidates,
+)
+from gptray.generation.gpu import random_numbers
+from gptray.generation.sampling import Drawn, Row, draw, is_ranked
+from gptray.generation.settings import Sampling
+from gptray.generation.utf8 import Mask
+
+if TYPE_CHECKING:
+    from gptray.generation.graphs import Graphs
+
+# Whole numbers of a row, then its reals; 8 bytes each.
+_WHOLE = ("kind", "top_k", "seed", "row", "new_tokens", "mask", "banned")
+_REAL = ("temperature", "top_p", "min_p")
+_GREEDY, _RANKED, _UNRANKED, _RARE = range(4)
+# Ranks that are looked at where no top_k asks for more.
+_FEW_RANKS = 64
+# Different masks: each state of the automaton with each number of tokens left, and none at all.
+_MASKS = 64
+# A token's flags, above all ids.
+_SOUND, _ENOUGH = 1 << 40, 1 << 41
+
+
+@lru_cache(maxsize=1 << 17)
+def _drawn(code: int) -> Drawn | None:
+    return Drawn(code & (_SOUND - 1)) if code & _SOUND else None
+
+
+def _kind(sampling: Sampling) -> int:
+    """How the graph draws for these settings, or that it does not."""
+    is_rare = (
+        sampling.logit_bias
+        or sampling.logprobs is not None
+        or sampling.repetition_penalty != 1.0
+        or sampling.frequency_penalty
+        or sampling.presence_penalty
+        or (sampling.top_k or 0) > FIRST_RANKS
+    )
+    if is_rare:
+        return _RARE
+    if sampling.is_greedy:
+        return _GREEDY
+    return _RANKED if is_ranked(sampling) else _UNRANKED
+
+
+class GraphSampler:
+    """Draws for up to S rows from logits (S, V), whose memory stays where it is."""
+
+    def __init__(self, logits: Tensor, graphs: Graphs) -> None:
+        slots, width = logits.shape
+        device = logits.device
+        self._logits, self._graphs = logits, graphs
+        fields = len(_WHOLE) + len(_REAL)
+        self._host = torch.zeros(fields, slots, dtype=torch.int64)
+        self._asked = self._host.to(device)
+        numbers = self._host.numpy()
+        self._whole = dict(zip(_WHOLE, numbers, strict=False))
+        self._real = dict(zip(_REAL, numbers[len(_WHOLE) :].view(np.float64), strict=True))
+        # Slots that no row has held are computed as well: by settings that are possible.
+        self._whole["top_k"][:] = 1
+        self._real["temperature"][:] = 1.0
+        self._held: list[Row | None] = [None] * slots
+        # Row `mask` of it: the tokens that must not be drawn; nothing in row 0.
+        self._masks = torch.zeros(_MASKS, width, dtype=torch.bool, device=device)
+        self._known: dict[Mask | None, int] = {None: 0}
+        self._recorded: dict[tuple[int, bool, bool], Callable[[], Tensor]] = {}
+
+    @torch.no_grad()
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
+        """See `gptray.generation.sampling.draw`; logits: the first B rows, or a copy of them."""
+        B = len(rows)
+        if not B:
+            return []
+        if logits.data_ptr() != self._logits.data_ptr():
+            self._logits[:B] = logits
+        kinds = self._fill(rows)
+        rare = [i for i, kind in enumerate(kinds) if kind == _RARE]
+        if rare:
+            kept = self._logits[rare]  # the graph changes them
+        self._asked.copy_(self._host, non_blocking=True)
+        codes = self._choose(kinds)().tolist()[:B]
+        drawn = [_drawn(code) for code in codes]
+        if rare:
+            self._put(drawn, rare, draw(kept, [rows[i] for i in rare]))
+        short = [i for i, code in enumerate(codes) if not code & _ENOUGH and kinds[i] != _RARE]
+        if short:
+            self._put(drawn, short, draw(self._logits[short], [rows[i] for i in short]))
+        return drawn
+
+    def _put(
+        self, drawn: list[Drawn | None], places: Sequence[int], others: Sequence[Drawn | None]
+    ) -> None:
+        for place, other in zip(places, others, strict=True):
+            drawn[place] = other
+
+    def _fill(self, rows: Sequence[Row]) -> list[int]:
+        """Write what the rows ask for where the next copy takes it; the kind of each row."""
+        B, held, whole = len(rows), self._held, self._whole
+        for i, row in enumerate(rows):
+            if held[i] is not row:
+                held[i] = row
+                self._hold(i, row)
+        whole["new_tokens"][:B] = new = [len(row.history) - row.prompt_tokens for row in rows]
+        try:
+            whole["mask"][:B] = [self._known[row.mask] for row in rows]
+        except KeyError:
+            whole["mask"][:B] = [self._number(row.mask) for row in rows]
+        whole["banned"][:B] = [
+            row.eos_id if count < row.sampling.min_new_tokens else -1
+            for row, count in zip(rows, new, strict=True)
+        ]
+        kinds: list[int] = whole["kind"][:B].tolist()
+        return kinds
+
+    def _hold(self, i: int, row: Row) -> None:
+        """Write what of a row stays the same at all its steps."""
+        sampling = row.sampling
+        kind, k = _kind(sampling), 1
+        if kind == _RANKED:
+            k = self._logits.size(1) if sampling.top_k is None else sampling.top_k
+        numbers = {"kind": kind, "top_k": k, "seed": sampling.seed, "row": row.row}
+        for name, number in numbers.items():
+            self._whole[name][i] = number
+        drawn = kind in (_RANKED, _UNRANKED)
+        self._real["temperature"][i] = sampling.temperature if drawn else 1.0
+        self._real["top_p"][i] = 1.0 if sampling.top_p is None else sampling.top_p
+        self._real["min_p"][i] = sampling.min_p or 0.0
+
+    def _number(self, mask: Mask | None) -> int:
+        """The row of `_masks` with a mask."""
+        if mask is not None and mask not in self._known:
+            number = self._known[mask] = len(self._known)
+            if mask.banned is not None:
+                self._masks[number, mask.banned] = True
+            elif mask.allowed is not None:
+                self._masks[number] = True
+                self._masks[number, mask.allowed] = False
+        return self._known[mask]
+
+    def _choose(self, kinds: Sequence[int]) -> Callable[[], Tensor]:
+        """The graph for rows of these kinds."""
+        ranks = 0
+        if _RANKED in kinds:
+            # Other kinds have a top_k of 1.
+            most = int(self._whole["top_k"][: len(kinds)].max())
+            ranks = _FEW_RANKS if most <= _FEW_RANKS else FIRST_RANKS
+        key = ranks, _UNRANKED in kinds, len(self._known) > 1
+        if key not in self._recorded:
+            self._recorded[key] = self._graphs.recorded(lambda: self._codes(*key))
+        return self._recorded[key]
+
+    def _codes(self, ranks: int, has_unranked: bool, has_masks: bool) -> Tensor:
+        """Each row's token with its flags, (S,) int64."""
+        logits, asked = self._logits, dict(zip(_WHOLE, self._asked, strict=False))
+        columns = self._columns(asked)
+        if has_masks:
+            logits.masked_fill_(self._masks[asked["mask"]], float("-inf"))
+        banned = asked["banned"][:, None]
+        eos = logits.gather(1, banned.clamp(min=0))
+        logits.scatter_(1, banned.clamp(min=0), torch.where(banned < 0, eos, float("-inf")))
+        best, tokens = logits.max(1)
+        enough = torch.ones_like(tokens, dtype=torch.bool)
+        kind = asked["kind"]
+        if ranks:
+            beyond: slice | list[int] = slice(None) if ranks == FIRST_RANKS else []
+            ranked, _, is_enough = draw_ranked(top_candidates, logits, columns, ranks, beyond)
+            tokens = torch.where(kind == _RANKED, ranked, tokens)
+            enough = is_enough | (kind != _RANKED)
+        if has_unranked:
+            unranked, _ = draw_unranked(logits, columns, has_min_p=True)
+            tokens = torch.where(kind == _UNRANKED, unranked, tokens)
+        return tokens + torch.isfinite(best) * _SOUND + enough * _ENOUGH
+
+    def _columns(self, asked: dict[str, Tensor]) -> Columns:
+        temperature, top_p, min_p = self._asked[len(_WHOLE) :].view(torch.float64)[:, :, None]
+        numbers = random_numbers(asked["seed"], asked["row"], asked["new_tokens"])
+        return Columns(temperature, asked["top_k"][:, None], top_p, min_p, numbers[:, None])

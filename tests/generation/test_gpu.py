@@ -1,0 +1,123 @@
+"""What only a GPU shows of generation: kernels, CUDA graphs, and texts that equal a CPU's."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+
+from gptray.data.tokenizer import Tokenizer
+from gptray.generation import gpu
+from gptray.generation.decoder import Piece
+from gptray.generation.engine import Engine, make_decoder
+from gptray.generation.philox import uniform
+from gptray.generation.request import Generation, Request
+from gptray.generation.settings import Sampling
+from gptray.model.gpt import GPT
+from tests.generation.models import random_gpt, small_tokenizer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+SETTINGS = [
+    {"temperature": 0.0},
+    {"top_k": 5},
+    {"top_k": 200, "top_p": 0.9},
+    {"top_p": 0.8, "temperature": 1.3},
+    {"temperature": 0.9},
+    {"min_p": 0.05},
+    {"repetition_penalty": 1.2, "top_k": 20},
+    {"logprobs": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return small_tokenizer()
+
+
+def requests_for(tokenizer: Tokenizer, count: int, **settings: object) -> list[Request]:
+    rng = random.Random(3)
+    return [
+        Request(
+            [rng.randrange(1, tokenizer.vocab_size) for _ in range(rng.choice([1, 2, 30, 140]))],
+            Sampling(max_new_tokens=20, seed=i, **(settings or SETTINGS[i % len(SETTINGS)])),  # type: ignore[arg-type]
+            prompt_logprobs=1 if i % 9 == 8 else None,
+        )
+        for i in range(count)
+    ]
+
+
+def generated(
+    model: GPT, tokenizer: Tokenizer, requests: list[Request], backend: str, **options: object
+) -> list[Generation]:
+    options = {"max_batch_size": 16} | options
+    return Engine(model, tokenizer, backend=backend, **options).run(requests)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("H", "E", "P"), [(2, 16, 300), (5, 7, 64), (12, 64, 1024)])
+def test_the_attention_kernel_computes_its_formula(
+    dtype: torch.dtype, H: int, E: int, P: int
+) -> None:
+    torch.manual_seed(0)
+    keys, values = (torch.randn(5, H, P, E, device="cuda").to(dtype) for _ in range(2))
+    slots = torch.tensor([0, 1, 2, 2, 2], device="cuda")
+    positions = torch.tensor([P - 1, 0, 3, 4, 5], device="cuda")
+    qkv = torch.randn(5, 3 * H * E, device="cuda").to(dtype)
+    arguments = qkv.cpu(), keys.cpu(), values.cpu(), slots.cpu(), positions.cpu()
+    expected = gpu.attend(*arguments)
+    given = gpu.attend(qkv, keys, values, slots, positions).cpu()
+    torch.testing.assert_close(keys.cpu(), arguments[1], rtol=0, atol=0)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(given, expected, rtol=0, atol=tolerance)
+
+
+def test_random_numbers_are_those_of_a_cpu() -> None:
+    seeds = torch.tensor([0, 1, 2**40 + 3, 2**53 - 1, 2**62 + 5] * 40, device="cuda")
+    rows = torch.arange(200, device="cuda")
+    numbers = gpu.random_numbers(seeds, rows, rows * 7)
+    expected = uniform(seeds.tolist(), rows.tolist(), (rows * 7).tolist())
+    assert torch.equal(numbers.cpu(), expected)
+
+
+def test_texts_in_fp32_are_those_of_a_cpu(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, n_embd=64, n_positions=200)
+    requests = requests_for(tokenizer, 64)
+    expected = generated(model, tokenizer, requests, "torch")
+    for backend in ("graph", "torch"):
+        given = generated(copy.deepcopy(model).cuda(), tokenizer, requests, backend)
+        for one, other in zip(given, expected, strict=True):
+            assert one.tokens == other.tokens
+            assert one.finish_reason == other.finish_reason
+            assert [d.token for d in one.prompt] == [d.token for d in other.prompt]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_to_the_bit_those_of_a_row_alone(
+    tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
+    model = random_gpt(tokenizer, n_layer=3, n_embd=60, n_head=4, n_positions=200).cuda()
+    prompts = [list(request.prompt) for request in requests_for(tokenizer, 40)]
+
+    def logits_of(prompts: list[list[int]]) -> torch.Tensor:
+        decoder = make_decoder("graph", model, 40, dtype)
+        pieces = [Piece(i, 0, prompt[:20]) for i, prompt in enumerate(prompts)]
+        decoder.step([], pieces)
+        return decoder.step([(5, len(piece.tokens)) for piece in pieces], []).clone()
+
+    together = logits_of(prompts)
+    for i in (0, 7, 39):
+        assert torch.equal(logits_of([prompts[i]])[0], together[i])
+
+
+def test_a_text_in_bf16_does_not_depend_on_its_neighbours(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, n_embd=64, n_positions=200).cuda()
+    requests = requests_for(tokenizer, 40)
+    together = generated(model, tokenizer, requests, "graph", dtype=torch.bfloat16)
+    engine = Engine(model, tokenizer, backend="graph", max_batch_size=16, dtype=torch.bfloat16)
+    for request, among in zip(requests[:8], together, strict=False):
+        assert engine.run([request])[0].tokens == among.tokens
