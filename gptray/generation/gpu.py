@@ -26,16 +26,18 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: 
     """Store each row's key and value at its slot and position; attend to all up to there.
 
     qkv (N, 3HE), q scaled; keys and values (S, H, P, E), contiguous; slots and positions (N,)
-    int64. Rows of one slot see each other: all are stored first. Returns (N, HE).
+    int64. Rows of one slot see each other: all are stored first. Rows of the last slot are padding,
+    and get zeros. Returns (N, HE).
     """
-    N, (_, H, P, E) = len(qkv), keys.shape
+    N, (S, H, P, E) = len(qkv), keys.shape
     if not qkv.is_cuda and not _interpreted():
         return _attend(qkv, keys, values, slots, positions)
     out = qkv.new_empty(N, H * E)
     width, block = _power_of_2(H * E), _power_of_2(E)
     kernels.store_kernel[(N,)](qkv, keys, values, slots, positions, P, H=H, E=E, WIDTH=width)
+    places = slots, positions, out, P, S - 1
     kernels.attend_kernel[(N, H)](
-        qkv, keys, values, slots, positions, out, P, H=H, E=E, BLOCK_E=block, BLOCK_K=BLOCK_KEYS
+        qkv, keys, values, *places, H=H, E=E, BLOCK_E=block, BLOCK_K=BLOCK_KEYS
     )
     return out
 

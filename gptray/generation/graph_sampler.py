@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,10 @@ from gptray.generation.choosing import (
     top_candidates,
 )
 from gptray.generation.gpu import random_numbers
+from gptray.generation.recording import Graphs, Inbox, Mirror
 from gptray.generation.sampling import Drawn, Row, draw, is_ranked
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import Mask
-
-if TYPE_CHECKING:
-    from gptray.generation.graphs import Graphs
 
 # Whole numbers of a row, then its reals; 8 bytes each.
 _WHOLE = ("kind", "top_k", "seed", "row", "new_tokens", "mask", "banned")
@@ -72,10 +70,9 @@ class GraphSampler:
         slots, width = logits.shape
         device = logits.device
         self._logits, self._graphs = logits, graphs
-        fields = len(_WHOLE) + len(_REAL)
-        self._host = torch.zeros(fields, slots, dtype=torch.int64)
-        self._asked = self._host.to(device)
-        numbers = self._host.numpy()
+        self._asked = Mirror(len(_WHOLE) + len(_REAL), slots, device)
+        self._inbox = Inbox(slots, device)
+        numbers = self._asked.numbers
         self._whole = dict(zip(_WHOLE, numbers, strict=False))
         self._real = dict(zip(_REAL, numbers[len(_WHOLE) :].view(np.float64), strict=True))
         # Slots that no row has held are computed as well: by settings that are possible.
@@ -85,11 +82,20 @@ class GraphSampler:
         # Row `mask` of it: the tokens that must not be drawn; nothing in row 0.
         self._masks = torch.zeros(_MASKS, width, dtype=torch.bool, device=device)
         self._known: dict[Mask | None, int] = {None: 0}
-        self._recorded: dict[tuple[int, bool, bool], Callable[[], Tensor]] = {}
+        self._recorded: dict[tuple[Any, ...], Callable[[], Tensor]] = {}
 
     @torch.no_grad()
-    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
-        """See `gptray.generation.sampling.draw`; logits: the first B rows, or a copy of them."""
+    def draw(
+        self,
+        logits: Tensor,
+        rows: Sequence[Row],
+        then: Callable[[Tensor], None] | None = None,
+    ) -> list[Drawn | None]:
+        """See `gptray.generation.sampling.draw`; logits: the first B rows, or a copy of them.
+
+        then: called with all slots' tokens, (S,), before the host waits for them, unless some of
+        them are not final. It may overwrite the logits.
+        """
         B = len(rows)
         if not B:
             return []
@@ -99,8 +105,13 @@ class GraphSampler:
         rare = [i for i, kind in enumerate(kinds) if kind == _RARE]
         if rare:
             kept = self._logits[rare]  # the graph changes them
-        self._asked.copy_(self._host, non_blocking=True)
-        codes = self._choose(kinds)().tolist()[:B]
+        self._asked.send()
+        ranks, *others = self._key(kinds)
+        result = self._graph(ranks, *others)()
+        self._inbox.expect(result)
+        if then and not rare and ranks <= _FEW_RANKS:
+            then(result & (_SOUND - 1))
+        codes = self._inbox.take()[:B]
         drawn = [_drawn(code) for code in codes]
         if rare:
             self._put(drawn, rare, draw(kept, [rows[i] for i in rare]))
@@ -118,6 +129,7 @@ class GraphSampler:
     def _fill(self, rows: Sequence[Row]) -> list[int]:
         """Write what the rows ask for where the next copy takes it; the kind of each row."""
         B, held, whole = len(rows), self._held, self._whole
+        self._asked.wait()
         for i, row in enumerate(rows):
             if held[i] is not row:
                 held[i] = row
@@ -159,41 +171,44 @@ class GraphSampler:
                 self._masks[number, mask.allowed] = False
         return self._known[mask]
 
-    def _choose(self, kinds: Sequence[int]) -> Callable[[], Tensor]:
-        """The graph for rows of these kinds."""
+    def _key(self, kinds: Sequence[int]) -> tuple[int, bool, bool, bool]:
+        """What a graph for rows of these kinds computes; see `_codes`."""
         ranks = 0
         if _RANKED in kinds:
             # Other kinds have a top_k of 1.
             most = int(self._whole["top_k"][: len(kinds)].max())
             ranks = _FEW_RANKS if most <= _FEW_RANKS else FIRST_RANKS
-        key = ranks, _UNRANKED in kinds, len(self._known) > 1
+        return ranks, _UNRANKED in kinds, _GREEDY in kinds, len(self._known) > 1
+
+    def _graph(self, *key: Any) -> Callable[[], Tensor]:
         if key not in self._recorded:
             self._recorded[key] = self._graphs.recorded(lambda: self._codes(*key))
         return self._recorded[key]
 
-    def _codes(self, ranks: int, has_unranked: bool, has_masks: bool) -> Tensor:
-        """Each row's token with its flags, (S,) int64."""
-        logits, asked = self._logits, dict(zip(_WHOLE, self._asked, strict=False))
+    def _codes(self, ranks: int, has_unranked: bool, has_greedy: bool, has_masks: bool) -> Tensor:
+        """Each row's token with its flags, (S,) int64; ranks: 0 without ranked rows."""
+        logits, asked = self._logits, dict(zip(_WHOLE, self._asked.sent, strict=False))
         columns = self._columns(asked)
         if has_masks:
             logits.masked_fill_(self._masks[asked["mask"]], float("-inf"))
         banned = asked["banned"][:, None]
         eos = logits.gather(1, banned.clamp(min=0))
         logits.scatter_(1, banned.clamp(min=0), torch.where(banned < 0, eos, float("-inf")))
-        best, tokens = logits.max(1)
-        enough = torch.ones_like(tokens, dtype=torch.bool)
-        kind = asked["kind"]
+        kind, enough = asked["kind"], torch.ones_like(asked["kind"], dtype=torch.bool)
+        tokens, best = torch.zeros_like(kind), logits.new_zeros(len(kind))
         if ranks:
             beyond: slice | list[int] = slice(None) if ranks == FIRST_RANKS else []
-            ranked, _, is_enough = draw_ranked(top_candidates, logits, columns, ranks, beyond)
-            tokens = torch.where(kind == _RANKED, ranked, tokens)
+            tokens, best, is_enough = draw_ranked(top_candidates, logits, columns, ranks, beyond)
             enough = is_enough | (kind != _RANKED)
         if has_unranked:
-            unranked, _ = draw_unranked(logits, columns, has_min_p=True)
+            unranked, best = draw_unranked(logits, columns, has_min_p=True)
             tokens = torch.where(kind == _UNRANKED, unranked, tokens)
+        if has_greedy:
+            best, likeliest = logits.max(1)
+            tokens = torch.where(kind == _GREEDY, likeliest, tokens)
         return tokens + torch.isfinite(best) * _SOUND + enough * _ENOUGH
 
     def _columns(self, asked: dict[str, Tensor]) -> Columns:
-        temperature, top_p, min_p = self._asked[len(_WHOLE) :].view(torch.float64)[:, :, None]
+        temperature, top_p, min_p = self._asked.sent[len(_WHOLE) :].view(torch.float64)[:, :, None]
         numbers = random_numbers(asked["seed"], asked["row"], asked["new_tokens"])
         return Columns(temperature, asked["top_k"][:, None], top_p, min_p, numbers[:, None])

@@ -2,15 +2,16 @@
 
 A step first reads prompts, all but each piece's last token, then takes one token of every sequence
 through the network. Both passes always run over the same number of rows, most of them padding at
-times: so a row's numbers are the same whatever else the step holds.
+times: so a row's numbers are the same whatever else the step holds. Where a batch has not changed
+since the step before, its next step begins with the tokens just drawn while the host takes them in;
+if the host then asks for another, that work is dropped.
 
 Shapes: S slots, N rows of a pass, H heads, E = head width, P positions, V padded vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from gptray.generation.decoder import PIECE_TOKENS, Piece
 from gptray.generation.gpu import attend
 from gptray.generation.graph_sampler import GraphSampler
 from gptray.generation.packed import PackedGPT
+from gptray.generation.recording import Graphs, Mirror
 from gptray.generation.sampling import Drawn, Row
 from gptray.model.gpt import GPT
 
@@ -55,6 +57,10 @@ class GraphDecoder:
         )
         self._sampler = GraphSampler(self._logits, graphs)
         self._read(), self._decode()
+        self._positions: list[int] = []  # of the step's rows
+        self._is_steady = False  # whether the rows are those of the step before
+        self._begun = False  # whether the step after has begun
+        self._ahead: tuple[list[int], list[int]] | None = None  # its tokens and positions
 
     @torch.no_grad()
     def step(
@@ -82,8 +88,12 @@ class GraphDecoder:
         if begun[0]:
             self._reading.fill(*begun)
             hidden = self._read()
-        self._decoding.fill(tokens, positions, slots)
-        logits = self._decode()[: len(tokens)]
+        if pieces or self._ahead != (tokens, positions):
+            self._decoding.fill(tokens, positions, slots)
+            self._decode()
+        self._is_steady = not pieces and len(positions) == len(self._positions)
+        self._positions, self._ahead = positions, None
+        logits = self._logits[: len(tokens)]
         if not any(piece.scored for piece in pieces):
             return logits
         # Of a scored piece also the logits after the tokens before its last.
@@ -98,7 +108,12 @@ class GraphDecoder:
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
         """See `gptray.generation.decoder.Network`."""
-        return self._sampler.draw(logits, rows)
+        self._begun = False
+        drawn = self._sampler.draw(logits, rows, self._begin_next if self._is_steady else None)
+        if self._begun:
+            tokens = [one.token if one else -1 for one in drawn]
+            self._ahead = tokens, [position + 1 for position in self._positions]
+        return drawn
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `gptray.generation.decoder.Network`."""
@@ -108,6 +123,14 @@ class GraphDecoder:
         """See `gptray.generation.decoder.Network`."""
         for memory in (self._keys, self._values):
             memory[:, target, :, :tokens] = memory[:, source, :, :tokens]
+
+    def _begin_next(self, tokens: Tensor) -> None:
+        """Run the step in which all rows go on by these tokens, (S,)."""
+        rows, places = self._decoding.columns, self._keys.size(3)
+        rows[0] = tokens.clamp(max=self._network.vocab_size - 1)
+        rows[1] = (rows[1] + 1).clamp(max=places - 1)
+        self._decode()
+        self._begun = True
 
     def _hidden(self, rows: _Rows) -> Tensor:
         tokens, positions, slots = rows.columns
@@ -121,63 +144,19 @@ class GraphDecoder:
 
 
 class _Rows:
-    """The tokens, positions and slots that a pass reads, (3, N) int64, where a graph finds them."""
+    """The tokens, positions and slots that a pass reads, (3, N); padding is in slot `spare`."""
 
     def __init__(self, count: int, spare: int, device: torch.device) -> None:
-        # Not pinned: so a copy to the device has read it by the time that the call returns.
-        self._host = torch.zeros(3, count, dtype=torch.int64)
-        self._numbers, self._spare = self._host.numpy(), spare
-        self._numbers[2] = spare
-        self.columns = self._host.to(device)
+        self._mirror, self._spare = Mirror(3, count, device), spare
+        self._mirror.numbers[2] = spare
+        self._mirror.send()
+        self.columns = self._mirror.sent
 
     def fill(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> None:
         """Have the next pass read these rows; the rest is padding."""
         N = len(tokens)
-        self._numbers[:, N:] = [[0], [0], [self._spare]]
-        for column, numbers in zip(self._numbers, (tokens, positions, slots), strict=True):
+        self._mirror.wait()
+        self._mirror.numbers[:, N:] = [[0], [0], [self._spare]]
+        for column, numbers in zip(self._mirror.numbers, (tokens, positions, slots), strict=True):
             column[:N] = numbers
-        self.columns.copy_(self._host, non_blocking=True)
-
-
-class Graphs:
-    """Records functions of no arguments as CUDA graphs that share memory for what lies between.
-
-    A function may read and write tensors that outlive it, must not wait for the device, and gives a
-    result whose memory stays its own. Elsewhere than on a GPU it is simply called.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-
-    def recorded(self, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The same function; from the first call on a graph of it runs."""
-        if self._device.type != "cuda":
-            return body
-        return _Graph(body, self._device, self._pool)
-
-
-class _Graph:
-    def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: Any) -> None:
-        self._body, self._device, self._pool = body, device, pool
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self) -> Tensor:
-        if self._graph is None:
-            self._record()
-        assert self._graph is not None
-        self._graph.replay()
-        return self._result
-
-    def _record(self) -> None:
-        # Outside of a graph first: libraries prepare what they keep at their first call.
-        stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        now = torch.cuda.current_stream(self._device)
-        stream.wait_stream(now)
-        with torch.cuda.stream(stream):
-            self._body()
-        now.wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the GPU meanwhile.
-        with torch.cuda.graph(self._graph, self._pool, capture_error_mode="thread_local"):
-            self._result = self._body()
+        self._mirror.send()

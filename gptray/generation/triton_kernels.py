@@ -33,13 +33,14 @@ def store_kernel(
 
 @triton.jit
 def attend_kernel(
-    qkv, keys, values, slots, positions, out, P,
+    qkv, keys, values, slots, positions, out, P, spare,
     H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Softmax in one pass over the keys (Milakov & Gimelshein 2018; Dao et al. 2022).
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(positions + row) + 1
-    base = (tl.load(slots + row) * H + head) * P * E
+    slot = tl.load(slots + row)
+    length = tl.where(slot == spare, 0, tl.load(positions + row) + 1)
+    base = (slot * H + head) * P * E
     place = tl.arange(0, BLOCK_E)
     is_real = place < E
     q = tl.load(qkv + row * 3 * H * E + head * E + place, mask=is_real, other=0.0)
@@ -59,7 +60,7 @@ def attend_kernel(
         carried = carried * scale + tl.sum(weights[:, None] * v, axis=0)
         total = total * scale + tl.sum(weights, axis=0)
         most = above
-    result = (carried / total).to(out.dtype.element_ty)
+    result = (carried / tl.where(length > 0, total, 1.0)).to(out.dtype.element_ty)
     tl.store(out + row * H * E + head * E + place, result, mask=is_real)
 
 

@@ -1,0 +1,105 @@
+"""Work for a GPU that is recorded once as a CUDA graph, and the numbers that it reads and gives.
+
+On a CPU everything is there too and simply runs, so that tests need no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Graphs:
+    """Records functions of no arguments as CUDA graphs that share memory for what lies between.
+
+    A function may read and write tensors that outlive it, must not wait for the device, and gives a
+    result whose memory stays its own. Elsewhere than on a GPU it is simply called.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def recorded(self, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The same function; from the first call on a graph of it runs."""
+        if self._device.type != "cuda":
+            return body
+        return _Graph(body, self._device, self._pool)
+
+
+class _Graph:
+    def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: Any) -> None:
+        self._body, self._device, self._pool = body, device, pool
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> Tensor:
+        if self._graph is None:
+            self._record()
+        assert self._graph is not None
+        self._graph.replay()
+        return self._result
+
+    def _record(self) -> None:
+        # Outside of a graph first: libraries prepare what they keep at their first call.
+        stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        now = torch.cuda.current_stream(self._device)
+        stream.wait_stream(now)
+        with torch.cuda.stream(stream):
+            self._body()
+        now.wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may use the GPU meanwhile.
+        with torch.cuda.graph(self._graph, self._pool, capture_error_mode="thread_local"):
+            self._result = self._body()
+
+
+class Mirror:
+    """Whole numbers that the host writes to `numbers` and a graph reads from `sent`, (F, N) int64.
+
+    Reals go as their bits.
+    """
+
+    def __init__(self, fields: int, count: int, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        # Pinned: else a copy would wait for all work before it.
+        self._host = torch.zeros(fields, count, dtype=torch.int64, pin_memory=is_cuda)
+        self.numbers: NDArray[np.int64] = self._host.numpy()
+        self.sent = torch.zeros(fields, count, dtype=torch.int64, device=device)
+        self._read = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Wait until what was sent last has been read: then it may be overwritten."""
+        if self._read is not None:
+            self._read.synchronize()
+
+    def send(self) -> None:
+        """Copy the numbers in the stream's order."""
+        self.sent.copy_(self._host, non_blocking=True)
+        if self._read is not None:
+            self._read.record()
+
+
+class Inbox:
+    """Takes a graph's result to the host, (N,) int64, while later work runs."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self._host = torch.zeros(count, dtype=torch.int64, pin_memory=is_cuda)
+        self._come = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
+
+    def expect(self, result: Tensor) -> None:
+        """Begin to copy a result."""
+        self._host.copy_(result, non_blocking=True)
+        if self._come is not None:
+            self._come.record()
+
+    def take(self) -> list[int]:
+        """Wait for the result."""
+        if self._come is not None:
+            self._come.synchronize()
+        return self._host.tolist()
