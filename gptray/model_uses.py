@@ -141,7 +141,8 @@ class GenerateConfig(Section):
     backend: Backend = Field(
         "auto",
         description="native: the project's own code for CPUs with AVX-512, twice as fast, built "
-        "once by a C++ compiler in some seconds; auto: native where available, else PyTorch",
+        "once by a C++ compiler in some seconds; auto: native where available, CUDA graphs and "
+        "Triton on GPUs, else plain PyTorch",
     )
 
     @field_validator("settings_from_columns")

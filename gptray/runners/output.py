@@ -100,8 +100,11 @@ def check_job(config: Config) -> Job:
 def with_backend(config: Config) -> Config:
     """The config with the backend that `auto` means here, for all engines of the job.
 
-    Raises UserError if the one that is asked for is not available.
+    On GPUs `auto` stays: whether an engine can record CUDA graphs shows where it runs. Raises
+    UserError if the backend that is asked for is not available.
     """
+    if config.compute.use_gpu and config.generate.backend == "auto":
+        return config
     backend = pick_backend(config.generate.backend, use_gpu=config.compute.use_gpu)
     settings = config.generate.model_copy(update={"backend": backend})
     return config.model_copy(update={"generate": settings})
