@@ -13,7 +13,6 @@ import logging
 import subprocess
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation import gpu
 from gptray.generation.build import pick_backend
 from gptray.generation.decoder import Decoder, Network, Piece
 from gptray.generation.graphs import GraphDecoder
@@ -41,8 +39,9 @@ class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
     dtype: what the network computes in. quantize: "none" or "int8" weights. backend: "native" for
-    `gptray.generation.native`, "graph" for `gptray.generation.graphs`, or "torch". Memory: the
-    cache takes up to 2 x n_layer x max_batch_size x n_positions x n_embd numbers of `dtype`.
+    `gptray.generation.native`, "graph" for `gptray.generation.graphs` if its kernels compile, or "torch".
+    Memory: the cache takes up to 2 x n_layer x max_batch_size x n_positions x n_embd numbers of
+    `dtype`.
     """
 
     def __init__(
@@ -261,7 +260,13 @@ def make_decoder(
     """The decoder of a backend; see `Engine`."""
     if backend == "graph":
         assert quantize == "none"
-        return GraphDecoder(model, slots, dtype=dtype)
+        try:
+            return GraphDecoder(model, slots, dtype=dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            # Triton comes with PyTorch for most GPUs; it needs a C compiler and Python's headers.
+            log.warning("generating without CUDA graphs, which is slower: %s", error)
     decoder = NativeDecoder if backend == "native" else Decoder
     return decoder(model, slots, dtype=dtype, quantize=quantize)
 
@@ -289,24 +294,19 @@ def load_engine(
             f"{folder}: the tokenizer's end-of-text token {tokenizer.eos_token!r} has id "
             f"{tokenizer.eos_id}, but the model has {model.valid_vocab_size} tokens"
         )
-    make = partial(
-        Engine,
+    if backend == "auto" and torch.device(device).type == "cuda":
+        picked = "graph"
+    else:
+        picked = pick_backend(backend, use_gpu=torch.device(device).type != "cpu")
+    engine = Engine(
         model,
         tokenizer,
         max_batch_size=max_batch_size,
         dtype=pick_dtype(precision, device),
         quantize=quantize,
+        backend=picked,
     )
-    picked = pick_backend(backend, use_gpu=torch.device(device).type != "cpu")
-    if backend == "auto" and torch.device(device).type == "cuda" and gpu.HAS_TRITON:
-        try:
-            return make(backend="graph"), tokenizer
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            # Triton needs a C compiler and Python's headers.
-            log.warning("generating without CUDA graphs, which is slower: %s", error)
-    return make(backend=picked), tokenizer
+    return engine, tokenizer
 
 
 def _check_weights(model: GPT, folder: str | Path) -> None:

@@ -12,10 +12,8 @@ from gptray.generation.philox import uniform
 
 try:
     from gptray.generation import triton_kernels as kernels
-
-    HAS_TRITON = True
 except ImportError:
-    HAS_TRITON = False
+    kernels = None  # type: ignore[assignment]
 
 # Keys that a program reads at a time.
 BLOCK_KEYS = 128
@@ -30,7 +28,7 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: 
     and get zeros. Returns (N, HE).
     """
     N, (S, H, P, E) = len(qkv), keys.shape
-    if not qkv.is_cuda and not _interpreted():
+    if not _uses_triton(qkv):
         return _attend(qkv, keys, values, slots, positions)
     out = qkv.new_empty(N, H * E)
     width, block = _power_of_2(H * E), _power_of_2(E)
@@ -44,7 +42,7 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: 
 
 def random_numbers(seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """`gptray.generation.philox.uniform` of (N,) int64 each, where they are."""
-    if not seeds.is_cuda and not _interpreted():
+    if not _uses_triton(seeds):
         return uniform(seeds.tolist(), rows.tolist(), positions.tolist())
     out = torch.empty_like(seeds, dtype=torch.float64)
     grid = (-(-len(seeds) // _PHILOX_BLOCK),)
@@ -52,8 +50,11 @@ def random_numbers(seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-def _interpreted() -> bool:
-    return HAS_TRITON and kernels.is_interpreted()
+def _uses_triton(tensor: Tensor) -> bool:
+    """Raises ImportError on a GPU without Triton."""
+    if tensor.is_cuda and kernels is None:
+        raise ImportError("Triton is not installed")
+    return tensor.is_cuda or (kernels is not None and kernels.is_interpreted())
 
 
 def _power_of_2(number: int) -> int:
