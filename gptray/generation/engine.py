@@ -39,9 +39,9 @@ class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
     dtype: what the network computes in. quantize: "none" or "int8" weights. backend: "native" for
-    `gptray.generation.native`, "graph" for `gptray.generation.graphs` if its kernels compile, or "torch".
-    Memory: the cache takes up to 2 x n_layer x max_batch_size x n_positions x n_embd numbers of
-    `dtype`.
+    `gptray.generation.native`, "graph" for `gptray.generation.graphs` if its kernels compile, or
+    "torch". Memory: the cache takes up to 2 x n_layer x max_batch_size x n_positions x n_embd
+    numbers of `dtype`.
     """
 
     def __init__(
