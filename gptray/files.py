@@ -37,8 +37,7 @@ def expanded(path: str | Path) -> Path:
     text = os.path.expanduser(path)
     if text.startswith("~"):
         raise UserError(
-            f"{path}: no home folder is known for {text.partition(os.sep)[0]} (HOME is one's own); "
-            "give the whole path"
+            f"{path}: no home folder is known for {text.partition(os.sep)[0]}; give the whole path"
         )
     return Path(text)
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from gptray.config import ModelConfig, UserError
 from gptray.files import expanded
-from gptray.hub import NotOnHub, download_model
+from gptray.hub import download_model
 from gptray.stored import Unreadable, is_whole, read_object
 
 # A network that GPT-2's classes would load and compute differently says so by its model_type.
@@ -61,8 +61,6 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
             return candidate
     if folder.exists():
         raise UserError(f"{folder}: no config.json in it or in its model/, so this is no model")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(source)):
-        raise NotOnHub(f"{folder}: no such folder", "")
     return _download(str(source), weights=weights)
 
 

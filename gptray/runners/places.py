@@ -13,9 +13,8 @@ from gptray.data.tokenizer_files import KINDS
 from gptray.files import expanded
 from gptray.runners.models import CONFIG, storage_of
 
-# Keys whose values are paths; the last may be a kind or a hub id instead.
+# Keys whose values are paths.
 SOURCES = ("data.source", "data.val_source", "data.test_source")
-TOKENIZER = "data.tokenizer"
 
 
 def with_whole_paths(config: Config) -> Config:
