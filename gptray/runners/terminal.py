@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gptray.commands import typed
 from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
-from gptray.runners.next_steps import named, tell
+from gptray.runners.next_steps import of_model, tell
 from gptray.runners.output import with_backend, with_built_backend
 from gptray.visible import visible
 
@@ -75,7 +74,7 @@ def generate_here(config: Config) -> dict[str, Any]:
             log.warning("sample.prompt=%r: %s", prompt, generation.error)
     seconds = time.monotonic() - began
     run = folder.parent if folder.name == "model" else folder
-    tell([typed("serve", named("serve.model", run))])
+    tell([of_model(run)["serve"]])
     tokens = sum(len(generation.tokens) for generation in generations)
     return {
         "model": name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import resource
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,11 @@ from gptray.data.tokens import DamagedData, TokenData
 from gptray.files import cannot_write, storing
 from gptray.record import try_event, write_event
 from gptray.runners.cluster import ray_cluster, worker_resources
+from gptray.runners.models import CONFIG
 from gptray.runners.next_steps import resumable, tell_run
 from gptray.runners.prepare import prepare
 from gptray.runners.report import Reporter
-from gptray.runners.resuming import (
-    how_to_train_longer,
-    is_finished,
-    save_config,
-)
+from gptray.runners.resuming import command, how_to_train_longer, is_finished, save_config
 from gptray.runners.runs import (
     held,
     outcome,
@@ -50,7 +48,9 @@ def train(config: Config) -> dict[str, Any]:
     """
     checked = check_run(config)
     config, folder, state = checked.config, checked.folder, checked.state
-    with held(folder), resumable("train", config, folder):
+    resumes = partial(command, "train", config, folder)
+    last = config.train.max_steps
+    with held(folder), resumable(folder, resumes, begun=folder / CONFIG, steps=last):
         log.info("run %s", folder)
         reporter = Reporter(folder)
         if state and is_finished(config, folder, state):
