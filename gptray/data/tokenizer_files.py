@@ -22,7 +22,7 @@ from gptray.data.sources import hint
 from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
 from gptray.files import expanded
 from gptray.hub import NotOnHub, download_model, first_line
-from gptray.stored import Unreadable, read_object
+from gptray.stored import read_foreign, read_object
 from gptray.suggest import did_you_mean, nearest
 
 log = logging.getLogger("gptray")
@@ -134,7 +134,7 @@ def open_tokenizer(source: str) -> Opened:
     special: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path / name).is_file():
-            special |= _special_tokens(_read_json(path / name))
+            special |= _special_tokens(read_foreign(path / name))
     if "eos_token" not in special and (path / "config.json").is_file():
         # A model's folder whose tokenizer class knows its special tokens, as GPT-2's does.
         return _from_transformers(str(path))
@@ -252,13 +252,6 @@ def _from_transformers(source: str) -> Opened:
     if backend is None:
         raise UserError(f"data.tokenizer={source}: it has no tokenizer.json form")
     return backend, _special_tokens(loaded.special_tokens_map)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path, finite=False)
-    except (Unreadable, OSError) as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:

@@ -65,10 +65,7 @@ def locate(config: Config, source: str, *, key: str) -> str:
     id. Raises UserError for a run that has no model yet, and for the home of an unknown user.
     """
     if _is_path(source):
-        try:
-            expanded(source)
-        except UserError as error:
-            raise UserError(f"{key}={error}") from None
+        expanded(source, key=key)
         return source
     holds, what = (has_tokenizer, "tokenizer") if key == TOKENIZER else (has_model, "model")
     here, run = Path(source), _run_named(config, source)
@@ -129,7 +126,7 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
 
 def storage_of(config: Config) -> Path:
     """The folder of all runs."""
-    return expanded(config.storage_path).absolute()
+    return expanded(config.storage_path, key="storage_path").absolute()
 
 
 def _run_named(config: Config, name: str) -> Path:

@@ -77,7 +77,7 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
     except UserError as error:
         problems.append(str(error))
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
 
 
 def _check_hub(request: Request) -> None:

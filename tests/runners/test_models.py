@@ -47,7 +47,8 @@ def storage(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def config_of(storage: Path, *overrides: str) -> Config:
-    return load_config(None, [f"storage_path={storage}", *overrides])
+    place = [] if any("storage_path=" in one for one in overrides) else [f"storage_path={storage}"]
+    return load_config(None, [*place, *overrides])
 
 
 def found(storage: Path, source: str) -> Path:
@@ -150,19 +151,15 @@ def test_names_of_any_script_are_found_and_corrected(storage: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "key", ["generate.model", "model.init_from", "data.tokenizer", "storage_path"]
-)
+@pytest.mark.parametrize("key", [*MODELS, "storage_path", "data.source"])
 def test_a_home_that_nobody_has_is_one_sentence(storage: Path, key: str) -> None:
     place = "~nobody-of-this-name/x"
     told = f"{key}={place}: no home folder is known for ~nobody-of-this-name; give the whole path"
-    with pytest.raises(UserError, match=told.removeprefix("storage_path=")):
-        if key == "generate.model":
-            found(storage, place)
-        elif key == "data.tokenizer":
-            preparation_plan(config_of(storage, f"{key}={place}"))
-        else:
-            resolve(load_config(None, [f"{key}={place}"]))
+    assert refused(key, storage, place) == told
+    if key in ("data.tokenizer", "storage_path", "data.source"):
+        for check in (preparation_plan, look):
+            with pytest.raises(UserError, match=f"(^|\n){told}"):
+                check(config_of(storage, "evaluate.model=ko-q", f"{key}={place}"))
 
 
 @pytest.mark.parametrize("key", MODELS)
