@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
 from gptray.runners.next_steps import of_model, tell
 from gptray.runners.output import with_backend, with_built_backend
+from gptray.standard_output import write_out
 from gptray.visible import visible
 
 log = logging.getLogger("gptray")
@@ -64,12 +64,12 @@ def generate_here(config: Config) -> dict[str, Any]:
             raise UserError(f"sample.prompt={prompt!r}: {error}") from None
     began = time.monotonic()
     for prompt, generation in zip(prompts, generations, strict=True):
-        _print(prompt)
+        write_out(visible(prompt))
         shown = 0
         for _ in generation:
-            _print(generation.text[shown:])
+            write_out(visible(generation.text[shown:]))
             shown = len(generation.text)
-        _print(generation.text[shown:] + "\n")
+        write_out(visible(generation.text[shown:]) + "\n")
         if generation.error:
             log.warning("sample.prompt=%r: %s", prompt, generation.error)
     seconds = time.monotonic() - began
@@ -94,8 +94,3 @@ def generate_here(config: Config) -> dict[str, Any]:
             for prompt, generation in zip(prompts, generations, strict=True)
         ],
     }
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(visible(text))
-    sys.stdout.flush()
