@@ -93,6 +93,9 @@ def built(source: Path, *, key: str) -> Path:
         with _draft(folder) as fresh:
             command = [*compiler(), *_OPTIONS, "-o", str(fresh), str(source)]
             _run(command, f"{key}=torch does without it")
+            if not _is_library(fresh):
+                wrote = f"the compiler {shlex.join(compiler())} wrote no library"
+                raise RunFailed(f"{wrote}; set CXX to another, or {key}=torch to do without it")
             fresh.chmod(0o644)
             path = folder / f"{name}-{_digest(fresh)}.so"
             os.replace(fresh, path)
@@ -144,6 +147,11 @@ def _not_private(path: Path) -> str | None:
     if status.st_uid not in (os.geteuid(), 0):
         return f"belongs to another user ({status.st_uid})"
     return "can be written by other users" if status.st_mode & 0o022 else None
+
+
+def _is_library(path: Path) -> bool:
+    """Whether a compiler has made a shared library there."""
+    return path.is_file() and path.read_bytes()[:4] == b"\x7fELF"
 
 
 def _digest(path: Path) -> str:

@@ -50,6 +50,25 @@ def test_a_compiler_that_cannot_build_it_is_told_from_one_that_can(
 
 
 @needs_native
+@pytest.mark.parametrize("script", ["exit 0", 'while [ "$1" != -o ]; do shift; done; echo a >"$2"'])
+def test_a_compiler_that_writes_no_library_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str
+) -> None:
+    lazy = tmp_path / "lazy-g++"
+    lazy.write_text(f'#!/bin/sh\ncase "$*" in *-E*|*--version*) exit 0;; esac\n{script}\n')
+    lazy.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{lazy} -pipe")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(RunFailed) as told:
+        library()
+    assert str(told.value) == (
+        f"the compiler {lazy} -pipe wrote no library; set CXX to another, or generate.backend="
+        "torch to do without it"
+    )
+    assert not list((tmp_path / "cache" / "gptray").iterdir())
+
+
+@needs_native
 def test_the_library_is_built_once_and_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
