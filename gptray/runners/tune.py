@@ -26,7 +26,13 @@ from gptray.runners.report import Reporter
 from gptray.runners.resuming import command, save_config
 from gptray.runners.runs import held
 from gptray.runners.sweep_end import BEST, outcome, tell_winner
-from gptray.runners.sweep_plan import BUSY, SweepPlan, check_texts, look_at_sweep
+from gptray.runners.sweep_plan import (
+    BUSY,
+    SweepPlan,
+    check_texts,
+    how_to_extend,
+    look_at_sweep,
+)
 from gptray.runners.sweep_start import check_trials, failed_trials, opened
 from gptray.runners.sweep_watch import watching_sweep
 from gptray.training.checkpoint import exchange_model
@@ -67,12 +73,7 @@ def tune(config: Config) -> dict[str, Any]:
         log.info("sweep %s", folder)
         reporter = Reporter(folder, _write_report)
         if winner_dir(folder) and not plan.changes and not failed_trials(plan.config, folder):
-            more = f"tune.num_samples={2 * plan.config.tune.num_samples}"
-            log.info(
-                "this sweep is finished; more trials: %s; train.resume=never and another name "
-                "start a new one",
-                command("tune", plan.config, folder, more),
-            )
+            log.info("%s", how_to_extend(plan))
             reporter.write(running=False)
         else:
             with ray_cluster():
