@@ -61,8 +61,20 @@ def storing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not is_of_files(error):
+            raise
         raise cannot_write(path, error) from error
+
+
+def is_of_files(error: Exception) -> bool:
+    """Whether an error is of files: the system's, or a library's that writes them.
+
+    Timeouts and lost connections are OSErrors too; those of Ray's calls have no system's number.
+    """
+    if isinstance(error, (TimeoutError, ConnectionError)):
+        return error.errno is not None
+    return isinstance(error, (OSError, SafetensorError))
 
 
 def cannot_write(path: Path, error: Exception) -> CannotWrite:

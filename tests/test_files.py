@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -131,6 +132,15 @@ def test_arrow_files_that_find_no_room_are_told_in_the_same_words(tmp_path: Path
     with told, storing(path), files_up_to(10):
         stream.write(b"x" * 5000)
     stream.close()
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, ConnectionError])
+def test_only_the_systems_timeouts_are_the_storages(tmp_path: Path, kind: type[OSError]) -> None:
+    with pytest.raises(kind, match="^no answer$"), storing(tmp_path):
+        raise kind("no answer")
+    told = pytest.raises(RunFailed, match=f"^cannot write {tmp_path}: Connection timed out")
+    with told, storing(tmp_path):
+        raise kind(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))  # of a share
 
 
 @pytest.mark.parametrize("write", [lambda path: append(path, b"x\n"), open_lock])
