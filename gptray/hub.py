@@ -50,11 +50,11 @@ def _silence(period: int) -> str | None:
     """Why the hub does not answer. Cached for a period, not for good: a replica lives for days."""
     from huggingface_hub import constants
 
-    reasons = ["no answer"]
+    reasons = [f" within {ASKING_S:.0f} s"]
     thread = threading.Thread(target=_ask, args=(constants.ENDPOINT, reasons), daemon=True)
     thread.start()
     thread.join(ASKING_S)
-    return f"{constants.ENDPOINT} does not answer: {reasons[-1]}" if reasons else None
+    return f"{constants.ENDPOINT} does not answer{reasons[-1]}" if reasons else None
 
 
 def _ask(endpoint: str, reasons: list[str]) -> None:
@@ -64,7 +64,7 @@ def _ask(endpoint: str, reasons: list[str]) -> None:
     try:
         get_session().head(endpoint, timeout=REQUEST_S)
     except Exception as error:  # the client's own errors, and those of its settings
-        reasons.append(first_line(error))
+        reasons.append(f": {first_line(error)}")
     else:
         reasons.clear()
 

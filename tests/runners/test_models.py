@@ -22,6 +22,7 @@ from gptray.runners.models import find_model, with_tokenizer
 from gptray.runners.preparation import preparation_plan
 from gptray.runners.runs import resolve
 from gptray.runners.subject import look
+from gptray.runners.sweep_plan import look_at_sweep
 from gptray.runners.terminal import look_here
 from gptray.runners.training_checks import check_run
 
@@ -118,6 +119,18 @@ def test_a_misspelt_tokenizer_may_be_a_kind_or_a_run(storage: Path) -> None:
     assert refused("data.tokenizer", storage, "bpee").endswith("; did you mean bpe?")
     (storage / "ko-q").rename(storage / "chats")
     assert refused("data.tokenizer", storage, "chat").endswith("; did you mean chats?")
+
+
+def test_a_search_space_takes_the_folder_of_a_run(storage: Path) -> None:
+    space = "[{path: data.tokenizer, choice: [%s, bpe]}]"
+    keys = ["train.block_size=64", "compute.cpus_per_worker=1"]
+    for name, told in (
+        ("ko-q", f"a search space takes a run's folder, {storage}/ko-q, not its name"),
+        ("ko-p", f"no such run in {storage}, .*; did you mean ko-q"),
+    ):
+        with pytest.raises(UserError, match=f"^data.tokenizer={name}: {told}"):
+            look_at_sweep(config_of(storage, f"tune.space={space % name}", *keys))
+    look_at_sweep(config_of(storage, f"tune.space={space % (storage / 'ko-q')}", *keys))
 
 
 def test_a_misspelt_name_gets_the_nearest_runs(storage: Path) -> None:
