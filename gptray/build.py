@@ -1,8 +1,9 @@
 """Builds the project's own C++ for this machine, once: libraries stay in the user's cache folder.
 
 A library's name ends with the digest of its bytes, which is verified before every use. A damaged
-library is built again; one that another user could have written is never loaded. Loads no torch,
-so that a job can check for a backend before it starts anything.
+library is built again; one that another user could have written is never loaded. A cache folder of
+the user's own that others can write to, as a umask of 002 makes it, is closed to them. Loads no
+torch, so that a job can check for a backend before it starts anything.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _NEEDED = {
     "avx512_vnni": "-mavx512vnni",
     "avx512_bf16": "-mavx512bf16",
 }
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # Room that a library needs at most.
 _LIBRARY_BYTES = 4 << 20
 # OpenMP's runtime is the one that PyTorch has loaded: both share one set of threads.
@@ -72,10 +74,11 @@ def built(source: Path, *, key: str) -> Path:
 
     Raises:
         RunFailed: the compiler rejects the source, with its message; or the cache folder cannot be
-            written, or is writable by others.
+            written, or others can write to it and that cannot be changed.
     """
     remedy = f"set XDG_CACHE_HOME to another folder, or {key}=torch to do without it"
     name, folder = _library_name(source), _cache_folder()
+    _close(folder)
     found = kept(name)
     if found:
         return found
@@ -93,6 +96,9 @@ def built(source: Path, *, key: str) -> Path:
         with _draft(folder) as fresh:
             command = [*compiler(), *_OPTIONS, "-o", str(fresh), str(source)]
             _run(command, f"{key}=torch does without it")
+            if not _is_library(fresh):
+                wrote = f"the compiler {shlex.join(compiler())} wrote no library"
+                raise RunFailed(f"{wrote}; set CXX to another, or {key}=torch to do without it")
             fresh.chmod(0o644)
             path = folder / f"{name}-{_digest(fresh)}.so"
             os.replace(fresh, path)
@@ -136,6 +142,19 @@ def kept(name: str) -> Path | None:
     return None
 
 
+def _close(folder: Path) -> None:
+    """Take the permission to write to an own cache folder from other users, if they have it."""
+    if _is_own(folder) and _not_private(folder):
+        with suppress(OSError):  # the folder is refused where it is used
+            folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~_OTHERS_WRITE)
+            log.info("%s could be written by other users: it no longer can", folder)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is this user's and no link: one may lead to a folder that others share."""
+    return folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.geteuid()
+
+
 def _not_private(path: Path) -> str | None:
     """Why another user may have written to a file or folder; None if none can."""
     status = path.lstat()
@@ -143,7 +162,12 @@ def _not_private(path: Path) -> str | None:
         status = path.stat() if path.is_dir() else status
     if status.st_uid not in (os.geteuid(), 0):
         return f"belongs to another user ({status.st_uid})"
-    return "can be written by other users" if status.st_mode & 0o022 else None
+    return "can be written by other users" if status.st_mode & _OTHERS_WRITE else None
+
+
+def _is_library(path: Path) -> bool:
+    """Whether a compiler has made a shared library there."""
+    return path.is_file() and path.read_bytes()[:4] == b"\x7fELF"
 
 
 def _digest(path: Path) -> str:
@@ -197,7 +221,7 @@ def _why_not_kept(folder: Path) -> str | None:
     except UserError as error:
         return str(error)
     there = next(one for one in (folder, *folder.parents) if one.is_dir())
-    if folder.is_dir() and (problem := _not_private(folder)):
+    if folder.is_dir() and not _is_own(folder) and (problem := _not_private(folder)):
         return f"{folder} {problem}, so no code is loaded from it (see XDG_CACHE_HOME)"
     free = shutil.disk_usage(there).free
     if free < _LIBRARY_BYTES:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from gptray.config import (
     Config,
@@ -34,6 +34,7 @@ from gptray.fields import field_specs
 from gptray.files import cannot_write, is_storage
 from gptray.key_help import help_text
 from gptray.signals import STOP_S, interrupting
+from gptray.standard_output import Unread, give_up, write_out
 from gptray.suggest import nearest, nearest_keys
 from gptray.visible import visible, visible_json
 
@@ -88,17 +89,17 @@ def _run(
     _print_what_can_be()
     try:
         if arguments.help:
-            _print(help_text(Config, name=name, doc=doc))
+            write_out(help_text(Config, name=name, doc=doc) + "\n")
             return DONE
         config = _config(arguments)
         if arguments.dry_run:
-            _print(_plan_text(config, plan(config)))
+            write_out(_plan_text(config, plan(config)))
             return DONE
         _log_to_stderr(verbose=arguments.verbose)
         with interrupting(lambda failure, is_again: _end_at_once(name, failure, is_again)):
             result = job(config)
         if result is not None:
-            _print(_json_line(result))
+            write_out(_json_line(result))
         return DONE
     except ConfigError as error:
         _say(f"{error}\n{name}: nothing was started; --help lists every key")
@@ -113,8 +114,7 @@ def _run(
         # Ray puts its own SIGTERM handler in place, which exits; a job itself never does.
         _say(f"{name}: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has seen enough (| head)
-        _give_up(sys.stdout)
+    except Unread:
         return DONE
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -168,8 +168,9 @@ def line_printer() -> Callable[[dict[str, Any]], None]:
     stdout = sys.stdout
 
     def print_line(result: dict[str, Any]) -> None:
-        with redirect_stdout(stdout):
-            _print(_json_line(result))
+        # Where nobody reads the line any more, the job still runs on.
+        with redirect_stdout(stdout), suppress(Unread):
+            write_out(_json_line(result))
 
     return print_line
 
@@ -264,21 +265,7 @@ def _comments(rows: Plan) -> Iterator[str]:
 
 def _json_line(result: dict[str, Any]) -> str:
     ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-    return visible_json(json.dumps(result, allow_nan=False, ensure_ascii=ascii_only))
-
-
-def _print(text: str) -> None:
-    """Print to stdout, also when nobody reads it to the end (| head).
-
-    Raises:
-        RunFailed: stdout is a file on a disk that is full.
-    """
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        _give_up(sys.stdout)
-        if not isinstance(error, BrokenPipeError):
-            raise RunFailed(f"cannot write the result to stdout: {error.strerror}") from None
+    return visible_json(json.dumps(result, allow_nan=False, ensure_ascii=ascii_only)) + "\n"
 
 
 def _say(message: str) -> None:
@@ -286,12 +273,7 @@ def _say(message: str) -> None:
     try:
         print(visible(message), file=sys.stderr, flush=True)
     except OSError:
-        _give_up(sys.stderr)
-
-
-def _give_up(stream: TextIO) -> None:
-    """Write to nowhere: what is left in the buffer would fail again when the interpreter ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        give_up(sys.stderr)
 
 
 class _Lines(logging.Handler):

@@ -32,13 +32,23 @@ class CannotWrite(RunFailed):
     """Storage that takes no more: it may pass, and the same command then resumes."""
 
 
-def expanded(path: str | Path) -> Path:
-    """A path whose ~ or ~user is the home folder. Raises UserError where none is known."""
+def absolute(path: str | Path, *, key: str | None = None) -> Path:
+    """As `expanded`, from the root on and without `..`; links stay. Raises UserError."""
+    return Path(os.path.abspath(expanded(path, key=key)))
+
+
+def expanded(path: str | Path, *, key: str | None = None) -> Path:
+    """A path whose ~ or ~user is the home folder.
+
+    key: the config's name for it, for the message.
+
+    Raises UserError where no home folder is known.
+    """
     text = os.path.expanduser(path)
     if text.startswith("~"):
         raise UserError(
-            f"{path}: no home folder is known for {text.partition(os.sep)[0]} (HOME is one's own); "
-            "give the whole path"
+            f"{f'{key}=' if key else ''}{path}: no home folder is known for "
+            f"{text.partition(os.sep)[0]}; give the whole path"
         )
     return Path(text)
 
@@ -51,8 +61,20 @@ def storing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not is_of_files(error):
+            raise
         raise cannot_write(path, error) from error
+
+
+def is_of_files(error: Exception) -> bool:
+    """Whether an error is of files: the system's, or a library's that writes them.
+
+    Timeouts and lost connections are OSErrors too; those of Ray's calls have no system's number.
+    """
+    if isinstance(error, (TimeoutError, ConnectionError)):
+        return error.errno is not None
+    return isinstance(error, (OSError, SafetensorError))
 
 
 def cannot_write(path: Path, error: Exception) -> CannotWrite:
@@ -160,7 +182,7 @@ def append(path: Path, data: bytes, *, cut_torn: bool = False, sync: bool = Fals
 
     Raises OSError.
     """
-    with _opened_here(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
+    with open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         if cut_torn:
@@ -179,23 +201,31 @@ def append(path: Path, data: bytes, *, cut_torn: bool = False, sync: bool = Fals
 
 def open_lock(path: Path) -> FileIO:
     """Open an empty file to lock, creating it if needed; links are refused. Raises OSError."""
-    return _opened_here(path, os.O_RDWR | os.O_CREAT)
+    return open_regular(path, os.O_RDWR | os.O_CREAT)
 
 
-def _opened_here(path: Path, flags: int) -> FileIO:
-    """Open a regular file, but no link: that would write another file. Raises OSError."""
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> FileIO:
+    """Open a regular file; for writing no link, since that would write another file.
+
+    Raises:
+        OSError: it is a folder, a pipe or a device, which may block or have no end; or it cannot
+            be opened.
+    """
+    reads = flags & os.O_ACCMODE == os.O_RDONLY
+    flags |= 0 if reads else os.O_NOFOLLOW
     try:
-        # Without O_NONBLOCK a pipe without a reader would block here.
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        # Without O_NONBLOCK this would wait for the other end of a pipe.
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        if error.errno == errno.ELOOP:
+        if error.errno == errno.ELOOP and not reads:
             raise OSError(errno.ELOOP, _LINK, str(path)) from None
         raise
-    file = FileIO(descriptor, "rb+")
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return file
+    return FileIO(descriptor, "rb" if reads else "rb+")
 
 
 def remove(path: Path) -> None:
@@ -238,8 +268,5 @@ def _whole_lines(path: Path, size: int) -> int:
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a regular file, in hexadecimal. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device may have no end
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ answers: once a minute, for a few seconds. Needs neither torch nor Ray.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -17,12 +18,14 @@ from gptray.config import UserError
 # Of one request, and of the whole check: the look-up of the hub's name has no time limit.
 REQUEST_S, ASKING_S = 2.0, 3.0
 ANSWER_HOLDS_S = 60.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class NotOnHub(UserError):
-    """The hub has no such model, or cannot be reached; `reason` says which, as a clause.
+    """Neither a folder here nor a model from the hub.
 
-    It is empty for what cannot be a name on the hub.
+    `reason` says what the hub or its cache answered, such as "no such model on the hub"; it is
+    empty for what cannot be a name on the hub.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -34,7 +37,7 @@ class NotOnHub(UserError):
 
 
 def why_unreachable() -> str | None:
-    """Why nothing can be downloaded now, as a clause; None if the hub answers."""
+    """Why nothing can be downloaded now; None if the hub answers."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -47,11 +50,11 @@ def _silence(period: int) -> str | None:
     """Why the hub does not answer. Cached for a period, not for good: a replica lives for days."""
     from huggingface_hub import constants
 
-    reasons = ["no answer"]
+    reasons = [f" within {ASKING_S:.0f} s"]
     thread = threading.Thread(target=_ask, args=(constants.ENDPOINT, reasons), daemon=True)
     thread.start()
     thread.join(ASKING_S)
-    return f"the hub ({constants.ENDPOINT}) does not answer: {reasons[-1]}" if reasons else None
+    return f"{constants.ENDPOINT} does not answer{reasons[-1]}" if reasons else None
 
 
 def _ask(endpoint: str, reasons: list[str]) -> None:
@@ -61,7 +64,7 @@ def _ask(endpoint: str, reasons: list[str]) -> None:
     try:
         get_session().head(endpoint, timeout=REQUEST_S)
     except Exception as error:  # the client's own errors, and those of its settings
-        reasons.append(first_line(error))
+        reasons.append(f": {first_line(error)}")
     else:
         reasons.clear()
 
@@ -71,6 +74,9 @@ def download_model(hub_id: str, patterns: Sequence[str]) -> Path:
 
     Raises NotOnHub.
     """
+    if not _HUB_ID.fullmatch(hub_id):
+        raise NotOnHub(f"{hub_id}: no such folder", "")
+
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -80,12 +86,15 @@ def download_model(hub_id: str, patterns: Sequence[str]) -> Path:
             snapshot_download(hub_id, allow_patterns=[*patterns], local_files_only=away is not None)
         )
     except GatedRepoError:
-        reason = "the hub gates it: the owner of HF_TOKEN must accept its conditions first"
+        reason = "gated on the hub: accept its conditions there and set HF_TOKEN"
     except (RepositoryNotFoundError, HFValidationError):
-        reason = "the hub has no model of that name, or a private one (set HF_TOKEN)"
+        private = " (a private one needs HF_TOKEN)" if "/" in hub_id else ""
+        reason = f"no such model on the hub{private}"
     except (OSError, ValueError) as error:
-        reason = f"it is not in the cache, and {away}" if away else f"the hub: {first_line(error)}"
-    raise NotOnHub(f"{hub_id}: no such folder, and {reason}", reason)
+        reason = (
+            f"not in the hub's cache ({away})" if away else f"the hub fails: {first_line(error)}"
+        )
+    raise NotOnHub(f"{hub_id}: no such folder here and {reason}", reason)
 
 
 def first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gptray.suggest import did_you_mean, nearest
+from gptray.yaml_text import plain_number
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -38,7 +39,7 @@ def _parts(value: Any) -> Any:
     if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= 3:
         raise ValueError("give train:val or train:val:test, such as 90:10 or 80:10:10")
     try:
-        parts = [float(part) for part in value]
+        parts = [plain_number(one) if isinstance(one, str) else float(one) for one in value]
     except (TypeError, ValueError):
         raise ValueError("give train:val or train:val:test, such as 90:10 or 80:10:10") from None
     if not all(0 < part < float("inf") for part in parts):
@@ -120,7 +121,8 @@ class ModelConfig(Section):
     n_head: PositiveInt = Field(4, description="attention heads; must divide n_embd")
     n_embd: PositiveInt = Field(256, description="width of the residual stream")
     n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 x n_embd")
-    n_positions: PositiveInt = Field(128, description="longest context, in tokens")
+    # A context of one token would have no room for a new one.
+    n_positions: Annotated[int, Field(ge=2)] = Field(128, description="longest context, in tokens")
     vocab_size: PositiveInt | None = Field(
         None, description="rows of the embedding; null: the tokenizer's; larger pads it"
     )

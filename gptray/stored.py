@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptray.files import is_storage
+from gptray.config import UserError
+from gptray.files import is_storage, open_regular
 
 # Of a config or a manifest.
 MAX_BYTES = 64 << 20
@@ -22,8 +23,8 @@ class Unreadable(ValueError):
     """A file that does not hold what it should. The message says why; the caller adds the path."""
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor for reading a regular file.
+def open_stored(path: Path) -> BufferedReader:
+    """Open a regular file for reading.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -31,25 +32,18 @@ def open_regular(path: Path) -> int:
         OSError: the storage failed.
     """
     try:
-        # Without O_NONBLOCK a pipe without a writer would block here.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return BufferedReader(open_regular(path))
     except FileNotFoundError:
         raise
     except OSError as error:
         if is_storage(error):
             raise
         raise Unreadable(error.strerror) from None
-    except ValueError as error:  # a NUL in the name
-        raise Unreadable(str(error)) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise Unreadable("it is not a regular file")
-    return descriptor
 
 
 def read_bytes(path: Path, *, most: int | None = MAX_BYTES) -> bytes:
-    """The bytes of a regular file of at most `most`. Raises as `open_regular`."""
-    with open(open_regular(path), "rb") as file:
+    """The bytes of a regular file of at most `most`. Raises as `open_stored`."""
+    with open_stored(path) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
             raise Unreadable(f"it is too large ({size:,} bytes)")
@@ -75,6 +69,14 @@ def read_object(path: Path, *, finite: bool = True, most: int | None = MAX_BYTES
     if not isinstance(value, dict):
         raise Unreadable("not a JSON object")
     return value
+
+
+def read_foreign(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of another program's. Raises UserError naming the file."""
+    try:
+        return read_object(path, finite=False)
+    except (Unreadable, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def is_whole(value: object, *, least: int = 0) -> bool:

@@ -15,13 +15,13 @@ import yaml
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
 
+_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 CORE_SCALARS = {
     "null": (r"null|Null|NULL|~|", "~nN"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?[0-9]{1,99}|0o[0-7]{1,99}|0x[0-9a-fA-F]{1,99}", "-+0123456789"),
     "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        rf"{_NUMBER}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+.0123456789",
     ),
 }
@@ -131,6 +131,17 @@ def scalar_value(node: yaml.ScalarNode) -> None | bool | int | float | str:
     if kind == "float":
         return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
     return text
+
+
+def plain_number(text: str) -> float:
+    """The number in a text by YAML's rules: no 1_0 and no digits of other scripts.
+
+    Raises ValueError.
+    """
+    text = text.strip()
+    if not re.fullmatch(_NUMBER, text):
+        raise ValueError(f"not a number: {text!r}")
+    return float(text)
 
 
 def _explained(error: yaml.MarkedYAMLError) -> YamlError:

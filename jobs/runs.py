@@ -16,9 +16,10 @@ from gptray.config import Config
 def job(config: Config) -> dict[str, Any]:
     from gptray.runners.listing import listed
     from gptray.runners.runs_table import table_of
+    from gptray.standard_output import write_out
 
     runs = listed(config)
-    print(table_of(runs), end="")
+    write_out(table_of(runs))
     return {"runs": [run.to_json() for run in runs]}
 
 

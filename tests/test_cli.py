@@ -271,7 +271,32 @@ def test_output_to_a_full_disk_ends_in_the_exit_code(
         done = subprocess.run(command, **{**streams, stream: full}, check=False, timeout=120)
     assert done.returncode == code
     if code == 1:
-        assert done.stderr == b"train: cannot write the result to stdout: No space left on device\n"
+        assert done.stderr == b"train: standard output: No space left on device\n"
+
+
+def a_list_of_runs(tmp_path: Path, **streams: Any) -> subprocess.CompletedProcess[bytes]:
+    (tmp_path / "run").mkdir(exist_ok=True)
+    command = [sys.executable, str(ROOT / "jobs" / "runs.py"), f"storage_path={tmp_path}"]
+    return subprocess.run(command, **streams, stderr=subprocess.PIPE, check=False, timeout=120)
+
+
+def test_a_table_for_a_full_disk_or_for_nobody_names_standard_output(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = a_list_of_runs(tmp_path, stdout=full)
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"runs: standard output: No space left on device\n",
+    )
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = a_list_of_runs(tmp_path, stdout=write_end)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_pipe_that_broke_inside_a_job_is_its_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(job=raising(BrokenPipeError(errno.EPIPE, "Broken pipe"))) == 1
+    assert "BrokenPipeError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("descriptor", [1, 2])

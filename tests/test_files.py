@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,15 @@ from pyarrow.fs import LocalFileSystem
 from safetensors.torch import save_file
 
 from gptray.config import RunFailed, UserError
-from gptray.files import append, check_writable, open_lock, remove, replacing, storing
+from gptray.files import (
+    append,
+    check_writable,
+    open_lock,
+    remove,
+    replacing,
+    sha256_of,
+    storing,
+)
 from gptray.stored import MAX_BYTES, Unreadable, read_bytes
 from tests.full_disk import files_up_to
 
@@ -125,6 +134,15 @@ def test_arrow_files_that_find_no_room_are_told_in_the_same_words(tmp_path: Path
     stream.close()
 
 
+@pytest.mark.parametrize("kind", [TimeoutError, ConnectionError])
+def test_only_the_systems_timeouts_are_the_storages(tmp_path: Path, kind: type[OSError]) -> None:
+    with pytest.raises(kind, match="^no answer$"), storing(tmp_path):
+        raise kind("no answer")
+    told = pytest.raises(RunFailed, match=f"^cannot write {tmp_path}: Connection timed out")
+    with told, storing(tmp_path):
+        raise kind(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))  # of a share
+
+
 @pytest.mark.parametrize("write", [lambda path: append(path, b"x\n"), open_lock])
 def test_neither_a_log_nor_a_lock_is_written_through_a_link_or_a_pipe(
     tmp_path: Path, write: Callable[[Path], object]
@@ -137,6 +155,20 @@ def test_neither_a_log_nor_a_lock_is_written_through_a_link_or_a_pipe(
     with pytest.raises(RunFailed, match="pipe: it is not a regular"), storing(tmp_path / "pipe"):
         write(tmp_path / "pipe")
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("read", [read_bytes, sha256_of])
+def test_only_regular_files_are_read(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(__file__)
+    assert read(tmp_path / "link") == read(Path(__file__))
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises((OSError, Unreadable), match="it is not a regular file"):
+            read(path)
+    with pytest.raises((OSError, Unreadable), match="null byte"):
+        read(tmp_path / "a\0b")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "nowhere")
 
 
 def test_a_link_is_removed_without_what_it_names(tmp_path: Path) -> None:

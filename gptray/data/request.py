@@ -176,7 +176,7 @@ def _request(
         split=split,
         fraction=fraction,
         seed=config.seed if data.seed is None else data.seed,
-        root=expanded(config.storage_path).absolute() / PREPARED,
+        root=expanded(config.storage_path, key="storage_path").absolute() / PREPARED,
         eos_token=data.eos_token,
         warnings=tuple(warnings),
     )

@@ -11,10 +11,12 @@ import pyarrow as pa
 from gptray.config import UserError
 from gptray.data.json_columns import holds_json
 from gptray.data.rows import is_text
+from gptray.yaml_text import plain_number
 
 
 def _whole(value: Any) -> int:
     if isinstance(value, str):
+        plain_number(value)  # `int` would take 1_0
         # 16.0 too: so pandas writes a column with gaps.
         return int(value.strip().removesuffix(".0"))
     number = _number(value)
@@ -27,7 +29,7 @@ def _whole(value: Any) -> int:
 def _number(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError("not a number")
-    return float(value)
+    return plain_number(value) if isinstance(value, str) else float(value)
 
 
 def _flag(value: Any) -> bool:

@@ -30,6 +30,7 @@ from gptray.data.folders import (
     shown,
 )
 from gptray.data.remote import file_system, remote_files, scheme_of
+from gptray.files import absolute
 from gptray.suggest import did_you_mean, nearest
 
 BUILTIN = "builtin"
@@ -189,7 +190,7 @@ def _expand(entry: str) -> list[SourceFile]:
         return _expand_remote(entry)
     if not entry.isprintable() and shown(entry) != entry:
         raise UserError(f"{shown(entry)}: not UTF-8; name the file by its folder or by a glob")
-    path = os.path.abspath(os.path.expanduser(entry))
+    path = str(absolute(entry))
     if os.path.isdir(path):
         return _from_folder(entry, path)
     if not os.path.lexists(path) and WILDCARD.search(entry):

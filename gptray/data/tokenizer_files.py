@@ -22,7 +22,7 @@ from gptray.data.sources import hint
 from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
 from gptray.files import expanded
 from gptray.hub import NotOnHub, download_model, first_line
-from gptray.stored import Unreadable, read_object
+from gptray.stored import read_foreign, read_object
 from gptray.suggest import did_you_mean, nearest
 
 log = logging.getLogger("gptray")
@@ -50,7 +50,7 @@ def tokenizer_path(source: str) -> Path | None:
     """The folder that holds the tokenizer of a tokenizer, model, run or data folder, or its file.
 
     A path to tokenizer.json is its folder; to another .json file, that file alone. None: no path,
-    so a hub id. Raises UserError for a path that does not exist or holds no tokenizer.
+    so a hub id. Raises NotOnHub for a path that does not exist, UserError without a tokenizer.
     """
     path = expanded(source)
     if path.is_file():
@@ -61,26 +61,35 @@ def tokenizer_path(source: str) -> Path | None:
         raise UserError(f"data.tokenizer={source}: is a file; name a folder or a tokenizer.json")
     if not path.is_dir():
         if source.startswith(("/", ".", "~")) or source.count("/") > 1 or path.suffix == ".json":
-            raise UserError(f"data.tokenizer={source}: there is no such folder or file")
-        near = hint(source.lower(), KINDS)
-        if near and "/" not in source:
-            raise UserError(f"data.tokenizer={source}: neither a folder nor a known kind{near}")
+            raise NotOnHub(f"data.tokenizer={source}: no such folder or file", "")
         return None
-    for candidate in (path, path / "model", path / "tokenizer"):
-        if candidate.is_dir() and tokenizer_files(candidate):
-            return candidate
-    raise UserError(f"data.tokenizer={source}: the folder holds no tokenizer (tokenizer.json)")
+    holder = _holder(path)
+    if holder is None:
+        raise UserError(f"data.tokenizer={source}: the folder holds no tokenizer (tokenizer.json)")
+    return holder
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder is a tokenizer's, or that of a model, a run or prepared data with one."""
+    return _holder(folder) is not None
+
+
+def _holder(folder: Path) -> Path | None:
+    places = (folder, folder / "model", folder / "tokenizer")
+    return next((one for one in places if one.is_dir() and tokenizer_files(one)), None)
 
 
 @cache
 def hub_tokenizer(hub_id: str) -> Path:
-    """The folder with a hub repository's tokenizer files. Raises UserError if it has none."""
+    """The folder with a hub repository's tokenizer files.
+
+    Raises NotOnHub if there is no such repository, UserError if it has no tokenizer.
+    """
     try:
         folder = download_model(hub_id, [*_HUB_FILES])
     except NotOnHub as error:
-        raise UserError(
-            f"data.tokenizer={hub_id}: not a folder here nor bpe or char, and {error.reason}"
-        ) from None
+        near = hint(hub_id.lower(), KINDS)
+        raise NotOnHub(f"data.tokenizer={error}{near}", error.reason) from None
     if not tokenizer_files(folder):
         raise UserError(f"data.tokenizer={hub_id}: this hub repository has no tokenizer")
     return folder
@@ -125,7 +134,7 @@ def open_tokenizer(source: str) -> Opened:
     special: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path / name).is_file():
-            special |= _special_tokens(_read_json(path / name))
+            special |= _special_tokens(read_foreign(path / name))
     if "eos_token" not in special and (path / "config.json").is_file():
         # A model's folder whose tokenizer class knows its special tokens, as GPT-2's does.
         return _from_transformers(str(path))
@@ -243,13 +252,6 @@ def _from_transformers(source: str) -> Opened:
     if backend is None:
         raise UserError(f"data.tokenizer={source}: it has no tokenizer.json form")
     return backend, _special_tokens(loaded.special_tokens_map)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path, finite=False)
-    except (Unreadable, OSError) as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:

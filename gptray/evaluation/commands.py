@@ -1,9 +1,9 @@
-"""The commands in a report: each works when a reader types it."""
+"""Commands that use or improve a model: each works when a reader types it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,28 @@ from gptray.config import Config, UserError, override
 from gptray.model.example import FALLBACK, load_example
 
 
-def evaluate_command(folder: Path) -> str:
-    """The command that evaluates a run's best model."""
-    return job_command("evaluate", f"evaluate.model={folder.resolve()}")
+def model_commands(
+    folder: Path, name: str | None = None, command: Callable[..., str] = job_command
+) -> dict[str, str]:
+    """The commands that evaluate, generate with, and serve a model, by job.
+
+    folder: of a run, a sweep or the model itself.
+    name: what the commands call it; by default its folder.
+    command: what makes a command of a job and its words, see `gptray.commands`.
+    """
+    name = name or str(folder.resolve())
+    return {
+        "evaluate": command("evaluate", f"evaluate.model={name}"),
+        "generate": command("generate", f"generate.model={name}", _prompt_word(folder)),
+        "serve": command("serve", f"serve.model={name}"),
+    }
 
 
-def next_commands(folder: Path, *, is_evaluated: bool) -> list[str]:
-    """The commands that use the model of a run that has ended."""
-    model = str(folder.resolve())
-    prompt = json.dumps(load_example(folder / "model") or FALLBACK, ensure_ascii=False)
-    measure = [] if is_evaluated else [evaluate_command(folder)]
-    return [
-        *measure,
-        job_command("generate", f"generate.model={model}", f"sample.prompt={prompt}"),
-        job_command("serve", f"serve.model={model}"),
-    ]
+def _prompt_word(folder: Path) -> str:
+    """`sample.prompt=` and a prompt that suits the model; quoted only where YAML needs it."""
+    prompt = load_example(folder / "model") or load_example(folder) or FALLBACK
+    is_plain = prompt.isprintable() and prompt[0] not in "'\"[~" and prompt.lower() != "null"
+    return f"sample.prompt={prompt if is_plain else json.dumps(prompt, ensure_ascii=False)}"
 
 
 def train_command(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config
-from gptray.evaluation.commands import evaluate_command
+from gptray.evaluation.commands import model_commands
 from gptray.evaluation.diagnosis import Diagnosis
 from gptray.evaluation.result import Evaluation
 
@@ -40,7 +40,8 @@ def gap_of(
     if best and config.model.dropout == 0:
         return Gap(best.gap, None, f"{MEANS}; of the batches before that step")
     missing = "not measured: training has dropout on"
-    return Gap(None, None, f"{MEANS}; {missing}; {evaluate_command(folder)} measures it")
+    command = model_commands(folder)["evaluate"]
+    return Gap(None, None, f"{MEANS}; {missing}; {command} measures it")
 
 
 def is_stale(evaluation: Evaluation, events: Sequence[Mapping[str, Any]]) -> bool:

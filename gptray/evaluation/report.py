@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gptray.config import UserError, load_config
 from gptray.evaluation.charts import Chart, run_charts
-from gptray.evaluation.commands import evaluate_command
+from gptray.evaluation.commands import model_commands
 from gptray.evaluation.diagnosis import diagnose
 from gptray.evaluation.findings import evaluation_sections, evaluation_sentence
 from gptray.evaluation.gap import is_stale
@@ -79,7 +79,7 @@ def _page(
     if run:
         found = evaluation_sections(evaluation) if evaluation else []
         if evaluation and not run.evaluation:
-            found.insert(0, paragraph(STALE.format(evaluate_command(folder)), "soft"))
+            found.insert(0, paragraph(STALE.format(model_commands(folder)["evaluate"]), "soft"))
         parts += run_sections(run, charts, found)
     elif evaluation:
         parts += evaluation_sections(evaluation)

@@ -12,7 +12,7 @@ from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
 from gptray.evaluation.advice import Advice, advise
 from gptray.evaluation.charts import Chart
-from gptray.evaluation.commands import next_commands, train_command
+from gptray.evaluation.commands import model_commands, train_command
 from gptray.evaluation.diagnosis import Diagnosis
 from gptray.evaluation.findings import evaluation_tiles
 from gptray.evaluation.gap import Gap, gap_of
@@ -115,8 +115,11 @@ def _next_commands(run: RunRecord) -> str:
     """The commands that use the model of a run that has ended; "" before that."""
     if run.diagnosis.ended is None or run.diagnosis.best is None:
         return ""
-    commands = next_commands(run.folder, is_evaluated=run.evaluation is not None)
-    return section("What comes next", *(f"<pre>{esc(command)}</pre>" for command in commands))
+    commands = model_commands(run.folder)
+    if run.evaluation is not None:
+        del commands["evaluate"]
+    blocks = (f"<pre>{esc(command)}</pre>" for command in commands.values())
+    return section("What comes next", *blocks)
 
 
 def _tiles(run: RunRecord) -> str:

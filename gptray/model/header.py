@@ -14,7 +14,7 @@ from typing import Any
 
 from gptray.config import UserError
 from gptray.model.shape import PREFIX, weight_files
-from gptray.stored import Unreadable, is_whole, open_regular, parse_json
+from gptray.stored import Unreadable, is_whole, open_stored, parse_json
 
 # A header has some 200 bytes for each tensor; GPT-2 XL has 580 tensors.
 _MAX_HEADER_BYTES = 32 << 20
@@ -88,7 +88,7 @@ def _expected(shape: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
 def _header(path: Path) -> dict[str, tuple[list[int], str]]:
     """Shape and type of each tensor in a safetensors file. Raises UserError if it is damaged."""
     try:
-        with open(open_regular(path), "rb") as file:
+        with open_stored(path) as file:
             room = os.fstat(file.fileno()).st_size - 8
             length = int.from_bytes(file.read(8), "little")
             if length > min(room, _MAX_HEADER_BYTES):

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from gptray.config import ModelConfig, UserError
 from gptray.files import expanded
-from gptray.hub import NotOnHub, download_model
-from gptray.stored import Unreadable, is_whole, read_object
+from gptray.hub import download_model
+from gptray.stored import is_whole, read_foreign
 
 # A network that GPT-2's classes would load and compute differently says so by its model_type.
 MODEL_TYPES: dict[tuple[str, bool], str] = {
@@ -61,8 +61,6 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
             return candidate
     if folder.exists():
         raise UserError(f"{folder}: no config.json in it or in its model/, so this is no model")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(source)):
-        raise NotOnHub(f"{folder}: no such folder", "")
     return _download(str(source), weights=weights)
 
 
@@ -84,7 +82,7 @@ def read_shape(source: str | Path, *, weights: bool = False) -> dict[str, Any]:
     Raises UserError for a file that is no GPT-2 that this network can be.
     """
     path = model_folder(source, weights=weights) / "config.json"
-    raw = read_json(path)
+    raw = read_foreign(path)
     kinds = {name: kind for kind, name in MODEL_TYPES.items()}
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in kinds:
@@ -124,7 +122,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _shard_names(index: Path) -> list[str]:
     """The files that an index names. Raises UserError, also for names of files elsewhere."""
-    names = read_json(index).get("weight_map")
+    names = read_foreign(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: no weight_map in it")
     files = list(names.values())
@@ -149,14 +147,6 @@ def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) ->
         "eos_token_id": eos_token_id,
         "dtype": "float32",
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError naming the file if there is none."""
-    try:
-        return read_object(path, finite=False)
-    except (Unreadable, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:

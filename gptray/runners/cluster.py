@@ -17,7 +17,8 @@ from pathlib import Path
 
 from gptray.build import check_backend, compiler
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
-from gptray.files import cannot_write
+from gptray.files import cannot_write, is_of_files
+from gptray.hub import first_line
 from gptray.runners.address import check_address
 from gptray.runners.own_ray import own_ray
 
@@ -67,7 +68,8 @@ def ray_cluster() -> Iterator[bool]:
             if os.environ.get("RAY_ADDRESS"):
                 import ray
 
-                ray.init(**options)
+                with ray_answers():
+                    ray.init(**options)
                 stack.callback(ray.shutdown)
             else:
                 with _ray_folder():
@@ -86,19 +88,31 @@ def _ray_folder() -> Iterator[None]:
     """Say which folder it is when Ray cannot write its session's files. Raises RunFailed."""
     folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     try:
-        yield
-    except OSError as error:
-        failure = cannot_write(folder, error)
-        raise RunFailed(f"Ray did not start: {failure}; RAY_TMPDIR names another folder") from None
+        with ray_answers():
+            yield
     except Exception as error:
-        # Ray's own processes died, of what they do not tell.
-        if shutil.disk_usage(folder).free < _RAY_NEEDS:
-            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            failure = cannot_write(folder, full)
-            raise RunFailed(
-                f"Ray did not start: {failure}; RAY_TMPDIR names another folder"
-            ) from error
-        raise
+        if is_of_files(error):
+            failure = cannot_write(folder, error)
+        elif shutil.disk_usage(folder).free < _RAY_NEEDS:
+            # Ray's own processes died, of what they do not tell.
+            failure = cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        else:
+            raise
+        message = f"Ray did not start: {failure}; RAY_TMPDIR names another folder"
+        raise RunFailed(message) from error
+
+
+@contextmanager
+def ray_answers() -> Iterator[None]:
+    """Tell a timeout or a lost connection of Ray's in one sentence. Raises RunFailed."""
+    try:
+        yield
+    except (TimeoutError, ConnectionError) as error:
+        if is_of_files(error):
+            raise
+        raise RunFailed(
+            f"Ray does not answer: {first_line(error)}; the same command resumes once it does"
+        ) from error
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         save_evaluation(evaluation, subject.folder)
     reporter = Reporter(subject.folder)
     reporter.write(running=False)
-    tell(of_model(subject.run or subject.model_dir))
+    uses = of_model(subject.run or subject.model_dir)
+    tell([uses["generate"], uses["serve"]])
     return {**outcome(evaluation), "evaluation": str(path), "report": reporter.path}
 
 

@@ -12,8 +12,7 @@ import logging
 import os
 import shlex
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import output_schema
 from gptray.evaluation.wording import count
 from gptray.runners.cluster import check_resources, ray_cluster, worker_resources
-from gptray.runners.next_steps import tell
+from gptray.runners.next_steps import resumable, tell
 from gptray.runners.output import Output, check_job, check_output, with_built_backend
 from gptray.runners.rows_bar import RowsBar
 from gptray.runners.terminal import look_here
@@ -48,7 +47,8 @@ def generate(config: Config) -> dict[str, Any]:
     job = check_job(config)
     check_resources(_compute(config))
     job = replace(job, config=with_built_backend(config, job.config))
-    with _resumable(job.folder), Output.opened(job) as output:
+    folder = job.folder
+    with resumable(folder, _command, begun=folder), Output.opened(job) as output:
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
         if missing and not output.rows:
@@ -66,16 +66,8 @@ def generate(config: Config) -> dict[str, Any]:
     return {**summary, **speed}
 
 
-@contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
-    """If the block is interrupted, log where the finished rows are and what resumes the job."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        if folder.is_dir():
-            again = retyped("generate") or "the same command"
-            log.info("stopped: finished files stay in %s\nresume:\n  %s", folder, again)
-        raise
+def _command() -> str:
+    return retyped("generate") or "the same command"
 
 
 def generation_plan(config: Config) -> list[tuple[str, str]]:

@@ -117,7 +117,7 @@ def _run(folder: Path) -> dict[str, Any]:
     if state == "training":
         follows = ""
     elif diagnosis.ended in ("max_steps", "patience") and has_model(folder):
-        follows = of_model(folder)[0]
+        follows = of_model(folder)["generate"]
         if diagnosis.verdict == "falling":
             longer = f"train.max_steps={2 * config.train.max_steps}"
             follows = command("train", config, folder, longer)
@@ -150,7 +150,7 @@ def _sweep(folder: Path) -> dict[str, Any]:
         facts |= {key: of_best[key] for key in ("step", "val_loss", "val_bpb", "parameters")}
         facts["verdict"] = f"{word} {best.name} {of_best['verdict']}"
     if winner and has_model(folder):
-        facts["next"] = of_model(folder)[0]
+        facts["next"] = of_model(folder)["generate"]
     return facts
 
 
@@ -170,7 +170,7 @@ def _other(folder: Path) -> dict[str, Any]:
     if (folder / METRICS).exists():
         return {"problem": f"a run without its {CONFIG}"}
     if has_model(folder):
-        return {"state": "a model", "next": of_model(folder)[0]}
+        return {"state": "a model", "next": of_model(folder)["generate"]}
     return {"problem": f"not a run: it has no {CONFIG}"}
 
 

@@ -7,12 +7,13 @@ import logging
 import os
 import shlex
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from gptray.commands import typed
 from gptray.config import Config, UserError
-from gptray.data.tokenizer_files import KINDS, tokenizer_files
+from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
 from gptray.files import expanded, sha256_of
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
@@ -22,6 +23,7 @@ from gptray.tuning.record import TRIALS
 
 log = logging.getLogger("gptray")
 CONFIG = "config.yaml"
+TOKENIZER = "data.tokenizer"
 
 
 def open_model(source: str | Path, *, key: str) -> Path:
@@ -58,22 +60,25 @@ def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, s
 def locate(config: Config, source: str, *, key: str) -> str:
     """The model that the config's `key` means by `source`: the folder of a run, or `source` itself.
 
-    A bare word is the folder of that name here, if it holds a model; else the run or sweep of that
-    name in `storage_path`; else a hub id. Raises UserError for a run that has no model yet.
+    A bare word is the folder of that name here, if it holds what the key takes (a model; for
+    data.tokenizer, a tokenizer); else the run or sweep of that name in `storage_path`; else a hub
+    id. Raises UserError for a run that has no model yet, and for the home of an unknown user.
     """
     if _is_path(source):
+        expanded(source, key=key)
         return source
+    holds, what = (has_tokenizer, "tokenizer") if key == TOKENIZER else (has_model, "model")
     here, run = Path(source), _run_named(config, source)
     if not (run / CONFIG).is_file() and not has_model(run):
         return source
-    if has_model(here) and here.resolve() != run.resolve():
+    if holds(here) and here.resolve() != run.resolve():
         word = shlex.quote(f"{key}={run}")
         _tell(f"{key}={source} is the folder {here.absolute()}; {word} is the run")
         return source
     if not has_model(run):
         raise UserError(f"{key}={source}: the run {run} has no model yet; {_how_to_train(run)}")
     if here.exists():
-        _tell(f"{key}={source} is the run {run}; the folder {here.absolute()} has no model")
+        _tell(f"{key}={source} is the run {run}; the folder {here.absolute()} has no {what}")
     return str(run)
 
 
@@ -93,24 +98,39 @@ def own_run(config: Config, *, key: str) -> Path:
         return run
     if (run / CONFIG).is_file():
         raise UserError(f"name={config.name}: {run} has no model yet; {_how_to_train(run)}")
-    near = _near(storage, config.name)
-    raise UserError(f"name={config.name}: {storage} has no run of that name{near}")
+    what_to_do = _nearest_run(storage, config.name) or _how_to_list(storage)
+    raise UserError(f"name={config.name}: no such run in {storage}{what_to_do}")
 
 
 def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
-    """The error for a name that is neither a run nor a folder and, for `reason`, not on the hub."""
-    why = f", and {reason}" if reason else ""
-    if _is_path(source):
-        return UserError(f"{key}={source}: no such folder{why}")
+    """The error for a model that the config's `key` names and that is nowhere.
+
+    reason: what the hub or its cache answered, see `NotOnHub`.
+    """
+    place = "no such folder or file" if key == TOKENIZER else "no such folder"
     storage = storage_of(config)
-    return UserError(
-        f"{key}={source}: neither a run in {storage} nor a folder here{why}{_near(storage, source)}"
-    )
+    if _is_path(source):
+        path = source.rstrip(os.sep)
+        name = os.path.basename(path)
+        looked = [f"{place} here" if reason else place]
+        what_to_do = _nearest_run(expanded(path).parent, name, prefix=path.removesuffix(name))
+    elif has_model(run := _run_named(config, source)):  # `locate` was not asked
+        return UserError(
+            f"{key}={source}: a search space takes a run's folder, {run}, not its name"
+        )
+    else:
+        looked = [f"no such run in {storage}", f"{place} here"]
+        kinds = KINDS if key == TOKENIZER else ()
+        what_to_do = _nearest_run(storage, source, kinds) or _how_to_list(storage)
+    looked += [reason] if reason else []
+    *others, last = looked
+    told = f"{', '.join(others)} and {last}" if others else last
+    return UserError(f"{key}={source}: {told}{what_to_do}")
 
 
 def storage_of(config: Config) -> Path:
     """The folder of all runs."""
-    return expanded(config.storage_path).absolute()
+    return expanded(config.storage_path, key="storage_path").absolute()
 
 
 def _run_named(config: Config, name: str) -> Path:
@@ -127,11 +147,23 @@ def _is_path(source: str) -> bool:
     return os.sep in source or source.startswith(("~", "."))
 
 
-def _near(storage: Path, name: str) -> str:
-    """A suggestion of the run with the nearest name, if one is near."""
-    runs = {run.parent.name.lower(): run.parent.name for run in storage.glob(f"*/{CONFIG}")}
-    close = nearest(unicodedata.normalize("NFC", name).lower(), runs)
-    return did_you_mean([runs[close]] if close else [])
+def _nearest_run(storage: Path, name: str, others: Sequence[str] = (), *, prefix: str = "") -> str:
+    """A suggestion of the run, or one of `others`, with the nearest name, if one is near."""
+    names = {one.lower(): one for one in (*_names_of_runs(storage), *others)}
+    close = nearest(unicodedata.normalize("NFC", name).lower(), names)
+    return did_you_mean([prefix + names[close]] if close else [])
+
+
+def _how_to_list(storage: Path) -> str:
+    """What lists the runs in a storage path, if there are any."""
+    if not _names_of_runs(storage):
+        return ""
+    place = [] if storage == storage_of(Config()) else [f"storage_path={storage}"]
+    return f"; {typed('runs', *place)} lists all runs"
+
+
+def _names_of_runs(storage: Path) -> list[str]:
+    return [config.parent.name for config in storage.glob(f"*/{CONFIG}")]
 
 
 def _how_to_train(run: Path) -> str:
@@ -153,14 +185,14 @@ def newest_run(storage: Path) -> Path | None:
 
 
 def with_tokenizer(config: Config) -> Config:
-    """The config with `data.tokenizer`, if it names a run, replaced by that run's folder."""
+    """The config with `data.tokenizer`, if it names a run, replaced by that run's folder.
+
+    Raises UserError for a run that has no model yet.
+    """
     named = config.data.tokenizer
-    if named is None or named in KINDS or _is_path(named) or Path(named).exists():
+    if named is None or named in KINDS:
         return config
-    run = _run_named(config, named)
-    if not has_model(run):
-        return config
-    data = config.data.model_copy(update={"tokenizer": str(run)})
+    data = config.data.model_copy(update={"tokenizer": locate(config, named, key=TOKENIZER)})
     return config.model_copy(update={"data": data})
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
 from gptray.data.prompts import InputScan, check_input, scan, staged
 from gptray.data.sources import SourceFile, find_files
-from gptray.files import expanded, no_empty_folders, storing
+from gptray.files import absolute, no_empty_folders, storing
 from gptray.generation.build import library, pick_backend
 from gptray.runners.models import find_model
 from gptray.runners.output_plan import (
@@ -87,7 +86,7 @@ def check_job(config: Config) -> Job:
         config = with_backend(config)
     except UserError as error:
         problems.append(str(error))
-    folder = Path(os.path.abspath(expanded(settings.output_path or "")))
+    folder = absolute(settings.output_path or "", key="generate.output_path")
     given = settings.input_path or []
     if settings.output_path and "://" not in settings.output_path:
         problem = overlap(folder, [given] if isinstance(given, str) else given, files)

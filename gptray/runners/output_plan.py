@@ -21,7 +21,7 @@ from gptray.data.encoding import codec_of
 from gptray.data.parts import SCRATCH, part_name
 from gptray.data.sources import SourceFile, file_sha256
 from gptray.data.tokenizer_files import tokenizer_files
-from gptray.files import check_writable, refuse_links, replacing, sha256_of, storing
+from gptray.files import absolute, check_writable, refuse_links, replacing, sha256_of, storing
 from gptray.runners.runs import LOCK
 from gptray.stored import read_object
 
@@ -115,7 +115,7 @@ def overlap(folder: Path, entries: Sequence[str], files: Sequence[SourceFile]) -
         if file.uri is None and _is_inside(os.path.realpath(file.path), place):
             return f"{folder} holds {file.path} of generate.input_path; choose another folder"
     for entry in entries:
-        path = os.path.abspath(os.path.expanduser(entry))
+        path = str(absolute(entry))
         caught = (
             _is_inside(place, os.path.realpath(path))
             if os.path.isdir(path)

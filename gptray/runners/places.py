@@ -10,12 +10,11 @@ from typing import Any
 from gptray.config import Config, load_saved
 from gptray.data.sources import BUILTIN
 from gptray.data.tokenizer_files import KINDS
-from gptray.files import expanded
+from gptray.files import absolute, expanded
 from gptray.runners.models import CONFIG, storage_of
 
-# Keys whose values are paths; the last may be a kind or a hub id instead.
+# Keys whose values are paths.
 SOURCES = ("data.source", "data.val_source", "data.test_source")
-TOKENIZER = "data.tokenizer"
 
 
 def with_whole_paths(config: Config) -> Config:
@@ -30,7 +29,7 @@ def with_whole_paths(config: Config) -> Config:
     for key in SOURCES:
         name = key.removeprefix("data.")
         value = getattr(data, name)
-        if value is not None and (whole := _whole(value)) != value:
+        if value is not None and (whole := _whole(value, key=key)) != value:
             changed[name] = whole
     tokenizer = data.tokenizer
     if tokenizer and tokenizer not in KINDS and expanded(tokenizer).exists():
@@ -62,8 +61,8 @@ def words_for(folder: Path) -> list[str]:
     return [f"name={folder.name}", f"storage_path={folder.parent}"]
 
 
-def _whole(source: str | list[str]) -> str | list[str]:
+def _whole(source: str | list[str], *, key: str | None = None) -> str | list[str]:
     if isinstance(source, str):
         is_path = source != BUILTIN and "://" not in source
-        return os.path.abspath(os.path.expanduser(source)) if is_path else source
-    return [one if "://" in one else os.path.abspath(os.path.expanduser(one)) for one in source]
+        return str(absolute(source, key=key)) if is_path else source
+    return [one if "://" in one else str(absolute(one, key=key)) for one in source]

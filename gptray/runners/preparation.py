@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptray.commands import retyped
-from gptray.config import Config
+from gptray.config import Config, override
 from gptray.data.fallback import token_measures, token_words
 from gptray.data.request import make_request
 from gptray.data.shares import split_rows
 from gptray.data.sources import BUILTIN, SourceFile
 from gptray.data.tokens import TokenData
 from gptray.evaluation.wording import count
-from gptray.runners.models import with_tokenizer
+from gptray.runners.models import locate, with_tokenizer
 from gptray.runners.next_steps import differing, tell
 from gptray.runners.prepare import check_sources, prepare, prepared
 
@@ -25,7 +25,7 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
     `mb_per_sec` counts the text's bytes over the whole job; null when nothing had to be built.
     """
     began = time.monotonic()
-    config = with_tokenizer(config)
+    config = _located(config)
     check_sources(config)
     is_ready = prepared(config) is not None
     data = prepare(config)
@@ -53,7 +53,7 @@ def prepare_and_count(config: Config) -> dict[str, Any]:
 
 def preparation_plan(config: Config) -> list[tuple[str, str]]:
     """What the prepare job would do, without Ray; raises UserError as the job would."""
-    config = with_tokenizer(config)
+    config = _located(config)
     check_sources(config)
     request, data = make_request(config), prepared(config)
     names = dict(enumerate(request.split_names))
@@ -67,6 +67,14 @@ def preparation_plan(config: Config) -> list[tuple[str, str]]:
         ("to do", "nothing, it is prepared" if data else "scan, tokenise, write"),
     ]
     return rows + (text_rows(data) if data else [])
+
+
+def _located(config: Config) -> Config:
+    """The config with the folder of the run that it takes the tokenizer from. Raises UserError."""
+    config, init_from = with_tokenizer(config), config.model.init_from
+    if init_from is None or config.data.tokenizer:
+        return config
+    return override(config, {"model.init_from": locate(config, init_from, key="model.init_from")})
 
 
 def text_rows(data: TokenData) -> list[tuple[str, str]]:

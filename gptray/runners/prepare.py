@@ -31,7 +31,9 @@ from gptray.data.tokenizer_files import KINDS, hub_tokenizer, opens_at_once, tok
 from gptray.data.tokens import FORMAT_VERSION, MANIFEST, DamagedData, TokenData
 from gptray.data.work import UnitScan, sample, tokenise
 from gptray.files import storing
+from gptray.hub import NotOnHub
 from gptray.runners.cluster import ray_cluster
+from gptray.runners.models import TOKENIZER, unknown
 from gptray.runners.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.runners.storage import check_storage
 from gptray.runners.stream import stream
@@ -65,6 +67,9 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
         tokenizer_at_once(config)
         if request is not None:
             _check_hub(request)
+    except NotOnHub as error:
+        key = TOKENIZER if config.data.tokenizer else "model.init_from"
+        problems.append(str(unknown(config, tokenizer_name(config), error.reason, key=key)))
     except UserError as error:
         problems.append(str(error))
     try:
@@ -72,11 +77,11 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
     except UserError as error:
         problems.append(str(error))
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
 
 
 def _check_hub(request: Request) -> None:
-    """Refuse a hub tokenizer that cannot be downloaded. Raises UserError."""
+    """Refuse a hub tokenizer that cannot be downloaded. Raises NotOnHub, UserError."""
     name = request.tokenizer
     if name not in KINDS and not request.data_dir.exists() and tokenizer_path(name) is None:
         hub_tokenizer(name)

@@ -18,8 +18,8 @@ from gptray.config import Config, RunFailed, UserError, dump, flatten, load_conf
 from gptray.fields import shown
 from gptray.files import refuse_links, replacing, storing
 from gptray.record import EVENTS, METRICS, read_rows
-from gptray.runners.models import CONFIG
-from gptray.runners.places import SOURCES, TOKENIZER, is_same_place, with_whole_paths, words_for
+from gptray.runners.models import CONFIG, TOKENIZER
+from gptray.runners.places import SOURCES, is_same_place, with_whole_paths, words_for
 from gptray.runners.runs import FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir
 from gptray.training.checkpoint import (
     WRITER_LOCK,

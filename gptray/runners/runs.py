@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
-from gptray.files import expanded, no_empty_folders, open_lock, storing
+from gptray.files import absolute, expanded, no_empty_folders, open_lock, storing
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
@@ -59,7 +59,9 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
             "node sees, such as an NFS mount"
         )
     config = with_tokenizer(config)
-    values: dict[str, Any] = {"storage_path": os.path.abspath(expanded(config.storage_path))}
+    values: dict[str, Any] = {
+        "storage_path": str(absolute(config.storage_path, key="storage_path"))
+    }
     if config.model.init_from:
         values |= _shape_of(config, config.model.init_from)
     elif config.data.tokenizer is None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from gptray.config import Config, UserError
-from gptray.files import check_writable, expanded
+from gptray.files import absolute, check_writable
 
 
 def check_storage(config: Config) -> None:
@@ -16,14 +16,14 @@ def check_storage(config: Config) -> None:
     Raises:
         UserError: names storage_path, and the source that reads what is there.
     """
-    storage = Path(os.path.abspath(expanded(config.storage_path)))
+    storage = absolute(config.storage_path, key="storage_path")
     folder = storage / config.name if config.name else storage
     for key, sources in (
         ("data.source", config.data.source),
         ("evaluate.source", config.evaluate.source or []),
     ):
         for source in [sources] if isinstance(sources, str) else sources:
-            if "://" not in source and _reads(source, folder):
+            if "://" not in source and _reads(source, folder, key=key):
                 raise UserError(
                     f"storage_path={config.storage_path}: {folder} lies in {key}={source}, so that "
                     "the job's own files would become text; give a folder outside of it"
@@ -31,9 +31,9 @@ def check_storage(config: Config) -> None:
     check_writable(folder, key=f"storage_path={config.storage_path}")
 
 
-def _reads(source: str, folder: Path) -> bool:
+def _reads(source: str, folder: Path, *, key: str) -> bool:
     """Whether a source takes in the files of a folder, which need not be there yet."""
-    path = os.path.abspath(os.path.expanduser(source))
+    path = str(absolute(source, key=key))
     if not os.path.isdir(path):
         if "**" not in source or os.path.exists(path):
             return False

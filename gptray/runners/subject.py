@@ -5,7 +5,6 @@ Found and checked without torch and without Ray, as far as that can be known.
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
 from gptray.evaluation.result import EVALUATION
-from gptray.files import expanded
+from gptray.files import absolute
 from gptray.model.shape import read_shape
 from gptray.names import label_of
 from gptray.runners.cluster import check_resources
@@ -223,7 +222,7 @@ def _data_keys(flat: dict[str, Any]) -> dict[str, Any]:
 
 def _folder(config: Config, model_dir: Path, run: Path | None) -> Path:
     """Where to keep the results of a model that is no run's best one: a folder of its own."""
-    storage = Path(os.path.abspath(expanded(config.storage_path)))
+    storage = absolute(config.storage_path, key="storage_path")
     folder = storage / (config.name or _name(config, model_dir, run))
     visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     if visible and ((folder / "config.yaml").exists() or not (folder / EVALUATION).exists()):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import logging
-from pathlib import Path
 from typing import Any
 
 from gptray.commands import typed
 from gptray.config import load_saved
-from gptray.runners.next_steps import of_model, prompt_of, tell
-from gptray.tuning.plan import score
-from gptray.tuning.record import OUTCOMES, load_sweep, trial_dir
+from gptray.runners.next_steps import of_model, tell
+from gptray.tuning.plan import loses_text, lossy_ahead, score
+from gptray.tuning.record import OUTCOMES, Sweep, Trial
 from gptray.tuning.seen import Seen
 
 log = logging.getLogger("gptray")
@@ -21,14 +20,17 @@ BEST = "best.yaml"
 LONGER = 4
 
 
-def tell_winner(folder: Path) -> None:
-    """Log the winner, how much text it has seen, its settings, and the commands that come next."""
-    sweep = load_sweep(folder)
-    winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)
+def tell_winner(sweep: Sweep) -> None:
+    """Log the winner, how much text it has seen, its settings, and the commands that come next.
+
+    First, a warning for each better trial whose tokenizer loses text.
+    """
+    folder, winner = sweep.folder, _winner(sweep)
+    for trial in lossy_ahead(sweep.trials, winner):
+        log.warning("%s", loses_text(trial))
     seen = Seen.of(winner, sweep.config)
     bpb = f"{score(winner):.4f} bits per byte"
     log.info("winner: trial %s with %s; it has seen %s", winner.name, bpb, seen.words)
-    run = trial_dir(folder, winner.name)
     longer = [f"train.max_steps={LONGER * winner.max_steps}", f"name={folder.name}-long"]
     if seen.fraction < 1:
         longer.insert(0, "data.fraction=1")
@@ -36,12 +38,16 @@ def tell_winner(folder: Path) -> None:
         longer.insert(0, "train.patience=5")
     commands = [
         typed("train", "--config", str(folder / BEST), *longer),
-        of_model(folder, prompt=prompt_of(run))[0],
+        of_model(folder)["generate"],
     ]
     tell(commands, settings=winner.values)
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def _winner(sweep: Sweep) -> Trial:
+    return next(trial for trial in sweep.trials if trial.name == sweep.winner)
+
+
+def outcome(sweep: Sweep) -> dict[str, Any]:
     """The result of a finished sweep: the job's JSON line.
 
     `best_*` are the winner's, at its lowest validation loss: `best_lost` the share of the text that
@@ -50,8 +56,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     training text it has read (0 to 1). `baseline_val_bpb` is that of the config as it is.
     `steps_full` counts all trials as if none had stopped early.
     """
-    sweep = load_sweep(folder)
-    winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)
+    folder, winner = sweep.folder, _winner(sweep)
     baseline = next((one for one in sweep.trials if not one.values and one.best), None)
     counts = collections.Counter(trial.outcome for trial in sweep.trials)
     assert winner.best

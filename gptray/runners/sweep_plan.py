@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptray.config import Config, UserError, load_config
+from gptray.config import Config, UserError, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.fields import shown
 from gptray.runners.cluster import check_training
 from gptray.runners.models import CONFIG
 from gptray.runners.prepare import check_sources, prepared
-from gptray.runners.resuming import check_free, check_resumable
+from gptray.runners.resuming import check_free, check_resumable, command
 from gptray.runners.runs import resolve, run_dir
 from gptray.runners.training_checks import check_data, check_known_prompts
 from gptray.runners.vocabulary import check_vocabulary
@@ -91,6 +91,21 @@ def look_at_sweep(config: Config) -> SweepPlan:
         check_known_prompts(one)
     _check_prepared(trials, texts)
     return SweepPlan(config, folder, trials, texts, changes)
+
+
+def how_to_extend(plan: SweepPlan) -> str:
+    """What to say of a finished sweep: what gives it more trials, where its space has more."""
+    config, folder = plan.config, plan.folder
+    another = "train.resume=never and another name start a new one"
+    number = 2 * config.tune.num_samples
+    if config.tune.search_alg == "random":
+        drawn = samples_drawn(folder) or [config.tune.num_samples]
+        more = override(config, {"tune.num_samples": number})
+        trials = plan_trials(more, str(folder), drawn=drawn, known=load_trials(folder))
+        if len(trials) == len(plan.trials):
+            return f"this sweep is finished and has tried all of its space; {another}"
+    longer = command("tune", config, folder, f"tune.num_samples={number}")
+    return f"this sweep is finished; for more trials: {longer}; {another}"
 
 
 def _check_prepared(trials: Sequence[Planned], texts: Sequence[Config]) -> None:
@@ -179,7 +194,7 @@ def _trials(plan: SweepPlan) -> str:
 def _at_once(config: Config) -> str:
     most = config.tune.max_concurrent_trials
     workers = config.compute.num_workers
-    number = f"{most} at most" if most else "as many as find room"
+    number = f"{most} at most" if most else "as many as fit"
     return f"{number}, {workers} worker{'s' if workers > 1 else ''} each"
 
 
@@ -188,4 +203,4 @@ def _rungs(config: Config) -> str:
     if not steps:
         return "none, every trial runs to its end"
     keep = config.tune.reduction_factor
-    return f"at steps {', '.join(f'{step:,}' for step in steps)}: the best of {keep} goes on"
+    return f"at steps {', '.join(f'{step:,}' for step in steps)}: the best 1 in {keep} goes on"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from gptray.commands import typed
 from gptray.config import Config, UserError
 from gptray.runners.cluster import check_resources
 from gptray.runners.models import find_model
-from gptray.runners.next_steps import named, tell
+from gptray.runners.next_steps import of_model, tell
 from gptray.runners.output import with_backend, with_built_backend
+from gptray.standard_output import write_out
 from gptray.visible import visible
 
 log = logging.getLogger("gptray")
@@ -65,17 +64,17 @@ def generate_here(config: Config) -> dict[str, Any]:
             raise UserError(f"sample.prompt={prompt!r}: {error}") from None
     began = time.monotonic()
     for prompt, generation in zip(prompts, generations, strict=True):
-        _print(prompt)
+        write_out(visible(prompt))
         shown = 0
         for _ in generation:
-            _print(generation.text[shown:])
+            write_out(visible(generation.text[shown:]))
             shown = len(generation.text)
-        _print(generation.text[shown:] + "\n")
+        write_out(visible(generation.text[shown:]) + "\n")
         if generation.error:
             log.warning("sample.prompt=%r: %s", prompt, generation.error)
     seconds = time.monotonic() - began
     run = folder.parent if folder.name == "model" else folder
-    tell([typed("serve", named("serve.model", run))])
+    tell([of_model(run)["serve"]])
     tokens = sum(len(generation.tokens) for generation in generations)
     return {
         "model": name,
@@ -95,8 +94,3 @@ def generate_here(config: Config) -> dict[str, Any]:
             for prompt, generation in zip(prompts, generations, strict=True)
         ],
     }
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(visible(text))
-    sys.stdout.flush()

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import logging
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
-from gptray.files import cannot_write, storing
+from gptray.files import cannot_write, is_of_files, storing
 from gptray.record import try_event, write_event
-from gptray.runners.cluster import ray_cluster, worker_resources
+from gptray.runners.cluster import ray_answers, ray_cluster, worker_resources
+from gptray.runners.models import CONFIG
 from gptray.runners.next_steps import resumable, tell_run
 from gptray.runners.prepare import prepare
 from gptray.runners.report import Reporter
-from gptray.runners.resuming import (
-    how_to_train_longer,
-    is_finished,
-    save_config,
-)
+from gptray.runners.resuming import command, how_to_train_longer, is_finished, save_config
 from gptray.runners.runs import (
     held,
     outcome,
@@ -50,7 +49,9 @@ def train(config: Config) -> dict[str, Any]:
     """
     checked = check_run(config)
     config, folder, state = checked.config, checked.folder, checked.state
-    with held(folder), resumable("train", config, folder):
+    resumes = partial(command, "train", config, folder)
+    last = config.train.max_steps
+    with held(folder), resumable(folder, resumes, begun=folder / CONFIG, steps=last):
         log.info("run %s", folder)
         reporter = Reporter(folder)
         if state and is_finished(config, folder, state):
@@ -112,9 +113,7 @@ def fit_on_ray(
 ) -> dict[str, Any]:
     """Train in Ray Train's workers; return the loop's result. `callbacks` are Ray Train's.
 
-    Raises:
-        UserError, RunFailed: what all workers left the loop with.
-        RunFailed: the workers failed too often.
+    Raises UserError or RunFailed as `ray_failures` does.
     """
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -143,9 +142,27 @@ def fit_on_ray(
         ),
         validation_config=validation_config(config, settings, reserved),
     )
+    with ray_failures(config, folder):
+        result: dict[str, Any] = trainer.fit().return_value
+    if result["stopped"] == "failed":
+        raise (UserError if result["mistake"] else RunFailed)(result["message"])
+    return result
+
+
+@contextmanager
+def ray_failures(config: Config, folder: Path) -> Iterator[None]:
+    """Tell in one sentence what ends Ray Train.
+
+    Raises:
+        UserError, RunFailed: what all workers left the loop with.
+        RunFailed: the workers or the controller failed, the folder cannot be written, or Ray does
+            not answer.
+    """
+    import ray.train
+
     try:
-        with storing(folder):  # Ray keeps a record of its own there
-            result: dict[str, Any] = trainer.fit().return_value
+        with ray_answers(), storing(folder):  # Ray keeps a record of its own there
+            yield
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, (UserError, RunFailed)):
@@ -155,7 +172,7 @@ def fit_on_ray(
             f"times; the same command resumes from the last checkpoint.\n{error}"
         ) from None
     except ray.train.ControllerError as error:
-        if isinstance(error.controller_failure, OSError):
+        if is_of_files(error.controller_failure):
             raise cannot_write(folder, error.controller_failure) from None
         raise RunFailed(
             "Ray Train's controller failed, as it does when the process that scores checkpoints "
@@ -167,9 +184,6 @@ def fit_on_ray(
             "Ray Train's controller died, killed or out of memory; the same command resumes from "
             "the last checkpoint"
         ) from None
-    if result["stopped"] == "failed":
-        raise (UserError if result["mistake"] else RunFailed)(result["message"])
-    return result
 
 
 def _nccl() -> Any:

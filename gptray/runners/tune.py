@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +19,26 @@ from gptray.config import Config, RunFailed, dump, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.files import replacing, storing
 from gptray.runners.cluster import ray_cluster, trial_resources
+from gptray.runners.models import CONFIG
 from gptray.runners.next_steps import resumable
 from gptray.runners.prepare import prepare
 from gptray.runners.report import Reporter
 from gptray.runners.resuming import command, save_config
 from gptray.runners.runs import held
 from gptray.runners.sweep_end import BEST, outcome, tell_winner
-from gptray.runners.sweep_plan import BUSY, SweepPlan, check_texts, look_at_sweep
+from gptray.runners.sweep_plan import (
+    BUSY,
+    SweepPlan,
+    check_texts,
+    how_to_extend,
+    look_at_sweep,
+)
 from gptray.runners.sweep_start import check_trials, failed_trials, opened
 from gptray.runners.sweep_watch import watching_sweep
 from gptray.training.checkpoint import exchange_model
 from gptray.tuning.plan import (
     Planned,
     choose_winner,
-    loses_text,
-    lossy_ahead,
     plan_trial,
     replicates,
     text_key,
@@ -61,16 +67,13 @@ def tune(config: Config) -> dict[str, Any]:
     """
     plan = look_at_sweep(config)
     folder = plan.folder
-    with held(folder, busy=BUSY.format(folder)), resumable("tune", plan.config, folder):
+    resumes = partial(command, "tune", plan.config, folder)
+    busy = BUSY.format(folder)
+    with held(folder, busy=busy), resumable(folder, resumes, begun=folder / CONFIG):
         log.info("sweep %s", folder)
         reporter = Reporter(folder, _write_report)
         if winner_dir(folder) and not plan.changes and not failed_trials(plan.config, folder):
-            more = f"tune.num_samples={2 * plan.config.tune.num_samples}"
-            log.info(
-                "this sweep is finished; more trials: %s; train.resume=never and another name "
-                "start a new one",
-                command("tune", plan.config, folder, more),
-            )
+            log.info("%s", how_to_extend(plan))
             reporter.write(running=False)
         else:
             with ray_cluster():
@@ -82,17 +85,9 @@ def tune(config: Config) -> dict[str, Any]:
                     _Sweep(plan, record, texts).run(on_change=lambda: reporter.write(running=True))
                 finally:
                     reporter.write(running=False)
-    _tell_losses(folder)
-    tell_winner(folder)
-    return {**outcome(folder), "report": reporter.path}
-
-
-def _tell_losses(folder: Path) -> None:
-    """Say which trials ahead have a tokenizer that loses text."""
     sweep = load_sweep(folder)
-    winner = next(trial for trial in sweep.trials if trial.name == sweep.winner)
-    for trial in lossy_ahead(sweep.trials, winner):
-        log.warning("%s", loses_text(trial))
+    tell_winner(sweep)
+    return {**outcome(sweep), "report": reporter.path}
 
 
 def _write_report(folder: Path, running: bool) -> Path:

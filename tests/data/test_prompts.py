@@ -149,6 +149,15 @@ def test_settings_of_a_row_are_read_and_pass_through(tmp_path: Path) -> None:
     assert "seed" not in table.column_names, "it becomes the output's own"
 
 
+@pytest.mark.parametrize("name", ["top_k", "temperature"])
+def test_numbers_in_text_are_plain_decimals(tmp_path: Path, name: str) -> None:
+    (tmp_path / "p.csv").write_text(f"prompt,{name}\nx, 5\nx,1_0\nx,\uff15\nx,5.0\n", "utf-8")
+    table = through(tmp_path / "p.csv")
+    assert own_settings(table) == [{name: 5}, None, None, {name: 5}]
+    kind = "a whole number" if name == "top_k" else "a number"
+    assert table["gptray.error"][1].as_py() == f"{name}='1_0' is not {kind}"
+
+
 def test_settings_are_read_only_where_the_config_says_so(tmp_path: Path) -> None:
     rows = [{"prompt": "x", "temperature": 21.5, "stop": "Main St", "seed": 3}]
     path = write(tmp_path / "p.jsonl", rows)

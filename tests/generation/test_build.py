@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,26 @@ def test_a_compiler_that_cannot_build_it_is_told_from_one_that_can(
 
 
 @needs_native
-def test_the_library_is_built_once_and_kept(
+@pytest.mark.parametrize("script", ["exit 0", 'while [ "$1" != -o ]; do shift; done; echo a >"$2"'])
+def test_a_compiler_that_writes_no_library_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str
+) -> None:
+    lazy = tmp_path / "lazy-g++"
+    lazy.write_text(f'#!/bin/sh\ncase "$*" in *-E*|*--version*) exit 0;; esac\n{script}\n')
+    lazy.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{lazy} -pipe")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(RunFailed) as told:
+        library()
+    assert str(told.value) == (
+        f"the compiler {lazy} -pipe wrote no library; set CXX to another, or generate.backend="
+        "torch to do without it"
+    )
+    assert not list((tmp_path / "cache" / "gptray").iterdir())
+
+
+@needs_native
+def test_the_library_is_built_once_and_kept_where_only_its_user_writes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -58,6 +78,7 @@ def test_the_library_is_built_once_and_kept(
     stamp = built.stat().st_mtime_ns
     assert library() == built and built.stat().st_mtime_ns == stamp
     assert [path.parent.name for path in tmp_path.rglob("*") if path.is_file()] == ["gptray"]
+    assert built.parent.stat().st_mode & 0o777 == 0o700
 
 
 @needs_native
@@ -158,9 +179,48 @@ def test_a_library_that_others_can_write_is_not_taken(kept: Path) -> None:
 
 
 @needs_native
-def test_a_cache_that_others_can_write_is_refused_or_done_without(kept: Path) -> None:
-    kept.parent.chmod(0o777)
-    with pytest.raises(RunFailed, match="can be written by other users, so no code is loaded"):
+@pytest.mark.parametrize(("mode", "closed"), [(0o775, 0o755), (0o777, 0o755), (0o770, 0o750)])
+def test_an_own_cache_that_others_can_write_is_closed_to_them(
+    kept: Path, caplog: pytest.LogCaptureFixture, mode: int, closed: int
+) -> None:
+    caplog.set_level("INFO", logger="gptray")
+    folder, stamp = kept.parent, kept.stat().st_mtime_ns
+    folder.chmod(mode)
+    assert pick_backend("auto", use_gpu=False) == "native"
+    assert folder.stat().st_mode & 0o777 == mode, "only looked at"
+    assert library() == kept and kept.stat().st_mtime_ns == stamp
+    assert folder.stat().st_mode & 0o777 == closed
+    library()
+    assert caplog.messages == [f"{folder} could be written by other users: it no longer can"]
+
+
+def shared_by_link(folder: Path) -> None:
+    shared = folder.rename(folder.with_name("shared"))
+    shared.chmod(0o777)
+    folder.symlink_to(shared)
+
+
+def another_users(folder: Path) -> None:
+    os.chown(folder, 12345, -1)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("give", "problem"),
+    [
+        (shared_by_link, "can be written by other users"),
+        pytest.param(
+            another_users,
+            r"belongs to another user \(12345\)",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away"),
+        ),
+    ],
+)
+def test_a_cache_of_other_users_is_refused_or_done_without(
+    kept: Path, give: Callable[[Path], None], problem: str
+) -> None:
+    give(kept.parent)
+    with pytest.raises(RunFailed, match=f"{problem}, so no code is loaded"):
         library()
     assert pick_backend("auto", use_gpu=False) == "torch"
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from gptray.config import Config, dump, load_config, override
+from gptray.model.example import save_example
 from gptray.runners.listing import Listed, listed
 from gptray.runners.runs import held
-from tests.evaluation.curves import config_of, evaluated, rows_of, started, write_run
+from tests.evaluation.curves import config_of, rows_of, started, write_run
 from tests.tuning.sweeps import cut, sweep_config, trained, write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +42,7 @@ def by_name(storage: Path) -> dict[str, Listed]:
 
 
 def test_each_run_has_its_state_verdict_losses_and_next_command(tmp_path: Path) -> None:
-    said = evaluated(60, [["the cat", " sat"]])
-    made(tmp_path / "best", OVERFITTED, said, END)
+    save_example(made(tmp_path / "best", OVERFITTED, END) / "model", "the cat")
     made(tmp_path / "patient", OVERFITTED, {**END, "stopped": "patience"})
     made(tmp_path / "short", FALLING, END)
     made(tmp_path / "cut", FALLING[:4], model=False)
@@ -88,7 +88,7 @@ def test_a_run_that_a_driver_holds_is_training(tmp_path: Path) -> None:
 def test_commands_hold_whatever_a_path_or_a_prompt_is(tmp_path: Path) -> None:
     storage = tmp_path / '\ub0b4 \ucc45\'s "texts" $HOME *'
     prompt = 'it\'s "\uc61b\ub0a0" & $5'
-    made(storage / "best", OVERFITTED, evaluated(60, [["a\nb", ""], [prompt, " sat"]]), END)
+    save_example(made(storage / "best", OVERFITTED, END) / "model", prompt)
     made(storage / "short", FALLING, END)
     runs = by_name(storage)
     config = load_config(None, shlex.split(runs["best"].next)[2:])

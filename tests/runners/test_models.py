@@ -9,19 +9,26 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import unicodedata
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from gptray.config import Config, UserError, dump, load_config
-from gptray.runners.endpoint import user_config
-from gptray.runners.models import find_model
+from gptray.runners.endpoint import check_endpoint, user_config
+from gptray.runners.models import find_model, with_tokenizer
 from gptray.runners.preparation import preparation_plan
 from gptray.runners.runs import resolve
 from gptray.runners.subject import look
+from gptray.runners.sweep_plan import look_at_sweep
+from gptray.runners.terminal import look_here
+from gptray.runners.training_checks import check_run
 
 ROOT = Path(__file__).resolve().parents[2]
+# Every key that names a model.
+MODELS = ("generate.model", "serve.model", "evaluate.model", "model.init_from", "data.tokenizer")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +48,8 @@ def storage(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def config_of(storage: Path, *overrides: str) -> Config:
-    return load_config(None, [f"storage_path={storage}", *overrides])
+    place = [] if any("storage_path=" in one for one in overrides) else [f"storage_path={storage}"]
+    return load_config(None, [*place, *overrides])
 
 
 def found(storage: Path, source: str) -> Path:
@@ -76,16 +84,73 @@ def test_a_folder_without_a_model_does_not_hide_a_run(
     assert f"; generate.model={storage}/ko-q is the run" in caplog.text
 
 
-@pytest.mark.parametrize("key", ["generate.model", "serve.model"])
-def test_a_name_that_is_nobodys_gets_the_nearest_runs(storage: Path, key: str) -> None:
+def refused(key: str, storage: Path, source: str) -> str:
+    """What the job that has this key says of a model that is nowhere."""
+    config = config_of(storage, f"{key}={source}")
     with pytest.raises(UserError) as told:
-        find_model(config_of(storage), "KO-p", key=key)
-    assert str(told.value).startswith(f"{key}=KO-p: neither a run in {storage} nor a folder here")
-    assert str(told.value).endswith("; did you mean ko-q?")
-    with pytest.raises(UserError, match="did you mean ko-q"):
-        resolve(config_of(storage, "model.init_from=ko-p"))
-    with pytest.raises(UserError, match=r"^name=ko-p: .*; did you mean ko-q\?$"):
-        find_model(config_of(storage, "name=ko-p"), None, key=key)
+        if key == "serve.model":
+            check_endpoint(config)
+        elif key == "evaluate.model":
+            look(config)
+        elif key == "generate.model":
+            look_here(config)
+        else:
+            check_run(config)
+    return str(told.value)
+
+
+OFFLINE = "not in the hub's cache (HF_HUB_OFFLINE is set)"
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_a_model_that_is_nowhere_is_named_with_the_nearest_run(storage: Path, key: str) -> None:
+    place = "no such folder or file" if key == "data.tokenizer" else "no such folder"
+    looked = f"no such run in {storage}, {place} here and {OFFLINE}"
+    assert refused(key, storage, "KO-p") == f"{key}=KO-p: {looked}; did you mean ko-q?"
+    listing = f"python jobs/runs.py storage_path={storage} lists all runs"
+    assert refused(key, storage, "unlike") == f"{key}=unlike: {looked}; {listing}"
+    assert refused(key, storage, "some/gpt") == f"{key}=some/gpt: {place} here and {OFFLINE}"
+    assert refused(key, storage, "./ko-p") == f"{key}=./ko-p: {place}"
+    near = f"did you mean {storage}/ko-q?"
+    assert refused(key, storage, f"{storage}/ko-p/") == f"{key}={storage}/ko-p/: {place}; {near}"
+
+
+def test_a_misspelt_tokenizer_may_be_a_kind_or_a_run(storage: Path) -> None:
+    assert refused("data.tokenizer", storage, "bpee").endswith("; did you mean bpe?")
+    (storage / "ko-q").rename(storage / "chats")
+    assert refused("data.tokenizer", storage, "chat").endswith("; did you mean chats?")
+
+
+def test_a_search_space_takes_the_folder_of_a_run(storage: Path) -> None:
+    space = "[{path: data.tokenizer, choice: [%s, bpe]}]"
+    keys = ["train.block_size=64", "compute.cpus_per_worker=1"]
+    for name, told in (
+        ("ko-q", f"a search space takes a run's folder, {storage}/ko-q, not its name"),
+        ("ko-p", f"no such run in {storage}, .*; did you mean ko-q"),
+    ):
+        with pytest.raises(UserError, match=f"^data.tokenizer={name}: {told}"):
+            look_at_sweep(config_of(storage, f"tune.space={space % name}", *keys))
+    look_at_sweep(config_of(storage, f"tune.space={space % (storage / 'ko-q')}", *keys))
+
+
+def test_a_misspelt_name_gets_the_nearest_runs(storage: Path) -> None:
+    with pytest.raises(UserError, match=r"^name=ko-p: no such run in .*; did you mean ko-q\?$"):
+        find_model(config_of(storage, "name=ko-p"), None, key="generate.model")
+
+
+def test_preparing_takes_the_tokenizer_of_the_run_to_start_from(storage: Path) -> None:
+    plan = dict(preparation_plan(config_of(storage, "model.init_from=ko-q")))
+    assert plan["tokenizer"] == str(storage / "ko-q")
+    with pytest.raises(UserError, match=r"^model.init_from=ko-p: .*; did you mean ko-q\?$"):
+        preparation_plan(config_of(storage, "model.init_from=ko-p"))
+
+
+def test_a_folder_without_a_tokenizer_does_not_hide_a_run(storage: Path) -> None:
+    Path("ko-q").mkdir()
+    given = config_of(storage, "data.tokenizer=ko-q")
+    assert with_tokenizer(given).data.tokenizer == str(storage / "ko-q")
+    shutil.copy(storage / "ko-q" / "model" / "tokenizer.json", "ko-q")
+    assert with_tokenizer(given).data.tokenizer == "ko-q"
 
 
 def test_names_of_any_script_are_found_and_corrected(storage: Path) -> None:
@@ -94,32 +159,30 @@ def test_names_of_any_script_are_found_and_corrected(storage: Path) -> None:
     with pytest.raises(UserError) as told:
         found(storage, "\ud55c\uad6d")
     assert str(told.value) == (
-        f"generate.model=\ud55c\uad6d: neither a run in {storage} nor a folder here; "
+        f"generate.model=\ud55c\uad6d: no such run in {storage} and no such folder here; "
         f"did you mean {run.name}?"
     )
-    with pytest.raises(UserError, match=r"^generate.model=./ko: no such folder$"):
-        found(storage, "./ko")
 
 
-@pytest.mark.parametrize(
-    "key", ["generate.model", "model.init_from", "data.tokenizer", "storage_path"]
-)
+@pytest.mark.parametrize("key", [*MODELS, "storage_path", "data.source"])
 def test_a_home_that_nobody_has_is_one_sentence(storage: Path, key: str) -> None:
     place = "~nobody-of-this-name/x"
-    told = f"{place}: no home folder is known for ~nobody-of-this-name"
-    with pytest.raises(UserError, match=told):
-        if key == "generate.model":
-            found(storage, place)
-        elif key == "data.tokenizer":
-            preparation_plan(config_of(storage, f"{key}={place}"))
-        else:
-            resolve(load_config(None, [f"{key}={place}"]))
+    told = f"{key}={place}: no home folder is known for ~nobody-of-this-name; give the whole path"
+    assert refused(key, storage, place) == told
+    if key in ("data.tokenizer", "storage_path", "data.source"):
+        for check in (preparation_plan, look):
+            with pytest.raises(UserError, match=f"(^|\n){told}"):
+                check(config_of(storage, "evaluate.model=ko-q", f"{key}={place}"))
 
 
-def test_a_run_without_a_model_says_what_trains_it(storage: Path) -> None:
+@pytest.mark.parametrize("key", MODELS)
+def test_a_run_without_a_model_says_what_trains_it(storage: Path, key: str) -> None:
     (storage / "ko-q" / "model").rename(storage / "elsewhere")
-    with pytest.raises(UserError, match=r"has no model yet; python jobs/train.py --config .*/ko-q"):
-        found(storage, "ko-q")
+    run = storage / "ko-q"
+    assert refused(key, storage, "ko-q") == (
+        f"{key}=ko-q: the run {run} has no model yet; python jobs/train.py --config "
+        f"{run}/config.yaml resumes it"
+    )
 
 
 @pytest.mark.parametrize("key", ["generate.model", "model.init_from", "data.tokenizer"])
@@ -137,6 +200,39 @@ def test_a_hub_that_never_answers_is_one_sentence(tmp_path: Path, key: str) -> N
     (line,) = done.stderr.splitlines()
     assert f"{key}=nobodys-model" in line and "does not answer" in line
     assert not list(tmp_path.glob("builtin*"))
+
+
+class EmptyHub(BaseHTTPRequestHandler):
+    """A hub that has no model."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+def test_a_model_that_the_hub_has_not_is_one_sentence(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "jobs" / "generate.py"), "generate.model=some/gpt",
+             "sample.prompt=a", f"storage_path={tmp_path}"],
+            env={**os.environ, **env, "HOME": str(tmp_path), "HF_HOME": str(tmp_path)},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        hub.shutdown()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "generate: generate.model=some/gpt: no such folder here and no such model on the hub "
+        "(a private one needs HF_TOKEN)\n"
+    )
 
 
 def test_without_a_hub_its_cache_is_used(

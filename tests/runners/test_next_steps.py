@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from gptray.config import load_config, override
 from gptray.runners.endpoint import completion_command
-from gptray.runners.next_steps import named, resumable, tell_run
+from gptray.runners.next_steps import resumable, short_name, tell_run
+from gptray.runners.resuming import command
 from gptray.runners.runs import resolve
 from tests.evaluation.curves import config_of, rows_of, started, write_run
 from tests.runners.test_listing import END, FALLING, OVERFITTED
@@ -62,16 +64,24 @@ def test_an_interrupted_run_says_where_it_is_and_what_resumes_it(
     caplog.set_level(logging.INFO, "gptray")
     given = {"storage_path": str(tmp_path), "name": "run", "train.resume": "never"}
     config = override(config_of(rows_of(FALLING)), given)
-    with pytest.raises(KeyboardInterrupt), resumable("train", config, tmp_path / "run"):
-        raise KeyboardInterrupt
+    run = tmp_path / "run"
+
+    def interrupt() -> None:
+        resumes = partial(command, "train", config, run)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            resumable(run, resumes, begun=run / "config.yaml", steps=80),
+        ):
+            raise KeyboardInterrupt
+
+    run.mkdir()
+    interrupt()
     assert not caplog.messages, "nothing is there that could be resumed"
-    (tmp_path / "run").mkdir()
-    write_run(tmp_path / "run", rows_of(FALLING[:4]), [started()], config)
-    with pytest.raises(KeyboardInterrupt), resumable("train", config, tmp_path / "run"):
-        raise KeyboardInterrupt
-    stopped, resume, command = caplog.messages[0].splitlines()
-    assert stopped == f"stopped after step 40 of 80: {tmp_path / 'run'}" and resume == "resume:"
-    _, _, flag, path, auto = shlex.split(command)
+    write_run(run, rows_of(FALLING[:4]), [started()], config)
+    interrupt()
+    stopped, resume, again = caplog.messages[0].splitlines()
+    assert (stopped, resume) == (f"stopped after step 40 of 80; results so far: {run}", "resume:")
+    _, _, flag, path, auto = shlex.split(again)
     assert flag == "--config" and load_config(path, [auto]).train.resume == "auto"
 
 
@@ -81,10 +91,10 @@ def test_a_run_in_the_default_storage_path_goes_by_its_name(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "gptray" / "ko-q"
-    assert named("serve.model", run) == "serve.model=ko-q"
+    assert short_name(run) == "ko-q"
     (tmp_path / "ko-q").mkdir()
     (tmp_path / "ko-q" / "config.json").touch()
-    assert named("serve.model", run) == f"serve.model={run}"
+    assert short_name(run) == str(run)
 
 
 @pytest.mark.parametrize("keys", [[], ["serve.api_key_file=keys.txt"]])

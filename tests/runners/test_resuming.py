@@ -20,7 +20,7 @@ from gptray.runners.resuming import (
 )
 from gptray.runners.runs import held, resolve, run_dir
 from gptray.runners.storage import check_storage
-from gptray.runners.sweep_plan import look_at_sweep
+from gptray.runners.sweep_plan import how_to_extend, look_at_sweep
 from gptray.training.checkpoint import TrainerState
 from gptray.training.stopping import Progress
 from gptray.tuning.record import Record, crowned_dir, load_sweep, load_trials, trial_dir
@@ -160,7 +160,9 @@ def test_settings_of_other_jobs_do_not_keep_a_run_or_sweep_from_resuming(
 
 
 def sweep_of(tmp_path: Path, *keys: str) -> Any:
-    words = [f"storage_path={tmp_path}", "name=sweep", SPACE, "compute.cpus_per_worker=1", *keys]
+    words = [f"storage_path={tmp_path}", "name=sweep", "compute.cpus_per_worker=1", *keys]
+    if not any(key.startswith("tune.space=") for key in keys):
+        words.append(SPACE)
     return look_at_sweep(load_config(None, words))
 
 
@@ -191,6 +193,31 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     assert third.trials[:8] == more.trials and len(third.trials) == 10
     with pytest.raises(UserError, match=r"tune.num_samples=6: .* has drawn 7 already"):
         sweep_of(tmp_path, "tune.num_samples=6")
+
+
+@pytest.mark.parametrize(
+    ("space", "has_more"),
+    [
+        ("[{path: optim.lr, loguniform: [1e-3, 1e-2]}]", True),
+        ("[{path: optim.lr, grid: [1e-3, 1e-2]}]", False),
+        ("[{path: optim.lr, grid: [1e-3, 1e-2]}, {path: model.dropout, uniform: [0, 0.5]}]", True),
+        ("[{path: optim.lr, choice: [1e-3, 1e-2]}]", False),
+    ],
+)
+def test_a_finished_sweep_offers_more_trials_if_its_space_has_more(
+    tmp_path: Path, space: str, has_more: bool
+) -> None:
+    first = sweep_of(tmp_path, f"tune.space={space}", "tune.num_samples=4")
+    first.folder.mkdir()
+    save_config(first.config, first.folder)
+    told = how_to_extend(sweep_of(tmp_path, f"tune.space={space}", "tune.num_samples=4"))
+    if not has_more:
+        assert told.startswith("this sweep is finished and has tried all of its space; ")
+        return
+    words = shlex.split(told.partition("more trials: ")[2].partition(";")[0])
+    assert words[:3] == ["python", "jobs/tune.py", "--config"]
+    more = look_at_sweep(load_config(words[3], words[4:]))
+    assert more.config.tune.num_samples == 8 and len(more.trials) > len(first.trials)
 
 
 @pytest.mark.parametrize("source", ["texts", "texts/**/*.txt"])

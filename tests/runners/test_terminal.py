@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptray.config import load_config
+from gptray.config import RunFailed, load_config
 from gptray.data.tokens import TokenData
 from gptray.runners.samples import sample_texts
 from gptray.runners.terminal import generate_here
+from gptray.standard_output import Unread
 from tests.generation.models import random_gpt
 from tests.tiny import tiny_config
 
@@ -60,6 +62,19 @@ def test_samples_of_a_training_are_independent_draws(
     model = random_gpt(tiny_data.tokenizer)
     outputs = [output for _, output in sample_texts(config, tiny_data, model)]
     assert len(set(outputs)) == 3
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_text_that_cannot_be_printed_ends_the_job(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    told = pytest.raises(RunFailed, match="^standard output: No space left on device$")
+    with open("/dev/full" if is_full else write_end, "w", encoding="utf-8") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        with told if is_full else pytest.raises(Unread):
+            written(model_dir, "sample.prompt=the cat")
 
 
 def test_what_a_model_writes_cannot_command_the_terminal(
