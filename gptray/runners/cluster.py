@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -169,9 +169,8 @@ def check_resources(
 def worker_resources(compute: ComputeConfig, *, spare: int = 0) -> dict[str, float]:
     """What Ray reserves for each worker: its GPU, and its share of the cores.
 
-    The share is the most whole cores that still let every worker find a node, `spare` ones besides
-    compute.num_workers among them. On a machine with fewer cores than workers each gets an equal
-    fraction.
+    `spare` workers besides compute.num_workers are to find room too. On a machine with fewer cores
+    than workers each gets an equal fraction.
     """
     import ray
 
@@ -179,13 +178,31 @@ def worker_resources(compute: ComputeConfig, *, spare: int = 0) -> dict[str, flo
     if compute.cpus_per_worker:
         return {"CPU": float(compute.cpus_per_worker), **gpu}
     workers = compute.num_workers + spare
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    for cpus in range(int(max(nodes)), 0, -1):
-        if sum(node // cpus for node in nodes) >= workers:
-            return {"CPU": float(cpus), **gpu}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = cores_that_fit(compute, nodes, workers)
+    if cores:
+        return {"CPU": float(cores), **gpu}
     if os.environ.get("RAY_ADDRESS"):
         return {"CPU": 1.0, **gpu}  # the cluster's autoscaler is to bring the rest
-    return {"CPU": sum(nodes) / workers, **gpu}
+    return {"CPU": sum(node.get("CPU", 0.0) for node in nodes) / workers, **gpu}
+
+
+def cores_that_fit(
+    compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], workers: int
+) -> int:
+    """The most whole cores with which all workers find room on the nodes; 0: not even with one.
+
+    nodes: the CPU and GPU of each. A worker with a GPU needs both on one node, and takes no more
+    cores than its part of the node's GPUs.
+    """
+    rooms = [(node.get("CPU", 0.0), _gpu_workers(compute, node.get("GPU", 0.0))) for node in nodes]
+    if compute.use_gpu:
+        rooms = [(cores, places) for cores, places in rooms if places]
+    parts = [cores // places if compute.use_gpu else cores for cores, places in rooms]
+    for share in range(int(max(parts, default=0)), 0, -1):
+        if sum(min(cores // share, places) for cores, places in rooms) >= workers:
+            return share
+    return 0
 
 
 def trial_resources(
