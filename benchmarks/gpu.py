@@ -51,6 +51,8 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("PyTorch sees no GPU; --device cpu --tiny is a dry run", file=sys.stderr)
         return 2
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(device, tiny=args.tiny, scratch=Path(scratch), data=args.data, out=args.out)
         machine = describe(device)
