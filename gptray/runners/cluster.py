@@ -195,14 +195,25 @@ def cores_that_fit(
     nodes: the CPU and GPU of each. A worker with a GPU needs both on one node, and takes no more
     cores than its part of the node's GPUs.
     """
-    rooms = [(node.get("CPU", 0.0), _gpu_workers(compute, node.get("GPU", 0.0))) for node in nodes]
-    if compute.use_gpu:
-        rooms = [(cores, places) for cores, places in rooms if places]
-    parts = [cores // places if compute.use_gpu else cores for cores, places in rooms]
-    for share in range(int(max(parts, default=0)), 0, -1):
-        if sum(min(cores // share, places) for cores, places in rooms) >= workers:
-            return share
+    most = 0.0
+    for node in nodes:
+        places = _gpu_workers(compute, node.get("GPU", 0.0))
+        if places:
+            most = max(most, node.get("CPU", 0.0) / (places if compute.use_gpu else 1))
+    for cores in range(int(most), 0, -1):
+        if _room(compute, nodes, cores) >= workers:
+            return cores
     return 0
+
+
+def _room(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], cores: int) -> int:
+    """How many workers of so many cores find room on the nodes, with their GPUs."""
+    return int(
+        sum(
+            min(node.get("CPU", 0.0) // cores, _gpu_workers(compute, node.get("GPU", 0.0)))
+            for node in nodes
+        )
+    )
 
 
 def trial_resources(
@@ -216,22 +227,13 @@ def trial_resources(
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-    def room(cpus: float) -> int:
-        fits = [
-            min(node.get("CPU", 0.0) // cpus, _gpu_workers(compute, node.get("GPU", 0.0)))
-            for node in nodes
-        ]
-        return int(sum(fits)) // compute.num_workers
-
-    most = room(compute.cpus_per_worker or 1)
+    most = _room(compute, nodes, compute.cpus_per_worker or 1) // compute.num_workers
     if most == 0:
         return at_once or 1, worker_resources(compute)
     grows = bool(os.environ.get("RAY_ADDRESS"))
     number = at_once if at_once and grows else min(trials, most, at_once or most)
-    cpus = compute.cpus_per_worker or 1
-    while not compute.cpus_per_worker and room(cpus + 1) >= number:
-        cpus += 1
+    workers = number * compute.num_workers
+    cpus = compute.cpus_per_worker or cores_that_fit(compute, nodes, workers) or 1
     gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
     return number, {"CPU": float(cpus), **gpu}
 
