@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from turns import answer, median_ratio, take_turns
 
-SHAPES = {"124m": (12, 12, 768), "10m": (4, 4, 256)}
+SHAPES = {"124m": (12, 12, 768), "10m": (4, 4, 256), "tiny": (2, 2, 64)}
 VOCAB_SIZE, N_POSITIONS = 50257, 1024
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
 SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8")
@@ -140,22 +140,16 @@ def timed(system: str, model_dir: str) -> Callable[[int], float]:
 
 def make_model(shape: str, folder: Path) -> None:
     """A model folder with random weights, and words for a tokenizer that all systems open."""
-    import tokenizers
-    from tokenizers import models
+    from made_tokens import word_tokenizer
 
     from gptray.config import ModelConfig
-    from gptray.data.tokenizer import Tokenizer
-    from gptray.data.tokenizer_files import END_OF_TEXT
     from gptray.model.gpt import GPT
     from gptray.model.hf import save_pretrained
 
     n_layer, n_head, n_embd = SHAPES[shape]
     config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=N_POSITIONS)
     save_pretrained(GPT(config, vocab_size=VOCAB_SIZE), folder, eos_token_id=VOCAB_SIZE - 1)
-    vocab = {f"w{i}": i for i in range(VOCAB_SIZE - 1)} | {END_OF_TEXT: VOCAB_SIZE - 1}
-    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="w0"))
-    names = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "unk_token": "w0"}
-    Tokenizer(backend, names).save(folder)
+    word_tokenizer(VOCAB_SIZE).save(folder)
 
 
 def measure(shape: str, batches: list[int], systems: list[str], rounds: int) -> dict[str, Any]:

@@ -21,16 +21,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from made_tokens import random_tokens
 from torch import nn
 from turns import answer, median_ratio, take_turns
 
 from gptray.config import Config
-from gptray.data.tokens import TokenData
 from gptray.training.loop import train_step
 from gptray.training.run import start
 from gptray.training.workers import Workers
@@ -61,17 +59,6 @@ SHAPES = {
 SYSTEMS = ("hf-fp32", "hf-bf16", "fp32", "bf16", "ray-bf16")
 
 
-class RandomText:
-    """Stands for `TokenData`: `tokens` random ids in memory."""
-
-    def __init__(self, vocab_size: int, tokens: int = 1_000_000) -> None:
-        self.ids = np.random.default_rng(0).integers(vocab_size, size=tokens)
-        self.train, self.tokens, self.vocab_size, self.fingerprint = self, tokens, vocab_size, ""
-
-    def slice(self, first: int, last: int) -> NDArray[np.int64]:
-        return self.ids[first:last]
-
-
 def gptray_step(shape: Shape, precision: str, *, compiled: bool, device: torch.device) -> Step:
     """gptray's own training step, batches and dropout seeds included."""
     config = Config.model_validate(
@@ -92,9 +79,11 @@ def gptray_step(shape: Shape, precision: str, *, compiled: bool, device: torch.d
             },
         }
     )
-    data = cast(TokenData, RandomText(shape.vocab_size))
-    with tempfile.TemporaryDirectory() as folder:
-        run = start(config, data, Path(folder), workers=Workers.current(), device=device)
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)  # batches are read from it
+    run_dir = Path(folder.name)
+    data = random_tokens(run_dir / "tokens", shape.vocab_size)
+    run = start(config, data, run_dir, workers=Workers.current(), device=device)
 
     def step() -> None:
         train_step(run)
@@ -122,8 +111,7 @@ def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
     model: nn.Module = GPT2LMHeadModel(config)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    ids = torch.from_numpy(RandomText(shape.vocab_size).ids).to(device)
-    batch = ids[: shape.batch_size * shape.block_size].view(shape.batch_size, shape.block_size)
+    batch = torch.randint(shape.vocab_size, (shape.batch_size, shape.block_size), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -239,7 +239,9 @@ class ComputeConfig(Section):
         1.0, description="of a GPU; below 1, trials of a sweep share one (use_gpu, one worker)"
     )
     cpus_per_worker: PositiveInt | None = Field(
-        None, description="cores of one worker; null: its share of the cluster's smallest fit"
+        None,
+        description="cores of one worker; null: the most with which all workers fit; with a GPU, "
+        "its part of its node's cores",
     )
     max_failures: Annotated[int, Field(ge=-1)] = Field(
         3, description="worker failures to recover from; -1: no limit (Ray FailureConfig)"

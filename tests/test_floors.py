@@ -31,6 +31,7 @@ FLOORS = {
     "jobs": 5,
     "benchmarks": 5,
     "benchmarks/client_scripts": 5,
+    "benchmarks/gpu_parts": 5,
 }
 WITHOUT_TORCH = ("gptray", "gptray/data")
 NEVER = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -183,9 +183,8 @@ def check_resources(
 def worker_resources(compute: ComputeConfig, *, spare: int = 0) -> dict[str, float]:
     """What Ray reserves for each worker: its GPU, and its share of the cores.
 
-    The share is the most whole cores that still let every worker find a node, `spare` ones besides
-    compute.num_workers among them. On a machine with fewer cores than workers each gets an equal
-    fraction.
+    `spare` workers besides compute.num_workers are to find room too. On a machine with fewer cores
+    than workers each gets an equal fraction.
     """
     import ray
 
@@ -193,13 +192,42 @@ def worker_resources(compute: ComputeConfig, *, spare: int = 0) -> dict[str, flo
     if compute.cpus_per_worker:
         return {"CPU": float(compute.cpus_per_worker), **gpu}
     workers = compute.num_workers + spare
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    for cpus in range(int(max(nodes)), 0, -1):
-        if sum(node // cpus for node in nodes) >= workers:
-            return {"CPU": float(cpus), **gpu}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = cores_that_fit(compute, nodes, workers)
+    if cores:
+        return {"CPU": float(cores), **gpu}
     if os.environ.get("RAY_ADDRESS"):
         return {"CPU": 1.0, **gpu}  # the cluster's autoscaler is to bring the rest
-    return {"CPU": sum(nodes) / workers, **gpu}
+    return {"CPU": sum(node.get("CPU", 0.0) for node in nodes) / workers, **gpu}
+
+
+def cores_that_fit(
+    compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], workers: int
+) -> int:
+    """The most whole cores with which all workers find room on the nodes; 0: not even with one.
+
+    nodes: the CPU and GPU of each. A worker with a GPU needs both on one node, and takes no more
+    cores than its part of the node's GPUs.
+    """
+    most = 0.0
+    for node in nodes:
+        places = _gpu_workers(compute, node.get("GPU", 0.0))
+        if places:
+            most = max(most, node.get("CPU", 0.0) / (places if compute.use_gpu else 1))
+    for cores in range(int(most), 0, -1):
+        if _room(compute, nodes, cores) >= workers:
+            return cores
+    return 0
+
+
+def _room(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], cores: int) -> int:
+    """How many workers of so many cores find room on the nodes, with their GPUs."""
+    return int(
+        sum(
+            min(node.get("CPU", 0.0) // cores, _gpu_workers(compute, node.get("GPU", 0.0)))
+            for node in nodes
+        )
+    )
 
 
 def trial_resources(
@@ -213,22 +241,13 @@ def trial_resources(
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-    def room(cpus: float) -> int:
-        fits = [
-            min(node.get("CPU", 0.0) // cpus, _gpu_workers(compute, node.get("GPU", 0.0)))
-            for node in nodes
-        ]
-        return int(sum(fits)) // compute.num_workers
-
-    most = room(compute.cpus_per_worker or 1)
+    most = _room(compute, nodes, compute.cpus_per_worker or 1) // compute.num_workers
     if most == 0:
         return at_once or 1, worker_resources(compute)
     grows = bool(os.environ.get("RAY_ADDRESS"))
     number = at_once if at_once and grows else min(trials, most, at_once or most)
-    cpus = compute.cpus_per_worker or 1
-    while not compute.cpus_per_worker and room(cpus + 1) >= number:
-        cpus += 1
+    workers = number * compute.num_workers
+    cpus = compute.cpus_per_worker or cores_that_fit(compute, nodes, workers) or 1
     gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
     return number, {"CPU": float(cpus), **gpu}
 

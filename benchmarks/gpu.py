@@ -1,0 +1,100 @@
+"""What gptray does with one GPU: speed beside its peers, the same bits, where the time goes.
+
+    python benchmarks/gpu.py [--parts facts,right,train,gen,serve] [--out FILE] [--data FOLDER]
+    python benchmarks/gpu.py --device cpu --tiny
+
+Needs neither Ray nor a network. The second command is a dry run of every line of it on a CPU.
+
+facts: the card's GEMM rate, memory bandwidth and attention kernels, with and without determinism.
+right: do two runs, and a resumed one, end with the same bits? Are rows the same alone and in a
+    batch, on the GPU and on the CPU?
+train: GPT-2 124M's step beside the loop as nanoGPT writes it and transformers' GPT-2, in turns.
+gen: decoding beside transformers' generate and the floor that the bandwidth sets, and one step
+    under the profiler.
+serve: the engine's thread under streams, which is what HTTP stands on.
+
+Every line is printed when it is known. A part that fails says why, the next one runs, and the exit
+code is 1. The last line is JSON, and also goes to --out, where a killed run leaves what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu_parts.bench import Bench
+from gpu_parts.facts import facts
+from gpu_parts.generate import generate
+from gpu_parts.machine import describe
+from gpu_parts.right import right
+from gpu_parts.serve import serve
+from gpu_parts.train import train
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "facts": facts,
+    "right": right,
+    "train": train,
+    "gen": generate,
+    "serve": serve,
+}
+
+
+def main() -> int:
+    args = arguments()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("PyTorch sees no GPU; --device cpu --tiny is a dry run", file=sys.stderr)
+        return 2
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(device, tiny=args.tiny, scratch=Path(scratch), data=args.data, out=args.out)
+        machine = describe(device)
+        bench.keep("machine", machine)
+        bench.say(", ".join(f"{name} {value}" for name, value in machine.items() if value))
+        for part in args.parts:
+            run_part(bench, part)
+    print(json.dumps(bench.results))
+    return 1 if bench.failures else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--parts", type=parts, default=list(PARTS), help="of " + ",".join(PARTS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models: a dry run")
+    parser.add_argument("--data", type=Path, help="folder that jobs/prepare.py made (for right)")
+    parser.add_argument("--out", type=Path, help="file for the JSON, rewritten at every value")
+    return parser.parse_args()
+
+
+def parts(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"no such part: {', '.join(sorted(unknown))}")
+    return names
+
+
+def run_part(bench: Bench, part: str) -> None:
+    """Run one part to its end or to its failure, and say how long it took."""
+    begin = bench.clock()
+    try:
+        PARTS[part](bench)
+    except Exception as error:
+        traceback.print_exc()
+        bench.fail(part, error)
+    torch.use_deterministic_algorithms(False)
+    bench.free()
+    seconds = bench.clock() - begin
+    bench.keep(f"{part}: seconds", round(seconds, 1))
+    bench.say(f"== {part}: {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What all parts of `gpu.py` share: the device, the clock, and where figures go."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Bench:
+    """One run of the benchmark.
+
+    tiny: the shapes of a dry run. scratch: a folder that goes with the run. data: prepared text, if
+    the user has some. `results` has every figure by name, `failures` what did not work.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        tiny: bool,
+        scratch: Path,
+        data: Path | None = None,
+        out: Path | None = None,
+    ) -> None:
+        self.device, self.tiny, self.scratch, self.data = device, tiny, scratch, data
+        self.on_gpu = device.type == "cuda"
+        self.results: dict[str, Any] = {}
+        self.failures: list[str] = []
+        self._out = out
+        self._begin = time.perf_counter()
+
+    def clock(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self._begin
+
+    def say(self, text: str) -> None:
+        print(f"[{self.clock():5.0f}s] {text}", flush=True)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a figure; the file has it at once."""
+        self.results[name] = value
+        if self._out:
+            self._out.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Say and keep that something did not work."""
+        self.failures.append(name)
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
+        self.keep(name, {"failed": reason})
+        self.say(f"{name}: FAILED: {reason}")
+
+    def wait(self) -> None:
+        """Wait for the GPU."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, call: Callable[[], object], *, warm: int = 3, times: int = 10) -> float:
+        """Median seconds of a call, the GPU's part included."""
+        for _ in range(warm):
+            call()
+        self.wait()
+        taken = []
+        for _ in range(1 if self.tiny else times):
+            begin = time.perf_counter()
+            call()
+            self.wait()
+            taken.append(time.perf_counter() - begin)
+        return statistics.median(taken)
+
+    def free(self) -> None:
+        """Give back the memory of what is gone, on the GPU too."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()

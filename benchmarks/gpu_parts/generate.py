@@ -1,0 +1,147 @@
+"""Decoding: gptray's engine beside transformers' generate, and where a step's time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from generate import N_POSITIONS, NEW_TOKENS, PROMPT_TOKENS, SHAPES, TOP_K, make_model, prompts
+from gpu_parts.bench import Bench
+from gpu_parts.facts import copy_rate
+from gpu_parts.profile import profiled_step
+
+from gptray.generation.engine import Engine, load_engine
+from gptray.generation.request import Request
+from gptray.generation.settings import Sampling
+
+__all__ = ["PROMPT_TOKENS", "TOP_K", "engine_of", "generate", "model_folder"]
+
+# Generates for one batch.
+Run = Callable[[], None]
+
+
+def generate(bench: Bench) -> None:
+    batches = (1, 8) if bench.tiny else (1, 32, 256)
+    folder, bandwidth = model_folder(bench), copy_rate(bench)
+    engine = engine_of(bench, folder, max(batches), precision="bf16")
+    peer = transformers_model(bench, folder)
+    new_tokens = 4 if bench.tiny else NEW_TOKENS
+    for batch in batches:
+        contest(bench, engine, peer, batch, new_tokens)
+        floor = floor_seconds(bench, batch, new_tokens, bandwidth)
+        bench.keep(f"gen: floor by bandwidth, B={batch}", {"ms_per_step": round(floor * 1e3, 4)})
+        bench.say(f"gen: floor by bandwidth   B={batch:<4}{batch / floor:12,.0f} tok/s"
+                  f"{floor * 1e3:9.3f} ms a step")  # fmt: skip
+    for batch in (batches[0], batches[-1]):
+        decode_step(bench, engine, batch)
+
+
+def contest(bench: Bench, engine: Engine, peer: Any, batch: int, new_tokens: int) -> None:
+    """Both in turns, a round to warm up and three that count; prompts are read in them too."""
+    runs = {
+        "gptray": gptray_run(engine, batch, new_tokens),
+        "transformers": transformers_run(bench, peer, batch, new_tokens),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(2 if bench.tiny else 4):
+        for name, run in runs.items():
+            seconds = bench.seconds(run, warm=0, times=1)
+            if turn:
+                taken[name].append(seconds)
+    for name, times in taken.items():
+        seconds = float(np.median(times))
+        rate, step = batch * new_tokens / seconds, seconds / new_tokens
+        figures = {"tokens_per_s": round(rate, 1), "ms_per_step": round(step * 1e3, 3)}
+        bench.keep(f"gen: {name} bf16, B={batch}", figures)
+        bench.say(f"gen: {name + ' bf16':20} B={batch:<4}{rate:12,.0f} tok/s"
+                  f"{step * 1e3:9.3f} ms a step, prompts included")  # fmt: skip
+    ratios = [t / o for o, t in zip(taken["gptray"], taken["transformers"], strict=True)]
+    ratio = round(float(np.median(ratios)), 2)
+    bench.keep(f"gen: gptray/transformers, B={batch}", ratio)
+    bench.say(f"gen: gptray/transformers  B={batch:<4}{ratio:12.2f} x")
+
+
+def model_folder(bench: Bench) -> Path:
+    """GPT-2 124M with random weights, made once."""
+    folder = bench.scratch / "model"
+    if not folder.exists():
+        make_model("tiny" if bench.tiny else "124m", folder)
+    return folder
+
+
+def engine_of(bench: Bench, folder: Path, batch: int, *, precision: str) -> Engine:
+    engine, _ = load_engine(
+        folder,
+        max_batch_size=batch,
+        precision=precision,
+        quantize="none",
+        device=str(bench.device),
+        backend="torch",
+    )
+    return engine
+
+
+def gptray_run(engine: Engine, batch: int, new_tokens: int) -> Run:
+    sampling = Sampling(
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, top_k=TOP_K, ignore_eos=True
+    )
+
+    def run() -> None:
+        done = engine.run([Request(ids, sampling) for ids in prompts(batch, 0)])
+        assert all(len(generation.tokens) == new_tokens for generation in done)
+
+    return run
+
+
+def transformers_model(bench: Bench, folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, trust_remote_code=False
+    )
+    return model.to(bench.device).eval()
+
+
+def transformers_run(bench: Bench, model: Any, batch: int, new_tokens: int) -> Run:
+    ids = torch.tensor(prompts(batch, 0), device=bench.device)
+
+    def run() -> None:
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=True,
+                top_k=TOP_K,
+                pad_token_id=0,
+            )
+
+    return run
+
+
+def floor_seconds(bench: Bench, batch: int, new_tokens: int, bandwidth: float) -> float:
+    """What reading the weights and each sequence's keys and values once takes, in bf16."""
+    n_layer, _, n_embd = SHAPES["tiny" if bench.tiny else "124m"]
+    weights = 12 * n_layer * n_embd**2 + 50257 * n_embd
+    cached = 2 * n_layer * n_embd * (PROMPT_TOKENS + new_tokens // 2)
+    return 2 * (weights + batch * cached) / bandwidth
+
+
+def decode_step(bench: Bench, engine: Engine, batch: int) -> None:
+    """Time the steps of a full batch, and look at one through the profiler."""
+    sampling = Sampling(max_new_tokens=400, top_k=TOP_K, ignore_eos=True)
+    assert PROMPT_TOKENS + 400 < N_POSITIONS
+    running = [engine.submit(Request(ids, sampling)) for ids in prompts(batch, 1)]
+    while engine.waiting:
+        engine.step()
+    ms = bench.seconds(lambda: [engine.step() for _ in range(20)], warm=1, times=1) / 20 * 1e3
+    seen = profiled_step(bench, engine.step)
+    for generation in running:
+        engine.cancel(generation)
+    bench.keep(f"gen: decode step, B={batch}", {"ms": round(ms, 3), **seen})
+    words = ", ".join(f"{value} {what.replace('_', ' ')}" for what, value in seen.items())
+    bench.say(f"gen: decode step B={batch}: {ms:.2f} ms; of one profiled: {words}")

@@ -1,0 +1,48 @@
+"""Which machine a figure is from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """The GPU, its driver, the processor and the versions; "" for what cannot be found out."""
+    on_gpu = device.type == "cuda"
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "GPU": torch.cuda.get_device_name(device) if on_gpu else "",
+        "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if on_gpu
+        else "",
+        "processor": f"{_processor()} x {cores}",
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "gptray": _answer("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _answer(*command: str) -> str:
+    """The first line that a command prints; "" where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return next(iter(done.stdout.splitlines()), "").strip()

@@ -1,0 +1,85 @@
+"""Prepared data that a benchmark makes for itself, without Ray: random ids, or a small text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny import tiny_text
+
+from gptray.data.difference import Lost
+from gptray.data.shards import ShardEncoder, ShardWriter, shard_dtype
+from gptray.data.tokenizer import Tokenizer, train_bpe
+from gptray.data.tokenizer_files import END_OF_TEXT
+from gptray.data.tokens import FORMAT_VERSION, MANIFEST, TokenData
+
+
+def word_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer of made-up words that every library opens; end of text comes last."""
+    import tokenizers
+    from tokenizers import models
+
+    vocab = {f"w{i}": i for i in range(vocab_size - 1)} | {END_OF_TEXT: vocab_size - 1}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    names = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "unk_token": "w0"}
+    return Tokenizer(backend, names)
+
+
+def random_tokens(folder: Path, vocab_size: int, *, tokens: int = 2_000_000) -> TokenData:
+    """Data for timing a training step: uniformly random ids."""
+    tokenizer = word_tokenizer(vocab_size)
+    dtype = np.dtype(shard_dtype(vocab_size)).newbyteorder("<")
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for name, count in (("train", tokens), ("val", tokens // 10)):
+        shard = rng.integers(vocab_size, size=count).astype(dtype).tobytes()
+        file = f"{name}-00000.bin"
+        (folder / file).write_bytes(shard)
+        digest = hashlib.sha256(shard).hexdigest()
+        entries[name] = {"file": file, "tokens": count, "bytes": 4 * count, "lost_bytes": 0,
+                         "sha256": digest}  # fmt: skip
+    return _data(folder, tokenizer, entries)
+
+
+def text_tokens(folder: Path, *, sentences: int = 4000) -> TokenData:
+    """Data to learn from: the sentences of `tiny_text`, a tenth of them for validation."""
+    lines = tiny_text(sentences).splitlines(keepends=True)
+    cut = len(lines) * 9 // 10
+    tokenizer = train_bpe(lines[:cut], 300)
+    encoder, entries = ShardEncoder(tokenizer), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", lines[:cut]), ("val", lines[cut:])):
+        file = f"{name}-00000.bin"
+        with ShardWriter(folder / file, encoder) as writer:
+            writer.add("".join(part), ends=True)
+        assert writer.shard
+        entries[name] = writer.shard.entry(file)
+    return _data(folder, tokenizer, entries)
+
+
+def _data(folder: Path, tokenizer: Tokenizer, entries: dict[str, dict[str, Any]]) -> TokenData:
+    """The folder with a tokenizer and a manifest of one shard and one document for each split."""
+    tokenizer.save(folder / "tokenizer")
+    counts = ("tokens", "bytes", "lost_bytes")
+    manifest = {
+        "format": FORMAT_VERSION,
+        "bytes": sum(entry["bytes"] for entry in entries.values()),
+        "warnings": [],
+        "dtype": shard_dtype(tokenizer.vocab_size),
+        "splits": {
+            name: {"documents": 1, "shards": [entry], **{key: entry[key] for key in counts}}
+            for name, entry in entries.items()
+        },
+        "tokenizer": {
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_token_id": tokenizer.eos_id,
+            "lost": Lost().entry(),
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    return TokenData.open(folder)

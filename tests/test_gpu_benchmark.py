@@ -1,0 +1,60 @@
+"""The GPU benchmark's dry run: every part, on a CPU, in tiny shapes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("--device", "cpu", "--tiny")
+
+
+def benchmark(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def test_dry_run_goes_through_every_part(tmp_path: Path) -> None:
+    done = benchmark(*TINY, "--out", str(tmp_path / "cpu.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures == json.loads((tmp_path / "cpu.json").read_text("utf-8"))
+    assert figures["machine"]["torch"] == torch.__version__
+    for part in ("facts", "right", "train", "gen", "serve"):
+        assert figures[f"{part}: seconds"] >= 0
+    assert figures["right: same bits, fp32"] == {"twice": True, "resumed": True}
+    equal = figures["right: equal rows, alone and in a batch of 4, fp32"]
+    assert equal == {"greedy": 1.0, "top_k": 1.0, "top_p": 1.0, "all": 1.0}
+    for name in ("nanoGPT's loop, eager, B=2", "transformers, eager, B=2", "gptray, eager, B=2"):
+        assert figures[f"train: {name}"]["tokens_per_s"] > 0
+    assert figures["gen: decode step, B=8"]["operators"] > 0
+
+
+def test_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
+    done = benchmark(*TINY, "--parts", "right,facts", "--data", str(tmp_path / "missing"))
+    assert done.returncode == 1
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert "missing" in figures["right"]["failed"]
+    assert figures["facts: bf16 GEMM, TFLOP/s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--parts", "train,gne"), "no such part: gne"),
+        pytest.param(
+            (),
+            "PyTorch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(arguments: tuple[str, ...], words: str) -> None:
+    done = benchmark(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
