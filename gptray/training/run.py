@@ -41,6 +41,7 @@ from gptray.training.checkpoint import (
     newest_whole,
     publish_model,
 )
+from gptray.training.mfu import tokens_per_sec_at_peak
 from gptray.training.optim import load_optimizer, make_optimizer
 from gptray.training.stopping import Progress
 from gptray.training.workers import Workers
@@ -63,17 +64,24 @@ class Run:
     optimizer: torch.optim.Optimizer
     order: BatchOrder
     state: TrainerState
+    # On a GPU: 1 once a step's numbers were not finite, as the optimizer's found_inf; None on a
+    # CPU, where they are looked at before the update.
+    spoilt: Tensor | None
+    # Tokens per second of all workers at an MFU of 1, where the GPU's peak is known.
+    rate_at_peak: float | None
 
     def micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
         """This worker's part of the step's global batch: inputs and targets, (B, T) each."""
         size, block_size = self.config.micro_batch_size, self.config.train.block_size
         starts = self.order.batch(self.state.step, self.config.train.global_batch_size)
         first = (micro_step * self.workers.size + self.workers.rank) * size
-        windows = [
-            torch.from_numpy(self.data.train.slice(start, start + block_size + 1))
-            for start in starts[first : first + size].tolist()
-        ]
-        tokens = torch.stack(windows).to(self.device, non_blocking=True)
+        # From pinned memory a GPU copies by itself, while the host goes on.
+        is_pinned = self.device.type == "cuda"
+        tokens = torch.empty(size, block_size + 1, dtype=torch.int64, pin_memory=is_pinned)
+        windows = starts[first : first + size].tolist()
+        for row, start in zip(tokens.numpy(), windows, strict=True):
+            row[:] = self.data.train.slice(start, start + block_size + 1)
+        tokens = tokens.to(self.device, non_blocking=True)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def seed_dropout(self) -> None:
@@ -133,6 +141,11 @@ def start(
 
     workers.from_first(begin)
     compiled = torch.compile(model) if config.train.compile else model
+    spoilt = None
+    if device.type == "cuda":
+        # What GradScaler would set: fused AdamW then leaves weights and moments as they are.
+        spoilt = torch.zeros((), device=device)
+        optimizer.found_inf = spoilt  # type: ignore[attr-defined]
     return Run(
         config=config,
         data=data,
@@ -144,6 +157,10 @@ def start(
         optimizer=optimizer,
         order=BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed),
         state=state,
+        spoilt=spoilt,
+        rate_at_peak=tokens_per_sec_at_peak(
+            config, model.num_params, model.compute_dtype, device_name(device)
+        ),
     )
 
 
