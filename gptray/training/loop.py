@@ -22,6 +22,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.scoring import charge_per_token
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
+from gptray.model.gpu import out_of_gpu_memory
 from gptray.training.evaluations import Beside, InLine, Metrics, Report, Samples, Validation
 from gptray.training.journal import Journal
 from gptray.training.numbers import StepNumbers
@@ -67,6 +68,12 @@ def fit(
             return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
         except (UserError, RunFailed) as error:
             return failed(step, error)
+        except torch.OutOfMemoryError as error:
+            size = config.micro_batch_size
+            failure = out_of_gpu_memory(error, key="train.micro_batch_size", size=size)
+            if workers.size > 1:
+                raise failure from None  # the others may wait for this one
+            return failed(step, failure)
 
 
 def failed(step: int, error: UserError | RunFailed) -> Metrics:

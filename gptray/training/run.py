@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptray.build import check_backend
+from gptray.build import cannot_compile, check_backend, why_not_compile
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
 from gptray.data.shares import split_rows
@@ -26,10 +26,11 @@ from gptray.data.vocabulary import kept_rows
 from gptray.files import open_lock, storing
 from gptray.model import kernels
 from gptray.model.gpt import GPT
+from gptray.model.gpu import check_gpu
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
 from gptray.model.memory import keep_freed_memory
-from gptray.model.precision import enable_fast_fp32, pick_dtype
+from gptray.model.precision import computes_bf16, enable_fast_fp32, pick_dtype
 from gptray.model.shape import model_folder, read_shape
 from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
@@ -97,11 +98,14 @@ def start(
     """Build a worker's run, from the newest whole checkpoint where there is one.
 
     Raises:
-        UserError: the checkpoints were removed.
+        UserError: the checkpoints were removed; there is no GPU that works, or no compiler.
         RunFailed: checkpoints exist and none is whole, or the disk takes nothing.
         ValueError: the training split is shorter than one block.
     """
-    make_repeatable()
+    if device.type == "cuda":
+        check_gpu()
+        torch.cuda.set_device(device)  # of events and pinned memory
+    make_repeatable(config, device)
     first = workers.from_first(lambda: _resume_step(run_dir))
     step = workers.number_from_first(lambda: first or 0, device)
     folder = checkpoint_folder(run_dir, step) if step else None
@@ -111,7 +115,11 @@ def start(
             write_event(run_dir, "notice", message=text)
 
     failure: UserError | RunFailed | None = None
+    compiles = config.train.compiles(on_gpu=device.type != "cpu")
     try:
+        missing = why_not_compile(on_gpu=device.type != "cpu") if compiles else None
+        if missing:
+            raise UserError(cannot_compile(missing))
         model, optimizer = _built(config, data, folder, device, tell)
     except (UserError, RunFailed) as error:
         failure = error
@@ -130,6 +138,8 @@ def start(
             workers=workers.size,
             dtype=str(model.compute_dtype).removeprefix("torch."),
             backend="native" if model.is_native else "torch",
+            compiled=compiles,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
             parameters=model.num_params,
             pid=os.getpid(),
             device=device_name(device),
@@ -140,7 +150,12 @@ def start(
         )
 
     workers.from_first(begin)
-    compiled = torch.compile(model) if config.train.compile else model
+    compiled = torch.compile(model) if compiles else model
+    if compiles and device.type != "cpu":
+        tell(
+            f"compiling the training step for {device_name(device)}: the first step takes up to a "
+            "minute (train.compile=false starts at once and trains slower)"
+        )
     spoilt = None
     if device.type == "cuda":
         # What GradScaler would set: fused AdamW then leaves weights and moments as they are.
@@ -222,9 +237,10 @@ def _resume_step(run_dir: Path) -> int:
     return step
 
 
-def make_repeatable() -> None:
-    """Have torch compute the same bits for the same shape, on a GPU too."""
-    torch.use_deterministic_algorithms(True)
+def make_repeatable(config: Config, device: torch.device) -> None:
+    """Have torch compute the same bits for the same shape; on a GPU where the config says so."""
+    exactly = device.type == "cpu" or config.train.deterministic
+    torch.use_deterministic_algorithms(exactly)
     # That would also fill every new tensor, which helps to find bugs and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     enable_fast_fp32()
@@ -258,6 +274,8 @@ def build_model(
     else:
         model.initialise(config.seed)
     model.compute_dtype = pick_dtype(config.train.precision, device)
+    if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
+        tell(f"training in fp32: {device_name(device)} does not compute in bf16")
     if model.compute_dtype == torch.bfloat16 and _has_kernels(config.train.backend, device, tell):
         model.use_kernels()
     return model.to(device)

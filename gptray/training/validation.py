@@ -18,7 +18,7 @@ def score_checkpoint(
     config: Config, data: TokenData, checkpoint: Path, device: torch.device
 ) -> tuple[Score, GPT]:
     """Score a checkpoint of a run as one worker of it would; return its model too."""
-    make_repeatable()
+    make_repeatable(config, device)
     model = build_model(config, data, checkpoint, device)
     score = score_split(
         model,
