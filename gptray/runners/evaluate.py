@@ -97,6 +97,7 @@ def measure(subject: Subject, data: TokenData, scorers: Scorers) -> Evaluation:
         "tokenizer_sha256": subject.tokenizer.sha256,
         "source": subject.source,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "precision": scorers.precision,
         "block_size": subject.block_size,
         "stride": subject.stride,
         "splits": splits,
