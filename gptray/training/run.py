@@ -104,7 +104,8 @@ def start(
     """
     if device.type == "cuda":
         check_gpu()
-        torch.cuda.set_device(device)  # of events and pinned memory
+        if device.index is not None:  # of several, that of events and compiled kernels
+            torch.cuda.set_device(device)
     make_repeatable(config, device)
     first = workers.from_first(lambda: _resume_step(run_dir))
     step = workers.number_from_first(lambda: first or 0, device)

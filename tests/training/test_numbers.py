@@ -12,6 +12,7 @@ import torch
 from gptray.config import Config, override
 from gptray.data.tokenizer import char_tokenizer
 from gptray.data.tokens import TokenData
+from gptray.record import EVENTS, read_rows
 from gptray.training.evaluations import InLine
 from gptray.training.journal import Journal
 from gptray.training.loop import train
@@ -84,6 +85,14 @@ def test_a_non_finite_step_read_late_has_updated_nothing(data: TokenData, tmp_pa
     assert runs[0].state == runs[1].state and runs[0].state.step > 0
     for ours, theirs in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_start_says_how_steps_are_computed(data: TokenData, tmp_path: Path) -> None:
+    started(tiny_config(Path("unused"), tmp_path), data, tmp_path / "run", late=False)
+    (start_event,) = read_rows(tmp_path / "run" / EVENTS)
+    assert start_event["event"] == "start"
+    # On a CPU nothing is compiled unless told, and bits always repeat.
+    assert start_event["compiled"] is False and start_event["deterministic"] is True
 
 
 def test_mfu_is_palms() -> None:
