@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptray.build import cannot_compile, check_backend, why_not_compile
+from gptray.build import check_backend
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
 from gptray.data.shares import split_rows
@@ -26,11 +25,9 @@ from gptray.data.vocabulary import kept_rows
 from gptray.files import open_lock, storing
 from gptray.model import kernels
 from gptray.model.gpt import GPT
-from gptray.model.gpu import check_gpu
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
-from gptray.model.memory import keep_freed_memory
-from gptray.model.precision import computes_bf16, enable_fast_fp32, pick_dtype
+from gptray.model.precision import computes_bf16, pick_dtype
 from gptray.model.shape import model_folder, read_shape
 from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
@@ -42,6 +39,7 @@ from gptray.training.checkpoint import (
     newest_whole,
     publish_model,
 )
+from gptray.training.device import compiled, compiles, device_name, guard_updates, use_device
 from gptray.training.mfu import tokens_per_sec_at_peak
 from gptray.training.optim import load_optimizer, make_optimizer
 from gptray.training.stopping import Progress
@@ -102,11 +100,7 @@ def start(
         RunFailed: checkpoints exist and none is whole, or the disk takes nothing.
         ValueError: the training split is shorter than one block.
     """
-    if device.type == "cuda":
-        check_gpu()
-        if device.index is not None:  # of several, that of events and compiled kernels
-            torch.cuda.set_device(device)
-    make_repeatable(config, device)
+    use_device(config, device)
     first = workers.from_first(lambda: _resume_step(run_dir))
     step = workers.number_from_first(lambda: first or 0, device)
     folder = checkpoint_folder(run_dir, step) if step else None
@@ -116,11 +110,8 @@ def start(
             write_event(run_dir, "notice", message=text)
 
     failure: UserError | RunFailed | None = None
-    compiles = config.train.compiles(on_gpu=device.type != "cpu")
     try:
-        missing = why_not_compile(on_gpu=device.type != "cpu") if compiles else None
-        if missing:
-            raise UserError(cannot_compile(missing))
+        is_compiled = compiles(config, device)
         model, optimizer = _built(config, data, folder, device, tell)
     except (UserError, RunFailed) as error:
         failure = error
@@ -139,7 +130,7 @@ def start(
             workers=workers.size,
             dtype=str(model.compute_dtype).removeprefix("torch."),
             backend="native" if model.is_native else "torch",
-            compiled=compiles,
+            compiled=is_compiled,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             parameters=model.num_params,
             pid=os.getpid(),
@@ -151,17 +142,7 @@ def start(
         )
 
     workers.from_first(begin)
-    compiled = torch.compile(model) if compiles else model
-    if compiles and device.type != "cpu":
-        tell(
-            f"compiling the training step for {device_name(device)}: the first step takes up to a "
-            "minute (train.compile=false starts at once and trains slower)"
-        )
-    spoilt = None
-    if device.type == "cuda":
-        # What GradScaler would set: fused AdamW then leaves weights and moments as they are.
-        spoilt = torch.zeros((), device=device)
-        optimizer.found_inf = spoilt  # type: ignore[attr-defined]
+    step_model = compiled(model, device, tell) if is_compiled else model
     return Run(
         config=config,
         data=data,
@@ -169,11 +150,11 @@ def start(
         workers=workers,
         device=device,
         model=model,
-        loss_model=workers.parallel(compiled),  # type: ignore[arg-type]
+        loss_model=workers.parallel(step_model),
         optimizer=optimizer,
         order=BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed),
         state=state,
-        spoilt=spoilt,
+        spoilt=guard_updates(optimizer, device),
         rate_at_peak=tokens_per_sec_at_peak(
             config, model.num_params, model.compute_dtype, device_name(device)
         ),
@@ -193,14 +174,6 @@ def _built(
     if checkpoint:
         load_optimizer(checkpoint / "optimizer.safetensors", model, optimizer)
     return model, optimizer
-
-
-def device_name(device: torch.device) -> str:
-    """What a worker computes on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} processor, {threads} thread" + ("s" if threads > 1 else "")
 
 
 @contextmanager
@@ -236,16 +209,6 @@ def _resume_step(run_dir: Path) -> int:
     for problem in problems:
         write_event(run_dir, "damaged", message=f"{problem}; going back to step {step}")
     return step
-
-
-def make_repeatable(config: Config, device: torch.device) -> None:
-    """Have torch compute the same bits for the same shape; on a GPU where the config says so."""
-    exactly = device.type == "cpu" or config.train.deterministic
-    torch.use_deterministic_algorithms(exactly)
-    # That would also fill every new tensor, which helps to find bugs and costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    enable_fast_fp32()
-    keep_freed_memory()
 
 
 def build_model(
