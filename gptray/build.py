@@ -17,6 +17,8 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -243,6 +245,40 @@ def compiler() -> list[str]:
         return shlex.split(given) or ["g++"]
     except ValueError as error:
         raise UserError(f"CXX={given}: {error}") from None
+
+
+def why_not_compile(*, on_gpu: bool) -> str | None:
+    """Why torch.compile does not work on this machine, and what to install; None if it does.
+
+    On a GPU Triton has the C compiler build a small module for this Python.
+    """
+    if not on_gpu:
+        command = compiler()[0]
+        if shutil.which(command):
+            return None
+        return (
+            f"it needs a C++ compiler, and there is no {command} on this machine; install it, or "
+            "name another one in CXX"
+        )
+    commands = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    if not any(map(shutil.which, commands)):
+        return (
+            f"it needs a C compiler, and there is no {' or '.join(commands)} on this machine; "
+            "install one (apt-get install gcc), or name another one in CC"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return f"it needs {header}, which is missing; install it (apt-get install {python}-dev)"
+    return None
+
+
+def cannot_compile(reason: str) -> str:
+    """What to say where the training step was to be compiled and cannot be."""
+    return (
+        f"train.compile has the training step compiled: {reason}. train.compile=false trains "
+        "without"
+    )
 
 
 def _cache_folder() -> Path:

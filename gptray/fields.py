@@ -156,6 +156,9 @@ def _spec(key: str, info: FieldInfo) -> FieldSpec:
         if origin is Literal:
             choices += get_args(member)
             kinds.append(str)
+        elif member is bool and choices:
+            choices += ["true", "false"]
+            kinds.append(bool)
         elif origin in (list, tuple):
             inside = [arg for arg in get_args(member) if arg is not Ellipsis]
             items = tuple(kind for arg in inside[:1] for kind in _members(arg))

@@ -177,6 +177,9 @@ class EvaluateConfig(Section):
     micro_batch_size: PositiveInt = Field(
         16, description="windows per forward pass of one worker; does not change results"
     )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 on GPUs that compute in it, else fp32"
+    )
     train_tokens: PositiveInt = Field(
         100_000, description="tokens of the training split to score, spread evenly over it"
     )

@@ -253,7 +253,7 @@ def _argument_node(text: str, spec: FieldSpec) -> yaml.Node:
     themselves; only null, a quoted text and a list are read as YAML there.
     """
     literal = yaml.ScalarNode("tag:yaml.org,2002:str", text)
-    takes_text = str in spec.kinds
+    takes_text = _takes_text(spec.kinds)
     try:
         node = parse_node(text)
     except YamlError as error:
@@ -282,11 +282,16 @@ def _value(node: yaml.Node, kinds: Sequence[type], items: Sequence[type]) -> Any
     value = scalar_value(node)
     if value is None:
         return None
-    if str in kinds:
+    if _takes_text(kinds):
         return node.value
     if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e4 steps
     return value
+
+
+def _takes_text(kinds: Sequence[type]) -> bool:
+    """Whether a value of these kinds is text whatever it looks like; not in auto, true or false."""
+    return str in kinds and bool not in kinds
 
 
 def _is_null(node: yaml.Node) -> bool:

@@ -67,6 +67,8 @@ ALIASES = {
     "train.min_delta": "early_stopping_threshold delta",
     "train.precision": "dtype mixed_precision amp fp16 bf16 fp32",
     "train.compile": "torch_compile compile_model",
+    "train.deterministic": "use_deterministic_algorithms full_determinism reproducible "
+    "cudnn_deterministic",
     "train.resume": "resume_from resume_from_checkpoint auto_resume restart",
     "compute.num_workers": "workers devices num_gpus gpus n_gpus world_size num_processes "
     "nproc_per_node n_workers num_devices",

@@ -58,9 +58,12 @@ def test_gpt2_124m_has_the_published_shape() -> None:
     config = load_config(str(FOLDER / "gpt2_124m.yaml"), [])
     model = config.model
     assert (model.n_layer, model.n_head, model.n_embd) == (12, 12, 768)
-    assert (model.n_positions, model.vocab_size, config.train.block_size) == (1024, 50257, 1024)
-    assert config.train.global_batch_size == 480
-    assert config.grad_accum_steps * config.micro_batch_size * config.compute.num_workers == 480
+    assert (model.n_positions, model.vocab_size, config.train.block_size) == (1024, 50304, 1024)
+    assert config.tokens_per_step == 2**19
+    for workers in (1, 2, 4, 8, 16):
+        shared = load_config(str(FOLDER / "gpt2_124m.yaml"), [f"compute.num_workers={workers}"])
+        assert shared.grad_accum_steps * shared.micro_batch_size * workers == 512
+    assert config.data.split == pytest.approx((0.9995, 0.0005))
 
 
 def test_the_sweep_for_ones_own_text_trains_each_trial_on_all_of_it() -> None:

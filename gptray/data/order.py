@@ -47,12 +47,11 @@ class BatchOrder:
         first = step * global_batch_size
         positions = np.arange(first, first + global_batch_size)
         epochs, places = np.divmod(positions, self.windows_per_epoch)
-        return np.array(
-            [
-                self._epoch_starts(int(epoch))[place]
-                for epoch, place in zip(epochs, places, strict=True)
-            ]
-        )
+        starts = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            starts[here] = self._epoch_starts(int(epoch))[places[here]]
+        return starts
 
     def epoch(self, step: int, global_batch_size: int) -> float:
         """Epochs read after `step` optimizer steps."""

@@ -19,6 +19,7 @@ from gptray.data.scoring import Score, Windows
 from gptray.data.tokens import TokenSplit
 from gptray.evaluation.result import SplitResult
 from gptray.model.gpt import GPT
+from gptray.model.precision import pick_dtype
 
 # Tokens looked at together when document ends are searched.
 SEARCH_TOKENS = 1 << 20
@@ -67,6 +68,17 @@ class DocumentSums:
         residuals = self.nats - loss * self.tokens
         spread = math.sqrt(count / (count - 1) * float((residuals**2).sum()))
         return spread / float(self.tokens.sum())
+
+
+def scoring_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What a model is scored in for `evaluate.precision`; auto: on a CPU fp32.
+
+    Raises:
+        UserError: a GPU does not compute in bf16.
+    """
+    if precision == "auto" and device.type == "cpu":
+        return torch.float32
+    return pick_dtype(precision, device, key="evaluate.precision")
 
 
 def document_ends(split: TokenSplit, eos_id: int) -> NDArray[np.int64]:

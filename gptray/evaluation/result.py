@@ -80,6 +80,7 @@ class Evaluation(TextMeasures):
     tokenizer_sha256: str
     source: list[str]  # what data.source or evaluate.source says
     time: str  # ISO 8601, UTC
+    precision: str  # fp32 or bf16: what the network computed in; losses are summed in float64
     block_size: int
     stride: int
     splits: dict[str, SplitResult | None]  # train, val, test

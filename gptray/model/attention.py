@@ -40,7 +40,8 @@ def causal_attention(
             y = _BlockedAttention.apply(qkv, n_head, dropout)  # type: ignore[no-untyped-call]
         return y
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4).unbind(0)
+    # In this order the gradients of q, k and v, (B, T, H, D) in memory, join by one copy.
+    q, k, v = (part.transpose(1, 2) for part in qkv.view(B, T, 3, n_head, C // n_head).unbind(2))
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return y.transpose(1, 2).reshape(B, T, C)
 

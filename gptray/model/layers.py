@@ -1,8 +1,9 @@
 """The decoder's layers, each in the form that is fastest where it runs.
 
-bf16 on a CPU that is one for it: `gptray.model.kernels`. Eager bf16 on another CPU: casts folded
-into the linear layer's own backward. Under torch.compile: plain formulas in fp32 between the GEMMs,
-which inductor fuses. Dropout on a CPU: from whole random words.
+bf16 on a CPU that is one for it: `gptray.model.kernels`. Eager bf16 elsewhere: casts folded into
+the linear layer's own backward. Under torch.compile on a CPU: plain formulas in fp32 between the
+GEMMs, which inductor fuses; on a GPU the GEMM adds the bias. Dropout on a CPU: from whole random
+words.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class _CastLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         ctx.save_for_backward(x, weight)
-        if torch.compiler.is_compiling():
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and torch.compiler.is_compiling():
             # The sum in fp32: so it joins the next pointwise kernel, and not a slower addmm.
             return (F.linear(x, weight).float() + bias).to(x.dtype)
         # It adds the bias in the GEMM, addmm before it.
-        if x.device.type == "cpu" and has_onednn_linear(torch.bfloat16):
+        if on_cpu and has_onednn_linear(torch.bfloat16):
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             return y
         return F.linear(x, weight, bias)
@@ -58,7 +60,9 @@ class _CastLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
         grad_weight = torch.mm(grad.t(), x.flatten(0, -2)).float()
-        if torch.compiler.is_compiling():
+        if x.device.type != "cpu":
+            grad_bias = grad.sum(0, dtype=torch.float32)
+        elif torch.compiler.is_compiling():
             # A product, for a sum over rows would be fused with what made grad, badly.
             grad_bias = torch.mm(grad.new_ones(1, grad.size(0)), grad)[0]
         else:

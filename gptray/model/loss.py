@@ -1,27 +1,41 @@
-"""The head and its cross-entropy in row chunks, so that no more than one chunk of logits exists.
+"""The head and its cross-entropy in pieces of rows, so that no more than one piece's logits exist.
 
-The gradient is made in the forward pass, while a chunk's logits are at hand; the backward pass
-only scales it. Weights come as fp32 masters and their gradient is summed in fp32.
+The gradient is made in the forward pass, while a piece's logits are at hand; the backward pass
+only scales it. Weights come as fp32 masters and their gradient is summed in fp32. On a CPU a piece
+stays in its caches; on a GPU it is large, since every piece reads and writes the whole gradient of
+the weight and costs its launches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Of one chunk's logits in fp32: 128 rows of GPT-2's vocabulary. Below 32 MiB, above which glibc
+# Of one piece's logits in fp32: 128 rows of GPT-2's vocabulary. Below 32 MiB, above which glibc
 # takes every allocation fresh from the kernel, whose page faults cost more than the arithmetic.
-CHUNK_BYTES = 28 * 2**20
+CPU_BYTES = 28 * 2**20
+# Of one piece's logits on a GPU, as they are kept: in fp32 in eager mode, in the dtype to compute
+# in under torch.compile. Two to three times as much exists at a time.
+GPU_BYTES = 2 * 2**30
 # Rows of the head's gradient that are made and summed at a time, so that they stay in cache.
 GRAD_ROWS = 4096
 
 
-def rows_per_chunk(vocab_size: int) -> int:
-    """Rows whose fp32 logits fit CHUNK_BYTES, a multiple of 32 where there are as many."""
-    rows = CHUNK_BYTES // (4 * vocab_size)
-    return rows // 32 * 32 if rows >= 32 else max(rows, 1)
+def piece_rows(rows: int, vocab_size: int, *, on_gpu: bool, logit_bytes: int = 4) -> int:
+    """How many of `rows` rows make a piece, a multiple of 32 where a piece has as many.
+
+    logit_bytes: of one logit, as a GPU keeps it. On a GPU all pieces are about the same size.
+    """
+    if on_gpu:
+        most = max(1, GPU_BYTES // (logit_bytes * vocab_size))
+        pieces = -(-rows // most)
+        size = -(-rows // pieces)
+        return -(-size // 32) * 32 if most >= 32 else size
+    most = CPU_BYTES // (4 * vocab_size)
+    return most // 32 * 32 if most >= 32 else max(most, 1)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: int) -> Tensor:
@@ -40,12 +54,19 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: i
 def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: int) -> Tensor:
     """-log softmax(x @ weight.T)[target] of each token, (N,) fp32; no gradient."""
     weight = weight.to(x.dtype)
-    rows = rows_per_chunk(weight.size(0))
     losses = [
-        -_log_probabilities(chunk, weight, valid).gather(1, target.unsqueeze(1)).squeeze(1)
-        for chunk, target in zip(torch.split(x, rows), torch.split(targets, rows), strict=True)
+        -_log_probabilities(piece, weight, valid).gather(1, target).squeeze(1)
+        for piece, target in _pieces(x, weight, targets)
     ]
     return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+
+def _pieces(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of x with their targets (rows, 1)."""
+    on_gpu = x.device.type != "cpu"
+    logit_bytes = x.element_size() if torch.compiler.is_compiling() else 4
+    rows = piece_rows(x.size(0), weight.size(0), on_gpu=on_gpu, logit_bytes=logit_bytes)
+    return zip(torch.split(x, rows), torch.split(targets.unsqueeze(1), rows), strict=True)
 
 
 def _log_probabilities(x: Tensor, weight: Tensor, valid: int) -> Tensor:
@@ -57,29 +78,52 @@ def _log_probabilities(x: Tensor, weight: Tensor, valid: int) -> Tensor:
 
 def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     """total (V, C) += grad^T (V, rows) @ x (rows, C), the sum in fp32."""
+    if x.device.type != "cpu":
+        total += torch.mm(grad.t(), x)
+        return
     rows = total.size(0) if torch.compiler.is_compiling() else GRAD_ROWS
     for start in range(0, total.size(0), rows):
         part = slice(start, start + rows)
         total[part] += torch.mm(grad[:, part].t(), x)
 
 
+def scores(x: Tensor, weight: Tensor, target: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets (rows, 1) fp32, and the logits' gradient (rows, V)."""
+    log_p = _log_probabilities(x, weight, valid)
+    picked = log_p.gather(1, target)
+    # d sum / d logits = softmax - onehot
+    return picked, log_p.exp_().scatter_(1, target, picked.expm1()).to(x.dtype)
+
+
+def fused_scores(x: Tensor, weight: Tensor, target: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """The same in formulas for inductor on a GPU: the logits are read twice, their gradient is
+    written once, and nothing as large is made in fp32."""
+    logits = torch.mm(x, weight.t())
+    columns = torch.arange(weight.size(0), device=x.device)
+    z = logits.float()
+    if valid < weight.size(0):
+        z = torch.where(columns < valid, z, float("-inf"))
+    most = z.amax(1, keepdim=True)
+    log_sum = most + (z - most).exp().sum(1, keepdim=True).log()
+    grad = (z - log_sum).exp() - (columns == target).float()
+    return logits.gather(1, target).float() - log_sum, grad.to(x.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, valid: int) -> Tensor:
         cast = weight.to(x.dtype)
-        rows = rows_per_chunk(weight.size(0))
+        fused = torch.compiler.is_compiling() and x.device.type != "cpu"
+        score = fused_scores if fused else scores
         grad_weight = torch.zeros_like(weight)
-        losses, grad_x = [], []
-        for chunk, target in zip(torch.split(x, rows), torch.split(targets, rows), strict=True):
-            log_p = _log_probabilities(chunk, cast, valid)
-            picked = log_p.gather(1, target.unsqueeze(1))
-            losses.append(picked)
-            # d sum / d logits = softmax - onehot
-            grad = log_p.exp_().scatter_(1, target.unsqueeze(1), picked.expm1()).to(x.dtype)
+        log_p, grad_x = [], []
+        for piece, target in _pieces(x, weight, targets):
+            picked, grad = score(piece, cast, target, valid)
+            log_p.append(picked)
             grad_x.append(torch.mm(grad, cast))
-            _add_product(grad_weight, grad, chunk)
+            _add_product(grad_weight, grad, piece)
         ctx.save_for_backward(grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x), grad_weight)
-        return -torch.cat(losses).mean()
+        return -torch.cat(log_p).mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:

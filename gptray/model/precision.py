@@ -12,18 +12,27 @@ import torch
 from gptray.config import UserError
 
 
-def pick_dtype(precision: str, device: torch.device | str) -> torch.dtype:
-    """The dtype to compute in for `precision` auto | fp32 | bf16; auto is bf16 only in hardware."""
-    if precision == "fp32":
+def pick_dtype(
+    precision: str, device: torch.device | str, *, key: str = "train.precision"
+) -> torch.dtype:
+    """The dtype to compute in for `precision` auto | fp32 | bf16; auto is bf16 only in hardware.
+
+    Raises:
+        UserError: names `key`: there is no such precision, or a GPU does not compute in bf16.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"{key}={precision}: choose auto, fp32 or bf16")
+    device = torch.device(device)
+    if precision == "fp32" or (precision == "auto" and not computes_bf16(device)):
         return torch.float32
-    if precision == "bf16" or (precision == "auto" and _computes_bf16(torch.device(device))):
-        return torch.bfloat16
-    if precision != "auto":
-        raise UserError(f"train.precision={precision}: choose auto, fp32 or bf16")
-    return torch.float32
+    if device.type == "cuda" and not computes_bf16(device):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{key}=bf16: {name} does not compute in bf16; set {key}=fp32 (or auto)")
+    return torch.bfloat16
 
 
-def _computes_bf16(device: torch.device) -> bool:
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has bf16 arithmetic."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":

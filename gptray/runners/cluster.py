@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
-from gptray.build import check_backend, compiler
+from gptray.build import cannot_compile, check_backend, why_not_compile
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.files import cannot_write, is_of_files
+from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
 from gptray.hub import first_line
 from gptray.runners.address import check_address
 from gptray.runners.own_ray import own_ray
@@ -131,17 +132,17 @@ def check_training(config: Config) -> None:
         check_backend("train.backend", "native", use_gpu=config.compute.use_gpu)
     check_resources(
         config.compute,
-        compiling="train.compile" if config.train.compile else None,
+        compiling=config.train.compiles(on_gpu=config.compute.use_gpu),
         beside="train.async_validation" if config.train.async_validation else None,
     )
 
 
 def check_resources(
-    compute: ComputeConfig, *, compiling: str | None = None, beside: str | None = None
+    compute: ComputeConfig, *, compiling: bool = False, beside: str | None = None
 ) -> None:
     """Refuse what this machine can never give; a cluster (RAY_ADDRESS) may still grow.
 
-    compiling: the key that asks for torch.compile, if one does.
+    compiling: whether train.compile has the training step compiled.
     beside: the key that asks for one more worker than compute.num_workers, if one does.
 
     Raises:
@@ -149,13 +150,15 @@ def check_resources(
     """
     if os.environ.get("RAY_ADDRESS"):
         return
-    gpus, cpus = _local_gpus(), len(os.sched_getaffinity(0))
+    gpus, cpus = local_gpus(), len(os.sched_getaffinity(0))
     problems = []
     if compute.use_gpu and gpus < compute.num_workers:
         problems.append(
             f"compute.use_gpu=true with compute.num_workers={compute.num_workers} needs as many "
             f"GPUs; this machine has {gpus}"
         )
+    elif compute.use_gpu and is_torch_for_cpus():
+        problems.append(BUILT_FOR_CPUS)
     if compute.cpus_per_worker and compute.cpus_per_worker * compute.num_workers > cpus:
         problems.append(
             f"compute.cpus_per_worker={compute.cpus_per_worker} x "
@@ -170,12 +173,9 @@ def check_resources(
             f"{spare}; this machine has {gpus if compute.use_gpu else cpus}. Without it ({beside}"
             "=false) the workers themselves score, to the same numbers"
         )
-    command = compiler()[0]
-    if compiling and not compute.use_gpu and shutil.which(command) is None:
-        problems.append(
-            f"{compiling}=true needs a C++ compiler, and there is no {command} on this machine; "
-            f"install it, name another one in CXX, or set {compiling}=false"
-        )
+    missing = why_not_compile(on_gpu=compute.use_gpu) if compiling else None
+    if missing:
+        problems.append(cannot_compile(missing))
     if problems:
         raise UserError("\n".join(problems))
 
@@ -255,12 +255,3 @@ def trial_resources(
 def _gpu_workers(compute: ComputeConfig, gpus: float) -> float:
     """How many workers find room on a node's GPUs."""
     return int(gpus / compute.gpus_per_worker + 1e-9) if compute.use_gpu else float("inf")
-
-
-def _local_gpus() -> int:
-    """NVIDIA GPUs that this process may use, without torch and without starting Ray."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    if visible is None:
-        return devices
-    return min(devices, len([one for one in visible.split(",") if one not in ("", "-1")]))

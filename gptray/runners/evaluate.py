@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("gptray")
 # Of one task: enough that sending it costs nothing, few enough that all workers end together.
 TASK_TOKENS = 16_384
+# A GPU reads so many in a hundredth of a second, in which a task is just sent.
+GPU_TASK_TOKENS = 262_144
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -98,6 +100,7 @@ def measure(subject: Subject, data: TokenData, scorers: Scorers) -> Evaluation:
         "tokenizer_sha256": subject.tokenizer.sha256,
         "source": subject.source,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "precision": scorers.precision,
         "block_size": subject.block_size,
         "stride": subject.stride,
         "splits": splits,
@@ -113,8 +116,9 @@ def score_splits(subject: Subject, data: TokenData, scorers: Scorers) -> dict[st
     from gptray.runners.scorers import Task
 
     results = {}
+    task_tokens = GPU_TASK_TOKENS if subject.config.compute.use_gpu else TASK_TOKENS
     for name, (windows, numbers) in subject.windows(data).items():
-        size = max(1, TASK_TOKENS // windows.block_size)
+        size = max(1, task_tokens // windows.block_size)
         ranges = [numbers[first : first + size] for first in range(0, len(numbers), size)]
         tasks = [
             Task("score", (name, windows, part), windows.stride * len(part)) for part in ranges

@@ -10,6 +10,8 @@ from gptray.runners.training_checks import check_run
 
 # fp32 weights, gradients and AdamW's two moments.
 BYTES_PER_PARAMETER = 16
+# Of the logits that exist at a time on a GPU, at most: GPU_BYTES of `gptray.model.loss`.
+HEAD_BYTES = 2 << 30
 FILES = (
     "config.yaml metrics.jsonl events.jsonl report.html loss.png lr.png grad_norm.png "
     "tensorboard/ checkpoint_*/ model/"
@@ -37,7 +39,8 @@ def training_plan(config: Config) -> list[tuple[str, str]]:
     if vocab_size:
         count = parameter_count(config.model, vocab_size)
         rows.append(("parameters", f"{count:,}"))
-        rows.append(("memory per worker", f"about {_memory(config, count) / 2**30:.1f} GiB"))
+        memory = _memory(config, count, vocab_size) / 2**30
+        rows.append(("memory per worker", f"about {memory:.1f} GiB"))
     else:
         rows.append(("parameters", "known once the tokenizer is"))
     if data:
@@ -58,13 +61,19 @@ def _workers(config: Config) -> str:
     return f"{config.compute.num_workers} ({kind}){beside}"
 
 
-def _memory(config: Config, parameters: int) -> float:
+def _memory(config: Config, parameters: int, vocab_size: int) -> float:
     """Bytes of one worker, roughly: states of all parameters, and activations of one pass.
 
     A block keeps about 16 values of the width a token for its backward pass, and the attention
-    probabilities (Korthikanti et al. 2022, without recomputation), in the bytes of fp32.
+    probabilities (Korthikanti et al. 2022, without recomputation), in the bytes of fp32. On a GPU
+    no probabilities are kept, but the logits of a piece of the head and their gradient are.
     """
     tokens = config.micro_batch_size * config.train.block_size
+    if config.compute.use_gpu:
+        value = 4 if config.train.precision == "fp32" else 2
+        kept = config.model.n_layer * tokens * 16 * config.model.n_embd
+        logits = 2 * min(HEAD_BYTES, value * tokens * vocab_size)
+        return BYTES_PER_PARAMETER * parameters + value * kept + logits
     attention = config.model.n_head * config.train.block_size
     activations = config.model.n_layer * tokens * (16 * config.model.n_embd + attention)
     return BYTES_PER_PARAMETER * parameters + 4 * activations

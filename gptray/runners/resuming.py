@@ -69,11 +69,14 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
         raise UserError(f"{folder} is a {other}, not a {what}; choose another name")
     if not sweep:
         check_not_lost(folder)
-    before, now = flatten(load_config(str(folder / CONFIG), [])), flatten(config)
+    saved = load_config(str(folder / CONFIG), [])
+    before, now = flatten(saved), flatten(config)
     changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
     for key in {*SOURCES, TOKENIZER}.intersection(changed):
         if is_same_place(*changed[key]):
             del changed[key]
+    if "train.compile" in changed and compiles(saved) == compiles(config):
+        del changed["train.compile"]
     free, extends = (SWEEP_FREE_KEYS, MORE) if sweep else (FREE_KEYS, LONGER)
     differing = [
         f"  {key}: {old!r} there, {new!r} now"
@@ -87,6 +90,11 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
             + "\nResume it with its own settings, or choose another name"
         )
     return _more_trials(folder, config, before) if sweep else _longer(folder, config, changed)
+
+
+def compiles(config: Config) -> bool:
+    """Whether a run's training step is compiled."""
+    return config.train.compiles(on_gpu=config.compute.use_gpu)
 
 
 def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:

@@ -6,8 +6,8 @@ What a task gives does not depend on the actor that does it, nor on how many the
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -55,21 +55,22 @@ class Scorer:
         self._config = Config.model_validate(settings["config"])
         self._ends: dict[str, NDArray[Any]] = {}
 
+    def precision(self) -> str:
+        """What the network computes in: fp32 or bf16."""
+        import torch
+
+        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self._model.compute_dtype]
+
     def score(self, name: str, windows: Windows, numbers: Sequence[int]) -> DocumentSums:
         """Score windows of a split."""
         from gptray.evaluation.metrics import document_ends, score_windows
 
-        split = self._data.splits[name]
+        split, size = self._data.splits[name], self._config.evaluate.micro_batch_size
         if name not in self._ends:
             self._ends[name] = document_ends(split, self._data.eos_id)
-        return score_windows(
-            self._model,
-            split,
-            windows,
-            numbers,
-            ends=self._ends[name],
-            batch_size=self._config.evaluate.micro_batch_size,
-        )
+        ends = self._ends[name]
+        with self._on_gpu():
+            return score_windows(self._model, split, windows, numbers, ends=ends, batch_size=size)
 
     def write(
         self, prompts: list[list[int]], lengths: list[int], sampling: Sampling, first: int
@@ -83,7 +84,8 @@ class Scorer:
         while left:
             requests = {n: self._request(prompts[n] + written[n], left[n], sampling, first + n)
                         for n in left}  # fmt: skip
-            done = self._engine.run(list(requests.values()))
+            with self._on_gpu():
+                done = self._engine.run(list(requests.values()))
             for n, generation in zip(requests, done, strict=True):
                 if generation.error:
                     raise RunFailed(f"the model cannot continue a passage: {generation.error}")
@@ -98,6 +100,19 @@ class Scorer:
         from gptray.evaluation.recitation import found_in
 
         return list(found_in(self._data.train, start, stop, wanted))
+
+    @contextmanager
+    def _on_gpu(self) -> Iterator[None]:
+        """Say which key to lower where a GPU's memory is too small. Raises RunFailed."""
+        import torch
+
+        from gptray.model.gpu import out_of_gpu_memory
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            size = self._config.evaluate.micro_batch_size
+            raise out_of_gpu_memory(error, key="evaluate.micro_batch_size", size=size) from None
 
     def _request(self, tokens: list[int], wanted: int, sampling: Sampling, row: int) -> Request:
         from gptray.generation.request import Request
@@ -116,6 +131,8 @@ class Scorer:
     def _model(self) -> GPT:
         import torch
 
+        from gptray.evaluation.metrics import scoring_dtype
+        from gptray.model.gpu import check_gpu
         from gptray.model.hf import load_pretrained
         from gptray.model.memory import keep_freed_memory
         from gptray.model.precision import enable_fast_fp32
@@ -123,15 +140,20 @@ class Scorer:
         torch.set_num_threads(self._settings["threads"])
         enable_fast_fp32()
         keep_freed_memory()
-        device = "cuda" if self._config.compute.use_gpu else "cpu"
-        return load_pretrained(self._settings["model_dir"]).eval().to(device)
+        device = torch.device("cuda" if self._config.compute.use_gpu else "cpu")
+        if device.type == "cuda":
+            check_gpu()
+        model = load_pretrained(self._settings["model_dir"]).eval()
+        model.compute_dtype = scoring_dtype(self._config.evaluate.precision, device)
+        return model.to(device)
 
     @cached_property
     def _engine(self) -> Engine:
         from gptray.generation.engine import Engine
 
         batch_size = self._config.evaluate.micro_batch_size
-        return Engine(self._model, self._data.tokenizer, max_batch_size=batch_size)
+        model, tokenizer = self._model, self._data.tokenizer
+        return Engine(model, tokenizer, max_batch_size=batch_size, dtype=model.compute_dtype)
 
 
 class Scorers:
@@ -157,7 +179,16 @@ class Scorers:
             max_task_retries=compute.max_failures,
         )
         self._most_failures = compute.max_failures
-        self._pool = ActorPool([actor.remote(settings) for _ in range(compute.num_workers)])
+        self._actors = [actor.remote(settings) for _ in range(compute.num_workers)]
+        self._pool = ActorPool(self._actors)
+
+    @property
+    def precision(self) -> str:
+        """What the networks of all actors compute in: fp32 or bf16."""
+        import ray
+
+        precision: str = ray.get(self._actors[0].precision.remote())
+        return precision
 
     def run(self, doing: str, tasks: Sequence[Task]) -> list[Any]:
         """Have all tasks done; their results in the tasks' order.

@@ -125,10 +125,12 @@ def fit_on_ray(
         "run_dir": str(folder),
         "threads": max(1, int(reserved["CPU"])),
     }
+    # One worker needs no group, and Ray's backend for it costs seconds at the start.
+    in_group = config.compute.use_gpu and config.compute.num_workers > 1
     trainer = DataParallelTrainer(
         train_worker,
         train_loop_config=settings,
-        backend_config=_nccl() if config.compute.use_gpu else None,
+        backend_config=_nccl() if in_group else None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.compute.num_workers,
             use_gpu=config.compute.use_gpu,
@@ -215,11 +217,17 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
+    from gptray.model.gpu import check_gpu
     from gptray.runners.group import process_group
     from gptray.training.loop import failed, fit
 
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(settings["threads"])
+    try:
+        if config.compute.use_gpu:
+            check_gpu()
+    except UserError as error:
+        return failed(0, error)
     try:
         data = TokenData.open(settings["data_dir"])
     except DamagedData as error:  # not a worker's death: no other attempt would find it whole

@@ -76,7 +76,7 @@ def _forget_trials_before(config: Config, device: Any) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if config.train.compile:
+    if config.train.compiles(on_gpu=device.type != "cpu"):
         # Compiled code is kept by the model's source lines, for a few shapes only.
         torch.compiler.reset()
 

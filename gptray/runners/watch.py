@@ -202,7 +202,8 @@ def _metrics_text(row: dict[str, Any]) -> str:
     if "val_loss" in row:
         ppl = perplexity(row["val_ppl"])
         text += f"  val {row['val_loss']:.3f}  ppl {ppl}  bpb {row['val_bpb']:.3f}"
-    return f"{text}  {row['tokens_per_sec']:,.0f} tok/s"
+    text += f"  {row['tokens_per_sec']:,.0f} tok/s"
+    return f"{text}  MFU {row['mfu']:.0%}" if "mfu" in row else text
 
 
 def _one_line(prompt: str, output: str) -> str:

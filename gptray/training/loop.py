@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,8 +22,10 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.scoring import charge_per_token
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
+from gptray.model.gpu import out_of_gpu_memory
 from gptray.training.evaluations import Beside, InLine, Metrics, Report, Samples, Validation
 from gptray.training.journal import Journal
+from gptray.training.numbers import StepNumbers
 from gptray.training.optim import learning_rate
 from gptray.training.run import Run, start, writing
 from gptray.training.stopping import NonFiniteLoss
@@ -65,6 +68,12 @@ def fit(
             return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
         except (UserError, RunFailed) as error:
             return failed(step, error)
+        except torch.OutOfMemoryError as error:
+            size = config.micro_batch_size
+            failure = out_of_gpu_memory(error, key="train.micro_batch_size", size=size)
+            if workers.size > 1:
+                raise failure from None  # the others may wait for this one
+            return failed(step, failure)
 
 
 def failed(step: int, error: UserError | RunFailed) -> Metrics:
@@ -76,25 +85,32 @@ def failed(step: int, error: UserError | RunFailed) -> Metrics:
 def train(run: Run, journal: Journal | None, evaluations: InLine | Beside) -> Metrics:
     """Make step after step; return the last logged row and why there was no further one.
 
+    On a GPU a step's numbers are read while the next step runs, those of a logged step at once.
+
     Raises:
         NonFiniteLoss: on every worker; every checkpoint there is was scored, and is good.
     """
     config = run.config
     row: Metrics = {"step": run.state.step}
+    unread: deque[StepNumbers] = deque()
     losses: list[float] = []
     clock = time.perf_counter()
     while not (stopped := run.state.why_stop(config.train)):
         try:
-            loss, grad_norm, lr = train_step(run)
+            unread.append(train_step(run))
+            evaluates = is_due(run, config.train.eval_interval)
+            logs = evaluates or is_due(run, config.train.log_interval)
+            while len(unread) > (1 if run.spoilt is not None and not logs else 0):
+                step = unread.popleft()
+                loss, grad_norm = read(run, step)
+                losses.append(loss)
         except NonFiniteLoss:
             evaluations.finish()
             raise
-        losses.append(loss)
-        evaluates = is_due(run, config.train.eval_interval)
-        if not evaluates and not is_due(run, config.train.log_interval):
+        if not logs:
             continue
         rate = config.tokens_per_step * len(losses) / (time.perf_counter() - clock)
-        row = step_row(run, losses, rate, grad_norm=grad_norm, lr=lr)
+        row = step_row(run, losses, rate, grad_norm=grad_norm, lr=step.lr)
         if evaluates:
             evaluations.add(row)
         elif journal:
@@ -104,18 +120,34 @@ def train(run: Run, journal: Journal | None, evaluations: InLine | Beside) -> Me
     return {**row, "stopped": stopped}
 
 
+def read(run: Run, step: StepNumbers) -> tuple[float, float]:
+    """The loss and gradient norm of a step.
+
+    Raises:
+        NonFiniteLoss: the run then stands at the step before, the last that updated a weight.
+    """
+    try:
+        return step.read()
+    except NonFiniteLoss:
+        run.state = replace(run.state, step=step.step - 1)
+        raise
+
+
 def is_due(run: Run, interval: int) -> bool:
     """Whether something that happens every `interval` steps, and at the last, happens now."""
     return run.state.step % interval == 0 or run.state.step == run.config.train.max_steps
 
 
-def train_step(run: Run) -> tuple[float, float, float]:
-    """Make one update; return the global batch's loss, the gradient norm before clipping, the lr.
+def train_step(run: Run) -> StepNumbers:
+    """Make one update; return its numbers, which on a GPU are still to come.
+
+    With a non-finite loss or gradient norm, of all workers together, no weight is updated. On a
+    GPU nor are any by later steps: its fused AdamW looks at `run.spoilt` itself.
 
     Raises:
-        NonFiniteLoss: before the update, and on every worker, since both numbers are reduced.
+        NonFiniteLoss: on a CPU; on a GPU the numbers raise it when they are read.
     """
-    config = run.config
+    config, number = run.config, run.state.step + 1
     lr = learning_rate(run.state.step, config.train.max_steps, config.optim)
     run.seed_dropout()
     run.model.train()
@@ -128,24 +160,25 @@ def train_step(run: Run) -> tuple[float, float, float]:
             loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
-    loss_value = run.workers.sum(total).item() / run.workers.size
-    grad_norm = norm.item()
-    if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-        raise NonFiniteLoss(
-            f"step {run.state.step + 1}: loss {loss_value}, gradient norm {grad_norm}, lr {lr:g}"
-        )
+    pair = torch.stack([run.workers.sum(total) / run.workers.size, norm.double()])
+    numbers = StepNumbers.send(number, lr, pair)
+    if run.spoilt is None:
+        numbers.read()
+    else:
+        run.spoilt.logical_or_(~pair.isfinite().all())
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    run.state = replace(run.state, step=run.state.step + 1)
-    return loss_value, grad_norm, lr
+    run.state = replace(run.state, step=number)
+    return numbers
 
 
 def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr: float) -> Metrics:
     """The row of a logged step: `train_loss` is the mean since the row before, dropout on.
 
     Like validation loss, it is charged for what the tokenizer loses, by the training split's mean.
+    `mfu` is there on GPUs whose peak is known.
     """
     return {
         "step": run.state.step,
@@ -154,4 +187,5 @@ def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens_per_sec": round(rate, 1),
+        **({"mfu": round(rate / run.rate_at_peak, 4)} if run.rate_at_peak else {}),
     }

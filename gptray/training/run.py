@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +27,7 @@ from gptray.model import kernels
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
-from gptray.model.memory import keep_freed_memory
-from gptray.model.precision import enable_fast_fp32, pick_dtype
+from gptray.model.precision import computes_bf16, pick_dtype
 from gptray.model.shape import model_folder, read_shape
 from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
@@ -41,6 +39,8 @@ from gptray.training.checkpoint import (
     newest_whole,
     publish_model,
 )
+from gptray.training.device import compiled, compiles, device_name, guard_updates, use_device
+from gptray.training.mfu import tokens_per_sec_at_peak
 from gptray.training.optim import load_optimizer, make_optimizer
 from gptray.training.stopping import Progress
 from gptray.training.workers import Workers
@@ -63,17 +63,24 @@ class Run:
     optimizer: torch.optim.Optimizer
     order: BatchOrder
     state: TrainerState
+    # On a GPU: 1 once a step's numbers were not finite, as the optimizer's found_inf; None on a
+    # CPU, where they are looked at before the update.
+    spoilt: Tensor | None
+    # Tokens per second of all workers at an MFU of 1, where the GPU's peak is known.
+    rate_at_peak: float | None
 
     def micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
         """This worker's part of the step's global batch: inputs and targets, (B, T) each."""
         size, block_size = self.config.micro_batch_size, self.config.train.block_size
         starts = self.order.batch(self.state.step, self.config.train.global_batch_size)
         first = (micro_step * self.workers.size + self.workers.rank) * size
-        windows = [
-            torch.from_numpy(self.data.train.slice(start, start + block_size + 1))
-            for start in starts[first : first + size].tolist()
-        ]
-        tokens = torch.stack(windows).to(self.device, non_blocking=True)
+        # From pinned memory a GPU copies by itself, while the host goes on.
+        is_pinned = self.device.type == "cuda"
+        tokens = torch.empty(size, block_size + 1, dtype=torch.int64, pin_memory=is_pinned)
+        windows = starts[first : first + size].tolist()
+        for row, start in zip(tokens.numpy(), windows, strict=True):
+            row[:] = self.data.train.slice(start, start + block_size + 1)
+        tokens = tokens.to(self.device, non_blocking=True)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def seed_dropout(self) -> None:
@@ -89,11 +96,11 @@ def start(
     """Build a worker's run, from the newest whole checkpoint where there is one.
 
     Raises:
-        UserError: the checkpoints were removed.
+        UserError: the checkpoints were removed; there is no GPU that works, or no compiler.
         RunFailed: checkpoints exist and none is whole, or the disk takes nothing.
         ValueError: the training split is shorter than one block.
     """
-    make_repeatable()
+    use_device(config, device)
     first = workers.from_first(lambda: _resume_step(run_dir))
     step = workers.number_from_first(lambda: first or 0, device)
     folder = checkpoint_folder(run_dir, step) if step else None
@@ -104,6 +111,7 @@ def start(
 
     failure: UserError | RunFailed | None = None
     try:
+        is_compiled = compiles(config, device)
         model, optimizer = _built(config, data, folder, device, tell)
     except (UserError, RunFailed) as error:
         failure = error
@@ -122,6 +130,8 @@ def start(
             workers=workers.size,
             dtype=str(model.compute_dtype).removeprefix("torch."),
             backend="native" if model.is_native else "torch",
+            compiled=is_compiled,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
             parameters=model.num_params,
             pid=os.getpid(),
             device=device_name(device),
@@ -132,7 +142,7 @@ def start(
         )
 
     workers.from_first(begin)
-    compiled = torch.compile(model) if config.train.compile else model
+    step_model = compiled(model, device, tell) if is_compiled else model
     return Run(
         config=config,
         data=data,
@@ -140,10 +150,14 @@ def start(
         workers=workers,
         device=device,
         model=model,
-        loss_model=workers.parallel(compiled),  # type: ignore[arg-type]
+        loss_model=workers.parallel(step_model),
         optimizer=optimizer,
         order=BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed),
         state=state,
+        spoilt=guard_updates(optimizer, device),
+        rate_at_peak=tokens_per_sec_at_peak(
+            config, model.num_params, model.compute_dtype, device_name(device)
+        ),
     )
 
 
@@ -160,14 +174,6 @@ def _built(
     if checkpoint:
         load_optimizer(checkpoint / "optimizer.safetensors", model, optimizer)
     return model, optimizer
-
-
-def device_name(device: torch.device) -> str:
-    """What a worker computes on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} processor, {threads} thread" + ("s" if threads > 1 else "")
 
 
 @contextmanager
@@ -205,15 +211,6 @@ def _resume_step(run_dir: Path) -> int:
     return step
 
 
-def make_repeatable() -> None:
-    """Have torch compute the same bits for the same shape, on a GPU too."""
-    torch.use_deterministic_algorithms(True)
-    # That would also fill every new tensor, which helps to find bugs and costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    enable_fast_fp32()
-    keep_freed_memory()
-
-
 def build_model(
     config: Config,
     data: TokenData,
@@ -241,6 +238,8 @@ def build_model(
     else:
         model.initialise(config.seed)
     model.compute_dtype = pick_dtype(config.train.precision, device)
+    if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
+        tell(f"training in fp32: {device_name(device)} does not compute in bf16")
     if model.compute_dtype == torch.bfloat16 and _has_kernels(config.train.backend, device, tell):
         model.use_kernels()
     return model.to(device)

@@ -10,7 +10,8 @@ from gptray.config import Config
 from gptray.data.scoring import Score, Windows
 from gptray.data.tokens import TokenData, TokenSplit
 from gptray.model.gpt import GPT
-from gptray.training.run import build_model, make_repeatable
+from gptray.training.device import use_device
+from gptray.training.run import build_model
 from gptray.training.workers import Workers
 
 
@@ -18,7 +19,7 @@ def score_checkpoint(
     config: Config, data: TokenData, checkpoint: Path, device: torch.device
 ) -> tuple[Score, GPT]:
     """Score a checkpoint of a run as one worker of it would; return its model too."""
-    make_repeatable()
+    use_device(config, device)
     model = build_model(config, data, checkpoint, device)
     score = score_split(
         model,

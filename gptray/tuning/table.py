@@ -58,6 +58,7 @@ def _settings(trial: Trial, space: Space) -> dict[str, Any]:
 
 def _column(values: Sequence[Any], kinds: Sequence[type]) -> pa.Array:
     types = {float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
+    kinds = () if str in kinds else kinds
     kind = next((types[kind] for kind in types if kind in kinds), pa.string())
     if kind == pa.string():
         values = [None if value is None else value_text(value) for value in values]

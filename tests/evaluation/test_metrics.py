@@ -17,6 +17,7 @@ from gptray.evaluation.metrics import (
     DocumentSums,
     document_ends,
     score_windows,
+    scoring_dtype,
     split_result,
 )
 from gptray.model.gpt import GPT
@@ -184,3 +185,20 @@ def test_lost_bytes_are_charged_and_leave_the_error_as_it_is(
         f"{before['how']}; 8 bits are charged for each byte that the tokenizer loses, "
         f"{100 * after['lost_bytes'] / after['bytes']:.1f} % of the text{mean}"
     )
+
+
+def test_a_cpu_scores_in_fp32_unless_told(
+    hf_model: tuple[GPT2LMHeadModel, GPT], split: TokenSplit
+) -> None:
+    """And in bf16 the loss is the same to its three digits."""
+    cpu, model = torch.device("cpu"), hf_model[1]
+    assert scoring_dtype("auto", cpu) == scoring_dtype("fp32", cpu) == torch.float32
+    assert scoring_dtype("bf16", cpu) == torch.bfloat16
+    windows = Windows(len(split), 20, stride=20)
+    exact = scored(model, split, windows).nats.sum()
+    model.compute_dtype = torch.bfloat16
+    try:
+        rough = scored(model, split, windows).nats.sum()
+    finally:
+        model.compute_dtype = torch.float32
+    assert rough != exact and rough == pytest.approx(exact, rel=5e-3)

@@ -1,29 +1,108 @@
-"""The chunked head: many chunks equal one, and none is large."""
+"""The head in pieces: many pieces equal one, and none is larger than its device likes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from gptray.config import ModelConfig
 from gptray.model import loss as module
-from gptray.model.loss import linear_cross_entropy, rows_per_chunk, token_cross_entropy
+from gptray.model.gpt import GPT
+from gptray.model.loss import (
+    GPU_BYTES,
+    fused_scores,
+    linear_cross_entropy,
+    piece_rows,
+    scores,
+    token_cross_entropy,
+)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 65, 2048, 50257, 50304, 128_000, 2**24, 2**27])
-def test_logits_of_a_chunk_stay_far_below_256_mb(vocab_size: int) -> None:
-    rows = rows_per_chunk(vocab_size)
+def test_logits_of_a_piece_stay_far_below_256_mb_on_a_cpu(vocab_size: int) -> None:
+    rows = piece_rows(10**9, vocab_size, on_gpu=False)
     assert rows >= 1
     copies = 4 + 2 + 2  # fp32, and bf16 of the logits and of their gradient
     assert rows == 1 or rows * vocab_size * copies <= 128 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "logit_bytes", "pieces"),
+    [
+        (12 * 1024, 50304, 2, 1),
+        (12 * 1024, 50304, 4, 2),
+        (32 * 1024, 50304, 2, 2),
+        (32 * 1024, 50257, 4, 4),
+        (7, 65, 4, 1),
+        (5, 2**30, 4, 5),
+    ],
+)
+def test_a_gpus_pieces_are_few_and_alike(
+    rows: int, vocab_size: int, logit_bytes: int, pieces: int
+) -> None:
+    size = piece_rows(rows, vocab_size, on_gpu=True, logit_bytes=logit_bytes)
+    assert -(-rows // size) == pieces
+    assert size == 1 or size * vocab_size * logit_bytes <= GPU_BYTES
+    last = rows - (pieces - 1) * size
+    assert size - last < 32
+
+
+def test_a_compiled_step_on_a_gpu_is_a_small_graph() -> None:
+    """Meta tensors take a GPU's ways: a piece's logits are few formulas, without a scatter."""
+    with torch.device("meta"):
+        config = ModelConfig(n_layer=1, n_head=12, n_embd=768, n_positions=1024, vocab_size=50304)
+        model = GPT(config, vocab_size=50257)
+        batch = torch.zeros(12, 1024, dtype=torch.int64)
+    model.compute_dtype = torch.bfloat16
+    graphs: list[GraphModule] = []
+
+    def keep(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch.compile(model, backend=aot_autograd(fw_compiler=keep))(batch, batch).backward()
+    calls = [str(n.target) for g in graphs for n in g.graph.nodes if n.op == "call_function"]
+    assert len(graphs) == 2 and len(calls) < 250
+    of_logits = [
+        node
+        for graph in graphs
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+        and getattr(node.meta.get("val"), "shape", ())[-1:] == (50304,)
+        and len(node.meta["val"].shape) == 2
+    ]
+    assert 0 < len(of_logits) < 16
+    assert not [call for call in calls if "scatter" in call or "index_put" in call]
+
+
+@pytest.mark.parametrize("valid", [29, 31])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_compiled_formulas_equal_the_others(valid: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(31, 16, generator=generator).to(dtype)
+    x = torch.randn(40, 16, generator=generator).to(dtype)
+    target = torch.randint(29, (40, 1), generator=generator)
+    for ours, theirs in zip(
+        fused_scores(x, weight, target, valid), scores(x, weight, target, valid), strict=True
+    ):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 8, 13, 40])
-def test_chunks_equal_the_whole(
+def test_pieces_equal_the_whole(
     monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(module, "rows_per_chunk", lambda vocab_size: rows)
+    monkeypatch.setattr(module, "piece_rows", lambda *_, **__: rows)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(31, 16, generator=generator, requires_grad=True)
     x = torch.randn(40, 16, generator=generator).to(dtype).requires_grad_()

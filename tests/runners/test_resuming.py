@@ -69,6 +69,21 @@ def test_what_trains_longer_may_change_and_is_told(folder: Path, key: str, sente
     assert not (folder / "config.2.yaml").exists()
 
 
+def test_auto_is_the_same_setting_as_what_it_means(folder: Path) -> None:
+    """A run of before train.compile=auto says false, which is what auto is on a CPU."""
+    saved = folder / "config.yaml"
+    saved.write_text(saved.read_text("utf-8").replace("compile: auto", "compile: false"), "utf-8")
+    assert load_config(str(saved), []).train.compile is False
+    now = config_of(folder.parent, "train.max_steps=100")
+    assert now.train.compile == "auto" and check_resumable(now) == []
+    compiled = config_of(folder.parent, "train.max_steps=100", "train.compile=true")
+    with pytest.raises(UserError, match="train.compile: False there, True now"):
+        check_resumable(compiled)
+    exact = config_of(folder.parent, "train.max_steps=100", "train.deterministic=true")
+    with pytest.raises(UserError, match="train.deterministic: False there, True now"):
+        check_resumable(exact)
+
+
 @pytest.mark.parametrize(
     ("keys", "bad_evals", "words"),
     [

@@ -1,0 +1,53 @@
+"""The GPUs of this machine, and whether the installed PyTorch is built for any: without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+# Where drivers show their GPUs: NVIDIA's on Linux, AMD's (a node without SIMDs is a processor).
+NVIDIA, AMD = Path("/proc/driver/nvidia/gpus"), Path("/sys/class/kfd/kfd/topology/nodes")
+# What hides GPUs from a process: NVIDIA's variable, which AMD's runtime knows too, and AMD's own.
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+BUILT_FOR_CPUS = (
+    "compute.use_gpu=true, but the installed PyTorch is a build for CPUs; install one for GPUs: "
+    "pip install --force-reinstall torch"
+)
+
+
+def local_gpus() -> int:
+    """GPUs that this process may use, without starting Ray."""
+    devices = len(list(NVIDIA.glob("*"))) or _amd_gpus() or _told_gpus()
+    for name in HIDING:
+        if (visible := os.environ.get(name)) is not None:
+            named = [one for one in visible.split(",") if one.strip() not in ("", "-1")]
+            devices = min(devices, len(named))
+    return devices
+
+
+def _amd_gpus() -> int:
+    nodes = (path.read_text("utf-8") for path in AMD.glob("*/properties"))
+    return sum(bool(re.search(r"^simd_count [1-9]", text, re.MULTILINE)) for text in nodes)
+
+
+def _told_gpus() -> int:
+    """What nvidia-smi lists: in WSL2 and in some containers the driver has no folder."""
+    command = ["nvidia-smi", "-L"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return len(re.findall(r"^GPU \d+:", told.stdout, re.MULTILINE))
+
+
+def is_torch_for_cpus() -> bool:
+    """Whether the installed PyTorch is a build without GPUs; its version.py says so."""
+    spec = find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    path = Path(spec.submodule_search_locations[0]) / "version.py"
+    kinds = re.findall(r"^(?:cuda|hip)\b.*= *(.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return bool(kinds) and all(kind.strip() == "None" for kind in kinds)

@@ -1,0 +1,47 @@
+"""What can be wrong with a GPU, in one sentence each: no driver for it, no room on it."""
+
+from __future__ import annotations
+
+import torch
+
+from gptray.config import RunFailed, UserError
+from gptray.gpus import BUILT_FOR_CPUS
+
+
+def check_gpu() -> None:
+    """Refuse to compute on a GPU where this PyTorch sees none.
+
+    Raises:
+        UserError: says why: a build for CPUs, no driver or one that is too old; and what to do.
+    """
+    version = torch.__version__
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise UserError(BUILT_FOR_CPUS)
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        # Its first sentence says which: no driver, or one that is too old.
+        reason = str(error).strip().partition(". ")[0].rstrip(".")
+        kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        raise UserError(
+            f"compute.use_gpu=true, but PyTorch {version} ({kind}) cannot use a GPU here: "
+            f"{reason}. Update the driver, or install a PyTorch that is built for it (see "
+            "pytorch.org/get-started)"
+        ) from None
+
+
+def out_of_gpu_memory(error: torch.OutOfMemoryError, *, key: str, size: int) -> RunFailed:
+    """What to say of a GPU whose memory was too small for `size` sequences at a time."""
+    # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ... ..."
+    said = str(error).strip().split(". ")
+    facts = ". ".join(said[1:3]).rstrip(".")
+    if size > 1:
+        remedy = f"lower {key} from {size}, such as {key}={_half(size)}"
+    else:
+        remedy = f"{key} is 1 already, so the model or its train.block_size is too large"
+    return RunFailed(f"the GPU is out of memory ({facts}); {remedy}")
+
+
+def _half(size: int) -> int:
+    """The largest divisor of a size below it: with it, a batch that was divisible still is."""
+    return max(number for number in range(1, size) if size % number == 0)

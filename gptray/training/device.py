@@ -1,0 +1,73 @@
+"""What training asks of its device: that it works, what repeats to the bit, what is compiled."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gptray.build import cannot_compile, why_not_compile
+from gptray.config import Config, UserError
+from gptray.model.gpu import check_gpu
+from gptray.model.memory import keep_freed_memory
+from gptray.model.precision import enable_fast_fp32
+
+
+def use_device(config: Config, device: torch.device) -> None:
+    """Make this process compute on a device: on a CPU always the same bits for the same shape, on
+    a GPU where the config says so.
+
+    Raises:
+        UserError: there is no GPU that works.
+    """
+    if device.type == "cuda":
+        check_gpu()
+        if device.index is not None:  # of several, that of events and compiled kernels
+            torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(device.type == "cpu" or config.train.deterministic)
+    # That would also fill every new tensor, which helps to find bugs and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    enable_fast_fp32()
+    keep_freed_memory()
+
+
+def device_name(device: torch.device) -> str:
+    """What a worker computes on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} processor, {threads} thread" + ("s" if threads > 1 else "")
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether the training step is compiled. Raises UserError where it cannot be."""
+    on_gpu = device.type != "cpu"
+    wanted = config.train.compiles(on_gpu=on_gpu)
+    missing = why_not_compile(on_gpu=on_gpu) if wanted else None
+    if missing:
+        raise UserError(cannot_compile(missing))
+    return wanted
+
+
+def compiled(model: nn.Module, device: torch.device, tell: Callable[[str], None]) -> nn.Module:
+    """The model, to be compiled in its first step; on a GPU, where that is the default, told."""
+    if device.type != "cpu":
+        tell(
+            f"compiling the training step for {device_name(device)}: the first step takes up to a "
+            "minute (train.compile=false starts at once and trains slower)"
+        )
+    return torch.compile(model)  # type: ignore[return-value]
+
+
+def guard_updates(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor | None:
+    """On a GPU a flag that, once it is 1, keeps the optimizer from updating anything; else None.
+
+    It is what GradScaler would set: fused AdamW then leaves weights and moments as they are.
+    """
+    if device.type != "cuda":
+        return None
+    spoilt = torch.zeros((), device=device)
+    optimizer.found_inf = spoilt  # type: ignore[attr-defined]
+    return spoilt

@@ -1,0 +1,62 @@
+"""Model FLOPs utilisation: the share of a GPU's arithmetic that the model's formulas account for.
+
+Chowdhery et al. 2022, PaLM, appendix B: 6 FLOPs a token for each weight that a token meets, and
+12 L H Q T for attention, forward and backward, without what is computed twice.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from gptray.config import Config
+
+# Dense bf16 FLOP/s of NVIDIA's data sheets; the first pattern found in a device's name counts.
+PEAKS = (
+    (r"\bG?B200\b", 2250e12),
+    (r"\bH200 NVL\b", 836e12),
+    (r"\bG?H200\b", 989e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH100 NVL\b", 836e12),
+    (r"\bH[18]00\b", 989e12),
+    (r"\bA[18]00\b", 312e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL40\b", 181e12),
+    (r"\bL4\b", 121e12),
+    (r"\bA40\b", 150e12),
+    (r"\bA30\b", 165e12),
+    (r"\bA10G\b", 70e12),
+    (r"\bA10\b", 125e12),
+    (r"\bRTX 5090$", 209.5e12),
+    (r"\bRTX 4090$", 165e12),
+    (r"\bRTX 3090$", 71e12),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s in bf16 of a GPU by its name; None if it is not known."""
+    return next((peak for name, peak in PEAKS if re.search(name, device_name)), None)
+
+
+def flops_per_token(config: Config, parameters: int) -> float:
+    """FLOPs of a training step for each of its tokens; `parameters` of the whole model.
+
+    Position embeddings are looked up, not multiplied; the token embedding is the head's weight.
+    """
+    model, tokens = config.model, config.train.block_size
+    weights = parameters - model.n_positions * model.n_embd
+    return 6.0 * weights + 12.0 * model.n_layer * model.n_embd * tokens
+
+
+def tokens_per_sec_at_peak(
+    config: Config, parameters: int, dtype: torch.dtype, device_name: str
+) -> float | None:
+    """The tokens per second of all workers at an MFU of 1; None where no peak is known.
+
+    Workers that share a GPU, and fp32, have none.
+    """
+    peak = peak_flops(device_name)
+    if peak is None or dtype != torch.bfloat16 or config.compute.gpus_per_worker < 1:
+        return None
+    return peak * config.compute.num_workers / flops_per_token(config, parameters)
