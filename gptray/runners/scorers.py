@@ -152,8 +152,14 @@ class Scorer:
         from gptray.generation.engine import Engine
 
         batch_size = self._config.evaluate.micro_batch_size
-        model, tokenizer = self._model, self._data.tokenizer
-        return Engine(model, tokenizer, max_batch_size=batch_size, dtype=model.compute_dtype)
+        model = self._model
+        return Engine(
+            model,
+            self._data.tokenizer,
+            max_batch_size=batch_size,
+            dtype=model.compute_dtype,
+            backend="graph" if self._config.compute.use_gpu else "torch",
+        )
 
 
 class Scorers:
