@@ -114,7 +114,7 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
         name = os.path.basename(path)
         looked = [f"{place} here" if reason else place]
         what_to_do = _nearest_run(expanded(path).parent, name, prefix=path.removesuffix(name))
-    elif has_model(run := _run_named(config, source)):  # `locate` was not asked
+    elif has_model(run := _run_named(config, source)):  # else `locate` had found it
         return UserError(
             f"{key}={source}: a search space takes a run's folder, {run}, not its name"
         )

@@ -241,7 +241,8 @@ REFUSED: dict[str, tuple[Damage, str]] = {
             ("folder", folder_at(name), f"{name} cannot be read: it is not a regular file"),
             ("pipe", pipe_at(name), f"{name} cannot be read: it is not a regular file"),
             ("begin lost", changed(name, lambda b: b[40:]), rf"{name}:1: the line is damaged"),
-            ("middle lost", changed(name, lambda b: b[:30] + b[50:]), rf"{name}:1: the line is"),
+            # Of events: from the time, however many digits it has, into the next name.
+            ("middle lost", changed(name, lambda b: b[:30] + b[45:]), rf"{name}:1: the line is"),
         )
     },
     "metrics emptied": (text(METRICS, ""), "has lost the row of step 4"),

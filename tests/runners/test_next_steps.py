@@ -85,6 +85,19 @@ def test_an_interrupted_run_says_where_it_is_and_what_resumes_it(
     assert flag == "--config" and load_config(path, [auto]).train.resume == "auto"
 
 
+def test_an_interrupted_batch_says_where_its_files_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gptray")
+    out = tmp_path / "out"
+    for is_begun in (False, True):
+        if is_begun:
+            out.mkdir()
+        with pytest.raises(SystemExit), resumable(out, lambda: "the command", begun=out):
+            raise SystemExit(143)
+    assert caplog.messages == [f"stopped; results so far: {out}\nresume:\n  the command"]
+
+
 def test_a_run_in_the_default_storage_path_goes_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
