@@ -18,8 +18,9 @@ from gptray.data.tokens import TokenData
 from gptray.evaluation.metrics import scoring_dtype
 from gptray.model.gpt import GPT
 from gptray.model.loss import linear_cross_entropy
-from gptray.training.loop import fit
+from gptray.training.loop import fit, train_step
 from gptray.training.mfu import peak_flops
+from gptray.training.run import start
 from gptray.training.validation import score_split
 from gptray.training.workers import Workers
 from tests.data.prepared import prepared_here
@@ -107,6 +108,22 @@ def test_a_fast_run_learns_as_a_cpu_does(config: Config, data: TokenData, tmp_pa
     assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=0.05)
     assert ("mfu" in ours) == (peak_flops(torch.cuda.get_device_name(GPU)) is not None)
     assert 0 <= ours.get("mfu", 0) < 1 and "mfu" not in theirs
+
+
+def test_in_a_step_the_host_waits_for_nothing(
+    config: Config, data: TokenData, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    one = start(config, data, run_dir, workers=Workers(0, 1), device=GPU)
+    train_step(one).read()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps = [train_step(one) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [step.step for step in steps] == [2, 3, 4]
+    assert all(math.isfinite(number) for step in steps for number in step.read())
 
 
 def test_a_non_finite_step_stops_the_run_before_any_checkpoint(
