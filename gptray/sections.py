@@ -226,7 +226,7 @@ class TrainConfig(Section):
     deterministic: bool = Field(
         False,
         description="on GPUs too, runs that are repeated or resumed end with the same bits; costs "
-        "about 15 % of the speed there; on CPUs they always do",
+        "about a tenth of the speed there; on CPUs they always do",
     )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: resume a run of this name; never: always start a new one"
