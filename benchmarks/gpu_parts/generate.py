@@ -79,7 +79,7 @@ def engine_of(bench: Bench, folder: Path, batch: int, *, precision: str) -> Engi
         precision=precision,
         quantize="none",
         device=str(bench.device),
-        backend="torch",
+        backend="auto" if bench.on_gpu else "torch",
     )
     return engine
 

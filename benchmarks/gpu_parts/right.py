@@ -15,7 +15,7 @@ from gpu_parts.bench import Bench
 from gpu_parts.generate import engine_of
 from made_tokens import text_tokens
 
-from gptray.config import Config, TrainConfig
+from gptray.config import Config
 from gptray.data.tokens import TokenData
 from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
@@ -44,16 +44,14 @@ class Trained:
 
 def right(bench: Bench) -> None:
     data = TokenData.open(bench.data) if bench.data else text_tokens(bench.scratch / "text")
-    has_key = "deterministic" in TrainConfig.model_fields
-    exact = {"deterministic": True} if has_key else {}
+    exact = {"deterministic": True}
     same_bits(bench, data, "fp32", {"precision": "fp32", "compile": False, **exact})
     if bench.on_gpu:
         bf16 = {"precision": "bf16", "compile": False}
         same_bits(bench, data, "bf16", {**bf16, **exact})
         same_bits(bench, data, "bf16 compiled", {**bf16, "compile": True, **exact})
-        if has_key:
-            fast = {**bf16, "compile": True, "deterministic": False}
-            same_bits(bench, data, "bf16 compiled, not deterministic", fast)
+        fast = {**bf16, "compile": True, "deterministic": False}
+        same_bits(bench, data, "bf16 compiled, not deterministic", fast)
     if bench.on_gpu:
         same_losses(bench, data)
     same_rows(bench, bench.scratch / "right: fp32" / "model", data.vocab_size)

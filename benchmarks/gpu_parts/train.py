@@ -15,16 +15,15 @@ from gpu_parts.bench import Bench
 from gpu_parts.peers import NanoGPT, Shape, Step, TransformersGPT2, peer_step
 from made_tokens import random_tokens
 
-from gptray.config import Config, TrainConfig, load_config, override
+from gptray.config import Config, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.training.loop import train_step
+from gptray.training.mfu import peak_flops
 from gptray.training.run import start
 from gptray.training.workers import Workers
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "gpt2_124m.yaml"
 VOCAB_SIZE, PADDED = 50257, 50304
-# FLOP/s in bf16 with dense matrices, as the makers state them, by a word of the card's name.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "L40S": 362e12}
 
 
 @dataclass
@@ -81,11 +80,8 @@ def train(bench: Bench) -> None:
         f"nanoGPT's loop, eager, B={few}": nanogpt(few, compiled=False),
         f"transformers, eager, B={few}": transformers(few),
         f"gptray, eager, B={few}": ours(few, compile=False),
+        f"gptray, eager, deterministic, B={few}": ours(few, compile=False, deterministic=True),
     }
-    if "deterministic" in TrainConfig.model_fields:
-        eager[f"gptray, eager, deterministic, B={few}"] = ours(
-            few, compile=False, deterministic=True
-        )
     contest(bench, eager)
     if not bench.tiny:  # a CPU takes half a minute to compile
         for rows in (few, many):
@@ -223,10 +219,8 @@ def mfu(bench: Bench, rate: float) -> float | None:
 
     Per token 6 FLOPs for each weight of a product, 12 x layers x width x block for attention.
     """
-    card = torch.cuda.get_device_name(bench.device) if bench.on_gpu else ""
-    words = card.replace("-", " ").split()
-    peaks = [peak for word, peak in PEAKS.items() if word in words]
-    if not peaks or bench.tiny:
+    peak = peak_flops(torch.cuda.get_device_name(bench.device)) if bench.on_gpu else None
+    if peak is None or bench.tiny:
         return None
     flops = 6 * (12 * 12 * 768**2 + VOCAB_SIZE * 768) + 12 * 12 * 768 * 1024
-    return rate * flops / peaks[0]
+    return rate * flops / peak
