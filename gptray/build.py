@@ -266,7 +266,8 @@ def why_not_compile(*, on_gpu: bool) -> str | None:
             f"it needs a C compiler, and there is no {' or '.join(commands)} on this machine; "
             "install one (apt-get install gcc), or name another one in CC"
         )
-    header = Path(sysconfig.get_path("include")) / "Python.h"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
     if not header.is_file():
         python = f"python{sys.version_info.major}.{sys.version_info.minor}"
         return f"it needs {header}, which is missing; install it (apt-get install {python}-dev)"
@@ -276,8 +277,8 @@ def why_not_compile(*, on_gpu: bool) -> str | None:
 def cannot_compile(reason: str) -> str:
     """What to say where the training step was to be compiled and cannot be."""
     return (
-        f"train.compile has the training step compiled: {reason}. train.compile=false trains "
-        "without"
+        f"train.compile: the training step cannot be compiled: {reason}. train.compile=false "
+        "trains without that"
     )
 
 

@@ -29,8 +29,14 @@ def local_gpus() -> int:
 
 
 def _amd_gpus() -> int:
-    nodes = (path.read_text("utf-8") for path in AMD.glob("*/properties"))
-    return sum(bool(re.search(r"^simd_count [1-9]", text, re.MULTILINE)) for text in nodes)
+    return sum(map(_computes, AMD.glob("*/properties")))
+
+
+def _computes(node: Path) -> bool:
+    try:
+        return bool(re.search(r"^simd_count [1-9]", node.read_text("utf-8"), re.MULTILINE))
+    except OSError:  # a GPU that this container may not use
+        return False
 
 
 def _told_gpus() -> int:

@@ -175,7 +175,9 @@ class EvaluateConfig(Section):
         "the window before, slower and fairer; null: train.block_size, no overlap",
     )
     micro_batch_size: PositiveInt = Field(
-        16, description="windows per forward pass of one worker; does not change results"
+        16,
+        description="windows per forward pass of one worker; on GPUs may change the rounding, "
+        "else nothing",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 on GPUs that compute in it, else fp32"

@@ -28,7 +28,7 @@ def write_out(text: str) -> None:
         raise Unread from None
     except OSError as error:
         give_up(sys.stdout)
-        raise RunFailed(f"standard output: {error.strerror}") from None
+        raise RunFailed(f"cannot write to standard output: {error.strerror}") from None
 
 
 def give_up(stream: TextIO) -> None:

@@ -271,7 +271,7 @@ def test_output_to_a_full_disk_ends_in_the_exit_code(
         done = subprocess.run(command, **{**streams, stream: full}, check=False, timeout=120)
     assert done.returncode == code
     if code == 1:
-        assert done.stderr == b"train: standard output: No space left on device\n"
+        assert done.stderr == b"train: cannot write to standard output: No space left on device\n"
 
 
 def a_list_of_runs(tmp_path: Path, **streams: Any) -> subprocess.CompletedProcess[bytes]:
@@ -285,7 +285,7 @@ def test_a_table_for_a_full_disk_or_for_nobody_names_standard_output(tmp_path: P
         done = a_list_of_runs(tmp_path, stdout=full)
     assert (done.returncode, done.stderr) == (
         1,
-        b"runs: standard output: No space left on device\n",
+        b"runs: cannot write to standard output: No space left on device\n",
     )
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -9,8 +9,8 @@ ride along with decoding).
 
 from __future__ import annotations
 
+import gc
 import logging
-import subprocess
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -262,11 +262,13 @@ def make_decoder(
         assert quantize == "none"
         try:
             return GraphDecoder(model, slots, dtype=dtype)
-        except torch.OutOfMemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             raise
-        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            # Triton comes with PyTorch for most GPUs; it needs a C compiler and Python's headers.
+        except Exception as error:
+            # Triton, which comes with PyTorch for most GPUs, needs a C compiler and Python's
+            # headers; its errors have no base that is there without it.
             log.warning("generating without CUDA graphs, which is slower: %s", error)
+        gc.collect()  # what was made of the decoder refers to itself, and holds a whole cache
     decoder = NativeDecoder if backend == "native" else Decoder
     return decoder(model, slots, dtype=dtype, quantize=quantize)
 
@@ -302,7 +304,7 @@ def load_engine(
         model,
         tokenizer,
         max_batch_size=max_batch_size,
-        dtype=pick_dtype(precision, device),
+        dtype=pick_dtype(precision, device, key="generate.precision"),
         quantize=quantize,
         backend=picked,
     )

@@ -63,6 +63,11 @@ def _kind(sampling: Sampling) -> int:
     return _RANKED if is_ranked(sampling) else _UNRANKED
 
 
+def _put(drawn: list[Drawn | None], places: Sequence[int], others: Sequence[Drawn | None]) -> None:
+    for place, other in zip(places, others, strict=True):
+        drawn[place] = other
+
+
 class GraphSampler:
     """Draws for up to S rows from logits (S, V), whose memory stays where it is."""
 
@@ -93,8 +98,8 @@ class GraphSampler:
     ) -> list[Drawn | None]:
         """See `gptray.generation.sampling.draw`; logits: the first B rows, or a copy of them.
 
-        then: called with all slots' tokens, (S,), before the host waits for them, unless some of
-        them are not final. It may overwrite the logits.
+        then: called with all slots' tokens, (S,), before the host waits for them, if all are final.
+        It may overwrite the logits.
         """
         B = len(rows)
         if not B:
@@ -114,17 +119,11 @@ class GraphSampler:
         codes = self._inbox.take()[:B]
         drawn = [_drawn(code) for code in codes]
         if rare:
-            self._put(drawn, rare, draw(kept, [rows[i] for i in rare]))
+            _put(drawn, rare, draw(kept, [rows[i] for i in rare]))
         short = [i for i, code in enumerate(codes) if not code & _ENOUGH and kinds[i] != _RARE]
         if short:
-            self._put(drawn, short, draw(self._logits[short], [rows[i] for i in short]))
+            _put(drawn, short, draw(self._logits[short], [rows[i] for i in short]))
         return drawn
-
-    def _put(
-        self, drawn: list[Drawn | None], places: Sequence[int], others: Sequence[Drawn | None]
-    ) -> None:
-        for place, other in zip(places, others, strict=True):
-            drawn[place] = other
 
     def _fill(self, rows: Sequence[Row]) -> list[int]:
         """Write what the rows ask for where the next copy takes it; the kind of each row."""
@@ -151,7 +150,8 @@ class GraphSampler:
         sampling = row.sampling
         kind, k = _kind(sampling), 1
         if kind == _RANKED:
-            k = self._logits.size(1) if sampling.top_k is None else sampling.top_k
+            V = self._logits.size(1)
+            k = V if sampling.top_k is None else min(sampling.top_k, V)
         numbers = {"kind": kind, "top_k": k, "seed": sampling.seed, "row": row.row}
         for name, number in numbers.items():
             self._whole[name][i] = number

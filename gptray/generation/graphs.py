@@ -58,7 +58,7 @@ class GraphDecoder:
         self._sampler = GraphSampler(self._logits, graphs)
         self._read(), self._decode()
         self._positions: list[int] = []  # of the step's rows
-        self._is_steady = False  # whether the rows are those of the step before
+        self._is_steady = False  # whether no prompt joined and no row left since the step before
         self._begun = False  # whether the step after has begun
         self._ahead: tuple[list[int], list[int]] | None = None  # its tokens and positions
 
@@ -85,14 +85,15 @@ class GraphDecoder:
             tokens.append(last)
             positions.append(stop)
             slots.append(piece.slot)
+        ahead, self._ahead = self._ahead, None
         if begun[0]:
             self._reading.fill(*begun)
             hidden = self._read()
-        if pieces or self._ahead != (tokens, positions):
+        if pieces or ahead != (tokens, positions):
             self._decoding.fill(tokens, positions, slots)
             self._decode()
         self._is_steady = not pieces and len(positions) == len(self._positions)
-        self._positions, self._ahead = positions, None
+        self._positions = positions
         logits = self._logits[: len(tokens)]
         if not any(piece.scored for piece in pieces):
             return logits

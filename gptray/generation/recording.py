@@ -17,8 +17,9 @@ from torch import Tensor
 class Graphs:
     """Records functions of no arguments as CUDA graphs that share memory for what lies between.
 
-    A function may read and write tensors that outlive it, must not wait for the device, and gives a
-    result whose memory stays its own. Elsewhere than on a GPU it is simply called.
+    A function may read and write tensors that outlive it, must not wait for the device, and must do
+    the same if it runs twice. Its result holds until it, or one recorded before it, runs again. On
+    a CPU it is simply called.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,10 +53,13 @@ class _Graph:
         with torch.cuda.stream(stream):
             self._body()
         now.wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the GPU meanwhile.
-        with torch.cuda.graph(self._graph, self._pool, capture_error_mode="thread_local"):
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may use the GPU meanwhile. Where recording fails, it is the
+        # first context that takes this thread back to its stream.
+        recording = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+        with torch.cuda.stream(now), recording:
             self._result = self._body()
+        self._graph = graph
 
 
 class Mirror:

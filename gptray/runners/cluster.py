@@ -150,7 +150,8 @@ def check_resources(
     """
     if os.environ.get("RAY_ADDRESS"):
         return
-    gpus, cpus = local_gpus(), len(os.sched_getaffinity(0))
+    gpus = local_gpus() if compute.use_gpu else 0
+    cpus = len(os.sched_getaffinity(0))
     problems = []
     if compute.use_gpu and gpus < compute.num_workers:
         problems.append(

@@ -69,7 +69,7 @@ class Scorer:
         if name not in self._ends:
             self._ends[name] = document_ends(split, self._data.eos_id)
         ends = self._ends[name]
-        with self._on_gpu():
+        with self._memory_told():
             return score_windows(self._model, split, windows, numbers, ends=ends, batch_size=size)
 
     def write(
@@ -84,7 +84,7 @@ class Scorer:
         while left:
             requests = {n: self._request(prompts[n] + written[n], left[n], sampling, first + n)
                         for n in left}  # fmt: skip
-            with self._on_gpu():
+            with self._memory_told():
                 done = self._engine.run(list(requests.values()))
             for n, generation in zip(requests, done, strict=True):
                 if generation.error:
@@ -102,7 +102,7 @@ class Scorer:
         return list(found_in(self._data.train, start, stop, wanted))
 
     @contextmanager
-    def _on_gpu(self) -> Iterator[None]:
+    def _memory_told(self) -> Iterator[None]:
         """Say which key to lower where a GPU's memory is too small. Raises RunFailed."""
         import torch
 

@@ -52,7 +52,7 @@ def compiles(config: Config, device: torch.device) -> bool:
 
 
 def compiled(model: nn.Module, device: torch.device, tell: Callable[[str], None]) -> nn.Module:
-    """The model, to be compiled in its first step; on a GPU, where that is the default, told."""
+    """The model, which its first step compiles; on a GPU, say so by `tell`."""
     if device.type != "cpu":
         tell(
             f"compiling the training step for {device_name(device)}: the first step takes up to a "

@@ -101,8 +101,8 @@ def train(run: Run, journal: Journal | None, evaluations: InLine | Beside) -> Me
             evaluates = is_due(run, config.train.eval_interval)
             logs = evaluates or is_due(run, config.train.log_interval)
             while len(unread) > (1 if run.spoilt is not None and not logs else 0):
-                step = unread.popleft()
-                loss, grad_norm = read(run, step)
+                numbers = unread.popleft()
+                loss, grad_norm = read(run, numbers)
                 losses.append(loss)
         except NonFiniteLoss:
             evaluations.finish()
@@ -110,7 +110,7 @@ def train(run: Run, journal: Journal | None, evaluations: InLine | Beside) -> Me
         if not logs:
             continue
         rate = config.tokens_per_step * len(losses) / (time.perf_counter() - clock)
-        row = step_row(run, losses, rate, grad_norm=grad_norm, lr=step.lr)
+        row = step_row(run, losses, rate, grad_norm=grad_norm, lr=numbers.lr)
         if evaluates:
             evaluations.add(row)
         elif journal:
@@ -120,16 +120,16 @@ def train(run: Run, journal: Journal | None, evaluations: InLine | Beside) -> Me
     return {**row, "stopped": stopped}
 
 
-def read(run: Run, step: StepNumbers) -> tuple[float, float]:
+def read(run: Run, numbers: StepNumbers) -> tuple[float, float]:
     """The loss and gradient norm of a step.
 
     Raises:
         NonFiniteLoss: the run then stands at the step before, the last that updated a weight.
     """
     try:
-        return step.read()
+        return numbers.read()
     except NonFiniteLoss:
-        run.state = replace(run.state, step=step.step - 1)
+        run.state = replace(run.state, step=numbers.step - 1)
         raise
 
 

@@ -70,7 +70,9 @@ def test_text_that_cannot_be_printed_ends_the_job(
 ) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
-    told = pytest.raises(RunFailed, match="^standard output: No space left on device$")
+    told = pytest.raises(
+        RunFailed, match="^cannot write to standard output: No space left on device$"
+    )
     with open("/dev/full" if is_full else write_end, "w", encoding="utf-8") as out:
         monkeypatch.setattr("sys.stdout", out)
         with told if is_full else pytest.raises(Unread):
