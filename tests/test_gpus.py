@@ -80,7 +80,7 @@ def test_a_missing_compiler_for_gpus_is_told_with_what_to_do(
     with pytest.raises(UserError, match="there is no gcc or clang or cc.*train.compile=false"):
         check_training(config)
     command(bare, "clang", "")
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(bare))
+    monkeypatch.setattr("sysconfig.get_path", lambda *names: str(bare))
     assert "Python.h" in (why_not_compile(on_gpu=True) or "")
     assert "-dev)" in (why_not_compile(on_gpu=True) or "")
     (bare / "Python.h").touch()
