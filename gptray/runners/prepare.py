@@ -65,8 +65,7 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
         problems.append(str(error))
     try:
         tokenizer_at_once(config)
-        if request is not None:
-            _check_hub(request)
+        _check_hub(tokenizer_name(config), request)
     except NotOnHub as error:
         key = TOKENIZER if config.data.tokenizer else "model.init_from"
         problems.append(str(unknown(config, tokenizer_name(config), error.reason, key=key)))
@@ -80,10 +79,13 @@ def check_sources(config: Config, find: FindSources = make_request) -> None:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
 
-def _check_hub(request: Request) -> None:
-    """Refuse a hub tokenizer that cannot be downloaded. Raises NotOnHub, UserError."""
-    name = request.tokenizer
-    if name not in KINDS and not request.data_dir.exists() and tokenizer_path(name) is None:
+def _check_hub(name: str, request: Request | None) -> None:
+    """Refuse a hub tokenizer that fails to download; None: the text is not known.
+
+    Raises NotOnHub, UserError.
+    """
+    is_prepared = request is not None and request.data_dir.exists()
+    if name not in KINDS and not is_prepared and tokenizer_path(name) is None:
         hub_tokenizer(name)
 
 
