@@ -5,15 +5,13 @@ Shapes: N rows, S slots, H heads, E = head width, P positions.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gptray.generation.philox import uniform
-
-try:
-    from gptray.generation import triton_kernels as kernels
-except ImportError:
-    kernels = None  # type: ignore[assignment]
 
 # Keys that a program reads at a time, and its warps: of 32 to 128 and of 1 to 8, near the fastest
 # on an H200 for heads of 64 and contexts of 80 and of 900 tokens. Wider heads may want more warps.
@@ -29,7 +27,8 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: 
     and get zeros. Returns (N, HE).
     """
     N, (S, H, P, E) = len(qkv), keys.shape
-    if not _uses_triton(qkv):
+    kernels = _kernels_for(qkv)
+    if kernels is None:
         return _attend(qkv, keys, values, slots, positions)
     out = qkv.new_empty(N, H * E)
     width, block = _power_of_2(H * E), _power_of_2(E)
@@ -43,7 +42,8 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: 
 
 def random_numbers(seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """`gptray.generation.philox.uniform` of (N,) int64 each, where they are."""
-    if not _uses_triton(seeds):
+    kernels = _kernels_for(seeds)
+    if kernels is None:
         return uniform(seeds.tolist(), rows.tolist(), positions.tolist())
     out = torch.empty_like(seeds, dtype=torch.float64)
     grid = (-(-len(seeds) // _PHILOX_BLOCK),)
@@ -51,11 +51,25 @@ def random_numbers(seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-def _uses_triton(tensor: Tensor) -> bool:
-    """Raises ImportError on a GPU without Triton."""
-    if tensor.is_cuda and kernels is None:
-        raise ImportError("Triton is not installed")
-    return tensor.is_cuda or (kernels is not None and kernels.is_interpreted())
+def _kernels_for(tensor: Tensor) -> Any:
+    """The kernels' module; None: the formulas. Raises ImportError on a GPU without Triton."""
+    kernels = _triton_kernels()
+    if tensor.is_cuda:
+        if kernels is None:
+            raise ImportError("Triton is not installed")
+        return kernels
+    return kernels if kernels and kernels.is_interpreted() else None
+
+
+@cache
+def _triton_kernels() -> Any:
+    # Triton takes a while to import, and comes with any PyTorch for GPUs: an engine on the CPU of
+    # such a machine does without.
+    try:
+        from gptray.generation import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
 
 
 def _power_of_2(number: int) -> int:

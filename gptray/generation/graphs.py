@@ -74,20 +74,21 @@ class GraphDecoder:
         tokens = [token for token, _ in decoding]
         positions = [position for _, position in decoding]
         slots = list(range(len(decoding)))
-        begun: tuple[list[int], list[int], list[int]] = [], [], []
+        read_tokens: list[int] = []
+        read_positions: list[int] = []
+        read_slots: list[int] = []
         for piece in pieces:
             *first, last = piece.tokens
             stop = piece.start + len(first)
-            for column, numbers in zip(
-                begun, (first, range(piece.start, stop), [piece.slot] * len(first)), strict=True
-            ):
-                column += numbers
+            read_tokens += first
+            read_positions += range(piece.start, stop)
+            read_slots += [piece.slot] * len(first)
             tokens.append(last)
             positions.append(stop)
             slots.append(piece.slot)
         ahead, self._ahead = self._ahead, None
-        if begun[0]:
-            self._reading.fill(*begun)
+        if read_tokens:
+            self._reading.fill(read_tokens, read_positions, read_slots)
             hidden = self._read()
         if pieces or ahead != (tokens, positions):
             self._decoding.fill(tokens, positions, slots)
