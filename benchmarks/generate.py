@@ -65,6 +65,22 @@ def gptray_run(model_dir: str, precision: str) -> Run:
     return run
 
 
+def hf_generate(model: Any, ids: Any, new_tokens: int) -> Any:
+    """What transformers gives for prompts ids (B, T): exactly that many new tokens, by top-k."""
+    import torch
+
+    with torch.inference_mode():
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=True,
+            top_k=TOP_K,
+            pad_token_id=0,
+        )
+
+
 def hf_run(model_dir: str, precision: str) -> Run:
     import torch
     from transformers import AutoModelForCausalLM
@@ -76,17 +92,7 @@ def hf_run(model_dir: str, precision: str) -> Run:
     model.eval()
 
     def run(batch: int, salt: int) -> None:
-        ids = torch.tensor(prompts(batch, salt))
-        with torch.inference_mode():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=True,
-                top_k=TOP_K,
-                pad_token_id=0,
-            )
+        out = hf_generate(model, torch.tensor(prompts(batch, salt)), NEW_TOKENS)
         assert out.shape == (batch, PROMPT_TOKENS + NEW_TOKENS)
 
     return run

@@ -91,16 +91,16 @@ def gptray_step(shape: Shape, precision: str, *, compiled: bool, device: torch.d
     return step
 
 
-def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
-    """The step that people write around transformers: autocast, clipping, fused AdamW."""
+def hf_gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: int) -> nn.Module:
+    """transformers' GPT-2 without dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_embd=shape.n_embd,
-        n_positions=shape.block_size,
-        vocab_size=shape.vocab_size,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        n_positions=block_size,
+        vocab_size=vocab_size,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -109,6 +109,12 @@ def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
         eos_token_id=0,
     )
     model: nn.Module = GPT2LMHeadModel(config)
+    return model
+
+
+def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
+    """The step that people write around transformers: autocast, clipping, fused AdamW."""
+    model = hf_gpt2(shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     batch = torch.randint(shape.vocab_size, (shape.batch_size, shape.block_size), device=device)

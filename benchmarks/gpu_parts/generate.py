@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from generate import N_POSITIONS, NEW_TOKENS, PROMPT_TOKENS, SHAPES, TOP_K, make_model, prompts
+from generate import (
+    N_POSITIONS,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    SHAPES,
+    TOP_K,
+    hf_generate,
+    make_model,
+    prompts,
+)
 from gpu_parts.bench import Bench
 from gpu_parts.facts import copy_rate
 from gpu_parts.profile import profiled_step
@@ -109,16 +118,7 @@ def transformers_run(bench: Bench, model: Any, batch: int, new_tokens: int) -> R
     ids = torch.tensor(prompts(batch, 0), device=bench.device)
 
     def run() -> None:
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=True,
-                top_k=TOP_K,
-                pad_token_id=0,
-            )
+        hf_generate(model, ids, new_tokens)
 
     return run
 

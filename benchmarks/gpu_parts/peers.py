@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from train import hf_gpt2
 
 Step = Callable[[], None]
 # (n_layer, n_head, n_embd, block size)
@@ -58,25 +59,8 @@ class TransformersGPT2(nn.Module):
     """transformers' GPT-2 with the same forward."""
 
     def __init__(self, shape: Shape, vocab_size: int) -> None:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
         super().__init__()
-        n_layer, n_head, n_embd, block_size = shape
-        self.model = GPT2LMHeadModel(
-            GPT2Config(
-                n_layer=n_layer,
-                n_head=n_head,
-                n_embd=n_embd,
-                n_positions=block_size,
-                vocab_size=vocab_size,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                use_cache=False,
-                bos_token_id=0,
-                eos_token_id=0,
-            )
-        )
+        self.model = hf_gpt2(*shape, vocab_size)
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self.model(idx, labels=idx).loss  # shifts them itself

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,6 +24,8 @@ from gptray.training.validation import score_split
 from gptray.training.workers import Workers
 from tests.data.prepared import prepared_here
 from tests.tiny import tiny_config, tiny_text
+from tests.training.runs import Killed, rows
+from tests.training.runs import run as run_on
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,10 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 GPU = torch.device("cuda", 0)
-
-
-class Killed(BaseException):
-    """Ends a run where a kill would."""
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +61,7 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def run(config: Config, data: TokenData, run_dir: Path, *, kill_at: int | None = None) -> Any:
-    def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
-        if metrics["step"] == kill_at:
-            raise Killed
-
-    return fit(config, data, run_dir, report=report, sample=lambda model: [], device=GPU)
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+run = partial(run_on, device=GPU)
 
 
 def bits(run_dir: Path, step: int = 20) -> list[str]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,27 +19,11 @@ from gptray.model import kernels
 from gptray.model.example import load_example
 from gptray.record import EVENTS, read_rows
 from gptray.training.checkpoint import newest_whole
-from gptray.training.loop import fit
 from tests.generation.models import needs_native
 from tests.tiny import tiny_config
+from tests.training.runs import Killed, rows, run
 
 CPU = torch.device("cpu")
-
-
-class Killed(BaseException):
-    """Ends a run where a kill would."""
-
-
-def run(config: Config, data: TokenData, run_dir: Path, *, kill_at: int | None = None) -> Any:
-    def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
-        if metrics["step"] == kill_at:
-            raise Killed
-
-    return fit(config, data, run_dir, report=report, sample=lambda model: [], device=CPU)
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run_dir: Path) -> list[float]:

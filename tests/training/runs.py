@@ -1,0 +1,38 @@
+"""Runs without Ray that end where a kill would end them, and the rows that they leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptray.config import Config
+from gptray.data.tokens import TokenData
+from gptray.training.loop import fit
+
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """Ends a run where a kill would."""
+
+
+def run(
+    config: Config,
+    data: TokenData,
+    run_dir: Path,
+    *,
+    kill_at: int | None = None,
+    device: torch.device = CPU,
+) -> Any:
+    def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
+        if metrics["step"] == kill_at:
+            raise Killed
+
+    return fit(config, data, run_dir, report=report, sample=lambda model: [], device=device)
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
