@@ -46,11 +46,13 @@ _RAY_NEEDS = 4 << 20
 
 
 @contextmanager
-def ray_cluster() -> Iterator[bool]:
+def ray_cluster(environment: Mapping[str, str] | None = None) -> Iterator[bool]:
     """Have Ray for the time of a job: the cluster in RAY_ADDRESS, else one on this machine.
 
     A Ray that the process is connected to already is used and left as it is. Gives whether the
     cluster is the job's own, which ends with it.
+
+    environment: variables for the processes of the job's own Ray.
     """
     if _is_connected():
         yield False
@@ -74,7 +76,7 @@ def ray_cluster() -> Iterator[bool]:
                 stack.callback(ray.shutdown)
             else:
                 with _ray_folder():
-                    stack.enter_context(own_ray(**options))
+                    stack.enter_context(own_ray(environment or {}, **options))
         yield not os.environ.get("RAY_ADDRESS")
 
 

@@ -42,14 +42,16 @@ os.register_at_fork(after_in_child=_leave_session)
 
 
 @contextmanager
-def own_ray(**options: Any) -> Iterator[None]:
+def own_ray(environment: Mapping[str, str], **options: Any) -> Iterator[None]:
     """Run a Ray on this machine during the block; options are ray.init's.
+
+    environment: what its processes find in theirs besides this process's.
 
     Raises:
         RunFailed: one of its processes died; replaces what the block raised because of that.
     """
     global _is_starting
-    with _environment():
+    with _environment(environment):
         import ray
 
         _is_starting = True
@@ -76,7 +78,7 @@ def own_ray(**options: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
+def _environment(given: Mapping[str, str]) -> Iterator[None]:
     """Set the environment that Ray and its processes read when they start.
 
     RAY_AUTH_TOKEN: else Ray makes a token in ~/.ray, readable by all, and a later `ray start` would
@@ -87,6 +89,7 @@ def _environment() -> Iterator[None]:
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", _TOKEN),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "GLOO_SOCKET_IFNAME": "lo",
+        **given,
     }
     before = {key: os.environ.get(key) for key in [*wanted, "RAY_AUTH_MODE"]}
     os.environ.pop("RAY_AUTH_MODE", None)  # meant for a cluster; Ray's default asks for the token

@@ -2,15 +2,18 @@
 
 Serve finds `middlewares` by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, which a job with its own Ray
 sets. It puts Serve's own paths behind the application's key, turns Serve's plain-text answers into
-OpenAI's form, limits the time and size of a request's headers, and limits how long a client may
-leave an answer unread.
+OpenAI's form, limits the time and size of a request's headers and body, and limits how long a
+client may leave an answer unread. A request reaches Serve with its body whole: each costs the proxy
+and a replica work from its first byte on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -19,7 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gptray.serving.errors import ApiError
+from gptray.config import ServeConfig
+from gptray.serving.arrival import Arrival
+from gptray.serving.errors import ApiError, ClientGone
 
 # They list the applications, and say whether the proxy is up.
 SERVES_PATHS = ("/-/routes", "/-/healthz")
@@ -31,6 +36,13 @@ ANSWERS = {
     503: "no engine is ready for this request; try again",
 }
 ENDED = "the engine ended before the answer was complete; try again"
+# The limits of bodies, in the environment of Serve's proxy; without it only replicas apply them.
+BODY_LIMITS = "GPTRAY_BODY_LIMITS"
+
+
+def environment(limits: ServeConfig) -> Mapping[str, str]:
+    """What Ray must find in its environment when it starts, for `middlewares` to apply limits."""
+    return {BODY_LIMITS: f"{limits.max_body_bytes} {limits.body_timeout_s}"}
 
 
 def middlewares() -> list[Middleware]:
@@ -39,14 +51,16 @@ def middlewares() -> list[Middleware]:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     HTTP_PROTOCOLS["auto"] = f"{TimedConnection.__module__}:{TimedConnection.__name__}"
-    return [Middleware(Front)]
+    max_bytes, timeout_s = os.environ.get(BODY_LIMITS, "0 0").split()
+    arrival = Arrival(int(max_bytes), float(timeout_s)) if int(max_bytes) else None
+    return [Middleware(Front, arrival=arrival)]
 
 
 class Front:
-    """An ASGI application around Serve's proxy."""
+    """An ASGI application around Serve's proxy. arrival: reads bodies; None leaves them to it."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, arrival: Arrival | None) -> None:
+        self._app, self._arrival = app, arrival
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,9 +70,27 @@ class Front:
             scope = {**scope, "path": f"{scope['path']}/"}
         answer = _Answer(send)
         try:
+            if self._arrival:
+                receive = _with_body(await self._arrival.body(scope, receive), receive)
+        except ApiError as error:
+            await answer.tell(error)
+            return
+        except ClientGone:
+            return
+        try:
             await self._app(scope, receive, answer.send)
         finally:
             await answer.complete()
+
+
+def _with_body(body: bytes, receive: Receive) -> Receive:
+    """What an application receives whose request's body has been read."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def given() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return given
 
 
 class _Answer:
@@ -81,7 +113,7 @@ class _Answer:
                     if name.lower() == b"retry-after"
                 }
                 status = message["status"]
-                await self._tell(ApiError(status, ANSWERS[status], headers=kept))
+                await self.tell(ApiError(status, ANSWERS[status], headers=kept))
                 return
         if self._is_plain:
             return
@@ -94,13 +126,13 @@ class _Answer:
             return
         gone = ApiError(503, ENDED)
         if not self._begun:
-            await self._tell(gone)
+            await self.tell(gone)
         elif self._is_stream:
             self._ended = True
             last = f"data: {json.dumps(gone.body)}\n\n".encode()
             await self._send({"type": "http.response.body", "body": last})
 
-    async def _tell(self, error: ApiError) -> None:
+    async def tell(self, error: ApiError) -> None:
         self._begun = self._ended = True
         answer = error.response()
         await self._send(

@@ -24,6 +24,7 @@ from gptray.runners.endpoint import (
 )
 from gptray.runners.next_steps import tell
 from gptray.runners.output import with_built_backend
+from gptray.runners.proxy import environment
 from gptray.runners.replica import bound
 from gptray.signals import failure, leaving_within, sigterm_sets
 
@@ -48,7 +49,7 @@ def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
     """
     config = with_built_backend(config, check_endpoint(config))
     url, model = endpoint_url(config), user_config(config)
-    with ray_cluster() as is_own, _started(config, model, is_own=is_own):
+    with ray_cluster(environment(config.serve)) as is_own, _started(config, model, is_own=is_own):
         _wait_until_healthy(url)
         drain_s = config.serve.drain_timeout_s
         with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):

@@ -19,7 +19,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from gptray.config import ServeConfig, UserError
-from gptray.serving.body import BodyReader
+from gptray.serving.arrival import Arrival
+from gptray.serving.body import read_json
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.errors import ApiError, ClientGone
@@ -114,7 +115,8 @@ class _Routes:
         self, endpoint: Endpoint, limits: ServeConfig, telemetry: Telemetry, html: str
     ) -> None:
         self._endpoint, self._limits, self._telemetry = endpoint, limits, telemetry
-        self._html, self._bodies = html, BodyReader(limits)
+        self._html = html
+        self._arrival = Arrival(limits.max_body_bytes, limits.body_timeout_s)
 
     async def completions(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
@@ -186,7 +188,7 @@ class _Routes:
         return HTMLResponse(self._html)
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        return parse_request(kind, await self._bodies.read_json(request))
+        return parse_request(kind, await read_json(request, self._arrival))
 
 
 async def _all(parts: AsyncGenerator[T, None]) -> list[T]:

@@ -16,7 +16,9 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
-from gptray.runners.proxy import Front, TimedConnection, middlewares
+from gptray.config import ServeConfig
+from gptray.runners.proxy import Front, TimedConnection, environment, middlewares
+from gptray.serving.arrival import Arrival
 
 GONE = "the engine ended before the answer was complete; try again"
 
@@ -29,8 +31,10 @@ class Impatient(TimedConnection):
 
 
 @contextmanager
-def listening(app: ASGIApp) -> Iterator[tuple[str, int]]:
-    config = uvicorn.Config(Front(app), http=Impatient, lifespan="off", log_level="critical")
+def listening(app: ASGIApp, arrival: Arrival | None = None) -> Iterator[tuple[str, int]]:
+    config = uvicorn.Config(
+        Front(app, arrival=arrival), http=Impatient, lifespan="off", log_level="critical"
+    )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as own:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [own]})
@@ -160,6 +164,53 @@ def test_an_answer_that_nobody_reads_ends_and_one_that_is_read_arrives_whole() -
         assert len(answer.content) == 300 * len(MUCH)
 
 
+@pytest.mark.parametrize(
+    ("headers", "given", "status"),
+    [
+        ("Content-Length: 20", b"half", b"408 Request Timeout"),
+        ("Transfer-Encoding: chunked", b"4\r\nhalf\r\n", b"408 Request Timeout"),
+        ("Content-Length: 2000", b"", b"413 "),
+        ("Transfer-Encoding: chunked", b"7d0\r\n" + b"x" * 2000 + b"\r\n", b"413 "),
+        ("Content-Length: 4", b"whole", b"200 OK"),
+        ("Transfer-Encoding: chunked", b"2\r\nwh\r\n2\r\nol\r\n0\r\n\r\n", b"200 OK"),
+        ("Content-Length: 4\r\nExpect: 100-continue", b"whol", b"100 Continue"),
+        ("Content-Length: 0", b"", b"200 OK"),
+    ],
+)
+def test_the_application_sees_whole_bodies_alone(headers: str, given: bytes, status: bytes) -> None:
+    seen: list[tuple[bytes, bool]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        seen.append((message["body"], message["more_body"]))
+        await send(start(200, "text/plain"))
+        await send({"type": "http.response.body"})
+        assert (await receive())["type"] == "http.disconnect"
+
+    head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n\r\n"
+    with listening(app, Arrival(1000, 0.2)) as address:
+        answer = sent(address, head.encode() + given)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    if status.startswith(b"4"):
+        assert not seen and json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["message"]
+    else:
+        assert seen == [(b"" if headers.endswith(": 0") else b"whol", False)]
+
+
+def test_a_client_that_leaves_in_its_body_is_forgotten() -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["path"])
+        await tells_path(scope, receive, send)
+
+    with listening(app, Arrival(1000, 20)) as address:
+        with socket.create_connection(address, timeout=20) as connection:
+            connection.sendall(b"POST /gone HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+        assert b"/here" in sent(address, b"GET /here HTTP/1.0\r\n\r\n")
+    assert seen == ["/here"]
+
+
 def test_serve_is_given_the_front_and_uvicorn_the_timed_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -167,7 +218,10 @@ def test_serve_is_given_the_front_and_uvicorn_the_timed_connection(
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, before[1]), before[1]))
     (only,) = middlewares()
-    assert only.cls is Front
+    assert only.cls is Front and only.kwargs == {"arrival": None}
+    for key, value in environment(ServeConfig(body_timeout_s=0.5)).items():
+        monkeypatch.setenv(key, value)
+    assert isinstance(middlewares()[0].kwargs["arrival"], Arrival)
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     config = uvicorn.Config(tells_path)
     config.load()
