@@ -32,6 +32,7 @@ class _Stop:
     def __init__(self, end: Callable[[str | None, bool], object]) -> None:
         self.failure: str | None = None
         self.limit_s = STOP_S
+        self.last_act: Callable[[], object] = lambda: None
         self._end = end
         self._since: float | None = None
         self._is_raised = False
@@ -74,8 +75,7 @@ class _Stop:
                 for number in numbers:
                     self._count(number)
             elif self._left() == 0:
-                self._end(self.failure, False)
-                return
+                self._end_at_once(is_again=False)
             elif is_due:
                 self.insist()
 
@@ -94,7 +94,13 @@ class _Stop:
             if number == signal.SIGINT and signal.getsignal(number) != self.handle:
                 self.insist()  # a library's handler would only wait
         elif number in SIGNALS and time.monotonic() - (self._since or 0) > REPEAT_S:
-            self._end(self.failure, True)
+            self._end_at_once(is_again=True)
+
+    def _end_at_once(self, *, is_again: bool) -> None:
+        try:
+            self.last_act()
+        finally:
+            self._end(self.failure, is_again)
 
 
 _stop: _Stop | None = None
@@ -135,6 +141,19 @@ def leaving_within(seconds: float) -> Iterator[None]:
         yield
     finally:
         _stop.limit_s = before
+
+
+@contextmanager
+def before_ending_at_once(act: Callable[[], object]) -> Iterator[None]:
+    """In the block, a process that ends without its cleanup does this first, in another thread."""
+    if _stop is None:
+        yield
+        return
+    _stop.last_act, before = act, _stop.last_act
+    try:
+        yield
+    finally:
+        _stop.last_act = before
 
 
 @contextmanager

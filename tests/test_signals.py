@@ -10,12 +10,14 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 PRELUDE = """
 import signal, sys, threading
 from gptray.cli import run_job
+from gptray.runners.cluster import ray_cluster
 from gptray.signals import fail, leaving_within
 
 def say(text):
@@ -39,11 +41,15 @@ sys.exit(run_job(job, name="tried", doc="", plan=lambda config: []))
 
 
 @contextmanager
-def started(job: str) -> Iterator[subprocess.Popen[str]]:
+def started(job: str, **env: str) -> Iterator[subprocess.Popen[str]]:
     """A process in a group of its own that runs the function `job` and has said `ready`."""
     code = PRELUDE + textwrap.dedent(job) + END
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **env},
+        start_new_session=True,
     )
     deadline = threading.Timer(60, process.kill)
     deadline.start()
@@ -71,6 +77,17 @@ def ended(process: subprocess.Popen[str], seconds: float = 30) -> tuple[int, str
     return process.returncode, said
 
 
+def signal_until_ended(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Signal its group until one signal comes late enough to be another stop."""
+    for _ in range(300):
+        os.killpg(process.pid, number)
+        try:
+            process.wait(0.1)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
 STUCK = """
 def job(config):
     try:
@@ -85,14 +102,15 @@ def test_a_second_signal_ends_a_job_that_does_not_leave(number: signal.Signals) 
     with started(STUCK) as process:
         os.killpg(process.pid, number)
         until(process, "leaving")
-        for _ in range(300):  # until one comes late enough to be another stop
-            os.killpg(process.pid, number)
-            try:
-                process.wait(0.1)
-                break
-            except subprocess.TimeoutExpired:
-                continue
+        signal_until_ended(process, number)
         assert ended(process, 5) == (130, "tried: interrupted\n")
+
+
+def test_a_signal_still_interrupts_a_job_whose_ray_has_ended(tmp_path: Path) -> None:
+    job = "def job(config):\n    with ray_cluster():\n        pass\n    wait()\n"
+    with started(job, HOME=str(tmp_path)) as process:
+        os.kill(process.pid, signal.SIGTERM)
+        assert ended(process) == (130, "tried: interrupted\n")
 
 
 def test_a_job_that_does_not_leave_in_time_ends_by_itself() -> None:

@@ -21,7 +21,7 @@ from gptray.files import cannot_write, is_of_files
 from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
 from gptray.hub import first_line
 from gptray.runners.address import check_address
-from gptray.runners.own_ray import own_ray
+from gptray.runners.own_ray import own_ray, shut_down
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
 # makes a report wait as long; a poll every 0.2 seconds takes some percent of two cores away from
@@ -73,7 +73,7 @@ def ray_cluster(environment: Mapping[str, str] | None = None) -> Iterator[bool]:
 
                 with ray_answers():
                     ray.init(**options)
-                stack.callback(ray.shutdown)
+                stack.callback(shut_down)
             else:
                 with _ray_folder():
                     stack.enter_context(own_ray(environment or {}, **options))

@@ -13,6 +13,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ log = logging.getLogger("gptray")
 VITAL = ("raylet", "gcs_server")
 # Seconds to wait, after an error of Ray's, for the news that a process died; and between checks.
 NOTICE_S, POLL_S = 1.0, 0.5
+# Seconds for which Ray's shutdown may leave SIGTERM unhandled.
+KEPT_S = 0.02
 # One token for the life of this process: Ray keeps the first that it reads.
 _TOKEN = secrets.token_hex(32)
 
@@ -62,19 +65,20 @@ def own_ray(environment: Mapping[str, str], **options: Any) -> Iterator[None]:
             _is_starting = False
         _tell_open_ports(ray.util.get_node_ip_address())
         deaths = _Deaths({pid: name for pid, name in _children().items() if pid not in before})
-        try:
-            yield
-        except BaseException as error:
-            is_known = isinstance(error, (KeyboardInterrupt, UserError))
-            if deaths.died.wait(0 if is_known else NOTICE_S):
-                raise RunFailed(deaths.message) from None
-            raise
-        finally:
-            deaths.close()
-            if deaths.died.is_set():
-                deaths.kill_others()
-            else:
-                ray.shutdown()
+        with signals.before_ending_at_once(deaths.kill_all):
+            try:
+                yield
+            except BaseException as error:
+                is_known = isinstance(error, (KeyboardInterrupt, UserError))
+                if deaths.died.wait(0 if is_known else NOTICE_S):
+                    raise RunFailed(deaths.message) from None
+                raise
+            finally:
+                deaths.close()
+                if deaths.died.is_set():
+                    deaths.kill_all()
+                else:
+                    shut_down()
 
 
 @contextmanager
@@ -102,6 +106,22 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+def shut_down() -> None:
+    """End Ray, with this process's SIGTERM handler kept: Ray's core resets it halfway."""
+    import ray
+
+    if threading.current_thread() is not threading.main_thread():
+        ray.shutdown()
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as thread:
+        shutdown = thread.submit(ray.shutdown)
+        while not shutdown.done():
+            wait([shutdown], KEPT_S)
+            signal.signal(signal.SIGTERM, handler)
+        shutdown.result()
 
 
 def _tell_open_ports(address: str) -> None:
@@ -136,11 +156,19 @@ class _Deaths:
         self._closed.set()
         self._thread.join()
 
-    def kill_others(self) -> None:
-        """Kill the rest; Ray's own shutdown would wait for the dead process."""
+    def kill_all(self) -> None:
+        """Kill what runs; Ray's own shutdown would wait for a dead process.
+
+        What these processes started is in their sessions, and would outlive them by a minute.
+        """
         for pid in self._processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with suppress(ProcessLookupError):
+                    if os.getsid(int(entry.name)) in self._processes:
+                        os.kill(int(entry.name), signal.SIGKILL)
 
     def _watch(self) -> None:
         vital = {pid: name for pid, name in self._processes.items() if name in VITAL}
