@@ -23,8 +23,8 @@ from typing import Any
 
 from gptray.config import Config
 from gptray.data.builtin import builtin_documents
-from gptray.runners.cluster import ray_cluster
-from gptray.runners.prepare import prepare
+from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.prepare.run import prepare
 
 _KOREAN = (
     "\ud55c\uad6d\uc5b4 \ubb38\uc7a5\ub3c4 \uadf8\ub300\ub85c \ub3cc\uc544\uc628\ub2e4 \U0001f642"

@@ -157,7 +157,7 @@ def timed_on_ray(system: str, shape: Shape, steps: int, *, compiled: bool, devic
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from gptray.runners.cluster import ray_cluster
+    from gptray.jobs.cluster import ray_cluster
 
     cluster, threads = ray_cluster(), torch.get_num_threads()
     cluster.__enter__()

@@ -30,12 +30,12 @@ from gptray.config import (
     dump_differences,
     load_config,
 )
-from gptray.fields import field_specs
+from gptray.config.help import help_text
+from gptray.config.keys import field_specs
+from gptray.config.suggest import nearest, nearest_keys
 from gptray.files import cannot_write, is_storage
-from gptray.key_help import help_text
 from gptray.signals import STOP_S, interrupting
 from gptray.standard_output import Unread, give_up, write_out
-from gptray.suggest import nearest, nearest_keys
 from gptray.visible import visible, visible_json
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -108,3 +108,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def seconds_trained(events: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds from each start to the last event before the next start, added up."""
+    total, began, latest = 0.0, None, 0.0
+    for event in events:
+        if event["event"] == "start":
+            total += latest - began if began is not None else 0.0
+            began = event["time"]
+        latest = event["time"]
+    return total + (latest - began if began is not None else 0.0)

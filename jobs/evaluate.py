@@ -15,13 +15,13 @@ from gptray.config import Config
 
 
 def job(config: Config) -> dict[str, Any]:
-    from gptray.runners.evaluate import evaluate
+    from gptray.jobs.evaluate.run import evaluate
 
     return evaluate(config)
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.runners.evaluate import evaluation_plan
+    from gptray.jobs.evaluate.run import evaluation_plan
 
     return evaluation_plan(config)
 

@@ -16,16 +16,16 @@ from gptray.config import Config
 
 def job(config: Config) -> dict[str, Any]:
     if config.generate.input_path is None and config.sample.prompt is not None:
-        from gptray.runners.terminal import generate_here
+        from gptray.jobs.generate.terminal import generate_here
 
         return generate_here(config)
-    from gptray.runners.generate import generate
+    from gptray.jobs.generate.run import generate
 
     return generate(config)
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.runners.generate import generation_plan
+    from gptray.jobs.generate.run import generation_plan
 
     return generation_plan(config)
 

@@ -17,13 +17,13 @@ from gptray.config import Config
 
 
 def job(config: Config) -> dict[str, Any]:
-    from gptray.runners.preparation import prepare_and_count
+    from gptray.jobs.prepare.plan import prepare_and_count
 
     return prepare_and_count(config)
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.runners.preparation import preparation_plan
+    from gptray.jobs.prepare.plan import preparation_plan
 
     return preparation_plan(config)
 

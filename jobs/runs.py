@@ -14,8 +14,8 @@ from gptray.config import Config
 
 
 def job(config: Config) -> dict[str, Any]:
-    from gptray.runners.listing import listed
-    from gptray.runners.runs_table import table_of
+    from gptray.jobs.runs.listing import listed
+    from gptray.jobs.runs.table import table_of
     from gptray.standard_output import write_out
 
     runs = listed(config)
@@ -24,7 +24,7 @@ def job(config: Config) -> dict[str, Any]:
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.runners.listing import listed
+    from gptray.jobs.runs.listing import listed
 
     return [("runs", f"{len(listed(config))} in {config.storage_path}; the list changes nothing")]
 

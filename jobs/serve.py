@@ -14,13 +14,13 @@ from gptray.config import Config
 
 
 def job(config: Config) -> None:
-    from gptray.runners.serve import serve
+    from gptray.jobs.serve.run import serve
 
     serve(config, answers=line_printer())
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.runners.endpoint import serving_plan
+    from gptray.jobs.serve.check import serving_plan
 
     return serving_plan(config)
 

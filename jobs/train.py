@@ -15,13 +15,13 @@ from gptray.config import Config
 
 
 def job(config: Config) -> dict[str, Any]:
-    from gptray.runners.train import train
+    from gptray.jobs.train.run import train
 
     return train(config)
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.runners.plan import training_plan
+    from gptray.jobs.train.plan import training_plan
 
     return training_plan(config)
 

@@ -15,13 +15,13 @@ from gptray.config import Config
 
 
 def job(config: Config) -> dict[str, Any]:
-    from gptray.runners.tune import tune
+    from gptray.jobs.tune.run import tune
 
     return tune(config)
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.runners.sweep_plan import sweep_plan
+    from gptray.jobs.tune.check import sweep_plan
 
     return sweep_plan(config)
 

@@ -17,7 +17,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The session's Ray: two CPUs on this machine."""
     import ray
 
-    from gptray.runners.cluster import TRAIN_ENV
+    from gptray.jobs.cluster import TRAIN_ENV
 
     # Tiny runs report in quick succession: do not have each report wait for the next poll.
     os.environ.update(TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
@@ -49,6 +49,6 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(ray_cluster: None, text_file: Path, data_root: Path) -> TokenData:
     """The prepared tokens of the tiny text."""
-    from gptray.runners.prepare import prepare
+    from gptray.jobs.prepare.run import prepare
 
     return prepare(tiny_config(text_file, data_root))

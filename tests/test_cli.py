@@ -18,7 +18,7 @@ import pytest
 
 from gptray.cli import Plan, run_job
 from gptray.config import Config, RunFailed, UserError, load_config
-from gptray.fields import field_specs
+from gptray.config.keys import field_specs
 
 ROOT = Path(__file__).resolve().parent.parent
 Job = Callable[[Config], dict[str, Any]]

@@ -12,7 +12,7 @@ from gptray.tuning.plan import plan_trials
 from gptray.tuning.record import rungs
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
-# serve.yaml is Ray Serve's: tests/runners/test_serve.py deploys it.
+# serve.yaml is Ray Serve's: tests/jobs/test_serve.py deploys it.
 PATHS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "serve")
 
 

@@ -17,7 +17,7 @@ import pytest
 PRELUDE = """
 import signal, sys, threading
 from gptray.cli import run_job
-from gptray.runners.cluster import ray_cluster
+from gptray.jobs.cluster import ray_cluster
 from gptray.signals import fail, leaving_within
 
 def say(text):

@@ -19,7 +19,7 @@ from gptray.config import Config
 from gptray.data.tokens import TokenData
 from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
-from gptray.runners.samples import sample_texts
+from gptray.jobs.train.samples import sample_texts
 from gptray.training.loop import fit
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 
 from gptray.config import GenerateConfig, UserError
-from gptray.model_uses import ROW_SETTINGS
-from gptray.suggest import ALIASES, did_you_mean, nearest
+from gptray.config.suggest import ALIASES, did_you_mean, nearest
+from gptray.config.use_sections import ROW_SETTINGS
 
 OWN_COLUMNS = (
     "id", "sample", "prompt", "output", "finish_reason", "prompt_tokens", "output_tokens", "seed",

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptray.config import Config, UserError
+from gptray.config.names import PREPARED
 from gptray.data.builtin import builtin_version
 from gptray.data.corpus import Reading
 from gptray.data.held_out import hold_out
@@ -29,7 +30,6 @@ from gptray.data.tokenizer_files import (
 )
 from gptray.data.tokens import FORMAT_VERSION
 from gptray.files import expanded
-from gptray.names import PREPARED
 
 # Up to this size the text itself is the identity, so that a copy or a touched file is no other
 # source; beyond, path, size and time of change stand for it.

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from gptray.config import UserError
+from gptray.config.yaml_text import plain_number
 from gptray.data.json_columns import holds_json
 from gptray.data.rows import is_text
-from gptray.yaml_text import plain_number
 
 
 def _whole(value: Any) -> int:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from gptray.config import UserError
+from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.encoding import codec_of
 from gptray.data.folders import (
     WILDCARD,
@@ -31,7 +32,6 @@ from gptray.data.folders import (
 )
 from gptray.data.remote import file_system, remote_files, scheme_of
 from gptray.files import absolute
-from gptray.suggest import did_you_mean, nearest
 
 BUILTIN = "builtin"
 FORMATS = {

@@ -18,12 +18,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from gptray.config import UserError
+from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.sources import hint
 from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
 from gptray.files import expanded
 from gptray.hub import NotOnHub, download_model, first_line
 from gptray.stored import read_foreign, read_object
-from gptray.suggest import did_you_mean, nearest
 
 log = logging.getLogger("gptray")
 

@@ -1,6 +1,6 @@
 """Prepared data on disk: a folder of token shards with a tokenizer and a manifest.
 
-Opens, checks and reads it by memory map; building it is `gptray.runners.prepare`'s.
+Opens, checks and reads it by memory map; building it is `gptray.jobs.prepare.run`'s.
 """
 
 from __future__ import annotations

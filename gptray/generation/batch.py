@@ -16,13 +16,13 @@ from typing import Any
 import pyarrow as pa
 
 from gptray.config import SampleConfig, UserError
+from gptray.config.limits import SEEDS
 from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
 from gptray.generation.request import Generation, Request
 from gptray.generation.settings import Sampling, derived_seed, numbered_seed
-from gptray.limits import SEEDS
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from gptray.config import SampleConfig
-from gptray.limits import GREEDY_BELOW, MAX_BIASES, SAMPLING
+from gptray.config.limits import GREEDY_BELOW, MAX_BIASES, SAMPLING
 
 _WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "logprobs", "seed")
 _REAL = (
@@ -28,7 +28,7 @@ _DERIVED_SEEDS = 2**53
 class Sampling:
     """Settings of one sequence.
 
-    The numbers' bounds are in `gptray.limits`. temperature: 0 takes the likeliest token. top_k,
+    `gptray.config.limits` has the bounds. temperature: 0 takes the likeliest token. top_k,
     top_p, min_p, stop: None or empty is off. max_new_tokens counts the end-of-text token;
     min_new_tokens forbids it before. ignore_eos: treat the end-of-text token like any other. utf8:
     draw no token that would break a character.

@@ -18,11 +18,11 @@ from dataclasses import replace
 from typing import Any
 
 from gptray.config import ServeConfig
+from gptray.config.limits import SEEDS
 from gptray.generation.detokenize import TextStream
 from gptray.generation.request import Request
 from gptray.generation.sampling import Drawn
 from gptray.generation.settings import Sampling
-from gptray.limits import SEEDS
 from gptray.serving.endpoint import Served
 from gptray.serving.errors import ApiError
 from gptray.serving.protocol import CompletionRequest, StreamOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gptray.suggest import did_you_mean, nearest
+from gptray.config.suggest import did_you_mean, nearest
 
 INSTEAD = "call POST /v1/completions, with `prompt`"
 # What clients of OpenAI and others call besides completions, by the end of the path.

@@ -20,10 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from gptray.fields import FieldSpec, field_specs
-from gptray.limits import MAX_BIASES, SEEDS, within
+from gptray.config.keys import FieldSpec, field_specs
+from gptray.config.limits import MAX_BIASES, SEEDS, within
+from gptray.config.suggest import did_you_mean, nearest
 from gptray.serving.errors import ApiError
-from gptray.suggest import did_you_mean, nearest
 
 T = TypeVar("T", bound=BaseModel)
 Prompt = str | list[int]

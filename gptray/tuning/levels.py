@@ -14,8 +14,8 @@ from itertools import zip_longest
 from typing import Any
 
 from gptray.config import Config, ConfigError, flatten, override
-from gptray.fields import shown
-from gptray.space import Entry
+from gptray.config.keys import shown
+from gptray.config.search_space import Entry
 from gptray.tuning.plan import entries_of
 from gptray.tuning.record import Trial
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptray.config import Config, ConfigError, TuneConfig, UserError, flatten, override
+from gptray.config.keys import shown
+from gptray.config.search_space import Entry, read_space
 from gptray.data.difference import percent
-from gptray.fields import shown
-from gptray.space import Entry, read_space
+from gptray.tuning.draws import draw
 from gptray.tuning.record import Trial
-from gptray.tuning.space import draw
 
 # Trials that tune.replicates repeats.
 FINALISTS = 3

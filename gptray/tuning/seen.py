@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptray.config import Config, override
-from gptray.evaluation.wording import count, magnitude
 from gptray.tuning.record import Trial
+from gptray.wording import count, magnitude
 
 
 @dataclass(frozen=True)

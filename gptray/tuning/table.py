@@ -9,10 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from gptray.config import Config
+from gptray.config.keys import field_specs
 from gptray.data.parts import write_whole
-from gptray.evaluation.story import seconds_trained
-from gptray.fields import field_specs
-from gptray.record import EVENTS, read_rows
+from gptray.record import EVENTS, read_rows, seconds_trained
 from gptray.tuning.levels import Space, value_text
 from gptray.tuning.record import Sweep, Trial, load_sweep, trial_dir
 

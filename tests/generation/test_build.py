@@ -13,7 +13,7 @@ import pytest
 from gptray.build import kept as kept_library
 from gptray.config import RunFailed, UserError, load_config
 from gptray.generation.build import library, pick_backend
-from gptray.runners.output import with_backend, with_built_backend
+from gptray.jobs.generate.output import with_backend, with_built_backend
 from tests.generation.models import needs_native
 
 

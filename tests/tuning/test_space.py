@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from gptray.space import Entry
-from gptray.tuning.space import draw, grid_points
+from gptray.config.search_space import Entry
+from gptray.tuning.draws import draw, grid_points
 
 DROPOUT = Entry(("model.dropout",), "uniform", low=0.0, high=0.3)
 SCHEDULE = Entry(("optim.schedule",), "choice", (("constant",), ("cosine",), ("step",)))

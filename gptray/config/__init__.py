@@ -1,0 +1,56 @@
+"""The one typed config tree of every job: schema, reader, and every mistake in words.
+
+Loads neither torch nor Ray.
+"""
+
+from gptray.config.errors import ConfigError, RunFailed, UserError
+from gptray.config.schema import (
+    Config,
+    differences,
+    dump,
+    dump_differences,
+    flatten,
+    load_config,
+    load_saved,
+    override,
+)
+from gptray.config.sections import (
+    ComputeConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    TuneConfig,
+)
+from gptray.config.use_sections import (
+    EvaluateConfig,
+    GenerateConfig,
+    QuantizeConfig,
+    SampleConfig,
+    ServeConfig,
+)
+
+__all__ = [
+    "ComputeConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "QuantizeConfig",
+    "RunFailed",
+    "SampleConfig",
+    "ServeConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "UserError",
+    "differences",
+    "dump",
+    "dump_differences",
+    "flatten",
+    "load_config",
+    "load_saved",
+    "override",
+]

@@ -1,0 +1,192 @@
+"""What each key of a config tree takes, in words: for checks, messages and --help.
+
+Read off the tree's annotations once; the tree itself is in `gptray.config`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from gptray.config.suggest import did_you_mean, nearest
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_SHORT = {int: "int", float: "number", bool: "true|false", str: "text", dict: "entry"}
+_PLURALS = {float: "numbers", str: "texts", dict: "entries"}
+_LIMITS = {
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "finite_number": "must be a finite number",
+}
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One key: the types it takes (`items`: inside a list of `size`, None for any), its words."""
+
+    key: str
+    kinds: tuple[type, ...]
+    items: tuple[type, ...]
+    size: int | None
+    choices: tuple[str, ...]
+    default: Any
+    description: str
+
+    @property
+    def type_words(self) -> str:
+        """Return the type as --help shows it, such as "int | null"."""
+        words = ["|".join(self.choices)] if self.choices else []
+        words += [_SHORT[kind] for kind in self.kinds if kind in _SHORT and not self.choices]
+        if self.items:
+            words.append(f"[{', '.join([_SHORT[self.items[0]]] * (self.size or 1))}{self._dots}]")
+        if types.NoneType in self.kinds:
+            words.append("null")
+        return " | ".join(words)
+
+    @property
+    def _dots(self) -> str:
+        return "" if self.size else ", ..."
+
+    def complaint(self, value: Any, detail: dict[str, Any]) -> str:
+        """Say what is wrong with a value, from one error of pydantic's."""
+        kind = detail["type"]
+        if kind == "value_error":
+            return f"{detail['ctx']['error']}, got {shown(value)}"
+        if self.choices:
+            close = nearest(str(value), self.choices)
+            options = f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
+            return f"expects {options}, got {shown(value)}{did_you_mean([close] if close else [])}"
+        if kind in _LIMITS:
+            limits = {
+                name: f"{limit:.10g}" if isinstance(limit, float) else str(limit)
+                for name, limit in detail.get("ctx", {}).items()
+            }
+            return f"{_LIMITS[kind].format(**limits)}, got {shown(value)}"
+        return f"expects {self._expected()}, got {shown(value)}"
+
+    def _expected(self) -> str:
+        words = [_WORDS[kind] for kind in self.kinds if kind in _WORDS]
+        words += ["an object" for kind in self.kinds if issubclass(kind, BaseModel)]
+        if self.items:
+            count = f"{self.size} " if self.size else ""
+            words.append(f"a list of {count}{_PLURALS[self.items[0]]}")
+        if types.NoneType in self.kinds:
+            words.append("null")
+        return " or ".join(words)
+
+
+class EntryProblem(NamedTuple):
+    """What is wrong with one of a key's list of entries; `word` is the key inside the entry."""
+
+    entry: int
+    word: str | None
+    message: str
+
+
+class EntriesError(ValueError):
+    """Everything that is wrong with the entries of a key that takes a list of them."""
+
+    def __init__(self, key: str, problems: Sequence[EntryProblem]) -> None:
+        lines = [f"{key}, entry {entry + 1}: {message}" for entry, _, message in problems]
+        super().__init__("\n".join(lines))
+        self.key = key
+        self.problems = list(problems)
+
+
+def complaint(root: type[BaseModel], spec: FieldSpec, value: Any) -> str | None:
+    """Say what a key has against a value, whatever the other keys are; None if it takes it."""
+    if isinstance(value, list) and tuple in spec.kinds:
+        value = tuple(value)
+    section, _, name = spec.key.rpartition(".")
+    try:
+        root.model_validate({section: {name: value}} if section else {name: value}, strict=True)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            if ".".join(map(str, detail["loc"])).startswith(spec.key):
+                return spec.complaint(value, dict(detail))
+    return None
+
+
+def shown(value: Any) -> str:
+    """Return a value as a config would have it, cut to one short line."""
+    if isinstance(value, str):
+        text = f"'{value}'"
+    elif isinstance(value, bool) or value is None:
+        text = {True: "true", False: "false", None: "null"}[value]
+    elif isinstance(value, dict):
+        return "keys of its own"
+    elif isinstance(value, (list, tuple)):
+        text = f"[{', '.join(shown(item) for item in value)}]"
+    else:
+        text = f"{value}"
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@cache
+def field_specs(root: type[BaseModel]) -> Mapping[str, FieldSpec]:
+    """Return every key of the tree, dotted, in the tree's order."""
+    return {spec.key: spec for spec in _specs(root, "")}
+
+
+def _specs(section: type[BaseModel], prefix: str) -> Iterator[FieldSpec]:
+    for name, info in section.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _specs(annotation, f"{name}.")
+        else:
+            yield _spec(f"{prefix}{name}", info)
+
+
+def _spec(key: str, info: FieldInfo) -> FieldSpec:
+    kinds: list[type] = []
+    items: tuple[type, ...] = ()
+    size = None
+    choices: list[str] = []
+    for member in _members(info.annotation):
+        origin = get_origin(member)
+        if origin is Literal:
+            choices += get_args(member)
+            kinds.append(str)
+        elif member is bool and choices:
+            choices += ["true", "false"]
+            kinds.append(bool)
+        elif origin in (list, tuple):
+            inside = [arg for arg in get_args(member) if arg is not Ellipsis]
+            items = tuple(kind for arg in inside[:1] for kind in _members(arg))
+            size = len(inside) if origin is tuple and Ellipsis not in get_args(member) else None
+            kinds.append(origin)
+        else:
+            kinds.append(member)
+    default = info.get_default(call_default_factory=True)
+    return FieldSpec(
+        key=key,
+        kinds=tuple(kinds),
+        items=items,
+        size=size,
+        choices=tuple(choices),
+        default=default,
+        description=info.description or "",
+    )
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """Flatten unions and Annotated into the plain types that a value may have."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from _members(member)
+    elif origin is dict:
+        yield dict
+    else:
+        yield annotation

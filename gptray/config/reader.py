@@ -1,0 +1,322 @@
+"""Values from YAML and the command line into a validated config, or every mistake in words.
+
+Works on any tree of pydantic sections, so that it needs no knowledge of single keys; the tree
+and its rules are in `gptray.config`, spelling in `gptray.config.suggest`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gptray.config.keys import EntriesError, FieldSpec, field_specs, shown
+from gptray.config.suggest import did_you_mean, nearest, nearest_keys
+from gptray.config.yaml_text import YamlError, parse_node, read_node, scalar_value
+
+COMMAND_LINE = "command line"
+
+Root = TypeVar("Root", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value that somebody gave: its valid key, the place, and the Python value."""
+
+    key: str
+    where: str
+    value: Any
+    node: yaml.Node | None = None
+
+
+class Reader:
+    """Collects values for the keys of one tree, and what was wrong with the others."""
+
+    def __init__(self, root: type[BaseModel]) -> None:
+        self.specs = field_specs(root)
+        self.sections = sorted({key.split(".")[0] for key in self.specs if "." in key})
+        self.given: dict[str, Given] = {}
+        self._problems: list[tuple[float, str]] = []
+
+    @property
+    def problems(self) -> list[str]:
+        """All mistakes so far, those of the file first and in its order."""
+        return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
+
+    def read_file(self, path: str) -> None:
+        """Take every key of a YAML file."""
+        try:
+            node = read_node(Path(path))
+        except YamlError as error:
+            self._problem(f"{path}:{error.line}", error.message)
+            return
+        except OSError as error:
+            self._problem(path, _unreadable(path, error))
+            return
+        if node is None or _is_null(node):
+            return
+        if not isinstance(node, yaml.MappingNode):
+            self._problem(f"{path}:{_line(node)}", "expects sections and keys, such as optim:")
+            return
+        for name, where, value in self._pairs(node, path, ""):
+            section = self._section(name, where, value)
+            if section is None:
+                self._take(name, where, value)
+            elif isinstance(value, yaml.MappingNode):
+                for key, place, inner in self._pairs(value, path, f"{section}."):
+                    self._take(key, place, inner)
+
+    def read_argument(self, argument: str) -> None:
+        """Take one section.field=value of the command line."""
+        key, equals, text = argument.partition("=")
+        key = key.strip()
+        spec = self.specs.get(key)
+        if spec is None:
+            self._unknown(key, COMMAND_LINE, argument)
+        elif not equals or not text:
+            self._problem(COMMAND_LINE, f"{key} has no value, such as {key}={shown(spec.default)}")
+        elif any("\ud800" <= character <= "\udfff" for character in text):
+            self._problem(COMMAND_LINE, f"{key}: not UTF-8 text")
+        else:
+            try:
+                node = _argument_node(text, spec)
+            except YamlError as error:
+                self._problem(COMMAND_LINE, f"{key}={text}: {error.message}")
+            else:
+                self._take(key, COMMAND_LINE, node)
+
+    def read_value(self, key: str, value: Any) -> None:
+        """Take one value that is a Python object already."""
+        if key not in self.specs:
+            self._unknown(key, "")
+        else:
+            if isinstance(value, list) and tuple in self.specs[key].kinds:
+                value = tuple(value)
+            self.given[key] = Given(key, "", value)
+
+    def _section(self, name: str, where: str, value: yaml.Node) -> str | None:
+        """Return the section meant by a key of the root, None if it is not one."""
+        if name in self.sections:
+            if not isinstance(value, yaml.MappingNode) and not _is_null(value):
+                inside = next(key for key in self.specs if key.startswith(f"{name}."))
+                self._problem(where, f"{name} is a section; its keys go below it, such as {inside}")
+            return name
+        close = nearest(name, self.sections)
+        if name in self.specs or not isinstance(value, yaml.MappingNode):
+            return None
+        self._problem(where, f"unknown section {name}{did_you_mean([close] if close else [])}")
+        # The keys below are checked as the section's that was probably meant.
+        return close or name
+
+    def _pairs(
+        self, node: yaml.MappingNode, path: str, prefix: str
+    ) -> Iterator[tuple[str, str, yaml.Node]]:
+        """Yield dotted key, place and value of each entry of a mapping, each key once."""
+        first_lines: dict[str, int] = {}
+        for key_node, value in node.value:
+            where = f"{path}:{_line(key_node)}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._problem(where, "a key must be a plain name")
+                continue
+            key = f"{prefix}{key_node.value}"
+            if key in first_lines:
+                self._problem(where, f"{key} is given twice (first on line {first_lines[key]})")
+                continue
+            first_lines[key] = _line(key_node)
+            yield key, where, value
+
+    def _take(self, key: str, where: str, node: yaml.Node) -> None:
+        spec = self.specs.get(key)
+        if spec is None:
+            self._unknown(key, where)
+            return
+        before = self.given.get(key)
+        if before and (before.where == COMMAND_LINE) == (where == COMMAND_LINE):
+            self._problem(where, f"{key} is given twice")
+        value = self._plain(node, where) if dict in spec.items else None
+        self.given[key] = Given(key, where, value or _value(node, spec.kinds, spec.items), node)
+
+    def _plain(self, node: yaml.Node, where: str) -> Any:
+        """Return what a node says by itself: lists, mappings with each key once, scalars."""
+        path = where if where == COMMAND_LINE else where.rpartition(":")[0]
+        if isinstance(node, yaml.MappingNode):
+            pairs = self._pairs(node, path, "")
+            return {key: self._plain(value, place) for key, place, value in pairs}
+        if isinstance(node, yaml.SequenceNode):
+            return [self._plain(item, where) for item in node.value]
+        assert isinstance(node, yaml.ScalarNode)
+        return scalar_value(node)
+
+    def _unknown(self, key: str, where: str, argument: str = "") -> None:
+        if argument.endswith((".yaml", ".yml")) and "=" not in argument:
+            self._problem(where, f"{argument} is not a key; did you mean --config {argument}?")
+            return
+        if key in self.sections:
+            inside = next(name for name in self.specs if name.startswith(f"{key}."))
+            self._problem(where, f"{key} is a section; set one of its keys, such as {inside}=...")
+            return
+        names = nearest_keys(key, list(self.specs))
+        self._problem(where, f"unknown key {key}{did_you_mean(names)}")
+
+    def _problem(self, where: str, message: str) -> None:
+        line = re.search(r":(\d+)(,|$)", where)
+        rank = int(line[1]) if line else math.inf
+        self._problems.append((rank, f"{where}: {message}" if where else message))
+
+    def build(self, root: type[Root]) -> Root | None:
+        """Return the tree with what was given, or None once `problems` says what is wrong.
+
+        A wrong value is left out and the rest is validated again, so that rules that join
+        several keys are tried on the valid ones and all mistakes show at once.
+        """
+        left_out: set[str] = set()
+        while True:
+            values = {key: given.value for key, given in self.given.items() if key not in left_out}
+            try:
+                tree = root.model_validate(_nested(values), strict=True)
+            except ValidationError as error:
+                found = self._explain(error, left_out)
+                if not found - left_out:
+                    break
+                left_out |= found
+            else:
+                return tree if not self._problems else None
+        return None
+
+    def _explain(self, error: ValidationError, left_out: set[str]) -> set[str]:
+        """Add a problem for each wrong key or broken rule; return the given keys in question."""
+        keys: set[str] = set()
+        for detail in error.errors(include_url=False):
+            key = self._key_of(detail["loc"])
+            rule = detail.get("ctx", {}).get("error")
+            if isinstance(rule, EntriesError):
+                keys |= self._explain_entries(rule)
+            elif key is None:
+                keys |= self._explain_rule(str(rule), left_out)
+            elif key not in keys:  # a union has an error for each of its members
+                given = self.given[key]
+                complaint = self.specs[key].complaint(given.value, dict(detail))
+                self._problem(given.where, f"{key}: {complaint}")
+                keys.add(key)
+        return keys
+
+    def _explain_rule(self, message: str, left_out: set[str]) -> set[str]:
+        """Add the problem of a rule that joins keys, unless one of them is wrong anyway."""
+        named = [name for name in re.findall(r"[a-z_]+\.[a-z0-9_]+", message) if name in self.specs]
+        given = [self.given[name] for name in named if name in self.given]
+        if not left_out.intersection(named):
+            places = dict.fromkeys(one.where for one in given if one.where)
+            self._problem(", ".join(places), message)
+        return {one.key for one in given}
+
+    def _explain_entries(self, error: EntriesError) -> set[str]:
+        """Add each problem in a key's list of entries, at its own line; return the key."""
+        given = self.given[error.key]
+        for entry, word, message in error.problems:
+            item = given.node.value[entry] if given.node else None
+            if given.where in ("", COMMAND_LINE) or item is None:
+                self._problem(given.where, f"{error.key}, entry {entry + 1}: {message}")
+                continue
+            keys = [name for name, _ in item.value if name.value == word]
+            line = _line(keys[0] if keys else item)
+            self._problem(f"{given.where.rpartition(':')[0]}:{line}", f"{error.key}: {message}")
+        return {error.key}
+
+    def _key_of(self, loc: tuple[int | str, ...]) -> str | None:
+        """Return the key that a place in the tree belongs to; None for a whole section."""
+        for length in range(1, len(loc) + 1):
+            key = ".".join(str(part) for part in loc[:length])
+            if key in self.specs:
+                return key
+        return None
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into sections."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return tree
+
+
+def _argument_node(text: str, spec: FieldSpec) -> yaml.Node:
+    """Return the node of a value typed on the command line.
+
+    For a key that takes text the shell's word is the text, so that *.txt, a: b or # c mean
+    themselves; only null, a quoted text and a list are read as YAML there.
+    """
+    literal = yaml.ScalarNode("tag:yaml.org,2002:str", text)
+    takes_text = _takes_text(spec.kinds)
+    try:
+        node = parse_node(text)
+    except YamlError as error:
+        if not takes_text:
+            raise
+        if spec.items and text.startswith("[") and text.endswith("]"):
+            raise YamlError(f"{error.message}; quote the items of the list", 1) from None
+        return literal
+    if node is None:
+        return literal
+    if not takes_text or (isinstance(node, yaml.SequenceNode) and node.flow_style and spec.items):
+        return node
+    whole = node.end_mark.index == len(text) and node.start_mark.index == 0
+    quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
+    return node if whole and (quoted or _is_null(node)) else literal
+
+
+def _value(node: yaml.Node, kinds: Sequence[type], items: Sequence[type]) -> Any:
+    """Return a node's Python value for a key of these kinds."""
+    if isinstance(node, yaml.MappingNode):
+        return {}
+    if isinstance(node, yaml.SequenceNode):
+        values = [_value(item, items, ()) for item in node.value]
+        return tuple(values) if tuple in kinds else values
+    assert isinstance(node, yaml.ScalarNode)
+    value = scalar_value(node)
+    if value is None:
+        return None
+    if _takes_text(kinds):
+        return node.value
+    if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e4 steps
+    return value
+
+
+def _takes_text(kinds: Sequence[type]) -> bool:
+    """Whether a value of these kinds is text whatever it looks like; not in auto, true or false."""
+    return str in kinds and bool not in kinds
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and scalar_value(node) is None
+
+
+def _line(node: yaml.Node) -> int:
+    """Return the line of a node, from 1."""
+    return int(node.start_mark.line) + 1
+
+
+def _unreadable(path: str, error: OSError) -> str:
+    """Say why a file cannot be read; for a missing one, what it may have been."""
+    if not isinstance(error, FileNotFoundError):
+        return f"cannot be read: {error.strerror}"
+    folder = Path(path).parent
+    found = {
+        item.name: str(item)
+        for place in (Path("configs"), folder)
+        for item in sorted(place.glob("*.y*ml"))
+    }
+    close = nearest(Path(path).name, found)
+    if close:
+        return f"no such file{did_you_mean([found[close]])}"
+    if not folder.is_dir():
+        return f"no such file; there is no folder {folder}"
+    listed = [name for name, item in found.items() if Path(item).parent == folder]
+    return f"no such file; {folder} has {', '.join(listed[:8])}" if listed else "no such file"

@@ -1,0 +1,189 @@
+"""The one typed config tree of every job: how its sections join, and the rules across them.
+
+The sections are in `sections` and `use_sections`; `reader` reads YAML and the command line. Rules
+that need the world (files, GPUs, a tokenizer) stand where that world is used. A field has the name
+of the API that finally receives it (HF, torch, Ray).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+from yaml import YAMLError
+
+from gptray.config.errors import ConfigError
+from gptray.config.keys import EntriesError
+from gptray.config.names import checked_name
+from gptray.config.reader import Reader
+from gptray.config.search_space import space_problems
+from gptray.config.sections import (
+    ComputeConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    TrainConfig,
+    TuneConfig,
+)
+from gptray.config.use_sections import (
+    EvaluateConfig,
+    GenerateConfig,
+    QuantizeConfig,
+    SampleConfig,
+    ServeConfig,
+)
+from gptray.config.yaml_text import read_written, write_yaml
+
+
+class Config(Section):
+    """Everything a job needs. Defaults are the quick start: builtin text, a small model, a CPU."""
+
+    name: Annotated[str, AfterValidator(checked_name)] | None = Field(
+        None,
+        description="the run's folder in storage_path, in letters and digits of any script; null: "
+        "derived from the config (Ray RunConfig)",
+    )
+    storage_path: str = Field(
+        "~/gptray",
+        description="folder of all runs; on a cluster one that every node sees (Ray RunConfig)",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        1337, description="seed of the split, the initial weights, the batch order and dropout"
+    )
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    compute: ComputeConfig = ComputeConfig()
+    sample: SampleConfig = SampleConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per forward pass of one worker."""
+        return (
+            self.train.micro_batch_size or self.train.global_batch_size // self.compute.num_workers
+        )
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Forward passes of one worker per optimizer step."""
+        return self.train.global_batch_size // (self.micro_batch_size * self.compute.num_workers)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, all workers."""
+        return self.train.global_batch_size * self.train.block_size
+
+    @model_validator(mode="after")
+    def _space_is_sound(self) -> Config:
+        problems = space_problems(self.tune.space, type(self))
+        if problems:
+            raise EntriesError("tune.space", problems)
+        return self
+
+    @model_validator(mode="after")
+    def _int8_on_cpus(self) -> Config:
+        if self.quantize.weights == "int8" and self.compute.use_gpu:
+            raise ValueError("quantize.weights=int8 is for CPUs, not with compute.use_gpu=true")
+        return self
+
+    @model_validator(mode="after")
+    def _block_fits_positions(self) -> Config:
+        if self.train.block_size > self.model.n_positions:
+            raise ValueError(
+                f"train.block_size={self.train.block_size} must not be above "
+                f"model.n_positions={self.model.n_positions}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Config:
+        micro = self.train.micro_batch_size
+        per_pass = (micro or 1) * self.compute.num_workers
+        if self.train.global_batch_size % per_pass:
+            factor = f"train.micro_batch_size={micro} x " if micro else ""
+            raise ValueError(
+                f"train.global_batch_size={self.train.global_batch_size} must be divisible by "
+                f"{factor}compute.num_workers={self.compute.num_workers}"
+                f", such as {max(1, round(self.train.global_batch_size / per_pass)) * per_pass}"
+            )
+        return self
+
+
+def load_config(path: str | None, overrides: Sequence[str]) -> Config:
+    """Return the defaults changed by a YAML file and then by section.field=value arguments.
+
+    Raises ConfigError with all mistakes at once.
+    """
+    reader = Reader(Config)
+    if path is not None:
+        reader.read_file(path)
+    for argument in overrides:
+        reader.read_argument(argument)
+    return _built(reader)
+
+
+def load_saved(path: Path) -> Config:
+    """The config that a run saved; as `load_config`, in a fifth of the time. Raises ConfigError."""
+    try:
+        return Config.model_validate(read_written(path))
+    except (OSError, ValueError, TypeError, YAMLError):  # load_config says what is wrong
+        return load_config(str(path), [])
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the config with dotted keys set, validated anew; raises ConfigError."""
+    reader = Reader(Config)
+    for key, value in {**flatten(config), **values}.items():
+        reader.read_value(key, value)
+    return _built(reader)
+
+
+def dump(config: Config) -> str:
+    """Return the whole config as YAML that `load_config` reads into an equal one."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
+def differences(config: Config) -> dict[str, Any]:
+    """The dotted keys that differ from the defaults, with their values."""
+    defaults = flatten(Config())
+    return {key: value for key, value in flatten(config).items() if value != defaults[key]}
+
+
+def dump_differences(config: Config) -> str:
+    """As `dump`, but only what differs from the defaults; "" if nothing does."""
+    values: dict[str, Any] = {}
+    whole = config.model_dump(mode="json")
+    for key in differences(config):
+        section, _, name = key.rpartition(".")
+        if section:
+            values.setdefault(section, {})[name] = whole[section][name]
+        else:
+            values[name] = whole[name]
+    return write_yaml(values) if values else ""
+
+
+def flatten(config: Config, *, given: bool = False) -> dict[str, Any]:
+    """Return every key of the config, dotted, with its value; with `given` only those once set."""
+    flat: dict[str, Any] = {}
+    for name, value in config.model_dump(exclude_unset=given).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _built(reader: Reader) -> Config:
+    config = reader.build(Config)
+    if config is None:
+        raise ConfigError(reader.problems)
+    return config

@@ -1,0 +1,264 @@
+"""The search space of a sweep as a config says it: entries, and every mistake in them in words.
+
+An entry is a mapping: `path` (or `paths`, which get one value, or with lists one each), one of
+KINDS and its values, and `when`, a condition on a path of an entry before. Which keys there are
+and what they take is the tree's to say; drawing values is left to `gptray.tuning.draws`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import BaseModel
+
+from gptray.config.keys import EntryProblem, FieldSpec, complaint, field_specs, shown
+from gptray.config.suggest import did_you_mean, nearest, nearest_keys
+
+# Named as in Ray Tune: a randint's upper end is not drawn.
+RANGES = ("uniform", "loguniform", "randint")
+KINDS = ("choice", "grid", *RANGES)
+WORDS = ("path", "paths", *KINDS, "when")
+
+_UNTRAINED = "it does not change what is trained"
+_OTHER_TEXT = "trials would be validated on different text"
+NOT_TUNED = {
+    "name": "every trial has its own",
+    "storage_path": "every trial has its own",
+    "data.source": _OTHER_TEXT,
+    "data.text_column": _OTHER_TEXT,
+    "data.seed": _OTHER_TEXT,
+    "model.init_from": "all trials start from the same weights",
+    "train.eval_interval": "trials are compared at the same steps",
+    "train.log_interval": _UNTRAINED,
+    "train.async_validation": _UNTRAINED,
+    "train.resume": _UNTRAINED,
+    **{
+        f"{section}.": _UNTRAINED
+        for section in ("compute", "sample", "quantize", "generate", "evaluate", "serve", "tune")
+    },
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dimension of the space. `options`: of a choice or grid, each with a value per path.
+
+    low, high: the ends of a range; a randint never gives `high`.
+    when: by path, the values with which this entry counts.
+    """
+
+    paths: tuple[str, ...]
+    kind: str
+    options: tuple[tuple[Any, ...], ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def counts(self, values: Mapping[str, Any]) -> bool:
+        """Whether the condition holds where the entries before have given these values."""
+        return all(path in values and values[path] in any_of for path, any_of in self.when.items())
+
+    def at(self, place: float) -> dict[str, Any]:
+        """The values by path at a place in [0, 1) of the distribution, to four digits."""
+        if self.options:
+            option = self.options[min(int(place * len(self.options)), len(self.options) - 1)]
+            return dict(zip(self.paths, option, strict=True))
+        if self.kind == "randint":
+            number = int(self.low + place * (self.high - self.low))
+            return dict.fromkeys(self.paths, min(number, int(self.high) - 1))
+        if self.kind == "loguniform":
+            low, high = math.log(self.low), math.log(self.high)
+            value = math.exp(low + place * (high - low))
+        else:
+            value = self.low + place * (self.high - self.low)
+        return dict.fromkeys(self.paths, min(self.high, max(self.low, float(f"{value:.4g}"))))
+
+    def can_be(self, path: str, value: Any) -> bool:
+        """Whether the entry gives a path this value."""
+        if self.options:
+            place = self.paths.index(path)
+            return value in [option[place] for option in self.options]
+        return _is_number(value) and self.low <= value <= self.high
+
+
+def read_space(space: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> list[Entry]:
+    """The entries of a space that has no problems, as its config's validation saw to."""
+    reading = _Reading(root)
+    entries = [reading.entry(number, raw) for number, raw in enumerate(space)]
+    assert not reading.problems, reading.problems
+    return [entry for entry in entries if entry]
+
+
+def space_problems(space: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> list[EntryProblem]:
+    """Everything that is wrong with a space whose paths are keys of a config tree."""
+    reading = _Reading(root)
+    for number, raw in enumerate(space):
+        reading.entry(number, raw)
+    return reading.problems
+
+
+class _Reading:
+    """Reads the entries of one space in order."""
+
+    def __init__(self, root: type[BaseModel]) -> None:
+        self._root = root
+        self._specs = field_specs(root)
+        self._seen: dict[str, tuple[int, Entry]] = {}
+        self._number = 0
+        self.problems: list[EntryProblem] = []
+
+    def entry(self, number: int, raw: Mapping[str, Any]) -> Entry | None:
+        """Read the next entry; None if it has problems."""
+        self._number, before = number, len(self.problems)
+        for word in raw:
+            if word not in WORDS:
+                close = nearest(word, WORDS, cutoff=0.5)
+                self._problem(word, f"unknown word {word}{did_you_mean([close] if close else [])}")
+        paths = self._paths(raw)
+        kind = self._kind(raw)
+        entry = self._values(paths, kind, raw[kind]) if paths and kind else None
+        when = self._when(raw.get("when", {}), is_grid=kind == "grid")
+        if entry is None:
+            return None
+        entry = replace(entry, when=when)
+        self._seen |= dict.fromkeys(paths, (number, entry))
+        return entry if len(self.problems) == before else None
+
+    def _problem(self, word: str | None, message: str) -> None:
+        self.problems.append(EntryProblem(self._number, word, message))
+
+    def _paths(self, raw: Mapping[str, Any]) -> tuple[str, ...]:
+        """The entry's paths; empty if there is something wrong with one."""
+        if ("path" in raw) == ("paths" in raw):
+            self._problem(None, "needs either path or paths, such as path: model.dropout")
+            return ()
+        word = "path" if "path" in raw else "paths"
+        paths = [raw[word]] if word == "path" else raw[word]
+        if not isinstance(paths, list) or not paths:
+            self._problem(word, "paths expects a list, such as [model.n_layer, model.n_embd]")
+            return ()
+        problems = [problem for path in paths for problem in self._path_problems(path)]
+        problems += ["paths names a path twice"] if len(set(map(str, paths))) < len(paths) else []
+        for problem in problems:
+            self._problem(word, problem)
+        return () if problems else tuple(paths)
+
+    def _path_problems(self, path: Any) -> Iterator[str]:
+        if not isinstance(path, str) or path not in self._specs:
+            yield f"unknown path {path}{did_you_mean(nearest_keys(str(path), list(self._specs)))}"
+            return
+        for prefix, why in NOT_TUNED.items():
+            if path == prefix or (prefix.endswith(".") and path.startswith(prefix)):
+                yield f"{path} cannot be part of a space: {why}"
+        if path in self._seen:
+            yield f"{path} has an entry already (number {self._seen[path][0] + 1})"
+
+    def _kind(self, raw: Mapping[str, Any]) -> str | None:
+        kinds = [word for word in KINDS if word in raw]
+        if len(kinds) == 1:
+            return kinds[0]
+        if len(kinds) > 1:
+            self._problem(kinds[1], f"has {' and '.join(kinds)}; give one of them")
+        elif all(word in WORDS for word in raw):
+            self._problem(None, f"needs one of {', '.join(KINDS)}")
+        return None
+
+    def _values(self, paths: tuple[str, ...], kind: str, given: Any) -> Entry | None:
+        if kind not in RANGES:
+            if not isinstance(given, list) or not given:
+                self._problem(kind, f"{kind} expects a list of values, such as [0.0, 0.1, 0.2]")
+                return None
+            options = tuple(self._option(paths, kind, value) for value in given)
+            return Entry(paths, kind, options)
+        wrong = f"{kind} expects its lower and its upper end, such as "
+        wrong += "[2, 9]" if kind == "randint" else "[0.1, 0.5]"
+        if not (isinstance(given, list) and len(given) == 2 and all(map(_is_number, given))):
+            self._problem(kind, f"{wrong}; got {shown(given)}")
+            return None
+        low, high = given
+        if not low < high:
+            self._problem(kind, f"{wrong}; {shown(low)} is not below {shown(high)}")
+        elif kind == "loguniform" and low <= 0:
+            self._problem(kind, f"{wrong}; {shown(low)} is not above 0")
+        elif kind == "randint" and not (float(low).is_integer() and float(high).is_integer()):
+            self._problem(kind, f"{wrong}; got {shown(given)}")
+        else:
+            self._check_ends(paths, kind, low, high)
+        return Entry(paths, kind, low=low, high=high)
+
+    def _check_ends(self, paths: tuple[str, ...], kind: str, low: float, high: float) -> None:
+        ends = [int(low), int(high) - 1] if kind == "randint" else [float(low), float(high)]
+        for path in paths:
+            kinds = self._specs[path].kinds
+            if kind != "randint" and int in kinds and float not in kinds:
+                self._problem(kind, f"{path} takes whole numbers; write randint or choice")
+                continue
+            for end in ends:
+                self._check(path, kind, end)
+
+    def _option(self, paths: tuple[str, ...], word: str, value: Any) -> tuple[Any, ...]:
+        """One option as a value per path."""
+        values = [value] * len(paths)
+        if len(paths) > 1 and isinstance(value, list):
+            values = value
+            if len(value) != len(paths):
+                self._problem(
+                    word,
+                    f"{shown(value)} has {len(value)} values for {len(paths)} paths; give one "
+                    "each, or one for all",
+                )
+                return tuple(value)
+        values = [_as_taken(one, self._specs[p]) for p, one in zip(paths, values, strict=True)]
+        for path, one in zip(paths, values, strict=True):
+            self._check(path, word, one)
+        return tuple(values)
+
+    def _check(self, path: str, word: str, value: Any) -> None:
+        wrong = complaint(self._root, self._specs[path], value)
+        if wrong:
+            self._problem(word, f"{path}: {wrong}")
+
+    def _when(self, given: Any, *, is_grid: bool) -> dict[str, Sequence[Any]]:
+        if not isinstance(given, dict):
+            self._problem("when", "when expects a path and its value, such as {model.norm: none}")
+            return {}
+        return {
+            path: self._condition(path, value, is_grid=is_grid) for path, value in given.items()
+        }
+
+    def _condition(self, path: str, value: Any, *, is_grid: bool) -> Sequence[Any]:
+        """The values of another entry's path with which this entry counts."""
+        if path not in self._seen:
+            close = nearest(path, self._seen)
+            names = did_you_mean([close] if close else [])
+            self._problem("when", f"when: no entry before this one varies {path}{names}")
+            return ()
+        entry = self._seen[path][1]
+        if is_grid and entry.kind != "grid":
+            self._problem("when", f"when: a grid depends on grids only; {path} is drawn")
+        alone = not isinstance(value, list) or entry.can_be(path, value)
+        any_of = [value] if alone else value
+        any_of = [_as_taken(one, self._specs[path]) for one in any_of]
+        for one in any_of:
+            if not entry.can_be(path, one):
+                place = entry.paths.index(path)
+                texts = [str(option[place]) for option in entry.options]
+                close = nearest(str(one), texts)
+                names = did_you_mean([close] if close else [])
+                self._problem("when", f"when: {path} is never {shown(one)} here{names}")
+        return any_of
+
+
+def _as_taken(value: Any, spec: FieldSpec) -> Any:
+    """1e3 for a key that takes whole numbers is 1000."""
+    is_whole = int in spec.kinds and float not in spec.kinds
+    if is_whole and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,313 @@
+"""The config's sections of what makes a model: data, shape, training, sweeps; and their types.
+
+Joined into one tree in `gptray.config`, from where everybody imports them.
+"""
+
+from __future__ import annotations
+
+import codecs
+from encodings.aliases import aliases
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from gptray.config.suggest import did_you_mean, nearest
+from gptray.config.yaml_text import plain_number
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    Field(description="auto: bf16 where the processor or GPU computes in it, else fp32"),
+]
+Backend = Literal["auto", "native", "torch"]
+
+
+class Section(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _parts(value: Any) -> Any:
+    """Read a split given as "90:10" or as a list of any scale into fractions that sum to one."""
+    if isinstance(value, str):
+        value = value.split(":")
+    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= 3:
+        raise ValueError("give train:val or train:val:test, such as 90:10 or 80:10:10")
+    try:
+        parts = [plain_number(one) if isinstance(one, str) else float(one) for one in value]
+    except (TypeError, ValueError):
+        raise ValueError("give train:val or train:val:test, such as 90:10 or 80:10:10") from None
+    if not all(0 < part < float("inf") for part in parts):
+        raise ValueError("every part of the split must be above 0")
+    total = sum(parts)
+    # An already normalised split stays as it is, so that a dumped config equals its source.
+    return tuple(parts) if abs(total - 1) < 1e-9 else tuple(part / total for part in parts)
+
+
+def _codec(value: str | None) -> str | None:
+    """Check the name of an encoding, as Python's codecs know it."""
+    if value is None:
+        return None
+    try:
+        "".encode(value)
+        if codecs.lookup(value).incrementaldecoder is not None:
+            return value
+    except (LookupError, ValueError):
+        pass
+    spelled = value.lower().replace("-", "_")
+    near = nearest(spelled, sorted({*aliases, *aliases.values()} - {spelled}))
+    raise ValueError(
+        f"unknown encoding{did_you_mean([near] if near else [])} (such as cp949, utf-16, cp1252)"
+    )
+
+
+class DataConfig(Section):
+    source: str | list[str] = Field(
+        "builtin",
+        description="text to train on: builtin (Python's own documentation), or files, folders or "
+        "globs of .txt .md .jsonl .ndjson .json .csv .tsv .parquet (.gz and .zst too), local or "
+        "s3://, gs://",
+    )
+    val_source: str | list[str] | None = Field(
+        None,
+        description="separate validation text, in any form of source, instead of a share of it",
+    )
+    test_source: str | list[str] | None = Field(
+        None, description="separate test text, in any form of source, instead of a share of it"
+    )
+    text_column: str = Field("text", description="column that holds the text; not for .txt and .md")
+    separator: NonEmpty | None = Field(
+        None,
+        description="string between documents in .txt and .md, such as <|endoftext|>; null: each "
+        "file is a document",
+    )
+    encoding: Annotated[str | None, AfterValidator(_codec)] = Field(
+        None,
+        description="encoding of text files, such as cp949; null: by byte order mark, else UTF-8",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="bpe (byte-level, trained on the training split), char (one token per "
+        "character), a run by name, or a Hugging Face tokenizer's folder, tokenizer.json or hub "
+        "id; null: init_from's, else bpe",
+    )
+    eos_token: NonEmpty | None = Field(
+        None,
+        description="end-of-text token, if the tokenizer names none or another",
+    )
+    vocab_size: Annotated[int, Field(ge=257)] = Field(
+        2048, description="entries of a tokenizer trained here (bpe), end-of-text included"
+    )
+    split: Annotated[tuple[float, ...], BeforeValidator(_parts)] = Field(
+        (0.9, 0.1),
+        description="train:val or train:val:test, shares of the text; a document larger than a "
+        "share is cut by position",
+    )
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="share of the training split to train on; validation stays the same"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="seed of the split; null: the run's seed"
+    )
+
+
+class ModelConfig(Section):
+    n_layer: PositiveInt = Field(2, description="blocks")
+    n_head: PositiveInt = Field(4, description="attention heads; must divide n_embd")
+    n_embd: PositiveInt = Field(256, description="width of the residual stream")
+    n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 x n_embd")
+    # A context of one token would have no room for a new one.
+    n_positions: Annotated[int, Field(ge=2)] = Field(128, description="longest context, in tokens")
+    vocab_size: PositiveInt | None = Field(
+        None, description="rows of the embedding; null: the tokenizer's; larger pads it"
+    )
+    dropout: Probability = Field(
+        0.0, description="of embeddings, attention and residuals (HF's three)"
+    )
+    norm: Literal["layernorm", "none"] = Field(
+        "layernorm", description="none: ablation, no normalisation"
+    )
+    residual: bool = Field(True, description="false: ablation, no skip connections")
+    layer_norm_epsilon: Positive = Field(1e-5, description="added to the variance")
+    initializer_range: Positive = Field(0.02, description="standard deviation of initial weights")
+    init_from: str | None = Field(
+        None,
+        description="start from these weights: a run by name or folder, a GPT-2 model folder or a "
+        "hub id",
+    )
+    resize_vocab: bool = Field(
+        False,
+        description="fit init_from's embedding to another tokenizer: rows of tokens that both have "
+        "are kept, the others start from the mean row",
+    )
+
+    @model_validator(mode="after")
+    def _resizes_what_there_is(self) -> ModelConfig:
+        if self.resize_vocab and self.init_from is None:
+            raise ValueError("model.resize_vocab=true goes with model.init_from")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head}"
+                f", such as {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    lr: Positive = Field(2e-3, description="peak learning rate")
+    min_lr: NonNegative = Field(2e-4, description="learning rate at the end of the schedule")
+    schedule: Literal["constant", "linear", "cosine", "step"] = Field(
+        "cosine",
+        description="how lr falls to min_lr after the warm-up; step: times gamma every step_size",
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="steps of linear warm-up")
+    step_size: PositiveInt = Field(500, description="steps between two drops (schedule: step)")
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.5, description="factor of one drop (schedule: step)"
+    )
+    betas: tuple[Probability, Probability] = Field((0.9, 0.99), description="AdamW's decay rates")
+    eps: Positive = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: NonNegative = Field(0.1, description="AdamW's; none on biases and norms")
+    max_grad_norm: Positive | None = Field(1.0, description="clip the global norm here; null: off")
+
+    @model_validator(mode="after")
+    def _min_below_peak(self) -> OptimConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr:g} must not be above optim.lr={self.lr:g}")
+        return self
+
+
+class TrainConfig(Section):
+    max_steps: PositiveInt = Field(
+        1000, description="optimizer updates; raised under the same name, the run trains longer"
+    )
+    global_batch_size: PositiveInt = Field(16, description="sequences per step, all workers")
+    micro_batch_size: PositiveInt | None = Field(
+        None,
+        description="sequences per forward pass of one worker; null: its whole share",
+    )
+    block_size: PositiveInt = Field(128, description="tokens in a sequence, at most n_positions")
+    eval_interval: PositiveInt = Field(
+        100, description="steps between evaluations (and checkpoints)"
+    )
+    log_interval: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
+    patience: PositiveInt | None = Field(
+        5, description="stop after this many evaluations without a new best; null: never"
+    )
+    min_delta: NonNegative = Field(
+        0.0, description="nats that validation loss must fall to count as new best"
+    )
+    async_validation: bool = Field(
+        False,
+        description="an extra worker scores the checkpoints while training continues, to the same "
+        "numbers; a score counts at the next evaluation, so early stopping comes one "
+        "train.eval_interval later",
+    )
+    precision: Precision = "auto"
+    backend: Backend = Field(
+        "auto",
+        description="native: the project's own bf16 code for CPUs with AVX-512, built once by a "
+        "C++ compiler in some seconds; auto: native where available, else PyTorch",
+    )
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="torch.compile, which needs a compiler and takes up to a minute at the start; "
+        "auto: on GPUs",
+    )
+    deterministic: bool = Field(
+        False,
+        description="on GPUs too, runs that are repeated or resumed end with the same bits; costs "
+        "about a tenth of the speed there; on CPUs they always do",
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: resume a run of this name; never: always start a new one"
+    )
+
+    def compiles(self, *, on_gpu: bool) -> bool:
+        """Whether the training step is compiled."""
+        return on_gpu if self.compile == "auto" else self.compile
+
+    @model_validator(mode="after")
+    def _native_in_bf16(self) -> TrainConfig:
+        if self.backend == "native" and self.precision == "fp32":
+            raise ValueError("train.backend=native computes in bf16, not train.precision=fp32")
+        return self
+
+
+class ComputeConfig(Section):
+    num_workers: PositiveInt = Field(1, description="data-parallel workers (Ray ScalingConfig)")
+    use_gpu: bool = Field(False, description="one GPU for each worker (nccl); else CPUs (gloo)")
+    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="of a GPU; below 1, trials of a sweep share one (use_gpu, one worker)"
+    )
+    cpus_per_worker: PositiveInt | None = Field(
+        None,
+        description="cores of one worker; null: the most with which all workers fit; with a GPU, "
+        "its part of its node's cores",
+    )
+    max_failures: Annotated[int, Field(ge=-1)] = Field(
+        3, description="worker failures to recover from; -1: no limit (Ray FailureConfig)"
+    )
+    num_to_keep: PositiveInt = Field(2, description="newest checkpoints to keep, besides the best")
+
+    @model_validator(mode="after")
+    def _whole_gpus_for_nccl(self) -> ComputeConfig:
+        if self.gpus_per_worker < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"compute.gpus_per_worker={self.gpus_per_worker:g} goes with one worker; "
+                f"compute.num_workers={self.num_workers} need a GPU each"
+            )
+        return self
+
+
+class TuneConfig(Section):
+    space: list[dict[str, Any]] = Field(
+        [],
+        description="what trials differ in: a list of paths, each with a choice, grid, uniform, "
+        "loguniform or randint, and a condition (when); see configs/overfitting_sweep.yaml",
+    )
+    num_samples: PositiveInt = Field(
+        16,
+        description="trials to draw, for each grid point if there is a grid; raised under the same "
+        "name, the sweep gets more (TuneConfig)",
+    )
+    search_alg: Literal["random", "optuna"] = Field(
+        "random", description="optuna: suggests from the results of trials (gptray[optuna])"
+    )
+    baseline: bool = Field(True, description="first, one more trial of the config as it is")
+    replicates: Annotated[int, Field(ge=0)] = Field(
+        0, description="repeat the best three with this many other seeds; their mean decides"
+    )
+    retry_failed: bool = Field(
+        True,
+        description="trials that failed for a passing reason (a full disk, a process that died) "
+        "run again on the next call, and no winner is declared before; false: the best of the "
+        "others wins",
+    )
+    max_concurrent_trials: PositiveInt | None = Field(
+        None, description="null: as many as fit, each worker with a core (TuneConfig)"
+    )
+    grace_period: PositiveInt = Field(
+        1, description="evaluations before a trial may be stopped (ASHAScheduler)"
+    )
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+        3, description="the best 1 in this many trials survives a rung (ASHAScheduler)"
+    )
+    brackets: PositiveInt = Field(
+        1, description="groups of trials, each with a later first rung (ASHAScheduler)"
+    )
+
+    @model_validator(mode="after")
+    def _optuna_has_no_grid(self) -> TuneConfig:
+        if self.search_alg == "optuna" and any("grid" in entry for entry in self.space):
+            raise ValueError("tune.search_alg=optuna draws; write choice for grid in tune.space")
+        return self

@@ -1,0 +1,283 @@
+"""The config's sections of what is done with a trained model: generate, evaluate, serve.
+
+Joined into one tree in `gptray.config`, from where everybody imports them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gptray.config.limits import within
+from gptray.config.sections import (
+    Backend,
+    NonEmpty,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Precision,
+    Section,
+)
+from gptray.config.suggest import did_you_mean, nearest
+
+_HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:]+\]")
+# The sample section's keys that hold for all rows of a batch job.
+_JOB_WIDE = ("prompt", "parse_special")
+
+
+class SampleConfig(Section):
+    """How text is continued; names and meaning are Hugging Face's GenerationConfig."""
+
+    prompt: str | list[str] | None = Field(
+        None, description="prompts of the samples; null: the first words of validation text"
+    )
+    max_new_tokens: Annotated[int, within("max_new_tokens", low=1)] = Field(
+        64, description="most tokens to add; fewer if the model's context fills up"
+    )
+    min_new_tokens: Annotated[int, within("min_new_tokens")] = Field(
+        0, description="tokens to add before the text may end"
+    )
+    temperature: Annotated[float, within("temperature")] = Field(0.7, description="0: greedy")
+    top_k: Annotated[int, within("top_k")] | None = Field(
+        40, description="sample from the k likeliest; null: from all"
+    )
+    top_p: Annotated[float, within("top_p")] | None = Field(
+        None, description="sample from the likeliest that add up to this probability; null: off"
+    )
+    min_p: Annotated[float, within("min_p")] | None = Field(
+        None,
+        description="drop tokens less likely than this share of the likeliest one; null: off",
+    )
+    repetition_penalty: Annotated[float, within("repetition_penalty")] = Field(
+        1.0, description="divides the logits of tokens already seen; 1: off"
+    )
+    stop: NonEmpty | list[NonEmpty] | None = Field(
+        None, description="stop strings: each ends the output and is not part of it"
+    )
+    utf8: bool = Field(
+        True,
+        description="draw no token that would break a character, so that no output holds U+FFFD",
+    )
+    seed: Annotated[int, within("seed")] = Field(
+        0, description="seed of the sampler; each prompt and each row draws independently"
+    )
+    parse_special: bool = Field(
+        False,
+        description="read the end-of-text token's name in a prompt (<|endoftext|>) as that token; "
+        "false: as plain text",
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _some_prompt(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value == []:
+            raise ValueError("needs at least one prompt, or null")
+        return value
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> SampleConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"sample.min_new_tokens={self.min_new_tokens} must not be above "
+                f"sample.max_new_tokens={self.max_new_tokens}"
+            )
+        return self
+
+
+# What a row of a batch job may set for itself, by a column of that name.
+ROW_SETTINGS = tuple(name for name in SampleConfig.model_fields if name not in _JOB_WIDE)
+
+
+class QuantizeConfig(Section):
+    weights: Literal["none", "int8"] = Field(
+        "none",
+        description="weights of the model that generates; int8: faster with large models, "
+        "slightly less exact, on CPUs",
+    )
+
+
+class GenerateConfig(Section):
+    model: str | None = Field(
+        None,
+        description="model to generate with: a run by name or folder, a model folder or a hub id; "
+        "null: the run called name, else the newest in storage_path",
+    )
+    input_path: str | list[str] | None = Field(
+        None,
+        description="prompts: files, folders or globs of .parquet .jsonl .ndjson .json .csv .tsv "
+        ".txt (one a line), or an OpenAI batch file (.jsonl)",
+    )
+    output_path: str | None = Field(
+        None,
+        description="folder for the Parquet files, which pandas and pyarrow open as one table; on "
+        "a cluster a folder that every node sees",
+    )
+    prompt_column: str = Field("prompt", description="column that holds the prompts")
+    id_column: str | None = Field(
+        None, description="column that identifies each row; null: id if there is one, else position"
+    )
+    num_samples: PositiveInt = Field(
+        1,
+        description="outputs for each prompt; above 1 the column sample numbers them from 0",
+    )
+    settings_from_columns: bool | list[str] = Field(
+        True,
+        description="columns that hold sampling settings of their row, such as temperature or "
+        "seed; true: all with such a name, false: none, or a list of names",
+    )
+    prefix: NonEmpty | None = Field(
+        None,
+        description="put before the name of an input column that clashes with one of the job's "
+        "own, such as output; null: refuse the input",
+    )
+    num_workers: PositiveInt = Field(1, description="engines, each with its share of the cluster")
+    max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
+    rows_per_file: PositiveInt = Field(
+        256, description="input rows of one Parquet file; a killed job repeats unfinished files"
+    )
+    precision: Precision = "auto"
+    backend: Backend = Field(
+        "auto",
+        description="native: the project's own code for CPUs with AVX-512, twice as fast, built "
+        "once by a C++ compiler in some seconds; auto: native where available, CUDA graphs and "
+        "Triton on GPUs, else plain PyTorch",
+    )
+
+    @field_validator("settings_from_columns")
+    @classmethod
+    def _known_settings(cls, value: bool | list[str]) -> bool | list[str]:
+        for name in value if isinstance(value, list) else []:
+            if name not in ROW_SETTINGS:
+                near = nearest(name, ROW_SETTINGS)
+                raise ValueError(
+                    f"{name} is not a setting of a row{did_you_mean([near] if near else [])} "
+                    f"(settings: {' '.join(ROW_SETTINGS)})"
+                )
+        return value
+
+
+class EvaluateConfig(Section):
+    model: str | None = Field(
+        None,
+        description="model to evaluate: a run by name or folder, a model folder or a hub id; "
+        "null: this run's own model/",
+    )
+    source: str | list[str] | None = Field(
+        None,
+        description="text to score as a whole instead of the splits, in any form of data.source; "
+        "its loss is test_loss",
+    )
+    stride: PositiveInt | None = Field(
+        None,
+        description="tokens from one window to the next; a smaller stride gives more context from "
+        "the window before, slower and fairer; null: train.block_size, no overlap",
+    )
+    micro_batch_size: PositiveInt = Field(
+        16,
+        description="windows per forward pass of one worker; on GPUs may change the rounding, "
+        "else nothing",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 on GPUs that compute in it, else fp32"
+    )
+    train_tokens: PositiveInt = Field(
+        100_000, description="tokens of the training split to score, spread evenly over it"
+    )
+    passages: Annotated[int, Field(ge=0)] = Field(
+        64, description="passages to continue, for BLEU and memorisation; 0: none"
+    )
+    bleu_tokenize: Literal["auto", "13a", "char", "ko-mecab", "intl", "flores200"] = Field(
+        "auto",
+        description="what BLEU counts, by sacrebleu's names; auto: char for text that is mostly "
+        "Korean, Chinese, Japanese or the like, else 13a",
+    )
+
+
+class ServeConfig(Section):
+    """The HTTP endpoint: what it serves, where, and what a client may ask for."""
+
+    model: str | None = Field(
+        None,
+        description="model to serve: a run by name or folder, a model folder or a hub id; "
+        "null: the run called name, else the newest in storage_path",
+    )
+    served_model_name: NonEmpty | None = Field(
+        None, description="what clients call the model; null: the name of its run or folder"
+    )
+    host: NonEmpty = Field(
+        "127.0.0.1", description="address to listen on; 0.0.0.0: all of the machine's"
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
+    api_key_file: str | None = Field(
+        None,
+        description="file of keys, one per line, of which clients must send one (Authorization: "
+        "Bearer); null: no key needed",
+    )
+    allowed_hosts: str | list[str] | None = Field(
+        None,
+        description="Host names accepted besides the machine's own, such as api.example.com or "
+        "*.example.com; *: any; null: none, or any if host is 0.0.0.0 or ::",
+    )
+    allowed_origins: str | list[str] | None = Field(
+        None,
+        description="web pages that may call from a browser, such as https://example.com; *: any "
+        "(CORS)",
+    )
+    num_replicas: PositiveInt = Field(
+        1, description="engines, each with its share of the cluster (Ray Serve)"
+    )
+    max_replicas: PositiveInt | None = Field(
+        None, description="replicas to grow to under load; null: always num_replicas"
+    )
+    max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
+    max_waiting: PositiveInt = Field(
+        128, description="sequences that may wait for an engine; beyond that the answer is 429"
+    )
+    max_body_bytes: PositiveInt = Field(1 << 20, description="longest body of a request")
+    max_prompts: PositiveInt = Field(
+        64, description="prompts of one request in the engine or its queue at a time; others follow"
+    )
+    max_n: PositiveInt = Field(16, description="outputs for one prompt")
+    max_outputs: PositiveInt = Field(
+        2048, description="outputs for one request, all prompts together"
+    )
+    max_output_tokens: PositiveInt | None = Field(
+        None,
+        description="most tokens for one output, whatever max_tokens asks for; null: as many as "
+        "the model's context holds",
+    )
+    max_stop: PositiveInt = Field(16, description="stop strings of one request")
+    max_logprobs: Annotated[int, Field(ge=0)] = Field(
+        20, description="most log-probabilities to return at each position"
+    )
+    body_timeout_s: Positive = Field(
+        20.0, description="seconds within which the body of a request must arrive"
+    )
+    request_timeout_s: Positive = Field(
+        300.0, description="seconds that one request may take, including its wait"
+    )
+    drain_timeout_s: NonNegative = Field(
+        30.0, description="seconds for running requests to finish when the server stops"
+    )
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, given: str | list[str] | None) -> str | list[str] | None:
+        for name in [given] if isinstance(given, str) else given or []:
+            if not _HOST_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} must be a name without scheme, port or path, such as "
+                    "api.example.com, *.example.com or *"
+                )
+        return given
+
+    @model_validator(mode="after")
+    def _replicas_grow(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"serve.max_replicas={self.max_replicas} must not be below "
+                f"serve.num_replicas={self.num_replicas}"
+            )
+        return self

@@ -1,0 +1,159 @@
+"""YAML as configs use it: the core rules of YAML 1.2, with the line of every value.
+
+3e-4 is a number, 90:10 and off are text, a tag, an anchor or a second document is an error.
+What the values mean, and which keys there are, is left to `gptray.config.reader`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 16
+
+_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+CORE_SCALARS = {
+    "null": (r"null|Null|NULL|~|", "~nN"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]{1,99}|0o[0-7]{1,99}|0x[0-9a-fA-F]{1,99}", "-+0123456789"),
+    "float": (
+        rf"{_NUMBER}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+
+
+class YamlError(ValueError):
+    """Text that is not YAML as configs use it, and the line (from 1) where that shows."""
+
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.line = line
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes only; values are made by `scalar_value`."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise YamlError("anchors (&) and aliases (*) are not used here; quote the text", line)
+        if getattr(event, "tag", None) is not None:
+            raise YamlError(f"tags are not used here: {event.tag}; quote the text", line)
+        if self.depth > MAX_DEPTH:
+            raise YamlError("nested too deeply", line)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+for _kind, (_pattern, _first) in CORE_SCALARS.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}",
+        re.compile(rf"^(?:{_pattern})$"),
+        [*_first, ""] if _kind == "null" else list(_first),
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text with line breaks or control characters in double quotes, where it survives."""
+
+
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """Return plain values as YAML in their order."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+def read_written(path: Path) -> Any:
+    """Read a file of `write_yaml` by libyaml: fast, but without the line numbers of keys.
+
+    Raises yaml.YAMLError, ValueError, OSError.
+    """
+    loader = yaml.CSafeLoader(path.read_bytes())
+    return loader.get_single_data()
+
+
+def read_node(path: Path) -> yaml.Node | None:
+    """Return the root node of a YAML file, None if the file is empty; raise YamlError, OSError."""
+    with path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise YamlError(f"too large for a config (at most {MAX_BYTES} bytes)", 1)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise YamlError("not UTF-8 text", line) from None
+    return parse_node(text)
+
+
+def parse_node(text: str) -> yaml.Node | None:
+    """Return the root node of the text, None if it is empty; raise YamlError."""
+    try:
+        loader = _Loader(text)
+        return loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlError(f"control character #x{ord(text[error.position]):02x}", line) from None
+    except yaml.MarkedYAMLError as error:
+        raise _explained(error) from None
+
+
+def scalar_value(node: yaml.ScalarNode) -> None | bool | int | float | str:
+    """Return what a scalar stands for: quoted is text, plain follows YAML 1.2's core rules."""
+    text: str = node.value
+    kind = node.tag.rpartition(":")[2]
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    if kind == "float":
+        return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
+    return text
+
+
+def plain_number(text: str) -> float:
+    """The number in a text by YAML's rules: no 1_0 and no digits of other scripts.
+
+    Raises ValueError.
+    """
+    text = text.strip()
+    if not re.fullmatch(_NUMBER, text):
+        raise ValueError(f"not a number: {text!r}")
+    return float(text)
+
+
+def _explained(error: yaml.MarkedYAMLError) -> YamlError:
+    """Say in one line what PyYAML found."""
+    mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
+    problem = str(error.problem)
+    if "'\\t'" in problem:
+        return YamlError("a tab character; indent with spaces", line)
+    if "but found another document" in problem:
+        return YamlError("a second document (---); a config is one", line)
+    if "mapping values are not allowed" in problem:
+        return YamlError("a second ': ' here, or wrong indentation; quote text with ': '", line)
+    context = f" ({error.context})" if error.context else ""
+    return YamlError(f"not valid YAML: {problem}{context}", line)

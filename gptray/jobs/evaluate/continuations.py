@@ -1,0 +1,220 @@
+"""What the model writes, measured: actors continue passages, sacrebleu and n-grams judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from gptray.data.tokens import TokenData, TokenSplit
+from gptray.evaluation import recitation, texts
+from gptray.evaluation.bleu import compares, pick_bleu
+from gptray.evaluation.recitation import LENGTHS, PROMPT_TOKENS, RECITED_TOKENS
+from gptray.evaluation.result import Sample, TextMeasures, TextScore, TextScores
+from gptray.evaluation.texts import LEAST_TOKENS, PASSAGE_TOKENS, Passage
+from gptray.generation.settings import Sampling
+from gptray.jobs.evaluate.check import Subject
+from gptray.jobs.evaluate.worker import Continuation, Scorers, Task
+
+# Prompts of one task.
+TASK_PROMPTS = 16
+# Tokens of the training split that one task looks through.
+TASK_READ_TOKENS = 1 << 23
+# Passages that are kept to be read.
+SHOWN = 8
+
+
+def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMeasures:
+    """Everything that is measured of generated text; None where there is no passage to continue."""
+    held_out = data.test or data.val
+    length = min(PASSAGE_TOKENS, subject.block_size)
+    passages = _passages(subject, data, held_out, length)
+    lengths = [len(passage.reference) for passage in passages]
+    sampling = Sampling.of(subject.config.sample, min_new_tokens=0, stop=())
+    likeliest = Sampling(temperature=0.0, utf8=sampling.utf8)
+    greedy = _continued(scorers, "writing", passages, lengths, likeliest)
+    sampled = _continued(scorers, "sampling", passages, lengths, sampling)
+    real = [data.tokenizer.decode(passage.reference) for passage in passages]
+    tokenize = pick_bleu(subject.config.evaluate.bleu_tokenize, real)
+    memorised = _memorised(subject, data, scorers)
+    how = _how(subject, passages, sampling, tokenize)
+    for name, reason in _not_measured(subject, passages, memorised).items():
+        how[name] = f"not measured: {reason}"
+    return {
+        "bleu": _scores(partial(texts.bleu, tokenize=tokenize), greedy, sampled, real),
+        "chrf": _scores(texts.chrf, greedy, sampled, real),
+        "distinct_1": texts.distinct([one.text for one in sampled], 1),
+        "distinct_2": texts.distinct([one.text for one in sampled], 2),
+        "repetition": texts.repetition([one.tokens for one in sampled]),
+        "memorised_20": memorised.shares[0],
+        "memorised_50": memorised.shares[1],
+        "samples": _samples(data, passages, greedy, sampled, real),
+        "how": how,
+    }
+
+
+def _passages(
+    subject: Subject, data: TokenData, split: TokenSplit, length: int, *, room: int = 0
+) -> list[Passage]:
+    return texts.cut_passages(
+        split,
+        data.tokenizer.decode,
+        eos_id=data.eos_id,
+        count=subject.config.evaluate.passages,
+        length=length,
+        room=room,
+    )
+
+
+def _continued(
+    scorers: Scorers, doing: str, passages: list[Passage], lengths: list[int], sampling: Sampling
+) -> list[Continuation]:
+    """A continuation of each passage's prompt, by so many tokens."""
+    tasks = []
+    for first in range(0, len(passages), TASK_PROMPTS):
+        part = slice(first, first + TASK_PROMPTS)
+        prompts = [passage.prompt for passage in passages[part]]
+        arguments = (prompts, lengths[part], sampling, first)
+        tasks.append(Task("write", arguments, sum(lengths[part])))
+    return [one for written in scorers.run(doing, tasks) for one in written]
+
+
+def _scores(
+    score: Callable[[Sequence[str], Sequence[str]], TextScore],
+    greedy: list[Continuation],
+    sampled: list[Continuation],
+    real: list[str],
+) -> TextScores | None:
+    if not real:
+        return None
+    return {
+        "greedy": score([one.text for one in greedy], real),
+        "sampled": score([one.text for one in sampled], real),
+    }
+
+
+class _Recited(NamedTuple):
+    """Shares of the generated n-grams that occur in the training split, for each of LENGTHS.
+
+    why: the reason for the shares that are None.
+    """
+
+    shares: list[float | None]
+    why: str = ""
+
+
+def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
+    nothing: list[float | None] = [None for _ in LENGTHS]
+    if "train" not in data.splits:
+        return _Recited(nothing, "the scored text has no training split")
+    length = min(2 * PROMPT_TOKENS, subject.block_size // 2)
+    passages = _passages(subject, data, data.train, length, room=RECITED_TOKENS)
+    if not passages:
+        return _Recited(nothing, _no_passage(subject, "training"))
+    lengths = [RECITED_TOKENS] * len(passages)
+    # What the network itself would say next, broken characters and all.
+    likeliest = Sampling(temperature=0.0, utf8=False)
+    written = _continued(scorers, "reciting", passages, lengths, likeliest)
+    grams = [
+        np.concatenate(
+            [recitation.ngram_hashes(np.array(one.tokens, np.int64), n) for one in written]
+        )
+        for n in LENGTHS
+    ]
+    wanted = [np.unique(hashes) for hashes in grams]
+    why = "every continuation ended before that many tokens"
+    if not any(len(hashes) for hashes in wanted):
+        return _Recited(nothing, why)
+    tasks = [
+        Task("find", (start, stop, wanted), stop - start)
+        for start in range(0, len(data.train), TASK_READ_TOKENS)
+        for stop in [min(start + TASK_READ_TOKENS, len(data.train))]
+    ]
+    found = [
+        np.logical_or.reduce(seen) for seen in zip(*scorers.run("looking", tasks), strict=True)
+    ]
+    shares = [
+        float(np.isin(all_of_them, hashes[seen]).mean()) if len(all_of_them) else None
+        for all_of_them, hashes, seen in zip(grams, wanted, found, strict=True)
+    ]
+    return _Recited(shares, why)
+
+
+def _short(subject: Subject, n: int) -> str:
+    """A caveat for a context shorter than the n-grams that are looked for."""
+    size = subject.block_size
+    return "" if size >= n else f"; the context is only {size} tokens: a low share says little"
+
+
+def _not_measured(subject: Subject, passages: list[Passage], memorised: _Recited) -> dict[str, str]:
+    """The reasons for missing numbers, by name."""
+    reasons = {
+        f"memorised_{n}": memorised.why
+        for n, share in zip(LENGTHS, memorised.shares, strict=True)
+        if share is None
+    }
+    if not passages:
+        why = _no_passage(subject, "held-out")
+        reasons |= dict.fromkeys(("chrf", "bleu", "distinct_1", "distinct_2", "repetition"), why)
+    return reasons
+
+
+def _no_passage(subject: Subject, kind: str) -> str:
+    if not subject.config.evaluate.passages:
+        return "evaluate.passages is 0"
+    length = min(LEAST_TOKENS, subject.block_size)
+    return f"no document of the {kind} text has {length} tokens in a row"
+
+
+def _samples(
+    data: TokenData,
+    passages: list[Passage],
+    greedy: list[Continuation],
+    sampled: list[Continuation],
+    real: list[str],
+) -> list[Sample]:
+    rows = zip(passages, real, greedy, sampled, strict=True)
+    return [
+        {
+            "prompt": data.tokenizer.decode(passage.prompt),
+            "reference": reference,
+            "greedy": likeliest.text,
+            "sampled": drawn.text,
+        }
+        for passage, reference, likeliest, drawn in list(rows)[:: max(1, len(real) // SHOWN)][
+            :SHOWN
+        ]
+    ]
+
+
+def _how(
+    subject: Subject, passages: list[Passage], sampling: Sampling, tokenize: str
+) -> dict[str, str]:
+    """In words, how each number about texts was computed."""
+    of_real = (
+        f"{len(passages)} held-out passages of up to {PASSAGE_TOKENS} tokens: the first half is "
+        "the prompt, the continuation is compared with the real second half"
+    )
+    drawn = (
+        f"sampled with temperature={sampling.temperature:g} top_k={sampling.top_k} "
+        f"top_p={sampling.top_p} seed={sampling.seed}"
+    )
+    recited = (
+        "share of the {n}-grams of tokens in greedy continuations of training passages "
+        f"({RECITED_TOKENS} tokens each, from prompts of at most {PROMPT_TOKENS}) that occur in "
+        "the training split"
+    )
+    return {
+        "chrf": "sacrebleu's corpus chrF2, which says more than BLEU about texts this short; "
+        f"{of_real}; {drawn}",
+        "bleu": f"sacrebleu's corpus BLEU; {of_real}; {drawn}",
+        "bleu_compares": compares(tokenize),
+        "distinct_1": f"distinct words / all words of the continuations, {drawn}",
+        "distinct_2": f"distinct pairs of words / all pairs of the continuations, {drawn}",
+        "repetition": "mean share of a continuation's 4-grams of tokens that occurred in it "
+        f"before, {drawn}",
+        **{f"memorised_{n}": recited.format(n=n) + _short(subject, n) for n in LENGTHS},
+        "samples": f"some of the {of_real}",
+    }

@@ -1,0 +1,306 @@
+"""The folder of a generate job: what it is to hold, what it holds already, when it is whole."""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from gptray.config import Config, RunFailed, UserError
+from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
+from gptray.data.prompts import InputScan, check_input, scan, staged
+from gptray.data.sources import SourceFile, find_files
+from gptray.files import absolute, no_empty_folders, storing
+from gptray.generation.build import library, pick_backend
+from gptray.jobs.generate.output_plan import (
+    MANIFEST,
+    PLAN,
+    SUCCESS,
+    busy,
+    check_place,
+    existing_plan,
+    job_identity,
+    new_plan,
+    overlap,
+    refuse_differences,
+    write_json,
+)
+from gptray.jobs.models import find_model
+from gptray.jobs.run_folder import held
+
+log = logging.getLogger("gptray")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A generate job that has been looked at: everything in it exists, its backend is picked."""
+
+    config: Config
+    model_dir: Path
+    model_name: str
+    files: tuple[SourceFile, ...]
+    folder: Path
+
+
+def check_job(config: Config) -> Job:
+    """Look at model, input and output without torch or Ray.
+
+    Raises UserError with all that is wrong, one line each.
+    """
+    settings, problems = config.generate, []
+    files: list[SourceFile] = []
+    model_dir, name = Path(), ""
+    try:
+        model_dir, name = find_model(config, config.generate.model, key="generate.model")
+    except UserError as error:
+        problems.append(str(error))
+    if settings.input_path is None:
+        problems.append(
+            "generate.input_path is not set: name a file of prompts, or give sample.prompt=... to "
+            "see the answer here"
+        )
+    else:
+        try:
+            files = find_files(
+                settings.input_path, key="generate.input_path", encoding=config.data.encoding
+            )
+            check_input(files, settings)
+        except UserError as error:
+            problems.append(str(error))
+    if settings.output_path is None:
+        problems.append("generate.output_path is not set: name a folder for the Parquet files")
+    elif "://" in settings.output_path:
+        problems.append(
+            f"generate.output_path={settings.output_path}: must be a folder; on a cluster one "
+            "that every node sees"
+        )
+    try:
+        config = with_backend(config)
+    except UserError as error:
+        problems.append(str(error))
+    folder = absolute(settings.output_path or "", key="generate.output_path")
+    given = settings.input_path or []
+    if settings.output_path and "://" not in settings.output_path:
+        problem = overlap(folder, [given] if isinstance(given, str) else given, files)
+        problems += [f"generate.output_path: {problem}"] if problem else []
+    if problems:
+        raise UserError("\n".join(problems))
+    return Job(config, model_dir, name, tuple(files), folder)
+
+
+def with_backend(config: Config) -> Config:
+    """The config with the backend that `auto` means here, for all engines of the job.
+
+    On GPUs `auto` stays: whether an engine can record CUDA graphs shows where it runs. Raises
+    UserError if the backend that is asked for is not available.
+    """
+    if config.compute.use_gpu and config.generate.backend == "auto":
+        return config
+    backend = pick_backend(config.generate.backend, use_gpu=config.compute.use_gpu)
+    settings = config.generate.model_copy(update={"backend": backend})
+    return config.model_copy(update={"generate": settings})
+
+
+def with_built_backend(asked: Config, picked: Config) -> Config:
+    """Build the library of the backend that `with_backend` picked; fall back from auto to PyTorch.
+
+    Raises RunFailed if generate.backend=native was asked for and cannot be built.
+    """
+    if picked.generate.backend != "native":
+        return picked
+    try:
+        library()
+    except RunFailed as error:
+        if asked.generate.backend == "native":
+            raise
+        log.warning("generate.backend: PyTorch, since %s", error)
+        settings = picked.generate.model_copy(update={"backend": "torch"})
+        return picked.model_copy(update={"generate": settings})
+    return picked
+
+
+class Output:
+    """The opened folder of a job; nobody else writes there meanwhile."""
+
+    def __init__(self, job: Job, plan: dict[str, Any]) -> None:
+        self.job, self.folder = job, job.folder
+        self.rows: int = plan["rows"]
+        self.samples: int = plan["num_samples"]
+        self.rows_per_file: int = plan["rows_per_file"] * self.samples
+        self._plan = plan
+        self._sha256: dict[str, str] = {}  # of the parts that were there at the start
+
+    @classmethod
+    @contextmanager
+    def opened(cls, job: Job) -> Iterator[Output]:
+        """Make the folder, or resume in it.
+
+        Raises UserError if it belongs to something else, or to a job with other settings, and for
+        input that cannot be read; RunFailed without room.
+        """
+        plan, identity = _plan_there(job)
+        found = None
+        if plan is None:
+            # All of the input is looked at before anything is made.
+            found = _scan(job)
+            plan = new_plan(identity, job.model_name, found.rows)
+        with _scratch(job.folder, is_new=found is not None):
+            if found and (there := existing_plan(job.folder)):
+                # Another job has started here since the check above.
+                refuse_differences(job.folder, there["identity"], identity)
+                plan = there
+            output = cls(job, plan)
+            for partial in job.folder.glob(".part-*.partial"):
+                partial.unlink()
+            missing = output.missing_parts()
+            output._check_parts()
+            if missing:
+                (job.folder / SUCCESS).unlink(missing_ok=True)
+            if found or not all(map(output._is_staged, missing)):
+                output._stage(found or _scan(job))
+            yield output
+
+    @property
+    def parts(self) -> int:
+        """Files of the output; without a row one, which has the columns."""
+        return max(1, -(-self.rows // self.rows_per_file))
+
+    def rows_of(self, part: int) -> int:
+        return min(self.rows_per_file, self.rows - part * self.rows_per_file)
+
+    def staged(self, part: int) -> Path:
+        """The staged input of a part; not .parquet: some readers search hidden folders too."""
+        return self.folder / SCRATCH / Path(part_name(part)).with_suffix(".staged")
+
+    def missing_parts(self) -> list[int]:
+        """Parts without their output file. A file is there only when it is whole."""
+        return [n for n in range(self.parts) if not (self.folder / part_name(n)).is_file()]
+
+    def _check_parts(self) -> None:
+        """Raise UserError for a file that is not the job's, RunFailed for a damaged one."""
+        own = {part_name(number) for number in range(self.parts)}
+        for path in sorted(self.folder.glob("part-*.parquet")):
+            if path.name not in own or not path.is_file():
+                raise UserError(
+                    f"generate.output_path: {path} was not written by this job, but readers of the "
+                    "folder would read it too; remove it, or choose another folder"
+                )
+            self._sha256[path.name] = part_sha256(path)
+
+    def _is_staged(self, part: int) -> bool:
+        """Whether the staged input of a part is there and intact."""
+        try:
+            part_sha256(self.staged(part))
+        except RunFailed:
+            return False
+        return True
+
+    def metadata(self) -> dict[str, str]:
+        """For the files' own metadata: the settings, and a fingerprint of the whole job."""
+        text = json.dumps(self._plan["identity"], ensure_ascii=False)
+        return {"gptray.settings": text, "gptray.fingerprint": self._plan["fingerprint"]}
+
+    def _stage(self, found: InputScan) -> None:
+        """Write the input in parts that engines can open; plan.json comes last."""
+        from gptray.jobs.generate.openai_batch import read_request
+
+        rows = self._plan["rows_per_file"]
+        for part, table in enumerate(staged(self.job.files, found, rows, read_request)):
+            write_part(table, self.staged(part))
+        write_json(self.folder / SCRATCH / PLAN, self._plan)
+
+    def finish(self) -> dict[str, Any]:
+        """Check the files, write the manifest and _SUCCESS, drop the scratch; return the counts."""
+        reasons: collections.Counter[str] = collections.Counter()
+        tokens = rows = 0
+        files = {}
+        for part in range(self.parts):
+            path = self.folder / part_name(part)
+            digest = self._sha256.get(path.name) or part_sha256(path)
+            table = _counts(path)
+            if table.num_rows != self.rows_of(part):
+                raise RunFailed(f"{path} has {table.num_rows} rows, not {self.rows_of(part)}")
+            reasons.update(table["finish_reason"].to_pylist())
+            tokens += sum(table["output_tokens"].to_pylist())
+            rows += table.num_rows
+            size = path.stat().st_size
+            files[path.name] = {"rows": table.num_rows, "size": size, "sha256": digest}
+        summary = {
+            "output_path": str(self.folder),
+            "rows": rows,
+            "errors": reasons["error"],
+            "output_tokens": tokens,
+            "finish_reasons": dict(sorted(reasons.items())),
+        }
+        success = self.folder / SUCCESS
+        if not (success.is_file() and (self.folder / MANIFEST).is_file()):
+            write_json(self.folder / MANIFEST, {**self._plan, **summary, "files": files})
+            with storing(success):
+                success.touch()
+        for path in (self.folder / SCRATCH).glob("part-*"):
+            path.unlink()
+        return summary
+
+
+@contextmanager
+def _scratch(folder: Path, *, is_new: bool) -> Iterator[None]:
+    """Lock the hidden folder of an output; if a mistake ends a new output, remove the folder."""
+    scratch = folder / SCRATCH
+    with no_empty_folders(scratch):
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"generate.output_path: {folder} cannot be written: {error}") from None
+        with held(scratch, busy=busy(folder)):
+            try:
+                yield
+            except UserError:
+                if is_new:
+                    for path in scratch.iterdir():
+                        path.unlink()
+                raise
+
+
+def check_output(job: Job) -> InputScan:
+    """Every check that `Output.opened` makes, and a look at all rows; writes nothing.
+
+    Raises UserError.
+    """
+    _plan_there(job)
+    return _scan(job)
+
+
+def _plan_there(job: Job) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The plan in the folder, if there is one of the same job, and the job's identity."""
+    plan = existing_plan(job.folder)
+    check_place(job.folder)
+    identity = job_identity(job.config, job.model_dir, job.files)
+    if plan is not None:
+        refuse_differences(job.folder, plan["identity"], identity)
+    return plan, identity
+
+
+def _scan(job: Job) -> InputScan:
+    """Look at all of the input, and tell what is odd. Raises UserError for what is wrong."""
+    found = scan(job.files, job.config.generate)
+    for note in found.columns.notes:
+        log.warning("generate.input_path: %s", note)
+    return found
+
+
+def _counts(path: Path) -> pa.Table:
+    """The columns of an output file that the summary counts. Raises RunFailed if it is damaged."""
+    try:
+        return parquet.ParquetFile(path).read(columns=["finish_reason", "output_tokens"])
+    except (pa.ArrowException, OSError) as error:
+        raise RunFailed(
+            f"{path} is damaged: {error}; delete it and run the same command again"
+        ) from None

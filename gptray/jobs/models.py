@@ -1,0 +1,208 @@
+"""Trained models as jobs find them: in a run, a folder, on the hub. Neither torch nor Ray here."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shlex
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from gptray.commands import typed
+from gptray.config import Config, UserError
+from gptray.config.suggest import did_you_mean, nearest
+from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
+from gptray.files import expanded, sha256_of
+from gptray.hub import NotOnHub
+from gptray.model.header import check_weights
+from gptray.model.shape import model_folder, read_shape, weight_files
+from gptray.tuning.record import TRIALS
+
+log = logging.getLogger("gptray")
+CONFIG = "config.yaml"
+TOKENIZER = "data.tokenizer"
+
+
+def open_model(source: str | Path, *, key: str) -> Path:
+    """The folder with the model and its tokenizer that the config's `key` names.
+
+    Raises UserError, which begins with the key, if it is not a model that can read text; NotOnHub
+    if it is neither a folder nor on the hub.
+    """
+    try:
+        folder = model_folder(source)
+        check_weights(folder, read_shape(folder))
+    except NotOnHub:
+        raise
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    if not tokenizer_files(folder):
+        raise UserError(f"{key}: {folder} holds no tokenizer (tokenizer.json)")
+    return folder
+
+
+def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, str]:
+    """The folder of the model that the config's `key` means by `source`, and what to call it.
+
+    None: the run `name` in `storage_path`, or without a name the newest run there.
+    Raises UserError.
+    """
+    place = locate(config, source, key=key) if source else str(own_run(config, key=key))
+    try:
+        return open_model(place, key=key), place
+    except NotOnHub as error:
+        raise unknown(config, place, error.reason, key=key) from None
+
+
+def locate(config: Config, source: str, *, key: str) -> str:
+    """The model that the config's `key` means by `source`: the folder of a run, or `source` itself.
+
+    A bare word is the folder of that name here, if it holds what the key takes (a model; for
+    data.tokenizer, a tokenizer); else the run or sweep of that name in `storage_path`; else a hub
+    id. Raises UserError for a run that has no model yet, and for the home of an unknown user.
+    """
+    if _is_path(source):
+        expanded(source, key=key)
+        return source
+    holds, what = (has_tokenizer, "tokenizer") if key == TOKENIZER else (has_model, "model")
+    here, run = Path(source), _run_named(config, source)
+    if not (run / CONFIG).is_file() and not has_model(run):
+        return source
+    if holds(here) and here.resolve() != run.resolve():
+        word = shlex.quote(f"{key}={run}")
+        _tell(f"{key}={source} is the folder {here.absolute()}; {word} is the run")
+        return source
+    if not has_model(run):
+        raise UserError(f"{key}={source}: the run {run} has no model yet; {_how_to_train(run)}")
+    if here.exists():
+        _tell(f"{key}={source} is the run {run}; the folder {here.absolute()} has no {what}")
+    return str(run)
+
+
+def own_run(config: Config, *, key: str) -> Path:
+    """The run called `name` in `storage_path`; without a name the newest one. Raises UserError."""
+    storage = storage_of(config)
+    if config.name is None:
+        newest = newest_run(storage)
+        if newest is None:
+            raise UserError(
+                f"{key} is not set and {storage} has no run with a model; name a run, a model "
+                "folder or a hub id"
+            )
+        return newest
+    run = storage / config.name
+    if has_model(run):
+        return run
+    if (run / CONFIG).is_file():
+        raise UserError(f"name={config.name}: {run} has no model yet; {_how_to_train(run)}")
+    what_to_do = _nearest_run(storage, config.name) or _how_to_list(storage)
+    raise UserError(f"name={config.name}: no such run in {storage}{what_to_do}")
+
+
+def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
+    """The error for a model that the config's `key` names and that is nowhere.
+
+    reason: what the hub or its cache answered, see `NotOnHub`.
+    """
+    place = "no such folder or file" if key == TOKENIZER else "no such folder"
+    storage = storage_of(config)
+    if _is_path(source):
+        path = source.rstrip(os.sep)
+        name = os.path.basename(path)
+        looked = [f"{place} here" if reason else place]
+        what_to_do = _nearest_run(expanded(path).parent, name, prefix=path.removesuffix(name))
+    elif has_model(run := _run_named(config, source)):  # else `locate` had found it
+        return UserError(
+            f"{key}={source}: a search space takes a run's folder, {run}, not its name"
+        )
+    else:
+        looked = [f"no such run in {storage}", f"{place} here"]
+        kinds = KINDS if key == TOKENIZER else ()
+        what_to_do = _nearest_run(storage, source, kinds) or _how_to_list(storage)
+    looked += [reason] if reason else []
+    *others, last = looked
+    told = f"{', '.join(others)} and {last}" if others else last
+    return UserError(f"{key}={source}: {told}{what_to_do}")
+
+
+def storage_of(config: Config) -> Path:
+    """The folder of all runs."""
+    return expanded(config.storage_path, key="storage_path").absolute()
+
+
+def _run_named(config: Config, name: str) -> Path:
+    """The folder that a run of this name has; names are stored composed, see `checked_name`."""
+    return storage_of(config) / unicodedata.normalize("NFC", name)
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a folder is a model, or a run with one."""
+    return any((place / "config.json").is_file() for place in (folder, folder / "model"))
+
+
+def _is_path(source: str) -> bool:
+    return os.sep in source or source.startswith(("~", "."))
+
+
+def _nearest_run(storage: Path, name: str, others: Sequence[str] = (), *, prefix: str = "") -> str:
+    """A suggestion of the run, or one of `others`, with the nearest name, if one is near."""
+    names = {one.lower(): one for one in (*_names_of_runs(storage), *others)}
+    close = nearest(unicodedata.normalize("NFC", name).lower(), names)
+    return did_you_mean([prefix + names[close]] if close else [])
+
+
+def _how_to_list(storage: Path) -> str:
+    """What lists the runs in a storage path, if there are any."""
+    if not _names_of_runs(storage):
+        return ""
+    place = [] if storage == storage_of(Config()) else [f"storage_path={storage}"]
+    return f"; {typed('runs', *place)} lists all runs"
+
+
+def _names_of_runs(storage: Path) -> list[str]:
+    return [config.parent.name for config in storage.glob(f"*/{CONFIG}")]
+
+
+def _how_to_train(run: Path) -> str:
+    job = "tune" if (run / TRIALS).is_file() else "train"
+    return f"{typed(job, '--config', str(run / CONFIG))} resumes it"
+
+
+@cache
+def _tell(message: str) -> None:
+    """Log a message once, though a job looks up its model several times."""
+    log.info("%s", message)
+
+
+def newest_run(storage: Path) -> Path | None:
+    """The run in a storage path whose model is the newest."""
+    models = storage.glob("*/model/config.json")
+    newest = max(models, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parents[1]
+
+
+def with_tokenizer(config: Config) -> Config:
+    """The config with `data.tokenizer`, if it names a run, replaced by that run's folder.
+
+    Raises UserError for a run that has no model yet.
+    """
+    named = config.data.tokenizer
+    if named is None or named in KINDS:
+        return config
+    data = config.data.model_copy(update={"tokenizer": locate(config, named, key=TOKENIZER)})
+    return config.model_copy(update={"data": data})
+
+
+def weights_sha256(model_dir: Path) -> str:
+    """Of the model's weights; of several files, of their digests in order."""
+    digests = []
+    for path in weight_files(model_dir):
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        digests.append(sha256_of(path))
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()

@@ -1,0 +1,86 @@
+"""What a job says at its end: its settings, and the commands that come next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptray.commands import typed
+from gptray.config import Config, differences
+from gptray.config.keys import shown
+from gptray.evaluation.commands import model_commands
+from gptray.jobs.models import has_model, storage_of
+from gptray.jobs.resuming import command
+from gptray.record import EVENTS, METRICS, read_rows
+from gptray.reports.run.diagnosis import diagnose
+from gptray.reports.run.sentence import sentence
+
+log = logging.getLogger("gptray")
+
+_DEFAULTS = Config()
+
+
+def tell(commands: Sequence[str], *, settings: Mapping[str, Any] | None = None) -> None:
+    """Log a run's settings in one line, and the commands that come next."""
+    if settings is not None:
+        log.info("settings: %s", settings_of(settings))
+    log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
+
+
+def tell_run(config: Config, folder: Path) -> None:
+    """Log a finished run's diagnosis, its settings, and the commands that come next."""
+    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    diagnosis = diagnose(rows, config, events)
+    log.info("%s", sentence(diagnosis, config))
+    uses = of_model(folder)
+    commands = [uses["generate"], uses["evaluate"]]
+    if diagnosis.verdict == "falling" and diagnosis.ended == "max_steps":
+        longer = f"train.max_steps={2 * diagnosis.last_step}"
+        commands = [command("train", config, folder, longer), uses["generate"]]
+    tell(commands, settings=differing(config))
+
+
+@contextmanager
+def resumable(
+    folder: Path, again: Callable[[], str], *, begun: Path, steps: int = 0
+) -> Iterator[None]:
+    """If the block is interrupted, log where its results are and the command that resumes it.
+
+    again: makes that command.
+    begun: what exists once there is something to resume.
+    steps: how many the run is to make.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Ray's SIGTERM handler exits
+        if begun.exists():
+            rows = read_rows(folder / METRICS)
+            at = f" after step {rows[-1]['step']:,} of {steps:,}" if rows else ""
+            log.info("stopped%s; results so far: %s\nresume:\n  %s", at, folder, again())
+        raise
+
+
+def of_model(folder: Path) -> dict[str, str]:
+    """The commands that use the model of a run, a sweep or a model folder, by job."""
+    return model_commands(folder, short_name(folder), typed)
+
+
+def short_name(folder: Path) -> str:
+    """A run as commands name it: by its name if that is enough to find it, else by its folder."""
+    is_enough = folder.parent == storage_of(_DEFAULTS) and not has_model(Path(folder.name))
+    return folder.name if is_enough else str(folder)
+
+
+def settings_of(values: Mapping[str, Any]) -> str:
+    """Keys and values in one line."""
+    words = (f"{key}={shown(value).strip(chr(39))}" for key, value in values.items())
+    return " ".join(words) or "the defaults"
+
+
+def differing(config: Config) -> dict[str, Any]:
+    """The keys that differ from the defaults, except where the run is kept."""
+    hidden = ("name", "storage_path", "tune.space")
+    return {key: value for key, value in differences(config).items() if key not in hidden}

@@ -1,0 +1,68 @@
+"""Where a run and its text lie, said so that a command works from any folder. No torch, no Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptray.config import Config, load_saved
+from gptray.data.sources import BUILTIN
+from gptray.data.tokenizer_files import KINDS
+from gptray.files import absolute, expanded
+from gptray.jobs.models import CONFIG, storage_of
+
+# Keys whose values are paths.
+SOURCES = ("data.source", "data.val_source", "data.test_source")
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The config with its text's and tokenizer's paths from the root on.
+
+    In a job that was submitted to a cluster they stay: its folder is a copy that goes away.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return config
+    data = config.data
+    changed: dict[str, Any] = {}
+    for key in SOURCES:
+        name = key.removeprefix("data.")
+        value = getattr(data, name)
+        if value is not None and (whole := _whole(value, key=key)) != value:
+            changed[name] = whole
+    tokenizer = data.tokenizer
+    if tokenizer and tokenizer not in KINDS and expanded(tokenizer).exists():
+        changed["tokenizer"] = _whole(tokenizer)
+    return config.model_copy(update={"data": data.model_copy(update=changed)})
+
+
+def is_same_place(before: Any, now: Any) -> bool:
+    """Whether two values of a key of paths may mean the same text or tokenizer.
+
+    A relative path is the same as one that ends with it: a folder may have been moved, and whether
+    the text is the one of before is checked by its tokens.
+    """
+    if isinstance(before, str) and isinstance(now, str):
+        ends = not os.path.isabs(now) and before.endswith(os.sep + os.path.normpath(now))
+        return ends or _whole(before) == _whole(now)
+    if isinstance(before, Sequence) and isinstance(now, Sequence) and len(before) == len(now):
+        return all(map(is_same_place, before, now))
+    return bool(before == now)
+
+
+def words_for(folder: Path) -> list[str]:
+    """What a command with a run's saved config needs besides, if the run has been moved."""
+    if not (folder / CONFIG).is_file():
+        return []
+    saved = load_saved(folder / CONFIG)
+    if saved.name and (storage_of(saved) / saved.name).resolve() == folder.resolve():
+        return []
+    return [f"name={folder.name}", f"storage_path={folder.parent}"]
+
+
+def _whole(source: str | list[str], *, key: str | None = None) -> str | list[str]:
+    if isinstance(source, str):
+        is_path = source != BUILTIN and "://" not in source
+        return str(absolute(source, key=key)) if is_path else source
+    return [one if "://" in one else str(absolute(one, key=key)) for one in source]

@@ -1,0 +1,87 @@
+"""Read all of a corpus once on Ray Data: what it holds, which split gets what, what looks odd."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from gptray.data.builtin import builtin_documents
+from gptray.data.corpus import Reading, plan_pieces
+from gptray.data.plan import ScannedText, SplitPlan, plan_split
+from gptray.data.request import Request
+from gptray.data.shares import marker_warning, separator_warning, share_warnings
+from gptray.data.sources import BUILTIN, Source, SourceFile
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.work import UnitScan, scan
+from gptray.files import storing
+from gptray.jobs.stream import stream
+
+logger = logging.getLogger(__name__)
+_NAMED_FILES = 5  # in messages
+
+
+def find_pieces(
+    request: Request, tokenizer: Tokenizer | None, folder: Path, *, piece_bytes: int
+) -> list[tuple[Source, ScannedText]]:
+    """The files of every source, and the units of work in them; nothing is scanned yet."""
+    cut_text = tokenizer is None or tokenizer.cuts_at_boundaries()
+    texts = []
+    for source, shares in request.sources:
+        reading = request.reading if source.files else Reading()
+        if not source.files:
+            source = replace(source, files=(_write_builtin(folder / f"{BUILTIN}.jsonl"),))
+        units = plan_pieces(source.files, reading, piece_bytes=piece_bytes, cut_text=cut_text)
+        texts.append((source, ScannedText(units, [], shares, source.key)))
+    return texts
+
+
+def scan_and_plan(
+    request: Request, texts: Sequence[tuple[Source, ScannedText]]
+) -> tuple[SplitPlan, list[UnitScan]]:
+    """Read everything once, and say where each document goes."""
+    units = [unit for _, text in texts for unit in text.units]
+    wants_alphabet = request.tokenizer == "char"
+    scans = stream(units, lambda _, unit: scan(unit, alphabet=wants_alphabet), doing="reading")
+    found = iter(unit.pieces for unit in scans)
+    scanned = [replace(text, scans=[next(found) for _ in text.units]) for _, text in texts]
+    encodings = {name: one for unit in scans for name, one in unit.encodings.items()}
+    for name, encoding in list(encodings.items())[:_NAMED_FILES]:
+        logger.info("%s is read as %s, by its byte order mark", name, encoding)
+    return plan_split(scanned, fraction=request.fraction, seed=request.seed), scans
+
+
+def text_warnings(
+    request: Request, plan: SplitPlan, scans: Sequence[UnitScan], splits: dict[str, Any]
+) -> list[str]:
+    """What is odd about the text and its split; logged, and kept for reports."""
+    (source, shares), *_ = request.sources
+    names = request.split_names
+    others = [entry["bytes"] for label, entry in enumerate(splits.values()) if label not in shares]
+    bytes_of = {names[label]: splits[names[label]]["bytes"] for label in shares}
+    # Training text beyond data.fraction belongs to the training split too.
+    rest = sum(size for name, size in bytes_of.items() if name != names[0])
+    bytes_of[names[0]] = plan.total_bytes - sum(others) - rest
+    files = [file for one, _ in request.sources for file in one.files]
+    splits_text = any(file.format == "txt" for file in files) and not request.reading.separator
+    pieces = chain.from_iterable(unit.pieces for unit in scans)
+    marked = marker_warning(pieces, splits_text=splits_text)
+    unsplit = separator_warning(request.reading.separator, chain.from_iterable(plan.units))
+    found = [warning for warning in (marked, unsplit) if warning]
+    found += share_warnings({names[label]: share for label, share in shares.items()}, bytes_of)
+    for warning in found:
+        logger.warning("%s", warning)
+    return [*request.warnings, *found]
+
+
+def _write_builtin(path: Path) -> SourceFile:
+    """Write the builtin documents where every task can read them like any other source."""
+    lines = (json.dumps({"text": text}) + "\n" for text in builtin_documents())
+    with storing(path):
+        path.write_text("".join(lines), "utf-8")
+    status = path.stat()
+    return SourceFile(str(path), status.st_size, status.st_mtime_ns)

@@ -1,0 +1,47 @@
+"""Keeps a report.html up to date while the run goes on, without ever endangering the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from gptray.config import RunFailed, UserError
+from gptray.files import storing
+
+log = logging.getLogger("gptray")
+
+
+def write_run_report(folder: Path, running: bool) -> Path:
+    """Write the report.html of a run."""
+    from gptray.reports.run.report import write_report
+
+    return write_report(folder, running=running)
+
+
+class Reporter:
+    """Writes the report of one folder; `path` is where the last one stands, None without one.
+
+    What goes wrong is told in a line, once for each message, and does not end the run.
+    """
+
+    def __init__(
+        self, folder: Path, write: Callable[[Path, bool], Path] = write_run_report
+    ) -> None:
+        self._folder, self._write = folder, write
+        self.path: str | None = None
+        self._told: set[str] = set()
+
+    def write(self, *, running: bool) -> None:
+        """Write the report, whatever state the run is in."""
+        try:
+            with storing(self._folder / "report.html"):
+                self.path = str(self._write(self._folder, running))
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            if isinstance(error, (RunFailed, UserError)):
+                message = str(error)
+            reason = message.partition(" (")[0]  # how much is free changes all the time
+            if reason not in self._told:
+                self._told.add(reason)
+                log.warning("the report of %s was not written: %s", self._folder, message)

@@ -1,0 +1,240 @@
+"""What may change in a run or a sweep that is there already, and what is kept of before.
+
+Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptray.commands import typed
+from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config
+from gptray.config.keys import shown
+from gptray.files import refuse_links, replacing, storing
+from gptray.jobs.models import CONFIG, TOKENIZER
+from gptray.jobs.places import SOURCES, is_same_place, with_whole_paths, words_for
+from gptray.jobs.run_folder import FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir
+from gptray.record import EVENTS, METRICS, read_rows
+from gptray.training.checkpoint import (
+    WRITER_LOCK,
+    TrainerState,
+    check_not_lost,
+    checkpoint_step,
+    find_checkpoints,
+)
+from gptray.tuning.record import TRIALS, samples_drawn
+
+log = logging.getLogger("gptray")
+
+# Keys by which a run is trained longer, or a sweep gets more trials, under the same name.
+LONGER = ("train.max_steps", "train.patience", "train.min_delta")
+MORE = ("tune.num_samples",)
+# Files and folders that jobs write to in place: through a link they would write elsewhere.
+_WRITTEN = (LOCK, WRITER_LOCK, METRICS, EVENTS, TRIALS, "model", "tensorboard", "trials")
+# Schedules of the learning rate that end at train.max_steps.
+_ENDING = ("linear", "cosine")
+
+
+def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
+    """Refuse to resume in a run's (or a sweep's) folder that another config made.
+
+    Returns a sentence for each key that has changed and may, see LONGER and MORE.
+
+    Raises:
+        UserError: names every key that differs, or says that the folder is something else's, or
+            that its checkpoints are gone.
+    """
+    folder, what = run_dir(config), "sweep" if sweep else "run"
+    refuse_links(folder, _WRITTEN, what=f"the {what}")
+    visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+    if not visible:
+        return []
+    if config.train.resume == "never":
+        raise UserError(
+            f"train.resume=never: the {what} {folder} exists; choose another name, or set "
+            "train.resume=auto to resume it"
+        )
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} exists and is not a {what} (no config.yaml); choose another name"
+        )
+    if (folder / (METRICS if sweep else TRIALS)).exists():
+        other = "run" if sweep else "sweep"
+        raise UserError(f"{folder} is a {other}, not a {what}; choose another name")
+    if not sweep:
+        check_not_lost(folder)
+    saved = load_config(str(folder / CONFIG), [])
+    before, now = flatten(saved), flatten(config)
+    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+    for key in {*SOURCES, TOKENIZER}.intersection(changed):
+        if is_same_place(*changed[key]):
+            del changed[key]
+    if "train.compile" in changed and compiles(saved) == compiles(config):
+        del changed["train.compile"]
+    free, extends = (SWEEP_FREE_KEYS, MORE) if sweep else (FREE_KEYS, LONGER)
+    differing = [
+        f"  {key}: {old!r} there, {new!r} now"
+        for key, (old, new) in changed.items()
+        if not key.startswith(free) and key not in extends
+    ]
+    if differing:
+        raise UserError(
+            f"the {what} {folder} was started with other settings:\n"
+            + "\n".join(differing)
+            + "\nResume it with its own settings, or choose another name"
+        )
+    return _more_trials(folder, config, before) if sweep else _longer(folder, config, changed)
+
+
+def compiles(config: Config) -> bool:
+    """Whether a run's training step is compiled."""
+    return config.train.compiles(on_gpu=config.compute.use_gpu)
+
+
+def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """A sentence for each key of LONGER that has changed. Raises UserError below what was run."""
+    sentences = []
+    steps = [checkpoint_step(one) or 0 for one in find_checkpoints(folder)]
+    step = max(steps, default=0)
+    for key in LONGER:
+        if key not in changed:
+            continue
+        old, new = changed[key]
+        verb = "changed"
+        if key == "train.max_steps":
+            if new < step:
+                raise UserError(
+                    f"train.max_steps={new}: the run {folder} has made {step:,} steps already; "
+                    f"give {step} or more, or choose another name"
+                )
+            verb = "raised" if new > old else "lowered"
+        text = f"{key} {verb} from {shown(old)} to {shown(new)}"
+        if key == "train.max_steps" and config.optim.schedule in _ENDING:
+            text += f": the schedule is planned anew from step {step}"
+        sentences.append(text)
+    return sentences
+
+
+def _more_trials(folder: Path, config: Config, before: Mapping[str, Any]) -> list[str]:
+    """A sentence where tune.num_samples was raised. Raises UserError where it was lowered."""
+    drawn = samples_drawn(folder)
+    old: int = drawn[-1] if drawn else before["tune.num_samples"]
+    new = config.tune.num_samples
+    if new < old:
+        raise UserError(
+            f"tune.num_samples={new}: the sweep {folder} has drawn {old} already; give {old} or "
+            "more, or choose another name"
+        )
+    if new == old:
+        return []
+    return [
+        f"tune.num_samples raised from {old} to {new}: trials there are stay, and the winner is "
+        "decided anew"
+    ]
+
+
+def check_free(folder: Path, *, busy: str | None = None) -> None:
+    """Refuse a folder that another driver holds, without holding it. Raises UserError as held."""
+    lock = folder / LOCK
+    if not lock.is_file():
+        return
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy or f"another process is training the run {folder}") from None
+
+
+def check_records(folder: Path, state: TrainerState | None, *, log_interval: int) -> None:
+    """Refuse a run whose records are damaged, since reports and results are made from them.
+
+    Lost rows on which only curves depend cause a warning.
+
+    Raises:
+        RunFailed: names the line, or the step whose row is lost.
+    """
+    read_rows(folder / EVENTS)
+    path, steps = folder / METRICS, [row["step"] for row in read_rows(folder / METRICS)]
+    for before, step in itertools.pairwise(steps):
+        if step <= before:
+            raise RunFailed(
+                f"{path} has the row of step {step} after that of step {before}; restore the file "
+                "from a copy, or delete the row"
+            )
+    if state is None:
+        return
+    for step in {state.step, state.progress.best_step or state.step} - {*steps}:
+        raise RunFailed(f"{path} has lost the row of step {step}; restore it from a copy")
+    lost = sorted({*range(log_interval, state.step, log_interval)} - {*steps})
+    if lost:
+        log.warning(
+            "%s has lost %s of its rows, such as that of step %s; they are missing from the curves",
+            path,
+            f"{len(lost):,}",
+            f"{lost[0]:,}",
+        )
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """Write config.yaml of a new run, or of one in which keys have changed; whole or not at all.
+
+    Paths are written whole, so that the run resumes from any folder. The config before is kept
+    beside it as config.1.yaml, config.2.yaml and so on.
+
+    Raises:
+        RunFailed: the disk is full or cannot be written.
+    """
+    path, text = folder / CONFIG, dump(with_whole_paths(config))
+    with storing(path):
+        if path.exists():
+            if not _extends(config, load_config(str(path), [])):
+                return
+            number = 1
+            while (aside := folder / f"config.{number}.yaml").exists():
+                number += 1
+            with replacing(aside) as draft:
+                shutil.copyfile(path, draft)
+        with replacing(path) as draft:
+            draft.write_text(text, "utf-8")
+
+
+def _extends(config: Config, before: Config) -> bool:
+    now, old = flatten(config), flatten(before)
+    return any(now[key] != old[key] for key in (*LONGER, *MORE))
+
+
+def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:
+    """Whether a run has come to its end, with every checkpoint scored."""
+    if not state.why_stop(config.train):
+        return False
+    rows = read_rows(folder / METRICS)
+    return not config.train.async_validation or any(
+        row["step"] == state.step and "val_loss" in row for row in rows
+    )
+
+
+def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> str:
+    """What to say of a finished run."""
+    longer = []
+    if state.step >= config.train.max_steps:
+        longer.append(f"train.max_steps={2 * state.step}")
+    if state.progress.exhausted(config.train.patience):
+        longer.append(f"train.patience={2 * state.progress.bad_evals}")
+    return (
+        f"this run is finished; to train it longer: {command('train', config, folder, *longer)}; "
+        "train.resume=never and another name start a new one"
+    )
+
+
+def command(job: str, config: Config, folder: Path, *words: str) -> str:
+    """What to type to go on with the run or sweep in a folder, with these keys changed."""
+    words = ("--config", str(folder / CONFIG), *words_for(folder), *words)
+    if config.train.resume == "never":
+        words = (*words, "train.resume=auto")
+    return typed(job, *words)

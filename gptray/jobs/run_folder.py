@@ -1,0 +1,196 @@
+"""A run's folder: what a config resolves to, who holds it, and what came of it.
+
+Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gptray.config import Config, RunFailed, UserError, flatten, override
+from gptray.config.names import label_of
+from gptray.files import absolute, expanded, no_empty_folders, open_lock, storing
+from gptray.hub import NotOnHub
+from gptray.jobs.models import locate, unknown, with_tokenizer
+from gptray.model.header import check_weights
+from gptray.model.shape import model_folder, read_shape
+from gptray.record import METRICS, read_rows
+from gptray.stored import Unreadable, read_object
+
+# Keys that do not change what is trained: a run may resume under other values of these.
+FREE_KEYS = (
+    "name",
+    "storage_path",
+    "compute.",
+    "sample.",
+    "generate.",
+    "evaluate.",
+    "quantize.",
+    "serve.",
+    "tune.",
+    "train.resume",
+)
+SWEEP_FREE_KEYS = (
+    *(key for key in FREE_KEYS if key != "tune."),
+    "tune.max_concurrent_trials",
+    "tune.retry_failed",
+)
+LOCK = ".driver.lock"
+
+
+def resolve(config: Config, *, sweep: bool = False) -> Config:
+    """The config with nothing left to guess: shape, tokenizer, storage path and name.
+
+    sweep: the name is to be a sweep's.
+
+    Raises:
+        UserError: model.init_from is no model, or a key given contradicts its shape.
+    """
+    if "://" in config.storage_path:
+        raise UserError(
+            f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
+            "node sees, such as an NFS mount"
+        )
+    config = with_tokenizer(config)
+    values: dict[str, Any] = {
+        "storage_path": str(absolute(config.storage_path, key="storage_path"))
+    }
+    if config.model.init_from:
+        values |= _shape_of(config, config.model.init_from)
+    elif config.data.tokenizer is None:
+        values["data.tokenizer"] = "bpe"
+    resolved = override(config, values)
+    return override(resolved, {"name": config.name or _free_name(resolved, sweep=sweep)})
+
+
+def run_dir(config: Config) -> Path:
+    """The folder of a resolved config's run."""
+    assert config.name, "resolve the config first"
+    return Path(config.storage_path) / config.name
+
+
+@contextmanager
+def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
+    """Lock a folder for one driver; the OS releases the lock when the process dies.
+
+    A folder made here that holds nothing else at the end is removed: a failed start leaves none.
+
+    Raises:
+        UserError: another process holds it; `busy` says so, by default of a run that is trained.
+        RunFailed: the disk is full or cannot be written.
+    """
+    lock = folder / LOCK
+    with no_empty_folders(folder):
+        with storing(lock):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open_lock(lock)
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = busy or f"another process is training the run {folder}"
+                raise UserError(message) from None
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # a lost mount was reported already
+                    if [path.name for path in folder.iterdir()] == [lock.name]:
+                        lock.unlink()
+
+
+def set_ray_snapshot_aside(folder: Path) -> str | None:
+    """Move Ray Train's own record of a run out of its way; a line if it was torn.
+
+    Ray writes `checkpoint_manager_snapshot.json` in place and cannot start over an empty, cut or
+    outdated one. gptray resumes from its own verified checkpoints and never needs it.
+    """
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    is_torn = False
+    try:
+        read_object(snapshot, most=None)
+    except FileNotFoundError:
+        return None
+    except Unreadable:
+        is_torn = True
+    with storing(snapshot):
+        os.replace(snapshot, folder / ".checkpoint_manager_snapshot.before.json")
+    return f"Ray's {snapshot.name} was torn; resuming without it" if is_torn else None
+
+
+def outcome(config: Config) -> dict[str, Any]:
+    """What the run has come to, from its metrics: the job's JSON line.
+
+    `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
+    evaluation. `val_lost` is the share of the validation text that the tokenizer loses.
+    """
+    folder = run_dir(config)
+    rows = read_rows(folder / METRICS)
+    evaluations = [row for row in rows if "val_loss" in row]
+    if not evaluations:
+        raise RunFailed(f"{folder / METRICS} has no evaluation")
+    best, last = min(evaluations, key=lambda row: row["val_loss"]), evaluations[-1]
+    rates = sorted(row["tokens_per_sec"] for row in rows)
+    return {
+        "run_dir": str(folder),
+        "model_dir": str(folder / "model"),
+        "step": last["step"],
+        "best_step": best["step"],
+        "train_loss": best["train_loss"],
+        "val_loss": best["val_loss"],
+        "val_ppl": best["val_ppl"],
+        "val_bpb": best["val_bpb"],
+        "val_lost": best.get("val_lost", 0.0),
+        "last_train_loss": last["train_loss"],
+        "last_val_loss": last["val_loss"],
+        "stopped": "max_steps" if last["step"] >= config.train.max_steps else "patience",
+        "tokens_per_sec": rates[len(rates) // 2],
+    }
+
+
+def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
+    init_from = locate(config, init_from, key="model.init_from")
+    try:
+        shape = read_shape(init_from)
+    except NotOnHub as error:
+        raise unknown(config, init_from, error.reason, key="model.init_from") from None
+    if expanded(init_from).exists():
+        check_weights(model_folder(init_from), shape)
+    if config.model.resize_vocab:
+        del shape["vocab_size"]  # null: the tokenizer's, whichever that is
+    given = config.model.model_fields_set
+    wrong = [
+        f"model.{key}={getattr(config.model, key)} but {init_from} has {value}"
+        for key, value in shape.items()
+        if key in given and key != "dropout" and getattr(config.model, key) not in (value, None)
+    ]
+    if wrong:
+        raise UserError("; ".join(wrong))
+    keys = {key: value for key, value in shape.items() if key != "dropout" or key not in given}
+    values: dict[str, Any] = {f"model.{key}": value for key, value in keys.items()}
+    if expanded(init_from).exists():
+        values["model.init_from"] = str(model_folder(init_from).resolve())
+    if config.data.tokenizer is None:
+        values["data.tokenizer"] = values.get("model.init_from", init_from)
+    return values
+
+
+def _free_name(config: Config, *, sweep: bool) -> str:
+    """A name that the config always gives; under train.resume=never one not taken yet."""
+    source = config.data.source if isinstance(config.data.source, str) else config.data.source[0]
+    label = label_of(Path(source).stem, 24) or "run"
+    free = SWEEP_FREE_KEYS if sweep else FREE_KEYS
+    identity = {k: v for k, v in flatten(config).items() if not k.startswith(free)}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
+    name = unique = f"{label}{'-sweep' if sweep else ''}-{digest[:6]}"
+    number = 1
+    while config.train.resume == "never" and (Path(config.storage_path) / unique).exists():
+        number += 1
+        unique = f"{name}-{number}"
+    return unique

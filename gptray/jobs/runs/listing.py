@@ -1,0 +1,233 @@
+"""What lies in a storage path: runs, sweeps and evaluations, with what each has come to.
+
+Reads the folders' own files, without torch or Ray. A damaged folder, or one that is not a run's,
+gets a line that says so.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gptray.config import Config, RunFailed, UserError, load_saved
+from gptray.reports.run.diagnosis import Diagnosis, diagnose
+from gptray.evaluation.result import EVALUATION, load_evaluation
+from gptray.config.names import PREPARED
+from gptray.record import EVENTS, METRICS, read_rows
+from gptray.jobs.models import CONFIG, has_model, storage_of
+from gptray.jobs.next_steps import of_model
+from gptray.jobs.resuming import command
+from gptray.jobs.run_folder import LOCK
+from gptray.tuning.record import TRIALS, Trial, load_trials, trial_dir, winner_dir
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A folder of a storage path.
+
+    kind: run, sweep, evaluation or other. val_loss in nats per token, of the best model; val_bpb
+    its bits per byte. bytes: on disk. next: a command; "" where there is none.
+    problem: what is wrong with the folder; then the other facts may be missing.
+    """
+
+    name: str
+    path: str
+    kind: str
+    state: str = ""
+    verdict: str = ""
+    step: int | None = None
+    val_loss: float | None = None
+    val_bpb: float | None = None
+    parameters: int | None = None
+    bytes: int = 0
+    changed: float = 0.0
+    next: str = ""
+    problem: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def listed(config: Config) -> list[Listed]:
+    """Everything in `storage_path` but prepared text and hidden folders, newest first.
+
+    Raises UserError for a storage path that cannot be listed.
+    """
+    storage = storage_of(config)
+    try:
+        folders = [one for one in storage.iterdir() if one.is_dir()] if storage.exists() else []
+    except OSError as error:
+        raise UserError(f"storage_path={config.storage_path}: {error.strerror}") from None
+    shown = [one for one in folders if one.name[0] != "." and one.name != PREPARED]
+    return sorted([_listed(one) for one in shown], key=lambda one: -one.changed)
+
+
+def _listed(folder: Path) -> Listed:
+    kind = _kind(folder)
+    name, path = folder.name, str(folder)
+    try:
+        size, changed = _size(folder)
+    except OSError as error:
+        return Listed(name, path, kind, problem=f"cannot be read: {error.strerror}")
+    facts: dict[str, Any] = {}
+    try:
+        facts = _READERS[kind](folder)
+    except (UserError, RunFailed) as error:
+        facts["problem"] = str(error).splitlines()[0]
+    except OSError as error:
+        facts["problem"] = f"cannot be read: {error.strerror}"
+    except Exception as error:  # a record may be damaged in any way
+        facts["problem"] = f"its record is damaged: {type(error).__name__}: {error}"
+    return Listed(name, path, kind, bytes=size, changed=changed, **facts)
+
+
+def _kind(folder: Path) -> str:
+    for kind, file in (("sweep", TRIALS), ("run", CONFIG), ("evaluation", EVALUATION)):
+        if (folder / file).is_file():
+            return kind
+    return "other"
+
+
+def _size(folder: Path) -> tuple[int, float]:
+    """Bytes of a folder's files, links not followed, and when one of its own last changed."""
+    size, changed = 0, folder.stat().st_mtime
+    for place, _, names in os.walk(folder):
+        for name in names:
+            status = os.lstat(os.path.join(place, name))
+            size += status.st_size
+            if place == str(folder):
+                changed = max(changed, status.st_mtime)
+    return size, changed
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    config = load_saved(folder / CONFIG)
+    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    diagnosis = diagnose(rows, config, events)
+    state = _state(folder, diagnosis, events)
+    best = min((row for row in rows if "val_loss" in row), key=_val_loss, default=None)
+    resumes = command("train", config, folder)
+    follows = resumes
+    if state == "training":
+        follows = ""
+    elif diagnosis.ended in ("max_steps", "patience") and has_model(folder):
+        follows = of_model(folder)["generate"]
+        if diagnosis.verdict == "falling":
+            longer = f"train.max_steps={2 * config.train.max_steps}"
+            follows = command("train", config, folder, longer)
+    return {
+        "state": state,
+        "verdict": verdict(diagnosis),
+        "step": diagnosis.last_step,
+        "val_loss": best and _finite(best["val_loss"]),
+        "val_bpb": best and _finite(best["val_bpb"]),
+        "parameters": diagnosis.facts.parameters,
+        "next": follows,
+    }
+
+
+def _sweep(folder: Path) -> dict[str, Any]:
+    trials, winner = load_trials(folder), winner_dir(folder)
+    ended = sum(trial.outcome is not None for trial in trials)
+    facts: dict[str, Any] = {"next": command("tune", load_saved(folder / CONFIG), folder)}
+    if _is_held(folder):
+        facts |= {"state": f"running, {ended} of {len(trials)} trials", "next": ""}
+    elif winner is None:
+        facts["state"] = f"interrupted, {ended} of {len(trials)} trials"
+    else:
+        facts["state"] = f"finished, {len(trials)} trials"
+    scored = [trial for trial in trials if trial.best]
+    if winner or scored:
+        best = winner or trial_dir(folder, min(scored, key=_best_bpb).name)
+        of_best = _run(best)
+        word = "trial" if winner is None else "winner"
+        facts |= {key: of_best[key] for key in ("step", "val_loss", "val_bpb", "parameters")}
+        facts["verdict"] = f"{word} {best.name} {of_best['verdict']}"
+    if winner and has_model(folder):
+        facts["next"] = of_model(folder)["generate"]
+    return facts
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    evaluation = load_evaluation(folder)
+    assert evaluation
+    split = evaluation["splits"]["val"] or evaluation["splits"]["test"]
+    return {
+        "state": "finished",
+        "verdict": f"of {evaluation['model_dir']}",
+        "val_loss": split and _finite(split["loss"]),
+        "val_bpb": split and _finite(split["bpb"]),
+    }
+
+
+def _other(folder: Path) -> dict[str, Any]:
+    if (folder / METRICS).exists():
+        return {"problem": f"a run without its {CONFIG}"}
+    if has_model(folder):
+        return {"state": "a model", "next": of_model(folder)["generate"]}
+    return {"problem": f"not a run: it has no {CONFIG}"}
+
+
+_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "run": _run,
+    "sweep": _sweep,
+    "evaluation": _evaluation,
+    "other": _other,
+}
+
+
+def _state(folder: Path, diagnosis: Diagnosis, events: Sequence[Mapping[str, Any]]) -> str:
+    if _is_held(folder):
+        return "training"
+    if diagnosis.ended is None:
+        failed = bool(events) and events[-1]["event"] == "failure"
+        return f"{'failed' if failed else 'interrupted'} at step {diagnosis.last_step:,}"
+    return {"max_steps": "finished", "patience": "early stopped", "non_finite": "failed"}[
+        diagnosis.ended
+    ]
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a driver is at work in the folder now."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def verdict(diagnosis: Diagnosis) -> str:
+    """The report's verdict in a few words."""
+    turned = f"{diagnosis.turned.step:,}" if diagnosis.turned else ""
+    return {
+        "none": "not evaluated yet",
+        "single": "one evaluation only",
+        "overfitting": f"overfits since step {turned}",
+        "unsure": "rose at the end, too little to tell",
+        "unstable": "unstable",
+        "stuck": "has learnt next to nothing",
+        "falling": "does not overfit, still falling",
+        "level": "does not overfit",
+    }[diagnosis.verdict]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _val_loss(row: Mapping[str, Any]) -> float:
+    return float(row["val_loss"])
+
+
+def _best_bpb(trial: Trial) -> float:
+    assert trial.best
+    return float(trial.best["val_bpb"])

@@ -1,0 +1,137 @@
+"""What can be known of an endpoint before Ray starts: model, address, keys, room. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+
+from gptray.config import ComputeConfig, Config, UserError
+from gptray.files import expanded
+from gptray.jobs.cluster import check_resources
+from gptray.jobs.generate.output import with_backend
+from gptray.jobs.models import find_model
+from gptray.model.example import FALLBACK
+from gptray.model.shape import read_shape
+from gptray.serving.hosts import WILDCARDS
+from gptray.serving.keys import read_keys
+
+
+def serving_plan(config: Config) -> list[tuple[str, str]]:
+    """What the job would do, without torch or Ray; raises UserError as the job would."""
+    config = check_endpoint(config)
+    settings, model = config.serve, user_config(config)
+    least, most = settings.num_replicas, settings.max_replicas
+    replicas = f"{least} to {most}" if most else str(least)
+    return [
+        ("model", f"{model['model']}, called {model['served_model_name']}"),
+        ("url", endpoint_url(config)),
+        ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
+        ("backend", config.generate.backend),
+        ("hosts", _hosts(config)),
+        ("api key", "needed" if settings.api_key_file else "not needed"),
+    ]
+
+
+def _hosts(config: Config) -> str:
+    host, allowed = config.serve.host, config.serve.allowed_hosts
+    if "*" in (allowed or ()) or (allowed is None and host in WILDCARDS):
+        return "any"
+    more = [allowed] if isinstance(allowed, str) else allowed or []
+    return ", ".join(["localhost", "any address", *more])
+
+
+def check_endpoint(config: Config) -> Config:
+    """Check all that can be checked before Ray starts; return the config with its backend picked.
+
+    Raises UserError with all that is wrong, one line each.
+    """
+    problems = []
+    picked = config
+    for check in (_check_model, _check_address, api_keys, _check_compute):
+        try:
+            check(config)
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        picked = with_backend(config)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return picked
+
+
+def _check_model(config: Config) -> None:
+    folder, _ = find_model(config, config.serve.model, key="serve.model")
+    n_positions, most = read_shape(folder)["n_positions"], config.serve.max_output_tokens
+    if most is not None and most > n_positions:
+        raise UserError(
+            f"serve.max_output_tokens={most} is more than the model's context of {n_positions} "
+            "tokens holds"
+        )
+
+
+def _check_address(config: Config) -> None:
+    """Refuse an address that cannot be listened on here; nodes of a cluster are not looked at."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    host, port = config.serve.host, config.serve.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(found[0], found[1]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[4])
+    except socket.gaierror:
+        raise UserError(f"serve.host={host}: there is no such address") from None
+    except OSError as error:
+        raise UserError(
+            f"serve.port={port} cannot be listened on at {host}: {error.strerror}"
+        ) from None
+
+
+def api_keys(config: Config) -> list[str]:
+    """Digests of the accepted keys, as the file has them now. Raises UserError if unreadable."""
+    return read_keys(config.serve.api_key_file) if config.serve.api_key_file else []
+
+
+def _check_compute(config: Config) -> None:
+    check_resources(replicas_compute(config))
+
+
+def replicas_compute(config: Config) -> ComputeConfig:
+    """What the replicas take of the cluster, at most."""
+    most = config.serve.max_replicas or config.serve.num_replicas
+    return config.compute.model_copy(update={"num_workers": most})
+
+
+def user_config(config: Config) -> dict[str, str]:
+    """What a replica serves: all that changes when another model takes over the address."""
+    _, source = find_model(config, config.serve.model, key="serve.model")
+    folder = expanded(source).absolute()
+    return {
+        "model": str(folder) if folder.exists() else source,
+        "served_model_name": config.serve.served_model_name or name_of(source),
+    }
+
+
+def name_of(source: str) -> str:
+    """What a model is called after where it is: its run, its folder, its name on the hub."""
+    path = expanded(source).absolute()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def completion_command(config: Config, url: str, model: str) -> str:
+    """A curl command that asks the endpoint for a completion; it reads the API key from $KEY."""
+    body = {"model": model, "prompt": FALLBACK, "max_tokens": 40}
+    text = json.dumps(body, ensure_ascii=False)
+    words = ["curl", f"{url}/v1/completions", "-H", "Content-Type: application/json", "-d", text]
+    key = ' -H "Authorization: Bearer $KEY"' if config.serve.api_key_file else ""
+    return f"{shlex.join(words)}{key}"
+
+
+def endpoint_url(config: Config) -> str:
+    """The URL by which this machine reaches the endpoint."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.serve.host, config.serve.host)
+    return f"http://{host}:{config.serve.port}"

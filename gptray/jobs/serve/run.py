@@ -1,0 +1,134 @@
+"""The HTTP endpoint on Ray Serve for the time of a job: replicas behind Serve's proxy.
+
+What a replica is stands in `gptray.jobs.serve.worker`, what is checked before in
+`gptray.jobs.serve.check`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gptray.config import Config, RunFailed, UserError
+from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.generate.output import with_built_backend
+from gptray.jobs.next_steps import tell
+from gptray.jobs.serve.check import (
+    check_endpoint,
+    completion_command,
+    endpoint_url,
+    user_config,
+)
+from gptray.jobs.serve.proxy import environment
+from gptray.jobs.serve.worker import bound
+from gptray.signals import failure, leaving_within, sigterm_sets
+
+log = logging.getLogger("gptray")
+
+APPLICATION = "gptray"
+# Serve's own limits come this much later than the endpoint's, which answers in the client's form.
+SPARE_S = 10.0
+START_S, POLL_S = 60.0, 5.0
+OPEN_PORT = (
+    "Ray Serve keeps one port of each replica open to the network; it needs a token that only this "
+    "job has"
+)
+
+
+def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C, then let running requests finish.
+
+    answers: is given the JSON line's facts as soon as the endpoint generates.
+    Raises UserError for what cannot start, RunFailed when it does not come up or goes away,
+    KeyboardInterrupt after Ctrl-C.
+    """
+    config = with_built_backend(config, check_endpoint(config))
+    url, model = endpoint_url(config), user_config(config)
+    with ray_cluster(environment(config.serve)) as is_own, _started(config, model, is_own=is_own):
+        _wait_until_healthy(url)
+        drain_s = config.serve.drain_timeout_s
+        with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):
+            answers({"url": url, "model": model["served_model_name"]})
+            log.info("serving %s at %s", model["model"], url)
+            tell([completion_command(config, url, model["served_model_name"])])
+            if is_own:
+                log.info("%s", OPEN_PORT)
+            try:
+                while not stop.wait(POLL_S):
+                    _check_running()
+            except KeyboardInterrupt:
+                if not failure():
+                    _drain(drain_s)
+                raise
+            _drain(drain_s)
+
+
+@contextmanager
+def _started(config: Config, model: dict[str, str], *, is_own: bool) -> Iterator[None]:
+    """Have the application on Ray Serve; afterwards Serve is as it was before.
+
+    is_own: the cluster ends with the job, and all of Serve with it.
+    """
+    from ray import serve
+
+    if not log.isEnabledFor(logging.DEBUG):
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    before = serve.status()
+    if APPLICATION in before.applications:
+        raise UserError(f"the cluster serves an application {APPLICATION!r} already")
+    serve.start(
+        http_options={
+            "host": config.serve.host,
+            "port": config.serve.port,
+            "request_timeout_s": config.serve.request_timeout_s + SPARE_S,
+        }
+    )
+    try:
+        try:
+            serve.run(bound(config, model), name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            raise RunFailed(f"the endpoint did not start: {error}") from None
+        yield
+    finally:
+        if before.proxies:
+            serve.delete(APPLICATION)
+        elif not is_own:
+            serve.shutdown()
+
+
+def _wait_until_healthy(url: str) -> None:
+    """Return when the endpoint generates."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            direct.open(f"{url}/health", timeout=START_S).close()
+            return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise RunFailed(f"{url}/health did not answer: {error}") from None
+            time.sleep(0.1)
+
+
+def _check_running() -> None:
+    from ray import serve
+
+    found = serve.status().applications.get(APPLICATION)
+    if found is None:
+        raise RunFailed("the endpoint was deleted from the cluster")
+
+
+def _drain(timeout_s: float) -> None:
+    """Have all replicas finish what they have begun, and refuse what is new."""
+    from ray import serve
+
+    log.info("draining: running requests have %g s to finish", timeout_s)
+    replicas = serve.get_app_handle(APPLICATION).broadcast("drain", timeout_s)
+    cut = sum(replicas.results(timeout_s=timeout_s + SPARE_S))
+    if cut:
+        log.warning("%d requests did not end in time", cut)

@@ -1,0 +1,267 @@
+"""Training on Ray: data-parallel workers by Ray Train around `gptray.training.loop.fit`.
+
+The driver resolves and checks the config, prepares the text, shows progress and tells the outcome;
+each worker runs the loop on its share of cores or on its GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptray.config import Config, RunFailed, UserError
+from gptray.data.tokens import DamagedData, TokenData
+from gptray.files import cannot_write, is_of_files, storing
+from gptray.jobs.cluster import ray_answers, ray_cluster, worker_resources
+from gptray.jobs.models import CONFIG
+from gptray.jobs.next_steps import resumable, tell_run
+from gptray.jobs.prepare.run import prepare
+from gptray.jobs.report import Reporter
+from gptray.jobs.resuming import command, how_to_train_longer, is_finished, save_config
+from gptray.jobs.run_folder import (
+    held,
+    outcome,
+    set_ray_snapshot_aside,
+)
+from gptray.jobs.train.check import CheckedRun, check_data, check_run
+from gptray.jobs.train.samples import sample_texts
+from gptray.jobs.train.validate import Validations, validation_config
+from gptray.jobs.train.watch import show_samples, watching
+from gptray.record import try_event, write_event
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("gptray")
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train a model as the config says, or resume its run; return the job's JSON line.
+
+    Raises:
+        UserError: a mistake in the config, the text or the run folder; nothing was started.
+        RunFailed: the run stopped: a non-finite loss, no whole checkpoint, too many failures.
+    """
+    checked = check_run(config)
+    config, folder, state = checked.config, checked.folder, checked.state
+    resumes = partial(command, "train", config, folder)
+    last = config.train.max_steps
+    with held(folder), resumable(folder, resumes, begun=folder / CONFIG, steps=last):
+        log.info("run %s", folder)
+        reporter = Reporter(folder)
+        if state and is_finished(config, folder, state):
+            _begin(checked)
+            log.info("%s", how_to_train_longer(config, folder, state))
+            facts = {}
+            reporter.write(running=False)
+        else:
+            facts = _run(checked, reporter)
+        show_samples(folder)
+        tell_run(config, folder)
+    return {**outcome(config), **facts, "report": reporter.path}
+
+
+def _begin(checked: CheckedRun) -> None:
+    """Keep the config of a run, and say what has changed in it."""
+    save_config(checked.config, checked.folder)
+    for change in checked.changes:
+        log.info("%s", change)
+        write_event(checked.folder, "notice", message=change)
+
+
+def _run(checked: CheckedRun, reporter: Reporter) -> dict[str, Any]:
+    """Train; return what only the process that trained can know."""
+    config, folder = checked.config, checked.folder
+    with ray_cluster():
+        data = prepare(config)
+        check_data(config, data, checked.state)
+        _begin(checked)
+        torn = set_ray_snapshot_aside(folder)
+        if torn:
+            log.warning("%s", torn)
+        try:
+            with watching(
+                folder,
+                config.train.max_steps,
+                on_evaluation=lambda: reporter.write(running=True),
+            ):
+                result = fit_on_ray(config, data, folder)
+            write_event(folder, "end", stopped=result["stopped"])
+        except (UserError, RunFailed) as error:
+            try_event(folder, "failure", message=str(error))
+            raise
+        finally:
+            reporter.write(running=False)
+    if result["stopped"] == "non_finite":
+        raise RunFailed(
+            f"stopped before an update with a non-finite number ({result['message']}). The best "
+            f"model so far and the last good checkpoint are in {folder}. Try a lower optim.lr, "
+            "a longer optim.warmup_steps or a lower optim.max_grad_norm"
+        )
+    peak = round(result["peak_memory_bytes"] / 2**30, 3)
+    log.info("peak memory of a worker: %.2f GiB", peak)
+    return {"peak_memory_gib": peak}
+
+
+def fit_on_ray(
+    config: Config, data: TokenData, folder: Path, *, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Train in Ray Train's workers; return the loop's result. `callbacks` are Ray Train's.
+
+    Raises UserError or RunFailed as `ray_failures` does.
+    """
+    import ray.train
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    reserved = worker_resources(config.compute, spare=int(config.train.async_validation))
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "data_dir": str(data.data_dir),
+        "run_dir": str(folder),
+        "threads": max(1, int(reserved["CPU"])),
+    }
+    # One worker needs no group, and Ray's backend for it costs seconds at the start.
+    in_group = config.compute.use_gpu and config.compute.num_workers > 1
+    trainer = DataParallelTrainer(
+        train_worker,
+        train_loop_config=settings,
+        backend_config=_nccl() if in_group else None,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.compute.num_workers,
+            use_gpu=config.compute.use_gpu,
+            resources_per_worker=reserved,
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            failure_config=ray.train.FailureConfig(max_failures=config.compute.max_failures),
+            callbacks=[_failure_notes(folder), *callbacks],
+        ),
+        validation_config=validation_config(config, settings, reserved),
+    )
+    with ray_failures(config, folder):
+        result: dict[str, Any] = trainer.fit().return_value
+    if result["stopped"] == "failed":
+        raise (UserError if result["mistake"] else RunFailed)(result["message"])
+    return result
+
+
+@contextmanager
+def ray_failures(config: Config, folder: Path) -> Iterator[None]:
+    """Tell in one sentence what ends Ray Train.
+
+    Raises:
+        UserError, RunFailed: what all workers left the loop with.
+        RunFailed: the workers or the controller failed, the folder cannot be written, or Ray does
+            not answer.
+    """
+    import ray.train
+
+    try:
+        with ray_answers(), storing(folder):  # Ray keeps a record of its own there
+            yield
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(failure, (UserError, RunFailed)):
+                raise failure from None
+        raise RunFailed(
+            f"the workers failed more than compute.max_failures={config.compute.max_failures} "
+            f"times; the same command resumes from the last checkpoint.\n{error}"
+        ) from None
+    except ray.train.ControllerError as error:
+        if is_of_files(error.controller_failure):
+            raise cannot_write(folder, error.controller_failure) from None
+        raise RunFailed(
+            "Ray Train's controller failed, as it does when the process that scores checkpoints "
+            f"dies more than compute.max_failures={config.compute.max_failures} times; the "
+            f"same command resumes from the last checkpoint.\n{error.controller_failure}"
+        ) from None
+    except ray.exceptions.RayActorError:
+        raise RunFailed(
+            "Ray Train's controller died, killed or out of memory; the same command resumes from "
+            "the last checkpoint"
+        ) from None
+
+
+def _nccl() -> Any:
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(backend="nccl")
+
+
+def _failure_notes(folder: Path) -> Any:
+    """A callback, run by Ray Train's controller, that notes worker failures for the watcher."""
+    from ray.train import UserCallback
+
+    class FailureNotes(UserCallback):  # type: ignore[misc]
+        def after_exception(
+            self, run_context: Any, worker_exceptions: dict[int, Exception]
+        ) -> None:
+            ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+            first = str(next(iter(worker_exceptions.values()))).strip().splitlines()
+            try_event(
+                folder, "failure", message=f"worker {ranks} failed: {first[-1] if first else '?'}"
+            )
+
+    return FailureNotes()
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """One Ray Train worker: the loop, with Ray's report as its only contact."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from gptray.jobs.train.group import process_group
+    from gptray.model.gpu import check_gpu
+    from gptray.training.loop import failed, fit
+
+    config = Config.model_validate(settings["config"])
+    torch.set_num_threads(settings["threads"])
+    try:
+        if config.compute.use_gpu:
+            check_gpu()
+    except UserError as error:
+        return failed(0, error)
+    try:
+        data = TokenData.open(settings["data_dir"])
+    except DamagedData as error:  # not a worker's death: no other attempt would find it whole
+        return failed(0, RunFailed(f"{error}; the same command prepares the text again"))
+
+    def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
+        # The loop has written the checkpoint into the run's folder already.
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint_dir and ray.train.Checkpoint(str(checkpoint_dir)),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+            validation=config.train.async_validation and checkpoint_dir is not None,
+        )
+
+    run_dir = Path(settings["run_dir"])
+    device = ray.train.torch.get_device()
+    with process_group():
+        result = fit(
+            config,
+            data,
+            run_dir,
+            report=report,
+            sample=lambda model: sample_texts(config, data, model),
+            device=device,
+            validated=Validations(run_dir, config).wait if config.train.async_validation else None,
+        )
+    return {**result, "peak_memory_bytes": peak_memory(device)}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: on its GPU, or of the machine's memory."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

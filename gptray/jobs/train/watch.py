@@ -1,0 +1,217 @@
+"""Seeing a run: a live bar on a terminal, a plain line per logged step elsewhere.
+
+It follows `metrics.jsonl` and `events.jsonl` in the run folder, so it shows the same whether the
+workers are threads away or nodes away, and needs nothing of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.progress import Progress, TaskID
+
+from gptray.jobs.bar import new_task, progress_bar
+from gptray.record import (
+    EVENT_FIELDS,
+    EVENTS,
+    METRIC_FIELDS,
+    METRICS,
+    parse_row,
+    read_rows,
+)
+from gptray.stored import Unreadable
+from gptray.wording import perplexity
+
+log = logging.getLogger("gptray")
+POLL_S = 0.2
+
+
+class _Tail:
+    """The rows that a JSON-lines file has got since the last look; a replaced file starts anew."""
+
+    def __init__(self, path: Path, *, from_end: bool) -> None:
+        self._path = path
+        # Held open, since the next file might get the number of one that is gone.
+        self._file: BinaryIO | None = None
+        self._offset, self._told = 0, False
+        if from_end and path.exists():
+            self._file = path.open("rb")
+            self._offset = self._file.seek(0, os.SEEK_END)
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        if not self._file or not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+            self.close()
+            self._file, self._offset = self._path.open("rb"), 0
+        self._file.seek(self._offset)
+        whole, newline, _ = self._file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return [row for line in whole.split(b"\n") if line and (row := self._row(line))]
+
+    def _row(self, line: bytes) -> dict[str, Any] | None:
+        """The row in a line; None if it is damaged, which is logged once."""
+        fields = METRIC_FIELDS if self._path.name == METRICS else EVENT_FIELDS
+        try:
+            return parse_row(line, fields)
+        except Unreadable as error:
+            if not self._told:
+                log.warning("%s has a damaged line: %s", self._path, error)
+            self._told = True
+            return None
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+class _Watch:
+    def __init__(self, run_dir: Path, max_steps: int, on_evaluation: Callable[[], object]) -> None:
+        self._on_evaluation = on_evaluation
+        self._metrics = _Tail(run_dir / METRICS, from_end=False)
+        self._events = _Tail(run_dir / EVENTS, from_end=True)
+        self._max_steps = max_steps
+        self._shown = -1  # the last step shown; rows up to here are history
+        self._scored: int | None = None  # the last step whose score was seen
+        self._started = False
+        self._origin = (0, time.monotonic())  # step and time from which the ETA is reckoned
+        self._best = math.inf
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if sys.stderr.isatty():
+            self._bar = progress_bar()
+            self._task = new_task(self._bar, "starting workers", total=max_steps)
+            self._bar.start()
+
+    def look(self) -> None:
+        """Show what is new. A start comes before rows: it tells from which step they are new."""
+        events = self._events.rows()
+        for event in events:
+            if event["event"] == "start":
+                self._start(event)
+            elif event["event"] in ("damaged", "failure", "notice", "waiting"):
+                log.warning("%s", event["message"])
+        if not self._started:
+            return
+        self._look_at_rows()
+        for event in events:
+            if event["event"] == "evaluated":
+                for prompt, output in event["samples"][:1]:
+                    log.info("    %s", _one_line(prompt, output))
+        if any(event["event"] in ("start", "evaluated") for event in events):
+            self._on_evaluation()
+
+    def _look_at_rows(self) -> None:
+        """Show new rows, and once more those that have got their score since."""
+        rows = self._metrics.rows()
+        if self._scored is None:
+            history = [row["step"] for row in rows if "val_loss" in row]
+            self._scored = max((step for step in history if step <= self._shown), default=-1)
+        for row in rows:
+            val_loss = row.get("val_loss", math.inf)
+            is_best, self._best = val_loss < self._best, min(self._best, val_loss)
+            is_scored = "val_loss" in row and row["step"] > self._scored
+            if is_scored:
+                self._scored = row["step"]
+            if row["step"] > self._shown or is_scored:
+                self._show(row, is_best)
+
+    def close(self) -> None:
+        self.look()
+        self._metrics.close()
+        self._events.close()
+        if self._bar:
+            self._bar.stop()
+
+    def _start(self, event: dict[str, Any]) -> None:
+        workers = f"{event['workers']} worker" + ("s" if event["workers"] > 1 else "")
+        begins = f"resuming after step {event['step']:,}" if event["step"] else "training"
+        log.info(
+            "%s: %s parameters, %s, %s", begins, f"{event['parameters']:,}", workers, event["dtype"]
+        )
+        self._started = True
+        self._shown = event["step"]
+        self._scored = None if self._scored is None else min(self._scored, event["step"])
+        self._origin = (event["step"], time.monotonic())
+        if self._bar:
+            self._bar.update(self._task, description="training", completed=event["step"])
+
+    def _show(self, row: dict[str, Any], is_best: bool) -> None:
+        self._shown = max(self._shown, row["step"])
+        metrics = _metrics_text(row)
+        since, began = self._origin
+        pace = (time.monotonic() - began) / max(1, self._shown - since)
+        eta = duration(pace * (self._max_steps - self._shown))
+        if self._bar:
+            self._bar.update(self._task, completed=self._shown, metrics=metrics, eta=eta)
+        if not self._bar or "val_loss" in row:
+            width = len(f"{self._max_steps}")
+            best = "  best so far" if is_best else ""
+            line = f"step {row['step']:{width}}/{self._max_steps}  {metrics}  eta {eta}{best}"
+            log.info("%s", line)
+
+
+@contextmanager
+def watching(
+    run_dir: Path, max_steps: int, *, on_evaluation: Callable[[], object]
+) -> Iterator[None]:
+    """Show the run's progress on stderr for as long as the block runs.
+
+    `on_evaluation` is called, from a thread, once training has begun and after each evaluation.
+    """
+    watch = _Watch(run_dir, max_steps, on_evaluation)
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(POLL_S):
+            watch.look()
+
+    thread = threading.Thread(target=follow, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        watch.close()
+
+
+def show_samples(run_dir: Path) -> None:
+    """Say what the run's best model writes."""
+    events = read_rows(run_dir / EVENTS)
+    best = [event for event in events if event["event"] == "evaluated" and event["best"]]
+    if not best or not best[-1]["samples"]:
+        return
+    log.info("what the best model (step %s) writes:", best[-1]["step"])
+    for prompt, output in best[-1]["samples"]:
+        log.info("%s", textwrap.indent(f"[{prompt}]{output}", "  | ", lambda line: True))
+
+
+def _metrics_text(row: dict[str, Any]) -> str:
+    text = f"train {row['train_loss']:.3f}"
+    if "val_loss" in row:
+        ppl = perplexity(row["val_ppl"])
+        text += f"  val {row['val_loss']:.3f}  ppl {ppl}  bpb {row['val_bpb']:.3f}"
+    text += f"  {row['tokens_per_sec']:,.0f} tok/s"
+    return f"{text}  MFU {row['mfu']:.0%}" if "mfu" in row else text
+
+
+def _one_line(prompt: str, output: str) -> str:
+    text = f"{prompt}|{output}".replace("\n", "\\n")
+    return text if len(text) <= 110 else f"{text[:107]}..."
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

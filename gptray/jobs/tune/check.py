@@ -1,0 +1,206 @@
+"""A sweep looked at before anything starts: its trials, and the rows of --dry-run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptray.config import Config, UserError, load_config, override
+from gptray.config.keys import shown
+from gptray.config.search_space import Entry
+from gptray.data.tokens import TokenData
+from gptray.jobs.cluster import check_training
+from gptray.jobs.models import CONFIG
+from gptray.jobs.prepare.run import check_sources, prepared
+from gptray.jobs.resuming import check_free, check_resumable, command
+from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.train.check import check_data, check_known_prompts
+from gptray.jobs.train.embedding import check_vocabulary
+from gptray.tuning.plan import (
+    FINALISTS,
+    Planned,
+    all_texts,
+    entries_of,
+    plan_trials,
+    text_key,
+)
+from gptray.tuning.record import load_trials, rungs, samples_drawn
+
+BUSY = "another process runs the sweep {}"
+FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet report.html"
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep that has been looked at. `trials`: those known by now.
+
+    texts: configs of the texts that trials are trained on.
+    changes: a sentence for each key that is to change in a sweep that is there.
+    """
+
+    config: Config
+    folder: Path
+    trials: Sequence[Planned]
+    texts: Sequence[Config]
+    changes: Sequence[str] = ()
+
+    @property
+    def num_trials(self) -> int:
+        """Trials without repetitions."""
+        if self.config.tune.search_alg == "random":
+            return len(self.trials)
+        return self.config.tune.num_samples + len(self.trials)
+
+    @property
+    def num_replicates(self) -> int:
+        """Repetitions at most."""
+        return min(FINALISTS, self.num_trials) * self.config.tune.replicates
+
+
+def look_at_sweep(config: Config) -> SweepPlan:
+    """Resolve the config and find every mistake that can be found without torch and Ray.
+
+    Raises:
+        UserError: says all that is wrong with the space, the text, the machine or the folder.
+    """
+    config = resolve(config, sweep=True)
+    if config.tune.search_alg == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError(
+            "tune.search_alg=optuna needs the package optuna: pip install 'gptray[optuna]'"
+        )
+    folder = run_dir(config)
+    changes = check_resumable(config, sweep=True)
+    check_free(folder, busy=BUSY.format(folder))
+    drawn, known = samples_drawn(folder), load_trials(folder)
+    if changes and not drawn:
+        drawn = [load_config(str(folder / CONFIG), []).tune.num_samples]
+    trials = plan_trials(config, str(folder), drawn=drawn, known=known)
+    if any(one.train.async_validation for one in [config, *(trial.config for trial in trials)]):
+        raise UserError(
+            "train.async_validation=true is for single runs: trials of a sweep are compared, and "
+            "cut, by scores that must not come late; leave it out"
+        )
+    check_training(config)
+    texts = all_texts(config, str(folder), trials)
+    for text in texts:
+        check_sources(text)
+    for one in [config, *(trial.config for trial in trials)]:
+        check_vocabulary(one)
+        check_known_prompts(one)
+    _check_prepared(trials, texts)
+    return SweepPlan(config, folder, trials, texts, changes)
+
+
+def how_to_extend(plan: SweepPlan) -> str:
+    """What to say of a finished sweep: what gives it more trials, where its space has more."""
+    config, folder = plan.config, plan.folder
+    another = "train.resume=never and another name start a new one"
+    number = 2 * config.tune.num_samples
+    if config.tune.search_alg == "random":
+        drawn = samples_drawn(folder) or [config.tune.num_samples]
+        more = override(config, {"tune.num_samples": number})
+        trials = plan_trials(more, str(folder), drawn=drawn, known=load_trials(folder))
+        if len(trials) == len(plan.trials):
+            return f"this sweep is finished and has tried all of its space; {another}"
+    longer = command("tune", config, folder, f"tune.num_samples={number}")
+    return f"this sweep is finished; for more trials: {longer}; {another}"
+
+
+def _check_prepared(trials: Sequence[Planned], texts: Sequence[Config]) -> None:
+    """What the job checks once texts are prepared, of those that are. Raises UserError."""
+    ready = {text_key(text): prepared(text) for text in texts}
+    check_texts([data for data in ready.values() if data])
+    problems: dict[str, str] = {}
+    for trial in trials:
+        data = ready.get(text_key(trial.config))
+        if data:
+            try:
+                check_data(trial.config, data, None)
+            except UserError as error:
+                problems.setdefault(str(error), trial.name)
+    if problems:
+        raise UserError("\n".join(f"trial {name}: {text}" for text, name in problems.items()))
+
+
+def check_texts(texts: Sequence[TokenData]) -> None:
+    """Refuse texts whose validation splits differ. Raises UserError."""
+    sizes = {(text.val.documents, text.val.bytes) for text in texts}
+    if len(sizes) > 1:
+        found = ", ".join(f"{count} documents of {size:,} bytes" for count, size in sorted(sizes))
+        raise UserError(
+            f"tune.space: trials would be validated on different text ({found}); give all of them "
+            "the same data.source and share for validation, or one data.val_source"
+        )
+
+
+def sweep_plan(config: Config) -> list[tuple[str, str]]:
+    """Label and value of each fact; makes the same checks as the job, and starts nothing."""
+    plan = look_at_sweep(config)
+    config = plan.config
+    most = max((one.config.train.max_steps for one in plan.trials), default=config.train.max_steps)
+    full = sum(one.config.train.max_steps for one in plan.trials)
+    full += (plan.num_trials - len(plan.trials) + plan.num_replicates) * most
+    ready = [data for data in map(prepared, plan.texts) if data]
+    ended = [one for one in load_trials(plan.folder) if one.outcome]
+    rows = [("sweep", str(plan.folder))]
+    rows += [
+        (f"varies {number}", _line(entry)) for number, entry in enumerate(entries_of(config), 1)
+    ]
+    rows += [
+        ("trials", _trials(plan)),
+        ("at a time", _at_once(config)),
+        ("rungs", _rungs(config)),
+        ("steps", f"{full:,} at most, without any trial cut"),
+        ("texts to train on", f"{len(plan.texts)}, {len(ready)} of them ready"),
+        *(("lost", f"{data.loses} ({data.data_dir})") for data in ready if data.loses),
+    ]
+    if plan.changes:
+        rows.append(("changes", "; ".join(plan.changes)))
+    if ended:
+        rows.append(("ended already", f"{len(ended)} trials"))
+    rows.append(("files", FILES))
+    return rows
+
+
+def _line(entry: Entry) -> str:
+    """One dimension of the space in words."""
+    if entry.options:
+        options = [option[0] if len(entry.paths) == 1 else option for option in entry.options]
+        values = ", ".join(shown(option) for option in options)
+    else:
+        high = entry.high - 1 if entry.kind == "randint" else entry.high
+        values = f"{shown(entry.low)} to {shown(high)}"
+    text = f"{', '.join(entry.paths)}: {entry.kind} {values}"
+    when = " and ".join(
+        f"{path} is {' or '.join(map(shown, any_of))}" for path, any_of in entry.when.items()
+    )
+    return f"{text}, when {when}" if when else text
+
+
+def _trials(plan: SweepPlan) -> str:
+    tune = plan.config.tune
+    parts = ["the config as it is"] if tune.baseline else []
+    drawn = plan.num_trials - len(parts)
+    parts.append(
+        f"{drawn} suggested by Optuna" if tune.search_alg == "optuna" else f"{drawn} drawn"
+    )
+    if plan.num_replicates:
+        parts.append(f"{plan.num_replicates} repetitions of the best at most")
+    return f"{plan.num_trials + plan.num_replicates}: {', '.join(parts)}"
+
+
+def _at_once(config: Config) -> str:
+    most = config.tune.max_concurrent_trials
+    workers = config.compute.num_workers
+    number = f"{most} at most" if most else "as many as fit"
+    return f"{number}, {workers} worker{'s' if workers > 1 else ''} each"
+
+
+def _rungs(config: Config) -> str:
+    steps = rungs(config)
+    if not steps:
+        return "none, every trial runs to its end"
+    keep = config.tune.reduction_factor
+    return f"at steps {', '.join(f'{step:,}' for step in steps)}: the best 1 in {keep} goes on"

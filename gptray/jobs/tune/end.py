@@ -1,0 +1,82 @@
+"""The end of a sweep: the winner, the commands that come next, and the job's JSON line."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from typing import Any
+
+from gptray.commands import typed
+from gptray.config import load_saved
+from gptray.jobs.next_steps import of_model, tell
+from gptray.tuning.plan import loses_text, lossy_ahead, score
+from gptray.tuning.record import OUTCOMES, Sweep, Trial
+from gptray.tuning.seen import Seen
+
+log = logging.getLogger("gptray")
+
+BEST = "best.yaml"
+# The command that trains the winner longer has this many times its steps.
+LONGER = 4
+
+
+def tell_winner(sweep: Sweep) -> None:
+    """Log the winner, how much text it has seen, its settings, and the commands that come next.
+
+    First, a warning for each better trial whose tokenizer loses text.
+    """
+    folder, winner = sweep.folder, _winner(sweep)
+    for trial in lossy_ahead(sweep.trials, winner):
+        log.warning("%s", loses_text(trial))
+    seen = Seen.of(winner, sweep.config)
+    bpb = f"{score(winner):.4f} bits per byte"
+    log.info("winner: trial %s with %s; it has seen %s", winner.name, bpb, seen.words)
+    longer = [f"train.max_steps={LONGER * winner.max_steps}", f"name={folder.name}-long"]
+    if seen.fraction < 1:
+        longer.insert(0, "data.fraction=1")
+    if load_saved(folder / BEST).train.patience is None:
+        longer.insert(0, "train.patience=5")
+    commands = [
+        typed("train", "--config", str(folder / BEST), *longer),
+        of_model(folder)["generate"],
+    ]
+    tell(commands, settings=winner.values)
+
+
+def _winner(sweep: Sweep) -> Trial:
+    return next(trial for trial in sweep.trials if trial.name == sweep.winner)
+
+
+def outcome(sweep: Sweep) -> dict[str, Any]:
+    """The result of a finished sweep: the job's JSON line.
+
+    `best_*` are the winner's, at its lowest validation loss: `best_lost` the share of the text that
+    its tokenizer loses, `best_tokens` those it was trained on, counted each time they were read,
+    `best_epochs` how often it read its share of the text, `best_text_share` how much of all
+    training text it has read (0 to 1). `baseline_val_bpb` is that of the config as it is.
+    `steps_full` counts all trials as if none had stopped early.
+    """
+    folder, winner = sweep.folder, _winner(sweep)
+    baseline = next((one for one in sweep.trials if not one.values and one.best), None)
+    counts = collections.Counter(trial.outcome for trial in sweep.trials)
+    assert winner.best
+    seen = Seen.of(winner, sweep.config)
+    return {
+        "sweep_dir": str(folder),
+        "best_config": str(folder / BEST),
+        "best_trial": winner.name,
+        "best_val_loss": winner.best["val_loss"],
+        "best_val_bpb": winner.best["val_bpb"],
+        "best_lost": winner.lost,
+        "best_step": seen.step,
+        "best_tokens": seen.tokens,
+        "best_epochs": round(seen.epochs, 3),
+        "best_text_share": round(seen.share, 4),
+        "baseline_val_bpb": baseline.best["val_bpb"] if baseline and baseline.best else None,
+        "model_dir": str(folder / "model"),
+        "trials": len(sweep.trials),
+        "trials_stopped_early": counts["stopped"] + counts["patience"],
+        "outcomes": {name: counts[name] for name in OUTCOMES},
+        "steps_run": sum(trial.step for trial in sweep.trials),
+        "steps_full": sum(trial.max_steps for trial in sweep.trials),
+    }

@@ -1,0 +1,100 @@
+"""How a sweep starts, for the first time or again: its texts checked, its record opened."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from gptray.config import Config, RunFailed, UserError, load_config
+from gptray.data.tokens import TokenData
+from gptray.files import storing
+from gptray.jobs.models import CONFIG
+from gptray.jobs.resuming import save_config
+from gptray.jobs.train.check import check_data
+from gptray.jobs.tune.check import SweepPlan
+from gptray.training.checkpoint import TrainerState, newest_whole
+from gptray.tuning.plan import plan_trial, text_key
+from gptray.tuning.record import (
+    Record,
+    Trial,
+    load_trials,
+    samples_drawn,
+    trial_dir,
+    winner_dir,
+)
+
+log = logging.getLogger("gptray")
+
+
+def opened(plan: SweepPlan) -> Record:
+    """The record of a sweep that is to run: begun, or told what is new since the last start."""
+    folder, failed = plan.folder, failed_trials(plan.config, plan.folder)
+    is_new = not (folder / CONFIG).exists()
+    if is_new:
+        save_config(plan.config, folder)
+    record = Record(folder)
+    if plan.changes:
+        drawn = samples_drawn(folder)
+        before = drawn[-1] if drawn else load_config(str(folder / CONFIG), []).tune.num_samples
+        record.reopened(before=before, num_samples=plan.config.tune.num_samples)
+    elif winner_dir(folder):
+        record.reopened()
+    save_config(plan.config, folder)
+    for change in plan.changes:
+        log.info("%s", change)
+    for trial in failed:
+        record.retried(trial.name)
+    if failed:
+        log.info("%s run again: %s", _number(len(failed), "trial"), failed[0].message)
+    _share_texts(folder)
+    return record
+
+
+def failed_trials(config: Config, folder: Path) -> list[Trial]:
+    """The trials that are to run again, having failed for a reason that may pass."""
+    if not config.tune.retry_failed:
+        return []
+    return [trial for trial in load_trials(folder) if trial.passing]
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" + ("s" if count != 1 else "")
+
+
+def check_trials(plan: SweepPlan, texts: Mapping[str, TokenData]) -> None:
+    """Refuse texts that a trial cannot be trained on. Raises UserError with all of them."""
+    problems: dict[str, str] = {}
+    known = {one.name: one for one in load_trials(plan.folder)}
+    planned = [one for one in plan.trials if one.name not in known]
+    planned += [
+        plan_trial(plan.config, str(plan.folder), one.name, one.values)
+        for one in known.values()
+        if one.outcome is None
+    ]
+    for one in planned:
+        try:
+            state = _state(trial_dir(plan.folder, one.name))
+            check_data(one.config, texts[text_key(one.config)], state)
+        except UserError as error:
+            problems.setdefault(str(error), one.name)
+    if problems:
+        raise UserError("\n".join(f"trial {name}: {text}" for text, name in problems.items()))
+
+
+def _state(run_dir: Path) -> TrainerState | None:
+    """Where a trial stands; None also where its checkpoints are damaged, which it says itself."""
+    try:
+        checkpoint, _ = newest_whole(run_dir)
+    except RunFailed:
+        return None
+    return TrainerState.load(checkpoint) if checkpoint else None
+
+
+def _share_texts(folder: Path) -> None:
+    """Let a trial's run folder find the sweep's prepared texts where an ordinary run would."""
+    link = folder / "trials" / "data"
+    with storing(link):
+        link.parent.mkdir(exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(Path("..") / ".." / "data")

@@ -1,0 +1,272 @@
+"""A sweep's trials on Ray Tune: which comes next, which is cut at a rung, what the record says.
+
+Tune's own state is pickled and would not rebuild ASHA's rungs, so nothing of it is ever loaded:
+each start is a new experiment of what is still to do, in a scratch folder, and the rungs are filled
+anew from what the trials have measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+import ray.tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from gptray.config import Config, RunFailed
+from gptray.files import storing
+from gptray.jobs.tune.worker import run_trial
+from gptray.tuning.plan import Planned
+from gptray.tuning.record import Trial
+
+TUNE_ENV = {
+    # metrics.jsonl and TensorBoard files are the runs' own.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # A trial's last report has its outcome and no metric.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_WARN_THRESHOLD_S": "60",
+    # The newer output prints a table of the experiment whatever the verbosity.
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+SCRATCH = ".ray"
+# What stands for the driver's own objects where Tune pickles all that it was given.
+_NEVER_LOADED: tuple[type, tuple[()]] = (object, ())
+
+
+class Queue(Protocol):
+    """What is to run, and who is told what became of it."""
+
+    is_over: bool
+    failure: RunFailed | None
+
+    def next(self) -> Planned | None:
+        """The next trial; None while only running trials can tell, or when `is_over`."""
+
+    def settings(self, planned: Planned) -> dict[str, Any]:
+        """What the process of a trial is told, see `run_trial`."""
+
+    def started(self, name: str) -> None:
+        """A trial's process has begun with it, for the first time or again."""
+
+    def ended(
+        self, name: str, outcome: str, *, step: int, message: str | None, passing: bool
+    ) -> None:
+        """A trial has come to an end; `passing`: it failed for a reason that may pass."""
+
+
+def run_trials(
+    config: Config,
+    folder: Path,
+    queue: Queue,
+    past: Sequence[Trial],
+    *,
+    at_once: int,
+    reserved: dict[str, float],
+) -> None:
+    """Run the queue's trials, `at_once` at a time, each worker with what is `reserved`.
+
+    past: all trials so far, with what they have measured.
+
+    A RunFailed of the queue's is put into its `failure`, and all trials are stopped.
+    """
+    for key, value in TUNE_ENV.items():
+        os.environ.setdefault(key, value)
+    is_here = config.compute.num_workers == 1
+    # A trial of several workers only waits for them; Tune refuses a trial that needs nothing.
+    resources = reserved if is_here else {"memory": 64 * 2**20}
+    with storing(folder), _scratch(folder) as scratch, _quiet():
+        ray.tune.Tuner(
+            ray.tune.with_resources(run_trial, resources),
+            tune_config=ray.tune.TuneConfig(
+                num_samples=-1,
+                max_concurrent_trials=at_once,
+                search_alg=_Searcher(queue),
+                scheduler=Rungs(config, past),
+                # The workers of a trial that is cut end with the actor that waits for them.
+                reuse_actors=is_here,
+                trial_name_creator=_name_of,
+                trial_dirname_creator=_name_of,
+            ),
+            run_config=ray.tune.RunConfig(
+                name=scratch.name,
+                storage_path=str(folder),
+                verbose=0,
+                callbacks=[_Log(queue)],
+                stop=_Brake(queue),
+                failure_config=ray.tune.FailureConfig(max_failures=config.compute.max_failures),
+            ),
+        ).fit()
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for Tune's own files, empty at first and gone afterwards."""
+    scratch = folder / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Tune from telling what the sweep tells itself, unless it is to tell all."""
+    ours, logger = logging.getLogger("gptray"), logging.getLogger("ray.tune")
+    level = logger.level
+    if not ours.isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_of(trial: Any) -> str:
+    name: str = trial.config["trial"]
+    return name
+
+
+class _Searcher(Searcher):  # type: ignore[misc]
+    """Gives Tune the queue's trials in their order."""
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__()
+        self._queue = queue
+
+    def set_search_properties(self, *args: Any, **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        with _kept(self._queue):
+            planned = self._queue.next()
+            if planned:
+                return self._queue.settings(planned)
+        is_over = self._queue.is_over or self._queue.failure
+        return str(Searcher.FINISHED) if is_over else None
+
+    def on_trial_complete(self, trial_id: str, *args: Any, **info: Any) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _NEVER_LOADED
+
+
+@contextmanager
+def _kept(queue: Queue) -> Iterator[None]:
+    """Keep what the queue cannot store: Tune would take it for a fault of the trial at hand."""
+    try:
+        yield
+    except RunFailed as error:
+        queue.failure = queue.failure or error
+
+
+class _Brake(ray.tune.Stopper):  # type: ignore[misc]
+    """Stops all trials once the sweep's own record cannot be kept."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._queue.failure is not None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _NEVER_LOADED
+
+
+class Rungs(ASHAScheduler):  # type: ignore[misc]
+    """ASHA that knows what trials have measured before this start.
+
+    Its public methods are told of the past as if it happened now: every ended trial is added and
+    reports its rows, and one that goes on has reported its own before it starts.
+    """
+
+    def __init__(self, config: Config, past: Sequence[Trial]) -> None:
+        grace = config.tune.grace_period * config.train.eval_interval
+        super().__init__(
+            time_attr="step",
+            metric="val_bpb",
+            mode="min",
+            # The last rung is below max_steps: there a trial ends by itself, and says how.
+            max_t=max(config.train.max_steps - 0.5, grace),
+            grace_period=grace,
+            reduction_factor=config.tune.reduction_factor,
+            brackets=config.tune.brackets,
+            stop_last_trials=False,
+        )
+        self._seed = config.seed
+        self._past = {trial.name: trial for trial in past if trial.replicate_of is None}
+        for trial in self._past.values():
+            if trial.outcome is not None:
+                ended = SimpleNamespace(trial_id=trial.name, config={"trial": trial.name})
+                self.on_trial_add(None, ended)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        name = _name_of(trial)
+        # Ray draws the bracket from numpy's global state; a trial is to stay in its own.
+        np.random.seed(zlib.crc32(f"{self._seed}/{name}".encode()))
+        super().on_trial_add(tune_controller, trial)
+        for row in self._past[name].rows if name in self._past else ():
+            super().on_trial_result(tune_controller, trial, row)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if not trial.config["is_cut"]:
+            return str(TrialScheduler.CONTINUE)
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if result.get("step", 0) >= trial.config["config"]["train"]["max_steps"]:
+            return str(TrialScheduler.CONTINUE)
+        return decision
+
+
+class _Log(ray.tune.Callback):  # type: ignore[misc]
+    """Writes down what becomes of each trial, in the driver."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _NEVER_LOADED
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        with _kept(self._queue):
+            self._queue.started(_name_of(trial))
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        if self._queue.failure:
+            return  # stopped for that, and no end of its own
+        result = trial.last_result
+        # Without an outcome of its own it was the scheduler that ended it.
+        outcome = result.get("outcome", "stopped")
+        step = result.get("last_step", result.get("step", 0))
+        with _kept(self._queue):
+            self._queue.ended(
+                _name_of(trial),
+                outcome,
+                step=step,
+                message=result.get("message"),
+                passing=result.get("passing", False),
+            )
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        message = "its process died"
+        if trial.error_file and Path(trial.error_file).is_file():
+            message = Path(trial.error_file).read_text("utf-8").strip().splitlines()[-1]
+        with _kept(self._queue):
+            self._queue.ended(_name_of(trial), "failed", step=0, message=message, passing=True)

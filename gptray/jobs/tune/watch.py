@@ -1,0 +1,155 @@
+"""Seeing a sweep: a live table on a terminal, a plain line per ended trial elsewhere.
+
+It follows the sweep's folder, as `gptray.jobs.train.watch` follows a run's.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from gptray.config.keys import shown
+from gptray.data.difference import percent
+from gptray.jobs.train.watch import duration
+from gptray.tuning.plan import ranked, score
+from gptray.tuning.record import Trial, load_trials
+from gptray.visible import visible
+
+log = logging.getLogger("gptray")
+POLL_S = 1.0
+# Seconds between two calls of on_change: a report takes a moment of the cores that train.
+CHANGE_S = 20.0
+SHOWN = 12
+
+
+class _Watch:
+    def __init__(self, folder: Path, num_trials: int, on_change: Callable[[], object]) -> None:
+        self._folder, self._num_trials, self._on_change = folder, num_trials, on_change
+        trials = load_trials(folder)
+        self._told = {trial.name for trial in trials if trial.outcome}
+        self._origin = (_steps(trials), time.monotonic())
+        self._seen, self._changed_at = -1, -CHANGE_S
+        self._live: Live | None = None
+        if sys.stderr.isatty():
+            self._live = Live(console=Console(stderr=True), auto_refresh=False)
+            self._live.start()
+
+    def look(self, *, last: bool = False) -> None:
+        """Show what is new."""
+        trials = load_trials(self._folder)
+        for trial in trials:
+            if trial.outcome and trial.name not in self._told:
+                self._told.add(trial.name)
+                log.info("%s", self._line(trial, trials))
+        if self._live:
+            self._live.update(self._table(trials), refresh=True)
+        evaluations = sum("val_bpb" in row for trial in trials for row in trial.rows)
+        is_due = time.monotonic() - self._changed_at >= CHANGE_S
+        if evaluations + len(self._told) != self._seen and is_due and not last:
+            self._seen, self._changed_at = evaluations + len(self._told), time.monotonic()
+            self._on_change()
+
+    def close(self) -> None:
+        self.look(last=True)
+        if self._live:
+            self._live.stop()
+
+    def _line(self, trial: Trial, trials: Sequence[Trial]) -> str:
+        text = f"trial {trial.name} {_state(trial)} at step {trial.step:,}"
+        if trial.best:
+            text += f", best {score(trial):.4f} bits per byte"
+        if trial.lost:
+            text += f", its tokenizer loses {percent(trial.lost)} of the text"
+        if trial.message:
+            text += f": {trial.message}"
+        return f"{text}; {self._progress(trials)}"
+
+    def _progress(self, trials: Sequence[Trial]) -> str:
+        ended = [trial for trial in trials if trial.outcome]
+        total = max(self._num_trials, len(trials))
+        text = f"{len(ended)} of {total} trials"
+        best = ranked(trials)
+        if best:
+            text += f", best {best[0].name} with {score(best[0]):.4f}"
+        steps, began = self._origin
+        done = _steps(trials) - steps
+        if done and ended:
+            # A trial to come is taken to need as many steps as those that ended.
+            typical = sum(trial.step for trial in ended) / len(ended)
+            going = [trial.step for trial in trials if not trial.outcome]
+            left = (total - len(ended)) * typical - sum(min(step, typical) for step in going)
+            text += f", eta {duration(left * (time.monotonic() - began) / done)}"
+        return text
+
+    def _table(self, trials: Sequence[Trial]) -> Table:
+        table = Table(title=self._progress(trials), title_justify="left", box=None)
+        for column in ("trial", "state", "step", "bits/byte", "at step", "settings"):
+            is_number = column not in ("trial", "state", "settings")
+            table.add_column(
+                column,
+                justify="right" if is_number else "left",
+                no_wrap=column in ("trial", "step", "bits/byte"),
+                overflow="fold",
+            )
+        running = [trial for trial in trials if trial.started and not trial.outcome]
+        best = [trial for trial in ranked(trials) if trial not in running]
+        for trial in [*running, *best[: max(3, SHOWN - len(running))]]:
+            table.add_row(
+                trial.name,
+                _state(trial),
+                f"{trial.step:,}/{trial.max_steps:,}",
+                f"{score(trial):.4f}" if trial.best else "",
+                f"{trial.best['step']:,}" if trial.best else "",
+                Text(visible(_settings(trial))),  # as Text: [b] in a path is no markup
+            )
+        return table
+
+
+@contextmanager
+def watching_sweep(
+    folder: Path, num_trials: int, *, on_change: Callable[[], object]
+) -> Iterator[None]:
+    """Show the sweep's progress on stderr for as long as the block runs.
+
+    `on_change` is called now and then, from a thread, when trials have something new.
+    """
+    watch = _Watch(folder, num_trials, on_change)
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(POLL_S):
+            watch.look()
+
+    thread = threading.Thread(target=follow, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        watch.close()
+
+
+def _settings(trial: Trial) -> str:
+    return " ".join(f"{p.rpartition('.')[2]}={shown(v)}" for p, v in trial.values.items())
+
+
+def _steps(trials: Sequence[Trial]) -> int:
+    return sum(trial.step for trial in trials)
+
+
+def _state(trial: Trial) -> str:
+    if trial.outcome is None:
+        return "runs" if trial.started else "waits"
+    words = {"patience": "stopped by patience", "stopped": "cut"}
+    return words.get(trial.outcome, trial.outcome)

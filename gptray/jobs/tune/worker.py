@@ -1,0 +1,88 @@
+"""One trial of a sweep, in the process that Ray Tune gives it: an ordinary run, reported to Tune.
+
+One worker trains right here, in an actor that serves one trial after the other; several train in
+Ray Train's workers. What went wrong is an outcome like any other, so that the sweep goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+from gptray.config import Config, RunFailed, UserError
+from gptray.data.tokens import DamagedData, TokenData
+from gptray.jobs.cluster import TRAIN_ENV
+from gptray.jobs.train.run import fit_on_ray
+from gptray.jobs.train.samples import sample_texts
+from gptray.record import try_event, write_event
+
+# How the loop's reasons to stop are called in a sweep's record.
+OUTCOMES = {"max_steps": "finished", "patience": "patience", "non_finite": "diverged"}
+
+
+def run_trial(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train as `settings` say; return the outcome, which Tune takes for the last report.
+
+    settings: trial (its name), config, run_dir, data_dir and threads.
+    """
+    folder = Path(settings["run_dir"])
+    try:
+        config = Config.model_validate(settings["config"])
+        train = _train_here if config.compute.num_workers == 1 else _train_in_workers
+        result = train(config, TokenData.open(settings["data_dir"]), folder, settings["threads"])
+        if result["stopped"] == "failed":
+            raise (UserError if result["mistake"] else RunFailed)(result["message"])
+        write_event(folder, "end", stopped=result["stopped"])
+    except Exception as error:
+        # What has become of the prepared text, the next start makes good.
+        passing, message = isinstance(error, (RunFailed, OSError, DamagedData)), str(error)
+        if not isinstance(error, (RunFailed, UserError)):
+            message = f"{type(error).__name__}: {error}"
+        try_event(folder, "failure", message=message)
+        return {"outcome": "failed", "message": message, "passing": passing}
+    return {
+        "outcome": OUTCOMES[result["stopped"]],
+        "message": result.get("message"),
+        "last_step": result["step"],
+    }
+
+
+def _train_here(config: Config, data: TokenData, folder: Path, threads: int) -> dict[str, Any]:
+    import ray.tune
+    import torch
+
+    from gptray.training.loop import fit
+
+    device = torch.device("cuda" if config.compute.use_gpu else "cpu")
+    _forget_trials_before(config, device)
+    # Of this thread, and every trial has its own.
+    torch.set_num_threads(threads)
+    return fit(
+        config,
+        data,
+        folder,
+        report=lambda metrics, _: ray.tune.report(metrics),
+        sample=lambda model: sample_texts(config, data, model),
+        device=device,
+    )
+
+
+def _forget_trials_before(config: Config, device: Any) -> None:
+    """Drop what earlier trials may have left in this process. The loop sets all else itself."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if config.train.compiles(on_gpu=device.type != "cpu"):
+        # Compiled code is kept by the model's source lines, for a few shapes only.
+        torch.compiler.reset()
+
+
+def _train_in_workers(config: Config, data: TokenData, folder: Path, _: int) -> dict[str, Any]:
+    os.environ.update({**TRAIN_ENV, **os.environ})
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    return fit_on_ray(config, data, folder, callbacks=[TuneReportCallback()])

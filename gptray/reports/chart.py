@@ -1,0 +1,197 @@
+"""The curves of a run as plain data: what is drawn, not how.
+
+Drawn as SVG for the page (`gptray.reports.svg`) and as PNG (`gptray.reports.png`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from gptray.reports.run.diagnosis import Diagnosis
+from gptray.wording import decimals
+
+XY = tuple[float, float]
+# A run's curves, and the curves of a sweep's trials.
+Role = Literal["train", "val", "single", "cut", "whole", "wrong", "own", "winner"]
+
+# Points of one curve: more cannot be told apart on a page.
+MOST_POINTS = 400
+# Evaluations up to here get a dot each.
+MOST_DOTS = 60
+# This part of the steps may run out of the picture: a loss falls from 11 to 6 there, and what
+# matters happens between 6.0 and 6.2.
+BEGINNING = 0.1
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve. `role` decides its colour; curves of one role have the same name.
+
+    hint: what is said of it where a pointer rests.
+    """
+
+    name: str
+    role: Role
+    points: tuple[XY, ...]
+    hint: str = ""
+
+    @property
+    def has_dots(self) -> bool:
+        """Whether each point is one measurement and there is room to show it."""
+        return self.role == "val" and len(self.points) <= MOST_DOTS
+
+    @property
+    def has_end(self) -> bool:
+        """Whether where it ends is of interest."""
+        return self.role in ("cut", "whole", "wrong", "own", "winner")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A step that is pointed at."""
+
+    role: Literal["best", "turned"]
+    step: float
+    value: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over steps, up to `last`, and the values between `low` and `high`.
+
+    first: the step at the left; if it is above 0, each doubling of steps has the same width.
+    rungs: steps with a line.
+    """
+
+    key: str
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+    last: float
+    low: float
+    high: float
+    marks: tuple[Mark, ...] = ()
+    first: float = 0.0
+    rungs: tuple[float, ...] = ()
+
+    @property
+    def legend(self) -> tuple[Series, ...]:
+        """One curve of each role."""
+        return tuple({series.role: series for series in self.series}.values())
+
+
+def run_charts(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> list[Chart]:
+    """Loss, learning rate and gradient norm of a run; nothing where nothing was logged."""
+    if not rows:
+        return []
+    return [
+        _loss_chart(rows, diagnosis),
+        _single("lr", "Learning rate", "", rows),
+        _single("grad_norm", "Gradient norm", "before clipping", rows),
+    ]
+
+
+def thinned(points: Sequence[XY], most: int = MOST_POINTS) -> tuple[XY, ...]:
+    """`most` points at most, and the last: the lowest and highest of each stretch; peaks stay."""
+    if len(points) <= most:
+        return tuple(points)
+    stretches = most // 2
+    kept = []
+    for number in range(stretches):
+        first, end = (len(points) * n // stretches for n in (number, number + 1))
+        stretch = points[first:end]
+        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return (*kept, points[-1]) if kept[-1] != points[-1] else tuple(kept)
+
+
+def averaged(points: Sequence[XY], most: int = MOST_POINTS // 2) -> tuple[XY, ...]:
+    """At most `most` points, each the mean of its stretch: for what is noise from row to row."""
+    size = -(-len(points) // most) if points else 1
+    stretches = [points[first : first + size] for first in range(0, len(points), size)]
+    return tuple((stretch[-1][0], fmean(y for _, y in stretch)) for stretch in stretches)
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers from low to high, with at most `most` intervals between them."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    power = 10.0 ** _floor_log10(span / most)
+    step = next(power * m for m in (1, 2, 5, 10, 20) if span / (power * m) <= most or m == 20)
+    first = -(-low // step)
+    found = []
+    while first * step <= high + span * 1e-9:
+        found.append(round(first * step, 12) + 0.0)  # not -0
+        first += 1
+    return found
+
+
+def tick_text(value: float, spacing: float) -> str:
+    """A tick's label, with as many decimals as tell it from its neighbours."""
+    if spacing < 0.01:
+        return f"{value:g}".replace("e-0", "e-")
+    places = max(0, -_floor_log10(spacing * 1.0001))
+    return f"{value:,.{places}f}" if value else "0"
+
+
+def _floor_log10(value: float) -> int:
+    return math.floor(math.log10(value))
+
+
+def _loss_chart(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> Chart:
+    train = averaged([(row["step"], row["train_loss"]) for row in rows])
+    val = thinned([(point.step, point.val_loss) for point in diagnosis.points])
+    low, high = _range([train, val], from_zero=False)
+    return Chart(
+        key="loss",
+        title="Loss",
+        unit="nats per token",
+        series=(
+            Series("training", "train", train),
+            Series("validation", "val", val),
+        ),
+        last=rows[-1]["step"],
+        low=low,
+        high=high,
+        marks=_marks(diagnosis),
+    )
+
+
+def _marks(diagnosis: Diagnosis) -> tuple[Mark, ...]:
+    best, turned = diagnosis.best, diagnosis.turned
+    if best is None:
+        return ()
+    value = f"{best.val_loss:.{decimals(diagnosis.worse or 1.0)}f}"
+    marks = [Mark("best", best.step, best.val_loss, f"best: step {best.step:,} ({value})")]
+    if turned and diagnosis.verdict == "overfitting":
+        marks.append(Mark("turned", turned.step, turned.val_loss, f"turned: step {turned.step:,}"))
+    return tuple(marks)
+
+
+def _single(key: str, title: str, unit: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
+    points = [(row["step"], row[key]) for row in rows]
+    low, high = _range([points], from_zero=True)
+    return Chart(
+        key=key,
+        title=title,
+        unit=unit,
+        series=(Series(title.lower(), "single", thinned(points)),),
+        last=rows[-1]["step"],
+        low=low,
+        high=high,
+    )
+
+
+def _range(curves: Sequence[Sequence[XY]], *, from_zero: bool) -> XY:
+    """The values to show: all but those of the beginning that are higher than all later ones."""
+    last = max(curve[-1][0] for curve in curves if curve)
+    values = [y for curve in curves for x, y in curve if x >= BEGINNING * last]
+    low, high = (0.0 if from_zero else min(values)), max(values)
+    room = 0.05 * ((high - low) or abs(high) or 1.0)
+    return (low if from_zero else low - room), high + room

@@ -1,0 +1,223 @@
+"""What to try after a run, ordered by what the numbers support."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptray.config import Config
+from gptray.reports.run.diagnosis import Diagnosis
+from gptray.wording import count, magnitude
+
+# Tokens of text that one parameter can make use of (Hoffmann et al. 2022).
+TOKENS_PER_PARAMETER = 20
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One thing to try, and the numbers that support it; the more they do, the higher `weight`.
+
+    keys: the config keys to set for it, if any. resumes: the same run can take them; if not, they
+    need a new run.
+    """
+
+    change: str
+    reason: str
+    weight: float
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    resumes: bool = False
+
+
+def advise(diagnosis: Diagnosis, config: Config) -> tuple[Advice, ...]:
+    """What to try, the best supported first; nothing where nothing can be told."""
+    sources = {
+        "overfitting": _against_overfitting,
+        "unsure": _to_be_sure,
+        "unstable": _against_instability,
+        "stuck": _against_being_stuck,
+        "falling": _to_fall_further,
+        "level": _to_get_lower,
+        "single": _to_see_more,
+    }
+    source = sources.get(diagnosis.verdict)
+    found = source(diagnosis, config) if source else iter(())
+    return tuple(sorted(found, key=lambda advice: -advice.weight))
+
+
+def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    yield from _regularise(config)
+    yield from _size(diagnosis, config)
+    yield from _whole_text(config)
+    if config.model.init_from and config.optim.lr > 1e-4:
+        yield Advice(
+            "a lower learning rate",
+            f"optim.lr is {config.optim.lr:g}; tuning a trained model mostly takes 1e-5 to 1e-4",
+            3.0,
+            _lr(config, 5e-5),
+        )
+    if config.train.patience is None:
+        yield Advice(
+            "early stopping",
+            "train.patience is null; train.patience=5 stops after 5 evaluations without a new best",
+            1.5,
+            {"train.patience": 5},
+        )
+
+
+def _regularise(config: Config) -> Iterator[Advice]:
+    dropout = config.model.dropout
+    if dropout == 0:
+        reason = "model.dropout is 0; 0.1 to 0.3 is usual for little text"
+        yield Advice("dropout", reason, 4.5, {"model.dropout": 0.1})
+    elif dropout < 0.4:
+        more = {"model.dropout": round(dropout + 0.1, 2)}
+        yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout, more)
+    if config.optim.weight_decay == 0:
+        reason = "optim.weight_decay is 0; 0.1 is usual"
+        yield Advice("weight decay", reason, 2.2, {"optim.weight_decay": 0.1})
+
+
+def _whole_text(config: Config) -> Iterator[Advice]:
+    if config.data.fraction < 1:
+        reason = f"data.fraction is {config.data.fraction:g}"
+        yield Advice("all of the text", reason, 6.0, {"data.fraction": 1.0})
+
+
+def _lr(config: Config, lr: float) -> dict[str, Any]:
+    """The keys of another learning rate, with optim.min_lr in the same proportion."""
+    optim = config.optim
+    return {
+        "optim.lr": float(f"{lr:.2g}"),
+        "optim.min_lr": float(f"{optim.min_lr * lr / optim.lr:.2g}"),
+    }
+
+
+def _half(config: Config) -> dict[str, Any]:
+    """The keys of a smaller network; none if its shape comes from model.init_from."""
+    model = config.model
+    if model.init_from:
+        return {}
+    if model.n_embd % (2 * model.n_head) == 0:
+        return {"model.n_embd": model.n_embd // 2}
+    return {"model.n_layer": model.n_layer // 2} if model.n_layer > 1 else {}
+
+
+def _size(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    """Fewer parameters and more data, by how often the text was read and how little there is."""
+    facts = diagnosis.facts
+    if facts.parameters and facts.train_tokens:
+        per_parameter = facts.train_tokens / facts.parameters
+        if per_parameter < 1:
+            each = f"{1 / per_parameter:,.0f} parameters for each token"
+        else:
+            each = f"{per_parameter:.1f} tokens for each parameter"
+        if per_parameter < TOKENS_PER_PARAMETER:
+            yield Advice(
+                "fewer parameters",
+                f"{magnitude(facts.parameters)} parameters on {magnitude(facts.train_tokens)} "
+                f"tokens of training text: {each}",
+                4.0 - 2.5 * per_parameter / TOKENS_PER_PARAMETER,
+                _half(config),
+            )
+    epochs = facts.epochs_at_best
+    if epochs and epochs > 1:
+        yield Advice(
+            "more data",
+            f"by its best step the model had read the training text {epochs:.1f} times",
+            2.0 + min(3.0, epochs / 10),
+        )
+    elif epochs is None:
+        yield Advice("more data", "more text is harder to learn by heart", 1.0)
+
+
+def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    if diagnosis.ended is None:
+        return  # time will tell
+    interval = config.train.eval_interval
+    if interval > 1:
+        yield Advice(
+            "more frequent evaluations",
+            f"train.eval_interval is {interval}; a turn needs three evaluations after it",
+            3.0,
+            {"train.eval_interval": -(-interval // 3)},
+        )
+    patience = config.train.patience
+    if diagnosis.ended == "patience" and patience and patience < 3:
+        reason = f"train.patience is {patience}; three evaluations tell more"
+        yield Advice("more patience", reason, 4.0, {"train.patience": 5}, resumes=True)
+
+
+def _against_instability(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    optim, steps = config.optim, config.train.max_steps
+    lower = _lr(config, optim.lr / 3)
+    yield Advice("a lower learning rate", f"optim.lr is {optim.lr:g}", 3.0, lower)
+    if optim.warmup_steps < 0.05 * steps:
+        warmup = f"optim.warmup_steps is {optim.warmup_steps:,} of {count(steps, 'step')}"
+        longer = {"optim.warmup_steps": -(-steps // 20)}
+        yield Advice("a longer warm-up", warmup, 2.0, longer)
+    if optim.max_grad_norm is None:
+        reason = "optim.max_grad_norm is null; 1.0 is usual"
+        yield Advice("clipping", reason, 4.0, {"optim.max_grad_norm": 1.0})
+
+
+def _against_being_stuck(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    optim, steps = config.optim, config.train.max_steps
+    if optim.warmup_steps > 0.5 * steps:
+        yield _shorter_warmup(config)
+    change, lr = "a higher learning rate", 3 * optim.lr
+    if optim.lr >= 1e-2:
+        change, lr = "a lower learning rate", optim.lr / 10
+    reason = f"optim.lr is {optim.lr:g}; 1e-4 to 2e-3 is usual"
+    yield Advice(change, reason, 3.0, _lr(config, lr))
+
+
+def _shorter_warmup(config: Config) -> Advice:
+    return Advice(
+        "a shorter warm-up",
+        f"optim.warmup_steps is {config.optim.warmup_steps:,} of "
+        f"{count(config.train.max_steps, 'step')}",
+        5.0,
+        {"optim.warmup_steps": -(-config.train.max_steps // 20)},
+    )
+
+
+def _to_fall_further(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    if diagnosis.ended is None:
+        return
+    steps = config.train.max_steps
+    more = {"train.max_steps": 2 * steps}
+    yield Advice("more steps", f"train.max_steps is {steps:,}", 4.0, more, resumes=True)
+    if config.optim.warmup_steps > 0.5 * config.train.max_steps:
+        yield _shorter_warmup(config)
+
+
+def _to_get_lower(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    last = diagnosis.last
+    assert last
+    if last.gap < 0.05 * last.val_loss:
+        yield Advice(
+            "more parameters",
+            f"training loss ({last.train_loss:.2f}) is close to validation loss "
+            f"({last.val_loss:.2f}): the model has not taken in all that it was shown",
+            3.0,
+            {} if config.model.init_from else {"model.n_embd": 2 * config.model.n_embd},
+        )
+    else:
+        yield from _regularise(config)
+        yield from _whole_text(config)
+        yield Advice(
+            "more data",
+            f"training loss ({last.train_loss:.2f}) is well below validation loss "
+            f"({last.val_loss:.2f})",
+            3.5,
+        )
+
+
+def _to_see_more(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    if diagnosis.ended is None:
+        return
+    if config.train.eval_interval > 1:
+        interval = f"train.eval_interval is {config.train.eval_interval:,}"
+        often = {"train.eval_interval": -(-config.train.eval_interval // 3)}
+        yield Advice("more frequent evaluations", interval, 3.0, often)

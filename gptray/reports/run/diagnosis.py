@@ -1,0 +1,282 @@
+"""Whether a run overfits, since when and what that cost, from the rows of its metrics.
+
+A pure function of rows, config and events. What to do about it is `advice`'s, and how it
+looks is the report's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any, Literal
+
+from gptray.config import Config
+
+# Evaluations that must follow a turn: one or two bad ones are no trend.
+FOLLOWING = 3
+# A change of validation loss below this part of it is of no interest to anybody.
+NEGLIGIBLE = 0.002
+
+Verdict = Literal[
+    "none", "single", "overfitting", "unsure", "unstable", "stuck", "falling", "level"
+]
+Ended = Literal["max_steps", "patience", "non_finite"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation: losses in nats per token, `gap` = val_loss - train_loss."""
+
+    step: int
+    train_loss: float
+    val_loss: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What advice rests on; None where the run does not tell."""
+
+    parameters: int | None
+    train_tokens: int | None  # in the training split
+    epochs_at_best: float | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the curves of a run say.
+
+    `turned` is the evaluation since which validation loss has been higher for good (the rule is
+    `turning_point`'s), None where it has not turned or too little follows to tell. `noise` is the
+    standard deviation of validation loss around its own trend, in nats. `pace` is seconds per
+    step, evaluations included where the run's events tell. `ended` is None for a run that goes on
+    or was cut off.
+    """
+
+    verdict: Verdict
+    points: tuple[Point, ...]
+    best: Point | None
+    turned: Point | None
+    noise: float
+    ended: Ended | None
+    last_step: int
+    max_steps: int
+    pace: float | None
+    facts: Facts
+
+    @property
+    def last(self) -> Point | None:
+        """The last evaluation."""
+        return self.points[-1] if self.points else None
+
+    @property
+    def steps_after_best(self) -> int:
+        """Steps trained after the best evaluation."""
+        return self.last_step - self.best.step if self.best else 0
+
+    @property
+    def worse(self) -> float:
+        """Nats by which validation loss ended above its best."""
+        return self.last.val_loss - self.best.val_loss if self.last and self.best else 0.0
+
+    @property
+    def steps_saved(self) -> int:
+        """Steps that early stopping spared."""
+        return self.max_steps - self.last_step if self.ended == "patience" else 0
+
+    def seconds(self, steps: int) -> float | None:
+        """How long that many steps took or would take."""
+        return steps * self.pace if self.pace is not None else None
+
+
+def diagnose(
+    rows: Sequence[Mapping[str, Any]],
+    config: Config,
+    events: Sequence[Mapping[str, Any]] = (),
+) -> Diagnosis:
+    """Judge a run by its rows of metrics.jsonl; its events tell times, size and end more exactly.
+
+    The verdict is the first that fits: none or a single evaluation; unstable (a non-finite number,
+    or training loss rose along); overfitting (turned for good); unsure (risen, but for fewer than
+    three evaluations); stuck (nothing learnt); falling; level.
+    """
+    points = tuple(
+        Point(row["step"], row["train_loss"], row["val_loss"], row["gap"])
+        for row in rows
+        if "val_loss" in row
+    )
+    best = min(points, key=lambda point: point.val_loss) if points else None
+    turn = turning_point([point.val_loss for point in points], min_delta=config.train.min_delta)
+    ended = _ended(rows, points, config, events)
+    return Diagnosis(
+        verdict=_verdict(points, best, turn, ended, rows, config),
+        points=points,
+        best=best,
+        turned=None if turn.index is None else points[turn.index],
+        noise=turn.noise,
+        ended=ended,
+        last_step=rows[-1]["step"] if rows else 0,
+        max_steps=config.train.max_steps,
+        pace=_pace(rows, config, events),
+        facts=_facts(rows, config, events, best),
+    )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where a curve turned for good (None: nowhere), its noise, the band that noise explains."""
+
+    index: int | None
+    noise: float
+    band: float
+
+
+def turning_point(losses: Sequence[float], *, min_delta: float = 0.0) -> Turn:
+    """Find the evaluation since which validation loss has been higher for good.
+
+    It is the last one that lies within `band` of the lowest, if at least three follow it; all of
+    these lie above the band, up to the end.
+
+    band = noise x (2 + sqrt(2 ln n)): the lowest of n noisy values of a level curve lies about
+    noise x sqrt(2 ln n) below it, so that a level curve stays in the band; and at least 0.2 % of
+    the lowest loss, and min_delta. `noise` is the standard deviation around the trend, 1.4826 x
+    median |third difference| / sqrt(20), in which a smooth trend cancels out; n and noise are
+    taken from the part of the curve that begins where it first got as low as it ended. A long
+    curve's differences span sixteenths of it, as neighbouring evaluations err alike.
+    """
+    if not losses:
+        return Turn(None, 0.0, 0.0)
+    begin = next(i for i, loss in enumerate(losses) if loss <= losses[-1])
+    basin = losses[begin:]
+    noise = _noise(basin)
+    lowest = min(losses)
+    band = max(
+        noise * (2 + math.sqrt(2 * math.log(len(basin)))), NEGLIGIBLE * abs(lowest), min_delta
+    )
+    last = max(i for i, loss in enumerate(losses) if loss <= lowest + band)
+    follow = len(losses) - 1 - last
+    return Turn(last if follow >= FOLLOWING else None, noise, band)
+
+
+def _noise(losses: Sequence[float]) -> float:
+    lag = max(1, len(losses) // 16)
+    thirds = [
+        abs(losses[i + 3 * lag] - 3 * losses[i + 2 * lag] + 3 * losses[i + lag] - losses[i])
+        for i in range(len(losses) - 3 * lag)
+    ]
+    return 1.4826 * median(thirds) / math.sqrt(20) if thirds else 0.0
+
+
+def _verdict(
+    points: Sequence[Point],
+    best: Point | None,
+    turn: Turn,
+    ended: Ended | None,
+    rows: Sequence[Mapping[str, Any]],
+    config: Config,
+) -> Verdict:
+    if ended == "non_finite":
+        return "unstable"
+    if best is None or len(points) < 2:
+        return "single" if points else "none"
+    rise = points[-1].val_loss - best.val_loss
+    if rise > turn.band:
+        since = best if turn.index is None else points[turn.index]
+        if _training_rose(points, since):
+            return "unstable"
+        return "unsure" if turn.index is None else "overfitting"
+    if not config.model.init_from and _is_stuck(rows, best):
+        return "stuck"
+    return "falling" if ended != "patience" and _is_falling(points) else "level"
+
+
+def _training_rose(points: Sequence[Point], since: Point) -> bool:
+    """Whether training loss took at least half of validation loss's rise: not what overfits."""
+    before = [point for point in points if point.step <= since.step][-FOLLOWING:]
+    after = [point for point in points if point.step > since.step][-FOLLOWING:]
+    train = fmean(p.train_loss for p in after) - fmean(p.train_loss for p in before)
+    val = fmean(p.val_loss for p in after) - fmean(p.val_loss for p in before)
+    return train > val / 2
+
+
+def _is_stuck(rows: Sequence[Mapping[str, Any]], best: Point) -> bool:
+    """Whether neither loss ever got 2 % below where training began."""
+    began = rows[0]["train_loss"]
+    lowest = min(best.val_loss, min(row["train_loss"] for row in rows))
+    return bool(lowest > 0.98 * began)
+
+
+def _is_falling(points: Sequence[Point]) -> bool:
+    """Whether the last quarter's mean is below the quarter's before by more than noise explains.
+
+    And whether that goes on: a quarter that ends no lower than it began has become level.
+    """
+    tail = [point.val_loss for point in points[len(points) // 2 :]]
+    if len(tail) < 2:
+        tail = [point.val_loss for point in points]
+    size = len(tail) // 2
+    half = max(1, size // 2)
+    if size > 1 and fmean(tail[-half:]) >= fmean(tail[-size:][:half]):
+        return False
+    drop = fmean(tail[:size]) - fmean(tail[-size:])
+    return drop > max(2 * _noise(tail) * math.sqrt(2 / size), NEGLIGIBLE * abs(tail[-1]))
+
+
+def _ended(
+    rows: Sequence[Mapping[str, Any]],
+    points: Sequence[Point],
+    config: Config,
+    events: Sequence[Mapping[str, Any]],
+) -> Ended | None:
+    """How the run ended; from the event where there is one, as patience may count otherwise."""
+    told = [event for event in events if event["event"] in ("start", "end")][-1:]
+    if told and told[0]["event"] == "end":
+        ended: Ended = told[0]["stopped"]
+        return ended
+    if rows and rows[-1]["step"] >= config.train.max_steps:
+        return "max_steps"
+    patience = config.train.patience
+    losses = [point.val_loss for point in points]
+    if patience and losses and len(losses) - 1 - losses.index(min(losses)) >= patience:
+        return "patience"
+    return None
+
+
+def _pace(
+    rows: Sequence[Mapping[str, Any]], config: Config, events: Sequence[Mapping[str, Any]]
+) -> float | None:
+    """Seconds per step: the median between evaluations of one sitting, else of the rows' rates."""
+    sittings: list[list[tuple[int, float]]] = [[]]
+    for event in events:
+        if event["event"] == "start":
+            sittings.append([])
+        elif event["event"] == "evaluated":
+            sittings[-1].append((event["step"], event["time"]))
+    paces = [
+        (time - before) / (step - first)
+        for sitting in sittings
+        for (first, before), (step, time) in zip(sitting, sitting[1:], strict=False)
+        if step > first and time > before
+    ]
+    rates = [row["tokens_per_sec"] for row in rows if row.get("tokens_per_sec")]
+    if paces:
+        return median(paces)
+    return config.tokens_per_step / median(rates) if rates else None
+
+
+def _facts(
+    rows: Sequence[Mapping[str, Any]],
+    config: Config,
+    events: Sequence[Mapping[str, Any]],
+    best: Point | None,
+) -> Facts:
+    starts = [event for event in events if event["event"] == "start"]
+    epochs = {row["step"]: row["epoch"] for row in rows if row.get("epoch")}
+    step, epoch = next(reversed(epochs.items()), (0, 0.0))
+    return Facts(
+        parameters=starts[-1]["parameters"] if starts else None,
+        train_tokens=round(step * config.tokens_per_step / epoch) if epoch else None,
+        epochs_at_best=epochs.get(best.step) if best else None,
+    )

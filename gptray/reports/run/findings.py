@@ -1,0 +1,166 @@
+"""The report's sections about an evaluation: losses of whole splits, text scores, recitation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from gptray.data.split import LONG_NAMES
+from gptray.evaluation.result import Evaluation, Sample, SplitResult
+from gptray.reports.page import Row, continuation, paragraph, section, table
+from gptray.wording import perplexity
+
+# Samples of held-out text that are shown.
+SHOWN = 6
+
+
+def evaluation_sentence(evaluation: Evaluation) -> str:
+    """How good the model is, in a sentence."""
+    for name in ("test", "val", "train"):
+        split = evaluation["splits"].get(name)
+        if split:
+            break
+    else:
+        return "No text was scored."
+    ppl = f"perplexity {perplexity(split['ppl'])}, " if split["ppl"] is not None else ""
+    text = (
+        f"The loss on the {LONG_NAMES[name]} text is {split['loss']:.3f} nats per token: "
+        f"{ppl}{split['bpb']:.3f} bits per byte."
+    )
+    recited = evaluation["memorised_50"]
+    if recited is not None and recited >= 0.1:
+        text += (
+            f" It recites its training text: {_percent(recited)} of what it writes in runs of 50."
+        )
+    return text
+
+
+def evaluation_tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """The most important numbers: test loss, and scores of the model's text."""
+    figures = []
+    test = evaluation["splits"].get("test")
+    if test:
+        figures.append((f"{test['loss']:.3f}", f"test loss, {test['bpb']:.3f} bits per byte"))
+    for name, scores in (("chrF", evaluation["chrf"]), ("BLEU", evaluation["bleu"])):
+        if scores:
+            best = scores["greedy"]
+            tokenized = re.search(r"tok:([^|]+)", best["signature"])
+            unit = f" ({tokenized[1]})" if tokenized else ""
+            how = f"{name}{unit} of greedy continuations, {best['passages']} passages"
+            figures.append((f"{best['score']:.1f}", how))
+    return figures
+
+
+def evaluation_sections(evaluation: Evaluation) -> list[str]:
+    """Sections with every number of `evaluation.json` and how it was computed."""
+    return [
+        section("Losses", _splits(evaluation), _hows(evaluation)),
+        section("Text that it writes", _text_scores(evaluation), _single_scores(evaluation)),
+        section("Continuations beside the real text", *_samples(evaluation["samples"])),
+        section("What was evaluated", _identity(evaluation)),
+    ]
+
+
+def _splits(evaluation: Evaluation) -> str:
+    splits = {name: split for name, split in evaluation["splits"].items() if split}
+    measures: list[tuple[str, str, Callable[[SplitResult], str]]] = [
+        ("Loss", "nats per token, dropout off", lambda split: f"{split['loss']:.4f}"),
+        (
+            "Standard error",
+            evaluation["how"].get("stderr", "of the loss, by document"),
+            lambda split: _or_dash(split["stderr"], ".4f"),
+        ),
+        ("Perplexity", "exp(loss)", lambda split: _or_dash(split["ppl"], ",.2f")),
+        (
+            "Bits per byte",
+            "loss x tokens / (ln 2 x bytes)",
+            lambda split: f"{split['bpb']:.4f}",
+        ),
+        ("Tokens", "scored", lambda split: f"{split['tokens']:,}"),
+        ("Documents", "that they come from", lambda split: f"{split['documents']:,}"),
+    ]
+    rows = [
+        Row(name, how, tuple(value(split) for split in splits.values()))
+        for name, how, value in measures
+    ]
+    return table([LONG_NAMES.get(name, name) for name in splits], rows) if splits else ""
+
+
+def _hows(evaluation: Evaluation) -> str:
+    lines = [
+        f"{LONG_NAMES.get(name, name)}: {split['how']}"
+        for name, split in evaluation["splits"].items()
+        if split
+    ]
+    if evaluation["gap"] is not None:
+        how = evaluation["how"].get("gap", "validation loss - training loss")
+        lines.append(f"gap {evaluation['gap']:+.4f}: {how}")
+    return "\n".join(paragraph(line, "soft") for line in lines)
+
+
+def _text_scores(evaluation: Evaluation) -> str:
+    rows = []
+    for key, name in (("chrf", "chrF"), ("bleu", "BLEU")):
+        scores = evaluation["bleu"] if key == "bleu" else evaluation["chrf"]
+        if scores:
+            greedy, sampled = scores["greedy"], scores["sampled"]
+            how = f"{evaluation['how'].get(key, '')} [{greedy['signature']}]".strip()
+            if key == "bleu" and "bleu_compares" in evaluation["how"]:
+                how += f". It counts {evaluation['how']['bleu_compares']}"
+            rows.append(Row(name, how, (f"{greedy['score']:.2f}", f"{sampled['score']:.2f}")))
+        elif reason := evaluation["how"].get(key):
+            rows.append(Row(name, reason, ("-", "-")))
+    return table(["greedy", "sampled"], rows)
+
+
+def _single_scores(evaluation: Evaluation) -> str:
+    shares: list[tuple[str, str, float | None]] = [
+        ("Distinct words", "distinct_1", evaluation["distinct_1"]),
+        ("Distinct pairs of words", "distinct_2", evaluation["distinct_2"]),
+        ("Repetition", "repetition", evaluation["repetition"]),
+        ("Recited, 20 tokens in a row", "memorised_20", evaluation["memorised_20"]),
+        ("Recited, 50 tokens in a row", "memorised_50", evaluation["memorised_50"]),
+    ]
+    return table(
+        [],
+        [
+            Row(name, evaluation["how"].get(key, ""), ("-" if value is None else _percent(value),))
+            for name, key, value in shares
+            if value is not None or evaluation["how"].get(key)
+        ],
+    )
+
+
+def _samples(samples: Sequence[Sample]) -> list[str]:
+    parts = []
+    for number, sample in enumerate(samples[:SHOWN], start=1):
+        parts.append(f"<h3>Passage {number}</h3>")
+        parts.append(continuation(sample["prompt"], ""))
+        for label, text in (
+            ("the real text goes on", sample["reference"]),
+            ("the likeliest continuation", sample["greedy"]),
+            ("a sampled one", sample["sampled"]),
+        ):
+            parts += [paragraph(label, "label"), continuation("", text)]
+    return parts
+
+
+def _identity(evaluation: Evaluation) -> str:
+    rows = [
+        Row("Model", "", (evaluation["model_dir"],)),
+        Row("Model's sha256", "", (evaluation["model_sha256"],)),
+        Row("Tokenizer's sha256", "", (evaluation["tokenizer_sha256"],)),
+        Row("Text", "", (", ".join(evaluation["source"]),)),
+        Row("Window", "tokens that the model sees at once", (f"{evaluation['block_size']:,}",)),
+        Row("Stride", "tokens between two windows", (f"{evaluation['stride']:,}",)),
+        Row("Time", "UTC", (evaluation["time"],)),
+    ]
+    return table([], rows)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

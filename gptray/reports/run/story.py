@@ -1,0 +1,288 @@
+"""The report's sections about a run: its curves, numbers, samples, config and environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gptray.config import Config, dump, flatten
+from gptray.data.split import LONG_NAMES
+from gptray.evaluation.commands import model_commands, train_command
+from gptray.evaluation.result import Evaluation
+from gptray.record import seconds_trained
+from gptray.reports.chart import Chart
+from gptray.reports.page import (
+    SHORT,
+    Row,
+    details,
+    esc,
+    paragraph,
+    section,
+    table,
+    tiles,
+)
+from gptray.reports.run.advice import Advice, advise
+from gptray.reports.run.diagnosis import Diagnosis
+from gptray.reports.run.findings import evaluation_tiles
+from gptray.reports.run.gap import Gap, gap_of
+from gptray.reports.run.samples import samples_section
+from gptray.reports.run.sentence import sentence
+from gptray.reports.svg import figure
+from gptray.wording import count, magnitude, perplexity, time_words
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder's config, rows and events, and the diagnosis from them.
+
+    evaluation: of the current best model; None if it was not evaluated.
+    """
+
+    folder: Path
+    config: Config
+    rows: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+    diagnosis: Diagnosis
+    evaluation: Evaluation | None
+
+    @property
+    def gap(self) -> Gap:
+        return gap_of(self.folder, self.config, self.diagnosis, self.evaluation)
+
+
+def run_sections(run: RunRecord, charts: Sequence[Chart], evaluation: Sequence[str]) -> list[str]:
+    """All sections of a run; those of an evaluation come after the run's own numbers."""
+    return [
+        _tiles(run),
+        _next_commands(run),
+        section("Curves", *map(figure, charts)),
+        section("Numbers", _at_three_steps(run), _of_the_run(run)),
+        *evaluation,
+        samples_section(run.events, run.diagnosis),
+        _happened(run),
+        section("Config", _config(run.config)),
+        section("Environment", _environment(run)),
+    ]
+
+
+def state_line(run: RunRecord, *, running: bool) -> str:
+    """Where the run stands."""
+    diagnosis = run.diagnosis
+    step, steps = diagnosis.last_step, diagnosis.max_steps
+    of_all = f"step {step:,} of {steps:,}"
+    if running:
+        text = f'<b class="running">running</b>: {of_all} ({100 * step // steps} %)'
+    elif diagnosis.ended == "max_steps":
+        text = f"<b>finished</b> after {count(step, 'step')}"
+    elif diagnosis.ended == "patience":
+        text = f"<b>stopped early</b> at {of_all}"
+    elif diagnosis.ended == "non_finite":
+        text = f"<b>failed</b> after {of_all}"
+    else:
+        text = f"<b>interrupted</b> after {of_all}; the same command resumes it"
+    return f'<p class="state">{text}</p>'
+
+
+def headline(run: RunRecord) -> str:
+    """The diagnosis in a sentence, and every piece of advice with its reason."""
+    advice = advise(run.diagnosis, run.config)
+    items = "\n".join(
+        f"<li>{esc(item.change)}<small>{esc(item.reason)}</small>{_command(run, item)}</li>"
+        for item in advice
+    )
+    listed = f'<ol class="advice">\n{items}\n</ol>' if len(advice) > 1 else ""
+    if len(advice) == 1:
+        listed = f'<p class="soft">{esc(advice[0].reason)}</p>{_command(run, advice[0])}'
+    parts = [paragraph(sentence(run.diagnosis, run.config), "headline"), listed]
+    loses = next((event["loses"] for event in reversed(run.events) if event.get("loses")), "")
+    if loses:
+        charge = "losses and bits per byte include 8 bits for each lost byte"
+        parts.append(paragraph(f"{loses[0].upper()}{loses[1:]}; {charge}."))
+    return "\n".join(parts)
+
+
+def _command(run: RunRecord, advice: Advice) -> str:
+    """The command that follows a piece of advice; "" if no key does."""
+    if not advice.keys or run.diagnosis.ended is None:
+        return ""
+    command = train_command(run.folder, run.config, advice.keys, resumes=advice.resumes)
+    return f"<pre>{esc(command)}</pre>" if command else ""
+
+
+def _next_commands(run: RunRecord) -> str:
+    """The commands that use the model of a run that has ended; "" before that."""
+    if run.diagnosis.ended is None or run.diagnosis.best is None:
+        return ""
+    commands = model_commands(run.folder)
+    if run.evaluation is not None:
+        del commands["evaluate"]
+    blocks = (f"<pre>{esc(command)}</pre>" for command in commands.values())
+    return section("What comes next", *blocks)
+
+
+def _tiles(run: RunRecord) -> str:
+    best = run.diagnosis.best
+    if best is None:
+        return ""
+    row = _row_at(run, best.step)
+    figures = [
+        (f"{best.val_loss:.3f}", f"best validation loss, step {best.step:,}"),
+        (perplexity(row["val_ppl"]), "its perplexity"),
+        (f"{row['val_bpb']:.3f}", "its bits per byte"),
+    ]
+    gap = run.gap.value
+    how = "not measured yet: training has dropout on" if gap is None else "dropout off in both"
+    figures.append(("-" if gap is None else f"{gap:+.3f}", f"gap, {how}"))
+    return tiles(figures + (evaluation_tiles(run.evaluation) if run.evaluation else []))
+
+
+def _row_at(run: RunRecord, step: int) -> Mapping[str, Any]:
+    return next(row for row in run.rows if row["step"] == step and "val_loss" in row)
+
+
+def _at_three_steps(run: RunRecord) -> str:
+    """The metrics at the best evaluation, where validation loss turned, and at the last."""
+    diagnosis = run.diagnosis
+    named = [("best", diagnosis.best), ("turned", diagnosis.turned), ("last", diagnosis.last)]
+    if diagnosis.verdict != "overfitting":
+        named.pop(1)
+    chosen = [(name, _row_at(run, point.step)) for name, point in named if point]
+    if len(chosen) > 1 and chosen[0][1]["step"] == chosen[-1][1]["step"]:
+        chosen.pop()
+    dropout = "dropout on" if run.config.model.dropout else "no dropout"
+    numbers = [
+        ("Validation loss", "val_loss", ".4f", VALIDATION_LOSS),
+        ("Training loss", "train_loss", ".4f", f"{TRAINING_LOSS}, {dropout}"),
+        ("Perplexity", "val_ppl", ",.2f", "exp(validation loss)"),
+        ("Bits per byte", "val_bpb", ".4f", BITS_PER_BYTE),
+        ("Epochs", "epoch", ".2f", "how often the training text has been read"),
+        ("Learning rate", "lr", ".3g", "of that step"),
+    ]
+    rows = [
+        Row(name, how, tuple(_figure(row[key], key, form) for _, row in chosen))
+        for name, key, form, how in numbers
+    ]
+    if not chosen:
+        return ""
+    rows[2:2] = _gap_rows(run.gap, len(chosen))
+    return table([f"{name}: step\u00a0{row['step']:,}" for name, row in chosen], rows)
+
+
+def _gap_rows(gap: Gap, columns: int) -> list[Row]:
+    """The gap at the best step, the first column; it is not measured at the others."""
+    rest = ("-",) * (columns - 1)
+    rows = []
+    if gap.train_loss is not None:
+        how = "nats per token of a sample of the training split, dropout off"
+        rows.append(Row("Training loss, dropout off", how, (f"{gap.train_loss:.4f}", *rest)))
+    value = "-" if gap.value is None else f"{gap.value:+.4f}"
+    return [*rows, Row("Gap", gap.how, (value, *rest))]
+
+
+def _figure(value: float, key: str, form: str) -> str:
+    return perplexity(value, places=2) if key == "val_ppl" else f"{value:{form}}"
+
+
+VALIDATION_LOSS = (
+    "nats per token: minus the logarithm of the probability of the right token, averaged over the "
+    "whole validation split, dropout off"
+)
+TRAINING_LOSS = "nats per token of the batches since the row before"
+BITS_PER_BYTE = "validation loss x tokens / (ln 2 x bytes of text); compares across tokenizers"
+
+
+def _of_the_run(run: RunRecord) -> str:
+    diagnosis, config = run.diagnosis, run.config
+    rows = [Row("Steps", "optimizer updates, of train.max_steps", (_steps(diagnosis),))]
+    seconds = seconds_trained(run.events)
+    if seconds:
+        rows.append(
+            Row("Time", "from start to last event, pauses left out", (time_words(seconds),))
+        )
+    rates = [row["tokens_per_sec"] for row in run.rows]
+    if rates:
+        rate = f"{median(rates):,.0f}"
+        rows.append(Row("Tokens per second", "median of the rows, evaluation left out", (rate,)))
+    tokens = config.tokens_per_step * diagnosis.last_step
+    rows.append(Row("Tokens trained on", "steps x tokens per step", (magnitude(tokens),)))
+    facts = diagnosis.facts
+    text = _latest_start(run.events).get("text", {})
+    for name, words in text.items():
+        how = "documents, size and share of all text, tokens"
+        rows.append(Row(f"{LONG_NAMES[name].capitalize()} text", how, (words,)))
+    if facts.train_tokens and not text:
+        how = "tokens trained on / epochs"
+        rows.append(Row("Training text", how, (f"about {magnitude(facts.train_tokens)} tokens",)))
+    if facts.parameters:
+        rows.append(Row("Parameters", "tied ones counted once", (magnitude(facts.parameters),)))
+    return table([], rows + _cost(diagnosis))
+
+
+def _cost(diagnosis: Diagnosis) -> list[Row]:
+    rows = []
+    if diagnosis.noise:
+        how = "of validation loss around its trend, nats: 1.48 x median |third difference| / 4.47"
+        rows.append(Row("Noise", how, (f"{diagnosis.noise:.4f}",)))
+    after, saved = diagnosis.steps_after_best, diagnosis.steps_saved
+    how = "steps x median time of a step between two evaluations, those included"
+    for name, steps in (("After the best step", after), ("Spared by early stopping", saved)):
+        seconds = diagnosis.seconds(steps)
+        if steps and seconds is not None:
+            rows.append(Row(name, how, (f"{count(steps, 'step')}, {time_words(seconds)}",)))
+    return rows
+
+
+def _steps(diagnosis: Diagnosis) -> str:
+    return f"{diagnosis.last_step:,} of {diagnosis.max_steps:,}"
+
+
+def _happened(run: RunRecord) -> str:
+    """What is odd about the text, restarts, damaged checkpoints, failures; "" without any."""
+    lines = list(_latest_start(run.events).get("warnings", []))
+    for event in run.events:
+        if event["event"] == "start" and event["step"]:
+            lines.append(f"resumed after step {event['step']:,}")
+        elif event.get("message"):
+            lines.append(event["message"])
+    if not lines:
+        return ""
+    return section("What happened", "<ul>" + "".join(f"<li>{esc(x)}</li>" for x in lines) + "</ul>")
+
+
+def _latest_start(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next((event for event in reversed(events) if event["event"] == "start"), {})
+
+
+def _config(config: Config) -> str:
+    """The keys that differ from the defaults, and all of them folded."""
+    defaults = flatten(Config())
+    rows = []
+    for key, value in flatten(config).items():
+        if value != defaults[key] and key not in ("name", "storage_path"):
+            text = _value(value)
+            below, beside = ("", text) if len(text) <= SHORT else (text, "")
+            rows.append(Row(key, below, (beside, _value(defaults[key]))))
+    everything = details("the whole config", f"<pre>{esc(dump(config))}</pre>", on_paper=True)
+    return table(["this run", "default"], rows) + everything
+
+
+def _value(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_value, value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _environment(run: RunRecord) -> str:
+    """What the last start of the run said about its workers, devices and libraries."""
+    start = _latest_start(run.events)
+    if not start:
+        return paragraph("The workers have not started yet.")
+    names = {"workers": "Workers", "device": "Device of each", "dtype": "Computed in"}
+    rows = [Row(name, "", (str(start[key]),)) for key, name in names.items() if key in start]
+    rows += [Row(name, "", (number,)) for name, number in start.get("versions", {}).items()]
+    return table([], rows)

@@ -1,0 +1,117 @@
+"""The pictures of a sweep: learning curves, steps, effects, and trials by each setting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from gptray.reports.chart import XY, Chart, Mark, Role, Series, thinned
+from gptray.tuning.levels import assignment
+from gptray.tuning.plan import score
+from gptray.tuning.ranking import Standing, is_wrong
+from gptray.tuning.record import Trial, rungs
+
+# Points of one of many curves.
+CURVE_POINTS = 100
+# This part of the trials may end above a picture, the worst ones.
+OUT_OF_PICTURE = 0.1
+NAMES: dict[Role, str] = {
+    "cut": "stopped at a rung",
+    "wrong": "diverged or failed",
+    "whole": "not stopped",
+    "own": "the config as it is",
+    "winner": "the best trial",
+}
+
+
+def role_of(trial: Trial, standing: Standing) -> Role:
+    """How a trial is drawn."""
+    if standing.best and trial.name == standing.best.name:
+        return "winner"
+    if standing.own and trial.name == standing.own.name:
+        return "own"
+    if is_wrong(trial):
+        return "wrong"
+    return "cut" if trial.outcome == "stopped" else "whole"
+
+
+def curves_chart(standing: Standing) -> list[Chart]:
+    """Validation loss of all trials over steps; nothing before the first evaluation."""
+    series = [_series(trial, standing) for trial in standing.sweep.trials]
+    series = sorted(
+        (one for one in series if one.points), key=lambda one: list(NAMES).index(one.role)
+    )
+    if not series:
+        return []
+    low, high = _range(series)
+    first = min(one.points[0][0] for one in series)
+    last = max(trial.max_steps for trial in standing.sweep.trials)
+    best = standing.best
+    marks = []
+    if best and best.best:
+        label = f"best: trial {best.name}, step {best.best['step']:,} ({score(best):.3f})"
+        marks.append(Mark("best", best.best["step"], score(best), label))
+    return [
+        Chart(
+            key="trials",
+            title="Validation loss",
+            unit="bits per byte",
+            series=tuple(series),
+            last=last,
+            low=low,
+            high=high,
+            marks=tuple(marks),
+            first=first if first < last else 0.0,
+            rungs=tuple(step for step in rungs(standing.sweep.config) if first <= step < last),
+        )
+    ]
+
+
+def _series(trial: Trial, standing: Standing) -> Series:
+    role = role_of(trial, standing)
+    points = [(row["step"], row["val_bpb"]) for row in trial.rows if "val_bpb" in row]
+    return Series(NAMES[role], role, thinned(points, CURVE_POINTS), hint=hint(trial, standing))
+
+
+def hint(trial: Trial, standing: Standing) -> str:
+    """A trial in a line: its name, what it came to, its settings."""
+    values = ", ".join(
+        assignment(setting, trial.name)
+        for setting in standing.settings
+        if trial.name in setting.values
+    )
+    best = trial.best
+    reached = f" {best['val_bpb']:.4f} at step {best['step']:,}" if best else ""
+    return f"{trial.name}{reached}: {values}"
+
+
+def _range(series: Sequence[Series]) -> XY:
+    """The values to show: where all but the worst trials ended, and some more."""
+    ends = sorted(min(y for _, y in one.points) for one in series)
+    low, high = ends[0], ends[math.ceil((1 - OUT_OF_PICTURE) * len(ends)) - 1]
+    room = (high - low) or abs(high) or 1.0
+    return low - 0.08 * room, high + 0.3 * room
+
+
+def steps_bar(shares: Sequence[tuple[str, str, int]]) -> str:
+    """Steps as parts of one bar: (role, name, steps) each; empty parts are left out."""
+    found = [share for share in shares if share[2]]
+    total, start, parts = sum(steps for *_, steps in found) or 1, 0.0, []
+    for role, _, steps in found:
+        width = 100 * steps / total
+        parts.append(
+            f'<rect class="share {role}" x="{start:.2f}" y="0" width="{width:.2f}" height="10"/>'
+        )
+        start += width
+    legend = "".join(
+        f'<span class="key"><i class="{role}"></i>{escape(name)}: {steps:,} '
+        f"({100 * steps / total:.0f} %)</span>"
+        for role, name, steps in found
+    )
+    spoken = ", ".join(f"{name} {steps:,}" for _, name, steps in found)
+    return (
+        f'<figure><svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(spoken)}">{"".join(parts)}</svg>'
+        f"<figcaption>{legend}</figcaption></figure>"
+    )

@@ -1,0 +1,184 @@
+"""What a sweep has come to, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from gptray.reports.page import esc, paragraph
+from gptray.tuning import levels
+from gptray.tuning.effects import ENOUGH, Effect
+from gptray.tuning.levels import assignment
+from gptray.tuning.plan import loses_text, lossy_ahead, mean_score, score
+from gptray.tuning.ranking import Standing, is_wrong
+from gptray.tuning.record import Trial
+from gptray.tuning.seen import Seen
+from gptray.wording import count, decimals
+
+# Settings that a sentence names.
+NAMED = 4
+CHANGED: tuple[tuple[Literal["loss", "gap"], bool, str], ...] = (
+    ("loss", True, "Lowered validation loss"),
+    ("loss", False, "Raised validation loss"),
+    ("gap", True, "Narrowed the gap to training loss"),
+    ("gap", False, "Widened the gap to training loss"),
+)
+
+
+def state_line(standing: Standing, *, running: bool) -> str:
+    """Where the sweep stands."""
+    trials = standing.sweep.trials
+    ended = sum(trial.outcome is not None for trial in trials)
+    run = sum(trial.started and trial.outcome is None for trial in trials)
+    first = sum(not trial.replicate_of for trial in trials)
+    if running:
+        text = f'<b class="running">running</b>: {ended} of {_total(standing)} trials ended'
+        text += f", {run} run" if run else ""
+    elif standing.sweep.winner:
+        repeated = f" and {count(len(trials) - first, 'repetition')}" if first < len(trials) else ""
+        text = f"<b>finished</b> after {count(first, 'trial')}{repeated}"
+    elif trials and ended == len(trials) and standing.best is None:
+        text = f"<b>failed</b>: none of {count(ended, 'trial')} came to a model"
+    else:
+        text = f"<b>interrupted</b>: {ended} of {_total(standing)} trials ended; "
+        text += "the same command resumes it"
+    return f'<p class="state">{text}</p>'
+
+
+def headline(standing: Standing) -> str:
+    """Who generalises best, against the config as it is, and at what cost."""
+    best = standing.best
+    if best is None:
+        over = any(trial.outcome for trial in standing.sweep.trials)
+        text = "No trial produced a model." if over else "No trial has been evaluated yet."
+        return paragraph(text, "headline")
+    parts = [
+        _who(standing, best), _saw(standing, best), _why(standing, best), _cost(standing),
+    ]  # fmt: skip
+    lossy = losses_line(standing)
+    text = paragraph(" ".join(part for part in parts if part), "headline")
+    return text + paragraph(lossy) if lossy else text
+
+
+def losses_line(standing: Standing) -> str:
+    """Which of the trials ahead have a tokenizer that loses text; nothing if none has."""
+    ahead = lossy_ahead(standing.trials, standing.best)
+    if not ahead:
+        return ""
+    text = "; ".join(map(loses_text, ahead[:NAMED]))
+    more = f"; and {len(ahead) - NAMED} more" if len(ahead) > NAMED else ""
+    return f"{text[0].upper()}{text[1:]}{more}. Scores pay 8 bits for each lost byte."
+
+
+def findings(standing: Standing) -> str:
+    """What changed loss and gap, and what cannot be told, in a sentence each."""
+    lines = []
+    for outcome, lower, word in CHANGED:
+        told = [
+            f"{level_text(effect)} ({worth.middle:+.{decimals(worth.middle)}f})"
+            for effect, worth in standing.told(outcome, lower=lower)
+        ]
+        if told:
+            lines.append(f"<b>{word}:</b> {esc('; '.join(told))}.")
+    compared = [effect.last for effect in standing.effects.of if effect.last]
+    untold = sum(not (worth.loss.is_told or worth.gap.is_told) for worth in compared)
+    if untold:
+        rest = count(untold, "other level" if untold < len(compared) else "level")
+        lines.append(f"<b>Cannot be told from no effect:</b> {rest}.")
+    few = [effect for effect in standing.effects.of if not effect.last]
+    if few:
+        lines.append(f"<b>Not enough trials</b> to say anything of: {esc(_names(few))}.")
+    return "\n".join(f"<p>{line}</p>" for line in lines)
+
+
+def too_few(standing: Standing) -> str:
+    """Why nothing can be said of any setting, if that is so."""
+    compared = standing.effects.reached[0]
+    if compared < ENOUGH:
+        step = standing.effects.steps[0]
+        return (
+            f"Not enough trials: {count(compared, 'trial')} got to step {step:,}, where they are "
+            f"first compared; it takes {ENOUGH}."
+        )
+    if not any(effect.last for effect in standing.effects.of):
+        return (
+            "Not enough trials: no two levels of a setting have "
+            f"{levels.ENOUGH} trials each to compare."
+        )
+    return ""
+
+
+def level_text(effect: Effect) -> str:
+    """What is compared: "model.dropout 0.2 to 0.3 instead of 0 to 0.1"."""
+    setting = effect.setting
+    level, other = setting.levels[effect.level], setting.levels[setting.reference]
+    return f"{setting.name} {level} instead of {other}"
+
+
+def _who(standing: Standing, best: Trial) -> str:
+    ahead = "generalises best" if standing.sweep.winner else "is ahead"
+    own = standing.own
+    text = f"Trial {best.name} {ahead}: {bits(best, standing)}"
+    if own is None:
+        return f"{text}."
+    if own.name == best.name:
+        return f"The config as it is (trial {own.name}) {ahead}: {bits(best, standing)}."
+    stopped = f" when it was stopped at step {own.step:,}" if own.outcome == "stopped" else ""
+    return f"{text}, against {score(own):.3f} of the config as it is{stopped}."
+
+
+def _saw(standing: Standing, best: Trial) -> str:
+    return f"Its model has seen {Seen.of(best, standing.sweep.config).words}."
+
+
+def bits(trial: Trial, standing: Standing) -> str:
+    """A trial's validation loss, over its repetitions where it has some."""
+    over = [one for one in standing.sweep.trials if one.outcome]
+    repeated = sum(one.replicate_of == trial.name and not is_wrong(one) for one in over)
+    if repeated:
+        mean = mean_score(trial, over)
+        return f"{mean:.3f} validation bits per byte on average over {repeated + 1} seeds"
+    return f"{score(trial):.3f} validation bits per byte"
+
+
+def _why(standing: Standing, best: Trial) -> str:
+    """The settings of the best trial that made the difference, else those that differ."""
+    changes = standing.changes(best)
+    told = {
+        effect.setting.name
+        for effect, _ in standing.told("loss", lower=True)
+        if effect.setting.of.get(best.name) == effect.level
+    }
+    helped = [setting for setting in changes if setting.name in told]
+    named = helped or changes
+    shown = [assignment(setting, best.name) for setting in named[:NAMED]]
+    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    lead = "What helped it" if helped else "Its settings"
+    return f"{lead}: {', '.join(shown)}{more}." if shown else ""
+
+
+def _cost(standing: Standing) -> str:
+    run, full = standing.steps_run, standing.steps_full
+    if not full:
+        return ""
+    if not standing.sweep.winner:
+        return f"So far it took {count(run, 'step')}."
+    return (
+        f"The sweep took {100 * run / full:.0f} % of the steps of all trials run to their ends: "
+        f"{run:,} of {full:,}."
+    )
+
+
+def _names(effects: Sequence[Effect]) -> str:
+    levels: dict[str, list[str]] = {}
+    for effect in effects:
+        levels.setdefault(effect.setting.name, []).append(effect.setting.levels[effect.level])
+    return "; ".join(f"{name} {', '.join(found)}" for name, found in levels.items())
+
+
+def _total(standing: Standing) -> int:
+    """Trials that are planned or still to be suggested."""
+    tune, planned = standing.sweep.config.tune, len(standing.sweep.trials)
+    if tune.search_alg == "random":
+        return planned
+    return max(planned, tune.num_samples + tune.baseline)

@@ -1,0 +1,56 @@
+"""Drawing from a search space: which values each trial of a sweep has, as a function of the seed.
+
+The grid's points are all visited. The other entries are drawn as in a Latin hypercube (McKay et
+al. 1979): of n trials each has its own n-th of every distribution, so that few trials cover it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gptray.config.search_space import Entry
+
+Values = dict[str, Any]
+
+
+def draw(entries: Sequence[Entry], num_samples: int, *, seed: int, after: int = 0) -> list[Values]:
+    """The values of `num_samples` trials for each point of the grid, the same for the same seed.
+
+    An entry whose condition does not hold is left out of a trial's values.
+
+    after: how many samples were drawn before; more of them are a further Latin hypercube.
+    """
+    points = grid_points([entry for entry in entries if entry.kind == "grid"])
+    trials = [dict(point) for _ in range(num_samples) for point in points]
+    for entry in entries:
+        if entry.kind == "grid":
+            continue
+        # A draw of its own for each entry: adding one to the space leaves the others' values.
+        key = [seed, zlib.crc32(entry.paths[0].encode())]
+        rng = np.random.default_rng([*key, after] if after else key)
+        drawn = [values for values in trials if entry.counts(values)]
+        for values, stratum in zip(drawn, rng.permutation(len(drawn)), strict=True):
+            values |= entry.at((int(stratum) + rng.random()) / len(drawn))
+    return [_in_order(entries, values) for values in trials]
+
+
+def grid_points(entries: Sequence[Entry]) -> list[Values]:
+    """Every combination of the options, the last entry's changing fastest."""
+    points: list[Values] = [{}]
+    for entry in entries:
+        options = [dict(zip(entry.paths, option, strict=True)) for option in entry.options]
+        points = [
+            point | option
+            for point in points
+            for option in (options if entry.counts(point) else [{}])
+        ]
+    return points
+
+
+def _in_order(entries: Sequence[Entry], values: Values) -> Values:
+    paths = [path for entry in entries for path in entry.paths]
+    return {path: values[path] for path in paths if path in values}

@@ -1,0 +1,45 @@
+"""What is said when Ray itself fails: not what a full disk is told by."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import ray.exceptions
+
+from gptray.config import Config, RunFailed
+from gptray.jobs.train.run import ray_failures
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.GetTimeoutError("Get timed out\nwith details"),
+        TimeoutError("Get timed out"),
+        ConnectionError("Get timed out"),
+    ],
+)
+def test_a_ray_that_does_not_answer_is_no_full_disk(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(RunFailed) as told, ray_failures(Config(), tmp_path):
+        raise error
+    assert str(told.value) == (
+        "Ray does not answer: Get timed out; the same command resumes once it does"
+    )
+
+
+def test_a_folder_that_ray_cannot_write_is_named(tmp_path: Path) -> None:
+    told = pytest.raises(RunFailed, match=rf"^cannot write {tmp_path}: No space left on device \(")
+    with told, ray_failures(Config(), tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("is_storage", [True, False])
+def test_a_controllers_failure_is_told_by_its_kind(tmp_path: Path, is_storage: bool) -> None:
+    from ray.train import ControllerError
+
+    cause = OSError(errno.EIO, os.strerror(errno.EIO)) if is_storage else TimeoutError("no answer")
+    begins = f"cannot write {tmp_path}: Input/output error" if is_storage else "Ray Train's contr"
+    with pytest.raises(RunFailed, match=f"^{begins}"), ray_failures(Config(), tmp_path):
+        raise ControllerError(cause)

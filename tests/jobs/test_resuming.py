@@ -1,0 +1,257 @@
+"""What may change in a run or sweep that is there, without Ray."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptray.config import Config, RunFailed, UserError, load_config
+from gptray.jobs.resuming import (
+    check_free,
+    check_resumable,
+    how_to_train_longer,
+    save_config,
+)
+from gptray.jobs.run_folder import held, resolve, run_dir
+from gptray.jobs.storage import check_storage
+from gptray.jobs.tune.check import how_to_extend, look_at_sweep
+from gptray.record import METRICS, write_event
+from gptray.training.checkpoint import TrainerState
+from gptray.training.stopping import Progress
+from gptray.tuning.record import Record, crowned_dir, load_sweep, load_trials, trial_dir
+
+SPACE = "tune.space=[{path: optim.lr, loguniform: [1e-3, 1e-2]}]"
+
+
+def config_of(storage: Path, *keys: str) -> Config:
+    values = dict(key.split("=", 1) for key in (f"storage_path={storage}", "name=run", *keys))
+    return resolve(load_config(None, [f"{key}={value}" for key, value in values.items()]))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of 100 steps that is finished, by its files."""
+    config = config_of(tmp_path, "train.max_steps=100")
+    folder = run_dir(config)
+    folder.mkdir()
+    save_config(config, folder)
+    (folder / METRICS).write_text(json.dumps({"step": 100}) + "\n", "utf-8")
+    (folder / "checkpoint_000100").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        (
+            "train.max_steps=200",
+            "train.max_steps raised from 100 to 200: the schedule is planned anew from step 100",
+        ),
+        ("train.patience=9", "train.patience changed from 5 to 9"),
+        ("train.patience=null", "train.patience changed from 5 to null"),
+        ("train.min_delta=0.5", "train.min_delta changed from 0.0 to 0.5"),
+    ],
+)
+def test_what_trains_longer_may_change_and_is_told(folder: Path, key: str, sentence: str) -> None:
+    config = config_of(folder.parent, "train.max_steps=100", key)
+    assert check_resumable(config) == [sentence]
+    before = (folder / "config.yaml").read_bytes()
+    save_config(config, folder)
+    assert load_config(str(folder / "config.yaml"), []) == config
+    assert (folder / "config.1.yaml").read_bytes() == before
+    assert check_resumable(config) == []
+    save_config(config, folder)
+    assert not (folder / "config.2.yaml").exists()
+
+
+def test_auto_is_the_same_setting_as_what_it_means(folder: Path) -> None:
+    """A run of before train.compile=auto says false, which is what auto is on a CPU."""
+    saved = folder / "config.yaml"
+    saved.write_text(saved.read_text("utf-8").replace("compile: auto", "compile: false"), "utf-8")
+    assert load_config(str(saved), []).train.compile is False
+    now = config_of(folder.parent, "train.max_steps=100")
+    assert now.train.compile == "auto" and check_resumable(now) == []
+    compiled = config_of(folder.parent, "train.max_steps=100", "train.compile=true")
+    with pytest.raises(UserError, match="train.compile: False there, True now"):
+        check_resumable(compiled)
+    exact = config_of(folder.parent, "train.max_steps=100", "train.deterministic=true")
+    with pytest.raises(UserError, match="train.deterministic: False there, True now"):
+        check_resumable(exact)
+
+
+@pytest.mark.parametrize(
+    ("keys", "bad_evals", "words"),
+    [
+        ([], 0, ["train.max_steps=200"]),
+        (["train.max_steps=500", "train.patience=2"], 7, ["train.patience=14"]),
+        (["train.patience=2"], 3, ["train.max_steps=200", "train.patience=6"]),
+        (["train.resume=never"], 0, ["train.max_steps=200", "train.resume=auto"]),
+    ],
+)
+def test_the_command_that_trains_a_finished_run_longer_does(
+    tmp_path: Path, keys: list[str], bad_evals: int, words: list[str]
+) -> None:
+    config = config_of(tmp_path / "my runs", "train.max_steps=100", *keys)
+    folder = run_dir(config)
+    folder.mkdir(parents=True)
+    save_config(config, folder)
+    (folder / "checkpoint_000100").mkdir()
+    state = TrainerState(100, Progress(bad_evals=bad_evals), data="")
+    told = how_to_train_longer(config, folder, state)
+    typed = shlex.split(told.partition("longer: ")[2].partition(";")[0])
+    assert typed == ["python", "jobs/train.py", "--config", str(folder / "config.yaml"), *words]
+    longer = resolve(load_config(typed[3], typed[4:]))
+    assert check_resumable(longer) and state.why_stop(longer.train) is None
+
+
+def test_schedule_without_an_end_is_not_planned_anew(tmp_path: Path) -> None:
+    keys = ("optim.schedule=constant", "train.max_steps=100")
+    config = config_of(tmp_path, *keys)
+    run_dir(config).mkdir()
+    save_config(config, run_dir(config))
+    longer = config_of(tmp_path, *keys, "train.max_steps=200")
+    assert check_resumable(longer) == ["train.max_steps raised from 100 to 200"]
+
+
+def test_fewer_steps_than_were_made_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"train.max_steps=99: .* has made 100 steps already"):
+        check_resumable(config_of(folder.parent, "train.max_steps=99"))
+
+
+def test_other_settings_are_refused_as_ever(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"optim.lr: 0.002 there, 0.5 now"):
+        check_resumable(config_of(folder.parent, "train.max_steps=200", "optim.lr=0.5"))
+
+
+@pytest.mark.parametrize("trace", ["model", "evaluated"])
+def test_run_whose_checkpoints_are_gone_is_refused(folder: Path, trace: str) -> None:
+    (folder / "checkpoint_000100").rmdir()
+    config = config_of(folder.parent, "train.max_steps=100")
+    assert check_resumable(config) == []  # killed before its first checkpoint
+    if trace == "model":
+        (folder / "model").mkdir()
+    else:
+        write_event(folder, "evaluated", step=100, best=True, samples=[])
+    with pytest.raises(UserError, match=r"checkpoints .* are gone.*train.resume=never") as caught:
+        check_resumable(config)
+    assert (f"model.init_from={folder / 'model'}" in str(caught.value)) == (trace == "model")
+
+
+def test_folder_that_is_held_is_refused_without_holding_it(tmp_path: Path) -> None:
+    check_free(tmp_path)
+    with held(tmp_path / "run"):
+        with pytest.raises(UserError, match="another process is training the run"):
+            check_free(tmp_path / "run")
+        (tmp_path / "run" / METRICS).touch()
+    check_free(tmp_path / "run")
+
+
+def test_start_that_failed_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError), held(tmp_path / "run"):
+        raise UserError("training text is too short")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_gone_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="cannot write"), held(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+        raise RunFailed("cannot write metrics.jsonl")
+
+
+@pytest.mark.parametrize("key", ["serve.port=9000", "generate.max_batch_size=4"])
+def test_settings_of_other_jobs_do_not_keep_a_run_or_sweep_from_resuming(
+    folder: Path, tmp_path: Path, key: str
+) -> None:
+    assert check_resumable(config_of(folder.parent, "train.max_steps=100", key)) == []
+    sweep = sweep_of(tmp_path)
+    sweep.folder.mkdir()
+    save_config(sweep.config, sweep.folder)
+    assert sweep_of(tmp_path, key).changes == []
+
+
+def sweep_of(tmp_path: Path, *keys: str) -> Any:
+    words = [f"storage_path={tmp_path}", "name=sweep", "compute.cpus_per_worker=1", *keys]
+    if not any(key.startswith("tune.space=") for key in keys):
+        words.append(SPACE)
+    return look_at_sweep(load_config(None, words))
+
+
+def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
+    first = sweep_of(tmp_path, "tune.num_samples=4")
+    first.folder.mkdir()
+    save_config(first.config, first.folder)
+    record = Record(first.folder)
+    for one in first.trials:
+        record.planned(one.name, one.values, max_steps=10)
+    record.planned("0005", {"seed": 9}, max_steps=10, replicate_of="0001")
+    record.winner("0001")
+    more = sweep_of(tmp_path, "tune.num_samples=7")
+    assert more.changes == [
+        "tune.num_samples raised from 4 to 7: trials there are stay, and the winner is decided anew"
+    ]
+    assert more.trials[:5] == first.trials
+    # The name of a repetition is taken.
+    assert [one.name for one in more.trials[5:]] == ["0006", "0007", "0008"]
+    record.reopened(before=4, num_samples=7)
+    save_config(more.config, more.folder)
+    assert load_sweep(more.folder).winner is None and len(load_trials(more.folder)) == 6
+    assert crowned_dir(more.folder) == trial_dir(more.folder, "0001")
+    again = sweep_of(tmp_path, "tune.num_samples=7")
+    assert (again.trials, again.changes) == (more.trials, [])
+    # Another three are not those that would be drawn at once.
+    third = sweep_of(tmp_path, "tune.num_samples=9")
+    assert third.trials[:8] == more.trials and len(third.trials) == 10
+    with pytest.raises(UserError, match=r"tune.num_samples=6: .* has drawn 7 already"):
+        sweep_of(tmp_path, "tune.num_samples=6")
+
+
+@pytest.mark.parametrize(
+    ("space", "has_more"),
+    [
+        ("[{path: optim.lr, loguniform: [1e-3, 1e-2]}]", True),
+        ("[{path: optim.lr, grid: [1e-3, 1e-2]}]", False),
+        ("[{path: optim.lr, grid: [1e-3, 1e-2]}, {path: model.dropout, uniform: [0, 0.5]}]", True),
+        ("[{path: optim.lr, choice: [1e-3, 1e-2]}]", False),
+    ],
+)
+def test_a_finished_sweep_offers_more_trials_if_its_space_has_more(
+    tmp_path: Path, space: str, has_more: bool
+) -> None:
+    first = sweep_of(tmp_path, f"tune.space={space}", "tune.num_samples=4")
+    first.folder.mkdir()
+    save_config(first.config, first.folder)
+    told = how_to_extend(sweep_of(tmp_path, f"tune.space={space}", "tune.num_samples=4"))
+    if not has_more:
+        assert told.startswith("this sweep is finished and has tried all of its space; ")
+        return
+    words = shlex.split(told.partition("more trials: ")[2].partition(";")[0])
+    assert words[:3] == ["python", "jobs/tune.py", "--config"]
+    more = look_at_sweep(load_config(words[3], words[4:]))
+    assert more.config.tune.num_samples == 8 and len(more.trials) > len(first.trials)
+
+
+@pytest.mark.parametrize("source", ["texts", "texts/**/*.txt"])
+def test_storage_among_the_texts_is_refused(tmp_path: Path, source: str) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a text", "utf-8")
+    (tmp_path / "link").symlink_to(texts)
+    for storage in (texts, texts / "out", tmp_path / "link" / "out"):
+        config = config_of(storage, f"data.source={tmp_path / source}")
+        with pytest.raises(UserError, match=r"storage_path=.* lies in data.source=.*would become"):
+            check_storage(config)
+    for storage in (tmp_path / "out", texts / ".hidden", tmp_path / "texts-2"):
+        check_storage(config_of(storage, f"data.source={tmp_path / source}"))
+    check_storage(config_of(texts, f"data.source={texts}/*.txt"))
+    check_storage(config_of(texts, f"data.source={texts}/a.txt"))
+
+
+def test_storage_among_texts_to_evaluate_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "out", f"evaluate.source={tmp_path}")
+    with pytest.raises(UserError, match=r"storage_path=.* lies in evaluate.source="):
+        check_storage(config)

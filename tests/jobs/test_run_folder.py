@@ -1,0 +1,95 @@
+"""A run's folder without Ray: names, shapes taken over, who may write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptray.config import ModelConfig, UserError, load_config
+from gptray.jobs.resuming import check_resumable
+from gptray.jobs.run_folder import held, resolve, run_dir, set_ray_snapshot_aside
+from gptray.model.gpt import GPT
+from gptray.model.hf import save_pretrained
+
+
+def test_name_follows_from_what_is_trained_only(tmp_path: Path) -> None:
+    base = [f"storage_path={tmp_path}"]
+    name = resolve(load_config(None, base)).name
+    assert name is not None and name.startswith("builtin-")
+    assert resolve(load_config(None, [*base, "compute.num_workers=2"])).name == name
+    assert resolve(load_config(None, [*base, "optim.lr=3e-4"])).name != name
+
+
+def test_resolving_twice_changes_nothing(tmp_path: Path) -> None:
+    once = resolve(load_config(None, [f"storage_path={tmp_path}"]))
+    assert resolve(once) == once
+
+
+def test_new_run_of_the_same_config_gets_a_free_name(tmp_path: Path) -> None:
+    config = load_config(None, [f"storage_path={tmp_path}", "train.resume=never"])
+    first = resolve(config)
+    run_dir(first).mkdir()
+    assert resolve(config).name == f"{first.name}-2"
+
+
+def test_shape_and_tokenizer_come_from_init_from(tmp_path: Path) -> None:
+    shape = ModelConfig(n_layer=3, n_head=2, n_embd=12, n_positions=40, dropout=0.3)
+    save_pretrained(GPT(shape, vocab_size=99), tmp_path / "old")
+    config = resolve(
+        load_config(
+            None,
+            [f"storage_path={tmp_path}", f"model.init_from={tmp_path}/old", "train.block_size=16"],
+        )
+    )
+    assert (config.model.n_layer, config.model.n_embd, config.model.vocab_size) == (3, 12, 99)
+    assert config.model.dropout == 0.3
+    assert config.data.tokenizer == str(tmp_path / "old")
+
+
+def test_block_longer_than_the_model_that_was_taken_over_is_refused(tmp_path: Path) -> None:
+    shape = ModelConfig(n_layer=1, n_head=1, n_embd=4, n_positions=8)
+    save_pretrained(GPT(shape, vocab_size=9), tmp_path / "old")
+    with pytest.raises(UserError, match=r"train\.block_size=128 .* model\.n_positions=8"):
+        resolve(load_config(None, [f"model.init_from={tmp_path}/old"]))
+
+
+def test_storage_in_the_cloud_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match="storage_path=s3://bucket: must be a folder"):
+        resolve(load_config(None, ["storage_path=s3://bucket"]))
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    config = resolve(load_config(None, [f"storage_path={tmp_path}", "name=letters"]))
+    (tmp_path / "letters").mkdir()
+    check_resumable(config)
+    (tmp_path / "letters" / "dear.txt").write_text("...")
+    with pytest.raises(UserError, match="not a run"):
+        check_resumable(config)
+
+
+def test_second_driver_of_a_run_is_refused(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(UserError, match="another process"), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "is_torn"),
+    [
+        ("", True),
+        ('{"ray_version": "2.', True),
+        ("[]", True),
+        ('{"checkpoint_results": []}', False),
+    ],
+)
+def test_ray_never_starts_over_an_old_snapshot(
+    tmp_path: Path, snapshot: str, is_torn: bool
+) -> None:
+    path = tmp_path / "checkpoint_manager_snapshot.json"
+    path.write_text(snapshot)
+    line = set_ray_snapshot_aside(tmp_path)
+    assert (line is not None and "was torn" in line) == is_torn
+    assert not path.exists()
+    assert set_ray_snapshot_aside(tmp_path) is None

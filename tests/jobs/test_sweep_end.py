@@ -1,0 +1,64 @@
+"""What a finished sweep says of its winner: what it has seen, and the command that goes further."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptray.config import dump, load_config, override
+from gptray.jobs.tune.end import outcome, tell_winner
+from gptray.reports.sweep.report import write_sweep_report
+from gptray.tuning.record import load_sweep
+from tests.reports.pages import Page
+from tests.tuning.sweeps import sweep_config, trained, write_sweep
+
+
+def swept(folder: Path, *overrides: str, space: Sequence[dict[str, Any]] = ()) -> Path:
+    """A sweep of five trials whose first has won: twelve evaluations, a tenth of an epoch each."""
+    dropout = {"path": "model.dropout", "uniform": [0.0, 0.3]}
+    config = sweep_config([*space, dropout], "tune.num_samples=5", *overrides)
+    trials = trained(config, lambda values: (values["model.dropout"], 0.0))
+    best = min(trials, key=lambda one: min(one.curve))
+    write_sweep(folder, config, trials, winner=best.name)
+    values = {**best.values, "storage_path": str(folder.parent)}
+    (folder / "best.yaml").write_text(dump(override(config, values)))
+    return folder
+
+
+def test_json_and_headline_say_what_the_winner_has_seen(tmp_path: Path) -> None:
+    part = {"path": "data.fraction", "choice": [0.05]}
+    folder = swept(tmp_path / "part", "train.patience=null", space=[part])
+    line = outcome(load_sweep(folder))
+    step = line["best_step"]
+    assert line["best_tokens"] == step * 16 * 128
+    assert line["best_epochs"] == pytest.approx(step / 100)
+    assert line["best_text_share"] == pytest.approx(0.05 * min(1, step / 100))
+    page = Page(write_sweep_report(folder))
+    assert " % of the training text (data.fraction)" in page.text
+    assert f"in {step} steps of {step * 2048:,} tokens in all." in page.text
+
+
+@pytest.mark.parametrize("fraction", [0.05, 1.0])
+def test_the_printed_command_trains_the_winner_longer_on_all_of_the_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fraction: float
+) -> None:
+    caplog.set_level(logging.INFO, "gptray")
+    part = {"path": "data.fraction", "choice": [fraction]}
+    folder = swept(tmp_path / "my 'sweep'", "train.patience=null", space=[part])
+    tell_winner(load_sweep(folder))
+    winner, settings, following = caplog.messages
+    assert "bits per byte; it has seen" in winner and "model.dropout=" in settings
+    longer, written = following.splitlines()[1:]
+    _, script, flag, path, *words = shlex.split(longer)
+    assert (script, flag) == ("jobs/train.py", "--config")
+    config = load_config(path, [word for word in words if not word.startswith("name=")])
+    best = load_config(path, [])
+    assert (config.train.max_steps, config.train.patience) == (480, 5)
+    assert config.data.fraction == 1 and config.model.dropout == best.model.dropout
+    assert config.storage_path == str(tmp_path)
+    assert f"generate.model={folder}" in shlex.split(written)
