@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gptray.config.keys import EntriesError, FieldSpec, field_specs, shown
+from gptray.config.keys import EntriesError, field_specs, shown
+from gptray.config.nodes import argument_node, is_null, line_of, node_value
 from gptray.config.suggest import did_you_mean, nearest, nearest_keys
-from gptray.config.yaml_text import YamlError, parse_node, read_node, scalar_value
+from gptray.config.yaml_text import YamlError, read_node, scalar_value
 
 COMMAND_LINE = "command line"
 
@@ -59,10 +60,10 @@ class Reader:
         except OSError as error:
             self._problem(path, _unreadable(path, error))
             return
-        if node is None or _is_null(node):
+        if node is None or is_null(node):
             return
         if not isinstance(node, yaml.MappingNode):
-            self._problem(f"{path}:{_line(node)}", "expects sections and keys, such as optim:")
+            self._problem(f"{path}:{line_of(node)}", "expects sections and keys, such as optim:")
             return
         for name, where, value in self._pairs(node, path, ""):
             section = self._section(name, where, value)
@@ -85,7 +86,7 @@ class Reader:
             self._problem(COMMAND_LINE, f"{key}: not UTF-8 text")
         else:
             try:
-                node = _argument_node(text, spec)
+                node = argument_node(text, spec)
             except YamlError as error:
                 self._problem(COMMAND_LINE, f"{key}={text}: {error.message}")
             else:
@@ -103,7 +104,7 @@ class Reader:
     def _section(self, name: str, where: str, value: yaml.Node) -> str | None:
         """Return the section meant by a key of the root, None if it is not one."""
         if name in self.sections:
-            if not isinstance(value, yaml.MappingNode) and not _is_null(value):
+            if not isinstance(value, yaml.MappingNode) and not is_null(value):
                 inside = next(key for key in self.specs if key.startswith(f"{name}."))
                 self._problem(where, f"{name} is a section; its keys go below it, such as {inside}")
             return name
@@ -120,7 +121,7 @@ class Reader:
         """Yield dotted key, place and value of each entry of a mapping, each key once."""
         first_lines: dict[str, int] = {}
         for key_node, value in node.value:
-            where = f"{path}:{_line(key_node)}"
+            where = f"{path}:{line_of(key_node)}"
             if not isinstance(key_node, yaml.ScalarNode):
                 self._problem(where, "a key must be a plain name")
                 continue
@@ -128,7 +129,7 @@ class Reader:
             if key in first_lines:
                 self._problem(where, f"{key} is given twice (first on line {first_lines[key]})")
                 continue
-            first_lines[key] = _line(key_node)
+            first_lines[key] = line_of(key_node)
             yield key, where, value
 
     def _take(self, key: str, where: str, node: yaml.Node) -> None:
@@ -140,7 +141,7 @@ class Reader:
         if before and (before.where == COMMAND_LINE) == (where == COMMAND_LINE):
             self._problem(where, f"{key} is given twice")
         value = self._plain(node, where) if dict in spec.items else None
-        self.given[key] = Given(key, where, value or _value(node, spec.kinds, spec.items), node)
+        self.given[key] = Given(key, where, value or node_value(node, spec.kinds, spec.items), node)
 
     def _plain(self, node: yaml.Node, where: str) -> Any:
         """Return what a node says by itself: lists, mappings with each key once, scalars."""
@@ -224,7 +225,7 @@ class Reader:
                 self._problem(given.where, f"{error.key}, entry {entry + 1}: {message}")
                 continue
             keys = [name for name, _ in item.value if name.value == word]
-            line = _line(keys[0] if keys else item)
+            line = line_of(keys[0] if keys else item)
             self._problem(f"{given.where.rpartition(':')[0]}:{line}", f"{error.key}: {message}")
         return {error.key}
 
@@ -244,63 +245,6 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
     return tree
-
-
-def _argument_node(text: str, spec: FieldSpec) -> yaml.Node:
-    """Return the node of a value typed on the command line.
-
-    For a key that takes text the shell's word is the text, so that *.txt, a: b or # c mean
-    themselves; only null, a quoted text and a list are read as YAML there.
-    """
-    literal = yaml.ScalarNode("tag:yaml.org,2002:str", text)
-    takes_text = _takes_text(spec.kinds)
-    try:
-        node = parse_node(text)
-    except YamlError as error:
-        if not takes_text:
-            raise
-        if spec.items and text.startswith("[") and text.endswith("]"):
-            raise YamlError(f"{error.message}; quote the items of the list", 1) from None
-        return literal
-    if node is None:
-        return literal
-    if not takes_text or (isinstance(node, yaml.SequenceNode) and node.flow_style and spec.items):
-        return node
-    whole = node.end_mark.index == len(text) and node.start_mark.index == 0
-    quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
-    return node if whole and (quoted or _is_null(node)) else literal
-
-
-def _value(node: yaml.Node, kinds: Sequence[type], items: Sequence[type]) -> Any:
-    """Return a node's Python value for a key of these kinds."""
-    if isinstance(node, yaml.MappingNode):
-        return {}
-    if isinstance(node, yaml.SequenceNode):
-        values = [_value(item, items, ()) for item in node.value]
-        return tuple(values) if tuple in kinds else values
-    assert isinstance(node, yaml.ScalarNode)
-    value = scalar_value(node)
-    if value is None:
-        return None
-    if _takes_text(kinds):
-        return node.value
-    if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e4 steps
-    return value
-
-
-def _takes_text(kinds: Sequence[type]) -> bool:
-    """Whether a value of these kinds is text whatever it looks like; not in auto, true or false."""
-    return str in kinds and bool not in kinds
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and scalar_value(node) is None
-
-
-def _line(node: yaml.Node) -> int:
-    """Return the line of a node, from 1."""
-    return int(node.start_mark.line) + 1
 
 
 def _unreadable(path: str, error: OSError) -> str:

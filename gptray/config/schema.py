@@ -24,7 +24,6 @@ from gptray.config.sections import (
     DataConfig,
     ModelConfig,
     OptimConfig,
-    Section,
     TrainConfig,
     TuneConfig,
 )
@@ -35,6 +34,7 @@ from gptray.config.use_sections import (
     SampleConfig,
     ServeConfig,
 )
+from gptray.config.values import Section
 from gptray.config.yaml_text import read_written, write_yaml
 
 

@@ -1,69 +1,26 @@
-"""The config's sections of what makes a model: data, shape, training, sweeps; and their types.
+"""The config's sections of what makes a model: data, shape, training, sweeps.
 
 Joined into one tree in `gptray.config`, from where everybody imports them.
 """
 
 from __future__ import annotations
 
-import codecs
-from encodings.aliases import aliases
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from gptray.config.suggest import did_you_mean, nearest
-from gptray.config.yaml_text import plain_number
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonEmpty = Annotated[str, Field(min_length=1)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16"],
-    Field(description="auto: bf16 where the processor or GPU computes in it, else fp32"),
-]
-Backend = Literal["auto", "native", "torch"]
-
-
-class Section(BaseModel):
-    """Frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-def _parts(value: Any) -> Any:
-    """Read a split given as "90:10" or as a list of any scale into fractions that sum to one."""
-    if isinstance(value, str):
-        value = value.split(":")
-    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= 3:
-        raise ValueError("give train:val or train:val:test, such as 90:10 or 80:10:10")
-    try:
-        parts = [plain_number(one) if isinstance(one, str) else float(one) for one in value]
-    except (TypeError, ValueError):
-        raise ValueError("give train:val or train:val:test, such as 90:10 or 80:10:10") from None
-    if not all(0 < part < float("inf") for part in parts):
-        raise ValueError("every part of the split must be above 0")
-    total = sum(parts)
-    # An already normalised split stays as it is, so that a dumped config equals its source.
-    return tuple(parts) if abs(total - 1) < 1e-9 else tuple(part / total for part in parts)
-
-
-def _codec(value: str | None) -> str | None:
-    """Check the name of an encoding, as Python's codecs know it."""
-    if value is None:
-        return None
-    try:
-        "".encode(value)
-        if codecs.lookup(value).incrementaldecoder is not None:
-            return value
-    except (LookupError, ValueError):
-        pass
-    spelled = value.lower().replace("-", "_")
-    near = nearest(spelled, sorted({*aliases, *aliases.values()} - {spelled}))
-    raise ValueError(
-        f"unknown encoding{did_you_mean([near] if near else [])} (such as cp949, utf-16, cp1252)"
-    )
+from gptray.config.values import (
+    Backend,
+    NonEmpty,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Precision,
+    Probability,
+    Section,
+    known_codec,
+    split_parts,
+)
 
 
 class DataConfig(Section):
@@ -86,7 +43,7 @@ class DataConfig(Section):
         description="string between documents in .txt and .md, such as <|endoftext|>; null: each "
         "file is a document",
     )
-    encoding: Annotated[str | None, AfterValidator(_codec)] = Field(
+    encoding: Annotated[str | None, AfterValidator(known_codec)] = Field(
         None,
         description="encoding of text files, such as cp949; null: by byte order mark, else UTF-8",
     )
@@ -103,7 +60,7 @@ class DataConfig(Section):
     vocab_size: Annotated[int, Field(ge=257)] = Field(
         2048, description="entries of a tokenizer trained here (bpe), end-of-text included"
     )
-    split: Annotated[tuple[float, ...], BeforeValidator(_parts)] = Field(
+    split: Annotated[tuple[float, ...], BeforeValidator(split_parts)] = Field(
         (0.9, 0.1),
         description="train:val or train:val:test, shares of the text; a document larger than a "
         "share is cut by position",

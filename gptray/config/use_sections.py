@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gptray.config.limits import within
-from gptray.config.sections import (
+from gptray.config.suggest import did_you_mean, nearest
+from gptray.config.values import (
     Backend,
     NonEmpty,
     NonNegative,
@@ -20,7 +21,6 @@ from gptray.config.sections import (
     Precision,
     Section,
 )
-from gptray.config.suggest import did_you_mean, nearest
 
 _HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:]+\]")
 # The sample section's keys that hold for all rows of a batch job.

@@ -1,0 +1,68 @@
+"""YAML nodes as values for keys: what a word, a scalar or a list means for a key's types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from gptray.config.keys import FieldSpec
+from gptray.config.yaml_text import YamlError, parse_node, scalar_value
+
+
+def argument_node(text: str, spec: FieldSpec) -> yaml.Node:
+    """Return the node of a value typed on the command line.
+
+    For a key that takes text the shell's word is the text, so that *.txt, a: b or # c mean
+    themselves; only null, a quoted text and a list are read as YAML there.
+    """
+    literal = yaml.ScalarNode("tag:yaml.org,2002:str", text)
+    takes_text = _takes_text(spec.kinds)
+    try:
+        node = parse_node(text)
+    except YamlError as error:
+        if not takes_text:
+            raise
+        if spec.items and text.startswith("[") and text.endswith("]"):
+            raise YamlError(f"{error.message}; quote the items of the list", 1) from None
+        return literal
+    if node is None:
+        return literal
+    if not takes_text or (isinstance(node, yaml.SequenceNode) and node.flow_style and spec.items):
+        return node
+    whole = node.end_mark.index == len(text) and node.start_mark.index == 0
+    quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
+    return node if whole and (quoted or is_null(node)) else literal
+
+
+def node_value(node: yaml.Node, kinds: Sequence[type], items: Sequence[type]) -> Any:
+    """Return a node's Python value for a key of these kinds."""
+    if isinstance(node, yaml.MappingNode):
+        return {}
+    if isinstance(node, yaml.SequenceNode):
+        values = [node_value(item, items, ()) for item in node.value]
+        return tuple(values) if tuple in kinds else values
+    assert isinstance(node, yaml.ScalarNode)
+    value = scalar_value(node)
+    if value is None:
+        return None
+    if _takes_text(kinds):
+        return node.value
+    if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e4 steps
+    return value
+
+
+def _takes_text(kinds: Sequence[type]) -> bool:
+    """Whether a value of these kinds is text whatever it looks like; not in auto, true or false."""
+    return str in kinds and bool not in kinds
+
+
+def is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and scalar_value(node) is None
+
+
+def line_of(node: yaml.Node) -> int:
+    """Return the line of a node, from 1."""
+    return int(node.start_mark.line) + 1
