@@ -160,7 +160,7 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, moved to `path` if all went well."""
+    """A path next to `path` to write to, moved to `path` if all went well."""
     # Containers that share a folder may share process ids too.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:

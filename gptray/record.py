@@ -1,4 +1,4 @@
-"""The two JSON-lines files of a run that whoever watches it reads.
+"""The two JSON-lines files of a run that its watchers read.
 
 `metrics.jsonl` has one row per logged step; `events.jsonl` tells what happened, in order: starts,
 evaluations with their samples, checkpoints found damaged, failures, ends.
@@ -34,7 +34,7 @@ EVENT_FIELDS: RowFields = {
     "failure": {"message": str},
     "waiting": {"message": str},
 }
-# What a result depends on, besides gptray itself.
+# What a result depends on besides gptray itself.
 LIBRARIES = ("torch", "ray", "transformers", "tokenizers")
 
 

@@ -10,14 +10,14 @@ from gptray.config import RunFailed
 
 
 class Unread(Exception):
-    """Whoever read standard output has seen enough, as in `| head`."""
+    """The reader of standard output has closed it, as in `| head`."""
 
 
 def write_out(text: str) -> None:
     """Write a text to standard output at once.
 
     Raises:
-        Unread: nobody reads it any more.
+        Unread: its reader has closed it.
         RunFailed: it is a file on a disk that is full, or the like.
     """
     try:

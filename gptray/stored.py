@@ -1,4 +1,4 @@
-"""Reads small files that may have been damaged, or come from somebody else.
+"""Reads small files that may be damaged or come from others.
 
 A pipe or a device instead of a file cannot block the reader. Invalid, endlessly nested or
 non-finite JSON is reported in one clause.

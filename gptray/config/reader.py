@@ -28,7 +28,7 @@ Root = TypeVar("Root", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Given:
-    """One value that somebody gave: its valid key, the place, and the Python value."""
+    """One value that was set: its valid key, where, and the Python value."""
 
     key: str
     where: str

@@ -140,7 +140,7 @@ def load_saved(path: Path) -> Config:
 
 
 def override(config: Config, values: Mapping[str, Any]) -> Config:
-    """Return the config with dotted keys set, validated anew; raises ConfigError."""
+    """Return the config with dotted keys set, validated again; raises ConfigError."""
     reader = Reader(Config)
     for key, value in {**flatten(config), **values}.items():
         reader.read_value(key, value)

@@ -66,7 +66,7 @@ def byte_boundary(stream: BinaryIO, offset: int, size: int) -> int:
     if offset <= 0 or offset >= size:
         return min(max(offset, 0), size)
     stream.seek(offset)
-    # Not strict: invalid bytes are reported with their line by whoever reads the text.
+    # Not strict: the reader of the text reports invalid bytes with their line.
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     behind, skipped = "", 0  # the characters before the window, the bytes up to it
     while skipped < LONGEST_RUN:

@@ -54,7 +54,7 @@ class Piece:
 
 
 def read_parts(piece: Piece) -> Iterator[Part]:
-    """Read a piece's documents. A text file without separator may go on in the next piece.
+    """Read a piece's documents. A text file without separator may continue in the next piece.
 
     Raises UserError at the first line that cannot be read.
     """
@@ -196,7 +196,7 @@ def _read_json_lines(piece: Piece) -> Iterator[Part]:
 
 
 def _skip_line(stream: BufferedReader, most: int) -> int:
-    """Pass the end of the line, or `most` bytes where it goes on longer; return how many."""
+    """Pass the end of the line, or `most` bytes where it is longer; return how many."""
     skipped = 0
     while skipped < most and (raw := stream.readline(min(BLOCK_BYTES, most - skipped))):
         skipped += len(raw)

@@ -20,7 +20,7 @@ KINDS = {
 }
 EXAMPLES = 2  # of each kind
 EXAMPLE_CHARACTERS = 24
-# Stands for an unknown token while texts are compared: no character of any text.
+# Marks an unknown token while texts are compared: not a character of any text.
 _UNKNOWN = "\U0010fffe"
 # Characters that must agree for both to resume, and how far ahead to look for them.
 _RESUMES = ((2, 6), (4, 32), (1, 32), (4, 1024))
@@ -62,7 +62,7 @@ class Lost:
         return whole
 
     def entry(self) -> dict[str, Any]:
-        """As it stands in a manifest; `loses` puts it into words."""
+        """As a manifest holds it; `loses` puts it into words."""
         kinds = {kind: number for kind, number in self.kinds.most_common() if number}
         examples = sorted(self.examples, key=lambda one: list(kinds).index(one[0]))
         return {"kinds": kinds, "examples": [list(one) for one in examples]}
@@ -71,7 +71,7 @@ class Lost:
 class Tally:
     """Adds up what texts lose that differ from what came back of them.
 
-    Once a lot of such text was compared, every eighth of those that differ stands for eight.
+    Once a lot of such text was compared, every eighth of those that differ counts for eight.
     """
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Encodings to try, and the scripts that text in them is written in beside Latin letters.
+# Encodings to try, and the scripts besides Latin that text in them is written in.
 _LIKELY = (
     ("shift_jis", {"HIRAGANA", "KATAKANA", "CJK"}),
     ("euc_jp", {"HIRAGANA", "KATAKANA", "CJK"}),

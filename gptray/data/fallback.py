@@ -1,6 +1,6 @@
 """How well a tokenizer fits a text: bytes and tokens per character, and the share of fallbacks.
 
-A fallback token stands for part of a character, or for an unknown one. Many of them mean that the
+A fallback token is part of a character, or an unknown one. Many of them mean that the
 vocabulary was made for other text, or is too small for this one.
 """
 

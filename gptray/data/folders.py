@@ -78,7 +78,7 @@ def glob_regex(pattern: str) -> str:
 
 
 def matches(pattern: str) -> list[str]:
-    """Paths of the files that a glob matches; `**/` stands for any folders, loops met once."""
+    """Paths of the files that a glob matches; `**/` matches any folders, each loop visited once."""
     if "**" in pattern:
         first = re.search(WILDCARD, pattern)
         assert first

@@ -1,6 +1,6 @@
 """Parquet files that appear whole or not at all: the parts of a large table.
 
-Pages carry checksums. A part's sha256 is kept in a hidden folder beside it, so that damage, or
+Pages carry checksums. A part's sha256 is kept in a hidden folder next to it, so that damage, or
 another file in its place, is noticed.
 """
 

@@ -18,7 +18,7 @@ from gptray.data.split import TRAIN, UNUSED, Assignment, Counts, Labels, Region,
 
 @dataclass(frozen=True)
 class PieceScan:
-    """What a piece holds. Its first document may come from, its last go on into, a neighbour."""
+    """What a piece holds. Its first document may begin, its last end, in a neighbour."""
 
     bytes: Counts  # UTF-8 bytes of each document, (documents,)
     characters: Counts  # of each document, (documents,)
@@ -95,7 +95,7 @@ def _piece_plans(
 ) -> list[list[PiecePlan]]:
     plans: list[list[PiecePlan]] = []
     pieces = iter(zip(scans, firsts, strict=True))
-    before = 0  # characters of the document that goes on into the next piece
+    before = 0  # characters of the document that continues in the next piece
     for unit in units:
         plans.append([])
         for piece in unit:

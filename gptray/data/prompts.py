@@ -158,7 +158,7 @@ def _part(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
 def output_schema(
     staged: pa.Schema, num_samples: int, metadata: Mapping[str, str] | None = None
 ) -> pa.Schema:
-    """The output's columns; `metadata` is kept beside what the input says of itself."""
+    """The output's columns; `metadata` is added to the input's own."""
     fields = list(staged)
     sample = [pa.field("sample", pa.int32())] if num_samples > 1 else []
     own = [pa.field(name, kind) for name, kind in _OWN.items()]

@@ -1,6 +1,6 @@
 """A data folder that appears in one rename, whole, or not at all.
 
-Built beside its place under a hidden name: a killed attempt is never mistaken for data, and of
+Built next to its final place under a hidden name: a killed attempt is never taken for data, and of
 two attempts at once the first to finish stays.
 """
 

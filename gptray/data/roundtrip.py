@@ -61,7 +61,7 @@ class RoundTrip:
 
 
 def pieces(tokenizer: Tokenizer) -> list[bytes]:
-    """What each token stands for, by id: its bytes in a text, else its name.
+    """The text of each token, by id: its bytes in a text, else its name.
 
     Ids that stand for no token have none.
     """
@@ -135,7 +135,7 @@ class _Joining:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each of the 256 characters of a byte-level vocabulary stands for.
+    """The byte behind each of the 256 characters of a byte-level vocabulary.
 
     Printable bytes are themselves; the others, in order, are U+0100 and on. (GPT-2)
     """

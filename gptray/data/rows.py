@@ -39,7 +39,7 @@ def text_lines(file: SourceFile, stream: BufferedReader) -> Iterator[str]:
 
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
-    begun: list[str] = []  # of a line that goes on in the next text
+    begun: list[str] = []  # of a line that continues in the next text
     for text in texts:
         *whole, rest = text.split("\n")
         for line in whole:
@@ -110,7 +110,7 @@ class _JsonValues:
         self.line = self._held_line = 1
         self._texts = texts
         self._held = ""
-        self._at = 0  # where reading stands in _held, which begins on _held_line
+        self._at = 0  # position in _held, which begins on _held_line
         self._decoder = decoder
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
@@ -152,7 +152,7 @@ class _JsonValues:
             try:
                 value, end = self._decoder.raw_decode(self._held, self._at)
             except json.JSONDecodeError as error:
-                # What ends at the end of the text at hand may go on.
+                # What ends at the end of this text may continue in the next.
                 may_go_on = error.msg.startswith("Unterminated") or len(self._held) - error.pos < 12
                 if not (may_go_on and self._read()):
                     raise

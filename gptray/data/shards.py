@@ -170,7 +170,7 @@ class ShardWriter:
             self._open = ""
 
     def break_off(self) -> None:
-        """Close the tokens of a document that goes on in another split: no token reaches over."""
+        """Close the tokens of a document that continues in another split: no token spans both."""
         self._push(self._open, False)
         self._open = ""
 

@@ -24,7 +24,7 @@ UNUSED = 255  # training text beyond data.fraction
 _LAYOUT = (TRAIN, TEST, VAL)
 _SPLIT_STREAM = 1  # keeps this permutation apart from every other use of the seed
 # A border moves to the nearest document edge if that is this near, as a share of the text, and
-# within a tenth of the shares beside it.
+# within a tenth of the neighbouring shares.
 _SLACK, _SLACK_OF_SHARE = 0.01, 0.1
 
 Labels = npt.NDArray[np.uint8]
@@ -68,7 +68,7 @@ def assign(
 ) -> Assignment:
     """Share out documents of `sizes` bytes and so many `characters`, both of shape (documents,).
 
-    Documents lie in a seeded permutation along a line; borders on it give each label its share of
+    Documents are laid out in a seeded permutation; borders on it give each label its share of
     the bytes. A border falls on a document edge that is close, and else cuts the document in
     which it falls, at int(characters * share of the document's bytes). Training subsets of growing
     `fraction` are nested and leave validation and test as they are.

@@ -34,7 +34,7 @@ _SHOWN = 40  # characters of a text that cannot be read
 
 
 class UnreadableText(UserError):
-    """Text that a tokenizer does not know and has no unknown token for; `piece` stands in it."""
+    """Text that a tokenizer cannot encode and has no unknown token for; it contains `piece`."""
 
     def __init__(self, message: str, piece: str) -> None:
         super().__init__(message)

@@ -135,7 +135,7 @@ def tokenise(unit: Sequence[PiecePlan], *, folder: Path, number: int) -> dict[in
     There is one per split that has text in the unit.
     Raises UserError for text that the tokenizer cannot read, naming its file.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this task has one core; others run beside it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this task has one core; others run in parallel
     encoder = _encoder(folder / "tokenizer")
     writers: dict[int, ShardWriter] = {}
     try:

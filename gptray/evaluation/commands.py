@@ -39,7 +39,7 @@ def _prompt_word(folder: Path) -> str:
 def train_command(
     folder: Path, config: Config, changes: Mapping[str, Any], *, resumes: bool
 ) -> str | None:
-    """The command that trains with these keys changed: the same run longer, or a new one beside it.
+    """The command that trains with these keys changed: the same run longer, or a new one.
 
     None if the changed keys contradict others of the run.
     """

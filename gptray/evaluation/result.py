@@ -1,4 +1,4 @@
-"""What an evaluation has found, as it stands in `evaluation.json`: its shape, and how it is saved.
+"""What an evaluation has found: the shape of `evaluation.json`, and how it is saved.
 
 Every number is measured elsewhere; `how` says in words how each was computed.
 """

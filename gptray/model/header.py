@@ -113,7 +113,7 @@ def _tensors(entries: Any, room: int) -> dict[str, tuple[list[int], str]]:
             case {"dtype": str(dtype), "shape": list(dims), "data_offsets": [start, end]}:
                 whole = all(is_whole(number) for number in (*dims, start, end))
                 if not whole or not start <= end <= room:
-                    raise Unreadable(f"{name} lies outside of the file")
+                    raise Unreadable(f"{name} is outside the file")
                 tensors[name] = (dims, dtype)
             case _:
                 raise Unreadable(f"its header does not describe {name}")

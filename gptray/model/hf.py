@@ -1,7 +1,7 @@
 """Weights in Hugging Face's layout: save, load, and refuse what is damaged or another network.
 
 config.json is `gptray.model.shape`'s. Only safetensors are written or read, never a pickle.
-Every file appears whole: it is written beside its place and then renamed.
+Every file appears whole: it is written under another name and then renamed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Let the allocator reuse freed pages; a no-op where the C library is not glibc.
 
     A step frees and takes the same large tensors again and again. By default glibc returns them
-    to the kernel each time, which clears and maps every page anew: a tenth of a step on a CPU.
+    to the kernel each time, which clears and maps every page again: a tenth of a step on a CPU.
     Process-wide.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

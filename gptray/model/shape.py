@@ -129,7 +129,7 @@ def _shard_names(index: Path) -> list[str]:
     for name in files:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
             shown = f"{name!r:.60}"
-            raise UserError(f"{index}: {shown} is not the name of a .safetensors file beside it")
+            raise UserError(f"{index}: {shown} is not the name of a .safetensors file next to it")
     return sorted(set(files))
 
 

@@ -1,6 +1,6 @@
 """The routes: OpenAI's completions, what clients ask around them, health, metrics and a page.
 
-`make_app` gives an ASGI application that any server can run; here nobody knows which.
+`make_app` gives an ASGI application that any server can run.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from gptray.serving.protocol import CompletionRequest, StreamOptions
 from gptray.serving.streams import Update
 from gptray.serving.worker import Accepted
 
-# What stands for a log-probability that JSON cannot hold.
+# Replaces a log-probability that JSON cannot hold.
 LEAST_LOGPROB = -9999.0
 
 Choice = dict[str, Any]

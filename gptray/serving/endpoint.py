@@ -26,7 +26,7 @@ from gptray.serving.worker import EngineThread, Overloaded
 
 # A healthy engine makes a token within this time, whatever it has to do.
 HEALTH_S, HEALTH_POLL_S = 5.0, 0.02
-# Characters from which on a text is encoded beside the event loop.
+# Texts of at least this many characters are encoded outside the event loop.
 LONG_TEXT = 4096
 
 

@@ -51,4 +51,4 @@ class ApiError(Exception):
 
 
 class ClientGone(Exception):
-    """Nobody is there any more to read an answer."""
+    """The client has disconnected."""

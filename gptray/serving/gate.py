@@ -46,7 +46,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499  # as nginx calls an answer that nobody waited for
+        status = 499  # nginx's status for a client that closed the connection
 
         async def counted(message: Message) -> None:
             nonlocal status

@@ -46,7 +46,7 @@ ALIASES = {
     "input": "prompt",
     "top_logprobs": "logprobs",
 }
-# What clients send besides, and the values with which it asks for nothing; None: any value.
+# What clients also send, with the values that ask for nothing; None: any value.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "user": None,
     "store": None,
@@ -75,7 +75,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "parallel_tool_calls": None,
     "modalities": (["text"],),
 }
-# A client that sends more keys than this wrong is told of these.
+# At most this many wrong keys are named.
 MAX_PROBLEMS = 12
 
 
@@ -116,7 +116,7 @@ def _is_bias(item: tuple[str, Any]) -> bool:
 
 
 def _seed(value: Any) -> Any:
-    """OpenAI's seeds are signed: a negative one stands for the positive one of the same bits."""
+    """OpenAI's seeds are signed: a negative one means the positive one of the same bits."""
     is_negative = type(value) is int and -SEEDS <= value < 0
     return value % SEEDS if is_negative else value
 

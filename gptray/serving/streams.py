@@ -130,7 +130,7 @@ def tell(news: Iterable[tuple[Stream, Update | EngineStopped]]) -> None:
         try:
             loop.call_soon_threadsafe(_put, items)
         except RuntimeError:
-            if not loop.is_closed():  # then nobody listens any more
+            if not loop.is_closed():  # the server has stopped
                 raise
 
 

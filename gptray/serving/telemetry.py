@@ -19,7 +19,7 @@ TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Telemetry:
-    """Counters of one server; the engine's own are read when somebody asks."""
+    """Counters of one server; the engine's own are read on request."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._registry = registry = CollectorRegistry()
@@ -94,7 +94,7 @@ class Stopwatch:
 
 
 class _EngineCounters(Collector):
-    """The counters of the engine of the moment; they begin anew with another model."""
+    """The counters of the current engine; they start again with another model."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -107,7 +107,7 @@ class _EngineCounters(Collector):
         for name, what, value in (
             ("gptray_sequences_running", "sequences in the batch", thread.running),
             ("gptray_sequences_waiting", "sequences in line", thread.waiting),
-            ("gptray_batch_size", "sequences that find room in a batch", most),
+            ("gptray_batch_size", "sequences that fit in a batch", most),
         ):
             yield GaugeMetricFamily(name, what, value)
         yield CounterMetricFamily("gptray_steps", "steps of the engine", thread.steps)

@@ -19,7 +19,7 @@ from gptray.files import append, storing
 
 
 class Boards:
-    """A run's curves: training and validation beside each other, in one chart of losses.
+    """A run's curves: training and validation losses in one chart.
 
     TensorBoard draws what has one tag in one chart, with a colour for each folder: the folders are
     `<name>/train` and `<name>/val`, and both losses have the tag `loss`.
@@ -50,7 +50,7 @@ class Board:
     """One events file. What cannot be written yet waits in memory for the next `flush`."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        """Begin a file of a run that goes on after `step`: TensorBoard drops what came later."""
+        """Begin a file of a run that resumes after `step`: TensorBoard drops later points."""
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         # The name by which TensorBoard knows such files and their order.

@@ -1,11 +1,11 @@
-"""Checkpoints that survive a crash at any instant, and say so when they were damaged.
+"""Checkpoints that survive a crash at any instant and detect later damage.
 
 A checkpoint is a folder `checkpoint_<step>` in the run folder: `model/` (Hugging Face's layout),
 `optimizer.safetensors`, `trainer.json`, `config.yaml` and, written last, `manifest.json` with every
 file's size and sha256. It is built under another name, synced to disk and renamed, so a visible
-checkpoint was whole once; the manifest finds what a disk or a person did to it since (safetensors
-has no checksum of its own). Nothing is pickled. What stands in the tensor files is the loop's
-matter; no torch here, so that a driver can look at checkpoints at once.
+checkpoint was complete once; the manifest reveals what has happened to it since (safetensors has no
+checksum of its own). Nothing is pickled. What the tensor files hold is up to the loop; without
+torch here, a driver can inspect checkpoints at once.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _NEEDED = ("trainer.json", "optimizer.safetensors", "model/config.json", "model/
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where a run stands after `step` updates. `data` is the fingerprint of its token data."""
+    """The state of a run after `step` updates. `data` is the fingerprint of its token data."""
 
     step: int
     progress: Progress
     data: str
 
     def why_stop(self, config: TrainConfig) -> str | None:
-        """The reason to make no further step: max_steps or patience; None to go on."""
+        """The reason to stop training: max_steps or patience; None to continue."""
         if self.step >= config.max_steps:
             return "max_steps"
         return "patience" if self.progress.exhausted(config.patience) else None
@@ -70,19 +70,19 @@ class TrainerState:
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """The step that a checkpoint folder's name tells, or None for any other name."""
+    """The step in a checkpoint folder's name, or None for any other name."""
     match = re.fullmatch(r"checkpoint_([0-9]{6,12})", folder.name)
     step = int(match[1]) if match else 0
     return step if folder.name == f"checkpoint_{step:06d}" else None
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """The folder of a step's checkpoint."""
     return run_dir / f"checkpoint_{step:06d}"
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, whole or not, newest first."""
+    """The checkpoint folders of a run, intact or not, newest first."""
     if not run_dir.is_dir():
         return []
     found = [folder for folder in run_dir.iterdir() if checkpoint_step(folder) is not None]
@@ -122,14 +122,14 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
     if problems:
         tried = "\n  ".join(problems)
         raise RunFailed(
-            f"no checkpoint of {run_dir} is whole, so the run cannot go on. Tried:\n  {tried}\n"
-            "Restore one of them from a copy, or start anew under another name."
+            f"no checkpoint of {run_dir} is intact, so the run cannot resume. Tried:\n  {tried}\n"
+            "Restore one of them from a copy, or start again under another name."
         )
     return None, problems
 
 
 def check_not_lost(run_dir: Path) -> None:
-    """Refuse to start anew over a run whose checkpoints somebody has removed.
+    """Refuse to start over in the folder of a run whose checkpoints were removed.
 
     Raises:
         UserError: there is no checkpoint, and a model or evaluations show that there were some.
@@ -143,7 +143,7 @@ def check_not_lost(run_dir: Path) -> None:
         start = f"; {word} starts from its weights" if model.exists() else ""
         raise UserError(
             f"the checkpoints of the run {run_dir} are gone, so it cannot resume, and training "
-            "from step 0 would overwrite what it came to. Restore one, or give another name: "
+            "from step 0 would overwrite its results. Restore one, or give another name: "
             f"train.resume=never without a name finds a free one{start}"
         )
 
@@ -155,13 +155,13 @@ def save_checkpoint(
     config_yaml: str,
     write_tensors: Callable[[Path], None],
 ) -> Path:
-    """Write the checkpoint of `state.step` and return its folder; readers see all of it or nothing.
+    """Write the checkpoint of `state.step` and return its folder, which appears whole.
 
-    `write_tensors` puts `model/` and `optimizer.safetensors` into the folder that it is given.
+    `write_tensors` writes `model/` and `optimizer.safetensors` to the folder it is given.
 
     Raises:
         RunFailed: the disk is full or cannot be written; names the path and the free space. Earlier
-            checkpoints are untouched, and the draft gives its room back.
+            checkpoints are untouched, and the draft is removed.
     """
     final = checkpoint_folder(run_dir, state.step)
     draft = _draft(final)
@@ -185,7 +185,7 @@ def save_checkpoint(
 
 
 def publish_model(checkpoint: Path, run_dir: Path) -> Path:
-    """Make the checkpoint's model the run's `model/`. A reader never meets a half-written file.
+    """Make the checkpoint's model the run's `model/`. Readers never see a half-written file.
 
     Raises:
         RunFailed: the disk is full or cannot be written; `model/` is as it was, the next start
@@ -199,7 +199,7 @@ def publish_model(checkpoint: Path, run_dir: Path) -> Path:
 
 
 def exchange_model(source: Path, folder: Path) -> None:
-    """Make the `model/` of `source`, whatever its shape, that of `folder`, in place of one there.
+    """Replace the `model/` of `folder` by that of `source`, whatever its shape.
 
     Raises:
         RunFailed: the disk is full or cannot be written; `model/` is as it was.
@@ -255,7 +255,7 @@ def withdraw_checkpoint(run_dir: Path, step: int) -> None:
 def prune(run_dir: Path, num_to_keep: int, *, spare: Collection[int]) -> None:
     """Keep the newest `num_to_keep` checkpoints and those of the steps to spare.
 
-    A folder is hidden by one rename before it is emptied, so that a kill leaves no torn one.
+    A folder is hidden by a rename before it is deleted, so that a kill leaves no partial one.
     """
     with storing(run_dir):
         for folder in find_checkpoints(run_dir)[num_to_keep:]:

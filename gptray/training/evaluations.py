@@ -1,8 +1,8 @@
-"""An evaluation: a score, early stopping told of it, a checkpoint, the best model published.
+"""An evaluation: score the model, update early stopping, save a checkpoint, publish the best.
 
-`InLine` has training wait while all workers score. `Beside` hands the checkpoint to somebody else
-and goes on training; who scores it, and where, is not this file's matter. A score then counts at
-the next evaluation, never earlier or later: what a run does depends on no clock.
+With `BlockingEvaluation` training waits while all workers score. `AsyncEvaluation` hands the
+checkpoint over and training continues; who scores it, and where, is up to the caller. That score
+counts at the next evaluation, never earlier or later, so that a run does not depend on timing.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ Samples = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found out about a checkpoint beside the training."""
+    """What scoring a checkpoint while training continues has found."""
 
     score: Score
     samples: Samples
 
 
-class InLine:
+class BlockingEvaluation:
     """Evaluations for which training waits."""
 
     def __init__(
@@ -65,7 +65,7 @@ class InLine:
 
         Raises:
             NonFiniteLoss: on every worker, before anything is saved.
-            UserError, RunFailed: on every worker, what keeping or sampling met on the first.
+            UserError, RunFailed: on every worker, if saving or sampling failed on the first.
         """
         run, journal = self._run, self._journal
         score = score_split(
@@ -75,7 +75,7 @@ class InLine:
             batch_size=run.config.micro_batch_size,
             workers=run.workers,
         )
-        judge(run, run.state.step, score)
+        update_early_stopping(run, run.state.step, score)
         row |= score_fields(score, row["train_loss"])
 
         def keep() -> Path:
@@ -83,20 +83,20 @@ class InLine:
             journal.write(row)
             checkpoint = save(run, journal)
             publish_if_best(run, run.state.step)
-            tell(run, journal, run.state.step, self._sample(run.model))
+            log_evaluation(run, journal, run.state.step, self._sample(run.model))
             return checkpoint
 
         self._report(row, run.workers.from_first(keep))
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Nothing is pending."""
 
 
-class Beside:
-    """Evaluations that go on while training does; at most one has no score yet.
+class AsyncEvaluation:
+    """Evaluations that run while training continues; at most one has no score yet.
 
-    That one's checkpoint is the newest, so pruning spares it, and a run that was killed begins by
-    having it scored again. `validated(step)` waits for what `report` has set going.
+    Its checkpoint is the newest, so pruning keeps it, and a killed run begins by having it scored
+    again. `report` starts the scoring; `validated(step)` waits for the result.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Beside:
             report({"step": step}, checkpoint_folder(run.run_dir, step) if journal else None)
 
     def add(self, row: Metrics) -> None:
-        """Save the model as it is and have it scored; take in the score of the one before.
+        """Save the model as it is and have it scored; record the score of the one before.
 
         Raises:
             NonFiniteLoss: of the one before, on every worker; this one is not saved.
@@ -129,11 +129,11 @@ class Beside:
         self._report(row, checkpoint)
 
     def finish(self) -> None:
-        """Wait for the score that is still to come; put it into the row that was given.
+        """Wait for the pending score, if there is one, and add it to its row.
 
         Raises:
-            NonFiniteLoss: on every worker; the checkpoint is no longer one.
-            UserError, RunFailed: on every worker, what scoring or keeping met.
+            NonFiniteLoss: on every worker; the checkpoint has been withdrawn.
+            UserError, RunFailed: on every worker, if scoring or saving failed.
         """
         if not self._unscored:
             return
@@ -141,7 +141,7 @@ class Beside:
         step = row["step"]
         validation = self._validated(step)
         try:
-            judge(run, step, validation.score)
+            update_early_stopping(run, step, validation.score)
         except NonFiniteLoss:
             run.workers.from_first(lambda: withdraw_checkpoint(run.run_dir, step))
             raise
@@ -151,17 +151,20 @@ class Beside:
             row.update(score_fields(validation.score, row["train_loss"]))
             publish_if_best(run, step)
             self._journal.amend(row)
-            tell(run, self._journal, step, validation.samples)
+            log_evaluation(run, self._journal, step, validation.samples)
             remove_old(run)
 
         run.workers.from_first(keep)
 
 
-def judge(run: Run, step: int, score: Score) -> None:
-    """Tell early stopping what a step's model scores.
+Evaluations = BlockingEvaluation | AsyncEvaluation
+
+
+def update_early_stopping(run: Run, step: int, score: Score) -> None:
+    """Update the run's progress with the validation loss of a step.
 
     Raises:
-        NonFiniteLoss: the score is no number; nothing was told.
+        NonFiniteLoss: the score is not finite; the progress is unchanged.
     """
     if not score.is_finite:
         raise NonFiniteLoss(f"step {step}: validation loss {score.loss}")
@@ -172,7 +175,7 @@ def judge(run: Run, step: int, score: Score) -> None:
 def score_fields(score: Score, train_loss: float) -> Metrics:
     """What an evaluation adds to the row of its step; `val_lost` only where text is lost.
 
-    Then the perplexity may be too large for a float, and is the largest that there is.
+    The perplexity of lossy text may exceed the range of a float; it is capped there.
     """
     return {
         "val_loss": score.loss,
@@ -184,7 +187,7 @@ def score_fields(score: Score, train_loss: float) -> Metrics:
 
 
 def save(run: Run, journal: Journal) -> Path:
-    """Write the checkpoint of this step, after the rows up to it; remove those out of date."""
+    """Write the checkpoint of this step, after its rows are on disk; remove outdated ones."""
     journal.sync()
 
     def write_tensors(folder: Path) -> None:
@@ -205,19 +208,19 @@ def save(run: Run, journal: Journal) -> Path:
 
 
 def remove_old(run: Run) -> None:
-    """Remove the checkpoints that are neither new nor the best."""
+    """Remove checkpoints that are neither recent nor the best."""
     spare = {run.state.step, run.state.progress.best_step}
     prune(run.run_dir, run.config.compute.num_to_keep, spare=spare)
 
 
 def publish_if_best(run: Run, step: int) -> None:
-    """Make a step's model the run's, if none before it was as good."""
+    """Publish a step's model as the run's if it is the best so far."""
     if run.state.progress.best_step == step:
         publish_model(checkpoint_folder(run.run_dir, step), run.run_dir)
 
 
-def tell(run: Run, journal: Journal, step: int, samples: Samples) -> None:
-    """Say that a step has been evaluated, and what its model writes."""
+def log_evaluation(run: Run, journal: Journal, step: int, samples: Samples) -> None:
+    """Log that a step has been evaluated, with samples of its model's text."""
     journal.write_samples(step, samples)
     is_best = run.state.progress.best_step == step
     write_event(run.run_dir, "evaluated", step=step, best=is_best, samples=samples)

@@ -1,8 +1,8 @@
-"""What the first worker writes beside the checkpoints: metrics.jsonl and TensorBoard files.
+"""What the first worker writes besides checkpoints: metrics.jsonl and TensorBoard files.
 
 `metrics.jsonl` has no step twice and none missing: a resumed run first drops the rows after its
-checkpoint, then writes them again. A score that comes late is added to its step's row. Rows for
-which there is no room wait in memory until the next one, or until `sync`, which must have them.
+checkpoint, then writes them again. A late score is added to its step's row. On a full disk rows
+wait in memory until the next one, or until `sync`, which fails without room.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Journal:
     """The writer of one run's metrics, held by the rank-0 worker alone."""
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
-        """Open the journal of a run that goes on after `step`; later rows are dropped.
+        """Open the journal of a run that resumes after `step`; later rows are dropped.
 
         Raises:
-            RunFailed: here and in all that writes: the disk is full or cannot be written.
+            RunFailed: here and wherever rows are written: the disk is full or not writable.
         """
         self._path = run_dir / METRICS
         with storing(self._path):
@@ -49,7 +49,7 @@ class Journal:
         """The row of a step that was written before.
 
         Raises:
-            RunFailed: there is none, which only a change from outside explains.
+            RunFailed: it is missing, so something else has changed the file.
         """
         for row in read_rows(self._path):
             if row["step"] == step:
@@ -57,7 +57,7 @@ class Journal:
         raise RunFailed(f"{self._path} has lost the row of step {step}; restore it from a copy")
 
     def amend(self, row: dict[str, Any]) -> None:
-        """Put a row in the place of its step's, on disk at once; readers see one or the other."""
+        """Replace the row of its step, on disk at once; readers see the old or the new one."""
         with storing(self._path):
             self._drain()
             before = self.row(row["step"])
@@ -70,7 +70,7 @@ class Journal:
         self._boards.show_text(step, "samples", words)
 
     def sync(self) -> None:
-        """Have every row on disk, as a checkpoint promises that the rows before it are there."""
+        """Write every row to disk; a checkpoint relies on the rows before it."""
         with storing(self._path):
             self._drain(sync=True)
         self._boards.flush()
@@ -91,7 +91,7 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write what waits. What no checkpoint has promised yet is made again by a later start."""
+        """Write pending rows. Rows after the newest checkpoint are redone by a later start."""
         with suppress(OSError, RunFailed):
             self._drain()
             self._boards.flush()

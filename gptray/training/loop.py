@@ -1,8 +1,8 @@
 """The training loop of one worker. It knows torch.distributed, and nothing of Ray.
 
-Its only contact with whatever runs it is `report(metrics, checkpoint_dir)`, and where somebody else
-scores the checkpoints `validated(step)`, so the same loop runs in a Ray Train worker, in a Tune
-trial and in a test.
+Its only contact with its caller is `report(metrics, checkpoint_dir)` and, where checkpoints are
+scored elsewhere, `validated(step)`. So the same loop runs in a Ray Train worker, in a Tune trial
+and in a test.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from gptray.data.scoring import charge_per_token
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
 from gptray.model.gpu import out_of_gpu_memory
-from gptray.training.evaluations import Beside, InLine, Metrics, Report, Samples, Validation
+from gptray.training.evaluations import (
+    AsyncEvaluation,
+    BlockingEvaluation,
+    Evaluations,
+    Metrics,
+    Report,
+    Samples,
+    Validation,
+)
 from gptray.training.journal import Journal
 from gptray.training.numbers import StepNumbers
 from gptray.training.optim import learning_rate
@@ -44,13 +52,13 @@ def fit(
 ) -> Metrics:
     """Train until `max_steps`, or until validation loss has stopped falling.
 
-    Goes on from the newest whole checkpoint of `run_dir`. Every worker calls this; the first one
-    alone writes, samples and hands `report` a checkpoint. Training waits for its evaluations,
-    unless `validated` is given: then whoever gets the report is to score its checkpoint, and
-    `validated(step)`, called by every worker, waits for what came of it. Returns the metrics of
-    the last logged step and `stopped`: max_steps, patience, non_finite with a `message`, or failed
-    with a `message` and whether it is the user's `mistake`. A failure is shared by all workers and
-    returned rather than raised: whoever restarts workers would take it for a node that died.
+    Resumes from the newest intact checkpoint of `run_dir`. Every worker calls this; only the first
+    writes, samples and passes `report` a checkpoint. Training waits for its evaluations, unless
+    `validated` is given: then the receiver of a report scores its checkpoint, and every worker
+    calls `validated(step)` to wait for the result. Returns the metrics of the last logged step and
+    `stopped`: max_steps, patience, non_finite with a `message`, or failed with a `message` and
+    whether it is the user's `mistake`. A failure is shared by all workers and returned rather than
+    raised, since Ray Train would take an exception for a dead worker and restart it.
     """
     workers = Workers.current()
     step = 0
@@ -60,9 +68,9 @@ def fit(
             run = start(config, data, run_dir, workers=workers, device=device)
             step = run.state.step
             journal = workers.from_first(lambda: stack.enter_context(Journal(run_dir, step=step)))
-            evaluations: InLine | Beside = InLine(run, journal, report, sample)
+            evaluations: Evaluations = BlockingEvaluation(run, journal, report, sample)
             if validated:
-                evaluations = Beside(run, journal, report, validated)
+                evaluations = AsyncEvaluation(run, journal, report, validated)
             return train(run, journal, evaluations)
         except NonFiniteLoss as error:
             return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
@@ -82,13 +90,13 @@ def failed(step: int, error: UserError | RunFailed) -> Metrics:
     return {"step": step, "stopped": "failed", "message": str(error), "mistake": mistake}
 
 
-def train(run: Run, journal: Journal | None, evaluations: InLine | Beside) -> Metrics:
-    """Make step after step; return the last logged row and why there was no further one.
+def train(run: Run, journal: Journal | None, evaluations: Evaluations) -> Metrics:
+    """Run training steps to the end; return the last logged row and why training stopped.
 
     On a GPU a step's numbers are read while the next step runs, those of a logged step at once.
 
     Raises:
-        NonFiniteLoss: on every worker; every checkpoint there is was scored, and is good.
+        NonFiniteLoss: on every worker; every existing checkpoint has been scored and is good.
     """
     config = run.config
     row: Metrics = {"step": run.state.step}
@@ -124,7 +132,7 @@ def read(run: Run, numbers: StepNumbers) -> tuple[float, float]:
     """The loss and gradient norm of a step.
 
     Raises:
-        NonFiniteLoss: the run then stands at the step before, the last that updated a weight.
+        NonFiniteLoss: the run is then at the step before, the last that updated a weight.
     """
     try:
         return numbers.read()
@@ -134,15 +142,15 @@ def read(run: Run, numbers: StepNumbers) -> tuple[float, float]:
 
 
 def is_due(run: Run, interval: int) -> bool:
-    """Whether something that happens every `interval` steps, and at the last, happens now."""
+    """Whether something that is due every `interval` steps, and at the last one, is due now."""
     return run.state.step % interval == 0 or run.state.step == run.config.train.max_steps
 
 
 def train_step(run: Run) -> StepNumbers:
-    """Make one update; return its numbers, which on a GPU are still to come.
+    """Make one update; return its numbers, which on a GPU may still be on their way.
 
-    With a non-finite loss or gradient norm, of all workers together, no weight is updated. On a
-    GPU nor are any by later steps: its fused AdamW looks at `run.spoilt` itself.
+    If the loss or gradient norm, over all workers, is not finite, no weight is updated. On a GPU
+    later steps do not update any either: its fused AdamW reads `run.spoilt` itself.
 
     Raises:
         NonFiniteLoss: on a CPU; on a GPU the numbers raise it when they are read.
@@ -177,8 +185,8 @@ def train_step(run: Run) -> StepNumbers:
 def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr: float) -> Metrics:
     """The row of a logged step: `train_loss` is the mean since the row before, dropout on.
 
-    Like validation loss, it is charged for what the tokenizer loses, by the training split's mean.
-    `mfu` is there on GPUs whose peak is known.
+    Like validation loss, it includes the charge for text that the tokenizer loses, as the training
+    split's mean. `mfu` is present on GPUs whose peak is known.
     """
     return {
         "step": run.state.step,

@@ -1,4 +1,4 @@
-"""One worker's side of a run: the model, optimizer and batch order, built or taken up again."""
+"""One worker's side of a run: the model, optimizer and batch order, new or restored."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Run:
     order: BatchOrder
     state: TrainerState
     # On a GPU: 1 once a step's numbers were not finite, as the optimizer's found_inf; None on a
-    # CPU, where they are looked at before the update.
+    # CPU, where they are checked before the update.
     spoilt: Tensor | None
     # Tokens per second of all workers at an MFU of 1, where the GPU's peak is known.
     rate_at_peak: float | None
@@ -74,7 +74,7 @@ class Run:
         size, block_size = self.config.micro_batch_size, self.config.train.block_size
         starts = self.order.batch(self.state.step, self.config.train.global_batch_size)
         first = (micro_step * self.workers.size + self.workers.rank) * size
-        # From pinned memory a GPU copies by itself, while the host goes on.
+        # From pinned memory the GPU copies while the host continues.
         is_pinned = self.device.type == "cuda"
         tokens = torch.empty(size, block_size + 1, dtype=torch.int64, pin_memory=is_pinned)
         windows = starts[first : first + size].tolist()
@@ -93,11 +93,11 @@ class Run:
 def start(
     config: Config, data: TokenData, run_dir: Path, *, workers: Workers, device: torch.device
 ) -> Run:
-    """Build a worker's run, from the newest whole checkpoint where there is one.
+    """Build a worker's run, from the newest intact checkpoint if there is one.
 
     Raises:
-        UserError: the checkpoints were removed; there is no GPU that works, or no compiler.
-        RunFailed: checkpoints exist and none is whole, or the disk takes nothing.
+        UserError: the checkpoints were removed; no working GPU, or no compiler.
+        RunFailed: no checkpoint is intact, or the disk is full.
         ValueError: the training split is shorter than one block.
     """
     use_device(config, device)
@@ -168,7 +168,7 @@ def _built(
     device: torch.device,
     tell: Callable[[str], None],
 ) -> tuple[GPT, torch.optim.Optimizer]:
-    """The model and its optimizer, as a checkpoint holds them or as training begins with them."""
+    """The model and its optimizer, from a checkpoint or as training begins."""
     model = build_model(config, data, checkpoint, device, tell=tell)
     optimizer = make_optimizer(model.parameters(), config.optim)
     if checkpoint:
@@ -180,10 +180,10 @@ def _built(
 def writing(run_dir: Path, *, wait_s: float = 60.0) -> Iterator[None]:
     """Be the only process that writes to a run folder.
 
-    A worker whose driver was killed may live on for some seconds; its successor waits for it.
+    A worker whose driver was killed may run on for some seconds; its successor waits for it.
 
     Raises:
-        RunFailed: another process has held the folder for `wait_s` seconds, or nobody can write.
+        RunFailed: another process has held the folder for `wait_s` seconds, or the disk is full.
     """
     path = run_dir / WRITER_LOCK
     with storing(path):
@@ -219,9 +219,9 @@ def build_model(
     *,
     tell: Callable[[str], None] = log.warning,
 ) -> GPT:
-    """The run's model as a checkpoint holds it; None: as training begins with it.
+    """The run's model, from a checkpoint; None: as training begins.
 
-    tell: takes word of an embedding that was resized, and of kernels that cannot be built.
+    tell: receives notices, of a resized embedding or of kernels that fail to build.
     """
     if config.model.init_from and not checkpoint:
         folder = model_folder(config.model.init_from)
@@ -248,7 +248,7 @@ def build_model(
 def _load_resized(
     model: GPT, config: Config, data: TokenData, source: str, tell: Callable[[str], None]
 ) -> None:
-    """Load weights, each row of the embedding for the token that it stands for."""
+    """Load weights; each row of the embedding goes to the same token's new id."""
     own = Tokenizer.load(source)
     kept = kept_rows(own, data.tokenizer)
     folder = model_folder(source)
@@ -265,11 +265,11 @@ def _load_resized(
 
 
 def _has_kernels(backend: str, device: torch.device, tell: Callable[[str], None]) -> bool:
-    """Whether `train.backend` means the project's own kernels here; builds them.
+    """Whether `train.backend` selects the project's own kernels here; builds them.
 
     Raises:
-        UserError: it says native, and they cannot be had.
-        RunFailed: it says native, and the compiler does not take them.
+        UserError: it is native, and this machine cannot run them.
+        RunFailed: it is native, and they fail to compile.
     """
     if check_backend(kernels.KEY, backend, use_gpu=device.type != "cpu") == "torch":
         return False

@@ -1,7 +1,7 @@
 """What each setting of a sweep was worth: the change of validation loss and of the gap.
 
 Here is what goes into the regression of `gptray.tuning.regression`, and which levels have enough
-trials to be compared. How it is told is the report's.
+trials to be compared. How it is worded is up to the report.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Interval:
 
     @property
     def is_told(self) -> bool:
-        """Whether it is told from no effect at all."""
+        """Whether it can be told from no effect."""
         return self.low > 0 or self.high < 0
 
 

@@ -84,7 +84,7 @@ def text_key(config: Config) -> str:
 
 
 def all_texts(config: Config, folder: str, trials: Sequence[Planned]) -> list[Config]:
-    """A config for every text that a trial can come to need, prepared in the sweep's storage."""
+    """A config for every text that a trial may need, prepared in the sweep's storage."""
     found = [trial.config for trial in trials]
     if config.tune.search_alg != "random":
         entries = [entry for entry in entries_of(config) if any(map(_is_of_text, entry.paths))]

@@ -1,7 +1,7 @@
 """A sweep's own record, `trials.jsonl`: which trials there are, and what became of each.
 
-One event a line, on disk before the sweep goes on, so that a killed sweep knows what it had
-decided. What a trial measured stands in its own run folder `trials/<name>/`.
+One event a line, on disk before the sweep continues, so that a killed sweep knows what it had
+decided. A trial's measurements are in its own run folder `trials/<name>/`.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class Record:
         self._write("retried", trial=trial)
 
     def reopened(self, **why: int) -> None:
-        """The winner is to be decided anew; num_samples, before: more samples than before."""
+        """The winner is to be decided again; num_samples, before: more samples than before."""
         self._write("reopened", **why)
 
     def winner(self, trial: str) -> None:

@@ -119,7 +119,7 @@ class _Sampler:
         self.effects: list[Floats] = []
 
     def draw(self, deviations: list[list[Floats]]) -> None:
-        """Draw everything anew; the `effects` at each stage are (chains, columns) then."""
+        """Draw everything again; the `effects` at each stage are then (chains, columns)."""
         effects = np.zeros((CHAINS, len(self._group)))
         squares = np.empty((len(self._data), CHAINS, self._member.shape[1]))
         self.effects = []

@@ -13,7 +13,7 @@ from gptray.config import Config, override
 from gptray.data.tokenizer import char_tokenizer
 from gptray.data.tokens import TokenData
 from gptray.record import EVENTS, read_rows
-from gptray.training.evaluations import InLine
+from gptray.training.evaluations import BlockingEvaluation
 from gptray.training.journal import Journal
 from gptray.training.loop import train
 from gptray.training.mfu import flops_per_token, peak_flops, tokens_per_sec_at_peak
@@ -42,7 +42,9 @@ def started(config: Config, data: TokenData, run_dir: Path, *, late: bool) -> Ru
 
 def trained(run: Run) -> Any:
     with Journal(run.run_dir, step=0) as journal:
-        return train(run, journal, InLine(run, journal, lambda *_: None, lambda model: []))
+        return train(
+            run, journal, BlockingEvaluation(run, journal, lambda *_: None, lambda model: [])
+        )
 
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:
