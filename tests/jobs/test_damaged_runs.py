@@ -268,7 +268,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         changed("config.yaml", lambda b: b.replace(b"lr: 0.01", b"lr: 0.02")), "optim.lr: 0.02"
     ),
     "all checkpoints damaged": (
-        lambda run: [text(f"{one}/{TRAINER}", "{")(run) for one in (NEW, OLD)], "is whole"
+        lambda run: [text(f"{one}/{TRAINER}", "{")(run) for one in (NEW, OLD)], "is intact"
     ),
     "all checkpoints gone": (lambda run: [gone(one)(run) for one in (NEW, OLD)], "are gone"),
     "state of other data": (signed(fields(TRAINER, data="0" * 64)), "has changed since"),
