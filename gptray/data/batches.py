@@ -16,8 +16,8 @@ import pyarrow as pa
 from pyarrow import compute, parquet
 
 from gptray.config import UserError
-from gptray.data.corpus import open_parquet
 from gptray.data.json_columns import holds_json, json_text
+from gptray.data.pieces import open_parquet
 from gptray.data.rows import csv_rows, json_object, json_rows, text_lines
 from gptray.data.sources import SourceFile
 

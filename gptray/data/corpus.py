@@ -1,24 +1,22 @@
-"""Documents out of files, in a stream: pieces of files that tasks can read on their own.
+"""Reads the documents of a piece of a corpus as a stream.
 
-A piece is a byte range of a text or JSON Lines file, some row groups of a Parquet file, or a
-whole file. Reading one holds about a megabyte. Errors name the file and the line (Parquet: row).
+It holds about a megabyte at a time. Errors name the file and the line (Parquet: row).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import BufferedReader
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import parquet
 
 from gptray.config import UserError
 from gptray.data.boundary import byte_boundary, separator_border
 from gptray.data.documents import EMPTY_ROW, Part, one_document, split_documents
 from gptray.data.encoding import BLOCK_BYTES, UTF8, decoded, stream_encoding
+from gptray.data.pieces import Piece, Reading, open_parquet
 from gptray.data.rows import (
     BOM,
     csv_rows,
@@ -35,24 +33,6 @@ from gptray.data.sources import SourceFile
 _FIRST_LOOK = 1 << 16  # characters
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How documents are found in the files of a source: the config's keys of these names."""
-
-    text_column: str = "text"
-    separator: str | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one task reads of a file: bytes [start, stop), or row groups for Parquet."""
-
-    file: SourceFile
-    start: int
-    stop: int
-    reading: Reading
-
-
 def read_parts(piece: Piece) -> Iterator[Part]:
     """Read a piece's documents. A text file without separator may continue in the next piece.
 
@@ -66,63 +46,6 @@ def read_parts(piece: Piece) -> Iterator[Part]:
         yield from readers[piece.file.format](piece)
     except OSError as error:  # a truncated or damaged stream; opening it has its own message
         raise UserError(f"{piece.file.name}: is truncated or damaged: {error}") from None
-
-
-def plan_pieces(
-    files: Sequence[SourceFile], reading: Reading, *, piece_bytes: int, cut_text: bool
-) -> list[list[Piece]]:
-    """Group the corpus, in order, into units of work of about `piece_bytes`.
-
-    The plan depends on the files alone, never on the cluster. Text files stay whole unless
-    `cut_text`, or a separator stands between documents. Compressed, CSV and JSON files and
-    encodings other than UTF-8 are always whole: none can be entered in the middle.
-    """
-    units: list[list[Piece]] = []
-    room = 0
-    for file in files:
-        for piece, size in _pieces(file, reading, piece_bytes, cut_text=cut_text):
-            if not units or size > room:
-                units.append([])
-                room = piece_bytes
-            units[-1].append(piece)
-            room -= size
-    return units
-
-
-def _pieces(
-    file: SourceFile, reading: Reading, piece_bytes: int, *, cut_text: bool
-) -> Iterator[tuple[Piece, int]]:
-    if file.format == "parquet":
-        yield from _row_group_pieces(file, reading, piece_bytes)
-        return
-    whole = file.compression is not None or file.format in ("csv", "json")
-    whole = whole or (file.format == "txt" and not cut_text and reading.separator is None)
-    whole = whole or file.size <= piece_bytes or file_encoding(file) != UTF8
-    size = max(file.size, 1)  # an empty file is a piece too
-    step = size if whole else piece_bytes
-    for start in range(0, size, step):
-        stop = min(start + step, file.size)
-        yield Piece(file, start, stop, reading), stop - start
-
-
-def file_encoding(file: SourceFile) -> str:
-    """How a text file is decoded: as asked for, by its byte order mark, or UTF-8."""
-    with file.open() as stream:
-        return stream_encoding(stream, file.encoding)
-
-
-def _row_group_pieces(
-    file: SourceFile, reading: Reading, piece_bytes: int
-) -> Iterator[tuple[Piece, int]]:
-    start = size = 0
-    metadata = open_parquet(file).metadata
-    if not metadata.num_row_groups:
-        yield Piece(file, 0, 0, reading), 0
-    for group in range(metadata.num_row_groups):
-        size += metadata.row_group(group).total_byte_size
-        if size >= piece_bytes or group == metadata.num_row_groups - 1:
-            yield Piece(file, start, group + 1, reading), size
-            start, size = group + 1, 0
 
 
 def _read_text(piece: Piece) -> Iterator[Part]:
@@ -268,14 +191,6 @@ def _read_csv(piece: Piece) -> Iterator[Part]:
         raise
     except ValueError as error:
         raise UserError(f"{piece.file.name}:{line}: {error}") from None
-
-
-def open_parquet(file: SourceFile) -> parquet.ParquetFile:
-    """Open a Parquet file's metadata. Raises UserError for a damaged or truncated one."""
-    try:
-        return parquet.ParquetFile(file.open_stored())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file.name}: not a whole Parquet file: {error}") from None
 
 
 def _read_parquet(piece: Piece) -> Iterator[Part]:

@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 
 from gptray.config import UserError
-from gptray.data.corpus import Piece
+from gptray.data.pieces import Piece
 from gptray.data.split import TRAIN, UNUSED, Assignment, Counts, Labels, Region, assign
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from gptray.config import Config, UserError
 from gptray.config.names import PREPARED
 from gptray.data.builtin import builtin_version
-from gptray.data.corpus import Reading
 from gptray.data.held_out import hold_out
+from gptray.data.pieces import Reading
 from gptray.data.sources import BUILTIN, Source, file_sha256, find_files
 from gptray.data.split import TEST, VAL, split_names
 from gptray.data.tokenizer_files import (

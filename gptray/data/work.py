@@ -18,9 +18,10 @@ import numpy as np
 
 from gptray.config import UserError
 from gptray.data.boundary import first_boundary, short_words
-from gptray.data.corpus import Piece, file_encoding, read_parts
+from gptray.data.corpus import read_parts
 from gptray.data.documents import EMPTY_ROW, Part
 from gptray.data.encoding import UTF8
+from gptray.data.pieces import Piece, file_encoding
 from gptray.data.plan import PiecePlan, PieceScan
 from gptray.data.shards import Shard, ShardEncoder, ShardWriter
 from gptray.data.sources import file_sha256

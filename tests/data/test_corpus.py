@@ -9,8 +9,9 @@ import pytest
 from pyarrow import parquet
 
 from gptray.config import UserError
-from gptray.data.corpus import Reading, first_look, plan_pieces, read_parts
+from gptray.data.corpus import first_look, read_parts
 from gptray.data.documents import EMPTY_ROW
+from gptray.data.pieces import Reading, plan_pieces
 from gptray.data.sources import find_files
 from tests.data.texts import CHINESE, DOCUMENTS, ENGLISH, KOREAN, write_bytes, write_rows
 

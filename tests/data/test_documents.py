@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gptray.data.corpus import Reading, plan_pieces, read_parts
+from gptray.data.corpus import read_parts
 from gptray.data.documents import split_documents
+from gptray.data.pieces import Reading, plan_pieces
 from gptray.data.sources import find_files
 from tests.data.texts import CHINESE, EMOJI, ENGLISH, KOREAN, write_bytes
 

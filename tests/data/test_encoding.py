@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from gptray.config import UserError
-from gptray.data.corpus import Reading, first_look, plan_pieces, read_parts
+from gptray.data.corpus import first_look, read_parts
 from gptray.data.encoding import likely_encoding
+from gptray.data.pieces import Reading, plan_pieces
 from gptray.data.rows import csv_rows, text_lines
 from gptray.data.sources import find_files
 from tests.data.texts import write_bytes

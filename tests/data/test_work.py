@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from gptray.config import UserError
-from gptray.data.corpus import Reading, plan_pieces
+from gptray.data.pieces import Reading, plan_pieces
 from gptray.data.plan import PiecePlan, ScannedText, SplitPlan, plan_split
 from gptray.data.roundtrip import RoundTrip
 from gptray.data.shards import ShardEncoder, ShardWriter

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.data.builtin import builtin_documents
-from gptray.data.corpus import Reading, plan_pieces
+from gptray.data.pieces import Reading, plan_pieces
 from gptray.data.plan import ScannedText, SplitPlan, plan_split
 from gptray.data.request import Request
 from gptray.data.shares import marker_warning, separator_warning, share_warnings

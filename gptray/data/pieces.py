@@ -1,0 +1,100 @@
+"""A corpus cut into pieces that tasks read on their own.
+
+A piece is a byte range of a text or JSON Lines file, some row groups of a Parquet file, or a whole
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from gptray.config import UserError
+from gptray.data.encoding import UTF8, stream_encoding
+from gptray.data.sources import SourceFile
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are found in the files of a source: the config's keys of these names."""
+
+    text_column: str = "text"
+    separator: str | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one task reads of a file: bytes [start, stop), or row groups for Parquet."""
+
+    file: SourceFile
+    start: int
+    stop: int
+    reading: Reading
+
+
+def plan_pieces(
+    files: Sequence[SourceFile], reading: Reading, *, piece_bytes: int, cut_text: bool
+) -> list[list[Piece]]:
+    """Group the corpus, in order, into units of work of about `piece_bytes`.
+
+    The plan depends on the files alone, never on the cluster. Text files stay whole unless
+    `cut_text`, or a separator stands between documents. Compressed, CSV and JSON files and
+    encodings other than UTF-8 are always whole: none can be entered in the middle.
+    """
+    units: list[list[Piece]] = []
+    room = 0
+    for file in files:
+        for piece, size in _pieces(file, reading, piece_bytes, cut_text=cut_text):
+            if not units or size > room:
+                units.append([])
+                room = piece_bytes
+            units[-1].append(piece)
+            room -= size
+    return units
+
+
+def _pieces(
+    file: SourceFile, reading: Reading, piece_bytes: int, *, cut_text: bool
+) -> Iterator[tuple[Piece, int]]:
+    if file.format == "parquet":
+        yield from _row_group_pieces(file, reading, piece_bytes)
+        return
+    whole = file.compression is not None or file.format in ("csv", "json")
+    whole = whole or (file.format == "txt" and not cut_text and reading.separator is None)
+    whole = whole or file.size <= piece_bytes or file_encoding(file) != UTF8
+    size = max(file.size, 1)  # an empty file is a piece too
+    step = size if whole else piece_bytes
+    for start in range(0, size, step):
+        stop = min(start + step, file.size)
+        yield Piece(file, start, stop, reading), stop - start
+
+
+def file_encoding(file: SourceFile) -> str:
+    """How a text file is decoded: as asked for, by its byte order mark, or UTF-8."""
+    with file.open() as stream:
+        return stream_encoding(stream, file.encoding)
+
+
+def _row_group_pieces(
+    file: SourceFile, reading: Reading, piece_bytes: int
+) -> Iterator[tuple[Piece, int]]:
+    start = size = 0
+    metadata = open_parquet(file).metadata
+    if not metadata.num_row_groups:
+        yield Piece(file, 0, 0, reading), 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= piece_bytes or group == metadata.num_row_groups - 1:
+            yield Piece(file, start, group + 1, reading), size
+            start, size = group + 1, 0
+
+
+def open_parquet(file: SourceFile) -> parquet.ParquetFile:
+    """Open a Parquet file's metadata. Raises UserError for a damaged or truncated one."""
+    try:
+        return parquet.ParquetFile(file.open_stored())
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file.name}: not a whole Parquet file: {error}") from None
