@@ -15,7 +15,7 @@ COMPLETIONS_URL = "/v1/completions"
 
 
 class RowRequest(NamedTuple):
-    """What a row asks for: its prompt, the settings that it has of its own, why it cannot run."""
+    """What a row asks for: its prompt, its own settings, or why it cannot run."""
 
     prompt: Any
     settings: dict[str, Any]
@@ -52,7 +52,7 @@ def check_urls(files: Sequence[SourceFile], urls: Collection[str]) -> None:
 
 
 def _is_requests(file: SourceFile, prompt_column: str) -> bool | None:
-    """None: it has no row that could say so."""
+    """None: it has no rows, so nothing tells."""
     if not is_json(file):
         return False
     first = first_row(file)

@@ -35,7 +35,7 @@ class Batch(Protocol):
     def rows(self) -> int: ...
 
     def place(self, row: int) -> str:
-        """Where row 0, 1, ... of the batch stands, for messages."""
+        """Where row 0, 1, ... of the batch is, for messages."""
 
     def values(self, name: str) -> list[Any]:
         """A column as Python values, null where a row has none. Raises UserError: not UTF-8."""
@@ -127,7 +127,7 @@ def read_batches(file: SourceFile, prompt_column: str) -> Iterator[Batch]:
 
 
 def declared_schema(file: SourceFile, prompt_column: str) -> pa.Schema | None:
-    """The columns that a file says it has, without a look at its rows; None: JSON says nothing.
+    """The columns that a file declares, without reading its rows; None for JSON, which does not.
 
     Raises UserError for two columns of one name.
     """
@@ -200,7 +200,7 @@ def _json_rows(file: SourceFile) -> Iterator[tuple[int, Values]]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Values:
-    """A JSON object as a dict. Raises ValueError for a key that is there twice."""
+    """A JSON object as a dict. Raises ValueError for a duplicate key."""
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ValueError(f"duplicate key {_twice(name for name, _ in pairs)!r}")
@@ -287,5 +287,5 @@ def _is_readable(value: pa.Scalar) -> bool:
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    """The first name that is there twice."""
+    """The first duplicate name."""
     return next((name for name, count in Counter(names).items() if count > 1), None)

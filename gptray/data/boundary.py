@@ -2,7 +2,7 @@
 
 Two places: between a letter or digit and a space or newline; and behind a single newline before
 a letter or digit (text without spaces, such as Chinese, has only those). GPT-2's, Llama 3's and
-Qwen's patterns start a new piece there; `Tokenizer.cuts_at_boundaries` tells if a tokenizer does.
+Qwen's patterns start a new piece there; see `Tokenizer.cuts_at_boundaries`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def chunks(text: str) -> list[str]:
 
 
 def last_boundary(text: str) -> int:
-    """Position of the last place to cut `text`; 0 when there is none."""
+    """Position of the last place to cut `text`; 0 if there is none."""
     match = _LAST.match(text)
     return match.end() if match else 0
 

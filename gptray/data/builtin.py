@@ -1,4 +1,4 @@
-"""The text that every CPython carries: documentation topics and the standard library's docstrings.
+"""The text that ships with every CPython: documentation topics and the library's docstrings.
 
 One document per topic and per module, in a fixed order, with every repeated paragraph removed
 before any split. It differs a little from one Python version to the next.
@@ -66,7 +66,7 @@ def _docstrings(path: Path) -> list[str]:
 
 
 def _documented(node: _Documented) -> Iterator[_Documented]:
-    """The node, then its classes and functions as they stand in the file."""
+    """The node, then its classes and functions in the order of the file."""
     yield node
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

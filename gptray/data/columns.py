@@ -1,6 +1,6 @@
-"""The columns of a batch job's input: one schema for all of its files, and what becomes of each.
+"""The columns of a batch job's input: one schema for all files, and how each column is output.
 
-Parquet says its columns, CSV and text hold text, and JSON rows are looked at one and all. A column
+Parquet declares its columns, CSV and text hold text, and every JSON row is examined. A column
 of several files has one type in all of them, or the input is refused.
 """
 
@@ -27,7 +27,7 @@ MAX_COLUMNS = 4096  # of JSON
 
 @dataclass(frozen=True)
 class InputColumns:
-    """What is read of each batch of rows, and under which fields it goes to the output."""
+    """What is read of each batch of rows, and under which fields it is output."""
 
     id_column: str | None  # None: the row's position
     id_field: pa.Field
@@ -54,7 +54,7 @@ class InputColumns:
 
 
 class FoundColumns:
-    """What the files and rows looked at so far say of their columns."""
+    """The columns of the files and rows examined so far."""
 
     def __init__(self, settings: GenerateConfig, prompt_column: str | None) -> None:
         """`prompt_column` None: prompts and settings come from requests."""
@@ -81,7 +81,7 @@ class FoundColumns:
         return chosen or ("id" if "id" in names else None)
 
     def declare(self, file: SourceFile) -> None:
-        """Take in what a file says of itself, or its first row. Raises UserError."""
+        """Add a file's declared columns, or those of its first row. Raises UserError."""
         self._files += 1
         schema = declared_schema(file, self.prompt_column or "")
         if schema is None:
@@ -97,7 +97,7 @@ class FoundColumns:
         self._metadata.append(dict(schema.metadata or {}))
 
     def take(self, batch: Batch) -> None:
-        """Look at rows: at the values of JSON, at the text of Parquet that the job reads."""
+        """Examine rows: values of JSON, text of Parquet that the job reads."""
         if isinstance(batch, ArrowBatch):
             for name in (self.prompt_column or "", *setting_columns(self.names, self._config)):
                 batch.check_text(name)
@@ -114,7 +114,7 @@ class FoundColumns:
             shape.take([row[name] for row in batch.objects if name in row])
 
     def check_names(self) -> None:
-        """Raise UserError for names that meet the job's own, and for what Parquet cannot hold."""
+        """Raise UserError for names that clash with the job's own and types Parquet cannot hold."""
         passed_names(self.names, self._config, self.id_column, self.prompt_column)
         for name in self._shapes:
             if not is_utf8(name):
@@ -126,7 +126,7 @@ class FoundColumns:
             raise UserError(f"{self._sources[name][0]}: column {name!r}: {problem}")
 
     def resolve(self) -> InputColumns:
-        """Decide about every column, once all rows have been looked at. Raises UserError."""
+        """Decide the field of every column, once all rows were examined. Raises UserError."""
         self.check_names()
         ids, config = self.id_column, self._config
         passed = passed_names(self.names, config, ids, self.prompt_column)

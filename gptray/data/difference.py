@@ -1,7 +1,7 @@
-"""What decoding a text's tokens does not give back: how many bytes, of what kind, with examples.
+"""What is lost when a text's tokens are decoded: how many bytes, of what kind, with examples.
 
-A text and what came back of it are aligned from left to right in time that grows with their
-length: where they differ, both resume at the nearest place from which they agree again.
+A text and its decoded tokens are aligned from left to right in linear time: where they differ, both
+resume at the nearest place from which they agree again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Lost:
         return sum(self.kinds.values())
 
     def add(self, other: Lost, *, times: int = 1) -> None:
-        """Take in what another text lost; the first examples of a kind stay."""
+        """Add what another text lost; the first examples of a kind are kept."""
         self.kinds.update({kind: times * number for kind, number in other.kinds.items()})
         for example in other.examples:
             of_kind = [one for one in self.examples if one[0] == example[0]]
@@ -55,7 +55,7 @@ class Lost:
 
     @classmethod
     def joined(cls, parts: Iterable[Lost]) -> Lost:
-        """All that several texts lost."""
+        """The sum of what several texts lost."""
         whole = cls()
         for part in parts:
             whole.add(part)
@@ -69,7 +69,7 @@ class Lost:
 
 
 class Tally:
-    """Adds up what texts lose that differ from what came back of them.
+    """Adds up the losses of texts that differ from their decoded tokens.
 
     Once a lot of such text was compared, every eighth of those that differ counts for eight.
     """
@@ -79,7 +79,7 @@ class Tally:
         self._compared = self._texts = 0
 
     def compare(self, text: str, back: str, unknown: str | None) -> None:
-        """Take in a text and what came back of it, as `measure`."""
+        """Add a text and its decoded tokens, as `measure`."""
         self._texts += 1
         is_part = self._compared >= _COMPARED_WHOLE
         if is_part and self._texts % _EVERY:
@@ -103,12 +103,12 @@ def loses(entry: Mapping[str, Any], num_bytes: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A share above 0 as people read it."""
+    """A share above 0 as a readable percentage."""
     return "less than 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
 
 
 def measure(text: str, back: str, unknown: str | None) -> Lost:
-    """What `back` lacks of `text`; `unknown` is the name of the tokenizer's unknown token."""
+    """What `back`, the decoded text, lacks of `text`; `unknown` is the unknown token's name."""
     if unknown and unknown not in text:
         back = back.replace(unknown, _UNKNOWN)
     lost, shown = Lost(), Counter[str]()
@@ -142,7 +142,7 @@ def _kind(gone: str, came: str) -> str:
 
 
 def _shown(text: str, start: int, stop: int, *, spaces: bool) -> str:
-    """A stretch with the rest of its word; of white space, with a little on both sides."""
+    """A stretch with the rest of its word, or white space with a little on both sides."""
     low, high = max(0, start - EXAMPLE_CHARACTERS), stop + EXAMPLE_CHARACTERS
     if spaces:
         return text[max(0, start - 4) : stop + 4]
@@ -168,7 +168,7 @@ def _differences(text: str, back: str) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _agreeing(text: str, i: int, back: str, j: int) -> int:
-    """How many characters from `i` and `j` on are the same."""
+    """How many characters agree from `i` and `j` on."""
     begin, size = i, 8
     while (block := text[i : i + size]) and block == back[j : j + size]:
         i, j = i + len(block), j + len(block)

@@ -1,4 +1,4 @@
-"""Documents out of running text (.txt, .md): a whole file is one, or a separator stands between.
+"""Documents from running text (.txt, .md): one per file, or one between separators.
 
 Text comes in parts as it is read, so that no document is held whole.
 """
@@ -33,7 +33,7 @@ def one_document(texts: Iterable[str], *, begins: bool, ends: bool) -> Iterator[
             yield Part(held[:cut], False)
             held, begins = held[cut:], False
     if ends:
-        # Nothing but white space is no document.
+        # White space alone is no document.
         yield EMPTY_ROW if begins and not held.strip() else Part(held, True)
     elif held:
         yield Part(held, False)
@@ -67,8 +67,8 @@ def _closed(text: str, fresh: bool) -> Iterator[Part]:
 
 
 def _ready(held: str, stop: int) -> int:
-    """How much of held[:stop] can go on: never all of it, for the end of a document is told apart.
+    """How much of held[:stop] can be passed on: never all, since a document's end is marked.
 
-    Text without a place to cut goes on too.
+    Text without a place to cut is passed on too.
     """
     return last_boundary(held[:stop]) or (stop - 1 if stop > _LONGEST_PART else 0)

@@ -1,6 +1,6 @@
-"""Bytes to text: the encoding that is asked for, marked in the file or UTF-8, and which is likely.
+"""Bytes to text: the encoding asked for, marked in the file, or UTF-8; else the likely one.
 
-Decoding is strict. What cannot be decoded is named by line, with the encoding that would fit.
+Decoding is strict. Errors name the line, and the encoding that would fit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def marked_encoding(head: bytes) -> str | None:
 
 
 def stream_encoding(stream: BufferedReader, encoding: str | None) -> str:
-    """How a stream that is at its beginning is to be decoded; `encoding` None: by its mark."""
+    """The encoding of a stream at its start; `encoding` None: by its byte order mark."""
     head = stream.peek(len(codecs.BOM_UTF32_LE))
     if head.startswith(codecs.BOM_UTF8):
         return UTF8

@@ -1,4 +1,4 @@
-"""Local folders and globs as lists of files: hidden ones left out, loops of links met once.
+"""Local folders and globs as lists of files, without hidden ones; link loops are visited once.
 
 Names need not be UTF-8: Python keeps their bytes in surrogates, and `shown` escapes them.
 """
@@ -29,7 +29,7 @@ def shown(path: str) -> str:
 
 
 def file_at(path: str) -> LocalFile | None:
-    """The file at a path; None where there is none, or no regular one."""
+    """The file at a path; None if there is none, or it is not a regular one."""
     try:
         status = os.stat(path)
     except OSError:

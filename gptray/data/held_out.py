@@ -19,7 +19,7 @@ _KEYS = {VAL: "data.val_source", TEST: "data.test_source"}
 
 
 def hold_out(source: Source, own: Mapping[int, Source]) -> tuple[Source, list[str]]:
-    """Take the files of `own` (by label) out of `source`; return it with what there is to say.
+    """Remove the files of `own` (by label) from `source`; return it, and warnings.
 
     Raises UserError where nothing is left, or validation and test share a file.
     """

@@ -1,4 +1,4 @@
-"""What columns JSON values make: one Arrow type where that keeps every bit, else JSON text.
+"""Columns of JSON values: one Arrow type where that keeps every bit, else JSON text.
 
 A missing key and null are alike. Numbers are 64-bit integers or doubles, as JSON's readers have
 them; NaN and infinities, which Python writes, are doubles too.
@@ -24,7 +24,7 @@ _SCALARS = {bool: pa.bool_(), float: pa.float64(), str: pa.string()}
 
 
 class Shape:
-    """What the values at one place of all rows have in common."""
+    """The common type of the values at one place of all rows."""
 
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def type(self) -> pa.DataType | None:
-        """The one type that holds every value to the bit; None: there is none."""
+        """The one type that holds every value to the bit; None if there is none."""
         kinds = self._kinds
         if self._is_odd:
             return None

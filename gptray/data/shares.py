@@ -1,4 +1,4 @@
-"""What became of a text, in words: the shares of its splits, and what looks wrong in it."""
+"""A prepared text in words: the shares of its splits, and what looks wrong in it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> l
 
 
 def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str | None:
-    """What to say of a separator at which no text file is split."""
+    """A warning for a separator that splits no text file."""
     documents: Counter[SourceFile] = Counter()
     for plan in plans:
         if plan.piece.file.format == "txt":
@@ -54,7 +54,7 @@ def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str 
 
 
 def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | None:
-    """What to say of well-known markers that stand in the text, the commonest first.
+    """A warning for well-known markers in the text, the commonest first.
 
     splits_text: whether there are text files that data.separator would split there.
     """

@@ -57,7 +57,7 @@ class SourceFile:
 
     @property
     def name(self) -> str:
-        """As messages and manifests call it."""
+        """The name that messages and manifests use."""
         return shown(self.path) if self.uri is None else f"{scheme_of(self.uri)}://{self.path}"
 
     @property

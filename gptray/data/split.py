@@ -32,7 +32,7 @@ Counts = npt.NDArray[np.int64]
 
 
 def split_names(parts: int) -> tuple[str, ...]:
-    """What the parts of a text are called; a text in one part is there to be tested on."""
+    """The names of a text's parts; a text in one part is test text."""
     return SPLITS[:parts] if parts > 1 else WHOLE
 
 
@@ -96,7 +96,7 @@ def assign(
 
 
 class _Line:
-    """Documents one behind the other, measured in bytes and in characters."""
+    """Documents in a row, measured in bytes and in characters."""
 
     def __init__(self, sizes: Counts, characters: Counts) -> None:
         self.bytes = np.concatenate([[0], np.cumsum(sizes)])

@@ -28,7 +28,7 @@ _READERS = 4  # threads that verify shards
 
 
 class DamagedData(ValueError):
-    """A data folder that is not what its manifest says; it can be built again."""
+    """A data folder that differs from its manifest; it can be built again."""
 
 
 class TokenSplit:
@@ -109,7 +109,7 @@ class TokenData:
 
     @classmethod
     def open(cls, data_dir: str | Path) -> TokenData:
-        """Open a folder; raises DamagedData unless it is whole (file sizes; see `verify`)."""
+        """Open a folder; raises DamagedData unless its file sizes are right (see `verify`)."""
         folder = Path(data_dir)
         try:
             manifest = read_object(folder / MANIFEST, most=None)
@@ -160,12 +160,12 @@ class TokenData:
         return sum(path.stat().st_size for split in self.splits.values() for path in split.sha256)
 
     def verify(self) -> None:
-        """Read everything; raises DamagedData for the first file that is not as it was written."""
+        """Read everything; raises DamagedData for the first file that has changed."""
         self._check()
         expected = {self._tokenizer_json: self.manifest["tokenizer"]["sha256"]}
         for split in self.splits.values():
             expected |= split.sha256
-        # hashlib lets go of the interpreter meanwhile.
+        # hashlib releases the GIL meanwhile.
         with ThreadPoolExecutor(_READERS) as readers:
             for path, found in zip(expected, readers.map(sha256_of, expected), strict=True):
                 if found != expected[path]:

@@ -19,7 +19,7 @@ _MAX_IDS_PER_TOKEN, _MAX_SPARE_IDS = 4, 1 << 16
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raise a panic of the tokenizers library as ValueError; by itself it is not an Exception."""
+    """Raise a panic of the tokenizers library, which is no Exception, as ValueError."""
     try:
         yield
     except BaseException as error:

@@ -7,7 +7,7 @@ from gptray.data.tokenizer import Tokenizer
 
 
 def differing_ids(own: Tokenizer, other: Tokenizer) -> int:
-    """How many ids stand for different tokens in two tokenizers; ids of one alone don't count."""
+    """How many ids mean different tokens in two tokenizers; ids of one alone don't count."""
     return sum(a != b for a, b in zip(own.names, other.names, strict=False))
 
 

@@ -1,6 +1,6 @@
-"""What a task does with one unit of the corpus: scan it, sample its training text, tokenise it.
+"""The work of a task on one unit of the corpus: scan it, sample its training text, tokenise it.
 
-Each is a function of the unit and of its documents' labels; running them anywhere is the runner's.
+Each is a function of the unit and its documents' labels; where they run is up to the job.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class UnitScan:
 
 
 def scan(unit: Sequence[Piece], *, alphabet: bool) -> UnitScan:
-    """Read a unit through once. Raises UserError at the first bad line."""
+    """Read a unit once. Raises UserError at the first bad line."""
     pieces = [_scan_piece(piece, alphabet=alphabet) for piece in unit]
     begun = [piece for piece in unit if piece.start == 0]
     encodings = {
