@@ -1,4 +1,4 @@
-"""Prompts to Parquet end to end: jobs/generate.py beside the script that people write.
+"""Prompts to Parquet end to end: jobs/generate.py against the script that people write.
 
 That script is transformers' generate over batches of 32 in the order of the file, padded on the
 left, and pyarrow at the end. Random weights of a GPT-2 shape, prompts of 4 to 96 tokens, 64 new

@@ -5,9 +5,9 @@
 First a run is left alone; then each round runs the same command and kills, with SIGKILL, the
 first worker or the driver (which is then started again with the same command). A round is passed
 when weights, optimizer state and every loss equal the undisturbed run's to the bit, and
-metrics.jsonl has every step once. With --beside one worker trains, and in the rounds another one
-scores its checkpoints meanwhile, which must show as little. Prints a table and, last, one JSON
-line; exit code 1 if any round is not passed.
+metrics.jsonl has every step once. With --async-validation one worker trains, and in the rounds
+another one scores its checkpoints meanwhile, which must show as little. Prints a table and, last,
+one JSON line; exit code 1 if any round is not passed.
 """
 
 from __future__ import annotations
@@ -127,13 +127,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beside", action="store_true", help="with train.async_validation=true")
+    parser.add_argument(
+        "--async-validation", action="store_true", help="with train.async_validation=true"
+    )
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="gptray-chaos-") as folder:
         storage, text = Path(folder), Path(folder) / "text.txt"
         write_text(text, rng)
-        workers, more = (1, ["train.async_validation=true"]) if options.beside else (2, [])
+        workers, more = 2, []
+        if options.async_validation:
+            workers, more = 1, ["train.async_validation=true"]
         finish(start(command(storage, "undisturbed", text, workers=workers)))
         expected = fingerprint(storage / "undisturbed")
         assert [row["step"] for row in expected["metrics"]] == list(range(1, STEPS + 1))

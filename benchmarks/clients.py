@@ -58,12 +58,12 @@ def commands(pythons: Sequence[str], node: str | None) -> dict[str, list[str]]:
         assert node
         folder = Path(node).expanduser()
         if all((folder / "node_modules" / package).is_dir() for package in packages):
-            found[f"{name} (npm)"] = ["node", str(_beside(folder) / f"with_{name}.mjs")]
+            found[f"{name} (npm)"] = ["node", str(_next_to(folder) / f"with_{name}.mjs")]
     return found
 
 
-def _beside(folder: Path) -> Path:
-    """A copy of the scripts beside the packages: Node looks for them from the script upwards."""
+def _next_to(folder: Path) -> Path:
+    """A copy of the scripts next to the packages: Node looks for them from the script upwards."""
     scripts = folder / ".gptray-clients"
     scripts.mkdir(exist_ok=True)
     for script in SCRIPTS.glob("*.mjs"):

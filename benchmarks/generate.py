@@ -1,4 +1,4 @@
-"""Tokens per second of gptray's engine beside transformers' generate and CTranslate2.
+"""Tokens per second of gptray's engine against transformers' generate and CTranslate2.
 
 Random weights of a GPT-2 shape, the same prompts of 32 tokens, 64 new tokens each, top-k 50,
 reading of the prompts included. Every system has a process of its own, and they take turns, so

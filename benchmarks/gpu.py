@@ -1,4 +1,4 @@
-"""What gptray does with one GPU: speed beside its peers, the same bits, where the time goes.
+"""What gptray does with one GPU: speed against its peers, the same bits, where the time goes.
 
     python benchmarks/gpu.py [--parts facts,right,train,gen,serve] [--out FILE] [--data FOLDER]
     python benchmarks/gpu.py --device cpu --tiny
@@ -8,8 +8,8 @@ Needs neither Ray nor a network. The second command is a dry run of every line o
 facts: the card's GEMM rate, memory bandwidth and attention kernels, with and without determinism.
 right: do two runs, and a resumed one, end with the same bits? Are rows the same alone and in a
     batch, on the GPU and on the CPU?
-train: GPT-2 124M's step beside the loop as nanoGPT writes it and transformers' GPT-2, in turns.
-gen: decoding beside transformers' generate and the floor that the bandwidth sets, and one step
+train: GPT-2 124M's step against the loop as nanoGPT writes it and transformers' GPT-2, in turns.
+gen: decoding against transformers' generate and the floor that the bandwidth sets, and one step
     under the profiler.
 serve: the engine's thread under streams, which is what HTTP stands on.
 

@@ -1,16 +1,16 @@
-"""The HTTP endpoint under load beside its engine alone and two servers that people write.
+"""The HTTP endpoint under load, against its engine alone and two servers that people write.
 
 Random weights of a GPT-2 shape, bf16, prompts of 16 to 128 tokens, outputs of 16 to 128, top-k 50,
 streamed; every client asks again as soon as it has its answer. Systems: gptray (jobs/serve.py),
 engine (no HTTP), app (gptray's routes without Ray), hf (FastAPI and transformers' generate, one
 request at a time), batch (transformers' generate over batches of 32 by @serve.batch). They take
-turns, each started anew with nothing beside it but its clients.
+turns, each started again with only its clients running.
 
     python benchmarks/serve.py [--shape 124m|10m] [--clients 1,8,32,64] [--systems gptray,engine]
     python benchmarks/serve.py --overload
 
-The second is gptray alone with ten times as many clients as find room, who come back when they are
-told to: what it accepts beside what it does for as many as do find room, before and after.
+The second is gptray alone with ten times as many clients as fit, who honour Retry-After: its
+throughput against that with as many clients as fit, before and after.
 
 Prints a table and, last, one JSON line with tokens per second and waiting times: a first token's
 from the request on, and between an output's tokens.

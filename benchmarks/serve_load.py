@@ -1,6 +1,6 @@
 """Clients of a completions server, each with one request at a time, and what they see of it.
 
-Raw asyncio streams, for a client takes its time from the server beside it. A window of time is
+Raw asyncio streams, for a client takes CPU time from the server. A window of time is
 measured, after the clients have begun; what runs into it and out of it counts for its part. Who is
 refused comes back when he is told to.
 """

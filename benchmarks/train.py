@@ -1,4 +1,4 @@
-"""Tokens per second of gptray's training step beside a plain PyTorch loop over transformers' GPT-2.
+"""Tokens per second of gptray's training step against a plain loop over transformers' GPT-2.
 
 All systems take turns on the same shape and batch, each in a process of its own; ratios are medians
 over rounds.

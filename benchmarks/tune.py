@@ -1,4 +1,4 @@
-"""What ASHA saves and what it costs: a sweep beside the same trials, all run to their end.
+"""What ASHA saves and what it costs: a sweep against the same trials, all run to their end.
 
   python benchmarks/tune.py
 

@@ -1,4 +1,4 @@
-"""Decoding: gptray's engine beside transformers' generate, and where a step's time goes."""
+"""Decoding: gptray's engine against transformers' generate, and where a step's time goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training steps that gptray's is measured beside: as nanoGPT writes it, and transformers'."""
+"""The training steps that gptray's is compared with: as nanoGPT writes it, and transformers'."""
 
 from __future__ import annotations
 

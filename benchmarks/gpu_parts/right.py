@@ -1,4 +1,4 @@
-"""Do runs repeat to the bit, and do rows keep their text whatever runs beside them, and where?"""
+"""Do runs repeat to the bit, and do rows keep their text whatever runs with them, and where?"""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def same_bits(bench: Bench, data: TokenData, kind: str, keys: dict[str, Any]) ->
 
 
 def same_losses(bench: Bench, data: TokenData) -> None:
-    """What training on the CPU ends with, beside the GPU: no dropout, whose masks differ."""
+    """Losses on the CPU and the GPU, without dropout, whose masks differ."""
     keys = {"precision": "fp32", "compile": False}
     trained(bench, data, "right: fp32, no dropout", keys, dropout=0.0)
     trained(bench, data, "right: fp32, no dropout, CPU", keys, dropout=0.0, device=CPU)

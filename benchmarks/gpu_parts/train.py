@@ -1,4 +1,4 @@
-"""A training step of GPT-2 124M at block 1024, in bf16, beside its peers in turns."""
+"""A training step of GPT-2 124M at block 1024, in bf16, in turns with its peers."""
 
 from __future__ import annotations
 

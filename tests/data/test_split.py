@@ -142,7 +142,7 @@ def test_validation_text_depends_on_its_own_share_alone(share: float, sizes: obj
 
 
 def test_borders_count_bytes_where_characters_differ_in_size() -> None:
-    """A Korean book beside an English one: three bytes a character."""
+    """A Korean book next to an English one: three bytes a character."""
     for seed in range(20):
         shares = {TRAIN: 0.8, VAL: 0.1, TEST: 0.1}
         found = assign(np.array([3000, 3000]), np.array([1000, 3000]), shares, seed=seed)

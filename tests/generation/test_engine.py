@@ -1,4 +1,4 @@
-"""The engine beside its oracles: no cache at all, and Hugging Face."""
+"""The engine against its oracles: no cache at all, and Hugging Face."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_logits_equal_hugging_faces_at_every_position(
         expected = GPT2LMHeadModel.from_pretrained(tmp_path)(torch.tensor([ids])).logits[0]
     decoder = network(backend, model, 2, torch.float32)
     V = tokenizer.vocab_size
-    # A prompt in two pieces, then token after token; a neighbour decodes beside it.
+    # A prompt in two pieces, then token after token; a neighbour decodes meanwhile.
     read = len(ids) // 3
     first = decoder.step([], [Piece(0, 0, ids[: read - 2])]).clone()
     second = decoder.step([], [Piece(0, read - 2, ids[read - 2 : read])])

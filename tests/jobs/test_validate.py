@@ -1,4 +1,4 @@
-"""Validation beside the training on a real Ray: the numbers of validation in line, and failures."""
+"""Asynchronous validation on a real Ray: the numbers of blocking validation, and failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation beside the training: numbers and end of validation in line, also when killed."""
+"""Asynchronous validation: numbers and end of blocking validation, also when killed."""
 
 from __future__ import annotations
 
