@@ -20,6 +20,7 @@ FILES = sorted(
 # A file imports from lower floors and from its own folder.
 FLOORS = {
     "gptray": 0,
+    "gptray/native": 0.5,
     "gptray/data": 1,
     "gptray/model": 1,
     "gptray/training": 2,
@@ -33,7 +34,7 @@ FLOORS = {
     "benchmarks/client_scripts": 5,
     "benchmarks/gpu_parts": 5,
 }
-WITHOUT_TORCH = ("gptray", "gptray/data")
+WITHOUT_TORCH = ("gptray", "gptray/native", "gptray/data")
 NEVER = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 LOADERS = ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec")
 

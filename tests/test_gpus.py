@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from gptray import gpus
-from gptray.build import why_not_compile
 from gptray.config import ComputeConfig, Config, UserError, override
 from gptray.model.gpu import check_gpu, out_of_gpu_memory
 from gptray.model.precision import pick_dtype
+from gptray.native.compiler import why_not_compile
 from gptray.runners.cluster import check_resources, check_training
 
 
