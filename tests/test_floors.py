@@ -21,6 +21,7 @@ FILES = sorted(
 FLOORS = {
     "gptray/config": 0,
     "gptray": 1,
+    "gptray/native": 1.5,
     "gptray/data": 2,
     "gptray/model": 2,
     "gptray/training": 3,
@@ -35,7 +36,7 @@ FLOORS = {
     "benchmarks/client_scripts": 7,
     "benchmarks/gpu_parts": 7,
 }
-WITHOUT_TORCH = ("gptray", "gptray/config", "gptray/data")
+WITHOUT_TORCH = ("gptray", "gptray/config", "gptray/native", "gptray/data")
 NEVER = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 LOADERS = ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec")
 

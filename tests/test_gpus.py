@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from gptray import gpus
-from gptray.build import why_not_compile
 from gptray.config import ComputeConfig, Config, UserError, override
 from gptray.jobs.cluster import check_resources, check_training
 from gptray.model.gpu import check_gpu, out_of_gpu_memory
 from gptray.model.precision import pick_dtype
+from gptray.native.compiler import why_not_compile
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 A step carries tokens of many sequences side by side: one each for those that are decoding, a piece
 of the prompt for those that begin. No token is padding. What a sequence gets does not depend on
 its neighbours: every product runs over a token's own row. This decoder runs wherever PyTorch does;
-`gptray.generation.native` has a faster one for some processors.
+`gptray.generation.native_decoder` has a faster one for some processors.
 
 Shapes: N tokens of a step, S slots, D sequences decoding, H heads, E = head width, C = n_embd.
 """

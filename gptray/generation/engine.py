@@ -20,10 +20,9 @@ from torch import Tensor
 
 from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.build import pick_backend
 from gptray.generation.decoder import Decoder, Network, Piece
 from gptray.generation.graphs import GraphDecoder
-from gptray.generation.native import NativeDecoder
+from gptray.generation.native_decoder import NativeDecoder
 from gptray.generation.request import ActiveSequence, Generation, Request
 from gptray.generation.settings import check_context
 from gptray.generation.utf8 import Utf8
@@ -31,6 +30,7 @@ from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import pick_dtype
+from gptray.native.backend import pick_backend
 
 log = logging.getLogger("gptray")
 
@@ -39,9 +39,9 @@ class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
     dtype: what the network computes in. quantize: "none" or "int8" weights. backend: "native" for
-    `gptray.generation.native`, "graph" for `gptray.generation.graphs` if its kernels compile, or
-    "torch". Memory: the cache takes up to 2 x n_layer x max_batch_size x n_positions x n_embd
-    numbers of `dtype`.
+    `gptray.generation.native_decoder`, "graph" for `gptray.generation.graphs` if its kernels
+    compile, or "torch". Memory: the cache takes up to 2 x n_layer x max_batch_size x n_positions x
+    n_embd numbers of `dtype`.
     """
 
     def __init__(

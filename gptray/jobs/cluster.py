@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
-from gptray.build import cannot_compile, check_backend, why_not_compile
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.files import cannot_write, is_of_files
 from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
 from gptray.hub import first_line
 from gptray.jobs.address import check_address
 from gptray.jobs.own_ray import own_ray, shut_down
+from gptray.native.backend import check_backend
+from gptray.native.compiler import cannot_compile, why_not_compile
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
 # makes a report wait as long; a poll every 0.2 seconds takes some percent of two cores away from

@@ -1,49 +1,22 @@
-"""A block's work in bf16 on a CPU by `native/`: linear layers, MLP, attention, layer norm.
+"""A block's work in bf16 on a CPU by `gptray.native`: linear layers, MLP, attention, layer norm.
 
-For processors with AVX-512's bf16 dot product. Weights are fp32 and their gradients arrive so. The
-same bits at any number of threads. Attention keeps no probabilities and makes them again on the
-way back (Dao et al. 2022, FlashAttention).
+For processors with AVX-512's bf16 dot product. Weights and their gradients are fp32. The same bits
+at any number of threads. Attention keeps no probabilities: the backward pass recomputes them (Dao
+et al. 2022, FlashAttention).
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int, c_void_p
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptray.build import built
+from gptray.native.abi import NORM_PARTS, PANEL, load_library
+from gptray.native.backend import TRAIN_KEY
 
-KEY = "train.backend"
-SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
-PANEL, LARGEST_HEAD, NORM_PARTS = 64, 64, 32
-# How many tensors and how many sizes each function of the library takes.
-_FUNCTIONS = {
-    "linear": (5, 3),
-    "linear_gelu": (6, 3),
-    "input_gradient": (4, 3),
-    "input_gradient_gelu": (5, 3),
-    "weight_gradients": (5, 3),
-    "attention": (3, 4),
-    "attention_gradient": (5, 4),
-}
-_NORMS = {"layer_norm": 4, "layer_norm_gradients": 7}
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The built kernels. Raises RunFailed if the compiler does not take them."""
-    loaded = ctypes.CDLL(str(built(SOURCE, key=KEY)))
-    for name, (tensors, sizes) in _FUNCTIONS.items():
-        getattr(loaded, name).argtypes = [c_void_p] * tensors + [c_int] * (sizes + 1)
-    for name, tensors in _NORMS.items():
-        getattr(loaded, name).argtypes = [c_void_p] * tensors + [c_float, c_int, c_int, c_int]
-    return loaded
+LARGEST_HEAD = PANEL
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -54,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def mlp(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
     """gelu(x W^T + b) V^T + c with GPT-2's GELU; weights and biases as `linear`'s.
 
-    Keeps GELU's slope in place of its argument, so the way back has no GELU to make.
+    Keeps GELU's slope in place of its argument, so the backward pass computes no GELU.
     """
     return _MLP([x, weight, bias, out_weight, out_bias])
 
@@ -75,7 +48,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 class _Operator:
     """A function of tensors and a number, with its gradient.
 
-    forward: gives the result and what else the way back needs. backward: takes the result's
+    forward: gives the result and what else the backward pass needs. backward: takes the result's
     gradient, the inputs and that (with keeps_result the result before it), and gives the inputs'
     gradients. In eager mode they are called as they are; torch.compile gets operators that it calls
     and does not look into, and learns from `shapes` what forward gives.
@@ -140,10 +113,9 @@ class _Operator:
         return y
 
 
-def _call(name: str, tensors: Sequence[Tensor], *sizes: float) -> None:
-    """Call a function of the library with tensors that have no gaps."""
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    getattr(library(), name)(*pointers, *sizes, torch.get_num_threads())
+def _call(name: str, *arguments: Tensor | float) -> None:
+    """Call a function of the library with its tensors and sizes, see `gptray.native.abi`."""
+    getattr(load_library(key=TRAIN_KEY), name)(*arguments, torch.get_num_threads())
 
 
 def _panels(columns: int, words: int) -> Tensor:
@@ -175,7 +147,7 @@ def _linear_shapes(inputs: list[Tensor], _: int) -> list[Tensor]:
 
 
 def _mlp(inputs: list[Tensor], _: int) -> list[Tensor]:
-    """The output, and for the way back what is within: GELU (..., N) and its slope."""
+    """The output, and for the backward pass GELU (..., N) and its slope."""
     x, weight, bias, *out = _whole(inputs)
     inner, slope = _products("linear_gelu", [x, weight, bias], results=2)
     return [*_products("linear", [inner, *out], results=1), inner, slope]
@@ -199,7 +171,7 @@ def _products(name: str, inputs: list[Tensor], *, results: int) -> list[Tensor]:
     x, weight, bias = inputs
     M, N, K = _sizes(x, weight)
     made = [x.new_empty(*x.shape[:-1], N) for _ in range(results)]
-    _call(name, [x, weight, bias, *made, _panels(N, K // 2)], M, N, K)
+    _call(name, x, weight, bias, *made, _panels(N, K // 2), M, N, K)
     return made
 
 
@@ -209,7 +181,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, slope: Tensor | None = None) -
     grad_x = grad.new_empty(*grad.shape[:-1], K)
     slopes = [] if slope is None else [slope]
     name = "input_gradient" if slope is None else "input_gradient_gelu"
-    _call(name, [grad, weight, *slopes, grad_x, _panels(K, N // 2)], *_sizes(grad_x, weight))
+    _call(name, grad, weight, *slopes, grad_x, _panels(K, N // 2), *_sizes(grad_x, weight))
     return grad_x
 
 
@@ -217,7 +189,7 @@ def _weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
     """Those of a linear layer's weight and bias."""
     M, N, K = _sizes(x, weight)
     grads = [torch.empty_like(weight), weight.new_empty(N)]
-    _call("weight_gradients", [grad, x, *grads, _panels(min(N, K), (M + 1) // 2)], M, N, K)
+    _call("weight_gradients", grad, x, *grads, _panels(min(N, K), (M + 1) // 2), M, N, K)
     return grads
 
 
@@ -239,7 +211,7 @@ def _attend(inputs: list[Tensor], n_head: int) -> list[Tensor]:
     (qkv,) = _whole(inputs)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     out, log_sums = qkv.new_empty(B, T, C), torch.empty(B, n_head, T)
-    _call("attention", [qkv, out, log_sums], B, T, n_head, C // n_head)
+    _call("attention", qkv, out, log_sums, B, T, n_head, C // n_head)
     return [out, log_sums]
 
 
@@ -249,7 +221,7 @@ def _attend_backward(
     grad, qkv = _whole([grad, *inputs])
     B, T, C = grad.shape
     grad_qkv = torch.empty_like(qkv)
-    _call("attention_gradient", [grad, qkv, *kept, grad_qkv], B, T, n_head, C // n_head)
+    _call("attention_gradient", grad, qkv, *kept, grad_qkv, B, T, n_head, C // n_head)
     return [grad_qkv]
 
 
@@ -272,7 +244,7 @@ class _LayerNorm(torch.autograd.Function):
         ctx.eps = eps
         ctx.save_for_backward(x, weight)
         y, C = torch.empty_like(x), x.size(-1)
-        _call("layer_norm", [x, weight, bias, y], eps, x.numel() // C, C)
+        _call("layer_norm", x, weight, bias, y, eps, x.numel() // C, C)
         return y
 
     @staticmethod
@@ -282,5 +254,5 @@ class _LayerNorm(torch.autograd.Function):
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
         grad_bias, sums = torch.empty_like(weight), weight.new_empty(NORM_PARTS, 2, C)
         tensors = [grad, x, weight, grad_x, grad_weight, grad_bias, sums]
-        _call("layer_norm_gradients", tensors, ctx.eps, x.numel() // C, C)
+        _call("layer_norm_gradients", *tensors, ctx.eps, x.numel() // C, C)
         return grad_x, grad_weight, grad_bias, None

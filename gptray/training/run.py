@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptray.build import check_backend
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.order import BatchOrder
 from gptray.data.shares import split_rows
@@ -23,12 +22,13 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.data.vocabulary import kept_rows
 from gptray.files import open_lock, storing
-from gptray.model import kernels
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
 from gptray.model.precision import computes_bf16, pick_dtype
 from gptray.model.shape import model_folder, read_shape
+from gptray.native.abi import load_library
+from gptray.native.backend import TRAIN_KEY, check_backend
 from gptray.record import versions, write_event
 from gptray.training.checkpoint import (
     WRITER_LOCK,
@@ -271,10 +271,10 @@ def _has_kernels(backend: str, device: torch.device, tell: Callable[[str], None]
         UserError: it is native, and this machine cannot run them.
         RunFailed: it is native, and they fail to compile.
     """
-    if check_backend(kernels.KEY, backend, use_gpu=device.type != "cpu") == "torch":
+    if check_backend(TRAIN_KEY, backend, use_gpu=device.type != "cpu") == "torch":
         return False
     try:
-        kernels.library()
+        load_library(key=TRAIN_KEY)
     except RunFailed as error:
         if backend == "native":
             raise

@@ -7,12 +7,12 @@ import torch
 
 from gptray.config import ModelConfig
 from gptray.data.tokenizer import Tokenizer, train_bpe
-from gptray.generation.build import pick_backend
 from gptray.generation.decoder import Network
 from gptray.generation.engine import make_decoder
 from gptray.generation.sampling import Row, draw
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
+from gptray.native.backend import pick_backend
 
 needs_native = pytest.mark.skipif(
     pick_backend("auto", use_gpu=False) != "native",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptray.generation import native
+from gptray.generation.native_decoder import top_candidates as native_top_candidates
 from gptray.generation.philox import uniform
 from gptray.generation.sampling import Row, draw, top_candidates
 from gptray.generation.settings import Sampling
@@ -112,7 +112,7 @@ def test_a_tie_at_the_border_goes_to_the_lower_ids() -> None:
 @pytest.mark.parametrize("entries", [3, 64, 100, 4096, 50257])
 @pytest.mark.parametrize("k", [1, 2, 50])
 def test_candidates_are_those_of_a_stable_sort(backend: str, entries: int, k: int) -> None:
-    top = native.top_candidates if backend == "native" else top_candidates
+    top = native_top_candidates if backend == "native" else top_candidates
     # bf16 leaves many ties; -inf and both zeros are values as any.
     logits = some_logits(3, entries).bfloat16().float()
     logits[0, ::3], logits[1, ::2], logits[1, 1::4] = float("-inf"), 0.0, -0.0
@@ -250,7 +250,7 @@ def test_logprobs_are_the_models_own() -> None:
 def test_only_the_row_whose_logits_are_not_finite_draws_nothing(
     backend: str, sampling: Sampling, value: float
 ) -> None:
-    top = native.top_candidates if backend == "native" else top_candidates
+    top = native_top_candidates if backend == "native" else top_candidates
     logits = some_logits(3, 3000)
     expected = draw(logits.clone(), rows_of(sampling, 3), top)
     logits[1] = value

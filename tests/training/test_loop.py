@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 
 from gptray.config import Config, override
 from gptray.data.tokens import TokenData
-from gptray.model import kernels
 from gptray.model.example import load_example
+from gptray.native.abi import load_library
 from gptray.record import EVENTS, read_rows
 from gptray.training.checkpoint import newest_whole
 from tests.generation.models import needs_native
@@ -61,7 +61,7 @@ def test_kernels_that_cannot_be_built_are_told_of_and_done_without(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kernels.library.cache_clear()
+    load_library.cache_clear()
     bf16 = override(config, {"train.precision": "bf16", "train.max_steps": 1})
     assert run(bf16, tiny_data, tmp_path / "run")["stopped"] == "max_steps"
     notice, start = read_rows(tmp_path / "run" / EVENTS)[:2]

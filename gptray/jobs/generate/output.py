@@ -19,7 +19,6 @@ from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
 from gptray.data.prompts import InputScan, check_input, scan, staged
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import absolute, no_empty_folders, storing
-from gptray.generation.build import library, pick_backend
 from gptray.jobs.generate.output_plan import (
     MANIFEST,
     PLAN,
@@ -35,6 +34,8 @@ from gptray.jobs.generate.output_plan import (
 )
 from gptray.jobs.models import find_model
 from gptray.jobs.run_folder import held
+from gptray.native.backend import GENERATE_KEY, pick_backend
+from gptray.native.build import build_library
 
 log = logging.getLogger("gptray")
 
@@ -117,7 +118,7 @@ def with_built_backend(asked: Config, picked: Config) -> Config:
     if picked.generate.backend != "native":
         return picked
     try:
-        library()
+        build_library(key=GENERATE_KEY)
     except RunFailed as error:
         if asked.generate.backend == "native":
             raise

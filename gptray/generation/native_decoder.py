@@ -1,15 +1,12 @@
-"""The decoder of `native.cpp`: a step of the network in one call, on x86 with AVX-512.
+"""The decoder of `gptray.native`: a step of the network in one call, on x86 with AVX-512.
 
-Does what `gptray.generation.decoder` does with PyTorch, about twice as fast. The structures
-mirror those of `native.cpp`, which says what they mean.
+Does what `gptray.generation.decoder` does with PyTorch, about twice as fast.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
-from functools import cache
+from ctypes import c_void_p
 from typing import Any, cast
 
 import numpy as np
@@ -17,87 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptray.generation.build import library
 from gptray.generation.decoder import PROMPT_TOKENS, Piece
 from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.gpt import GPT, Attention, Block
+from gptray.native import abi
+from gptray.native.abi import LANES, PANEL, load_library
+from gptray.native.backend import GENERATE_KEY
 
-# Outputs that a product computes side by side; a whole number of the sampler's chunks.
-PANEL = 64
-# Words that a row of a product's input is written in at a time.
-LANES = 16
 # Multiplications of a step below which one more thread costs more than it brings.
 THREAD_WORK = 2_000_000
-_FP32, _BF16, _INT8 = range(3)
-_DTYPES = {_FP32: torch.float32, _BF16: torch.bfloat16, _INT8: torch.int8}
-
-
-class _Norm(Structure):
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float))
-
-
-class _Linear(Structure):
-    _fields_ = (
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("scale", c_void_p),
-        ("zero", c_void_p),
-        ("inputs", c_int32),
-        ("outputs", c_int32),
-        ("kind", c_int32),
-    )
-
-
-class _Block(Structure):
-    _fields_ = (
-        ("ln_1", _Norm),
-        ("ln_2", _Norm),
-        ("c_attn", _Linear),
-        ("attn_proj", _Linear),
-        ("c_fc", _Linear),
-        ("mlp_proj", _Linear),
-    )
-
-
-class _Model(Structure):
-    _fields_ = (
-        ("blocks", POINTER(_Block)),
-        ("wte", c_void_p),
-        ("wpe", c_void_p),
-        ("ln_f", _Norm),
-        ("head", _Linear),
-        ("n_layer", c_int32),
-        ("n_embd", c_int32),
-        ("n_head", c_int32),
-        ("residual", c_int32),
-    )
-
-
-class _Cache(Structure):
-    _fields_ = (
-        ("keys", POINTER(c_void_p)),
-        ("values", POINTER(c_void_p)),
-        ("length", c_int32),
-        ("kind", c_int32),
-    )
-
-
-class _Step(Structure):
-    _fields_ = (
-        ("tokens", c_void_p),
-        ("slots", c_void_p),
-        ("positions", c_void_p),
-        ("asked", c_void_p),
-        ("rows", c_int32),
-        ("asked_rows", c_int32),
-        ("x", c_void_p),
-        ("attended", c_void_p),
-        ("scales", c_void_p),
-        ("wide", c_void_p),
-        ("words", c_void_p),
-        ("logits", c_void_p),
-        ("logits_stride", c_int32),
-    )
+_DTYPES = {abi.FP32: torch.float32, abi.BF16: torch.bfloat16, abi.INT8: torch.int8}
 
 
 class NativeDecoder:
@@ -116,16 +42,16 @@ class NativeDecoder:
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
         config, transformer = model.config, model.transformer
-        self._library = _library()
+        self._library = load_library(key=GENERATE_KEY)
         self._vocab_size, self._embd = model.valid_vocab_size, config.n_embd
-        kept = _BF16 if dtype == torch.bfloat16 else _FP32
-        weights = _Weights(_INT8 if quantize == "int8" else kept)
+        kept = abi.BF16 if dtype == torch.bfloat16 else abi.FP32
+        weights = _Weights(abi.INT8 if quantize == "int8" else kept)
         blocks = [weights.block(cast(Block, block)) for block in transformer.h]
         wte = transformer.wte.weight.detach()
-        self._model = _Model(
-            (_Block * len(blocks))(*blocks),
-            weights.pointer(wte),
-            weights.pointer(transformer.wpe.weight.detach()),
+        self._model = abi.Model(
+            (abi.Block * len(blocks))(*blocks),
+            weights.floats(wte),
+            weights.floats(transformer.wpe.weight.detach()),
             weights.norm(transformer.ln_f),
             weights.linear(wte[: self._vocab_size], None),
             config.n_layer,
@@ -138,7 +64,7 @@ class NativeDecoder:
         H, P = config.n_head, config.n_positions
         shape = (config.n_layer, slots, H, P, config.n_embd // H)
         self._keys, self._values = (_room(shape, _DTYPES[kept]) for _ in range(2))
-        self._cache = _Cache(_layers(self._keys), _layers(self._values), P, kept)
+        self._cache = abi.Cache(_layers(self._keys), _layers(self._values), P, kept)
         self._scratch = torch.empty(0)
 
     @torch.no_grad()
@@ -166,16 +92,18 @@ class NativeDecoder:
         rows = [np.array(numbers, np.int32) for numbers in (tokens, slots, positions, asked)]
         logits = torch.empty(len(asked), _rounded(self._vocab_size, PANEL))
         logits[:, self._vocab_size :] = float("-inf")
-        step = _Step(
+        step = abi.Step(
             *(numbers.ctypes.data for numbers in rows),
             len(tokens),
             len(asked),
             *self._scratch_for(len(tokens)),
-            logits.data_ptr(),
+            abi.Float.of(logits),
             logits.size(1),
         )
         threads = len(tokens) * self._weights.count // THREAD_WORK + 1
-        self._library.step(self._model, self._cache, step, min(threads, torch.get_num_threads()))
+        self._library.decode_step(
+            self._model, self._cache, step, min(threads, torch.get_num_threads())
+        )
         return logits
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
@@ -209,26 +137,27 @@ def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     assert logits.dtype == torch.float32
     values, ids = torch.empty(B, k), torch.empty(B, k, dtype=torch.int64)
     threads = min(B, torch.get_num_threads())
-    _library().top(logits.data_ptr(), B, V, k, values.data_ptr(), ids.data_ptr(), threads)
+    load_library(key=GENERATE_KEY).top_candidates(logits, B, V, k, values, ids, threads)
     return values, ids
 
 
 class _Weights:
-    """A network's numbers as `native.cpp` reads them, kept alive."""
+    """A network's numbers as the library reads them, kept alive."""
 
     def __init__(self, kind: int) -> None:
         self._kind = kind
         self.count = 0  # of all linear layers
         self._kept: list[Tensor] = []
 
-    def pointer(self, tensor: Tensor | None) -> int | None:
-        if tensor is None:
-            return None
+    def keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.contiguous())
-        return self._kept[-1].data_ptr()
+        return self._kept[-1]
 
-    def block(self, block: Block) -> _Block:
-        return _Block(
+    def floats(self, tensor: Tensor | None) -> abi.Float | None:
+        return None if tensor is None else abi.Float.of(self.keep(tensor))
+
+    def block(self, block: Block) -> abi.Block:
+        return abi.Block(
             self.norm(block.ln_1),
             self.norm(block.ln_2),
             self._attention_input(block.attn),
@@ -237,19 +166,19 @@ class _Weights:
             self._layer(block.mlp.c_proj),
         )
 
-    def norm(self, module: nn.Module) -> _Norm:
+    def norm(self, module: nn.Module) -> abi.Norm:
         if isinstance(module, nn.Identity):
-            return _Norm(None, None, 0.0)
+            return abi.Norm(None, None, 0.0)
         assert isinstance(module, nn.LayerNorm)
         weight, bias = module.weight.detach(), module.bias.detach()
-        return _Norm(self.pointer(weight), self.pointer(bias), module.eps)
+        return abi.Norm(self.floats(weight), self.floats(bias), module.eps)
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> _Linear:
+    def linear(self, weight: Tensor, bias: Tensor | None) -> abi.Linear:
         """weight (out, in), packed as [panel][word][64 outputs][numbers of a word]."""
         outputs, inputs = weight.shape
         self.count += outputs * inputs
         scale = zero = None
-        if self._kind == _INT8:
+        if self._kind == abi.INT8:
             scale = weight.abs().amax(1).clamp_min(1e-12) / 127
             weight = (weight / scale[:, None]).round()
             zero = (128 * weight.sum(1)).to(torch.int32)
@@ -258,27 +187,25 @@ class _Weights:
         padded = F.pad(weight, (0, -inputs % word, 0, -outputs % PANEL)).to(dtype)
         panels = padded.view(-1, PANEL, padded.size(1) // word, word).transpose(1, 2)
         packed = _room(panels.shape, dtype).copy_(panels)
-        pointers = (self.pointer(numbers) for numbers in (packed, bias, scale, zero))
-        return _Linear(*pointers, inputs, outputs, self._kind)
+        return abi.Linear(
+            self.keep(packed).data_ptr(),
+            self.floats(bias),
+            self.floats(scale),
+            None if zero is None else abi.Int.of(self.keep(zero)),
+            inputs,
+            outputs,
+            self._kind,
+        )
 
-    def _layer(self, layer: nn.Linear) -> _Linear:
+    def _layer(self, layer: nn.Linear) -> abi.Linear:
         return self.linear(layer.weight.detach(), layer.bias.detach())
 
-    def _attention_input(self, attention: Attention) -> _Linear:
+    def _attention_input(self, attention: Attention) -> abi.Linear:
         """c_attn with the scores' 1 / sqrt(E) in the rows that make q."""
         layer, C = attention.c_attn, attention.c_attn.in_features
         scale = torch.ones(3 * C)
         scale[:C] = (C // attention.n_head) ** -0.5
         return self.linear(layer.weight.detach() * scale[:, None], layer.bias.detach() * scale)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(library()))
-    loaded.step.argtypes = (POINTER(_Model), POINTER(_Cache), POINTER(_Step), c_int32)
-    loaded.top.argtypes = (c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32)
-    loaded.step.restype = loaded.top.restype = None
-    return loaded
 
 
 def _room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

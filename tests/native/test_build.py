@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gptray.build import kept as kept_library
 from gptray.config import RunFailed, UserError, load_config
-from gptray.generation.build import library, pick_backend
 from gptray.jobs.generate.output import with_backend, with_built_backend
+from gptray.native.backend import GENERATE_KEY, pick_backend
+from gptray.native.build import build_library
+from gptray.native.build import kept as kept_library
 from tests.generation.models import needs_native
 
 
@@ -26,7 +27,7 @@ def test_a_gpu_and_a_machine_without_a_compiler_get_pytorch(
     assert pick_backend("torch", use_gpu=False) == "torch"
 
 
-def test_native_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_is_refused_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="generate.backend=native: .*compute.use_gpu=true"):
         pick_backend("native", use_gpu=True)
     monkeypatch.setenv("CXX", "nowhere-g++")
@@ -46,7 +47,7 @@ def test_a_compiler_that_cannot_build_it_is_told_from_one_that_can(
     with pytest.raises(UserError, match="old-g.* does not know .*-mavx512bf16"):
         pick_backend("native", use_gpu=False)
     with pytest.raises(RunFailed, match="unrecognized option"):
-        library()
+        build_library(key=GENERATE_KEY)
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
@@ -61,7 +62,7 @@ def test_a_compiler_that_writes_no_library_is_named(
     monkeypatch.setenv("CXX", f"{lazy} -pipe")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(RunFailed) as told:
-        library()
+        build_library(key=GENERATE_KEY)
     assert str(told.value) == (
         f"the compiler {lazy} -pipe wrote no library; set CXX to another, or generate.backend="
         "torch to do without it"
@@ -74,9 +75,9 @@ def test_the_library_is_built_once_and_kept_where_only_its_user_writes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built = library()
+    built = build_library(key=GENERATE_KEY)
     stamp = built.stat().st_mtime_ns
-    assert library() == built and built.stat().st_mtime_ns == stamp
+    assert build_library(key=GENERATE_KEY) == built and built.stat().st_mtime_ns == stamp
     assert [path.parent.name for path in tmp_path.rglob("*") if path.is_file()] == ["gptray"]
     assert built.parent.stat().st_mode & 0o777 == 0o700
 
@@ -93,7 +94,7 @@ def test_a_cache_that_cannot_be_written_is_done_without_and_told(
     with pytest.raises(UserError, match="generate.backend=native: XDG_CACHE_HOME: .*cannot be"):
         pick_backend("native", use_gpu=False)
     with pytest.raises(RunFailed, match="cannot write .*generate.backend=torch to do without it"):
-        library()
+        build_library(key=GENERATE_KEY)
 
 
 @needs_native
@@ -101,7 +102,7 @@ def test_a_library_that_is_built_needs_no_room(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = library().parent
+    folder = build_library(key=GENERATE_KEY).parent
     folder.chmod(0o500)
     assert pick_backend("auto", use_gpu=False) == "native"
     folder.chmod(0o700)
@@ -113,7 +114,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield library().parents[1]
+        yield build_library(key=GENERATE_KEY).parents[1]
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def kept(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The library in a cache of the test's own."""
     shutil.copytree(good, tmp_path / "cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return library()
+    return build_library(key=GENERATE_KEY)
 
 
 @needs_native
@@ -147,7 +148,7 @@ def test_a_damaged_library_is_built_again_and_told(
 ) -> None:
     kept.write_bytes(kept.read_bytes()[:1000])
     with caplog.at_level("INFO", logger="gptray"):
-        fresh = library()
+        fresh = build_library(key=GENERATE_KEY)
     assert "is damaged or not this user's: building it again" in caplog.text
     assert fresh.stat().st_size > 1000 and [*fresh.parent.iterdir()] == [fresh]
 
@@ -156,7 +157,7 @@ def test_a_damaged_library_is_built_again_and_told(
 def test_a_folder_in_the_librarys_place_is_replaced(kept: Path) -> None:
     kept.unlink()
     (kept / "file").mkdir(parents=True)
-    assert library() == kept and kept.is_file()
+    assert build_library(key=GENERATE_KEY) == kept and kept.is_file()
 
 
 @needs_native
@@ -167,7 +168,7 @@ def test_a_relative_cache_folder_counts_for_nothing(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.chdir(tmp_path)
-    assert library() == tmp_path / ".cache" / "gptray" / kept.name
+    assert build_library(key=GENERATE_KEY) == tmp_path / ".cache" / "gptray" / kept.name
 
 
 @needs_native
@@ -188,9 +189,9 @@ def test_an_own_cache_that_others_can_write_is_closed_to_them(
     folder.chmod(mode)
     assert pick_backend("auto", use_gpu=False) == "native"
     assert folder.stat().st_mode & 0o777 == mode, "only looked at"
-    assert library() == kept and kept.stat().st_mtime_ns == stamp
+    assert build_library(key=GENERATE_KEY) == kept and kept.stat().st_mtime_ns == stamp
     assert folder.stat().st_mode & 0o777 == closed
-    library()
+    build_library(key=GENERATE_KEY)
     assert caplog.messages == [f"{folder} could be written by other users: it no longer can"]
 
 
@@ -221,7 +222,7 @@ def test_a_cache_of_other_users_is_refused_or_done_without(
 ) -> None:
     give(kept.parent)
     with pytest.raises(RunFailed, match=f"{problem}, so no code is loaded"):
-        library()
+        build_library(key=GENERATE_KEY)
     assert pick_backend("auto", use_gpu=False) == "torch"
 
 
@@ -230,7 +231,7 @@ def test_compilers_with_other_flags_have_libraries_of_their_own(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "g++ -DNOTHING")
-    assert library() != kept
+    assert build_library(key=GENERATE_KEY) != kept
     assert len([*kept.parent.glob("*.so")]) == 2
 
 

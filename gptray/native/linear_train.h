@@ -3,15 +3,12 @@
 
 #pragma once
 
-#include <vector>
-
 #include "gelu.h"
-#include "words.h"
+#include "panels.h"
 
 namespace {
 
-constexpr int ROW_BLOCK = 96;  // rows that use a panel while it is near
-constexpr int CHUNK = 256;     // words of two panels that are near together
+constexpr int CHUNK = 256;  // words of two panels that are near together
 
 // Results (M, N) in bf16. Where a tile will be written is fetched before its products are made.
 struct Output {
@@ -19,12 +16,8 @@ struct Output {
   int N;
 
   size_t at(int row, int column) const { return (size_t)row * N + column; }
-  static void fetch(const uint16_t *row) {
-    __builtin_prefetch(row);
-    __builtin_prefetch(row + PANEL / 2);
-  }
   void begin(int row, int rows, int column) const {
-    for (int r = row; r < row + rows; ++r) fetch(y + at(r, column));
+    for (int r = row; r < row + rows; ++r) fetch(y + at(r, column), PANEL);
   }
   void take(int row, int column, Floats sum, __mmask16 mask) const {
     store(y + at(row, column), sum, mask);
@@ -38,7 +31,7 @@ struct Sloped : Output {
 
   void begin(int row, int rows, int column) const {
     Output::begin(row, rows, column);
-    for (int r = row; r < row + rows; ++r) fetch(slope + at(r, column));
+    for (int r = row; r < row + rows; ++r) fetch(slope + at(r, column), PANEL);
   }
   void take(int row, int column, Floats sum, __mmask16 mask) const {
     Output::take(row, column, _mm512_mul_ps(sum, load(slope + at(row, column), mask)), mask);
@@ -57,7 +50,7 @@ struct WithGelu : Output {
   void end(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r)
       for (int c = column; c < std::min(column + PANEL, N); c += LANES) {
-        const Gelu result = gelu(_mm512_load_ps(sums[r % TILE] + c % PANEL));
+        const GeluAndSlope result = gelu_and_slope(_mm512_load_ps(sums[r % TILE] + c % PANEL));
         store(y + at(r, c), result.value, lanes(N - c));
         store_far(slope + at(r, c), result.slope, lanes(N - c));
       }
@@ -76,10 +69,11 @@ void multiply(const int32_t *x, const Words *panels, const float *bias, int M, i
       const Words *w = panels + (size_t)panel * count * BLOCKS;
       Floats start[BLOCKS];
       for (int b = 0; b < BLOCKS; ++b)
-        start[b] = load(bias + column + b * LANES, bias ? lanes(N - column - b * LANES) : 0);
+        start[b] =
+            bias ? load(bias + column + b * LANES, lanes(N - column - b * LANES)) : Bf16::zero();
       in_tiles(first, std::min(first + ROW_BLOCK, M), [&](int row, int rows) {
         to.begin(row, rows, column);
-        product(
+        product<Bf16>(
             rows, {x + (size_t)row * count, (size_t)count, 1}, w, count,
             [&](int, int b) { return start[b]; },
             [&](int r, int b, Floats sum) {
@@ -94,7 +88,7 @@ void multiply(const int32_t *x, const Words *panels, const float *bias, int M, i
 // Column sums (columns) of a packed panel.
 void sum_panel(const Words *panel, int words, float *sum, int columns) {
   for (int b = 0; b < BLOCKS; ++b) {
-    Floats even = zero(0, 0), odd = even;
+    Floats even = _mm512_setzero_ps(), odd = even;
     for (int k = 0; k < words; ++k) {
       const Words w = panel[(size_t)k * BLOCKS + b];
       even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)));
@@ -114,7 +108,7 @@ void multiply_panels(const Words *left, const Words *right, int words, float *ou
     const int count = std::min(CHUNK, words - first);
     const bool last = first + count == words;
     in_tiles(0, rows, [&](int row, int height) {
-      product(
+      product<Bf16>(
           height, {(const int32_t *)(left + (size_t)first * BLOCKS) + row, 1, PANEL},
           right + (size_t)first * BLOCKS, count,
           [&](int r, int b) { return load(sums[row + r] + b * LANES, first ? 0xFFFF : 0); },

@@ -1,11 +1,13 @@
-// A training step's kernels in bf16, the same bits at any number of threads; called by kernels.py.
+// A training step's kernels in bf16, the same bits at any number of threads; called by
+// gptray/model/kernels.py.
 //
 // Rows stand one after the other, without gaps. `work` is aligned to 64 bytes and takes panels of
 // as many columns and words as each function says.
 
-#include "attention.h"
-#include "linear.h"
-#include "norm.h"
+#include "abi.h"
+#include "attention_train.h"
+#include "linear_train.h"
+#include "norm_train.h"
 
 extern "C" {
 
@@ -62,7 +64,7 @@ void weight_gradients(const uint16_t *dy, const uint16_t *x, float *dw, float *d
 void layer_norm(const uint16_t *x, const float *weight, const float *bias, uint16_t *y, float eps,
                 int M, int C, int threads) {
 #pragma omp parallel num_threads(threads)
-  normalise(x, weight, bias, y, eps, M, C);
+  normalise_rows(x, weight, bias, y, eps, M, C);
 }
 
 // sums: NORM_PARTS * 2 C numbers of room.
@@ -73,7 +75,8 @@ void layer_norm_gradients(const uint16_t *dy, const uint16_t *x, const float *we
   norm_gradients(dy, x, weight, dx, dweight, dbias, sums, eps, M, C);
 }
 
-// qkv (B, T, 3 H D) -> out (B, T, H D) and, for the way back, log_sums (B, H, T); D even, <= 64.
+// qkv (B, T, 3 H D) -> out (B, T, H D) and, for the backward pass, log_sums (B, H, T); D even,
+// <= 64.
 void attention(const uint16_t *qkv, uint16_t *out, float *log_sums, int B, int T, int H, int D,
                int threads) {
   const size_t C = H * D;
@@ -101,6 +104,16 @@ void attention_gradient(const uint16_t *grad, const uint16_t *qkv, const uint16_
       w.log_sums = log_sums + ((size_t)b * H + h) * T;
       attend_backward(w, dqkv + in, dqkv + in + C, dqkv + in + 2 * C);
     }
+}
+
+const char *train_abi() {
+  static const std::string text = ABI_CONSTANT(NORM_PARTS) + ABI_FUNCTION(linear) +
+                                  ABI_FUNCTION(linear_gelu) + ABI_FUNCTION(input_gradient) +
+                                  ABI_FUNCTION(input_gradient_gelu) +
+                                  ABI_FUNCTION(weight_gradients) + ABI_FUNCTION(layer_norm) +
+                                  ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(attention) +
+                                  ABI_FUNCTION(attention_gradient);
+  return text.c_str();
 }
 
 }  // extern "C"

@@ -1,12 +1,13 @@
 // Causal attention of one head: T tokens, queries, keys and values of D <= 64 numbers each.
-// Probabilities are never kept: the way back makes them again, a few queries at a time.
+// Probabilities are never kept: the backward pass recomputes them, a few queries at a time.
 
 #pragma once
 
+#include <cmath>
 #include <cstring>
-#include <vector>
 
-#include "words.h"
+#include "exp.h"
+#include "panels.h"
 
 namespace {
 
@@ -58,7 +59,7 @@ struct ToRows {
 // 2^(scale score - top) of one query's scores (count) in bf16, zeros after them up to a multiple
 // of 16. Returns their sum.
 float exponentials(const float *scores, int count, float scale, float top, uint16_t *out) {
-  Floats total = zero(0, 0);
+  Floats total = _mm512_setzero_ps();
   for (int k = 0; k < count; k += LANES) {
     const Floats score = load(scores + k, 0xFFFF);
     Floats e = exp2(_mm512_fmsub_ps(score, _mm512_set1_ps(scale), _mm512_set1_ps(top)));
@@ -88,12 +89,13 @@ void attend(const Head &head, uint16_t *out, size_t stride, float *log_sums) {
     Floats most[TILE];
     std::fill(most, most + rows, _mm512_set1_ps(-INFINITY));
     for (int k = 0; k < t + rows; k += PANEL)
-      product(rows, queries, keys + (size_t)(k / PANEL) * D / 2 * BLOCKS, D / 2, zero,
-              [&](int r, int b, Floats sum) {
-                const int column = k + b * LANES;
-                store(scores + r * width + column, sum, 0xFFFF);
-                most[r] = _mm512_mask_max_ps(most[r], lanes(t + r + 1 - column), most[r], sum);
-              });
+      product<Bf16>(rows, queries, keys + (size_t)(k / PANEL) * D / 2 * BLOCKS, D / 2,
+                    FromZero<Bf16>{}, [&](int r, int b, Floats sum) {
+                      const int column = k + b * LANES;
+                      store(scores + r * width + column, sum, 0xFFFF);
+                      most[r] =
+                          _mm512_mask_max_ps(most[r], lanes(t + r + 1 - column), most[r], sum);
+                    });
     const int words = (t + rows + 1) / 2;
     float factors[TILE];
     for (int r = 0; r < rows; ++r) factors[r] = scale * _mm512_reduce_max_ps(most[r]);
@@ -105,8 +107,8 @@ void attend(const Head &head, uint16_t *out, size_t stride, float *log_sums) {
       log_sums[t + r] = top + std::log2(sum);
       factors[r] = 1 / sum;
     }
-    product(rows, words_of(powers, width), values, words, zero,
-            ToRows{out + t * stride, stride, D, factors});
+    product<Bf16>(rows, words_of(powers, width), values, words, FromZero<Bf16>{},
+                  ToRows{out + t * stride, stride, D, factors});
   });
 }
 
@@ -115,22 +117,24 @@ struct Backward {
   Head head;
   const uint16_t *out, *grad;  // (T, D), rows `stride` apart
   size_t stride;
-  const float *log_sums;  // (T)
+  const float *log_sums;                                  // (T)
   Words *key_rows, *value_rows, *keys, *queries, *grads;  // packed
-  // Probabilities and the gradients of scaled scores: words along the queries, (QUERIES / 2, width).
+  // Probabilities and the gradients of scaled scores: words along the queries, (QUERIES / 2,
+  // width).
   int32_t *p_words, *s_words;
-  uint16_t *s_rows;           // (TILE, width)
+  uint16_t *s_rows;              // (TILE, width)
   float *key_grad, *value_grad;  // (T, 64)
 };
 
-// Probabilities and the gradients of the scaled scores of queries t .. t + rows - 1, to all their keys.
+// Probabilities and the gradients of the scaled scores of queries t .. t + rows - 1, to all their
+// keys.
 void score_gradients(const Backward &w, int t, int rows, int32_t *p_words, int32_t *s_words) {
   const Head &head = w.head;
   const size_t width = head.width();
   const Floats scale = _mm512_set1_ps(head.scale() * LOG2_E);
   Floats delta[TILE], base[TILE];  // delta: the sum of out * grad
   for (int r = 0; r < rows; ++r) {
-    Floats sum = zero(0, 0);
+    Floats sum = _mm512_setzero_ps();
     for (int d = 0; d < head.D; d += LANES) {
       const __mmask16 mask = lanes(head.D - d);
       const size_t at = (t + r) * w.stride + d;
@@ -142,17 +146,18 @@ void score_gradients(const Backward &w, int t, int rows, int32_t *p_words, int32
   for (int k = 0; k < t + rows; k += PANEL) {
     Floats scores[TILE][BLOCKS], grads[TILE][BLOCKS];
     const size_t panel = (size_t)(k / PANEL) * head.D / 2 * BLOCKS;
-    product(rows, words_of(head.q + t * head.stride, head.stride), w.key_rows + panel, head.D / 2,
-            zero, [&](int r, int b, Floats sum) { scores[r][b] = sum; });
-    product(rows, words_of(w.grad + t * w.stride, w.stride), w.value_rows + panel, head.D / 2,
-            zero, [&](int r, int b, Floats sum) { grads[r][b] = sum; });
+    product<Bf16>(rows, words_of(head.q + t * head.stride, head.stride), w.key_rows + panel,
+                  head.D / 2, FromZero<Bf16>{},
+                  [&](int r, int b, Floats sum) { scores[r][b] = sum; });
+    product<Bf16>(rows, words_of(w.grad + t * w.stride, w.stride), w.value_rows + panel, head.D / 2,
+                  FromZero<Bf16>{}, [&](int r, int b, Floats sum) { grads[r][b] = sum; });
     for (int b = 0; b < BLOCKS; ++b) {
       const int column = k + b * LANES;
       for (int r = 0; r < rows; r += 2) {
         Floats p[2], s[2];
         for (int o = 0; o < 2; ++o) {
           const __mmask16 mask = r + o < rows ? lanes(t + r + o + 1 - column) : 0;
-          p[o] = s[o] = zero(0, 0);
+          p[o] = s[o] = _mm512_setzero_ps();
           if (!mask) continue;
           p[o] = exp2(_mm512_fmsub_ps(scores[r + o][b], scale, base[r + o]));
           p[o] = _mm512_maskz_mov_ps(mask, p[o]);
@@ -178,7 +183,7 @@ void add_to_keys(const Backward &w, int first, int last) {
     for (const bool is_key : {true, false}) {
       float *to = (is_key ? w.key_grad : w.value_grad) + k * PANEL;
       const Rows rows_of = {(is_key ? w.s_words : w.p_words) + at, 1, width};
-      product(
+      product<Bf16>(
           rows, rows_of, (is_key ? w.queries : w.grads) + panel, words,
           [&](int r, int b) { return load(to + r * PANEL + b * LANES, 0xFFFF); },
           [&](int r, int b, Floats sum) { store(to + r * PANEL + b * LANES, sum, 0xFFFF); });
@@ -219,8 +224,8 @@ void attend_backward(Backward w, uint16_t *dq, uint16_t *dk, uint16_t *dv) {
       const int rows = std::min(TILE, last - t);
       const size_t at = (t - first) / 2 * width;
       score_gradients(w, t, rows, w.p_words + at, w.s_words + at);
-      product(rows, words_of(w.s_rows, width), w.keys, (t + rows + 1) / 2, zero,
-              ToRows{dq + t * head.stride, head.stride, D, scales});
+      product<Bf16>(rows, words_of(w.s_rows, width), w.keys, (t + rows + 1) / 2, FromZero<Bf16>{},
+                    ToRows{dq + t * head.stride, head.stride, D, scales});
     }
     add_to_keys(w, first, last);
   }

@@ -1,0 +1,231 @@
+"""How Python calls the native library: its structures and functions, compared when it is loaded.
+
+The structures mirror decode.h, which says what they mean, and the functions those of decode.cpp and
+train.cpp. Tensors are passed as they are: each parameter takes one of its type without gaps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any, ClassVar, Protocol, Self
+
+from gptray.native.build import build_library
+
+# Outputs that a product computes side by side; a whole number of the sampler's chunks.
+PANEL = 64
+# Words that a row of a product's input is written in at a time.
+LANES = 16
+# Parts that the rows of a layer norm's gradients are summed in.
+NORM_PARTS = 32
+FP32, BF16, INT8 = range(3)
+
+
+class Numbers(Protocol):
+    """What is used of a `torch.Tensor` here."""
+
+    @property
+    def dtype(self) -> object: ...
+    def data_ptr(self) -> int: ...
+    def is_contiguous(self) -> bool: ...
+
+
+class _Pointer(c_void_p):
+    """Where a tensor's numbers are, of one type and without gaps."""
+
+    text: ClassVar[str]
+    dtype: ClassVar[str]
+
+    @classmethod
+    def from_param(cls, value: Any) -> Any:
+        return cls.of(value)
+
+    @classmethod
+    def of(cls, tensor: Numbers) -> Self:
+        """The pointer to a tensor, which somebody else keeps alive."""
+        assert str(tensor.dtype) == cls.dtype, f"{tensor.dtype} for {cls.text}"
+        assert tensor.is_contiguous(), f"gaps between the numbers of {cls.text}"
+        return cls(tensor.data_ptr())
+
+
+class Float(_Pointer):
+    text, dtype = "f32*", "torch.float32"
+
+
+class Half(_Pointer):
+    text, dtype = "bf16*", "torch.bfloat16"
+
+
+class Int(_Pointer):
+    text, dtype = "i32*", "torch.int32"
+
+
+class Long(_Pointer):
+    text, dtype = "i64*", "torch.int64"
+
+
+class Words(_Pointer):
+    """Packed numbers; aligned to 64 bytes, as PyTorch aligns new tensors."""
+
+    text, dtype = "words*", "torch.int32"
+
+
+class Norm(Structure):
+    _fields_ = (("weight", Float), ("bias", Float), ("eps", c_float))
+
+
+class Linear(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", Float),
+        ("scale", Float),
+        ("zero", Int),
+        ("inputs", c_int32),
+        ("outputs", c_int32),
+        ("kind", c_int32),
+    )
+
+
+class Block(Structure):
+    _fields_ = (
+        ("ln_1", Norm),
+        ("ln_2", Norm),
+        ("c_attn", Linear),
+        ("attn_proj", Linear),
+        ("c_fc", Linear),
+        ("mlp_proj", Linear),
+    )
+
+
+class Model(Structure):
+    _fields_ = (
+        ("blocks", POINTER(Block)),
+        ("wte", Float),
+        ("wpe", Float),
+        ("ln_f", Norm),
+        ("head", Linear),
+        ("n_layer", c_int32),
+        ("n_embd", c_int32),
+        ("n_head", c_int32),
+        ("residual", c_int32),
+    )
+
+
+class Cache(Structure):
+    _fields_ = (
+        ("keys", POINTER(c_void_p)),
+        ("values", POINTER(c_void_p)),
+        ("length", c_int32),
+        ("kind", c_int32),
+    )
+
+
+class Step(Structure):
+    _fields_ = (
+        ("tokens", Int),
+        ("slots", Int),
+        ("positions", Int),
+        ("asked", Int),
+        ("rows", c_int32),
+        ("asked_rows", c_int32),
+        ("x", Float),
+        ("attended", Float),
+        ("scales", Float),
+        ("wide", Float),
+        ("words", Int),
+        ("logits", Float),
+        ("logits_stride", c_int32),
+    )
+
+
+CONSTANTS = {
+    **{"LANES": LANES, "PANEL": PANEL, "NORM_PARTS": NORM_PARTS},
+    **{"FP32": FP32, "BF16": BF16, "INT8": INT8},
+}
+STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, Block, Model, Cache, Step)
+_SIZES_OF_3, _SIZES_OF_4 = [c_int32] * 4, [c_int32] * 5  # and the number of threads
+# Parameters in their order; none returns anything.
+FUNCTIONS: dict[str, Sequence[Any]] = {
+    # x, weight, bias, y, work; M, N, K
+    "linear": [Half, Float, Float, Half, Words, *_SIZES_OF_3],
+    # x, weight, bias, y, slope, work; M, N, K
+    "linear_gelu": [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
+    # grad, weight, grad_x, work; M, N, K
+    "input_gradient": [Half, Float, Half, Words, *_SIZES_OF_3],
+    # grad, weight, slope, grad_x, work; M, N, K
+    "input_gradient_gelu": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
+    # grad, x, grad_weight, grad_bias, work; M, N, K
+    "weight_gradients": [Half, Half, Float, Float, Words, *_SIZES_OF_3],
+    # x, weight, bias, y; eps; M, C
+    "layer_norm": [Half, Float, Float, Half, c_float, c_int32, c_int32, c_int32],
+    # grad, x, weight, grad_x, grad_weight, grad_bias, sums; eps; M, C
+    "layer_norm_gradients": [
+        *(Half, Half, Float, Half, Float, Float, Float),
+        *(c_float, c_int32, c_int32, c_int32),
+    ],
+    # qkv, out, log_sums; B, T, H, D
+    "attention": [Half, Half, Float, *_SIZES_OF_4],
+    # grad, qkv, out, log_sums, grad_qkv; B, T, H, D
+    "attention_gradient": [Half, Half, Half, Float, Half, *_SIZES_OF_4],
+    "decode_step": [POINTER(Model), POINTER(Cache), POINTER(Step), c_int32],
+    # logits; rows, width, k; values, ids
+    "top_candidates": [Float, c_int32, c_int32, c_int32, Float, Long, c_int32],
+}
+_TEXTS: dict[Any, str] = {c_void_p: "void*", c_float: "f32", c_int32: "i32", c_int64: "i64"}
+
+
+@cache
+def load_library(*, key: str) -> ctypes.CDLL:
+    """The native library with typed functions, built if this machine has none yet.
+
+    key: what to set to torch to do without it.
+
+    Raises:
+        RunFailed: it cannot be built; see `gptray.native.build.build_library`.
+    """
+    library = ctypes.CDLL(str(build_library(key=key)))
+    for describe in (library.decode_abi, library.train_abi):
+        describe.restype, describe.argtypes = c_char_p, ()
+    check_abi((library.decode_abi() + library.train_abi()).decode())
+    for name, parameters in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = parameters, None
+    return library
+
+
+def check_abi(theirs: str) -> None:
+    """Assert that a library describes the constants, structures and functions of this file."""
+    ours = [f"{name} {number}" for name, number in CONSTANTS.items()]
+    ours += [_struct_line(one) for one in STRUCTS]
+    ours += [
+        f"{name}({', '.join(map(_text, parameters))})" for name, parameters in FUNCTIONS.items()
+    ]
+    different = sorted(set(ours) ^ set(theirs.splitlines()))
+    if different:
+        lines = "\n".join(f"{'abi.py' if line in ours else 'C++':>6}: {line}" for line in different)
+        raise AssertionError(f"abi.py and the native library differ:\n{lines}")
+
+
+def _struct_line(struct: type[Structure]) -> str:
+    """A structure as abi.h words it: its size, and each field's type and offset."""
+    fields = ", ".join(
+        f"{name} {_text(kind)} {getattr(struct, name).offset}" for name, kind in _fields(struct)
+    )
+    return f"{struct.__name__} {ctypes.sizeof(struct)}: {fields}"
+
+
+def _fields(struct: type[Structure]) -> list[tuple[str, Any]]:
+    return [(field[0], field[1]) for field in struct._fields_]
+
+
+def _text(kind: Any) -> str:
+    """A type as abi.h words it."""
+    if kind in _TEXTS:
+        return _TEXTS[kind]
+    if issubclass(kind, _Pointer):
+        return str(kind.text)
+    if issubclass(kind, Structure):
+        return str(kind.__name__)
+    return f"{_text(kind._type_)}*"

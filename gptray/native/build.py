@@ -1,0 +1,184 @@
+"""Builds the native library for this machine, once: libraries stay in the user's cache folder.
+
+A library's name says what its bytes depend on, this machine's processor included, and ends with
+their digest, which is verified before every use. A damaged library is built again; one that another
+user could have written is never loaded. A cache folder of the user's own that others can write to,
+as a umask of 002 makes it, is closed to them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gptray.config import RunFailed, UserError
+from gptray.files import cannot_write, check_writable, expanded, remove, sha256_of
+from gptray.native.compiler import OPTIONS, compiler, compiler_version, run_compiler
+from gptray.native.processor import processor_flags, why_not_here
+
+log = logging.getLogger("gptray")
+
+_FOLDER = Path(__file__).parent
+_SOURCES = (_FOLDER / "decode.cpp", _FOLDER / "train.cpp")
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+# Room that a library needs at most.
+_LIBRARY_BYTES = 4 << 20
+
+
+def build_library(*, key: str) -> Path:
+    """The native library's file, which is built if this machine has none yet, in some seconds.
+
+    key: what to set to torch to do without it.
+
+    Raises:
+        RunFailed: this machine's processor or compiler is none for it; or the cache folder cannot
+            be written, or others can write to it and that cannot be changed.
+    """
+    if why := why_not_here():
+        raise RunFailed(f"{why}; {key}=torch does without it")
+    remedy = f"set XDG_CACHE_HOME to another folder, or {key}=torch to do without it"
+    name, folder = library_name(), _cache_folder()
+    _close(folder)
+    found = kept(name)
+    if found:
+        return found
+    for damaged in folder.glob(f"{name}-*.so"):
+        log.warning("%s is damaged or not this user's: building it again", damaged)
+        with suppress(OSError):
+            remove(damaged)
+    log.info("building the native library, once: %s", folder)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < _LIBRARY_BYTES:  # the compiler says it in pages
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if problem := _not_private(folder):
+            raise RunFailed(f"{folder} {problem}, so no code is loaded from it; {remedy}")
+        with _draft(folder) as own:
+            fresh = _compile(own, key)
+            path = folder / f"{name}-{_digest(fresh)}.so"
+            os.replace(fresh, path)
+    except OSError as error:
+        raise RunFailed(f"{cannot_write(folder / name, error)}; {remedy}") from None
+    if kept(name) is None:
+        raise RunFailed(f"{path} was changed by somebody else as it was written; {remedy}")
+    return path
+
+
+def _compile(folder: Path, key: str) -> Path:
+    """Make the library in a folder, its sources side by side."""
+    remedy = f"{key}=torch does without it"
+
+    def compile_one(source: Path) -> Path:
+        made = folder / f"{source.stem}.o"
+        run_compiler("-c", "-o", made, source, remedy=remedy)
+        return made
+
+    with ThreadPoolExecutor() as pool:
+        parts = list(pool.map(compile_one, _SOURCES))
+    library = folder / "library.so"
+    run_compiler("-o", library, *parts, remedy=remedy)
+    if not _is_library(library):
+        wrote = f"the compiler {shlex.join(compiler())} wrote no library"
+        raise RunFailed(f"{wrote}; set CXX to another, or {key}=torch to do without it")
+    library.chmod(0o644)
+    return library
+
+
+@contextmanager
+def _draft(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write a library in."""
+    own = Path(tempfile.mkdtemp(prefix=".build-", dir=folder))
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def library_name() -> str:
+    """The name of this machine's libraries, up to the digest of their own bytes.
+
+    Derived from what the bytes depend on: sources, headers, compiler with its flags and version,
+    and the processor, for a flag such as -march=native means another one on each.
+    """
+    parts = [*_SOURCES, *sorted(_FOLDER.glob("*.h"))]
+    text = b"".join(part.read_bytes() for part in parts)
+    text += repr((compiler(), compiler_version(), OPTIONS, sorted(processor_flags()))).encode()
+    return f"native-{hashlib.sha256(text).hexdigest()[:16]}"
+
+
+def kept(name: str) -> Path | None:
+    """A library that was built before, if its digest is right and nobody else can write to it."""
+    folder = _cache_folder()
+    if not folder.is_dir() or _not_private(folder):
+        return None
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        with suppress(OSError):
+            if not _not_private(path) and path.stem.endswith(f"-{_digest(path)}"):
+                return path
+    return None
+
+
+def _close(folder: Path) -> None:
+    """Take the permission to write to an own cache folder from other users, if they have it."""
+    if _is_own(folder) and _not_private(folder):
+        with suppress(OSError):  # the folder is refused where it is used
+            folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~_OTHERS_WRITE)
+            log.info("%s could be written by other users: it no longer can", folder)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is this user's and no link: one may lead to a folder that others share."""
+    return folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.geteuid()
+
+
+def _not_private(path: Path) -> str | None:
+    """Why another user may have written to a file or folder; None if none can."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        status = path.stat() if path.is_dir() else status
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to another user ({status.st_uid})"
+    return "can be written by other users" if status.st_mode & _OTHERS_WRITE else None
+
+
+def _is_library(path: Path) -> bool:
+    """Whether a compiler has made a shared library there."""
+    return path.is_file() and path.read_bytes()[:4] == b"\x7fELF"
+
+
+def _digest(path: Path) -> str:
+    return sha256_of(path)[:32]
+
+
+def why_no_cache() -> str | None:
+    """Why the cache folder neither has the library nor takes it; None if it does."""
+    if kept(library_name()):
+        return None
+    folder = _cache_folder()
+    try:
+        check_writable(folder, key="XDG_CACHE_HOME")
+    except UserError as error:
+        return str(error)
+    there = next(one for one in (folder, *folder.parents) if one.is_dir())
+    if folder.is_dir() and not _is_own(folder) and (problem := _not_private(folder)):
+        return f"{folder} {problem}, so no code is loaded from it (see XDG_CACHE_HOME)"
+    free = shutil.disk_usage(there).free
+    if free < _LIBRARY_BYTES:
+        return f"there is no room for it in {folder} ({free:,} bytes free; see XDG_CACHE_HOME)"
+    return None
+
+
+def _cache_folder() -> Path:
+    given = expanded(os.environ.get("XDG_CACHE_HOME", ""))
+    # The standard has a relative one ignored: each working directory would have a cache of its own.
+    return (given if given.is_absolute() else expanded("~/.cache")) / "gptray"

@@ -1,0 +1,62 @@
+// The likeliest tokens of a row of logits.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "gemm.h"
+
+namespace {
+
+// Larger for what is likelier, and of equals for the lower id; as sampling.py orders them.
+inline int64_t rank_key(float logit, int id) {
+  int32_t bits;
+  logit += 0.f;  // -0 is 0
+  std::memcpy(&bits, &logit, sizeof bits);
+  const int32_t order = bits ^ ((bits >> 31) & 0x7FFFFFFF);
+  return (int64_t)order << 32 | (0x7FFFFFFF - id);
+}
+
+// The k first of a row of `width` logits. They are no less than the k-th of the panels' maxima.
+void top_of_row(const float *logits, int width, int k, float *values, int64_t *ids) {
+  std::vector<float> maxima;
+  for (int i = 0; i < width; i += PANEL) {
+    Floats most = _mm512_set1_ps(-INFINITY);
+    for (int j = i; j < std::min(i + PANEL, width); j += LANES) {
+      const __mmask16 mask = lanes(width - j);
+      most = _mm512_mask_max_ps(most, mask, load(logits + j, mask), most);
+    }
+    maxima.push_back(_mm512_reduce_max_ps(most));
+  }
+  float least = -INFINITY;
+  if ((int)maxima.size() >= k) {
+    std::nth_element(maxima.begin(), maxima.begin() + k - 1, maxima.end(), std::greater<float>());
+    least = maxima[k - 1];
+  }
+  std::vector<int64_t> keys;
+  const Floats lowest = _mm512_set1_ps(-INFINITY);
+  for (int i = 0; i < width; i += LANES) {
+    const __mmask16 mask = lanes(width - i);
+    const Floats row = load(logits + i, mask);
+    // "Not less" takes NaN too: the sampler is to see it. -inf waits: a masked row is full of it.
+    int found = _mm512_mask_cmp_ps_mask(mask, row, _mm512_set1_ps(least), _CMP_NLT_UQ);
+    found &= _mm512_mask_cmp_ps_mask(mask, row, lowest, _CMP_NEQ_UQ);
+    for (; found; found &= found - 1) {
+      const int id = i + __builtin_ctz(found);
+      keys.push_back(rank_key(logits[id], id));
+    }
+  }
+  for (int id = 0; (int)keys.size() < k; ++id)
+    if (logits[id] == -INFINITY) keys.push_back(rank_key(logits[id], id));
+  std::partial_sort(keys.begin(), keys.begin() + k, keys.end(), std::greater<int64_t>());
+  for (int i = 0; i < k; ++i) {
+    ids[i] = 0x7FFFFFFF - (keys[i] & 0xFFFFFFFF);
+    values[i] = logits[ids[i]];
+  }
+}
+
+}  // namespace

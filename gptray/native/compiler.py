@@ -1,0 +1,102 @@
+"""The machine's C++ compiler: for the native library, and what torch.compile needs of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+from gptray.config import RunFailed, UserError
+from gptray.native.processor import INSTRUCTIONS
+
+# OpenMP's runtime is the one that PyTorch has loaded: both share one set of threads.
+OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *INSTRUCTIONS.values())
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command and flags: CXX, or g++. Raises UserError for an open quote."""
+    given = os.environ.get("CXX") or "g++"
+    try:
+        return shlex.split(given) or ["g++"]
+    except ValueError as error:
+        raise UserError(f"CXX={given}: {error}") from None
+
+
+def compiler_version() -> str:
+    """What the compiler says about itself; empty where there is none."""
+    return _version_of(tuple(compiler()))
+
+
+def why_no_library() -> str | None:
+    """Why no native library can be compiled on this machine; None if one can."""
+    command = compiler()
+    if shutil.which(command[0]) is None:
+        return f"there is no C++ compiler {command[0]} on this machine"
+    asked = [*command, *OPTIONS, "-E", "-x", "c++", os.devnull]
+    if subprocess.run(asked, capture_output=True, check=False).returncode:
+        return f"the compiler {shlex.join(command)} does not know {' '.join(OPTIONS)}"
+    return None
+
+
+def run_compiler(*arguments: str | Path, remedy: str) -> None:
+    """Compile or link; the last argument is what the message names.
+
+    Raises:
+        RunFailed: the compiler fails; with the first lines of what it says.
+    """
+    command = [*compiler(), *OPTIONS, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = "\n".join(done.stderr.splitlines()[:5])
+        raise RunFailed(
+            f"{command[-1]} cannot be built ({shlex.join(command)}):\n{words}\n{remedy}"
+        )
+
+
+def why_not_compile(*, on_gpu: bool) -> str | None:
+    """Why torch.compile does not work on this machine, and what to install; None if it does.
+
+    On a GPU Triton has the C compiler build a small module for this Python.
+    """
+    if not on_gpu:
+        command = compiler()[0]
+        if shutil.which(command):
+            return None
+        return (
+            f"it needs a C++ compiler, and there is no {command} on this machine; install it, or "
+            "name another one in CXX"
+        )
+    commands = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    if not any(map(shutil.which, commands)):
+        return (
+            f"it needs a C compiler, and there is no {' or '.join(commands)} on this machine; "
+            "install one (apt-get install gcc), or name another one in CC"
+        )
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    if not header.is_file():
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return f"it needs {header}, which is missing; install it (apt-get install {python}-dev)"
+    return None
+
+
+def cannot_compile(reason: str) -> str:
+    """What to say where the training step was to be compiled and cannot be."""
+    return (
+        f"train.compile: the training step cannot be compiled: {reason}. train.compile=false "
+        "trains without that"
+    )
+
+
+@cache
+def _version_of(command: tuple[str, ...]) -> str:
+    asked = [*command, "--version"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""

@@ -1,0 +1,91 @@
+// A step of a GPT-2 decoder in one call, and a row's likeliest tokens.
+//
+// Every sum runs over a row's own numbers in one fixed order. So what a token gets has the same
+// bits alone or among any neighbours, whether its prompt was read at once or token by token.
+
+#include "decode.h"
+
+#include "abi.h"
+#include "attention_decode.h"
+#include "candidates.h"
+#include "linear_decode.h"
+
+namespace {
+
+// All threads of a step run these, and share their loops.
+
+void embed(const Model &model, const Step &step) {
+  const int C = model.n_embd;
+#pragma omp for schedule(static)
+  for (int row = 0; row < step.rows; ++row) {
+    const float *token = model.wte + (size_t)step.tokens[row] * C;
+    const float *position = model.wpe + (size_t)step.positions[row] * C;
+    for (int i = 0; i < C; ++i) step.x[(size_t)row * C + i] = token[i] + position[i];
+  }
+}
+
+void block(const Model &model, const Step &step, const Cache &cache, int layer) {
+  const Block &b = model.blocks[layer];
+  const int C = model.n_embd, N = step.rows;
+  const float *residual = model.residual ? step.x : nullptr;
+  linear(b.c_attn, step, step.x, &b.ln_1, nullptr, N,
+         {step.wide, nullptr, b.c_attn.outputs, false});
+  (cache.kind == BF16 ? attention<uint16_t> : attention<float>)(model, step, cache, layer);
+  linear(b.attn_proj, step, step.attended, nullptr, nullptr, N, {step.x, residual, C, false});
+  linear(b.c_fc, step, step.x, &b.ln_2, nullptr, N, {step.wide, nullptr, b.c_fc.outputs, true});
+  linear(b.mlp_proj, step, step.wide, nullptr, nullptr, N, {step.x, residual, C, false});
+}
+
+ABI_TYPE(Norm, "Norm")
+ABI_TYPE(Linear, "Linear")
+ABI_TYPE(Block, "Block")
+ABI_TYPE(Model, "Model")
+ABI_TYPE(Cache, "Cache")
+ABI_TYPE(Step, "Step")
+
+}  // namespace
+
+// The k likeliest of each row of logits (rows, width) and their ids, (rows, k) each.
+extern "C" void top_candidates(const float *logits, int32_t rows, int32_t width, int32_t k,
+                               float *values, int64_t *ids, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int row = 0; row < rows; ++row) {
+    const size_t at = (size_t)row * k;
+    top_of_row(logits + (size_t)row * width, width, k, values + at, ids + at);
+  }
+}
+
+extern "C" void decode_step(const Model *model, const Cache *cache, const Step *step,
+                            int32_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    embed(*model, *step);
+    for (int layer = 0; layer < model->n_layer; ++layer) block(*model, *step, *cache, layer);
+    linear(model->head, *step, step->x, &model->ln_f, step->asked, step->asked_rows,
+           {step->logits, nullptr, step->logits_stride, false});
+  }
+}
+
+extern "C" const char *decode_abi() {
+  static const std::string text =
+      ABI_CONSTANT(LANES) + ABI_CONSTANT(PANEL) + ABI_CONSTANT(FP32) + ABI_CONSTANT(BF16) +
+      ABI_CONSTANT(INT8) +
+      ABI_STRUCT(Norm, ABI_FIELD(Norm, weight), ABI_FIELD(Norm, bias), ABI_FIELD(Norm, eps)) +
+      ABI_STRUCT(Linear, ABI_FIELD(Linear, weight), ABI_FIELD(Linear, bias),
+                 ABI_FIELD(Linear, scale), ABI_FIELD(Linear, zero), ABI_FIELD(Linear, inputs),
+                 ABI_FIELD(Linear, outputs), ABI_FIELD(Linear, kind)) +
+      ABI_STRUCT(Block, ABI_FIELD(Block, ln_1), ABI_FIELD(Block, ln_2), ABI_FIELD(Block, c_attn),
+                 ABI_FIELD(Block, attn_proj), ABI_FIELD(Block, c_fc), ABI_FIELD(Block, mlp_proj)) +
+      ABI_STRUCT(Model, ABI_FIELD(Model, blocks), ABI_FIELD(Model, wte), ABI_FIELD(Model, wpe),
+                 ABI_FIELD(Model, ln_f), ABI_FIELD(Model, head), ABI_FIELD(Model, n_layer),
+                 ABI_FIELD(Model, n_embd), ABI_FIELD(Model, n_head), ABI_FIELD(Model, residual)) +
+      ABI_STRUCT(Cache, ABI_FIELD(Cache, keys), ABI_FIELD(Cache, values), ABI_FIELD(Cache, length),
+                 ABI_FIELD(Cache, kind)) +
+      ABI_STRUCT(Step, ABI_FIELD(Step, tokens), ABI_FIELD(Step, slots), ABI_FIELD(Step, positions),
+                 ABI_FIELD(Step, asked), ABI_FIELD(Step, rows), ABI_FIELD(Step, asked_rows),
+                 ABI_FIELD(Step, x), ABI_FIELD(Step, attended), ABI_FIELD(Step, scales),
+                 ABI_FIELD(Step, wide), ABI_FIELD(Step, words), ABI_FIELD(Step, logits),
+                 ABI_FIELD(Step, logits_stride)) +
+      ABI_FUNCTION(decode_step) + ABI_FUNCTION(top_candidates);
+  return text.c_str();
+}

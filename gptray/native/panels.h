@@ -1,0 +1,115 @@
+// What training multiplies, packed into panels of bf16 words; see gemm.h for their layout.
+// All threads of a parallel region call `pack_rows`, `pack_columns` and `pack_panels`.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "gemm.h"
+
+namespace {
+
+// Room for a `Words`.
+struct alignas(64) Line {
+  int32_t words[LANES];
+};
+
+// A thread's memory for `size` of them; what was in it may be lost.
+template <typename T>
+T *room(std::vector<T> &vector, size_t size) {
+  if (vector.size() < size) vector.resize(size);
+  return vector.data();
+}
+
+// 16 rows of 16 words <-> 16 columns of them.
+inline void transpose(Words (&w)[LANES]) {
+  Words t[LANES];
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4)  // w[i + c]: columns c, c + 4, c + 8, c + 12 of 4 rows
+#pragma GCC unroll 2
+    for (int c = 0; c < 4; c += 2) {
+      w[i + c] = _mm512_unpacklo_epi64(t[i + c / 2], t[i + 2 + c / 2]);
+      w[i + c + 1] = _mm512_unpackhi_epi64(t[i + c / 2], t[i + 2 + c / 2]);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const Words even = _mm512_shuffle_i32x4(w[c], w[c + 4], 0x88);
+    const Words even_2 = _mm512_shuffle_i32x4(w[c + 8], w[c + 12], 0x88);
+    const Words odd = _mm512_shuffle_i32x4(w[c], w[c + 4], 0xDD);
+    const Words odd_2 = _mm512_shuffle_i32x4(w[c + 8], w[c + 12], 0xDD);
+    w[c] = _mm512_shuffle_i32x4(even, even_2, 0x88);
+    w[c + 4] = _mm512_shuffle_i32x4(odd, odd_2, 0x88);
+    w[c + 8] = _mm512_shuffle_i32x4(even, even_2, 0xDD);
+    w[c + 12] = _mm512_shuffle_i32x4(odd, odd_2, 0xDD);
+  }
+}
+
+// Rows of `count` words -> block `block` of their panels; words(r, k) gives 16 words of the
+// block's row r from word k on.
+template <typename Get>
+inline void pack_block(const Get &words, Words *panels, int block, int count) {
+  Words *to = panels + (size_t)(block / BLOCKS) * count * BLOCKS + block % BLOCKS;
+  for (int k = 0; k < count; k += LANES) {
+    Words square[LANES];
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; ++r) square[r] = words(r, k);
+    transpose(square);
+    for (int i = 0; i < std::min(LANES, count - k); ++i) to[(size_t)(k + i) * BLOCKS] = square[i];
+  }
+}
+
+// W (N, K) fp32 -> panels of 64 rows, words along K.
+void pack_rows(const float *w, Words *panels, int N, int K) {
+#pragma omp for schedule(static)
+  for (int block = 0; block < panel_count(N) * BLOCKS; ++block)
+    pack_block(
+        [&](int r, int k) {
+          const int row = block * LANES + r, left = row < N ? K - 2 * k : 0;
+          const float *from = w + (size_t)row * K + 2 * k;
+          const Floats low = load(from, lanes(left)),
+                       high = load(from + LANES, lanes(left - LANES));
+          return (Words)_mm512_cvtne2ps_pbh(high, low);
+        },
+        panels, block, K / 2);
+}
+
+// W (N, K) fp32 -> panels of 64 columns, words along N.
+void pack_columns(const float *w, Words *panels, int N, int K) {
+  const int count = N / 2;
+#pragma omp for collapse(2) schedule(static)
+  for (int panel = 0; panel < panel_count(K); ++panel)
+    for (int n = 0; n < count; ++n)
+      for (int b = 0; b < BLOCKS; ++b) {
+        const int column = panel * PANEL + b * LANES;
+        const __mmask16 mask = lanes(K - column);
+        const float *from = w + (size_t)2 * n * K + column;
+        const Words words = pair(load(from, mask), load(from + K, mask));
+        _mm512_store_si512(panels + ((size_t)panel * count + n) * BLOCKS + b, words);
+      }
+}
+
+// `columns` <= 64 columns of rows (M, stride) bf16 -> a panel of them, words along M.
+void pack_panel(const uint16_t *x, size_t stride, Words *panel, int M, int columns) {
+  for (int m = 0; m < M; m += 2, x += 2 * stride)
+    for (int b = 0; b < BLOCKS; ++b) {
+      const __mmask16 mask = lanes(columns - b * LANES), odd = m + 1 < M ? mask : 0;
+      const uint16_t *from = x + b * LANES;
+      _mm512_store_si512(panel++, pair(halves(from, mask), halves(from + stride, odd)));
+    }
+}
+
+// Rows (M, K) bf16 -> panels of 64 columns, words along M.
+void pack_panels(const uint16_t *x, Words *panels, int M, int K) {
+  const size_t size = (size_t)(M + 1) / 2 * BLOCKS;
+#pragma omp for schedule(static)
+  for (int panel = 0; panel < panel_count(K); ++panel)
+    pack_panel(x + panel * PANEL, K, panels + panel * size, M, K - panel * PANEL);
+}
+
+}  // namespace

@@ -1,0 +1,33 @@
+"""What the processor must have for the native code, and what this machine's has."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+# Instructions as Linux names them, and the compiler's option for each.
+INSTRUCTIONS = {
+    "avx512f": "-mavx512f",
+    "avx512bw": "-mavx512bw",
+    "avx512dq": "-mavx512dq",
+    "avx512vl": "-mavx512vl",
+    "avx512_vnni": "-mavx512vnni",
+    "avx512_bf16": "-mavx512bf16",
+}
+
+
+def why_not_here() -> str | None:
+    """Why this machine cannot run the native code, compiled or not; None if it can."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "the native code is for Linux on x86-64"
+    lacks = sorted(INSTRUCTIONS.keys() - processor_flags())
+    return f"this processor has no {', '.join(lacks)}" if lacks else None
+
+
+def processor_flags() -> set[str]:
+    """The instruction sets and other features of this machine's processor."""
+    for line in CPUINFO.read_text("utf-8").splitlines():
+        if line.startswith("flags"):
+            return set(line.split())
+    return set()
