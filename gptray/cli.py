@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gptray.commands import job_command
 from gptray.config import (
     Config,
     ConfigError,
@@ -89,7 +90,7 @@ def _run(
     _print_what_can_be()
     try:
         if arguments.help:
-            write_out(help_text(Config, name=name, doc=doc) + "\n")
+            write_out(help_text(Config, command=job_command(name), doc=doc) + "\n")
             return DONE
         config = _config(arguments)
         if arguments.dry_run:

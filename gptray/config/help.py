@@ -29,10 +29,10 @@ exit codes: 0 done, 1 the run failed, 2 a wrong key or file, 130 interrupted.
 The last line of stdout is one JSON object; everything else goes to stderr."""
 
 
-def help_text(root: type[BaseModel], *, name: str, doc: str) -> str:
-    """Return the help of one job, as wide as the terminal within 80 to 120 columns."""
+def help_text(root: type[BaseModel], *, command: str, doc: str) -> str:
+    """The help of the job that `command` starts, as wide as the terminal in 80 to 120 columns."""
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
-    usage = f"usage: python jobs/{name}.py [--config FILE] [section.field=value ...]"
+    usage = f"usage: {command} [--config FILE] [section.field=value ...]"
     return "\n\n".join([usage, doc.strip(), OPTIONS, "\n".join(_keys(root, width))])
 
 

@@ -118,7 +118,7 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | None, overrides: Sequence[str]) -> Config:
+def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Return the defaults changed by a YAML file and then by section.field=value arguments.
 
     Raises ConfigError with all mistakes at once.

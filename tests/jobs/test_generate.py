@@ -21,7 +21,6 @@ from pyarrow import parquet
 from gptray.config import UserError, dump, load_config
 from gptray.generation.settings import derived_seed
 from gptray.jobs.generate.run import generate, generation_plan
-from gptray.jobs.generate.terminal import generate_here
 from gptray.model.hf import save_pretrained
 from gptray.visible import visible
 from tests.generation.models import needs_native, random_gpt, reference, small_tokenizer
@@ -315,11 +314,9 @@ def test_prompts_on_the_terminal(
             "generate.precision=fp32",
         ],
     )
-    result = generate_here(config)
+    result = generate(config)
     shown = "".join(f"{one['prompt']}{one['output']}\n" for one in result["outputs"])
     assert capsys.readouterr().out == visible(shown)
     assert result["rows"] == 2 and result["output_tokens"] <= 18
     with pytest.raises(UserError, match="too long"):
-        generate_here(
-            load_config(None, [f"generate.model={model_dir}", "sample.prompt=" + "x" * 999])
-        )
+        generate(load_config(None, [f"generate.model={model_dir}", "sample.prompt=" + "x" * 999]))

@@ -18,7 +18,7 @@ import pytest
 
 from gptray.config import Config, UserError, dump, load_config
 from gptray.jobs.evaluate.check import look
-from gptray.jobs.generate.terminal import look_here
+from gptray.jobs.generate.check import check_model
 from gptray.jobs.models import find_model, with_tokenizer
 from gptray.jobs.prepare.plan import preparation_plan
 from gptray.jobs.run_folder import resolve
@@ -93,7 +93,7 @@ def refused(key: str, storage: Path, source: str) -> str:
         elif key == "evaluate.model":
             look(config)
         elif key == "generate.model":
-            look_here(config)
+            check_model(config)
         else:
             check_run(config)
     return str(told.value)

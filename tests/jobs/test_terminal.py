@@ -11,7 +11,7 @@ import pytest
 
 from gptray.config import RunFailed, load_config
 from gptray.data.tokens import TokenData
-from gptray.jobs.generate.terminal import generate_here
+from gptray.jobs.generate.run import generate
 from gptray.jobs.train.samples import sample_texts
 from gptray.standard_output import Unread
 from tests.generation.models import random_gpt
@@ -22,7 +22,7 @@ def written(model_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     keys = {"generate.model": str(model_dir), "generate.precision": "fp32"}
     keys |= {"sample.max_new_tokens": "12"} | dict(pair.split("=", 1) for pair in overrides)
     config = load_config(None, [f"{key}={value}" for key, value in keys.items()])
-    outputs = generate_here(config)["outputs"]
+    outputs = generate(config)["outputs"]
     assert isinstance(outputs, list)
     return outputs
 

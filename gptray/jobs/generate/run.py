@@ -22,9 +22,9 @@ from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import output_schema
 from gptray.jobs.cluster import check_resources, ray_cluster, worker_resources
+from gptray.jobs.generate.check import check_model
 from gptray.jobs.generate.output import Output, check_job, check_output, with_built_backend
 from gptray.jobs.generate.rows_bar import RowsBar
-from gptray.jobs.generate.terminal import look_here
 from gptray.jobs.next_steps import resumable, tell
 from gptray.wording import count
 
@@ -39,11 +39,16 @@ IN_LINE = 2
 
 
 def generate(config: Config) -> dict[str, Any]:
-    """Continue every prompt of `generate.input_path`; return the JSON line's facts.
+    """Continue every prompt of `generate.input_path`, or those of `sample.prompt` in the terminal.
 
-    Raises UserError for what cannot start, RunFailed when engines keep failing or a file cannot
-    be written.
+    Returns the JSON line's facts. Raises UserError for what cannot start, RunFailed when engines
+    keep failing or a file cannot be written.
     """
+    if is_for_terminal(config):
+        model = check_model(config)
+        from gptray.jobs.generate.terminal import generate_here  # loads torch
+
+        return generate_here(model)
     job = check_job(config)
     check_resources(_compute(config))
     job = replace(job, config=with_built_backend(config, job.config))
@@ -66,16 +71,21 @@ def generate(config: Config) -> dict[str, Any]:
     return {**summary, **speed}
 
 
+def is_for_terminal(config: Config) -> bool:
+    """Whether the job shows its texts here, with no file of prompts."""
+    return config.generate.input_path is None and config.sample.prompt is not None
+
+
 def _command() -> str:
     return retyped("generate") or "the same command"
 
 
 def generation_plan(config: Config) -> list[tuple[str, str]]:
     """What the job would do, without torch or Ray; raises UserError as the job would."""
-    if config.generate.input_path is None and config.sample.prompt is not None:
-        config, folder, _ = look_here(config)
-        backend = config.generate.backend
-        return [("model", str(folder)), ("backend", backend), ("output", "this terminal")]
+    if is_for_terminal(config):
+        model = check_model(config)
+        backend = model.config.generate.backend
+        return [("model", str(model.folder)), ("backend", backend), ("output", "this terminal")]
     job = check_job(config)
     check_resources(_compute(config))
     found, samples = check_output(job), config.generate.num_samples

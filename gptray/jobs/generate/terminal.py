@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from gptray.config import Config, UserError
-from gptray.jobs.cluster import check_resources
-from gptray.jobs.generate.output import with_backend, with_built_backend
-from gptray.jobs.models import find_model
+from gptray.config import RunFailed, UserError, override
+from gptray.jobs.generate.check import CheckedModel
+from gptray.jobs.generate.llm import LLM
 from gptray.jobs.next_steps import of_model, tell
 from gptray.standard_output import write_out
 from gptray.visible import visible
@@ -18,79 +17,52 @@ from gptray.visible import visible
 log = logging.getLogger("gptray")
 
 
-def look_here(config: Config) -> tuple[Config, Path, str]:
-    """The config with its backend, the model's folder, and the name it was given by.
-
-    Raises UserError if the job cannot run here.
-    """
-    check_resources(config.compute)
-    config = with_backend(config)
-    folder, name = find_model(config, config.generate.model, key="generate.model")
-    return config, folder, name
-
-
-def generate_here(config: Config) -> dict[str, Any]:
+def generate_here(model: CheckedModel) -> dict[str, Any]:
     """Print each prompt of `sample.prompt` and its continuations, one after another.
 
     All run in one batch; text waits until it is its turn to be printed. Returns the JSON line's
     facts; an output's `seed` reproduces it alone. Raises UserError for a prompt or a setting that
     cannot run.
     """
-    picked, folder, name = look_here(config)
-    config = with_built_backend(config, picked)
+    config = model.config
     given, samples = config.sample.prompt, range(config.generate.num_samples)
     prompts = [given] if isinstance(given, str) else list(given or [])
     prompts = [prompt for prompt in prompts for _ in samples]
-
-    from gptray.generation.engine import load_engine
-    from gptray.generation.request import Request
-    from gptray.generation.settings import Sampling, numbered_seed
-
-    engine, tokenizer = load_engine(
-        folder,
-        max_batch_size=min(len(prompts), config.generate.max_batch_size),
-        precision=config.generate.precision,
-        quantize=config.quantize.weights,
-        device="cuda" if config.compute.use_gpu else "cpu",
-        backend=config.generate.backend,
-    )
-    generations = []
-    for number, prompt in enumerate(prompts):
-        sampling = Sampling.of(config.sample, seed=numbered_seed(config.sample.seed, number))
-        try:
-            ids = tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
-            generations.append(engine.submit(Request(ids, sampling, live_text=True)))
-        except ValueError as error:
-            raise UserError(f"sample.prompt={prompt!r}: {error}") from None
+    slots = min(len(prompts), config.generate.max_batch_size)
+    llm = LLM.of(replace(model, config=override(config, {"generate.max_batch_size": slots})))
+    try:
+        draws = [llm.start(prompt, config.sample, i) for i, prompt in enumerate(prompts)]
+    except UserError as error:
+        raise UserError(f"sample.{error}") from None
     began = time.monotonic()
-    for prompt, generation in zip(prompts, generations, strict=True):
+    for prompt, draw in zip(prompts, draws, strict=True):
         write_out(visible(prompt))
-        shown = 0
-        for _ in generation:
-            write_out(visible(generation.text[shown:]))
-            shown = len(generation.text)
-        write_out(visible(generation.text[shown:]) + "\n")
-        if generation.error:
-            log.warning("sample.prompt=%r: %s", prompt, generation.error)
+        try:
+            for piece in llm.pieces(draw):
+                write_out(visible(piece))
+        except RunFailed as error:
+            log.warning("sample.prompt=%r: %s", prompt, error)
+        write_out("\n")
     seconds = time.monotonic() - began
-    run = folder.parent if folder.name == "model" else folder
+    run = llm.folder.parent if llm.folder.name == "model" else llm.folder
     tell([of_model(run)["serve"]])
-    tokens = sum(len(generation.tokens) for generation in generations)
+    outputs = [llm.output(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
+    tokens = sum(len(output.tokens) for output in outputs)
     return {
-        "model": name,
+        "model": llm.name,
         "output_path": None,
-        "rows": len(prompts),
-        "errors": sum(generation.error is not None for generation in generations),
+        "rows": len(outputs),
+        "errors": sum(output.error is not None for output in outputs),
         "output_tokens": tokens,
         "tokens_per_sec": round(tokens / seconds, 1),
         "outputs": [
             {
-                "prompt": prompt,
-                "output": generation.text,
-                "finish_reason": generation.finish_reason,
-                "output_tokens": len(generation.tokens),
-                "seed": generation.request.sampling.seed,
+                "prompt": output.prompt,
+                "output": output.text,
+                "finish_reason": output.finish_reason,
+                "output_tokens": len(output.tokens),
+                "seed": output.seed,
             }
-            for prompt, generation in zip(prompts, generations, strict=True)
+            for output in outputs
         ],
     }

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gptray.wording import magnitude
 from gptray.jobs.runs.listing import Listed
 from gptray.visible import visible
+from gptray.wording import magnitude
 
 # Columns of a terminal from which a run fits into one row of a table.
 WIDE = 100

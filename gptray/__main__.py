@@ -1,0 +1,8 @@
+"""`python -m gptray JOB ...` is `gptray JOB ...`."""
+
+import sys
+
+from gptray.jobs.doors import main
+
+if __name__ == "__main__":
+    sys.exit(main())

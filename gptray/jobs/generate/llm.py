@@ -1,0 +1,224 @@
+"""A model to call from Python: prompts in, texts out, in this process and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from gptray.config import Config, RunFailed, SampleConfig, UserError, override
+from gptray.config.suggest import did_you_mean, nearest_keys
+from gptray.config.use_sections import ROW_SETTINGS
+from gptray.generation.engine import load_engine
+from gptray.generation.request import FinishReason, Generation, Request
+from gptray.generation.settings import Sampling, numbered_seed
+from gptray.jobs.generate.check import CheckedModel, check_model
+from gptray.jobs.generate.output import with_built_backend
+
+# The keywords of `LLM` and the config's keys that they set.
+_OPTIONS = {
+    "storage_path": "storage_path",
+    "precision": "generate.precision",
+    "quantize": "quantize.weights",
+    "use_gpu": "compute.use_gpu",
+    "backend": "generate.backend",
+    "max_batch_size": "generate.max_batch_size",
+}
+# The keywords of `generate` and `stream`: keys of the config's `sample` section.
+_SETTINGS = {name: f"sample.{name}" for name in (*ROW_SETTINGS, "parse_special")}
+
+
+class Options(TypedDict, total=False):
+    """How a model is opened; `--help` of a job says more of each key named here.
+
+    storage_path: folder of the runs that a name is looked up in. precision (generate.precision):
+    auto, fp32 or bf16. quantize (quantize.weights): none or int8. use_gpu (compute.use_gpu).
+    backend (generate.backend): auto, native or torch. max_batch_size (generate.max_batch_size):
+    prompts that run at a time.
+    """
+
+    storage_path: str
+    precision: str
+    quantize: str
+    use_gpu: bool
+    backend: str
+    max_batch_size: int
+
+
+class Settings(TypedDict, total=False):
+    """How a text is sampled: the config's `sample` section, with its names and defaults."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    stop: str | Sequence[str] | None
+    utf8: bool
+    seed: int
+    parse_special: bool
+
+
+@dataclass(frozen=True)
+class Output:
+    """What came of a prompt.
+
+    text: without the prompt; the batch job's column `output`. tokens: the ids of `text`, without
+    the end-of-text token. seed: draws this text again for this prompt alone. error: why
+    finish_reason is "error", else None; `text` is then what there was until then.
+    """
+
+    prompt: str
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    tokens: list[int]
+    seed: int
+    error: str | None = None
+
+
+class LLM:
+    """A trained model, loaded once; one thread at a time may use it.
+
+    >>> LLM("book").generate(["Once upon a time"], temperature=0.8)[0].text
+    """
+
+    def __init__(self, model: str | Path | None = None, **options: Unpack[Options]) -> None:
+        """Open a model.
+
+        model: as generate.model takes it: the name of a run in storage_path, the folder of a run or
+        of a model, or a hub id; None: the newest run.
+        Raises UserError for a wrong keyword or value, and for a model that is not there or fails to
+        load; RunFailed where backend="native" fails to build.
+        """
+        values = _values(options, _OPTIONS)
+        if model is not None:
+            values["generate.model"] = str(model)
+        self._open(check_model(override(Config(), values)))
+
+    @classmethod
+    def of(cls, model: CheckedModel) -> LLM:
+        """Open a model that was checked; settings that a call leaves out are its config's."""
+        llm = cls.__new__(cls)
+        llm._open(model)
+        return llm
+
+    def _open(self, model: CheckedModel) -> None:
+        self.name, self.folder = model.name, model.folder
+        self._config = with_built_backend(model.asked, model.config)
+        self._engine, self._tokenizer = load_engine(
+            self.folder,
+            max_batch_size=self._config.generate.max_batch_size,
+            precision=self._config.generate.precision,
+            quantize=self._config.quantize.weights,
+            device="cuda" if self._config.compute.use_gpu else "cpu",
+            backend=self._config.generate.backend,
+        )
+
+    def generate(self, prompts: str | Sequence[str], **settings: Unpack[Settings]) -> list[Output]:
+        """Continue prompts, as many at a time as fit; one output for each, in their order.
+
+        settings: keys of the config's `sample` section. Prompts are independent draws: the first
+        has the seed itself, each other one a seed made of it and its place, as on the terminal.
+        A prompt that cannot run, such as one longer than the context, has the reason in `error`;
+        the others run. Raises UserError for a wrong setting, or a prompt that is not text.
+        """
+        sample, given = self._sample(settings), _texts(prompts)
+        started = [self._started(prompt, sample, i) for i, prompt in enumerate(given)]
+        running = [one for one in started if isinstance(one, Generation)]
+        try:
+            while any(one.finish_reason is None for one in running):
+                self._engine.step()
+        finally:
+            for one in running:
+                self._engine.cancel(one)
+        return [
+            self.output(prompt, one)
+            if isinstance(one, Generation)
+            else Output(prompt, "", "error", 0, [], numbered_seed(sample.seed, i), one)
+            for i, (prompt, one) in enumerate(zip(given, started, strict=True))
+        ]
+
+    def stream(self, prompt: str, **settings: Unpack[Settings]) -> Iterator[str]:
+        """Continue a prompt; yield pieces of whole characters, together `Output.text`.
+
+        Raises UserError at once for a wrong setting, or a prompt that cannot run; while it runs,
+        RunFailed where the model gives no token.
+        """
+        sample, (text,) = self._sample(settings), _texts([prompt])
+        return self.pieces(self.start(text, sample, 0))
+
+    def start(self, prompt: str, sample: SampleConfig, number: int) -> Generation:
+        """Queue draw `number` of a prompt. Raises UserError for one that cannot run."""
+        started = self._started(prompt, sample, number)
+        if isinstance(started, str):
+            raise UserError(f"prompt {prompt!r}: {started}")
+        return started
+
+    def pieces(self, generation: Generation) -> Iterator[str]:
+        """Yield the text of a draw as it is made; other draws advance with it. Raises RunFailed."""
+        shown = 0
+        try:
+            for _ in generation:
+                if piece := generation.text[shown:]:
+                    shown += len(piece)
+                    yield piece
+            if piece := generation.text[shown:]:
+                yield piece
+        finally:
+            self._engine.cancel(generation)
+        if generation.error is not None:
+            raise RunFailed(generation.error)
+
+    def output(self, prompt: str, generation: Generation) -> Output:
+        """What came of a draw that has ended."""
+        assert generation.finish_reason is not None
+        return Output(
+            prompt,
+            generation.text,
+            generation.finish_reason,
+            len(generation.request.prompt),
+            generation.tokens,
+            generation.request.sampling.seed,
+            generation.error,
+        )
+
+    def _started(self, prompt: str, sample: SampleConfig, number: int) -> Generation | str:
+        """A draw under way, or why it cannot run."""
+        sampling = Sampling.of(sample, seed=numbered_seed(sample.seed, number))
+        try:
+            ids = self._tokenizer.prompt_ids(prompt, parse_special=sample.parse_special)
+            return self._engine.submit(Request(ids, sampling, live_text=True))
+        except ValueError as error:
+            return str(error)
+
+    def _sample(self, settings: Settings) -> SampleConfig:
+        return override(self._config, _values(settings, _SETTINGS)).sample
+
+
+def _values(given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The config's values of a call's keywords. Raises UserError for one that does not exist."""
+    for name in given:
+        if name not in keys:
+            keywords = {key: keyword for keyword, key in keys.items()}
+            near = [keywords[key] for key in nearest_keys(name, list(keywords))]
+            raise UserError(f"unknown keyword {name}{did_you_mean(near)}")
+    return {keys[name]: _plain(value) for name, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as a config holds it."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _texts(prompts: str | Sequence[str]) -> list[str]:
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    for number, prompt in enumerate(given):
+        if not isinstance(prompt, str):
+            raise UserError(f"prompts[{number}] must be a string, got {type(prompt).__name__}")
+    return given

@@ -1,0 +1,152 @@
+"""`gptray.LLM`: one model from Python, beside the terminal and the endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import gptray
+from gptray import LLM, Output
+from gptray.config import Config, SampleConfig, UserError, load_config, override
+from gptray.generation.settings import numbered_seed
+from gptray.jobs.generate.llm import Options, Settings
+from gptray.jobs.generate.run import generate
+from gptray.serving.completions import Completion
+from gptray.serving.endpoint import Served
+from gptray.serving.protocol import CompletionRequest, parse_request
+
+PROMPTS = ["the cat", "a dog", "", "the cat"]
+SETTINGS: Settings = {"max_new_tokens": 12, "temperature": 1.3, "seed": 5, "top_k": None}
+
+
+@pytest.fixture(scope="module")
+def llm(model_dir: Path) -> LLM:
+    return LLM(model_dir, precision="fp32", max_batch_size=3)
+
+
+def test_outputs_are_the_terminals_in_the_prompts_order(llm: LLM, model_dir: Path) -> None:
+    keys = {f"sample.{name}": value for name, value in SETTINGS.items()}
+    keys |= {"sample.prompt": PROMPTS, "generate.precision": "fp32"}
+    config = override(Config(), {**keys, "generate.model": str(model_dir)})
+    terminal = generate(config)["outputs"]
+    outputs = llm.generate(PROMPTS, **SETTINGS)
+    assert [output.prompt for output in outputs] == PROMPTS
+    assert [
+        {
+            "prompt": output.prompt,
+            "output": output.text,
+            "finish_reason": output.finish_reason,
+            "output_tokens": len(output.tokens),
+            "seed": output.seed,
+        }
+        for output in outputs
+    ] == terminal
+    assert len({output.text for output in outputs}) == len(PROMPTS), "draws are independent"
+
+
+def test_the_endpoint_gives_the_same_text_for_the_same_seed(llm: LLM, model_dir: Path) -> None:
+    config = load_config(None, ["generate.precision=fp32"])
+    body = {
+        "prompt": "the cat",
+        "max_tokens": 12,
+        "temperature": 1.3,
+        "seed": 5,
+    }
+
+    async def answer() -> str:
+        served = Served.load(model_dir, "tiny", config)
+        try:
+            request = parse_request(CompletionRequest, body)
+            completion = await Completion.of(request, served, config.serve)
+            with completion.accept(config.serve) as accepted:
+                deadline = asyncio.get_running_loop().time() + 60
+                parts = [p async for p in completion.run(accepted, deadline, lambda update: None)]
+            text: str = completion.whole(parts)["choices"][0]["text"]
+            return text
+        finally:
+            served.thread.close()
+
+    (output,) = llm.generate("the cat", **SETTINGS)
+    assert output.text == asyncio.run(answer())
+
+
+def test_a_seed_draws_a_text_again_for_its_prompt_alone(llm: LLM) -> None:
+    for output in llm.generate(PROMPTS, **SETTINGS):
+        again = llm.generate(output.prompt, **{**SETTINGS, "seed": output.seed})
+        assert again == [output]
+
+
+def test_pieces_of_a_stream_are_the_text_also_beside_others(llm: LLM) -> None:
+    (whole,) = llm.generate("the cat", **SETTINGS)
+    stream = llm.stream("the cat", **SETTINGS)
+    first = next(stream)
+    other = llm.generate("a dog", **SETTINGS)
+    assert first and "".join([first, *stream]) == whole.text
+    assert other == llm.generate("a dog", **SETTINGS)
+    left = llm.stream("the cat", **SETTINGS)
+    next(left)
+    left.close()
+    assert llm.generate(["the cat"], **SETTINGS) == [whole]
+
+
+def test_a_prompt_that_cannot_run_has_its_reason_and_the_others_run(llm: LLM) -> None:
+    long, (fine,) = "the cat " * 99, llm.generate("the cat", **SETTINGS)
+    first, second = llm.generate(["the cat", long], **SETTINGS)
+    assert first == fine
+    assert second.finish_reason == "error" and second.error and "too long" in second.error
+    assert (second.prompt, second.text, second.seed) == (long, "", numbered_seed(5, 1))
+    with pytest.raises(UserError, match="too long"):
+        llm.stream(long)
+    assert llm.generate([]) == []
+
+
+def test_defaults_are_the_configs(llm: LLM) -> None:
+    names = SampleConfig.model_fields.keys() - {"prompt"}
+    assert Settings.__annotations__.keys() == names
+    defaults = {name: getattr(SampleConfig(), name) for name in names}
+    assert llm.generate("the cat", **defaults) == llm.generate("the cat")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda llm: llm.generate("a", temprature=1), "temprature; did you mean temperature?"),
+        (lambda llm: llm.generate("a", max_tokens=1), "max_tokens; did you mean max_new_tokens?"),
+        (lambda llm: llm.stream("a", top_q=1), "unknown keyword top_q"),
+        (lambda llm: llm.generate("a", temperature=-1), "sample.temperature: must be at least 0"),
+        (lambda llm: llm.generate("a", top_k="5"), "sample.top_k: expects a whole number or null"),
+        (lambda llm: llm.generate(["a", 3]), "prompts[1] must be a string, got int"),
+        (lambda llm: LLM("a", precison="fp32"), "precison; did you mean precision?"),
+        (lambda llm: LLM("a", precision="fp16"), "generate.precision: expects auto, fp32 or bf16"),
+        (lambda llm: LLM("./nowhere"), "generate.model=./nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_names_what_is_wrong_and_the_nearest(
+    llm: LLM, wrong: Callable[[LLM], object], said: str
+) -> None:
+    with pytest.raises(UserError) as mistake:
+        wrong(llm)
+    assert said in str(mistake.value)
+
+
+def test_a_run_is_opened_by_its_name(model_dir: Path, tmp_path: Path, llm: LLM) -> None:
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "model").symlink_to(model_dir)
+    named = LLM("book", storage_path=str(tmp_path), precision="fp32")
+    newest = LLM(storage_path=str(tmp_path), precision="fp32")
+    for opened in (named, newest):
+        assert opened.generate("the cat", **SETTINGS) == llm.generate("the cat", **SETTINGS)
+
+
+def test_every_public_name_is_there_and_typed() -> None:
+    assert {name for name in gptray.__all__ if getattr(gptray, name, None) is None} == set()
+    assert set(gptray.__all__) <= set(dir(gptray))
+    with pytest.raises(AttributeError, match="no attribute 'Model'"):
+        gptray.Model  # noqa: B018
+    assert Options.__annotations__.keys() == {
+        "storage_path", "precision", "quantize", "use_gpu", "backend", "max_batch_size",
+    }  # fmt: skip
+    assert Output("a", "b", "length", 1, [2], 3).error is None
