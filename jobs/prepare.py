@@ -7,26 +7,9 @@
 Training does this by itself if it was not done; the same text and settings are prepared only once.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import Any
 
 from gptray.cli import run_job
-from gptray.config import Config
-
-
-def job(config: Config) -> dict[str, Any]:
-    from gptray.jobs.prepare.plan import prepare_and_count
-
-    return prepare_and_count(config)
-
-
-def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.jobs.prepare.plan import preparation_plan
-
-    return preparation_plan(config)
-
 
 if __name__ == "__main__":
-    sys.exit(run_job(job, name="prepare", doc=__doc__ or "", plan=plan))
+    sys.exit(run_job("prepare", doc=__doc__ or ""))

@@ -5,25 +5,9 @@ python jobs/serve.py serve.model=<run, model folder or hub id> serve.port=8080
 python jobs/serve.py ... serve.num_replicas=2 serve.api_key_file=keys.txt serve.host=0.0.0.0
 """
 
-from __future__ import annotations
-
 import sys
 
-from gptray.cli import line_printer, run_job
-from gptray.config import Config
-
-
-def job(config: Config) -> None:
-    from gptray.jobs.serve.run import serve
-
-    serve(config, answers=line_printer())
-
-
-def plan(config: Config) -> list[tuple[str, str]]:
-    from gptray.jobs.serve.check import serving_plan
-
-    return serving_plan(config)
-
+from gptray.cli import run_job
 
 if __name__ == "__main__":
-    sys.exit(run_job(job, name="serve", doc=__doc__ or "", plan=plan))
+    sys.exit(run_job("serve", doc=__doc__ or ""))

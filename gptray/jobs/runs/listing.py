@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, load_saved
-from gptray.reports.run.diagnosis import Diagnosis, diagnose
-from gptray.evaluation.result import EVALUATION, load_evaluation
 from gptray.config.names import PREPARED
-from gptray.record import EVENTS, METRICS, read_rows
+from gptray.evaluation.result import EVALUATION, load_evaluation
 from gptray.jobs.models import CONFIG, has_model, storage_of
 from gptray.jobs.next_steps import of_model
 from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import LOCK
+from gptray.record import EVENTS, METRICS, read_rows
+from gptray.reports.run.diagnosis import Diagnosis, diagnose
 from gptray.tuning.record import TRIALS, Trial, load_trials, trial_dir, winner_dir
 
 
