@@ -2,7 +2,7 @@
 
 import sys
 
-from gptray.jobs.doors import main
+from gptray.doors import main
 
 if __name__ == "__main__":
     sys.exit(main())

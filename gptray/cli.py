@@ -1,22 +1,21 @@
 """The command line that every job shares: arguments in, exit code and one JSON line out.
 
-Knows neither torch nor Ray, so that a wrong key is refused at once; what a job does is the
-function that it is given, and which keys there are is `gptray.config`'s.
+Imports neither torch nor Ray, so that a wrong key is refused at once. What a job does is its
+`gptray.jobs.base.Job`, and which keys there are is `gptray.config`'s.
 """
 
 from __future__ import annotations
 
 import errno
 import io
-import json
 import logging
 import os
 import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,14 +34,13 @@ from gptray.config.help import help_text
 from gptray.config.keys import field_specs
 from gptray.config.suggest import nearest, nearest_keys
 from gptray.files import cannot_write, is_storage
+from gptray.jobs.base import Job, Plan, find_job
 from gptray.signals import STOP_S, interrupting
-from gptray.standard_output import Unread, give_up, write_out
-from gptray.visible import visible, visible_json
+from gptray.standard_output import Unread, give_up, json_line, write_out
+from gptray.visible import visible
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 FLAGS = ("--config", "--dry-run", "--verbose", "--help")
-
-Plan = list[tuple[str, str]]
 
 
 @dataclass
@@ -58,34 +56,26 @@ class Arguments:
 
 
 def run_job(
-    job: Callable[[Config], dict[str, Any] | None],
-    *,
-    name: str,
-    doc: str,
-    plan: Callable[[Config], Plan],
-    argv: Sequence[str] | None = None,
+    name: str, *, doc: str, argv: Sequence[str] | None = None, job: Job[Any] | None = None
 ) -> int:
     """Run a job from the command line and return its exit code.
 
-    The job's dict becomes the last line of stdout; None: it printed that itself. UserError means
-    exit code 2, RunFailed and any other exception 1, SIGINT and SIGTERM 130.
+    UserError means exit code 2, RunFailed and any other exception 1, SIGINT and SIGTERM 130.
+
+    doc: the text above the keys in --help.
+    argv: None means the process's own arguments, and the process ends with the job.
+    job: None means the one of that name, see `find_job`.
     """
     if argv is None:
         _open_closed_streams()
         _use_utf8()
-    code = _run(job, name, doc, plan, argv)
+    code = _run(name, doc, argv, job)
     if argv is None and code in (FAILED, INTERRUPTED):
         _end_process(code)  # threads may still be waiting for a Ray that is gone
     return code
 
 
-def _run(
-    job: Callable[[Config], dict[str, Any] | None],
-    name: str,
-    doc: str,
-    plan: Callable[[Config], Plan],
-    argv: Sequence[str] | None,
-) -> int:
+def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     _print_what_can_be()
     try:
@@ -94,13 +84,15 @@ def _run(
             return DONE
         config = _config(arguments)
         if arguments.dry_run:
-            write_out(_plan_text(config, plan(config)))
+            job = job or find_job(name)
+            write_out(_plan_text(config, job.plan(job.check(config))))
             return DONE
         _log_to_stderr(verbose=arguments.verbose)
         with interrupting(lambda failure, is_again: _end_at_once(name, failure, is_again)):
-            result = job(config)
+            job = job or find_job(name)
+            result = job.run(job.check(config))
         if result is not None:
-            write_out(_json_line(result))
+            write_out(json_line(result))
         return DONE
     except ConfigError as error:
         _say(f"{error}\n{name}: nothing was started; --help lists every key")
@@ -162,18 +154,6 @@ def _print_what_can_be() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def line_printer() -> Callable[[dict[str, Any]], None]:
-    """What prints a job's JSON line before its end, to what stdout is now: Ray redirects it."""
-    stdout = sys.stdout
-
-    def print_line(result: dict[str, Any]) -> None:
-        # Where nobody reads the line any more, the job still runs on.
-        with redirect_stdout(stdout), suppress(Unread):
-            write_out(_json_line(result))
-
-    return print_line
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -245,7 +225,7 @@ def _plan_text(config: Config, rows: Plan) -> str:
     own, of_all = dump_differences(config), len(field_specs(Config))
     differing = len(differences(config))
     others = f"# {of_all - differing} of {of_all} keys have their defaults (--help lists them)"
-    last = _json_line({"dry_run": True, "plan": dict(rows)})
+    last = json_line({"dry_run": True, "plan": dict(rows)})
     return "\n".join([*_comments(rows), *own.splitlines(), others, last])
 
 
@@ -262,11 +242,6 @@ def _comments(rows: Plan) -> Iterator[str]:
             break_long_words=False,
             break_on_hyphens=False,
         )
-
-
-def _json_line(result: dict[str, Any]) -> str:
-    ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-    return visible_json(json.dumps(result, allow_nan=False, ensure_ascii=ascii_only)) + "\n"
 
 
 def _say(message: str) -> None:

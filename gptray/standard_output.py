@@ -1,12 +1,16 @@
-"""What jobs print as their results, and what is said when that cannot be written."""
+"""What jobs print as their results, and what they say where that cannot be written."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from typing import TextIO
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from typing import Any, TextIO
 
 from gptray.config import RunFailed
+from gptray.visible import visible_json
 
 
 class Unread(Exception):
@@ -29,6 +33,26 @@ def write_out(text: str) -> None:
     except OSError as error:
         give_up(sys.stdout)
         raise RunFailed(f"cannot write to standard output: {error.strerror}") from None
+
+
+def json_line(result: dict[str, Any]) -> str:
+    """A result as one line of JSON, in characters that standard output can show."""
+    ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    return visible_json(json.dumps(result, allow_nan=False, ensure_ascii=ascii_only)) + "\n"
+
+
+def line_printer() -> Callable[[dict[str, Any]], None]:
+    """A function that prints a result before the job ends, to the stdout of now: Ray redirects it.
+
+    Where nobody reads the line any more, the job still runs on.
+    """
+    stdout = sys.stdout
+
+    def print_line(result: dict[str, Any]) -> None:
+        with redirect_stdout(stdout), suppress(Unread):
+            write_out(json_line(result))
+
+    return print_line
 
 
 def give_up(stream: TextIO) -> None:

@@ -1,6 +1,6 @@
 import sys
 
-from gptray.jobs.doors import run
+from gptray.doors import run
 
 if __name__ == "__main__":
     sys.exit(run("train"))

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from gptray.cli import Plan, run_job
+from gptray.cli import run_job
 from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.config.keys import field_specs
+from gptray.jobs.base import Job, Plan
 
 ROOT = Path(__file__).resolve().parent.parent
-Job = Callable[[Config], dict[str, Any]]
+Run = Callable[[Config], dict[str, Any]]
 
 
 def steps(config: Config) -> dict[str, Any]:
@@ -32,11 +33,12 @@ def rows(config: Config) -> list[tuple[str, str]]:
     return [("tokens per step", f"{config.tokens_per_step:,}"), ("run folder", "~/gptray/a")]
 
 
-def run(*argv: str, job: Job = steps, plan: Callable[[Config], Plan] = rows) -> int:
-    return run_job(job, name="train", doc="Train a GPT on text.", plan=plan, argv=argv)
+def run(*argv: str, job: Run = steps, plan: Callable[[Config], Plan] = rows) -> int:
+    tried = Job(check=lambda config: config, plan=plan, run=job)
+    return run_job("train", doc="Train a GPT on text.", argv=argv, job=tried)
 
 
-def raising(error: BaseException) -> Job:
+def raising(error: BaseException) -> Run:
     def job(config: Config) -> dict[str, Any]:
         raise error
 
@@ -86,7 +88,7 @@ def test_a_plan_folds_to_the_terminal_and_stays_a_config_file(
         return [("files", "report.html " * 20), ("path", "/" + "a" * 90)]
 
     monkeypatch.setenv("COLUMNS", "60")
-    assert run_job(steps, name="a", doc="b", plan=long, argv=["--dry-run", "name=a"]) == 0
+    assert run("--dry-run", "name=a", plan=long) == 0
     *lines, _ = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if "aaa" not in line) <= 60
     assert f"/{'a' * 90}" in "".join(lines), "a path is not cut"
@@ -214,8 +216,10 @@ def test_sigterm_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_reader_that_stopped_is_no_error() -> None:
     code = (
-        "from gptray.cli import Plan, run_job\n"
-        "run_job(dict, name='a', doc='b', plan=lambda config: [], argv=['--dry-run'])"
+        "from gptray.cli import run_job\n"
+        "from gptray.jobs.base import Job\n"
+        "job = Job(lambda config: config, lambda config: [], dict)\n"
+        "run_job('a', doc='b', argv=['--dry-run'], job=job)"
     )
     read_end, write_end = os.pipe()
     os.close(read_end)

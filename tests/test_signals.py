@@ -17,6 +17,7 @@ import pytest
 PRELUDE = """
 import signal, sys, threading
 from gptray.cli import run_job
+from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.signals import fail, leaving_within
 
@@ -36,7 +37,8 @@ def wait_forever(*signal):
             say("interrupted again")
 """
 END = """
-sys.exit(run_job(job, name="tried", doc="", plan=lambda config: []))
+tried = Job(check=lambda config: config, plan=lambda config: [], run=job)
+sys.exit(run_job("tried", doc="", job=tried))
 """
 
 

@@ -15,7 +15,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.files import sha256_of
 from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import held, outcome, resolve, set_ray_snapshot_aside
-from gptray.jobs.train.check import check_run
+from gptray.jobs.train.check import check
 from gptray.jobs.train.watch import show_samples, watching
 from gptray.record import read_rows
 from gptray.training.loop import fit
@@ -45,8 +45,8 @@ def config_in(storage: Path) -> Config:
 
 def job(config: Config, *, kill_at: int | None = None) -> dict[str, Any]:
     """Train or resume, as the job does."""
-    checked = check_run(config)
-    folder, data = checked.folder, checked.data
+    checked = check(config)
+    folder, data = checked.folder, checked.text.data
     assert data
 
     def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:

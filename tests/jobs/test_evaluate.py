@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from gptray.config import Config, ModelConfig, RunFailed, UserError, load_config
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
-from gptray.jobs.evaluate.run import evaluate, evaluation_plan
+from gptray.jobs.evaluate.check import check, plan
+from gptray.jobs.evaluate.run import evaluate
 from gptray.jobs.prepare.run import prepare
 from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import outcome, resolve, run_dir
@@ -265,7 +266,7 @@ def test_mistakes_are_told_before_ray_starts(
     places |= {name: tmp_path / name for name in ("other", "misfit")}
     config = config_of(storage, *(text.format(**places) for text in overrides))
     with pytest.raises(UserError, match=message):
-        evaluation_plan(config)
+        check(config)
 
 
 def test_results_are_kept_with_the_run_and_those_of_a_checkpoint_apart(
@@ -277,9 +278,9 @@ def test_results_are_kept_with_the_run_and_those_of_a_checkpoint_apart(
         ("run/model", "run"),
         ("run/checkpoint_000010", "run-checkpoint-000010-[0-9a-f]{6}"),
     ):
-        plan = dict(evaluation_plan(config_of(storage, f"evaluate.model={storage / source}")))
-        assert re.match(f"{storage}/{place}/: evaluation.json", plan["files"])
-        assert "windows" in plan["test"]  # the run's own text, prepared for its training
+        rows = dict(plan(check(config_of(storage, f"evaluate.model={storage / source}"))))
+        assert re.match(f"{storage}/{place}/: evaluation.json", rows["files"])
+        assert "windows" in rows["test"]  # the run's own text, prepared for its training
 
 
 def test_text_that_is_too_short_or_not_the_models_is_refused(

@@ -17,14 +17,16 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, UserError, dump, load_config
-from gptray.jobs.evaluate.check import look
+from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_model
 from gptray.jobs.models import find_model, with_tokenizer
-from gptray.jobs.prepare.plan import preparation_plan
+from gptray.jobs.prepare.check import check as check_preparation
+from gptray.jobs.prepare.check import plan as preparation_plan
 from gptray.jobs.run_folder import resolve
-from gptray.jobs.serve.check import check_endpoint, user_config
-from gptray.jobs.train.check import check_run
-from gptray.jobs.tune.check import look_at_sweep
+from gptray.jobs.serve.check import check as check_endpoint
+from gptray.jobs.serve.check import user_config
+from gptray.jobs.train.check import check as check_training
+from gptray.jobs.tune.check import check as check_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 # Every key that names a model.
@@ -63,13 +65,13 @@ def test_a_runs_name_is_taken_wherever_a_model_is_named(storage: Path) -> None:
     assert served == {"model": str(run), "served_model_name": "ko-q"}
     shape = resolve(config_of(storage, "model.init_from=ko-q", "train.block_size=8")).model
     assert shape.init_from == str(run / "model") and shape.n_positions == 64
-    plan = dict(preparation_plan(config_of(storage, "data.tokenizer=ko-q")))
+    plan = dict(preparation_plan(check_preparation(config_of(storage, "data.tokenizer=ko-q"))))
     assert plan["tokenizer"] == str(run)
 
 
 def test_a_runs_name_is_evaluated(storage: Path, text_file: Path) -> None:
     overrides = [f"evaluate.source={text_file}", "evaluate.model=ko-q"]
-    assert look(config_of(storage, *overrides)).model_dir == storage / "ko-q" / "model"
+    assert check_evaluation(config_of(storage, *overrides)).model_dir == storage / "ko-q" / "model"
 
 
 def test_a_folder_without_a_model_does_not_hide_a_run(
@@ -91,11 +93,11 @@ def refused(key: str, storage: Path, source: str) -> str:
         if key == "serve.model":
             check_endpoint(config)
         elif key == "evaluate.model":
-            look(config)
+            check_evaluation(config)
         elif key == "generate.model":
             check_model(config)
         else:
-            check_run(config)
+            check_training(config)
     return str(told.value)
 
 
@@ -129,8 +131,8 @@ def test_a_search_space_takes_the_folder_of_a_run(storage: Path) -> None:
         ("ko-p", f"no such run in {storage}, .*; did you mean ko-q"),
     ):
         with pytest.raises(UserError, match=f"^data.tokenizer={name}: {told}"):
-            look_at_sweep(config_of(storage, f"tune.space={space % name}", *keys))
-    look_at_sweep(config_of(storage, f"tune.space={space % (storage / 'ko-q')}", *keys))
+            check_sweep(config_of(storage, f"tune.space={space % name}", *keys))
+    check_sweep(config_of(storage, f"tune.space={space % (storage / 'ko-q')}", *keys))
 
 
 def test_a_misspelt_name_gets_the_nearest_runs(storage: Path) -> None:
@@ -139,10 +141,10 @@ def test_a_misspelt_name_gets_the_nearest_runs(storage: Path) -> None:
 
 
 def test_preparing_takes_the_tokenizer_of_the_run_to_start_from(storage: Path) -> None:
-    plan = dict(preparation_plan(config_of(storage, "model.init_from=ko-q")))
+    plan = dict(preparation_plan(check_preparation(config_of(storage, "model.init_from=ko-q"))))
     assert plan["tokenizer"] == str(storage / "ko-q")
     with pytest.raises(UserError, match=r"^model.init_from=ko-p: .*; did you mean ko-q\?$"):
-        preparation_plan(config_of(storage, "model.init_from=ko-p"))
+        check_preparation(config_of(storage, "model.init_from=ko-p"))
 
 
 def test_a_folder_without_a_tokenizer_does_not_hide_a_run(storage: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_home_that_nobody_has_is_one_sentence(storage: Path, key: str) -> None
     told = f"{key}={place}: no home folder is known for ~nobody-of-this-name; give the whole path"
     assert refused(key, storage, place) == told
     if key in ("data.tokenizer", "storage_path", "data.source"):
-        for check in (preparation_plan, look):
+        for check in (check_preparation, check_evaluation):
             with pytest.raises(UserError, match=f"(^|\n){told}"):
                 check(config_of(storage, "evaluate.model=ko-q", f"{key}={place}"))
 

@@ -14,12 +14,8 @@ import pytest
 from gptray.config import Config, UserError, override
 from gptray.data.tokenizer import char_tokenizer, train_bpe
 from gptray.data.tokens import TokenData
-from gptray.jobs.prepare.plan import preparation_plan, prepare_and_count
-from gptray.jobs.prepare.run import (
-    check_sources,
-    prepare,
-    prepared,
-)
+from gptray.jobs.prepare.check import check, check_text, plan, prepared
+from gptray.jobs.prepare.run import prepare, run
 from tests.data import foreign
 from tests.data.reference import (
     expected_runs,
@@ -121,14 +117,14 @@ def test_book_beside_a_readme_gives_the_shares_asked_for(ray_cluster: None, tmp_
     write_bytes(folder / "book.txt", "".join(TEXTS * 5).encode())
     write_bytes(folder / "README.md", b"# About the book\n" * 30)
     for seed in (1, 2):
-        result = prepare_and_count(config_for(folder, tmp_path, split=[0.9, 0.1], seed=seed))
+        result = run(check(config_for(folder, tmp_path, split=[0.9, 0.1], seed=seed)))
         total = sum(result["bytes"].values())
         assert result["bytes"]["val"] / total == pytest.approx(0.1, abs=0.02)
         assert sum(result["split_documents"].values()) == 3
         assert len(result["warnings"]) == 1  # of the markers in TEXTS
-    with_test = prepare_and_count(config_for(folder, tmp_path, split="80:10:10", seed=2))
+    with_test = run(check(config_for(folder, tmp_path, split="80:10:10", seed=2)))
     assert with_test["bytes"]["val"] == result["bytes"]["val"]
-    rows = dict(preparation_plan(config_for(folder, tmp_path, split="80:10:10", seed=2)))
+    rows = dict(plan(check(config_for(folder, tmp_path, split="80:10:10", seed=2))))
     assert rows["source"] == "2 files, 0.0 MB: train 80.0%, val 10.0%, test 10.0%"
     assert rows["test"].endswith(f" {with_test['tokens']['test']:,} tokens")
     assert rows["warnings"] == with_test["warnings"][0]
@@ -164,10 +160,10 @@ def test_builtin_needs_no_file(ray_cluster: None, tmp_path: Path) -> None:
 def test_prepared_data_is_used_again(ray_cluster: None, rows: Path, tmp_path: Path) -> None:
     config = config_for(rows, tmp_path)
     assert prepared(config) is None
-    first = prepare_and_count(config)
+    first = run(check(config))
     assert first["built"]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
-    again = prepare_and_count(config)
+    again = run(check(config))
     assert not again["built"]
     assert again["data_dir"] == first["data_dir"]
     assert again["tokens"] == first["tokens"]
@@ -265,12 +261,12 @@ def test_what_killed_attempts_left_goes_once_it_is_old(
     assert left_in(tmp_path) == [f".{name}.young", name]
 
 
-def test_check_sources_tells_everything_at_once_without_ray(tmp_path: Path) -> None:
+def test_check_text_tells_everything_at_once_without_ray(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", ["x"], column="body")
     write_rows(tmp_path / "b.csv", ["x"], column="tekst")
     config = config_for(tmp_path, tmp_path / ".storage", tokenizer="./nowhere")
     with pytest.raises(UserError) as caught:
-        check_sources(config)
+        check_text(config)
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
     assert "a.jsonl" in lines[0] and "columns: id, body" in lines[0]
@@ -283,14 +279,14 @@ def test_a_row_too_wide_far_down_a_csv_file_is_told_without_ray(tmp_path: Path) 
     (tmp_path / "t.csv").write_text("\n".join(lines))
     config = config_for(tmp_path / "t.csv", tmp_path / "s", tokenizer="char")
     with pytest.raises(UserError, match=r"t\.csv:20002: 3 fields where the header has 2"):
-        check_sources(config)
+        check_text(config)
 
 
-def test_check_sources_accepts_what_can_be_prepared(rows: Path, tmp_path: Path) -> None:
-    check_sources(Config())
-    check_sources(config_for(rows, tmp_path))
+def test_check_text_accepts_what_can_be_prepared(rows: Path, tmp_path: Path) -> None:
+    check_text(Config())
+    check_text(config_for(rows, tmp_path))
     with pytest.raises(UserError) as caught:
-        check_sources(config_for(tmp_path / "no.txt", tmp_path, tokenizer="bpee"))
+        check_text(config_for(tmp_path / "no.txt", tmp_path, tokenizer="bpee"))
     assert "there is no such file" in str(caught.value)
     assert "did you mean bpe?" in str(caught.value)
 
@@ -309,8 +305,8 @@ def test_what_a_tokenizer_loses_is_counted_told_and_kept(
     name = str(foreign.save(foreign.wordpiece(), tmp_path / "bert"))
     config = config_for(rows, tmp_path, tokenizer=name, eos_token="[SEP]", split=[0.5, 0.5])
     with caplog.at_level(logging.WARNING, "gptray"):
-        line = prepare_and_count(config)
-        prepare_and_count(config)  # told each time
+        line = run(check(config))
+        run(check(config))  # told each time
     data = prepared(config)
     assert data
     manifest = data.manifest
@@ -330,7 +326,7 @@ def test_what_a_tokenizer_loses_is_counted_told_and_kept(
         assert split["lost_bytes"] == sum(shard["lost_bytes"] for shard in split["shards"])
         assert line["lost"][name] == pytest.approx(split["lost_bytes"] / split["bytes"], abs=1e-6)
     assert data.tokenizer.eos_token == manifest["tokenizer"]["eos_token"] == "[SEP]"
-    assert ("lost", data.loses) in preparation_plan(config)
+    assert ("lost", data.loses) in plan(check(config))
 
 
 def test_text_that_the_tokenizer_cannot_read_names_file_and_word(

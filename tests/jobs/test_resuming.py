@@ -19,7 +19,8 @@ from gptray.jobs.resuming import (
 )
 from gptray.jobs.run_folder import held, resolve, run_dir
 from gptray.jobs.storage import check_storage
-from gptray.jobs.tune.check import how_to_extend, look_at_sweep
+from gptray.jobs.tune.check import check as check_sweep
+from gptray.jobs.tune.check import how_to_extend
 from gptray.record import METRICS, write_event
 from gptray.training.checkpoint import TrainerState
 from gptray.training.stopping import Progress
@@ -178,7 +179,7 @@ def sweep_of(tmp_path: Path, *keys: str) -> Any:
     words = [f"storage_path={tmp_path}", "name=sweep", "compute.cpus_per_worker=1", *keys]
     if not any(key.startswith("tune.space=") for key in keys):
         words.append(SPACE)
-    return look_at_sweep(load_config(None, words))
+    return check_sweep(load_config(None, words))
 
 
 def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_a_finished_sweep_offers_more_trials_if_its_space_has_more(
         return
     words = shlex.split(told.partition("more trials: ")[2].partition(";")[0])
     assert words[:3] == ["python", "jobs/tune.py", "--config"]
-    more = look_at_sweep(load_config(words[3], words[4:]))
+    more = check_sweep(load_config(words[3], words[4:]))
     assert more.config.tune.num_samples == 8 and len(more.trials) > len(first.trials)
 
 

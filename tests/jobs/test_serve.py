@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from gptray.config import Config, UserError, load_config, override
-from gptray.jobs.serve.check import check_endpoint, serving_plan
-from gptray.jobs.serve.worker import USER_CONFIG, Replica
+from gptray.jobs.serve.check import check, plan
+from gptray.jobs.serve.worker import USER_CONFIG, Replica, ReplicaTask
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
 from tests.processes import listening
 
@@ -121,7 +121,7 @@ def test_every_mistake_is_told_before_ray_starts(tmp_path: Path, folder: Path) -
             f"serve.api_key_file={tmp_path}/keys",
         ]
         with pytest.raises(UserError) as told:
-            check_endpoint(load_config(None, wrong))
+            check(load_config(None, wrong))
     assert "serve.model" in str(told.value) and "no such folder" in str(told.value)
     assert f"serve.port={port} cannot be listened on" in str(told.value)
     assert "serve.api_key_file" in str(told.value) and "no key" in str(told.value)
@@ -131,17 +131,17 @@ def test_every_mistake_is_told_before_ray_starts(tmp_path: Path, folder: Path) -
         ("serve.max_output_tokens=1025", "context of 1024"),
     ):
         with pytest.raises(UserError, match=message):
-            check_endpoint(load_config(None, [f"serve.model={folder}", argument]))
+            check(load_config(None, [f"serve.model={folder}", argument]))
 
 
 def test_the_plan_names_model_and_url(folder: Path) -> None:
-    plan = dict(serving_plan(load_config(None, [f"serve.model={folder}", "serve.host=0.0.0.0"])))
-    assert plan["model"].endswith("called tiny") and plan["url"] == "http://127.0.0.1:8000"
+    rows = dict(plan(check(load_config(None, [f"serve.model={folder}", "serve.host=0.0.0.0"]))))
+    assert rows["model"].endswith("called tiny") and rows["url"] == "http://127.0.0.1:8000"
 
 
 def test_a_model_that_cannot_be_had_leaves_the_one_in_use(folder: Path) -> None:
     async def replaced() -> None:
-        replica = Replica(Config().model_dump(mode="json"), [], torch.get_num_threads())
+        replica = Replica(ReplicaTask(Config(), [], torch.get_num_threads()))
         app = replica.__serve_build_asgi_app__()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:

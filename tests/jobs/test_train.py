@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptray.config import Config, RunFailed, UserError, load_config, override
-from gptray.jobs.train.plan import training_plan
+from gptray.jobs.train.check import check
 from gptray.jobs.train.run import train
 from gptray.record import EVENTS, read_rows
 from tests.tiny import tiny_config, tiny_text
@@ -168,7 +168,7 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_once_and_the_same_comman
     assert load_config(str(run_dir / "config.yaml"), []).train.max_steps == 6
     assert load_config(str(run_dir / "config.1.yaml"), []).train.max_steps == 4
     with pytest.raises(UserError, match="has made 6 steps already"):
-        training_plan(override(config, {"train.max_steps": 5}))
+        check(override(config, {"train.max_steps": 5}))
 
 
 def test_all_checkpoints_damaged_stops_before_training(text_file: Path, tmp_path: Path) -> None:
@@ -235,4 +235,4 @@ def test_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     # Once the text is prepared the dry run knows it too.
     with pytest.raises(UserError, match=r"training text is too short.*train\.block_size"):
-        training_plan(config)
+        check(config)

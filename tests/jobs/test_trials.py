@@ -11,7 +11,9 @@ import pytest
 
 from gptray.config import Config, dump, override
 from gptray.jobs.cluster import trial_resources
+from gptray.jobs.train.task import TrainTask
 from gptray.jobs.tune.suggestions import Suggestions
+from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.trials import Rungs
 from gptray.jobs.tune.worker import run_trial
 from gptray.record import METRICS
@@ -31,8 +33,8 @@ def past(
 
 
 def live(rungs: Rungs, name: str, *, is_cut: bool = True) -> SimpleNamespace:
-    config = {"trial": name, "is_cut": is_cut, "config": {"train": {"max_steps": 60}}}
-    trial = SimpleNamespace(trial_id=f"ray-{name}", config=config)
+    task = TrialTask(name, TrainTask(CONFIG, Path(), Path(), threads=1), is_cut=is_cut)
+    trial = SimpleNamespace(trial_id=f"ray-{name}", config={"task": task})
     rungs.on_trial_add(None, trial)
     return trial
 
@@ -166,7 +168,7 @@ def test_trials_share_two_cores_out(
 
 
 def test_a_trial_whose_text_is_gone_may_run_again(tmp_path: Path) -> None:
-    settings = {"trial": "0000", "run_dir": str(tmp_path), "data_dir": str(tmp_path / "gone")}
-    result = run_trial({**settings, "config": CONFIG.model_dump(mode="json"), "threads": 1})
+    run = TrainTask(CONFIG, tmp_path / "gone", tmp_path, threads=1)
+    result = run_trial(TrialTask("0000", run, is_cut=True))
     assert (result["outcome"], result["passing"]) == ("failed", True)
     assert "manifest.json cannot be read" in result["message"]

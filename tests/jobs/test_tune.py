@@ -18,12 +18,12 @@ from pyarrow import parquet
 from gptray.config import Config, RunFailed, TuneConfig, UserError, dump, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
-from gptray.jobs.evaluate.check import look
-from gptray.jobs.prepare.run import prepared
+from gptray.jobs.evaluate.check import check as check_evaluation
+from gptray.jobs.prepare.check import prepared
 from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import resolve
 from gptray.jobs.train.run import train
-from gptray.jobs.tune.check import look_at_sweep
+from gptray.jobs.tune.check import check
 from gptray.jobs.tune.run import tune
 from gptray.record import EVENTS, read_rows
 from gptray.training.loop import fit
@@ -137,17 +137,17 @@ def test_a_finished_sweep_says_the_same_again_and_refuses_other_settings(
 
 
 def test_a_sweep_is_evaluated_as_its_winner(folder: Path) -> None:
-    subject = look(load_config(None, [f"evaluate.model={folder}"]))
-    assert subject.model_dir == trial_dir(folder, "0003") / "model"
-    assert subject.is_own_text and len(subject.text.data.split) == 3
-    assert subject.prepared() is not None
+    checked = check_evaluation(load_config(None, [f"evaluate.model={folder}"]))
+    assert checked.model_dir == trial_dir(folder, "0003") / "model"
+    assert checked.is_own_text and len(checked.text.config.data.split) == 3
+    assert checked.text.data is not None
 
 
 def test_a_sweep_of_which_nothing_comes_fails_with_the_reasons(
     tiny_data: TokenData, text_file: Path, data_root: Path
 ) -> None:
     space = [{"path": "model.dropout", "choice": [0.2]}]
-    plan = look_at_sweep(sweep_config(text_file, data_root, "wreck", space=space, baseline=False))
+    plan = check(sweep_config(text_file, data_root, "wreck", space=space, baseline=False))
     plan.folder.mkdir()
     save_config(plan.config, plan.folder)
     record = Record(plan.folder)

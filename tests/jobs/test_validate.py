@@ -15,9 +15,9 @@ from gptray.config import UserError, override
 from gptray.data.tokens import TokenData
 from gptray.jobs.resuming import is_finished, save_config
 from gptray.jobs.run_folder import resolve
-from gptray.jobs.train.plan import training_plan
+from gptray.jobs.train.check import check
 from gptray.jobs.train.run import fit_on_ray, train
-from gptray.jobs.tune.check import sweep_plan
+from gptray.jobs.tune.check import check as check_sweep
 from gptray.training.checkpoint import TrainerState
 from gptray.training.loop import fit
 from gptray.training.stopping import Progress
@@ -55,7 +55,7 @@ def test_spare_worker_tells_what_goes_wrong_and_gives_the_bits_of_validation_in_
     run_dir.mkdir()
     save_config(mistaken, run_dir)
     with pytest.raises(UserError, match="'@'"):
-        fit_on_ray(mistaken, tiny_data, run_dir)
+        fit_on_ray(mistaken, tiny_data.data_dir, run_dir)
     assert "val_loss" not in timeless(run_dir)[4]
     result = train(config)
     fit(
@@ -92,16 +92,16 @@ def test_machine_without_a_worker_to_spare_is_refused_before_anything_starts(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cores = len(os.sched_getaffinity(0))
     workers = (f"compute.num_workers={cores}", f"train.global_batch_size={cores}")
-    training_plan(tiny_config(text_file, tmp_path, *workers))
+    check(tiny_config(text_file, tmp_path, *workers))
     config = tiny_config(text_file, tmp_path, *workers, "train.async_validation=true")
     with pytest.raises(
         UserError, match=rf"async_validation=true .* {cores + 1} cores; .* {cores}\."
     ):
-        training_plan(config)
+        check(config)
 
 
 def test_sweep_is_refused(text_file: Path, tmp_path: Path) -> None:
     space = "tune.space=[{path: model.dropout, uniform: [0, 0.3]}]"
-    sweep_plan(tiny_config(text_file, tmp_path, space))
+    check_sweep(tiny_config(text_file, tmp_path, space))
     with pytest.raises(UserError, match=r"train\.async_validation=true is for single runs"):
-        sweep_plan(tiny_config(text_file, tmp_path, space, "train.async_validation=true"))
+        check_sweep(tiny_config(text_file, tmp_path, space, "train.async_validation=true"))

@@ -10,9 +10,9 @@ import pytest
 from gptray.config import Config, ConfigError, ModelConfig, UserError, load_config
 from gptray.data.tokenizer import Tokenizer, train_bpe
 from gptray.jobs.run_folder import resolve
+from gptray.jobs.train.check import check
 from gptray.jobs.train.embedding import check_vocabulary
-from gptray.jobs.train.plan import training_plan
-from gptray.jobs.tune.check import look_at_sweep
+from gptray.jobs.tune.check import check as check_sweep
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
 from tests.data import foreign
@@ -63,8 +63,8 @@ def test_added_tokens_need_rows(tmp_path: Path, own: Tokenizer) -> None:
     added = with_added(tmp_path / "added", "<|user|>", "<|bot|>")
     message = rf"has {own.vocab_size + 2} tokens, .* only {own.vocab_size} rows; set model\.resize"
     with pytest.raises(UserError, match=message):
-        training_plan(config(tmp_path, f"data.tokenizer={added}"))
-    training_plan(config(tmp_path, f"data.tokenizer={added}", "model.resize_vocab=true"))
+        check(config(tmp_path, f"data.tokenizer={added}"))
+    check(config(tmp_path, f"data.tokenizer={added}", "model.resize_vocab=true"))
 
 
 def test_added_tokens_that_fit_into_padding_need_nothing(tmp_path: Path, own: Tokenizer) -> None:
@@ -84,8 +84,8 @@ def test_tokens_added_in_the_models_own_folder_need_rows(tmp_path: Path, own: To
 def test_a_new_tokenizer_is_refused(tmp_path: Path, own: Tokenizer, kind: str) -> None:
     message = rf"^data\.tokenizer={kind}: a new tokenizer's ids .*model\.resize_vocab=true"
     with pytest.raises(UserError, match=message):
-        training_plan(config(tmp_path, f"data.tokenizer={kind}"))
-    training_plan(config(tmp_path, f"data.tokenizer={kind}", "model.resize_vocab=true"))
+        check(config(tmp_path, f"data.tokenizer={kind}"))
+    check(config(tmp_path, f"data.tokenizer={kind}", "model.resize_vocab=true"))
 
 
 def test_a_foreign_tokenizer_is_refused_with_the_number_of_other_ids(
@@ -99,7 +99,7 @@ def test_a_foreign_tokenizer_is_refused_with_the_number_of_other_ids(
 def test_every_trial_of_a_sweep_is_checked(tmp_path: Path, own: Tokenizer) -> None:
     space = json.dumps([{"path": "data.tokenizer", "choice": ["bpe", "char"]}])
     with pytest.raises(UserError, match=r"model\.resize_vocab=true"):
-        look_at_sweep(config(tmp_path, "name=null", f"tune.space={space}"))
+        check_sweep(config(tmp_path, "name=null", f"tune.space={space}"))
 
 
 def test_without_a_tokenizer_nothing_tells_what_rows_mean(tmp_path: Path, own: Tokenizer) -> None:
@@ -138,15 +138,15 @@ def unreadable(tmp_path: Path, *words: str) -> Config:
 def test_a_prompt_that_the_tokenizer_cannot_read_is_refused_at_once(tmp_path: Path) -> None:
     message = r"^sample\.prompt='the zebra': .* does not know 'zebra'"
     with pytest.raises(UserError, match=message):
-        training_plan(unreadable(tmp_path))
+        check(unreadable(tmp_path))
     space = json.dumps([{"path": "model.dropout", "choice": [0.0, 0.1]}])
     with pytest.raises(UserError, match=message):
-        look_at_sweep(unreadable(tmp_path, f"tune.space={space}"))
-    training_plan(unreadable(tmp_path, "sample.prompt=the cat", 'sample.stop="zebra"'))
+        check_sweep(unreadable(tmp_path, f"tune.space={space}"))
+    check(unreadable(tmp_path, "sample.prompt=the cat", 'sample.stop="zebra"'))
 
 
 def test_the_end_of_texts_name_in_a_prompt_is_read_where_it_is_allowed(tmp_path: Path) -> None:
     prompt = "sample.prompt=the cat</s>the dog"
     with pytest.raises(UserError, match=r"does not know '.*</s>.*'"):
-        training_plan(unreadable(tmp_path, prompt))
-    training_plan(unreadable(tmp_path, prompt, "sample.parse_special=true"))
+        check(unreadable(tmp_path, prompt))
+    check(unreadable(tmp_path, prompt, "sample.parse_special=true"))

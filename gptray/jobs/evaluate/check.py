@@ -1,18 +1,18 @@
-"""What an evaluate job is about: which model, on which text, in which windows, saved where.
+"""An evaluation checked before it starts: which model, on which text, in which windows.
 
-Found and checked without torch and without Ray, as far as that can be known.
+Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, flatten, load_config, override
-from gptray.config.names import label_of
 from gptray.data.request import Request, make_request, tokenizer_name, whole_request
 from gptray.data.scoring import Windows
 from gptray.data.split import LONG_NAMES
@@ -20,39 +20,30 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
-from gptray.evaluation.result import EVALUATION
-from gptray.files import absolute
+from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.models import (
-    find_model,
-    has_model,
-    newest_run,
-    storage_of,
-    weights_sha256,
-    with_tokenizer,
-)
+from gptray.jobs.evaluate.folders import model_to_evaluate, results_folder, run_of
+from gptray.jobs.models import weights_sha256, with_tokenizer
 from gptray.jobs.places import with_whole_paths
-from gptray.jobs.prepare.run import check_sources, prepare, prepared
-from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.storage import check_storage
 from gptray.model.shape import read_shape
-from gptray.training.checkpoint import TrainerState, checkpoint_step, newest_whole
-from gptray.tuning.record import crowned_dir
+from gptray.training.checkpoint import TrainerState, newest_whole
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A job that has been looked at: its model exists, and so do the files of its text.
+class CheckedEvaluation:
+    """An evaluation that can start: its model exists, and so do the files of its text.
 
     run: the run whose best model or checkpoint this is; None for any other folder.
-    text: the config that says what text, tokenizer and split there are.
-    is_own_text: whether the run was trained on that very text.
+    is_own_text: whether the run was trained on this text.
+    folder: where the results go.
     """
 
     config: Config
     model_dir: Path
     run: Path | None
-    text: Config
+    text: CheckedText
     is_own_text: bool
     block_size: int
     stride: int
@@ -77,26 +68,11 @@ class Subject:
             return None  # there is none to ask
         return TrainerState.load(checkpoint).data if checkpoint else None
 
-    def request(self, config: Config) -> Request:
-        """The text to prepare: the splits, or all of `evaluate.source`."""
-        source = self.config.evaluate.source
-        if source is None:
-            return make_request(config)
-        return whole_request(config, source, key="evaluate.source")
-
     @property
     def source(self) -> list[str]:
         """What says where the text is."""
-        source = self.config.evaluate.source or self.text.data.source
+        source = self.config.evaluate.source or self.text.config.data.source
         return [source] if isinstance(source, str) else list(source)
-
-    def prepared(self) -> TokenData | None:
-        """The text's tokens, where they are there already."""
-        return prepared(self.text, self.request)
-
-    def prepare(self) -> TokenData:
-        """The text's tokens; needs Ray where they are not there already."""
-        return prepare(self.text, self.request)
 
     def windows(self, data: TokenData) -> dict[str, tuple[Windows, list[int]]]:
         """The windows of each split that there is, and which of them to score."""
@@ -108,7 +84,7 @@ class Subject:
         return found
 
 
-def look(config: Config) -> Subject:
+def check(config: Config) -> CheckedEvaluation:
     """Find the model and the text. Raises UserError naming the key or the file."""
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
@@ -118,56 +94,58 @@ def look(config: Config) -> Subject:
             f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
             "node sees"
         )
-    model_dir = _trained(find_model(config, _source(config), key="evaluate.model")[0].resolve())
-    run = _run_of(model_dir)
+    model_dir = model_to_evaluate(config)
+    run = run_of(model_dir)
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
     text = _text(config, trained, run, model_dir)
-    subject = Subject(
+    folder = results_folder(config, model_dir, run)
+    checked = CheckedEvaluation(
         config=config,
         model_dir=model_dir,
         run=run,
-        text=text,
+        text=check_text(text, partial(_request, config.evaluate.source)),
         is_own_text=trained is not None and _is_own_text(config, text, trained),
         block_size=block_size,
         stride=stride,
-        folder=run if run and run / "model" == model_dir else _folder(config, model_dir, run),
+        folder=folder,
     )
-    check_sources(text, subject.request)
     check_storage(text.model_copy(update={"evaluate": config.evaluate}))
-    _check_tokenizer(subject)
-    found = subject.prepared()
-    if found:
-        check_text(subject, found)
-    return subject
+    _check_tokenizer(checked)
+    if checked.text.data:
+        check_tokens(checked, checked.text.data)
+    return checked
 
 
-def _source(config: Config) -> str | None:
-    """What `evaluate.model` says; by default the run called name (None) or of this config."""
-    if config.evaluate.model is not None or config.name is not None:
-        return config.evaluate.model
-    run = run_dir(resolve(config))
-    if not has_model(run):
-        newest = newest_run(storage_of(config))
-        other = f", such as name={newest.name}" if newest else ""
-        raise UserError(
-            f"evaluate.model is not set and {run} has no trained model: train it first, or "
-            f"name a run, a model folder or a hub id{other}"
-        )
-    return str(run)
+def plan(checked: CheckedEvaluation) -> Plan:
+    """What the job would do."""
+    config, data = checked.config, checked.text.data
+    rows = [
+        ("model", str(checked.model_dir)),
+        ("text", ", ".join(checked.source)),
+        ("windows", f"{checked.block_size} tokens, {checked.stride} apart"),
+    ]
+    if data:
+        for name, (windows, numbers) in checked.windows(data).items():
+            tokens = sum(len(windows.counted(number)) for number in numbers)
+            of = f" of {len(windows):,}" if len(numbers) < len(windows) else ""
+            rows.append((name, f"{tokens:,} tokens in {len(numbers):,}{of} windows"))
+    else:
+        rows.append(("token data", "to be prepared first"))
+    kind = "GPU" if config.compute.use_gpu else "CPU"
+    return [
+        *rows,
+        ("passages", f"{config.evaluate.passages} to continue"),
+        ("workers", f"{config.compute.num_workers} ({kind})"),
+        ("files", f"{checked.folder}/: evaluation.json report.html and its PNGs"),
+    ]
 
 
-def _trained(model_dir: Path) -> Path:
-    """The model in the run that trained it: a sweep's is the copy of its winner's."""
-    winner = crowned_dir(model_dir.parent)
-    return winner / "model" if winner and model_dir.name == "model" else model_dir
-
-
-def _run_of(model_dir: Path) -> Path | None:
-    """The run that a model folder belongs to: its best model's, or a checkpoint's."""
-    home = model_dir.parent
-    run = home.parent if checkpoint_step(home) is not None else home
-    return run if model_dir.name == "model" and (run / "config.yaml").is_file() else None
+def _request(source: str | Sequence[str] | None, text: Config) -> Request:
+    """The text to prepare: the splits, or all of `evaluate.source`."""
+    if source is None:
+        return make_request(text)
+    return whole_request(text, source, key="evaluate.source")
 
 
 def _window(config: Config, trained: Config | None, model_dir: Path) -> tuple[int, int]:
@@ -220,74 +198,54 @@ def _data_keys(flat: dict[str, Any]) -> dict[str, Any]:
     return {key: flat[key] for key in flat if key.startswith("data.") or key == "seed"}
 
 
-def _folder(config: Config, model_dir: Path, run: Path | None) -> Path:
-    """Where to keep the results of a model that is no run's best one: a folder of its own."""
-    storage = absolute(config.storage_path, key="storage_path")
-    folder = storage / (config.name or _name(config, model_dir, run))
-    visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
-    if visible and ((folder / "config.yaml").exists() or not (folder / EVALUATION).exists()):
-        raise UserError(
-            f"{folder} exists and is not an evaluation of {model_dir}; choose another name"
-        )
-    return folder
-
-
-def _name(config: Config, model_dir: Path, run: Path | None) -> str:
-    """A name that this model always gets."""
-    source = Path(config.evaluate.model or model_dir)
-    label = source.parent.name if source.name == "model" else source.name
-    label = f"{run.name}-{label}" if run else label
-    label = label_of(label, 40) or "model"
-    return f"{label}-{weights_sha256(model_dir)[:6]}"
-
-
-def check_text(subject: Subject, data: TokenData) -> None:
+def check_tokens(checked: CheckedEvaluation, data: TokenData) -> None:
     """Refuse tokens that are too few, or not this model's.
 
     Raises UserError naming both hashes where model and text do not belong together.
     """
     for name, split in data.splits.items():
-        what = f"the {LONG_NAMES[name]} split of {', '.join(subject.source)}"
+        what = f"the {LONG_NAMES[name]} split of {', '.join(checked.source)}"
         cure = "change data.split or give more text"
-        if subject.config.evaluate.source is not None:
-            what, cure = f"evaluate.source={', '.join(subject.source)}", "give more text"
+        if checked.config.evaluate.source is not None:
+            what, cure = f"evaluate.source={', '.join(checked.source)}", "give more text"
         if len(split) < 2:
             raise UserError(f"{what} is empty ({len(split)} tokens); {cure}")
-        if len(split) < subject.block_size:
+        if len(split) < checked.block_size:
             raise UserError(
-                f"{what} has {len(split)} tokens, fewer than one block of {subject.block_size}; "
+                f"{what} has {len(split)} tokens, fewer than one block of {checked.block_size}; "
                 f"{cure}, or set a lower train.block_size"
             )
-    _check_same_tokenizer(subject, data.manifest["tokenizer"]["sha256"])
-    if subject.is_own_text and subject.trained_on not in (None, data.fingerprint):
+    _check_same_tokenizer(checked, data.manifest["tokenizer"]["sha256"])
+    if checked.is_own_text and checked.trained_on not in (None, data.fingerprint):
         raise UserError(
-            f"the text of the run {subject.run} has changed since it was trained: its tokens had "
-            f"sha256 {subject.trained_on}, now {data.fingerprint}; evaluate.source=... scores any "
+            f"the text of the run {checked.run} has changed since it was trained: its tokens had "
+            f"sha256 {checked.trained_on}, now {data.fingerprint}; evaluate.source=... scores any "
             "text as a whole"
         )
 
 
-def _check_tokenizer(subject: Subject) -> None:
+def _check_tokenizer(checked: CheckedEvaluation) -> None:
     """Refuse a tokenizer that is not the model's, as far as that is known before the text is read.
 
     More rows than tokens are no mistake: many models pad their vocabulary.
     """
-    folder, own = subject.model_dir, subject.tokenizer
+    folder, own = checked.model_dir, checked.tokenizer
     rows = read_shape(folder)["vocab_size"]
     if rows < own.vocab_size:
         raise UserError(
             f"{folder}: model and tokenizer do not belong together: the weights (sha256 "
-            f"{subject.model_sha256}) know {rows} tokens, the tokenizer (sha256 {own.sha256}) "
+            f"{checked.model_sha256}) know {rows} tokens, the tokenizer (sha256 {own.sha256}) "
             f"has {own.vocab_size}"
         )
-    named = tokenizer_name(subject.text)
+    text = checked.text.config
+    named = tokenizer_name(text)
     if named not in KINDS:
-        tokenizer = Tokenizer.load(named, eos_token=subject.text.data.eos_token)
-        _check_same_tokenizer(subject, tokenizer.sha256)
+        tokenizer = Tokenizer.load(named, eos_token=text.data.eos_token)
+        _check_same_tokenizer(checked, tokenizer.sha256)
 
 
-def _check_same_tokenizer(subject: Subject, sha256: str) -> None:
-    folder, own = subject.model_dir, subject.tokenizer.sha256
+def _check_same_tokenizer(checked: CheckedEvaluation, sha256: str) -> None:
+    folder, own = checked.model_dir, checked.tokenizer.sha256
     if own != sha256:
         raise UserError(
             f"model and text do not belong together: the tokenizer of {folder} has sha256 "

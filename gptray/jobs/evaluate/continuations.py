@@ -1,4 +1,4 @@
-"""What the model writes, measured: actors continue passages, sacrebleu and n-grams judge them."""
+"""What the model writes, measured: actors continue passages; sacrebleu and n-grams score them."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from gptray.evaluation.recitation import LENGTHS, PROMPT_TOKENS, RECITED_TOKENS
 from gptray.evaluation.result import Sample, TextMeasures, TextScore, TextScores
 from gptray.evaluation.texts import LEAST_TOKENS, PASSAGE_TOKENS, Passage
 from gptray.generation.settings import Sampling
-from gptray.jobs.evaluate.check import Subject
-from gptray.jobs.evaluate.worker import Continuation, Scorers, Task
+from gptray.jobs.evaluate.check import CheckedEvaluation
+from gptray.jobs.evaluate.scorers import Scorers
+from gptray.jobs.evaluate.task import Call, Continuation
 
-# Prompts of one task.
-TASK_PROMPTS = 16
-# Tokens of the training split that one task looks through.
-TASK_READ_TOKENS = 1 << 23
+# Prompts of one call.
+CALL_PROMPTS = 16
+# Tokens of the training split that one call looks through.
+CALL_READ_TOKENS = 1 << 23
 # Passages that are kept to be read.
 SHOWN = 8
 
 
-def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMeasures:
+def measure_texts(checked: CheckedEvaluation, data: TokenData, scorers: Scorers) -> TextMeasures:
     """Everything that is measured of generated text; None where there is no passage to continue."""
     held_out = data.test or data.val
-    length = min(PASSAGE_TOKENS, subject.block_size)
-    passages = _passages(subject, data, held_out, length)
+    length = min(PASSAGE_TOKENS, checked.block_size)
+    passages = _passages(checked, data, held_out, length)
     lengths = [len(passage.reference) for passage in passages]
-    sampling = Sampling.of(subject.config.sample, min_new_tokens=0, stop=())
+    sampling = Sampling.of(checked.config.sample, min_new_tokens=0, stop=())
     likeliest = Sampling(temperature=0.0, utf8=sampling.utf8)
     greedy = _continued(scorers, "writing", passages, lengths, likeliest)
     sampled = _continued(scorers, "sampling", passages, lengths, sampling)
     real = [data.tokenizer.decode(passage.reference) for passage in passages]
-    tokenize = pick_bleu(subject.config.evaluate.bleu_tokenize, real)
-    memorised = _memorised(subject, data, scorers)
-    how = _how(subject, passages, sampling, tokenize)
-    for name, reason in _not_measured(subject, passages, memorised).items():
+    tokenize = pick_bleu(checked.config.evaluate.bleu_tokenize, real)
+    memorised = _memorised(checked, data, scorers)
+    how = _how(checked, passages, sampling, tokenize)
+    for name, reason in _not_measured(checked, passages, memorised).items():
         how[name] = f"not measured: {reason}"
     return {
         "bleu": _scores(partial(texts.bleu, tokenize=tokenize), greedy, sampled, real),
@@ -56,13 +57,13 @@ def measure_texts(subject: Subject, data: TokenData, scorers: Scorers) -> TextMe
 
 
 def _passages(
-    subject: Subject, data: TokenData, split: TokenSplit, length: int, *, room: int = 0
+    checked: CheckedEvaluation, data: TokenData, split: TokenSplit, length: int, *, room: int = 0
 ) -> list[Passage]:
     return texts.cut_passages(
         split,
         data.tokenizer.decode,
         eos_id=data.eos_id,
-        count=subject.config.evaluate.passages,
+        count=checked.config.evaluate.passages,
         length=length,
         room=room,
     )
@@ -72,13 +73,13 @@ def _continued(
     scorers: Scorers, doing: str, passages: list[Passage], lengths: list[int], sampling: Sampling
 ) -> list[Continuation]:
     """A continuation of each passage's prompt, by so many tokens."""
-    tasks = []
-    for first in range(0, len(passages), TASK_PROMPTS):
-        part = slice(first, first + TASK_PROMPTS)
+    calls = []
+    for first in range(0, len(passages), CALL_PROMPTS):
+        part = slice(first, first + CALL_PROMPTS)
         prompts = [passage.prompt for passage in passages[part]]
         arguments = (prompts, lengths[part], sampling, first)
-        tasks.append(Task("write", arguments, sum(lengths[part])))
-    return [one for written in scorers.run(doing, tasks) for one in written]
+        calls.append(Call("write", arguments, sum(lengths[part])))
+    return [one for written in scorers.run(doing, calls) for one in written]
 
 
 def _scores(
@@ -105,14 +106,14 @@ class _Recited(NamedTuple):
     why: str = ""
 
 
-def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
+def _memorised(checked: CheckedEvaluation, data: TokenData, scorers: Scorers) -> _Recited:
     nothing: list[float | None] = [None for _ in LENGTHS]
     if "train" not in data.splits:
         return _Recited(nothing, "the scored text has no training split")
-    length = min(2 * PROMPT_TOKENS, subject.block_size // 2)
-    passages = _passages(subject, data, data.train, length, room=RECITED_TOKENS)
+    length = min(2 * PROMPT_TOKENS, checked.block_size // 2)
+    passages = _passages(checked, data, data.train, length, room=RECITED_TOKENS)
     if not passages:
-        return _Recited(nothing, _no_passage(subject, "training"))
+        return _Recited(nothing, _no_passage(checked, "training"))
     lengths = [RECITED_TOKENS] * len(passages)
     # What the network itself would say next, broken characters and all.
     likeliest = Sampling(temperature=0.0, utf8=False)
@@ -127,13 +128,13 @@ def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
     why = "every continuation ended before that many tokens"
     if not any(len(hashes) for hashes in wanted):
         return _Recited(nothing, why)
-    tasks = [
-        Task("find", (start, stop, wanted), stop - start)
-        for start in range(0, len(data.train), TASK_READ_TOKENS)
-        for stop in [min(start + TASK_READ_TOKENS, len(data.train))]
+    calls = [
+        Call("find", (start, stop, wanted), stop - start)
+        for start in range(0, len(data.train), CALL_READ_TOKENS)
+        for stop in [min(start + CALL_READ_TOKENS, len(data.train))]
     ]
     found = [
-        np.logical_or.reduce(seen) for seen in zip(*scorers.run("looking", tasks), strict=True)
+        np.logical_or.reduce(seen) for seen in zip(*scorers.run("looking", calls), strict=True)
     ]
     shares = [
         float(np.isin(all_of_them, hashes[seen]).mean()) if len(all_of_them) else None
@@ -142,13 +143,15 @@ def _memorised(subject: Subject, data: TokenData, scorers: Scorers) -> _Recited:
     return _Recited(shares, why)
 
 
-def _short(subject: Subject, n: int) -> str:
+def _short(checked: CheckedEvaluation, n: int) -> str:
     """A caveat for a context shorter than the n-grams that are looked for."""
-    size = subject.block_size
+    size = checked.block_size
     return "" if size >= n else f"; the context is only {size} tokens: a low share says little"
 
 
-def _not_measured(subject: Subject, passages: list[Passage], memorised: _Recited) -> dict[str, str]:
+def _not_measured(
+    checked: CheckedEvaluation, passages: list[Passage], memorised: _Recited
+) -> dict[str, str]:
     """The reasons for missing numbers, by name."""
     reasons = {
         f"memorised_{n}": memorised.why
@@ -156,15 +159,15 @@ def _not_measured(subject: Subject, passages: list[Passage], memorised: _Recited
         if share is None
     }
     if not passages:
-        why = _no_passage(subject, "held-out")
+        why = _no_passage(checked, "held-out")
         reasons |= dict.fromkeys(("chrf", "bleu", "distinct_1", "distinct_2", "repetition"), why)
     return reasons
 
 
-def _no_passage(subject: Subject, kind: str) -> str:
-    if not subject.config.evaluate.passages:
+def _no_passage(checked: CheckedEvaluation, kind: str) -> str:
+    if not checked.config.evaluate.passages:
         return "evaluate.passages is 0"
-    length = min(LEAST_TOKENS, subject.block_size)
+    length = min(LEAST_TOKENS, checked.block_size)
     return f"no document of the {kind} text has {length} tokens in a row"
 
 
@@ -190,7 +193,7 @@ def _samples(
 
 
 def _how(
-    subject: Subject, passages: list[Passage], sampling: Sampling, tokenize: str
+    checked: CheckedEvaluation, passages: list[Passage], sampling: Sampling, tokenize: str
 ) -> dict[str, str]:
     """In words, how each number about texts was computed."""
     of_real = (
@@ -215,6 +218,6 @@ def _how(
         "distinct_2": f"distinct pairs of words / all pairs of the continuations, {drawn}",
         "repetition": "mean share of a continuation's 4-grams of tokens that occurred in it "
         f"before, {drawn}",
-        **{f"memorised_{n}": recited.format(n=n) + _short(subject, n) for n in LENGTHS},
+        **{f"memorised_{n}": recited.format(n=n) + _short(checked, n) for n in LENGTHS},
         "samples": f"some of the {of_real}",
     }

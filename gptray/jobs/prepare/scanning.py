@@ -17,11 +17,12 @@ from gptray.data.request import Request
 from gptray.data.shares import marker_warning, separator_warning, share_warnings
 from gptray.data.sources import BUILTIN, Source, SourceFile
 from gptray.data.tokenizer import Tokenizer
-from gptray.data.work import UnitScan, scan
+from gptray.data.work import UnitScan
 from gptray.files import storing
-from gptray.jobs.stream import stream
+from gptray.jobs.prepare.worker import ScanText
+from gptray.jobs.tasks import map_items
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("gptray")
 _NAMED_FILES = 5  # in messages
 
 
@@ -46,12 +47,12 @@ def scan_and_plan(
     """Read everything once, and say where each document goes."""
     units = [unit for _, text in texts for unit in text.units]
     wants_alphabet = request.tokenizer == "char"
-    scans = stream(units, lambda _, unit: scan(unit, alphabet=wants_alphabet), doing="reading")
+    scans = map_items(units, ScanText(wants_alphabet), doing="reading")
     found = iter(unit.pieces for unit in scans)
     scanned = [replace(text, scans=[next(found) for _ in text.units]) for _, text in texts]
     encodings = {name: one for unit in scans for name, one in unit.encodings.items()}
     for name, encoding in list(encodings.items())[:_NAMED_FILES]:
-        logger.info("%s is read as %s, by its byte order mark", name, encoding)
+        log.info("%s is read as %s, by its byte order mark", name, encoding)
     return plan_split(scanned, fraction=request.fraction, seed=request.seed), scans
 
 
@@ -74,7 +75,7 @@ def text_warnings(
     found = [warning for warning in (marked, unsplit) if warning]
     found += share_warnings({names[label]: share for label, share in shares.items()}, bytes_of)
     for warning in found:
-        logger.warning("%s", warning)
+        log.warning("%s", warning)
     return [*request.warnings, *found]
 
 

@@ -1,4 +1,4 @@
-"""What can be known of an endpoint before Ray starts: model, address, keys, room. No torch here."""
+"""An endpoint checked before it starts: model, address, keys, resources. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 import os
 import shlex
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded
+from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.generate.output import with_backend
 from gptray.jobs.models import find_model
@@ -18,10 +21,44 @@ from gptray.serving.hosts import WILDCARDS
 from gptray.serving.keys import read_keys
 
 
-def serving_plan(config: Config) -> list[tuple[str, str]]:
-    """What the job would do, without torch or Ray; raises UserError as the job would."""
-    config = check_endpoint(config)
-    settings, model = config.serve, user_config(config)
+@dataclass(frozen=True)
+class CheckedEndpoint:
+    """An endpoint that can start.
+
+    asked: the config as it was given; in `config` the backend is picked.
+    model: the user_config of the deployment, see `user_config`.
+    """
+
+    asked: Config
+    config: Config
+    model: Mapping[str, str]
+
+
+def check(config: Config) -> CheckedEndpoint:
+    """Check all that can be checked before Ray starts.
+
+    Raises UserError with all that is wrong, one line each.
+    """
+    problems = []
+    picked = config
+    for part in (_check_model, _check_address, api_keys, _check_compute):
+        try:
+            part(config)
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        picked = with_backend(config)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return CheckedEndpoint(config, picked, user_config(picked))
+
+
+def plan(checked: CheckedEndpoint) -> Plan:
+    """What the job would do."""
+    config, model = checked.config, checked.model
+    settings = config.serve
     least, most = settings.num_replicas, settings.max_replicas
     replicas = f"{least} to {most}" if most else str(least)
     return [
@@ -40,27 +77,6 @@ def _hosts(config: Config) -> str:
         return "any"
     more = [allowed] if isinstance(allowed, str) else allowed or []
     return ", ".join(["localhost", "any address", *more])
-
-
-def check_endpoint(config: Config) -> Config:
-    """Check all that can be checked before Ray starts; return the config with its backend picked.
-
-    Raises UserError with all that is wrong, one line each.
-    """
-    problems = []
-    picked = config
-    for check in (_check_model, _check_address, api_keys, _check_compute):
-        try:
-            check(config)
-        except UserError as error:
-            problems.append(str(error))
-    try:
-        picked = with_backend(config)
-    except UserError as error:
-        problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return picked
 
 
 def _check_model(config: Config) -> None:

@@ -1,7 +1,6 @@
 """The HTTP endpoint on Ray Serve for the time of a job: replicas behind Serve's proxy.
 
-What a replica is stands in `gptray.jobs.serve.worker`, what is checked before in
-`gptray.jobs.serve.check`.
+A replica is `gptray.jobs.serve.worker`'s.
 """
 
 from __future__ import annotations
@@ -10,23 +9,26 @@ import logging
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError
+from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.generate.output import with_built_backend
 from gptray.jobs.next_steps import tell
 from gptray.jobs.serve.check import (
-    check_endpoint,
+    CheckedEndpoint,
+    check,
     completion_command,
     endpoint_url,
-    user_config,
+    plan,
 )
 from gptray.jobs.serve.proxy import environment
 from gptray.jobs.serve.worker import bound
 from gptray.signals import failure, leaving_within, sigterm_sets
+from gptray.standard_output import line_printer
 
 log = logging.getLogger("gptray")
 
@@ -47,8 +49,13 @@ def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
     Raises UserError for what cannot start, RunFailed when it does not come up or goes away,
     KeyboardInterrupt after Ctrl-C.
     """
-    config = with_built_backend(config, check_endpoint(config))
-    url, model = endpoint_url(config), user_config(config)
+    run(check(config), answers=answers)
+
+
+def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, Any]], None]) -> None:
+    """Serve as `serve` does."""
+    config, model = with_built_backend(checked.asked, checked.config), checked.model
+    url = endpoint_url(config)
     with ray_cluster(environment(config.serve)) as is_own, _started(config, model, is_own=is_own):
         _wait_until_healthy(url)
         drain_s = config.serve.drain_timeout_s
@@ -69,7 +76,7 @@ def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
 
 
 @contextmanager
-def _started(config: Config, model: dict[str, str], *, is_own: bool) -> Iterator[None]:
+def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Iterator[None]:
     """Have the application on Ray Serve; afterwards Serve is as it was before.
 
     is_own: the cluster ends with the job, and all of Serve with it.
@@ -132,3 +139,10 @@ def _drain(timeout_s: float) -> None:
     cut = sum(replicas.results(timeout_s=timeout_s + SPARE_S))
     if cut:
         log.warning("%d requests did not end in time", cut)
+
+
+def _print_and_run(checked: CheckedEndpoint) -> None:
+    run(checked, answers=line_printer())
+
+
+JOB = Job(check, plan, _print_and_run)

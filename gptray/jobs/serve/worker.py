@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, UserError, override
@@ -17,6 +18,7 @@ from gptray.jobs.cluster import worker_resources
 from gptray.jobs.generate.output import with_backend
 from gptray.jobs.models import find_model
 from gptray.jobs.serve.check import api_keys, name_of, replicas_compute
+from gptray.serving.keys import Keys
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -34,6 +36,18 @@ ONGOING_REQUESTS, QUEUED_REQUESTS, QUEUED_RETRY_S = 20_000, 2_000, 10
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S, METRICS_S = 1.0, 30.0, 5.0
 
 
+@dataclass(frozen=True)
+class ReplicaTask:
+    """What a replica is given. keys: digests of the API keys, as their file had them at the start.
+
+    threads: of PyTorch.
+    """
+
+    config: Config
+    keys: list[str]
+    threads: int
+
+
 def application(args: Mapping[str, Any]) -> Any:
     """The Serve application of a config file: args are keys of the config, dotted.
 
@@ -42,7 +56,7 @@ def application(args: Mapping[str, Any]) -> Any:
     return bound(with_backend(override(Config(), args)), None)
 
 
-def bound(config: Config, model: dict[str, str] | None) -> Any:
+def bound(config: Config, model: Mapping[str, str] | None) -> Any:
     """The application as a config wants it; model: the user_config of its deployment."""
     from ray import serve
 
@@ -59,7 +73,7 @@ def bound(config: Config, model: dict[str, str] | None) -> Any:
     deployment = serve.deployment(
         serve.ingress()(Replica),
         **scaling,
-        user_config=model,
+        user_config=model and dict(model),
         ray_actor_options={"num_cpus": reserved["CPU"], "num_gpus": reserved.get("GPU", 0.0)},
         max_ongoing_requests=ONGOING_REQUESTS,
         max_queued_requests=QUEUED_REQUESTS,
@@ -70,27 +84,26 @@ def bound(config: Config, model: dict[str, str] | None) -> Any:
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     threads = max(1, int(reserved["CPU"]))
-    return deployment.bind(config.model_dump(mode="json"), api_keys(config), threads)
+    return deployment.bind(ReplicaTask(config, api_keys(config), threads))
 
 
 class Replica:
     """An engine behind the routes, in a process of its own."""
 
-    def __init__(self, config: dict[str, Any], keys: list[str], threads: int) -> None:
+    def __init__(self, task: ReplicaTask) -> None:
         import torch
 
         from gptray.serving.endpoint import Endpoint
         from gptray.serving.telemetry import Telemetry
 
-        torch.set_num_threads(threads)
-        self._config, self._keys = Config.model_validate(config), keys
+        torch.set_num_threads(task.threads)
+        self._config, self._keys = task.config, task.keys
         self._endpoint = Endpoint()
         self._telemetry = Telemetry(self._endpoint)
         self._model: dict[str, str] | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from gptray.serving.app import make_app
-        from gptray.serving.keys import Keys
 
         path = self._config.serve.api_key_file
         return make_app(

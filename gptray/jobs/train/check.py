@@ -1,4 +1,4 @@
-"""What is checked of a training before it starts, by the job, its dry run and sweeps.
+"""A training checked before it starts, and the rows of its --dry-run.
 
 Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
 """
@@ -11,9 +11,11 @@ from pathlib import Path
 
 from gptray.config import Config, UserError
 from gptray.data.order import BatchOrder
+from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
+from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_training
-from gptray.jobs.prepare.run import check_sources, known_tokenizer, prepared
+from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
 from gptray.jobs.resuming import (
     check_free,
     check_records,
@@ -22,26 +24,40 @@ from gptray.jobs.resuming import (
 )
 from gptray.jobs.run_folder import resolve, run_dir
 from gptray.jobs.train.embedding import check_vocabulary
-from gptray.jobs.train.samples import check_prompts
+from gptray.model.shape import parameter_count
 from gptray.training.checkpoint import TrainerState, newest_whole
+
+# fp32 weights, gradients and AdamW's two moments.
+BYTES_PER_PARAMETER = 16
+# Of the logits that exist at a time on a GPU, at most: GPU_BYTES of `gptray.model.loss`.
+HEAD_BYTES = 2 << 30
+FILES = (
+    "config.yaml metrics.jsonl events.jsonl report.html loss.png lr.png grad_norm.png "
+    "tensorboard/ checkpoint_*/ model/"
+)
 
 
 @dataclass(frozen=True)
-class CheckedRun:
-    """A training that has been looked at. `data`: its tokens, where they are prepared.
+class CheckedTraining:
+    """A training that can start.
 
     state: where its run stands; None before any checkpoint.
-    changes: a sentence for each key that is to change in a run that is there.
+    changes: a sentence for each key that changes in a run that exists.
     """
 
     config: Config
     folder: Path
+    text: CheckedText
     state: TrainerState | None
-    data: TokenData | None
     changes: Sequence[str]
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has nothing left to do."""
+        return self.state is not None and is_finished(self.config, self.folder, self.state)
 
-def check_run(config: Config) -> CheckedRun:
+
+def check(config: Config) -> CheckedTraining:
     """Resolve the config and find every mistake that can be found without torch and Ray.
 
     Raises:
@@ -51,25 +67,34 @@ def check_run(config: Config) -> CheckedRun:
     config = resolve(config)
     folder = run_dir(config)
     check_training(config)
-    check_sources(config)
+    text = check_text(config)
     check_vocabulary(config)
-    check_known_prompts(config)
+    check_known_prompts(config, text)
     changes = check_resumable(config)
     check_free(folder)
     checkpoint, _ = newest_whole(folder)
     state = TrainerState.load(checkpoint) if checkpoint else None
     check_records(folder, state, log_interval=config.train.log_interval)
-    data = prepared(config)
-    if data and not (state and is_finished(config, folder, state)):
-        check_data(config, data, state)
-    return CheckedRun(config, folder, state, data, changes)
+    checked = CheckedTraining(config, folder, text, state, changes)
+    if text.data and not checked.is_finished:
+        check_data(config, text.data, state)
+    return checked
 
 
-def check_known_prompts(config: Config) -> None:
+def check_known_prompts(config: Config, text: CheckedText) -> None:
     """Refuse prompts that the tokenizer cannot read, where it is known by now. Raises UserError."""
-    tokenizer = known_tokenizer(config) if config.sample.prompt else None
-    if tokenizer:
-        check_prompts(config, tokenizer)
+    if config.sample.prompt and text.tokenizer:
+        _check_prompts(config, text.tokenizer)
+
+
+def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuse prompts that the tokenizer cannot read. Raises UserError naming sample.prompt."""
+    prompts = config.sample.prompt or []
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:
+        try:
+            tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
+        except UserError as error:
+            raise UserError(f"sample.prompt={prompt!r}: {error}") from None
 
 
 def check_data(config: Config, data: TokenData, state: TrainerState | None) -> None:
@@ -90,9 +115,69 @@ def check_data(config: Config, data: TokenData, state: TrainerState | None) -> N
         raise UserError(f"training text is too short: {error}; lower train.block_size") from None
     if len(data.val) < 2:
         raise UserError("the validation split has fewer than 2 tokens; change data.split")
-    check_prompts(config, data.tokenizer)
+    _check_prompts(config, data.tokenizer)
     if state and state.data != data.fingerprint:
         raise UserError(
             f"the text or tokenizer of the run {config.name} has changed since it started "
             f"(data {state.data}, now {data.fingerprint}); choose another name"
         )
+
+
+def plan(checked: CheckedTraining) -> Plan:
+    """What the job would do."""
+    config, data = checked.config, checked.text.data
+    vocab_size = config.model.vocab_size or (data.vocab_size if data else None)
+    if vocab_size is None and config.data.tokenizer == "bpe":
+        vocab_size = config.data.vocab_size
+    steps, batch = config.train.max_steps, config.train.global_batch_size
+    rows = [
+        ("run", str(checked.folder)),
+        ("workers", _workers(config)),
+        ("sequences per step", f"{batch:,} of {config.train.block_size:,} tokens"),
+        ("tokens per step", f"{config.tokens_per_step:,}"),
+        ("micro-batch", f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"),
+        ("tokens in all", f"{config.tokens_per_step * steps:,} at most"),
+    ]
+    if checked.changes:
+        rows.append(("changes", "; ".join(checked.changes)))
+    if vocab_size:
+        count = parameter_count(config.model, vocab_size)
+        rows.append(("parameters", f"{count:,}"))
+        memory = _memory(config, count, vocab_size) / 2**30
+        rows.append(("memory per worker", f"about {memory:.1f} GiB"))
+    else:
+        rows.append(("parameters", "known once the tokenizer is"))
+    if data:
+        order = BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)
+        rows.append(("token data", f"{data.data_dir} (ready)"))
+        rows += text_rows(data)
+        rows.append(("steps per epoch", f"{order.windows_per_epoch / batch:,.1f}"))
+        rows.append(("epochs", f"{order.epoch(steps, batch):,.2f} at most"))
+    else:
+        rows.append(("token data", "to be prepared first"))
+    rows.append(("files", FILES))
+    return rows
+
+
+def _workers(config: Config) -> str:
+    kind = "GPU" if config.compute.use_gpu else "CPU"
+    scorer = ", and one beside them that scores" if config.train.async_validation else ""
+    return f"{config.compute.num_workers} ({kind}){scorer}"
+
+
+def _memory(config: Config, parameters: int, vocab_size: int) -> float:
+    """Bytes of one worker, roughly: states of all parameters, and activations of one pass.
+
+    A block keeps about 16 values of the width a token for its backward pass, and the attention
+    probabilities (Korthikanti et al. 2022, without recomputation), in the bytes of fp32. On a GPU
+    no probabilities are kept, but the logits of a piece of the head and their gradient are.
+    """
+    tokens = config.micro_batch_size * config.train.block_size
+    if config.compute.use_gpu:
+        value = 4 if config.train.precision == "fp32" else 2
+        kept = config.model.n_layer * tokens * 16 * config.model.n_embd
+        logits = 2 * min(HEAD_BYTES, value * tokens * vocab_size)
+        return BYTES_PER_PARAMETER * parameters + value * kept + logits
+    attention = config.model.n_head * config.train.block_size
+    activations = config.model.n_layer * tokens * (16 * config.model.n_embd + attention)
+    return BYTES_PER_PARAMETER * parameters + 4 * activations

@@ -1,13 +1,12 @@
 """Training on Ray: data-parallel workers by Ray Train around `gptray.training.loop.fit`.
 
-The driver resolves and checks the config, prepares the text, shows progress and tells the outcome;
-each worker runs the loop on its share of cores or on its GPU.
+The driver prepares the text, shows progress and reports the outcome; each worker runs the loop on
+its share of cores or on its GPU.
 """
 
 from __future__ import annotations
 
 import logging
-import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,27 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.data.tokens import DamagedData, TokenData
 from gptray.files import cannot_write, is_of_files, storing
+from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_answers, ray_cluster, worker_resources
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
-from gptray.jobs.prepare.run import prepare
+from gptray.jobs.prepare.run import prepare_text
 from gptray.jobs.report import Reporter
-from gptray.jobs.resuming import command, how_to_train_longer, is_finished, save_config
-from gptray.jobs.run_folder import (
-    held,
-    outcome,
-    set_ray_snapshot_aside,
-)
-from gptray.jobs.train.check import CheckedRun, check_data, check_run
-from gptray.jobs.train.samples import sample_texts
-from gptray.jobs.train.validate import Validations, validation_config
+from gptray.jobs.resuming import command, how_to_train_longer, save_config
+from gptray.jobs.run_folder import held, outcome, set_ray_snapshot_aside
+from gptray.jobs.tasks import Failure
+from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
+from gptray.jobs.train.task import TrainTask
 from gptray.jobs.train.watch import show_samples, watching
 from gptray.record import try_event, write_event
 
 if TYPE_CHECKING:
-    import torch
+    import ray.train
 
 log = logging.getLogger("gptray")
 
@@ -47,38 +42,42 @@ def train(config: Config) -> dict[str, Any]:
         UserError: a mistake in the config, the text or the run folder; nothing was started.
         RunFailed: the run stopped: a non-finite loss, no whole checkpoint, too many failures.
     """
-    checked = check_run(config)
+    return run(check(config))
+
+
+def run(checked: CheckedTraining) -> dict[str, Any]:
+    """Train, or resume the run. Raises as `train` does."""
     config, folder, state = checked.config, checked.folder, checked.state
     resumes = partial(command, "train", config, folder)
     last = config.train.max_steps
     with held(folder), resumable(folder, resumes, begun=folder / CONFIG, steps=last):
         log.info("run %s", folder)
         reporter = Reporter(folder)
-        if state and is_finished(config, folder, state):
+        if state and checked.is_finished:
             _begin(checked)
             log.info("%s", how_to_train_longer(config, folder, state))
             facts = {}
             reporter.write(running=False)
         else:
-            facts = _run(checked, reporter)
+            facts = _train(checked, reporter)
         show_samples(folder)
         tell_run(config, folder)
     return {**outcome(config), **facts, "report": reporter.path}
 
 
-def _begin(checked: CheckedRun) -> None:
-    """Keep the config of a run, and say what has changed in it."""
+def _begin(checked: CheckedTraining) -> None:
+    """Save the config of a run, and say what has changed in it."""
     save_config(checked.config, checked.folder)
     for change in checked.changes:
         log.info("%s", change)
         write_event(checked.folder, "notice", message=change)
 
 
-def _run(checked: CheckedRun, reporter: Reporter) -> dict[str, Any]:
+def _train(checked: CheckedTraining, reporter: Reporter) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
     config, folder = checked.config, checked.folder
     with ray_cluster():
-        data = prepare(config)
+        data = prepare_text(checked.text.request)
         check_data(config, data, checked.state)
         _begin(checked)
         torn = set_ray_snapshot_aside(folder)
@@ -90,7 +89,7 @@ def _run(checked: CheckedRun, reporter: Reporter) -> dict[str, Any]:
                 config.train.max_steps,
                 on_evaluation=lambda: reporter.write(running=True),
             ):
-                result = fit_on_ray(config, data, folder)
+                result = fit_on_ray(config, data.data_dir, folder)
             write_event(folder, "end", stopped=result["stopped"])
         except (UserError, RunFailed) as error:
             try_event(folder, "failure", message=str(error))
@@ -109,7 +108,7 @@ def _run(checked: CheckedRun, reporter: Reporter) -> dict[str, Any]:
 
 
 def fit_on_ray(
-    config: Config, data: TokenData, folder: Path, *, callbacks: Sequence[Any] = ()
+    config: Config, data_dir: Path, folder: Path, *, callbacks: Sequence[Any] = ()
 ) -> dict[str, Any]:
     """Train in Ray Train's workers; return the loop's result. `callbacks` are Ray Train's.
 
@@ -119,17 +118,12 @@ def fit_on_ray(
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     reserved = worker_resources(config.compute, spare=int(config.train.async_validation))
-    settings = {
-        "config": config.model_dump(mode="json"),
-        "data_dir": str(data.data_dir),
-        "run_dir": str(folder),
-        "threads": max(1, int(reserved["CPU"])),
-    }
+    task = TrainTask(config, data_dir, folder, threads=max(1, int(reserved["CPU"])))
     # One worker needs no group, and Ray's backend for it costs seconds at the start.
     in_group = config.compute.use_gpu and config.compute.num_workers > 1
     trainer = DataParallelTrainer(
-        train_worker,
-        train_loop_config=settings,
+        _train_worker,
+        train_loop_config={"task": task},
         backend_config=_nccl() if in_group else None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.compute.num_workers,
@@ -142,18 +136,42 @@ def fit_on_ray(
             failure_config=ray.train.FailureConfig(max_failures=config.compute.max_failures),
             callbacks=[_failure_notes(folder), *callbacks],
         ),
-        validation_config=validation_config(config, settings, reserved),
+        validation_config=_validation_config(task, reserved),
     )
     with ray_failures(config, folder):
         result: dict[str, Any] = trainer.fit().return_value
+    return ended(result)
+
+
+def ended(result: dict[str, Any]) -> dict[str, Any]:
+    """The result of the loop. Raises the UserError or RunFailed that ended it."""
     if result["stopped"] == "failed":
-        raise (UserError if result["mistake"] else RunFailed)(result["message"])
+        raise Failure(result["message"], result["mistake"]).error()
     return result
+
+
+def _validation_config(
+    task: TrainTask, reserved: dict[str, float]
+) -> ray.train.ValidationConfig | None:
+    """Have Ray Train score each checkpoint in a process of its own, if that is asked for."""
+    from ray.train import ValidationConfig, ValidationTaskConfig
+
+    if not task.config.train.async_validation:
+        return None
+    return ValidationConfig(
+        fn=_validate,
+        task_config=ValidationTaskConfig(fn_kwargs={"task": task}),
+        ray_remote_kwargs={
+            "num_cpus": reserved["CPU"],
+            "num_gpus": reserved.get("GPU", 0),
+            "max_retries": task.config.compute.max_failures,
+        },
+    )
 
 
 @contextmanager
 def ray_failures(config: Config, folder: Path) -> Iterator[None]:
-    """Tell in one sentence what ends Ray Train.
+    """Say in one sentence why Ray Train ended.
 
     Raises:
         UserError, RunFailed: what all workers left the loop with.
@@ -211,57 +229,18 @@ def _failure_notes(folder: Path) -> Any:
     return FailureNotes()
 
 
-def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """One Ray Train worker: the loop, with Ray's report as its only contact."""
-    import ray.train
-    import ray.train.torch
-    import torch
+# Importing torch takes seconds, which driver and controller are spared: processes import what
+# they run.
+def _train_worker(given: dict[str, TrainTask]) -> dict[str, Any]:
+    from gptray.jobs.train.worker import train_worker
 
-    from gptray.jobs.train.group import process_group
-    from gptray.model.gpu import check_gpu
-    from gptray.training.loop import failed, fit
-
-    config = Config.model_validate(settings["config"])
-    torch.set_num_threads(settings["threads"])
-    try:
-        if config.compute.use_gpu:
-            check_gpu()
-    except UserError as error:
-        return failed(0, error)
-    try:
-        data = TokenData.open(settings["data_dir"])
-    except DamagedData as error:  # not a worker's death: no other attempt would find it whole
-        return failed(0, RunFailed(f"{error}; the same command prepares the text again"))
-
-    def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
-        # The loop has written the checkpoint into the run's folder already.
-        ray.train.report(
-            metrics,
-            checkpoint=checkpoint_dir and ray.train.Checkpoint(str(checkpoint_dir)),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-            validation=config.train.async_validation and checkpoint_dir is not None,
-        )
-
-    run_dir = Path(settings["run_dir"])
-    device = ray.train.torch.get_device()
-    with process_group():
-        result = fit(
-            config,
-            data,
-            run_dir,
-            report=report,
-            sample=lambda model: sample_texts(config, data, model),
-            device=device,
-            validated=Validations(run_dir, config).wait if config.train.async_validation else None,
-        )
-    return {**result, "peak_memory_bytes": peak_memory(device)}
+    return train_worker(given["task"])
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: on its GPU, or of the machine's memory."""
-    import torch
+def _validate(checkpoint: ray.train.Checkpoint, *, task: TrainTask) -> dict[str, Any]:
+    from gptray.jobs.train.validate import validate
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return validate(Path(checkpoint.path), task)
+
+
+JOB = Job(check, plan, run)

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from gptray.config import Config, UserError
+from gptray.config import Config
 from gptray.data.openings import first_words
-from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
-
-if TYPE_CHECKING:
-    from gptray.model.gpt import GPT
-
-
-def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuse prompts that the tokenizer cannot read. Raises UserError naming sample.prompt."""
-    prompts = config.sample.prompt or []
-    for prompt in [prompts] if isinstance(prompts, str) else prompts:
-        try:
-            tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
-        except UserError as error:
-            raise UserError(f"sample.prompt={prompt!r}: {error}") from None
+from gptray.generation.engine import Engine
+from gptray.generation.request import Request
+from gptray.generation.settings import Sampling, numbered_seed
+from gptray.model.gpt import GPT
 
 
 def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:
     """(prompt, continuation) for each prompt of the config, or for words of validation text."""
-    from gptray.generation.engine import Engine
-    from gptray.generation.request import Request
-    from gptray.generation.settings import Sampling, numbered_seed
-
     prompts = config.sample.prompt
     if prompts is None:
         prompts = first_words(data)

@@ -1,4 +1,4 @@
-"""Validation beside the training: a worker of its own scores each checkpoint that is reported.
+"""Validation next to the training: a process of its own scores each checkpoint that is reported.
 
 Ray Train sends it there (ValidationConfig), one checkpoint at a time, and keeps what comes back
 until the training workers ask. What a score means, and when it counts, is
@@ -10,69 +10,42 @@ from __future__ import annotations
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gptray.config import Config, RunFailed, UserError
+import ray.train
+import torch
+
+from gptray.config import Config, RunFailed
 from gptray.data.scoring import Score
 from gptray.data.tokens import TokenData
+from gptray.jobs.tasks import Failure, attempt
 from gptray.jobs.train.samples import sample_texts
+from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
 from gptray.training.checkpoint import checkpoint_folder
-
-if TYPE_CHECKING:
-    import ray.train
-
-    from gptray.training.evaluations import Validation
+from gptray.training.evaluations import Validation
+from gptray.training.validation import score_checkpoint
 
 # Training that has waited so long says so.
 WAIT_S = 30.0
 
 
-def validation_config(
-    config: Config, settings: dict[str, Any], reserved: dict[str, float]
-) -> ray.train.ValidationConfig | None:
-    """What Ray Train is to do with a checkpoint, by a worker like those that train; None: nothing.
-
-    settings: as `gptray.jobs.train.run.train_worker` gets them.
-    """
-    from ray.train import ValidationConfig, ValidationTaskConfig
-
-    if not config.train.async_validation:
-        return None
-    return ValidationConfig(
-        fn=validate,
-        task_config=ValidationTaskConfig(fn_kwargs={"settings": settings}),
-        ray_remote_kwargs={
-            "num_cpus": reserved["CPU"],
-            "num_gpus": reserved.get("GPU", 0),
-            "max_retries": config.compute.max_failures,
-        },
-    )
-
-
-def validate(checkpoint: ray.train.Checkpoint, *, settings: dict[str, Any]) -> dict[str, Any]:
+def validate(checkpoint: Path, task: TrainTask) -> dict[str, Any]:
     """Score a checkpoint and sample from it, in a Ray task.
 
     What goes wrong is a result as well, for the training workers to raise: Ray would only log it.
     """
     try:
-        return _validate(Path(checkpoint.path), settings)
-    except UserError as error:
-        return {"mistake": str(error)}
-    except RunFailed as error:
-        return {"error": str(error)}
+        outcome = attempt(lambda: _scored(checkpoint, task))
     except Exception:
-        return {"error": traceback.format_exc()}
+        outcome = Failure(traceback.format_exc())
+    return {"failure": asdict(outcome)} if isinstance(outcome, Failure) else outcome
 
 
-def _validate(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    from gptray.training.validation import score_checkpoint
-
-    config = Config.model_validate(settings["config"])
-    torch.set_num_threads(settings["threads"])
-    data = TokenData.open(settings["data_dir"])
+def _scored(checkpoint: Path, task: TrainTask) -> dict[str, Any]:
+    config = task.config
+    torch.set_num_threads(task.threads)
+    data = TokenData.open(task.data_dir)
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
     score, model = score_checkpoint(config, data, checkpoint, device)
     return {"score": asdict(score), "samples": sample_texts(config, data, model)}
@@ -92,25 +65,21 @@ class Validations:
             RunFailed: that failed; says how.
             UserError: it failed by a mistake in the config.
         """
-        from ray.train import ReportedCheckpointStatus
-
-        from gptray.training.evaluations import Validation
-
         results = self._finished(step)
+        validated = ray.train.ReportedCheckpointStatus.VALIDATED
         # A worker that died may have had the same checkpoint validated before.
         for result in results:
-            if result.status == ReportedCheckpointStatus.VALIDATED and "score" in result.metrics:
+            if result.status == validated and "score" in result.metrics:
                 return Validation(Score(**result.metrics["score"]), result.metrics["samples"])
-        last = results[-1].metrics
-        if "mistake" in last:
-            raise UserError(last["mistake"])
-        why = last.get("error", results[-1].status.value)
-        raise RunFailed(f"scoring {checkpoint_folder(self._run_dir, step)} failed: {why}")
+        last = results[-1]
+        failure = Failure(**last.metrics.get("failure", {"message": last.status.value}))
+        if failure.is_mistake:
+            raise failure.error()
+        folder = checkpoint_folder(self._run_dir, step)
+        raise RunFailed(f"scoring {folder} failed: {failure.message}")
 
     def _finished(self, step: int) -> list[ray.train.ReportedCheckpoint]:
         """The reports of a step's checkpoint, all of them dealt with."""
-        import ray.train
-
         pending = ray.train.ReportedCheckpointStatus.PENDING_VALIDATION
         name = checkpoint_folder(self._run_dir, step).name
         while True:
@@ -121,8 +90,6 @@ class Validations:
             self._tell(step)
 
     def _tell(self, step: int) -> None:
-        import ray.train
-
         if self._has_told or ray.train.get_context().get_world_rank():
             return
         self._has_told = True

@@ -1,19 +1,24 @@
-"""A sweep looked at before anything starts: its trials, and the rows of --dry-run."""
+"""A sweep checked before it starts: its trials, and the rows of its --dry-run.
+
+Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import Config, UserError, load_config, override
 from gptray.config.keys import shown
 from gptray.config.search_space import Entry
+from gptray.data.request import make_request
 from gptray.data.tokens import TokenData
+from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_training
 from gptray.jobs.models import CONFIG
-from gptray.jobs.prepare.run import check_sources, prepared
+from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.resuming import check_free, check_resumable, command
 from gptray.jobs.run_folder import resolve, run_dir
 from gptray.jobs.train.check import check_data, check_known_prompts
@@ -33,17 +38,17 @@ FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet report
 
 
 @dataclass(frozen=True)
-class SweepPlan:
-    """A sweep that has been looked at. `trials`: those known by now.
+class CheckedSweep:
+    """A sweep that can start. `trials`: those known by now.
 
-    texts: configs of the texts that trials are trained on.
-    changes: a sentence for each key that is to change in a sweep that is there.
+    texts: the texts that trials are trained on, by `text_key`.
+    changes: a sentence for each key that changes in a sweep that exists.
     """
 
     config: Config
     folder: Path
     trials: Sequence[Planned]
-    texts: Sequence[Config]
+    texts: Mapping[str, CheckedText]
     changes: Sequence[str] = ()
 
     @property
@@ -59,7 +64,7 @@ class SweepPlan:
         return min(FINALISTS, self.num_trials) * self.config.tune.replicates
 
 
-def look_at_sweep(config: Config) -> SweepPlan:
+def check(config: Config) -> CheckedSweep:
     """Resolve the config and find every mistake that can be found without torch and Ray.
 
     Raises:
@@ -83,48 +88,45 @@ def look_at_sweep(config: Config) -> SweepPlan:
             "cut, by scores that must not come late; leave it out"
         )
     check_training(config)
-    texts = all_texts(config, str(folder), trials)
-    for text in texts:
-        check_sources(text)
+    texts = {text_key(one): check_text(one) for one in all_texts(config, str(folder), trials)}
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)
-        check_known_prompts(one)
+        check_known_prompts(one, CheckedText(one, make_request(one)))
     _check_prepared(trials, texts)
-    return SweepPlan(config, folder, trials, texts, changes)
+    return CheckedSweep(config, folder, trials, texts, changes)
 
 
-def how_to_extend(plan: SweepPlan) -> str:
+def how_to_extend(checked: CheckedSweep) -> str:
     """What to say of a finished sweep: what gives it more trials, where its space has more."""
-    config, folder = plan.config, plan.folder
+    config, folder = checked.config, checked.folder
     another = "train.resume=never and another name start a new one"
     number = 2 * config.tune.num_samples
     if config.tune.search_alg == "random":
         drawn = samples_drawn(folder) or [config.tune.num_samples]
         more = override(config, {"tune.num_samples": number})
         trials = plan_trials(more, str(folder), drawn=drawn, known=load_trials(folder))
-        if len(trials) == len(plan.trials):
+        if len(trials) == len(checked.trials):
             return f"this sweep is finished and has tried all of its space; {another}"
     longer = command("tune", config, folder, f"tune.num_samples={number}")
     return f"this sweep is finished; for more trials: {longer}; {another}"
 
 
-def _check_prepared(trials: Sequence[Planned], texts: Sequence[Config]) -> None:
+def _check_prepared(trials: Sequence[Planned], texts: Mapping[str, CheckedText]) -> None:
     """What the job checks once texts are prepared, of those that are. Raises UserError."""
-    ready = {text_key(text): prepared(text) for text in texts}
-    check_texts([data for data in ready.values() if data])
+    check_same_validation(text.data for text in texts.values() if text.data)
     problems: dict[str, str] = {}
     for trial in trials:
-        data = ready.get(text_key(trial.config))
-        if data:
+        text = texts.get(text_key(trial.config))
+        if text and text.data:
             try:
-                check_data(trial.config, data, None)
+                check_data(trial.config, text.data, None)
             except UserError as error:
                 problems.setdefault(str(error), trial.name)
     if problems:
-        raise UserError("\n".join(f"trial {name}: {text}" for text, name in problems.items()))
+        raise UserError("\n".join(f"trial {name}: {why}" for why, name in problems.items()))
 
 
-def check_texts(texts: Sequence[TokenData]) -> None:
+def check_same_validation(texts: Iterable[TokenData]) -> None:
     """Refuse texts whose validation splits differ. Raises UserError."""
     sizes = {(text.val.documents, text.val.bytes) for text in texts}
     if len(sizes) > 1:
@@ -135,29 +137,28 @@ def check_texts(texts: Sequence[TokenData]) -> None:
         )
 
 
-def sweep_plan(config: Config) -> list[tuple[str, str]]:
-    """Label and value of each fact; makes the same checks as the job, and starts nothing."""
-    plan = look_at_sweep(config)
-    config = plan.config
-    most = max((one.config.train.max_steps for one in plan.trials), default=config.train.max_steps)
-    full = sum(one.config.train.max_steps for one in plan.trials)
-    full += (plan.num_trials - len(plan.trials) + plan.num_replicates) * most
-    ready = [data for data in map(prepared, plan.texts) if data]
-    ended = [one for one in load_trials(plan.folder) if one.outcome]
-    rows = [("sweep", str(plan.folder))]
+def plan(checked: CheckedSweep) -> Plan:
+    """What the job would do."""
+    config = checked.config
+    known = [one.config.train.max_steps for one in checked.trials]
+    most = max(known, default=config.train.max_steps)
+    others = checked.num_trials - len(known) + checked.num_replicates
+    ready = [text.data for text in checked.texts.values() if text.data]
+    ended = [one for one in load_trials(checked.folder) if one.outcome]
+    rows = [("sweep", str(checked.folder))]
     rows += [
         (f"varies {number}", _line(entry)) for number, entry in enumerate(entries_of(config), 1)
     ]
     rows += [
-        ("trials", _trials(plan)),
+        ("trials", _trials(checked)),
         ("at a time", _at_once(config)),
         ("rungs", _rungs(config)),
-        ("steps", f"{full:,} at most, without any trial cut"),
-        ("texts to train on", f"{len(plan.texts)}, {len(ready)} of them ready"),
+        ("steps", f"{sum(known) + others * most:,} at most, without any trial cut"),
+        ("texts to train on", f"{len(checked.texts)}, {len(ready)} of them ready"),
         *(("lost", f"{data.loses} ({data.data_dir})") for data in ready if data.loses),
     ]
-    if plan.changes:
-        rows.append(("changes", "; ".join(plan.changes)))
+    if checked.changes:
+        rows.append(("changes", "; ".join(checked.changes)))
     if ended:
         rows.append(("ended already", f"{len(ended)} trials"))
     rows.append(("files", FILES))
@@ -179,16 +180,16 @@ def _line(entry: Entry) -> str:
     return f"{text}, when {when}" if when else text
 
 
-def _trials(plan: SweepPlan) -> str:
-    tune = plan.config.tune
+def _trials(checked: CheckedSweep) -> str:
+    tune = checked.config.tune
     parts = ["the config as it is"] if tune.baseline else []
-    drawn = plan.num_trials - len(parts)
+    drawn = checked.num_trials - len(parts)
     parts.append(
         f"{drawn} suggested by Optuna" if tune.search_alg == "optuna" else f"{drawn} drawn"
     )
-    if plan.num_replicates:
-        parts.append(f"{plan.num_replicates} repetitions of the best at most")
-    return f"{plan.num_trials + plan.num_replicates}: {', '.join(parts)}"
+    if checked.num_replicates:
+        parts.append(f"{checked.num_replicates} repetitions of the best at most")
+    return f"{checked.num_trials + checked.num_replicates}: {', '.join(parts)}"
 
 
 def _at_once(config: Config) -> str:

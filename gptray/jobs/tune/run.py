@@ -18,22 +18,26 @@ from typing import TYPE_CHECKING, Any
 from gptray.config import Config, RunFailed, dump, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.files import replacing, storing
+from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster, trial_resources
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
-from gptray.jobs.prepare.run import prepare
+from gptray.jobs.prepare.run import prepare_text
 from gptray.jobs.report import Reporter
 from gptray.jobs.resuming import command, save_config
 from gptray.jobs.run_folder import held
+from gptray.jobs.train.task import TrainTask
 from gptray.jobs.tune.check import (
     BUSY,
-    SweepPlan,
-    check_texts,
+    CheckedSweep,
+    check,
+    check_same_validation,
     how_to_extend,
-    look_at_sweep,
+    plan,
 )
 from gptray.jobs.tune.end import BEST, outcome, tell_winner
 from gptray.jobs.tune.start import check_trials, failed_trials, opened
+from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.watch import watching_sweep
 from gptray.training.checkpoint import exchange_model
 from gptray.tuning.plan import (
@@ -65,29 +69,35 @@ def tune(config: Config) -> dict[str, Any]:
         UserError: a mistake in the config, the space, the text or the folder; no trial was started.
         RunFailed: no trial came to a model, or some failed for a reason that may pass; says why.
     """
-    plan = look_at_sweep(config)
-    folder = plan.folder
-    resumes = partial(command, "tune", plan.config, folder)
+    return run(check(config))
+
+
+def run(checked: CheckedSweep) -> dict[str, Any]:
+    """Run the sweep, or resume it. Raises as `tune` does."""
+    folder = checked.folder
+    resumes = partial(command, "tune", checked.config, folder)
     busy = BUSY.format(folder)
     with held(folder, busy=busy), resumable(folder, resumes, begun=folder / CONFIG):
         log.info("sweep %s", folder)
         reporter = Reporter(folder, _write_report)
-        if winner_dir(folder) and not plan.changes and not failed_trials(plan.config, folder):
-            log.info("%s", how_to_extend(plan))
+        failed = failed_trials(checked.config, folder)
+        if winner_dir(folder) and not checked.changes and not failed:
+            log.info("%s", how_to_extend(checked))
             reporter.write(running=False)
         else:
             with ray_cluster():
-                texts = {text_key(text): prepare(text) for text in plan.texts}
-                check_texts(list(texts.values()))
-                check_trials(plan, texts)
-                record = opened(plan)
+                texts = {key: prepare_text(text.request) for key, text in checked.texts.items()}
+                check_same_validation(texts.values())
+                check_trials(checked, texts)
+                record = opened(checked)
                 try:
-                    _Sweep(plan, record, texts).run(on_change=lambda: reporter.write(running=True))
+                    sweep = _Sweep(checked, record, texts)
+                    sweep.run(on_change=lambda: reporter.write(running=True))
                 finally:
                     reporter.write(running=False)
-    sweep = load_sweep(folder)
-    tell_winner(sweep)
-    return {**outcome(sweep), "report": reporter.path}
+    result = load_sweep(folder)
+    tell_winner(result)
+    return {**outcome(result), "report": reporter.path}
 
 
 def _write_report(folder: Path, running: bool) -> Path:
@@ -102,13 +112,15 @@ def _write_report(folder: Path, running: bool) -> Path:
 class _Sweep:
     """A sweep that runs: its texts are prepared, Ray is there. To Ray Tune it is a queue."""
 
-    def __init__(self, plan: SweepPlan, record: Record, texts: Mapping[str, TokenData]) -> None:
-        self._config, self._folder, self._plan = plan.config, plan.folder, plan
+    def __init__(
+        self, checked: CheckedSweep, record: Record, texts: Mapping[str, TokenData]
+    ) -> None:
+        self._config, self._folder, self._checked = checked.config, checked.folder, checked
         self._record = record
         self._at_once, self._reserved = trial_resources(
-            plan.config.compute,
-            trials=plan.num_trials,
-            at_once=plan.config.tune.max_concurrent_trials,
+            checked.config.compute,
+            trials=checked.num_trials,
+            at_once=checked.config.tune.max_concurrent_trials,
         )
         self._texts = texts
         self._suggestions: Suggestions | None = None
@@ -123,18 +135,18 @@ class _Sweep:
         """
         from gptray.jobs.tune.trials import run_trials
 
-        self._write_down(self._plan.trials)
+        self._write_down(self._checked.trials)
         if self._config.tune.search_alg == "optuna":
             from gptray.jobs.tune.suggestions import Suggestions
 
             self._suggestions = Suggestions(
-                self._config, self._folder, self._record, num_trials=self._plan.num_trials
+                self._config, self._folder, self._record, num_trials=self._checked.num_trials
             )
         past = load_trials(self._folder)
-        # Those that an earlier start had begun go on first.
+        # Those that an earlier start had begun resume first.
         waiting = sorted((one for one in past if not one.outcome), key=lambda one: not one.started)
         self._waiting.extend(self._planned(trial) for trial in waiting)
-        num_trials = self._plan.num_trials + self._plan.num_replicates
+        num_trials = self._checked.num_trials + self._checked.num_replicates
         with watching_sweep(self._folder, num_trials, on_change=on_change):
             run_trials(
                 self._config,
@@ -198,8 +210,8 @@ class _Sweep:
         planned = plan_trial(self._config, str(self._folder), trial.name, trial.values)
         return replace(planned, replicate_of=trial.replicate_of)
 
-    def settings(self, planned: Planned) -> dict[str, Any]:
-        """What a trial's process is told, see `run_trial`; makes its run folder."""
+    def task(self, planned: Planned) -> TrialTask:
+        """What a trial's process is given; makes its run folder."""
         config, cores = planned.config, self._reserved["CPU"]
         if cores.is_integer():
             # Sums over threads depend on their number, so a trial's config names it.
@@ -208,17 +220,9 @@ class _Sweep:
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder)
-        return {
-            "trial": planned.name,
-            "is_cut": planned.replicate_of is None,
-            "config": config.model_dump(mode="json"),
-            "run_dir": str(folder),
-            "data_dir": str(self._text(planned).data_dir),
-            "threads": max(1, int(cores)),
-        }
-
-    def _text(self, planned: Planned) -> TokenData:
-        return self._texts[text_key(planned.config)]
+        data_dir = self._texts[text_key(planned.config)].data_dir
+        run = TrainTask(config, data_dir, folder, threads=max(1, int(cores)))
+        return TrialTask(planned.name, run, is_cut=planned.replicate_of is None)
 
     def _finish(self) -> None:
         trials = load_trials(self._folder)
@@ -243,3 +247,6 @@ class _Sweep:
         with storing(path), replacing(path) as draft:
             draft.write_text(dump(best), "utf-8")
         self._record.winner(winner.name)
+
+
+JOB = Job(check, plan, run)

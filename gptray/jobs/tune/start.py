@@ -12,7 +12,7 @@ from gptray.files import storing
 from gptray.jobs.models import CONFIG
 from gptray.jobs.resuming import save_config
 from gptray.jobs.train.check import check_data
-from gptray.jobs.tune.check import SweepPlan
+from gptray.jobs.tune.check import CheckedSweep
 from gptray.training.checkpoint import TrainerState, newest_whole
 from gptray.tuning.plan import plan_trial, text_key
 from gptray.tuning.record import (
@@ -27,21 +27,21 @@ from gptray.tuning.record import (
 log = logging.getLogger("gptray")
 
 
-def opened(plan: SweepPlan) -> Record:
+def opened(checked: CheckedSweep) -> Record:
     """The record of a sweep that is to run: begun, or told what is new since the last start."""
-    folder, failed = plan.folder, failed_trials(plan.config, plan.folder)
+    folder, failed = checked.folder, failed_trials(checked.config, checked.folder)
     is_new = not (folder / CONFIG).exists()
     if is_new:
-        save_config(plan.config, folder)
+        save_config(checked.config, folder)
     record = Record(folder)
-    if plan.changes:
+    if checked.changes:
         drawn = samples_drawn(folder)
         before = drawn[-1] if drawn else load_config(str(folder / CONFIG), []).tune.num_samples
-        record.reopened(before=before, num_samples=plan.config.tune.num_samples)
+        record.reopened(before=before, num_samples=checked.config.tune.num_samples)
     elif winner_dir(folder):
         record.reopened()
-    save_config(plan.config, folder)
-    for change in plan.changes:
+    save_config(checked.config, folder)
+    for change in checked.changes:
         log.info("%s", change)
     for trial in failed:
         record.retried(trial.name)
@@ -62,19 +62,19 @@ def _number(count: int, what: str) -> str:
     return f"{count} {what}" + ("s" if count != 1 else "")
 
 
-def check_trials(plan: SweepPlan, texts: Mapping[str, TokenData]) -> None:
+def check_trials(checked: CheckedSweep, texts: Mapping[str, TokenData]) -> None:
     """Refuse texts that a trial cannot be trained on. Raises UserError with all of them."""
     problems: dict[str, str] = {}
-    known = {one.name: one for one in load_trials(plan.folder)}
-    planned = [one for one in plan.trials if one.name not in known]
+    known = {one.name: one for one in load_trials(checked.folder)}
+    planned = [one for one in checked.trials if one.name not in known]
     planned += [
-        plan_trial(plan.config, str(plan.folder), one.name, one.values)
+        plan_trial(checked.config, str(checked.folder), one.name, one.values)
         for one in known.values()
         if one.outcome is None
     ]
     for one in planned:
         try:
-            state = _state(trial_dir(plan.folder, one.name))
+            state = _state(trial_dir(checked.folder, one.name))
             check_data(one.config, texts[text_key(one.config)], state)
         except UserError as error:
             problems.setdefault(str(error), one.name)

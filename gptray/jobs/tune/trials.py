@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 
 from gptray.config import Config, RunFailed
 from gptray.files import storing
-from gptray.jobs.tune.worker import run_trial
+from gptray.jobs.tune.task import TrialTask
 from gptray.tuning.plan import Planned
 from gptray.tuning.record import Trial
 
@@ -45,7 +45,7 @@ _NEVER_LOADED: tuple[type, tuple[()]] = (object, ())
 
 
 class Queue(Protocol):
-    """What is to run, and who is told what became of it."""
+    """What to run, and whom to tell what became of it."""
 
     is_over: bool
     failure: RunFailed | None
@@ -53,8 +53,8 @@ class Queue(Protocol):
     def next(self) -> Planned | None:
         """The next trial; None while only running trials can tell, or when `is_over`."""
 
-    def settings(self, planned: Planned) -> dict[str, Any]:
-        """What the process of a trial is told, see `run_trial`."""
+    def task(self, planned: Planned) -> TrialTask:
+        """What the process of a trial is given."""
 
     def started(self, name: str) -> None:
         """A trial's process has begun with it, for the first time or again."""
@@ -87,7 +87,7 @@ def run_trials(
     resources = reserved if is_here else {"memory": 64 * 2**20}
     with storing(folder), _scratch(folder) as scratch, _quiet():
         ray.tune.Tuner(
-            ray.tune.with_resources(run_trial, resources),
+            ray.tune.with_resources(_run_trial, resources),
             tune_config=ray.tune.TuneConfig(
                 num_samples=-1,
                 max_concurrent_trials=at_once,
@@ -109,6 +109,13 @@ def run_trials(
         ).fit()
 
 
+# Importing torch takes seconds, which the driver is spared: a trial's process imports what it runs.
+def _run_trial(given: dict[str, TrialTask]) -> dict[str, Any]:
+    from gptray.jobs.tune.worker import run_trial
+
+    return run_trial(given["task"])
+
+
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """A folder for Tune's own files, empty at first and gone afterwards."""
@@ -122,7 +129,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Tune from telling what the sweep tells itself, unless it is to tell all."""
+    """Silence Tune's own output, unless --verbose asks for it."""
     ours, logger = logging.getLogger("gptray"), logging.getLogger("ray.tune")
     level = logger.level
     if not ours.isEnabledFor(logging.DEBUG):
@@ -133,9 +140,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _task_of(trial: Any) -> TrialTask:
+    task = trial.config["task"]
+    assert isinstance(task, TrialTask)
+    return task
+
+
 def _name_of(trial: Any) -> str:
-    name: str = trial.config["trial"]
-    return name
+    return _task_of(trial).name
 
 
 class _Searcher(Searcher):  # type: ignore[misc]
@@ -152,7 +164,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
         with _kept(self._queue):
             planned = self._queue.next()
             if planned:
-                return self._queue.settings(planned)
+                return {"task": self._queue.task(planned)}
         is_over = self._queue.is_over or self._queue.failure
         return str(Searcher.FINISHED) if is_over else None
 
@@ -195,7 +207,7 @@ class Rungs(ASHAScheduler):  # type: ignore[misc]
     """ASHA that knows what trials have measured before this start.
 
     Its public methods are told of the past as if it happened now: every ended trial is added and
-    reports its rows, and one that goes on has reported its own before it starts.
+    reports its rows, and one that resumes has reported its own before it starts.
     """
 
     def __init__(self, config: Config, past: Sequence[Trial]) -> None:
@@ -215,11 +227,12 @@ class Rungs(ASHAScheduler):  # type: ignore[misc]
         self._past = {trial.name: trial for trial in past if trial.replicate_of is None}
         for trial in self._past.values():
             if trial.outcome is not None:
-                ended = SimpleNamespace(trial_id=trial.name, config={"trial": trial.name})
-                self.on_trial_add(None, ended)
+                self._add(None, SimpleNamespace(trial_id=trial.name), trial.name)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        name = _name_of(trial)
+        self._add(tune_controller, trial, _name_of(trial))
+
+    def _add(self, tune_controller: Any, trial: Any, name: str) -> None:
         # Ray draws the bracket from numpy's global state; a trial is to stay in its own.
         np.random.seed(zlib.crc32(f"{self._seed}/{name}".encode()))
         super().on_trial_add(tune_controller, trial)
@@ -227,10 +240,11 @@ class Rungs(ASHAScheduler):  # type: ignore[misc]
             super().on_trial_result(tune_controller, trial, row)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if not trial.config["is_cut"]:
+        task = _task_of(trial)
+        if not task.is_cut:
             return str(TrialScheduler.CONTINUE)
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        if result.get("step", 0) >= trial.config["config"]["train"]["max_steps"]:
+        if result.get("step", 0) >= task.run.config.train.max_steps:
             return str(TrialScheduler.CONTINUE)
         return decision
 

@@ -1,39 +1,38 @@
 """One trial of a sweep, in the process that Ray Tune gives it: an ordinary run, reported to Tune.
 
 One worker trains right here, in an actor that serves one trial after the other; several train in
-Ray Train's workers. What went wrong is an outcome like any other, so that the sweep goes on.
+Ray Train's workers. What went wrong is an outcome like any other, so that the sweep continues.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
 from typing import Any
+
+import ray.tune
+import torch
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
 from gptray.jobs.cluster import TRAIN_ENV
-from gptray.jobs.train.run import fit_on_ray
+from gptray.jobs.train.run import ended, fit_on_ray
 from gptray.jobs.train.samples import sample_texts
+from gptray.jobs.train.task import TrainTask
+from gptray.jobs.tune.task import TrialTask
 from gptray.record import try_event, write_event
+from gptray.training.loop import fit
 
 # How the loop's reasons to stop are called in a sweep's record.
 OUTCOMES = {"max_steps": "finished", "patience": "patience", "non_finite": "diverged"}
 
 
-def run_trial(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train as `settings` say; return the outcome, which Tune takes for the last report.
-
-    settings: trial (its name), config, run_dir, data_dir and threads.
-    """
-    folder = Path(settings["run_dir"])
+def run_trial(task: TrialTask) -> dict[str, Any]:
+    """Train the trial's run; return the outcome, which Tune takes for the last report."""
+    run, folder = task.run, task.run.run_dir
     try:
-        config = Config.model_validate(settings["config"])
-        train = _train_here if config.compute.num_workers == 1 else _train_in_workers
-        result = train(config, TokenData.open(settings["data_dir"]), folder, settings["threads"])
-        if result["stopped"] == "failed":
-            raise (UserError if result["mistake"] else RunFailed)(result["message"])
+        train = _train_here if run.config.compute.num_workers == 1 else _train_in_workers
+        result = ended(train(run, TokenData.open(run.data_dir)))
         write_event(folder, "end", stopped=result["stopped"])
     except Exception as error:
         # What has become of the prepared text, the next start makes good.
@@ -49,30 +48,24 @@ def run_trial(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _train_here(config: Config, data: TokenData, folder: Path, threads: int) -> dict[str, Any]:
-    import ray.tune
-    import torch
-
-    from gptray.training.loop import fit
-
+def _train_here(run: TrainTask, data: TokenData) -> dict[str, Any]:
+    config = run.config
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
     _forget_trials_before(config, device)
     # Of this thread, and every trial has its own.
-    torch.set_num_threads(threads)
+    torch.set_num_threads(run.threads)
     return fit(
         config,
         data,
-        folder,
+        run.run_dir,
         report=lambda metrics, _: ray.tune.report(metrics),
         sample=lambda model: sample_texts(config, data, model),
         device=device,
     )
 
 
-def _forget_trials_before(config: Config, device: Any) -> None:
+def _forget_trials_before(config: Config, device: torch.device) -> None:
     """Drop what earlier trials may have left in this process. The loop sets all else itself."""
-    import torch
-
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -81,8 +74,9 @@ def _forget_trials_before(config: Config, device: Any) -> None:
         torch.compiler.reset()
 
 
-def _train_in_workers(config: Config, data: TokenData, folder: Path, _: int) -> dict[str, Any]:
+def _train_in_workers(run: TrainTask, data: TokenData) -> dict[str, Any]:
     os.environ.update({**TRAIN_ENV, **os.environ})
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    return fit_on_ray(config, data, folder, callbacks=[TuneReportCallback()])
+    callbacks = [TuneReportCallback()]
+    return fit_on_ray(run.config, data.data_dir, run.run_dir, callbacks=callbacks)

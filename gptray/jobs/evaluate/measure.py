@@ -1,0 +1,79 @@
+"""Measure a model on a text: windows and passages are shared out to actors, the answers joined."""
+
+from __future__ import annotations
+
+import logging
+import math
+from datetime import UTC, datetime
+
+from gptray.config import RunFailed
+from gptray.data.tokens import TokenData
+from gptray.evaluation.metrics import DocumentSums, split_result
+from gptray.evaluation.result import Evaluation, SplitResult
+from gptray.jobs.evaluate.check import CheckedEvaluation
+from gptray.jobs.evaluate.continuations import measure_texts
+from gptray.jobs.evaluate.scorers import Scorers
+from gptray.jobs.evaluate.task import Call
+from gptray.wording import perplexity
+
+log = logging.getLogger("gptray")
+# Of one call: enough that sending it costs nothing, few enough that all workers end together.
+CALL_TOKENS = 16_384
+# A GPU reads so many in a hundredth of a second, in which a call is just sent.
+GPU_CALL_TOKENS = 262_144
+
+
+def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
+    """Everything that is measured of a model on a text. Needs Ray.
+
+    Raises UserError or RunFailed as `Scorers.run` does, RunFailed for a loss that is not finite.
+    """
+    scorers = Scorers(checked, data)
+    splits: dict[str, SplitResult | None] = dict.fromkeys(("train", "val", "test"))
+    splits |= score_splits(checked, data, scorers)
+    train, val = splits["train"], splits["val"]
+    texts = measure_texts(checked, data, scorers)
+    return {
+        "model_dir": str(checked.model_dir),
+        "model_sha256": checked.model_sha256,
+        "tokenizer_sha256": checked.tokenizer.sha256,
+        "source": checked.source,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "precision": scorers.precision,
+        "block_size": checked.block_size,
+        "stride": checked.stride,
+        "splits": splits,
+        "gap": val["loss"] - train["loss"] if train and val else None,
+        **texts,
+        "how": {"gap": "loss of val - loss of train, both with dropout off", **texts["how"]},
+    }
+
+
+def score_splits(
+    checked: CheckedEvaluation, data: TokenData, scorers: Scorers
+) -> dict[str, SplitResult]:
+    """The losses of every split of the text; of the training split, of a sample."""
+    results = {}
+    call_tokens = GPU_CALL_TOKENS if checked.config.compute.use_gpu else CALL_TOKENS
+    for name, (windows, numbers) in checked.windows(data).items():
+        size = max(1, call_tokens // windows.block_size)
+        ranges = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+        calls = [
+            Call("score", (name, windows, part), windows.stride * len(part)) for part in ranges
+        ]
+        parts: list[DocumentSums] = scorers.run(f"scoring {name}", calls)
+        result = split_result(DocumentSums.joined(parts), data.splits[name], windows, len(numbers))
+        if not math.isfinite(result["loss"]):
+            raise RunFailed(f"the loss of {checked.model_dir} on {name} is {result['loss']}")
+        log.info("%s", _line(name, result))
+        results[name] = result
+    return results
+
+
+def _line(name: str, result: SplitResult) -> str:
+    error = f" +- {result['stderr']:.4f}" if result["stderr"] is not None else ""
+    ppl = perplexity(result["ppl"], places=2) if result["ppl"] is not None else "too large"
+    return (
+        f"{name:5}  loss {result['loss']:.4f}{error}  ppl {ppl}  bpb {result['bpb']:.4f}  "
+        f"{result['tokens']:,} tokens"
+    )

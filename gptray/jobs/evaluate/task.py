@@ -1,0 +1,37 @@
+"""What the actors of an evaluation are given, are asked for, and answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptray.config import Config
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """The model and the tokens that an actor works on, with so many threads."""
+
+    config: Config
+    model_dir: Path
+    data_dir: Path
+    block_size: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of one of `Scorer`'s methods, and how many tokens it is about."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the model has written."""
+
+    tokens: list[int]
+    text: str
