@@ -22,7 +22,9 @@ DISTRIBUTIONS = {
 
 @pytest.fixture
 def project() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project: dict[str, Any] = whole["project"]
+    return project
 
 
 def imported_packages(folder: str) -> set[str]:
