@@ -12,6 +12,15 @@ from gptray.data.tokens import TokenData
 from tests.tiny import tiny_config, tiny_text
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `ray` what uses the session's Ray; a test that starts its own is marked by hand."""
+    for item in items:
+        if item.get_closest_marker("chaos"):
+            item.add_marker(pytest.mark.timeout(3600))
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The session's Ray: two CPUs on this machine."""

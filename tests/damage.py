@@ -73,22 +73,42 @@ def cut(name: str, tenth: int) -> Damage:
 
 def folder_at(name: str) -> Damage:
     """Put a folder into a file's place."""
-    return lambda folder: (_remove(folder / name), (folder / name).mkdir())
+
+    def damage(folder: Path) -> None:
+        _remove(folder / name)
+        (folder / name).mkdir()
+
+    return damage
 
 
 def file_at(name: str) -> Damage:
     """Put a file into a folder's place."""
-    return lambda folder: (_remove(folder / name), (folder / name).write_text("x"))
+
+    def damage(folder: Path) -> None:
+        _remove(folder / name)
+        (folder / name).write_text("x")
+
+    return damage
 
 
 def pipe_at(name: str) -> Damage:
     """Put a pipe, at whose other end is nobody, into a file's place."""
-    return lambda folder: (_remove(folder / name), os.mkfifo(folder / name))
+
+    def damage(folder: Path) -> None:
+        _remove(folder / name)
+        os.mkfifo(folder / name)
+
+    return damage
 
 
 def link_at(name: str, target: str | Path) -> Damage:
     """Put a link into a file's place."""
-    return lambda folder: (_remove(folder / name), (folder / name).symlink_to(target))
+
+    def damage(folder: Path) -> None:
+        _remove(folder / name)
+        (folder / name).symlink_to(target)
+
+    return damage
 
 
 @contextmanager

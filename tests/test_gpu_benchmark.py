@@ -19,6 +19,7 @@ def benchmark(*arguments: str, timeout: float = 300) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     done = benchmark(*TINY, "--out", str(tmp_path / "cpu.json"))
     assert done.returncode == 0, done.stdout + done.stderr

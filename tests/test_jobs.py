@@ -21,6 +21,7 @@ from gptray.model.hf import save_pretrained
 from gptray.record import read_rows
 from gptray.tuning.record import TRIALS, load_trials
 from tests.generation.models import random_gpt, small_tokenizer
+from tests.in_process import job_here
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -48,15 +49,7 @@ def job(
     )
 
 
-def test_train_ends_with_one_json_line_and_plain_progress(text_file: Path, tmp_path: Path) -> None:
-    done = job("train", f"data.source={text_file}", f"storage_path={tmp_path}", *TINY)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["step"] == 4 and Path(result["model_dir"], "model.safetensors").is_file()
-    assert "step 4/4" in done.stderr and "\x1b" not in done.stderr
-    assert "Traceback" not in done.stderr and "ray" not in done.stderr.lower().split()
-
-
+@pytest.mark.ray
 def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> None:
     done = job("prepare", f"data.source={text_file}", f"storage_path={tmp_path}", *TINY)
     assert done.returncode == 0, done.stderr
@@ -67,7 +60,6 @@ def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train.lr=3e-4"], "did you mean optim.lr?"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["data.source=nowhere.txt"], "nowhere.txt"),
         (["compute.use_gpu=true", "compute.num_workers=16"], "this machine has 0"),
@@ -78,14 +70,27 @@ def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> Non
     ],
 )
 def test_mistake_is_one_message_and_exit_code_2(
-    tmp_path: Path, arguments: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
-    environment = {"HOME": str(tmp_path), "CXX": "nowhere-g++"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "nowhere-g++")
     for dry_run in ([], ["--dry-run"]):
-        done = job("train", *arguments, *dry_run, environment=environment)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr and "Traceback" not in done.stderr
-        assert done.stdout == ""
+        assert job_here("train", *arguments, *dry_run) == 2
+        out, err = capsys.readouterr()
+        assert message in err and "Traceback" not in err
+        assert out == ""
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_mistake_in_a_process_of_its_own(tmp_path: Path, dry_run: list[str]) -> None:
+    done = job("train", "train.lr=3e-4", *dry_run, environment={"HOME": str(tmp_path)})
+    assert done.returncode == 2, done.stderr
+    assert "did you mean optim.lr?" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("name", ["train", "tune", "generate", "prepare"])
@@ -164,6 +169,7 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.ray
 def test_ray_job_submit_trains_and_a_wrong_key_fails(
     cluster: dict[str, str], text_file: Path, tmp_path: Path
 ) -> None:
@@ -181,7 +187,9 @@ def test_ray_job_submit_trains_and_a_wrong_key_fails(
         assert submit(stranger, "jobs/train.py", "--dry-run").returncode != 0
 
 
-def test_generate_reads_prompts_on_the_terminal_and_dry_runs_without_torch(tmp_path: Path) -> None:
+def test_generate_reads_prompts_on_the_terminal_and_dry_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = small_tokenizer()
     save_pretrained(random_gpt(tokenizer), tmp_path / "m", eos_token_id=tokenizer.eos_id)
     tokenizer.save(tmp_path / "m")
@@ -193,49 +201,51 @@ def test_generate_reads_prompts_on_the_terminal_and_dry_runs_without_torch(tmp_p
     assert text == "\uc61b\ub0a0" + result["outputs"][0]["output"]
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     paths = [f"generate.input_path={tmp_path / 'p.txt'}", f"generate.output_path={tmp_path}/out"]
-    dry = job("generate", model, *paths, "--dry-run")
-    assert dry.returncode == 0, dry.stderr
-    assert json.loads(dry.stdout.splitlines()[-1])["plan"]["output"] == f"{tmp_path}/out"
+    assert job_here("generate", model, *paths, "--dry-run") == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    assert plan["output"] == f"{tmp_path}/out"
     assert not (tmp_path / "out").exists()
-    wrong = job("generate", model, *paths, "generate.prompt_colum=x", "sample.topk=5")
-    assert wrong.returncode == 2
-    assert "generate.prompt_column" in wrong.stderr and "sample.top_k" in wrong.stderr
-    assert job("generate", model).returncode == 2
+    assert job_here("generate", model, *paths, "generate.prompt_colum=x", "sample.topk=5") == 2
+    wrong = capsys.readouterr().err
+    assert "generate.prompt_column" in wrong and "sample.top_k" in wrong
+    assert job_here("generate", model) == 2
 
 
-def test_evaluate_dry_runs_and_refuses_without_torch(text_file: Path, tmp_path: Path) -> None:
+def test_evaluate_dry_runs_and_refuses(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = small_tokenizer()
     save_pretrained(random_gpt(tokenizer), tmp_path / "m", eos_token_id=tokenizer.eos_id)
     tokenizer.save(tmp_path / "m")
     common = [f"evaluate.model={tmp_path / 'm'}", f"storage_path={tmp_path}", "name=apart"]
-    dry = job("evaluate", *common, f"evaluate.source={text_file}", "--dry-run")
-    assert dry.returncode == 0, dry.stderr
-    assert json.loads(dry.stdout.splitlines()[-1])["plan"]["text"] == str(text_file)
+    assert job_here("evaluate", *common, f"evaluate.source={text_file}", "--dry-run") == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    assert plan["text"] == str(text_file)
     assert not (tmp_path / "apart").exists()
-    wrong = job("evaluate", *common, "evaluate.stride=65")
-    assert wrong.returncode == 2 and "evaluate.stride=65" in wrong.stderr
-    assert "Traceback" not in wrong.stderr and wrong.stdout == ""
+    assert job_here("evaluate", *common, "evaluate.stride=65") == 2
+    out, err = capsys.readouterr()
+    assert "evaluate.stride=65" in err and "Traceback" not in err and out == ""
 
 
-def test_tune_dry_runs_and_refuses_without_torch(tmp_path: Path) -> None:
+def test_tune_dry_runs_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = f"--config={ROOT / 'configs' / 'overfitting_demo.yaml'}"
-    dry = job("tune", config, f"storage_path={tmp_path}", "name=dry", "--dry-run")
-    assert dry.returncode == 0, dry.stderr
-    plan = json.loads(dry.stdout.splitlines()[-1])["plan"]
+    assert job_here("tune", config, f"storage_path={tmp_path}", "name=dry", "--dry-run") == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
     assert plan["trials"] == "16: the config as it is, 15 drawn"
     assert plan["rungs"].startswith("at steps 240")
     assert plan["steps"].startswith("15,360 at most")
     assert not (tmp_path / "dry").exists()
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("tune:\n  space:\n  - path: model.dropot\n    uniform: [0, 0.3]\n")
-    refused = job("tune", f"--config={wrong}", f"storage_path={tmp_path}", "tune.samples=3")
-    assert refused.returncode == 2 and refused.stdout == ""
-    assert f"{wrong}:3: tune.space: unknown path model.dropot; did you mean" in refused.stderr
-    assert "did you mean tune.num_samples?" in refused.stderr
-    assert job("tune", f"storage_path={tmp_path}").returncode == 2
+    assert job_here("tune", f"--config={wrong}", f"storage_path={tmp_path}", "tune.samples=3") == 2
+    out, err = capsys.readouterr()
+    assert f"{wrong}:3: tune.space: unknown path model.dropot; did you mean" in err
+    assert "did you mean tune.num_samples?" in err and out == ""
+    assert job_here("tune", f"storage_path={tmp_path}") == 2
 
 
 @pytest.mark.chaos
+@pytest.mark.ray
 @pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
 def test_a_submitted_sweep_that_was_stopped_goes_on_when_submitted_again(
     cluster: dict[str, str], text_file: Path, tmp_path: Path
@@ -264,6 +274,7 @@ def test_a_submitted_sweep_that_was_stopped_goes_on_when_submitted_again(
 
 
 @pytest.mark.chaos
+@pytest.mark.ray
 @pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
 def test_a_deployed_model_gives_way_to_another_without_a_failed_request(
     cluster: dict[str, str], tmp_path: Path

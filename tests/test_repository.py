@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {
@@ -22,7 +23,9 @@ DISTRIBUTIONS = {
 
 @pytest.fixture
 def project() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project: dict[str, Any] = whole["project"]
+    return project
 
 
 def imported_packages(folder: str) -> set[str]:
@@ -49,6 +52,16 @@ def test_everything_imported_is_declared(folder: str, project: dict[str, Any]) -
 def test_every_dependency_has_an_upper_bound(project: dict[str, Any]) -> None:
     open_ended = [line for line in project["dependencies"] if not re.search(r"<|==", line)]
     assert open_ended == []
+
+
+def test_the_known_versions_are_within_the_bounds(project: dict[str, Any]) -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    known = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert not [version for version in known.values() if "+" in version]  # PyPI serves none
+    for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        needed = Requirement(line)
+        version = known.get(needed.name.lower().replace("_", "-"))
+        assert version and needed.specifier.contains(version), line
 
 
 def test_readme_opens_with_the_line_that_trains_and_the_line_that_tests() -> None:

@@ -108,6 +108,7 @@ def test_a_second_signal_ends_a_job_that_does_not_leave(number: signal.Signals) 
         assert ended(process, 5) == (130, "tried: interrupted\n")
 
 
+@pytest.mark.ray
 def test_a_signal_still_interrupts_a_job_whose_ray_has_ended(tmp_path: Path) -> None:
     job = "def job(config):\n    with ray_cluster():\n        pass\n    wait()\n"
     with started(job, HOME=str(tmp_path)) as process:

@@ -5,6 +5,7 @@ Pure text; which names are valid is the caller's to say.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
@@ -122,18 +123,34 @@ def nearest_keys(typed: str, keys: Sequence[str]) -> list[str]:
     if same_leaf:
         near = nearest(section, [key.rpartition(".")[0] for key in same_leaf])
         return [f"{near}.{leaf}"] if near else same_leaf
-    best = max(keys, key=lambda key: _likeness(word, key))
-    return [best] if _likeness(word, best) >= 0.6 else []
+    best, most = "", math.nextafter(0.6, 0)  # at least 0.6 is near
+    for key in keys:
+        likeness = _likeness(word, key, above=most)
+        if likeness > most:
+            best, most = key, likeness
+    return [best] if best else []
 
 
-def _likeness(word: str, key: str) -> float:
-    """Return how alike two dotted keys are, 0 to 1; without the section it counts less."""
-    whole = SequenceMatcher(None, word, key, autojunk=False).ratio()
-    leaves = (word.rpartition(".")[2], key.rpartition(".")[2])
-    leaf = SequenceMatcher(None, *leaves, autojunk=False).ratio()
-    names = [key.rpartition(".")[2], *ALIASES.get(key, "").split()]
-    alias = max(SequenceMatcher(None, leaves[0], name, autojunk=False).ratio() for name in names)
-    return max(whole, 0.9 * leaf, 0.85 * alias)
+def _likeness(word: str, key: str, *, above: float) -> float:
+    """How alike two dotted keys are, 0 to 1; 0 if not above `above`.
+
+    Without the section it counts less.
+    """
+    leaf, name = word.rpartition(".")[2], key.rpartition(".")[2]
+    pairs = [(1.0, word, key), (0.9, leaf, name)]
+    pairs += [(0.85, leaf, alias) for alias in (name, *ALIASES.get(key, "").split())]
+    most = above
+    for weight, one, other in pairs:
+        most = max(most, weight * _ratio(one, other, above=most / weight))
+    return most if most > above else 0.0
+
+
+def _ratio(one: str, other: str, *, above: float) -> float:
+    """SequenceMatcher's ratio, 0 to 1; 0 where a quick upper bound is not above `above`."""
+    if 2 * min(len(one), len(other)) <= above * (len(one) + len(other)):
+        return 0.0
+    matcher = SequenceMatcher(None, one, other, autojunk=False)
+    return matcher.ratio() if matcher.quick_ratio() > above else 0.0
 
 
 def did_you_mean(names: Sequence[str]) -> str:

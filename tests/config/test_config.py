@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gptray.config import Config, ConfigError, UserError, dump, load_config, override
+from gptray.config import Config, ConfigError, dump, load_config, override
 from gptray.config.keys import field_specs
 
 Write = Callable[[str], str]
@@ -292,7 +292,7 @@ def test_section_typos_are_refused_with_line_and_right_name(write: Write) -> Non
 def test_problems_survive_a_process_border() -> None:
     error = ConfigError(["a", "b"])
     copy = pickle.loads(pickle.dumps(error))
-    assert isinstance(copy, UserError)
+    assert isinstance(copy, ConfigError)
     assert copy.problems == ["a", "b"]
 
 

@@ -31,6 +31,7 @@ def test_builtin_has_topics_and_docstrings(documents: list[str]) -> None:
     assert "Serialize ``obj`` to a JSON formatted ``str``." in text
 
 
+@pytest.mark.slow
 def test_builtin_is_always_the_same(documents: list[str]) -> None:
     assert builtin_documents() == documents
     assert f"{sys.version_info.major}.{sys.version_info.minor}." in builtin_version()

@@ -37,7 +37,8 @@ def hf_model(
 ) -> tuple[GPT2LMHeadModel, GPT]:
     """Random weights as transformers saved them, opened by both."""
     torch.manual_seed(5)
-    model = GPT2LMHeadModel(GPT2Config(**request.param, initializer_range=0.3)).eval()
+    model = GPT2LMHeadModel(GPT2Config(**request.param, initializer_range=0.3))
+    model.train(False)
     folder = tmp_path_factory.mktemp("hf")
     model.save_pretrained(folder)
     return model, load_pretrained(folder, dropout=0.3)

@@ -69,6 +69,7 @@ def mixed_requests(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
@@ -142,6 +143,7 @@ def test_greedy_is_hugging_faces_generate(
         assert generation.tokens == output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prompt_gets_the_same_tokens_alone_and_among_63_others(
     tokenizer: Tokenizer, backend: str

@@ -59,6 +59,7 @@ def exact(logits: Tensor, sampling: Sampling) -> Tensor:
     return torch.softmax(scores.double(), dim=-1)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [

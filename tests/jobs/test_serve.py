@@ -24,6 +24,7 @@ from gptray.jobs.serve.worker import USER_CONFIG, Replica, ReplicaTask
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
 from tests.processes import listening
 
+pytestmark = pytest.mark.ray
 LONG = 400
 HALF = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -18,7 +18,7 @@ import pytest
 from tests.jobs.serving import PROMPT, TOKENIZER, Job, expected, job_running, save_model
 from tests.serving.requests import fuzzed
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.ray]
 SLOTS, OVERLOAD_S = 4, 60.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 def named(text_file: Path, storage: Path, name: str, *overrides: str) -> Config:
     return tiny_config(text_file, storage, f"name={name}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of this file's own, which a test may change."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text(tiny_text())
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -117,28 +126,37 @@ def test_resume_never_refuses_an_existing_run(
         train(named(text_file, finished[0], "done", "train.resume=never"))
 
 
-def test_changed_text_is_refused(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(tiny_text(400))
-    train(named(text, tmp_path, "run", "train.max_steps=4", "train.eval_interval=2"))
-    (tmp_path / "run" / "checkpoint_000004" / "manifest.json").unlink()  # not finished any more
-    text.write_text(tiny_text(400, seed=8))
-    with pytest.raises(UserError, match="text or tokenizer .* has changed"):
-        train(named(text, tmp_path, "run", "train.max_steps=4", "train.eval_interval=2"))
+@pytest.fixture
+def copy(finished: tuple[Path, dict[str, object]], text_file: Path, tmp_path: Path) -> Config:
+    """The config of a copy of the finished run, which a test may damage."""
+    shutil.copytree(finished[0], tmp_path / "copy")
+    return named(text_file, tmp_path / "copy", "done", "compute.num_workers=2")
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.storage_path) / "done"
+
+
+def test_changed_text_is_refused(copy: Config, text_file: Path) -> None:
+    (folder_of(copy) / "checkpoint_000020" / "manifest.json").unlink()  # not finished any more
+    text_file.write_text(tiny_text(seed=8))
+    try:
+        with pytest.raises(UserError, match="text or tokenizer .* has changed"):
+            train(copy)
+    finally:
+        text_file.write_text(tiny_text())
 
 
 def test_torn_ray_snapshot_does_not_stop_a_run(
-    text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    finished: tuple[Path, dict[str, object]], copy: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = named(text_file, tmp_path, "run", "train.max_steps=4", "train.eval_interval=2")
-    first = train(config)
-    run_dir = tmp_path / "run"
-    (run_dir / "checkpoint_000004" / "trainer.json").unlink()  # so that there is work left
-    (run_dir / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.')
+    # So that there is work left.
+    (folder_of(copy) / "checkpoint_000020" / "trainer.json").unlink()
+    (folder_of(copy) / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.')
     with caplog.at_level("WARNING", logger="gptray"):
-        again = train(config)
-    assert again["val_loss"] == first["val_loss"]
-    assert "checkpoint_000004 is damaged: trainer.json is missing" in caplog.text
+        again = train(copy)
+    assert again["val_loss"] == finished[1]["val_loss"]
+    assert "checkpoint_000020 is damaged: trainer.json is missing" in caplog.text
     assert "checkpoint_manager_snapshot.json was torn" in caplog.text
 
 
@@ -171,13 +189,11 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_once_and_the_same_comman
         check(override(config, {"train.max_steps": 5}))
 
 
-def test_all_checkpoints_damaged_stops_before_training(text_file: Path, tmp_path: Path) -> None:
-    config = named(text_file, tmp_path, "run", "train.max_steps=4", "train.eval_interval=2")
-    train(config)
-    for folder in (tmp_path / "run").glob("checkpoint_0*"):
+def test_all_checkpoints_damaged_stops_before_training(copy: Config) -> None:
+    for folder in folder_of(copy).glob("checkpoint_0*"):
         (folder / "optimizer.safetensors").write_bytes(b"")
-    with pytest.raises(RunFailed, match="(?s)checkpoint_000004.*checkpoint_000002"):
-        train(config)
+    with pytest.raises(RunFailed, match="(?s)checkpoint_000020.*checkpoint_000010"):
+        train(copy)
 
 
 def test_diverging_run_fails_with_advice(text_file: Path, tmp_path: Path) -> None:

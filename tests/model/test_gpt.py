@@ -209,6 +209,7 @@ def test_dropout_follows_torchs_seed_and_ends_with_training(dtype: torch.dtype) 
     assert torch.equal(model(idx, targets), model(idx, targets))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager(dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained, load_weights, save_pretrained
 from gptray.model.shape import read_shape
 
-SHAPES = [
+SHAPES: list[dict[str, Any]] = [
     {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 4},
     {"n_layer": 3, "n_head": 5, "n_embd": 35, "n_positions": 131, "n_inner": 17},
     {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 260, "layer_norm_epsilon": 1e-3},
@@ -41,7 +41,8 @@ def make(fields: dict[str, Any] = SHAPES[1]) -> GPT:
 
 def make_hf(fields: dict[str, Any] = SHAPES[1]) -> GPT2LMHeadModel:
     config = GPT2Config(vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=0, **fields)
-    model = GPT2LMHeadModel(config).eval()
+    model = GPT2LMHeadModel(config)
+    model.train(False)
     rough(model)
     return model
 
@@ -76,9 +77,10 @@ def test_transformers_opens_ours_with_no_missing_or_unexpected_key(
 ) -> None:
     model = make(fields).eval()
     save_pretrained(model, tmp_path, eos_token_id=3)
-    theirs, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True, trust_remote_code=False
     )
+    theirs, info = loaded
     assert {key: len(problems) for key, problems in info.items() if problems} == {}
     assert type(theirs) is GPT2LMHeadModel
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 3

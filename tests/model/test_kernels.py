@@ -124,7 +124,8 @@ def test_an_mlp_has_the_gelu_of_fp32() -> None:
 def test_layer_norm_is_that_of_fp32(rows: int, width: int) -> None:
     x, upstream = (3 * randn(rows, width) + 1).bfloat16(), randn(rows, width, seed=1).bfloat16()
     weight, bias = randn(width, seed=2), randn(width, seed=3)
-    ours = gradients(lambda *a: kernels.layer_norm(*a, 1e-5), [x, weight, bias], upstream)
+    inputs = [x, weight, bias]
+    ours = gradients(lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5), inputs, upstream)
     exact = gradients(
         lambda x, *a: F.layer_norm(x, (width,), *a), [x.float(), weight, bias], upstream.float()
     )
@@ -143,7 +144,7 @@ def loss_and_gradients(model: GPT) -> list[Tensor]:
     ids = torch.randint(50, (3, 71), generator=torch.Generator().manual_seed(0))
     loss = model(ids[:, :-1], ids[:, 1:])
     loss.backward()
-    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]  # type: ignore[list-item]
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
 def test_a_model_learns_the_same_by_kernels_and_without() -> None:

@@ -15,11 +15,12 @@ from gptray.model.layers import LayerNorm, Linear, dropout, gelu
 
 def reference(qkv: Tensor, n_head: int, mask: Tensor | float = 1.0) -> Tensor:
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv.split(C, dim=2))
+    q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     scores = q @ k.transpose(-2, -1) / (C // n_head) ** 0.5
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     probabilities = scores.masked_fill(future, float("-inf")).softmax(-1) * mask
-    return (probabilities @ v).transpose(1, 2).reshape(B, T, C)
+    together: Tensor = (probabilities @ v).transpose(1, 2).reshape(B, T, C)
+    return together
 
 
 @pytest.mark.parametrize("length", [1, 100, 128, 130, 384])

@@ -55,6 +55,7 @@ def test_a_gpus_pieces_are_few_and_alike(
     assert size - last < 32
 
 
+@pytest.mark.slow
 def test_a_compiled_step_on_a_gpu_is_a_small_graph() -> None:
     """Meta tensors take a GPU's ways: a piece's logits are few formulas, without a scatter."""
     with torch.device("meta"):
@@ -66,7 +67,8 @@ def test_a_compiled_step_on_a_gpu_is_a_small_graph() -> None:
 
     def keep(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         graphs.append(graph)
-        return make_boxed_func(graph.forward)
+        boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+        return boxed
 
     torch.compile(model, backend=aot_autograd(fw_compiler=keep))(batch, batch).backward()
     calls = [str(n.target) for g in graphs for n in g.graph.nodes if n.op == "call_function"]
@@ -110,22 +112,22 @@ def test_pieces_equal_the_whole(
     loss = linear_cross_entropy(x, weight, targets, valid=29)
     logits = F.linear(x.float(), weight.to(dtype).float())[:, :29]
     expected = F.cross_entropy(logits, targets)
-    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 5e-3, "rtol": 3e-2}
-    torch.testing.assert_close(loss, expected, **close)
+    atol, rtol = (1e-5, 1e-5) if dtype == torch.float32 else (5e-3, 3e-2)
+    torch.testing.assert_close(loss, expected, atol=atol, rtol=rtol)
     tokens = token_cross_entropy(x, weight, targets, valid=29)
-    torch.testing.assert_close(tokens.mean(), expected, **close)
+    torch.testing.assert_close(tokens.mean(), expected, atol=atol, rtol=rtol)
     for ours, theirs in zip(
         torch.autograd.grad(3 * loss, (x, weight)),
         torch.autograd.grad(3 * expected, (x, weight)),
         strict=True,
     ):
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, **close)
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)
 
 
 def test_a_second_backward_pass_is_refused() -> None:
     weight = torch.randn(5, 4, requires_grad=True)
     loss = linear_cross_entropy(torch.randn(3, 4), weight, torch.tensor([0, 1, 2]), valid=5)
-    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]

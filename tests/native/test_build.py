@@ -70,6 +70,7 @@ def test_a_compiler_that_writes_no_library_is_named(
     assert not list((tmp_path / "cache" / "gptray").iterdir())
 
 
+@pytest.mark.slow
 @needs_native
 def test_the_library_is_built_once_and_kept_where_only_its_user_writes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -125,6 +126,7 @@ def kept(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return build_library(key=GENERATE_KEY)
 
 
+@pytest.mark.slow
 @needs_native
 def test_no_damaged_library_is_taken_for_a_whole_one(kept: Path) -> None:
     whole, name = kept.read_bytes(), kept.stem.rpartition("-")[0]
@@ -142,6 +144,7 @@ def test_no_damaged_library_is_taken_for_a_whole_one(kept: Path) -> None:
     assert kept_library(name) == kept
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_damaged_library_is_built_again_and_told(
     kept: Path, caplog: pytest.LogCaptureFixture
@@ -153,6 +156,7 @@ def test_a_damaged_library_is_built_again_and_told(
     assert fresh.stat().st_size > 1000 and [*fresh.parent.iterdir()] == [fresh]
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_folder_in_the_librarys_place_is_replaced(kept: Path) -> None:
     kept.unlink()
@@ -226,6 +230,7 @@ def test_a_cache_of_other_users_is_refused_or_done_without(
     assert pick_backend("auto", use_gpu=False) == "torch"
 
 
+@pytest.mark.slow
 @needs_native
 def test_compilers_with_other_flags_have_libraries_of_their_own(
     kept: Path, monkeypatch: pytest.MonkeyPatch

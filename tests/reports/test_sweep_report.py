@@ -238,7 +238,7 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
 
 def test_a_sweep_of_unlike_trials_has_a_report(tmp_path: Path) -> None:
     """Settings with one level, of odd kinds, and trials of different length."""
-    space = [
+    space: list[dict[str, Any]] = [
         {"path": "optim.betas", "choice": [[0.9, 0.99], [0.9, 0.95]]},
         {"path": "data.split", "choice": ["90:10"]},
         {"path": "train.max_steps", "choice": [60, 120]},

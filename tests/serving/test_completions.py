@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -34,10 +35,10 @@ def client(server: Server) -> Iterator[OpenAI]:
         yield client
 
 
-def texts(prompt: str, *, n: int = 1, first: int = 0, **sampling: object) -> list[str]:
+def texts(prompt: str, *, n: int = 1, first: int = 0, **sampling: Any) -> list[str]:
     """What the engine writes, asked directly, from row `first` of the seed on."""
     engine = Engine(tiny(), TOKENIZER, max_batch_size=4)
-    settings = Sampling(**sampling)  # type: ignore[arg-type]
+    settings = Sampling(**sampling)
     ids = TOKENIZER.prompt_ids(prompt)
     rows = range(first, first + n)
     return [g.text for g in engine.run([Request(ids, settings, row) for row in rows])]
@@ -73,8 +74,8 @@ def test_a_stream_gives_the_same_text_token_by_token(client: OpenAI) -> None:
                 tokens += len(choice.logprobs.tokens)
             last = chunk
         settings = {"n": 2, "max_new_tokens": 30, "seed": seed}
-        own = texts(korean, **settings)  # type: ignore[arg-type]
-        assert parts == own + texts("the", first=2, **settings)  # type: ignore[arg-type]
+        own = texts(korean, **settings)
+        assert parts == own + texts("the", first=2, **settings)
         assert set(reasons) <= {"stop", "length"}
         assert last and not last.choices and last.usage and last.usage.completion_tokens == tokens
 

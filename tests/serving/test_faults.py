@@ -32,7 +32,7 @@ def long_tiny(seed: int = 0) -> Any:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    limits = {"max_outputs": 7, "max_n": 2, "max_stop": 2, "max_logprobs": 4}
+    limits: dict[str, Any] = {"max_outputs": 7, "max_n": 2, "max_stop": 2, "max_logprobs": 4}
     with running(max_body_bytes=3000, max_output_tokens=20, **limits) as server:
         yield server
 
@@ -263,7 +263,7 @@ def test_a_new_model_takes_over_while_a_stream_ends_on_the_old_one() -> None:
 def test_health_says_that_an_engine_is_dead_or_its_model_gives_no_numbers() -> None:
     dead, damaged = tiny(), tiny()
     dead.transformer.wpe.weight.data = dead.transformer.wpe.weight.data[:0]
-    torch.nn.init.constant_(damaged.transformer.ln_f.weight, float("nan"))
+    torch.nn.init.constant_(damaged.get_parameter("transformer.ln_f.weight"), float("nan"))
     for model, status in ((dead, 503), (damaged, 500)):
         with running(model) as server:
             assert server.get("/health").status_code == 503

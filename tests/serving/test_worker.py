@@ -14,7 +14,8 @@ from gptray.generation.engine import Engine
 from gptray.generation.request import Generation, Request
 from gptray.generation.sampling import Drawn
 from gptray.generation.settings import Sampling
-from gptray.serving.worker import EngineStopped, EngineThread, Overloaded, Update
+from gptray.serving.streams import EngineStopped, Update
+from gptray.serving.worker import EngineThread, Overloaded
 from tests.generation.models import random_gpt, small_tokenizer
 
 # A request that does not end before it is left.
@@ -252,7 +253,7 @@ def test_those_turned_away_are_told_to_come_back_one_after_the_other(tokenizer: 
         engine.allow(2)
         await collect(worker, [SHORT, SHORT])  # so long does one take
         tasks = [await accepted(worker, SHORT) for _ in range(2)]
-        told = []
+        told: list[int] = []
         while not told or told[-1] < 3:
             with pytest.raises(Overloaded) as refused:
                 await collect(worker, [SHORT])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from gptray.config import Config, RunFailed, UserError, override
 from gptray.data.tokens import TokenData
@@ -172,7 +172,7 @@ def test_workers_leave_together_when_the_first_cannot_write(
 ) -> None:
     config = tiny_config(text_file, tmp_path, "compute.num_workers=2")
     port = 30_000 + os.getpid() % 10_000
-    mp.spawn(_worker, (config, str(tiny_data.data_dir), str(tmp_path), port), nprocs=2)
+    spawn(_worker, (config, str(tiny_data.data_dir), str(tmp_path), port), nprocs=2)  # type: ignore[no-untyped-call]
     first, second = (
         json.loads((tmp_path / f"rank-{rank}.json").read_text("utf-8")) for rank in (0, 1)
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from gptray.config import Config, override
 from gptray.data.tokens import TokenData
@@ -192,7 +192,7 @@ def test_two_workers_see_the_same_batches_and_losses_as_one(
     )
     port = 20_000 + os.getpid() % 10_000
     arguments = (config, str(tiny_data.data_dir), str(tmp_path / "two"), port)
-    mp.spawn(_worker, arguments, nprocs=2)
+    spawn(_worker, arguments, nprocs=2)  # type: ignore[no-untyped-call]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     one, two = rows(tmp_path / "one")[-1], rows(tmp_path / "two")[-1]
     assert two["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
@@ -263,6 +263,7 @@ def test_non_finite_numbers_stop_the_run_and_keep_the_last_good_checkpoint(
     assert all(math.isfinite(row["train_loss"]) for row in rows(tmp_path))
 
 
+@pytest.mark.slow
 def test_compiled_loop_trains(text_file: Path, tiny_data: TokenData, tmp_path: Path) -> None:
     if os.system("c++ --version > /dev/null 2>&1"):
         pytest.skip("needs a C++ compiler")

@@ -13,7 +13,7 @@ from gptray.tuning.levels import Space, settings_of
 from gptray.tuning.record import load_sweep
 from tests.tuning.sweeps import Made, Values, cut, sweep_config, trained, write_sweep
 
-CHOICES = [
+CHOICES: list[dict[str, Any]] = [
     {"path": "model.residual", "choice": [True, False]},
     {"path": "model.norm", "choice": ["layernorm", "none"]},
     {"path": "optim.schedule", "choice": ["cosine", "constant", "step"]},
@@ -204,7 +204,7 @@ def test_a_setting_with_a_condition_is_compared_where_it_counts(tmp_path: Path) 
 
 
 def test_tied_paths_are_one_setting_and_the_baseline_is_one_of_its_trials(tmp_path: Path) -> None:
-    space = [
+    space: list[dict[str, Any]] = [
         {"paths": ["model.n_embd", "model.n_inner"], "choice": [[128, 512], [256, None]]},
         {"path": "data.split", "choice": ["90:10", "80:10:10"]},
         {"path": "optim.max_grad_norm", "uniform": [0.1, 2.0]},

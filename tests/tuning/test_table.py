@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,7 +14,7 @@ from gptray.tuning.record import trial_dir
 from gptray.tuning.table import write_trials_parquet
 from tests.tuning.sweeps import BITS, Made, sweep_config, write_sweep
 
-SPACE = [
+SPACE: list[dict[str, Any]] = [
     {"path": "model.dropout", "choice": [0, 0.1]},
     {"path": "model.residual", "choice": [True, False]},
     {"path": "optim.schedule", "choice": ["cosine", "step"]},
