@@ -160,7 +160,7 @@ def panels(standing: Standing) -> str:
         for setting in standing.settings
         if any(name in setting.values for name in measured)
     ]
-    return f'<div class="panels">{"".join(found)}</div>'
+    return "".join(found)
 
 
 def _panel(standing: Standing, setting: Setting, measured: dict[str, Trial], heights: XY) -> str:
