@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from markupsafe import Markup
-
 from gptray.config import UserError, load_config
 from gptray.evaluation.commands import model_commands
 from gptray.evaluation.result import Evaluation, load_evaluation
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.reports.chart import run_charts
+from gptray.reports.curves import curves_figure
 from gptray.reports.page import write_page
-from gptray.reports.png import save_pngs
+from gptray.reports.png import save_png
 from gptray.reports.run.diagnosis import diagnose
 from gptray.reports.run.findings import evaluation_view
 from gptray.reports.run.gap import is_stale
 from gptray.reports.run.story import RunRecord, run_state, run_view
-from gptray.reports.svg import figure
 
 STALE = "The run has found a better model since this evaluation: {} evaluates that one."
 
@@ -41,16 +39,18 @@ def write_report(folder: Path, *, running: bool = False) -> Path:
     if run is None and evaluation is None:
         raise UserError(f"{folder} has neither a run (config.yaml) nor an evaluation.json")
     charts = run_charts(run.rows, run.diagnosis) if run else []
+    figures = [curves_figure(chart) for chart in charts]
     path = write_page(
         "run.html.j2",
         folder,
         running=running,
         run=run_view(run) | {"state": run_state(run, running=running)} if run else None,
         evaluation=_evaluation_view(folder, run, evaluation) if evaluation else None,
-        figures=[Markup(figure(chart)) for chart in charts],
+        figures=figures,
     )
     if not running:
-        save_pngs(charts, folder)
+        for figure in figures:
+            save_png(figure, folder)
     return path
 
 

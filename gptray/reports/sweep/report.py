@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptray.config import UserError
+from gptray.reports.curves import curves_figure
 from gptray.reports.page import write_page
-from gptray.reports.png import save_pngs
-from gptray.reports.sweep.pictures import curves_chart
-from gptray.reports.sweep.png import save_effects
+from gptray.reports.png import save_png
+from gptray.reports.sweep.learning import learning_charts
 from gptray.reports.sweep.sections import sweep_view
 from gptray.reports.sweep.story import sweep_state
+from gptray.reports.sweep.worth import effects_figure
 from gptray.tuning.ranking import Standing
 from gptray.tuning.record import TRIALS, load_sweep
 
@@ -31,9 +32,17 @@ def write_sweep_report(folder: Path, *, running: bool = False) -> Path:
     if not (folder / TRIALS).is_file() or not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no sweep (config.yaml and {TRIALS})")
     standing = Standing.of(load_sweep(folder))
-    state = sweep_state(standing, running=running)
-    path = write_page("sweep.html.j2", folder, running=running, state=state, **sweep_view(standing))
+    curves = [curves_figure(chart) for chart in learning_charts(standing)]
+    effects = effects_figure(standing.effects.of)
+    path = write_page(
+        "sweep.html.j2",
+        folder,
+        running=running,
+        state=sweep_state(standing, running=running),
+        curves=curves,
+        **sweep_view(standing, effects),
+    )
     if not running:
-        save_pngs(curves_chart(standing), folder)
-        save_effects(standing.effects.of, folder)
+        for figure in [*curves, effects] if effects else curves:
+            save_png(figure, folder)
     return path

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from statistics import stdev
 
-from markupsafe import Markup
-
 from gptray.config import dump
 from gptray.data.difference import percent
 from gptray.reports.page import Row, Table
-from gptray.reports.svg import figure
-from gptray.reports.sweep.dots import effects_figure, panels
-from gptray.reports.sweep.pictures import curves_chart, steps_bar
+from gptray.reports.picture import Figure
+from gptray.reports.sweep.panels import panel_figures
 from gptray.reports.sweep.story import findings, headline, losses_line, too_few
 from gptray.tuning.effects import ENOUGH_GONE_ON, Interval, gap_bits
 from gptray.tuning.levels import assignment
@@ -32,22 +29,21 @@ SPARED_BY = {
 }
 
 
-def sweep_view(standing: Standing) -> dict[str, object]:
+def sweep_view(standing: Standing, effects: Figure | None) -> dict[str, object]:
     """What the page of a sweep shows, by the names that its template has for it."""
     rows = [
         _trial_row(number, trial, standing) for number, trial in enumerate(standing.trials, start=1)
     ]
     lacking = too_few(standing)
-    worth = {} if lacking else _worth(standing)
+    worth = {} if lacking else _worth(standing) | {"effects": effects}
     return worth | {
         "headline": headline(standing),
         "losses": losses_line(standing),
         "tiles": _tiles(standing),
-        "curves": [Markup(figure(chart)) for chart in curves_chart(standing)],
         "steps_full": count(standing.steps_full, "step") if standing.steps_full else "",
-        "steps_bar": Markup(steps_bar(_shares(standing))),
+        "shares": _shares(standing),
         "too_few": lacking,
-        "panels": Markup(panels(standing)),
+        "panels": panel_figures(standing),
         "trials": Table(TRIAL_COLUMNS, rows[:SHOWN]),
         "other_trials": Table(TRIAL_COLUMNS, rows[SHOWN:]),
         "any_lost": any(trial.lost for trial in standing.trials),
@@ -76,9 +72,9 @@ def _tiles(standing: Standing) -> list[tuple[str, str]]:
 
 
 def _shares(standing: Standing) -> list[tuple[str, str, int]]:
-    """Steps run against steps saved."""
+    """Steps run against steps saved: class, name and number of each part that is not empty."""
     spared = [(*SPARED_BY[kind], number) for kind, number in standing.spared().items()]
-    return [("run", "run", standing.steps_run), *spared]
+    return [share for share in (("run", "run", standing.steps_run), *spared) if share[2]]
 
 
 def _worth(standing: Standing) -> dict[str, object]:
@@ -93,7 +89,6 @@ def _worth(standing: Standing) -> dict[str, object]:
         hollow = f"Hollow dots: the same at step {effects.steps[0]:,}. "
     return {
         "findings": findings(standing),
-        "effects": Markup(effects_figure(effects.of)),
         "compared": f"{hollow}Trials compared: {reached}.",
         "effects_table": _effects_table(standing),
         "enough_gone_on": ENOUGH_GONE_ON,
