@@ -30,12 +30,13 @@ def _picture(chart: Chart, width: int) -> Picture:
     x = Scale(chart.first, chart.last or 1.0, LEFT, width - RIGHT, is_log=chart.first > 0)
     y = Scale(chart.low, chart.high, height - BOTTOM, TOP + MARK_LINE * len(chart.marks))
     shapes = [*_axes(chart, x, y), *_rungs(chart, x, y), *_after_turn(chart, x, y)]
-    shapes += [shape for series in chart.series for shape in _curve(series, x, y)]
-    shapes += [
+    curves = [shape for series in chart.series for shape in _curve(series, x, y)]
+    marks = [
         shape for row, mark in enumerate(chart.marks) for shape in _mark(mark, row, x, y, width)
     ]
     # The last dot is whole, though it stands on the edge.
-    return Picture(width, height, _spoken(chart), shapes, (x.start, y.end, x.end + 3, y.start))
+    plot = (x.start, y.end, x.end + 3, y.start)
+    return Picture(width, height, _spoken(chart), shapes, curves, marks, plot)
 
 
 def _spoken(chart: Chart) -> str:
@@ -86,13 +87,13 @@ def _curve(series: Series, x: Scale, y: Scale) -> list[Shape]:
     places = [(x.at(max(step, x.low)), y.at(value)) for step, value in series.points]
     if not places:
         return []
-    shapes = [line(f"curve {series.role}", places, series.hint, is_inside=True)]
+    shapes = [line(f"curve {series.role}", places, series.hint)]
     css = f"dot {series.role}"
     if series.has_end:
-        shapes.append(dot(css, places[-1], 2.5, series.hint, is_inside=True))
+        shapes.append(dot(css, places[-1], 2.5, series.hint))
     elif series.has_dots or len(places) == 1:
         for (step, value), place in zip(series.points, places, strict=True):
-            shapes.append(dot(css, place, 2.5, f"step {step:,}: {value:.4f}", is_inside=True))
+            shapes.append(dot(css, place, 2.5, f"step {step:,}: {value:.4f}"))
     return shapes
 
 

@@ -16,25 +16,29 @@ class Shape:
     """An element of SVG with its attributes.
 
     text: the words of a text; of another shape, what is told where a pointer rests on it.
-    is_inside: the shape is cut off at the edges of the plot.
     """
 
     tag: str
     css: str
     at: dict[str, str]
     text: str = ""
-    is_inside: bool = False
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Shapes, the last in front. label: what is read aloud. plot: left, top, right, bottom."""
+    """Shapes, the last in front. label: what is read aloud.
+
+    curves: in front of the shapes, cut off at the edges of the plot: left, top, right, bottom.
+    marks: in front of all.
+    """
 
     width: int
     height: int
     label: str
     shapes: Sequence[Shape]
-    plot: tuple[float, float, float, float] | None = None
+    curves: Sequence[Shape] = ()
+    marks: Sequence[Shape] = ()
+    plot: tuple[float, float, float, float] = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,16 @@ class Figure:
     narrow: Picture | None = None
 
 
-def line(css: str, points: Iterable[XY], hint: str = "", *, is_inside: bool = False) -> Shape:
+def line(css: str, points: Iterable[XY], hint: str = "") -> Shape:
     """A line through points."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return Shape("path", css, {"d": f"M{path}"}, hint, is_inside)
+    return Shape("path", css, {"d": f"M{path}"}, hint)
 
 
-def dot(css: str, place: XY, radius: float, hint: str = "", *, is_inside: bool = False) -> Shape:
+def dot(css: str, place: XY, radius: float, hint: str = "") -> Shape:
     """A dot of class `css`."""
     at = {"cx": f"{place[0]:.1f}", "cy": f"{place[1]:.1f}", "r": f"{radius:g}"}
-    return Shape("circle", css, at, hint, is_inside)
+    return Shape("circle", css, at, hint)
 
 
 def box(css: str, left: float, top: float, right: float, bottom: float) -> Shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import resvg_py
 from markupsafe import Markup
 
 from gptray.files import replacing
@@ -20,8 +21,6 @@ FONTS = Path(__file__).parent / "fonts"
 
 def save_png(figure: Figure, folder: Path) -> Path:
     """Write `<key>.png`: the page's picture in its light colours; return its path."""
-    import resvg_py  # needed at the end of a run only
-
     # What draws the file knows no variables of CSS.
     css = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], render("chart.css"))
     path = folder / f"{figure.key}.png"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gptray.reports.curves import NARROW, WIDE
+from gptray.reports.curves import NARROW, TICK_ROOM, WIDE
 from gptray.reports.picture import Figure, Picture, Shape, dot, line, words
 from gptray.reports.scale import Scale
 from gptray.tuning.effects import Effect, Interval, Worth
@@ -64,10 +64,12 @@ def _scale(intervals: Sequence[Interval], left: float, right: float) -> Scale:
 
 def _axis(name: str, scale: Scale, bottom: float) -> list[Shape]:
     shapes = [words("label strong", (scale.start, 14), name)]
-    for value, x, text in scale.ticks(4 if scale.end - scale.start > 180 else 3):
+    free = scale.start - TICK_ROOM + 10
+    for value, x, text in scale.ticks(4):
         shapes.append(line("grid" if value else "zero", [(x, TOP - 12), (x, bottom)]))
-        if scale.start + 10 < x < scale.end - 14:
+        if free + TICK_ROOM < x < scale.end - 14:
             shapes.append(words("x", (x, bottom + 15), "+" * (value > 0) + text))
+            free = x
     return shapes
 
 
