@@ -8,7 +8,7 @@ from gptray.reports.scale import Scale, ticks
 
 WIDE, NARROW = 820, 340
 TALL, LOW = 320, 150
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 26
 # The labels of the marks stand above the plot, a line each.
 MARK_LINE = 17
 # Width of a letter of a mark's label, about.

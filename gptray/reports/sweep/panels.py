@@ -16,7 +16,7 @@ from gptray.tuning.record import Trial
 
 # Of a panel, and the room for its axes.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 150, 40, 10, 8, 24
-LETTERS = 30  # below a panel
+LETTERS = 27  # below a panel
 OUT_OF_PANEL = 0.9  # trials up to this rank are in a panel, the worst ones at its top
 
 # Where each trial stands from left to right, and the texts below: place, class, text.

@@ -14,7 +14,7 @@ from gptray.reports.page import write_page
 from gptray.reports.png import save_png
 from gptray.reports.sweep.learning import learning_charts
 from gptray.reports.sweep.sections import sweep_view
-from gptray.reports.sweep.story import sweep_state
+from gptray.reports.sweep.headline import sweep_state
 from gptray.reports.sweep.worth import effects_figure
 from gptray.tuning.ranking import Standing
 from gptray.tuning.record import TRIALS, load_sweep

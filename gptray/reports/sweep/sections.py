@@ -9,7 +9,7 @@ from gptray.data.difference import percent
 from gptray.reports.page import Row, Table
 from gptray.reports.picture import Figure
 from gptray.reports.sweep.panels import panel_figures
-from gptray.reports.sweep.story import findings, headline, losses_line, too_few
+from gptray.reports.sweep.headline import findings, headline, losses_line, too_few
 from gptray.tuning.effects import ENOUGH_GONE_ON, Interval, gap_bits
 from gptray.tuning.levels import assignment
 from gptray.tuning.plan import mean_score, score

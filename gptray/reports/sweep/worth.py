@@ -10,7 +10,7 @@ from gptray.reports.scale import Scale
 from gptray.tuning.effects import Effect, Interval, Worth
 
 # Letters of a label.
-LETTERS = 46
+LETTERS = 44
 TOP, BOTTOM = 40, 22
 LEGEND = (("better", "lower"), ("worse", "higher"), ("single", "cannot be told"))
 
@@ -76,7 +76,7 @@ def _axis(name: str, scale: Scale, bottom: float) -> list[Shape]:
 def _label(effect: Effect, worth: Worth, y: float) -> list[Shape]:
     setting = effect.setting
     level, other = setting.levels[effect.level], setting.levels[setting.reference]
-    what = cut_off(f"{level} instead of {other}, step {worth.step:,}", LETTERS + 6)
+    what = cut_off(f"{level} instead of {other}, step {worth.step:,}", LETTERS + 8)
     return [
         words("over", (0, y + 14), what),
         words("label strong over", (0, y), cut_off(setting.name, LETTERS)),
