@@ -1,20 +1,16 @@
-"""The curves of a run as plain data: what is drawn, not how.
-
-Drawn as SVG for the page (`gptray.reports.svg`) and as PNG (`gptray.reports.png`).
-"""
+"""The curves of a run as plain data: what is drawn; `gptray.reports.curves` says how."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
+from gptray.reports.picture import XY
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import decimals
 
-XY = tuple[float, float]
 # A run's curves, and the curves of a sweep's trials.
 Role = Literal["train", "val", "single", "cut", "whole", "wrong", "own", "winner"]
 
@@ -115,33 +111,6 @@ def averaged(points: Sequence[XY], most: int = MOST_POINTS // 2) -> tuple[XY, ..
     size = -(-len(points) // most) if points else 1
     stretches = [points[first : first + size] for first in range(0, len(points), size)]
     return tuple((stretch[-1][0], fmean(y for _, y in stretch)) for stretch in stretches)
-
-
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers from low to high, with at most `most` intervals between them."""
-    span = high - low
-    if span <= 0:
-        return [low]
-    power = 10.0 ** _floor_log10(span / most)
-    step = next(power * m for m in (1, 2, 5, 10, 20) if span / (power * m) <= most or m == 20)
-    first = -(-low // step)
-    found = []
-    while first * step <= high + span * 1e-9:
-        found.append(round(first * step, 12) + 0.0)  # not -0
-        first += 1
-    return found
-
-
-def tick_text(value: float, spacing: float) -> str:
-    """A tick's label, with as many decimals as tell it from its neighbours."""
-    if spacing < 0.01:
-        return f"{value:g}".replace("e-0", "e-")
-    places = max(0, -_floor_log10(spacing * 1.0001))
-    return f"{value:,.{places}f}" if value else "0"
-
-
-def _floor_log10(value: float) -> int:
-    return math.floor(math.log10(value))
 
 
 def _loss_chart(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> Chart:

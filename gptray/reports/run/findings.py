@@ -1,13 +1,13 @@
-"""The report's sections about an evaluation: losses of whole splits, text scores, recitation."""
+"""What the report says of an evaluation: losses of whole splits, text scores, recitation."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from gptray.data.split import LONG_NAMES
-from gptray.evaluation.result import Evaluation, Sample, SplitResult
-from gptray.reports.page import Row, continuation, paragraph, section, table
+from gptray.evaluation.result import Evaluation, SplitResult
+from gptray.reports.page import Row, Table
 from gptray.wording import perplexity
 
 # Samples of held-out text that are shown.
@@ -51,17 +51,20 @@ def evaluation_tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
     return figures
 
 
-def evaluation_sections(evaluation: Evaluation) -> list[str]:
-    """Sections with every number of `evaluation.json` and how it was computed."""
-    return [
-        section("Losses", _splits(evaluation), _hows(evaluation)),
-        section("Text that it writes", _text_scores(evaluation), _single_scores(evaluation)),
-        section("Continuations beside the real text", *_samples(evaluation["samples"])),
-        section("What was evaluated", _identity(evaluation)),
-    ]
+def evaluation_view(evaluation: Evaluation) -> dict[str, object]:
+    """Every number of `evaluation.json` and how it was computed, by the template's names."""
+    return {
+        "sentence": evaluation_sentence(evaluation),
+        "splits": _splits(evaluation),
+        "hows": _hows(evaluation),
+        "text_scores": _text_scores(evaluation),
+        "single_scores": _single_scores(evaluation),
+        "samples": evaluation["samples"][:SHOWN],
+        "identity": _identity(evaluation),
+    }
 
 
-def _splits(evaluation: Evaluation) -> str:
+def _splits(evaluation: Evaluation) -> Table:
     splits = {name: split for name, split in evaluation["splits"].items() if split}
     measures: list[tuple[str, str, Callable[[SplitResult], str]]] = [
         ("Loss", "nats per token, dropout off", lambda split: f"{split['loss']:.4f}"),
@@ -83,10 +86,10 @@ def _splits(evaluation: Evaluation) -> str:
         Row(name, how, tuple(value(split) for split in splits.values()))
         for name, how, value in measures
     ]
-    return table([LONG_NAMES.get(name, name) for name in splits], rows) if splits else ""
+    return Table([LONG_NAMES.get(name, name) for name in splits], rows if splits else [])
 
 
-def _hows(evaluation: Evaluation) -> str:
+def _hows(evaluation: Evaluation) -> list[str]:
     lines = [
         f"{LONG_NAMES.get(name, name)}: {split['how']}"
         for name, split in evaluation["splits"].items()
@@ -95,10 +98,10 @@ def _hows(evaluation: Evaluation) -> str:
     if evaluation["gap"] is not None:
         how = evaluation["how"].get("gap", "validation loss - training loss")
         lines.append(f"gap {evaluation['gap']:+.4f}: {how}")
-    return "\n".join(paragraph(line, "soft") for line in lines)
+    return lines
 
 
-def _text_scores(evaluation: Evaluation) -> str:
+def _text_scores(evaluation: Evaluation) -> Table:
     rows = []
     for key, name in (("chrf", "chrF"), ("bleu", "BLEU")):
         scores = evaluation["bleu"] if key == "bleu" else evaluation["chrf"]
@@ -110,10 +113,10 @@ def _text_scores(evaluation: Evaluation) -> str:
             rows.append(Row(name, how, (f"{greedy['score']:.2f}", f"{sampled['score']:.2f}")))
         elif reason := evaluation["how"].get(key):
             rows.append(Row(name, reason, ("-", "-")))
-    return table(["greedy", "sampled"], rows)
+    return Table(["greedy", "sampled"], rows)
 
 
-def _single_scores(evaluation: Evaluation) -> str:
+def _single_scores(evaluation: Evaluation) -> Table:
     shares: list[tuple[str, str, float | None]] = [
         ("Distinct words", "distinct_1", evaluation["distinct_1"]),
         ("Distinct pairs of words", "distinct_2", evaluation["distinct_2"]),
@@ -121,7 +124,7 @@ def _single_scores(evaluation: Evaluation) -> str:
         ("Recited, 20 tokens in a row", "memorised_20", evaluation["memorised_20"]),
         ("Recited, 50 tokens in a row", "memorised_50", evaluation["memorised_50"]),
     ]
-    return table(
+    return Table(
         [],
         [
             Row(name, evaluation["how"].get(key, ""), ("-" if value is None else _percent(value),))
@@ -131,21 +134,7 @@ def _single_scores(evaluation: Evaluation) -> str:
     )
 
 
-def _samples(samples: Sequence[Sample]) -> list[str]:
-    parts = []
-    for number, sample in enumerate(samples[:SHOWN], start=1):
-        parts.append(f"<h3>Passage {number}</h3>")
-        parts.append(continuation(sample["prompt"], ""))
-        for label, text in (
-            ("the real text goes on", sample["reference"]),
-            ("the likeliest continuation", sample["greedy"]),
-            ("a sampled one", sample["sampled"]),
-        ):
-            parts += [paragraph(label, "label"), continuation("", text)]
-    return parts
-
-
-def _identity(evaluation: Evaluation) -> str:
+def _identity(evaluation: Evaluation) -> Table:
     rows = [
         Row("Model", "", (evaluation["model_dir"],)),
         Row("Model's sha256", "", (evaluation["model_sha256"],)),
@@ -155,7 +144,7 @@ def _identity(evaluation: Evaluation) -> str:
         Row("Stride", "tokens between two windows", (f"{evaluation['stride']:,}",)),
         Row("Time", "UTC", (evaluation["time"],)),
     ]
-    return table([], rows)
+    return Table([], rows)
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -1,30 +1,26 @@
 """`report.html`: what a run or an evaluation has come to, in one file that needs no network.
 
 Reads the run folder and nothing else, so it can be written at any time and by any job. What the
-numbers mean is judged in `diagnosis`; the sections are `story`'s and `findings`'.
+numbers mean is judged in `diagnosis`; `story` and `findings` put it into words and tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from gptray.config import UserError, load_config
 from gptray.evaluation.commands import model_commands
 from gptray.evaluation.result import Evaluation, load_evaluation
-from gptray.files import replacing
 from gptray.record import EVENTS, METRICS, read_rows
-from gptray.reports.chart import Chart, run_charts
-from gptray.reports.page import esc, footer, page, paragraph
-from gptray.reports.png import save_pngs
+from gptray.reports.chart import run_charts
+from gptray.reports.curves import curves_figure
+from gptray.reports.page import write_page
+from gptray.reports.png import save_png
 from gptray.reports.run.diagnosis import diagnose
-from gptray.reports.run.findings import evaluation_sections, evaluation_sentence
+from gptray.reports.run.findings import evaluation_view
 from gptray.reports.run.gap import is_stale
-from gptray.reports.run.story import RunRecord, headline, run_sections, state_line
+from gptray.reports.run.story import RunRecord, run_state, run_view
 
-REPORT = "report.html"
-# How often a browser reloads the page of a running run.
-REFRESH_S = 10
 STALE = "The run has found a better model since this evaluation: {} evaluates that one."
 
 
@@ -43,12 +39,27 @@ def write_report(folder: Path, *, running: bool = False) -> Path:
     if run is None and evaluation is None:
         raise UserError(f"{folder} has neither a run (config.yaml) nor an evaluation.json")
     charts = run_charts(run.rows, run.diagnosis) if run else []
-    path = folder / REPORT
-    with replacing(path) as draft:
-        draft.write_text(_page(folder, run, evaluation, charts, running=running), "utf-8")
+    figures = [curves_figure(chart) for chart in charts]
+    path = write_page(
+        "run.html.j2",
+        folder,
+        running=running,
+        run=run_view(run) | {"state": run_state(run, running=running)} if run else None,
+        evaluation=_evaluation_view(folder, run, evaluation) if evaluation else None,
+        figures=figures,
+    )
     if not running:
-        save_pngs(charts, folder)
+        for figure in figures:
+            save_png(figure, folder)
     return path
+
+
+def _evaluation_view(
+    folder: Path, run: RunRecord | None, evaluation: Evaluation
+) -> dict[str, object]:
+    is_old = run is not None and run.evaluation is None
+    stale = STALE.format(model_commands(folder)["evaluate"]) if is_old else ""
+    return evaluation_view(evaluation) | {"stale": stale}
 
 
 def _read_run(folder: Path, evaluation: Evaluation | None) -> RunRecord | None:
@@ -59,29 +70,3 @@ def _read_run(folder: Path, evaluation: Evaluation | None) -> RunRecord | None:
     rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
     current = None if evaluation and is_stale(evaluation, events) else evaluation
     return RunRecord(folder, config, rows, events, diagnose(rows, config, events), current)
-
-
-def _page(
-    folder: Path,
-    run: RunRecord | None,
-    evaluation: Evaluation | None,
-    charts: Sequence[Chart],
-    *,
-    running: bool,
-) -> str:
-    name = folder.resolve().name
-    parts = [f"<header><h1>{esc(name)}</h1>"]
-    if run:
-        parts += [state_line(run, running=running), headline(run)]
-    elif evaluation:
-        parts.append(paragraph(evaluation_sentence(evaluation), "headline"))
-    parts.append("</header>")
-    if run:
-        found = evaluation_sections(evaluation) if evaluation else []
-        if evaluation and not run.evaluation:
-            found.insert(0, paragraph(STALE.format(model_commands(folder)["evaluate"]), "soft"))
-        parts += run_sections(run, charts, found)
-    elif evaluation:
-        parts += evaluation_sections(evaluation)
-    parts.append(footer())
-    return page(name, "\n".join(parts), refresh_s=REFRESH_S if running else None)

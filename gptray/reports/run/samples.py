@@ -1,11 +1,11 @@
-"""The report's section of samples from training."""
+"""The samples from training that a report shows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from gptray.reports.page import continuation, details, paragraph, section
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import count
 
@@ -13,7 +13,27 @@ from gptray.wording import count
 SHOWN, FOLDED = 5, 40
 
 
-def samples_section(events: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> str:
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote at one step: pairs of a prompt and what follows it."""
+
+    title: str
+    texts: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is shown at once, and what a click unfolds."""
+
+    shown: Sequence[Written]
+    folded: Sequence[Written]
+
+    @property
+    def folded_title(self) -> str:
+        return f"{count(len(self.folded), 'evaluation')} between these"
+
+
+def samples_of(events: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> Samples:
     """What the model wrote, from its first evaluation to its last."""
     evaluated = {point.step for point in diagnosis.points}
     # A run resumed from an earlier checkpoint has sampled some steps twice: the later one counts.
@@ -22,26 +42,16 @@ def samples_section(events: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -
         for event in events
         if event["event"] == "evaluated" and event["step"] in evaluated and event["samples"]
     }
-    if not written:
-        return ""
     best = diagnosis.best.step if diagnosis.best else None
     steps = sorted(written)
     shown = _spread(steps, SHOWN, best)
     folded = _spread([step for step in steps if step not in shown], FOLDED, None)
-    parts = [_sample_of(step, written[step], best) for step in shown]
-    if folded:
-        inside = "\n".join(_sample_of(step, written[step], None) for step in folded)
-        parts.append(
-            details(f"{count(len(folded), 'evaluation')} between these", inside, on_paper=False)
-        )
-    how = "The prompt is bold; the rest is sampled by the settings in the config's sample section."
-    return section("What the model wrote", paragraph(how, "soft"), *parts)
 
+    def of(step: int) -> Written:
+        title = f"Step {step:,}" + (", the best" if step == best else "")
+        return Written(title, written[step])
 
-def _sample_of(step: int, samples: Sequence[Sequence[str]], best_step: int | None) -> str:
-    best = ", the best" if step == best_step else ""
-    texts = "\n".join(continuation(prompt, output) for prompt, output in samples)
-    return f"<h3>Step {step:,}{best}</h3>\n{texts}"
+    return Samples([of(step) for step in shown], [of(step) for step in folded])
 
 
 def _spread(steps: Sequence[int], most: int, wanted: int | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""The report's sections about a run: its curves, numbers, samples, config and environment."""
+"""What the report says of a run: its state, numbers, samples, config and environment."""
 
 from __future__ import annotations
 
@@ -13,24 +13,13 @@ from gptray.data.split import LONG_NAMES
 from gptray.evaluation.commands import model_commands, train_command
 from gptray.evaluation.result import Evaluation
 from gptray.record import seconds_trained
-from gptray.reports.chart import Chart
-from gptray.reports.page import (
-    SHORT,
-    Row,
-    details,
-    esc,
-    paragraph,
-    section,
-    table,
-    tiles,
-)
+from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.reports.run.findings import evaluation_tiles
 from gptray.reports.run.gap import Gap, gap_of
-from gptray.reports.run.samples import samples_section
+from gptray.reports.run.samples import samples_of
 from gptray.reports.run.sentence import sentence
-from gptray.reports.svg import figure
 from gptray.wording import count, magnitude, perplexity, time_words
 
 
@@ -53,80 +42,63 @@ class RunRecord:
         return gap_of(self.folder, self.config, self.diagnosis, self.evaluation)
 
 
-def run_sections(run: RunRecord, charts: Sequence[Chart], evaluation: Sequence[str]) -> list[str]:
-    """All sections of a run; those of an evaluation come after the run's own numbers."""
-    return [
-        _tiles(run),
-        _next_commands(run),
-        section("Curves", *map(figure, charts)),
-        section("Numbers", _at_three_steps(run), _of_the_run(run)),
-        *evaluation,
-        samples_section(run.events, run.diagnosis),
-        _happened(run),
-        section("Config", _config(run.config)),
-        section("Environment", _environment(run)),
-    ]
+def run_view(run: RunRecord) -> dict[str, object]:
+    """What the page of a run shows, by the names that its template has for it."""
+    advice = advise(run.diagnosis, run.config)
+    loses = next((event["loses"] for event in reversed(run.events) if event.get("loses")), "")
+    return {
+        "sentence": sentence(run.diagnosis, run.config),
+        "advice": [(item, _command(run, item)) for item in advice],
+        "loses": f"{loses[:1].upper()}{loses[1:]}",
+        "tiles": _tiles(run),
+        "commands": _next_commands(run),
+        "at_three_steps": _at_three_steps(run),
+        "of_the_run": _of_the_run(run),
+        "samples": samples_of(run.events, run.diagnosis),
+        "happened": _happened(run),
+        "config": _config(run.config),
+        "whole_config": dump(run.config),
+        "environment": _environment(run),
+    }
 
 
-def state_line(run: RunRecord, *, running: bool) -> str:
-    """Where the run stands."""
+def run_state(run: RunRecord, *, running: bool) -> tuple[str, str]:
+    """Where the run stands: a word, and the rest of the line."""
     diagnosis = run.diagnosis
     step, steps = diagnosis.last_step, diagnosis.max_steps
     of_all = f"step {step:,} of {steps:,}"
     if running:
-        text = f'<b class="running">running</b>: {of_all} ({100 * step // steps} %)'
-    elif diagnosis.ended == "max_steps":
-        text = f"<b>finished</b> after {count(step, 'step')}"
-    elif diagnosis.ended == "patience":
-        text = f"<b>stopped early</b> at {of_all}"
-    elif diagnosis.ended == "non_finite":
-        text = f"<b>failed</b> after {of_all}"
-    else:
-        text = f"<b>interrupted</b> after {of_all}; the same command resumes it"
-    return f'<p class="state">{text}</p>'
+        return "running", f": {of_all} ({100 * step // steps} %)"
+    if diagnosis.ended == "max_steps":
+        return "finished", f" after {count(step, 'step')}"
+    if diagnosis.ended == "patience":
+        return "stopped early", f" at {of_all}"
+    if diagnosis.ended == "non_finite":
+        return "failed", f" after {of_all}"
+    return "interrupted", f" after {of_all}; the same command resumes it"
 
 
-def headline(run: RunRecord) -> str:
-    """The diagnosis in a sentence, and every piece of advice with its reason."""
-    advice = advise(run.diagnosis, run.config)
-    items = "\n".join(
-        f"<li>{esc(item.change)}<small>{esc(item.reason)}</small>{_command(run, item)}</li>"
-        for item in advice
-    )
-    listed = f'<ol class="advice">\n{items}\n</ol>' if len(advice) > 1 else ""
-    if len(advice) == 1:
-        listed = f'<p class="soft">{esc(advice[0].reason)}</p>{_command(run, advice[0])}'
-    parts = [paragraph(sentence(run.diagnosis, run.config), "headline"), listed]
-    loses = next((event["loses"] for event in reversed(run.events) if event.get("loses")), "")
-    if loses:
-        charge = "losses and bits per byte include 8 bits for each lost byte"
-        parts.append(paragraph(f"{loses[0].upper()}{loses[1:]}; {charge}."))
-    return "\n".join(parts)
-
-
-def _command(run: RunRecord, advice: Advice) -> str:
-    """The command that follows a piece of advice; "" if no key does."""
+def _command(run: RunRecord, advice: Advice) -> str | None:
+    """The command that follows a piece of advice; None if no key does."""
     if not advice.keys or run.diagnosis.ended is None:
-        return ""
-    command = train_command(run.folder, run.config, advice.keys, resumes=advice.resumes)
-    return f"<pre>{esc(command)}</pre>" if command else ""
+        return None
+    return train_command(run.folder, run.config, advice.keys, resumes=advice.resumes)
 
 
-def _next_commands(run: RunRecord) -> str:
-    """The commands that use the model of a run that has ended; "" before that."""
+def _next_commands(run: RunRecord) -> list[str]:
+    """The commands that use the model of a run that has ended; none before that."""
     if run.diagnosis.ended is None or run.diagnosis.best is None:
-        return ""
+        return []
     commands = model_commands(run.folder)
     if run.evaluation is not None:
         del commands["evaluate"]
-    blocks = (f"<pre>{esc(command)}</pre>" for command in commands.values())
-    return section("What comes next", *blocks)
+    return list(commands.values())
 
 
-def _tiles(run: RunRecord) -> str:
+def _tiles(run: RunRecord) -> list[tuple[str, str]]:
     best = run.diagnosis.best
     if best is None:
-        return ""
+        return []
     row = _row_at(run, best.step)
     figures = [
         (f"{best.val_loss:.3f}", f"best validation loss, step {best.step:,}"),
@@ -136,14 +108,14 @@ def _tiles(run: RunRecord) -> str:
     gap = run.gap.value
     how = "not measured yet: training has dropout on" if gap is None else "dropout off in both"
     figures.append(("-" if gap is None else f"{gap:+.3f}", f"gap, {how}"))
-    return tiles(figures + (evaluation_tiles(run.evaluation) if run.evaluation else []))
+    return figures + (evaluation_tiles(run.evaluation) if run.evaluation else [])
 
 
 def _row_at(run: RunRecord, step: int) -> Mapping[str, Any]:
     return next(row for row in run.rows if row["step"] == step and "val_loss" in row)
 
 
-def _at_three_steps(run: RunRecord) -> str:
+def _at_three_steps(run: RunRecord) -> Table:
     """The metrics at the best evaluation, where validation loss turned, and at the last."""
     diagnosis = run.diagnosis
     named = [("best", diagnosis.best), ("turned", diagnosis.turned), ("last", diagnosis.last)]
@@ -166,9 +138,9 @@ def _at_three_steps(run: RunRecord) -> str:
         for name, key, form, how in numbers
     ]
     if not chosen:
-        return ""
+        return Table([], [])
     rows[2:2] = _gap_rows(run.gap, len(chosen))
-    return table([f"{name}: step\u00a0{row['step']:,}" for name, row in chosen], rows)
+    return Table([f"{name}: step\u00a0{row['step']:,}" for name, row in chosen], rows)
 
 
 def _gap_rows(gap: Gap, columns: int) -> list[Row]:
@@ -194,7 +166,7 @@ TRAINING_LOSS = "nats per token of the batches since the row before"
 BITS_PER_BYTE = "validation loss x tokens / (ln 2 x bytes of text); compares across tokenizers"
 
 
-def _of_the_run(run: RunRecord) -> str:
+def _of_the_run(run: RunRecord) -> Table:
     diagnosis, config = run.diagnosis, run.config
     rows = [Row("Steps", "optimizer updates, of train.max_steps", (_steps(diagnosis),))]
     seconds = seconds_trained(run.events)
@@ -218,7 +190,7 @@ def _of_the_run(run: RunRecord) -> str:
         rows.append(Row("Training text", how, (f"about {magnitude(facts.train_tokens)} tokens",)))
     if facts.parameters:
         rows.append(Row("Parameters", "tied ones counted once", (magnitude(facts.parameters),)))
-    return table([], rows + _cost(diagnosis))
+    return Table([], rows + _cost(diagnosis))
 
 
 def _cost(diagnosis: Diagnosis) -> list[Row]:
@@ -239,25 +211,23 @@ def _steps(diagnosis: Diagnosis) -> str:
     return f"{diagnosis.last_step:,} of {diagnosis.max_steps:,}"
 
 
-def _happened(run: RunRecord) -> str:
-    """What is odd about the text, restarts, damaged checkpoints, failures; "" without any."""
+def _happened(run: RunRecord) -> list[str]:
+    """What is odd about the text, restarts, damaged checkpoints, failures."""
     lines = list(_latest_start(run.events).get("warnings", []))
     for event in run.events:
         if event["event"] == "start" and event["step"]:
             lines.append(f"resumed after step {event['step']:,}")
         elif event.get("message"):
             lines.append(event["message"])
-    if not lines:
-        return ""
-    return section("What happened", "<ul>" + "".join(f"<li>{esc(x)}</li>" for x in lines) + "</ul>")
+    return lines
 
 
 def _latest_start(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return next((event for event in reversed(events) if event["event"] == "start"), {})
 
 
-def _config(config: Config) -> str:
-    """The keys that differ from the defaults, and all of them folded."""
+def _config(config: Config) -> Table:
+    """The keys that differ from the defaults."""
     defaults = flatten(Config())
     rows = []
     for key, value in flatten(config).items():
@@ -265,8 +235,7 @@ def _config(config: Config) -> str:
             text = _value(value)
             below, beside = ("", text) if len(text) <= SHORT else (text, "")
             rows.append(Row(key, below, (beside, _value(defaults[key]))))
-    everything = details("the whole config", f"<pre>{esc(dump(config))}</pre>", on_paper=True)
-    return table(["this run", "default"], rows) + everything
+    return Table(["this run", "default"], rows)
 
 
 def _value(value: object) -> str:
@@ -277,12 +246,10 @@ def _value(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _environment(run: RunRecord) -> str:
+def _environment(run: RunRecord) -> Table:
     """What the last start of the run said about its workers, devices and libraries."""
     start = _latest_start(run.events)
-    if not start:
-        return paragraph("The workers have not started yet.")
     names = {"workers": "Workers", "device": "Device of each", "dtype": "Computed in"}
     rows = [Row(name, "", (str(start[key]),)) for key, name in names.items() if key in start]
     rows += [Row(name, "", (number,)) for name, number in start.get("versions", {}).items()]
-    return table([], rows)
+    return Table([], rows)

@@ -1,12 +1,12 @@
-"""The pictures of a sweep: learning curves, steps, effects, and trials by each setting."""
+"""The learning curves of a sweep, and how its trials look in every picture."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
-from gptray.reports.chart import XY, Chart, Mark, Role, Series, thinned
+from gptray.reports.chart import Chart, Mark, Role, Series, thinned
+from gptray.reports.picture import XY
 from gptray.tuning.levels import assignment
 from gptray.tuning.plan import score
 from gptray.tuning.ranking import Standing, is_wrong
@@ -36,7 +36,7 @@ def role_of(trial: Trial, standing: Standing) -> Role:
     return "cut" if trial.outcome == "stopped" else "whole"
 
 
-def curves_chart(standing: Standing) -> list[Chart]:
+def learning_charts(standing: Standing) -> list[Chart]:
     """Validation loss of all trials over steps; nothing before the first evaluation."""
     series = [_series(trial, standing) for trial in standing.sweep.trials]
     series = sorted(
@@ -92,26 +92,3 @@ def _range(series: Sequence[Series]) -> XY:
     low, high = ends[0], ends[math.ceil((1 - OUT_OF_PICTURE) * len(ends)) - 1]
     room = (high - low) or abs(high) or 1.0
     return low - 0.08 * room, high + 0.3 * room
-
-
-def steps_bar(shares: Sequence[tuple[str, str, int]]) -> str:
-    """Steps as parts of one bar: (role, name, steps) each; empty parts are left out."""
-    found = [share for share in shares if share[2]]
-    total, start, parts = sum(steps for *_, steps in found) or 1, 0.0, []
-    for role, _, steps in found:
-        width = 100 * steps / total
-        parts.append(
-            f'<rect class="share {role}" x="{start:.2f}" y="0" width="{width:.2f}" height="10"/>'
-        )
-        start += width
-    legend = "".join(
-        f'<span class="key"><i class="{role}"></i>{escape(name)}: {steps:,} '
-        f"({100 * steps / total:.0f} %)</span>"
-        for role, name, steps in found
-    )
-    spoken = ", ".join(f"{name} {steps:,}" for _, name, steps in found)
-    return (
-        f'<figure><svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(spoken)}">{"".join(parts)}</svg>'
-        f"<figcaption>{legend}</figcaption></figure>"
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from gptray.reports.page import esc, paragraph
 from gptray.tuning import levels
 from gptray.tuning.effects import ENOUGH, Effect
 from gptray.tuning.levels import assignment
@@ -25,24 +24,21 @@ CHANGED: tuple[tuple[Literal["loss", "gap"], bool, str], ...] = (
 )
 
 
-def state_line(standing: Standing, *, running: bool) -> str:
-    """Where the sweep stands."""
+def sweep_state(standing: Standing, *, running: bool) -> tuple[str, str]:
+    """Where the sweep stands: a word, and the rest of the line."""
     trials = standing.sweep.trials
     ended = sum(trial.outcome is not None for trial in trials)
     run = sum(trial.started and trial.outcome is None for trial in trials)
     first = sum(not trial.replicate_of for trial in trials)
+    of_all = f": {ended} of {_total(standing)} trials ended"
     if running:
-        text = f'<b class="running">running</b>: {ended} of {_total(standing)} trials ended'
-        text += f", {run} run" if run else ""
-    elif standing.sweep.winner:
+        return "running", of_all + (f", {run} run" if run else "")
+    if standing.sweep.winner:
         repeated = f" and {count(len(trials) - first, 'repetition')}" if first < len(trials) else ""
-        text = f"<b>finished</b> after {count(first, 'trial')}{repeated}"
-    elif trials and ended == len(trials) and standing.best is None:
-        text = f"<b>failed</b>: none of {count(ended, 'trial')} came to a model"
-    else:
-        text = f"<b>interrupted</b>: {ended} of {_total(standing)} trials ended; "
-        text += "the same command resumes it"
-    return f'<p class="state">{text}</p>'
+        return "finished", f" after {count(first, 'trial')}{repeated}"
+    if trials and ended == len(trials) and standing.best is None:
+        return "failed", f": none of {count(ended, 'trial')} came to a model"
+    return "interrupted", f"{of_all}; the same command resumes it"
 
 
 def headline(standing: Standing) -> str:
@@ -50,19 +46,16 @@ def headline(standing: Standing) -> str:
     best = standing.best
     if best is None:
         over = any(trial.outcome for trial in standing.sweep.trials)
-        text = "No trial produced a model." if over else "No trial has been evaluated yet."
-        return paragraph(text, "headline")
+        return "No trial produced a model." if over else "No trial has been evaluated yet."
     parts = [
         _who(standing, best), _saw(standing, best), _why(standing, best), _cost(standing),
     ]  # fmt: skip
-    lossy = losses_line(standing)
-    text = paragraph(" ".join(part for part in parts if part), "headline")
-    return text + paragraph(lossy) if lossy else text
+    return " ".join(part for part in parts if part)
 
 
 def losses_line(standing: Standing) -> str:
     """Which of the trials ahead have a tokenizer that loses text; nothing if none has."""
-    ahead = lossy_ahead(standing.trials, standing.best)
+    ahead = lossy_ahead(standing.trials, standing.best) if standing.best else []
     if not ahead:
         return ""
     text = "; ".join(map(loses_text, ahead[:NAMED]))
@@ -70,8 +63,8 @@ def losses_line(standing: Standing) -> str:
     return f"{text[0].upper()}{text[1:]}{more}. Scores pay 8 bits for each lost byte."
 
 
-def findings(standing: Standing) -> str:
-    """What changed loss and gap, and what cannot be told, in a sentence each."""
+def findings(standing: Standing) -> list[tuple[str, str]]:
+    """What changed loss and gap, and what cannot be told: how each sentence begins, its rest."""
     lines = []
     for outcome, lower, word in CHANGED:
         told = [
@@ -79,16 +72,16 @@ def findings(standing: Standing) -> str:
             for effect, worth in standing.told(outcome, lower=lower)
         ]
         if told:
-            lines.append(f"<b>{word}:</b> {esc('; '.join(told))}.")
+            lines.append((f"{word}:", f" {'; '.join(told)}."))
     compared = [effect.last for effect in standing.effects.of if effect.last]
     untold = sum(not (worth.loss.is_told or worth.gap.is_told) for worth in compared)
     if untold:
         rest = count(untold, "other level" if untold < len(compared) else "level")
-        lines.append(f"<b>Cannot be told from no effect:</b> {rest}.")
+        lines.append(("Cannot be told from no effect:", f" {rest}."))
     few = [effect for effect in standing.effects.of if not effect.last]
     if few:
-        lines.append(f"<b>Not enough trials</b> to say anything of: {esc(_names(few))}.")
-    return "\n".join(f"<p>{line}</p>" for line in lines)
+        lines.append(("Not enough trials", f" to say anything of: {_names(few)}."))
+    return lines
 
 
 def too_few(standing: Standing) -> str:

@@ -1,0 +1,97 @@
+"""A small figure for each setting: the trials' lowest losses by its value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from gptray.reports.picture import Figure, Picture, Shape, dot, line, words
+from gptray.reports.scale import Scale
+from gptray.reports.sweep.learning import hint, role_of
+from gptray.reports.sweep.worth import cut_off
+from gptray.tuning.levels import Setting
+from gptray.tuning.plan import score
+from gptray.tuning.ranking import Standing
+from gptray.tuning.record import Trial
+
+# Of a panel, and the room for its axes.
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 150, 40, 10, 8, 24
+LETTERS = 27  # below a panel
+OUT_OF_PANEL = 0.9  # trials up to this rank are in a panel, the worst ones at its top
+
+# Where each trial stands from left to right, and the texts below: place, class, text.
+_Columns = tuple[Mapping[str, float], Sequence[tuple[float, str, str]]]
+
+
+def panel_figures(standing: Standing) -> list[Figure]:
+    """The settings' figures, all with the same losses from bottom to top."""
+    measured = {trial.name: trial for trial in standing.trials if trial.best}
+    scores = sorted(score(trial) for trial in measured.values())
+    if not scores:
+        return []
+    top = scores[math.ceil(OUT_OF_PANEL * len(scores)) - 1]
+    room = 0.12 * ((top - scores[0]) or scores[0] or 1.0)
+    y = Scale(scores[0] - room, top + room, HEIGHT - BOTTOM, TOP)
+    found = []
+    for setting in standing.settings:
+        trials = [trial for name, trial in measured.items() if name in setting.values]
+        if trials:
+            picture = _picture(standing, setting, trials, y)
+            found.append(Figure("", setting.name, "", (), picture))
+    return found
+
+
+def _picture(standing: Standing, setting: Setting, trials: Sequence[Trial], y: Scale) -> Picture:
+    # The ones to be seen stand in front.
+    order = ["wrong", "cut", "whole", "own", "winner"]
+    trials = sorted(trials, key=lambda trial: order.index(role_of(trial, standing)))
+    names = [trial.name for trial in trials]
+    places, marks = (_by_option if setting.entry.options else _by_value)(setting, names)
+    shapes = []
+    for _, height, text in y.ticks(3):
+        shapes.append(line("grid", [(LEFT, height), (WIDTH - RIGHT, height)]))
+        shapes.append(words("y", (LEFT - 5, height + 4), text))
+    shapes += [words(css, (place, HEIGHT - 8), text) for place, css, text in marks]
+    shapes += [_dot(trial, places[trial.name], y, standing) for trial in trials]
+    label = f"{setting.name}: lowest validation loss of {len(trials)} trials by value"
+    return Picture(WIDTH, HEIGHT, label, shapes)
+
+
+def _dot(trial: Trial, x: float, y: Scale, standing: Standing) -> Shape:
+    role = role_of(trial, standing)
+    css = f"dot {role}" + " hollow" * (trial.outcome == "stopped")
+    radius = 4.5 if role in ("own", "winner") else 3
+    return dot(css, (x, y.held(score(trial))), radius, hint(trial, standing))
+
+
+def _by_option(setting: Setting, names: Sequence[str]) -> _Columns:
+    """A column for each option, the trials of one side by side."""
+    room = (WIDTH - LEFT - RIGHT) / len(setting.levels)
+    places = {}
+    for level in range(len(setting.levels)):
+        inside = sorted(name for name in names if setting.of[name] == level)
+        for number, name in enumerate(inside):
+            part = (number + 1) / (len(inside) + 1) - 0.5
+            places[name] = LEFT + room * (level + 0.5 + 0.6 * part)
+    letters = max(3, LETTERS // len(setting.levels))
+    return places, [
+        (LEFT + room * (level + 0.5), "x", cut_off(name, letters))
+        for level, name in enumerate(setting.levels)
+    ]
+
+
+def _by_value(setting: Setting, names: Sequence[str]) -> _Columns:
+    """The range from its low to its high end; what is no number stands at the left."""
+    entry = setting.entry
+    is_log = entry.kind == "loguniform"
+    high = entry.high - (entry.kind == "randint")  # its upper end is not drawn
+    x = Scale(entry.low, high, LEFT + 8, WIDTH - RIGHT, is_log=is_log)
+    middle = math.sqrt(entry.low * high) if is_log else (entry.low + high) / 2
+    values = {name: setting.values[name] for name in names}
+    # The config's own may lie beyond the range, or be null.
+    places = {
+        name: x.held(value) if isinstance(value, (int, float)) else LEFT - 4
+        for name, value in values.items()
+    }
+    marks = [(x.at(value), "x", f"{value:.3g}") for value in (entry.low, middle)]
+    return places, [*marks, (WIDTH, "x end", f"{high:.3g}")]
