@@ -22,7 +22,7 @@ from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.evaluate.folders import model_to_evaluate, results_folder, run_of
+from gptray.jobs.evaluate.evaluated_model import model_to_evaluate, results_folder, run_of
 from gptray.jobs.models import weights_sha256, with_tokenizer
 from gptray.jobs.places import with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text

@@ -23,7 +23,7 @@ from gptray.jobs.cluster import ray_cluster, trial_resources
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
 from gptray.jobs.prepare.run import prepare_text
-from gptray.jobs.report import Reporter
+from gptray.jobs.reporter import Reporter
 from gptray.jobs.resuming import command, save_config
 from gptray.jobs.run_folder import held
 from gptray.jobs.train.task import TrainTask
