@@ -20,6 +20,9 @@ from gptray.model.shape import read_shape
 from gptray.serving.hosts import WILDCARDS
 from gptray.serving.keys import read_keys
 
+# The keys of a deployment's user_config.
+USER_CONFIG = ("model", "served_model_name")
+
 
 @dataclass(frozen=True)
 class CheckedEndpoint:
