@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -38,6 +41,27 @@ def progress_bar(console: Console | None = None) -> Progress:
 def new_task(bar: Progress, doing: str, *, total: int, done: int = 0) -> TaskID:
     """A task whose `metrics` and `eta` are shown after its counts."""
     return bar.add_task(doing, total=total, completed=done, metrics="", eta="")
+
+
+@contextmanager
+def following(
+    look: Callable[[], None], close: Callable[[], None], *, every_s: float
+) -> Iterator[None]:
+    """Call `look` every so many seconds, from a thread, while the block runs; then `close`."""
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(every_s):
+            look()
+
+    thread = threading.Thread(target=follow, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        close()
 
 
 class _Drawn(ProgressColumn):

@@ -128,8 +128,8 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def check_training(config: Config) -> None:
-    """Refuse a training for which this machine has not got what it takes; see `check_resources`."""
-    # Of auto the worker decides, on its own machine.
+    """Refuse a training that this machine cannot run, see `check_resources`."""
+    # What auto means is decided by the worker, on its own machine.
     if config.train.backend == "native" and not os.environ.get("RAY_ADDRESS"):
         check_backend("train.backend", "native", use_gpu=config.compute.use_gpu)
     check_resources(

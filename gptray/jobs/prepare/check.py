@@ -173,11 +173,6 @@ def tokenizer_at_once(config: Config) -> Tokenizer | None:
     return Tokenizer.load(name, eos_token=config.data.eos_token)
 
 
-def prepared(config: Config, find: FindSources = make_request) -> TokenData | None:
-    """The prepared data of a config; None if there is none, or its files have wrong sizes."""
-    return opened(find(config).data_dir)
-
-
 def opened(folder: Path, *, verify: bool = False) -> TokenData | None:
     """The data in a folder, or None; damage is logged. verify: check every byte."""
     if not os.path.lexists(folder):
