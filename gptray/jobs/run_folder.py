@@ -67,7 +67,9 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
     elif config.data.tokenizer is None:
         values["data.tokenizer"] = "bpe"
     resolved = override(config, values)
-    return override(resolved, {"name": config.name or _free_name(resolved, sweep=sweep)})
+    if resolved.name:
+        return resolved
+    return override(resolved, {"name": _free_name(resolved, sweep=sweep)})
 
 
 def run_dir(config: Config) -> Path:
