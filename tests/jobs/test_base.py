@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gptray.cli import run_job
 from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.jobs.base import JOBS, Job, find_job
 from gptray.jobs.tasks import Failure, attempt, result_of
 from gptray.jobs.train.task import TrainTask
+from gptray.jobs.train.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -72,6 +75,12 @@ def test_results_and_other_errors_pass_through() -> None:
     with pytest.raises(ZeroDivisionError):
         attempt(lambda: 1 // 0)
     assert isinstance(Failure("disk full").error(), RunFailed)
+
+
+def test_a_scoring_that_fails_is_a_result_that_ray_can_keep(tmp_path: Path) -> None:
+    task = TrainTask(Config(), tmp_path / "gone", tmp_path, threads=torch.get_num_threads())
+    failure = Failure(**json.loads(json.dumps(validate(tmp_path, task)))["failure"])
+    assert "manifest.json cannot be read" in failure.message and not failure.is_mistake
 
 
 def test_a_task_reaches_a_process_with_what_was_given_and_what_was_not() -> None:
