@@ -75,7 +75,7 @@ class _Eta(ProgressColumn):
 
 
 class _Figures(ProgressColumn):
-    """As many figures (separated by two spaces) as fit beside the other columns."""
+    """As many figures (separated by two spaces) as fit next to the other columns."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(Column(no_wrap=True))

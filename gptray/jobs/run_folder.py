@@ -1,6 +1,6 @@
 """A run's folder: what a config resolves to, who holds it, and what came of it.
 
-Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is known of a text before it is prepared: its files, its tokenizer, the rows of --dry-run.
 
-Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
 
 from __future__ import annotations

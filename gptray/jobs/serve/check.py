@@ -93,7 +93,7 @@ def _check_model(config: Config) -> None:
 
 
 def _check_address(config: Config) -> None:
-    """Refuse an address that cannot be listened on here; nodes of a cluster are not looked at."""
+    """Refuse an address that cannot be listened on here; nodes of a cluster are not checked."""
     if os.environ.get("RAY_ADDRESS"):
         return
     host, port = config.serve.host, config.serve.port

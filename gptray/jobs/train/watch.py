@@ -93,7 +93,7 @@ class _Watch:
             self._bar.start()
 
     def look(self) -> None:
-        """Show what is new. A start comes before rows: it tells from which step they are new."""
+        """Show what is new. A start comes before rows: it says from which step they are new."""
         events = self._events.rows()
         for event in events:
             if event["event"] == "start":

@@ -160,7 +160,7 @@ class _Sweep:
         self._finish()
 
     def next(self) -> Planned | None:
-        """The next trial to run; None while only running trials can tell, or when `is_over`."""
+        """The next trial to run; None while that depends on running ones, or when `is_over`."""
         if self.failure:
             self.is_over = True
             return None
