@@ -45,7 +45,7 @@ FLAGS = ("--config", "--dry-run", "--verbose", "--help")
 
 @dataclass
 class Arguments:
-    """What was typed; `problems` are about flags, values are not looked at yet."""
+    """What was typed; `problems` are about flags; values are not checked yet."""
 
     config: str | None = None
     overrides: list[str] = field(default_factory=list)
@@ -245,7 +245,7 @@ def _comments(rows: Plan) -> Iterator[str]:
 
 
 def _say(message: str) -> None:
-    """Print to stderr; where that cannot be written the exit code has to tell."""
+    """Print to stderr; where that fails, the exit code has to say it."""
     try:
         print(visible(message), file=sys.stderr, flush=True)
     except OSError:

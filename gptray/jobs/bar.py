@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -40,6 +43,27 @@ def new_task(bar: Progress, doing: str, *, total: int, done: int = 0) -> TaskID:
     return bar.add_task(doing, total=total, completed=done, metrics="", eta="")
 
 
+@contextmanager
+def following(
+    look: Callable[[], None], close: Callable[[], None], *, every_s: float
+) -> Iterator[None]:
+    """Call `look` every so many seconds, from a thread, while the block runs; then `close`."""
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(every_s):
+            look()
+
+    thread = threading.Thread(target=follow, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        close()
+
+
 class _Drawn(ProgressColumn):
     def render(self, task: Task) -> ProgressBar:
         return ProgressBar(total=task.total, completed=task.completed, width=BAR)
@@ -51,7 +75,7 @@ class _Eta(ProgressColumn):
 
 
 class _Figures(ProgressColumn):
-    """As many figures (separated by two spaces) as fit beside the other columns."""
+    """As many figures (separated by two spaces) as fit next to the other columns."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(Column(no_wrap=True))

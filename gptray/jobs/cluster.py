@@ -98,7 +98,7 @@ def _ray_folder() -> Iterator[None]:
         if is_of_files(error):
             failure = cannot_write(folder, error)
         elif shutil.disk_usage(folder).free < _RAY_NEEDS:
-            # Ray's own processes died, of what they do not tell.
+            # Ray's own processes died, and do not say why.
             failure = cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         else:
             raise
@@ -108,7 +108,7 @@ def _ray_folder() -> Iterator[None]:
 
 @contextmanager
 def ray_answers() -> Iterator[None]:
-    """Tell a timeout or a lost connection of Ray's in one sentence. Raises RunFailed."""
+    """Say in one sentence that Ray timed out or is gone. Raises RunFailed."""
     try:
         yield
     except (TimeoutError, ConnectionError) as error:
@@ -129,8 +129,8 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def check_training(config: Config) -> None:
-    """Refuse a training for which this machine has not got what it takes; see `check_resources`."""
-    # Of auto the worker decides, on its own machine.
+    """Refuse a training that this machine cannot run, see `check_resources`."""
+    # What auto means is decided by the worker, on its own machine.
     if config.train.backend == "native" and not os.environ.get("RAY_ADDRESS"):
         check_backend("train.backend", "native", use_gpu=config.compute.use_gpu)
     check_resources(
@@ -187,7 +187,7 @@ def check_resources(
 def worker_resources(compute: ComputeConfig, *, spare: int = 0) -> dict[str, float]:
     """What Ray reserves for each worker: its GPU, and its share of the cores.
 
-    `spare` workers besides compute.num_workers are to find room too. On a machine with fewer cores
+    `spare` workers more than compute.num_workers have to fit. On a machine with fewer cores
     than workers each gets an equal fraction.
     """
     import ray
@@ -208,7 +208,7 @@ def worker_resources(compute: ComputeConfig, *, spare: int = 0) -> dict[str, flo
 def cores_that_fit(
     compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], workers: int
 ) -> int:
-    """The most whole cores with which all workers find room on the nodes; 0: not even with one.
+    """The most whole cores with which all workers fit on the nodes; 0: not even with one.
 
     nodes: the CPU and GPU of each. A worker with a GPU needs both on one node, and takes no more
     cores than its part of the node's GPUs.
@@ -225,7 +225,7 @@ def cores_that_fit(
 
 
 def _room(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], cores: int) -> int:
-    """How many workers of so many cores find room on the nodes, with their GPUs."""
+    """How many workers of so many cores fit on the nodes, with their GPUs."""
     return int(
         sum(
             min(node.get("CPU", 0.0) // cores, _gpu_workers(compute, node.get("GPU", 0.0)))
@@ -239,8 +239,8 @@ def trial_resources(
 ) -> tuple[int, dict[str, float]]:
     """How many trials of a sweep run at a time, and what Ray reserves for each worker of one.
 
-    Null `at_once`: as many as find room with a core (and its part of a GPU) for each worker. They
-    share the cores out; more than find room on this machine would only wait.
+    Null `at_once`: as many as fit with a core (and its part of a GPU) for each worker. They share
+    the cores out; more than fit on this machine would only wait.
     """
     import ray
 
@@ -257,5 +257,5 @@ def trial_resources(
 
 
 def _gpu_workers(compute: ComputeConfig, gpus: float) -> float:
-    """How many workers find room on a node's GPUs."""
+    """How many workers fit on a node's GPUs."""
     return int(gpus / compute.gpus_per_worker + 1e-9) if compute.use_gpu else float("inf")

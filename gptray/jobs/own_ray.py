@@ -48,7 +48,7 @@ os.register_at_fork(after_in_child=_leave_session)
 def own_ray(environment: Mapping[str, str], **options: Any) -> Iterator[None]:
     """Run a Ray on this machine during the block; options are ray.init's.
 
-    environment: what its processes find in theirs besides this process's.
+    environment: what its processes find in theirs in addition to this process's.
 
     Raises:
         RunFailed: one of its processes died; replaces what the block raised because of that.

@@ -52,7 +52,7 @@ def is_same_place(before: Any, now: Any) -> bool:
 
 
 def words_for(folder: Path) -> list[str]:
-    """What a command with a run's saved config needs besides, if the run has been moved."""
+    """What a command with a run's saved config needs in addition, if the run has been moved."""
     if not (folder / CONFIG).is_file():
         return []
     saved = load_saved(folder / CONFIG)

@@ -1,6 +1,6 @@
-"""What may change in a run or a sweep that is there already, and what is kept of before.
+"""What may change in an existing run or sweep, and what is kept of its past.
 
-Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def save_config(config: Config, folder: Path) -> None:
     """Write config.yaml of a new run, or of one in which keys have changed; whole or not at all.
 
     Paths are written whole, so that the run resumes from any folder. The config before is kept
-    beside it as config.1.yaml, config.2.yaml and so on.
+    next to it as config.1.yaml, config.2.yaml and so on.
 
     Raises:
         RunFailed: the disk is full or cannot be written.
@@ -233,7 +233,7 @@ def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> st
 
 
 def command(job: str, config: Config, folder: Path, *words: str) -> str:
-    """What to type to go on with the run or sweep in a folder, with these keys changed."""
+    """What to type to resume the run or sweep in a folder, with these keys changed."""
     words = ("--config", str(folder / CONFIG), *words_for(folder), *words)
     if config.train.resume == "never":
         words = (*words, "train.resume=auto")

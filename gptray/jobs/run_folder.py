@@ -1,6 +1,6 @@
 """A run's folder: what a config resolves to, who holds it, and what came of it.
 
-Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
     elif config.data.tokenizer is None:
         values["data.tokenizer"] = "bpe"
     resolved = override(config, values)
-    return override(resolved, {"name": config.name or _free_name(resolved, sweep=sweep)})
+    if resolved.name:
+        return resolved
+    return override(resolved, {"name": _free_name(resolved, sweep=sweep)})
 
 
 def run_dir(config: Config) -> Path:

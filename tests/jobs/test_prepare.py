@@ -14,7 +14,7 @@ import pytest
 from gptray.config import Config, UserError, override
 from gptray.data.tokenizer import char_tokenizer, train_bpe
 from gptray.data.tokens import TokenData
-from gptray.jobs.prepare.check import check, check_text, plan, prepared
+from gptray.jobs.prepare.check import check, check_text, plan
 from gptray.jobs.prepare.run import prepare, run
 from tests.data import foreign
 from tests.data.reference import (
@@ -159,7 +159,7 @@ def test_builtin_needs_no_file(ray_cluster: None, tmp_path: Path) -> None:
 
 def test_prepared_data_is_used_again(ray_cluster: None, rows: Path, tmp_path: Path) -> None:
     config = config_for(rows, tmp_path)
-    assert prepared(config) is None
+    assert check_text(config).data is None
     first = run(check(config))
     assert first["built"]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
@@ -177,7 +177,7 @@ def test_changed_source_goes_into_another_folder(
     config = config_for(rows, tmp_path, tokenizer="char")
     first = prepare(config)
     write_rows(rows, [*TEXTS, KOREAN])
-    assert prepared(config) is None
+    assert check_text(config).data is None
     second = prepare(config)
     assert second.data_dir != first.data_dir
     assert second.fingerprint != first.fingerprint
@@ -256,7 +256,7 @@ def test_what_killed_attempts_left_goes_once_it_is_old(
         folder.mkdir()
         then = time.time() - age
         os.utime(folder, (then, then))
-    assert prepared(config) is None
+    assert check_text(config).data is None
     prepare(config)
     assert left_in(tmp_path) == [f".{name}.young", name]
 
@@ -307,7 +307,7 @@ def test_what_a_tokenizer_loses_is_counted_told_and_kept(
     with caplog.at_level(logging.WARNING, "gptray"):
         line = run(check(config))
         run(check(config))  # told each time
-    data = prepared(config)
+    data = check_text(config).data
     assert data
     manifest = data.manifest
     kinds = manifest["tokenizer"]["lost"]["kinds"]

@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
 from gptray.config import ServeConfig
-from gptray.jobs.serve.proxy import Front, TimedConnection, environment, middlewares
+from gptray.jobs.serve.body_limits import environment
+from gptray.jobs.serve.proxy import Front, TimedConnection, middlewares
 from gptray.serving.arrival import Arrival
 
 GONE = "the engine ended before the answer was complete; try again"

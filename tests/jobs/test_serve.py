@@ -19,8 +19,9 @@ import torch
 import yaml
 
 from gptray.config import Config, UserError, load_config, override
-from gptray.jobs.serve.check import check, plan
-from gptray.jobs.serve.worker import USER_CONFIG, Replica, ReplicaTask
+from gptray.jobs.serve.check import USER_CONFIG, check, plan
+from gptray.jobs.serve.task import ReplicaTask
+from gptray.jobs.serve.worker import Replica
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
 from tests.processes import listening
 
@@ -140,7 +141,7 @@ def test_the_plan_names_model_and_url(folder: Path) -> None:
     assert rows["model"].endswith("called tiny") and rows["url"] == "http://127.0.0.1:8000"
 
 
-def test_a_model_that_cannot_be_had_leaves_the_one_in_use(folder: Path) -> None:
+def test_a_model_that_fails_to_load_leaves_the_one_in_use(folder: Path) -> None:
     async def replaced() -> None:
         replica = Replica(ReplicaTask(Config(), [], torch.get_num_threads()))
         app = replica.__serve_build_asgi_app__()

@@ -19,7 +19,7 @@ from gptray.config import Config, RunFailed, TuneConfig, UserError, dump, load_c
 from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.jobs.evaluate.check import check as check_evaluation
-from gptray.jobs.prepare.check import prepared
+from gptray.jobs.prepare.check import check_text
 from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import resolve
 from gptray.jobs.train.run import train
@@ -105,7 +105,7 @@ def test_the_winner_is_kept_and_trains_again_to_the_same_bits(
     best = load_config(result["best_config"], [])
     assert (best.name, best.tune, best.storage_path) == (None, TuneConfig(), str(folder.parent))
     assert best.compute.cpus_per_worker == 1
-    data, threads = prepared(best), torch.get_num_threads()
+    data, threads = check_text(best).data, torch.get_num_threads()
     assert data
     torch.set_num_threads(1)
     losses = []

@@ -1,6 +1,6 @@
 """An evaluation checked before it starts: which model, on which text, in which windows.
 
-Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.evaluate.folders import model_to_evaluate, results_folder, run_of
+from gptray.jobs.evaluate.evaluated_model import model_to_evaluate, results_folder, run_of
 from gptray.jobs.models import weights_sha256, with_tokenizer
 from gptray.jobs.places import with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
@@ -179,7 +179,7 @@ def _text(config: Config, trained: Config | None, run: Path | None, model_dir: P
     text = config
     if trained and run:
         if given.get("data.source", trained.data.source) != trained.data.source:
-            # Held-out text belongs to the source beside which it was named.
+            # Held-out text belongs to the source that it was named with.
             given = {"data.val_source": None, "data.test_source": None, **given}
         text = override(trained, {**given, "storage_path": str(run.parent), "name": run.name})
         if _is_own_text(config, text, trained):

@@ -17,7 +17,7 @@ from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, plan
 from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.prepare.run import prepare_text
-from gptray.jobs.report import Reporter
+from gptray.jobs.reporter import Reporter
 
 log = logging.getLogger("gptray")
 

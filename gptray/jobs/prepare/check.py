@@ -1,6 +1,6 @@
 """What is known of a text before it is prepared: its files, its tokenizer, the rows of --dry-run.
 
-Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
 
 from __future__ import annotations
@@ -171,11 +171,6 @@ def tokenizer_at_once(config: Config) -> Tokenizer | None:
     if path is None or not opens_at_once(path):
         return None
     return Tokenizer.load(name, eos_token=config.data.eos_token)
-
-
-def prepared(config: Config, find: FindSources = make_request) -> TokenData | None:
-    """The prepared data of a config; None if there is none, or its files have wrong sizes."""
-    return opened(find(config).data_dir)
 
 
 def opened(folder: Path, *, verify: bool = False) -> TokenData | None:

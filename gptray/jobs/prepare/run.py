@@ -32,7 +32,7 @@ from gptray.files import storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.next_steps import differing, tell
-from gptray.jobs.prepare.check import CheckedText, FindSources, check, opened, plan
+from gptray.jobs.prepare.check import CheckedText, check, opened, plan
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.jobs.prepare.worker import SampleText, WriteShards
 from gptray.jobs.tasks import map_items
@@ -73,11 +73,9 @@ def run(checked: CheckedText) -> dict[str, Any]:
     }
 
 
-def prepare(
-    config: Config, find: FindSources = make_request, *, piece_bytes: int = PIECE_BYTES
-) -> TokenData:
+def prepare(config: Config, *, piece_bytes: int = PIECE_BYTES) -> TokenData:
     """Return the prepared data of a config, see `prepare_text`."""
-    return prepare_text(find(config), piece_bytes=piece_bytes)
+    return prepare_text(make_request(config), piece_bytes=piece_bytes)
 
 
 def prepare_text(request: Request, *, piece_bytes: int = PIECE_BYTES) -> TokenData:

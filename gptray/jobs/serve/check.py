@@ -20,6 +20,9 @@ from gptray.model.shape import read_shape
 from gptray.serving.hosts import WILDCARDS
 from gptray.serving.keys import read_keys
 
+# The keys of a deployment's user_config.
+USER_CONFIG = ("model", "served_model_name")
+
 
 @dataclass(frozen=True)
 class CheckedEndpoint:
@@ -90,7 +93,7 @@ def _check_model(config: Config) -> None:
 
 
 def _check_address(config: Config) -> None:
-    """Refuse an address that cannot be listened on here; nodes of a cluster are not looked at."""
+    """Refuse an address that cannot be listened on here; nodes of a cluster are not checked."""
     if os.environ.get("RAY_ADDRESS"):
         return
     host, port = config.serve.host, config.serve.port

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import resource
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -22,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gptray.config import ServeConfig
+from gptray.jobs.serve.body_limits import body_limits
 from gptray.serving.arrival import Arrival
 from gptray.serving.errors import ApiError, ClientGone
 
@@ -36,13 +34,6 @@ ANSWERS = {
     503: "no engine is ready for this request; try again",
 }
 ENDED = "the engine ended before the answer was complete; try again"
-# The limits of bodies, in the environment of Serve's proxy; without it only replicas apply them.
-BODY_LIMITS = "GPTRAY_BODY_LIMITS"
-
-
-def environment(limits: ServeConfig) -> Mapping[str, str]:
-    """What Ray must find in its environment when it starts, for `middlewares` to apply limits."""
-    return {BODY_LIMITS: f"{limits.max_body_bytes} {limits.body_timeout_s}"}
 
 
 def middlewares() -> list[Middleware]:
@@ -51,9 +42,8 @@ def middlewares() -> list[Middleware]:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     HTTP_PROTOCOLS["auto"] = f"{TimedConnection.__module__}:{TimedConnection.__name__}"
-    max_bytes, timeout_s = os.environ.get(BODY_LIMITS, "0 0").split()
-    arrival = Arrival(int(max_bytes), float(timeout_s)) if int(max_bytes) else None
-    return [Middleware(Front, arrival=arrival)]
+    limits = body_limits()
+    return [Middleware(Front, arrival=Arrival(*limits) if limits else None)]
 
 
 class Front:

@@ -18,6 +18,7 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.generate.output import with_built_backend
 from gptray.jobs.next_steps import tell
+from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import (
     CheckedEndpoint,
     check,
@@ -25,7 +26,6 @@ from gptray.jobs.serve.check import (
     endpoint_url,
     plan,
 )
-from gptray.jobs.serve.proxy import environment
 from gptray.jobs.serve.worker import bound
 from gptray.signals import failure, leaving_within, sigterm_sets
 from gptray.standard_output import line_printer

@@ -1,6 +1,6 @@
 """A training checked before it starts, and the rows of its --dry-run.
 
-Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
 
 from __future__ import annotations

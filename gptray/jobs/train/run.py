@@ -20,7 +20,7 @@ from gptray.jobs.cluster import ray_answers, ray_cluster, worker_resources
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.prepare.run import prepare_text
-from gptray.jobs.report import Reporter
+from gptray.jobs.reporter import Reporter
 from gptray.jobs.resuming import command, how_to_train_longer, save_config
 from gptray.jobs.run_folder import held, outcome, set_ray_snapshot_aside
 from gptray.jobs.tasks import Failure

@@ -94,7 +94,7 @@ class Validations:
             return
         self._has_told = True
         steps = self._config.train.eval_interval
-        # On this worker alone, so that it must not fail; and it is only told.
+        # On this worker alone, which must not fail for the sake of a message.
         try_event(
             self._run_dir,
             "waiting",

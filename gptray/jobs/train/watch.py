@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 
 from rich.progress import Progress, TaskID
 
-from gptray.jobs.bar import new_task, progress_bar
+from gptray.jobs.bar import following, new_task, progress_bar
 from gptray.record import (
     EVENT_FIELDS,
     EVENTS,
@@ -94,7 +93,7 @@ class _Watch:
             self._bar.start()
 
     def look(self) -> None:
-        """Show what is new. A start comes before rows: it tells from which step they are new."""
+        """Show what is new. A start comes before rows: it says from which step they are new."""
         events = self._events.rows()
         for event in events:
             if event["event"] == "start":
@@ -170,20 +169,8 @@ def watching(
     `on_evaluation` is called, from a thread, once training has begun and after each evaluation.
     """
     watch = _Watch(run_dir, max_steps, on_evaluation)
-    done = threading.Event()
-
-    def follow() -> None:
-        while not done.wait(POLL_S):
-            watch.look()
-
-    thread = threading.Thread(target=follow, name="watch", daemon=True)
-    thread.start()
-    try:
+    with following(watch.look, watch.close, every_s=POLL_S):
         yield
-    finally:
-        done.set()
-        thread.join()
-        watch.close()
 
 
 def show_samples(run_dir: Path) -> None:

@@ -1,6 +1,6 @@
 """A sweep checked before it starts: its trials, and the rows of its --dry-run.
 
-Needs neither torch nor ray, so that every mistake is told before anything expensive starts.
+Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def check(config: Config) -> CheckedSweep:
     texts = {text_key(one): check_text(one) for one in all_texts(config, str(folder), trials)}
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)
-        check_known_prompts(one, CheckedText(one, make_request(one)))
+        if one.sample.prompt:
+            check_known_prompts(one, CheckedText(one, make_request(one)))
     _check_prepared(trials, texts)
     return CheckedSweep(config, folder, trials, texts, changes)
 

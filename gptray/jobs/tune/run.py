@@ -23,7 +23,7 @@ from gptray.jobs.cluster import ray_cluster, trial_resources
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
 from gptray.jobs.prepare.run import prepare_text
-from gptray.jobs.report import Reporter
+from gptray.jobs.reporter import Reporter
 from gptray.jobs.resuming import command, save_config
 from gptray.jobs.run_folder import held
 from gptray.jobs.train.task import TrainTask
@@ -39,6 +39,7 @@ from gptray.jobs.tune.end import BEST, outcome, tell_winner
 from gptray.jobs.tune.start import check_trials, failed_trials, opened
 from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.watch import watching_sweep
+from gptray.reports.sweep.report import write_sweep_report
 from gptray.training.checkpoint import exchange_model
 from gptray.tuning.plan import (
     Planned,
@@ -55,6 +56,7 @@ from gptray.tuning.record import (
     trial_dir,
     winner_dir,
 )
+from gptray.tuning.table import write_trials_parquet
 
 if TYPE_CHECKING:
     from gptray.jobs.tune.suggestions import Suggestions
@@ -101,9 +103,6 @@ def run(checked: CheckedSweep) -> dict[str, Any]:
 
 
 def _write_report(folder: Path, running: bool) -> Path:
-    from gptray.reports.sweep.report import write_sweep_report
-    from gptray.tuning.table import write_trials_parquet
-
     if not running:
         write_trials_parquet(folder)
     return write_sweep_report(folder, running=running)
@@ -161,7 +160,7 @@ class _Sweep:
         self._finish()
 
     def next(self) -> Planned | None:
-        """The next trial to run; None while only running trials can tell, or when `is_over`."""
+        """The next trial to run; None while that depends on running ones, or when `is_over`."""
         if self.failure:
             self.is_over = True
             return None

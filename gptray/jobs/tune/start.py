@@ -28,7 +28,7 @@ log = logging.getLogger("gptray")
 
 
 def opened(checked: CheckedSweep) -> Record:
-    """The record of a sweep that is to run: begun, or told what is new since the last start."""
+    """The record of a sweep that is about to run: a new one, or with what changed since."""
     folder, failed = checked.folder, failed_trials(checked.config, checked.folder)
     is_new = not (folder / CONFIG).exists()
     if is_new:

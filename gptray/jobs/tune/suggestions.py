@@ -22,7 +22,7 @@ class Suggestions:
     """Asks Ray's OptunaSearch for the trials that a sweep still lacks, and plans them.
 
     A point of Optuna's space has, by an entry's first path, an option's number or a place in
-    [0, 1) of a range; the record keeps it, so that a sweep that goes on can tell it again.
+    [0, 1) of a range; the record keeps it for Optuna to learn from when the sweep resumes.
     """
 
     def __init__(self, config: Config, folder: Path, record: Record, *, num_trials: int) -> None:

@@ -51,7 +51,7 @@ class Queue(Protocol):
     failure: RunFailed | None
 
     def next(self) -> Planned | None:
-        """The next trial; None while only running trials can tell, or when `is_over`."""
+        """The next trial; None while that depends on running ones, or when `is_over`."""
 
     def task(self, planned: Planned) -> TrialTask:
         """What the process of a trial is given."""
@@ -206,7 +206,7 @@ class _Brake(ray.tune.Stopper):  # type: ignore[misc]
 class Rungs(ASHAScheduler):  # type: ignore[misc]
     """ASHA that knows what trials have measured before this start.
 
-    Its public methods are told of the past as if it happened now: every ended trial is added and
+    Its public methods get the past as if it happened now: every ended trial is added and
     reports its rows, and one that resumes has reported its own before it starts.
     """
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from gptray.config.keys import shown
 from gptray.data.difference import percent
+from gptray.jobs.bar import following
 from gptray.jobs.train.watch import duration
 from gptray.tuning.plan import ranked, score
 from gptray.tuning.record import Trial, load_trials
@@ -124,20 +124,8 @@ def watching_sweep(
     `on_change` is called now and then, from a thread, when trials have something new.
     """
     watch = _Watch(folder, num_trials, on_change)
-    done = threading.Event()
-
-    def follow() -> None:
-        while not done.wait(POLL_S):
-            watch.look()
-
-    thread = threading.Thread(target=follow, name="watch", daemon=True)
-    thread.start()
-    try:
+    with following(watch.look, watch.close, every_s=POLL_S):
         yield
-    finally:
-        done.set()
-        thread.join()
-        watch.close()
 
 
 def _settings(trial: Trial) -> str:

@@ -1,4 +1,4 @@
-"""Keeps a report.html up to date while the run goes on, without ever endangering the run."""
+"""Keeps report.html up to date while a job runs, without ever endangering the job."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from pathlib import Path
 
 from gptray.config import RunFailed, UserError
 from gptray.files import storing
+from gptray.reports.run.report import write_report
 
 log = logging.getLogger("gptray")
 
 
 def write_run_report(folder: Path, running: bool) -> Path:
     """Write the report.html of a run."""
-    from gptray.reports.run.report import write_report
-
     return write_report(folder, running=running)
 
 
 class Reporter:
-    """Writes the report of one folder; `path` is where the last one stands, None without one.
+    """Writes the report of one folder; `path` is that of the last one written, None before.
 
-    What goes wrong is told in a line, once for each message, and does not end the run.
+    An error is logged in one line, once for each message, and does not end the job.
     """
 
     def __init__(

@@ -1,0 +1,101 @@
+"""What a replica answers with: an engine behind the routes of `gptray.serving`. No Ray here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from starlette.types import ASGIApp
+
+from gptray.config import UserError
+from gptray.config.suggest import did_you_mean, nearest
+from gptray.jobs.models import find_model
+from gptray.jobs.serve.check import USER_CONFIG, name_of
+from gptray.jobs.serve.task import ReplicaTask
+from gptray.serving.app import make_app
+from gptray.serving.endpoint import Endpoint, Served
+from gptray.serving.keys import Keys
+from gptray.serving.telemetry import Telemetry, side_by_side
+
+# Serve keeps what replicas log here.
+log = logging.getLogger("ray.serve")
+
+
+class Answering:
+    """The engine of one replica and its routes; the model in it can be replaced."""
+
+    def __init__(self, task: ReplicaTask) -> None:
+        torch.set_num_threads(task.threads)
+        self._config, self._keys = task.config, task.keys
+        self._endpoint = Endpoint()
+        self._telemetry = Telemetry(self._endpoint)
+        self._model: Mapping[str, str] | None = None
+
+    def app(self, metrics: Callable[[], Awaitable[bytes]]) -> ASGIApp:
+        """The routes. metrics: what /metrics answers, that of all replicas."""
+        path = self._config.serve.api_key_file
+        return make_app(
+            self._endpoint,
+            self._config.serve,
+            keys=Keys(path, self._keys) if path else None,
+            telemetry=self._telemetry,
+            metrics=metrics,
+        )
+
+    async def reconfigure(self, model: Mapping[str, str]) -> None:
+        """Serve this model from now on; requests in flight end on the one before.
+
+        If it fails to load, the model before keeps serving: Serve stops a replica that raises, and
+        the model in use with it. Raises UserError where there is none before.
+        """
+        if model == self._model:
+            return
+        try:
+            # In a thread that ends: OpenMP counts the threads of one that stays, finds more than
+            # there are cores, and from then on the engine's fall asleep wherever they meet.
+            with ThreadPoolExecutor(1) as passing:
+                loop = asyncio.get_running_loop()
+                served = await loop.run_in_executor(passing, self._load, model)
+        except UserError as error:
+            if self._model is None:
+                raise
+            log.error("%s stays: %s", self._model["model"], error)
+            return
+        self._endpoint.serve(served)
+        self._model = model
+
+    def _load(self, model: Mapping[str, str]) -> Served:
+        _check_keys(model)
+        folder, place = find_model(self._config, model["model"], key="user_config: model")
+        name = model.get("served_model_name") or name_of(place)
+        return Served.load(folder, name, self._config)
+
+    def metrics(self) -> bytes:
+        """What this replica counts."""
+        return self._telemetry.text()
+
+    def joined(self, metrics: Mapping[str, bytes]) -> bytes:
+        """What all replicas count, from each one's metrics by its name."""
+        return side_by_side(metrics)
+
+    def check_health(self) -> None:
+        """Raise RuntimeError if the engine has stopped."""
+        served = self._endpoint.served
+        if served is not None and not served.thread.alive:
+            raise RuntimeError("the engine has stopped")
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no more requests and wait for those in flight; how many did not end in time."""
+        return await self._endpoint.drain(timeout_s)
+
+
+def _check_keys(model: Mapping[str, str]) -> None:
+    """Raise UserError for a user_config that is not what `user_config` makes."""
+    for key in model.keys() - set(USER_CONFIG):
+        near = nearest(key, USER_CONFIG)
+        raise UserError(f"user_config: unknown key {key}{did_you_mean([near] if near else [])}")
+    if "model" not in model:
+        raise UserError("user_config: model is missing")
