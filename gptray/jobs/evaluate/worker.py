@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gptray.evaluation.metrics import DocumentSums
+    from gptray.generation import sequence
     from gptray.generation.engine import Engine
-    from gptray.generation.request import Request
     from gptray.generation.settings import Sampling
     from gptray.model.gpt import GPT
 
@@ -114,14 +114,16 @@ class Scorer:
             size = self._config.evaluate.micro_batch_size
             raise out_of_gpu_memory(error, key="evaluate.micro_batch_size", size=size) from None
 
-    def _request(self, tokens: list[int], wanted: int, sampling: Sampling, row: int) -> Request:
-        from gptray.generation.request import Request
+    def _request(
+        self, tokens: list[int], wanted: int, sampling: Sampling, row: int
+    ) -> sequence.Sequence:
+        from gptray.generation import sequence
 
         block_size: int = self._settings["block_size"]
         if len(tokens) >= block_size:
             tokens = tokens[-(block_size // 2) :]
         room = min(wanted, block_size - len(tokens))
-        return Request(tokens, replace(sampling, max_new_tokens=room), row=row)
+        return sequence.Sequence(tokens, replace(sampling, max_new_tokens=room), row=row)
 
     @cached_property
     def _data(self) -> TokenData:
