@@ -42,24 +42,24 @@ def prompts(batch: int, salt: int) -> list[list[int]]:
 
 
 def gptray_run(model_dir: str, precision: str) -> Run:
-    from gptray.generation.engine import load_engine
-    from gptray.generation.request import Request
+    from gptray.config import Config, override
+    from gptray.generation.loading import open_engine
+    from gptray.generation.sequence import Sequence
     from gptray.generation.settings import Sampling
 
     weights, _, backend = precision.partition("-")  # such as int8-torch
     is_int8 = weights == "int8"
-    engine, _ = load_engine(
-        model_dir,
-        max_batch_size=64,
-        precision="bf16" if is_int8 else weights,
-        quantize="int8" if is_int8 else "none",
-        device="cpu",
-        backend=backend or "native",
-    )
+    asked = {
+        "generate.max_batch_size": 64,
+        "generate.precision": "bf16" if is_int8 else weights,
+        "generate.backend": backend or "native",
+        "quantize.weights": "int8" if is_int8 else "none",
+    }
+    engine, _ = open_engine(model_dir, override(Config(), asked))
 
     def run(batch: int, salt: int) -> None:
         sampling = Sampling(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, top_k=TOP_K)
-        generations = engine.run([Request(ids, sampling) for ids in prompts(batch, salt)])
+        generations = engine.run([Sequence(ids, sampling) for ids in prompts(batch, salt)])
         assert all(len(generation.tokens) == NEW_TOKENS for generation in generations)
 
     return run

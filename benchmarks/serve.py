@@ -47,24 +47,24 @@ Measure = Callable[[int], dict[str, Any]]
 
 def engine_alone(model_dir: str, seconds: float) -> Measure:
     """The engine with the requests of that many clients, in one thread."""
-    from gptray.generation.engine import load_engine
-    from gptray.generation.request import Generation, Request
+    from gptray.config import load_config
+    from gptray.generation.loading import open_engine
+    from gptray.generation.sequence import Sequence
     from gptray.generation.settings import Sampling
 
-    engine, _ = load_engine(
-        model_dir, max_batch_size=BATCH_SIZE, precision="bf16", quantize="none", device="cpu"
-    )
+    config = load_config(None, ["generate.precision=bf16"])
+    engine, _ = open_engine(model_dir, config, max_batch_size=BATCH_SIZE)
 
     def measure(clients: int) -> dict[str, Any]:
         window, requests = Window(seconds), asks()
-        running: dict[Generation, Answer] = {}
+        running: dict[Sequence, Answer] = {}
         while window.left:
             while len(running) < clients:
                 ask = next(requests)
                 sampling = Sampling(
                     max_new_tokens=ask.new_tokens, top_k=TOP_K, seed=ask.seed, ignore_eos=True
                 )
-                generation = engine.submit(Request(ask.prompt, sampling))
+                generation = engine.submit(Sequence(ask.prompt, sampling))
                 running[generation] = window.new_answer()
             for generation in engine.step():
                 ended = generation.finish_reason is not None

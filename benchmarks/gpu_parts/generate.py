@@ -22,8 +22,10 @@ from gpu_parts.bench import Bench
 from gpu_parts.facts import copy_rate
 from gpu_parts.profile import profiled_step
 
-from gptray.generation.engine import Engine, load_engine
-from gptray.generation.request import Request
+from gptray.config import Config, override
+from gptray.generation.engine import Engine
+from gptray.generation.loading import open_engine
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 
 __all__ = ["PROMPT_TOKENS", "TOP_K", "engine_of", "generate", "model_folder"]
@@ -82,14 +84,13 @@ def model_folder(bench: Bench) -> Path:
 
 
 def engine_of(bench: Bench, folder: Path, batch: int, *, precision: str) -> Engine:
-    engine, _ = load_engine(
-        folder,
-        max_batch_size=batch,
-        precision=precision,
-        quantize="none",
-        device=str(bench.device),
-        backend="auto" if bench.on_gpu else "torch",
-    )
+    asked = {
+        "generate.max_batch_size": batch,
+        "generate.precision": precision,
+        "generate.backend": "auto" if bench.on_gpu else "torch",
+        "compute.use_gpu": bench.on_gpu,
+    }
+    engine, _ = open_engine(folder, override(Config(), asked))
     return engine
 
 
@@ -99,7 +100,7 @@ def gptray_run(engine: Engine, batch: int, new_tokens: int) -> Run:
     )
 
     def run() -> None:
-        done = engine.run([Request(ids, sampling) for ids in prompts(batch, 0)])
+        done = engine.run([Sequence(ids, sampling) for ids in prompts(batch, 0)])
         assert all(len(generation.tokens) == new_tokens for generation in done)
 
     return run
@@ -135,7 +136,7 @@ def decode_step(bench: Bench, engine: Engine, batch: int) -> None:
     """Time the steps of a full batch, and look at one through the profiler."""
     sampling = Sampling(max_new_tokens=400, top_k=TOP_K, ignore_eos=True)
     assert PROMPT_TOKENS + 400 < N_POSITIONS
-    running = [engine.submit(Request(ids, sampling)) for ids in prompts(batch, 1)]
+    running = [engine.submit(Sequence(ids, sampling)) for ids in prompts(batch, 1)]
     while engine.waiting:
         engine.step()
     ms = bench.seconds(lambda: [engine.step() for _ in range(20)], warm=1, times=1) / 20 * 1e3

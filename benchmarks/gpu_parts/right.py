@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from made_tokens import text_tokens
 
 from gptray.config import Config
 from gptray.data.tokens import TokenData
-from gptray.generation.request import Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.jobs.train.samples import sample_texts
 from gptray.training.loop import fit
@@ -170,7 +170,7 @@ def same_rows(bench: Bench, folder: Path, vocab_size: int) -> None:
 
 
 def outputs(
-    bench: Bench, folder: Path, precision: str, prompts: Sequence[list[int]], *, batch: int
+    bench: Bench, folder: Path, precision: str, prompts: abc.Sequence[list[int]], *, batch: int
 ) -> list[list[int]]:
     """The new tokens of every prompt, sampled in one way after the other."""
     engine = engine_of(bench, folder, batch, precision=precision)
@@ -180,7 +180,7 @@ def outputs(
         for settings in WAYS.values()
         for generation in engine.run(
             [
-                Request(ids, Sampling(max_new_tokens=new_tokens, seed=seed, **settings))
+                Sequence(ids, Sampling(max_new_tokens=new_tokens, seed=seed, **settings))
                 for seed, ids in enumerate(prompts)
             ]
         )

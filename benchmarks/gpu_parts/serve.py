@@ -9,7 +9,7 @@ import numpy as np
 from gpu_parts.bench import Bench
 from gpu_parts.generate import PROMPT_TOKENS, TOP_K, engine_of, model_folder
 
-from gptray.generation.request import Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.serving.worker import EngineThread
 
@@ -41,7 +41,7 @@ async def load(
 
     async def one(prompt: list[int]) -> float:
         waited, begin = 0.0, time.perf_counter()
-        async for _ in thread.stream([Request(prompt, sampling, live_text=live)]):
+        async for _ in thread.stream([Sequence(prompt, sampling, live_text=live)]):
             waited = waited or time.perf_counter() - begin
         return waited
 

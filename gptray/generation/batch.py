@@ -21,7 +21,7 @@ from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
-from gptray.generation.request import Generation, Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling, derived_seed, numbered_seed
 
 
@@ -39,21 +39,21 @@ class Progress:
 
 @dataclass
 class _Row:
-    """A row of the output: its request on the way, or what is wrong with it."""
+    """A row of the output: its sequence on the way, or what is wrong with it."""
 
     seed: int
     error: str | None = None
     prompt_tokens: int = 0
-    generation: Generation | None = None
+    sequence: Sequence | None = None
 
     @property
     def problem(self) -> str | None:
-        return self.generation.error if self.generation else self.error
+        return self.sequence.error if self.sequence else self.error
 
     @property
-    def done(self) -> Generation | None:
+    def done(self) -> Sequence | None:
         """What there is of the output once the row has ended, if it ended well."""
-        return None if self.problem is not None else self.generation
+        return None if self.problem is not None else self.sequence
 
 
 @dataclass
@@ -64,7 +64,7 @@ class _Part:
 
     @property
     def done(self) -> bool:
-        return all(r.generation is None or r.generation.finish_reason for r in self.rows)
+        return all(row.sequence is None or row.sequence.ended for row in self.rows)
 
 
 class PartWriter:
@@ -106,7 +106,7 @@ class PartWriter:
     def _start(
         self, settings: str | None, error: str | None, name: int | str, prompt: str
     ) -> list[_Row]:
-        """The rows of the output that a row of the input gives, their requests under way."""
+        """The rows of the output that a row of the input gives, their sequences under way."""
         own: dict[str, Any] = json.loads(settings) if settings else {}
         first: int = own.pop("seed", derived_seed(self._defaults.seed, name))
         rows = [_Row(numbered_seed(first, sample), error) for sample in range(self._num_samples)]
@@ -121,7 +121,7 @@ class PartWriter:
             row.prompt_tokens = len(tokens)
             try:
                 sampling = Sampling.of(self._defaults, seed=row.seed, **own)
-                row.generation = self._engine.submit(Request(tokens, sampling))
+                row.sequence = self._engine.submit(Sequence(tokens, sampling))
             except ValueError as problem:
                 row.error = str(problem)
         return rows
@@ -135,8 +135,8 @@ class PartWriter:
             stepped = engine.step()
             progress.last = time.monotonic()
             progress.step_seconds += progress.last - begin
-            ended = [g for g in stepped if g.finish_reason is not None]
-            progress.output_tokens += sum(len(generation.tokens) for generation in ended)
+            ended = [sequence for sequence in stepped if sequence.ended]
+            progress.output_tokens += sum(len(sequence.drawn) for sequence in ended)
             progress.rows += len(ended)
             if ended:
                 written += self._write_done()
@@ -146,7 +146,7 @@ class PartWriter:
         done = [part for part in self._parts if part.done]
         for part in done:
             # Those that ran are counted already.
-            self.progress.rows += sum(row.generation is None for row in part.rows)
+            self.progress.rows += sum(row.sequence is None for row in part.rows)
             self.progress.errors += sum(row.problem is not None for row in part.rows)
             write_part(self._output(part), self._output_dir / part_name(part.number))
             self._parts.remove(part)
@@ -161,10 +161,10 @@ class PartWriter:
         done = [row.done for row in rows]
         own = {
             "sample": [number % samples for number in range(len(rows))],
-            "output": [g and g.text for g in done],
-            "finish_reason": [g.finish_reason if g else "error" for g in done],
+            "output": [one and one.text for one in done],
+            "finish_reason": [one.finish_reason if one else "error" for one in done],
             "prompt_tokens": [row.prompt_tokens for row in rows],
-            "output_tokens": [len(g.tokens) if g else 0 for g in done],
+            "output_tokens": [len(one.drawn) if one else 0 for one in done],
             "seed": [_storable(row.seed) for row in rows],
             "error": [row.problem for row in rows],
             "model": [self._model] * len(rows),

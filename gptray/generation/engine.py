@@ -12,25 +12,20 @@ from __future__ import annotations
 import gc
 import logging
 from collections import deque
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.decoder import Decoder, Network, Piece
 from gptray.generation.graphs import GraphDecoder
 from gptray.generation.native_decoder import NativeDecoder
-from gptray.generation.request import ActiveSequence, Generation, Request
+from gptray.generation.sampling import Drawn
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import check_context
 from gptray.generation.utf8 import Utf8
 from gptray.model.gpt import GPT
-from gptray.model.hf import load_pretrained
-from gptray.model.memory import keep_freed_memory
-from gptray.model.precision import pick_dtype
-from gptray.native.backend import pick_backend
 
 log = logging.getLogger("gptray")
 
@@ -61,10 +56,10 @@ class Engine:
         device = model.transformer.wte.weight.device
         utf8 = Utf8(tokenizer, self.vocab_size, device)
         self._utf8 = utf8 if utf8.is_needed else None
-        self._waiting: deque[ActiveSequence] = deque()
+        self._waiting: deque[Sequence] = deque()
         # Decoding sequences stand in slots 0, 1, ...; one whose prompt is partly read comes after.
-        self._decoding: list[ActiveSequence] = []
-        self._reading: ActiveSequence | None = None
+        self._decoding: list[Sequence] = []
+        self._reading: Sequence | None = None
 
     @property
     def busy(self) -> bool:
@@ -78,50 +73,67 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests without a slot yet."""
+        """Sequences without a slot yet."""
         return len(self._waiting)
 
-    def check(self, request: Request) -> None:
-        """Raise ValueError if a request can never run, naming what is wrong. Any thread may."""
-        sampling = request.sampling
-        check_context(request.prompt, sampling, self.n_positions)
-        if not sampling.max_new_tokens and request.prompt_logprobs is None:
+    def check(self, sequence: Sequence) -> None:
+        """Raise ValueError if a sequence can never run, naming what is wrong. Any thread may.
+
+        What was checked here is not looked at again when it is submitted.
+        """
+        sampling, prompt = sequence.sampling, sequence.prompt
+        check_context(prompt, sampling, self.n_positions)
+        if not sampling.max_new_tokens and sequence.prompt_logprobs is None:
             raise ValueError("max_new_tokens=0 must be at least 1 without prompt_logprobs")
         last = self.vocab_size - 1
-        if not all(0 <= token <= last for token in request.prompt):
+        if not all(0 <= token <= last for token in prompt):
             raise ValueError(f"the prompt holds a token outside 0 .. {last}")
         if not all(token <= last for token, _ in sampling.logit_bias):
             raise ValueError(f"logit_bias names a token outside 0 .. {last}")
+        sequence.is_checked = True
 
-    def submit(self, request: Request) -> Generation:
-        """Queue a request. Raises ValueError as `check`."""
-        self.check(request)
-        generation = Generation(self.step, request)
-        self._waiting.append(
-            ActiveSequence(generation, self._tokenizer, self.n_positions, self._utf8)
-        )
-        return generation
+    def submit(self, sequence: Sequence) -> Sequence:
+        """Queue a sequence and return it. Raises ValueError as `check`."""
+        if not sequence.is_checked:
+            self.check(sequence)
+        sequence.begin(self._tokenizer, self.n_positions, self._utf8)
+        self._waiting.append(sequence)
+        return sequence
 
-    def run(self, requests: Sequence[Request]) -> list[Generation]:
-        """Queue requests and step until nothing is left to do. Raises ValueError as `submit`."""
-        generations = [self.submit(request) for request in requests]
+    def run(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Queue sequences and step until nothing is left to do. Raises ValueError as `submit`."""
+        submitted = [self.submit(sequence) for sequence in sequences]
         while self.busy:
             self.step()
-        return generations
+        return submitted
 
-    def cancel(self, generation: Generation) -> None:
-        """End a generation where it stands; its slot is free at once."""
-        if generation.finish_reason is not None:
-            return
-        generation.finish_reason = "cancelled"
-        for waiting in self._waiting:
-            if waiting.generation is generation:
-                self._waiting.remove(waiting)
+    def run_until_ended(self, sequence: Sequence) -> Iterator[Drawn]:
+        """Step the engine until a sequence has ended; yield its tokens as they come.
+
+        All other sequences advance too.
+        """
+        given = 0
+        while True:
+            for drawn in sequence.drawn[given:]:
+                given += 1
+                yield drawn
+            if sequence.ended and given == len(sequence.drawn):
                 return
-        self._release()
+            if given == len(sequence.drawn):
+                self.step()
 
-    def step(self) -> list[Generation]:
-        """Run the network once; return the generations that got a token or ended.
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence where it stands; its slot is free at once."""
+        if sequence.ended:
+            return
+        sequence.finish_reason = "cancelled"
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._release()
+
+    def step(self) -> list[Sequence]:
+        """Run the network once; return the sequences that got a token or ended.
 
         If one sequence makes the network or the sampler raise an exception, it ends with that as
         its error, and the others draw their token at the next step. If no single one is to blame,
@@ -136,9 +148,10 @@ class Engine:
         except Exception as error:
             return self._end_guilty(error, reading)
         logits = self._take_prompts(logits, reading)
-        rows = [sequence.row() for sequence in self._decoding]
+        for sequence in self._decoding:
+            sequence.set_mask()
         try:
-            tokens = self._network.draw(logits, rows)
+            tokens = self._network.draw(logits, self._decoding)
         except Exception as error:
             return self._end_guilty(error, [])
         for sequence, drawn in zip(self._decoding, tokens, strict=True):
@@ -146,18 +159,18 @@ class Engine:
                 sequence.take(drawn)
             except Exception as error:  # one text's fault is not its neighbours'
                 sequence.fail(f"{type(error).__name__}: {error}")
-        touched = [sequence.generation for sequence in self._decoding]
+        touched = list(self._decoding)
         if self._reading is not None and self._reading.ended:
-            touched.append(self._reading.generation)
+            touched.append(self._reading)
         self._release()
         return touched
 
-    def _take_pieces(self) -> list[tuple[ActiveSequence, Piece]]:
+    def _take_pieces(self) -> list[tuple[Sequence, Piece]]:
         """This step's pieces of prompts, and whose they are.
 
         Prompts are read in turn: only the last of the pieces can leave its prompt unfinished.
         """
-        taken: list[tuple[ActiveSequence, Piece]] = []
+        taken: list[tuple[Sequence, Piece]] = []
         slot, tokens = len(self._decoding), 0
         while tokens < self._network.prompt_tokens and slot < self.max_batch_size:
             sequence = self._reading
@@ -175,7 +188,7 @@ class Engine:
             slot += 1
         return taken
 
-    def _take_prompts(self, logits: Tensor, reading: list[tuple[ActiveSequence, Piece]]) -> Tensor:
+    def _take_prompts(self, logits: Tensor, reading: list[tuple[Sequence, Piece]]) -> Tensor:
         """Take in what a step says of prompts. Returns the rows that draw a token."""
         drawing, row = list(range(len(self._decoding))), len(self._decoding)
         for sequence, piece in reading:
@@ -189,8 +202,8 @@ class Engine:
         return logits[: len(drawing)] if is_start else logits[drawing]
 
     def _end_guilty(
-        self, error: Exception, reading: list[tuple[ActiveSequence, Piece]]
-    ) -> list[Generation]:
+        self, error: Exception, reading: list[tuple[Sequence, Piece]]
+    ) -> list[Sequence]:
         """End and return the sequences that fail even alone; raise the error if none does.
 
         reading: the prompts whose pieces were not read; they are read again.
@@ -222,14 +235,15 @@ class Engine:
             else:
                 self._waiting.appendleft(sequence)
         self._release()
-        return [sequence.generation for sequence, _, _ in guilty]
+        return [sequence for sequence, _, _ in guilty]
 
-    def _fault(self, sequence: ActiveSequence | None, piece: Piece) -> Exception | None:
+    def _fault(self, sequence: Sequence | None, piece: Piece) -> Exception | None:
         """The error of reading this piece alone, and of drawing a token if it decodes, if any."""
         try:
             logits = self._network.step([], [piece], alone=True)
             if sequence is not None and not sequence.is_reading:
-                self._network.draw(logits[-1:], [sequence.row()])
+                sequence.set_mask()
+                self._network.draw(logits[-1:], [sequence])
         except Exception as error:
             return error
         return None
@@ -271,50 +285,3 @@ def make_decoder(
         gc.collect()  # what was made of the decoder refers to itself, and holds a whole cache
     decoder = NativeDecoder if backend == "native" else Decoder
     return decoder(model, slots, dtype=dtype, quantize=quantize)
-
-
-def load_engine(
-    folder: str | Path,
-    *,
-    max_batch_size: int,
-    precision: str,
-    quantize: str,
-    device: str,
-    backend: str = "auto",
-) -> tuple[Engine, Tokenizer]:
-    """The engine of a model folder and its tokenizer.
-
-    precision auto | fp32 | bf16; backend auto | native | torch: auto is the fastest for the device.
-    Raises UserError naming what is wrong with the folder, or why there is no such backend.
-    """
-    keep_freed_memory()
-    model = load_pretrained(folder).eval().to(device)
-    _check_weights(model, folder)
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.eos_id >= model.valid_vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer's end-of-text token {tokenizer.eos_token!r} has id "
-            f"{tokenizer.eos_id}, but the model has {model.valid_vocab_size} tokens"
-        )
-    if backend == "auto" and torch.device(device).type == "cuda":
-        picked = "graph"
-    else:
-        picked = pick_backend(backend, use_gpu=torch.device(device).type != "cpu")
-    engine = Engine(
-        model,
-        tokenizer,
-        max_batch_size=max_batch_size,
-        dtype=pick_dtype(precision, device, key="generate.precision"),
-        quantize=quantize,
-        backend=picked,
-    )
-    return engine, tokenizer
-
-
-def _check_weights(model: GPT, folder: str | Path) -> None:
-    """Raise UserError for weights that are not numbers: every row would end in an error."""
-    for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight.detach().sum())):
-            raise UserError(
-                f"{folder}: {name} is not finite: the weights are damaged, or training diverged"
-            )

@@ -11,9 +11,8 @@ Shapes: B rows of the batch, V entries of the vocabulary, K candidates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,24 +31,23 @@ from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import Mask
 
 
-@dataclass(eq=False, slots=True)
-class Row:
-    """One row of a batch, as far as drawing its next token goes; the same object at every step.
+class Row(Protocol):
+    """What drawing needs of a row of the batch, which is a `Sequence`; the same at every step.
 
-    row: which of a request's outputs it is. history: its tokens so far, prompt included, which
+    row: which of a prompt's outputs it is. history: its tokens so far, prompt included, which
     grows. mask: the tokens that would break a character now (`gptray.generation.utf8`).
     """
 
     sampling: Sampling
     prompt_tokens: int
-    history: Sequence[int]
+    history: list[int]
     eos_id: int
-    row: int = 0
-    mask: Mask | None = None
+    row: int
+    mask: Mask | None
 
     @property
     def new_tokens(self) -> int:
-        return len(self.history) - self.prompt_tokens
+        """How many tokens the row has drawn."""
 
 
 class Drawn(NamedTuple):

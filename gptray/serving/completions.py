@@ -1,4 +1,4 @@
-"""From a completion request to the engine's requests, and from its updates to choices and chunks.
+"""From a completion request to the engine's sequences, and from its updates to choices and chunks.
 
 Outputs are independent draws. With a seed, choice i draws from row i of that seed, so the first is
 the text that `jobs/generate.py` gives; without one, each prompt gets a fresh seed. Logprobs cover
@@ -11,8 +11,8 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections import abc, defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -20,8 +20,8 @@ from typing import Any
 from gptray.config import ServeConfig
 from gptray.config.limits import SEEDS
 from gptray.generation.detokenize import TextStream
-from gptray.generation.request import Request
 from gptray.generation.sampling import Drawn
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.serving.endpoint import Served
 from gptray.serving.errors import ApiError
@@ -42,48 +42,48 @@ class Completion:
         self,
         body: CompletionRequest,
         served: Served,
-        sampling: Sampling,
-        prompts: Sequence[tuple[str, list[int]]],
+        texts: list[str],
+        sequences: list[Sequence],
     ) -> None:
+        """texts: of the prompts; sequences: checked, `body.n` for each of them."""
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self.body, self._served = body, served
         self._options = body.stream_options or StreamOptions()
-        scored = body.logprobs if body.echo else None
-        if body.max_tokens == 0:
-            scored = scored or 0
-        self.requests = [
-            Request(ids, settings, row, live_text=body.stream, prompt_logprobs=scored)
-            for (ids, settings), row in _draws(body, sampling, [ids for _, ids in prompts])
-        ]
+        self._sequences = sequences
         self._outputs = [
             _Output(index, text if body.echo else "", body.logprobs is not None, served)
-            for index, text in enumerate(text for text, _ in prompts for _ in range(body.n))
+            for index, text in enumerate(text for text in texts for _ in range(body.n))
         ]
-        self.prompt_tokens = sum(len(ids) for _, ids in prompts)
+        self.prompt_tokens = sum(one.prompt_tokens for one in sequences[:: body.n])
         self.completion_tokens = 0
 
     @classmethod
     async def of(cls, body: CompletionRequest, served: Served, limits: ServeConfig) -> Completion:
         """Check a request against the model and the limits. Raises ApiError."""
         _check_limits(body, served, limits)
-        sampling, prompts = _sampling(body, served, limits), []
+        sampling = _sampling(body, served, limits)
+        texts: list[str] = []
+        sequences: list[Sequence] = []
         for number, prompt in enumerate(body.prompt):
             place = f"prompt {number + 1}: " if len(body.prompt) > 1 else ""
             try:
                 ids = await served.prompt_ids(prompt) if isinstance(prompt, str) else prompt
-                served.engine.check(Request(ids, sampling, prompt_logprobs=0))
+                outputs = _outputs_of(body, sampling, ids, number)
+                for sequence in outputs:
+                    served.engine.check(sequence)
             except ValueError as error:
                 raise ApiError(400, f"{place}{error}") from None
             # An empty prompt is read as the end-of-text token: echo shows what was read.
             text = prompt if isinstance(prompt, str) else ""
-            prompts.append((text or served.tokenizer.decode(ids), ids))
+            texts.append(text or served.tokenizer.decode(ids))
+            sequences += outputs
             await asyncio.sleep(0)  # lets other requests run between many prompts
-        return cls(body, served, sampling, prompts)
+        return cls(body, served, texts, sequences)
 
     def accept(self, limits: ServeConfig) -> Accepted:
         """Put the outputs in the engine's queue. Raises as `EngineThread.accept`."""
         at_once = limits.max_prompts * self.body.n
-        return self._served.thread.accept(self.requests, at_once=at_once)
+        return self._served.thread.accept(self._sequences, at_once=at_once)
 
     async def run(
         self, accepted: Accepted, deadline: float, seen: Callable[[Update], None]
@@ -104,12 +104,12 @@ class Completion:
                 seen(update)
                 yield self._outputs[update.index].take(update)
 
-    def whole(self, parts: Sequence[Choice]) -> dict[str, Any]:
+    def whole(self, parts: abc.Sequence[Choice]) -> dict[str, Any]:
         """The answer in one piece, from what `run` gave."""
         of_choice = defaultdict(list)
         for part in parts:
             of_choice[part["index"]].append(part)
-        choices = [_joined(of_choice[index]) for index in range(len(self.requests))]
+        choices = [_joined(of_choice[index]) for index in range(len(self._sequences))]
         return {**self._head(), "choices": choices, "usage": self.usage()}
 
     def chunk(self, choice: Choice) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class _Output:
             "finish_reason": update.finish_reason,
         }
 
-    def _logprobs(self, tokens: Sequence[Drawn]) -> dict[str, list[Any]]:
+    def _logprobs(self, tokens: abc.Sequence[Drawn]) -> dict[str, list[Any]]:
         told: dict[str, list[Any]] = {
             "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
         }  # fmt: skip
@@ -191,7 +191,7 @@ class _Output:
         return found
 
 
-def _joined(parts: Sequence[Choice]) -> Choice:
+def _joined(parts: abc.Sequence[Choice]) -> Choice:
     """A choice whole, from what its updates added."""
     last = parts[-1]
     logprobs = last["logprobs"] and {
@@ -231,16 +231,20 @@ def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) 
         )
 
 
-def _draws(
-    body: CompletionRequest, sampling: Sampling, prompts: Sequence[list[int]]
-) -> Iterator[tuple[tuple[list[int], Sampling], int]]:
-    """Each choice's prompt and settings, and the row of its seed that it draws from."""
-    for number, ids in enumerate(prompts):
-        if body.seed is None:
-            sampling = replace(sampling, seed=secrets.randbelow(SEEDS))
-        first = 0 if body.seed is None else number * body.n
-        for output in range(body.n):
-            yield (ids, sampling), first + output
+def _outputs_of(
+    body: CompletionRequest, sampling: Sampling, ids: list[int], number: int
+) -> list[Sequence]:
+    """The outputs of prompt `number`, each with a row of its own of the seed."""
+    scored = body.logprobs if body.echo else None
+    if body.max_tokens == 0:
+        scored = scored or 0
+    first = number * body.n
+    if body.seed is None:
+        sampling, first = replace(sampling, seed=secrets.randbelow(SEEDS)), 0
+    return [
+        Sequence(ids, sampling, row, live_text=body.stream, prompt_logprobs=scored)
+        for row in range(first, first + body.n)
+    ]
 
 
 def _sampling(body: CompletionRequest, served: Served, limits: ServeConfig) -> Sampling:

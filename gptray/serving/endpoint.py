@@ -17,8 +17,9 @@ from pathlib import Path
 from gptray.config import Config
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.detokenize import REPLACEMENT
-from gptray.generation.engine import Engine, load_engine
-from gptray.generation.request import Request
+from gptray.generation.engine import Engine
+from gptray.generation.loading import open_engine
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.example import load_example
 from gptray.serving.streams import EngineStopped
@@ -56,14 +57,7 @@ class Served:
     @classmethod
     def load(cls, folder: str | Path, name: str, config: Config) -> Served:
         """Open a model folder as the config says. Raises UserError naming what is wrong with it."""
-        engine, tokenizer = load_engine(
-            folder,
-            max_batch_size=config.serve.max_batch_size,
-            precision=config.generate.precision,
-            quantize=config.quantize.weights,
-            device="cuda" if config.compute.use_gpu else "cpu",
-            backend=config.generate.backend,
-        )
+        engine, tokenizer = open_engine(folder, config, max_batch_size=config.serve.max_batch_size)
         return cls(
             name,
             engine,
@@ -104,8 +98,9 @@ class Served:
             await asyncio.sleep(HEALTH_POLL_S)
 
     async def _generate_one(self) -> None:
-        request = Request([self.tokenizer.eos_id], Sampling(max_new_tokens=1, temperature=0.0))
-        async with aclosing(self.thread.stream([request])) as updates:
+        sampling = Sampling(max_new_tokens=1, temperature=0.0)
+        sequence = Sequence([self.tokenizer.eos_id], sampling)
+        async with aclosing(self.thread.stream([sequence])) as updates:
             async for update in updates:
                 if update.error is not None:
                     raise EngineStopped(update.error)

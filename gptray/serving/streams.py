@@ -1,4 +1,4 @@
-"""Carries updates of requests from the engine's thread to the event loops that wait for them."""
+"""Carries updates of sequences from the engine's thread to the event loops that wait for them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gptray.generation.request import FinishReason, Generation, Request
 from gptray.generation.sampling import Drawn
+from gptray.generation.sequence import FinishReason, Sequence
 
 
 class EngineStopped(RuntimeError):
@@ -17,11 +17,11 @@ class EngineStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of one request since the last update, of one token or more.
+    """What is new of one sequence since the last update, of one token or more.
 
-    index: of the request in its stream. text: whole characters only, without what may yet become a
+    index: of the sequence in its stream. text: whole characters only, without what may yet become a
     stop string. prompt: only in the first update. end: the end-of-text token, if that ended it.
-    error: the reason, if finish_reason is "error". Without `Request.live_text` there are two
+    error: the reason, if finish_reason is "error". Without `Sequence.live_text` there are two
     updates: the first token, and the rest.
     """
 
@@ -46,9 +46,9 @@ class Update:
 
 
 class Stream:
-    """Where an event loop waits for updates of its requests; only that loop calls `put` and `take`.
+    """Where an event loop waits for updates of its sequences; only it calls `put` and `take`.
 
-    later: requests without a place in the engine's queue; under_way: those with one, at most
+    later: sequences without a place in the engine's queue; under_way: those with one, at most
     `at_once`. The thread's lock guards both.
     """
 
@@ -71,7 +71,7 @@ class Stream:
         self._has_news.set()
 
     async def take(self) -> Iterable[Update]:
-        """Wait for news: one update of each request that has any. Raises EngineStopped."""
+        """Wait for news: one update of each sequence that has any. Raises EngineStopped."""
         await self._has_news.wait()
         self._has_news.clear()
         if self._stopped is not None:
@@ -82,31 +82,26 @@ class Stream:
 
 @dataclass(eq=False)
 class Order:
-    """A request in the engine's thread, and how much of its output was passed on."""
+    """A sequence for the engine's thread, and how much of its output was passed on."""
 
-    request: Request
+    sequence: Sequence
     index: int
     stream: Stream
-    generation: Generation | None = None
     tokens: int = 0
     characters: int = 0
 
-    @property
-    def has_ended(self) -> bool:
-        return self._made.finish_reason is not None
-
     def is_due(self, is_time: bool) -> bool:
         """Whether to tell: the first token, the end, and live text when it is time for that."""
-        return (is_time and self.request.live_text) or not self.tokens or self.has_ended
+        return (is_time and self.sequence.live_text) or not self.tokens or self.sequence.ended
 
     def update(self) -> Update:
         """What is new since the last call."""
-        made = self._made
+        made = self.sequence
         update = Update(
             self.index,
             made.text[self.characters :],
             tuple(made.drawn[self.tokens :]),
-            () if self.tokens else tuple(made.prompt),
+            () if self.tokens else tuple(made.scored),
             made.end,
             made.finish_reason,
             made.error,
@@ -114,11 +109,6 @@ class Order:
         self.tokens += len(update.drawn)
         self.characters += len(update.text)
         return update
-
-    @property
-    def _made(self) -> Generation:
-        assert self.generation is not None
-        return self.generation
 
 
 def tell(news: Iterable[tuple[Stream, Update | EngineStopped]]) -> None:

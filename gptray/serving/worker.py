@@ -12,10 +12,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable
 
 from gptray.generation.engine import Engine
-from gptray.generation.request import Generation, Request
+from gptray.generation.sequence import Sequence
 from gptray.serving.streams import EngineStopped, Order, Stream, Update, tell
 
 log = logging.getLogger("gptray")
@@ -39,11 +39,11 @@ class Overloaded(RuntimeError):
 class EngineThread:
     """Runs an engine for any number of streams at a time.
 
-    At most `max_waiting` requests wait for a slot. A stream of many requests has only some of them
-    under way at a time, to leave room for other streams; when one ends, its next begins. An
-    exception that the engine raises ends the thread and all streams. Counts `steps`, `rows`
-    (sequences that drew a token, over all steps), `tokens` (passed on), `ended` (requests) and
-    `seconds` (of all steps).
+    At most `max_waiting` sequences wait for a slot. A stream of many has only some of them under
+    way at a time, to leave room for other streams; when one ends, its next begins. An exception
+    that the engine raises ends the thread and all streams. Counts `steps`, `rows` (sequences that
+    drew a token, over all steps), `tokens` (passed on), `ended` (sequences) and `seconds` (of all
+    steps).
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int) -> None:
@@ -59,7 +59,7 @@ class EngineThread:
         self._unfinished: set[Order] = set()
         self._arrived: list[Order] = []
         self._left: list[Order] = []
-        self._partial: deque[Stream] = deque()  # streams with requests that have no place yet
+        self._partial: deque[Stream] = deque()  # streams with sequences that have no place yet
         self._told = 0.0  # when live text went out
         self._promised = 0.0  # until when room is promised to those turned away
         self._stopping = False
@@ -82,30 +82,31 @@ class EngineThread:
 
     @property
     def running(self) -> int:
-        """Requests that hold a slot."""
+        """Sequences that hold a slot."""
         return self._engine.running
 
     @property
     def waiting(self) -> int:
-        """Requests without a slot yet."""
+        """Sequences without a slot yet."""
         with self._news:
             later = sum(len(stream.later) for stream in self._partial)
             return max(0, len(self._unfinished) + later - self.running)
 
-    def accept(self, requests: Sequence[Request], *, at_once: int | None = None) -> Accepted:
-        """Run requests side by side: all of them, or as many as fit and then the next.
+    def accept(self, sequences: Iterable[Sequence], *, at_once: int | None = None) -> Accepted:
+        """Run sequences side by side: all of them, or as many as fit and then the next.
 
         at_once: how many may be under way at a time. The result belongs to the calling event loop.
 
         Raises:
-            ValueError: a request can never run.
+            ValueError: a sequence that was not checked can never run.
             Overloaded: there is no room for any of them.
             EngineStopped: the engine's thread has ended.
         """
-        for request in requests:
-            self._engine.check(request)
         stream = Stream(min(at_once or self._shared, self._shared))
-        orders = [Order(request, index, stream) for index, request in enumerate(requests)]
+        orders = [Order(sequence, index, stream) for index, sequence in enumerate(sequences)]
+        for order in orders:
+            if not order.sequence.is_checked:
+                self._engine.check(order.sequence)
         stream.later.extend(orders)
         with self._news:
             if not self.alive:
@@ -121,12 +122,12 @@ class EngineThread:
             self._news.notify()
         return Accepted(self, stream, len(orders))
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Update, None]:
-        """Accept requests and yield their updates. Raises as `accept`, and EngineStopped.
+    async def stream(self, sequences: Iterable[Sequence]) -> AsyncGenerator[Update, None]:
+        """Accept sequences and yield their updates. Raises as `accept`, and EngineStopped.
 
         Leaving early cancels those that have not ended.
         """
-        with self.accept(requests) as accepted:
+        with self.accept(sequences) as accepted:
             async for update in accepted.updates():
                 yield update
 
@@ -138,7 +139,7 @@ class EngineThread:
             self._news.notify()
 
     def _feed(self, stream: Stream, places: int) -> None:
-        """Begin requests of a stream while it may have more and fewer than `places` are taken."""
+        """Begin sequences of a stream while it may have more and fewer than `places` are taken."""
         while (
             stream.later
             and len(stream.under_way) < stream.at_once
@@ -163,15 +164,15 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            orders: dict[Generation, Order] = {}
+            orders: dict[Sequence, Order] = {}
             while self._take_news(orders):
                 begin = time.perf_counter()
                 touched = self._engine.step()
                 self.seconds += time.perf_counter() - begin
-                self._hand_out([orders[generation] for generation in touched])
-                for generation in touched:
-                    if generation.finish_reason is not None:
-                        del orders[generation]
+                self._hand_out([orders[sequence] for sequence in touched])
+                for sequence in touched:
+                    if sequence.ended:
+                        del orders[sequence]
         except Exception as caught:
             log.exception("the engine has stopped")
             self._error = caught
@@ -187,7 +188,7 @@ class EngineThread:
         stopped.__cause__ = self._error
         return stopped
 
-    def _take_news(self, orders: dict[Generation, Order]) -> bool:
+    def _take_news(self, orders: dict[Sequence, Order]) -> bool:
         """Wait until there is something to do, and tell the engine. False: it is to stop."""
         with self._news:
             while not (self._arrived or self._left or self._engine.busy or self._stopping):
@@ -199,34 +200,32 @@ class EngineThread:
             if self._stopping:
                 return False
         for order in arrived:
-            order.generation = self._engine.submit(order.request)
-            orders[order.generation] = order
+            orders[self._engine.submit(order.sequence)] = order
         for order in left:
-            if order.generation is not None and order.generation in orders:
-                del orders[order.generation]
-                self._engine.cancel(order.generation)
+            if orders.pop(order.sequence, None):
+                self._engine.cancel(order.sequence)
         return True
 
     def _share_room(self) -> None:
-        """Begin more requests of the streams that wait for room, in turn."""
+        """Begin more sequences of the streams that wait for room, in turn."""
         for _ in range(len(self._partial)):
             stream = self._partial.popleft()
             self._feed(stream, self._shared)
             if stream.later:
                 self._partial.append(stream)
 
-    def _hand_out(self, orders: Sequence[Order]) -> None:
+    def _hand_out(self, orders: list[Order]) -> None:
         """Tell the streams of those that got a token or ended what is new of them."""
         now = time.perf_counter()
         # All at once: whoever stands between engine and clients is then woken once, and the steps
         # until the next time run undisturbed.
-        live = sum(order.request.live_text for order in orders)
+        live = sum(order.sequence.live_text for order in orders)
         is_time = now - self._told >= live / LIVE_UPDATES_PER_S
         if is_time:
             self._told = now
         due = [order for order in orders if order.is_due(is_time)]
         updates = [order.update() for order in due]
-        ended = [order for order in due if order.has_ended]
+        ended = [order for order in due if order.sequence.ended]
         self.steps += 1
         self.rows += len(orders)
         self.tokens += sum(len(update.drawn) for update in updates)
@@ -241,10 +240,10 @@ class EngineThread:
 
 
 class Accepted:
-    """Requests under way. Leaving the context cancels those that have not ended."""
+    """Sequences under way. Leaving the context cancels those that have not ended."""
 
-    def __init__(self, thread: EngineThread, stream: Stream, requests: int) -> None:
-        self._thread, self._stream, self._unfinished = thread, stream, requests
+    def __init__(self, thread: EngineThread, stream: Stream, sequences: int) -> None:
+        self._thread, self._stream, self._unfinished = thread, stream, sequences
 
     def __enter__(self) -> Accepted:
         return self
@@ -253,7 +252,7 @@ class Accepted:
         self._thread.leave(self._stream)
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """Updates of each request, merged if they are taken slowly. Raises EngineStopped."""
+        """Updates of each sequence, merged if they are taken slowly. Raises EngineStopped."""
         while self._unfinished:
             for update in await self._stream.take():
                 self._unfinished -= update.finish_reason is not None

@@ -17,7 +17,7 @@ from gptray.data.sources import find_files
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.batch import PartWriter
 from gptray.generation.engine import Engine
-from gptray.generation.request import Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 
 
@@ -58,7 +58,7 @@ class Batch:
     def alone(self, prompt: str, seed: int, *overrides: str) -> str:
         """What a request of its own gives."""
         sampling = Sampling.of(config_of(*overrides).sample, seed=seed)
-        request = Request(self.tokenizer.prompt_ids(prompt), sampling)
+        request = Sequence(self.tokenizer.prompt_ids(prompt), sampling)
         return self.engine.run([request])[0].text
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gptray.config import ModelConfig
 from gptray.data.tokenizer import Tokenizer, train_bpe
 from gptray.generation.decoder import Network
-from gptray.generation.engine import make_decoder
-from gptray.generation.sampling import Row, draw
+from gptray.generation.engine import Engine, make_decoder
+from gptray.generation.sampling import draw
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
+from gptray.generation.utf8 import Mask
 from gptray.model.gpt import GPT
 from gptray.native.backend import pick_backend
 
@@ -42,6 +47,25 @@ def small_tokenizer() -> Tokenizer:
     return train_bpe(["the cat sees a dog. " * 5, "\uc61b\ub0a0 \uc61b\uc801\uc5d0 " * 5], 300)
 
 
+def run(engine: Engine, asked: Iterable[Sequence]) -> list[Sequence]:
+    """New sequences of the same prompts and settings, run to their ends."""
+    return engine.run([replace(sequence) for sequence in asked])
+
+
+def drawing(
+    sampling: Sampling,
+    prompt_tokens: int,
+    history: list[int],
+    eos_id: int,
+    row: int = 0,
+    mask: Mask | None = None,
+) -> Sequence:
+    """A sequence that is about to draw its next token."""
+    sequence = Sequence(history[:prompt_tokens], sampling, row)
+    sequence.history, sequence.eos_id, sequence.mask = history, eos_id, mask
+    return sequence
+
+
 @torch.no_grad()
 def reference(
     model: GPT, prompt: list[int], sampling: Sampling, eos_id: int, *, row: int = 0
@@ -52,7 +76,7 @@ def reference(
         if len(history) >= model.config.n_positions:
             break
         logits = model(torch.tensor([history]))[:, -1, : model.valid_vocab_size]
-        drawn = draw(logits, [Row(sampling, len(prompt), history, eos_id, row)])[0]
+        drawn = draw(logits, [drawing(sampling, len(prompt), history, eos_id, row)])[0]
         assert drawn
         token = drawn.token
         if token == eos_id:

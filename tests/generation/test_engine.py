@@ -12,7 +12,7 @@ import torch
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.decoder import Piece
 from gptray.generation.engine import Engine
-from gptray.generation.request import Generation, Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
@@ -22,6 +22,7 @@ from tests.generation.models import (
     network,
     random_gpt,
     reference,
+    run,
     small_tokenizer,
 )
 
@@ -43,17 +44,13 @@ def prompt_of(tokenizer: Tokenizer, length: int, seed: int) -> list[int]:
     return [rng.randrange(1, tokenizer.vocab_size) for _ in range(length)]
 
 
-def run(engine: Engine, requests: list[Request]) -> list[Generation]:
-    return engine.run(requests)
-
-
 def mixed_requests(
     tokenizer: Tokenizer, count: int, n_positions: int, *, utf8: bool = True
-) -> list[Request]:
+) -> list[Sequence]:
     """Prompts of all lengths, each with settings of its own."""
     rng = random.Random(5)
     return [
-        Request(
+        Sequence(
             prompt_of(tokenizer, rng.randint(1, n_positions - 1), seed=i),
             Sampling(
                 max_new_tokens=rng.randint(1, n_positions // 2),
@@ -84,8 +81,8 @@ def test_every_request_gets_what_the_uncached_model_gives(
     requests = mixed_requests(tokenizer, 12, model.config.n_positions, utf8=False)
     engine = Engine(model, tokenizer, max_batch_size=5, backend=backend)
     for generation in run(engine, requests):
-        request = generation.request
-        expected = reference(model, list(request.prompt), request.sampling, tokenizer.eos_id)
+        prompt, sampling = list(generation.prompt), generation.sampling
+        expected = reference(model, prompt, sampling, tokenizer.eos_id)
         assert generation.tokens == expected
         assert generation.text == tokenizer.decode(expected)
 
@@ -129,7 +126,7 @@ def test_greedy_is_hugging_faces_generate(
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
     sampling = Sampling(temperature=0, max_new_tokens=30, utf8=False)
     prompts = [prompt_of(tokenizer, length, seed=length) for length in (1, 2, 9, 30)]
-    ours = run(Engine(model, tokenizer), [Request(prompt, sampling) for prompt in prompts])
+    ours = run(Engine(model, tokenizer), [Sequence(prompt, sampling) for prompt in prompts])
     for prompt, generation in zip(prompts, ours, strict=True):
         output = theirs.generate(
             torch.tensor([prompt]),
@@ -208,7 +205,7 @@ def test_native_logits_are_bit_for_bit_the_same_however_a_prompt_was_read(
 
 def test_rows_of_one_prompt_differ_and_seeds_repeat(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer)
-    request = Request([5, 6], Sampling(max_new_tokens=20, temperature=2.0, seed=3))
+    request = Sequence([5, 6], Sampling(max_new_tokens=20, temperature=2.0, seed=3))
     same, again, other_row, other_seed = run(
         Engine(model, tokenizer),
         [
@@ -225,7 +222,7 @@ def test_rows_of_one_prompt_differ_and_seeds_repeat(tokenizer: Tokenizer) -> Non
 def test_a_full_context_ends_with_length(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer)
     sampling = Sampling(max_new_tokens=64, temperature=0, min_new_tokens=64)
-    (generation,) = run(Engine(model, tokenizer), [Request([1] * 60, sampling)])
+    (generation,) = run(Engine(model, tokenizer), [Sequence([1] * 60, sampling)])
     assert len(generation.tokens) == 4 and generation.finish_reason == "length"
 
 
@@ -233,7 +230,7 @@ def test_end_of_text_ends_its_row_alone_and_is_no_part_of_it(tokenizer: Tokenize
     model = random_gpt(tokenizer, initializer_range=0.02)
     # Near-uniform logits: within 60 draws some rows end and some do not.
     requests = [
-        Request([1, 2], Sampling(max_new_tokens=60, temperature=1.0, seed=seed))
+        Sequence([1, 2], Sampling(max_new_tokens=60, temperature=1.0, seed=seed))
         for seed in range(40)
     ]
     generations = run(Engine(model, tokenizer, max_batch_size=40), requests)
@@ -246,7 +243,7 @@ def test_end_of_text_ends_its_row_alone_and_is_no_part_of_it(tokenizer: Tokenize
 
 def test_stop_strings_end_a_row_and_are_cut(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer)
-    request = Request([1, 2], Sampling(max_new_tokens=40, temperature=1.5, seed=1))
+    request = Sequence([1, 2], Sampling(max_new_tokens=40, temperature=1.5, seed=1))
     (whole,) = run(Engine(model, tokenizer), [request])
     stop = whole.text[5:8]
     stopped = run(
@@ -260,10 +257,10 @@ def test_stop_strings_end_a_row_and_are_cut(tokenizer: Tokenizer) -> None:
 
 def test_iterating_gives_tokens_as_they_come(tokenizer: Tokenizer) -> None:
     engine = Engine(random_gpt(tokenizer), tokenizer)
-    request = Request([1, 2], Sampling(max_new_tokens=10, seed=1), live_text=True)
+    request = Sequence([1, 2], Sampling(max_new_tokens=10, seed=1), live_text=True)
     generation = engine.submit(request)
     tokens, texts = [], []
-    for drawn in generation:
+    for drawn in engine.run_until_ended(generation):
         tokens.append(drawn.token)
         texts.append(generation.text)
     assert tokens == generation.tokens
@@ -274,10 +271,10 @@ def test_iterating_gives_tokens_as_they_come(tokenizer: Tokenizer) -> None:
 def test_cancelled_rows_leave_at_once_and_others_are_untouched(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer, n_positions=300)
     requests = mixed_requests(tokenizer, 8, 300)
-    requests[4] = Request(prompt_of(tokenizer, 290, 4), Sampling(max_new_tokens=9))
+    requests[4] = Sequence(prompt_of(tokenizer, 290, 4), Sampling(max_new_tokens=9))
     expected = run(Engine(model, tokenizer, max_batch_size=8), requests)
     engine = Engine(model, tokenizer, max_batch_size=4)
-    generations = [engine.submit(request) for request in requests]
+    generations = [engine.submit(replace(request)) for request in requests]
     engine.step()
     engine.cancel(generations[0])
     engine.cancel(generations[7])
@@ -296,15 +293,15 @@ def test_cancelled_rows_leave_at_once_and_others_are_untouched(tokenizer: Tokeni
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request([]), "empty"),
-        (Request([1] * 64), "too long"),
-        (Request([1] * 6400), "too long"),
-        (Request([10**6]), "outside"),
+        (Sequence([]), "empty"),
+        (Sequence([1] * 64), "too long"),
+        (Sequence([1] * 6400), "too long"),
+        (Sequence([10**6]), "outside"),
     ],
     ids=["empty", "full", "too long", "unknown"],
 )
 def test_what_cannot_run_is_refused_at_once(
-    tokenizer: Tokenizer, request_: Request, message: str
+    tokenizer: Tokenizer, request_: Sequence, message: str
 ) -> None:
     engine = Engine(random_gpt(tokenizer), tokenizer)
     with pytest.raises(ValueError, match=message):
@@ -316,7 +313,7 @@ def test_what_cannot_run_is_refused_at_once(
 def test_a_row_whose_logits_are_not_finite_ends_alone(tokenizer: Tokenizer, backend: str) -> None:
     model = random_gpt(tokenizer)
     requests = [
-        Request(prompt_of(tokenizer, 4 * i + 1, i), Sampling(max_new_tokens=3, ignore_eos=True))
+        Sequence(prompt_of(tokenizer, 4 * i + 1, i), Sampling(max_new_tokens=3, ignore_eos=True))
         for i in range(10)
     ]
     requests[9] = replace(requests[9], prompt_logprobs=0)
@@ -326,7 +323,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(tokenizer: Tokenizer, back
     for generation, before in zip(
         run(Engine(model, tokenizer, backend=backend), requests), expected, strict=True
     ):
-        if len(before.request.prompt) + 2 < 20:
+        if len(before.prompt) + 2 < 20:
             assert generation.tokens == before.tokens and generation.error is None
         else:
             assert generation.finish_reason == "error"
@@ -339,7 +336,7 @@ def test_a_row_that_breaks_a_step_ends_alone_and_the_others_get_their_text(
     model, positions = random_gpt(tokenizer, n_positions=256), 150
     lengths = [3, 149, 10, 200, 140, 1, 130, 145, 129, 160]
     requests = [
-        Request(
+        Sequence(
             prompt_of(tokenizer, length, i), Sampling(max_new_tokens=8, seed=i, min_new_tokens=8)
         )
         for i, length in enumerate(lengths)
@@ -350,9 +347,9 @@ def test_a_row_that_breaks_a_step_ends_alone_and_the_others_get_their_text(
     model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:positions]
     engine = Engine(model, tokenizer, max_batch_size=4)
     for generation, before in zip(run(engine, requests), expected, strict=True):
-        if len(before.request.prompt) + 7 <= positions:
+        if len(before.prompt) + 7 <= positions:
             assert generation.error is None and generation.tokens == before.tokens
-            assert [d.token for d in generation.prompt] == [d.token for d in before.prompt]
+            assert [d.token for d in generation.scored] == [d.token for d in before.scored]
         else:
             assert generation.finish_reason == "error"
             assert generation.error and "IndexError: index out of range" in generation.error
@@ -364,13 +361,13 @@ def test_an_engine_for_which_no_single_row_is_to_blame_raises(tokenizer: Tokeniz
     model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:0]
     engine = Engine(model, tokenizer)
     with pytest.raises(RuntimeError, match="self indexing axis"):
-        run(engine, [Request([1, 2]), Request([3])])
+        run(engine, [Sequence([1, 2]), Sequence([3])])
 
 
 def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer, vocab_size=512)
     sampling = Sampling(max_new_tokens=60, temperature=50.0)
-    for generation in run(Engine(model, tokenizer), [Request([1], sampling)] * 4):
+    for generation in run(Engine(model, tokenizer), [Sequence([1], sampling)] * 4):
         assert max(generation.tokens) < tokenizer.vocab_size
 
 

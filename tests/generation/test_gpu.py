@@ -13,10 +13,10 @@ from gptray.generation import gpu
 from gptray.generation.decoder import Piece
 from gptray.generation.engine import Engine, make_decoder
 from gptray.generation.philox import uniform
-from gptray.generation.request import Generation, Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
-from tests.generation.models import random_gpt, small_tokenizer
+from tests.generation.models import random_gpt, run, small_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,10 +39,10 @@ def tokenizer() -> Tokenizer:
     return small_tokenizer()
 
 
-def requests_for(tokenizer: Tokenizer, count: int, **settings: object) -> list[Request]:
+def requests_for(tokenizer: Tokenizer, count: int, **settings: object) -> list[Sequence]:
     rng = random.Random(3)
     return [
-        Request(
+        Sequence(
             [rng.randrange(1, tokenizer.vocab_size) for _ in range(rng.choice([1, 2, 30, 140]))],
             Sampling(max_new_tokens=20, seed=i, **(settings or SETTINGS[i % len(SETTINGS)])),  # type: ignore[arg-type]
             prompt_logprobs=1 if i % 9 == 8 else None,
@@ -52,10 +52,11 @@ def requests_for(tokenizer: Tokenizer, count: int, **settings: object) -> list[R
 
 
 def generated(
-    model: GPT, tokenizer: Tokenizer, requests: list[Request], backend: str, **options: object
-) -> list[Generation]:
+    model: GPT, tokenizer: Tokenizer, requests: list[Sequence], backend: str, **options: object
+) -> list[Sequence]:
     options = {"max_batch_size": 16} | options
-    return Engine(model, tokenizer, backend=backend, **options).run(requests)  # type: ignore[arg-type]
+    engine = Engine(model, tokenizer, backend=backend, **options)  # type: ignore[arg-type]
+    return run(engine, requests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,7 +94,7 @@ def test_texts_in_fp32_are_those_of_a_cpu(tokenizer: Tokenizer) -> None:
         for one, other in zip(given, expected, strict=True):
             assert one.tokens == other.tokens
             assert one.finish_reason == other.finish_reason
-            assert [d.token for d in one.prompt] == [d.token for d in other.prompt]
+            assert [d.token for d in one.scored] == [d.token for d in other.scored]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,4 +121,4 @@ def test_a_text_in_bf16_does_not_depend_on_its_neighbours(tokenizer: Tokenizer) 
     together = generated(model, tokenizer, requests, "graph", dtype=torch.bfloat16)
     engine = Engine(model, tokenizer, backend="graph", max_batch_size=16, dtype=torch.bfloat16)
     for request, among in zip(requests[:8], together, strict=False):
-        assert engine.run([request])[0].tokens == among.tokens
+        assert run(engine, [request])[0].tokens == among.tokens

@@ -12,21 +12,25 @@ from torch import Tensor
 
 from gptray.generation.native_decoder import top_candidates as native_top_candidates
 from gptray.generation.philox import uniform
-from gptray.generation.sampling import Row, draw, top_candidates
+from gptray.generation.sampling import draw, top_candidates
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
-from tests.generation.models import BACKENDS
+from tests.generation.models import BACKENDS, drawing
 
 V = 200
 
 
-def rows_of(sampling: Sampling, count: int, history: tuple[int, ...] = (1, 2)) -> list[Row]:
+def rows_of(
+    sampling: Sampling, count: int, history: tuple[int, ...] = (1, 2), row: int = 0
+) -> list[Sequence]:
     """`count` rows that differ in their seed only."""
     return [
-        Row(replace(sampling, seed=seed), len(history), history, eos_id=0) for seed in range(count)
+        drawing(replace(sampling, seed=seed), len(history), list(history), 0, row)
+        for seed in range(count)
     ]
 
 
-def tokens(logits: Tensor, rows: list[Row]) -> list[int]:
+def tokens(logits: Tensor, rows: list[Sequence]) -> list[int]:
     return [drawn.token for drawn in draw(logits.clone(), rows) if drawn]
 
 
@@ -82,7 +86,7 @@ def test_samples_follow_the_exact_distribution(sampling: Sampling, entries: int)
     draws = 20_000
     got = np.zeros(entries)
     for begin in range(0, draws, 2000):
-        rows = [replace(row, row=begin) for row in rows_of(sampling, 2000)]
+        rows = rows_of(sampling, 2000, row=begin)
         got += np.bincount(tokens(logits.expand(2000, entries), rows), minlength=entries)
     assert got[probabilities == 0].sum() == 0
     expected = probabilities * draws
@@ -144,7 +148,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         Sampling(top_k=5, seed=8, presence_penalty=1.5, logit_bias=((3, 2.0),)),
         Sampling(seed=9, frequency_penalty=-1.5, repetition_penalty=0.6, logprobs=2),
     ]
-    rows = [Row(sampling, 2, [3, 4, 5 + i], eos_id=0) for i, sampling in enumerate(settings)]
+    rows = [drawing(sampling, 2, [3, 4, 5 + i], eos_id=0) for i, sampling in enumerate(settings)]
     logits = some_logits(len(rows), 3000)
     alone = [tokens(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
     together = tokens(logits, rows)
@@ -171,11 +175,11 @@ def test_end_of_text_waits_for_min_new_tokens() -> None:
     logits = torch.zeros(1, V)
     logits[0, 9] = 10.0
     sampling = Sampling(temperature=0, min_new_tokens=2)
-    assert tokens(logits, [Row(sampling, 2, [1, 2, 3], eos_id=9)]) == [0]
-    assert tokens(logits, [Row(sampling, 2, [1, 2, 3, 4], eos_id=9)]) == [9]
+    assert tokens(logits, [drawing(sampling, 2, [1, 2, 3], eos_id=9)]) == [0]
+    assert tokens(logits, [drawing(sampling, 2, [1, 2, 3, 4], eos_id=9)]) == [9]
 
 
-def plainly_shaped(logits: list[float], row: Row) -> list[float]:
+def plainly_shaped(logits: list[float], row: Sequence) -> list[float]:
     """Bias, penalties and minimum length, an entry at a time."""
     sampling, output = row.sampling, row.history[row.prompt_tokens :]
     shaped = []
@@ -209,7 +213,7 @@ def test_penalties_and_bias_are_those_of_a_plain_loop(
     sampling: Sampling, history: list[int]
 ) -> None:
     logits = some_logits(300, 9)
-    rows = [Row(replace(sampling, temperature=0), 3, history, eos_id=8)] * 300
+    rows = [drawing(replace(sampling, temperature=0), 3, history, eos_id=8)] * 300
     plain = torch.tensor([plainly_shaped(row.tolist(), rows[0]) for row in logits])
     assert tokens(logits, rows) == plain.argmax(-1).tolist()
     is_changed = bool((plain.argmax(-1) != logits.argmax(-1)).any())

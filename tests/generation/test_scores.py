@@ -10,10 +10,10 @@ import torch
 
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
-from gptray.generation.request import Request
 from gptray.generation.sampling import Drawn
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
-from tests.generation.models import BACKENDS, needs_native, random_gpt, small_tokenizer
+from tests.generation.models import BACKENDS, needs_native, random_gpt, run, small_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +31,18 @@ def test_prompts_are_scored_as_the_model_scores_them(tokenizer: Tokenizer, backe
     model = random_gpt(tokenizer, n_head=4, n_embd=44, n_positions=300, vocab_size=512)
     sampling = Sampling(max_new_tokens=3, min_new_tokens=3, seed=1, logprobs=1)
     requests = [
-        Request(prompt, sampling, prompt_logprobs=i % 4)
+        Sequence(prompt, sampling, prompt_logprobs=i % 4)
         for i, prompt in enumerate(prompts(tokenizer, (1, 2, 127, 128, 129, 297, 5)))
     ]
     engine = Engine(model, tokenizer, max_batch_size=3, backend=backend)
-    for generation in engine.run(requests):
-        ids, count = list(generation.request.prompt), generation.request.prompt_logprobs
+    for generation in run(engine, requests):
+        ids, count = list(generation.prompt), generation.prompt_logprobs
         with torch.no_grad():
             logits = model(torch.tensor([ids]))[0, :, : tokenizer.vocab_size]
         expected = torch.log_softmax(logits, -1)
-        assert [drawn.token for drawn in generation.prompt] == ids
-        assert generation.prompt[0] == Drawn(ids[0])
-        for drawn, row in zip(generation.prompt[1:], expected, strict=False):
+        assert [drawn.token for drawn in generation.scored] == ids
+        assert generation.scored[0] == Drawn(ids[0])
+        for drawn, row in zip(generation.scored[1:], expected, strict=False):
             assert drawn.logprob == pytest.approx(row[drawn.token].item(), abs=1e-4)
             assert [token for token, _ in drawn.top] == row.topk(count or 0).indices.tolist()
             for token, logprob in drawn.top:
@@ -65,7 +65,7 @@ def test_scores_have_the_same_bits_in_any_batch_and_change_no_neighbour(
 ) -> None:
     model = random_gpt(tokenizer, n_embd=60, n_head=4, n_positions=300)
     requests = [
-        Request(
+        Sequence(
             prompt,
             Sampling(max_new_tokens=9, seed=i, temperature=1.5, logprobs=2),
             prompt_logprobs=2 if i % 2 else None,
@@ -78,13 +78,13 @@ def test_scores_have_the_same_bits_in_any_batch_and_change_no_neighbour(
             model, tokenizer, max_batch_size=slots, dtype=dtype, quantize=quantize, backend=backend
         )
 
-    together = engine(10).run(requests)
-    few = engine(3).run(requests[::-1])[::-1]
+    together = run(engine(10), requests)
+    few = run(engine(3), requests[::-1])[::-1]
     without = engine(10).run([replace(request, prompt_logprobs=None) for request in requests])
     for request, one, other, plain in zip(requests, together, few, without, strict=True):
-        (alone,) = engine(1).run([request])
-        assert alone.prompt == one.prompt == other.prompt
-        assert len(alone.prompt) == (len(request.prompt) if request.prompt_logprobs else 0)
+        (alone,) = run(engine(1), [request])
+        assert alone.scored == one.scored == other.scored
+        assert len(alone.scored) == (len(request.prompt) if request.prompt_logprobs else 0)
         assert alone.drawn == one.drawn == other.drawn == plain.drawn
 
 
@@ -96,21 +96,22 @@ def test_a_prompt_may_be_scored_without_going_on_from_it(
     full, short, other = prompts(tokenizer, (300, 40, 30))
     go_on, read = Sampling(max_new_tokens=20, min_new_tokens=20), Sampling(max_new_tokens=0)
     requests = [
-        Request(other, go_on),
-        Request(full, read, prompt_logprobs=0),
-        Request(short, read, prompt_logprobs=0),
-        Request(other, replace(go_on, seed=1)),
+        Sequence(other, go_on),
+        Sequence(full, read, prompt_logprobs=0),
+        Sequence(short, read, prompt_logprobs=0),
+        Sequence(other, replace(go_on, seed=1)),
     ]
-    (going, *scored, more) = Engine(model, tokenizer, max_batch_size=3, backend=backend).run(
-        requests
+    (going, *scored, more) = run(
+        Engine(model, tokenizer, max_batch_size=3, backend=backend), requests
     )
     for generation, prompt in zip(scored, (full, short), strict=True):
-        assert [drawn.token for drawn in generation.prompt] == prompt
-        assert all(drawn.logprob is not None for drawn in generation.prompt[1:])
+        assert [drawn.token for drawn in generation.scored] == prompt
+        assert all(drawn.logprob is not None for drawn in generation.scored[1:])
         assert (generation.tokens, generation.text, generation.end) == ([], "", None)
         assert generation.finish_reason == "length"
     for generation, request in ((going, requests[0]), (more, requests[3])):
-        assert generation.drawn == Engine(model, tokenizer, backend=backend).run([request])[0].drawn
+        engine = Engine(model, tokenizer, backend=backend)
+        assert generation.drawn == run(engine, [request])[0].drawn
 
 
 def test_the_token_that_ends_a_text_is_told_apart(tokenizer: Tokenizer) -> None:
@@ -120,9 +121,9 @@ def test_the_token_that_ends_a_text_is_told_apart(tokenizer: Tokenizer) -> None:
     )
     ends, goes_on, cut = Engine(random_gpt(tokenizer), tokenizer).run(
         [
-            Request([1, 2], sampling),
-            Request([1, 2], replace(sampling, ignore_eos=True)),
-            Request([1, 2], replace(sampling, max_new_tokens=2)),
+            Sequence([1, 2], sampling),
+            Sequence([1, 2], replace(sampling, ignore_eos=True)),
+            Sequence([1, 2], replace(sampling, max_new_tokens=2)),
         ]
     )
     assert ends.end is not None and ends.end.token == eos and ends.end.logprob is not None
@@ -132,7 +133,7 @@ def test_the_token_that_ends_a_text_is_told_apart(tokenizer: Tokenizer) -> None:
     assert cut.end is None and cut.finish_reason == "length"
     # OpenAI's clients count on one token, be it the end.
     (only,) = Engine(random_gpt(tokenizer), tokenizer).run(
-        [Request([1, 2], replace(sampling, max_new_tokens=1, min_new_tokens=0))]
+        [Sequence([1, 2], replace(sampling, max_new_tokens=1, min_new_tokens=0))]
     )
     assert only.tokens == [] and only.end is not None and only.finish_reason == "stop"
 
@@ -140,14 +141,14 @@ def test_the_token_that_ends_a_text_is_told_apart(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request([1], Sampling(max_new_tokens=0)), "max_new_tokens=0"),
-        (Request([1] * 65, Sampling(max_new_tokens=0), prompt_logprobs=0), "too long"),
-        (Request([1], Sampling(logit_bias=((10**6, 1.0),))), "logit_bias"),
+        (Sequence([1], Sampling(max_new_tokens=0)), "max_new_tokens=0"),
+        (Sequence([1] * 65, Sampling(max_new_tokens=0), prompt_logprobs=0), "too long"),
+        (Sequence([1], Sampling(logit_bias=((10**6, 1.0),))), "logit_bias"),
     ],
     ids=["nothing to do", "too long", "bias"],
 )
 def test_what_cannot_be_scored_or_biased_is_refused(
-    tokenizer: Tokenizer, request_: Request, message: str
+    tokenizer: Tokenizer, request_: Sequence, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(random_gpt(tokenizer), tokenizer).submit(request_)

@@ -13,12 +13,12 @@ import torch
 from gptray.data.roundtrip import pieces
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.generation.engine import Engine
-from gptray.generation.request import Generation, Request
-from gptray.generation.sampling import Row, draw
+from gptray.generation.sampling import draw
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import INVALID, START, Utf8
 from tests.data.foreign import llama, wordpiece
-from tests.generation.models import BACKENDS, random_gpt, small_tokenizer
+from tests.generation.models import BACKENDS, drawing, random_gpt, run, small_tokenizer
 
 BROKEN = "\ufffd"
 CPU = torch.device("cpu")
@@ -44,10 +44,10 @@ def ids_of(tokenizer: Tokenizer, text: bytes) -> list[int]:
     return [found.index(bytes([byte])) for byte in text]
 
 
-def requests_of_all_kinds(tokenizer: Tokenizer, count: int) -> list[Request]:
+def requests_of_all_kinds(tokenizer: Tokenizer, count: int) -> list[Sequence]:
     rng = random.Random(1)
     return [
-        Request(
+        Sequence(
             tokenizer.encode("\uc61b\ub0a0") + [tokenizer.eos_id] * rng.randint(1, 40),
             Sampling(
                 max_new_tokens=rng.randint(1, 40),
@@ -65,7 +65,7 @@ def requests_of_all_kinds(tokenizer: Tokenizer, count: int) -> list[Request]:
     ]
 
 
-def broken(generations: list[Generation]) -> int:
+def broken(generations: list[Sequence]) -> int:
     assert not any(generation.error for generation in generations)
     return sum(BROKEN in generation.text for generation in generations)
 
@@ -78,9 +78,9 @@ def test_no_output_has_a_broken_character_though_the_weights_are_random(
     tokenizer = make()
     engine = Engine(random_gpt(tokenizer), tokenizer, max_batch_size=16, backend=backend)
     requests = requests_of_all_kinds(tokenizer, 60)
-    assert broken(engine.run(requests)) == 0
+    assert broken(run(engine, requests)) == 0
     free = [replace(one, sampling=replace(one.sampling, utf8=False)) for one in requests]
-    assert broken(engine.run(free)) > 20
+    assert broken(run(engine, free)) > 20
 
 
 def test_every_text_can_be_written_and_no_other_bytes() -> None:
@@ -115,7 +115,7 @@ def test_exactly_k_of_the_tokens_that_remain_are_eligible(begun: bytes) -> None:
     state = guard.state_after(ids_of(tokenizer, begun))
     sampling, eos = Sampling(top_k=3, logit_bias=((tokenizer.eos_id, -9.0),)), tokenizer.eos_id
     rows = [
-        Row(replace(sampling, seed=seed), 1, [1], eos, mask=guard.mask(state, 9))
+        drawing(replace(sampling, seed=seed), 1, [1], eos, mask=guard.mask(state, 9))
         for seed in range(200)
     ]
     drawn = draw(torch.zeros(200, tokenizer.vocab_size), rows)
@@ -130,10 +130,10 @@ def test_a_character_is_begun_only_where_there_is_room_to_end_it(length: int) ->
     model.transformer.wte.weight.data[ids_of(tokenizer, b"\xed")] = 9.0
     engine = Engine(model, tokenizer)
     sampling = Sampling(max_new_tokens=length, ignore_eos=True)
-    rows = [Request([tokenizer.eos_id], replace(sampling, seed=seed)) for seed in range(50)]
+    rows = [Sequence([tokenizer.eos_id], replace(sampling, seed=seed)) for seed in range(50)]
     full = [replace(row, prompt=[tokenizer.eos_id] * (64 - length)) for row in rows]
     full = [replace(row, sampling=replace(row.sampling, max_new_tokens=9)) for row in full]
-    for generation in engine.run([*rows, *full]):
+    for generation in run(engine, [*rows, *full]):
         assert len(generation.tokens) == length
         assert BROKEN not in generation.text
 
@@ -149,8 +149,8 @@ def test_a_prompt_that_stops_inside_a_character_is_continued_from_there(
     beginning = "\ud55c".encode()[:begun]
     prompt = [tokenizer.eos_id, *ids_of(tokenizer, beginning)]
     for seed in range(20):
-        request = Request(prompt, Sampling(seed=seed, max_new_tokens=8), live_text=live)
-        (done,) = engine.run([request])
+        request = Sequence(prompt, Sampling(seed=seed, max_new_tokens=8), live_text=live)
+        (done,) = run(engine, [request])
         assert BROKEN not in done.text
         assert done.text[0].encode().startswith(beginning)
 
@@ -159,8 +159,8 @@ def test_a_row_inside_a_character_does_not_depend_on_its_neighbours() -> None:
     tokenizer = small_tokenizer()
     model = random_gpt(tokenizer)
     requests = requests_of_all_kinds(tokenizer, 40)
-    together = Engine(model, tokenizer, max_batch_size=40).run(requests)
-    alone = [Engine(model, tokenizer, max_batch_size=1).run([one])[0] for one in requests]
+    together = run(Engine(model, tokenizer, max_batch_size=40), requests)
+    alone = [run(Engine(model, tokenizer, max_batch_size=1), [one])[0] for one in requests]
     assert [one.tokens for one in together] == [one.tokens for one in alone]
 
 
@@ -170,7 +170,7 @@ def test_log_probabilities_are_the_models_own() -> None:
     logits = torch.randn(1, tokenizer.vocab_size, generator=torch.Generator().manual_seed(1))
     expected = torch.log_softmax(logits, dim=-1)[0]
     sampling = Sampling(temperature=0, logprobs=tokenizer.vocab_size)
-    (drawn,) = draw(logits, [Row(sampling, 1, [1], tokenizer.eos_id, mask=guard.mask(1, 9))])
+    (drawn,) = draw(logits, [drawing(sampling, 1, [1], tokenizer.eos_id, mask=guard.mask(1, 9))])
     assert drawn and guard.next(1, drawn.token) == START
     assert drawn.logprob == pytest.approx(float(expected[drawn.token]))
     assert len(drawn.top) == tokenizer.vocab_size
@@ -192,5 +192,5 @@ def test_a_vocabulary_that_cannot_end_a_character_never_begins_one() -> None:
     backend = tokenizers.Tokenizer.from_str(json.dumps(odd))
     tokenizer = Tokenizer(backend, {"eos_token": "<|endoftext|>"})
     logits = torch.tensor([[0.0, 9.0, 1.0]])
-    rows = [Row(Sampling(temperature=0), 1, [0], 2, mask=automaton(tokenizer).mask(START, 9))]
+    rows = [drawing(Sampling(temperature=0), 1, [0], 2, mask=automaton(tokenizer).mask(START, 9))]
     assert [drawn and drawn.token for drawn in draw(logits, rows)] == [2]

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from gptray.generation.engine import Engine
-from gptray.generation.request import Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.hf import save_pretrained
 from tests.generation.models import random_gpt, small_tokenizer
@@ -77,7 +77,7 @@ def expected(tokens: int) -> str:
     """What the engine writes for `Job.ask`, asked directly."""
     sampling = Sampling(max_new_tokens=tokens, ignore_eos=True, seed=3)
     engine = Engine(MODEL, TOKENIZER, max_batch_size=1)
-    return engine.run([Request(TOKENIZER.encode(PROMPT), sampling)])[0].text
+    return engine.run([Sequence(TOKENIZER.encode(PROMPT), sampling)])[0].text
 
 
 @contextmanager

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from gptray.config import Config, RunFailed, UserError
+from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.data.parts import part_name
 from gptray.generation.batch import PartWriter
-from gptray.generation.engine import load_engine
+from gptray.generation.loading import open_engine
 from gptray.jobs.generate.output import Output, check_job
 from gptray.jobs.generate.output_plan import MANIFEST
 from tests.damage import (
@@ -46,10 +46,8 @@ Feed = Callable[[Output, int], None]
 @pytest.fixture(scope="module")
 def feed(model_dir: Path) -> Feed:
     """Has one part of an output written, as an engine's process does."""
-    engine, tokenizer = load_engine(
-        model_dir, max_batch_size=8, precision="fp32", quantize="none", device="cpu",
-        backend="torch",
-    )  # fmt: skip
+    config = load_config(None, ["generate.precision=fp32", "generate.backend=torch"])
+    engine, tokenizer = open_engine(model_dir, config, max_batch_size=8)
 
     def feed(output: Output, number: int) -> None:
         sample, metadata = output.job.config.sample, output.metadata()

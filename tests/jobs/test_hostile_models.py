@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptray.config import UserError
-from gptray.generation.engine import load_engine
-from gptray.generation.request import Request
+from gptray.config import UserError, load_config
+from gptray.generation.loading import open_engine
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.jobs.models import open_model
 from tests.damage import (
@@ -44,11 +44,10 @@ BIAS, WTE = "transformer.h.0.mlp.c_fc.bias", "transformer.wte.weight"
 def written_by(folder: Path) -> str:
     """What a model folder's model writes, all checks of a job made."""
     open_model(folder, key="serve.model")
-    engine, tokenizer = load_engine(
-        folder, max_batch_size=1, precision="fp32", quantize="none", device="cpu", backend="torch"
-    )
+    config = load_config(None, ["generate.precision=fp32", "generate.backend=torch"])
+    engine, tokenizer = open_engine(folder, config, max_batch_size=1)
     sampling = Sampling(max_new_tokens=4, temperature=0.0, min_new_tokens=1)
-    return engine.run([Request(tokenizer.encode("the cat"), sampling)])[0].text
+    return engine.run([Sequence(tokenizer.encode("the cat"), sampling)])[0].text
 
 
 def header(**tensors: Any) -> Damage:

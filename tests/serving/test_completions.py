@@ -13,7 +13,7 @@ import torch
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from gptray.generation.engine import Engine
-from gptray.generation.request import Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.example import load_example, save_example
 from gptray.serving.errors import ApiError
@@ -41,7 +41,7 @@ def texts(prompt: str, *, n: int = 1, first: int = 0, **sampling: Any) -> list[s
     settings = Sampling(**sampling)
     ids = TOKENIZER.prompt_ids(prompt)
     rows = range(first, first + n)
-    return [g.text for g in engine.run([Request(ids, settings, row) for row in rows])]
+    return [g.text for g in engine.run([Sequence(ids, settings, row) for row in rows])]
 
 
 def test_the_openai_package_gets_what_the_engine_writes(client: OpenAI) -> None:

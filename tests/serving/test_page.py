@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptray.generation.engine import Engine
-from gptray.generation.request import Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.serving.keys import Keys, read_keys
 from tests.serving.browser import Tab, chromium, needs_chromium
@@ -52,7 +52,7 @@ def test_typed_by_keyboard_the_text_streams_with_its_candidates(tab: Tab, server
     tab.until(f"document.querySelectorAll('.token').length > 0 && {IDLE}")
     engine = Engine(tiny(n_positions=4096), TOKENIZER, max_batch_size=1)
     sampling = Sampling(max_new_tokens=12, temperature=0.9, top_k=5, seed=3)
-    written = engine.run([Request(TOKENIZER.encode(prompt), sampling)])[0]
+    written = engine.run([Sequence(TOKENIZER.encode(prompt), sampling)])[0]
     assert tab.run(OUTPUT) == prompt + written.text
     assert "12 tokens" in text(tab, "#speed") and "tokens/s" in text(tab, "#speed")
     tab.run("document.querySelector('.token').focus()")

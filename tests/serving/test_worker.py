@@ -6,21 +6,22 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
-from gptray.generation.request import Generation, Request
 from gptray.generation.sampling import Drawn
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.serving.streams import EngineStopped, Update
 from gptray.serving.worker import EngineThread, Overloaded
-from tests.generation.models import random_gpt, small_tokenizer
+from tests.generation.models import random_gpt, run, small_tokenizer
 
 # A request that does not end before it is left.
-LONG = Request([1, 2], Sampling(max_new_tokens=250, min_new_tokens=250))
-SHORT = Request([3], Sampling(max_new_tokens=1, temperature=0))
+LONG = Sequence([1, 2], Sampling(max_new_tokens=250, min_new_tokens=250))
+SHORT = Sequence([3], Sampling(max_new_tokens=1, temperature=0))
 HANGS_S = 20.0
 
 
@@ -42,7 +43,7 @@ class GatedEngine(Engine):
         self._open = True
         self.allow(1)
 
-    def step(self) -> list[Generation]:
+    def step(self) -> list[Sequence]:
         if not self._open:
             self._allowed.acquire()
         return super().step()
@@ -65,16 +66,16 @@ def started(engine: Engine, *, max_waiting: int = 100) -> Iterator[EngineThread]
         worker.close()
 
 
-async def collect(worker: EngineThread, requests: list[Request]) -> list[list[Update]]:
+async def collect(worker: EngineThread, requests: list[Sequence]) -> list[list[Update]]:
     """Every request's updates."""
     updates: list[list[Update]] = [[] for _ in requests]
     async with asyncio.timeout(HANGS_S):
-        async for update in worker.stream(requests):
+        async for update in worker.stream([replace(request) for request in requests]):
             updates[update.index].append(update)
     return updates
 
 
-async def accepted(worker: EngineThread, *requests: Request) -> asyncio.Task[list[list[Update]]]:
+async def accepted(worker: EngineThread, *requests: Sequence) -> asyncio.Task[list[list[Update]]]:
     """A task that collects; its requests are in the line."""
     before = worker.waiting
     task = asyncio.create_task(collect(worker, list(requests)))
@@ -95,7 +96,7 @@ def assert_same(ours: list[Drawn], theirs: list[Drawn]) -> None:
 def test_streams_give_what_the_engine_gives(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer)
     requests = [
-        Request(
+        Sequence(
             [1 + i, 2, 3],
             Sampling(max_new_tokens=6 * i + 1, temperature=1.5, seed=i, logprobs=2, stop=("t",)),
             live_text=i % 2 == 0,
@@ -103,7 +104,7 @@ def test_streams_give_what_the_engine_gives(tokenizer: Tokenizer) -> None:
         )
         for i in range(9)
     ]
-    expected = Engine(model, tokenizer).run(requests)
+    expected = run(Engine(model, tokenizer), requests)
 
     async def both(worker: EngineThread) -> list[list[Update]]:
         first, second = await asyncio.gather(
@@ -117,7 +118,7 @@ def test_streams_give_what_the_engine_gives(tokenizer: Tokenizer) -> None:
     for updates, generation in zip(streamed, expected, strict=True):
         assert_same([drawn for update in updates for drawn in update.drawn], generation.drawn)
         assert "".join(update.text for update in updates) == generation.text
-        assert_same([drawn for update in updates for drawn in update.prompt], generation.prompt)
+        assert_same([drawn for update in updates for drawn in update.prompt], generation.scored)
         ends = updates[-1].end, generation.end
         assert_same(*([end] if end else [] for end in ends))
         assert [u.finish_reason for u in updates[:-1]] == [None] * (len(updates) - 1)
@@ -130,7 +131,7 @@ def test_streams_give_what_the_engine_gives(tokenizer: Tokenizer) -> None:
 def test_live_text_comes_as_it_is_made_other_text_at_the_end(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer, n_positions=256)
     sampling = Sampling(max_new_tokens=250, min_new_tokens=250)
-    requests = [Request([5, 6], sampling, live_text=live) for live in (True, False)]
+    requests = [Sequence([5, 6], sampling, live_text=live) for live in (True, False)]
     with started(Engine(model, tokenizer)) as worker:
         live, other = asyncio.run(collect(worker, requests))
     assert len(live) > 2 and len(live[0].drawn) == 1
@@ -140,8 +141,8 @@ def test_live_text_comes_as_it_is_made_other_text_at_the_end(tokenizer: Tokenize
 
 def test_who_is_slow_gets_several_tokens_at_once(tokenizer: Tokenizer) -> None:
     engine = GatedEngine(tokenizer, slots=1)
-    request = Request([5, 6], Sampling(max_new_tokens=60, logprobs=0), live_text=True)
-    (expected,) = Engine(random_gpt(tokenizer, n_positions=256), tokenizer).run([request])
+    request = Sequence([5, 6], Sampling(max_new_tokens=60, logprobs=0), live_text=True)
+    (expected,) = run(Engine(random_gpt(tokenizer, n_positions=256), tokenizer), [request])
 
     async def dawdle(worker: EngineThread) -> list[Update]:
         stream = worker.stream([request])
@@ -167,7 +168,7 @@ def test_who_leaves_frees_the_slot_before_the_next_step_but_one(
     engine = GatedEngine(tokenizer, slots=1)
 
     async def leave(worker: EngineThread) -> None:
-        stream = worker.stream([LONG])
+        stream = worker.stream([replace(LONG)])
         engine.allow(1)
         await anext(stream)
         # The thread is about to make its second step: the third is another's.
@@ -193,7 +194,7 @@ def test_a_loop_that_ends_leaves_nothing_behind(tokenizer: Tokenizer) -> None:
     kept = []
 
     async def abandon(worker: EngineThread) -> None:
-        kept.append(worker.stream([LONG, LONG]))
+        kept.append(worker.stream([replace(LONG), replace(LONG)]))
         engine.allow(1)
         await anext(kept[0])
 
@@ -229,8 +230,8 @@ def test_only_a_full_line_turns_away_and_others_find_room_beside_many(tokenizer:
 def test_a_stream_of_many_has_as_many_under_way_as_it_asks_for(tokenizer: Tokenizer) -> None:
     engine = GatedEngine(tokenizer, slots=4)
     model = random_gpt(tokenizer, n_positions=256)
-    requests = [Request([1 + i], Sampling(max_new_tokens=3, seed=i)) for i in range(9)]
-    expected = Engine(model, tokenizer).run(requests)
+    requests = [Sequence([1 + i], Sampling(max_new_tokens=3, seed=i)) for i in range(9)]
+    expected = run(Engine(model, tokenizer), requests)
 
     async def two_at_a_time(worker: EngineThread) -> list[str]:
         texts = [""] * len(requests)
@@ -269,7 +270,7 @@ def test_those_turned_away_are_told_to_come_back_one_after_the_other(tokenizer: 
 def test_what_can_never_run_is_refused_and_leaves_no_trace(tokenizer: Tokenizer) -> None:
     with started(Engine(random_gpt(tokenizer), tokenizer), max_waiting=3) as worker:
         with pytest.raises(ValueError, match="outside"):
-            asyncio.run(collect(worker, [SHORT, Request([10**6])]))
+            asyncio.run(collect(worker, [SHORT, Sequence([10**6])]))
         assert worker.waiting == 0 and worker.alive
         asyncio.run(collect(worker, [SHORT]))
         assert worker.ended == 1

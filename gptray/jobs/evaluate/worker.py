@@ -19,8 +19,8 @@ from gptray.data.scoring import Windows
 from gptray.data.tokens import TokenData
 from gptray.evaluation.metrics import DocumentSums, document_ends, score_windows, scoring_dtype
 from gptray.evaluation.recitation import found_in
+from gptray.generation import sequence
 from gptray.generation.engine import Engine
-from gptray.generation.request import Request
 from gptray.generation.settings import Sampling
 from gptray.jobs.evaluate.task import Call, Continuation, EvaluationTask
 from gptray.jobs.tasks import Failure, attempt
@@ -91,12 +91,14 @@ class Scorer:
             size = self._config.evaluate.micro_batch_size
             raise out_of_gpu_memory(error, key="evaluate.micro_batch_size", size=size) from None
 
-    def _request(self, tokens: list[int], wanted: int, sampling: Sampling, row: int) -> Request:
+    def _request(
+        self, tokens: list[int], wanted: int, sampling: Sampling, row: int
+    ) -> sequence.Sequence:
         block_size = self._task.block_size
         if len(tokens) >= block_size:
             tokens = tokens[-(block_size // 2) :]
         room = min(wanted, block_size - len(tokens))
-        return Request(tokens, replace(sampling, max_new_tokens=room), row=row)
+        return sequence.Sequence(tokens, replace(sampling, max_new_tokens=room), row=row)
 
     @cached_property
     def _data(self) -> TokenData:

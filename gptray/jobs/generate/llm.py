@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -10,8 +11,8 @@ from typing import Any, TypedDict, Unpack
 from gptray.config import Config, RunFailed, SampleConfig, UserError, override
 from gptray.config.suggest import did_you_mean, nearest_keys
 from gptray.config.use_sections import ROW_SETTINGS
-from gptray.generation.engine import load_engine
-from gptray.generation.request import FinishReason, Generation, Request
+from gptray.generation.loading import open_engine
+from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed
 from gptray.jobs.generate.check import CheckedModel, check_model
 from gptray.jobs.generate.output import with_built_backend
@@ -56,7 +57,7 @@ class Settings(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float
-    stop: str | Sequence[str] | None
+    stop: str | abc.Sequence[str] | None
     utf8: bool
     seed: int
     parse_special: bool
@@ -109,16 +110,11 @@ class LLM:
     def _open(self, model: CheckedModel) -> None:
         self.name, self.folder = model.name, model.folder
         self._config = with_built_backend(model.asked, model.config)
-        self._engine, self._tokenizer = load_engine(
-            self.folder,
-            max_batch_size=self._config.generate.max_batch_size,
-            precision=self._config.generate.precision,
-            quantize=self._config.quantize.weights,
-            device="cuda" if self._config.compute.use_gpu else "cpu",
-            backend=self._config.generate.backend,
-        )
+        self._engine, self._tokenizer = open_engine(self.folder, self._config)
 
-    def generate(self, prompts: str | Sequence[str], **settings: Unpack[Settings]) -> list[Output]:
+    def generate(
+        self, prompts: str | abc.Sequence[str], **settings: Unpack[Settings]
+    ) -> list[Output]:
         """Continue prompts, as many at a time as fit; one output for each, in their order.
 
         settings: keys of the config's `sample` section. Prompts are independent draws: the first
@@ -127,19 +123,19 @@ class LLM:
         the others run. Raises UserError for a wrong setting, or a prompt that is not text.
         """
         sample, given = self._sample(settings), _texts(prompts)
-        started = [self._started(prompt, sample, i) for i, prompt in enumerate(given)]
-        running = [one for one in started if isinstance(one, Generation)]
+        rows = [self._sequence(prompt, sample, i) for i, prompt in enumerate(given)]
+        running = [self._engine.submit(row) for row in rows if isinstance(row, Sequence)]
         try:
-            while any(one.finish_reason is None for one in running):
+            while not all(sequence.ended for sequence in running):
                 self._engine.step()
         finally:
-            for one in running:
-                self._engine.cancel(one)
+            for sequence in running:
+                self._engine.cancel(sequence)
         return [
-            self.output(prompt, one)
-            if isinstance(one, Generation)
-            else Output(prompt, "", "error", 0, [], numbered_seed(sample.seed, i), one)
-            for i, (prompt, one) in enumerate(zip(given, started, strict=True))
+            output_of(prompt, row)
+            if isinstance(row, Sequence)
+            else Output(prompt, "", "error", 0, [], numbered_seed(sample.seed, i), row)
+            for i, (prompt, row) in enumerate(zip(given, rows, strict=True))
         ]
 
     def stream(self, prompt: str, **settings: Unpack[Settings]) -> Iterator[str]:
@@ -149,54 +145,70 @@ class LLM:
         RunFailed where the model gives no token.
         """
         sample, (text,) = self._sample(settings), _texts([prompt])
-        return self.pieces(self.start(text, sample, 0))
+        return self._pieces(self._checked(text, sample, 0))
 
-    def start(self, prompt: str, sample: SampleConfig, number: int) -> Generation:
-        """Queue draw `number` of a prompt. Raises UserError for one that cannot run."""
-        started = self._started(prompt, sample, number)
-        if isinstance(started, str):
-            raise UserError(f"prompt {prompt!r}: {started}")
-        return started
+    def start(self, prompts: abc.Sequence[str], sample: SampleConfig) -> list[Sequence]:
+        """Queue prompts as `generate` does. Raises UserError if one of them cannot run."""
+        sequences = [self._checked(prompt, sample, i) for i, prompt in enumerate(prompts)]
+        return [self._engine.submit(sequence) for sequence in sequences]
 
-    def pieces(self, generation: Generation) -> Iterator[str]:
-        """Yield the text of a draw as it is made; other draws advance with it. Raises RunFailed."""
+    def pieces(self, sequence: Sequence) -> Iterator[str]:
+        """Yield the text of a queued sequence as it is made; the others advance with it.
+
+        Raises RunFailed where the model gives no token.
+        """
         shown = 0
-        try:
-            for _ in generation:
-                if piece := generation.text[shown:]:
-                    shown += len(piece)
-                    yield piece
-            if piece := generation.text[shown:]:
+        for _ in self._engine.run_until_ended(sequence):
+            if piece := sequence.text[shown:]:
+                shown += len(piece)
                 yield piece
+        if piece := sequence.text[shown:]:
+            yield piece
+        if sequence.error is not None:
+            raise RunFailed(sequence.error)
+
+    def _pieces(self, sequence: Sequence) -> Iterator[str]:
+        """Queue a sequence and yield its text; whoever leaves early cancels it."""
+        try:
+            yield from self.pieces(self._engine.submit(sequence))
         finally:
-            self._engine.cancel(generation)
-        if generation.error is not None:
-            raise RunFailed(generation.error)
+            self._engine.cancel(sequence)
 
-    def output(self, prompt: str, generation: Generation) -> Output:
-        """What came of a draw that has ended."""
-        assert generation.finish_reason is not None
-        return Output(
-            prompt,
-            generation.text,
-            generation.finish_reason,
-            len(generation.request.prompt),
-            generation.tokens,
-            generation.request.sampling.seed,
-            generation.error,
-        )
+    def _checked(self, prompt: str, sample: SampleConfig, number: int) -> Sequence:
+        row = self._sequence(prompt, sample, number, live_text=True)
+        if isinstance(row, str):
+            raise UserError(f"prompt={prompt!r}: {row}")
+        return row
 
-    def _started(self, prompt: str, sample: SampleConfig, number: int) -> Generation | str:
-        """A draw under way, or why it cannot run."""
+    def _sequence(
+        self, prompt: str, sample: SampleConfig, number: int, *, live_text: bool = False
+    ) -> Sequence | str:
+        """Draw `number` of several, or why it cannot run."""
         sampling = Sampling.of(sample, seed=numbered_seed(sample.seed, number))
         try:
             ids = self._tokenizer.prompt_ids(prompt, parse_special=sample.parse_special)
-            return self._engine.submit(Request(ids, sampling, live_text=True))
+            sequence = Sequence(ids, sampling, live_text=live_text)
+            self._engine.check(sequence)
         except ValueError as error:
             return str(error)
+        return sequence
 
     def _sample(self, settings: Settings) -> SampleConfig:
         return override(self._config, _values(settings, _SETTINGS)).sample
+
+
+def output_of(prompt: str, sequence: Sequence) -> Output:
+    """What came of a sequence that has ended."""
+    assert sequence.finish_reason is not None
+    return Output(
+        prompt,
+        sequence.text,
+        sequence.finish_reason,
+        sequence.prompt_tokens,
+        sequence.tokens,
+        sequence.sampling.seed,
+        sequence.error,
+    )
 
 
 def _values(given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
@@ -216,7 +228,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _texts(prompts: str | Sequence[str]) -> list[str]:
+def _texts(prompts: str | abc.Sequence[str]) -> list[str]:
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     for number, prompt in enumerate(given):
         if not isinstance(prompt, str):

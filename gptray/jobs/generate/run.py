@@ -149,18 +149,11 @@ def _writer(settings: dict[str, Any]) -> PartWriter:
     import torch
 
     from gptray.generation.batch import PartWriter
-    from gptray.generation.engine import load_engine
+    from gptray.generation.loading import open_engine
 
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(settings["threads"])
-    engine, tokenizer = load_engine(
-        settings["model_dir"],
-        max_batch_size=config.generate.max_batch_size,
-        precision=config.generate.precision,
-        quantize=config.quantize.weights,
-        device="cuda" if config.compute.use_gpu else "cpu",
-        backend=config.generate.backend,
-    )
+    engine, tokenizer = open_engine(settings["model_dir"], config)
     return PartWriter(
         engine,
         tokenizer,

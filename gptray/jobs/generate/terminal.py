@@ -9,7 +9,7 @@ from typing import Any
 
 from gptray.config import RunFailed, UserError, override
 from gptray.jobs.generate.check import CheckedModel
-from gptray.jobs.generate.llm import LLM
+from gptray.jobs.generate.llm import LLM, output_of
 from gptray.jobs.next_steps import of_model, tell
 from gptray.standard_output import write_out
 from gptray.visible import visible
@@ -31,14 +31,14 @@ def generate_here(model: CheckedModel) -> dict[str, Any]:
     slots = min(len(prompts), config.generate.max_batch_size)
     llm = LLM.of(replace(model, config=override(config, {"generate.max_batch_size": slots})))
     try:
-        draws = [llm.start(prompt, config.sample, i) for i, prompt in enumerate(prompts)]
+        sequences = llm.start(prompts, config.sample)
     except UserError as error:
         raise UserError(f"sample.{error}") from None
     began = time.monotonic()
-    for prompt, draw in zip(prompts, draws, strict=True):
+    for prompt, sequence in zip(prompts, sequences, strict=True):
         write_out(visible(prompt))
         try:
-            for piece in llm.pieces(draw):
+            for piece in llm.pieces(sequence):
                 write_out(visible(piece))
         except RunFailed as error:
             log.warning("sample.prompt=%r: %s", prompt, error)
@@ -46,7 +46,7 @@ def generate_here(model: CheckedModel) -> dict[str, Any]:
     seconds = time.monotonic() - began
     run = llm.folder.parent if llm.folder.name == "model" else llm.folder
     tell([of_model(run)["serve"]])
-    outputs = [llm.output(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
+    outputs = [output_of(*one) for one in zip(prompts, sequences, strict=True)]
     tokens = sum(len(output.tokens) for output in outputs)
     return {
         "model": llm.name,

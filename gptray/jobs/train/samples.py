@@ -6,7 +6,7 @@ from gptray.config import Config
 from gptray.data.openings import first_words
 from gptray.data.tokens import TokenData
 from gptray.generation.engine import Engine
-from gptray.generation.request import Request
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling, numbered_seed
 from gptray.model.gpt import GPT
 
@@ -19,10 +19,10 @@ def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str,
     prompts = [prompts] if isinstance(prompts, str) else prompts
     n_positions = model.config.n_positions
     engine = Engine(model, data.tokenizer, max_batch_size=len(prompts), dtype=model.compute_dtype)
-    requests = []
+    sequences = []
     for number, prompt in enumerate(prompts):
         ids = data.tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
         sampling = Sampling.of(config.sample, seed=numbered_seed(config.sample.seed, number))
-        requests.append(Request(ids[-(n_positions // 2) :], sampling))  # the end of a long prompt
-    generations = engine.run(requests)
-    return [(prompt, g.text) for prompt, g in zip(prompts, generations, strict=True)]
+        sequences.append(Sequence(ids[-(n_positions // 2) :], sampling))  # the end of a long prompt
+    engine.run(sequences)
+    return [(prompt, one.text) for prompt, one in zip(prompts, sequences, strict=True)]
