@@ -187,6 +187,7 @@ def test_a_run_without_a_model_says_what_trains_it(storage: Path, key: str) -> N
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["generate.model", "model.init_from", "data.tokenizer"])
 def test_a_hub_that_never_answers_is_one_sentence(tmp_path: Path, key: str) -> None:
     job = "generate" if key == "generate.model" else "train"

@@ -126,6 +126,7 @@ def test_layer_norm_in_bf16_sums_its_gradients_over_many_rows() -> None:
         assert (gradient.double() - expected).norm() / expected.norm() < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_gelu_is_exact_to_fp32() -> None:
     x = torch.linspace(-12, 12, 4001, requires_grad=True)

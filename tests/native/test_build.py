@@ -98,6 +98,7 @@ def test_a_cache_that_cannot_be_written_is_done_without_and_told(
         build_library(key=GENERATE_KEY)
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_library_that_is_built_needs_no_room(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

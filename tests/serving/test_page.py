@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from gptray.generation.engine import Engine
@@ -87,10 +88,13 @@ def test_stop_ends_the_text_and_frees_the_slot(tab: Tab, server: Server) -> None
 
 def test_an_error_is_shown_as_the_server_words_it(tab: Tab, server: Server) -> None:
     tab.open(server.url)
-    fill(tab, prompt="the", max_tokens="2001")
+    prompt = "the " * 5000
+    fill(tab, prompt=prompt, max_tokens="1")
     tab.run("document.querySelector('#generate').click()")
     tab.until("!document.querySelector('#error').hidden")
-    assert "max_tokens=2001, more than 2000" in text(tab, "#error")
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+    assert answer.status_code == 400
+    assert text(tab, "#error") == answer.json()["error"]["message"]
     assert tab.run(IDLE)
 
 
