@@ -1,4 +1,4 @@
-"""The curves of a run as plain data: what is drawn; `gptray.reports.curves` says how."""
+"""The curves of a run as plain data; `gptray.reports.curves` draws them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ from gptray.wording import decimals
 # A run's curves, and the curves of a sweep's trials.
 Role = Literal["train", "val", "single", "cut", "whole", "wrong", "own", "winner"]
 
-# Points of one curve: more cannot be told apart on a page.
+# Points per curve; a page cannot show more.
 MOST_POINTS = 400
-# Evaluations up to here get a dot each.
+# Up to this many evaluations get a dot each.
 MOST_DOTS = 60
-# This part of the steps may run out of the picture: a loss falls from 11 to 6 there, and what
-# matters happens between 6.0 and 6.2.
+# Losses of this first part of the steps may leave the picture: they fall from 11 to 6 there,
+# while what matters happens between 6.0 and 6.2.
 BEGINNING = 0.1
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `role` decides its colour; curves of one role have the same name.
-
-    hint: what is said of it where a pointer rests.
-    """
+    """One curve. `role` decides its colour; curves of one role share a name. hint: a tooltip."""
 
     name: str
     role: Role
@@ -42,13 +39,13 @@ class Series:
 
     @property
     def has_end(self) -> bool:
-        """Whether where it ends is of interest."""
+        """Whether a dot shows where it ends."""
         return self.role in ("cut", "whole", "wrong", "own", "winner")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A step that is pointed at."""
+    """A step to point out."""
 
     role: Literal["best", "turned"]
     step: float
@@ -58,10 +55,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over steps, up to `last`, and the values between `low` and `high`.
+    """Curves over steps up to `last`, for values between `low` and `high`.
 
-    first: the step at the left; if it is above 0, each doubling of steps has the same width.
-    rungs: steps with a line.
+    first: the step at the left; above 0, steps are on a logarithmic scale. rungs: steps with a
+    line.
     """
 
     key: str
@@ -82,7 +79,7 @@ class Chart:
 
 
 def run_charts(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> list[Chart]:
-    """Loss, learning rate and gradient norm of a run; nothing where nothing was logged."""
+    """Loss, learning rate and gradient norm of a run; nothing if nothing was logged."""
     if not rows:
         return []
     return [
@@ -93,7 +90,7 @@ def run_charts(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> list[
 
 
 def thinned(points: Sequence[XY], most: int = MOST_POINTS) -> tuple[XY, ...]:
-    """`most` points at most, and the last: the lowest and highest of each stretch; peaks stay."""
+    """At most `most` points and the last one: the lowest and highest of each stretch."""
     if len(points) <= most:
         return tuple(points)
     stretches = most // 2
@@ -107,7 +104,7 @@ def thinned(points: Sequence[XY], most: int = MOST_POINTS) -> tuple[XY, ...]:
 
 
 def averaged(points: Sequence[XY], most: int = MOST_POINTS // 2) -> tuple[XY, ...]:
-    """At most `most` points, each the mean of its stretch: for what is noise from row to row."""
+    """At most `most` points, each the mean of its stretch: for values that are mostly noise."""
     size = -(-len(points) // most) if points else 1
     stretches = [points[first : first + size] for first in range(0, len(points), size)]
     return tuple((stretch[-1][0], fmean(y for _, y in stretch)) for stretch in stretches)
@@ -158,7 +155,7 @@ def _single(key: str, title: str, unit: str, rows: Sequence[Mapping[str, Any]]) 
 
 
 def _range(curves: Sequence[Sequence[XY]], *, from_zero: bool) -> XY:
-    """The values to show: all but those of the beginning that are higher than all later ones."""
+    """The values to show: those after the beginning, with some room."""
     last = max(curve[-1][0] for curve in curves if curve)
     values = [y for curve in curves for x, y in curve if x >= BEGINNING * last]
     low, high = (0.0 if from_zero else min(values)), max(values)

@@ -1,4 +1,4 @@
-"""Every colour of pages and pictures, by what it is for: on a screen, at night, on paper."""
+"""Every colour of pages and figures: light, dark and on paper."""
 
 LIGHT = {
     "page": "#fff", "text": "#1c2024", "soft": "#5b6470", "line": "#e2e5e9", "panel": "#f5f6f8",

@@ -1,4 +1,4 @@
-"""Curves over steps as a figure: for a wide page and for a narrow one."""
+"""Curves over steps as a figure, laid out for wide and for narrow pages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from gptray.reports.scale import Scale, ticks
 WIDE, NARROW = 820, 340
 TALL, LOW = 320, 150
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 26
-# The labels of the marks stand above the plot, a line each.
+# Height of a mark's label; they stand above the plot, one line each.
 MARK_LINE = 17
-# Width of a letter of a mark's label, about.
+# Average width of a letter of a mark's label.
 LETTER = 6.9
-# Between the labels of two steps.
+# Least distance between the labels of two steps.
 TICK_ROOM = 44
 
 
@@ -34,7 +34,7 @@ def _picture(chart: Chart, width: int) -> Picture:
     marks = [
         shape for row, mark in enumerate(chart.marks) for shape in _mark(mark, row, x, y, width)
     ]
-    # The last dot is whole, though it stands on the edge.
+    # Leaves room for half of the last dot.
     plot = (x.start, y.end, x.end + 3, y.start)
     return Picture(width, height, _spoken(chart), shapes, curves, marks, plot)
 
@@ -54,7 +54,7 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
         shapes.append(line("grid", [(x.start, place), (x.end, place)]))
         shapes.append(words("y", (x.start - 6, place + 4), text))
     for step in _rung_ticks(chart, x) or ticks(0, chart.last, max(3, int(x.end) // 100)):
-        # The last label would stand out of the picture.
+        # A centred last label would leave the picture.
         css = "x end" if x.at(step) > x.end - 14 else "x"
         label = f"step {step:,.0f}" if step == chart.first else f"{step:,.0f}"
         shapes.append(words(css, (x.at(step), y.start + BOTTOM - 8), label))
@@ -62,7 +62,7 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
 
 
 def _rung_ticks(chart: Chart, x: Scale) -> list[float]:
-    """The ends and the rungs between them that leave room; nothing where steps begin at 0."""
+    """The ends and the rungs that fit between them; nothing where steps begin at 0."""
     if not chart.first:
         return []
     kept = [chart.first]
@@ -77,7 +77,7 @@ def _rungs(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
 
 
 def _after_turn(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
-    """A shade over the steps since which validation loss is worse for good."""
+    """A shade over the steps from which validation loss stays worse."""
     turned = [x.at(mark.step) for mark in chart.marks if mark.role == "turned"]
     return [box("shade turned", left, y.end, x.end, y.start) for left in turned]
 
@@ -108,9 +108,9 @@ def _mark(mark: Mark, row: int, x: Scale, y: Scale, width: int) -> list[Shape]:
 
 
 def _label_place(mark: Mark, x: float, width: int) -> tuple[float, bool]:
-    """Where a mark's label is anchored, and whether it stands to the left of that.
+    """Where a mark's label is anchored, and whether it ends there.
 
-    The best one stands to the left of its line, a turn to the right.
+    It stands to the left of the best step's line and to the right of a turn's, if it fits.
     """
     length = LETTER * len(mark.label)
     fits_left, fits_right = x - 6 > length, width - x - 6 > length

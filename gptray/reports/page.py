@@ -1,6 +1,6 @@
-"""Pages from templates: one file that needs no script, no network and no font.
+"""Pages from Jinja2 templates: one file each, without scripts, network or fonts.
 
-Whatever a template prints is cleaned and escaped, and the page's own policy forbids scripts.
+Templates clean and escape every value they print; the page's own policy forbids scripts as well.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from gptray.record import versions
 from gptray.reports.colours import DARK, LIGHT, PRINT
 
 REPORT = "report.html"
-# How often a browser reloads the page of a run that is running.
+# Seconds after which a browser reloads the page of a run in progress.
 REFRESH_S = 10
-# Values up to this many letters stay in one line.
+# Values up to this length stay on one line.
 SHORT = 20
 # What HTML may not hold, and lone surrogates, which no UTF-8 file may.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers in columns; false without rows, and then not shown."""
+    """Numbers in columns; false, and not shown, without rows."""
 
     columns: Sequence[str]
     rows: Sequence[Row]
@@ -89,7 +89,7 @@ def _templates() -> Environment:
 
 
 def _clean(text: str) -> str:
-    """Text as HTML can hold it; characters that cannot be shown become U+FFFD."""
+    """Replace characters that HTML cannot hold by U+FFFD."""
     if isinstance(text, Markup):
         return text
     return _UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))

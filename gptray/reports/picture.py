@@ -1,6 +1,6 @@
-"""Pictures: shapes on a field of pixels, drawn once for the page's SVG and the PNG file.
+"""Figures as shapes: one definition gives the page's SVG and the PNG file.
 
-How shapes look is decided by their classes in `templates/chart.css`.
+Coordinates are pixels from the top left. `templates/chart.css` styles the shapes by class.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ XY = tuple[float, float]
 
 @dataclass(frozen=True)
 class Shape:
-    """An element of SVG with its attributes.
+    """An SVG element with its class and attributes.
 
-    text: the words of a text; of another shape, what is told where a pointer rests on it.
+    text: the words of a text; the tooltip of any other shape.
     """
 
     tag: str
@@ -26,10 +26,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Picture:
-    """Shapes, the last in front. label: what is read aloud.
+    """Shapes, curves in front of them and marks in front of both.
 
-    curves: in front of the shapes, cut off at the edges of the plot: left, top, right, bottom.
-    marks: in front of all.
+    label: what a screen reader says. plot: left, top, right, bottom; curves are clipped to it.
     """
 
     width: int
@@ -43,9 +42,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its caption, for a wide page and, where it has to differ, a narrow one.
+    """A picture with its caption, and a second layout where a narrow page needs one.
 
-    key: its name in the page, and of its PNG file. legend: (class, name) of what is in it.
+    key: the name of its PNG file, unique in the page. legend: (class, name) pairs.
     """
 
     key: str
@@ -63,7 +62,7 @@ def line(css: str, points: Iterable[XY], hint: str = "") -> Shape:
 
 
 def dot(css: str, place: XY, radius: float, hint: str = "") -> Shape:
-    """A dot of class `css`."""
+    """A dot around a place."""
     at = {"cx": f"{place[0]:.1f}", "cy": f"{place[1]:.1f}", "r": f"{radius:g}"}
     return Shape("circle", css, at, hint)
 
@@ -77,5 +76,5 @@ def box(css: str, left: float, top: float, right: float, bottom: float) -> Shape
 
 
 def words(css: str, place: XY, text: str) -> Shape:
-    """A text; class x: around its place, y or end: left of it, otherwise right of it."""
+    """A text: class x centres it, y and end make it end at its place."""
     return Shape("text", css, {"x": f"{place[0]:.1f}", "y": f"{place[1]:.1f}"}, text)

@@ -1,4 +1,4 @@
-"""Figures as PNG files, for slides and chats, where a page does not go."""
+"""Figures as PNG files, for slides and chats."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gptray.reports.colours import LIGHT
 from gptray.reports.page import render
 from gptray.reports.picture import Figure
 
-# Pixels of the file for one of the picture.
+# Pixels of the file per pixel of the picture.
 ZOOM = 1.5
-# The page's own would be those of the machine that writes the file, which may have none.
+# A machine without fonts would draw no text.
 FONTS = Path(__file__).parent / "fonts"
 
 
 def save_png(figure: Figure, folder: Path) -> Path:
-    """Write `<key>.png`: the page's picture in its light colours; return its path."""
-    # What draws the file knows no variables of CSS.
+    """Write `<key>.png`, the page's wide picture in light colours; return its path."""
+    # resvg has no CSS variables.
     css = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], render("chart.css"))
     path = folder / f"{figure.key}.png"
     image = resvg_py.svg_to_bytes(

@@ -1,4 +1,4 @@
-"""Scales: where a value stands in a picture, and the round numbers beside an axis."""
+"""Scales: from values to pixels, with round numbers for the ticks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from low to high on the pixels from start to end."""
+    """Maps values from low to high onto pixels from start to end."""
 
     low: float
     high: float
@@ -17,18 +17,18 @@ class Scale:
     is_log: bool = False
 
     def at(self, value: float) -> float:
-        """Where a value stands, in pixels; one beyond the scale stands outside."""
+        """The pixel of a value; one beyond the scale lies outside."""
         bend = math.log if self.is_log else float
         low, high = bend(self.low), bend(self.high)
         part = (bend(value) - low) / ((high - low) or 1.0)
         return self.start + part * (self.end - self.start)
 
-    def held(self, value: float) -> float:
-        """Where a value stands; one beyond the scale stands at its end."""
+    def clamped(self, value: float) -> float:
+        """The pixel of a value clamped to the scale."""
         return self.at(min(max(value, self.low), self.high))
 
     def ticks(self, most: int) -> list[tuple[float, float, str]]:
-        """Round values, where each stands and its label."""
+        """Round values with their pixels and labels."""
         values = ticks(self.low, self.high, most)
         spacing = values[1] - values[0] if len(values) > 1 else abs(self.high)
         return [(value, self.at(value), tick_text(value, spacing)) for value in values]

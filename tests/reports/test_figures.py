@@ -58,11 +58,11 @@ def test_colours_of_the_style_sheets_stand_in_every_palette() -> None:
 
 
 @pytest.mark.parametrize("is_log", [False, True])
-def test_a_scale_places_values_and_holds_those_beyond_it(is_log: bool) -> None:
+def test_a_scale_maps_values_and_clamps_those_beyond_it(is_log: bool) -> None:
     scale = Scale(1, 100, 0, 200, is_log=is_log)
     assert [scale.at(1), scale.at(100)] == [0, 200]
     assert scale.at(10) == pytest.approx(100 if is_log else 200 * 9 / 99)
-    assert scale.held(1000) == 200 and scale.held(0.5) == 0 and scale.at(1000) > 200
+    assert scale.clamped(1000) == 200 and scale.clamped(0.5) == 0 and scale.at(1000) > 200
     assert Scale(5, 5, 0, 200).at(5) == 0  # one value
 
 

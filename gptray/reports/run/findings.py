@@ -52,7 +52,7 @@ def evaluation_tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def evaluation_view(evaluation: Evaluation) -> dict[str, object]:
-    """Every number of `evaluation.json` and how it was computed, by the template's names."""
+    """The values of `evaluation` in `evaluation.html.j2` by name."""
     return {
         "sentence": evaluation_sentence(evaluation),
         "splits": _splits(evaluation),

@@ -27,9 +27,9 @@ STALE = "The run has found a better model since this evaluation: {} evaluates th
 def write_report(folder: Path, *, running: bool = False) -> Path:
     """Write `report.html` of a run folder or of a folder with an evaluation; return its path.
 
-    It covers `metrics.jsonl`, `events.jsonl`, `config.yaml` and `evaluation.json`, those that are
-    there. While `running`, the page says so and renews itself in the browser; otherwise PNG files
-    of its charts are written beside it. Each file appears whole.
+    It covers those of `metrics.jsonl`, `events.jsonl`, `config.yaml` and `evaluation.json` that
+    exist. While `running`, the page says so and reloads itself in the browser; otherwise PNG files
+    of its charts are written next to it. Each file is replaced as a whole.
 
     Raises:
         UserError: the folder has neither a run nor an evaluation.

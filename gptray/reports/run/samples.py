@@ -9,7 +9,7 @@ from typing import Any
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import count
 
-# Evaluations whose samples are shown at once, and those that a click unfolds.
+# Evaluations whose samples show at once, and those that a click unfolds.
 SHOWN, FOLDED = 5, 40
 
 
@@ -23,7 +23,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is shown at once, and what a click unfolds."""
+    """What shows at once, and what a click unfolds."""
 
     shown: Sequence[Written]
     folded: Sequence[Written]

@@ -43,7 +43,7 @@ class RunRecord:
 
 
 def run_view(run: RunRecord) -> dict[str, object]:
-    """What the page of a run shows, by the names that its template has for it."""
+    """The values of `run` in `run.html.j2` by name."""
     advice = advise(run.diagnosis, run.config)
     loses = next((event["loses"] for event in reversed(run.events) if event.get("loses")), "")
     return {
@@ -79,7 +79,7 @@ def run_state(run: RunRecord, *, running: bool) -> tuple[str, str]:
 
 
 def _command(run: RunRecord, advice: Advice) -> str | None:
-    """The command that follows a piece of advice; None if no key does."""
+    """The command that follows a piece of advice; None if there is none."""
     if not advice.keys or run.diagnosis.ended is None:
         return None
     return train_command(run.folder, run.config, advice.keys, resumes=advice.resumes)

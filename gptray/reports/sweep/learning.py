@@ -1,4 +1,4 @@
-"""The learning curves of a sweep, and how its trials look in every picture."""
+"""The learning curves of a sweep, and the roles of its trials in every figure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gptray.tuning.plan import score
 from gptray.tuning.ranking import Standing, is_wrong
 from gptray.tuning.record import Trial, rungs
 
-# Points of one of many curves.
+# Points per curve, of which there are many.
 CURVE_POINTS = 100
-# This part of the trials may end above a picture, the worst ones.
+# The worst trials, up to this share, may end above the picture.
 OUT_OF_PICTURE = 0.1
 NAMES: dict[Role, str] = {
     "cut": "stopped at a rung",
@@ -26,7 +26,7 @@ NAMES: dict[Role, str] = {
 
 
 def role_of(trial: Trial, standing: Standing) -> Role:
-    """How a trial is drawn."""
+    """The role that decides how a trial is drawn."""
     if standing.best and trial.name == standing.best.name:
         return "winner"
     if standing.own and trial.name == standing.own.name:
@@ -75,7 +75,7 @@ def _series(trial: Trial, standing: Standing) -> Series:
 
 
 def hint(trial: Trial, standing: Standing) -> str:
-    """A trial in a line: its name, what it came to, its settings."""
+    """A trial's tooltip: its name, lowest loss and settings."""
     values = ", ".join(
         assignment(setting, trial.name)
         for setting in standing.settings
@@ -87,7 +87,7 @@ def hint(trial: Trial, standing: Standing) -> str:
 
 
 def _range(series: Sequence[Series]) -> XY:
-    """The values to show: where all but the worst trials ended, and some more."""
+    """The values to show: where all but the worst trials ended, with some room."""
     ends = sorted(min(y for _, y in one.points) for one in series)
     low, high = ends[0], ends[math.ceil((1 - OUT_OF_PICTURE) * len(ends)) - 1]
     room = (high - low) or abs(high) or 1.0

@@ -1,4 +1,4 @@
-"""A small figure for each setting: the trials' lowest losses by its value."""
+"""A small figure for each setting: the lowest loss of each trial by its value."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from gptray.tuning.plan import score
 from gptray.tuning.ranking import Standing
 from gptray.tuning.record import Trial
 
-# Of a panel, and the room for its axes.
+# Of a panel, with the room for its axes.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 150, 40, 10, 8, 24
 LETTERS = 27  # below a panel
-OUT_OF_PANEL = 0.9  # trials up to this rank are in a panel, the worst ones at its top
+OUT_OF_PANEL = 0.9  # worse trials than this share stand at the top of a panel
 
-# Where each trial stands from left to right, and the texts below: place, class, text.
+# The x of each trial, and the labels below: x, class, text.
 _Columns = tuple[Mapping[str, float], Sequence[tuple[float, str, str]]]
 
 
 def panel_figures(standing: Standing) -> list[Figure]:
-    """The settings' figures, all with the same losses from bottom to top."""
+    """A figure for each setting, all with the same scale of losses."""
     measured = {trial.name: trial for trial in standing.trials if trial.best}
     scores = sorted(score(trial) for trial in measured.values())
     if not scores:
@@ -42,7 +42,7 @@ def panel_figures(standing: Standing) -> list[Figure]:
 
 
 def _picture(standing: Standing, setting: Setting, trials: Sequence[Trial], y: Scale) -> Picture:
-    # The ones to be seen stand in front.
+    # Those that matter most stand in front.
     order = ["wrong", "cut", "whole", "own", "winner"]
     trials = sorted(trials, key=lambda trial: order.index(role_of(trial, standing)))
     names = [trial.name for trial in trials]
@@ -61,11 +61,11 @@ def _dot(trial: Trial, x: float, y: Scale, standing: Standing) -> Shape:
     role = role_of(trial, standing)
     css = f"dot {role}" + " hollow" * (trial.outcome == "stopped")
     radius = 4.5 if role in ("own", "winner") else 3
-    return dot(css, (x, y.held(score(trial))), radius, hint(trial, standing))
+    return dot(css, (x, y.clamped(score(trial))), radius, hint(trial, standing))
 
 
 def _by_option(setting: Setting, names: Sequence[str]) -> _Columns:
-    """A column for each option, the trials of one side by side."""
+    """A column for each option, its trials next to each other."""
     room = (WIDTH - LEFT - RIGHT) / len(setting.levels)
     places = {}
     for level in range(len(setting.levels)):
@@ -81,16 +81,16 @@ def _by_option(setting: Setting, names: Sequence[str]) -> _Columns:
 
 
 def _by_value(setting: Setting, names: Sequence[str]) -> _Columns:
-    """The range from its low to its high end; what is no number stands at the left."""
+    """The whole range; a value that is not a number stands at the left."""
     entry = setting.entry
     is_log = entry.kind == "loguniform"
-    high = entry.high - (entry.kind == "randint")  # its upper end is not drawn
+    high = entry.high - (entry.kind == "randint")  # its upper end is never drawn
     x = Scale(entry.low, high, LEFT + 8, WIDTH - RIGHT, is_log=is_log)
     middle = math.sqrt(entry.low * high) if is_log else (entry.low + high) / 2
     values = {name: setting.values[name] for name in names}
-    # The config's own may lie beyond the range, or be null.
+    # The config's own value may lie beyond the range, or be null.
     places = {
-        name: x.held(value) if isinstance(value, (int, float)) else LEFT - 4
+        name: x.clamped(value) if isinstance(value, (int, float)) else LEFT - 4
         for name, value in values.items()
     }
     marks = [(x.at(value), "x", f"{value:.3g}") for value in (entry.low, middle)]

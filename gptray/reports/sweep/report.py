@@ -1,7 +1,7 @@
 """`report.html` of a sweep: who won, by which settings, and what that cost, in one file.
 
-Reads the sweep's folder and nothing else, so it can be written at any time. It is of the same
-house as a run's report, from whose pieces it is made.
+Reads the sweep's folder and nothing else, so it can be written at any time. It is built from the
+same pieces as a run's report.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gptray.tuning.record import TRIALS, load_sweep
 def write_sweep_report(folder: Path, *, running: bool = False) -> Path:
     """Write `report.html` of a sweep's folder; return its path.
 
-    While `running`, the page says so and renews itself in the browser; otherwise PNG files of its
-    curves and effects are written beside it. Each file appears whole.
+    While `running`, the page says so and reloads itself in the browser; otherwise PNG files of its
+    curves and effects are written next to it. Each file is replaced as a whole.
 
     Raises:
         UserError: the folder has no sweep.

@@ -1,4 +1,4 @@
-"""What a sweep's report shows: tables of trials, steps and effects, and how each came."""
+"""What a sweep's report shows: tables of trials, steps and effects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gptray.tuning.ranking import Standing, is_wrong
 from gptray.tuning.record import Trial
 from gptray.wording import count
 
-# Trials of the ranking that are shown at once.
+# Trials of the ranking that show without a click.
 SHOWN = 20
 TRIAL_COLUMNS = ("bits per byte", "at step", "gap there", "steps run")
 
@@ -30,7 +30,7 @@ SPARED_BY = {
 
 
 def sweep_view(standing: Standing, effects: Figure | None) -> dict[str, object]:
-    """What the page of a sweep shows, by the names that its template has for it."""
+    """The values of `sweep.html.j2` by name."""
     rows = [
         _trial_row(number, trial, standing) for number, trial in enumerate(standing.trials, start=1)
     ]

@@ -1,4 +1,4 @@
-"""What each level was worth, as a figure: a dot with its interval for loss and for gap."""
+"""The effect of each level as a figure: dots with intervals, for loss and for gap."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _Compared = tuple[Effect, Worth, Worth]
 
 
 def effects_figure(effects: Sequence[Effect]) -> Figure | None:
-    """A row for each level that could be compared, the best first; None without any."""
+    """A row for each compared level, the best first; None if there is none."""
     found = sorted(
         ((effect, effect.last, effect.first) for effect in effects if effect.last and effect.first),
         key=lambda one: one[1].loss.middle,
     )
     if not found:
         return None
-    wide = _picture(found, WIDE, left=330, row=34)
+    wide = _picture(found, WIDE, left=345, row=34)
     narrow = _picture(found, NARROW, left=6, row=62)
     unit = "bits per byte; line: 95 %"
     return Figure("effects", "Worth of each level", unit, LEGEND, wide, narrow)
 
 
 def _picture(found: Sequence[_Compared], width: int, *, left: int, row: int) -> Picture:
-    """Labels stand beside the intervals, or above them where there is no room."""
+    """Labels stand to the left of the intervals, or above them where that leaves no room."""
     is_beside = left > 100
     middle = left + (width - left) / 2
     bottom = TOP + row * len(found)
@@ -55,7 +55,7 @@ def _scale(intervals: Sequence[Interval], left: float, right: float) -> Scale:
     shown += [end for one in intervals if one.is_told for end in (one.low, one.high)]
     if max(shown) - min(shown) < 1e-9:
         shown += [end for one in intervals for end in (one.low, one.high)]
-    # What cannot be told shows by leaving the picture, not by making it small.
+    # A very wide interval may leave the picture rather than shrink all the others.
     typical = sorted(one.high - one.low for one in intervals)[len(intervals) // 2]
     low, high = min(*shown, -typical / 2), max(*shown, typical / 2)
     room = 0.06 * (high - low) or 1e-3
@@ -76,7 +76,7 @@ def _axis(name: str, scale: Scale, bottom: float) -> list[Shape]:
 def _label(effect: Effect, worth: Worth, y: float) -> list[Shape]:
     setting = effect.setting
     level, other = setting.levels[effect.level], setting.levels[setting.reference]
-    what = cut_off(f"{level} instead of {other}, step {worth.step:,}", LETTERS + 8)
+    what = cut_off(f"{level} instead of {other}, step {worth.step:,}", LETTERS + 10)
     return [
         words("over", (0, y + 14), what),
         words("label strong over", (0, y), cut_off(setting.name, LETTERS)),
@@ -86,14 +86,14 @@ def _label(effect: Effect, worth: Worth, y: float) -> list[Shape]:
 def _reach(now: Interval, first: Interval, scale: Scale, y: float, *, moved: bool) -> list[Shape]:
     css = "single" if not now.is_told else "better" if now.middle < 0 else "worse"
     hint = f"{now.middle:+.4f}, {now.low:+.4f} to {now.high:+.4f}"
-    ends = [(scale.held(now.low), y), (scale.held(now.high), y)]
+    ends = [(scale.clamped(now.low), y), (scale.clamped(now.high), y)]
     shapes = [line(f"reach {css}", ends, hint)]
     if moved:
         told = f"at the first rung {first.middle:+.4f}"
-        shapes.append(dot("dot hollow single", (scale.held(first.middle), y), 3, told))
-    return [*shapes, dot(f"dot {css}", (scale.held(now.middle), y), 4.5, hint)]
+        shapes.append(dot("dot hollow single", (scale.clamped(first.middle), y), 3, told))
+    return [*shapes, dot(f"dot {css}", (scale.clamped(now.middle), y), 4.5, hint)]
 
 
 def cut_off(text: str, letters: int) -> str:
-    """The text's first letters, with a mark where it is longer."""
+    """At most this many letters of a text, the last an ellipsis if it is longer."""
     return text if len(text) <= letters else f"{text[: letters - 1]}\u2026"
