@@ -97,7 +97,7 @@ class NativeDecoder:
             len(tokens),
             len(asked),
             *self._scratch_for(len(tokens)),
-            abi.Float.of(logits),
+            abi.Float.from_param(logits),
             logits.size(1),
         )
         threads = len(tokens) * self._weights.count // THREAD_WORK + 1
@@ -154,7 +154,7 @@ class _Weights:
         return self._kept[-1]
 
     def floats(self, tensor: Tensor | None) -> abi.Float | None:
-        return None if tensor is None else abi.Float.of(self.keep(tensor))
+        return None if tensor is None else abi.Float.from_param(self.keep(tensor))
 
     def block(self, block: Block) -> abi.Block:
         return abi.Block(
@@ -191,7 +191,7 @@ class _Weights:
             self.keep(packed).data_ptr(),
             self.floats(bias),
             self.floats(scale),
-            None if zero is None else abi.Int.of(self.keep(zero)),
+            None if zero is None else abi.Int.from_param(self.keep(zero)),
             inputs,
             outputs,
             self._kind,

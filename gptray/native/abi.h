@@ -6,8 +6,6 @@
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -15,7 +13,7 @@
 
 namespace {
 
-// Words for types; structs have theirs from ABI_STRUCT.
+// Words for types; a source adds its structs by ABI_TYPE.
 template <typename T>
 struct TypeName;
 
@@ -38,7 +36,6 @@ ABI_TYPE(float, "f32")
 ABI_TYPE(int32_t, "i32")
 ABI_TYPE(int64_t, "i64")
 ABI_TYPE(uint16_t, "bf16")
-ABI_TYPE(__m512i, "words")
 
 template <typename First, typename... Others>
 std::string type_names() {

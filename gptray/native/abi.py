@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 from gptray.native.build import build_library
 
@@ -23,29 +23,19 @@ NORM_PARTS = 32
 FP32, BF16, INT8 = range(3)
 
 
-class Numbers(Protocol):
-    """What is used of a `torch.Tensor` here."""
-
-    @property
-    def dtype(self) -> object: ...
-    def data_ptr(self) -> int: ...
-    def is_contiguous(self) -> bool: ...
-
-
 class _Pointer(c_void_p):
     """Where a tensor's numbers are, of one type and without gaps."""
 
     text: ClassVar[str]
     dtype: ClassVar[str]
+    _seen: ClassVar[object] = None  # the dtype that was found to have that name
 
     @classmethod
-    def from_param(cls, value: Any) -> Any:
-        return cls.of(value)
-
-    @classmethod
-    def of(cls, tensor: Numbers) -> Self:
-        """The pointer to a tensor, which somebody else keeps alive."""
-        assert str(tensor.dtype) == cls.dtype, f"{tensor.dtype} for {cls.text}"
+    def from_param(cls, tensor: Any) -> Self:
+        """The pointer to a tensor, which somebody else keeps alive; ctypes calls this."""
+        if tensor.dtype is not cls._seen:
+            assert str(tensor.dtype) == cls.dtype, f"{tensor.dtype} for {cls.text}"
+            cls._seen = tensor.dtype
         assert tensor.is_contiguous(), f"gaps between the numbers of {cls.text}"
         return cls(tensor.data_ptr())
 

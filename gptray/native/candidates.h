@@ -18,7 +18,7 @@ inline int64_t rank_key(float logit, int id) {
   logit += 0.f;  // -0 is 0
   std::memcpy(&bits, &logit, sizeof bits);
   const int32_t order = bits ^ ((bits >> 31) & 0x7FFFFFFF);
-  return (int64_t)order << 32 | (0x7FFFFFFF - id);
+  return (int64_t)((uint64_t)order << 32) | (0x7FFFFFFF - id);
 }
 
 // The k first of a row of `width` logits. They are no less than the k-th of the panels' maxima.

@@ -31,7 +31,7 @@ void norm_gradients(const uint16_t *dy, const uint16_t *x, const float *weight, 
   for (int i = 0; i < 2 * C; ++i) {
     float sum = 0.f;
     for (int part = 0; part < NORM_PARTS; ++part) sum += sums[(size_t)part * 2 * C + i];
-    (i < C ? dweight : dbias)[i % C] = sum;
+    *(i < C ? dweight + i : dbias + (i - C)) = sum;
   }
 }
 

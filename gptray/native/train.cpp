@@ -9,55 +9,61 @@
 #include "linear_train.h"
 #include "norm_train.h"
 
+namespace {
+
+ABI_TYPE(Line, "words")
+
+}  // namespace
+
 extern "C" {
 
 // y (M, N) = x (M, K) w (N, K)^T + b (N); K even. work: N columns, K / 2 words.
-void linear(const uint16_t *x, const float *w, const float *b, uint16_t *y, Words *work, int M,
+void linear(const uint16_t *x, const float *w, const float *b, uint16_t *y, Line *work, int M,
             int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    pack_rows(w, work, N, K);
-    multiply((const int32_t *)x, work, b, M, N, K / 2, Output{y, N});
+    pack_rows(w, (Words *)work, N, K);
+    multiply((const int32_t *)x, (Words *)work, b, M, N, K / 2, Output{y, N});
   }
 }
 
 // y = GELU of x w^T + b, and the slope there; the rest as `linear`.
 void linear_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slope,
-                 Words *work, int M, int N, int K, int threads) {
+                 Line *work, int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    pack_rows(w, work, N, K);
-    multiply((const int32_t *)x, work, b, M, N, K / 2, WithGelu{{y, N}, slope, {}});
+    pack_rows(w, (Words *)work, N, K);
+    multiply((const int32_t *)x, (Words *)work, b, M, N, K / 2, WithGelu{{y, N}, slope, {}});
     _mm_sfence();  // after store_far
   }
 }
 
 // dx (M, K) = dy (M, N) w (N, K); N even. work: K columns, N / 2 words.
-void input_gradient(const uint16_t *dy, const float *w, uint16_t *dx, Words *work, int M, int N,
+void input_gradient(const uint16_t *dy, const float *w, uint16_t *dx, Line *work, int M, int N,
                     int K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    pack_columns(w, work, N, K);
-    multiply((const int32_t *)dy, work, nullptr, M, K, N / 2, Output{dx, K});
+    pack_columns(w, (Words *)work, N, K);
+    multiply((const int32_t *)dy, (Words *)work, nullptr, M, K, N / 2, Output{dx, K});
   }
 }
 
 // dx = dy w times slope (M, K); the rest as `input_gradient`.
 void input_gradient_gelu(const uint16_t *dy, const float *w, const uint16_t *slope, uint16_t *dx,
-                         Words *work, int M, int N, int K, int threads) {
+                         Line *work, int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    pack_columns(w, work, N, K);
-    multiply((const int32_t *)dy, work, nullptr, M, K, N / 2, Sloped{{dx, K}, slope});
+    pack_columns(w, (Words *)work, N, K);
+    multiply((const int32_t *)dy, (Words *)work, nullptr, M, K, N / 2, Sloped{{dx, K}, slope});
   }
 }
 
 // dw (N, K) = dy (M, N)^T x (M, K), db (N) = sums of dy.
 // work: min(N, K) columns, M / 2 words, rounded up.
-void weight_gradients(const uint16_t *dy, const uint16_t *x, float *dw, float *db, Words *work,
+void weight_gradients(const uint16_t *dy, const uint16_t *x, float *dw, float *db, Line *work,
                       int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
-  weight_gradient(dy, x, dw, db, work, M, N, K);
+  weight_gradient(dy, x, dw, db, (Words *)work, M, N, K);
 }
 
 // y (M, C) = layer norm of x (M, C).

@@ -12,10 +12,22 @@ import pytest
 
 from gptray.config import RunFailed, UserError, load_config
 from gptray.jobs.generate.output import with_backend, with_built_backend
+from gptray.native import processor
 from gptray.native.backend import GENERATE_KEY, pick_backend
 from gptray.native.build import build_library
 from gptray.native.build import kept as kept_library
 from tests.generation.models import needs_native
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A compiler that does not optimise: what it builds is not run here."""
+    quick = tmp_path_factory.mktemp("bin") / "quick-g++"
+    quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    quick.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", str(quick))
+        yield
 
 
 def test_a_gpu_and_a_machine_without_a_compiler_get_pytorch(
@@ -231,12 +243,53 @@ def test_a_cache_of_other_users_is_refused_or_done_without(
     assert pick_backend("auto", use_gpu=False) == "torch"
 
 
+@pytest.fixture
+def cpuinfo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[str], str]], None]:
+    """Change what Linux says about this machine's processor."""
+
+    def become(change: Callable[[str], str]) -> None:
+        text = change(Path("/proc/cpuinfo").read_text("utf-8"))
+        (tmp_path / "cpuinfo").write_text(text, "utf-8")
+        monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+
+    return become
+
+
+@needs_native
+def test_a_shared_cache_has_a_library_for_each_processor(
+    kept: Path, cpuinfo: Callable[[Callable[[str], str]], None]
+) -> None:
+    cpuinfo(lambda text: text.replace(" avx512_bf16", " avx512_bf16 newer"))
+    newer = build_library(key=GENERATE_KEY)
+    assert newer != kept and newer.parent == kept.parent
+    cpuinfo(str)
+    assert build_library(key=GENERATE_KEY) == kept
+
+
+@needs_native
+def test_no_library_is_loaded_on_a_processor_that_lacks_its_instructions(
+    kept: Path, cpuinfo: Callable[[Callable[[str], str]], None]
+) -> None:
+    cpuinfo(lambda text: text.replace(" avx512_bf16", ""))
+    assert pick_backend("auto", use_gpu=False) == "torch"
+    with pytest.raises(UserError, match="generate.backend=native: this processor has no avx512_bf"):
+        pick_backend("native", use_gpu=False)
+    with pytest.raises(RunFailed) as told:
+        build_library(key=GENERATE_KEY)
+    assert str(told.value) == (
+        "this processor has no avx512_bf16; generate.backend=torch does without it"
+    )
+    assert [*kept.parent.iterdir()] == [kept]
+
+
 @pytest.mark.slow
 @needs_native
 def test_compilers_with_other_flags_have_libraries_of_their_own(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", "g++ -DNOTHING")
+    monkeypatch.setenv("CXX", f"{os.environ['CXX']} -DNOTHING")
     assert build_library(key=GENERATE_KEY) != kept
     assert len([*kept.parent.glob("*.so")]) == 2
 

@@ -1,0 +1,42 @@
+#include "check.h"
+#include "gelu.h"
+
+// What a function makes of 16 equal numbers.
+template <typename Function>
+static float of(const Function &function, float x) {
+  float results[16];
+  _mm512_storeu_ps(results, function(_mm512_set1_ps(x)));
+  for (const float result : results) CHECK(!std::memcmp(&result, results, sizeof result));
+  return results[0];
+}
+
+TEST(exp_is_as_exact_as_fp32) {
+  for (float x = -87; x <= 80; x += 0.0137f) {
+    const double exact = std::exp((double)x);
+    CHECK_CLOSE(of([](Floats v) { return exp(v); }, x), exact, 2.5e-7 * exact);
+  }
+  CHECK(of([](Floats v) { return exp(v); }, -INFINITY) < 1e-37);
+}
+
+TEST(exp2_is_more_exact_than_bf16) {
+  for (float x = -120; x <= 100; x += 0.0137f) {
+    const double exact = std::exp2((double)x);
+    CHECK_CLOSE(of([](Floats v) { return exp2(v); }, x), exact, 6e-5 * exact);
+  }
+  CHECK(of([](Floats v) { return exp2(v); }, -INFINITY) == 0);
+}
+
+TEST(gelu_is_as_exact_as_fp32) {
+  for (float x = -12; x <= 12; x += 0.0037f) {
+    const double exact = scalar_gelu(x);
+    CHECK_CLOSE(of([](Floats v) { return gelu(v); }, x), exact, 1e-6 * std::fabs(x));
+  }
+}
+
+TEST(gelu_and_its_slope_are_more_exact_than_bf16) {
+  for (float x = -12; x <= 12; x += 0.0037f) {
+    const double slope = (scalar_gelu(x + 1e-5) - scalar_gelu(x - 1e-5)) / 2e-5;
+    CHECK_CLOSE(of([](Floats v) { return gelu_and_slope(v).value; }, x), scalar_gelu(x), 3e-4);
+    CHECK_CLOSE(of([](Floats v) { return gelu_and_slope(v).slope; }, x), slope, 1.1e-3);
+  }
+}

@@ -1,0 +1,91 @@
+#include "check.h"
+#include "gemm.h"
+
+// A panel of `words` words times up to TILE rows of them, each sum from `start` on.
+template <typename Kind>
+static void multiply(const std::vector<int32_t> &x, const std::vector<int32_t> &panel, int rows,
+                     int words, const Floats &start, float *out) {
+  const auto begin = [&](int, int) {
+    typename Kind::Sum sum;
+    std::memcpy(&sum, &start, sizeof sum);
+    return sum;
+  };
+  const auto end = [&](int r, int b, typename Kind::Sum sum) {
+    std::memcpy(out + r * PANEL + b * LANES, &sum, sizeof sum);
+  };
+  product<Kind>(rows, {x.data(), (size_t)words, 1}, (const Words *)panel.data(), words, begin, end);
+}
+
+TEST(a_tile_of_fp32_is_a_loop_over_its_words) {
+  const int words = 37;
+  for (int rows = 1; rows <= TILE; ++rows) {
+    const std::vector<float> x = randoms(rows * words, rows), w = randoms(words * PANEL, 9);
+    std::vector<int32_t> x_words(x.size()), panel(w.size());
+    std::memcpy(x_words.data(), x.data(), x.size() * 4);
+    std::memcpy(panel.data(), w.data(), w.size() * 4);
+    float out[TILE * PANEL];
+    multiply<Fp32>(x_words, panel, rows, words, _mm512_set1_ps(0.5f), out);
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < PANEL; ++c) {
+        float sum = 0.5f;
+        for (int k = 0; k < words; ++k) sum = std::fma(x[r * words + k], w[k * PANEL + c], sum);
+        CHECK(out[r * PANEL + c] == sum);
+      }
+  }
+}
+
+TEST(a_tile_of_bf16_is_a_loop_over_pairs) {
+  const int words = 37;
+  for (int rows = 1; rows <= TILE; ++rows) {
+    const auto x = bf16(randoms(2 * rows * words, rows)), w = bf16(randoms(2 * words * PANEL, 9));
+    std::vector<int32_t> x_words(rows * words), panel(words * PANEL);
+    std::memcpy(x_words.data(), x.data(), x.size() * 2);
+    std::memcpy(panel.data(), w.data(), w.size() * 2);
+    float out[TILE * PANEL];
+    multiply<Bf16>(x_words, panel, rows, words, _mm512_setzero_ps(), out);
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < PANEL; ++c) {
+        double sum = 0;
+        for (int k = 0; k < words; ++k)
+          for (int o = 0; o < 2; ++o)
+            sum += (double)from_bf16(x[2 * (r * words + k) + o]) *
+                   from_bf16(w[2 * (k * PANEL + c) + o]);
+        CHECK_CLOSE(out[r * PANEL + c], sum, 1e-4);
+      }
+  }
+}
+
+TEST(a_tile_of_int8_is_a_loop_over_fours) {
+  const int words = 37;
+  std::mt19937 generator(5);
+  for (int rows = 1; rows <= TILE; ++rows) {
+    std::vector<int32_t> x(rows * words), panel(words * PANEL), out(TILE * PANEL);
+    for (auto *numbers : {&x, &panel})
+      for (int32_t &word : *numbers) word = (int32_t)generator();
+    multiply<Int8>(x, panel, rows, words, _mm512_setzero_ps(), (float *)out.data());
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < PANEL; ++c) {
+        int32_t sum = 0;
+        for (int k = 0; k < words; ++k)
+          for (int o = 0; o < 4; ++o)
+            sum += ((const uint8_t *)&x[r * words + k])[o] *
+                   ((const int8_t *)&panel[k * PANEL + c])[o];
+        CHECK(out[r * PANEL + c] == sum);
+      }
+  }
+}
+
+TEST(tiles_cover_all_rows_once_and_differ_by_one_row_at_most) {
+  for (int stop = 0; stop < 50; ++stop) {
+    int next = 3, least = TILE, most = 0;
+    in_tiles(3, 3 + stop, [&](int row, int rows) {
+      CHECK(row == next);
+      next += rows, least = std::min(least, rows), most = std::max(most, rows);
+    });
+    CHECK(next == 3 + stop && most <= TILE && (!stop || most - least <= 1));
+  }
+}
+
+TEST(the_last_panel_holds_what_is_left_of_the_columns) {
+  CHECK(panel_count(1) == 1 && panel_count(64) == 1 && panel_count(65) == 2);
+}

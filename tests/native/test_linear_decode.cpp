@@ -1,0 +1,82 @@
+#include "check.h"
+#include "linear_decode.h"
+
+// Weights (outputs, inputs) as the decoder packs them in Python: [panel][word][64 outputs].
+struct Packed {
+  Linear linear = {};
+  std::vector<float> weight, bias, scale;
+  std::vector<int32_t> zero, words;
+
+  Packed(int inputs, int outputs, int kind) : weight(randoms(inputs * outputs, 1)) {
+    bias = randoms(outputs, 2), scale.resize(outputs, 1), zero.resize(outputs);
+    linear.inputs = inputs, linear.outputs = outputs, linear.kind = kind;
+    const int per_word = kind == INT8 ? 4 : kind == BF16 ? 2 : 1, count = word_count(linear);
+    words.resize((size_t)panel_count(outputs) * count * PANEL);
+    for (int o = 0; o < outputs; ++o) {
+      float most = 0;
+      for (int i = 0; i < inputs; ++i) most = std::max(most, std::fabs(weight[o * inputs + i]));
+      if (kind == INT8) scale[o] = most / 127;
+      for (int i = 0; i < inputs; ++i) {
+        float &w = weight[o * inputs + i];
+        const size_t at = ((size_t)(o / PANEL) * count + i / per_word) * PANEL + o % PANEL;
+        char *to = (char *)&words[at] + i % per_word * (4 / per_word);
+        const int8_t whole = kind == INT8 ? (int8_t)std::nearbyint(w / scale[o]) : 0;
+        const uint16_t half = bf16(w);
+        if (kind == INT8) *to = whole, zero[o] += 128 * whole, w = whole * scale[o];
+        if (kind == BF16) std::memcpy(to, &half, 2), w = from_bf16(half);
+        if (kind == FP32) std::memcpy(to, &w, 4);
+      }
+    }
+    linear.weight = words.data(), linear.bias = bias.data();
+    linear.scale = scale.data(), linear.zero = zero.data();
+  }
+};
+
+TEST(a_layer_is_a_loop_with_norm_and_gelu_and_residual) {
+  for (const int kind : {FP32, BF16, INT8})
+    for (const int rows : {1, 5, 100})
+      for (const auto &[inputs, outputs] : {std::pair{1, 3}, std::pair{37, 130}}) {
+        const Packed packed(inputs, outputs, kind);
+        const std::vector<float> x = randoms(rows * inputs, 3), ones(inputs, 1), none(inputs);
+        const std::vector<float> add = randoms(rows * outputs, 4);
+        std::vector<float> y(rows * outputs), scales(rows);
+        std::vector<int32_t> words(rows * row_words(packed.linear));
+        Step step = {};
+        step.scales = scales.data(), step.words = words.data();
+        const Norm norm = {ones.data(), none.data(), 1e-5f};
+#pragma omp parallel num_threads(2)
+        linear(packed.linear, step, x.data(), &norm, nullptr, rows,
+               {y.data(), add.data(), outputs, true});
+        const double off = kind == FP32 ? 1e-5 : kind == BF16 ? 0.02 : 0.06;
+        std::vector<float> normed(inputs);
+        for (int r = 0; r < rows; ++r) {
+          normalise(&x[r * inputs], ones.data(), none.data(), normed.data(), 1e-5f, inputs);
+          for (int o = 0; o < outputs; ++o) {
+            double sum = packed.bias[o];
+            for (int i = 0; i < inputs; ++i)
+              sum += (double)normed[i] * packed.weight[o * inputs + i];
+            CHECK_CLOSE(y[r * outputs + o], scalar_gelu(sum) + add[r * outputs + o],
+                        off * std::sqrt((double)inputs));
+          }
+        }
+      }
+}
+
+TEST(a_row_has_the_same_bits_among_any_neighbours) {
+  for (const int kind : {FP32, BF16, INT8}) {
+    const int rows = 110, inputs = 37, outputs = 70;
+    const Packed packed(inputs, outputs, kind);
+    const std::vector<float> x = randoms(rows * inputs, 3);
+    std::vector<float> all(rows * outputs), one(outputs), scales(rows);
+    std::vector<int32_t> words(rows * row_words(packed.linear));
+    Step step = {};
+    step.scales = scales.data(), step.words = words.data();
+    linear(packed.linear, step, x.data(), nullptr, nullptr, rows,
+           {all.data(), nullptr, outputs, false});
+    for (const int32_t row : {0, 50, 109}) {
+      linear(packed.linear, step, x.data(), nullptr, &row, 1,
+             {one.data(), nullptr, outputs, false});
+      CHECK(!std::memcmp(one.data(), &all[row * outputs], outputs * sizeof(float)));
+    }
+  }
+}

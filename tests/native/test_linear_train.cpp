@@ -1,0 +1,87 @@
+#include "check.h"
+#include "linear_train.h"
+
+struct Layer {
+  int M, N, K;
+  std::vector<uint16_t> x;
+  std::vector<float> weight, bias;
+  std::vector<Line> panels;
+
+  Layer(int M, int N, int K)
+      : M(M),
+        N(N),
+        K(K),
+        x(bf16(randoms((size_t)M * K, 1))),
+        bias(randoms(N, 3)),
+        panels((size_t)panel_count(N) * BLOCKS * K / 2) {
+    for (const float w : randoms((size_t)N * K, 2)) weight.push_back(from_bf16(bf16(w)));
+    pack_rows(weight.data(), (Words *)panels.data(), N, K);
+  }
+  double sum(int m, int n) const {
+    double sum = 0;
+    for (int k = 0; k < K; ++k) sum += (double)from_bf16(x[m * K + k]) * weight[n * K + k];
+    return sum;
+  }
+  template <typename To>
+  void run(const float *bias, To to) const {
+#pragma omp parallel num_threads(2)
+    multiply((const int32_t *)x.data(), (const Words *)panels.data(), bias, M, N, K / 2, to);
+  }
+};
+
+TEST(a_layer_is_a_loop_with_its_bias_or_without) {
+  for (const int M : {1, 7, 100})
+    for (const int N : {2, 64, 98}) {
+      const Layer layer(M, N, 34);
+      std::vector<uint16_t> with(M * N), without(M * N);
+      layer.run(layer.bias.data(), Output{with.data(), N});
+      layer.run(nullptr, Output{without.data(), N});
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) {
+          const double sum = layer.sum(m, n), off = 0.004 * (std::fabs(sum) + 3);
+          CHECK_CLOSE(from_bf16(with[m * N + n]), sum + layer.bias[n], off);
+          CHECK_CLOSE(from_bf16(without[m * N + n]), sum, off);
+        }
+    }
+}
+
+TEST(results_are_multiplied_by_a_slope_or_go_through_gelu) {
+  const int M = 13, N = 70;
+  const Layer layer(M, N, 10);
+  const auto slopes = bf16(randoms(M * N, 5));
+  std::vector<uint16_t> sloped(M * N), value(M * N), slope(M * N);
+  layer.run(layer.bias.data(), Sloped{{sloped.data(), N}, slopes.data()});
+  layer.run(layer.bias.data(), WithGelu{{value.data(), N}, slope.data(), {}});
+  _mm_sfence();
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) {
+      const double z = layer.sum(m, n) + layer.bias[n];
+      const double product = z * from_bf16(slopes[m * N + n]);
+      CHECK_CLOSE(from_bf16(sloped[m * N + n]), product, 0.004 * std::fabs(product) + 1e-4);
+      CHECK_CLOSE(from_bf16(value[m * N + n]), scalar_gelu(z), 0.004 * std::fabs(z) + 5e-4);
+      const double exact = (scalar_gelu(z + 1e-5) - scalar_gelu(z - 1e-5)) / 2e-5;
+      CHECK_CLOSE(from_bf16(slope[m * N + n]), exact, 0.006);
+    }
+}
+
+TEST(gradients_of_weight_and_bias_are_sums_over_rows) {
+  for (const int M : {1, 33, 600})  // beyond 512 rows they are summed in parts
+    for (const auto &[N, K] : {std::pair{66, 10}, std::pair{10, 130}}) {
+      const auto dy = bf16(randoms((size_t)M * N, 1)), x = bf16(randoms((size_t)M * K, 2));
+      std::vector<float> dw(N * K), db(N);
+      std::vector<Line> work((size_t)panel_count(std::min(N, K)) * BLOCKS * ((M + 1) / 2));
+#pragma omp parallel num_threads(2)
+      weight_gradient(dy.data(), x.data(), dw.data(), db.data(), (Words *)work.data(), M, N, K);
+      for (int n = 0; n < N; ++n) {
+        double bias = 0;
+        for (int m = 0; m < M; ++m) bias += from_bf16(dy[m * N + n]);
+        CHECK_CLOSE(db[n], bias, 1e-3);
+        for (int k = 0; k < K; ++k) {
+          double sum = 0;
+          for (int m = 0; m < M; ++m)
+            sum += (double)from_bf16(dy[m * N + n]) * from_bf16(x[m * K + k]);
+          CHECK_CLOSE(dw[n * K + k], sum, 1e-3);
+        }
+      }
+    }
+}
