@@ -16,9 +16,11 @@ from gptray.reports.run.report import write_report
 from gptray.reports.scale import Scale
 from gptray.reports.sweep.report import write_sweep_report
 from tests.reports.curves import config_of, rows_of, started, write_run
+from tests.reports.pages import Page
 from tests.reports.test_run_report import EVIL, LOSSES, whole_evaluation, with_evaluation
 from tests.reports.test_sweep_report import finished
 from tests.serving.browser import chromium, needs_chromium
+from tests.tuning.sweeps import sweep_config, trained, write_sweep
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -64,6 +66,14 @@ def test_a_scale_maps_values_and_clamps_those_beyond_it(is_log: bool) -> None:
     assert scale.at(10) == pytest.approx(100 if is_log else 200 * 9 / 99)
     assert scale.clamped(1000) == 200 and scale.clamped(0.5) == 0 and scale.at(1000) > 200
     assert Scale(5, 5, 0, 200).at(5) == 0  # one value
+
+
+def test_options_that_differ_at_their_ends_are_told_apart_below_a_panel(tmp_path: Path) -> None:
+    options = [[0.9, 0.99], [0.9, 0.95], [0.95, 0.999], [0.8, 0.9]]
+    config = sweep_config([{"path": "optim.betas", "choice": options}], "tune.num_samples=12")
+    made = trained(config, lambda values: (0.0, 0.0))
+    page = Page(write_sweep_report(write_sweep(tmp_path, config, made), running=True))
+    assert {"0.9:0.99", "0.9:0.95", "0.95:0.999", "0.8:0.9"} <= set(page.words)
 
 
 @needs_chromium

@@ -16,11 +16,12 @@ from gptray.tuning.record import Trial
 
 # Of a panel, with the room for its axes.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 150, 40, 10, 8, 24
-LETTERS = 27  # below a panel
+LETTERS, LETTER = 27, 6.8  # in a row below a panel, and the width of one
+ROW = 14  # height of a row of labels
 OUT_OF_PANEL = 0.9  # worse trials than this share stand at the top of a panel
 
-# The x of each trial, and the labels below: x, class, text.
-_Columns = tuple[Mapping[str, float], Sequence[tuple[float, str, str]]]
+# The x of each trial, and the labels below: x, row, text.
+_Columns = tuple[Mapping[str, float], Sequence[tuple[float, int, str]]]
 
 
 def panel_figures(standing: Standing) -> list[Figure]:
@@ -46,15 +47,22 @@ def _picture(standing: Standing, setting: Setting, trials: Sequence[Trial], y: S
     order = ["wrong", "cut", "whole", "own", "winner"]
     trials = sorted(trials, key=lambda trial: order.index(role_of(trial, standing)))
     names = [trial.name for trial in trials]
-    places, marks = (_by_option if setting.entry.options else _by_value)(setting, names)
+    places, labels = (_by_option if setting.entry.options else _by_value)(setting, names)
     shapes = []
     for _, height, text in y.ticks(3):
         shapes.append(line("grid", [(LEFT, height), (WIDTH - RIGHT, height)]))
         shapes.append(words("y", (LEFT - 5, height + 4), text))
-    shapes += [words(css, (place, HEIGHT - 8), text) for place, css, text in marks]
+    shapes += [_label(place, row, text) for place, row, text in labels]
     shapes += [_dot(trial, places[trial.name], y, standing) for trial in trials]
-    label = f"{setting.name}: lowest validation loss of {len(trials)} trials by value"
-    return Picture(WIDTH, HEIGHT, label, shapes)
+    spoken = f"{setting.name}: lowest validation loss of {len(trials)} trials by value"
+    return Picture(WIDTH, HEIGHT + ROW * max(row for _, row, _ in labels), spoken, shapes)
+
+
+def _label(x: float, row: int, text: str) -> Shape:
+    y = HEIGHT - 8 + ROW * row
+    if x + len(text) * LETTER / 2 > WIDTH:
+        return words("x end", (WIDTH, y), text)
+    return words("x", (x, y), text)
 
 
 def _dot(trial: Trial, x: float, y: Scale, standing: Standing) -> Shape:
@@ -74,8 +82,10 @@ def _by_option(setting: Setting, names: Sequence[str]) -> _Columns:
             part = (number + 1) / (len(inside) + 1) - 0.5
             places[name] = LEFT + room * (level + 0.5 + 0.6 * part)
     letters = max(3, LETTERS // len(setting.levels))
+    # Two rows leave each label twice the room.
+    rows = 2 if max(map(len, setting.levels)) > letters else 1
     return places, [
-        (LEFT + room * (level + 0.5), "x", cut_off(name, letters))
+        (LEFT + room * (level + 0.5), level % rows, cut_off(name, rows * letters))
         for level, name in enumerate(setting.levels)
     ]
 
@@ -93,5 +103,4 @@ def _by_value(setting: Setting, names: Sequence[str]) -> _Columns:
         name: x.clamped(value) if isinstance(value, (int, float)) else LEFT - 4
         for name, value in values.items()
     }
-    marks = [(x.at(value), "x", f"{value:.3g}") for value in (entry.low, middle)]
-    return places, [*marks, (WIDTH, "x end", f"{high:.3g}")]
+    return places, [(x.at(value), 0, f"{value:.3g}") for value in (entry.low, middle, high)]
