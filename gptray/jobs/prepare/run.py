@@ -46,7 +46,7 @@ SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
 def run(checked: CheckedText) -> dict[str, Any]:
     """Prepare a text; return the JSON line: what there is now, and how fast it was made.
 
-    `mb_per_sec` counts the text's bytes over the whole job; null when nothing had to be built.
+    `seconds` and `mb_per_sec` (null when nothing had to be built) count from the end of the check.
     """
     began = time.monotonic()
     is_ready = checked.data is not None
