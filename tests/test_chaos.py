@@ -1,4 +1,4 @@
-"""Kills at random moments, by the commands that README names."""
+"""Kills at random moments, by the command that README names: a short form, and the long one."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.chaos, pytest.mark.ray]
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_killed_runs_end_with_the_same_bits() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--rounds=10"]
+@pytest.mark.parametrize(
+    "rounds", [2, pytest.param(10, marks=pytest.mark.chaos)], ids=["short", "long"]
+)
+def test_killed_runs_end_with_the_same_bits(rounds: int) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), f"--rounds={rounds}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["passed"] == 10
+    assert json.loads(done.stdout.splitlines()[-1])["passed"] == rounds
 
 
+@pytest.mark.chaos
 def test_a_killed_sweep_ends_as_if_nothing_was() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "chaos_tune.py"), "--kills=5"]
     done = subprocess.run(command, capture_output=True, text=True)
