@@ -120,30 +120,8 @@ def start(
     if folder:
         state = TrainerState.load(folder)
 
-    def begin() -> None:
-        if folder and state.progress.best_step == step:
-            publish_model(folder, run_dir)  # a kill may have come between save and publish
-        write_event(
-            run_dir,
-            "start",
-            step=step,
-            workers=workers.size,
-            dtype=str(model.compute_dtype).removeprefix("torch."),
-            backend="native" if model.is_native else "torch",
-            compiled=is_compiled,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            parameters=model.num_params,
-            pid=os.getpid(),
-            device=device_name(device),
-            versions=versions(),
-            **({"loses": data.loses} if data.loses else {}),
-            text=dict(split_rows(data.manifest)),
-            warnings=data.manifest["warnings"],
-        )
-
-    workers.from_first(begin)
     step_model = compiled(model, device, tell) if is_compiled else model
-    return Run(
+    run = Run(
         config=config,
         data=data,
         run_dir=run_dir,
@@ -158,6 +136,36 @@ def start(
         rate_at_peak=tokens_per_sec_at_peak(
             config, model.num_params, model.compute_dtype, device_name(device)
         ),
+    )
+
+    def begin() -> None:
+        if folder and state.progress.best_step == step:
+            publish_model(folder, run_dir)  # a kill may have come between save and publish
+        _write_start(run, compiled=is_compiled)
+
+    workers.from_first(begin)
+    return run
+
+
+def _write_start(run: Run, *, compiled: bool) -> None:
+    """Record how a run starts or resumes."""
+    model, data = run.model, run.data
+    write_event(
+        run.run_dir,
+        "start",
+        step=run.state.step,
+        workers=run.workers.size,
+        dtype=str(model.compute_dtype).removeprefix("torch."),
+        backend="native" if model.is_native else "torch",
+        compiled=compiled,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        parameters=model.num_params,
+        pid=os.getpid(),
+        device=device_name(run.device),
+        versions=versions(),
+        **({"loses": data.loses} if data.loses else {}),
+        text=dict(split_rows(data.manifest)),
+        warnings=data.manifest["warnings"],
     )
 
 

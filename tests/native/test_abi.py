@@ -19,7 +19,8 @@ pytestmark = needs_native
 @pytest.fixture(scope="module")
 def description() -> str:
     library = load_library(key=GENERATE_KEY)
-    return (library.decode_abi() + library.train_abi()).decode()
+    text: bytes = library.decode_abi() + library.train_abi()
+    return text.decode()
 
 
 def test_the_library_describes_every_constant_structure_and_function(description: str) -> None:

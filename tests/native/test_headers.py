@@ -44,7 +44,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All tests in C++, in one program with sanitizers."""
     folder = tmp_path_factory.mktemp("native")
     (folder / "empty.cpp").write_text("int main() {}\n")
-    empty = [*compiler(), *SANITIZERS, "-o", folder / "empty", folder / "empty.cpp"]
+    empty: list[str | Path] = [
+        *compiler(),
+        *SANITIZERS,
+        "-o",
+        folder / "empty",
+        folder / "empty.cpp",
+    ]
     if run(*empty).returncode or run(folder / "empty").returncode:
         pytest.skip("this compiler has no sanitizers")
 
