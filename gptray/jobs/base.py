@@ -19,7 +19,7 @@ JOBS = {
     "train": "gptray.jobs.train.run",
     "tune": "gptray.jobs.tune.run",
     "evaluate": "gptray.jobs.evaluate.run",
-    "generate": "gptray.jobs.generate.job",
+    "generate": "gptray.jobs.generate.run",
     "serve": "gptray.jobs.serve.run",
     "runs": "gptray.jobs.runs.run",
 }

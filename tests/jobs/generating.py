@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptray.config import Config, load_config
+from gptray.jobs.base import Plan
+from gptray.jobs.generate.check import check
+from gptray.jobs.generate.run import plan
 
 
 def config_of(model_dir: Path, prompts: Path, output: Path, *overrides: str) -> Config:
@@ -21,3 +24,8 @@ def config_of(model_dir: Path, prompts: Path, output: Path, *overrides: str) -> 
     values = {key: str(value) for key, value in defaults.items()}
     values |= dict(pair.split("=", 1) for pair in overrides)
     return load_config(None, [f"{key}={value}" for key, value in values.items()])
+
+
+def planned(config: Config) -> Plan:
+    """What the job's dry run says."""
+    return plan(check(config))

@@ -19,7 +19,8 @@ from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.data.parts import part_name
 from gptray.generation.batch import PartWriter
 from gptray.generation.loading import open_engine
-from gptray.jobs.generate.output import Output, check_job
+from gptray.jobs.generate.check import check_batch
+from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.output_plan import MANIFEST
 from tests.damage import (
     NO_JSON,
@@ -69,7 +70,7 @@ def config_for(folder: Path, model_dir: Path, *overrides: str) -> Config:
 
 def job(config: Config, feed: Feed, *, most: int | None = None) -> dict[str, Any] | None:
     """Start or resume a job; None if it was ended after `most` parts."""
-    with Output.opened(check_job(config)) as output:
+    with Output.opened(check_batch(config)) as output:
         missing = output.missing_parts()
         for number in missing[:most]:
             feed(output, number)

@@ -20,11 +20,11 @@ from pyarrow import parquet
 
 from gptray.config import UserError, dump, load_config
 from gptray.generation.settings import derived_seed
-from gptray.jobs.generate.run import generate, generation_plan
+from gptray.jobs.generate.run import generate
 from gptray.model.hf import save_pretrained
 from gptray.visible import visible
 from tests.generation.models import needs_native, random_gpt, reference, small_tokenizer
-from tests.jobs.generating import config_of
+from tests.jobs.generating import config_of, planned
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
@@ -217,10 +217,10 @@ def test_a_renamed_input_and_a_dry_run_change_nothing(
     before = {path: path.stat().st_mtime_ns for path in finished[0].iterdir()}
     config = config_of(model_dir, renamed, finished[0])
     assert generate(config)["rows"] == ROWS
-    facts = dict(generation_plan(config))
+    facts = dict(planned(config))
     assert facts["rows"] == str(ROWS) and facts["columns"].endswith("topic, temperature")
     assert before == {path: path.stat().st_mtime_ns for path in finished[0].iterdir()}
-    generation_plan(config_of(model_dir, prompts, tmp_path / "new"))
+    planned(config_of(model_dir, prompts, tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 

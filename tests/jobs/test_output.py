@@ -10,8 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from gptray.config import RunFailed, UserError, load_config
-from gptray.jobs.generate.run import generate, generation_plan
-from tests.jobs.generating import config_of
+from gptray.jobs.generate.run import generate
+from tests.jobs.generating import config_of, planned
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ def test_an_output_among_the_input_is_refused(model_dir: Path, tmp_path: Path, e
         (path / "p.jsonl").write_text('{"prompt": "x"}\n')
         parquet.write_table(pa.table({"prompt": ["x"]}), path / "p.parquet")
     inside = "in" if entry in ("in/p.jsonl", "in/*") else "in/out"
-    for check in (generate, generation_plan):
+    for job in (generate, planned):
         with pytest.raises(UserError, match=r"generate.output_path: .*in.* choose another folder"):
-            check(config_of(model_dir, tmp_path / entry, tmp_path / inside))
+            job(config_of(model_dir, tmp_path / entry, tmp_path / inside))
     config = config_of(model_dir, tmp_path / "in" / "p.jsonl", tmp_path / "in" / "out")
-    assert dict(generation_plan(config))["rows"] == "1", "beside a file is a place like any other"
+    assert dict(planned(config))["rows"] == "1", "beside a file is a place like any other"
 
 
 def test_a_dry_run_refuses_what_the_job_refuses(model_dir: Path, tmp_path: Path) -> None:
@@ -64,9 +64,9 @@ def test_a_dry_run_refuses_what_the_job_refuses(model_dir: Path, tmp_path: Path)
 
     def refused(match: str, *overrides: str) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for check in (generate, generation_plan):
+        for job in (generate, planned):
             with pytest.raises(UserError, match=match):
-                check(config_of(model_dir, path, out, *overrides))
+                job(config_of(model_dir, path, out, *overrides))
 
     rows[1999]["id"] = 3
     refused("p.jsonl:2000: the id 3")
@@ -92,13 +92,13 @@ def test_mistakes_are_told_together_without_ray(tmp_path: Path) -> None:
         ],
     )
     with pytest.raises(UserError) as caught:
-        generation_plan(config)
+        planned(config)
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0].split("=")[0] for line in lines] == [
         "generate.model", "generate.input_path", "generate.output_path"
     ]  # fmt: skip
     with pytest.raises(UserError, match="has no run with a model"):
-        generation_plan(load_config(None, [f"storage_path={tmp_path}"]))
+        planned(load_config(None, [f"storage_path={tmp_path}"]))
 
 
 def test_duplicate_ids_and_broken_lines_stop_before_anything_is_made(
@@ -128,9 +128,9 @@ def test_a_damaged_plan_is_one_sentence(
     config = config_of(model_dir, path, out)
     assert generate(config)["rows"] == 0, "the manifest says the same"
     (out / "_manifest.json").write_bytes(damage)
-    for check in (generate, generation_plan):
+    for job in (generate, planned):
         with pytest.raises(UserError, match=r"plan.json is damaged or was not written") as told:
-            check(config)
+            job(config)
         assert "\n" not in str(told.value)
 
 
@@ -183,6 +183,6 @@ def test_a_place_that_takes_no_output_is_refused(
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").touch()
     out = Path(place) if place.startswith("~") else tmp_path / place
-    for check in (generate, generation_plan):
+    for job in (generate, planned):
         with pytest.raises(UserError, match=told):
-            check(config_of(model_dir, tmp_path / "p.jsonl", out))
+            job(config_of(model_dir, tmp_path / "p.jsonl", out))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import RunFailed, UserError, load_config
-from gptray.jobs.generate.output import with_backend, with_built_backend
+from gptray.jobs.engine_backend import with_backend, with_built_backend
 from gptray.native import processor
 from gptray.native.backend import GENERATE_KEY, pick_backend
 from gptray.native.build import build_library

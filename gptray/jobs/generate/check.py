@@ -1,13 +1,17 @@
-"""What is looked at before a model generates in this process, without torch."""
+"""The generate job, checked without torch or Ray: in the terminal, or in bulk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptray.config import Config
+from gptray.config import ComputeConfig, Config, UserError
+from gptray.data.prompts import check_input
+from gptray.data.sources import SourceFile, find_files
+from gptray.files import absolute
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.generate.output import with_backend
+from gptray.jobs.engine_backend import with_backend
+from gptray.jobs.generate.output_plan import overlap
 from gptray.jobs.models import find_model
 
 
@@ -31,3 +35,76 @@ def check_model(config: Config) -> CheckedModel:
     picked = with_backend(config)
     folder, name = find_model(config, config.generate.model, key="generate.model")
     return CheckedModel(config, picked, folder, name)
+
+
+@dataclass(frozen=True)
+class CheckedBatch:
+    """A batch job in which everything exists.
+
+    asked: the config as given; config: with the backend that it means here.
+    """
+
+    asked: Config
+    config: Config
+    model_dir: Path
+    model_name: str
+    files: tuple[SourceFile, ...]
+    folder: Path
+
+
+def check_batch(asked: Config) -> CheckedBatch:
+    """Check the machine, the model, the input's beginning and the output's place.
+
+    Raises UserError with all that is wrong, one line each.
+    """
+    config, settings, problems = asked, asked.generate, []
+    files: list[SourceFile] = []
+    model_dir, name = Path(), ""
+    try:
+        model_dir, name = find_model(config, config.generate.model, key="generate.model")
+    except UserError as error:
+        problems.append(str(error))
+    if settings.input_path is None:
+        problems.append(
+            "generate.input_path is not set: name a file of prompts, or give sample.prompt=... to "
+            "see the answer here"
+        )
+    else:
+        try:
+            files = find_files(
+                settings.input_path, key="generate.input_path", encoding=config.data.encoding
+            )
+            check_input(files, settings)
+        except UserError as error:
+            problems.append(str(error))
+    if settings.output_path is None:
+        problems.append("generate.output_path is not set: name a folder for the Parquet files")
+    elif "://" in settings.output_path:
+        problems.append(
+            f"generate.output_path={settings.output_path}: must be a folder; on a cluster one "
+            "that every node sees"
+        )
+    try:
+        config = with_backend(config)
+    except UserError as error:
+        problems.append(str(error))
+    folder = absolute(settings.output_path or "", key="generate.output_path")
+    given = settings.input_path or []
+    if settings.output_path and "://" not in settings.output_path:
+        problem = overlap(folder, [given] if isinstance(given, str) else given, files)
+        problems += [f"generate.output_path: {problem}"] if problem else []
+    if problems:
+        raise UserError("\n".join(problems))
+    check_resources(engine_compute(asked))
+    return CheckedBatch(asked, config, model_dir, name, tuple(files), folder)
+
+
+def check(config: Config) -> CheckedModel | CheckedBatch:
+    """Find every mistake of the job. Raises UserError."""
+    is_for_terminal = config.generate.input_path is None and config.sample.prompt is not None
+    return check_model(config) if is_for_terminal else check_batch(config)
+
+
+def engine_compute(config: Config) -> ComputeConfig:
+    """What the engines of a batch job need: `generate.num_workers` workers."""
+    return config.compute.model_copy(update={"num_workers": config.generate.num_workers})

@@ -14,8 +14,8 @@ from gptray.config.use_sections import ROW_SETTINGS
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed
+from gptray.jobs.engine_backend import with_built_backend
 from gptray.jobs.generate.check import CheckedModel, check_model
-from gptray.jobs.generate.output import with_built_backend
 
 # The keywords of `LLM` and the config's keys that they set.
 _OPTIONS = {

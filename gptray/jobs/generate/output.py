@@ -7,18 +7,17 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
-from gptray.config import Config, RunFailed, UserError
+from gptray.config import RunFailed, UserError
 from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
-from gptray.data.prompts import InputScan, check_input, scan, staged
-from gptray.data.sources import SourceFile, find_files
-from gptray.files import absolute, no_empty_folders, storing
+from gptray.data.prompts import InputScan, scan, staged
+from gptray.files import no_empty_folders, storing
+from gptray.jobs.generate.check import CheckedBatch
 from gptray.jobs.generate.output_plan import (
     MANIFEST,
     PLAN,
@@ -28,110 +27,18 @@ from gptray.jobs.generate.output_plan import (
     existing_plan,
     job_identity,
     new_plan,
-    overlap,
     refuse_differences,
     write_json,
 )
-from gptray.jobs.models import find_model
 from gptray.jobs.run_folder import held
-from gptray.native.backend import GENERATE_KEY, pick_backend
-from gptray.native.build import build_library
 
 log = logging.getLogger("gptray")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A generate job that has been looked at: everything in it exists, its backend is picked."""
-
-    config: Config
-    model_dir: Path
-    model_name: str
-    files: tuple[SourceFile, ...]
-    folder: Path
-
-
-def check_job(config: Config) -> Job:
-    """Look at model, input and output without torch or Ray.
-
-    Raises UserError with all that is wrong, one line each.
-    """
-    settings, problems = config.generate, []
-    files: list[SourceFile] = []
-    model_dir, name = Path(), ""
-    try:
-        model_dir, name = find_model(config, config.generate.model, key="generate.model")
-    except UserError as error:
-        problems.append(str(error))
-    if settings.input_path is None:
-        problems.append(
-            "generate.input_path is not set: name a file of prompts, or give sample.prompt=... to "
-            "see the answer here"
-        )
-    else:
-        try:
-            files = find_files(
-                settings.input_path, key="generate.input_path", encoding=config.data.encoding
-            )
-            check_input(files, settings)
-        except UserError as error:
-            problems.append(str(error))
-    if settings.output_path is None:
-        problems.append("generate.output_path is not set: name a folder for the Parquet files")
-    elif "://" in settings.output_path:
-        problems.append(
-            f"generate.output_path={settings.output_path}: must be a folder; on a cluster one "
-            "that every node sees"
-        )
-    try:
-        config = with_backend(config)
-    except UserError as error:
-        problems.append(str(error))
-    folder = absolute(settings.output_path or "", key="generate.output_path")
-    given = settings.input_path or []
-    if settings.output_path and "://" not in settings.output_path:
-        problem = overlap(folder, [given] if isinstance(given, str) else given, files)
-        problems += [f"generate.output_path: {problem}"] if problem else []
-    if problems:
-        raise UserError("\n".join(problems))
-    return Job(config, model_dir, name, tuple(files), folder)
-
-
-def with_backend(config: Config) -> Config:
-    """The config with the backend that `auto` means here, for all engines of the job.
-
-    On GPUs `auto` stays: whether an engine can record CUDA graphs shows where it runs. Raises
-    UserError if the backend that is asked for is not available.
-    """
-    if config.compute.use_gpu and config.generate.backend == "auto":
-        return config
-    backend = pick_backend(config.generate.backend, use_gpu=config.compute.use_gpu)
-    settings = config.generate.model_copy(update={"backend": backend})
-    return config.model_copy(update={"generate": settings})
-
-
-def with_built_backend(asked: Config, picked: Config) -> Config:
-    """Build the library of the backend that `with_backend` picked; fall back from auto to PyTorch.
-
-    Raises RunFailed if generate.backend=native was asked for and cannot be built.
-    """
-    if picked.generate.backend != "native":
-        return picked
-    try:
-        build_library(key=GENERATE_KEY)
-    except RunFailed as error:
-        if asked.generate.backend == "native":
-            raise
-        log.warning("generate.backend: PyTorch, since %s", error)
-        settings = picked.generate.model_copy(update={"backend": "torch"})
-        return picked.model_copy(update={"generate": settings})
-    return picked
 
 
 class Output:
     """The opened folder of a job; nobody else writes there meanwhile."""
 
-    def __init__(self, job: Job, plan: dict[str, Any]) -> None:
+    def __init__(self, job: CheckedBatch, plan: dict[str, Any]) -> None:
         self.job, self.folder = job, job.folder
         self.rows: int = plan["rows"]
         self.samples: int = plan["num_samples"]
@@ -141,7 +48,7 @@ class Output:
 
     @classmethod
     @contextmanager
-    def opened(cls, job: Job) -> Iterator[Output]:
+    def opened(cls, job: CheckedBatch) -> Iterator[Output]:
         """Make the folder, or resume in it.
 
         Raises UserError if it belongs to something else, or to a job with other settings, and for
@@ -270,7 +177,7 @@ def _scratch(folder: Path, *, is_new: bool) -> Iterator[None]:
                 raise
 
 
-def check_output(job: Job) -> InputScan:
+def check_output(job: CheckedBatch) -> InputScan:
     """Every check that `Output.opened` makes, and a look at all rows; writes nothing.
 
     Raises UserError.
@@ -279,7 +186,7 @@ def check_output(job: Job) -> InputScan:
     return _scan(job)
 
 
-def _plan_there(job: Job) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def _plan_there(job: CheckedBatch) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """The plan in the folder, if there is one of the same job, and the job's identity."""
     plan = existing_plan(job.folder)
     check_place(job.folder)
@@ -289,7 +196,7 @@ def _plan_there(job: Job) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     return plan, identity
 
 
-def _scan(job: Job) -> InputScan:
+def _scan(job: CheckedBatch) -> InputScan:
     """Look at all of the input, and tell what is odd. Raises UserError for what is wrong."""
     found = scan(job.files, job.config.generate)
     for note in found.columns.notes:

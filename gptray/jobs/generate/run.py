@@ -9,27 +9,32 @@ from __future__ import annotations
 
 import collections
 import logging
-import os
 import shlex
-import threading
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.commands import retyped
-from gptray.config import ComputeConfig, Config, RunFailed, UserError
+from gptray.config import Config, RunFailed, UserError
 from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import output_schema
-from gptray.jobs.cluster import check_resources, ray_cluster, worker_resources
-from gptray.jobs.generate.check import check_model
-from gptray.jobs.generate.output import Output, check_job, check_output, with_built_backend
+from gptray.jobs.base import Job, Plan
+from gptray.jobs.cluster import ray_cluster, worker_resources
+from gptray.jobs.engine_backend import with_built_backend
+from gptray.jobs.generate.check import (
+    CheckedBatch,
+    CheckedModel,
+    check,
+    engine_compute,
+)
+from gptray.jobs.generate.output import Output, check_output
 from gptray.jobs.generate.rows_bar import RowsBar
+from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.next_steps import resumable, tell
 from gptray.wording import count
 
 if TYPE_CHECKING:
-    from gptray.generation.batch import PartWriter, Progress
+    from gptray.generation.batch import Progress
 
 log = logging.getLogger("gptray")
 
@@ -44,14 +49,20 @@ def generate(config: Config) -> dict[str, Any]:
     Returns the JSON line's facts. Raises UserError for what cannot start, RunFailed when engines
     keep failing or a file cannot be written.
     """
-    if is_for_terminal(config):
-        model = check_model(config)
+    return run(check(config))
+
+
+def run(checked: CheckedModel | CheckedBatch) -> dict[str, Any]:
+    """Run a job that was checked; see `generate`."""
+    if isinstance(checked, CheckedModel):
         from gptray.jobs.generate.terminal import generate_here  # loads torch
 
-        return generate_here(model)
-    job = check_job(config)
-    check_resources(_compute(config))
-    job = replace(job, config=with_built_backend(config, job.config))
+        return generate_here(checked)
+    return _run_batch(checked)
+
+
+def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
+    job = replace(checked, config=with_built_backend(checked.asked, checked.config))
     folder = job.folder
     with resumable(folder, _command, begun=folder), Output.opened(job) as output:
         missing = output.missing_parts()
@@ -71,23 +82,16 @@ def generate(config: Config) -> dict[str, Any]:
     return {**summary, **speed}
 
 
-def is_for_terminal(config: Config) -> bool:
-    """Whether the job shows its texts here, with no file of prompts."""
-    return config.generate.input_path is None and config.sample.prompt is not None
-
-
 def _command() -> str:
     return retyped("generate") or "the same command"
 
 
-def generation_plan(config: Config) -> list[tuple[str, str]]:
-    """What the job would do, without torch or Ray; raises UserError as the job would."""
-    if is_for_terminal(config):
-        model = check_model(config)
-        backend = model.config.generate.backend
-        return [("model", str(model.folder)), ("backend", backend), ("output", "this terminal")]
-    job = check_job(config)
-    check_resources(_compute(config))
+def plan(checked: CheckedModel | CheckedBatch) -> Plan:
+    """What the job would do. Reads the whole input of a batch job; raises UserError as it would."""
+    if isinstance(checked, CheckedModel):
+        backend = checked.config.generate.backend
+        return [("model", str(checked.folder)), ("backend", backend), ("output", "this terminal")]
+    job, config = checked, checked.config
     found, samples = check_output(job), config.generate.num_samples
     megabytes = sum(file.size for file in job.files) / 1e6
     columns = output_schema(found.schema, samples).names
@@ -103,66 +107,11 @@ def generation_plan(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-def _compute(config: Config) -> ComputeConfig:
-    return config.compute.model_copy(update={"num_workers": config.generate.num_workers})
-
-
 def _write_empty(output: Output) -> None:
     """Write the one file of a job without rows: its columns, which need no engine."""
     staged = read_whole(output.staged(0))
     empty = output_schema(staged.schema, output.samples, output.metadata()).empty_table()
     write_part(empty, output.folder / part_name(0))
-
-
-class EngineWorker:
-    """A Ray actor: one engine. Calls come in several threads; one at a time runs the engine.
-
-    The model is loaded by the first part, so that what is wrong with it is a call's error.
-    """
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self._settings = settings
-        self._lock = threading.Lock()
-        self._writer: PartWriter | None = None
-
-    def feed(self, number: int, staged: str) -> list[int]:
-        """Take on a part; return the numbers of the parts that were written meanwhile."""
-        with self._lock:
-            self._writer = self._writer or _writer(self._settings)
-            return self._writer.feed(number, Path(staged))
-
-    def finish(self) -> list[int]:
-        """Run all parts to their end; return the numbers of those written meanwhile."""
-        with self._lock:
-            return self._writer.finish() if self._writer else []
-
-    def progress(self) -> Progress | None:
-        """Counters so far; answers while the engine runs."""
-        return self._writer.progress if self._writer else None
-
-    def process(self) -> int:
-        """Its process id."""
-        return os.getpid()
-
-
-def _writer(settings: dict[str, Any]) -> PartWriter:
-    import torch
-
-    from gptray.generation.batch import PartWriter
-    from gptray.generation.loading import open_engine
-
-    config = Config.model_validate(settings["config"])
-    torch.set_num_threads(settings["threads"])
-    engine, tokenizer = open_engine(settings["model_dir"], config)
-    return PartWriter(
-        engine,
-        tokenizer,
-        config.sample,
-        Path(settings["output_dir"]),
-        num_samples=config.generate.num_samples,
-        model=settings["model_name"],
-        metadata=settings["metadata"],
-    )
 
 
 @dataclass
@@ -184,7 +133,7 @@ class Engines:
         self._config, self._output = config, output
         self._queue = collections.deque(missing)
         self._failures = 0
-        self._reserved = worker_resources(_compute(config))
+        self._reserved = worker_resources(engine_compute(config))
         workers = min(config.generate.num_workers, len(missing))
         self._engines = [self._start() for _ in range(workers)]
 
@@ -257,21 +206,23 @@ class Engines:
     def _start(self) -> _Engine:
         import ray
 
+        from gptray.jobs.generate.worker import EngineWorker  # loads torch
+
         output = self._output
-        settings = {
-            "config": self._config.model_dump(mode="json"),
-            "threads": max(1, int(self._reserved["CPU"])),
-            "model_dir": str(output.job.model_dir),
-            "model_name": output.job.model_name,
-            "output_dir": str(output.folder),
-            "metadata": output.metadata(),
-        }
+        task = GenerateTask(
+            self._config,
+            threads=max(1, int(self._reserved["CPU"])),
+            model_dir=output.job.model_dir,
+            model_name=output.job.model_name,
+            output_dir=output.folder,
+            metadata=output.metadata(),
+        )
         actor = ray.remote(EngineWorker).options(
             num_cpus=self._reserved["CPU"],
             num_gpus=self._reserved.get("GPU", 0),
             max_concurrency=IN_LINE + 1,
         )
-        return _Engine(actor.remote(settings))
+        return _Engine(actor.remote(task))
 
     def _replace(self, engine: _Engine, error: Exception) -> _Engine:
         """A new engine for a dead one; the parts that it had not written go back in line."""
@@ -296,3 +247,6 @@ class Engines:
         rate = sum(c.output_tokens / (c.last - c.first) for c in ran)
         share = sum(c.step_seconds for c in ran) / (sum(c.last - c.first for c in ran) or 1.0)
         return {"tokens_per_sec": round(rate, 1), "engine_share": round(share, 3)}
+
+
+JOB = Job(check, plan, run)

@@ -13,7 +13,7 @@ from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.generate.output import with_backend
+from gptray.jobs.engine_backend import with_backend
 from gptray.jobs.models import find_model
 from gptray.model.example import FALLBACK
 from gptray.model.shape import read_shape

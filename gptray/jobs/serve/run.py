@@ -16,7 +16,7 @@ from typing import Any
 from gptray.config import Config, RunFailed, UserError
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
-from gptray.jobs.generate.output import with_built_backend
+from gptray.jobs.engine_backend import with_built_backend
 from gptray.jobs.next_steps import tell
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import (

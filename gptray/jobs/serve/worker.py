@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, override
 from gptray.jobs.cluster import worker_resources
-from gptray.jobs.generate.output import with_backend
+from gptray.jobs.engine_backend import with_backend
 from gptray.jobs.serve.check import api_keys, replicas_compute
 from gptray.jobs.serve.task import ReplicaTask
 

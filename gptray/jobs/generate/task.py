@@ -1,0 +1,24 @@
+"""What an engine's process is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptray.config import Config
+
+
+@dataclass(frozen=True)
+class GenerateTask:
+    """Continue the parts of a job's input, with so many threads.
+
+    config: checked by the driver. model_name, metadata: for the files, as column and key-values.
+    """
+
+    config: Config
+    threads: int
+    model_dir: Path
+    model_name: str
+    output_dir: Path
+    metadata: Mapping[str, str]
