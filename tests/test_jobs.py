@@ -50,16 +50,6 @@ def job(
 
 
 @pytest.mark.ray
-def test_train_ends_with_one_json_line_and_plain_progress(text_file: Path, tmp_path: Path) -> None:
-    done = job("train", f"data.source={text_file}", f"storage_path={tmp_path}", *TINY)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["step"] == 4 and Path(result["model_dir"], "model.safetensors").is_file()
-    assert "step 4/4" in done.stderr and "\x1b" not in done.stderr
-    assert "Traceback" not in done.stderr and "ray" not in done.stderr.lower().split()
-
-
-@pytest.mark.ray
 def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> None:
     done = job("prepare", f"data.source={text_file}", f"storage_path={tmp_path}", *TINY)
     assert done.returncode == 0, done.stderr

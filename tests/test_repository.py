@@ -45,7 +45,10 @@ def test_everything_imported_is_declared(folder: str, project: dict[str, Any]) -
     # What an extra brings is imported where a setting asks for it; PyTorch brings Triton for GPUs.
     lines = [*project["dependencies"], *project["optional-dependencies"]["optuna"], "triton"]
     declared = {re.split(r"[\[<>=!~ ]", line)[0].lower().replace("_", "-") for line in lines}
-    imported = {DISTRIBUTIONS.get(name, name.lower()) for name in imported_packages(folder)}
+    imported = {
+        DISTRIBUTIONS.get(name, name.lower().replace("_", "-"))
+        for name in imported_packages(folder)
+    }
     assert imported <= declared
 
 

@@ -137,16 +137,6 @@ def folder_of(config: Config) -> Path:
     return Path(config.storage_path) / "done"
 
 
-def test_changed_text_is_refused(copy: Config, text_file: Path) -> None:
-    (folder_of(copy) / "checkpoint_000020" / "manifest.json").unlink()  # not finished any more
-    text_file.write_text(tiny_text(seed=8))
-    try:
-        with pytest.raises(UserError, match="text or tokenizer .* has changed"):
-            train(copy)
-    finally:
-        text_file.write_text(tiny_text())
-
-
 def test_torn_ray_snapshot_does_not_stop_a_run(
     finished: tuple[Path, dict[str, object]], copy: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,3 +242,13 @@ def test_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
     # Once the text is prepared the dry run knows it too.
     with pytest.raises(UserError, match=r"training text is too short.*train\.block_size"):
         check(config)
+
+
+def test_changed_text_is_refused(copy: Config, text_file: Path) -> None:
+    (folder_of(copy) / "checkpoint_000020" / "manifest.json").unlink()  # not finished any more
+    text_file.write_text(tiny_text(seed=8))
+    try:
+        with pytest.raises(UserError, match="text or tokenizer .* has changed"):
+            train(copy)
+    finally:
+        text_file.write_text(tiny_text())
