@@ -26,7 +26,7 @@ from pyarrow import parquet
 
 from gptray.config import load_config
 from gptray.record import METRICS, read_rows
-from gptray.tuning.record import TRIALS, load_sweep, load_trials, trial_dir
+from gptray.tuning.sweep_record import TRIALS, load_sweep, load_trials, trial_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["ray", "train", "tune", "serve", "data", "actor", "task", "node", "driver", "worker"]

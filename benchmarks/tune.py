@@ -23,8 +23,8 @@ from typing import Any
 
 from gptray.config import load_config
 from gptray.record import EVENTS, read_rows
-from gptray.tuning.plan import ranked, score
-from gptray.tuning.record import Trial, load_trials, trial_dir
+from gptray.tuning.sweep_record import Trial, load_trials, trial_dir
+from gptray.tuning.trial_plan import ranked, score
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "overfitting_demo.yaml"

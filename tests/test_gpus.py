@@ -11,7 +11,7 @@ import torch
 from gptray import gpus
 from gptray.config import ComputeConfig, Config, UserError, override
 from gptray.jobs.cluster import check_resources, check_training
-from gptray.model.gpu import check_gpu, out_of_gpu_memory
+from gptray.model.gpu_faults import check_gpu, out_of_gpu_memory
 from gptray.model.precision import pick_dtype
 from gptray.native.compiler import why_not_compile
 

@@ -19,7 +19,7 @@ import yaml
 
 from gptray.model.hf import save_pretrained
 from gptray.record import read_rows
-from gptray.tuning.record import TRIALS, load_trials
+from gptray.tuning.sweep_record import TRIALS, load_trials
 from tests.generation.models import random_gpt, small_tokenizer
 from tests.in_process import job_here
 

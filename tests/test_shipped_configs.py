@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from gptray.config import Config, flatten, load_config
-from gptray.tuning.plan import plan_trials
-from gptray.tuning.record import rungs
+from gptray.tuning.sweep_record import rungs
+from gptray.tuning.trial_plan import plan_trials
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 # serve.yaml is Ray Serve's: tests/jobs/test_serve.py deploys it.

@@ -11,7 +11,7 @@ from gpu_parts.generate import PROMPT_TOKENS, TOP_K, engine_of, model_folder
 
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
-from gptray.serving.worker import EngineThread
+from gptray.serving.engine_thread import EngineThread
 
 
 def serve(bench: Bench) -> None:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gptray.data.plan import PiecePlan, PieceScan
 from gptray.data.sources import SourceFile
 from gptray.data.split import LONG_NAMES
+from gptray.data.split_plan import PiecePlan, PieceScan
 
 # A share that is off by more than this part of what was asked for is worth a warning.
 _TOLERANCE = 0.2

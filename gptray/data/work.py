@@ -22,10 +22,10 @@ from gptray.data.corpus import read_parts
 from gptray.data.documents import EMPTY_ROW, Part
 from gptray.data.encoding import UTF8
 from gptray.data.pieces import Piece, file_encoding
-from gptray.data.plan import PiecePlan, PieceScan
 from gptray.data.shards import Shard, ShardEncoder, ShardWriter
 from gptray.data.sources import file_sha256
 from gptray.data.split import SPLITS, TRAIN, UNUSED, Region
+from gptray.data.split_plan import PiecePlan, PieceScan
 from gptray.data.tokenizer import Tokenizer, UnreadableText
 
 SAMPLE_CHARACTERS = 1 << 16

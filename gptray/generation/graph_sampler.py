@@ -23,7 +23,7 @@ from gptray.generation.choosing import (
     draw_unranked,
     top_candidates,
 )
-from gptray.generation.gpu import random_numbers
+from gptray.generation.gpu_kernels import random_numbers
 from gptray.generation.recording import Graphs, Inbox, Mirror
 from gptray.generation.sampling import Drawn, Row, draw, is_ranked
 from gptray.generation.settings import Sampling

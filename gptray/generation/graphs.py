@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptray.generation.choosing import top_candidates
 from gptray.generation.decoder import PIECE_TOKENS, Piece
-from gptray.generation.gpu import attend
+from gptray.generation.gpu_kernels import attend
 from gptray.generation.graph_sampler import GraphSampler
 from gptray.generation.packed import PackedGPT
 from gptray.generation.recording import Graphs, Mirror

@@ -1,4 +1,4 @@
-"""Kernels for GPUs in Triton; `gptray.generation.gpu` says what they compute.
+"""Kernels for GPUs in Triton; `gptray.generation.gpu_kernels` says what they compute.
 
 Nothing depends on a neighbouring row: each program works on one row, and sums its keys in blocks
 that begin at multiples of BLOCK_K.

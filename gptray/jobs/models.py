@@ -19,7 +19,7 @@ from gptray.files import expanded, sha256_of
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape, weight_files
-from gptray.tuning.record import TRIALS
+from gptray.tuning.sweep_record import TRIALS
 
 log = logging.getLogger("gptray")
 CONFIG = "config.yaml"

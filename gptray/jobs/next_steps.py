@@ -11,7 +11,7 @@ from typing import Any
 from gptray.commands import typed
 from gptray.config import Config, differences
 from gptray.config.keys import shown
-from gptray.evaluation.commands import model_commands
+from gptray.evaluation.model_commands import model_commands
 from gptray.jobs.models import has_model, storage_of
 from gptray.jobs.resuming import command
 from gptray.record import EVENTS, METRICS, read_rows

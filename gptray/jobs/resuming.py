@@ -28,7 +28,7 @@ from gptray.training.checkpoint import (
     checkpoint_step,
     find_checkpoints,
 )
-from gptray.tuning.record import TRIALS, samples_drawn
+from gptray.tuning.sweep_record import TRIALS, samples_drawn
 
 log = logging.getLogger("gptray")
 

@@ -19,16 +19,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from gptray.config import ServeConfig, UserError
+from gptray.serving.api_error import ApiError, ClientGone
+from gptray.serving.api_keys import Keys
 from gptray.serving.arrival import Arrival
 from gptray.serving.body import read_json
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Endpoint, Served
-from gptray.serving.errors import ApiError, ClientGone
+from gptray.serving.engine_thread import Overloaded
 from gptray.serving.events import EventStream
 from gptray.serving.gate import Gate
-from gptray.serving.keys import Keys
 from gptray.serving.no_path import no_path
-from gptray.serving.page import page
 from gptray.serving.protocol import (
     CompletionRequest,
     DetokenizeRequest,
@@ -38,7 +38,7 @@ from gptray.serving.protocol import (
 from gptray.serving.streams import EngineStopped
 from gptray.serving.telemetry import Stopwatch, Telemetry
 from gptray.serving.told import told
-from gptray.serving.worker import Overloaded
+from gptray.serving.try_page import page
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)

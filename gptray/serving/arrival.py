@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
-from gptray.serving.errors import ApiError, ClientGone
+from gptray.serving.api_error import ApiError, ClientGone
 
 # This many bodies of the largest size may be arriving at a time; small ones always may.
 LARGEST_AT_ONCE, SMALL = 64, 16 << 10

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from fastapi import Request
 
 from gptray.data.rows import BOM, json_object
+from gptray.serving.api_error import ApiError
 from gptray.serving.arrival import Arrival
-from gptray.serving.errors import ApiError
 
 # No request has reason to be nested deeper.
 MAX_DEPTH = 16

@@ -23,11 +23,11 @@ from gptray.generation.detokenize import TextStream
 from gptray.generation.sampling import Drawn
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
+from gptray.serving.api_error import ApiError
 from gptray.serving.endpoint import Served
-from gptray.serving.errors import ApiError
+from gptray.serving.engine_thread import Accepted
 from gptray.serving.protocol import CompletionRequest, StreamOptions
 from gptray.serving.streams import Update
-from gptray.serving.worker import Accepted
 
 # Replaces a log-probability that JSON cannot hold.
 LEAST_LOGPROB = -9999.0

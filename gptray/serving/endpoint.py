@@ -22,8 +22,8 @@ from gptray.generation.loading import open_engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.example import load_example
+from gptray.serving.engine_thread import EngineThread, Overloaded
 from gptray.serving.streams import EngineStopped
-from gptray.serving.worker import EngineThread, Overloaded
 
 # A healthy engine makes a token within this time, whatever it has to do.
 HEALTH_S, HEALTH_POLL_S = 5.0, 0.02

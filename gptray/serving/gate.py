@@ -9,10 +9,10 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptray.config import ServeConfig
+from gptray.serving.api_error import ApiError
+from gptray.serving.api_keys import Keys
 from gptray.serving.endpoint import Endpoint
-from gptray.serving.errors import ApiError
 from gptray.serving.hosts import Hosts
-from gptray.serving.keys import Keys
 from gptray.serving.telemetry import Telemetry
 
 OPEN_PATHS = ("/health",)

@@ -23,7 +23,7 @@ from pydantic import (
 from gptray.config.keys import FieldSpec, field_specs
 from gptray.config.limits import MAX_BIASES, SEEDS, within
 from gptray.config.suggest import did_you_mean, nearest
-from gptray.serving.errors import ApiError
+from gptray.serving.api_error import ApiError
 
 T = TypeVar("T", bound=BaseModel)
 Prompt = str | list[int]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from gptray.config import UserError
-from gptray.serving.errors import ApiError
+from gptray.serving.api_error import ApiError
+from gptray.serving.engine_thread import Overloaded
 from gptray.serving.streams import EngineStopped
-from gptray.serving.worker import Overloaded
 
 
 def told(error: Exception) -> ApiError:

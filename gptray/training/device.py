@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptray.config import Config, UserError
-from gptray.model.gpu import check_gpu
+from gptray.model.gpu_faults import check_gpu
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32
 from gptray.native.compiler import cannot_compile, why_not_compile

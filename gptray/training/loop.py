@@ -22,7 +22,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.scoring import charge_per_token
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
-from gptray.model.gpu import out_of_gpu_memory
+from gptray.model.gpu_faults import out_of_gpu_memory
 from gptray.training.evaluations import (
     AsyncEvaluation,
     BlockingEvaluation,

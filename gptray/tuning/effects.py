@@ -14,8 +14,8 @@ import numpy as np
 
 from gptray.tuning import levels
 from gptray.tuning.levels import Setting
-from gptray.tuning.record import Sweep, Trial, rungs
 from gptray.tuning.regression import Flags, Floats, Stage, sample_effects
+from gptray.tuning.sweep_record import Sweep, Trial, rungs
 
 # Trials that are compared, at least, and those of a level that went on.
 ENOUGH, ENOUGH_GONE_ON = 8, 2
@@ -39,7 +39,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Worth:
+class EffectSize:
     """What a level was worth at a step against the reference; below zero is better."""
 
     step: int
@@ -59,8 +59,8 @@ class Effect:
     level: int
     trials: int
     against: int
-    last: Worth | None
-    first: Worth | None
+    last: EffectSize | None
+    first: EffectSize | None
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class _Comparison:
     def _members(self, setting: Setting, level: int) -> Flags:
         return np.array([setting.of.get(trial.name) == level for trial in self.trials], bool)
 
-    def _worth(self, number: int, setting: Setting, level: int) -> Worth:
+    def _worth(self, number: int, setting: Setting, level: int) -> EffectSize:
         names = list(self.codes)
         widths = [len(next(iter(coded.values()))) for coded in self.codes.values()]
         place = names.index(setting.name)
@@ -193,7 +193,7 @@ class _Comparison:
         columns = self.draws[number][:, first : first + widths[place]]  # (draws, columns, outcomes)
         ends = np.quantile(np.einsum("dco,c->do", columns, difference), (0.5, *TAILS), axis=0)
         loss, gap = (Interval(low, middle, high) for middle, low, high in ends.T.tolist())
-        return Worth(self.steps[number], loss, gap)
+        return EffectSize(self.steps[number], loss, gap)
 
 
 def _codes(setting: Setting, trials: Sequence[Trial]) -> dict[int, Floats]:

@@ -16,8 +16,8 @@ from typing import Any
 from gptray.config import Config, ConfigError, flatten, override
 from gptray.config.keys import shown
 from gptray.config.search_space import Entry
-from gptray.tuning.plan import entries_of
-from gptray.tuning.record import Trial
+from gptray.tuning.sweep_record import Trial
+from gptray.tuning.trial_plan import entries_of
 
 # Trials of a level, at least, for it to be compared.
 ENOUGH = 3

@@ -11,15 +11,15 @@ from typing import Literal
 
 from gptray.tuning.effects import Effect, Effects, Interval, effects_of
 from gptray.tuning.levels import Setting, Space, settings_of
-from gptray.tuning.plan import ranked
-from gptray.tuning.record import Sweep, Trial
+from gptray.tuning.sweep_record import Sweep, Trial
+from gptray.tuning.trial_plan import ranked
 
 # How a trial that did not run to its end is counted among the steps that were not run.
 SPARED = ("stopped", "patience", "wrong", "open")
 
 
 @dataclass(frozen=True)
-class Standing:
+class Ranking:
     """A sweep and what follows from its record.
 
     trials: without repetitions, the best first, then those that cannot win, in their order.
@@ -37,7 +37,7 @@ class Standing:
     own: Trial | None
 
     @classmethod
-    def of(cls, sweep: Sweep) -> Standing:
+    def of(cls, sweep: Sweep) -> Ranking:
         """Judge a sweep as it stands."""
         space = Space.of(sweep.config)
         first = [trial for trial in sweep.trials if not trial.replicate_of]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptray.config import Config, override
-from gptray.tuning.record import Trial
+from gptray.tuning.sweep_record import Trial
 from gptray.wording import count, magnitude
 
 

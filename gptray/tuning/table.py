@@ -13,7 +13,7 @@ from gptray.config.keys import field_specs
 from gptray.data.parts import write_whole
 from gptray.record import EVENTS, read_rows, seconds_trained
 from gptray.tuning.levels import Space, value_text
-from gptray.tuning.record import Sweep, Trial, load_sweep, trial_dir
+from gptray.tuning.sweep_record import Sweep, Trial, load_sweep, trial_dir
 
 TABLE = "trials.parquet"
 # Of the evaluation with the lowest loss, as in metrics.jsonl.

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 
 from gptray.data.pieces import Piece, Reading
-from gptray.data.plan import PiecePlan, PieceScan
 from gptray.data.shares import marker_warning, separator_warning, share_warnings, split_rows
 from gptray.data.sources import SourceFile
+from gptray.data.split_plan import PiecePlan, PieceScan
 
 
 def scan(**markers: tuple[int, int]) -> PieceScan:

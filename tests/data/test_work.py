@@ -11,10 +11,10 @@ from pyarrow import parquet
 
 from gptray.config import UserError
 from gptray.data.pieces import Reading, plan_pieces
-from gptray.data.plan import PiecePlan, ScannedText, SplitPlan, plan_split
 from gptray.data.roundtrip import RoundTrip
 from gptray.data.shards import ShardEncoder, ShardWriter
 from gptray.data.sources import find_files
+from gptray.data.split_plan import PiecePlan, ScannedText, SplitPlan, plan_split
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokens import TokenSplit
 from gptray.data.work import UnitScan, sample, scan, tokenise

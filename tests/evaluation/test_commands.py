@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import load_config
-from gptray.evaluation.commands import model_commands
+from gptray.evaluation.model_commands import model_commands
 from gptray.model.example import save_example
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation import gpu
+from gptray.generation import gpu_kernels as gpu
 from gptray.generation.decoder import Piece
 from gptray.generation.engine import Engine, make_decoder
 from gptray.generation.philox import uniform

@@ -24,7 +24,7 @@ from gptray.jobs.tune.check import how_to_extend
 from gptray.record import METRICS, write_event
 from gptray.training.checkpoint import TrainerState
 from gptray.training.stopping import Progress
-from gptray.tuning.record import Record, crowned_dir, load_sweep, load_trials, trial_dir
+from gptray.tuning.sweep_record import Record, crowned_dir, load_sweep, load_trials, trial_dir
 
 SPACE = "tune.space=[{path: optim.lr, loguniform: [1e-3, 1e-2]}]"
 

@@ -13,7 +13,7 @@ import pytest
 from gptray.config import dump, load_config, override
 from gptray.jobs.tune.end import outcome, tell_winner
 from gptray.reports.sweep.report import write_sweep_report
-from gptray.tuning.record import load_sweep
+from gptray.tuning.sweep_record import load_sweep
 from tests.reports.pages import Page
 from tests.tuning.sweeps import sweep_config, trained, write_sweep
 

@@ -17,7 +17,7 @@ from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.trials import Rungs
 from gptray.jobs.tune.worker import run_trial
 from gptray.record import METRICS
-from gptray.tuning.record import Record, Trial, load_trials, trial_dir
+from gptray.tuning.sweep_record import Record, Trial, load_trials, trial_dir
 
 # Rungs at steps 10 and 30.
 CONFIG = override(

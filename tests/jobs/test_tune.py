@@ -27,7 +27,7 @@ from gptray.jobs.tune.check import check
 from gptray.jobs.tune.run import tune
 from gptray.record import EVENTS, read_rows
 from gptray.training.loop import fit
-from gptray.tuning.record import TRIALS, Record, Trial, load_sweep, load_trials, trial_dir
+from gptray.tuning.sweep_record import TRIALS, Record, Trial, load_sweep, load_trials, trial_dir
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import pytest
 
 from gptray.config import UserError
 from gptray.reports.sweep.report import write_sweep_report
-from gptray.tuning.record import TRIALS
+from gptray.tuning.sweep_record import TRIALS
 from tests.reports.pages import Page
 from tests.tuning.sweeps import Made, Values, cut, sweep_config, trained, write_sweep
 

@@ -16,9 +16,9 @@ import uvicorn
 from gptray.config import ServeConfig
 from gptray.generation.engine import Engine
 from gptray.model.gpt import GPT
+from gptray.serving.api_keys import Keys
 from gptray.serving.app import make_app
 from gptray.serving.endpoint import Endpoint, Served
-from gptray.serving.keys import Keys
 from tests.generation.models import random_gpt, small_tokenizer
 
 TOKENIZER = small_tokenizer()

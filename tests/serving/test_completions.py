@@ -16,7 +16,7 @@ from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.example import load_example, save_example
-from gptray.serving.errors import ApiError
+from gptray.serving.api_error import ApiError
 from gptray.serving.protocol import CompletionRequest, parse_request
 from tests.serving.servers import TOKENIZER, Server, running, tiny
 

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from gptray.config import ConfigError, load_config
+from gptray.serving.api_keys import Keys, read_keys
 from gptray.serving.hosts import Hosts
-from gptray.serving.keys import Keys, read_keys
 from tests.serving.servers import Server, running
 
 HALF = (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gptray.config import UserError
-from gptray.serving.keys import Keys, read_keys
+from gptray.serving.api_keys import Keys, read_keys
 from gptray.serving.telemetry import side_by_side
 from tests.serving.requests import fuzzed
 from tests.serving.servers import TOKENIZER, Server, running, served, tiny

@@ -11,7 +11,7 @@ import pytest
 from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
-from gptray.serving.keys import Keys, read_keys
+from gptray.serving.api_keys import Keys, read_keys
 from tests.serving.browser import Tab, chromium, needs_chromium
 from tests.serving.servers import TOKENIZER, Server, running, tiny
 

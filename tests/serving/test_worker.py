@@ -15,8 +15,8 @@ from gptray.generation.engine import Engine
 from gptray.generation.sampling import Drawn
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
+from gptray.serving.engine_thread import EngineThread, Overloaded
 from gptray.serving.streams import EngineStopped, Update
-from gptray.serving.worker import EngineThread, Overloaded
 from tests.generation.models import random_gpt, run, small_tokenizer
 
 # A request that does not end before it is left.

@@ -13,7 +13,7 @@ from gptray.config import Config, dump, load_config
 from gptray.config.search_space import read_space
 from gptray.record import METRICS
 from gptray.tuning.draws import draw
-from gptray.tuning.record import Record, rungs, trial_dir
+from gptray.tuning.sweep_record import Record, rungs, trial_dir
 
 Values = Mapping[str, Any]
 # Bits per byte of one token's nat, in these sweeps.

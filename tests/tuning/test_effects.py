@@ -10,7 +10,7 @@ import pytest
 
 from gptray.tuning.effects import Effect, Effects, effects_of
 from gptray.tuning.levels import Space, settings_of
-from gptray.tuning.record import load_sweep
+from gptray.tuning.sweep_record import load_sweep
 from tests.tuning.sweeps import Made, Values, cut, sweep_config, trained, write_sweep
 
 CHOICES: list[dict[str, Any]] = [

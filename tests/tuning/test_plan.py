@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from gptray.config import Config, ConfigError, TuneConfig, UserError, override
-from gptray.tuning.plan import (
+from gptray.tuning.sweep_record import Trial
+from gptray.tuning.trial_plan import (
     all_texts,
     choose_winner,
     lossy_ahead,
@@ -17,7 +18,6 @@ from gptray.tuning.plan import (
     ranked,
     replicates,
 )
-from gptray.tuning.record import Trial
 
 LR = {"path": "optim.lr", "loguniform": [3e-4, 3e-3]}
 DROPOUT = {"path": "model.dropout", "choice": [0.0, 0.1]}

@@ -9,7 +9,7 @@ import pytest
 
 from gptray.config import Config, RunFailed, dump, override
 from gptray.record import METRICS
-from gptray.tuning.record import TRIALS, Record, load_sweep, rungs, trial_dir
+from gptray.tuning.sweep_record import TRIALS, Record, load_sweep, rungs, trial_dir
 from tests.full_disk import files_up_to
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from gptray.tuning.record import trial_dir
+from gptray.tuning.sweep_record import trial_dir
 from gptray.tuning.table import write_trials_parquet
 from tests.tuning.sweeps import BITS, Made, sweep_config, write_sweep
 

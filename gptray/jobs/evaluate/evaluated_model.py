@@ -11,7 +11,7 @@ from gptray.files import absolute
 from gptray.jobs.models import find_model, has_model, newest_run, storage_of, weights_sha256
 from gptray.jobs.run_folder import resolve, run_dir
 from gptray.training.checkpoint import checkpoint_step
-from gptray.tuning.record import crowned_dir
+from gptray.tuning.sweep_record import crowned_dir
 
 
 def model_to_evaluate(config: Config) -> Path:

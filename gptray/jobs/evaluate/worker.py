@@ -25,7 +25,7 @@ from gptray.generation.settings import Sampling
 from gptray.jobs.evaluate.task import Call, Continuation, EvaluationTask
 from gptray.jobs.tasks import Failure, attempt
 from gptray.model.gpt import GPT
-from gptray.model.gpu import check_gpu, out_of_gpu_memory
+from gptray.model.gpu_faults import check_gpu, out_of_gpu_memory
 from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptray.data.batch_requests import COMPLETIONS_URL, RowRequest
 from gptray.data.batches import Values
-from gptray.serving.errors import ApiError
+from gptray.serving.api_error import ApiError
 from gptray.serving.protocol import CompletionRequest, parse_request
 
 # The request's keys that set how its row is sampled, and the sampler's names for them. What a

@@ -18,12 +18,12 @@ from gptray.commands import retyped
 from gptray.config import Config, RunFailed
 from gptray.data.difference import Lost
 from gptray.data.fallback import fallback_warning, token_measures, token_words
-from gptray.data.plan import SplitPlan
 from gptray.data.publish import building
 from gptray.data.request import Request, make_request
 from gptray.data.shards import Shard, shard_dtype
 from gptray.data.shares import split_rows
 from gptray.data.sources import BUILTIN, Source, SourceFile
+from gptray.data.split_plan import SplitPlan
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import FORMAT_VERSION, MANIFEST, TokenData

@@ -12,10 +12,10 @@ from typing import Any
 
 from gptray.data.builtin import builtin_documents
 from gptray.data.pieces import Reading, plan_pieces
-from gptray.data.plan import ScannedText, SplitPlan, plan_split
 from gptray.data.request import Request
 from gptray.data.shares import marker_warning, separator_warning, share_warnings
 from gptray.data.sources import BUILTIN, Source, SourceFile
+from gptray.data.split_plan import ScannedText, SplitPlan, plan_split
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.work import UnitScan
 from gptray.files import storing

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.data.pieces import Piece
-from gptray.data.plan import PiecePlan
 from gptray.data.shards import Shard
+from gptray.data.split_plan import PiecePlan
 from gptray.data.work import UnitScan, sample, scan, tokenise
 from gptray.files import storing
 

@@ -23,7 +23,7 @@ from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import LOCK
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.reports.run.diagnosis import Diagnosis, diagnose
-from gptray.tuning.record import TRIALS, Trial, load_trials, trial_dir, winner_dir
+from gptray.tuning.sweep_record import TRIALS, Trial, load_trials, trial_dir, winner_dir
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from gptray.config.suggest import did_you_mean, nearest
 from gptray.jobs.models import find_model
 from gptray.jobs.serve.check import USER_CONFIG, name_of
 from gptray.jobs.serve.task import ReplicaTask
+from gptray.serving.api_keys import Keys
 from gptray.serving.app import make_app
 from gptray.serving.endpoint import Endpoint, Served
-from gptray.serving.keys import Keys
 from gptray.serving.telemetry import Telemetry, side_by_side
 
 # Serve keeps what replicas log here.

@@ -17,8 +17,8 @@ from gptray.jobs.engine_backend import with_backend
 from gptray.jobs.models import find_model
 from gptray.model.example import FALLBACK
 from gptray.model.shape import read_shape
+from gptray.serving.api_keys import read_keys
 from gptray.serving.hosts import WILDCARDS
-from gptray.serving.keys import read_keys
 
 # The keys of a deployment's user_config.
 USER_CONFIG = ("model", "served_model_name")

@@ -21,8 +21,8 @@ from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gptray.jobs.serve.body_limits import body_limits
+from gptray.serving.api_error import ApiError, ClientGone
 from gptray.serving.arrival import Arrival
-from gptray.serving.errors import ApiError, ClientGone
 
 # They list the applications, and say whether the proxy is up.
 SERVES_PATHS = ("/-/routes", "/-/healthz")

@@ -16,7 +16,7 @@ from gptray.jobs.train.group import process_group
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.train.validate import Validations
-from gptray.model.gpu import check_gpu
+from gptray.model.gpu_faults import check_gpu
 from gptray.training.evaluations import Metrics
 from gptray.training.loop import failed, fit
 

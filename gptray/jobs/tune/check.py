@@ -23,7 +23,8 @@ from gptray.jobs.resuming import check_free, check_resumable, command
 from gptray.jobs.run_folder import resolve, run_dir
 from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
-from gptray.tuning.plan import (
+from gptray.tuning.sweep_record import load_trials, rungs, samples_drawn
+from gptray.tuning.trial_plan import (
     FINALISTS,
     Planned,
     all_texts,
@@ -31,7 +32,6 @@ from gptray.tuning.plan import (
     plan_trials,
     text_key,
 )
-from gptray.tuning.record import load_trials, rungs, samples_drawn
 
 BUSY = "another process runs the sweep {}"
 FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet report.html"

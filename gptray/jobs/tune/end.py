@@ -9,9 +9,9 @@ from typing import Any
 from gptray.commands import typed
 from gptray.config import load_saved
 from gptray.jobs.next_steps import of_model, tell
-from gptray.tuning.plan import loses_text, lossy_ahead, score
-from gptray.tuning.record import OUTCOMES, Sweep, Trial
 from gptray.tuning.seen import Seen
+from gptray.tuning.sweep_record import OUTCOMES, Sweep, Trial
+from gptray.tuning.trial_plan import loses_text, lossy_ahead, score
 
 log = logging.getLogger("gptray")
 

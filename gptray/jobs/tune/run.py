@@ -41,14 +41,7 @@ from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.watch import watching_sweep
 from gptray.reports.sweep.report import write_sweep_report
 from gptray.training.checkpoint import exchange_model
-from gptray.tuning.plan import (
-    Planned,
-    choose_winner,
-    plan_trial,
-    replicates,
-    text_key,
-)
-from gptray.tuning.record import (
+from gptray.tuning.sweep_record import (
     Record,
     Trial,
     load_sweep,
@@ -57,6 +50,13 @@ from gptray.tuning.record import (
     winner_dir,
 )
 from gptray.tuning.table import write_trials_parquet
+from gptray.tuning.trial_plan import (
+    Planned,
+    choose_winner,
+    plan_trial,
+    replicates,
+    text_key,
+)
 
 if TYPE_CHECKING:
     from gptray.jobs.tune.suggestions import Suggestions

@@ -14,8 +14,7 @@ from gptray.jobs.resuming import save_config
 from gptray.jobs.train.check import check_data
 from gptray.jobs.tune.check import CheckedSweep
 from gptray.training.checkpoint import TrainerState, newest_whole
-from gptray.tuning.plan import plan_trial, text_key
-from gptray.tuning.record import (
+from gptray.tuning.sweep_record import (
     Record,
     Trial,
     load_trials,
@@ -23,6 +22,7 @@ from gptray.tuning.record import (
     trial_dir,
     winner_dir,
 )
+from gptray.tuning.trial_plan import plan_trial, text_key
 
 log = logging.getLogger("gptray")
 

@@ -12,8 +12,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from gptray.config import Config, ConfigError
 from gptray.config.search_space import Entry
-from gptray.tuning.plan import Planned, entries_of, plan_trial, score, trial_name
-from gptray.tuning.record import Record, Trial, load_trials
+from gptray.tuning.sweep_record import Record, Trial, load_trials
+from gptray.tuning.trial_plan import Planned, entries_of, plan_trial, score, trial_name
 
 METRIC = "val_bpb"
 

@@ -25,8 +25,8 @@ from ray.tune.search import Searcher
 from gptray.config import Config, RunFailed
 from gptray.files import storing
 from gptray.jobs.tune.task import TrialTask
-from gptray.tuning.plan import Planned
-from gptray.tuning.record import Trial
+from gptray.tuning.sweep_record import Trial
+from gptray.tuning.trial_plan import Planned
 
 TUNE_ENV = {
     # metrics.jsonl and TensorBoard files are the runs' own.

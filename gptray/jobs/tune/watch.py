@@ -21,8 +21,8 @@ from gptray.config.keys import shown
 from gptray.data.difference import percent
 from gptray.jobs.bar import following
 from gptray.jobs.train.watch import duration
-from gptray.tuning.plan import ranked, score
-from gptray.tuning.record import Trial, load_trials
+from gptray.tuning.sweep_record import Trial, load_trials
+from gptray.tuning.trial_plan import ranked, score
 from gptray.visible import visible
 
 log = logging.getLogger("gptray")

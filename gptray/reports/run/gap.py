@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config
-from gptray.evaluation.commands import model_commands
+from gptray.evaluation.model_commands import model_commands
 from gptray.evaluation.result import Evaluation
 from gptray.reports.run.diagnosis import Diagnosis
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptray.config import UserError, load_config
-from gptray.evaluation.commands import model_commands
+from gptray.evaluation.model_commands import model_commands
 from gptray.evaluation.result import Evaluation, load_evaluation
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.reports.chart import run_charts

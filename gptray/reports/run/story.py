@@ -10,7 +10,7 @@ from typing import Any
 
 from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
-from gptray.evaluation.commands import model_commands, train_command
+from gptray.evaluation.model_commands import model_commands, train_command
 from gptray.evaluation.result import Evaluation
 from gptray.record import seconds_trained
 from gptray.reports.page import SHORT, Row, Table

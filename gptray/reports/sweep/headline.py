@@ -8,10 +8,10 @@ from typing import Literal
 from gptray.tuning import levels
 from gptray.tuning.effects import ENOUGH, Effect
 from gptray.tuning.levels import assignment
-from gptray.tuning.plan import loses_text, lossy_ahead, mean_score, score
-from gptray.tuning.ranking import Standing, is_wrong
-from gptray.tuning.record import Trial
+from gptray.tuning.ranking import Ranking, is_wrong
 from gptray.tuning.seen import Seen
+from gptray.tuning.sweep_record import Trial
+from gptray.tuning.trial_plan import loses_text, lossy_ahead, mean_score, score
 from gptray.wording import count, decimals
 
 # Settings that a sentence names.
@@ -24,7 +24,7 @@ CHANGED: tuple[tuple[Literal["loss", "gap"], bool, str], ...] = (
 )
 
 
-def sweep_state(standing: Standing, *, running: bool) -> tuple[str, str]:
+def sweep_state(standing: Ranking, *, running: bool) -> tuple[str, str]:
     """Where the sweep stands: a word, and the rest of the line."""
     trials = standing.sweep.trials
     ended = sum(trial.outcome is not None for trial in trials)
@@ -41,7 +41,7 @@ def sweep_state(standing: Standing, *, running: bool) -> tuple[str, str]:
     return "interrupted", f"{of_all}; the same command resumes it"
 
 
-def headline(standing: Standing) -> str:
+def headline(standing: Ranking) -> str:
     """Who generalises best, against the config as it is, and at what cost."""
     best = standing.best
     if best is None:
@@ -53,7 +53,7 @@ def headline(standing: Standing) -> str:
     return " ".join(part for part in parts if part)
 
 
-def losses_line(standing: Standing) -> str:
+def losses_line(standing: Ranking) -> str:
     """Which of the trials ahead have a tokenizer that loses text; nothing if none has."""
     ahead = lossy_ahead(standing.trials, standing.best) if standing.best else []
     if not ahead:
@@ -63,7 +63,7 @@ def losses_line(standing: Standing) -> str:
     return f"{text[0].upper()}{text[1:]}{more}. Scores pay 8 bits for each lost byte."
 
 
-def findings(standing: Standing) -> list[tuple[str, str]]:
+def findings(standing: Ranking) -> list[tuple[str, str]]:
     """What changed loss and gap, and what cannot be told: how each sentence begins, its rest."""
     lines = []
     for outcome, lower, word in CHANGED:
@@ -84,7 +84,7 @@ def findings(standing: Standing) -> list[tuple[str, str]]:
     return lines
 
 
-def too_few(standing: Standing) -> str:
+def too_few(standing: Ranking) -> str:
     """Why nothing can be said of any setting, if that is so."""
     compared = standing.effects.reached[0]
     if compared < ENOUGH:
@@ -108,7 +108,7 @@ def level_text(effect: Effect) -> str:
     return f"{setting.name} {level} instead of {other}"
 
 
-def _who(standing: Standing, best: Trial) -> str:
+def _who(standing: Ranking, best: Trial) -> str:
     ahead = "generalises best" if standing.sweep.winner else "is ahead"
     own = standing.own
     text = f"Trial {best.name} {ahead}: {bits(best, standing)}"
@@ -120,11 +120,11 @@ def _who(standing: Standing, best: Trial) -> str:
     return f"{text}, against {score(own):.3f} of the config as it is{stopped}."
 
 
-def _saw(standing: Standing, best: Trial) -> str:
+def _saw(standing: Ranking, best: Trial) -> str:
     return f"Its model has seen {Seen.of(best, standing.sweep.config).words}."
 
 
-def bits(trial: Trial, standing: Standing) -> str:
+def bits(trial: Trial, standing: Ranking) -> str:
     """A trial's validation loss, over its repetitions where it has some."""
     over = [one for one in standing.sweep.trials if one.outcome]
     repeated = sum(one.replicate_of == trial.name and not is_wrong(one) for one in over)
@@ -134,7 +134,7 @@ def bits(trial: Trial, standing: Standing) -> str:
     return f"{score(trial):.3f} validation bits per byte"
 
 
-def _why(standing: Standing, best: Trial) -> str:
+def _why(standing: Ranking, best: Trial) -> str:
     """The settings of the best trial that made the difference, else those that differ."""
     changes = standing.changes(best)
     told = {
@@ -150,7 +150,7 @@ def _why(standing: Standing, best: Trial) -> str:
     return f"{lead}: {', '.join(shown)}{more}." if shown else ""
 
 
-def _cost(standing: Standing) -> str:
+def _cost(standing: Ranking) -> str:
     run, full = standing.steps_run, standing.steps_full
     if not full:
         return ""
@@ -169,7 +169,7 @@ def _names(effects: Sequence[Effect]) -> str:
     return "; ".join(f"{name} {', '.join(found)}" for name, found in levels.items())
 
 
-def _total(standing: Standing) -> int:
+def _total(standing: Ranking) -> int:
     """Trials that are planned or still to be suggested."""
     tune, planned = standing.sweep.config.tune, len(standing.sweep.trials)
     if tune.search_alg == "random":

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from gptray.reports.chart import Chart, Mark, Role, Series, thinned
 from gptray.reports.picture import XY
 from gptray.tuning.levels import assignment
-from gptray.tuning.plan import score
-from gptray.tuning.ranking import Standing, is_wrong
-from gptray.tuning.record import Trial, rungs
+from gptray.tuning.ranking import Ranking, is_wrong
+from gptray.tuning.sweep_record import Trial, rungs
+from gptray.tuning.trial_plan import score
 
 # Points per curve, of which there are many.
 CURVE_POINTS = 100
@@ -25,7 +25,7 @@ NAMES: dict[Role, str] = {
 }
 
 
-def role_of(trial: Trial, standing: Standing) -> Role:
+def role_of(trial: Trial, standing: Ranking) -> Role:
     """The role that decides how a trial is drawn."""
     if standing.best and trial.name == standing.best.name:
         return "winner"
@@ -36,7 +36,7 @@ def role_of(trial: Trial, standing: Standing) -> Role:
     return "cut" if trial.outcome == "stopped" else "whole"
 
 
-def learning_charts(standing: Standing) -> list[Chart]:
+def learning_charts(standing: Ranking) -> list[Chart]:
     """Validation loss of all trials over steps; nothing before the first evaluation."""
     series = [_series(trial, standing) for trial in standing.sweep.trials]
     series = sorted(
@@ -68,13 +68,13 @@ def learning_charts(standing: Standing) -> list[Chart]:
     ]
 
 
-def _series(trial: Trial, standing: Standing) -> Series:
+def _series(trial: Trial, standing: Ranking) -> Series:
     role = role_of(trial, standing)
     points = [(row["step"], row["val_bpb"]) for row in trial.rows if "val_bpb" in row]
     return Series(NAMES[role], role, thinned(points, CURVE_POINTS), hint=hint(trial, standing))
 
 
-def hint(trial: Trial, standing: Standing) -> str:
+def hint(trial: Trial, standing: Ranking) -> str:
     """A trial's tooltip: its name, lowest loss and settings."""
     values = ", ".join(
         assignment(setting, trial.name)

@@ -10,9 +10,9 @@ from gptray.reports.scale import Scale
 from gptray.reports.sweep.learning import hint, role_of
 from gptray.reports.sweep.worth import cut_off
 from gptray.tuning.levels import Setting
-from gptray.tuning.plan import score
-from gptray.tuning.ranking import Standing
-from gptray.tuning.record import Trial
+from gptray.tuning.ranking import Ranking
+from gptray.tuning.sweep_record import Trial
+from gptray.tuning.trial_plan import score
 
 # Of a panel, with the room for its axes.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 150, 40, 10, 8, 24
@@ -24,7 +24,7 @@ OUT_OF_PANEL = 0.9  # worse trials than this share stand at the top of a panel
 _Columns = tuple[Mapping[str, float], Sequence[tuple[float, int, str]]]
 
 
-def panel_figures(standing: Standing) -> list[Figure]:
+def panel_figures(standing: Ranking) -> list[Figure]:
     """A figure for each setting, all with the same scale of losses."""
     measured = {trial.name: trial for trial in standing.trials if trial.best}
     scores = sorted(score(trial) for trial in measured.values())
@@ -42,7 +42,7 @@ def panel_figures(standing: Standing) -> list[Figure]:
     return found
 
 
-def _picture(standing: Standing, setting: Setting, trials: Sequence[Trial], y: Scale) -> Picture:
+def _picture(standing: Ranking, setting: Setting, trials: Sequence[Trial], y: Scale) -> Picture:
     # Those that matter most stand in front.
     order = ["wrong", "cut", "whole", "own", "winner"]
     trials = sorted(trials, key=lambda trial: order.index(role_of(trial, standing)))
@@ -65,7 +65,7 @@ def _label(x: float, row: int, text: str) -> Shape:
     return words("x", (x, y), text)
 
 
-def _dot(trial: Trial, x: float, y: Scale, standing: Standing) -> Shape:
+def _dot(trial: Trial, x: float, y: Scale, standing: Ranking) -> Shape:
     role = role_of(trial, standing)
     css = f"dot {role}" + " hollow" * (trial.outcome == "stopped")
     radius = 4.5 if role in ("own", "winner") else 3

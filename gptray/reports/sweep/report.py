@@ -16,8 +16,8 @@ from gptray.reports.sweep.headline import sweep_state
 from gptray.reports.sweep.learning import learning_charts
 from gptray.reports.sweep.sections import sweep_view
 from gptray.reports.sweep.worth import effects_figure
-from gptray.tuning.ranking import Standing
-from gptray.tuning.record import TRIALS, load_sweep
+from gptray.tuning.ranking import Ranking
+from gptray.tuning.sweep_record import TRIALS, load_sweep
 
 
 def write_sweep_report(folder: Path, *, running: bool = False) -> Path:
@@ -31,7 +31,7 @@ def write_sweep_report(folder: Path, *, running: bool = False) -> Path:
     """
     if not (folder / TRIALS).is_file() or not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no sweep (config.yaml and {TRIALS})")
-    standing = Standing.of(load_sweep(folder))
+    standing = Ranking.of(load_sweep(folder))
     curves = [curves_figure(chart) for chart in learning_charts(standing)]
     effects = effects_figure(standing.effects.of)
     path = write_page(

@@ -12,9 +12,9 @@ from gptray.reports.sweep.headline import findings, headline, losses_line, too_f
 from gptray.reports.sweep.panels import panel_figures
 from gptray.tuning.effects import ENOUGH_GONE_ON, Interval, gap_bits
 from gptray.tuning.levels import assignment
-from gptray.tuning.plan import mean_score, score
-from gptray.tuning.ranking import Standing, is_wrong
-from gptray.tuning.record import Trial
+from gptray.tuning.ranking import Ranking, is_wrong
+from gptray.tuning.sweep_record import Trial
+from gptray.tuning.trial_plan import mean_score, score
 from gptray.wording import count
 
 # Trials of the ranking that show without a click.
@@ -29,7 +29,7 @@ SPARED_BY = {
 }
 
 
-def sweep_view(standing: Standing, effects: Figure | None) -> dict[str, object]:
+def sweep_view(standing: Ranking, effects: Figure | None) -> dict[str, object]:
     """The values of `sweep.html.j2` by name."""
     rows = [
         _trial_row(number, trial, standing) for number, trial in enumerate(standing.trials, start=1)
@@ -53,7 +53,7 @@ def sweep_view(standing: Standing, effects: Figure | None) -> dict[str, object]:
     }
 
 
-def _tiles(standing: Standing) -> list[tuple[str, str]]:
+def _tiles(standing: Ranking) -> list[tuple[str, str]]:
     """The numbers at a glance."""
     best, own = standing.best, standing.own
     if best is None or best.best is None:
@@ -71,13 +71,13 @@ def _tiles(standing: Standing) -> list[tuple[str, str]]:
     return found
 
 
-def _shares(standing: Standing) -> list[tuple[str, str, int]]:
+def _shares(standing: Ranking) -> list[tuple[str, str, int]]:
     """Steps run against steps saved: class, name and number of each part that is not empty."""
     spared = [(*SPARED_BY[kind], number) for kind, number in standing.spared().items()]
     return [share for share in (("run", "run", standing.steps_run), *spared) if share[2]]
 
 
-def _worth(standing: Standing) -> dict[str, object]:
+def _worth(standing: Ranking) -> dict[str, object]:
     """What each level of each setting did to loss and gap."""
     effects = standing.effects
     reached = ", ".join(
@@ -95,7 +95,7 @@ def _worth(standing: Standing) -> dict[str, object]:
     }
 
 
-def _effects_table(standing: Standing) -> Table:
+def _effects_table(standing: Ranking) -> Table:
     rows = []
     for effect in standing.effects.of:
         setting = effect.setting
@@ -116,7 +116,7 @@ def _interval(found: Interval) -> str:
     return f"{found.middle:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
-def _trial_row(number: int, trial: Trial, standing: Standing) -> Row:
+def _trial_row(number: int, trial: Trial, standing: Ranking) -> Row:
     best = trial.best
     values = ", ".join(
         assignment(setting, trial.name)
@@ -137,7 +137,7 @@ def _trial_row(number: int, trial: Trial, standing: Standing) -> Row:
     )
 
 
-def _note(trial: Trial, standing: Standing) -> str:
+def _note(trial: Trial, standing: Ranking) -> str:
     notes = []
     if standing.best and trial.name == standing.best.name:
         notes.append("the winner" if standing.sweep.winner else "ahead")
@@ -149,7 +149,7 @@ def _note(trial: Trial, standing: Standing) -> str:
     return ", ".join(notes)
 
 
-def _repetitions(standing: Standing) -> Table:
+def _repetitions(standing: Ranking) -> Table:
     """Of each trial that was repeated: its scores, their mean and their spread."""
     names = list(dict.fromkeys(one.replicate_of for one in standing.repetitions))
     rows = []

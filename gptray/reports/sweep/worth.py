@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from gptray.reports.curves import NARROW, TICK_ROOM, WIDE
 from gptray.reports.picture import Figure, Picture, Shape, dot, line, words
 from gptray.reports.scale import Scale
-from gptray.tuning.effects import Effect, Interval, Worth
+from gptray.tuning.effects import Effect, EffectSize, Interval
 
 # Letters of a label.
 LETTERS = 44
 TOP, BOTTOM = 40, 22
 LEGEND = (("better", "lower"), ("worse", "higher"), ("single", "cannot be told"))
 
-_Compared = tuple[Effect, Worth, Worth]
+_Compared = tuple[Effect, EffectSize, EffectSize]
 
 
 def effects_figure(effects: Sequence[Effect]) -> Figure | None:
@@ -73,7 +73,7 @@ def _axis(name: str, scale: Scale, bottom: float) -> list[Shape]:
     return shapes
 
 
-def _label(effect: Effect, worth: Worth, y: float) -> list[Shape]:
+def _label(effect: Effect, worth: EffectSize, y: float) -> list[Shape]:
     setting = effect.setting
     level, other = setting.levels[effect.level], setting.levels[setting.reference]
     what = cut_off(f"{level} instead of {other}, step {worth.step:,}", LETTERS + 10)

@@ -17,7 +17,7 @@ from gptray.config.keys import shown
 from gptray.config.search_space import Entry, read_space
 from gptray.data.difference import percent
 from gptray.tuning.draws import draw
-from gptray.tuning.record import Trial
+from gptray.tuning.sweep_record import Trial
 
 # Trials that tune.replicates repeats.
 FINALISTS = 3
