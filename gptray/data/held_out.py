@@ -56,7 +56,7 @@ def _look_alikes(source: Source, own: Mapping[int, Source]) -> list[str]:
         if label not in own and 0 < len(alike) < len(source.files):
             kind = LONG_NAMES[SPLITS[label]]
             warnings.append(
-                f"{_listed(alike)}: called like {kind} text, yet {source.key} is split anew and "
+                f"{_listed(alike)}: called like {kind} text, yet {source.key} is split and "
                 f"most of it is trained on; {_KEYS[label]}={alike[0].name} keeps it for {kind}"
             )
     return warnings

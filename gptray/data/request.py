@@ -144,7 +144,7 @@ def _find(source: str | Sequence[str], key: str, encoding: str | None) -> Source
     is_builtin = source in (BUILTIN, [BUILTIN])
     files = [] if is_builtin else find_files(source, key=key, encoding=encoding)
     if files and not any(file.size for file in files):
-        raise UserError(f"{key} is empty: there is no text in it")
+        raise UserError(f"{key} is empty")
     return Source(key, tuple(files))
 
 

@@ -50,7 +50,7 @@ def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str 
             documents[plan.piece.file] += len(plan.labels)
     if separator is None or not documents or max(documents.values()) > 1:
         return None
-    return f"data.separator={separator!r} splits no text file: it never stands between two texts"
+    return f"data.separator={separator!r} splits no text file: it never separates two texts"
 
 
 def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | None:

@@ -185,7 +185,7 @@ def _reason(error: Exception) -> str:
 
 def _expand(entry: str) -> list[SourceFile]:
     if entry == BUILTIN:
-        raise UserError("builtin stands alone, not in a list with files")
+        raise UserError("builtin cannot be listed with files")
     if "://" in entry:
         return _expand_remote(entry)
     if not entry.isprintable() and shown(entry) != entry:

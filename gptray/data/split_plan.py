@@ -76,7 +76,7 @@ def plan_split(texts: Sequence[ScannedText], *, fraction: float, seed: int) -> S
         scans = list(chain.from_iterable(text.scans))
         firsts, sizes, characters = _documents(scans)
         if not len(sizes):
-            raise UserError(f"{text.key} is empty: there is no text in it")
+            raise UserError(f"{text.key} is empty")
         assigned = assign(sizes, characters, text.shares, fraction=fraction, seed=seed)
         units += _piece_plans(text.units, scans, firsts, assigned)
         documents = [documents[label] + assigned.documents(label) for label in range(labels)]

@@ -80,7 +80,7 @@ class Sampling:
             )
         for token, bias in self.logit_bias:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise ValueError(f"logit_bias names {token!r}, which is no token id")
+                raise ValueError(f"logit_bias names {token!r}, which is not a token id")
             _check("logit_bias", bias, float)
         if len(dict(self.logit_bias)) < len(self.logit_bias):
             raise ValueError("logit_bias names a token twice")

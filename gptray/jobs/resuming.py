@@ -116,7 +116,7 @@ def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]
             verb = "raised" if new > old else "lowered"
         text = f"{key} {verb} from {shown(old)} to {shown(new)}"
         if key == "train.max_steps" and config.optim.schedule in _ENDING:
-            text += f": the schedule is planned anew from step {step}"
+            text += f": the schedule is planned again from step {step}"
         sentences.append(text)
     return sentences
 
@@ -134,8 +134,8 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, Any]) -> lis
     if new == old:
         return []
     return [
-        f"tune.num_samples raised from {old} to {new}: trials there are stay, and the winner is "
-        "decided anew"
+        f"tune.num_samples raised from {old} to {new}: existing trials stay, and the winner is "
+        "chosen again"
     ]
 
 

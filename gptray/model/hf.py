@@ -126,7 +126,7 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
             continue
         name = key if key.startswith(PREFIX) else PREFIX + key
         if name not in missing:
-            raise UserError(f"{path}: {key} is no weight of this network, or is there twice")
+            raise UserError(f"{path}: {key} is not a weight of this network, or is duplicated")
         target: Tensor = missing.pop(name)
         if name == WTE:
             stored_embedding = tensor

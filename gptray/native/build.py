@@ -70,7 +70,7 @@ def build_library(*, key: str) -> Path:
     except OSError as error:
         raise RunFailed(f"{cannot_write(folder / name, error)}; {remedy}") from None
     if kept(name) is None:
-        raise RunFailed(f"{path} was changed by somebody else as it was written; {remedy}")
+        raise RunFailed(f"{path} was changed by another process while it was written; {remedy}")
     return path
 
 
@@ -174,7 +174,7 @@ def why_no_cache() -> str | None:
         return f"{folder} {problem}, so no code is loaded from it (see XDG_CACHE_HOME)"
     free = shutil.disk_usage(there).free
     if free < _LIBRARY_BYTES:
-        return f"there is no room for it in {folder} ({free:,} bytes free; see XDG_CACHE_HOME)"
+        return f"no space left for it in {folder} ({free:,} bytes free; see XDG_CACHE_HOME)"
     return None
 
 

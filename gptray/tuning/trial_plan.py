@@ -55,7 +55,7 @@ def plan_trials(
     entries = entries_of(config)
     if not entries:
         raise UserError(
-            "tune.space is empty: list what the trials shall differ in, such as "
+            "tune.space is empty: list what the trials differ in, such as "
             "tune.space='[{path: model.dropout, uniform: [0, 0.3]}]'; see "
             "configs/overfitting_sweep.yaml"
         )

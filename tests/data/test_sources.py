@@ -113,7 +113,7 @@ def test_all_mistakes_of_a_list_come_at_once(folder: Path) -> None:
 def test_empty_list_and_builtin_in_a_list_are_mistakes() -> None:
     with pytest.raises(UserError, match="empty list"):
         find_files([])
-    with pytest.raises(UserError, match="builtin stands alone"):
+    with pytest.raises(UserError, match="builtin cannot be listed"):
         find_files(["builtin", "x.txt"])
 
 

@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
     [
         (
             "train.max_steps=200",
-            "train.max_steps raised from 100 to 200: the schedule is planned anew from step 100",
+            "train.max_steps raised from 100 to 200: the schedule is planned again from step 100",
         ),
         ("train.patience=9", "train.patience changed from 5 to 9"),
         ("train.patience=null", "train.patience changed from 5 to null"),
@@ -193,7 +193,7 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     record.winner("0001")
     more = sweep_of(tmp_path, "tune.num_samples=7")
     assert more.changes == [
-        "tune.num_samples raised from 4 to 7: trials there are stay, and the winner is decided anew"
+        "tune.num_samples raised from 4 to 7: existing trials stay, and the winner is chosen again"
     ]
     assert more.trials[:5] == first.trials
     # The name of a repetition is taken.

@@ -170,7 +170,7 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_once_and_the_same_comman
         assert f"--config {run_dir / 'config.yaml'} train.max_steps=8" in caplog.text
         longer = train(override(config, {"train.max_steps": 6}))
     assert (longer["step"], longer["stopped"]) == (6, "max_steps")
-    change = "train.max_steps raised from 4 to 6: the schedule is planned anew from step 4"
+    change = "train.max_steps raised from 4 to 6: the schedule is planned again from step 4"
     assert change in caplog.text
     assert change in [event.get("message") for event in read_rows(run_dir / EVENTS)]
     assert load_config(str(run_dir / "config.yaml"), []).train.max_steps == 6

@@ -154,7 +154,7 @@ def test_a_sweep_of_which_nothing_comes_fails_with_the_reasons(
     record.planned("0000", plan.trials[0].values, max_steps=30)
     record.ended("0000", "diverged", step=7, message="step 8: loss nan")
     with pytest.raises(
-        RunFailed, match="no trial came to a model:\n  0000 diverged: step 8: loss nan"
+        RunFailed, match="no trial produced a model:\n  0000 diverged: step 8: loss nan"
     ):
         tune(plan.config)
     assert (plan.folder / "report.html").is_file()

@@ -92,7 +92,7 @@ def test_a_foreign_tokenizer_is_refused_with_the_number_of_other_ids(
     tmp_path: Path, own: Tokenizer
 ) -> None:
     train_bpe(["quite another text"], 290).save(tmp_path / "foreign")
-    with pytest.raises(UserError, match=r"\d+ of its 2\d\d ids stand for other tokens than in"):
+    with pytest.raises(UserError, match=r"\d+ of its 2\d\d ids mean other tokens than in"):
         check_vocabulary(config(tmp_path, f"data.tokenizer={tmp_path / 'foreign'}"))
 
 

@@ -196,7 +196,7 @@ WTE = "transformer__wte__weight"
         ({"transformer__h__1__ln_2__bias": None}, r"transformer.h.1.ln_2.bias is missing"),
         (
             {"transformer__h__1__ln_9__bias": torch.ones(35)},
-            r"safetensors: .*ln_9.bias is no weight",
+            r"safetensors: .*ln_9.bias is not a weight",
         ),
         ({WTE: torch.ones(66, 35)}, r"safetensors: .*wte.weight has shape \[66, 35\].*\[67, 35\]"),
         (

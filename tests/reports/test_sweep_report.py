@@ -183,7 +183,7 @@ def test_a_sweep_in_which_all_went_wrong_gives_the_reasons(tmp_path: Path) -> No
     for trial in made:
         trial.outcome, trial.curve, trial.message = "failed", [], "no room on the disk"
     page = Page(write_sweep_report(write_sweep(tmp_path / "sweep", config, made)))
-    assert "failed : none of 3 trials came to a model" in page.text
+    assert "failed : none of 3 trials produced a model" in page.text
     assert page.text.count("failed at step 0: no room on the disk") == 3
 
 

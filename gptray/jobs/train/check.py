@@ -161,7 +161,7 @@ def plan(checked: CheckedTraining) -> Plan:
 
 def _workers(config: Config) -> str:
     kind = "GPU" if config.compute.use_gpu else "CPU"
-    scorer = ", and one beside them that scores" if config.train.async_validation else ""
+    scorer = ", and one more that scores" if config.train.async_validation else ""
     return f"{config.compute.num_workers} ({kind}){scorer}"
 
 

@@ -32,7 +32,7 @@ def check_vocabulary(config: Config) -> None:
         if not has_own:
             raise UserError(
                 f"model.resize_vocab=true: {source} holds no tokenizer (tokenizer.json), so "
-                "nothing tells which token a row of its embedding stands for"
+                "the tokens of its embedding's rows are unknown"
             )
         return
     if name in KINDS:
@@ -51,7 +51,7 @@ def check_vocabulary(config: Config) -> None:
         others = differing_ids(Tokenizer.load(source), tokenizer)
         if others:
             raise UserError(
-                f"data.tokenizer={name}: {others:,} of its {tokenizer.vocab_size:,} ids stand for "
+                f"data.tokenizer={name}: {others:,} of its {tokenizer.vocab_size:,} ids mean "
                 f"other tokens than in model.init_from={source}; leave data.tokenizer out, or "
                 f"{_CURE}"
             )

@@ -69,7 +69,7 @@ def tune(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake in the config, the space, the text or the folder; no trial was started.
-        RunFailed: no trial came to a model, or some failed for a reason that may pass; says why.
+        RunFailed: no trial produced a model, or some failed for a reason that may pass; says why.
     """
     return run(check(config))
 
@@ -237,7 +237,7 @@ class _Sweep:
         winner = choose_winner(trials)
         if winner is None:
             reasons = [f"  {one.name} {one.outcome}: {one.message or '-'}" for one in trials]
-            raise RunFailed("no trial came to a model:\n" + "\n".join(reasons))
+            raise RunFailed("no trial produced a model:\n" + "\n".join(reasons))
         exchange_model(trial_dir(self._folder, winner.name), self._folder)
         own = {"name": None, "storage_path": self._config.storage_path}
         trained = load_config(str(trial_dir(self._folder, winner.name) / "config.yaml"), [])

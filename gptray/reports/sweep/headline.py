@@ -37,7 +37,7 @@ def sweep_state(standing: Ranking, *, running: bool) -> tuple[str, str]:
         repeated = f" and {count(len(trials) - first, 'repetition')}" if first < len(trials) else ""
         return "finished", f" after {count(first, 'trial')}{repeated}"
     if trials and ended == len(trials) and standing.best is None:
-        return "failed", f": none of {count(ended, 'trial')} came to a model"
+        return "failed", f": none of {count(ended, 'trial')} produced a model"
     return "interrupted", f"{of_all}; the same command resumes it"
 
 
