@@ -174,8 +174,9 @@ def check_resources(
         spare = f"{count} GPUs" if compute.use_gpu else f"{cores * count} cores"
         problems.append(
             f"{beside}=true needs one worker more than "
-            f"compute.num_workers={compute.num_workers}, so {spare}; this machine has {gpus if compute.use_gpu else cpus}. Without it ({beside}"
-            "=false) the workers themselves score, to the same numbers"
+            f"compute.num_workers={compute.num_workers}, so {spare}; this machine has "
+            f"{gpus if compute.use_gpu else cpus}. Without it ({beside}=false) the workers "
+            "themselves score, to the same numbers"
         )
     missing = why_not_compile(on_gpu=compute.use_gpu) if compiling else None
     if missing:
