@@ -156,7 +156,7 @@ def test_no_whole_checkpoint_stops_the_run(
         (folder / "trainer.json").unlink()
     result = run(config, tiny_data, tmp_path)
     assert result["stopped"] == "failed" and not result["mistake"]
-    assert re.search(r"(?s)no checkpoint .* whole.*checkpoint_000010", result["message"])
+    assert re.search(r"(?s)no checkpoint .* intact.*checkpoint_000010", result["message"])
 
 
 def test_micro_batches_add_up_to_the_same_losses(
