@@ -17,11 +17,11 @@ import httpx
 import pytest
 import yaml
 
+from gptray.doors import run
 from gptray.model.hf import save_pretrained
 from gptray.record import read_rows
 from gptray.tuning.sweep_record import TRIALS, load_trials
 from tests.generation.models import random_gpt, small_tokenizer
-from tests.in_process import job_here
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -79,7 +79,7 @@ def test_mistake_is_one_message_and_exit_code_2(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "nowhere-g++")
     for dry_run in ([], ["--dry-run"]):
-        assert job_here("train", *arguments, *dry_run) == 2
+        assert run("train", [*arguments, *dry_run]) == 2
         out, err = capsys.readouterr()
         assert message in err and "Traceback" not in err
         assert out == ""
@@ -201,14 +201,14 @@ def test_generate_reads_prompts_on_the_terminal_and_dry_runs(
     assert text == "\uc61b\ub0a0" + result["outputs"][0]["output"]
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     paths = [f"generate.input_path={tmp_path / 'p.txt'}", f"generate.output_path={tmp_path}/out"]
-    assert job_here("generate", model, *paths, "--dry-run") == 0
+    assert run("generate", [model, *paths, "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
     assert plan["output"] == f"{tmp_path}/out"
     assert not (tmp_path / "out").exists()
-    assert job_here("generate", model, *paths, "generate.prompt_colum=x", "sample.topk=5") == 2
+    assert run("generate", [model, *paths, "generate.prompt_colum=x", "sample.topk=5"]) == 2
     wrong = capsys.readouterr().err
     assert "generate.prompt_column" in wrong and "sample.top_k" in wrong
-    assert job_here("generate", model) == 2
+    assert run("generate", [model]) == 2
 
 
 def test_evaluate_dry_runs_and_refuses(
@@ -218,18 +218,18 @@ def test_evaluate_dry_runs_and_refuses(
     save_pretrained(random_gpt(tokenizer), tmp_path / "m", eos_token_id=tokenizer.eos_id)
     tokenizer.save(tmp_path / "m")
     common = [f"evaluate.model={tmp_path / 'm'}", f"storage_path={tmp_path}", "name=apart"]
-    assert job_here("evaluate", *common, f"evaluate.source={text_file}", "--dry-run") == 0
+    assert run("evaluate", [*common, f"evaluate.source={text_file}", "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
     assert plan["text"] == str(text_file)
     assert not (tmp_path / "apart").exists()
-    assert job_here("evaluate", *common, "evaluate.stride=65") == 2
+    assert run("evaluate", [*common, "evaluate.stride=65"]) == 2
     out, err = capsys.readouterr()
     assert "evaluate.stride=65" in err and "Traceback" not in err and out == ""
 
 
 def test_tune_dry_runs_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = f"--config={ROOT / 'configs' / 'overfitting_demo.yaml'}"
-    assert job_here("tune", config, f"storage_path={tmp_path}", "name=dry", "--dry-run") == 0
+    assert run("tune", [config, f"storage_path={tmp_path}", "name=dry", "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
     assert plan["trials"] == "16: the config as it is, 15 drawn"
     assert plan["rungs"].startswith("at steps 240")
@@ -237,11 +237,11 @@ def test_tune_dry_runs_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "dry").exists()
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("tune:\n  space:\n  - path: model.dropot\n    uniform: [0, 0.3]\n")
-    assert job_here("tune", f"--config={wrong}", f"storage_path={tmp_path}", "tune.samples=3") == 2
+    assert run("tune", [f"--config={wrong}", f"storage_path={tmp_path}", "tune.samples=3"]) == 2
     out, err = capsys.readouterr()
     assert f"{wrong}:3: tune.space: unknown path model.dropot; did you mean" in err
     assert "did you mean tune.num_samples?" in err and out == ""
-    assert job_here("tune", f"storage_path={tmp_path}") == 2
+    assert run("tune", [f"storage_path={tmp_path}"]) == 2
 
 
 @pytest.mark.chaos

@@ -72,11 +72,6 @@ class Shape:
             return None if item is None else pa.list_(item)
         return self._struct() if kind is dict else _SCALARS[kind]
 
-    @property
-    def is_names(self) -> bool:
-        """Whether every value can name a row: whole numbers and texts, mixed or of any size."""
-        return self._kinds <= {int, str} and not self._is_odd
-
     def _take_items(self, lists: Sequence[list[Any]]) -> None:
         self._item = self._item or Shape(self._depth + 1)
         self._is_odd |= self._depth >= MOST_DEPTH

@@ -13,17 +13,6 @@ Checked = TypeVar("Checked")
 # Label and value of each fact that --dry-run prints.
 Plan = list[tuple[str, str]]
 
-# The module in which each job's JOB stands.
-JOBS = {
-    "prepare": "gptray.jobs.prepare.run",
-    "train": "gptray.jobs.train.run",
-    "tune": "gptray.jobs.tune.run",
-    "evaluate": "gptray.jobs.evaluate.run",
-    "generate": "gptray.jobs.generate.run",
-    "serve": "gptray.jobs.serve.run",
-    "runs": "gptray.jobs.runs.run",
-}
-
 
 @dataclass(frozen=True)
 class Job(Generic[Checked]):
@@ -40,7 +29,7 @@ class Job(Generic[Checked]):
 
 
 def find_job(name: str) -> Job[Any]:
-    """The job of a name in JOBS. Imported only now: a wrong key is to be refused at once."""
-    job = importlib.import_module(JOBS[name]).JOB
+    """The JOB of `gptray.jobs.<name>.run`, imported only when asked for."""
+    job = importlib.import_module(f"gptray.jobs.{name}.run").JOB
     assert isinstance(job, Job)
     return job

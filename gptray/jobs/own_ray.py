@@ -161,6 +161,7 @@ class _Deaths:
 
         What these processes started is in their sessions, and would outlive them by a minute.
         """
+        # These first: a raylet would start others in the place of those that it loses.
         for pid in self._processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

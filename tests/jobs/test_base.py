@@ -14,7 +14,8 @@ import torch
 
 from gptray.cli import run_job
 from gptray.config import Config, RunFailed, UserError, load_config
-from gptray.jobs.base import JOBS, Job, find_job
+from gptray.doors import DOCS
+from gptray.jobs.base import Job, find_job
 from gptray.jobs.tasks import Failure, attempt, result_of
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.train.validate import validate
@@ -23,15 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_every_job_is_found_by_the_name_of_its_file() -> None:
-    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == set(JOBS)
-    assert all(find_job(name) for name in JOBS)
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == set(DOCS)
+    assert {path.parent.name for path in (ROOT / "gptray" / "jobs").glob("*/run.py")} == set(DOCS)
+    assert all(find_job(name) for name in DOCS)
 
 
 def test_a_job_is_loaded_without_torch_and_ray() -> None:
     code = (
         "import sys\n"
-        "from gptray.jobs.base import JOBS, find_job\n"
-        "for name in JOBS: find_job(name)\n"
+        "from gptray.doors import DOCS\n"
+        "from gptray.jobs.base import find_job\n"
+        "for name in DOCS: find_job(name)\n"
         "print(sorted({'torch', 'ray', 'transformers', 'fastapi'} & set(sys.modules)))"
     )
     done = subprocess.run(

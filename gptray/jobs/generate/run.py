@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from gptray.commands import retyped
-from gptray.config import Config, RunFailed, UserError
+from gptray.config import Config, RunFailed
 from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import output_schema
 from gptray.jobs.base import Job, Plan
@@ -31,6 +31,7 @@ from gptray.jobs.generate.output import Output, check_output
 from gptray.jobs.generate.rows_bar import RowsBar
 from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.next_steps import resumable, tell
+from gptray.jobs.tasks import result_of
 from gptray.wording import count
 
 if TYPE_CHECKING:
@@ -150,10 +151,6 @@ class Engines:
                         done += self._serve(engine)
                     except ray.exceptions.RayActorError as error:
                         self._engines[number] = self._replace(engine, error)
-                    except ray.exceptions.RayTaskError as error:
-                        cause = error.cause
-                        ours = isinstance(cause, (UserError, RunFailed))
-                        raise (cause if ours else error) from None
                 bar.show(done, [e.progress for e in self._engines if e.progress], self._ahead())
                 ray.wait([call for e in self._engines for call in e.calls], timeout=POLL_S)
         return self._speed()
@@ -169,7 +166,7 @@ class Engines:
             else ([], [])
         )
         for call in ready:
-            for part in ray.get(call):
+            for part in result_of(ray.get(call)):
                 engine.parts.discard(part)
                 rows += self._output.rows_of(part)
         engine.written_rows += rows

@@ -11,6 +11,7 @@ import torch
 from gptray.generation.batch import PartWriter, Progress
 from gptray.generation.loading import open_engine
 from gptray.jobs.generate.task import GenerateTask
+from gptray.jobs.tasks import Failure, attempt
 
 
 class EngineWorker:
@@ -24,16 +25,19 @@ class EngineWorker:
         self._lock = threading.Lock()
         self._writer: PartWriter | None = None
 
-    def feed(self, number: int, staged: str) -> list[int]:
+    def feed(self, number: int, staged: str) -> list[int] | Failure:
         """Take on a part; return the numbers of the parts that were written meanwhile."""
         with self._lock:
-            self._writer = self._writer or _writer(self._task)
-            return self._writer.feed(number, Path(staged))
+            return attempt(lambda: self._feed(number, Path(staged)))
 
-    def finish(self) -> list[int]:
+    def finish(self) -> list[int] | Failure:
         """Run all parts to their end; return the numbers of those written meanwhile."""
         with self._lock:
-            return self._writer.finish() if self._writer else []
+            return attempt(self._writer.finish) if self._writer else []
+
+    def _feed(self, number: int, staged: Path) -> list[int]:
+        self._writer = self._writer or _writer(self._task)
+        return self._writer.feed(number, staged)
 
     def progress(self) -> Progress | None:
         """Counters so far; answers while the engine runs."""

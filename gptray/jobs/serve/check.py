@@ -43,8 +43,12 @@ def check(config: Config) -> CheckedEndpoint:
     Raises UserError with all that is wrong, one line each.
     """
     problems = []
-    picked = config
-    for part in (_check_model, _check_address, api_keys, _check_compute):
+    picked, model = config, dict[str, str]()
+    try:
+        model = user_config(config)
+    except UserError as error:
+        problems.append(str(error))
+    for part in (_check_address, api_keys, _check_compute):
         try:
             part(config)
         except UserError as error:
@@ -55,7 +59,7 @@ def check(config: Config) -> CheckedEndpoint:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    return CheckedEndpoint(config, picked, user_config(picked))
+    return CheckedEndpoint(config, picked, model)
 
 
 def plan(checked: CheckedEndpoint) -> Plan:
@@ -80,16 +84,6 @@ def _hosts(config: Config) -> str:
         return "any"
     more = [allowed] if isinstance(allowed, str) else allowed or []
     return ", ".join(["localhost", "any address", *more])
-
-
-def _check_model(config: Config) -> None:
-    folder, _ = find_model(config, config.serve.model, key="serve.model")
-    n_positions, most = read_shape(folder)["n_positions"], config.serve.max_output_tokens
-    if most is not None and most > n_positions:
-        raise UserError(
-            f"serve.max_output_tokens={most} is more than the model's context of {n_positions} "
-            "tokens holds"
-        )
 
 
 def _check_address(config: Config) -> None:
@@ -126,8 +120,17 @@ def replicas_compute(config: Config) -> ComputeConfig:
 
 
 def user_config(config: Config) -> dict[str, str]:
-    """What a replica serves: all that changes when another model takes over the address."""
-    _, source = find_model(config, config.serve.model, key="serve.model")
+    """What a replica serves: all that changes when another model takes over the address.
+
+    Raises UserError for a model that is not there, or whose context is too short.
+    """
+    found, source = find_model(config, config.serve.model, key="serve.model")
+    n_positions, most = read_shape(found)["n_positions"], config.serve.max_output_tokens
+    if most is not None and most > n_positions:
+        raise UserError(
+            f"serve.max_output_tokens={most} is more than the model's context of {n_positions} "
+            "tokens holds"
+        )
     folder = expanded(source).absolute()
     return {
         "model": str(folder) if folder.exists() else source,

@@ -23,6 +23,7 @@ from gptray.tuning.sweep_record import (
     winner_dir,
 )
 from gptray.tuning.trial_plan import plan_trial, text_key
+from gptray.wording import count
 
 log = logging.getLogger("gptray")
 
@@ -46,7 +47,7 @@ def opened(checked: CheckedSweep) -> Record:
     for trial in failed:
         record.retried(trial.name)
     if failed:
-        log.info("%s run again: %s", _number(len(failed), "trial"), failed[0].message)
+        log.info("%s run again: %s", count(len(failed), "trial"), failed[0].message)
     _share_texts(folder)
     return record
 
@@ -56,10 +57,6 @@ def failed_trials(config: Config, folder: Path) -> list[Trial]:
     if not config.tune.retry_failed:
         return []
     return [trial for trial in load_trials(folder) if trial.passing]
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" + ("s" if count != 1 else "")
 
 
 def check_trials(checked: CheckedSweep, texts: Mapping[str, TokenData]) -> None:
