@@ -246,6 +246,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the terminal's commands end too
     begin = time.monotonic()
     outcomes: list[Outcome] = []
     place = tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep)
