@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import ray
 
 from gptray.config import RunFailed, UserError
+from gptray.wording import count
 
 log = logging.getLogger("gptray")
 
@@ -142,9 +143,11 @@ class Crew(Generic[M]):
             # The lines before it are numbers by which Ray knows the actor.
             why = str(error).strip().splitlines()[-1]
             raise RunFailed(
-                f"{self._name} died more than compute.max_failures={self._most_deaths} times. {why}"
+                f"{self._name}s died more than compute.max_failures={self._most_deaths} times. "
+                f"{why}"
             ) from None
-        log.warning("%s died; its work goes to another", self._name)
+        of_all = count(len(self.members), self._name)
+        log.warning("1 of %s died; its work goes to another", of_all)
 
 
 def answers_in(timeout_s: float, calls: Sequence[Ref]) -> list[Any]:

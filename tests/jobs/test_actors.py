@@ -52,7 +52,7 @@ def test_work_goes_to_those_that_run_and_comes_back_from_those_that_die(
             member.call(member.actor.double.remote(number), number)
 
     def work() -> None:
-        with Crew(start, 2, name="a doubler", most_deaths=most_deaths) as crew:
+        with Crew(start, 2, name="doubler", most_deaths=most_deaths) as crew:
             waits = crew.members[0]
             try:
                 while queue or crew.is_busy:
@@ -72,10 +72,10 @@ def test_work_goes_to_those_that_run_and_comes_back_from_those_that_die(
         work()
         assert answers == {number: 2 * number for number in range(6)}
         assert [record.getMessage() for record in caplog.records] == [
-            "a doubler died; its work goes to another"
+            "1 of 2 doublers died; its work goes to another"
         ]
     else:
         with pytest.raises(
-            RunFailed, match=r"^a doubler died more than compute\.max_failures=0 ti"
+            RunFailed, match=r"^doublers died more than compute\.max_failures=0 times\. "
         ):
             work()

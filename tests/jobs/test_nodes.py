@@ -147,6 +147,6 @@ def test_a_lost_node_costs_neither_rows_nor_the_job(
         nodes.kill(started.pop())
         assert there < PARTS, "all was done before the node was lost"
         _, told = end_of(process)
-    assert "an engine died; its work goes to another" in told
+    assert "1 of 2 engines died; its work goes to another" in told
     assert rows_of(output) == by_four
     assert not list(output.glob(".part*"))

@@ -44,7 +44,7 @@ class Scorers:
         self._crew = Crew(
             lambda: Member(actor.remote(task)),
             compute.num_workers,
-            name="a worker",
+            name="worker",
             most_deaths=compute.max_failures,
         )
 

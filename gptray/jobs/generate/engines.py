@@ -77,7 +77,7 @@ class Engines:
         most = self._config.compute.max_failures
         with (
             closing(RowsBar(self._done, self._output.rows)) as bar,
-            Crew(self._start, self._asked, name="an engine", most_deaths=most) as crew,
+            Crew(self._start, self._asked, name="engine", most_deaths=most) as crew,
         ):
             while self._queue or crew.is_busy:
                 crew.each(self._feed)
