@@ -28,18 +28,19 @@ def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
 
     Raises UserError or RunFailed as `Scorers.run` does, RunFailed for a loss that is not finite.
     """
-    scorers = Scorers(checked, data)
     splits: dict[str, SplitResult | None] = dict.fromkeys(("train", "val", "test"))
-    splits |= score_splits(checked, data, scorers)
+    with Scorers(checked, data) as scorers:
+        splits |= score_splits(checked, data, scorers)
+        texts = measure_texts(checked, data, scorers)
+        precision = scorers.precision
     train, val = splits["train"], splits["val"]
-    texts = measure_texts(checked, data, scorers)
     return {
         "model_dir": str(checked.model_dir),
         "model_sha256": checked.model_sha256,
         "tokenizer_sha256": checked.tokenizer.sha256,
         "source": checked.source,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "precision": scorers.precision,
+        "precision": precision,
         "block_size": checked.block_size,
         "stride": checked.stride,
         "splits": splits,

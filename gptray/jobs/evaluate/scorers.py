@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
 import ray
-from ray.util import ActorPool
 
-from gptray.config import RunFailed
 from gptray.data.tokens import TokenData
+from gptray.jobs.actors import Crew, Member
 from gptray.jobs.bar import Bar
 from gptray.jobs.cluster import worker_resources
 from gptray.jobs.evaluate.check import CheckedEvaluation
@@ -19,6 +19,10 @@ from gptray.jobs.evaluate.task import Call, EvaluationTask
 from gptray.jobs.evaluate.worker import Scorer
 from gptray.jobs.tasks import result_of
 from gptray.jobs.train.watch import duration
+
+POLL_S = 0.25
+# Calls at one actor: another, which is free, is not to wait for what this one holds.
+IN_LINE = 1
 
 
 class Scorers:
@@ -35,43 +39,56 @@ class Scorers:
             threads=max(1, int(reserved["CPU"])),
         )
         actor = ray.remote(Scorer).options(
-            num_cpus=reserved["CPU"],
-            num_gpus=reserved.get("GPU", 0),
-            max_restarts=compute.max_failures,
-            max_task_retries=compute.max_failures,
+            num_cpus=reserved["CPU"], num_gpus=reserved.get("GPU", 0)
         )
-        self._most_failures = compute.max_failures
-        self._actors = [actor.remote(task) for _ in range(compute.num_workers)]
-        self._pool = ActorPool(self._actors)
+        self._crew = Crew(
+            lambda: Member(actor.remote(task)),
+            compute.num_workers,
+            name="worker",
+            most_deaths=compute.max_failures,
+        )
+
+    def __enter__(self) -> Scorers:
+        self._crew.__enter__()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._crew.__exit__(kind, error, trace)
 
     @property
     def precision(self) -> str:
         """What the networks of all actors compute in: fp32 or bf16."""
-        precision: str = ray.get(self._actors[0].precision.remote())
-        return precision
+        ((_, precision),) = self._answers([Call("precision", (), 0)])
+        return str(precision)
 
     def run(self, doing: str, calls: Sequence[Call]) -> list[Any]:
         """Have all calls answered; the answers in the calls' order.
 
         Raises the UserError or RunFailed of a call, or RunFailed when workers keep dying.
         """
+        answers = {}
+        with closing(_Progress(doing, sum(call.tokens for call in calls))) as progress:
+            for number, answer in self._answers(calls):
+                answers[number] = answer
+                progress.add(calls[number].tokens)
+        return [answers[number] for number in range(len(calls))]
 
-        def start(actor: Any, call: Call) -> Any:
-            return actor.answer.remote(call)
+    def _answers(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
+        """The number and the answer of each call, in the order in which they come."""
+        queue = collections.deque(range(len(calls)))
 
-        try:
-            with closing(_Progress(doing, sum(call.tokens for call in calls))) as progress:
-                answers = []
-                for call, answer in zip(calls, self._pool.map(start, calls), strict=True):
-                    answers.append(result_of(answer))
-                    progress.add(call.tokens)
-                return answers
-        except ray.exceptions.RayActorError as error:
-            # Its other lines are numbers by which Ray knows the actor.
-            why = str(error).strip().splitlines()[-1]
-            raise RunFailed(
-                f"a worker died more than compute.max_failures={self._most_failures} times. {why}"
-            ) from None
+        def feed(member: Member) -> None:
+            while queue and len(member.calls) < IN_LINE:
+                number = queue.popleft()
+                member.call(member.actor.answer.remote(calls[number]), number)
+
+        while queue or self._crew.is_busy:
+            self._crew.each(feed)
+            for member, number, answer in self._crew.answers(POLL_S):
+                assert number is not None
+                member.held.remove(number)
+                yield number, result_of(answer)
+            queue.extendleft(reversed(self._crew.take_back()))
 
 
 class _Progress:

@@ -5,6 +5,7 @@ What a call returns depends neither on the actor nor on how many there are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,6 +42,10 @@ class Scorer:
     def answer(self, call: Call) -> Any | Failure:
         """Call one of the methods below."""
         return attempt(lambda: getattr(self, call.method)(*call.arguments))
+
+    def process(self) -> int:
+        """Its process id."""
+        return os.getpid()
 
     def precision(self) -> str:
         """What the network computes in: fp32 or bf16."""

@@ -1,0 +1,81 @@
+"""A crew of actors: who is given work, and what becomes of it when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from gptray.config import RunFailed
+
+
+class Doubler:
+    """An actor that doubles numbers, and dies of those that are in a file."""
+
+    def __init__(self, deadly: Path) -> None:
+        self._deadly = deadly
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def double(self, number: int) -> int:
+        if self._deadly.exists() and number == int(self._deadly.read_text()):
+            self._deadly.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 2 * number
+
+
+@pytest.mark.parametrize("most_deaths", [1, 0])
+def test_work_goes_to_those_that_run_and_comes_back_from_those_that_die(
+    ray_cluster: None, tmp_path: Path, most_deaths: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    from gptray.jobs.actors import Crew, Member
+
+    deadly = tmp_path / "deadly"
+    deadly.write_text("3")
+    # The first one waits for a node that never comes.
+    wanted = [{"nowhere": 1.0}, {}, {}]
+
+    def start() -> Member:
+        actor = ray.remote(Doubler).options(num_cpus=0, resources=wanted.pop(0))
+        return Member(actor.remote(deadly))
+
+    queue, answers = list(range(6)), dict[int, int]()
+
+    def give(member: Member) -> None:
+        while queue and len(member.calls) < 2:
+            number = queue.pop(0)
+            member.call(member.actor.double.remote(number), number)
+
+    def work() -> None:
+        with Crew(start, 2, name="doubler", most_deaths=most_deaths) as crew:
+            waits = crew.members[0]
+            try:
+                while queue or crew.is_busy:
+                    crew.each(give)
+                    for member, number, answer in crew.answers(30):
+                        assert number is not None and member is not waits
+                        member.held.remove(number)
+                        answers[number] = answer
+                    queue.extend(crew.take_back())
+                assert waits not in crew.running and waits.process is None
+            finally:
+                hopes = waits.open_calls()
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(hopes, timeout=30)
+
+    if most_deaths:
+        work()
+        assert answers == {number: 2 * number for number in range(6)}
+        assert [record.getMessage() for record in caplog.records] == [
+            "1 of 2 doublers died; its work goes to another"
+        ]
+    else:
+        with pytest.raises(
+            RunFailed, match=r"^doublers died more than compute\.max_failures=0 times\. "
+        ):
+            work()

@@ -1,0 +1,152 @@
+"""Jobs on a cluster of two nodes with a core each: more asked than there is, and a node lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from gptray.model.hf import save_pretrained
+from tests.generation.models import random_gpt, small_tokenizer
+from tests.jobs.nodes import Nodes, cluster_of, job
+from tests.tiny import tiny_text
+
+pytestmark = pytest.mark.ray
+ROWS, ROWS_PER_FILE = 144, 4
+PARTS = ROWS // ROWS_PER_FILE
+LIMIT_S = 240
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[Nodes, list[Any]]]:
+    with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def slow_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model large enough for a job to be caught halfway."""
+    folder, tokenizer = tmp_path_factory.mktemp("slow"), small_tokenizer()
+    model = random_gpt(tokenizer, n_positions=256, n_layer=4, n_embd=64, n_head=4)
+    save_pretrained(model, folder, eos_token_id=tokenizer.eos_id)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"the cat {i}"}) + "\n" for i in range(ROWS)))
+    return path
+
+
+def generate_words(model: Path, prompts: Path, output: Path, engines: int) -> list[str]:
+    return [
+        f"generate.model={model}",
+        f"generate.input_path={prompts}",
+        f"generate.output_path={output}",
+        f"generate.num_workers={engines}",
+        f"generate.rows_per_file={ROWS_PER_FILE}",
+        "generate.max_batch_size=4",
+        "generate.precision=fp32",
+        "generate.backend=torch",
+        "sample.max_new_tokens=64",
+        "sample.min_new_tokens=64",
+    ]
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
+    """The JSON line and what a job told, once it has ended well."""
+    out, told = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, told
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return result, told
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    tables = [parquet.read_table(path) for path in sorted(output.glob("*.parquet"))]
+    rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def by_four(
+    cluster: tuple[Nodes, list[Any]],
+    slow_model_dir: Path,
+    prompts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[dict[str, Any]]:
+    """The rows of a job that asked for twice as many engines as there are cores."""
+    output = tmp_path_factory.mktemp("four") / "out"
+    with job("generate", *generate_words(slow_model_dir, prompts, output, 4)) as process:
+        result, _ = end_of(process)
+    assert result["rows"] == ROWS and result["tokens_per_sec"] > 0
+    return rows_of(output)
+
+
+def test_more_engines_than_cores_still_finish_all_rows(by_four: list[dict[str, Any]]) -> None:
+    assert [row["id"] for row in by_four] == list(range(ROWS))
+
+
+def test_more_workers_than_cores_evaluate_to_the_same_numbers(
+    cluster: tuple[Nodes, list[Any]], model_dir: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text(tiny_text(4000))
+    results = []
+    for workers in (4, 1):
+        words = [f"evaluate.model={model_dir}", f"evaluate.source={source}", "evaluate.passages=4"]
+        words += [f"storage_path={tmp_path}", "name=e", f"compute.num_workers={workers}"]
+        with job("evaluate", *words) as process:
+            results.append(end_of(process)[0])
+    assert results[0]["test_loss"] > 0 and results[0] == results[1]
+
+
+def engines() -> set[int]:
+    """The engines that run on nodes of this process, by process id."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            is_engine = (process / "cmdline").read_bytes().startswith(b"ray::EngineWorker")
+            if is_engine and parent(parent(process.name)) == str(os.getpid()):
+                found.add(int(process.name))
+    return found
+
+
+def parent(pid: str) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+
+
+def test_a_lost_node_costs_neither_rows_nor_the_job(
+    cluster: tuple[Nodes, list[Any]],
+    slow_model_dir: Path,
+    prompts: Path,
+    tmp_path: Path,
+    by_four: list[dict[str, Any]],
+) -> None:
+    nodes, started = cluster
+    output = tmp_path / "out"
+    with job("generate", *generate_words(slow_model_dir, prompts, output, 2)) as process:
+        deadline = time.monotonic() + LIMIT_S
+        # Some files more than there are when both engines run: both have parts by then.
+        wanted, there = None, 0
+        while wanted is None or there < wanted:
+            there = len(list(output.glob("*.parquet")))
+            if wanted is None and len(engines()) == 2:
+                wanted = max(PARTS // 3, there + 3)
+            assert process.poll() is None and time.monotonic() < deadline
+        nodes.kill(started.pop())
+        assert there < PARTS, "all was done before the node was lost"
+        _, told = end_of(process)
+    assert "1 of 2 engines died; its work goes to another" in told
+    assert rows_of(output) == by_four
+    assert not list(output.glob(".part*"))
