@@ -31,6 +31,7 @@ from gptray.jobs.generate.output import Output, check_output
 from gptray.jobs.generate.rows_bar import RowsBar
 from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.next_steps import resumable, tell
+from gptray.jobs.shared_storage import check_shared
 from gptray.jobs.tasks import result_of
 from gptray.wording import count
 
@@ -74,6 +75,11 @@ def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
             rows = sum(map(output.rows_of, missing))
             log.info("%s: %s of %s rows to do", job.model_name, f"{rows:,}", f"{output.rows:,}")
             with ray_cluster():
+                check_shared(
+                    written={"generate.output_path": folder},
+                    read={"generate.model": [job.model_dir]},
+                    use_gpu=job.config.compute.use_gpu,
+                )
                 speed = Engines(job.config, output, missing).run()
         summary = output.finish()
     reasons = summary["finish_reasons"].items()

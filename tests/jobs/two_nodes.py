@@ -1,0 +1,93 @@
+"""A Ray cluster of two nodes on this machine, the second with a file system of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+SECOND = "127.0.0.2"
+START_S = 90
+
+
+def may_unshare() -> bool:
+    """Whether this process may give another a file system of its own."""
+    command = ["unshare", "-m", "mount", "-t", "tmpfs", "none", tempfile.gettempdir()]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@contextmanager
+def two_nodes(hidden: Sequence[Path], folder: Path, *head_options: str) -> Iterator[dict[str, str]]:
+    """A head of one core, and a node with two that has small empty folders in place of `hidden`.
+
+    Gives the environment of a job on that cluster. folder: for what the nodes' Ray says.
+    """
+    ray = str(Path(sys.executable).with_name("ray"))
+    port = _free_port()
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_DISABLE_IMPORT_WARNING": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    common = ["--block", "--disable-usage-stats"]
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
+        head = [ray, "start", "--head", f"--port={port}", "--num-cpus=1", *common]
+        head += ["--node-ip-address=127.0.0.1", f"--temp-dir={temporary}", *head_options]
+        head += [f"--dashboard-port={_free_port()}"]
+        mounts = " && ".join(f'mount -t tmpfs -o size=64k none "{path}"' for path in hidden)
+        second = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh", ray, "start"]
+        second += [f"--address=127.0.0.1:{port}", f"--node-ip-address={SECOND}", "--num-cpus=2"]
+        second += common
+        with ending() as processes:
+            for number, command in enumerate((head, second)):
+                command += [f"--dashboard-agent-listen-port={_free_port()}"]
+                log = (folder / f"node{number}.log").open("w")
+                processes.append(_started(command, environment, log.fileno()))
+                if number == 0:
+                    _wait_for(port)
+            yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+
+
+def _started(command: list[str], environment: Mapping[str, str], out: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, env=environment, stdout=out, stderr=out, start_new_session=True, text=True
+    )
+
+
+@contextmanager
+def ending() -> Iterator[list[subprocess.Popen[str]]]:
+    """Have a list of leaders of sessions, whose processes end with the block, the last first."""
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        yield processes
+    finally:
+        for process in reversed(processes):
+            for entry in Path("/proc").iterdir():
+                with suppress(ProcessLookupError, ValueError):
+                    if os.getsid(int(entry.name)) == process.pid:
+                        os.kill(int(entry.name), signal.SIGKILL)
+            process.wait()
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, "the head does not listen"
+            time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
