@@ -27,7 +27,7 @@ def may_unshare() -> bool:
 
 
 @contextmanager
-def two_nodes(hidden: Sequence[Path], folder: Path, *head_options: str) -> Iterator[dict[str, str]]:
+def two_nodes(hidden: Sequence[Path], folder: Path) -> Iterator[dict[str, str]]:
     """A head of one core, and a node with two that has small empty folders in place of `hidden`.
 
     Gives the environment of a job on that cluster. folder: for what the nodes' Ray says.
@@ -39,8 +39,7 @@ def two_nodes(hidden: Sequence[Path], folder: Path, *head_options: str) -> Itera
     common = ["--block", "--disable-usage-stats"]
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
         head = [ray, "start", "--head", f"--port={port}", "--num-cpus=1", *common]
-        head += ["--node-ip-address=127.0.0.1", f"--temp-dir={temporary}", *head_options]
-        head += [f"--dashboard-port={_free_port()}"]
+        head += [f"--temp-dir={temporary}", "--include-dashboard=False"]
         mounts = " && ".join(f'mount -t tmpfs -o size=64k none "{path}"' for path in hidden)
         second = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh", ray, "start"]
         second += [f"--address=127.0.0.1:{port}", f"--node-ip-address={SECOND}", "--num-cpus=2"]
