@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from gptray.hub import first_line
 from gptray.wording import count
@@ -60,7 +60,7 @@ def living_nodes() -> list[Node]:
 
 
 def ask(
-    nodes: Sequence[Node], question: Callable[..., T], *given: Any, about: str
+    nodes: Sequence[Node], question: Callable[..., T], *given: object, about: str
 ) -> list[T | NoAnswer]:
     """Call `question(*given)` once on each node, whether its cores are busy or not.
 
@@ -70,6 +70,13 @@ def ask(
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def answer(call: object) -> T | NoAnswer:
+        try:
+            given_back: T = ray.get(call)
+        except ray.exceptions.RayError as error:
+            return NoAnswer(f"fails to run a task: {_cause(error)}")
+        return given_back
 
     task = ray.remote(question).options(num_cpus=0, max_retries=0)
     calls = [
@@ -86,25 +93,14 @@ def ask(
             said = True
             log.info("waiting for %s to answer about %s", count(len(waiting), "node"), about)
     late = NoAnswer(f"does not answer within {DEADLINE_S:.0f} s")
-    answers = [late if call in waiting else _answer(call) for call in calls]
+    answers = [late if call in waiting else answer(call) for call in calls]
     for call in waiting:
         ray.cancel(call, force=True)
     alive = {node.id for node in living_nodes()}
     return [
-        NoAnswer(answer.reason, is_gone=node.id not in alive)
-        if isinstance(answer, NoAnswer)
-        else answer
-        for node, answer in zip(nodes, answers, strict=True)
+        NoAnswer(one.reason, is_gone=node.id not in alive) if isinstance(one, NoAnswer) else one
+        for node, one in zip(nodes, answers, strict=True)
     ]
-
-
-def _answer(call: Any) -> Any:
-    import ray
-
-    try:
-        return ray.get(call)
-    except ray.exceptions.RayError as error:
-        return NoAnswer(f"fails to run a task: {_cause(error)}")
 
 
 def _cause(error: Exception) -> str:

@@ -8,13 +8,23 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SECOND = "127.0.0.2"
-START_S = 90
+START_S = 120
+# Connects as soon as there is a head, and ends when there are enough nodes.
+_UNTIL = """
+import time, ray
+while not ray.is_initialized():
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    except Exception:
+        time.sleep(0.2)
+while sum(node["Alive"] for node in ray.nodes()) < {number}:
+    time.sleep(0.1)
+"""
 
 
 def may_unshare() -> bool:
@@ -34,7 +44,7 @@ def two_nodes(hidden: Sequence[Path], folder: Path) -> Iterator[dict[str, str]]:
     """
     ray = str(Path(sys.executable).with_name("ray"))
     port = _free_port()
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_DISABLE_IMPORT_WARNING": "1"}
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     common = ["--block", "--disable-usage-stats"]
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
@@ -45,13 +55,13 @@ def two_nodes(hidden: Sequence[Path], folder: Path) -> Iterator[dict[str, str]]:
         second += [f"--address=127.0.0.1:{port}", f"--node-ip-address={SECOND}", "--num-cpus=2"]
         second += common
         with ending() as processes:
-            for number, command in enumerate((head, second)):
+            of_jobs = {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+            for number, command in enumerate((head, second), start=1):
                 command += [f"--dashboard-agent-listen-port={_free_port()}"]
-                log = (folder / f"node{number}.log").open("w")
-                processes.append(_started(command, environment, log.fileno()))
-                if number == 0:
-                    _wait_for(port)
-            yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+                with (folder / f"node{number}.log").open("w") as log:
+                    processes.append(_started(command, environment, log.fileno()))
+                _wait_for_nodes(number, of_jobs)
+            yield of_jobs
 
 
 def _started(command: list[str], environment: Mapping[str, str], out: int) -> subprocess.Popen[str]:
@@ -75,15 +85,10 @@ def ending() -> Iterator[list[subprocess.Popen[str]]]:
             process.wait()
 
 
-def _wait_for(port: int) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, "the head does not listen"
-            time.sleep(0.1)
+def _wait_for_nodes(number: int, environment: Mapping[str, str]) -> None:
+    """Return when so many nodes are in the cluster."""
+    command = [sys.executable, "-c", _UNTIL.format(number=number)]
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=START_S)
 
 
 def _free_port() -> int:

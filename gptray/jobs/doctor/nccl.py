@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
-from typing import Any
 
 from gptray.hub import first_line
 
@@ -23,7 +22,7 @@ def two_gpus_add_up(*, backend: str = "nccl", on_gpus: bool = True) -> str:
     member = ray.remote(Member).options(
         num_cpus=0, num_gpus=int(on_gpus), scheduling_strategy="SPREAD"
     )
-    members: list[Any] = [member.remote(), member.remote()]
+    members = [member.remote(), member.remote()]
     try:
         meeting = ray.get(members[0].meeting_point.remote(), timeout=DEADLINE_S)
         sums = [one.add_up.remote(backend, meeting, rank) for rank, one in enumerate(members)]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from gptray.config import Config, RunFailed
 from gptray.files import absolute
@@ -96,7 +95,7 @@ def _seconds_ahead(nodes: Sequence[Node]) -> list[float]:
     return found
 
 
-def outcome(facts: ClusterFacts, findings: Sequence[Finding]) -> dict[str, Any]:
+def outcome(facts: ClusterFacts, findings: Sequence[Finding]) -> dict[str, object]:
     """The job's JSON line."""
     return {
         "ok": all(finding.level != "fail" for finding in findings),
