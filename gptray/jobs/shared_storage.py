@@ -91,6 +91,19 @@ def check_shared_by_training(config: Config) -> None:
     )
 
 
+def check_seen(folder: Path, *, storage_path: str) -> None:
+    """In a worker: refuse a node that joined later and does not see a folder of storage_path.
+
+    Raises UserError, which names storage_path and the node.
+    """
+    if not folder.is_dir():
+        import ray
+
+        node = ray.util.get_node_ip_address()
+        remedy = _REMEDY.format(noun="folder")
+        raise UserError(f"storage_path={storage_path}: node {node} does not see {folder}; {remedy}")
+
+
 def blind_nodes(
     *,
     written: Mapping[str, Path] | None = None,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gptray.jobs.shared_storage import Looks, Place, problem_of
+from gptray.config import UserError
+from gptray.jobs.shared_storage import Looks, Place, check_seen, problem_of
 from tests.jobs.two_nodes import SECOND, may_unshare, two_nodes
 from tests.tiny import tiny_text
 
@@ -50,6 +51,14 @@ def test_a_node_that_sees_no_file_or_another_says_so(
         book.write_text(there)
     found = problem_of([place])
     assert found and found[0] == f"data.source={book}" and found[1].startswith(said)
+
+
+def test_a_worker_that_sees_no_tokens_names_storage_path_and_its_node(tmp_path: Path) -> None:
+    check_seen(tmp_path, storage_path="/x")
+    with pytest.raises(UserError) as caught:
+        check_seen(tmp_path / "data", storage_path="/x")
+    assert "storage_path=/x: node " in str(caught.value)
+    assert f" does not see {tmp_path / 'data'}; give a folder that all nodes" in str(caught.value)
 
 
 @pytest.fixture(scope="module")
