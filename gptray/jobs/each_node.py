@@ -78,10 +78,12 @@ def ask(
             return NoAnswer(f"fails to run a task: {_cause(error)}")
         return given_back
 
-    task = ray.remote(question).options(num_cpus=0, max_retries=0)
+    task = ray.remote(question)
     calls = [
         task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
         ).remote(*given)
         for node in nodes
     ]
