@@ -14,7 +14,7 @@ from gptray.wording import count
 log = logging.getLogger("gptray")
 
 # A node answers in seconds, unless it hangs: on a file system that is gone, for example.
-DEADLINE_S = 60.0
+DEADLINE_S = 90.0
 TELL_S, POLL_S = 5.0, 1.0
 
 T = TypeVar("T")

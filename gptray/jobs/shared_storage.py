@@ -67,8 +67,9 @@ def check_shared(
 ) -> None:
     """Refuse paths that a node which will work does not see. Needs Ray; one node shares all.
 
-    written: folders by key, made here if needed; nothing is left there. read: files and folders by
-    key. use_gpu: only nodes with GPUs will work.
+    written: folders by the words that name them, such as storage_path=/x; they are made here if
+    needed, and nothing is left there. read: files and folders by key. use_gpu: only nodes with
+    GPUs will work.
 
     Raises:
         UserError: names key, path and the addresses of the nodes.
@@ -81,11 +82,11 @@ def check_shared(
     raise UserError(message) if any(blind.is_certain for blind in found) else RunFailed(message)
 
 
-def check_shared_by_training(config: Config) -> None:
-    """Refuse what the workers of a resolved config would not see. Raises as `check_shared`."""
+def check_shared_by_training(config: Config, folder: Path) -> None:
+    """Refuse what the workers of a run or sweep would not see. Raises as `check_shared`."""
     init_from = config.model.init_from
     check_shared(
-        written={"storage_path": Path(config.storage_path)},
+        written={f"storage_path={config.storage_path}": folder},
         read={"model.init_from": [expanded(init_from)]} if init_from else None,
         use_gpu=config.compute.use_gpu,
     )
@@ -116,7 +117,7 @@ def blind_nodes(
     if len(nodes) < 2 or not working:
         return []
     with ExitStack() as stack:
-        places = [stack.enter_context(_token(key, path)) for key, path in (written or {}).items()]
+        places = [stack.enter_context(_token(*place)) for place in (written or {}).items()]
         for key, paths in (read or {}).items():
             places += [_as_here(key, path) for path in paths[:_MOST_FILES] if path.exists()]
         about = ", ".join(place.words for place in places[:2])
@@ -177,7 +178,7 @@ def _unwritable(place: Place) -> str | None:
 
 
 @contextmanager
-def _token(key: str, folder: Path) -> Iterator[Place]:
+def _token(words: str, folder: Path) -> Iterator[Place]:
     """Have a file in a folder that no other folder has."""
     path = folder / f".gptray-{secrets.token_hex(8)}.token"
     with no_empty_folders(folder):
@@ -185,7 +186,7 @@ def _token(key: str, folder: Path) -> Iterator[Place]:
             with storing(path):
                 folder.mkdir(parents=True, exist_ok=True)
                 path.write_text(secrets.token_hex(16), "utf-8")
-            yield Place(f"{key}={folder}", folder, "folder", True, ((path, _look(path)),))
+            yield Place(words, folder, "folder", True, ((path, _look(path)),))
         finally:
             with storing(path):
                 path.unlink(missing_ok=True)

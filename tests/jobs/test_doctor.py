@@ -15,6 +15,7 @@ from gptray.doors import run
 from gptray.jobs.doctor.facts import ClusterFacts, Disk, Examined, NodeFacts, OpenPort
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.listening import address_of, process_name
+from gptray.jobs.doctor.nccl import two_gpus_add_up
 from gptray.jobs.doctor.run import JOB
 from gptray.jobs.doctor.worker import node_facts
 from gptray.jobs.each_node import NoAnswer, Node
@@ -212,6 +213,11 @@ def test_a_node_tells_its_versions_disks_and_memory(tmp_path: Path) -> None:
     assert facts.missing == ()
     assert [disk.what for disk in facts.disks] == ["storage_path", "Ray's files"]
     assert all(0 < disk.free <= disk.total for disk in facts.disks)
+
+
+def test_two_processes_add_up_a_number(ray_cluster: None) -> None:
+    assert two_gpus_add_up(backend="gloo", on_gpus=False) == ""
+    assert "nowhere" in two_gpus_add_up(backend="nowhere", on_gpus=False).lower()
 
 
 def test_a_dry_run_looks_at_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

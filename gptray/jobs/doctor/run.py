@@ -67,7 +67,7 @@ def look(storage_path: Path) -> ClusterFacts:
         else:
             found.append((node, answer))
     ahead = _seconds_ahead([node for node, _ in found])
-    blind = blind_nodes(written={"storage_path": storage_path})
+    blind = blind_nodes(written={f"storage_path={storage_path}": storage_path})
     return ClusterFacts(
         storage_path=str(storage_path),
         nodes=tuple(

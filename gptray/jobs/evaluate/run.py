@@ -38,7 +38,7 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
     log.info("evaluating %s", checked.model_dir)
     with ray_cluster():
         check_shared(
-            written={"storage_path": checked.text.request.root.parent},
+            written={f"storage_path={checked.config.storage_path}": checked.folder},
             read={"evaluate.model": [checked.model_dir]},
             use_gpu=checked.config.compute.use_gpu,
         )

@@ -76,7 +76,7 @@ def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
             log.info("%s: %s of %s rows to do", job.model_name, f"{rows:,}", f"{output.rows:,}")
             with ray_cluster():
                 check_shared(
-                    written={"generate.output_path": folder},
+                    written={f"generate.output_path={folder}": folder},
                     read={"generate.model": [job.model_dir]},
                     use_gpu=job.config.compute.use_gpu,
                 )

@@ -102,7 +102,8 @@ def _prepare(request: Request, *, piece_bytes: int) -> TokenData:
     if request.tokenizer not in KINDS:
         tokenizer = Tokenizer.load(request.tokenizer, eos_token=request.eos_token)
     with building(request.data_dir) as folder, ray_cluster():
-        check_shared(written={"storage_path": request.root.parent}, read=request.local_files)
+        words = f"storage_path={request.root.parent}"
+        check_shared(written={words: request.root}, read=request.local_files)
         _build(request, tokenizer, folder, piece_bytes=piece_bytes)
     return TokenData.open(request.data_dir)
 

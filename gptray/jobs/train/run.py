@@ -78,7 +78,7 @@ def _train(checked: CheckedTraining, reporter: Reporter) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
     config, folder = checked.config, checked.folder
     with ray_cluster():
-        check_shared_by_training(config)
+        check_shared_by_training(config, folder)
         data = prepare_text(checked.text.request)
         check_data(config, data, checked.state)
         _begin(checked)

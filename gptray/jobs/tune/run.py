@@ -89,7 +89,7 @@ def run(checked: CheckedSweep) -> dict[str, Any]:
             reporter.write(running=False)
         else:
             with ray_cluster():
-                check_shared_by_training(checked.config)
+                check_shared_by_training(checked.config, folder)
                 texts = {key: prepare_text(text.request) for key, text in checked.texts.items()}
                 check_same_validation(texts.values())
                 check_trials(checked, texts)
