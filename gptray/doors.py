@@ -67,6 +67,12 @@ List the runs and sweeps in storage_path, newest first: state, verdict, losses, 
 python jobs/runs.py
 python jobs/runs.py storage_path=/mnt/runs
 """,
+    "doctor": """\
+Look at every node: versions, GPUs, shared storage, disks, ports, clocks; say what to mend.
+
+python jobs/doctor.py                                    this machine
+RAY_ADDRESS=10.0.0.1:6379 python jobs/doctor.py storage_path=/mnt/runs
+""",
 }
 
 

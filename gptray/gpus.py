@@ -50,10 +50,21 @@ def _told_gpus() -> int:
 
 
 def is_torch_for_cpus() -> bool:
-    """Whether the installed PyTorch is a build without GPUs; its version.py says so."""
+    """Whether the installed PyTorch is a build without GPUs."""
+    kinds = _torch_kinds()
+    return bool(kinds) and not any(kinds.values())
+
+
+def torch_cuda() -> str | None:
+    """The CUDA that the installed PyTorch is built for, such as 13.0; None without one."""
+    return _torch_kinds().get("cuda")
+
+
+def _torch_kinds() -> dict[str, str | None]:
+    """The versions of CUDA and HIP that PyTorch is built for, as its version.py says."""
     spec = find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        return False
+        return {}
     path = Path(spec.submodule_search_locations[0]) / "version.py"
-    kinds = re.findall(r"^(?:cuda|hip)\b.*= *(.*)$", path.read_text("utf-8"), re.MULTILINE)
-    return bool(kinds) and all(kind.strip() == "None" for kind in kinds)
+    found = re.findall(r"^(cuda|hip)\b.*= *(.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return {kind: None if said.strip() == "None" else said.strip(" '\"") for kind, said in found}

@@ -62,6 +62,14 @@ class Request:
         return [(self.source, shares), *((own, {label: 1.0}) for label, own in self.own.items())]
 
     @property
+    def local_files(self) -> dict[str, list[Path]]:
+        """The files of each source that lie in this machine's file system, by the source's key."""
+        return {
+            source.key: [Path(file.path) for file in source.files if file.uri is None]
+            for source, _ in self.sources
+        }
+
+    @property
     def split_names(self) -> tuple[str, ...]:
         """The splits that there will be, by label."""
         return split_names(max([len(self.split), *(label + 1 for label in self.own)]))

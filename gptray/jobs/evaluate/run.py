@@ -18,6 +18,7 @@ from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, p
 from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.prepare.run import prepare_text
 from gptray.jobs.reporter import Reporter
+from gptray.jobs.shared_storage import check_shared
 
 log = logging.getLogger("gptray")
 
@@ -36,6 +37,11 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
     """Evaluate, save the result and its report. Raises as `evaluate` does."""
     log.info("evaluating %s", checked.model_dir)
     with ray_cluster():
+        check_shared(
+            written={f"storage_path={checked.config.storage_path}": checked.folder},
+            read={"evaluate.model": [checked.model_dir]},
+            use_gpu=checked.config.compute.use_gpu,
+        )
         data = prepare_text(checked.text.request)
         check_tokens(checked, data)
         from gptray.jobs.evaluate.measure import measure

@@ -21,6 +21,7 @@ from gptray.jobs.engine_backend import with_built_backend
 from gptray.jobs.generate.check import CheckedBatch, CheckedModel, check
 from gptray.jobs.generate.output import Output, check_output
 from gptray.jobs.next_steps import resumable, tell
+from gptray.jobs.shared_storage import check_shared
 from gptray.wording import count
 
 log = logging.getLogger("gptray")
@@ -58,6 +59,11 @@ def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
             with ray_cluster():
                 from gptray.jobs.generate.engines import Engines  # loads Ray and torch
 
+                check_shared(
+                    written={f"generate.output_path={folder}": folder},
+                    read={"generate.model": [job.model_dir]},
+                    use_gpu=job.config.compute.use_gpu,
+                )
                 speed = Engines(job.config, output, missing).run()
         summary = output.finish()
     reasons = summary["finish_reasons"].items()

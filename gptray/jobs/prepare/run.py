@@ -35,6 +35,7 @@ from gptray.jobs.next_steps import differing, tell
 from gptray.jobs.prepare.check import CheckedText, check, opened, plan
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.jobs.prepare.worker import SampleText, WriteShards
+from gptray.jobs.shared_storage import check_shared
 from gptray.jobs.tasks import map_items
 
 log = logging.getLogger("gptray")
@@ -101,6 +102,8 @@ def _prepare(request: Request, *, piece_bytes: int) -> TokenData:
     if request.tokenizer not in KINDS:
         tokenizer = Tokenizer.load(request.tokenizer, eos_token=request.eos_token)
     with building(request.data_dir) as folder, ray_cluster():
+        words = f"storage_path={request.root.parent}"
+        check_shared(written={words: request.root}, read=request.local_files)
         _build(request, tokenizer, folder, piece_bytes=piece_bytes)
     return TokenData.open(request.data_dir)
 

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, RunFailed, UserError
@@ -27,6 +28,7 @@ from gptray.jobs.serve.check import (
     plan,
 )
 from gptray.jobs.serve.worker import bound
+from gptray.jobs.shared_storage import check_shared
 from gptray.signals import failure, leaving_within, sigterm_sets
 from gptray.standard_output import line_printer
 
@@ -83,6 +85,8 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
     """
     from ray import serve
 
+    read = {"serve.model": [Path(model["model"])]}
+    check_shared(read=read, use_gpu=config.compute.use_gpu)
     if not log.isEnabledFor(logging.DEBUG):
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     before = serve.status()

@@ -23,6 +23,7 @@ from gptray.jobs.prepare.run import prepare_text
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resuming import command, how_to_train_longer, save_config
 from gptray.jobs.run_folder import held, outcome, set_ray_snapshot_aside
+from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tasks import Failure
 from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
 from gptray.jobs.train.task import TrainTask
@@ -77,6 +78,7 @@ def _train(checked: CheckedTraining, reporter: Reporter) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
     config, folder = checked.config, checked.folder
     with ray_cluster():
+        check_shared_by_training(config, folder)
         data = prepare_text(checked.text.request)
         check_data(config, data, checked.state)
         _begin(checked)

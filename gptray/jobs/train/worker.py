@@ -12,6 +12,7 @@ import torch
 
 from gptray.config import RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
+from gptray.jobs.shared_storage import check_seen
 from gptray.jobs.train.group import process_group
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
@@ -26,6 +27,7 @@ def train_worker(task: TrainTask) -> Metrics:
     config = task.config
     torch.set_num_threads(task.threads)
     try:
+        check_seen(task.data_dir, storage_path=config.storage_path)
         if config.compute.use_gpu:
             check_gpu()
     except UserError as error:

@@ -26,6 +26,7 @@ from gptray.jobs.prepare.run import prepare_text
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resuming import command, save_config
 from gptray.jobs.run_folder import held
+from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.tune.check import (
     BUSY,
@@ -88,6 +89,7 @@ def run(checked: CheckedSweep) -> dict[str, Any]:
             reporter.write(running=False)
         else:
             with ray_cluster():
+                check_shared_by_training(checked.config, folder)
                 texts = {key: prepare_text(text.request) for key, text in checked.texts.items()}
                 check_same_validation(texts.values())
                 check_trials(checked, texts)

@@ -1,0 +1,270 @@
+"""What the facts of a cluster mean: for each check whether all is well, and what to do if not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gptray.jobs.doctor.facts import ClusterFacts, Disk, Examined, OpenPort
+from gptray.jobs.doctor.listening import DASHBOARD
+from gptray.wording import count, time_words
+
+# Free space below which Ray's processes and checkpoints soon fail; and the share of a disk, above
+# which Ray takes it for full and keeps no more objects there.
+LEAST_FREE = 1 << 30
+FULL = 0.95
+# What Docker gives a container unless it is told otherwise.
+SMALL_SHARED_MEMORY = 64 << 20
+CLOCK_S = 2.0
+# The oldest driver for each CUDA (Linux), by NVIDIA's CUDA release notes.
+OLDEST_DRIVER = {12: 525, 13: 580}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check. warn: jobs run, but something had better change."""
+
+    check: str
+    level: Literal["ok", "warn", "fail"]
+    message: str
+
+    @property
+    def line(self) -> str:
+        """The finding for people."""
+        return f"{self.level:4}  {self.check}: {self.message}"
+
+
+def judge(facts: ClusterFacts) -> list[Finding]:
+    """One finding for each check, in a fixed order."""
+    return [
+        nodes(facts),
+        versions(facts),
+        packages(facts),
+        gpus(facts),
+        nccl(facts),
+        storage(facts),
+        disks(facts),
+        shared_memory(facts),
+        authentication(facts),
+        ports(facts),
+        clocks(facts),
+    ]
+
+
+def nodes(facts: ClusterFacts) -> Finding:
+    """Whether every node answers."""
+    silent = [f"{node.address} {answer.reason}" for node, answer in facts.silent]
+    if silent:
+        remedy = "install the same gptray on every node, or remove the node from the cluster"
+        return Finding("nodes", "fail", f"{'; '.join(silent)}; {remedy}")
+    offers = [f"{one.node.address} ({_offer(one)})" for one in facts.nodes]
+    return Finding("nodes", "ok", ", ".join(offers))
+
+
+def versions(facts: ClusterFacts) -> Finding:
+    """Whether all nodes run the same versions."""
+    names = [name for one in facts.nodes[:1] for name in one.facts.versions]
+    differing = []
+    for name in names:
+        found = {one.node.address: one.facts.versions.get(name) for one in facts.nodes}
+        if len(set(found.values())) > 1:
+            told = ", ".join(f"{version or 'none'} on {node}" for node, version in found.items())
+            differing.append(f"{name} {told}")
+    if differing:
+        return Finding(
+            "versions", "fail", f"{'; '.join(differing)}; install the same versions on every node"
+        )
+    same = [
+        f"{name} {version or 'not installed as a package'}"
+        for one in facts.nodes[:1]
+        for name, version in one.facts.versions.items()
+    ]
+    return Finding("versions", "ok", f"{', '.join(same)} on {count(len(facts.nodes), 'node')}")
+
+
+def packages(facts: ClusterFacts) -> Finding:
+    """Whether every node has what gptray requires."""
+    missing = [
+        f"{one.node.address} lacks {', '.join(one.facts.missing)}"
+        for one in facts.nodes
+        if one.facts.missing
+    ]
+    if missing:
+        remedy = "install gptray there by pip, which brings them"
+        return Finding("packages", "fail", f"{'; '.join(missing)}; {remedy}")
+    return Finding("packages", "ok", "every node has what gptray requires")
+
+
+def gpus(facts: ClusterFacts) -> Finding:
+    """Whether GPUs, driver, CUDA build and what Ray offers fit together."""
+    problems = [problem for one in facts.nodes for problem in _gpu_problems(one)]
+    if problems:
+        level: Literal["warn", "fail"] = "fail" if any(bad for bad, _ in problems) else "warn"
+        return Finding("gpus", level, "; ".join(words for _, words in problems))
+    there = [
+        f"{one.node.address}: {len(one.facts.gpus)} x {one.facts.gpus[0]}, driver "
+        f"{one.facts.driver or 'unknown'}, PyTorch for CUDA {one.facts.torch_cuda}"
+        for one in facts.nodes
+        if one.facts.gpus
+    ]
+    return Finding("gpus", "ok", "; ".join(there) or "none")
+
+
+def _gpu_problems(one: Examined) -> list[tuple[bool, str]]:
+    """Whether it is a failure, and what is wrong, for each problem of a node."""
+    facts, address = one.facts, one.node.address
+    offered, found = round(one.node.gpus), len(facts.gpus)
+    problems = []
+    if offered != found:
+        problems.append(
+            (
+                False,
+                f"{address} has {count(found, 'GPU')} and offers {offered} to Ray; start Ray there "
+                f"with --num-gpus={found}",
+            )
+        )
+    if not found:
+        return problems
+    if facts.torch_cuda is None:
+        remedy = "pip install --force-reinstall torch"
+        problems.append((True, f"PyTorch on {address} is a build for CPUs; {remedy}"))
+    elif facts.driver:
+        least = OLDEST_DRIVER.get(int(facts.torch_cuda.split(".")[0]), 0)
+        if int(facts.driver.split(".")[0]) < least:
+            problems.append(
+                (
+                    True,
+                    f"driver {facts.driver} on {address} is too old for PyTorch's CUDA "
+                    f"{facts.torch_cuda}; install driver {least} or newer, or a PyTorch for an "
+                    "older CUDA",
+                )
+            )
+    return problems
+
+
+def nccl(facts: ClusterFacts) -> Finding:
+    """Whether two GPUs reach each other."""
+    if facts.nccl is None:
+        return Finding("nccl", "ok", "not tried, which takes two GPUs")
+    if facts.nccl:
+        remedy = "NCCL_DEBUG=INFO says more, NCCL_SOCKET_IFNAME picks the network"
+        return Finding("nccl", "fail", f"two GPUs do not reach each other: {facts.nccl}; {remedy}")
+    return Finding("nccl", "ok", "two GPUs reach each other")
+
+
+def storage(facts: ClusterFacts) -> Finding:
+    """Whether all nodes share storage_path."""
+    if facts.blind:
+        return Finding("storage", "fail", "; ".join(facts.blind))
+    seen = "seen and written by every node" if len(facts.nodes) > 1 else "on the only node"
+    return Finding("storage", "ok", f"storage_path={facts.storage_path} is {seen}")
+
+
+def disks(facts: ClusterFacts) -> Finding:
+    """Whether there is room for Ray's files and for runs."""
+    full, filling = [], []
+    for one in facts.nodes:
+        for disk in one.facts.disks:
+            words = f"{_size(disk.free)} free for {disk.what} in {disk.path} on {one.node.address}"
+            if disk.free < LEAST_FREE:
+                full.append(words)
+            elif disk.free < (1 - FULL) * disk.total:
+                filling.append(f"{words}, {1 - disk.free / disk.total:.0%} used")
+    if full:
+        return Finding("disk", "fail", f"{'; '.join([*full, *filling])}; make room")
+    if filling:
+        told = "; ".join(filling)
+        return Finding("disk", "warn", f"{told}; Ray keeps no objects on a disk above {FULL:.0%}")
+    every = [disk for one in facts.nodes for disk in one.facts.disks]
+    return Finding("disk", "ok", f"at least {_size(_least_free(every))} free everywhere")
+
+
+def shared_memory(facts: ClusterFacts) -> Finding:
+    """Whether /dev/shm has room for Ray's objects and for NCCL."""
+    levels = []
+    for one in facts.nodes:
+        shm, wanted = one.facts.shared_memory, one.node.object_store_bytes
+        if shm and shm.total <= SMALL_SHARED_MEMORY:
+            levels.append(("fail", f"{_size(shm.total)} in {shm.path} on {one.node.address}"))
+        elif shm and shm.total < wanted:
+            words = f"{_size(shm.total)} in {shm.path} on {one.node.address}, where Ray wants "
+            levels.append(("warn", f"{words}{_size(wanted)}"))
+    if levels:
+        level: Literal["warn", "fail"] = "fail" if ("fail" in dict(levels)) else "warn"
+        remedy = "give containers more (docker run --shm-size, or an emptyDir in memory)"
+        return Finding("shared memory", level, f"{'; '.join(w for _, w in levels)}; {remedy}")
+    every = [one.facts.shared_memory for one in facts.nodes if one.facts.shared_memory]
+    return Finding("shared memory", "ok", f"at least {_size(_least_free(every))} free in /dev/shm")
+
+
+def authentication(facts: ClusterFacts) -> Finding:
+    """Whether Ray asks for a token."""
+    open_nodes = [one.node.address for one in facts.nodes if not one.facts.needs_token]
+    if open_nodes:
+        remedy = "set RAY_AUTH_MODE=token, and have ray get-auth-token --generate make one"
+        reach = "whoever reaches Ray's ports may run code"
+        told = f"no token is asked for on {', '.join(open_nodes)}: {reach}; {remedy}"
+        return Finding("authentication", "warn", told)
+    return Finding("authentication", "ok", "Ray asks for a token")
+
+
+def ports(facts: ClusterFacts) -> Finding:
+    """Which ports others reach, above all the dashboard's, which runs code for whoever asks."""
+    by_node = [
+        f"{one.node.address} {_ports(one.facts.open_ports)}"
+        for one in facts.nodes
+        if one.facts.open_ports
+    ]
+    dashboards = [
+        (one, port)
+        for one in facts.nodes
+        for port in one.facts.open_ports
+        if port.process == DASHBOARD
+    ]
+    if any(not one.facts.needs_token for one, _ in dashboards):
+        told = ", ".join(f"{port.address}:{port.port}" for _, port in dashboards)
+        return Finding(
+            "ports",
+            "fail",
+            f"the dashboard listens at {told} and asks for no token: whoever reaches it may run "
+            "code; start Ray with --dashboard-host=127.0.0.1, or with RAY_AUTH_MODE=token",
+        )
+    if not by_node:
+        return Finding("ports", "ok", "Ray listens on this machine's loopback address only")
+    told = f"beyond loopback listen {'; '.join(by_node)}"
+    if any(not one.facts.needs_token for one in facts.nodes if one.facts.open_ports):
+        remedy = "without a token keep them behind a firewall"
+        return Finding("ports", "warn", f"{told}; {remedy}")
+    return Finding("ports", "ok", f"{told}; all but the ports of metrics ask for the token")
+
+
+def clocks(facts: ClusterFacts) -> Finding:
+    """Whether the nodes' clocks agree with the driver's."""
+    apart = [
+        f"{one.node.address} is {time_words(abs(one.clock_s))} "
+        f"{'ahead of' if one.clock_s > 0 else 'behind'} this machine"
+        for one in facts.nodes
+        if abs(one.clock_s) > CLOCK_S
+    ]
+    if apart:
+        remedy = "have every node take the time from the network (chrony, systemd-timesyncd)"
+        return Finding("clocks", "fail", f"{'; '.join(apart)}; {remedy}")
+    return Finding("clocks", "ok", f"within {CLOCK_S:g} s of this machine's")
+
+
+def _offer(one: Examined) -> str:
+    gpu = f", {count(round(one.node.gpus), 'GPU')}" if one.node.gpus else ""
+    return f"{count(round(one.node.cpus), 'core')}{gpu}"
+
+
+def _ports(found: Sequence[OpenPort]) -> str:
+    return ", ".join(f"{one.process} {one.port}" for one in found)
+
+
+def _least_free(found: Iterable[Disk]) -> int:
+    return min((disk.free for disk in found), default=0)
+
+
+def _size(bytes_: int) -> str:
+    return f"{bytes_ / 2**30:,.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:,.1f} MiB"

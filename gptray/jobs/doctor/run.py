@@ -1,0 +1,113 @@
+"""The doctor: looks at every node of the cluster, and says what to mend."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gptray.config import Config, RunFailed
+from gptray.files import absolute
+from gptray.jobs.base import Job, Plan
+from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.doctor.facts import ClusterFacts, Examined
+from gptray.jobs.doctor.judgements import Finding, judge
+from gptray.jobs.doctor.nccl import two_gpus_add_up
+from gptray.jobs.doctor.worker import clock, node_facts
+from gptray.jobs.each_node import NoAnswer, Node, ask, living_nodes
+from gptray.jobs.shared_storage import blind_nodes
+from gptray.standard_output import line_printer
+from gptray.wording import count
+
+log = logging.getLogger("gptray")
+
+
+@dataclass(frozen=True)
+class CheckedVisit:
+    """What the doctor is to look at, beside the cluster."""
+
+    storage_path: Path
+
+
+def check(config: Config) -> CheckedVisit:
+    """Find the storage path. Raises UserError where no home folder is known."""
+    return CheckedVisit(absolute(config.storage_path, key="storage_path"))
+
+
+def plan(checked: CheckedVisit) -> Plan:
+    """What the job would do."""
+    return [("looks at", f"every node, and {checked.storage_path}; it changes nothing")]
+
+
+def run(checked: CheckedVisit) -> None:
+    """Print a line for each check, and the JSON line. Raises RunFailed unless all is well."""
+    print_line = line_printer()
+    with ray_cluster():
+        facts = look(checked.storage_path)
+    findings = judge(facts)
+    for finding in findings:
+        log.info("%s", finding.line)
+    print_line(outcome(facts, findings))
+    failed = [finding.check for finding in findings if finding.level == "fail"]
+    if failed:
+        raise RunFailed(f"{count(len(failed), 'problem')}: {', '.join(failed)}")
+
+
+def look(storage_path: Path) -> ClusterFacts:
+    """Gather the facts of the cluster. Needs Ray."""
+    nodes = living_nodes()
+    log.info("looking at %s", count(len(nodes), "node"))
+    answers = ask(nodes, node_facts, str(storage_path), about="their versions and disks")
+    found, silent = [], []
+    for node, answer in zip(nodes, answers, strict=True):
+        if isinstance(answer, NoAnswer):
+            silent.append((node, answer))
+        else:
+            found.append((node, answer))
+    ahead = _seconds_ahead([node for node, _ in found])
+    blind = blind_nodes(written={f"storage_path={storage_path}": storage_path})
+    return ClusterFacts(
+        storage_path=str(storage_path),
+        nodes=tuple(
+            Examined(node, facts, seconds)
+            for (node, facts), seconds in zip(found, ahead, strict=True)
+        ),
+        silent=tuple(silent),
+        blind=tuple(one.message for one in blind),
+        nccl=two_gpus_add_up() if sum(node.gpus for node in nodes) >= 2 else None,
+    )
+
+
+def _seconds_ahead(nodes: Sequence[Node]) -> list[float]:
+    """How many seconds each node's clock is certainly ahead of this one's; below 0: behind.
+
+    Each is asked by itself: its answer falls between two looks at this clock.
+    """
+    found = []
+    for node in nodes:
+        before = time.time()
+        answer = ask([node], clock, about="the time")[0]
+        after = time.time()
+        told = before if isinstance(answer, NoAnswer) else answer
+        found.append(max(0.0, told - after) + min(0.0, told - before))
+    return found
+
+
+def outcome(facts: ClusterFacts, findings: Sequence[Finding]) -> dict[str, object]:
+    """The job's JSON line."""
+    return {
+        "ok": all(finding.level != "fail" for finding in findings),
+        "problems": [_words(finding) for finding in findings if finding.level == "fail"],
+        "warnings": [_words(finding) for finding in findings if finding.level == "warn"],
+        "checks": [asdict(finding) for finding in findings],
+        "nodes": [asdict(one) for one in facts.nodes],
+    }
+
+
+def _words(finding: Finding) -> str:
+    return f"{finding.check}: {finding.message}"
+
+
+JOB = Job(check, plan, run)

@@ -1,0 +1,112 @@
+"""One small task on every node of the cluster: what each sees, in seconds and without cores."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from gptray.hub import first_line
+from gptray.wording import count
+
+log = logging.getLogger("gptray")
+
+# A node answers in seconds, unless it hangs: on a file system that is gone, for example.
+DEADLINE_S = 90.0
+TELL_S, POLL_S = 5.0, 1.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node of the cluster. cpus, gpus: what it offers to Ray."""
+
+    id: str
+    address: str
+    cpus: float = 0.0
+    gpus: float = 0.0
+    object_store_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """Why a node has not answered. is_gone: it has left the cluster meanwhile."""
+
+    reason: str
+    is_gone: bool = False
+
+
+def living_nodes() -> list[Node]:
+    """The nodes that are in the cluster now. Needs Ray."""
+    import ray
+
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            offers = node["Resources"]
+            found.append(
+                Node(
+                    node["NodeID"],
+                    node["NodeManagerAddress"],
+                    offers.get("CPU", 0.0),
+                    offers.get("GPU", 0.0),
+                    int(offers.get("object_store_memory", 0)),
+                )
+            )
+    return found
+
+
+def ask(
+    nodes: Sequence[Node], question: Callable[..., T], *given: object, about: str
+) -> list[T | NoAnswer]:
+    """Call `question(*given)` once on each node, whether its cores are busy or not.
+
+    about: what the nodes are asked about, for the line that says for what the job waits.
+
+    Needs Ray. Returns after DEADLINE_S at the latest; answers come in the nodes' order.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def answer(call: object) -> T | NoAnswer:
+        try:
+            given_back: T = ray.get(call)
+        except ray.exceptions.RayError as error:
+            return NoAnswer(f"fails to run a task: {_cause(error)}")
+        return given_back
+
+    task = ray.remote(question)
+    calls = [
+        task.options(
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+        ).remote(*given)
+        for node in nodes
+    ]
+    began, said = time.monotonic(), False
+    waiting = calls
+    while waiting and time.monotonic() - began < DEADLINE_S:
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+        if waiting and not said and time.monotonic() - began > TELL_S:
+            said = True
+            log.info("waiting for %s to answer about %s", count(len(waiting), "node"), about)
+    late = NoAnswer(f"does not answer within {DEADLINE_S:.0f} s")
+    answers = [late if call in waiting else answer(call) for call in calls]
+    for call in waiting:
+        ray.cancel(call, force=True)
+    alive = {node.id for node in living_nodes()}
+    return [
+        NoAnswer(one.reason, is_gone=node.id not in alive) if isinstance(one, NoAnswer) else one
+        for node, one in zip(nodes, answers, strict=True)
+    ]
+
+
+def _cause(error: Exception) -> str:
+    """The one line of an error of Ray's that names the cause: the last that names an exception."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = [line for line in lines if line.partition(":")[0].endswith("Error") and ": " in line]
+    return named[-1] if named else first_line(error)

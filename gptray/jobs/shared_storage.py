@@ -1,0 +1,208 @@
+"""Storage that all nodes share: tried before anything expensive, so that no work is lost to it.
+
+Every node that will work has to read back a token that the driver writes into the folder, and to
+be able to write there. What a job only reads, a model or a text, has to look there as it does here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptray.config import Config, RunFailed, UserError
+from gptray.files import check_writable, expanded, no_empty_folders, open_regular, storing
+from gptray.jobs.each_node import NoAnswer, Node, ask, living_nodes
+
+log = logging.getLogger("gptray")
+
+# What a network file system may take until a new file is seen elsewhere.
+SETTLE_S, POLL_S = 3.0, 0.2
+# Of a file, and of a folder or a text: enough to tell one from another.
+_START_BYTES, _MOST_FILES = 64, 100
+_REMEDY = "give a {noun} that all nodes share, such as NFS"
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What a node has to find: the size and the first bytes of a file."""
+
+    size: int
+    start: bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """A path that all nodes have to see, and files by which they can tell.
+
+    words: as the user names it, such as storage_path=/x. noun: file or folder.
+    """
+
+    words: str
+    path: Path
+    noun: str
+    is_written: bool
+    files: tuple[tuple[Path, Looks], ...]
+
+
+@dataclass(frozen=True)
+class Blind:
+    """A node that does not see what the others see. is_certain: it has looked."""
+
+    node: Node
+    message: str
+    is_certain: bool = True
+
+
+def check_shared(
+    *,
+    written: Mapping[str, Path] | None = None,
+    read: Mapping[str, Sequence[Path]] | None = None,
+    use_gpu: bool = False,
+) -> None:
+    """Refuse paths that a node which will work does not see. Needs Ray; one node shares all.
+
+    written: folders by the words that name them, such as storage_path=/x; they are made here if
+    needed, and nothing is left there. read: files and folders by key. use_gpu: only nodes with
+    GPUs will work.
+
+    Raises:
+        UserError: names key, path and the addresses of the nodes.
+        RunFailed: a node did not look: it hangs, or cannot run gptray.
+    """
+    found = blind_nodes(written=written, read=read, use_gpu=use_gpu)
+    if not found:
+        return
+    message = "\n".join(dict.fromkeys(blind.message for blind in found))
+    raise UserError(message) if any(blind.is_certain for blind in found) else RunFailed(message)
+
+
+def check_shared_by_training(config: Config, folder: Path) -> None:
+    """Refuse what the workers of a run or sweep would not see. Raises as `check_shared`."""
+    init_from = config.model.init_from
+    check_shared(
+        written={f"storage_path={config.storage_path}": folder},
+        read={"model.init_from": [expanded(init_from)]} if init_from else None,
+        use_gpu=config.compute.use_gpu,
+    )
+
+
+def check_seen(folder: Path, *, storage_path: str) -> None:
+    """In a worker: refuse a node that joined later and does not see a folder of storage_path.
+
+    Raises UserError, which names storage_path and the node.
+    """
+    if not folder.is_dir():
+        import ray
+
+        node = ray.util.get_node_ip_address()
+        remedy = _REMEDY.format(noun="folder")
+        raise UserError(f"storage_path={storage_path}: node {node} does not see {folder}; {remedy}")
+
+
+def blind_nodes(
+    *,
+    written: Mapping[str, Path] | None = None,
+    read: Mapping[str, Sequence[Path]] | None = None,
+    use_gpu: bool = False,
+) -> list[Blind]:
+    """The nodes that will work and do not see a path; of each the first that it does not see."""
+    nodes = living_nodes()
+    working = [node for node in nodes if (node.gpus if use_gpu else node.cpus)]
+    if len(nodes) < 2 or not working:
+        return []
+    with ExitStack() as stack:
+        places = [stack.enter_context(_token(*place)) for place in (written or {}).items()]
+        for key, paths in (read or {}).items():
+            places += [_as_here(key, path) for path in paths[:_MOST_FILES] if path.exists()]
+        about = ", ".join(place.words for place in places[:2])
+        answers = ask(working, problem_of, places, about=about)
+    found = []
+    for node, answer in zip(working, answers, strict=True):
+        if isinstance(answer, NoAnswer):
+            words = f"node {node.address} {answer.reason}, asked whether it sees {about}"
+            if answer.is_gone:
+                log.warning("%s; it has left the cluster", words)
+            else:
+                found.append(Blind(node, words, is_certain=False))
+        elif answer:
+            words, problem = answer
+            found.append(Blind(node, f"{words}: node {node.address} {problem}"))
+    return found
+
+
+def problem_of(places: Sequence[Place]) -> tuple[str, str] | None:
+    """On a node: the first place that it does not see as the driver does, and what it sees."""
+    for place in places:
+        if problem := _unseen(place) or _unwritable(place):
+            return place.words, problem
+    return None
+
+
+def _unseen(place: Place) -> str | None:
+    deadline = time.monotonic() + SETTLE_S
+    for path, expected in place.files:
+        while (found := _look_again(path)) != expected:
+            if isinstance(found, str):
+                return f"cannot read this {place.noun}: {found}"
+            if time.monotonic() > deadline:
+                sees = "sees another file in place of" if found else "does not see"
+                return f"{sees} this {place.noun}; {_REMEDY.format(noun=place.noun)}"
+            time.sleep(POLL_S)
+    return None
+
+
+def _look_again(path: Path) -> Looks | str | None:
+    """As `_look`; None where nothing is, and the system's reason for any other error."""
+    try:
+        return _look(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _unwritable(place: Place) -> str | None:
+    if not place.is_written:
+        return None
+    try:
+        check_writable(place.path, key="")
+    except UserError as error:
+        return f"sees this folder, but {str(error).removeprefix(': ')}"
+    return None
+
+
+@contextmanager
+def _token(words: str, folder: Path) -> Iterator[Place]:
+    """Have a file in a folder that no other folder has."""
+    path = folder / f".gptray-{secrets.token_hex(8)}.token"
+    with no_empty_folders(folder):
+        try:
+            with storing(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                path.write_text(secrets.token_hex(16), "utf-8")
+            yield Place(words, folder, "folder", True, ((path, _look(path)),))
+        finally:
+            with storing(path):
+                path.unlink(missing_ok=True)
+
+
+def _as_here(key: str, path: Path) -> Place:
+    """A file, or a folder's own files, as they look here."""
+    noun, files = "file", [path]
+    if path.is_dir():
+        noun = "folder"
+        files = [one for one in sorted(path.iterdir()) if one.is_file() and one.name[0] != "."]
+    looks = tuple((one, _look(one)) for one in files[:_MOST_FILES])
+    return Place(f"{key}={path}", path, noun, False, looks)
+
+
+def _look(path: Path) -> Looks:
+    """Size and start of a file. Raises OSError."""
+    with open_regular(path) as file:
+        return Looks(os.fstat(file.fileno()).st_size, file.read(_START_BYTES) or b"")
