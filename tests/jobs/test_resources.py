@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gptray.config import ComputeConfig
-from gptray.jobs.cluster import cores_that_fit
+from gptray.jobs.resources import cores_that_fit
 
 HEAD = {"CPU": 16.0}
 SMALL = {"CPU": 4.0, "GPU": 1.0}

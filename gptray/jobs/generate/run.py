@@ -19,7 +19,7 @@ from gptray.config import Config, RunFailed
 from gptray.data.parts import part_name, read_whole, write_part
 from gptray.data.prompts import output_schema
 from gptray.jobs.base import Job, Plan
-from gptray.jobs.cluster import ray_cluster, worker_resources
+from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.engine_backend import with_built_backend
 from gptray.jobs.generate.check import (
     CheckedBatch,
@@ -31,6 +31,7 @@ from gptray.jobs.generate.output import Output, check_output
 from gptray.jobs.generate.rows_bar import RowsBar
 from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.next_steps import resumable, tell
+from gptray.jobs.resources import worker_resources
 from gptray.jobs.tasks import result_of
 from gptray.wording import count
 
