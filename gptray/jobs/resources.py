@@ -37,7 +37,7 @@ def worker_resources(
     has = [node.resources for node in nodes]
     workers = compute.num_workers + spare
     places = min(workers, room(compute, has, compute.cpus_per_worker or 1))
-    if places < workers and _shares_cores(compute, has):
+    if places < workers and _shares_cores(compute, has, workers):
         return _reserved(compute, sum(one.get("CPU", 0.0) for one in has) / workers)
     if places == workers or (places and not together):
         return _reserved(compute, _moderate(compute, cores_that_fit(compute, has, places)))
@@ -52,11 +52,14 @@ def check_cluster(compute: ComputeConfig, *, spare: int = 0) -> None:
     worker_resources(compute, spare=spare, together=True)
 
 
-def _shares_cores(compute: ComputeConfig, has: Sequence[Resources]) -> bool:
+def _shares_cores(compute: ComputeConfig, has: Sequence[Resources], workers: int) -> bool:
     """Whether more workers than cores get a part of one each, which takes a single node."""
-    if compute.cpus_per_worker or compute.use_gpu:
+    offering = [node for node in has if node.get("CPU")]
+    if compute.cpus_per_worker or len(offering) != 1:
         return False
-    return is_own_ray() or (sum(one.get("CPU", 0.0) > 0 for one in has) == 1 and not grows())
+    if gpu_workers(compute, offering[0].get("GPU", 0.0)) < workers:
+        return False
+    return is_own_ray() or not grows()
 
 
 def _reserved(compute: ComputeConfig, cores: float) -> dict[str, float]:
