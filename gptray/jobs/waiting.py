@@ -196,7 +196,8 @@ def _actors(state: str) -> list[_Actor]:
         gcs_pb2.ActorTableData.FromString(one) for one in accessor.get_actor_table(None, state)
     ]
     return [
-        _Actor(needs, bool(table.address.node_id))
+        # An actor without a node has the id of no node, which is all ones.
+        _Actor(needs, bool(table.address.node_id.strip(b"\xff")))
         for table in tables
         if (table.job_id == job or table.name.startswith(REPLICA)) and not table.placement_group_id
         if (needs := _counted(table.required_resources))

@@ -35,7 +35,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 def run(checked: CheckedEvaluation) -> dict[str, Any]:
     """Evaluate, save the result and its report. Raises as `evaluate` does."""
     log.info("evaluating %s", checked.model_dir)
-    with ray_cluster():
+    with ray_cluster(wait_s=checked.config.compute.wait_s):
         data = prepare_text(checked.text.request)
         check_tokens(checked, data)
         from gptray.jobs.evaluate.measure import measure
