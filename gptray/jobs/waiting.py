@@ -34,6 +34,8 @@ log = logging.getLogger("gptray")
 POLL_S = 1.0
 # Seconds of a wait until it is first told, and to the second time; from then on the gap doubles.
 FIRST_S, REPEAT_S, MOST_S = 2.0, 10.0, 300.0
+# Seconds without a demand after which a wait is over. Ray Train renews its own every minute.
+GONE_S = 5.0
 # Replicas belong to Serve, which may be older than this job.
 REPLICA = "SERVE_REPLICA::gptray#"
 
@@ -78,7 +80,8 @@ class _Watch:
     def __init__(self, wait_s: float | None) -> None:
         self.gave_up = ""
         self._wait_s = wait_s
-        self._since: float | None = None
+        self._since: float | None = None  # when the wait began; None: there is none
+        self._seen = 0.0  # when it was last there
         self._tell_at, self._gap_s = 0.0, REPEAT_S
         self._told = False
         self._is_in_main = threading.current_thread() is threading.main_thread()
@@ -88,14 +91,16 @@ class _Watch:
         if self.gave_up:
             return
         try:
-            demand = demand_of_job()
+            self._judge(demand_of_job(), time.monotonic())
         except Exception as error:  # a cluster that does not answer is the driver's to notice
             log.debug("waiting: %s", error)
+
+    def _judge(self, demand: Demand, now: float) -> None:
+        if demand.is_running or not demand.awaited:
+            if self._since is not None and (demand.is_running or now - self._seen > GONE_S):
+                self._over()
             return
-        now = time.monotonic()
-        if not demand.awaited or demand.is_running:
-            self._over(now)
-            return
+        self._seen = now
         if self._since is None:
             self._since, self._tell_at, self._gap_s = now, now + FIRST_S, REPEAT_S
         if self._wait_s is not None and now - self._since >= self._wait_s:
@@ -105,9 +110,10 @@ class _Watch:
             self._told = True
             self._tell_at, self._gap_s = now + self._gap_s, min(MOST_S, 2 * self._gap_s)
 
-    def _over(self, now: float) -> None:
-        if self._since is not None and self._told:
-            log.info("waited %s; there is room now", time_words(now - self._since))
+    def _over(self) -> None:
+        assert self._since is not None
+        if self._told:
+            log.info("waited %s; there is room now", time_words(self._seen - self._since))
         self._since, self._told = None, False
 
     def _give_up(self, awaited: Sequence[Resources]) -> None:
@@ -156,9 +162,9 @@ def demand_of_job() -> Demand:
     awaited, holds = _placement_groups()
     actors = _actors("PENDING_CREATION") + _actors("RESTARTING")
     awaited += [one.needs for one in actors if not one.is_placed]
-    if not awaited:
-        return Demand([], is_running=True)
-    holds = holds or any(one.is_placed for one in [*actors, *_actors("ALIVE")])
+    holds = holds or any(one.is_placed for one in actors)
+    if awaited and not holds:  # a large table
+        holds = bool(_actors("ALIVE"))
     return Demand(awaited, holds)
 
 
