@@ -181,6 +181,11 @@ def fail(message: str) -> None:
         _stop.insist()
 
 
+def is_handling() -> bool:
+    """Whether a job runs whose signals are handled here, so that `fail` interrupts it."""
+    return _stop is not None
+
+
 def failure() -> str | None:
     """The failure that interrupted the job; None if a signal did, or nothing has."""
     return _stop.failure if _stop else None

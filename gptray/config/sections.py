@@ -208,8 +208,12 @@ class ComputeConfig(Section):
     )
     cpus_per_worker: PositiveInt | None = Field(
         None,
-        description="cores of one worker; null: the most with which all workers fit; with a GPU, "
-        "its part of its node's cores",
+        description="cores of one worker; null: the most with which all workers fit, at most 4 on "
+        "a cluster of others (RAY_ADDRESS); with a GPU, its part of its node's cores",
+    )
+    wait_s: Positive | None = Field(
+        None,
+        description="seconds to wait for room on a cluster before the job fails; null: no limit",
     )
     max_failures: Annotated[int, Field(ge=-1)] = Field(
         3, description="worker failures to recover from; -1: no limit (Ray FailureConfig)"
@@ -251,7 +255,9 @@ class TuneConfig(Section):
         "others wins",
     )
     max_concurrent_trials: PositiveInt | None = Field(
-        None, description="null: as many as fit, each worker with a core (TuneConfig)"
+        None,
+        description="null: as many as fit, each worker with a core; all where an autoscaler can "
+        "bring nodes (TuneConfig)",
     )
     grace_period: PositiveInt = Field(
         1, description="evaluations before a trial may be stopped (ASHAScheduler)"

@@ -77,6 +77,7 @@ ALIASES = {
     "compute.cpus_per_worker": "cpus num_cpus threads cores num_threads cpu_per_worker",
     "compute.max_failures": "retries max_retries failures max_restarts",
     "compute.num_to_keep": "save_total_limit keep keep_last num_checkpoints checkpoints_to_keep",
+    "compute.wait_s": "wait_timeout wait_timeout_s max_wait queue_timeout placement_timeout",
     "compute.gpus_per_worker": "gpu_fraction gpus_per_trial gpu_per_trial",
     "tune.space": "search_space param_space hyperparameters",
     "tune.num_samples": "trials n_trials num_trials n_samples",

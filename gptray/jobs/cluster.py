@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
 from gptray.hub import first_line
 from gptray.jobs.address import check_address
 from gptray.jobs.own_ray import own_ray, shut_down
+from gptray.jobs.resources import gpu_workers
+from gptray.jobs.waiting import telling_waits
 from gptray.native.backend import check_backend
 from gptray.native.compiler import cannot_compile, why_not_compile
 
@@ -47,16 +49,23 @@ _RAY_NEEDS = 4 << 20
 
 
 @contextmanager
-def ray_cluster(environment: Mapping[str, str] | None = None) -> Iterator[bool]:
+def ray_cluster(
+    environment: Mapping[str, str] | None = None, *, wait_s: float | None = None
+) -> Iterator[bool]:
     """Have Ray for the time of a job: the cluster in RAY_ADDRESS, else one on this machine.
 
     A Ray that the process is connected to already is used and left as it is. Gives whether the
-    cluster is the job's own, which ends with it.
+    cluster is the job's own, which ends with it. On others a job that waits for room says so.
 
     environment: variables for the processes of the job's own Ray.
+    wait_s: seconds for which the job waits for room, see `telling_waits`; None: for ever.
+
+    Raises:
+        RunFailed: Ray does not start or answer, or the wait for room took too long.
     """
     if _is_connected():
-        yield False
+        with telling_waits(wait_s):
+            yield False
         return
     if os.environ.get("RAY_ADDRESS"):
         check_address(os.environ["RAY_ADDRESS"])
@@ -78,7 +87,8 @@ def ray_cluster(environment: Mapping[str, str] | None = None) -> Iterator[bool]:
             else:
                 with _ray_folder():
                     stack.enter_context(own_ray(environment or {}, **options))
-        yield not os.environ.get("RAY_ADDRESS")
+        with telling_waits(wait_s):
+            yield not os.environ.get("RAY_ADDRESS")
 
 
 def _is_connected() -> bool:
@@ -169,7 +179,7 @@ def check_resources(
             f"compute.num_workers={compute.num_workers} is more than this machine's {cpus} cores"
         )
     count, cores = compute.num_workers + 1, compute.cpus_per_worker or 1
-    has_spare = _gpu_workers(compute, gpus) >= count and cores * count <= cpus
+    has_spare = gpu_workers(compute, gpus) >= count and cores * count <= cpus
     if beside and not problems and not has_spare:
         spare = f"{count} GPUs" if compute.use_gpu else f"{cores * count} cores"
         problems.append(
@@ -183,80 +193,3 @@ def check_resources(
         problems.append(cannot_compile(missing))
     if problems:
         raise UserError("\n".join(problems))
-
-
-def worker_resources(compute: ComputeConfig, *, spare: int = 0) -> dict[str, float]:
-    """What Ray reserves for each worker: its GPU, and its share of the cores.
-
-    `spare` workers more than compute.num_workers have to fit. On a machine with fewer cores
-    than workers each gets an equal fraction.
-    """
-    import ray
-
-    gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
-    if compute.cpus_per_worker:
-        return {"CPU": float(compute.cpus_per_worker), **gpu}
-    workers = compute.num_workers + spare
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cores = cores_that_fit(compute, nodes, workers)
-    if cores:
-        return {"CPU": float(cores), **gpu}
-    if os.environ.get("RAY_ADDRESS"):
-        return {"CPU": 1.0, **gpu}  # the cluster's autoscaler is to bring the rest
-    return {"CPU": sum(node.get("CPU", 0.0) for node in nodes) / workers, **gpu}
-
-
-def cores_that_fit(
-    compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], workers: int
-) -> int:
-    """The most whole cores with which all workers fit on the nodes; 0: not even with one.
-
-    nodes: the CPU and GPU of each. A worker with a GPU needs both on one node, and takes no more
-    cores than its part of the node's GPUs.
-    """
-    most = 0.0
-    for node in nodes:
-        places = _gpu_workers(compute, node.get("GPU", 0.0))
-        if places:
-            most = max(most, node.get("CPU", 0.0) / (places if compute.use_gpu else 1))
-    for cores in range(int(most), 0, -1):
-        if _room(compute, nodes, cores) >= workers:
-            return cores
-    return 0
-
-
-def _room(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], cores: int) -> int:
-    """How many workers of so many cores fit on the nodes, with their GPUs."""
-    return int(
-        sum(
-            min(node.get("CPU", 0.0) // cores, _gpu_workers(compute, node.get("GPU", 0.0)))
-            for node in nodes
-        )
-    )
-
-
-def trial_resources(
-    compute: ComputeConfig, *, trials: int, at_once: int | None
-) -> tuple[int, dict[str, float]]:
-    """How many trials of a sweep run at a time, and what Ray reserves for each worker of one.
-
-    Null `at_once`: as many as fit with a core (and its part of a GPU) for each worker. They share
-    the cores out; more than fit on this machine would only wait.
-    """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = _room(compute, nodes, compute.cpus_per_worker or 1) // compute.num_workers
-    if most == 0:
-        return at_once or 1, worker_resources(compute)
-    grows = bool(os.environ.get("RAY_ADDRESS"))
-    number = at_once if at_once and grows else min(trials, most, at_once or most)
-    workers = number * compute.num_workers
-    cpus = compute.cpus_per_worker or cores_that_fit(compute, nodes, workers) or 1
-    gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
-    return number, {"CPU": float(cpus), **gpu}
-
-
-def _gpu_workers(compute: ComputeConfig, gpus: float) -> float:
-    """How many workers fit on a node's GPUs."""
-    return int(gpus / compute.gpus_per_worker + 1e-9) if compute.use_gpu else float("inf")

@@ -33,6 +33,12 @@ KEPT_S = 0.02
 _TOKEN = secrets.token_hex(32)
 
 _is_starting = False
+_is_running = False
+
+
+def is_own_ray() -> bool:
+    """Whether this process, the job's driver, has a Ray of its own."""
+    return _is_running
 
 
 def _leave_session() -> None:
@@ -53,7 +59,7 @@ def own_ray(environment: Mapping[str, str], **options: Any) -> Iterator[None]:
     Raises:
         RunFailed: one of its processes died; replaces what the block raised because of that.
     """
-    global _is_starting
+    global _is_starting, _is_running
     with _environment(environment):
         import ray
 
@@ -66,6 +72,7 @@ def own_ray(environment: Mapping[str, str], **options: Any) -> Iterator[None]:
         _tell_open_ports(ray.util.get_node_ip_address())
         deaths = _Deaths({pid: name for pid, name in _children().items() if pid not in before})
         with signals.before_ending_at_once(deaths.kill_all):
+            _is_running = True
             try:
                 yield
             except BaseException as error:
@@ -74,6 +81,7 @@ def own_ray(environment: Mapping[str, str], **options: Any) -> Iterator[None]:
                     raise RunFailed(deaths.message) from None
                 raise
             finally:
+                _is_running = False
                 deaths.close()
                 if deaths.died.is_set():
                     deaths.kill_all()

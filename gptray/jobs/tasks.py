@@ -58,7 +58,10 @@ def map_items(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) ->
     """
     import ray.data
 
+    from gptray.jobs.waiting import await_core
+
     _quiet()
+    await_core()
     rows = [{"number": number, "item": item} for number, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Mapped(task, doing), num_cpus=1

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gptray.config import ComputeConfig
-from gptray.jobs.cluster import cores_that_fit
+from gptray.jobs.cluster_nodes import Node
+from gptray.jobs.resources import cores_that_fit, misfit
 
 HEAD = {"CPU": 16.0}
 SMALL = {"CPU": 4.0, "GPU": 1.0}
@@ -33,9 +34,43 @@ GPU: dict[str, Any] = {"use_gpu": True}
         ({**GPU, "gpus_per_worker": 0.25}, [SMALL], 1, 1),
         ({**GPU, "gpus_per_worker": 0.5}, [LARGE], 1, 4),
         (GPU, [{"GPU": 1.0}, {}], 1, 0),
+        ({"cpus_per_worker": 4}, [HEAD, SMALL], 5, 4),
+        ({"cpus_per_worker": 4}, [HEAD, SMALL], 6, 0),
+        ({**GPU, "cpus_per_worker": 8}, [HEAD, SMALL], 1, 0),
     ],
 )
 def test_a_worker_takes_the_cores_that_go_with_its_gpu(
     keys: dict[str, Any], nodes: list[dict[str, float]], workers: int, expected: int
 ) -> None:
     assert cores_that_fit(ComputeConfig(**keys), nodes, workers) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "workers", "cores", "types", "expected"),
+    [
+        (
+            GPU, 2, 1, [],
+            "2 workers at the same time need 1 GPU and 1 core each, on one node for each; the "
+            "cluster has no room for them even when idle: 10.0.0.1 has 16 cores; 10.0.0.2, "
+            "10.0.0.3, 10.0.0.4 and 1 more have 1 GPU and 4 cores each. Change "
+            "compute.num_workers or compute.use_gpu, or add nodes.",
+        ),
+        (
+            {"cpus_per_worker": 32}, 1, 32, [(HEAD, 3), (SMALL, None)],
+            "a worker needs 32 cores on one node, which no node of the cluster has: 10.0.0.1 has "
+            "16 cores; 10.0.0.2, 10.0.0.3, 10.0.0.4 and 1 more have 1 GPU and 4 cores each. Its "
+            "autoscaler may bring up to 3 nodes of 16 cores; nodes of 1 GPU and 4 cores. Change "
+            "compute.cpus_per_worker, or add nodes.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_refusal_lists_the_nodes_and_names_the_keys(
+    keys: dict[str, Any],
+    workers: int,
+    cores: int,
+    types: list[tuple[dict[str, float], int | None]],
+    expected: str,
+) -> None:
+    nodes = [Node("10.0.0.1", HEAD), *(Node(f"10.0.0.{i}", SMALL) for i in (2, 3, 4, 5))]
+    compute = ComputeConfig(**keys)
+    assert misfit(compute, nodes, types, workers=workers, cores=cores) == expected

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gptray.config import Config, dump, override
-from gptray.jobs.cluster import trial_resources
+from gptray.jobs.resources import trial_resources
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.tune.suggestions import Suggestions
 from gptray.jobs.tune.task import TrialTask

@@ -36,7 +36,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 def run(checked: CheckedEvaluation) -> dict[str, Any]:
     """Evaluate, save the result and its report. Raises as `evaluate` does."""
     log.info("evaluating %s", checked.model_dir)
-    with ray_cluster():
+    with ray_cluster(wait_s=checked.config.compute.wait_s):
         check_shared(
             written={f"storage_path={checked.config.storage_path}": checked.folder},
             read={"evaluate.model": [checked.model_dir]},

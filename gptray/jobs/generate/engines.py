@@ -17,12 +17,12 @@ import ray
 from gptray.config import Config
 from gptray.generation.batch import Progress
 from gptray.jobs.actors import Crew, Member, Ref, answers_in
-from gptray.jobs.cluster import worker_resources
 from gptray.jobs.generate.check import engine_compute
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.rows_bar import RowsBar
 from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.generate.worker import EngineWorker
+from gptray.jobs.resources import worker_resources
 from gptray.jobs.tasks import result_of
 
 log = logging.getLogger("gptray")

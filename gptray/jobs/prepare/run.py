@@ -51,7 +51,7 @@ def run(checked: CheckedText) -> dict[str, Any]:
     """
     began = time.monotonic()
     is_ready = checked.data is not None
-    data = prepare_text(checked.request)
+    data = prepare_text(checked.request, wait_s=checked.config.compute.wait_s)
     seconds = time.monotonic() - began
     splits = data.manifest["splits"]
     again = retyped("train")
@@ -79,14 +79,19 @@ def prepare(config: Config, *, piece_bytes: int = PIECE_BYTES) -> TokenData:
     return prepare_text(make_request(config), piece_bytes=piece_bytes)
 
 
-def prepare_text(request: Request, *, piece_bytes: int = PIECE_BYTES) -> TokenData:
+def prepare_text(
+    request: Request, *, piece_bytes: int = PIECE_BYTES, wait_s: float | None = None
+) -> TokenData:
     """Return the prepared data of a text; build it, on Ray, when there is none.
 
     A task reads about `piece_bytes` of text; the size decides where shards end, never what they
     hold. Data prepared before is verified byte by byte. Raises UserError for a source or tokenizer
     that cannot be read, naming file and line.
+
+    wait_s: seconds for which to wait for room where Ray is not there yet, see `ray_cluster`.
     """
-    data = opened(request.data_dir, verify=True) or _prepare(request, piece_bytes=piece_bytes)
+    data = opened(request.data_dir, verify=True)
+    data = data or _prepare(request, piece_bytes=piece_bytes, wait_s=wait_s)
     tell_losses(data)
     return data
 
@@ -97,11 +102,11 @@ def tell_losses(data: TokenData) -> None:
         log.warning("%s; losses and bits per byte pay 8 bits for each lost byte", data.loses)
 
 
-def _prepare(request: Request, *, piece_bytes: int) -> TokenData:
+def _prepare(request: Request, *, piece_bytes: int, wait_s: float | None) -> TokenData:
     tokenizer = None
     if request.tokenizer not in KINDS:
         tokenizer = Tokenizer.load(request.tokenizer, eos_token=request.eos_token)
-    with building(request.data_dir) as folder, ray_cluster():
+    with building(request.data_dir) as folder, ray_cluster(wait_s=wait_s):
         words = f"storage_path={request.root.parent}"
         check_shared(written={words: request.root}, read=request.local_files)
         _build(request, tokenizer, folder, piece_bytes=piece_bytes)

@@ -58,7 +58,8 @@ def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, Any]], None]) 
     """Serve as `serve` does."""
     config, model = with_built_backend(checked.asked, checked.config), checked.model
     url = endpoint_url(config)
-    with ray_cluster(environment(config.serve)) as is_own, _started(config, model, is_own=is_own):
+    on_cluster = ray_cluster(environment(config.serve), wait_s=config.compute.wait_s)
+    with on_cluster as is_own, _started(config, model, is_own=is_own):
         _wait_until_healthy(url)
         drain_s = config.serve.drain_timeout_s
         with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):

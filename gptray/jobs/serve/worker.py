@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, override
-from gptray.jobs.cluster import worker_resources
 from gptray.jobs.engine_backend import with_backend
+from gptray.jobs.resources import worker_resources
 from gptray.jobs.serve.check import api_keys, replicas_compute
 from gptray.jobs.serve.task import ReplicaTask
 

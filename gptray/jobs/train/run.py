@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import cannot_write, is_of_files, storing
 from gptray.jobs.base import Job
-from gptray.jobs.cluster import ray_answers, ray_cluster, worker_resources
+from gptray.jobs.cluster import ray_answers, ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.prepare.run import prepare_text
 from gptray.jobs.reporter import Reporter
+from gptray.jobs.resources import check_cluster, worker_resources
 from gptray.jobs.resuming import command, how_to_train_longer, save_config
 from gptray.jobs.run_folder import held, outcome, set_ray_snapshot_aside
 from gptray.jobs.shared_storage import check_shared_by_training
@@ -77,8 +78,9 @@ def _begin(checked: CheckedTraining) -> None:
 def _train(checked: CheckedTraining, reporter: Reporter) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
     config, folder = checked.config, checked.folder
-    with ray_cluster():
+    with ray_cluster(wait_s=config.compute.wait_s):
         check_shared_by_training(config, folder)
+        check_cluster(config.compute, spare=_spare(config))
         data = prepare_text(checked.text.request)
         check_data(config, data, checked.state)
         _begin(checked)
@@ -119,7 +121,7 @@ def fit_on_ray(
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    reserved = worker_resources(config.compute, spare=int(config.train.async_validation))
+    reserved = worker_resources(config.compute, spare=_spare(config), together=True)
     task = TrainTask(config, data_dir, folder, threads=max(1, int(reserved["CPU"])))
     # One worker needs no group, and Ray's backend for it costs seconds at the start.
     in_group = config.compute.use_gpu and config.compute.num_workers > 1
@@ -143,6 +145,11 @@ def fit_on_ray(
     with ray_failures(config, folder):
         result: dict[str, Any] = trainer.fit().return_value
     return ended(result)
+
+
+def _spare(config: Config) -> int:
+    """Workers besides those that train."""
+    return int(config.train.async_validation)
 
 
 def ended(result: dict[str, Any]) -> dict[str, Any]:

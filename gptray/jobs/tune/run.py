@@ -19,11 +19,12 @@ from gptray.config import Config, RunFailed, dump, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.files import replacing, storing
 from gptray.jobs.base import Job
-from gptray.jobs.cluster import ray_cluster, trial_resources
+from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
 from gptray.jobs.prepare.run import prepare_text
 from gptray.jobs.reporter import Reporter
+from gptray.jobs.resources import check_cluster, trial_resources
 from gptray.jobs.resuming import command, save_config
 from gptray.jobs.run_folder import held
 from gptray.jobs.shared_storage import check_shared_by_training
@@ -88,8 +89,9 @@ def run(checked: CheckedSweep) -> dict[str, Any]:
             log.info("%s", how_to_extend(checked))
             reporter.write(running=False)
         else:
-            with ray_cluster():
+            with ray_cluster(wait_s=checked.config.compute.wait_s):
                 check_shared_by_training(checked.config, folder)
+                check_cluster(checked.config.compute)
                 texts = {key: prepare_text(text.request) for key, text in checked.texts.items()}
                 check_same_validation(texts.values())
                 check_trials(checked, texts)

@@ -1,0 +1,111 @@
+"""The nodes of a cluster: what each has, what is free, whether others may come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+# Ray names nodes that nobody's autoscaler brought after their ids.
+_BY_HAND = "node_"
+# Set on nodes that an autoscaler or Kubernetes started.
+_GROUP_LABEL = "ray.io/node-group"
+_NAMED = 3  # in messages, of nodes that are alike
+
+
+class Node(NamedTuple):
+    """An alive node. resources: what Ray counts there, such as CPU and GPU."""
+
+    address: str
+    resources: Mapping[str, float]
+
+
+def alive_nodes() -> list[Node]:
+    """All nodes that are alive. Needs Ray, as all functions here that are given nothing."""
+    import ray
+
+    return [
+        Node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]
+    ]
+
+
+def free_resources() -> list[Mapping[str, float]]:
+    """What is free on each alive node."""
+    import ray
+
+    return list(ray._private.state.available_resources_per_node().values())
+
+
+def grows() -> bool:
+    """Whether the cluster has an autoscaler that may bring more nodes."""
+    import ray
+
+    if node_types() or any(_GROUP_LABEL in node["Labels"] for node in ray.nodes()):
+        return True
+    status = ray.experimental.internal_kv._internal_kv_get(
+        ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS
+    )
+    found = (json.loads(status) if status else {}).get("autoscaler_report") or {}
+    return any(not kind.startswith(_BY_HAND) for kind in found.get("active_nodes") or {})
+
+
+def node_types() -> list[tuple[Mapping[str, float], int | None]]:
+    """What nodes of each type have that the autoscaler may bring, and how many; None: no limit.
+
+    Empty where the autoscaler has not published its types, as Ray's own on machines does not.
+    """
+    import ray
+
+    config = ray._private.state.state.get_cluster_config()
+    groups = config.node_group_configs if config else []
+    return [
+        (dict(group.resources), None if group.max_count < 0 else group.max_count)
+        for group in groups
+    ]
+
+
+def amount_words(resources: Mapping[str, float]) -> str:
+    """GPUs and cores in words: "1 GPU and 4 cores", "0.5 cores"."""
+    gpus, cores = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    words = _amount(cores, "core")
+    return f"{_amount(gpus, 'GPU')} and {words}" if gpus else words
+
+
+def _amount(number: float, noun: str) -> str:
+    return f"{number:,.4g} {noun}" + ("" if number == 1 else "s")
+
+
+def total(all_resources: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sum over nodes or workers."""
+    summed: dict[str, float] = {}
+    for resources in all_resources:
+        for name, number in resources.items():
+            summed[name] = summed.get(name, 0.0) + number
+    return summed
+
+
+def nodes_words(nodes: Iterable[Node]) -> str:
+    """The nodes by what they have: "10.0.0.1 has 16 cores; 10.0.0.2, 10.0.0.3 have 8 cores"."""
+    alike: dict[str, list[str]] = {}
+    for node in nodes:
+        alike.setdefault(amount_words(node.resources), []).append(node.address)
+    return "; ".join(
+        f"{_names(addresses)} {'has' if len(addresses) == 1 else 'have'} {words}"
+        + ("" if len(addresses) == 1 else " each")
+        for words, addresses in alike.items()
+    )
+
+
+def _names(addresses: list[str]) -> str:
+    more = len(addresses) - _NAMED
+    return ", ".join(addresses[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def types_words(types: Iterable[tuple[Mapping[str, float], int | None]]) -> str:
+    """The types of nodes that an autoscaler may bring."""
+    return "; ".join(
+        f"up to {most} nodes of {amount_words(resources)}"
+        if most is not None
+        else f"nodes of {amount_words(resources)}"
+        for resources, most in types
+    )

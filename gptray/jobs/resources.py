@@ -1,0 +1,173 @@
+"""What a job's workers reserve of a cluster: cores and GPU that lie on one node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gptray.config import ComputeConfig, UserError
+from gptray.jobs.cluster_nodes import (
+    Node,
+    alive_nodes,
+    amount_words,
+    grows,
+    node_types,
+    nodes_words,
+    types_words,
+)
+from gptray.jobs.own_ray import is_own_ray
+
+# A worker's cores on a cluster that others use too, unless compute.cpus_per_worker says otherwise.
+MODERATE = 4
+
+Resources = Mapping[str, float]
+
+
+def worker_resources(
+    compute: ComputeConfig, *, spare: int = 0, together: bool = False
+) -> dict[str, float]:
+    """What Ray reserves for each worker: its GPU, and its share of the cores.
+
+    spare: so many workers more than compute.num_workers have to fit.
+    together: the workers run at the same time or not at all; else any number of them is of use.
+
+    Raises:
+        UserError: the cluster can never give that, not even when nobody else uses it.
+    """
+    nodes = alive_nodes()
+    has = [node.resources for node in nodes]
+    workers = compute.num_workers + spare
+    places = min(workers, room(compute, has, compute.cpus_per_worker or 1))
+    if places < workers and _shares_cores(compute, has, workers):
+        return _reserved(compute, sum(one.get("CPU", 0.0) for one in has) / workers)
+    if places == workers or (places and not together):
+        return _reserved(compute, _moderate(compute, cores_that_fit(compute, has, places)))
+    cores = compute.cpus_per_worker or 1
+    _check_may_come(compute, nodes, workers=workers if together else 1, cores=cores)
+    to_come = [resources for resources, _ in node_types()]
+    return _reserved(compute, max(cores, _moderate(compute, cores_that_fit(compute, to_come, 1))))
+
+
+def check_cluster(compute: ComputeConfig, *, spare: int = 0) -> None:
+    """Refuse workers that can never run at the same time on the cluster. Raises UserError."""
+    worker_resources(compute, spare=spare, together=True)
+
+
+def _shares_cores(compute: ComputeConfig, has: Sequence[Resources], workers: int) -> bool:
+    """Whether more workers than cores get a part of one each, which takes a single node."""
+    offering = [node for node in has if node.get("CPU")]
+    if compute.cpus_per_worker or len(offering) != 1:
+        return False
+    if gpu_workers(compute, offering[0].get("GPU", 0.0)) < workers:
+        return False
+    return is_own_ray() or not grows()
+
+
+def _reserved(compute: ComputeConfig, cores: float) -> dict[str, float]:
+    gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
+    return {"CPU": float(cores), **gpu}
+
+
+def _moderate(compute: ComputeConfig, cores: int) -> int:
+    """The cores that a worker takes of those that it could have; 0: none fit."""
+    if compute.cpus_per_worker or compute.use_gpu or is_own_ray():
+        return cores
+    return min(cores, MODERATE)
+
+
+def cores_that_fit(compute: ComputeConfig, nodes: Sequence[Resources], workers: int) -> int:
+    """The most whole cores with which all workers fit on the nodes; 0: not even with one.
+
+    nodes: the CPU and GPU of each. A worker with a GPU needs both on one node, and takes no more
+    cores than its part of the node's GPUs. compute.cpus_per_worker is the answer if it fits.
+    """
+    if compute.cpus_per_worker:
+        fits = room(compute, nodes, compute.cpus_per_worker) >= workers
+        return compute.cpus_per_worker if fits else 0
+    most = 0.0
+    for node in nodes:
+        places = gpu_workers(compute, node.get("GPU", 0.0))
+        if places:
+            most = max(most, node.get("CPU", 0.0) / (places if compute.use_gpu else 1))
+    for cores in range(int(most), 0, -1):
+        if room(compute, nodes, cores) >= workers:
+            return cores
+    return 0
+
+
+def room(compute: ComputeConfig, nodes: Sequence[Resources], cores: int) -> int:
+    """How many workers of so many cores fit on the nodes, with their GPUs."""
+    return int(
+        sum(
+            min(node.get("CPU", 0.0) // cores, gpu_workers(compute, node.get("GPU", 0.0)))
+            for node in nodes
+        )
+    )
+
+
+def gpu_workers(compute: ComputeConfig, gpus: float) -> float:
+    """How many workers fit on a node's GPUs."""
+    return int(gpus / compute.gpus_per_worker + 1e-9) if compute.use_gpu else float("inf")
+
+
+def _check_may_come(
+    compute: ComputeConfig, nodes: Sequence[Node], *, workers: int, cores: int
+) -> None:
+    """Refuse workers for which no autoscaler can bring nodes. Raises UserError."""
+    types = node_types()
+    if not types:
+        if not grows():
+            raise UserError(misfit(compute, nodes, (), workers=workers, cores=cores))
+        return  # which nodes may come is the autoscaler's secret
+    to_come = [
+        resources
+        for resources, most in types
+        for _ in range(workers if most is None else min(most, workers))
+    ]
+    if room(compute, to_come, cores) < workers:
+        raise UserError(misfit(compute, nodes, types, workers=workers, cores=cores))
+
+
+def misfit(
+    compute: ComputeConfig,
+    nodes: Sequence[Node],
+    types: Sequence[tuple[Resources, int | None]],
+    *,
+    workers: int,
+    cores: int,
+) -> str:
+    """Why so many workers can never run on the nodes, nor on those that may come."""
+    gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
+    worker = amount_words({"CPU": cores, **gpu})
+    if workers == 1:
+        needs = f"a worker needs {worker} on one node, which no node of the cluster has"
+    else:
+        needs = f"{workers} workers at the same time need {worker} each, on one node for each; "
+        needs += "the cluster has no room for them even when idle"
+    keys = [
+        *(["compute.num_workers"] if workers > 1 else []),
+        *(["compute.cpus_per_worker"] if compute.cpus_per_worker else []),
+        *(["compute.use_gpu"] if compute.use_gpu else []),
+    ]
+    may_come = f" Its autoscaler may bring {types_words(types)}." if types else ""
+    change = f" Change {' or '.join(keys)}, or add nodes." if keys else " Add nodes."
+    return f"{needs}: {nodes_words(nodes) or 'no node is alive'}.{may_come}{change}"
+
+
+def trial_resources(
+    compute: ComputeConfig, *, trials: int, at_once: int | None
+) -> tuple[int, dict[str, float]]:
+    """How many trials of a sweep run at a time, and what Ray reserves for each worker of one.
+
+    Null `at_once`: as many as fit with a core (and its part of a GPU) for each worker, which share
+    the cores out. Where nodes may still come it is all trials: those that find no room wait, and
+    have the autoscaler bring nodes.
+    """
+    has = [node.resources for node in alive_nodes()]
+    if not is_own_ray() and grows():
+        return min(trials, at_once or trials), worker_resources(compute, together=True)
+    most = room(compute, has, compute.cpus_per_worker or 1) // compute.num_workers
+    if most == 0:
+        return at_once or 1, worker_resources(compute, together=True)
+    number = min(trials, most, at_once or most)
+    cores = cores_that_fit(compute, has, number * compute.num_workers)
+    return number, _reserved(compute, _moderate(compute, cores))
