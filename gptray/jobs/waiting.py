@@ -188,7 +188,7 @@ def _placement_groups() -> tuple[list[Resources], bool]:
 
 class _Actor(NamedTuple):
     needs: Resources
-    is_placed: bool  # on a node
+    is_placed: bool  # in a process of a node
 
 
 def _actors(state: str) -> list[_Actor]:
@@ -202,8 +202,8 @@ def _actors(state: str) -> list[_Actor]:
         gcs_pb2.ActorTableData.FromString(one) for one in accessor.get_actor_table(None, state)
     ]
     return [
-        # An actor without a node has the id of no node, which is all ones.
-        _Actor(needs, bool(table.address.node_id.strip(b"\xff")))
+        # Until it has a worker process, the node is the one that was asked.
+        _Actor(needs, bool(table.address.worker_id))
         for table in tables
         if (table.job_id == job or table.name.startswith(REPLICA)) and not table.placement_group_id
         if (needs := _counted(table.required_resources))

@@ -1,0 +1,151 @@
+"""Jobs that find no room on a cluster: refused for good, or waiting in words until there is some.
+
+The head has no core, one node has a GPU as Ray counts them, another a core.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from signal import SIGINT
+
+import pytest
+
+from gptray.jobs.waiting import shortage
+from tests.jobs.nodes import cluster_of, job
+
+LIMIT_S = 120
+HOLDS = """
+import ray
+ray.init(log_to_driver=False, logging_level="ERROR")
+group = ray.util.placement_group([{"CPU": 2, "GPU": 1}, {"CPU": 1}])
+assert group.wait(60)
+print("held", flush=True)
+input()
+"""
+FREE = [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("awaited", "free", "expected"),
+    [
+        ([{"CPU": 1.0}], [{}, {}], "1 core: the cluster has 1 GPU and 3 cores, 0 GPUs and 0 cores"),
+        ([{"CPU": 2.0}] * 2, FREE, "2 cores for each of 2 workers: the cluster has 1 GPU and 3"),
+        ([{"CPU": 1.0, "GPU": 1.0}], [{"CPU": 1.0}], "1 GPU and 1 core: the cluster has"),
+        ([{"CPU": 1.0}, {"GPU": 0.5}], [], "0.5 GPUs and 1 core: the cluster has"),
+    ],
+)
+def test_a_wait_says_what_is_awaited_and_what_is_free(
+    awaited: list[dict[str, float]], free: list[dict[str, float]], expected: str
+) -> None:
+    assert shortage(awaited, FREE, free).startswith(expected)
+
+
+def test_room_on_several_nodes_is_told_apart_from_room_on_one() -> None:
+    text = shortage([{"CPU": 3.0}], FREE, FREE)
+    assert text.endswith("1 GPU and 3 cores free, not together on one node")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Run a cluster; give what jobs on it are to be told. Their text is prepared."""
+    storage = tmp_path_factory.mktemp("storage")
+    words = [f"storage_path={storage}", "train.max_steps=2", "train.block_size=32"]
+    words += ["model.n_layer=1", "model.n_embd=32", "data.vocab_size=300", "train.backend=torch"]
+    with cluster_of({"num_cpus": 0}, {"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 1}):
+        with job("prepare", *words) as process:
+            _, told = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 0, told
+        yield words
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Have another job that holds all of the cluster."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        try:
+            yield
+        finally:
+            other.communicate("\n", timeout=LIMIT_S)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def line_with(text: str, process: subprocess.Popen[str]) -> str:
+    """The job's next line on stderr that has the text."""
+    clock = threading.Timer(LIMIT_S, process.kill)
+    clock.start()
+    try:
+        assert process.stderr
+        told = []
+        for line in process.stderr:
+            told.append(line)
+            if text in line:
+                return line
+        raise AssertionError("".join(told))
+    finally:
+        clock.cancel()
+
+
+@pytest.mark.ray
+def test_more_gpus_than_there_are_is_a_mistake(words: list[str]) -> None:
+    with job("train", *words, "compute.use_gpu=true", "compute.num_workers=2") as process:
+        _, told = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 2
+    assert "2 workers at the same time need 1 GPU and 1 core each" in told
+    assert "has 1 GPU and 2 cores" in told and "has 1 core" in told
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("name", "awaited"),
+    [
+        ("prepare", "1 core:"),
+        ("train", "2 cores:"),
+        ("tune", "1 core"),
+        ("serve", "2 cores:"),
+    ],
+)
+def test_a_wait_ends_after_wait_s(
+    words: list[str], model_dir: Path, name: str, awaited: str
+) -> None:
+    words = [*words, f"name={name}", f"serve.model={model_dir}", "generate.backend=torch"]
+    words += [f"serve.port={free_port()}", "tune.space=[{path: optim.lr, choice: [1e-3, 2e-3]}]"]
+    if name == "prepare":
+        words.append("data.seed=2")  # other shares than there are
+    with held(), job(name, *words, "compute.wait_s=3") as process:
+        _, told = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1, told
+    assert f"{name}: waited compute.wait_s=3 s for {awaited}" in told
+    assert "the cluster has 1 GPU and 3 cores, 0 GPUs and 0 cores free" in told
+
+
+@pytest.mark.ray
+def test_a_waiting_training_starts_when_there_is_room_and_ends_by_ctrl_c(words: list[str]) -> None:
+    waits = "waiting for 2 cores: the cluster has 1 GPU and 3 cores, 0 GPUs and 0 cores free"
+    with held(), job("train", *words, "name=two") as process:
+        assert waits in line_with("waiting for", process)
+        process.send_signal(SIGINT)
+        told = process.communicate(timeout=LIMIT_S)[1]
+        assert process.returncode == 130 and "killed" not in told, told
+    with ExitStack() as other:
+        other.enter_context(held())
+        with job("train", *words, "name=two") as process:
+            line_with("waiting for", process)
+            other.close()
+            line_with("there is room now", process)
+            _, told = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, told
