@@ -193,6 +193,15 @@ def test_processes_of_ray_are_known_by_their_command_lines(command: str, name: s
 
 
 @pytest.mark.parametrize(
+    ("port", "name"),
+    [(8265, "dashboard"), (8267, "dashboard"), (44227, "metrics of the dashboard")],
+)
+def test_the_dashboards_metrics_are_not_the_dashboard(port: int, name: str) -> None:
+    command = "/v/bin/python /v/ray/dashboard/dashboard.py --host=0.0.0.0 --port=8265 --x"
+    assert process_name(command, port) == name
+
+
+@pytest.mark.parametrize(
     ("words", "address", "is_open"),
     [
         ("0100007F", "127.0.0.1", False),

@@ -223,7 +223,7 @@ def ports(facts: ClusterFacts) -> Finding:
         if port.process == DASHBOARD
     ]
     if any(not one.facts.needs_token for one, _ in dashboards):
-        told = ", ".join(f"{port.address}:{port.port}" for _, port in dashboards)
+        told = ", ".join(dict.fromkeys(f"{port.address}:{port.port}" for _, port in dashboards))
         return Finding(
             "ports",
             "fail",

@@ -24,6 +24,8 @@ _NAMES = (
     ("ray.util.client.server", "client server"),
 )
 _LISTENS = "0A"
+# Where its port is taken, the dashboard tries the next ones.
+_PORT_TRIES = 50
 
 
 def open_ports() -> tuple[OpenPort, ...]:
@@ -32,8 +34,8 @@ def open_ports() -> tuple[OpenPort, ...]:
     return tuple(
         sorted(
             {
-                OpenPort(process, *sockets[number])
-                for process, number in _held_by_ray()
+                OpenPort(process_name(command, sockets[number][1]), *sockets[number])
+                for command, number in _held_by_ray()
                 if number in sockets
             },
             key=lambda one: (one.process, one.port),
@@ -62,21 +64,23 @@ def address_of(words: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _held_by_ray() -> Iterator[tuple[str, str]]:
-    """Name of the process and number of the socket, for each socket of each process of Ray's."""
+    """Command line of the process and number of the socket, for each socket of Ray's processes."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
         with suppress(OSError):  # it has ended, or is another user's
             command = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
-            name = process_name(command)
-            for descriptor in (entry / "fd").iterdir() if name else ():
+            for descriptor in (entry / "fd").iterdir() if process_name(command) else ():
                 with suppress(OSError):
                     for number in re.findall(r"^socket:\[(\d+)\]$", os.readlink(descriptor)):
-                        yield name, number
+                        yield command, number
 
 
-def process_name(command: str) -> str:
-    """What a process of Ray's is called; "" for any other."""
+def process_name(command: str, port: int | None = None) -> str:
+    """What a process of Ray's is called, at this port of it; "" for any other process."""
+    asked = re.search(r"dashboard/dashboard\.py.* --port=(\d+)", command)
+    if asked and port is not None and not 0 <= port - int(asked[1]) <= _PORT_TRIES:
+        return "metrics of the dashboard"
     for part, name in _NAMES:
         if part in command:
             return name or command.strip().split("(")[0].removeprefix("ray::").strip()
