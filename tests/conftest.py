@@ -13,10 +13,7 @@ from tests.tiny import tiny_config, tiny_text
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark `ray` what uses the session's Ray; leave out `chaos` unless `-m` names it.
-
-    Under xdist a worker gets whole files, which share what they made, and one has all Ray tests.
-    """
+    """Mark `ray` what uses the session's Ray; leave out `chaos` unless `-m` names it."""
     asked = "chaos" in config.option.markexpr
     left_out = [item for item in items if item.get_closest_marker("chaos") and not asked]
     if left_out:
@@ -27,8 +24,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(3600))
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
