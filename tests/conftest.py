@@ -12,8 +12,13 @@ from gptray.data.tokens import TokenData
 from tests.tiny import tiny_config, tiny_text
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark `ray` what uses the session's Ray; a test that starts its own is marked by hand."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark `ray` what uses the session's Ray; leave out `chaos` unless `-m` names it."""
+    asked = "chaos" in config.option.markexpr
+    left_out = [item for item in items if item.get_closest_marker("chaos") and not asked]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if item.get_closest_marker("chaos"):
             item.add_marker(pytest.mark.timeout(3600))

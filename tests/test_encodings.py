@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gptray.doors import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
@@ -92,18 +95,43 @@ def test_korean_paths_and_prompts_are_understood_in_a_locale_without_korean(
     assert done.stdout.isascii()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "euc-kr"])
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--dry-run"], ["--dry-run", "data.source=없다"]]
-)
-def test_a_terminal_that_lacks_characters_ends_no_job(
-    tmp_path: Path, encoding: str, arguments: list[str]
-) -> None:
+ENCODINGS = ["ascii", "iso-8859-1", "euc-kr"]
+ARGUMENTS = [["--help"], ["--dry-run"], ["--dry-run", "data.source=없다"]]
+
+
+def words_of(tmp_path: Path, arguments: list[str]) -> list[str]:
+    """A training's command line with a config that no small encoding can spell."""
     config = tmp_path / "my.yaml"
     config.write_text('sample: {prompt: "옛날 옛적에 — été 🎈"}\n', "utf-8")
-    command = [sys.executable, str(ROOT / "jobs" / "train.py"), f"--config={config}"]
-    command += [f"storage_path={tmp_path}", *arguments]
+    return [f"--config={config}", f"storage_path={tmp_path}", *arguments]
+
+
+def check_ended(code: int, said: bytes, arguments: list[str]) -> None:
+    assert b"Traceback" not in said and b"UnicodeEncodeError" not in said
+    assert code == (2 if "data.source=없다" in arguments else 0), said
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_a_terminal_that_lacks_characters_ends_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, arguments: list[str]
+) -> None:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    code = run("train", words_of(tmp_path, arguments))
+    err.flush()
+    assert isinstance(err.buffer, io.BytesIO)
+    check_ended(code, err.buffer.getvalue(), arguments)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "arguments"), list(zip(ENCODINGS, ARGUMENTS, strict=True)), ids=ENCODINGS
+)
+def test_a_process_whose_terminal_lacks_characters_ends_as_any_other(
+    tmp_path: Path, encoding: str, arguments: list[str]
+) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), *words_of(tmp_path, arguments)]
     environment = {**os.environ, **PLAIN, "PYTHONIOENCODING": encoding}
     done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
-    assert b"Traceback" not in done.stderr and b"UnicodeEncodeError" not in done.stderr
-    assert done.returncode == (2 if "data.source=없다" in arguments else 0), done.stderr
+    check_ended(done.returncode, done.stderr, arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,15 @@ def test_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_run_is_refused(arguments: tuple[str, ...], words: str) -> None:
-    done = benchmark(*arguments)
-    assert done.returncode == 2
-    assert words in done.stderr
+def test_what_cannot_run_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

@@ -60,6 +60,7 @@ def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train.lr=3e-4"], "did you mean optim.lr?"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["data.source=nowhere.txt"], "nowhere.txt"),
         (["compute.use_gpu=true", "compute.num_workers=16"], "this machine has 0"),
@@ -85,16 +86,23 @@ def test_mistake_is_one_message_and_exit_code_2(
         assert out == ""
 
 
-@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
-def test_mistake_in_a_process_of_its_own(tmp_path: Path, dry_run: list[str]) -> None:
-    done = job("train", "train.lr=3e-4", *dry_run, environment={"HOME": str(tmp_path)})
+def test_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = job("train", "train.lr=3e-4", environment={"HOME": str(tmp_path)})
     assert done.returncode == 2, done.stderr
     assert "did you mean optim.lr?" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
 @pytest.mark.parametrize("name", ["train", "tune", "generate", "prepare"])
-def test_a_start_that_fails_leaves_nothing(text_file: Path, tmp_path: Path, name: str) -> None:
+def test_a_start_that_fails_leaves_nothing(
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the session's Ray is none of its
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{_free_port()}")
     storage = tmp_path / "new" / "runs"
     words = [f"data.source={text_file}", f"storage_path={storage}", *TINY]
     if name == "tune":
@@ -106,10 +114,10 @@ def test_a_start_that_fails_leaves_nothing(text_file: Path, tmp_path: Path, name
         (tmp_path / "p.txt").write_text("one\n")
         words = [f"generate.model={tmp_path}/m", f"generate.input_path={tmp_path}/p.txt"]
         words += [f"generate.output_path={storage}/out", "generate.backend=torch"]
-    done = job(name, *words, environment={"RAY_ADDRESS": f"127.0.0.1:{_free_port()}"})
-    assert done.returncode == 2 and done.stdout == ""
-    assert "no Ray answers there: Connection refused" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+    assert run(name, words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "no Ray answers there: Connection refused" in err.splitlines()[-1]
+    assert "Traceback" not in err and not (tmp_path / "new").exists()
 
 
 def _free_port() -> int:

@@ -25,7 +25,6 @@ from gptray.jobs.serve.worker import Replica
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
 from tests.processes import listening
 
-pytestmark = pytest.mark.ray
 LONG = 400
 HALF = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -44,6 +43,7 @@ def job(folder: Path) -> Iterator[Job]:
         yield job
 
 
+@pytest.mark.ray
 def test_the_job_tells_its_url_and_answers_there(job: Job) -> None:
     assert job.model == "tiny" and job.url.startswith("http://127.0.0.1:")
     answer = job.ask(20).json()
@@ -56,6 +56,7 @@ def test_the_job_tells_its_url_and_answers_there(job: Job) -> None:
     assert wrong.status_code == 400 and "did you mean max_tokens?" in wrong.text
 
 
+@pytest.mark.ray
 def test_more_half_sent_bodies_than_sequences_find_room_silence_nobody(job: Job) -> None:
     address = job.url.removeprefix("http://").split(":")
     with ExitStack() as open_ones:
@@ -66,6 +67,7 @@ def test_more_half_sent_bodies_than_sequences_find_room_silence_nobody(job: Job)
         assert job.ask(5).json()["choices"][0]["text"] == expected(5)
 
 
+@pytest.mark.ray
 def test_only_the_endpoint_and_one_port_of_a_replica_are_open_to_the_network(job: Job) -> None:
     pids = [pid for pid, name in job.processes().items() if "ServeReplica" not in name]
     assert {"127.0.0.1"} == {address for address, _ in listening(pids)}
@@ -73,6 +75,7 @@ def test_only_the_endpoint_and_one_port_of_a_replica_are_open_to_the_network(job
     assert len(ports) <= 1  # Ray Serve's own, where a token is needed
 
 
+@pytest.mark.ray
 def test_sigterm_to_the_group_lets_streams_finish_refuses_new_ones_and_leaves_nothing(
     job: Job,
 ) -> None:

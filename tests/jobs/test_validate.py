@@ -23,7 +23,6 @@ from gptray.training.loop import fit
 from gptray.training.stopping import Progress
 from tests.tiny import tiny_config
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
 BESIDE = ("train.async_validation=true", "compute.cpus_per_worker=1", "train.eval_interval=5")
 
 
@@ -41,7 +40,7 @@ def timeless(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(x).items() if k != "tokens_per_sec"} for x in lines]
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("ray_cluster", "one_thread")
 def test_spare_worker_tells_what_goes_wrong_and_gives_the_bits_of_validation_in_line(
     text_file: Path, data_root: Path, tiny_data: TokenData, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "main"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem[5:] for path in HERE.glob("test_*.cpp")))
 def test_a_header_computes_what_scalar_loops_compute(program: Path, name: str) -> None:
     # PyTorch's allocator may be preloaded around the tests; leaks are not looked for under ptrace.

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from gptray.config import ConfigError, load_config
+from gptray.serving import api_keys
 from gptray.serving.api_keys import Keys, read_keys
 from gptray.serving.hosts import Hosts
 from tests.serving.servers import Server, running
@@ -114,6 +115,12 @@ def test_an_allowed_host_is_a_name_and_no_more(name: str) -> None:
     assert allowed.serve.allowed_hosts == ["a.example", "*.b.example", "*"]
 
 
+@pytest.fixture
+def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not have the test wait a second for every change of a key file."""
+    monkeypatch.setattr(api_keys, "LOOK_S", 0.05)
+
+
 def until_let_in(keys: Keys, key: str, wanted: bool) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while keys.let_in(f"Bearer {key}") is not wanted:
@@ -121,7 +128,7 @@ def until_let_in(keys: Keys, key: str, wanted: bool) -> None:
 
 
 def test_changed_keys_count_without_a_restart(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    quick_look: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"
     for file, text in ((path, "first\n"), (tmp_path / "new", "third\n")):
@@ -138,7 +145,7 @@ def test_changed_keys_count_without_a_restart(
 
 
 def test_a_key_file_that_is_gone_or_wrong_leaves_the_keys_in_use_and_is_told_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    quick_look: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data, path = tmp_path / "..data", tmp_path / "keys"
     for name, text in (("one", "first\n"), ("two", "two keys\n"), ("three", "third\n")):

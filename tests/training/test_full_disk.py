@@ -167,6 +167,7 @@ def _worker(rank: int, config: Config, data_dir: str, run_dir: str, port: int) -
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_workers_leave_together_when_the_first_cannot_write(
     text_file: Path, tiny_data: TokenData, tmp_path: Path
 ) -> None:

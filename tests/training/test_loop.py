@@ -170,33 +170,36 @@ def test_micro_batches_add_up_to_the_same_losses(
     assert losses(tmp_path / "4") == pytest.approx(reference, abs=1e-5)
 
 
-def _worker(rank: int, config: Config, data_dir: str, run_dir: str, port: int) -> None:
+def _worker(rank: int, runs: dict[Path, Config], data_dir: str, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        run(config, TokenData.open(data_dir), Path(run_dir))
+        for run_dir, config in runs.items():
+            run(config, TokenData.open(data_dir), run_dir)
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.slow
 def test_two_workers_see_the_same_batches_and_losses_as_one(
-    text_file: Path, tiny_data: TokenData, tmp_path: Path, micro_batch_size: int
+    text_file: Path, tiny_data: TokenData, tmp_path: Path
 ) -> None:
     run(tiny_config(text_file, tmp_path), tiny_data, tmp_path / "one")
-    config = tiny_config(
-        text_file,
-        tmp_path,
-        "compute.num_workers=2",
-        f"train.micro_batch_size={micro_batch_size}",
-    )
+    # In micro-batches of 1 and of 4 by the same two processes, which take seconds to start.
+    runs = {
+        tmp_path / f"two-{size}": tiny_config(
+            text_file, tmp_path, "compute.num_workers=2", f"train.micro_batch_size={size}"
+        )
+        for size in (1, 4)
+    }
     port = 20_000 + os.getpid() % 10_000
-    arguments = (config, str(tiny_data.data_dir), str(tmp_path / "two"), port)
-    spawn(_worker, arguments, nprocs=2)  # type: ignore[no-untyped-call]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    one, two = rows(tmp_path / "one")[-1], rows(tmp_path / "two")[-1]
-    assert two["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
-    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    spawn(_worker, (runs, str(tiny_data.data_dir), port), nprocs=2)  # type: ignore[no-untyped-call]
+    one = rows(tmp_path / "one")[-1]
+    for run_dir in runs:
+        assert losses(run_dir) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+        two = rows(run_dir)[-1]
+        assert two["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 def test_early_stop_ends_the_run_and_keeps_the_best_model(
