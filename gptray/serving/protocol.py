@@ -19,6 +19,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from gptray.config.keys import FieldSpec, field_specs
 from gptray.config.limits import MAX_BIASES, SEEDS, within
@@ -218,7 +219,7 @@ def parse_request(kind: type[T], given: Mapping[str, Any]) -> T:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             key = str(detail["loc"][0]) if detail["loc"] else "body"
-            problems.setdefault(key, _complaint(key, specs, known, dict(detail)))
+            problems.setdefault(key, _complaint(key, specs, known, detail))
     if problems:
         first = next(iter(problems))
         raise ApiError(400, "\n".join(problems.values()), param=None if first == "body" else first)
@@ -241,7 +242,7 @@ def _meant(name: str | None) -> str:
 
 
 def _complaint(
-    key: str, specs: Mapping[str, FieldSpec], known: Mapping[str, Any], detail: dict[str, Any]
+    key: str, specs: Mapping[str, FieldSpec], known: Mapping[str, object], detail: ErrorDetails
 ) -> str:
     if key == "body":
         return str(detail["ctx"]["error"])

@@ -60,8 +60,8 @@ class TrainerState:
     def load(cls, folder: Path) -> TrainerState:
         """Read `trainer.json` of a checkpoint. Raises ValueError if it holds no valid state."""
         match read_object(folder / "trainer.json"):
-            case {"step": step, "progress": dict(progress), "data": str(data)} if is_whole(step):
-                state = cls(step, Progress.from_json(progress), data)
+            case {"step": int(step), "progress": dict(values), "data": str(data)} if is_whole(step):
+                state = cls(step, Progress.from_json(values), data)
             case _:
                 raise ValueError("it holds no state of a run")
         if max(state.progress.best_step, state.progress.bad_evals) > step:
