@@ -10,7 +10,7 @@ import json
 import os
 from io import BufferedReader
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 from gptray.config import UserError
 from gptray.files import is_storage, open_regular
@@ -81,7 +81,7 @@ def read_foreign(path: Path) -> dict[str, object]:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def is_whole(value: object, *, least: int = 0) -> bool:
+def is_whole(value: object, *, least: int = 0) -> TypeGuard[int]:
     """Whether a JSON value is an integer of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 

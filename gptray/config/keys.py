@@ -180,8 +180,10 @@ def _spec(key: str, info: FieldInfo) -> FieldSpec:
 
 
 def _plain(form: object) -> type:
-    assert isinstance(form, type), form
-    return form
+    """The class of values that have an annotation without alternatives: list for list[int]."""
+    kind = get_origin(form) or form
+    assert isinstance(kind, type), form
+    return kind
 
 
 def _members(annotation: object) -> Iterator[object]:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from gptray.commands import typed
 from gptray.config import Config, differences
@@ -23,7 +22,7 @@ log = logging.getLogger("gptray")
 _DEFAULTS = Config()
 
 
-def tell(commands: Sequence[str], *, settings: Mapping[str, Any] | None = None) -> None:
+def tell(commands: Sequence[str], *, settings: Mapping[str, object] | None = None) -> None:
     """Log a run's settings in one line, and the commands that come next."""
     if settings is not None:
         log.info("settings: %s", settings_of(settings))
@@ -74,13 +73,13 @@ def short_name(folder: Path) -> str:
     return folder.name if is_enough else str(folder)
 
 
-def settings_of(values: Mapping[str, Any]) -> str:
+def settings_of(values: Mapping[str, object]) -> str:
     """Keys and values in one line."""
     words = (f"{key}={shown(value).strip(chr(39))}" for key, value in values.items())
     return " ".join(words) or "the defaults"
 
 
-def differing(config: Config) -> dict[str, Any]:
+def differing(config: Config) -> dict[str, object]:
     """The keys that differ from the defaults, except where the run is kept."""
     hidden = ("name", "storage_path", "tune.space")
     return {key: value for key, value in differences(config).items() if key not in hidden}

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gptray.config import RunFailed, TrainConfig, UserError
 from gptray.files import CannotWrite, remove, storing
@@ -47,7 +46,7 @@ class TrainerState:
             return "max_steps"
         return "patience" if self.progress.exhausted(config.patience) else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
         return {
             "format": FORMAT,

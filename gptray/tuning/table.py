@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -50,12 +49,12 @@ def _paths(space: Space) -> list[str]:
     return [path for entry in space.entries for path in entry.paths]
 
 
-def _settings(trial: Trial, space: Space) -> dict[str, Any]:
+def _settings(trial: Trial, space: Space) -> dict[str, object]:
     """What a trial sets; a repetition also has its seed."""
     return {**space.values(trial), **trial.values}
 
 
-def _column(values: Sequence[Any], kinds: Sequence[type]) -> pa.Array:
+def _column(values: Sequence[object], kinds: Sequence[type]) -> pa.Array:
     types = {float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
     kinds = () if str in kinds else kinds
     kind = next((types[kind] for kind in types if kind in kinds), pa.string())
