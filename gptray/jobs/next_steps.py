@@ -13,7 +13,7 @@ from gptray.config.keys import shown
 from gptray.evaluation.model_commands import model_commands
 from gptray.jobs.models import has_model, storage_of
 from gptray.jobs.resuming import command
-from gptray.record import EVENTS, METRICS, read_rows
+from gptray.record import read_events, read_metrics
 from gptray.reports.run.diagnosis import diagnose
 from gptray.reports.run.sentence import sentence
 
@@ -31,7 +31,7 @@ def tell(commands: Sequence[str], *, settings: Mapping[str, object] | None = Non
 
 def tell_run(config: Config, folder: Path) -> None:
     """Log a finished run's diagnosis, its settings, and the commands that come next."""
-    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    rows, events = read_metrics(folder), read_events(folder)
     diagnosis = diagnose(rows, config, events)
     log.info("%s", sentence(diagnosis, config))
     uses = of_model(folder)
@@ -56,7 +56,7 @@ def resumable(
         yield
     except (KeyboardInterrupt, SystemExit):  # Ray's SIGTERM handler exits
         if begun.exists():
-            rows = read_rows(folder / METRICS)
+            rows = read_metrics(folder)
             at = f" after step {rows[-1]['step']:,} of {steps:,}" if rows else ""
             log.info("stopped%s; results so far: %s\nresume:\n  %s", at, folder, again())
         raise

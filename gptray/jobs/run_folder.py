@@ -20,7 +20,7 @@ from gptray.hub import NotOnHub
 from gptray.jobs.models import locate, unknown, with_tokenizer
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
-from gptray.record import METRICS, read_rows
+from gptray.record import METRICS, read_metrics
 from gptray.stored import Unreadable, read_object
 
 # Keys that do not change what is trained: a run may resume under other values of these.
@@ -132,7 +132,7 @@ def outcome(config: Config) -> dict[str, object]:
     evaluation. `val_lost` is the share of the validation text that the tokenizer loses.
     """
     folder = run_dir(config)
-    rows = read_rows(folder / METRICS)
+    rows = read_metrics(folder)
     evaluations = [row for row in rows if "val_loss" in row]
     if not evaluations:
         raise RunFailed(f"{folder / METRICS} has no evaluation")

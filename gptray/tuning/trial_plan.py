@@ -140,6 +140,7 @@ def replicates(config: Config, folder: str, trials: Sequence[Trial]) -> list[Pla
     planned: list[Planned] = []
     for trial in ranked(primary)[: FINALISTS if config.tune.replicates else 0]:
         seed = trial.values.get("seed", config.seed)
+        assert isinstance(seed, int)
         for extra in range(1, config.tune.replicates + 1):
             values = {**trial.values, "seed": (seed + extra) % 2**32}
             if (trial.name, values["seed"]) in there:
