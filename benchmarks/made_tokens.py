@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tiny import tiny_text
 
+from gptray.data.data_manifest import ShardEntry
 from gptray.data.difference import Lost
 from gptray.data.shards import ShardEncoder, ShardWriter, shard_dtype
 from gptray.data.tokenizer import Tokenizer, train_bpe
@@ -34,7 +35,7 @@ def random_tokens(folder: Path, vocab_size: int, *, tokens: int = 2_000_000) -> 
     dtype = np.dtype(shard_dtype(vocab_size)).newbyteorder("<")
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = {}
+    entries: dict[str, ShardEntry] = {}
     for name, count in (("train", tokens), ("val", tokens // 10)):
         shard = rng.integers(vocab_size, size=count).astype(dtype).tobytes()
         file = f"{name}-00000.bin"
@@ -61,17 +62,22 @@ def text_tokens(folder: Path, *, sentences: int = 4000) -> TokenData:
     return _data(folder, tokenizer, entries)
 
 
-def _data(folder: Path, tokenizer: Tokenizer, entries: dict[str, dict[str, Any]]) -> TokenData:
+def _data(folder: Path, tokenizer: Tokenizer, entries: Mapping[str, ShardEntry]) -> TokenData:
     """The folder with a tokenizer and a manifest of one shard and one document for each split."""
     tokenizer.save(folder / "tokenizer")
-    counts = ("tokens", "bytes", "lost_bytes")
     manifest = {
         "format": FORMAT_VERSION,
         "bytes": sum(entry["bytes"] for entry in entries.values()),
         "warnings": [],
         "dtype": shard_dtype(tokenizer.vocab_size),
         "splits": {
-            name: {"documents": 1, "shards": [entry], **{key: entry[key] for key in counts}}
+            name: {
+                "documents": 1,
+                "shards": [entry],
+                "tokens": entry["tokens"],
+                "bytes": entry["bytes"],
+                "lost_bytes": entry["lost_bytes"],
+            }
             for name, entry in entries.items()
         },
         "tokenizer": {

@@ -142,10 +142,10 @@ def _use_utf8() -> None:
         return
     os.environ["PYTHONUTF8"] = "1"
     os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
-    words: list[Any] = list(sys.orig_argv)
+    words: list[str | bytes] = [*sys.orig_argv]
     with suppress(OSError):
         # As they were typed: not every locale's decoding can be undone.
-        words = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
+        words = [*Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]]
     os.execv(sys.executable, [sys.executable, *words[1:]])
 
 

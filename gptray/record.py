@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Required, TypedDict, cast
 
 from gptray import __version__
 from gptray.config import RunFailed
@@ -24,7 +24,7 @@ from gptray.stored import Unreadable, parse_json, read_bytes
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 # Types of a row's fields by name: of every row under "", of an event's rows under its name.
-RowFields = Mapping[str, Mapping[str, Any]]
+RowFields = Mapping[str, Mapping[str, type | tuple[type, ...]]]
 METRIC_FIELDS: RowFields = {"": {"step": int, "train_loss": (int, float)}}
 EVENT_FIELDS: RowFields = {
     "": {"event": str},
@@ -34,6 +34,50 @@ EVENT_FIELDS: RowFields = {
     "failure": {"message": str},
     "waiting": {"message": str},
 }
+
+
+class MetricsRow(TypedDict, total=False):
+    """A row of metrics.jsonl. Losses in nats per token; the fields from val_loss on only where
+    the step was evaluated, val_lost only where the tokenizer loses text."""
+
+    step: Required[int]
+    epoch: float
+    train_loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_sec: float
+    mfu: float
+    val_loss: float
+    val_ppl: float
+    val_bpb: float
+    gap: float
+    val_lost: float
+
+
+class Event(TypedDict, total=False):
+    """A line of events.jsonl; which fields it has depends on `event`."""
+
+    event: Required[str]
+    time: Required[float]
+    step: int
+    message: str  # of a notice, a damaged checkpoint, a failure, a wait
+    stopped: Literal["max_steps", "patience", "non_finite"]  # of an end
+    best: bool  # of an evaluation, as is the next
+    samples: list[list[str]]  # pairs of a prompt and its continuation
+    workers: int  # of a start, as are the others
+    dtype: str
+    backend: str
+    compiled: bool
+    deterministic: bool
+    parameters: int
+    pid: int
+    device: str
+    versions: dict[str, str]
+    loses: str
+    text: dict[str, str]
+    warnings: list[str]
+
+
 # What a result depends on besides gptray itself.
 LIBRARIES = ("torch", "ray", "transformers", "tokenizers")
 
@@ -67,6 +111,16 @@ def read_rows(path: Path, fields: RowFields | None = None) -> list[dict[str, Any
     return rows
 
 
+def read_metrics(run_dir: Path) -> list[MetricsRow]:
+    """The rows of a run's metrics.jsonl; see `read_rows`."""
+    return cast(list[MetricsRow], read_rows(run_dir / METRICS))
+
+
+def read_events(run_dir: Path) -> list[Event]:
+    """The lines of a run's events.jsonl; see `read_rows`."""
+    return cast(list[Event], read_rows(run_dir / EVENTS))
+
+
 def parse_row(line: bytes, fields: RowFields) -> dict[str, Any]:
     """The row in a line of JSON. Raises Unreadable if it lacks one of its fields."""
     row = parse_json(line)
@@ -81,7 +135,7 @@ def parse_row(line: bytes, fields: RowFields) -> dict[str, Any]:
     return row
 
 
-def write_event(run_dir: Path, event: str, **fields: Any) -> None:
+def write_event(run_dir: Path, event: str, **fields: object) -> None:
     """Append one event to `events.jsonl`, whole or not at all.
 
     Raises:
@@ -93,7 +147,7 @@ def write_event(run_dir: Path, event: str, **fields: Any) -> None:
         append(path, line.encode("utf-8", "backslashreplace") + b"\n", cut_torn=True)
 
 
-def try_event(run_dir: Path, event: str, **fields: Any) -> None:
+def try_event(run_dir: Path, event: str, **fields: object) -> None:
     """Write an event of a failure that is told elsewhere, whether the disk takes it or not."""
     with suppress(RunFailed):
         write_event(run_dir, event, **fields)
@@ -110,9 +164,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def seconds_trained(events: Sequence[Mapping[str, Any]]) -> float:
+def seconds_trained(events: Sequence[Event]) -> float:
     """Seconds from each start to the last event before the next start, added up."""
-    total, began, latest = 0.0, None, 0.0
+    began: float | None = None
+    total = latest = 0.0
     for event in events:
         if event["event"] == "start":
             total += latest - began if began is not None else 0.0

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_S = 8.0
@@ -43,7 +42,7 @@ class _Stop:
         self._previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
-    def handle(self, number: int, frame: Any) -> None:
+    def handle(self, number: int, frame: object) -> None:
         """Interrupt the job, once: a second time would interrupt its cleanup."""
         if not self._is_raised:
             self._is_raised = True
@@ -161,7 +160,7 @@ def sigterm_sets() -> Iterator[threading.Event]:
     """An event that SIGTERM sets in the block, unless the job is interrupted for a failure."""
     event = threading.Event()
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: object) -> None:
         if _stop is not None and _stop.failure:
             _stop.handle(number, frame)
         else:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
-from typing import Any, TextIO
+from typing import TextIO
 
 from gptray.config import RunFailed
 from gptray.visible import visible_json
@@ -35,20 +35,20 @@ def write_out(text: str) -> None:
         raise RunFailed(f"cannot write to standard output: {error.strerror}") from None
 
 
-def json_line(result: dict[str, Any]) -> str:
+def json_line(result: dict[str, object]) -> str:
     """A result as one line of JSON, in characters that standard output can show."""
     ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
     return visible_json(json.dumps(result, allow_nan=False, ensure_ascii=ascii_only)) + "\n"
 
 
-def line_printer() -> Callable[[dict[str, Any]], None]:
+def line_printer() -> Callable[[dict[str, object]], None]:
     """A function that prints a result before the job ends, to the stdout of now: Ray redirects it.
 
     Where nobody reads the line any more, the job still runs on.
     """
     stdout = sys.stdout
 
-    def print_line(result: dict[str, Any]) -> None:
+    def print_line(result: dict[str, object]) -> None:
         with redirect_stdout(stdout), suppress(Unread):
             write_out(json_line(result))
 

@@ -10,7 +10,7 @@ import json
 import os
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeGuard
 
 from gptray.config import UserError
 from gptray.files import is_storage, open_regular
@@ -50,7 +50,7 @@ def read_bytes(path: Path, *, most: int | None = MAX_BYTES) -> bytes:
         return file.read()
 
 
-def parse_json(raw: bytes, *, finite: bool = True) -> Any:
+def parse_json(raw: bytes, *, finite: bool = True) -> object:
     """The value of a JSON text in UTF-8.
 
     finite: refuse NaN and Infinity, which only foreign files may have. Raises Unreadable.
@@ -63,7 +63,9 @@ def parse_json(raw: bytes, *, finite: bool = True) -> Any:
         raise Unreadable(f"not JSON: {error}") from None
 
 
-def read_object(path: Path, *, finite: bool = True, most: int | None = MAX_BYTES) -> dict[str, Any]:
+def read_object(
+    path: Path, *, finite: bool = True, most: int | None = MAX_BYTES
+) -> dict[str, object]:
     """The JSON object in a file. Raises as `read_bytes` and `parse_json`."""
     value = parse_json(read_bytes(path, most=most), finite=finite)
     if not isinstance(value, dict):
@@ -71,7 +73,7 @@ def read_object(path: Path, *, finite: bool = True, most: int | None = MAX_BYTES
     return value
 
 
-def read_foreign(path: Path) -> dict[str, Any]:
+def read_foreign(path: Path) -> dict[str, object]:
     """The JSON object in a file of another program's. Raises UserError naming the file."""
     try:
         return read_object(path, finite=False)
@@ -79,7 +81,7 @@ def read_foreign(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def is_whole(value: object, *, least: int = 0) -> bool:
+def is_whole(value: object, *, least: int = 0) -> TypeGuard[int]:
     """Whether a JSON value is an integer of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 

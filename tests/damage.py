@@ -45,6 +45,11 @@ def fields(name: str, **values: Any) -> Damage:
     return damage
 
 
+def both(*damages: Damage) -> Damage:
+    """Do one after the other."""
+    return lambda folder: [damage(folder) for damage in damages]
+
+
 def gone(name: str) -> Damage:
     """Remove a file or a folder."""
     return lambda folder: _remove(folder / name)

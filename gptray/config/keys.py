@@ -9,10 +9,11 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from gptray.config.suggest import did_you_mean, nearest
 
@@ -37,7 +38,7 @@ class FieldSpec:
     items: tuple[type, ...]
     size: int | None
     choices: tuple[str, ...]
-    default: Any
+    default: object
     description: str
 
     @property
@@ -55,7 +56,7 @@ class FieldSpec:
     def _dots(self) -> str:
         return "" if self.size else ", ..."
 
-    def complaint(self, value: Any, detail: dict[str, Any]) -> str:
+    def complaint(self, value: object, detail: ErrorDetails) -> str:
         """Say what is wrong with a value, from one error of pydantic's."""
         kind = detail["type"]
         if kind == "value_error":
@@ -101,7 +102,7 @@ class EntriesError(ValueError):
         self.problems = list(problems)
 
 
-def complaint(root: type[BaseModel], spec: FieldSpec, value: Any) -> str | None:
+def complaint(root: type[BaseModel], spec: FieldSpec, value: object) -> str | None:
     """Say what a key has against a value, whatever the other keys are; None if it takes it."""
     if isinstance(value, list) and tuple in spec.kinds:
         value = tuple(value)
@@ -111,11 +112,11 @@ def complaint(root: type[BaseModel], spec: FieldSpec, value: Any) -> str | None:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             if ".".join(map(str, detail["loc"])).startswith(spec.key):
-                return spec.complaint(value, dict(detail))
+                return spec.complaint(value, detail)
     return None
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value as a config would have it, cut to one short line."""
     if isinstance(value, str):
         text = f"'{value}'"
@@ -161,11 +162,11 @@ def _spec(key: str, info: FieldInfo) -> FieldSpec:
             kinds.append(bool)
         elif origin in (list, tuple):
             inside = [arg for arg in get_args(member) if arg is not Ellipsis]
-            items = tuple(kind for arg in inside[:1] for kind in _members(arg))
+            items = tuple(_plain(kind) for arg in inside[:1] for kind in _members(arg))
             size = len(inside) if origin is tuple and Ellipsis not in get_args(member) else None
             kinds.append(origin)
         else:
-            kinds.append(member)
+            kinds.append(_plain(member))
     default = info.get_default(call_default_factory=True)
     return FieldSpec(
         key=key,
@@ -178,7 +179,14 @@ def _spec(key: str, info: FieldInfo) -> FieldSpec:
     )
 
 
-def _members(annotation: Any) -> Iterator[Any]:
+def _plain(form: object) -> type:
+    """The class of values that have an annotation without alternatives: list for list[int]."""
+    kind = get_origin(form) or form
+    assert isinstance(kind, type), form
+    return kind
+
+
+def _members(annotation: object) -> Iterator[object]:
     """Flatten unions and Annotated into the plain types that a value may have."""
     origin = get_origin(annotation)
     if origin is Annotated:

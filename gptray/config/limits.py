@@ -6,9 +6,10 @@ Inside them no setting can overflow a float, name what is not there, or slow its
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
 
 class Bounds(NamedTuple):
@@ -41,8 +42,11 @@ SAMPLING = {
 }
 
 
-def within(name: str, *, low: float | None = None) -> Any:
+def within(name: str, *, low: float | None = None) -> FieldInfo:
     """The bounds of a setting as pydantic checks them; `low` in place of the table's."""
     bounds = SAMPLING[name]
     least = bounds.low if low is None else low
-    return Field(gt=least, le=bounds.high) if bounds.is_open else Field(ge=least, le=bounds.high)
+    found: FieldInfo = (
+        Field(gt=least, le=bounds.high) if bounds.is_open else Field(ge=least, le=bounds.high)
+    )
+    return found

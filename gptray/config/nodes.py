@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 
 from gptray.config.keys import FieldSpec
-from gptray.config.yaml_text import YamlError, parse_node, scalar_value
+from gptray.config.yaml_text import Plain, YamlError, parse_node, scalar_value
 
 
 def argument_node(text: str, spec: FieldSpec) -> yaml.Node:
@@ -36,7 +35,7 @@ def argument_node(text: str, spec: FieldSpec) -> yaml.Node:
     return node if whole and (quoted or is_null(node)) else literal
 
 
-def node_value(node: yaml.Node, kinds: Sequence[type], items: Sequence[type]) -> Any:
+def node_value(node: yaml.Node, kinds: Sequence[type], items: Sequence[type]) -> Plain:
     """Return a node's Python value for a key of these kinds."""
     if isinstance(node, yaml.MappingNode):
         return {}
@@ -48,7 +47,7 @@ def node_value(node: yaml.Node, kinds: Sequence[type], items: Sequence[type]) ->
     if value is None:
         return None
     if _takes_text(kinds):
-        return node.value
+        return str(node.value)
     if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e4 steps
     return value

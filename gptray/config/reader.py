@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from gptray.config.keys import EntriesError, field_specs, shown
 from gptray.config.nodes import argument_node, is_null, line_of, node_value
 from gptray.config.suggest import did_you_mean, nearest, nearest_keys
-from gptray.config.yaml_text import YamlError, read_node, scalar_value
+from gptray.config.yaml_text import Plain, YamlError, read_node, scalar_value
 
 COMMAND_LINE = "command line"
 
@@ -32,7 +32,7 @@ class Given:
 
     key: str
     where: str
-    value: Any
+    value: object
     node: yaml.Node | None = None
 
 
@@ -92,7 +92,7 @@ class Reader:
             else:
                 self._take(key, COMMAND_LINE, node)
 
-    def read_value(self, key: str, value: Any) -> None:
+    def read_value(self, key: str, value: object) -> None:
         """Take one value that is a Python object already."""
         if key not in self.specs:
             self._unknown(key, "")
@@ -143,7 +143,7 @@ class Reader:
         value = self._plain(node, where) if dict in spec.items else None
         self.given[key] = Given(key, where, value or node_value(node, spec.kinds, spec.items), node)
 
-    def _plain(self, node: yaml.Node, where: str) -> Any:
+    def _plain(self, node: yaml.Node, where: str) -> Plain:
         """Return what a node says by itself: lists, mappings with each key once, scalars."""
         path = where if where == COMMAND_LINE else where.rpartition(":")[0]
         if isinstance(node, yaml.MappingNode):
@@ -202,7 +202,7 @@ class Reader:
                 keys |= self._explain_rule(str(rule), left_out)
             elif key not in keys:  # a union has an error for each of its members
                 given = self.given[key]
-                complaint = self.specs[key].complaint(given.value, dict(detail))
+                complaint = self.specs[key].complaint(given.value, detail)
                 self._problem(given.where, f"{key}: {complaint}")
                 keys.add(key)
         return keys
@@ -238,12 +238,14 @@ class Reader:
         return None
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(values: Mapping[str, object]) -> dict[str, object]:
     """Turn dotted keys into sections."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, object] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
+        inside = tree.setdefault(section, {}) if section else tree
+        assert isinstance(inside, dict)
+        inside[name] = value
     return tree
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 from yaml import YAMLError
@@ -139,7 +139,7 @@ def load_saved(path: Path) -> Config:
         return load_config(str(path), [])
 
 
-def override(config: Config, values: Mapping[str, Any]) -> Config:
+def override(config: Config, values: Mapping[str, object]) -> Config:
     """Return the config with dotted keys set, validated again; raises ConfigError."""
     reader = Reader(Config)
     for key, value in {**flatten(config), **values}.items():
@@ -152,7 +152,7 @@ def dump(config: Config) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
-def differences(config: Config) -> dict[str, Any]:
+def differences(config: Config) -> dict[str, object]:
     """The dotted keys that differ from the defaults, with their values."""
     defaults = flatten(Config())
     return {key: value for key, value in flatten(config).items() if value != defaults[key]}
@@ -160,20 +160,22 @@ def differences(config: Config) -> dict[str, Any]:
 
 def dump_differences(config: Config) -> str:
     """As `dump`, but only what differs from the defaults; "" if nothing does."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     whole = config.model_dump(mode="json")
     for key in differences(config):
         section, _, name = key.rpartition(".")
         if section:
-            values.setdefault(section, {})[name] = whole[section][name]
+            inside = values.setdefault(section, {})
+            assert isinstance(inside, dict)
+            inside[name] = whole[section][name]
         else:
             values[name] = whole[name]
     return write_yaml(values) if values else ""
 
 
-def flatten(config: Config, *, given: bool = False) -> dict[str, Any]:
+def flatten(config: Config, *, given: bool = False) -> dict[str, object]:
     """Return every key of the config, dotted, with its value; with `given` only those once set."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in config.model_dump(exclude_unset=given).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}

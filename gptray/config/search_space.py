@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeGuard
 
 from pydantic import BaseModel
 
@@ -52,16 +52,16 @@ class Entry:
 
     paths: tuple[str, ...]
     kind: str
-    options: tuple[tuple[Any, ...], ...] = ()
+    options: tuple[tuple[object, ...], ...] = ()
     low: float = 0.0
     high: float = 0.0
-    when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    when: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
-    def counts(self, values: Mapping[str, Any]) -> bool:
+    def counts(self, values: Mapping[str, object]) -> bool:
         """Whether the condition holds where the entries before have given these values."""
         return all(path in values and values[path] in any_of for path, any_of in self.when.items())
 
-    def at(self, place: float) -> dict[str, Any]:
+    def at(self, place: float) -> dict[str, object]:
         """The values by path at a place in [0, 1) of the distribution, to four digits."""
         if self.options:
             option = self.options[min(int(place * len(self.options)), len(self.options) - 1)]
@@ -76,7 +76,7 @@ class Entry:
             value = self.low + place * (self.high - self.low)
         return dict.fromkeys(self.paths, min(self.high, max(self.low, float(f"{value:.4g}"))))
 
-    def can_be(self, path: str, value: Any) -> bool:
+    def can_be(self, path: str, value: object) -> bool:
         """Whether the entry gives a path this value."""
         if self.options:
             place = self.paths.index(path)
@@ -84,7 +84,7 @@ class Entry:
         return _is_number(value) and self.low <= value <= self.high
 
 
-def read_space(space: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> list[Entry]:
+def read_space(space: Sequence[Mapping[str, object]], root: type[BaseModel]) -> list[Entry]:
     """The entries of a space that has no problems, as its config's validation saw to."""
     reading = _Reading(root)
     entries = [reading.entry(number, raw) for number, raw in enumerate(space)]
@@ -92,7 +92,9 @@ def read_space(space: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> lis
     return [entry for entry in entries if entry]
 
 
-def space_problems(space: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> list[EntryProblem]:
+def space_problems(
+    space: Sequence[Mapping[str, object]], root: type[BaseModel]
+) -> list[EntryProblem]:
     """Everything that is wrong with a space whose paths are keys of a config tree."""
     reading = _Reading(root)
     for number, raw in enumerate(space):
@@ -110,7 +112,7 @@ class _Reading:
         self._number = 0
         self.problems: list[EntryProblem] = []
 
-    def entry(self, number: int, raw: Mapping[str, Any]) -> Entry | None:
+    def entry(self, number: int, raw: Mapping[str, object]) -> Entry | None:
         """Read the next entry; None if it has problems."""
         self._number, before = number, len(self.problems)
         for word in raw:
@@ -130,7 +132,7 @@ class _Reading:
     def _problem(self, word: str | None, message: str) -> None:
         self.problems.append(EntryProblem(self._number, word, message))
 
-    def _paths(self, raw: Mapping[str, Any]) -> tuple[str, ...]:
+    def _paths(self, raw: Mapping[str, object]) -> tuple[str, ...]:
         """The entry's paths; empty if there is something wrong with one."""
         if ("path" in raw) == ("paths" in raw):
             self._problem(None, "needs either path or paths, such as path: model.dropout")
@@ -146,7 +148,7 @@ class _Reading:
             self._problem(word, problem)
         return () if problems else tuple(paths)
 
-    def _path_problems(self, path: Any) -> Iterator[str]:
+    def _path_problems(self, path: object) -> Iterator[str]:
         if not isinstance(path, str) or path not in self._specs:
             yield f"unknown path {path}{did_you_mean(nearest_keys(str(path), list(self._specs)))}"
             return
@@ -156,7 +158,7 @@ class _Reading:
         if path in self._seen:
             yield f"{path} has an entry already (number {self._seen[path][0] + 1})"
 
-    def _kind(self, raw: Mapping[str, Any]) -> str | None:
+    def _kind(self, raw: Mapping[str, object]) -> str | None:
         kinds = [word for word in KINDS if word in raw]
         if len(kinds) == 1:
             return kinds[0]
@@ -166,7 +168,7 @@ class _Reading:
             self._problem(None, f"needs one of {', '.join(KINDS)}")
         return None
 
-    def _values(self, paths: tuple[str, ...], kind: str, given: Any) -> Entry | None:
+    def _values(self, paths: tuple[str, ...], kind: str, given: object) -> Entry | None:
         if kind not in RANGES:
             if not isinstance(given, list) or not given:
                 self._problem(kind, f"{kind} expects a list of values, such as [0.0, 0.1, 0.2]")
@@ -199,7 +201,7 @@ class _Reading:
             for end in ends:
                 self._check(path, kind, end)
 
-    def _option(self, paths: tuple[str, ...], word: str, value: Any) -> tuple[Any, ...]:
+    def _option(self, paths: tuple[str, ...], word: str, value: object) -> tuple[object, ...]:
         """One option as a value per path."""
         values = [value] * len(paths)
         if len(paths) > 1 and isinstance(value, list):
@@ -216,12 +218,12 @@ class _Reading:
             self._check(path, word, one)
         return tuple(values)
 
-    def _check(self, path: str, word: str, value: Any) -> None:
+    def _check(self, path: str, word: str, value: object) -> None:
         wrong = complaint(self._root, self._specs[path], value)
         if wrong:
             self._problem(word, f"{path}: {wrong}")
 
-    def _when(self, given: Any, *, is_grid: bool) -> dict[str, Sequence[Any]]:
+    def _when(self, given: object, *, is_grid: bool) -> dict[str, Sequence[object]]:
         if not isinstance(given, dict):
             self._problem("when", "when expects a path and its value, such as {model.norm: none}")
             return {}
@@ -229,7 +231,7 @@ class _Reading:
             path: self._condition(path, value, is_grid=is_grid) for path, value in given.items()
         }
 
-    def _condition(self, path: str, value: Any, *, is_grid: bool) -> Sequence[Any]:
+    def _condition(self, path: str, value: object, *, is_grid: bool) -> Sequence[object]:
         """The values of another entry's path with which this entry counts."""
         if path not in self._seen:
             close = nearest(path, self._seen)
@@ -239,9 +241,10 @@ class _Reading:
         entry = self._seen[path][1]
         if is_grid and entry.kind != "grid":
             self._problem("when", f"when: a grid depends on grids only; {path} is drawn")
-        alone = not isinstance(value, list) or entry.can_be(path, value)
-        any_of = [value] if alone else value
-        any_of = [_as_taken(one, self._specs[path]) for one in any_of]
+        listed = [value]
+        if isinstance(value, list) and not entry.can_be(path, value):
+            listed = value
+        any_of = [_as_taken(one, self._specs[path]) for one in listed]
         for one in any_of:
             if not entry.can_be(path, one):
                 place = entry.paths.index(path)
@@ -252,7 +255,7 @@ class _Reading:
         return any_of
 
 
-def _as_taken(value: Any, spec: FieldSpec) -> Any:
+def _as_taken(value: object, spec: FieldSpec) -> object:
     """1e3 for a key that takes whole numbers is 1000."""
     is_whole = int in spec.kinds and float not in spec.kinds
     if is_whole and isinstance(value, float) and value.is_integer():
@@ -260,5 +263,5 @@ def _as_taken(value: Any, spec: FieldSpec) -> Any:
     return value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

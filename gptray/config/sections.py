@@ -5,7 +5,7 @@ Joined into one tree in `gptray.config`, from where everybody imports them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -231,7 +231,7 @@ class ComputeConfig(Section):
 
 
 class TuneConfig(Section):
-    space: list[dict[str, Any]] = Field(
+    space: list[dict[str, object]] = Field(
         [],
         description="what trials differ in: a list of paths, each with a choice, grid, uniform, "
         "loguniform or randint, and a condition (when); see configs/overfitting_sweep.yaml",

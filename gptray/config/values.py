@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from encodings.aliases import aliases
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,7 +29,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-def split_parts(value: Any) -> Any:
+def split_parts(value: object) -> object:
     """Read a split given as "90:10" or as a list of any scale into fractions that sum to one."""
     if isinstance(value, str):
         value = value.split(":")

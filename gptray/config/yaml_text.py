@@ -7,13 +7,18 @@ What the values mean, and which keys there are, is left to `gptray.config.reader
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import yaml
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
+
+Scalar = None | bool | int | float | str
+# A value as YAML says it; a tuple where a key wants one.
+Plain: TypeAlias = "Scalar | list[Plain] | tuple[Plain, ...] | dict[str, Plain]"
 
 _NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 CORE_SCALARS = {
@@ -39,10 +44,10 @@ class YamlError(ValueError):
 class _Loader(yaml.SafeLoader):
     """Composes nodes only; values are made by `scalar_value`."""
 
-    yaml_implicit_resolvers: dict[Any, Any] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -77,13 +82,13 @@ def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text_node)
 
 
-def write_yaml(values: dict[str, Any]) -> str:
+def write_yaml(values: Mapping[str, object]) -> str:
     """Return plain values as YAML in their order."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
 
 
-def read_written(path: Path) -> Any:
+def read_written(path: Path) -> object:
     """Read a file of `write_yaml` by libyaml: fast, but without the line numbers of keys.
 
     Raises yaml.YAMLError, ValueError, OSError.
@@ -118,7 +123,7 @@ def parse_node(text: str) -> yaml.Node | None:
         raise _explained(error) from None
 
 
-def scalar_value(node: yaml.ScalarNode) -> None | bool | int | float | str:
+def scalar_value(node: yaml.ScalarNode) -> Scalar:
     """Return what a scalar stands for: quoted is text, plain follows YAML 1.2's core rules."""
     text: str = node.value
     kind = node.tag.rpartition(":")[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gptray.config import GenerateConfig, UserError
 from gptray.data.batches import first_row, is_json
@@ -17,8 +17,8 @@ COMPLETIONS_URL = "/v1/completions"
 class RowRequest(NamedTuple):
     """What a row asks for: its prompt, its own settings, or why it cannot run."""
 
-    prompt: Any
-    settings: dict[str, Any]
+    prompt: object
+    settings: dict[str, object]
     error: str | None
 
 

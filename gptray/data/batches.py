@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 from pyarrow import compute, parquet
@@ -25,7 +25,7 @@ BATCH_ROWS, BATCH_BYTES = 1024, 64 << 20
 # What 64-bit nanoseconds hold, in microseconds around 1970.
 _NS_RANGE_US = 2**63 // 1000
 
-Values = dict[str, Any]
+Values = dict[str, object]
 
 
 class Batch(Protocol):
@@ -37,7 +37,7 @@ class Batch(Protocol):
     def place(self, row: int) -> str:
         """Where row 0, 1, ... of the batch is, for messages."""
 
-    def values(self, name: str) -> list[Any]:
+    def values(self, name: str) -> list[object]:
         """A column as Python values, null where a row has none. Raises UserError: not UTF-8."""
 
     def array(self, field: pa.Field) -> pa.Array:
@@ -59,7 +59,7 @@ class ObjectBatch:
     def place(self, row: int) -> str:
         return f"{self.file.name}:{self.lines[row]}"
 
-    def values(self, name: str) -> list[Any]:
+    def values(self, name: str) -> list[object]:
         return [row.get(name) for row in self.objects]
 
     def array(self, field: pa.Field) -> pa.Array:
@@ -84,12 +84,12 @@ class ArrowBatch:
     def place(self, row: int) -> str:
         return f"{self.file.name}: row {self.first + row}"
 
-    def values(self, name: str) -> list[Any]:
+    def values(self, name: str) -> list[object]:
         if name not in self.batch.schema.names:
             return [None] * self.rows
         column = self.batch.column(name)
         try:
-            values: list[Any] = column.to_pylist()
+            values: list[object] = column.to_pylist()
         except UnicodeDecodeError:
             row = next(row for row, value in enumerate(column) if not _is_readable(value))
             raise UserError(f"{self.place(row)}: column {name!r} is not UTF-8") from None
@@ -199,7 +199,7 @@ def _json_rows(file: SourceFile) -> Iterator[tuple[int, Values]]:
                 raise UserError(f"{file.name}:{number}: {error}") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Values:
+def _object(pairs: list[tuple[str, object]]) -> Values:
     """A JSON object as a dict. Raises ValueError for a duplicate key."""
     values = dict(pairs)
     if len(values) < len(pairs):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -46,7 +45,7 @@ class InputColumns:
             return pa.array(list(map(str, batch.values(self.id_column))), self.id_field.type)
         return batch.array(self.id_field.with_name(self.id_column))
 
-    def prompts(self, batch: Batch, values: Sequence[Any]) -> pa.Array:
+    def prompts(self, batch: Batch, values: Sequence[object]) -> pa.Array:
         """The column `prompt`, of the batch's prompts; what is not text is shown as its JSON."""
         if self.prompt_column is not None and isinstance(batch, ArrowBatch):
             return batch.array(self.prompt_field.with_name(self.prompt_column))
@@ -246,7 +245,7 @@ def _own_field(name: str, field: pa.Field | None, default: pa.DataType) -> pa.Fi
     return pa.field(name, pa.string()) if holds_json(field) else field.with_name(name)
 
 
-def _as_text(value: Any) -> str | None:
+def _as_text(value: object) -> str | None:
     if value is None:
         return None
     return value if isinstance(value, str) and is_utf8(value) else json_text(value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from io import BufferedReader
-from typing import Any
 
 import pyarrow as pa
 
@@ -144,7 +143,7 @@ def _json_text(raw: bytes | str, text_column: str) -> Part:
     return _json_row(json_object(raw), text_column)
 
 
-def _json_row(row: dict[str, Any], text_column: str) -> Part:
+def _json_row(row: dict[str, object], text_column: str) -> Part:
     """Null is a missing text; a row without the column is of another kind, a mistake."""
     if text_column not in row:
         raise ValueError(no_column(text_column, list(row)))
@@ -161,7 +160,7 @@ def _read_json(piece: Piece) -> Iterator[Part]:
         yield part
 
 
-def _row(value: Any, text_column: str) -> Part:
+def _row(value: object, text_column: str) -> Part:
     """Check one row's text; a missing one (null) is an empty row.
 
     Raises ValueError without the place, which the caller knows.

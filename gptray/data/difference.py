@@ -7,9 +7,10 @@ resume at the nearest place from which they agree again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+
+from gptray.data.data_manifest import LostEntry
 
 # Each kind of difference, in words.
 KINDS = {
@@ -61,7 +62,7 @@ class Lost:
             whole.add(part)
         return whole
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> LostEntry:
         """As a manifest holds it; `loses` puts it into words."""
         kinds = {kind: number for kind, number in self.kinds.most_common() if number}
         examples = sorted(self.examples, key=lambda one: list(kinds).index(one[0]))
@@ -88,7 +89,7 @@ class Tally:
         self.lost.add(measure(text, back, unknown), times=_EVERY if is_part else 1)
 
 
-def loses(entry: Mapping[str, Any], num_bytes: int) -> str:
+def loses(entry: LostEntry, num_bytes: int) -> str:
     """What a tokenizer loses of `num_bytes` of text, in words; nothing if it loses nothing."""
     kinds = entry["kinds"]
     if not kinds:
@@ -96,7 +97,7 @@ def loses(entry: Mapping[str, Any], num_bytes: int) -> str:
     shares = ", ".join(f"{KINDS[kind]} {percent(kinds[kind] / num_bytes)}" for kind in kinds)
     examples = entry["examples"]
     if len(kinds) > 1:
-        examples = list({kind: (kind, *rest) for kind, *rest in reversed(examples)}.values())[::-1]
+        examples = list({kind: [kind, *rest] for kind, *rest in reversed(examples)}.values())[::-1]
     shown = ", ".join(f"{text!r} -> {back!r}" for _, text, back in examples)
     share = min(1.0, sum(kinds.values()) / num_bytes)
     return f"the tokenizer loses {percent(share)} of the text ({shares}), such as {shown}"

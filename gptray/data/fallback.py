@@ -6,12 +6,10 @@ vocabulary was made for other text, or is too small for this one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from gptray.data.data_manifest import DataManifest
 from gptray.data.difference import percent
 from gptray.data.roundtrip import RoundTrip, is_byte_token, pieces
 from gptray.data.tokenizer import Tokenizer
@@ -39,7 +37,7 @@ def _is_part(piece: bytes) -> bool:
     return False
 
 
-def token_measures(manifest: Mapping[str, Any]) -> dict[str, float]:
+def token_measures(manifest: DataManifest) -> dict[str, float]:
     """Measures over all splits; empty for data that was prepared without counting.
 
     Keys: bytes_per_token, tokens_per_character, fallback (a share of the tokens).
@@ -56,7 +54,7 @@ def token_measures(manifest: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def token_words(manifest: Mapping[str, Any]) -> str:
+def token_words(manifest: DataManifest) -> str:
     """The measures in words; "" if nothing was counted."""
     found = token_measures(manifest)
     if not found:
@@ -70,7 +68,7 @@ def token_words(manifest: Mapping[str, Any]) -> str:
     return words
 
 
-def fallback_warning(manifest: Mapping[str, Any], *, asked: int | None) -> str | None:
+def fallback_warning(manifest: DataManifest, *, asked: int | None) -> str | None:
     """A warning if many tokens are fallbacks; None if few.
 
     asked: data.vocab_size, if the tokenizer was trained on this text.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import pyarrow as pa
 
@@ -34,7 +33,7 @@ class Shape:
         self._item: Shape | None = None
         self._fields: dict[str, Shape] = {}
 
-    def take(self, values: Sequence[Any]) -> None:
+    def take(self, values: Sequence[object]) -> None:
         """Widen to these values; null says nothing."""
         kinds = set(map(type, values))
         kinds.discard(type(None))
@@ -72,13 +71,13 @@ class Shape:
             return None if item is None else pa.list_(item)
         return self._struct() if kind is dict else _SCALARS[kind]
 
-    def _take_items(self, lists: Sequence[list[Any]]) -> None:
+    def _take_items(self, lists: Sequence[list[object]]) -> None:
         self._item = self._item or Shape(self._depth + 1)
         self._is_odd |= self._depth >= MOST_DEPTH
         if not self._is_odd:
             self._item.take(list(chain.from_iterable(lists)))
 
-    def _take_fields(self, objects: Sequence[dict[str, Any]]) -> None:
+    def _take_fields(self, objects: Sequence[dict[str, object]]) -> None:
         new = set(chain.from_iterable(objects)) - self._fields.keys()
         wide = len(self._fields) + len(new) > MOST_KEYS
         self._is_odd |= wide or self._depth >= MOST_DEPTH or not all(map(is_utf8, new))
@@ -111,7 +110,7 @@ def holds_json(field: pa.Field) -> bool:
     return bool((field.metadata or {}).get(ENCODING) == JSON)
 
 
-def json_text(value: Any) -> str:
+def json_text(value: object) -> str:
     """A value as JSON; halves of surrogate pairs, which no file can hold, are escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return text if is_utf8(text) else json.dumps(value)

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import pyarrow as pa
 
@@ -168,7 +167,7 @@ def output_schema(
     )
 
 
-def prompt_problem(value: Any) -> str | None:
+def prompt_problem(value: object) -> str | None:
     """Why a prompt cannot run, if it cannot."""
     if value is None:
         return "the prompt is null"

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from gptray.config import Config, UserError
 from gptray.config.names import PREPARED
@@ -75,7 +74,7 @@ class Request:
         return split_names(max([len(self.split), *(label + 1 for label in self.own)]))
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What decides about reuse, and is kept in the manifest."""
         files = [file for source, _ in self.sources for file in source.files]
         reading = self.reading
@@ -95,7 +94,7 @@ class Request:
             "seed": self.seed,
         }
 
-    def _tokenizer_identity(self) -> dict[str, Any]:
+    def _tokenizer_identity(self) -> dict[str, object]:
         if self.tokenizer in KINDS:
             size = {"vocab_size": self.vocab_size} if self.tokenizer == "bpe" else {}
             return {"kind": self.tokenizer, **size}

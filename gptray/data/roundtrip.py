@@ -8,13 +8,13 @@ these here is the same and many times as fast.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tokenizers import pre_tokenizers
 
 from gptray.data.difference import Lost, measure
 from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokenizer_parts import AddedToken, Step, TokenizerParts
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _KEEPS_ALL = ("isolated", "mergedwithprevious", "mergedwithnext", "contiguous")
@@ -91,7 +91,7 @@ class _Joining:
         return joined
 
     @classmethod
-    def of(cls, parts: Mapping[str, Any], tokenizer: Tokenizer) -> _Joining | None:
+    def of(cls, parts: TokenizerParts, tokenizer: Tokenizer) -> _Joining | None:
         """The decoder of a tokenizer.json, if it is one of these: GPT-2's, Llama's, T5's."""
         decoder = parts["decoder"] or {}
         names = tokenizer.names
@@ -100,26 +100,28 @@ class _Joining:
                 return cls([_of_bytes(name) for name in names], None, 0)
             case {"type": "Fuse"}:
                 return cls([name.encode() for name in names], None, 0)
-            case {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme}:
+            case {"type": "Metaspace", "replacement": str(mark), "prepend_scheme": scheme}:
                 pieces = [name.replace(mark, " ").encode() for name in names]
                 firsts = [name.replace(mark, "").encode() for name in names]
                 return cls(pieces, None if scheme == "never" else firsts, 0)
-            case {"type": "Sequence", "decoders": steps}:
+            case {"type": "Sequence", "decoders": list(steps)}:
                 return cls._of_steps(steps, names)
         return None
 
     @classmethod
-    def _of_steps(cls, steps: Sequence[Mapping[str, Any]], names: list[str]) -> _Joining | None:
+    def _of_steps(cls, steps: Sequence[Step], names: list[str]) -> _Joining | None:
         pieces, fused, strip, has_bytes = names, False, 0, False
         for step in steps:
             match step:
-                case {"type": "Replace", "pattern": {"String": old}, "content": new} if not fused:
+                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
+                    not fused
+                ):
                     pieces = [piece.replace(old, new) for piece in pieces]
                 case {"type": "ByteFallback"} if not fused:
                     has_bytes = True
                 case {"type": "Fuse"}:
                     fused = True
-                case {"type": "Strip", "content": " ", "start": start, "stop": 0} if fused:
+                case {"type": "Strip", "content": " ", "start": int(start), "stop": 0} if fused:
                     strip += start
                 case _:
                     return None
@@ -158,7 +160,7 @@ def _of_bytes(name: str) -> bytes:
         return name.encode()
 
 
-def _is_byte_level(parts: Mapping[str, Any]) -> bool:
+def _is_byte_level(parts: TokenizerParts) -> bool:
     """Whether a tokenizer.json is byte-level BPE that cannot lose anything.
 
     Every byte of a text becomes a character that is in the vocabulary, so nothing is unknown;
@@ -167,34 +169,36 @@ def _is_byte_level(parts: Mapping[str, Any]) -> bool:
     joined with something in between, and tokens matched in the text before all that.
     """
     model = parts["model"]
+    vocab = model["vocab"]
     return (
         parts["normalizer"] is None
         and (parts["decoder"] or {}).get("type") == "ByteLevel"
         and model["type"] == "BPE"
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
-        and _ALPHABET.keys() <= model["vocab"].keys()
+        and isinstance(vocab, dict)
+        and _ALPHABET.keys() <= vocab.keys()
         and _only_cuts(parts["pre_tokenizer"])
         and all(map(_is_plain, parts["added_tokens"]))
     )
 
 
-def _only_cuts(step: Mapping[str, Any] | None) -> bool:
+def _only_cuts(step: Step | None) -> bool:
     """Whether a pre-tokenizer ends in bytes, adds no space and removes nothing."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return True
-        case {"type": "Sequence", "pretokenizers": [*cuts, last]}:
+        case {"type": "Sequence", "pretokenizers": [*cuts, dict(last)]}:
             return _only_cuts(last) and last["type"] == "ByteLevel" and all(map(_cuts, cuts))
     return False
 
 
-def _cuts(step: Mapping[str, Any]) -> bool:
+def _cuts(step: Step) -> bool:
     kept = str(step.get("behavior", "")).lower() in _KEEPS_ALL
     return (step["type"] == "Split" and kept) or step["type"] == "Digits"
 
 
-def _is_plain(added: Mapping[str, Any]) -> bool:
+def _is_plain(added: AddedToken) -> bool:
     """Whether an added token is not matched in text, or comes back as it is written there."""
     if added["special"]:
         return True
@@ -202,10 +206,10 @@ def _is_plain(added: Mapping[str, Any]) -> bool:
     return printable and not added["lstrip"] and not added["rstrip"]
 
 
-def _unknown(parts: Mapping[str, Any]) -> str | None:
+def _unknown(parts: TokenizerParts) -> str | None:
     """The name of the unknown token."""
     model = parts["model"]
-    if model.get("unk_id") is not None:
-        return str(model["vocab"][model["unk_id"]][0])
-    name: str | None = model.get("unk_token")
-    return name
+    vocab, unknown = model["vocab"], model.get("unk_id")
+    if unknown is not None and isinstance(vocab, list):
+        return str(vocab[unknown][0])
+    return model.get("unk_token")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from gptray.config import UserError
 from gptray.data.batches import Batch
@@ -19,7 +19,7 @@ class Ids:
 
     def __init__(self, column: str) -> None:
         self._column = column
-        self._hashes: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self._hashes: list[NDArray[np.int64]] = []
         self._problem: str | None = None
 
     def take(self, batch: Batch) -> None:
@@ -55,14 +55,14 @@ class Ids:
                     )
                 seen[str(name)] = place
 
-    def _complaint(self, place: str, name: Any) -> str:
+    def _complaint(self, place: str, name: object) -> str:
         shown = "null" if name is None else repr(name)[:60]
         if type(name) is str:
             shown += ", which holds half a surrogate pair"
         return f"{place}: the id in column {self._column!r} is {shown}; {_ADVICE}"
 
 
-def _is_name(value: Any) -> bool:
+def _is_name(value: object) -> bool:
     return type(value) is int or (type(value) is str and is_utf8(value))
 
 

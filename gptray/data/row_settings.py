@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Any
 
 import pyarrow as pa
 
@@ -14,7 +13,7 @@ from gptray.data.json_columns import holds_json
 from gptray.data.rows import is_text
 
 
-def _whole(value: Any) -> int:
+def _whole(value: object) -> int:
     if isinstance(value, str):
         plain_number(value)  # `int` would take 1_0
         # 16.0 too: so pandas writes a column with gaps.
@@ -26,13 +25,15 @@ def _whole(value: Any) -> int:
     return whole
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
+def _number(value: object) -> float:
+    if isinstance(value, str):
+        return plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise ValueError("not a number")
-    return plain_number(value) if isinstance(value, str) else float(value)
+    return float(value)
 
 
-def _flag(value: Any) -> bool:
+def _flag(value: object) -> bool:
     if isinstance(value, str):
         return {"true": True, "false": False}[value.strip().lower()]
     if value not in (True, False):
@@ -40,7 +41,7 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
-def _stops(value: Any) -> list[str]:
+def _stops(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
@@ -48,7 +49,7 @@ def _stops(value: Any) -> list[str]:
     return value
 
 
-READERS: dict[str, Callable[[Any], Any]] = {
+READERS: dict[str, Callable[[object], object]] = {
     "max_new_tokens": _whole,
     "min_new_tokens": _whole,
     "temperature": _number,
@@ -62,9 +63,9 @@ READERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def read_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+def read_settings(given: Mapping[str, object]) -> tuple[dict[str, object], str | None]:
     """The settings that a row gives, null and empty text left out; and what cannot be read."""
-    own: dict[str, Any] = {}
+    own: dict[str, object] = {}
     problems = []
     for name, value in given.items():
         if value is None or value == "":
@@ -76,7 +77,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]
     return own, "; ".join(problems) or None
 
 
-_WANTED: dict[Callable[[Any], Any], str] = {
+_WANTED: dict[Callable[[object], object], str] = {
     _whole: "a whole number", _number: "a number", _flag: "true or false",
     _stops: "text or a list of texts",
 }  # fmt: skip

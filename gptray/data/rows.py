@@ -9,10 +9,10 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from io import BufferedReader
-from typing import Any
+from typing import TypedDict, Unpack
 
 import pyarrow as pa
 
@@ -51,7 +51,16 @@ def _lines(texts: Iterator[str]) -> Iterator[str]:
         yield last
 
 
-def json_object(raw: bytes | str, **hooks: Any) -> dict[str, Any]:
+class JsonHooks(TypedDict, total=False):
+    """Parameters of `json.loads` and `json.JSONDecoder`."""
+
+    object_pairs_hook: Callable[[list[tuple[str, object]]], object]
+    parse_constant: Callable[[str], object]
+    parse_float: Callable[[str], object]
+    parse_int: Callable[[str], object]
+
+
+def json_object(raw: bytes | str, **hooks: Unpack[JsonHooks]) -> dict[str, object]:
     """The JSON object on a line. Raises ValueError without the place, which the caller knows.
 
     hooks: of `json.loads`, where more is to be refused than it does.
@@ -74,13 +83,15 @@ def _not_json(error: json.JSONDecodeError) -> str:
     return f"not JSON: {error.msg} (column {error.colno})"
 
 
-def _checked_object(row: Any) -> dict[str, Any]:
+def _checked_object(row: object) -> dict[str, object]:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {kind_of(row)}")
     return row
 
 
-def json_rows(file: SourceFile, **hooks: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(
+    file: SourceFile, **hooks: Unpack[JsonHooks]
+) -> Iterator[tuple[int, dict[str, object]]]:
     """(line, object) of a .json file: an array of objects, or objects one behind the other.
 
     Holds one object at a time. hooks: of `json.JSONDecoder`. Raises UserError naming the line that
@@ -113,7 +124,7 @@ class _JsonValues:
         self._at = 0  # position in _held, which begins on _held_line
         self._decoder = decoder
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, object]]:
         if self._next_character() != "[":
             while self._next_character():
                 yield self.line, self._value()
@@ -147,7 +158,7 @@ class _JsonValues:
             if not self._read():
                 return ""
 
-    def _value(self) -> Any:
+    def _value(self) -> object:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._held, self._at)
@@ -206,7 +217,7 @@ def no_column(text_column: str, columns: Sequence[str], *, key: str = "data.text
     return f"no column {text_column!r}; columns: {listed} (choose by {key})"
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """What a value is, for people."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
     return "null" if value is None else names.get(type(value), "a number")

@@ -10,11 +10,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from gptray.data.boundary import chunks, last_boundary
+from gptray.data.data_manifest import ShardEntry
 from gptray.data.difference import Lost, Tally
 from gptray.data.fallback import fallback_tokens
 from gptray.data.roundtrip import RoundTrip
@@ -36,7 +36,7 @@ class Shard:
     characters: int
     fallback_tokens: int  # that stand for parts of characters or unknown ones
 
-    def entry(self, name: str) -> dict[str, Any]:
+    def entry(self, name: str) -> ShardEntry:
         """Its place in a manifest, under the name that it has there."""
         return {
             "file": name,

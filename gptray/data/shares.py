@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
 
+from gptray.data.data_manifest import DataManifest, SplitEntry
 from gptray.data.sources import SourceFile
 from gptray.data.split import LONG_NAMES
 from gptray.data.split_plan import PiecePlan, PieceScan
@@ -14,13 +14,13 @@ from gptray.data.split_plan import PiecePlan, PieceScan
 _TOLERANCE = 0.2
 
 
-def split_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def split_rows(manifest: DataManifest) -> list[tuple[str, str]]:
     """Each split of prepared data by name, and how much text it has."""
     total = manifest["bytes"]
     return [(name, share_words(entry, total)) for name, entry in manifest["splits"].items()]
 
 
-def share_words(split: Mapping[str, Any], total: int) -> str:
+def share_words(split: SplitEntry, total: int) -> str:
     """The `documents`, `bytes` and `tokens` of a split; `total`: bytes of all text."""
     documents = f"{split['documents']:,} document{'' if split['documents'] == 1 else 's'}"
     share = split["bytes"] / max(total, 1)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -19,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gptray.config import UserError
 from gptray.data.boundary import chunks
 from gptray.data.tokenizer_files import END_OF_TEXT, end_of_text, open_tokenizer
+from gptray.data.tokenizer_parts import TokenizerParts
 from gptray.data.trust import panics_as_errors
 
 _PROBES = (
@@ -70,9 +70,9 @@ class Tokenizer:
         """Whether it has one token for each character, and raises for others."""
         return self._characters is not None
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> TokenizerParts:
         """What tokenizer.json holds."""
-        parts: dict[str, Any] = json.loads(self._json())
+        parts: TokenizerParts = json.loads(self._json())
         return parts
 
     @cached_property
@@ -242,5 +242,5 @@ def _one_token_per_character(backend: tokenizers.Tokenizer) -> bool:
     )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -254,7 +253,7 @@ def _from_transformers(source: str) -> Opened:
     return backend, _special_tokens(loaded.special_tokens_map)
 
 
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+def _special_tokens(settings: Mapping[str, object]) -> dict[str, str]:
     """Names of special tokens; files give them as text or as an object with `content`."""
     found = {}
     for name in _SPECIAL_NAMES:

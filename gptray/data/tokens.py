@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from gptray.data.data_manifest import DataManifest, SplitEntry
 from gptray.data.difference import loses
 from gptray.data.split import split_names
 from gptray.data.tokenizer import Tokenizer
@@ -26,6 +27,8 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
 _READERS = 4  # threads that verify shards
 
+_Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
 
 class DamagedData(ValueError):
     """A data folder that differs from its manifest; it can be built again."""
@@ -34,17 +37,17 @@ class DamagedData(ValueError):
 class TokenSplit:
     """One split's tokens in order, documents one after the other, each closed by end of text."""
 
-    def __init__(self, folder: Path, dtype: str, entry: dict[str, Any]) -> None:
-        self.tokens: int = entry["tokens"]
-        self.bytes: int = entry["bytes"]
-        self.documents: int = entry["documents"]
+    def __init__(self, folder: Path, dtype: str, entry: SplitEntry) -> None:
+        self.tokens = entry["tokens"]
+        self.bytes = entry["bytes"]
+        self.documents = entry["documents"]
         # UTF-8 bytes that the tokenizer does not give back.
-        self.lost_bytes: int = entry["lost_bytes"]
+        self.lost_bytes = entry["lost_bytes"]
         self._folder = folder
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._shards: list[dict[str, Any]] = entry["shards"]
+        self._shards = entry["shards"]
         self._starts = list(accumulate((s["tokens"] for s in self._shards), initial=0))
-        self._maps: dict[int, npt.NDArray[np.unsignedinteger[Any]]] = {}
+        self._maps: dict[int, _Ids] = {}
 
     @property
     def lost(self) -> float:
@@ -70,7 +73,7 @@ class TokenSplit:
             shard += 1
         return out
 
-    def _map(self, shard: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+    def _map(self, shard: int) -> _Ids:
         if shard not in self._maps:
             path = self._folder / self._shards[shard]["file"]
             self._maps[shard] = np.memmap(path, dtype=self._dtype, mode="r")
@@ -97,22 +100,22 @@ class TokenSplit:
 class TokenData:
     """A prepared data folder: its splits, its tokenizer and its manifest."""
 
-    def __init__(self, data_dir: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, data_dir: Path, manifest: DataManifest) -> None:
         self.data_dir = data_dir
         self.manifest = manifest
         self.splits = {
             name: TokenSplit(data_dir, manifest["dtype"], manifest["splits"][name])
             for name in split_names(len(manifest["splits"]))
         }
-        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self.eos_id: int = manifest["tokenizer"]["eos_token_id"]
+        self.vocab_size = manifest["tokenizer"]["vocab_size"]
+        self.eos_id = manifest["tokenizer"]["eos_token_id"]
 
     @classmethod
     def open(cls, data_dir: str | Path) -> TokenData:
         """Open a folder; raises DamagedData unless its file sizes are right (see `verify`)."""
         folder = Path(data_dir)
         try:
-            manifest = read_object(folder / MANIFEST, most=None)
+            manifest = cast(DataManifest, read_object(folder / MANIFEST, most=None))
             if manifest["format"] != FORMAT_VERSION:
                 raise DamagedData(f"{folder} has format {manifest['format']}, not {FORMAT_VERSION}")
             data = cls(folder, manifest)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import tokenizers
 
@@ -28,7 +27,7 @@ def panics_as_errors() -> Iterator[None]:
         raise ValueError(f"the tokenizers library panicked: {error}") from None
 
 
-def check_growth(parts: Mapping[str, Any]) -> None:
+def check_growth(parts: Mapping[str, object]) -> None:
     """Refuse a tokenizer.json that expands a character too much. Raises ValueError."""
     for name in ("normalizer", "decoder"):
         growth = _growth(parts.get(name))
@@ -39,7 +38,7 @@ def check_growth(parts: Mapping[str, Any]) -> None:
             )
 
 
-def _growth(part: Any) -> int:
+def _growth(part: object) -> int:
     """How many characters a normalizer or decoder can make out of one by replacing text."""
     if not isinstance(part, dict):
         return 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from gptray.commands import job_command
 from gptray.config import Config, UserError, override
@@ -37,7 +36,7 @@ def _prompt_word(folder: Path) -> str:
 
 
 def train_command(
-    folder: Path, config: Config, changes: Mapping[str, Any], *, resumes: bool
+    folder: Path, config: Config, changes: Mapping[str, object], *, resumes: bool
 ) -> str | None:
     """The command that trains with these keys changed: the same run longer, or a new one.
 
@@ -60,5 +59,5 @@ def _free_name(folder: Path) -> str:
     return f"{folder.name}-{number}"
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)

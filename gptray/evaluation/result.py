@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 from gptray.config import UserError
 from gptray.files import replacing
@@ -100,7 +100,7 @@ def load_evaluation(folder: Path) -> Evaluation | None:
     """What `evaluation.json` in a folder says; None without one. Raises UserError if damaged."""
     path = folder / EVALUATION
     try:
-        evaluation: Any = read_object(path)
+        evaluation: object = read_object(path)
     except FileNotFoundError:
         return None
     except Unreadable as error:

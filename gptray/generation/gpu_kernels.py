@@ -6,7 +6,7 @@ Shapes: N rows, S slots, H heads, E = head width, P positions.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def random_numbers(seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-def _kernels_for(tensor: Tensor) -> Any:
+def _kernels_for(tensor: Tensor) -> ModuleType | None:
     """The kernels' module; None: the formulas. Raises ImportError on a GPU without Triton."""
     kernels = _triton_kernels()
     if tensor.is_cuda:
@@ -62,7 +62,7 @@ def _kernels_for(tensor: Tensor) -> Any:
 
 
 @cache
-def _triton_kernels() -> Any:
+def _triton_kernels() -> ModuleType | None:
     # Triton takes a while to import, and comes with any PyTorch for GPUs: an engine on the CPU of
     # such a machine does without.
     try:

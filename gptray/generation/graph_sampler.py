@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +86,7 @@ class GraphSampler:
         # Row `mask` of it: the tokens that must not be drawn; nothing in row 0.
         self._masks = torch.zeros(_MASKS, width, dtype=torch.bool, device=device)
         self._known: dict[Mask | None, int] = {None: 0}
-        self._recorded: dict[tuple[Any, ...], Callable[[], Tensor]] = {}
+        self._recorded: dict[tuple[int, bool, bool, bool], Callable[[], Tensor]] = {}
 
     @torch.no_grad()
     def draw(
@@ -111,10 +110,10 @@ class GraphSampler:
         if rare:
             kept = self._logits[rare]  # the graph changes them
         self._asked.send()
-        ranks, *others = self._key(kinds)
-        result = self._graph(ranks, *others)()
+        key = self._key(kinds)
+        result = self._graph(key)()
         self._inbox.expect(result)
-        if then and not rare and ranks <= _FEW_RANKS:
+        if then and not rare and key[0] <= _FEW_RANKS:
             then(result & (_SOUND - 1))
         codes = self._inbox.take()[:B]
         drawn = [_drawn(code) for code in codes]
@@ -180,7 +179,7 @@ class GraphSampler:
             ranks = _FEW_RANKS if most <= _FEW_RANKS else FIRST_RANKS
         return ranks, _UNRANKED in kinds, _GREEDY in kinds, len(self._known) > 1
 
-    def _graph(self, *key: Any) -> Callable[[], Tensor]:
+    def _graph(self, key: tuple[int, bool, bool, bool]) -> Callable[[], Tensor]:
         if key not in self._recorded:
             self._recorded[key] = self._graphs.recorded(lambda: self._codes(*key))
         return self._recorded[key]

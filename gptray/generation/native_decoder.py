@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_void_p
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -214,7 +214,7 @@ def _room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(room).view(dtype).view(*shape)
 
 
-def _layers(memory: Tensor) -> Any:
+def _layers(memory: Tensor) -> object:
     """Where each layer's part is."""
     return (c_void_p * memory.size(0))(*(layer.data_ptr() for layer in memory))
 

@@ -86,9 +86,9 @@ class Sampling:
             raise ValueError("logit_bias names a token twice")
 
     @classmethod
-    def of(cls, config: SampleConfig, **changes: Any) -> Sampling:
+    def of(cls, config: SampleConfig, **changes: object) -> Sampling:
         """The `sample` section's settings, some of them changed (a row's own columns)."""
-        values: dict[str, Any] = {
+        values: dict[str, Any] = {  # of whatever types; __post_init__ looks at each
             field.name: getattr(config, field.name)
             for field in fields(cls)
             if hasattr(config, field.name)
@@ -128,20 +128,24 @@ def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -
         )
 
 
-def _check(name: str, value: Any, kind: type[int] | type[float]) -> None:
+def _check(name: str, value: object, kind: type[int] | type[float]) -> None:
     """Raise ValueError unless the value is a number of that kind within its bounds, or off."""
     if value is None and name in _OPTIONAL:
         return
     low, high, is_open = SAMPLING[name]
     kinds = (int,) if kind is int else (int, float)
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
     # NaN fails every comparison.
-    if not is_number or not (low < value if is_open else low <= value) or not value <= high:
+    if (
+        not isinstance(value, kinds)
+        or isinstance(value, bool)
+        or not (low < value if is_open else low <= value)
+        or not value <= high
+    ):
         what = "a whole number" if kind is int else "a number"
         border = "above" if is_open else "from"
         raise ValueError(f"{name}={_short(value)} must be {what} {border} {low} to {high}")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

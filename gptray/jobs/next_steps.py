@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from gptray.commands import typed
 from gptray.config import Config, differences
@@ -14,7 +13,7 @@ from gptray.config.keys import shown
 from gptray.evaluation.model_commands import model_commands
 from gptray.jobs.models import has_model, storage_of
 from gptray.jobs.resuming import command
-from gptray.record import EVENTS, METRICS, read_rows
+from gptray.record import read_events, read_metrics
 from gptray.reports.run.diagnosis import diagnose
 from gptray.reports.run.sentence import sentence
 
@@ -23,7 +22,7 @@ log = logging.getLogger("gptray")
 _DEFAULTS = Config()
 
 
-def tell(commands: Sequence[str], *, settings: Mapping[str, Any] | None = None) -> None:
+def tell(commands: Sequence[str], *, settings: Mapping[str, object] | None = None) -> None:
     """Log a run's settings in one line, and the commands that come next."""
     if settings is not None:
         log.info("settings: %s", settings_of(settings))
@@ -32,7 +31,7 @@ def tell(commands: Sequence[str], *, settings: Mapping[str, Any] | None = None) 
 
 def tell_run(config: Config, folder: Path) -> None:
     """Log a finished run's diagnosis, its settings, and the commands that come next."""
-    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    rows, events = read_metrics(folder), read_events(folder)
     diagnosis = diagnose(rows, config, events)
     log.info("%s", sentence(diagnosis, config))
     uses = of_model(folder)
@@ -57,7 +56,7 @@ def resumable(
         yield
     except (KeyboardInterrupt, SystemExit):  # Ray's SIGTERM handler exits
         if begun.exists():
-            rows = read_rows(folder / METRICS)
+            rows = read_metrics(folder)
             at = f" after step {rows[-1]['step']:,} of {steps:,}" if rows else ""
             log.info("stopped%s; results so far: %s\nresume:\n  %s", at, folder, again())
         raise
@@ -74,13 +73,13 @@ def short_name(folder: Path) -> str:
     return folder.name if is_enough else str(folder)
 
 
-def settings_of(values: Mapping[str, Any]) -> str:
+def settings_of(values: Mapping[str, object]) -> str:
     """Keys and values in one line."""
     words = (f"{key}={shown(value).strip(chr(39))}" for key, value in values.items())
     return " ".join(words) or "the defaults"
 
 
-def differing(config: Config) -> dict[str, Any]:
+def differing(config: Config) -> dict[str, object]:
     """The keys that differ from the defaults, except where the run is kept."""
     hidden = ("name", "storage_path", "tune.space")
     return {key: value for key, value in differences(config).items() if key not in hidden}

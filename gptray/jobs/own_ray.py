@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from gptray import signals
 from gptray.config import RunFailed, UserError
@@ -51,7 +50,7 @@ os.register_at_fork(after_in_child=_leave_session)
 
 
 @contextmanager
-def own_ray(environment: Mapping[str, str], **options: Any) -> Iterator[None]:
+def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]:
     """Run a Ray on this machine during the block; options are ray.init's.
 
     environment: what its processes find in theirs in addition to this process's.

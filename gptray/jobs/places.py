@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gptray.config import Config, load_saved
 from gptray.data.sources import BUILTIN
@@ -25,7 +24,7 @@ def with_whole_paths(config: Config) -> Config:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return config
     data = config.data
-    changed: dict[str, Any] = {}
+    changed: dict[str, object] = {}
     for key in SOURCES:
         name = key.removeprefix("data.")
         value = getattr(data, name)
@@ -37,7 +36,7 @@ def with_whole_paths(config: Config) -> Config:
     return config.model_copy(update={"data": data.model_copy(update=changed)})
 
 
-def is_same_place(before: Any, now: Any) -> bool:
+def is_same_place(before: object, now: object) -> bool:
     """Whether two values of a key of paths may mean the same text or tokenizer.
 
     A relative path is the same as one that ends with it: a folder may have been moved, and whether

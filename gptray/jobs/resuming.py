@@ -121,10 +121,11 @@ def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]
     return sentences
 
 
-def _more_trials(folder: Path, config: Config, before: Mapping[str, Any]) -> list[str]:
+def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> list[str]:
     """A sentence where tune.num_samples was raised. Raises UserError where it was lowered."""
     drawn = samples_drawn(folder)
-    old: int = drawn[-1] if drawn else before["tune.num_samples"]
+    old = drawn[-1] if drawn else before["tune.num_samples"]
+    assert isinstance(old, int)
     new = config.tune.num_samples
     if new < old:
         raise UserError(

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
 from gptray.config.names import label_of
@@ -21,7 +20,7 @@ from gptray.hub import NotOnHub
 from gptray.jobs.models import locate, unknown, with_tokenizer
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
-from gptray.record import METRICS, read_rows
+from gptray.record import METRICS, read_metrics
 from gptray.stored import Unreadable, read_object
 
 # Keys that do not change what is trained: a run may resume under other values of these.
@@ -59,7 +58,7 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
             "node sees, such as an NFS mount"
         )
     config = with_tokenizer(config)
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "storage_path": str(absolute(config.storage_path, key="storage_path"))
     }
     if config.model.init_from:
@@ -126,14 +125,14 @@ def set_ray_snapshot_aside(folder: Path) -> str | None:
     return f"Ray's {snapshot.name} was torn; resuming without it" if is_torn else None
 
 
-def outcome(config: Config) -> dict[str, Any]:
+def outcome(config: Config) -> dict[str, object]:
     """What the run has come to, from its metrics: the job's JSON line.
 
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
     evaluation. `val_lost` is the share of the validation text that the tokenizer loses.
     """
     folder = run_dir(config)
-    rows = read_rows(folder / METRICS)
+    rows = read_metrics(folder)
     evaluations = [row for row in rows if "val_loss" in row]
     if not evaluations:
         raise RunFailed(f"{folder / METRICS} has no evaluation")
@@ -156,7 +155,7 @@ def outcome(config: Config) -> dict[str, Any]:
     }
 
 
-def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
+def _shape_of(config: Config, init_from: str) -> dict[str, object]:
     init_from = locate(config, init_from, key="model.init_from")
     try:
         shape = read_shape(init_from)
@@ -175,7 +174,7 @@ def _shape_of(config: Config, init_from: str) -> dict[str, Any]:
     if wrong:
         raise UserError("; ".join(wrong))
     keys = {key: value for key, value in shape.items() if key != "dropout" or key not in given}
-    values: dict[str, Any] = {f"model.{key}": value for key, value in keys.items()}
+    values: dict[str, object] = {f"model.{key}": value for key, value in keys.items()}
     if expanded(init_from).exists():
         values["model.init_from"] = str(model_folder(init_from).resolve())
     if config.data.tokenizer is None:

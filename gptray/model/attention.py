@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.model import kernels
+from gptray.model.autograd_context import AttentionContext
 from gptray.model.layers import dropout_mask
 
 QUERY_BLOCK = 128
@@ -114,14 +114,14 @@ def _backward(grad: Tensor, saved: list[Tensor], n_head: int, has_dropout: bool)
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, n_head: int, dropout: float) -> Tensor:
+    def forward(ctx: AttentionContext, qkv: Tensor, n_head: int, dropout: float) -> Tensor:
         out, *saved = _forward(qkv, n_head, dropout)
         ctx.n_head, ctx.has_dropout = n_head, bool(dropout)
         ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: AttentionContext, *grads: Tensor) -> tuple[Tensor, None, None]:
         saved = list(ctx.saved_tensors)
         return _backward(grads[0].contiguous(), saved, ctx.n_head, ctx.has_dropout), None, None
 
@@ -153,12 +153,12 @@ def _(grad: Tensor, saved: list[Tensor], n_head: int, has_dropout: bool) -> Tens
     return grad.new_empty(grad.size(0), grad.size(1), 3 * grad.size(2))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep(ctx: AttentionContext, inputs: tuple[Tensor, int, float], output: list[Tensor]) -> None:
     ctx.n_head, ctx.has_dropout = inputs[1], bool(inputs[2])
     ctx.save_for_backward(*output[1:])
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor, None, None]:
+def _differentiate(ctx: AttentionContext, grads: list[Tensor]) -> tuple[Tensor, None, None]:
     saved = list(ctx.saved_tensors)
     return _blocked_backward_op(grads[0], saved, ctx.n_head, ctx.has_dropout), None, None
 

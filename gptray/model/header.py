@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from gptray.config import UserError
-from gptray.model.shape import PREFIX, weight_files
+from gptray.model.shape import PREFIX, NetworkShape, weight_files
 from gptray.stored import Unreadable, is_whole, open_stored, parse_json
 
 # A header has some 200 bytes for each tensor; GPT-2 XL has 580 tensors.
@@ -24,7 +23,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 Stored = tuple[Path, list[int], str]
 
 
-def check_weights(folder: Path, shape: Mapping[str, Any]) -> None:
+def check_weights(folder: Path, shape: NetworkShape) -> None:
     """Refuse a folder whose weight files are damaged or do not fit the network `shape`.
 
     Reads only headers. shape: ModelConfig's fields, as `read_shape` gives them.
@@ -61,7 +60,7 @@ def _compare(folder: Path, name: str, stored: Stored | None, expected: list[int]
         raise UserError(f"{path}: {name} is stored as {dtype}; weights are {', '.join(_FLOATS)}")
 
 
-def _expected(shape: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
+def _expected(shape: NetworkShape) -> Iterator[tuple[str, list[int]]]:
     """Names and shapes of a network's weights as stored in files, linear layers (in, out)."""
     width, inner = shape["n_embd"], shape["n_inner"] or 4 * shape["n_embd"]
     linears = {
@@ -101,7 +100,7 @@ def _header(path: Path) -> dict[str, tuple[list[int], str]]:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
 
 
-def _tensors(entries: Any, room: int) -> dict[str, tuple[list[int], str]]:
+def _tensors(entries: object, room: int) -> dict[str, tuple[list[int], str]]:
     """The checked entries of a header; `room`: bytes of data after it."""
     if not isinstance(entries, dict):
         raise Unreadable("its header is not a JSON object")

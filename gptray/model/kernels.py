@@ -8,11 +8,11 @@ et al. 2022, FlashAttention).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptray.model.autograd_context import NormContext, OperatorContext
 from gptray.native.abi import NORM_PARTS, PANEL, load_library
 from gptray.native.backend import TRAIN_KEY
 
@@ -67,14 +67,14 @@ class _Operator:
 
         class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, number: int, *inputs: Tensor) -> Tensor:
+            def forward(ctx: OperatorContext, number: int, *inputs: Tensor) -> Tensor:
                 outputs = forward(list(inputs), number)
                 ctx.number, ctx.count = number, len(inputs)
                 ctx.save_for_backward(*inputs, *outputs[first_kept:])
                 return outputs[0]
 
             @staticmethod
-            def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            def backward(ctx: OperatorContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
                 saved = list(ctx.saved_tensors)
                 inputs, kept = saved[: ctx.count], saved[ctx.count :]
                 return None, *backward(grads[0], inputs, kept, ctx.number)
@@ -89,11 +89,13 @@ class _Operator:
         ) -> list[Tensor]:
             return backward(grad, inputs, kept, number)
 
-        def keep(ctx: Any, inputs: tuple[list[Tensor], int], output: list[Tensor]) -> None:
+        def keep(
+            ctx: OperatorContext, inputs: tuple[list[Tensor], int], output: list[Tensor]
+        ) -> None:
             ctx.number, ctx.count = inputs[1], len(inputs[0])
             ctx.save_for_backward(*inputs[0], *output[first_kept:])
 
-        def differentiate(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor], None]:
+        def differentiate(ctx: OperatorContext, grads: list[Tensor]) -> tuple[list[Tensor], None]:
             saved = list(ctx.saved_tensors)
             inputs, kept = saved[: ctx.count], saved[ctx.count :]
             return compiled_backward(grads[0], inputs, kept, ctx.number), None
@@ -239,7 +241,7 @@ _ATTENTION = _Operator("attention", _attend, _attend_backward, _attention_shapes
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(ctx: NormContext, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         x, weight, bias = _whole([x, weight, bias])
         ctx.eps = eps
         ctx.save_for_backward(x, weight)
@@ -248,7 +250,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: NormContext, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad, C = grads[0].contiguous(), x.size(-1)
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)

@@ -8,13 +8,12 @@ words.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptray.model import kernels
+from gptray.model.autograd_context import Context, NormContext
 from gptray.model.precision import has_onednn_linear
 
 
@@ -42,7 +41,7 @@ class _CastLinear(torch.autograd.Function):
     """x W^T + b with fp32 W and b cast to x's dtype, and their gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         ctx.save_for_backward(x, weight)
         on_cpu = x.device.type == "cpu"
@@ -56,7 +55,7 @@ class _CastLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
         grad_weight = torch.mm(grad.t(), x.flatten(0, -2)).float()
@@ -93,14 +92,14 @@ class _CastLayerNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(ctx: NormContext, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
         ctx.eps = eps
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: NormContext, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         grad, shape = grads[0], x.shape[-1:]
         grad_x: Tensor = torch.ops.aten.native_layer_norm_backward(
@@ -124,13 +123,13 @@ class _RationalGelu(torch.autograd.Function):
     """GELU without a call: inductor's tanh and exp take most of a fused kernel's time on a CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         z = x.float()
         return (0.5 * z * (1.0 + _tanh(z * (GELU_1 + GELU_3 * z * z)))).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Context, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         z = x.float()
         t = _tanh(z * (GELU_1 + GELU_3 * z * z))

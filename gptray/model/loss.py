@@ -9,10 +9,11 @@ the weight and costs its launches.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from gptray.model.autograd_context import Context
 
 # Of one piece's logits in fp32: 128 rows of GPT-2's vocabulary. Below 32 MiB, above which glibc
 # takes every allocation fresh from the kernel, whose page faults cost more than the arithmetic.
@@ -111,7 +112,7 @@ def fused_scores(x: Tensor, weight: Tensor, target: Tensor, valid: int) -> tuple
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, valid: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, targets: Tensor, valid: int) -> Tensor:
         cast = weight.to(x.dtype)
         fused = torch.compiler.is_compiling() and x.device.type != "cpu"
         score = fused_scores if fused else scores
@@ -126,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return -torch.cat(log_p).mean()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0] / grad_x.size(0)
         # In place: the gradient of a large head is too big to copy, and is used once.

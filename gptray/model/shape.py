@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Literal, NotRequired, TypedDict, cast
 
 from pydantic import ValidationError
 
@@ -29,7 +29,7 @@ PREFIX = "transformer."
 # Of a dimension; what is beyond is no network.
 _MOST = 2**31 - 1
 # What this network always does, under HF's names, with HF's default first.
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: dict[str, tuple[object, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "tie_word_embeddings": (True,),
     "scale_attn_weights": (True,),
@@ -37,7 +37,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
 }
 # Of HF's GPT2Config, for files that leave a field out.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, object] = {
     "vocab_size": 50257,
     "n_positions": 1024,
     "n_embd": 768,
@@ -75,7 +75,23 @@ def _download(hub_id: str, *, weights: bool) -> Path:
     return folder
 
 
-def read_shape(source: str | Path, *, weights: bool = False) -> dict[str, Any]:
+class NetworkShape(TypedDict):
+    """ModelConfig's fields that shape a network; vocab_size: rows of the embedding."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_inner: int | None
+    n_positions: int
+    vocab_size: NotRequired[int]
+    dropout: float
+    norm: Literal["layernorm", "none"]
+    residual: bool
+    layer_norm_epsilon: float
+    initializer_range: float
+
+
+def read_shape(source: str | Path, *, weights: bool = False) -> NetworkShape:
     """ModelConfig's fields of the network in a folder or on the hub, from its config.json alone.
 
     Every field that shapes a network is there; vocab_size is the number of rows in the file.
@@ -99,7 +115,8 @@ def read_shape(source: str | Path, *, weights: bool = False) -> dict[str, Any]:
         if is_whole(value, least=_MOST + 1):
             raise UserError(f"{path}: {key} is above {_MOST:,}, which no network has")
     try:
-        return ModelConfig(**shape).model_dump(exclude={"init_from", "resize_vocab"})
+        fields = ModelConfig(**shape).model_dump(exclude={"init_from", "resize_vocab"})
+        return cast(NetworkShape, fields)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -133,7 +150,7 @@ def _shard_names(index: Path) -> list[str]:
     return sorted(set(files))
 
 
-def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) -> dict[str, Any]:
+def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) -> dict[str, object]:
     """config.json of a network, as HF's GPT2LMHeadModel reads it."""
     model_type = MODEL_TYPES[config.norm, config.residual]
     return {

@@ -137,7 +137,7 @@ CONSTANTS = {
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, Block, Model, Cache, Step)
 _SIZES_OF_3, _SIZES_OF_4 = [c_int32] * 4, [c_int32] * 5  # and the number of threads
 # Parameters in their order; none returns anything.
-FUNCTIONS: dict[str, Sequence[Any]] = {
+FUNCTIONS: dict[str, Sequence[type]] = {
     # x, weight, bias, y, work; M, N, K
     "linear": [Half, Float, Float, Half, Words, *_SIZES_OF_3],
     # x, weight, bias, y, slope, work; M, N, K
@@ -163,7 +163,7 @@ FUNCTIONS: dict[str, Sequence[Any]] = {
     # logits; rows, width, k; values, ids
     "top_candidates": [Float, c_int32, c_int32, c_int32, Float, Long, c_int32],
 }
-_TEXTS: dict[Any, str] = {c_void_p: "void*", c_float: "f32", c_int32: "i32", c_int64: "i64"}
+_TEXTS: dict[type, str] = {c_void_p: "void*", c_float: "f32", c_int32: "i32", c_int64: "i64"}
 
 
 @cache
@@ -206,7 +206,7 @@ def _struct_line(struct: type[Structure]) -> str:
     return f"{struct.__name__} {ctypes.sizeof(struct)}: {fields}"
 
 
-def _fields(struct: type[Structure]) -> list[tuple[str, Any]]:
+def _fields(struct: type[Structure]) -> list[tuple[str, type]]:
     return [(field[0], field[1]) for field in struct._fields_]
 
 

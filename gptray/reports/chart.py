@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
+from gptray.record import MetricsRow
 from gptray.reports.picture import XY
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import decimals
@@ -78,7 +79,7 @@ class Chart:
         return tuple({series.role: series for series in self.series}.values())
 
 
-def run_charts(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> list[Chart]:
+def run_charts(rows: Sequence[MetricsRow], diagnosis: Diagnosis) -> list[Chart]:
     """Loss, learning rate and gradient norm of a run; nothing if nothing was logged."""
     if not rows:
         return []
@@ -110,7 +111,7 @@ def averaged(points: Sequence[XY], most: int = MOST_POINTS // 2) -> tuple[XY, ..
     return tuple((stretch[-1][0], fmean(y for _, y in stretch)) for stretch in stretches)
 
 
-def _loss_chart(rows: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> Chart:
+def _loss_chart(rows: Sequence[MetricsRow], diagnosis: Diagnosis) -> Chart:
     train = averaged([(row["step"], row["train_loss"]) for row in rows])
     val = thinned([(point.step, point.val_loss) for point in diagnosis.points])
     low, high = _range([train, val], from_zero=False)
@@ -140,7 +141,9 @@ def _marks(diagnosis: Diagnosis) -> tuple[Mark, ...]:
     return tuple(marks)
 
 
-def _single(key: str, title: str, unit: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
+def _single(
+    key: Literal["lr", "grad_norm"], title: str, unit: str, rows: Sequence[MetricsRow]
+) -> Chart:
     points = [(row["step"], row[key]) for row in rows]
     low, high = _range([points], from_zero=True)
     return Chart(

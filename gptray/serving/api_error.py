@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi.responses import JSONResponse
 
@@ -34,7 +33,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """The JSON of the answer."""
         client = "invalid_request_error" if self.status < 500 else "server_error"
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack, aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -196,7 +196,7 @@ async def _all(parts: AsyncGenerator[T, None]) -> list[T]:
         return [part async for part in parts]
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _unless_gone(request: Request, work: Coroutine[object, object, T]) -> T:
     """The result of some work, which ends when the client goes away. Raises ClientGone."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
@@ -216,7 +216,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _card(served: Served) -> dict[str, Any]:
+def _card(served: Served) -> dict[str, object]:
     example = {"example_prompt": served.example_prompt} if served.example_prompt else {}
     return {
         "id": served.name,

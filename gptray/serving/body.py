@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from fastapi import Request
 
@@ -24,7 +24,7 @@ MAX_KEYS = 4096  # of one object
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_json(request: Request, arrival: Arrival) -> dict[str, Any]:
+async def read_json(request: Request, arrival: Arrival) -> dict[str, object]:
     """The JSON object of a request's body.
 
     Raises ApiError, or ClientGone if the client goes away before the body's end.
@@ -38,7 +38,7 @@ async def read_json(request: Request, arrival: Arrival) -> dict[str, Any]:
     return strict_object(await arrival.body(request.scope, request.receive))
 
 
-def strict_object(body: bytes) -> dict[str, Any]:
+def strict_object(body: bytes) -> dict[str, object]:
     """The JSON object that a body is. Raises ApiError(400) saying what is wrong with it."""
     try:
         # Decoded here: Python's reader would take surrogates in UTF-8, and UTF-16.
@@ -60,7 +60,7 @@ def strict_object(body: bytes) -> dict[str, Any]:
     return found
 
 
-def _check_depth(value: Any, depth: int) -> None:
+def _check_depth(value: dict[str, object] | list[object], depth: int) -> None:
     if depth == 0:
         raise ValueError("nested too deeply")
     for inner in value.values() if isinstance(value, dict) else value:
@@ -79,8 +79,8 @@ def _finite(digits: str) -> float:
     return number
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
     if len(pairs) > MAX_KEYS:
         raise ValueError(f"an object has {len(pairs):,} keys, more than {MAX_KEYS:,}")
     for name, value in pairs:

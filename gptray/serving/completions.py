@@ -15,7 +15,7 @@ from collections import abc, defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 from gptray.config import ServeConfig
 from gptray.config.limits import SEEDS
@@ -32,7 +32,23 @@ from gptray.serving.streams import Update
 # Replaces a log-probability that JSON cannot hold.
 LEAST_LOGPROB = -9999.0
 
-Choice = dict[str, Any]
+
+class Logprobs(TypedDict):
+    """A list of what each token has; null for the first of a prompt."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float | None] | None]
+
+
+class Choice(TypedDict):
+    """What an update adds to one of the answer's choices."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: str | None
 
 
 class Completion:
@@ -104,7 +120,7 @@ class Completion:
                 seen(update)
                 yield self._outputs[update.index].take(update)
 
-    def whole(self, parts: abc.Sequence[Choice]) -> dict[str, Any]:
+    def whole(self, parts: abc.Sequence[Choice]) -> dict[str, object]:
         """The answer in one piece, from what `run` gave."""
         of_choice = defaultdict(list)
         for part in parts:
@@ -112,14 +128,14 @@ class Completion:
         choices = [_joined(of_choice[index]) for index in range(len(self._sequences))]
         return {**self._head(), "choices": choices, "usage": self.usage()}
 
-    def chunk(self, choice: Choice) -> dict[str, Any]:
+    def chunk(self, choice: Choice) -> dict[str, object]:
         """One event of the answer as a stream."""
         chunk = {**self._head(), "choices": [choice]}
         if self._options.include_usage:
             chunk["usage"] = self.usage() if self._options.continuous_usage_stats else None
         return chunk
 
-    def last_chunks(self) -> Iterator[dict[str, Any]]:
+    def last_chunks(self) -> Iterator[dict[str, object]]:
         """What comes after the last choice's end."""
         if self._options.include_usage:
             yield {**self._head(), "choices": [], "usage": self.usage()}
@@ -131,7 +147,7 @@ class Completion:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self) -> dict[str, object]:
         return {
             "id": self.id,
             "object": "text_completion",
@@ -163,8 +179,8 @@ class _Output:
             "finish_reason": update.finish_reason,
         }
 
-    def _logprobs(self, tokens: abc.Sequence[Drawn]) -> dict[str, list[Any]]:
-        told: dict[str, list[Any]] = {
+    def _logprobs(self, tokens: abc.Sequence[Drawn]) -> Logprobs:
+        told: Logprobs = {
             "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
         }  # fmt: skip
         for drawn in tokens:
@@ -194,8 +210,12 @@ class _Output:
 def _joined(parts: abc.Sequence[Choice]) -> Choice:
     """A choice whole, from what its updates added."""
     last = parts[-1]
-    logprobs = last["logprobs"] and {
-        name: [one for part in parts for one in part["logprobs"][name]] for name in last["logprobs"]
+    told = [part["logprobs"] for part in parts if part["logprobs"]]
+    logprobs: Logprobs | None = last["logprobs"] and {
+        "text_offset": [one for part in told for one in part["text_offset"]],
+        "token_logprobs": [one for part in told for one in part["token_logprobs"]],
+        "tokens": [one for part in told for one in part["tokens"]],
+        "top_logprobs": [one for part in told for one in part["top_logprobs"]],
     }
     return {**last, "text": "".join(part["text"] for part in parts), "logprobs": logprobs}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
-from typing import Any
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -51,5 +50,5 @@ async def _events(
             yield _event(told(error).body)
 
 
-def _event(content: dict[str, Any]) -> str:
+def _event(content: dict[str, object]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"

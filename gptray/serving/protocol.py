@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeGuard, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from gptray.config.keys import FieldSpec, field_specs
 from gptray.config.limits import MAX_BIASES, SEEDS, within
@@ -47,7 +48,7 @@ ALIASES = {
     "top_logprobs": "logprobs",
 }
 # What clients also send, with the values that ask for nothing; None: any value.
-WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
+WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
     "user": None,
     "store": None,
     "metadata": None,
@@ -79,20 +80,20 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
 MAX_PROBLEMS = 12
 
 
-def _prompts(value: Any) -> list[Prompt]:
+def _prompts(value: object) -> list[Prompt]:
     if isinstance(value, str) or _is_ids(value):
         return [value]
-    several = isinstance(value, list) and bool(value)
-    if several and (all(isinstance(one, str) for one in value) or all(map(_is_ids, value))):
-        return list(value)
+    several = value if isinstance(value, list) else []
+    if several and (all(isinstance(one, str) for one in several) or all(map(_is_ids, several))):
+        return list(several)
     raise ValueError("expects text, a list of texts, token ids or a list of lists of token ids")
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
 
 
-def _stops(value: Any) -> tuple[str, ...]:
+def _stops(value: object) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError("expects text or a list of texts, none of them empty")
@@ -101,7 +102,7 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _bias(value: Any) -> tuple[tuple[int, float], ...]:
+def _bias(value: object) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, dict) or not all(map(_is_bias, value.items())):
         raise ValueError("expects an object of token ids, each with a number from -100 to 100")
     if len(value) > MAX_BIASES:
@@ -109,19 +110,21 @@ def _bias(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), float(bias)) for token, bias in value.items())
 
 
-def _is_bias(item: tuple[str, Any]) -> bool:
+def _is_bias(item: tuple[str, object]) -> bool:
     token, bias = item
-    is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
-    return bool(_TOKEN_ID.fullmatch(token)) and is_number and abs(bias) <= 100
+    if not isinstance(bias, (int, float)) or isinstance(bias, bool):
+        return False
+    return bool(_TOKEN_ID.fullmatch(token)) and abs(bias) <= 100
 
 
-def _seed(value: Any) -> Any:
+def _seed(value: object) -> object:
     """OpenAI's seeds are signed: a negative one means the positive one of the same bits."""
-    is_negative = type(value) is int and -SEEDS <= value < 0
-    return value % SEEDS if is_negative else value
+    if type(value) is int and -SEEDS <= value < 0:
+        return value % SEEDS
+    return value
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: inner for key, inner in value.items() if inner is not None}
     return value
@@ -194,11 +197,11 @@ class DetokenizeRequest(BaseModel):
     model: str | None = None
 
 
-def parse_request(kind: type[T], given: Mapping[str, Any]) -> T:
+def parse_request(kind: type[T], given: Mapping[str, object]) -> T:
     """The request that a body's JSON object is. Raises ApiError(400) naming every wrong key."""
     specs = field_specs(kind)
     problems: dict[str, str] = {}
-    known: dict[str, Any] = {}
+    known: dict[str, object] = {}
     for key, value in given.items():
         snake = _snake_case(key)
         if value is None or (snake != key and given.get(snake) is not None):
@@ -218,7 +221,7 @@ def parse_request(kind: type[T], given: Mapping[str, Any]) -> T:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             key = str(detail["loc"][0]) if detail["loc"] else "body"
-            problems.setdefault(key, _complaint(key, specs, known, dict(detail)))
+            problems.setdefault(key, _complaint(key, specs, known, detail))
     if problems:
         first = next(iter(problems))
         raise ApiError(400, "\n".join(problems.values()), param=None if first == "body" else first)
@@ -230,10 +233,11 @@ def _snake_case(key: str) -> str:
     return re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", key[:60])
 
 
-def _whole_number(value: Any) -> Any:
+def _whole_number(value: object) -> object:
     """4 for 4.0: languages without whole numbers write it so."""
-    is_whole = isinstance(value, float) and value.is_integer()
-    return int(value) if is_whole and abs(value) < 2**53 else value
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value
 
 
 def _meant(name: str | None) -> str:
@@ -241,7 +245,7 @@ def _meant(name: str | None) -> str:
 
 
 def _complaint(
-    key: str, specs: Mapping[str, FieldSpec], known: Mapping[str, Any], detail: dict[str, Any]
+    key: str, specs: Mapping[str, FieldSpec], known: Mapping[str, object], detail: ErrorDetails
 ) -> str:
     if key == "body":
         return str(detail["ctx"]["error"])

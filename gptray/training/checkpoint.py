@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gptray.config import RunFailed, TrainConfig, UserError
 from gptray.files import CannotWrite, remove, storing
@@ -47,7 +46,7 @@ class TrainerState:
             return "max_steps"
         return "patience" if self.progress.exhausted(config.patience) else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
         return {
             "format": FORMAT,
@@ -60,8 +59,8 @@ class TrainerState:
     def load(cls, folder: Path) -> TrainerState:
         """Read `trainer.json` of a checkpoint. Raises ValueError if it holds no valid state."""
         match read_object(folder / "trainer.json"):
-            case {"step": step, "progress": dict(progress), "data": str(data)} if is_whole(step):
-                state = cls(step, Progress.from_json(progress), data)
+            case {"step": int(step), "progress": dict(values), "data": str(data)} if is_whole(step):
+                state = cls(step, Progress.from_json(values), data)
             case _:
                 raise ValueError("it holds no state of a run")
         if max(state.progress.best_step, state.progress.bad_evals) > step:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from gptray.config import RunFailed
 from gptray.files import append, replacing, storing
@@ -37,7 +36,7 @@ class Journal:
         self._pending = b""
         self._boards = Boards(run_dir / "tensorboard", run_dir.resolve().name, step=step)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, float]) -> None:
         """Add the row of one logged step; readers see it at once, or as soon as there is room."""
         self._pending += _line(row)
         self._show(row)
@@ -45,7 +44,7 @@ class Journal:
             self._drain()
             self._boards.flush()
 
-    def row(self, step: int) -> dict[str, Any]:
+    def row(self, step: int) -> dict[str, float]:
         """The row of a step that was written before.
 
         Raises:
@@ -56,11 +55,11 @@ class Journal:
                 return row
         raise RunFailed(f"{self._path} has lost the row of step {step}; restore it from a copy")
 
-    def amend(self, row: dict[str, Any]) -> None:
+    def amend(self, row: Mapping[str, float]) -> None:
         """Replace the row of its step, on disk at once; readers see the old or the new one."""
         with storing(self._path):
             self._drain()
-            before = self.row(row["step"])
+            before = self.row(int(row["step"]))
             _rewrite(self._path, [row if one == before else one for one in read_rows(self._path)])
         self._show({key: row[key] for key in row if key == "step" or key not in before})
 
@@ -79,8 +78,8 @@ class Journal:
         append(self._path, self._pending, sync=sync)
         self._pending = b""
 
-    def _show(self, row: dict[str, Any]) -> None:
-        self._boards.show(row["step"], {key: row[key] for key in row if key != "step"})
+    def _show(self, row: Mapping[str, float]) -> None:
+        self._boards.show(int(row["step"]), {key: row[key] for key in row if key != "step"})
 
     def __enter__(self) -> Journal:
         return self
@@ -97,11 +96,11 @@ class Journal:
             self._boards.flush()
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def _line(row: Mapping[str, float]) -> bytes:
     return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
-def _rewrite(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _rewrite(path: Path, rows: Iterable[Mapping[str, float]]) -> None:
     with replacing(path) as draft, draft.open("wb") as file:
         file.writelines(map(_line, rows))
         file.flush()

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gptray.files import is_storage, sha256_of
 from gptray.stored import Unreadable, read_object
@@ -50,7 +49,7 @@ def files_damage(folder: Path, *, needed: Sequence[str]) -> str | None:
     return None
 
 
-def _file_damage(folder: Path, name: str, expected: Any) -> str | None:
+def _file_damage(folder: Path, name: str, expected: object) -> str | None:
     """What is wrong with a file that a manifest lists; None if nothing is."""
     shown = f"{name:.60}"
     match expected:

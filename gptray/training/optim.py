@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +23,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     The groups, in order: parameters of two and more dimensions, then the others.
     """
     parameters = list(parameters)
-    groups: list[dict[str, Any]] = [
+    groups: list[dict[str, object]] = [
         {
             "params": [parameter for parameter in parameters if parameter.dim() >= 2],
             "weight_decay": config.weight_decay,

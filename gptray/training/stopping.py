@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from gptray.stored import is_whole
 
@@ -41,17 +41,18 @@ class Progress:
         """Whether the run has gone `patience` evaluations without getting better."""
         return patience is not None and self.bad_evals >= patience
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values; infinities (no evaluation yet) become null."""
         return {key: None if value == math.inf else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, state: dict[str, Any]) -> Progress:
+    def from_json(cls, state: Mapping[str, object]) -> Progress:
         """The inverse of `to_json`. Raises ValueError for anything else."""
         match state:
             case {"best_step": best, "best_val_loss": loss, "bar": bar, "bad_evals": bad}:
                 loss, bar = (math.inf if value is None else value for value in (loss, bar))
-                numbers = all(isinstance(value, (int, float)) for value in (loss, bar))
-                if len(state) == 4 and numbers and is_whole(best) and is_whole(bad):
+                if not isinstance(loss, (int, float)) or not isinstance(bar, (int, float)):
+                    raise ValueError("it holds no progress of a run")
+                if len(state) == 4 and is_whole(best) and is_whole(bad):
                     return cls(best, loss, bar, bad)
         raise ValueError("it holds no progress of a run")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from gptray.config.search_space import Entry
 
-Values = dict[str, Any]
+Values = dict[str, object]
 
 
 def draw(entries: Sequence[Entry], num_samples: int, *, seed: int, after: int = 0) -> list[Values]:

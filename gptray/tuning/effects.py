@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from gptray.record import MetricsRow
 from gptray.tuning import levels
 from gptray.tuning.levels import Setting
 from gptray.tuning.regression import Flags, Floats, Stage, sample_effects
@@ -104,7 +104,7 @@ def effects_of(sweep: Sweep, settings: Sequence[Setting]) -> Effects:
     )
 
 
-def gap_bits(row: Mapping[str, Any]) -> float:
+def gap_bits(row: MetricsRow) -> float:
     """The gap of an evaluation in bits per byte: nats x (bits per byte / nats) of its loss."""
     return float(row["gap"] * row["val_bpb"] / row["val_loss"])
 

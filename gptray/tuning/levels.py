@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import TypeGuard
 
 from gptray.config import Config, ConfigError, flatten, override
 from gptray.config.keys import shown
@@ -30,19 +30,19 @@ class Space:
     """A sweep's entries, and what the config itself has for their paths that count in it."""
 
     entries: tuple[Entry, ...]
-    own: Mapping[str, Any]
+    own: Mapping[str, object]
 
     @classmethod
     def of(cls, config: Config) -> Space:
         """The space of a sweep's config."""
-        entries, own = tuple(entries_of(config)), dict[str, Any]()
+        entries, own = tuple(entries_of(config)), dict[str, object]()
         config = override(config, {"tune.space": []})  # not to be checked with every option
         for entry in entries:
             if entry.counts(own):
                 own |= _own_values(entry, config)
         return cls(entries, own)
 
-    def values(self, trial: Trial) -> dict[str, Any]:
+    def values(self, trial: Trial) -> dict[str, object]:
         """What a trial has for each path of the space; one without values has the config's own."""
         given = trial.values or self.own
         paths = [path for entry in self.entries for path in entry.paths]
@@ -67,7 +67,7 @@ class Setting:
     levels: tuple[str, ...]
     of: Mapping[str, int]
     reference: int
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
 
     @property
     def name(self) -> str:
@@ -100,7 +100,7 @@ def assignment(setting: Setting, trial: str) -> str:
     return " and ".join(f"{path}={value_text(value)}" for path in paths)
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """A setting's value as a config has it, without quotes; a tuple is several paths' values."""
     if isinstance(value, tuple):
         return ", ".join(map(value_text, value))
@@ -111,7 +111,7 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if _is_number(value) else shown(value)
 
 
-def _own_values(entry: Entry, config: Config) -> dict[str, Any]:
+def _own_values(entry: Entry, config: Config) -> dict[str, object]:
     """The config's values for the paths of an entry, as the space writes them where it does."""
     for option in entry.options:
         values = dict(zip(entry.paths, option, strict=True))
@@ -125,8 +125,8 @@ def _own_values(entry: Entry, config: Config) -> dict[str, Any]:
     return {path: list(one) if isinstance(one, tuple) else one for path, one in plain.items()}
 
 
-def _by_option(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> Setting:
-    options: list[Any] = []
+def _by_option(entry: Entry, values: Mapping[str, object], own: Sequence[object]) -> Setting:
+    options: list[object] = []
     for option in map(_joined, entry.options):
         if option not in options:  # one given twice is drawn twice as often
             options.append(option)
@@ -138,7 +138,7 @@ def _by_option(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> S
     return Setting(entry, levels, of, _reference(of, preferred), values)
 
 
-def _by_part(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> Setting:
+def _by_part(entry: Entry, values: Mapping[str, object], own: Sequence[object]) -> Setting:
     """Parts of a range with as many trials each; equal values are in the same part."""
     numbers = sorted(value for value in values.values() if _is_number(value))
     count = max(1, min(MOST_PARTS, len(numbers) // PART)) if numbers else 0
@@ -151,7 +151,7 @@ def _by_part(entry: Entry, values: Mapping[str, Any], own: Sequence[Any]) -> Set
     # The config's own may be null where the space has numbers.
     odd = [value for value in own if not _is_number(value) and value in values.values()]
 
-    def place(value: Any) -> int:
+    def place(value: object) -> int:
         if not _is_number(value):
             return len(starts)
         return max(0, bisect_right(starts, value) - 1)
@@ -169,10 +169,10 @@ def _reference(of: Mapping[str, int], preferred: int | None) -> int:
     return min(counts, key=lambda level: (-counts[level], level), default=0)
 
 
-def _joined(values: Sequence[Any]) -> Any:
+def _joined(values: Sequence[object]) -> object:
     """The one value of all paths, or theirs."""
     return values[0] if all(value == values[0] for value in values) else tuple(values)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

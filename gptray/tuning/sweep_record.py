@@ -12,11 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from gptray.config import Config, RunFailed, load_config
 from gptray.files import append, storing
-from gptray.record import METRICS, RowFields, read_rows
+from gptray.record import MetricsRow, RowFields, read_metrics, read_rows
 
 TRIALS = "trials.jsonl"
 # How a trial ends: at max_steps, by its own early stopping, cut at a rung, with a number that is
@@ -31,6 +31,26 @@ _FIELDS: RowFields = {
     "retried": {"trial": str},
     "winner": {"trial": str},
 }
+
+
+class TrialEvent(TypedDict, total=False):
+    """A line of trials.jsonl; which fields it has depends on `event`."""
+
+    event: str
+    time: float
+    trial: str
+    values: dict[str, object]  # of a planned trial, as are the next three
+    max_steps: int
+    replicate_of: str | None
+    point: dict[str, float]
+    outcome: str  # of an ended trial, as are the next three
+    step: int
+    message: str | None
+    passing: bool
+    num_samples: int  # of a reopened sweep, as is the next
+    before: int
+
+
 # A trial's name is its folder's name: it must not lead out of the sweep.
 _TRIAL = r"[\w-]+"
 
@@ -48,19 +68,19 @@ class Trial:
     """
 
     name: str
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     max_steps: int
     replicate_of: str | None
     outcome: str | None
     started: bool
     step: int
     message: str | None
-    rows: Sequence[Mapping[str, Any]]
-    point: Mapping[str, Any] | None = None
+    rows: Sequence[MetricsRow]
+    point: Mapping[str, float] | None = None
     passing: bool = False
 
     @property
-    def best(self) -> Mapping[str, Any] | None:
+    def best(self) -> MetricsRow | None:
         """The evaluation with the lowest validation loss in bits per byte, None before any."""
         evaluations = [row for row in self.rows if "val_bpb" in row]
         return min(evaluations, key=lambda row: row["val_bpb"], default=None)
@@ -86,9 +106,9 @@ def trial_dir(folder: Path, name: str) -> Path:
     return folder / "trials" / name
 
 
-def _events(folder: Path) -> list[dict[str, Any]]:
+def _events(folder: Path) -> list[TrialEvent]:
     """The events of a sweep. Raises RunFailed if a line is damaged or names no valid trial."""
-    events = read_rows(folder / TRIALS, _FIELDS)
+    events = cast(list[TrialEvent], read_rows(folder / TRIALS, _FIELDS))
     for event in events:
         if not re.fullmatch(_TRIAL, str(event.get("trial", "none"))):
             raise RunFailed(f"{folder / TRIALS}: invalid trial name {event['trial']!r:.40}")
@@ -140,7 +160,7 @@ def samples_drawn(folder: Path) -> list[int]:
 
 def load_trials(folder: Path) -> list[Trial]:
     """The trials of a sweep's folder as they stand, in the order in which they were planned."""
-    by_trial: dict[str, dict[str, dict[str, Any]]] = {}
+    by_trial: dict[str, dict[str, TrialEvent]] = {}
     for event in _events(folder):
         if "trial" not in event:
             continue
@@ -151,9 +171,10 @@ def load_trials(folder: Path) -> list[Trial]:
     return [_trial(folder, events) for events in by_trial.values() if "planned" in events]
 
 
-def _trial(folder: Path, events: Mapping[str, Mapping[str, Any]]) -> Trial:
-    planned, ended = events["planned"], events.get("ended", {})
-    rows = read_rows(trial_dir(folder, planned["trial"]) / METRICS)
+def _trial(folder: Path, events: Mapping[str, TrialEvent]) -> Trial:
+    not_yet: TrialEvent = {}
+    planned, ended = events["planned"], events.get("ended", not_yet)
+    rows = read_metrics(trial_dir(folder, planned["trial"]))
     return Trial(
         name=planned["trial"],
         values=planned["values"],
@@ -185,11 +206,11 @@ class Record:
     def planned(
         self,
         trial: str,
-        values: Mapping[str, Any],
+        values: Mapping[str, object],
         *,
         max_steps: int,
         replicate_of: str | None = None,
-        point: Mapping[str, Any] | None = None,
+        point: Mapping[str, float] | None = None,
     ) -> None:
         """There is to be such a trial; `point`: what Optuna suggested."""
         self._write(
@@ -231,7 +252,7 @@ class Record:
         """The sweep is over."""
         self._write("winner", trial=trial)
 
-    def _write(self, event: str, **fields: Any) -> None:
+    def _write(self, event: str, **fields: object) -> None:
         line = {"event": event, **fields, "time": round(time.time(), 3)}
         with storing(self._path):
             append(self._path, json.dumps(line, allow_nan=False).encode() + b"\n", sync=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from gptray.config import Config
 from gptray.config.keys import field_specs
 from gptray.data.parts import write_whole
-from gptray.record import EVENTS, read_rows, seconds_trained
+from gptray.record import read_events, seconds_trained
 from gptray.tuning.levels import Space, value_text
 from gptray.tuning.sweep_record import Sweep, Trial, load_sweep, trial_dir
 
@@ -50,12 +49,12 @@ def _paths(space: Space) -> list[str]:
     return [path for entry in space.entries for path in entry.paths]
 
 
-def _settings(trial: Trial, space: Space) -> dict[str, Any]:
+def _settings(trial: Trial, space: Space) -> dict[str, object]:
     """What a trial sets; a repetition also has its seed."""
     return {**space.values(trial), **trial.values}
 
 
-def _column(values: Sequence[Any], kinds: Sequence[type]) -> pa.Array:
+def _column(values: Sequence[object], kinds: Sequence[type]) -> pa.Array:
     types = {float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
     kinds = () if str in kinds else kinds
     kind = next((types[kind] for kind in types if kind in kinds), pa.string())
@@ -65,9 +64,10 @@ def _column(values: Sequence[Any], kinds: Sequence[type]) -> pa.Array:
 
 
 def _results(sweep: Sweep) -> dict[str, pa.Array]:
-    trials, best = sweep.trials, [trial.best or {} for trial in sweep.trials]
+    trials = sweep.trials
+    best: list[Mapping[str, object]] = [trial.best or {} for trial in trials]
     folders = [trial_dir(sweep.folder, trial.name) for trial in trials]
-    seconds = [seconds_trained(read_rows(folder / EVENTS)) or None for folder in folders]
+    seconds = [seconds_trained(read_events(folder)) or None for folder in folders]
     models = [folder / "model" for folder in folders]
     return {
         "step": pa.array([trial.step for trial in trials], pa.int64()),

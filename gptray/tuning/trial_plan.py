@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gptray.config import Config, ConfigError, TuneConfig, UserError, flatten, override
 from gptray.config.keys import shown
@@ -31,7 +30,7 @@ class Planned:
     """A trial to run: what is set in it, and the config that comes of it."""
 
     name: str
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     config: Config
     replicate_of: str | None = None
 
@@ -62,7 +61,7 @@ def plan_trials(
     is_known = config.tune.search_alg == "random"
     if not is_known:
         _refuse_endless_texts(entries)
-    values: list[dict[str, Any]] = [{}] if config.tune.baseline else []
+    values: list[dict[str, object]] = [{}] if config.tune.baseline else []
     baseline = len(values)
     before = 0
     for number in sorted({*drawn, config.tune.num_samples} if is_known else {REHEARSED}):
@@ -98,9 +97,9 @@ def _is_of_text(path: str) -> bool:
     return path.startswith("data.")
 
 
-def _combinations(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def _combinations(entries: Sequence[Entry]) -> list[dict[str, object]]:
     """Every combination of options, with and without the entries that have a condition."""
-    points: list[dict[str, Any]] = [{}]
+    points: list[dict[str, object]] = [{}]
     for entry in entries:
         options = [dict(zip(entry.paths, option, strict=True)) for option in entry.options]
         options += [{}] if entry.when else []
@@ -121,7 +120,7 @@ def _refuse_endless_texts(entries: Sequence[Entry]) -> None:
         raise ConfigError(problems)
 
 
-def plan_trial(config: Config, folder: str, name: str, values: Mapping[str, Any]) -> Planned:
+def plan_trial(config: Config, folder: str, name: str, values: Mapping[str, object]) -> Planned:
     """A trial of a sweep, by its values. Raises ConfigError where they don't go together."""
     return Planned(name, values, _trial_config(config, folder, name, values))
 
@@ -141,6 +140,7 @@ def replicates(config: Config, folder: str, trials: Sequence[Trial]) -> list[Pla
     planned: list[Planned] = []
     for trial in ranked(primary)[: FINALISTS if config.tune.replicates else 0]:
         seed = trial.values.get("seed", config.seed)
+        assert isinstance(seed, int)
         for extra in range(1, config.tune.replicates + 1):
             values = {**trial.values, "seed": (seed + extra) % 2**32}
             if (trial.name, values["seed"]) in there:
@@ -203,7 +203,7 @@ def mean_score(trial: Trial, trials: Sequence[Trial]) -> float:
 
 
 def _checked(
-    drawn: Sequence[Mapping[str, Any]], config: Config, folder: str, names: Iterator[str]
+    drawn: Sequence[Mapping[str, object]], config: Config, folder: str, names: Iterator[str]
 ) -> list[Planned]:
     """The trials of these values, each config once. Raises ConfigError with all that is wrong."""
     found: dict[str, Planned] = {}
@@ -250,7 +250,7 @@ def _unequal_validation(trials: Sequence[Planned]) -> list[str]:
     ]
 
 
-def _trial_config(config: Config, folder: str, name: str, values: Mapping[str, Any]) -> Config:
+def _trial_config(config: Config, folder: str, name: str, values: Mapping[str, object]) -> Config:
     """The config of a trial: an ordinary run in the sweep's folder, over the sweep's own split."""
     tune = {f"tune.{key}": value for key, value in TuneConfig().model_dump().items()}
     seed = config.seed if config.data.seed is None else config.data.seed
@@ -265,5 +265,5 @@ def _trial_config(config: Config, folder: str, name: str, values: Mapping[str, A
     return override(config, {**tune, **own, **values})
 
 
-def _as_text(values: Mapping[str, Any]) -> str:
+def _as_text(values: Mapping[str, object]) -> str:
     return ", ".join(f"{path}={shown(value)}" for path, value in values.items()) or "no change"

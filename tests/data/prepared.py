@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gptray.data.data_manifest import SplitEntry
 from gptray.data.difference import Lost
 from gptray.data.shards import ShardEncoder, ShardWriter, shard_dtype
 from gptray.data.tokenizer import Tokenizer
@@ -14,15 +15,21 @@ from gptray.data.tokens import FORMAT_VERSION, TokenData
 def prepared_here(folder: Path, tokenizer: Tokenizer, *, train: str, val: str) -> TokenData:
     """Each split is one document."""
     tokenizer.save(folder / "tokenizer")
-    encoder, splits, parts = ShardEncoder(tokenizer), {}, []
+    encoder, parts = ShardEncoder(tokenizer), []
+    splits: dict[str, SplitEntry] = {}
     for name, text in (("train", train), ("val", val)):
         with ShardWriter(folder / f"{name}-00000.bin", encoder) as writer:
             writer.add(text, ends=True)
         assert writer.shard
         entry = writer.shard.entry(f"{name}-00000.bin")
         parts.append(writer.shard.lost)
-        counts = {key: entry[key] for key in ("tokens", "bytes", "lost_bytes")}
-        splits[name] = {"documents": 1, **counts, "shards": [entry]}
+        splits[name] = {
+            "documents": 1,
+            "tokens": entry["tokens"],
+            "bytes": entry["bytes"],
+            "lost_bytes": entry["lost_bytes"],
+            "shards": [entry],
+        }
     manifest = {
         "format": FORMAT_VERSION,
         "bytes": sum(entry["bytes"] for entry in splits.values()),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import pytest
+import tokenizers
 
+from gptray.data.data_manifest import DataManifest
 from gptray.data.fallback import fallback_warning, token_measures, token_words
 from gptray.data.shards import ShardEncoder, ShardWriter
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
@@ -15,14 +18,15 @@ from tests.data.foreign import korean_lines, llama, unigram, wordpiece
 KOREAN = korean_lines(40)
 
 
-def manifest_of(tokenizer: Tokenizer, text: str, folder: Path) -> dict[str, Any]:
+def manifest_of(tokenizer: Tokenizer, text: str, folder: Path) -> DataManifest:
     """What preparing a text writes down, as far as it matters here."""
     with ShardWriter(folder / "part", ShardEncoder(tokenizer)) as writer:
         for line in text.splitlines():
             writer.add(line, ends=True)
     assert writer.shard
     entry = writer.shard.entry("train-00000.bin")
-    return {"splits": {"train": entry}, "tokenizer": {"vocab_size": tokenizer.vocab_size}}
+    manifest = {"splits": {"train": entry}, "tokenizer": {"vocab_size": tokenizer.vocab_size}}
+    return cast(DataManifest, manifest)
 
 
 def test_syllables_in_bytes_are_counted_and_the_key_to_raise_is_named(tmp_path: Path) -> None:
@@ -49,7 +53,9 @@ def test_syllables_in_bytes_are_counted_and_the_key_to_raise_is_named(tmp_path: 
 @pytest.mark.parametrize(
     ("backend", "end"), [(llama, "</s>"), (wordpiece, "[SEP]"), (lambda: unigram("<unk>"), "</s>")]
 )
-def test_byte_fallback_and_unknown_characters_count(backend: Any, end: str, tmp_path: Path) -> None:
+def test_byte_fallback_and_unknown_characters_count(
+    backend: Callable[[], tokenizers.Tokenizer], end: str, tmp_path: Path
+) -> None:
     tokenizer = Tokenizer(backend(), {"eos_token": end})
     share = token_measures(manifest_of(tokenizer, "\ud55c\uad6d\uc5b4", tmp_path))["fallback"]
     assert share >= 1 / 3

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
+from gptray.data.data_manifest import DataManifest
 from gptray.data.pieces import Piece, Reading
 from gptray.data.shares import marker_warning, separator_warning, share_warnings, split_rows
 from gptray.data.sources import SourceFile
@@ -52,7 +55,7 @@ def test_rows_say_documents_bytes_and_tokens() -> None:
             "val": {"documents": 2, "bytes": 400_000, "tokens": 1_234},
         },
     }
-    assert split_rows(manifest) == [
+    assert split_rows(cast(DataManifest, manifest)) == [
         ("train", "1 document, 3.6 MB (90.0%), 1,000,000 tokens"),
         ("val", "2 documents, 400.0 kB (10.0%), 1,234 tokens"),
     ]

@@ -10,6 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from gptray.config import UserError
+from gptray.data.data_manifest import SplitEntry
 from gptray.data.pieces import Reading, plan_pieces
 from gptray.data.roundtrip import RoundTrip
 from gptray.data.shards import ShardEncoder, ShardWriter
@@ -209,8 +210,14 @@ def test_a_unit_of_which_nothing_is_kept_counts_as_lost(tmp_path: Path) -> None:
         shards.append(writer.shard.entry(f"{number}.bin"))
     assert shards[0]["tokens"] == 0
     assert shards[0]["lost_bytes"] == shards[0]["bytes"] == len(korean.encode())
-    counts = {key: sum(s[key] for s in shards) for key in ("tokens", "bytes", "lost_bytes")}
-    split = TokenSplit(tmp_path, "uint16", {"documents": 1, **counts, "shards": shards})
+    entry: SplitEntry = {
+        "documents": 1,
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "lost_bytes": sum(shard["lost_bytes"] for shard in shards),
+        "shards": shards,
+    }
+    split = TokenSplit(tmp_path, "uint16", entry)
     split.check()
     assert {path: sha256_of(path) for path in split.sha256} == split.sha256
     assert split.slice(0, 2).tolist() == tokenizer.encode("the cat")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gptray.data.data_manifest import ShardEntry, SplitEntry
 from gptray.data.tokens import TokenSplit
 
 
@@ -19,11 +20,14 @@ def split_of(
 ) -> TokenSplit:
     """A split of these tokens, in files as preparation writes them."""
     folder.mkdir(parents=True, exist_ok=True)
-    entries = []
+    entries: list[ShardEntry] = []
     for number, part in enumerate(np.array_split(np.array(tokens, "<u2"), shards)):
-        (folder / f"{number}.bin").write_bytes(part.tobytes())
-        entries.append({"file": f"{number}.bin", "tokens": len(part)})
-    entry = {
+        file = f"{number}.bin"
+        (folder / file).write_bytes(part.tobytes())
+        entries.append(
+            {"file": file, "tokens": len(part), "bytes": 0, "lost_bytes": 0, "sha256": ""}
+        )
+    entry: SplitEntry = {
         "tokens": len(tokens),
         "bytes": num_bytes,
         "lost_bytes": lost_bytes,

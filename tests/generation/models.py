@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def network(
     return make_decoder(backend, model, slots, dtype, quantize)
 
 
-def random_gpt(tokenizer: Tokenizer, *, seed: int = 0, **shape: object) -> GPT:
+def random_gpt(tokenizer: Tokenizer, *, seed: int = 0, **shape: Any) -> GPT:
     """A GPT whose logits are spread out, so that greedy and sampled texts are no accident."""
     defaults: dict[str, object] = {
         "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "initializer_range": 0.4,

@@ -69,7 +69,7 @@ def test_any_row_is_made_again_alone_from_its_seed(batch: Batch, tmp_path: Path)
 
 def test_the_same_file_in_another_order_gives_the_same_texts(batch: Batch, tmp_path: Path) -> None:
     rows = [{"id": i, "prompt": f"the dog {i % 5}"} for i in range(40)]
-    texts = []
+    texts: list[dict[object, object]] = []
     for order in (rows, rows[::-1]):
         table = batch(jsonl(tmp_path, *order), f"generate.rows_per_file={7 + len(texts)}")
         texts.append(dict(zip(table["id"].to_pylist(), table["output"].to_pylist(), strict=True)))

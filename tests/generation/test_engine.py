@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.generation.models import (
     small_tokenizer,
 )
 
-SHAPES: list[dict[str, object]] = [
+SHAPES: list[dict[str, Any]] = [
     {},
     {"n_layer": 3, "n_head": 5, "n_embd": 35, "n_positions": 300},
     {"n_head": 1, "n_embd": 24, "n_inner": 40},
@@ -73,7 +74,7 @@ def mixed_requests(
     "ablation", [{}, {"norm": "none", "residual": False}], ids=["gpt2", "bare"]
 )
 def test_every_request_gets_what_the_uncached_model_gives(
-    tokenizer: Tokenizer, backend: str, shape: dict[str, object], ablation: dict[str, object]
+    tokenizer: Tokenizer, backend: str, shape: dict[str, Any], ablation: dict[str, Any]
 ) -> None:
     if ablation:
         shape = {**shape, "initializer_range": 0.6}
@@ -90,7 +91,7 @@ def test_every_request_gets_what_the_uncached_model_gives(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_logits_equal_hugging_faces_at_every_position(
-    tokenizer: Tokenizer, backend: str, shape: dict[str, object], tmp_path: Path
+    tokenizer: Tokenizer, backend: str, shape: dict[str, Any], tmp_path: Path
 ) -> None:
     from transformers import GPT2LMHeadModel
 
@@ -117,7 +118,7 @@ def test_logits_equal_hugging_faces_at_every_position(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_greedy_is_hugging_faces_generate(
-    tokenizer: Tokenizer, shape: dict[str, object], tmp_path: Path
+    tokenizer: Tokenizer, shape: dict[str, Any], tmp_path: Path
 ) -> None:
     from transformers import GPT2LMHeadModel
 
@@ -319,7 +320,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(tokenizer: Tokenizer, back
     requests[9] = replace(requests[9], prompt_logprobs=0)
     expected = run(Engine(model, tokenizer, backend=backend), requests)
     with torch.no_grad():
-        model.transformer.wpe.weight[20] = float("nan")  # type: ignore[index, union-attr]
+        model.transformer.wpe.weight[20] = float("nan")
     for generation, before in zip(
         run(Engine(model, tokenizer, backend=backend), requests), expected, strict=True
     ):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tokenizers
@@ -73,7 +75,7 @@ def broken(generations: list[Sequence]) -> int:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [byte_tokenizer, small_tokenizer, fallback_tokenizer])
 def test_no_output_has_a_broken_character_though_the_weights_are_random(
-    make: type[Tokenizer], backend: str
+    make: Callable[[], Tokenizer], backend: str
 ) -> None:
     tokenizer = make()
     engine = Engine(random_gpt(tokenizer), tokenizer, max_batch_size=16, backend=backend)
@@ -98,8 +100,8 @@ def test_every_text_can_be_written_and_no_other_bytes() -> None:
     for _ in range(20_000):
         state, written = START, b""
         while state != INVALID and len(written) < 6:
-            byte = bytes([rng.choice((rng.randrange(256), rng.randrange(0x80, 0x100)))])
-            state, written = guard.next(state, token[byte]), written + byte
+            one = bytes([rng.choice((rng.randrange(256), rng.randrange(0x80, 0x100)))])
+            state, written = guard.next(state, token[one]), written + one
         valid = written if state == START else written[:-1]
         assert BROKEN not in valid.decode(errors="ignore")
         if state == START:
@@ -142,7 +144,7 @@ def test_a_character_is_begun_only_where_there_is_room_to_end_it(length: int) ->
 @pytest.mark.parametrize("make", [byte_tokenizer, fallback_tokenizer])
 @pytest.mark.parametrize("live", [True, False])
 def test_a_prompt_that_stops_inside_a_character_is_continued_from_there(
-    make: type[Tokenizer], begun: int, live: bool
+    make: Callable[[], Tokenizer], begun: int, live: bool
 ) -> None:
     tokenizer = make()
     engine = Engine(random_gpt(tokenizer), tokenizer)
@@ -185,7 +187,7 @@ def test_tokenizers_without_bytes_have_nothing_to_mask() -> None:
 
 def test_a_vocabulary_that_cannot_end_a_character_never_begins_one() -> None:
     # Byte-level by its decoder, with the lead byte of a character and nothing to follow it.
-    odd = train_bpe([], 257).parts()
+    odd: dict[str, Any] = {**train_bpe([], 257).parts()}
     vocab = {"a": 0, "\u00ed": 1, "<|endoftext|>": 2}
     odd["model"] |= {"vocab": vocab, "merges": []}
     odd["added_tokens"][0]["id"] = 2

@@ -26,6 +26,7 @@ from tests.damage import (
     NO_JSON,
     Damage,
     assert_a_sentence,
+    both,
     cut,
     fields,
     flipped,
@@ -115,10 +116,6 @@ def rewritten(change: Callable[[pa.Table], pa.Table]) -> Damage:
     return lambda out: parquet.write_table(change(parquet.read_table(out / FIRST)), out / FIRST)
 
 
-def both(*damages: Damage) -> Damage:
-    return lambda out: [damage(out) for damage in damages]
-
-
 def staged(damage: Callable[[str], Damage]) -> Damage:
     """Damage the staged input of the second part."""
 
@@ -137,11 +134,8 @@ def linked(name: str) -> Damage:
 
 RIGHT: dict[str, Damage] = {
     "nothing": lambda out: None,
-    **{f"staged part cut to {n}0 %": staged(lambda name, n=n: cut(name, n)) for n in (0, 2, 5, 9)},
-    **{
-        f"staged bit at {n}0 %": staged(lambda name, n=n: flipped(name, n))
-        for n in (0, 2, 3, 5, 8, 10)
-    },
+    **{f"staged part cut to {n}0 %": staged(partial(cut, tenth=n)) for n in (0, 2, 5, 9)},
+    **{f"staged bit at {n}0 %": staged(partial(flipped, tenth=n)) for n in (0, 2, 3, 5, 8, 10)},
     "staged part gone": staged(gone),
     "staged part a pipe": staged(pipe_at),
     "staged part a dead link": staged(partial(link_at, target="nowhere")),

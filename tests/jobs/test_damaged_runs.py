@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from tests.damage import (
     NO_JSON,
     Damage,
     assert_a_sentence,
+    both,
     cut,
     fields,
     file_at,
@@ -109,22 +109,24 @@ def changed(name: str, change: Callable[[bytes], bytes]) -> Damage:
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def manifest(files: Any, version: Any = 1) -> Damage:
+def manifest(files: object, version: object = 1) -> Damage:
     return text(MANIFEST, json.dumps({"format": version, "files": files}))
 
 
 ENTRY = {"size": 1, "sha256": "x"}
 # Entries and values that no writer of these files ever made.
+WRONG_FILES: list[object] = [
+    [], {}, None, "x", 1, ["trainer.json"], {"trainer.json": 1}, {"trainer.json": {}},
+    {"trainer.json": {"size": 1}}, {"trainer.json": {"size": "1", "sha256": 1}},
+    {"a\0b": ENTRY}, {"\ud800": ENTRY}, {"../../../tiny.txt": ENTRY}, {"x" * 5000: ENTRY},
+]  # fmt: skip
+WRONG_FORMATS: list[object] = ["1", 2, None, []]
 MANIFESTS: dict[str, Damage] = {
     **{f"manifest {name}": text(MANIFEST, raw) for name, raw in NO_JSON.items()},
     **{
-        f"manifest files {files!r:.20}": manifest(files)
-        for files in ([], {}, None, "x", 1, ["trainer.json"], {"trainer.json": 1},
-                      {"trainer.json": {}}, {"trainer.json": {"size": 1}},
-                      {"trainer.json": {"size": "1", "sha256": 1}}, {"a\0b": ENTRY},
-                      {"\ud800": ENTRY}, {"../../../tiny.txt": ENTRY}, {"x" * 5000: ENTRY})
+        f"manifest files {files!r:.20}": manifest(files) for files in WRONG_FILES
     },
-    **{f"manifest format {one!r}": manifest({}, one) for one in ("1", 2, None, [])},
+    **{f"manifest format {one!r}": manifest({}, one) for one in WRONG_FORMATS},
     "manifest nan": text(MANIFEST, '{"format": NaN, "files": {}}'),
     "manifest is gone": gone(MANIFEST),
     "manifest is a folder": folder_at(MANIFEST),
@@ -159,7 +161,7 @@ FLIPS: dict[str, Damage] = {
     for tenth in (0, 3, 7, 10)
 }  # fmt: skip
 CHECKPOINTS: dict[str, Damage] = {
-    "newest empty": lambda run: (gone(NEW)(run), (run / NEW).mkdir()),
+    "newest empty": folder_at(NEW),
     "newest is a file": file_at(NEW),
     "newest is a dead link": link_at(NEW, "nowhere"),
     "newest moved, a link in its place": lambda run: (
@@ -175,9 +177,7 @@ CHECKPOINTS: dict[str, Damage] = {
         run / "checkpoint_\u0660\u0660\u0660\u0660\u0660\u0664"
     ),
     "a pickle in it": text(f"{NEW}/optimizer.pt", b"\x80\x04."),
-    "one set aside before": lambda run: (
-        (run / f"{NEW}.damaged-1").mkdir(), text(f"{NEW}/{TRAINER}", "{")(run)
-    ),
+    "one set aside before": both(folder_at(f"{NEW}.damaged-1"), text(f"{NEW}/{TRAINER}", "{")),
     "a draft that is a file": text(".checkpoint_000006.tmp", "x"),
     "a draft that is a link": link_at(".checkpoint_000006.tmp", "../../precious"),
     "an old one left": lambda run: shutil.copytree(run / OLD, run / ".checkpoint_000002.old"),
@@ -205,7 +205,7 @@ BESIDE: dict[str, Damage] = {
     "metrics CRLF": changed(METRICS, lambda b: b.replace(b"\n", b"\r\n")),
     "model is a file": file_at("model"),
     "model is gone": gone("model"),
-    "model is empty": lambda run: [path.unlink() for path in (run / "model").iterdir()],
+    "model is empty": folder_at("model"),
     "a draft of the model is a file": lambda run: (
         gone("model")(run), text(".model.tmp", "x")(run)
     ),

@@ -180,7 +180,8 @@ def test_any_text_is_scored_by_a_folder_that_is_no_run(
 @torch.no_grad()
 def plain_loss(folder: Path, tokens: list[int], block: int, stride: int) -> float:
     """What a loop over transformers' own model gives, a window at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    model.eval()
     losses: list[float] = []
     for begin in range(0, len(tokens) - 1, stride):
         end = min(begin + block, len(tokens) - 1)

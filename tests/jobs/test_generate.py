@@ -213,7 +213,7 @@ def test_a_finished_output_is_left_alone_but_for_a_file_that_is_gone(
 def test_a_renamed_input_and_a_dry_run_change_nothing(
     finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    renamed = shutil.copy(prompts, tmp_path / "renamed.jsonl")
+    renamed = Path(shutil.copy(prompts, tmp_path / "renamed.jsonl"))
     before = {path: path.stat().st_mtime_ns for path in finished[0].iterdir()}
     config = config_of(model_dir, renamed, finished[0])
     assert generate(config)["rows"] == ROWS
@@ -286,7 +286,7 @@ def test_a_model_with_damaged_weights_fails_the_job(
     tokenizer = small_tokenizer()
     model = random_gpt(tokenizer)
     with torch.no_grad():
-        model.transformer.ln_f.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
+        model.transformer.ln_f.weight.fill_(float("nan"))  # type: ignore[operator]
     save_pretrained(model, tmp_path / "m", eos_token_id=tokenizer.eos_id)
     tokenizer.save(tmp_path / "m")
     with pytest.raises(UserError, match="ln_f.weight is not finite: the weights are damaged"):

@@ -137,6 +137,13 @@ NUMBERS: dict[str, list[Any]] = {
     "activation_function": [["x"], {}, "relu", "x" * 10_000],
     "tie_word_embeddings": [False, "no", []],
 }
+WRONG_INDICES: dict[str, object] = {
+    "list": ["x"], "null": None, "empty": {}, "of lists": {"a": ["x"]},
+    "of objects": {"a": {}}, "of mixed kinds": {"a": "x", "b": 1}, "of nulls": {"a": None},
+    "parent": {"a": "../other.safetensors"}, "absolute": {"a": "/etc/passwd"},
+    "dots": {"a": ".."}, "no name": {"a": ""}, "nul": {"a": "x\0.safetensors"},
+    "long": {"a": "x" * 5000 + ".safetensors"}, "missing": {"a": "gone.safetensors"},
+}  # fmt: skip
 REFUSED: dict[str, Damage] = {
     **{f"{CONFIG} {name}": text(CONFIG, raw) for name, raw in NO_JSON.items()},
     **{
@@ -178,13 +185,7 @@ REFUSED: dict[str, Damage] = {
     ),
     **{
         f"index {name}": index(value)
-        for name, value in {
-            "list": ["x"], "null": None, "empty": {}, "of lists": {"a": ["x"]},
-            "of objects": {"a": {}}, "of mixed kinds": {"a": "x", "b": 1}, "of nulls": {"a": None},
-            "parent": {"a": "../other.safetensors"}, "absolute": {"a": "/etc/passwd"},
-            "dots": {"a": ".."}, "no name": {"a": ""}, "nul": {"a": "x\0.safetensors"},
-            "long": {"a": "x" * 5000 + ".safetensors"}, "missing": {"a": "gone.safetensors"},
-        }.items()
+        for name, value in WRONG_INDICES.items()
     },
     "shard is a pipe": shard(pipe_at("s.safetensors")),
     "shard is endless": shard(link_at("s.safetensors", "/dev/zero")),

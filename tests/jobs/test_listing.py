@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,16 +15,17 @@ from gptray.config import Config, dump, load_config, override
 from gptray.jobs.run_folder import held
 from gptray.jobs.runs.listing import Listed, listed
 from gptray.model.example import save_example
+from gptray.record import Event
 from tests.reports.curves import config_of, rows_of, started, write_run
 from tests.tuning.sweeps import cut, sweep_config, trained, write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERFITTED = [4.0, 3.0, 2.5, 2.2, 2.05, 2.0, 2.01, 2.1, 2.2, 2.3, 2.4, 2.5]
 FALLING = [6.0, 5.0, 4.2, 3.6, 3.1, 2.7, 2.4, 2.2]
-END = {"event": "end", "time": 90.0, "stopped": "max_steps"}
+END: Event = {"event": "end", "time": 90.0, "stopped": "max_steps"}
 
 
-def made(folder: Path, losses: list[float], *events: dict[str, Any], model: bool = True) -> Path:
+def made(folder: Path, losses: list[float], *events: Event, model: bool = True) -> Path:
     folder.mkdir(parents=True)
     rows = rows_of(losses)
     config = config_of(rows, "train.patience=5")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from gptray.serving.endpoint import Served
 from gptray.serving.protocol import CompletionRequest, parse_request
 
 PROMPTS = ["the cat", "a dog", "", "the cat"]
+MISSPELT: dict[str, Any] = {"precison": "fp32"}
 SETTINGS: Settings = {"max_new_tokens": 12, "temperature": 1.3, "seed": 5, "top_k": None}
 
 
@@ -64,8 +66,8 @@ def test_the_endpoint_gives_the_same_text_for_the_same_seed(llm: LLM, model_dir:
             with completion.accept(config.serve) as accepted:
                 deadline = asyncio.get_running_loop().time() + 60
                 parts = [p async for p in completion.run(accepted, deadline, lambda update: None)]
-            text: str = completion.whole(parts)["choices"][0]["text"]
-            return text
+            whole: Any = completion.whole(parts)
+            return str(whole["choices"][0]["text"])
         finally:
             served.thread.close()
 
@@ -75,7 +77,8 @@ def test_the_endpoint_gives_the_same_text_for_the_same_seed(llm: LLM, model_dir:
 
 def test_a_seed_draws_a_text_again_for_its_prompt_alone(llm: LLM) -> None:
     for output in llm.generate(PROMPTS, **SETTINGS):
-        again = llm.generate(output.prompt, **{**SETTINGS, "seed": output.seed})
+        settings: Settings = {**SETTINGS, "seed": output.seed}
+        again = llm.generate(output.prompt, **settings)
         assert again == [output]
 
 
@@ -87,6 +90,7 @@ def test_pieces_of_a_stream_are_the_text_also_beside_others(llm: LLM) -> None:
     assert first and "".join([first, *stream]) == whole.text
     assert other == llm.generate("a dog", **SETTINGS)
     left = llm.stream("the cat", **SETTINGS)
+    assert isinstance(left, Generator)
     next(left)
     left.close()
     assert llm.generate(["the cat"], **SETTINGS) == [whole]
@@ -119,7 +123,7 @@ def test_defaults_are_the_configs(llm: LLM) -> None:
         (lambda llm: llm.generate("a", temperature=-1), "sample.temperature: must be at least 0"),
         (lambda llm: llm.generate("a", top_k="5"), "sample.top_k: expects a whole number or null"),
         (lambda llm: llm.generate(["a", 3]), "prompts[1] must be a string, got int"),
-        (lambda llm: LLM("a", precison="fp32"), "precison; did you mean precision?"),
+        (lambda llm: LLM("a", **MISSPELT), "precison; did you mean precision?"),
         (lambda llm: LLM("a", precision="fp16"), "generate.precision: expects auto, fp32 or bf16"),
         (lambda llm: LLM("./nowhere"), "generate.model=./nowhere: no such folder"),
     ],
@@ -145,7 +149,7 @@ def test_every_public_name_is_there_and_typed() -> None:
     assert {name for name in gptray.__all__ if getattr(gptray, name, None) is None} == set()
     assert set(gptray.__all__) <= set(dir(gptray))
     with pytest.raises(AttributeError, match="no attribute 'Model'"):
-        gptray.Model  # noqa: B018
+        getattr(gptray, "Model")  # noqa: B009
     assert Options.__annotations__.keys() == {
         "storage_path", "precision", "quantize", "use_gpu", "backend", "max_batch_size",
     }  # fmt: skip

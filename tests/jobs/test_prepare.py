@@ -117,12 +117,14 @@ def test_book_beside_a_readme_gives_the_shares_asked_for(ray_cluster: None, tmp_
     write_bytes(folder / "book.txt", "".join(TEXTS * 5).encode())
     write_bytes(folder / "README.md", b"# About the book\n" * 30)
     for seed in (1, 2):
-        result = run(check(config_for(folder, tmp_path, split=[0.9, 0.1], seed=seed)))
+        result: dict[str, Any] = run(
+            check(config_for(folder, tmp_path, split=[0.9, 0.1], seed=seed))
+        )
         total = sum(result["bytes"].values())
         assert result["bytes"]["val"] / total == pytest.approx(0.1, abs=0.02)
         assert sum(result["split_documents"].values()) == 3
         assert len(result["warnings"]) == 1  # of the markers in TEXTS
-    with_test = run(check(config_for(folder, tmp_path, split="80:10:10", seed=2)))
+    with_test: dict[str, Any] = run(check(config_for(folder, tmp_path, split="80:10:10", seed=2)))
     assert with_test["bytes"]["val"] == result["bytes"]["val"]
     rows = dict(plan(check(config_for(folder, tmp_path, split="80:10:10", seed=2))))
     assert rows["source"] == "2 files, 0.0 MB: train 80.0%, val 10.0%, test 10.0%"
@@ -305,7 +307,7 @@ def test_what_a_tokenizer_loses_is_counted_told_and_kept(
     name = str(foreign.save(foreign.wordpiece(), tmp_path / "bert"))
     config = config_for(rows, tmp_path, tokenizer=name, eos_token="[SEP]", split=[0.5, 0.5])
     with caplog.at_level(logging.WARNING, "gptray"):
-        line = run(check(config))
+        line: dict[str, Any] = run(check(config))
         run(check(config))  # told each time
     data = check_text(config).data
     assert data

@@ -33,7 +33,7 @@ def swept(folder: Path, *overrides: str, space: Sequence[dict[str, Any]] = ()) -
 def test_json_and_headline_say_what_the_winner_has_seen(tmp_path: Path) -> None:
     part = {"path": "data.fraction", "choice": [0.05]}
     folder = swept(tmp_path / "part", "train.patience=null", space=[part])
-    line = outcome(load_sweep(folder))
+    line: dict[str, Any] = outcome(load_sweep(folder))
     step = line["best_step"]
     assert line["best_tokens"] == step * 16 * 128
     assert line["best_epochs"] == pytest.approx(step / 100)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,9 +87,10 @@ def test_run_folder_has_what_is_promised(finished: tuple[Path, dict[str, object]
 
 def test_model_folder_opens_in_transformers(finished: tuple[Path, dict[str, object]]) -> None:
     folder = str(finished[1]["model_dir"])
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, trust_remote_code=False
     )
+    model, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     text = "the old king sees a dog.\n"

@@ -16,7 +16,7 @@ from gptray.jobs.tune.suggestions import Suggestions
 from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.trials import Rungs
 from gptray.jobs.tune.worker import run_trial
-from gptray.record import METRICS
+from gptray.record import METRICS, MetricsRow
 from gptray.tuning.sweep_record import Record, Trial, load_trials, trial_dir
 
 # Rungs at steps 10 and 30.
@@ -28,7 +28,9 @@ CONFIG = override(
 def past(
     name: str, *scores: float, outcome: str | None = "finished", of: str | None = None
 ) -> Trial:
-    rows = [{"step": 5 * n, "val_bpb": score} for n, score in enumerate(scores, start=1)]
+    rows: list[MetricsRow] = [
+        {"step": 5 * n, "val_bpb": score} for n, score in enumerate(scores, start=1)
+    ]
     return Trial(name, {}, 60, of, outcome, True, 5 * len(rows), None, rows)
 
 
@@ -113,14 +115,14 @@ def test_optuna_suggests_what_goes_together_and_learns_on(
     record = Record(tmp_path)
     suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
     planned = [one for one in (suggestions.suggest() for _ in range(3)) if one]
-    for one in planned:
-        finish(one.name, suggestions, record)
+    for plan in planned:
+        finish(plan.name, suggestions, record)
     before = [(one.values, one.point) for one in load_trials(tmp_path)]
     record = Record(tmp_path)
     suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
-    while one := suggestions.suggest():
-        planned.append(one)
-        finish(one.name, suggestions, record)
+    while following := suggestions.suggest():
+        planned.append(following)
+        finish(following.name, suggestions, record)
     trials = load_trials(tmp_path)
     assert (
         len(trials) == 10 and [(one.values, one.point) for one in trials][: len(before)] == before
@@ -171,4 +173,4 @@ def test_a_trial_whose_text_is_gone_may_run_again(tmp_path: Path) -> None:
     run = TrainTask(CONFIG, tmp_path / "gone", tmp_path, threads=1)
     result = run_trial(TrialTask("0000", run, is_cut=True))
     assert (result["outcome"], result["passing"]) == ("failed", True)
-    assert "manifest.json cannot be read" in result["message"]
+    assert "manifest.json cannot be read" in str(result["message"])

@@ -178,10 +178,10 @@ def test_trials_that_could_not_write_run_again_before_anything_wins(
     with pytest.raises(RunFailed, match=message):
         tune(config)
     assert load_sweep(folder).winner is None and not (folder / "best.yaml").exists()
-    others = tune(override(config, {"tune.retry_failed": False}))
+    others: dict[str, Any] = tune(override(config, {"tune.retry_failed": False}))
     assert others["outcomes"]["failed"] == 1 and others["best_trial"] != "0001"
     in_the_way.unlink()
-    again = tune(config)
+    again: dict[str, Any] = tune(config)
     assert again["outcomes"]["failed"] == 0 and again["trials"] == 3
     more = tune(override(config, {"tune.num_samples": 3}))
     trials = load_trials(folder)
@@ -197,7 +197,8 @@ def test_a_trial_of_two_workers_runs_to_its_end(
     space = [{"path": "model.dropout", "choice": [0.2]}]
     keys = ("compute.num_workers=2", "train.max_steps=10")
     config = sweep_config(text_file, data_root, "two", *keys, space=space, baseline=False)
-    assert tune(config)["outcomes"]["finished"] == 1
+    done: dict[str, Any] = tune(config)
+    assert done["outcomes"]["finished"] == 1
     folder = data_root / "two"
     (trial,) = load_trials(folder)
     assert trial.step == 10

@@ -133,7 +133,7 @@ def test_dropout_is_the_files_or_the_callers(tmp_path: Path) -> None:
 
 def test_shape_is_read_from_config_alone(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    shape = read_shape(folder)
+    shape = dict(read_shape(folder))
     expected = {**SHAPES[1], "vocab_size": VOCAB_SIZE, "norm": "layernorm", "residual": True}
     assert {key: shape[key] for key in expected} == expected
 

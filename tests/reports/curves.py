@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from gptray.config import Config, dump, load_config
+from gptray.record import Event, MetricsRow
 
-Rows = list[dict[str, Any]]
+Rows = list[MetricsRow]
 
 
 def rows_of(val: Sequence[float], train: Sequence[float] | None = None, every: int = 10) -> Rows:
@@ -46,7 +46,7 @@ def config_of(rows: Rows, *overrides: str) -> Config:
     return load_config(None, [f"{key}={value}" for key, value in values.items()])
 
 
-def started(step: int = 0, *, time: float = 0.0, parameters: int = 1_000_000) -> dict[str, Any]:
+def started(step: int = 0, *, time: float = 0.0, parameters: int = 1_000_000) -> Event:
     return {
         "event": "start",
         "time": time,
@@ -60,15 +60,16 @@ def started(step: int = 0, *, time: float = 0.0, parameters: int = 1_000_000) ->
     }
 
 
-def evaluated(step: int, samples: Sequence[Sequence[str]], *, time: float = 0.0) -> dict[str, Any]:
+def evaluated(step: int, samples: list[list[str]], *, time: float = 0.0) -> Event:
     return {"event": "evaluated", "time": time, "step": step, "best": False, "samples": samples}
 
 
-def write_run(folder: Path, rows: Rows, events: Sequence[dict[str, Any]], config: Config) -> Path:
+def write_run(folder: Path, rows: Rows, events: Sequence[Event], config: Config) -> Path:
     """A run folder as the training job leaves it, as far as a report reads it."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(dump(config))
-    for name, lines in (("metrics", rows), ("events", events)):
+    files: dict[str, Sequence[Mapping[str, object]]] = {"metrics": rows, "events": events}
+    for name, lines in files.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text)
     return folder

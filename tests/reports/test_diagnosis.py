@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from gptray.record import Event
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import diagnose, turning_point
 from gptray.reports.run.sentence import sentence
@@ -88,7 +89,7 @@ def test_event_of_the_end_outweighs_what_the_rows_suggest() -> None:
     rows = rows_of(OVERFIT)
     # min_delta: patience ran out although the last evaluation was a new best.
     config = config_of(rows, "train.max_steps=900", "train.patience=3", "train.min_delta=0.1")
-    ended = {"event": "end", "time": 9.0, "stopped": "patience"}
+    ended: Event = {"event": "end", "time": 9.0, "stopped": "patience"}
     assert diagnose(rows[:6], config, [started(), ended]).ended == "patience"
     assert diagnose(rows[:6], config, [started(), ended, started(60)]).ended is None
 
@@ -174,7 +175,7 @@ def test_training_loss_that_rises_along_is_instability_not_overfitting() -> None
 def test_a_number_that_was_not_finite_is_told() -> None:
     rows = rows_of(FALLING)
     config = config_of(rows, "train.max_steps=900")
-    ended = {"event": "end", "time": 9.0, "stopped": "non_finite"}
+    ended: Event = {"event": "end", "time": 9.0, "stopped": "non_finite"}
     diagnosis = diagnose(rows, config, [started(), ended])
     assert diagnosis.verdict == "unstable"
     assert "training stopped after step 80" in sentence(diagnosis, config)

@@ -12,10 +12,18 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from gptray.commands import retyped
 from gptray.config import Config, RunFailed
+from gptray.data.data_manifest import (
+    DataManifest,
+    Provenance,
+    ShardEntry,
+    SourceEntry,
+    SplitEntry,
+    TokenizerEntry,
+)
 from gptray.data.difference import Lost
 from gptray.data.fallback import fallback_warning, token_measures, token_words
 from gptray.data.publish import building
@@ -44,7 +52,7 @@ PIECE_BYTES = 16 << 20  # of text per task
 SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
 
 
-def run(checked: CheckedText) -> dict[str, Any]:
+def run(checked: CheckedText) -> dict[str, object]:
     """Prepare a text; return the JSON line: what there is now, and how fast it was made.
 
     `seconds` and `mb_per_sec` (null when nothing had to be built) count from the end of the check.
@@ -132,7 +140,7 @@ def _build(
         if file.changed():
             raise RunFailed(f"{file.name} changed while it was being prepared; start again")
     splits = _number_shards(folder, request.split_names, split_plan, shards)
-    manifest: dict[str, Any] = {
+    manifest: DataManifest = {
         **_provenance(request, [source for source, _ in texts], split_plan, scans),
         "tokenizer": _describe(request, tokenizer, shards),
         "dtype": shard_dtype(tokenizer.vocab_size),
@@ -164,11 +172,11 @@ def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]
 
 def _provenance(
     request: Request, sources: Sequence[Source], plan: SplitPlan, scans: Sequence[UnitScan]
-) -> dict[str, Any]:
+) -> Provenance:
     """Where the tokens come from: sources, split and counts."""
     sha256 = {name: digest for unit in scans for name, digest in unit.sha256.items()}
     named = {file for source, _ in request.sources for file in source.files}
-    files = {
+    files: dict[str, list[SourceEntry]] = {
         source.key.removeprefix("data."): [
             {
                 "path": file.name if file in named else BUILTIN,
@@ -183,7 +191,8 @@ def _provenance(
         "format": FORMAT_VERSION,
         "request": request.identity,
         "sources": files.pop(sources[0].key.removeprefix("data.")),
-        **files,
+        # The keys val_source and test_source, as far as they are there.
+        **cast(Provenance, files),
         "split": {
             "fractions": list(request.split),
             "cut_documents": plan.cut_documents,
@@ -198,7 +207,7 @@ def _provenance(
 
 def _describe(
     request: Request, tokenizer: Tokenizer, units: Sequence[dict[int, Shard]]
-) -> dict[str, Any]:
+) -> TokenizerEntry:
     """The tokenizer, and what it loses of the text."""
     lost = Lost.joined(shard.lost for unit in units for shard in unit.values())
     return {
@@ -213,11 +222,11 @@ def _describe(
 
 def _number_shards(
     folder: Path, names: Sequence[str], plan: SplitPlan, units: Sequence[dict[int, Shard]]
-) -> dict[str, Any]:
+) -> dict[str, SplitEntry]:
     """Give the tasks' files their final names, in corpus order, and list them by split."""
-    splits = {}
+    splits: dict[str, SplitEntry] = {}
     for label, documents in enumerate(plan.documents):
-        entries: list[dict[str, Any]] = []
+        entries: list[ShardEntry] = []
         for shard in (unit[label] for unit in units if label in unit):
             name = f"{names[label]}-{len(entries):05d}.bin"
             (folder / shard.file).rename(folder / name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from gptray.data.builtin import builtin_documents
+from gptray.data.data_manifest import SplitEntry
 from gptray.data.pieces import Reading, plan_pieces
 from gptray.data.request import Request
 from gptray.data.shares import marker_warning, separator_warning, share_warnings
@@ -57,7 +57,7 @@ def scan_and_plan(
 
 
 def text_warnings(
-    request: Request, plan: SplitPlan, scans: Sequence[UnitScan], splits: dict[str, Any]
+    request: Request, plan: SplitPlan, scans: Sequence[UnitScan], splits: Mapping[str, SplitEntry]
 ) -> list[str]:
     """What is odd about the text and its split; logged, and kept for reports."""
     (source, shares), *_ = request.sources

@@ -9,10 +9,10 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from gptray.config import Config, RunFailed, UserError, load_saved
 from gptray.config.names import PREPARED
@@ -21,7 +21,7 @@ from gptray.jobs.models import CONFIG, has_model, storage_of
 from gptray.jobs.next_steps import of_model
 from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import LOCK
-from gptray.record import EVENTS, METRICS, read_rows
+from gptray.record import METRICS, Event, MetricsRow, read_events, read_metrics
 from gptray.reports.run.diagnosis import Diagnosis, diagnose
 from gptray.tuning.sweep_record import TRIALS, Trial, load_trials, trial_dir, winner_dir
 
@@ -49,9 +49,22 @@ class Listed:
     next: str = ""
     problem: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
         return asdict(self)
+
+
+class Facts(TypedDict, total=False):
+    """What a folder's own files tell: fields of `Listed`."""
+
+    state: str
+    verdict: str
+    step: int | None
+    val_loss: float | None
+    val_bpb: float | None
+    parameters: int | None
+    next: str
+    problem: str
 
 
 def listed(config: Config) -> list[Listed]:
@@ -75,7 +88,7 @@ def _listed(folder: Path) -> Listed:
         size, changed = _size(folder)
     except OSError as error:
         return Listed(name, path, kind, problem=f"cannot be read: {error.strerror}")
-    facts: dict[str, Any] = {}
+    facts: Facts = {}
     try:
         facts = _READERS[kind](folder)
     except (UserError, RunFailed) as error:
@@ -106,9 +119,9 @@ def _size(folder: Path) -> tuple[int, float]:
     return size, changed
 
 
-def _run(folder: Path) -> dict[str, Any]:
+def _run(folder: Path) -> Facts:
     config = load_saved(folder / CONFIG)
-    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    rows, events = read_metrics(folder), read_events(folder)
     diagnosis = diagnose(rows, config, events)
     state = _state(folder, diagnosis, events)
     best = min((row for row in rows if "val_loss" in row), key=_val_loss, default=None)
@@ -132,12 +145,13 @@ def _run(folder: Path) -> dict[str, Any]:
     }
 
 
-def _sweep(folder: Path) -> dict[str, Any]:
+def _sweep(folder: Path) -> Facts:
     trials, winner = load_trials(folder), winner_dir(folder)
     ended = sum(trial.outcome is not None for trial in trials)
-    facts: dict[str, Any] = {"next": command("tune", load_saved(folder / CONFIG), folder)}
+    facts: Facts = {"next": command("tune", load_saved(folder / CONFIG), folder)}
     if _is_held(folder):
-        facts |= {"state": f"running, {ended} of {len(trials)} trials", "next": ""}
+        facts["state"] = f"running, {ended} of {len(trials)} trials"
+        facts["next"] = ""
     elif winner is None:
         facts["state"] = f"interrupted, {ended} of {len(trials)} trials"
     else:
@@ -147,14 +161,15 @@ def _sweep(folder: Path) -> dict[str, Any]:
         best = winner or trial_dir(folder, min(scored, key=_best_bpb).name)
         of_best = _run(best)
         word = "trial" if winner is None else "winner"
-        facts |= {key: of_best[key] for key in ("step", "val_loss", "val_bpb", "parameters")}
+        facts["step"], facts["parameters"] = of_best["step"], of_best["parameters"]
+        facts["val_loss"], facts["val_bpb"] = of_best["val_loss"], of_best["val_bpb"]
         facts["verdict"] = f"{word} {best.name} {of_best['verdict']}"
     if winner and has_model(folder):
         facts["next"] = of_model(folder)["generate"]
     return facts
 
 
-def _evaluation(folder: Path) -> dict[str, Any]:
+def _evaluation(folder: Path) -> Facts:
     evaluation = load_evaluation(folder)
     assert evaluation
     split = evaluation["splits"]["val"] or evaluation["splits"]["test"]
@@ -166,7 +181,7 @@ def _evaluation(folder: Path) -> dict[str, Any]:
     }
 
 
-def _other(folder: Path) -> dict[str, Any]:
+def _other(folder: Path) -> Facts:
     if (folder / METRICS).exists():
         return {"problem": f"a run without its {CONFIG}"}
     if has_model(folder):
@@ -174,7 +189,7 @@ def _other(folder: Path) -> dict[str, Any]:
     return {"problem": f"not a run: it has no {CONFIG}"}
 
 
-_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+_READERS: dict[str, Callable[[Path], Facts]] = {
     "run": _run,
     "sweep": _sweep,
     "evaluation": _evaluation,
@@ -182,7 +197,7 @@ _READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def _state(folder: Path, diagnosis: Diagnosis, events: Sequence[Mapping[str, Any]]) -> str:
+def _state(folder: Path, diagnosis: Diagnosis, events: Sequence[Event]) -> str:
     if _is_held(folder):
         return "training"
     if diagnosis.ended is None:
@@ -224,8 +239,8 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _val_loss(row: Mapping[str, Any]) -> float:
-    return float(row["val_loss"])
+def _val_loss(row: MetricsRow) -> float:
+    return row["val_loss"]
 
 
 def _best_bpb(trial: Trial) -> float:

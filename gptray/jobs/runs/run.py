@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gptray.config import Config
 from gptray.jobs.base import Job, Plan
@@ -31,7 +30,7 @@ def plan(checked: CheckedRuns) -> Plan:
     return [("runs", f"{len(checked.runs)} in {checked.storage_path}; the list changes nothing")]
 
 
-def run(checked: CheckedRuns) -> dict[str, Any]:
+def run(checked: CheckedRuns) -> dict[str, object]:
     """Print the list; return it."""
     write_out(table_of(checked.runs))
     return {"runs": [one.to_json() for one in checked.runs]}

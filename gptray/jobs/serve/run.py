@@ -12,7 +12,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.jobs.base import Job
@@ -44,7 +43,7 @@ OPEN_PORT = (
 )
 
 
-def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
+def serve(config: Config, *, answers: Callable[[dict[str, object]], None]) -> None:
     """Serve until SIGTERM or Ctrl-C, then let running requests finish.
 
     answers: is given the JSON line's facts as soon as the endpoint generates.
@@ -54,7 +53,7 @@ def serve(config: Config, *, answers: Callable[[dict[str, Any]], None]) -> None:
     run(check(config), answers=answers)
 
 
-def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, Any]], None]) -> None:
+def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None]) -> None:
     """Serve as `serve` does."""
     config, model = with_built_backend(checked.asked, checked.config), checked.model
     url = endpoint_url(config)

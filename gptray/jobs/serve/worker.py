@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptray.config import Config, override
 from gptray.jobs.engine_backend import with_backend
@@ -24,7 +24,7 @@ ONGOING_REQUESTS, QUEUED_REQUESTS, QUEUED_RETRY_S = 20_000, 2_000, 10
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S, METRICS_S = 1.0, 30.0, 5.0
 
 
-def application(args: Mapping[str, Any]) -> Any:
+def application(args: Mapping[str, object]) -> object:
     """The Serve application of a config file: args are keys of the config, dotted.
 
     The model and its name come as the deployment's user_config. Raises ConfigError, UserError.
@@ -32,12 +32,12 @@ def application(args: Mapping[str, Any]) -> Any:
     return bound(with_backend(override(Config(), args)), None)
 
 
-def bound(config: Config, model: Mapping[str, str] | None) -> Any:
+def bound(config: Config, model: Mapping[str, str] | None) -> object:
     """The application as a config wants it; model: the user_config of its deployment."""
     from ray import serve
 
     settings, reserved = config.serve, worker_resources(replicas_compute(config))
-    scaling: dict[str, Any] = {"num_replicas": settings.num_replicas}
+    scaling: dict[str, object] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas:
         scaling = {
             "autoscaling_config": {

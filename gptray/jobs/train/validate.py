@@ -10,7 +10,6 @@ from __future__ import annotations
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch
@@ -30,7 +29,7 @@ from gptray.training.validation import score_checkpoint
 WAIT_S = 30.0
 
 
-def validate(checkpoint: Path, task: TrainTask) -> dict[str, Any]:
+def validate(checkpoint: Path, task: TrainTask) -> dict[str, object]:
     """Score a checkpoint and sample from it, in a Ray task.
 
     What goes wrong is a result as well, for the training workers to raise: Ray would only log it.
@@ -42,7 +41,7 @@ def validate(checkpoint: Path, task: TrainTask) -> dict[str, Any]:
     return {"failure": asdict(outcome)} if isinstance(outcome, Failure) else outcome
 
 
-def _scored(checkpoint: Path, task: TrainTask) -> dict[str, Any]:
+def _scored(checkpoint: Path, task: TrainTask) -> dict[str, object]:
     config = task.config
     torch.set_num_threads(task.threads)
     data = TokenData.open(task.data_dir)

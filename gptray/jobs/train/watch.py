@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Generic, TypeVar, cast
 
 from rich.progress import Progress, TaskID
 
@@ -25,8 +25,10 @@ from gptray.record import (
     EVENTS,
     METRIC_FIELDS,
     METRICS,
+    Event,
+    MetricsRow,
     parse_row,
-    read_rows,
+    read_events,
 )
 from gptray.stored import Unreadable
 from gptray.wording import perplexity
@@ -34,12 +36,14 @@ from gptray.wording import perplexity
 log = logging.getLogger("gptray")
 POLL_S = 0.2
 
+T = TypeVar("T")
 
-class _Tail:
+
+class _Tail(Generic[T]):
     """The rows that a JSON-lines file has got since the last look; a replaced file starts anew."""
 
-    def __init__(self, path: Path, *, from_end: bool) -> None:
-        self._path = path
+    def __init__(self, path: Path, parse: Callable[[bytes], T], *, from_end: bool) -> None:
+        self._path, self._parse = path, parse
         # Held open, since the next file might get the number of one that is gone.
         self._file: BinaryIO | None = None
         self._offset, self._told = 0, False
@@ -47,7 +51,7 @@ class _Tail:
             self._file = path.open("rb")
             self._offset = self._file.seek(0, os.SEEK_END)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[T]:
         if not self._path.exists():
             return []
         if not self._file or not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
@@ -58,11 +62,10 @@ class _Tail:
         self._offset += len(whole) + len(newline)
         return [row for line in whole.split(b"\n") if line and (row := self._row(line))]
 
-    def _row(self, line: bytes) -> dict[str, Any] | None:
+    def _row(self, line: bytes) -> T | None:
         """The row in a line; None if it is damaged, which is logged once."""
-        fields = METRIC_FIELDS if self._path.name == METRICS else EVENT_FIELDS
         try:
-            return parse_row(line, fields)
+            return self._parse(line)
         except Unreadable as error:
             if not self._told:
                 log.warning("%s has a damaged line: %s", self._path, error)
@@ -74,11 +77,19 @@ class _Tail:
             self._file.close()
 
 
+def _metrics_row(line: bytes) -> MetricsRow:
+    return cast(MetricsRow, parse_row(line, METRIC_FIELDS))
+
+
+def _event(line: bytes) -> Event:
+    return cast(Event, parse_row(line, EVENT_FIELDS))
+
+
 class _Watch:
     def __init__(self, run_dir: Path, max_steps: int, on_evaluation: Callable[[], object]) -> None:
         self._on_evaluation = on_evaluation
-        self._metrics = _Tail(run_dir / METRICS, from_end=False)
-        self._events = _Tail(run_dir / EVENTS, from_end=True)
+        self._metrics = _Tail(run_dir / METRICS, _metrics_row, from_end=False)
+        self._events = _Tail(run_dir / EVENTS, _event, from_end=True)
         self._max_steps = max_steps
         self._shown = -1  # the last step shown; rows up to here are history
         self._scored: int | None = None  # the last step whose score was seen
@@ -132,7 +143,7 @@ class _Watch:
         if self._bar:
             self._bar.stop()
 
-    def _start(self, event: dict[str, Any]) -> None:
+    def _start(self, event: Event) -> None:
         workers = f"{event['workers']} worker" + ("s" if event["workers"] > 1 else "")
         begins = f"resuming after step {event['step']:,}" if event["step"] else "training"
         log.info(
@@ -145,7 +156,7 @@ class _Watch:
         if self._bar:
             self._bar.update(self._task, description="training", completed=event["step"])
 
-    def _show(self, row: dict[str, Any], is_best: bool) -> None:
+    def _show(self, row: MetricsRow, is_best: bool) -> None:
         self._shown = max(self._shown, row["step"])
         metrics = _metrics_text(row)
         since, began = self._origin
@@ -175,7 +186,7 @@ def watching(
 
 def show_samples(run_dir: Path) -> None:
     """Say what the run's best model writes."""
-    events = read_rows(run_dir / EVENTS)
+    events = read_events(run_dir)
     best = [event for event in events if event["event"] == "evaluated" and event["best"]]
     if not best or not best[-1]["samples"]:
         return
@@ -184,7 +195,7 @@ def show_samples(run_dir: Path) -> None:
         log.info("%s", textwrap.indent(f"[{prompt}]{output}", "  | ", lambda line: True))
 
 
-def _metrics_text(row: dict[str, Any]) -> str:
+def _metrics_text(row: MetricsRow) -> str:
     text = f"train {row['train_loss']:.3f}"
     if "val_loss" in row:
         ppl = perplexity(row["val_ppl"])

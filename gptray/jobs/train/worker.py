@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -37,7 +36,7 @@ def train_worker(task: TrainTask) -> Metrics:
     except DamagedData as error:  # not a worker's death: no other attempt would find it whole
         return failed(0, RunFailed(f"{error}; the same command prepares the text again"))
 
-    def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
+    def report(metrics: dict[str, object], checkpoint_dir: Path | None) -> None:
         # The loop has written the checkpoint into the run's folder already.
         ray.train.report(
             metrics,

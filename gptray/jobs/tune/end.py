@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import logging
-from typing import Any
 
 from gptray.commands import typed
 from gptray.config import load_saved
@@ -47,7 +46,7 @@ def _winner(sweep: Sweep) -> Trial:
     return next(trial for trial in sweep.trials if trial.name == sweep.winner)
 
 
-def outcome(sweep: Sweep) -> dict[str, Any]:
+def outcome(sweep: Sweep) -> dict[str, object]:
     """The result of a finished sweep: the job's JSON line.
 
     `best_*` are the winner's, at its lowest validation loss: `best_lost` the share of the text that

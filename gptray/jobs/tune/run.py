@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptray.config import Config, RunFailed, dump, load_config, override
 from gptray.data.tokens import TokenData
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("gptray")
 
 
-def tune(config: Config) -> dict[str, Any]:
+def tune(config: Config) -> dict[str, object]:
     """Run a sweep, or resume it; return the job's JSON line.
 
     Raises:
@@ -76,7 +76,7 @@ def tune(config: Config) -> dict[str, Any]:
     return run(check(config))
 
 
-def run(checked: CheckedSweep) -> dict[str, Any]:
+def run(checked: CheckedSweep) -> dict[str, object]:
     """Run the sweep, or resume it. Raises as `tune` does."""
     folder = checked.folder
     resumes = partial(command, "tune", checked.config, folder)

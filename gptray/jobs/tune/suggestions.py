@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -89,7 +88,9 @@ class Suggestions:
             )
 
 
-def _distributions(entries: Sequence[Entry]) -> dict[str, Any]:
+def _distributions(
+    entries: Sequence[Entry],
+) -> dict[str, CategoricalDistribution | FloatDistribution]:
     return {
         entry.paths[0]: CategoricalDistribution(tuple(range(len(entry.options))))
         if entry.options
@@ -98,8 +99,8 @@ def _distributions(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _values(entries: Sequence[Entry], point: Mapping[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _values(entries: Sequence[Entry], point: Mapping[str, float]) -> dict[str, object]:
+    values: dict[str, object] = {}
     for entry in entries:
         place = point[entry.paths[0]]
         if entry.counts(values):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-from typing import Any
 
 import ray.tune
 import torch
@@ -27,7 +26,7 @@ from gptray.training.loop import fit
 OUTCOMES = {"max_steps": "finished", "patience": "patience", "non_finite": "diverged"}
 
 
-def run_trial(task: TrialTask) -> dict[str, Any]:
+def run_trial(task: TrialTask) -> dict[str, object]:
     """Train the trial's run; return the outcome, which Tune takes for the last report."""
     run, folder = task.run, task.run.run_dir
     try:
@@ -48,7 +47,7 @@ def run_trial(task: TrialTask) -> dict[str, Any]:
     }
 
 
-def _train_here(run: TrainTask, data: TokenData) -> dict[str, Any]:
+def _train_here(run: TrainTask, data: TokenData) -> dict[str, object]:
     config = run.config
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
     _forget_trials_before(config, device)
@@ -74,7 +73,7 @@ def _forget_trials_before(config: Config, device: torch.device) -> None:
         torch.compiler.reset()
 
 
-def _train_in_workers(run: TrainTask, data: TokenData) -> dict[str, Any]:
+def _train_in_workers(run: TrainTask, data: TokenData) -> dict[str, object]:
     os.environ.update({**TRAIN_ENV, **os.environ})
     from ray.tune.integration.ray_train import TuneReportCallback
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from gptray.config import Config
 from gptray.reports.run.diagnosis import Diagnosis
@@ -25,7 +24,7 @@ class Advice:
     change: str
     reason: str
     weight: float
-    keys: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, object] = field(default_factory=dict)
     resumes: bool = False
 
 
@@ -84,7 +83,7 @@ def _whole_text(config: Config) -> Iterator[Advice]:
         yield Advice("all of the text", reason, 6.0, {"data.fraction": 1.0})
 
 
-def _lr(config: Config, lr: float) -> dict[str, Any]:
+def _lr(config: Config, lr: float) -> dict[str, object]:
     """The keys of another learning rate, with optim.min_lr in the same proportion."""
     optim = config.optim
     return {
@@ -93,7 +92,7 @@ def _lr(config: Config, lr: float) -> dict[str, Any]:
     }
 
 
-def _half(config: Config) -> dict[str, Any]:
+def _half(config: Config) -> dict[str, object]:
     """The keys of a smaller network; none if its shape comes from model.init_from."""
     model = config.model
     if model.init_from:

@@ -7,12 +7,13 @@ looks is the report's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Literal
 
 from gptray.config import Config
+from gptray.record import Event, MetricsRow
 
 # Evaluations that must follow a turn: one or two bad ones are no trend.
 FOLLOWING = 3
@@ -92,9 +93,9 @@ class Diagnosis:
 
 
 def diagnose(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[MetricsRow],
     config: Config,
-    events: Sequence[Mapping[str, Any]] = (),
+    events: Sequence[Event] = (),
 ) -> Diagnosis:
     """Judge a run by its rows of metrics.jsonl; its events tell times, size and end more exactly.
 
@@ -174,7 +175,7 @@ def _verdict(
     best: Point | None,
     turn: Turn,
     ended: Ended | None,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[MetricsRow],
     config: Config,
 ) -> Verdict:
     if ended == "non_finite":
@@ -201,7 +202,7 @@ def _training_rose(points: Sequence[Point], since: Point) -> bool:
     return train > val / 2
 
 
-def _is_stuck(rows: Sequence[Mapping[str, Any]], best: Point) -> bool:
+def _is_stuck(rows: Sequence[MetricsRow], best: Point) -> bool:
     """Whether neither loss ever got 2 % below where training began."""
     began = rows[0]["train_loss"]
     lowest = min(best.val_loss, min(row["train_loss"] for row in rows))
@@ -225,16 +226,15 @@ def _is_falling(points: Sequence[Point]) -> bool:
 
 
 def _ended(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[MetricsRow],
     points: Sequence[Point],
     config: Config,
-    events: Sequence[Mapping[str, Any]],
+    events: Sequence[Event],
 ) -> Ended | None:
     """How the run ended; from the event where there is one, as patience may count otherwise."""
     told = [event for event in events if event["event"] in ("start", "end")][-1:]
     if told and told[0]["event"] == "end":
-        ended: Ended = told[0]["stopped"]
-        return ended
+        return told[0]["stopped"]
     if rows and rows[-1]["step"] >= config.train.max_steps:
         return "max_steps"
     patience = config.train.patience
@@ -244,9 +244,7 @@ def _ended(
     return None
 
 
-def _pace(
-    rows: Sequence[Mapping[str, Any]], config: Config, events: Sequence[Mapping[str, Any]]
-) -> float | None:
+def _pace(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event]) -> float | None:
     """Seconds per step: the median between evaluations of one sitting, else of the rows' rates."""
     sittings: list[list[tuple[int, float]]] = [[]]
     for event in events:
@@ -267,9 +265,9 @@ def _pace(
 
 
 def _facts(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[MetricsRow],
     config: Config,
-    events: Sequence[Mapping[str, Any]],
+    events: Sequence[Event],
     best: Point | None,
 ) -> Facts:
     starts = [event for event in events if event["event"] == "start"]

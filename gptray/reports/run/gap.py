@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from gptray.config import Config
 from gptray.evaluation.model_commands import model_commands
 from gptray.evaluation.result import Evaluation
+from gptray.record import Event
 from gptray.reports.run.diagnosis import Diagnosis
 
 MEANS = "validation loss - training loss, dropout off in both; it grows as a model overfits"
@@ -44,7 +44,7 @@ def gap_of(
     return Gap(None, None, f"{MEANS}; {missing}; {command} measures it")
 
 
-def is_stale(evaluation: Evaluation, events: Sequence[Mapping[str, Any]]) -> bool:
+def is_stale(evaluation: Evaluation, events: Sequence[Event]) -> bool:
     """Whether the run has found a better model since it was evaluated."""
     found = [event["time"] for event in events if event["event"] == "evaluated" and event["best"]]
     return bool(found) and found[-1] > datetime.fromisoformat(evaluation["time"]).timestamp() + 1

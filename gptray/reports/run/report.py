@@ -11,7 +11,7 @@ from pathlib import Path
 from gptray.config import UserError, load_config
 from gptray.evaluation.model_commands import model_commands
 from gptray.evaluation.result import Evaluation, load_evaluation
-from gptray.record import EVENTS, METRICS, read_rows
+from gptray.record import read_events, read_metrics
 from gptray.reports.chart import run_charts
 from gptray.reports.curves import curves_figure
 from gptray.reports.page import write_page
@@ -67,6 +67,6 @@ def _read_run(folder: Path, evaluation: Evaluation | None) -> RunRecord | None:
     if not config_file.is_file():
         return None
     config = load_config(str(config_file), [])
-    rows, events = read_rows(folder / METRICS), read_rows(folder / EVENTS)
+    rows, events = read_metrics(folder), read_events(folder)
     current = None if evaluation and is_stale(evaluation, events) else evaluation
     return RunRecord(folder, config, rows, events, diagnose(rows, config, events), current)

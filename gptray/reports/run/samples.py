@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from gptray.record import Event
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import count
 
@@ -33,7 +33,7 @@ class Samples:
         return f"{count(len(self.folded), 'evaluation')} between these"
 
 
-def samples_of(events: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> Samples:
+def samples_of(events: Sequence[Event], diagnosis: Diagnosis) -> Samples:
     """What the model wrote, from its first evaluation to its last."""
     evaluated = {point.step for point in diagnosis.points}
     # A run resumed from an earlier checkpoint has sampled some steps twice: the later one counts.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Literal
 
 from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
 from gptray.evaluation.model_commands import model_commands, train_command
 from gptray.evaluation.result import Evaluation
-from gptray.record import seconds_trained
+from gptray.record import Event, MetricsRow, seconds_trained
 from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
 from gptray.reports.run.diagnosis import Diagnosis
@@ -21,6 +21,8 @@ from gptray.reports.run.gap import Gap, gap_of
 from gptray.reports.run.samples import samples_of
 from gptray.reports.run.sentence import sentence
 from gptray.wording import count, magnitude, perplexity, time_words
+
+Figure = Literal["val_loss", "train_loss", "val_ppl", "val_bpb", "epoch", "lr"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class RunRecord:
 
     folder: Path
     config: Config
-    rows: Sequence[Mapping[str, Any]]
-    events: Sequence[Mapping[str, Any]]
+    rows: Sequence[MetricsRow]
+    events: Sequence[Event]
     diagnosis: Diagnosis
     evaluation: Evaluation | None
 
@@ -111,7 +113,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
     return figures + (evaluation_tiles(run.evaluation) if run.evaluation else [])
 
 
-def _row_at(run: RunRecord, step: int) -> Mapping[str, Any]:
+def _row_at(run: RunRecord, step: int) -> MetricsRow:
     return next(row for row in run.rows if row["step"] == step and "val_loss" in row)
 
 
@@ -125,7 +127,7 @@ def _at_three_steps(run: RunRecord) -> Table:
     if len(chosen) > 1 and chosen[0][1]["step"] == chosen[-1][1]["step"]:
         chosen.pop()
     dropout = "dropout on" if run.config.model.dropout else "no dropout"
-    numbers = [
+    numbers: list[tuple[str, Figure, str, str]] = [
         ("Validation loss", "val_loss", ".4f", VALIDATION_LOSS),
         ("Training loss", "train_loss", ".4f", f"{TRAINING_LOSS}, {dropout}"),
         ("Perplexity", "val_ppl", ",.2f", "exp(validation loss)"),
@@ -181,7 +183,8 @@ def _of_the_run(run: RunRecord) -> Table:
     tokens = config.tokens_per_step * diagnosis.last_step
     rows.append(Row("Tokens trained on", "steps x tokens per step", (magnitude(tokens),)))
     facts = diagnosis.facts
-    text = _latest_start(run.events).get("text", {})
+    start = _latest_start(run.events)
+    text = start.get("text", {}) if start else {}
     for name, words in text.items():
         how = "documents, size and share of all text, tokens"
         rows.append(Row(f"{LONG_NAMES[name].capitalize()} text", how, (words,)))
@@ -213,7 +216,8 @@ def _steps(diagnosis: Diagnosis) -> str:
 
 def _happened(run: RunRecord) -> list[str]:
     """What is odd about the text, restarts, damaged checkpoints, failures."""
-    lines = list(_latest_start(run.events).get("warnings", []))
+    start = _latest_start(run.events)
+    lines = list(start.get("warnings", [])) if start else []
     for event in run.events:
         if event["event"] == "start" and event["step"]:
             lines.append(f"resumed after step {event['step']:,}")
@@ -222,8 +226,8 @@ def _happened(run: RunRecord) -> list[str]:
     return lines
 
 
-def _latest_start(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    return next((event for event in reversed(events) if event["event"] == "start"), {})
+def _latest_start(events: Sequence[Event]) -> Event | None:
+    return next((event for event in reversed(events) if event["event"] == "start"), None)
 
 
 def _config(config: Config) -> Table:
@@ -250,6 +254,9 @@ def _environment(run: RunRecord) -> Table:
     """What the last start of the run said about its workers, devices and libraries."""
     start = _latest_start(run.events)
     names = {"workers": "Workers", "device": "Device of each", "dtype": "Computed in"}
-    rows = [Row(name, "", (str(start[key]),)) for key, name in names.items() if key in start]
+    if start is None:
+        return Table([], [])
+    told = dict(start)
+    rows = [Row(name, "", (str(told[key]),)) for key, name in names.items() if key in told]
     rows += [Row(name, "", (number,)) for name, number in start.get("versions", {}).items()]
     return Table([], rows)

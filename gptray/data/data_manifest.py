@@ -1,0 +1,83 @@
+"""What the manifest of a prepared data folder holds; sizes in UTF-8 bytes of text."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+
+class SourceEntry(TypedDict):
+    """One input file; `path` is "builtin" for the documents that gptray brings along."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class CutEntry(TypedDict):
+    """How the text was split."""
+
+    fractions: list[float]
+    cut_documents: int
+    seed: int
+
+
+class LostEntry(TypedDict):
+    """What decoding does not give back: bytes by kind, and examples (kind, text, decoded)."""
+
+    kinds: dict[str, int]
+    examples: list[list[str]]
+
+
+class TokenizerEntry(TypedDict):
+    source: str
+    sha256: str
+    vocab_size: int
+    eos_token: str
+    eos_token_id: int
+    lost: LostEntry
+
+
+class ShardEntry(TypedDict):
+    """One file of tokens; data that was prepared without counting lacks the two counts."""
+
+    file: str
+    tokens: int
+    bytes: int
+    lost_bytes: int
+    characters: NotRequired[int]
+    fallback_tokens: NotRequired[int]
+    sha256: str
+
+
+class SplitEntry(TypedDict):
+    """One split, as the sum of its shards."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    lost_bytes: int
+    characters: NotRequired[int]
+    fallback_tokens: NotRequired[int]
+    shards: list[ShardEntry]
+
+
+class Provenance(TypedDict):
+    """Where the tokens come from: sources, split and counts."""
+
+    format: int
+    request: dict[str, object]
+    sources: list[SourceEntry]
+    val_source: NotRequired[list[SourceEntry]]
+    test_source: NotRequired[list[SourceEntry]]
+    split: CutEntry
+    fraction: float
+    documents: int
+    bytes: int
+    empty_rows: int
+
+
+class DataManifest(Provenance):
+    tokenizer: TokenizerEntry
+    dtype: str
+    splits: dict[str, SplitEntry]
+    warnings: list[str]

@@ -1,0 +1,35 @@
+"""What is read of a tokenizer.json of Hugging Face's `tokenizers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Required, TypedDict
+
+# A normalizer, pre-tokenizer or decoder: its `type`, and fields of that type's own.
+Step = Mapping[str, object]
+
+
+class ModelPart(TypedDict, total=False):
+    """The model; `vocab` is {token: id}, of Unigram a list of [token, score]."""
+
+    type: Required[str]
+    vocab: Required[dict[str, int] | list[tuple[str, float]]]
+    continuing_subword_prefix: str | None
+    end_of_word_suffix: str | None
+    unk_id: int | None
+    unk_token: str | None
+
+
+class AddedToken(TypedDict):
+    content: str
+    special: bool
+    lstrip: bool
+    rstrip: bool
+
+
+class TokenizerParts(TypedDict):
+    normalizer: Step | None
+    pre_tokenizer: Step | None
+    decoder: Step | None
+    model: ModelPart
+    added_tokens: list[AddedToken]

@@ -1,0 +1,32 @@
+"""What autograd functions keep from their forward for their backward pass."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Context(Protocol):
+    """The tensors that were saved; functions add what else they need as attributes."""
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class NormContext(Context, Protocol):
+    eps: float
+
+
+class AttentionContext(Context, Protocol):
+    n_head: int
+    has_dropout: bool
+
+
+class OperatorContext(Context, Protocol):
+    """Of a function of `count` tensors and a number."""
+
+    number: int
+    count: int
