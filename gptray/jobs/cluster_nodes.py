@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 # Ray names nodes that nobody's autoscaler brought after their ids.
 _BY_HAND = "node_"
@@ -13,11 +13,23 @@ _GROUP_LABEL = "ray.io/node-group"
 _NAMED = 3  # in messages, of nodes that are alike
 
 
-class Node(NamedTuple):
-    """An alive node. resources: what Ray counts there, such as CPU and GPU."""
+@dataclass(frozen=True)
+class Node:
+    """An alive node. resources: what Ray counts there, such as CPU and GPU. id: Ray's."""
 
     address: str
     resources: Mapping[str, float]
+    id: str = ""
+
+    @property
+    def cpus(self) -> float:
+        """The cores that it offers to Ray."""
+        return self.resources.get("CPU", 0.0)
+
+    @property
+    def gpus(self) -> float:
+        """The GPUs that it offers to Ray."""
+        return self.resources.get("GPU", 0.0)
 
 
 def alive_nodes() -> list[Node]:
@@ -25,7 +37,9 @@ def alive_nodes() -> list[Node]:
     import ray
 
     return [
-        Node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]
+        Node(node["NodeManagerAddress"], node["Resources"], node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"]
     ]
 
 

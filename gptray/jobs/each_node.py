@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from gptray.hub import first_line
+from gptray.jobs.cluster_nodes import Node, alive_nodes
 from gptray.wording import count
 
 log = logging.getLogger("gptray")
@@ -21,42 +22,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Node:
-    """A living node of the cluster. cpus, gpus: what it offers to Ray."""
-
-    id: str
-    address: str
-    cpus: float = 0.0
-    gpus: float = 0.0
-    object_store_bytes: int = 0
-
-
-@dataclass(frozen=True)
 class NoAnswer:
     """Why a node has not answered. is_gone: it has left the cluster meanwhile."""
 
     reason: str
     is_gone: bool = False
-
-
-def living_nodes() -> list[Node]:
-    """The nodes that are in the cluster now. Needs Ray."""
-    import ray
-
-    found = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            offers = node["Resources"]
-            found.append(
-                Node(
-                    node["NodeID"],
-                    node["NodeManagerAddress"],
-                    offers.get("CPU", 0.0),
-                    offers.get("GPU", 0.0),
-                    int(offers.get("object_store_memory", 0)),
-                )
-            )
-    return found
 
 
 def ask(
@@ -98,7 +68,7 @@ def ask(
     answers = [late if call in waiting else answer(call) for call in calls]
     for call in waiting:
         ray.cancel(call, force=True)
-    alive = {node.id for node in living_nodes()}
+    alive = {node.id for node in alive_nodes()}
     return [
         NoAnswer(one.reason, is_gone=node.id not in alive) if isinstance(one, NoAnswer) else one
         for node, one in zip(nodes, answers, strict=True)

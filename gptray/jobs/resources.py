@@ -117,7 +117,7 @@ def _check_may_come(
     if not types:
         if not grows():
             raise UserError(misfit(compute, nodes, (), workers=workers, cores=cores))
-        return  # which nodes may come is the autoscaler's secret
+        return  # the autoscaler does not say which nodes it may bring
     to_come = [
         resources
         for resources, most in types

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import check_writable, expanded, no_empty_folders, open_regular, storing
-from gptray.jobs.each_node import NoAnswer, Node, ask, living_nodes
+from gptray.jobs.cluster_nodes import Node, alive_nodes
+from gptray.jobs.each_node import NoAnswer, ask
 
 log = logging.getLogger("gptray")
 
@@ -112,7 +113,7 @@ def blind_nodes(
     use_gpu: bool = False,
 ) -> list[Blind]:
     """The nodes that will work and do not see a path; of each the first that it does not see."""
-    nodes = living_nodes()
+    nodes = alive_nodes()
     working = [node for node in nodes if (node.gpus if use_gpu else node.cpus)]
     if len(nodes) < 2 or not working:
         return []

@@ -12,13 +12,14 @@ import pytest
 
 from gptray.config import RunFailed, load_config
 from gptray.doors import run
+from gptray.jobs.cluster_nodes import Node
 from gptray.jobs.doctor.facts import ClusterFacts, Disk, Examined, NodeFacts, OpenPort
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.listening import address_of, process_name
 from gptray.jobs.doctor.nccl import two_gpus_add_up
 from gptray.jobs.doctor.run import JOB
 from gptray.jobs.doctor.worker import node_facts
-from gptray.jobs.each_node import NoAnswer, Node
+from gptray.jobs.each_node import NoAnswer
 
 GIB = 1 << 30
 HEALTHY = NodeFacts(
@@ -28,11 +29,12 @@ HEALTHY = NodeFacts(
     shared_memory=Disk("shared memory", "/dev/shm", 8 * GIB, 8 * GIB),
 )
 H100 = replace(HEALTHY, gpus=("NVIDIA H100",), torch_cuda="13.0", driver="580.82.07")
-HEAD = Examined(Node("1", "10.0.0.1", 4.0, 0.0, GIB), HEALTHY)
+HEAD = Examined(Node("10.0.0.1", {"CPU": 4.0, "object_store_memory": GIB}, "1"), HEALTHY)
 
 
 def second(facts: NodeFacts = HEALTHY, *, gpus: float = 0.0, clock_s: float = 0.0) -> Examined:
-    return Examined(Node("2", "10.0.0.2", 4.0, gpus, GIB), facts, clock_s)
+    offers = {"CPU": 4.0, "GPU": gpus, "object_store_memory": GIB}
+    return Examined(Node("10.0.0.2", offers, "2"), facts, clock_s)
 
 
 def cluster(*nodes: Examined, **facts: Any) -> ClusterFacts:
@@ -169,7 +171,7 @@ def test_an_open_dashboard_fails_without_a_token_and_passes_with_one() -> None:
 def test_open_ports_without_a_token_are_a_warning() -> None:
     bare = replace(HEALTHY, open_ports=(RAYLET,), needs_token=False)
     _, ports = not_ok(cluster(HEAD, second(bare)))
-    assert ports.line.startswith("warn  ports: beyond loopback listen 10.0.0.2 raylet 40123")
+    assert ports.line.startswith("warn  ports: open beyond loopback: 10.0.0.2 raylet 40123")
 
 
 def test_gpus_that_fit_their_driver_are_fine() -> None:

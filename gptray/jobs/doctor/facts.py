@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptray.jobs.each_node import NoAnswer, Node
+from gptray.jobs.cluster_nodes import Node
+from gptray.jobs.each_node import NoAnswer
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ OLDEST_DRIVER = {12: 525, 13: 580}
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check. warn: jobs run, but something had better change."""
+    """The result of one check. warn: jobs run, but something should change."""
 
     check: str
     level: Literal["ok", "warn", "fail"]
@@ -184,7 +184,7 @@ def shared_memory(facts: ClusterFacts) -> Finding:
     """Whether /dev/shm has room for Ray's objects and for NCCL."""
     levels = []
     for one in facts.nodes:
-        shm, wanted = one.facts.shared_memory, one.node.object_store_bytes
+        shm, wanted = one.facts.shared_memory, int(one.node.resources.get("object_store_memory", 0))
         if shm and shm.total <= SMALL_SHARED_MEMORY:
             levels.append(("fail", f"{_size(shm.total)} in {shm.path} on {one.node.address}"))
         elif shm and shm.total < wanted:
@@ -232,11 +232,11 @@ def ports(facts: ClusterFacts) -> Finding:
         )
     if not by_node:
         return Finding("ports", "ok", "Ray listens on this machine's loopback address only")
-    told = f"beyond loopback listen {'; '.join(by_node)}"
+    told = f"open beyond loopback: {'; '.join(by_node)}"
     if any(not one.facts.needs_token for one in facts.nodes if one.facts.open_ports):
         remedy = "without a token keep them behind a firewall"
         return Finding("ports", "warn", f"{told}; {remedy}")
-    return Finding("ports", "ok", f"{told}; all but the ports of metrics ask for the token")
+    return Finding("ports", "ok", f"{told}; all but the metrics ports ask for the token")
 
 
 def clocks(facts: ClusterFacts) -> Finding:

@@ -12,11 +12,12 @@ from gptray.config import Config, RunFailed
 from gptray.files import absolute
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.cluster_nodes import Node, alive_nodes
 from gptray.jobs.doctor.facts import ClusterFacts, Examined
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.nccl import two_gpus_add_up
 from gptray.jobs.doctor.worker import clock, node_facts
-from gptray.jobs.each_node import NoAnswer, Node, ask, living_nodes
+from gptray.jobs.each_node import NoAnswer, ask
 from gptray.jobs.shared_storage import blind_nodes
 from gptray.standard_output import line_printer
 from gptray.wording import count
@@ -26,7 +27,7 @@ log = logging.getLogger("gptray")
 
 @dataclass(frozen=True)
 class CheckedVisit:
-    """What the doctor is to look at, beside the cluster."""
+    """What the doctor looks at, besides the cluster."""
 
     storage_path: Path
 
@@ -57,7 +58,7 @@ def run(checked: CheckedVisit) -> None:
 
 def look(storage_path: Path) -> ClusterFacts:
     """Gather the facts of the cluster. Needs Ray."""
-    nodes = living_nodes()
+    nodes = alive_nodes()
     log.info("looking at %s", count(len(nodes), "node"))
     answers = ask(nodes, node_facts, str(storage_path), about="their versions and disks")
     found, silent = [], []
