@@ -56,8 +56,8 @@ def grows() -> bool:
 
     if node_types() or any(_GROUP_LABEL in node["Labels"] for node in ray.nodes()):
         return True
-    status = ray.experimental.internal_kv._internal_kv_get(
-        ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS
+    status = ray._private.worker.global_worker.gcs_client.internal_kv_get(
+        ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), None
     )
     found = (json.loads(status) if status else {}).get("autoscaler_report") or {}
     return any(not kind.startswith(_BY_HAND) for kind in found.get("active_nodes") or {})
