@@ -215,7 +215,7 @@ def _counted(resources: Resources) -> dict[str, float]:
 
 
 def await_core() -> None:
-    """Return once a core is free for tasks of this job.
+    """Return once a core is free for tasks of this job; at once on a Ray of its own.
 
     Tasks that wait are in no table of Ray's, so that a placement group waits in their stead.
 
@@ -224,6 +224,8 @@ def await_core() -> None:
     """
     import ray
 
+    if is_own_ray():
+        return
     nodes = alive_nodes()
     if not any(node.resources.get("CPU", 0.0) >= 1 for node in nodes) and not grows():
         raise UserError(
