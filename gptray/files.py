@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from urllib.parse import unquote
 
 from safetensors import SafetensorError
 
@@ -22,6 +23,7 @@ from gptray.config import RunFailed, UserError
 # Where more room helps: a full disk, a quota, a limit on the size of a file.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LINK = "it is a link, which is not followed"
+_LOCAL = "file://"
 # Of a path within a run.
 _LONGEST_BELOW = 256
 # What else says that storage is not what it was: read-only, broken, a mount that went away.
@@ -37,20 +39,34 @@ def absolute(path: str | Path, *, key: str | None = None) -> Path:
     return Path(os.path.abspath(expanded(path, key=key)))
 
 
+def is_uri(text: object) -> bool:
+    """Whether it names a place in a file system other than this machine's."""
+    return isinstance(text, str) and "://" in text and not text.startswith(_LOCAL)
+
+
 def expanded(path: str | Path, *, key: str | None = None) -> Path:
-    """A path whose ~ or ~user is the home folder.
+    """A path whose ~ or ~user is the home folder; that of a file:// URI as it is.
 
     key: the config's name for it, for the message.
 
     Raises UserError where no home folder is known.
     """
     text = os.path.expanduser(path)
+    if text.startswith(_LOCAL):
+        return Path(unquote(text.removeprefix(_LOCAL)))
     if text.startswith("~"):
         raise UserError(
             f"{f'{key}=' if key else ''}{path}: no home folder is known for "
             f"{text.partition(os.sep)[0]}; give the whole path"
         )
     return Path(text)
+
+
+def cache_folder() -> Path:
+    """The folder of this user's copies of what can be made or fetched again."""
+    given = expanded(os.environ.get("XDG_CACHE_HOME", ""))
+    # The standard has a relative one ignored: each working directory would have a cache of its own.
+    return (given if given.is_absolute() else expanded("~/.cache")) / "gptray"
 
 
 @contextmanager

@@ -8,38 +8,7 @@ from pyarrow import fs
 
 from gptray.config import UserError
 from gptray.data.folders import WILDCARD, glob_regex
-
-SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
-
-
-def scheme_of(uri: str) -> str:
-    """s3 of s3://bucket/key, say."""
-    return uri.partition("://")[0].lower()
-
-
-def file_system(uri: str) -> tuple[fs.FileSystem, str]:
-    """What opens a URI, and the path in it. Raises UserError for one that cannot be reached."""
-    scheme = scheme_of(uri)
-    if scheme not in SCHEMES:
-        raise UserError(f"{uri}: {_other_scheme(scheme)}")
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{uri}: cannot be opened: {error}") from None
-    return filesystem, path
-
-
-def _other_scheme(scheme: str) -> str:
-    """What to do instead of naming a place that is not read from."""
-    if scheme == "hf":
-        return (
-            "Hugging Face's hub is not read directly; download it first (hf download OWNER/NAME "
-            "--repo-type dataset --local-dir FOLDER) and name the folder"
-        )
-    if scheme in ("http", "https", "ftp"):
-        return "download the file first and name it by its path"
-    known = " ".join(f"{name}://" for name in SCHEMES)
-    return f"unknown scheme {scheme}://; known: {known}, or a local path"
+from gptray.remote_folder import file_system, persistently, reason
 
 
 def remote_files(entry: str) -> tuple[list[fs.FileInfo], str, bool]:
@@ -75,9 +44,9 @@ def _file_or_folder(
 
 def _listing(entry: str, filesystem: fs.FileSystem, what: str | fs.FileSelector) -> fs.FileInfo:
     try:
-        return filesystem.get_file_info(what)
+        return persistently(lambda: filesystem.get_file_info(what))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{entry}: cannot be listed: {error}") from None
+        raise UserError(f"{entry}: cannot be listed: {reason(error)}") from None
 
 
 def _hidden(relative: str) -> bool:

@@ -28,7 +28,7 @@ from gptray.data.tokenizer_files import (
     tokenizer_sha256,
 )
 from gptray.data.tokens import FORMAT_VERSION
-from gptray.files import expanded
+from gptray.files import expanded, is_uri
 
 # Up to this size the text itself is the identity, so that a copy or a touched file is no other
 # source; beyond, path, size and time of change stand for it.
@@ -163,7 +163,7 @@ def _request(
     fraction: float,
     warnings: Sequence[str],
 ) -> Request:
-    if "://" in config.storage_path:
+    if is_uri(config.storage_path):
         raise UserError(
             f"storage_path={config.storage_path}: token shards are memory-mapped; "
             "give a folder that every node sees"

@@ -15,7 +15,6 @@ from pathlib import PurePosixPath
 from typing import cast
 
 import pyarrow as pa
-from pyarrow import fs
 
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
@@ -30,8 +29,9 @@ from gptray.data.folders import (
     once,
     shown,
 )
-from gptray.data.remote import file_system, remote_files, scheme_of
+from gptray.data.remote import remote_files
 from gptray.files import absolute
+from gptray.remote_folder import file_system, open_persistently, persistently, scheme_of
 
 BUILTIN = "builtin"
 FORMATS = {
@@ -85,13 +85,12 @@ class SourceFile:
         """Whether the file is no longer the one that was listed."""
         if self.uri is None:
             return file_at(self.path) != LocalFile(self.path, self.size, self.modified)
-        info = self._filesystem.get_file_info(self.path)
-        return (info.size, info.mtime_ns or 0) != (self.size, self.modified)
-
-    @property
-    def _filesystem(self) -> fs.FileSystem:
-        assert self.uri is not None
-        return file_system(self.uri)[0]
+        filesystem, _ = file_system(self.uri)
+        info = persistently(lambda: filesystem.get_file_info(self.path))
+        # Some stores give the time of one file in whole seconds, and in a listing more exactly.
+        second = 10**9
+        modified = (info.mtime_ns or 0) // second
+        return (info.size, modified) != (self.size, self.modified // second)
 
     def open(self, start: int = 0) -> io.BufferedReader:
         """Open as bytes from `start`, which a compressed file cannot choose."""
@@ -112,7 +111,7 @@ class SourceFile:
         try:
             if self.uri is None:
                 return pa.OSFile(os.fsencode(self.path))
-            return self._filesystem.open_input_file(self.path)
+            return open_persistently(self.uri, self.path)
         except OSError as error:
             raise UserError(f"{self.name}: cannot be opened: {_reason(error)}") from None
 

@@ -20,8 +20,9 @@ from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.sources import hint
 from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
-from gptray.files import expanded
+from gptray.files import expanded, is_uri
 from gptray.hub import NotOnHub, download_model, first_line
+from gptray.node_cache import fetched_holder
 from gptray.stored import read_foreign, read_object
 
 log = logging.getLogger("gptray")
@@ -34,6 +35,9 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer|special_tokens_map|added_tokens|vocab|merges).*\.(json|txt|model)|.*\.model"
 )
+# Of a folder that a URI names.
+_FETCHED = re.compile(rf"config\.json|{_TOKENIZER_FILES.pattern}")
+_BELOW = ("model", "tokenizer")
 _HUB_FILES = (
     "config.json", "tokenizer*.json", "tokenizer*.txt", "special_tokens_map.json",
     "added_tokens.json", "vocab*.json", "vocab*.txt", "merges*.txt", "*.model",
@@ -48,9 +52,12 @@ Opened = tuple[tokenizers.Tokenizer, dict[str, str]]
 def tokenizer_path(source: str) -> Path | None:
     """The folder that holds the tokenizer of a tokenizer, model, run or data folder, or its file.
 
-    A path to tokenizer.json is its folder; to another .json file, that file alone. None: no path,
-    so a hub id. Raises NotOnHub for a path that does not exist, UserError without a tokenizer.
+    What a URI names is fetched to this node's cache. A path to tokenizer.json is its folder; to
+    another .json file, that file alone. None: no path, so a hub id. Raises NotOnHub for a path that
+    does not exist, UserError without a tokenizer.
     """
+    if is_uri(source):
+        return _fetched(source)
     path = expanded(source)
     if path.is_file():
         if path.name == "tokenizer.json":
@@ -68,13 +75,31 @@ def tokenizer_path(source: str) -> Path | None:
     return holder
 
 
+def _fetched(uri: str) -> Path:
+    """The folder on this node with the tokenizer that a URI names, or its .json file."""
+    folder, _, name = uri.rpartition("/")
+    is_file = name.endswith(".json")
+    what = "the folder holds no tokenizer (tokenizer.json)"
+    try:
+        path = fetched_holder(
+            folder if is_file else uri,
+            () if is_file else _BELOW,
+            re.compile(re.escape(name)) if is_file else _TOKENIZER_FILES,
+            _FETCHED,
+            what=f"no {name} in it" if is_file else what,
+        )
+    except UserError as error:
+        raise UserError(f"data.tokenizer={error}") from None
+    return path / name if is_file and name != "tokenizer.json" else path
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder is a tokenizer's, or that of a model, a run or prepared data with one."""
     return _holder(folder) is not None
 
 
 def _holder(folder: Path) -> Path | None:
-    places = (folder, folder / "model", folder / "tokenizer")
+    places = (folder, *(folder / name for name in _BELOW))
     return next((one for one in places if one.is_dir() and tokenizer_files(one)), None)
 
 

@@ -15,7 +15,7 @@ from gptray.commands import typed
 from gptray.config import Config, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
-from gptray.files import expanded, sha256_of
+from gptray.files import expanded, is_uri, sha256_of
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape, weight_files
@@ -55,6 +55,11 @@ def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, s
         return open_model(place, key=key), place
     except NotOnHub as error:
         raise unknown(config, place, error.reason, key=key) from None
+
+
+def for_workers(folder: Path, source: str | None) -> str:
+    """What workers open as the model in `folder`: where `source` is a URI, that, on each node."""
+    return source if source and is_uri(source) else str(folder)
 
 
 def locate(config: Config, source: str, *, key: str) -> str:

@@ -11,6 +11,7 @@ from gptray.commands import typed
 from gptray.config import Config, differences
 from gptray.config.keys import shown
 from gptray.evaluation.model_commands import model_commands
+from gptray.files import is_uri
 from gptray.jobs.models import has_model, storage_of
 from gptray.jobs.resuming import command
 from gptray.record import read_events, read_metrics
@@ -62,9 +63,13 @@ def resumable(
         raise
 
 
-def of_model(folder: Path) -> dict[str, str]:
-    """The commands that use the model of a run, a sweep or a model folder, by job."""
-    return model_commands(folder, short_name(folder), typed)
+def of_model(folder: Path, source: str | None = None) -> dict[str, str]:
+    """The commands that use the model of a run, a sweep or a model folder, by job.
+
+    source: what named it; a URI does so again.
+    """
+    name = source if source and is_uri(source) else short_name(folder)
+    return model_commands(folder, name, typed)
 
 
 def short_name(folder: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
 from gptray.config.names import label_of
-from gptray.files import absolute, expanded, no_empty_folders, open_lock, storing
+from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
 from gptray.hub import NotOnHub
 from gptray.jobs.models import locate, unknown, with_tokenizer
 from gptray.model.header import check_weights
@@ -52,11 +52,7 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
     Raises:
         UserError: model.init_from is no model, or a key given contradicts its shape.
     """
-    if "://" in config.storage_path:
-        raise UserError(
-            f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
-            "node sees, such as an NFS mount"
-        )
+    check_is_folder(config)
     config = with_tokenizer(config)
     values: dict[str, object] = {
         "storage_path": str(absolute(config.storage_path, key="storage_path"))
@@ -69,6 +65,15 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
     if resolved.name:
         return resolved
     return override(resolved, {"name": _free_name(resolved, sweep=sweep)})
+
+
+def check_is_folder(config: Config) -> None:
+    """Refuse a storage_path in an object store. Raises UserError."""
+    if is_uri(config.storage_path):
+        raise UserError(
+            f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
+            "node sees, such as an NFS mount (models, text and prompts may lie in object storage)"
+        )
 
 
 def run_dir(config: Config) -> Path:
@@ -161,7 +166,9 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
         shape = read_shape(init_from)
     except NotOnHub as error:
         raise unknown(config, init_from, error.reason, key="model.init_from") from None
-    if expanded(init_from).exists():
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+    if is_uri(init_from) or expanded(init_from).exists():
         check_weights(model_folder(init_from), shape)
     if config.model.resize_vocab:
         del shape["vocab_size"]  # null: the tokenizer's, whichever that is
@@ -175,7 +182,7 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
         raise UserError("; ".join(wrong))
     keys = {key: value for key, value in shape.items() if key != "dropout" or key not in given}
     values: dict[str, object] = {f"model.{key}": value for key, value in keys.items()}
-    if expanded(init_from).exists():
+    if not is_uri(init_from) and expanded(init_from).exists():
         values["model.init_from"] = str(model_folder(init_from).resolve())
     if config.data.tokenizer is None:
         values["data.tokenizer"] = values.get("model.init_from", init_from)

@@ -12,8 +12,9 @@ from typing import Literal, NotRequired, TypedDict, cast
 from pydantic import ValidationError
 
 from gptray.config import ModelConfig, UserError
-from gptray.files import expanded
+from gptray.files import expanded, is_uri
 from gptray.hub import download_model
+from gptray.node_cache import fetched_holder
 from gptray.stored import is_whole, read_foreign
 
 # A network that GPT-2's classes would load and compute differently says so by its model_type.
@@ -26,6 +27,9 @@ MODEL_TYPES: dict[tuple[str, bool], str] = {
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PREFIX = "transformer."
+# Of a folder that a URI names: what makes it a model, and what is fetched of it.
+_HOLDING = re.compile(r"config\.json")
+_FETCHED = re.compile(r"(?!manifest\.json)[\w-][\w.-]*\.(json|txt|model|safetensors)")
 # Of a dimension; what is beyond is no network.
 _MOST = 2**31 - 1
 # What this network always does, under HF's names, with HF's default first.
@@ -52,9 +56,13 @@ DEFAULTS: dict[str, object] = {
 def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     """The local folder with config.json for a model folder, a run folder or a Hugging Face hub id.
 
-    A hub id is downloaded: config.json, and with `weights` the safetensors and tokenizer files.
-    Raises NotOnHub for what is no folder and not there; UserError for a folder without a model.
+    What a URI names is fetched to this node's cache. A hub id is downloaded: config.json, and with
+    `weights` the safetensors and tokenizer files. Raises NotOnHub for what is no folder and
+    not there; UserError for a folder without a model.
     """
+    if is_uri(source):
+        what = "no config.json in it or in its model/, so this is no model"
+        return fetched_holder(str(source), ("model",), _HOLDING, _FETCHED, what=what)
     folder = expanded(source)
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptray.config import RunFailed, UserError
-from gptray.files import cannot_write, check_writable, expanded, remove, sha256_of
+from gptray.files import cache_folder, cannot_write, check_writable, remove, sha256_of
 from gptray.native.compiler import OPTIONS, compiler, compiler_version, run_compiler
 from gptray.native.processor import processor_flags, why_not_here
 
@@ -47,7 +47,7 @@ def build_library(*, key: str) -> Path:
     if why := why_not_here():
         raise RunFailed(f"{why}; {key}=torch does without it")
     remedy = f"set XDG_CACHE_HOME to another folder, or {key}=torch to do without it"
-    name, folder = library_name(), _cache_folder()
+    name, folder = library_name(), cache_folder()
     _close(folder)
     found = kept(name)
     if found:
@@ -118,7 +118,7 @@ def library_name() -> str:
 
 def kept(name: str) -> Path | None:
     """A library that was built before, if its digest is right and nobody else can write to it."""
-    folder = _cache_folder()
+    folder = cache_folder()
     if not folder.is_dir() or _not_private(folder):
         return None
     for path in sorted(folder.glob(f"{name}-*.so")):
@@ -164,7 +164,7 @@ def why_no_cache() -> str | None:
     """Why the cache folder neither has the library nor takes it; None if it does."""
     if kept(library_name()):
         return None
-    folder = _cache_folder()
+    folder = cache_folder()
     try:
         check_writable(folder, key="XDG_CACHE_HOME")
     except UserError as error:
@@ -176,9 +176,3 @@ def why_no_cache() -> str | None:
     if free < _LIBRARY_BYTES:
         return f"no space left for it in {folder} ({free:,} bytes free; see XDG_CACHE_HOME)"
     return None
-
-
-def _cache_folder() -> Path:
-    given = expanded(os.environ.get("XDG_CACHE_HOME", ""))
-    # The standard has a relative one ignored: each working directory would have a cache of its own.
-    return (given if given.is_absolute() else expanded("~/.cache")) / "gptray"

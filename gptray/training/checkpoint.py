@@ -22,9 +22,9 @@ from pathlib import Path
 
 from gptray.config import RunFailed, TrainConfig, UserError
 from gptray.files import CannotWrite, remove, storing
+from gptray.manifest import FORMAT, files_damage, sync, write_manifest
 from gptray.record import EVENTS, read_rows
 from gptray.stored import is_whole, read_object
-from gptray.training.manifest import FORMAT, files_damage, sync, write_manifest
 from gptray.training.stopping import Progress
 
 WRITER_LOCK = ".writer.lock"

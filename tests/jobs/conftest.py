@@ -10,6 +10,7 @@ import pytest
 from gptray.model.hf import save_pretrained
 from tests.damage import deadline
 from tests.generation.models import random_gpt, small_tokenizer
+from tests.object_store import ObjectStore, object_store
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +26,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_time() -> Iterator[None]:
     with deadline():
         yield
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """An object store, with a cache of its own for what is fetched from there."""
+    with object_store(monkeypatch, tmp_path / "cache") as running:
+        yield running

@@ -23,9 +23,10 @@ from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.evaluate.evaluated_model import model_to_evaluate, results_folder, run_of
-from gptray.jobs.models import weights_sha256, with_tokenizer
+from gptray.jobs.models import for_workers, weights_sha256, with_tokenizer
 from gptray.jobs.places import with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
+from gptray.jobs.run_folder import check_is_folder
 from gptray.jobs.storage import check_storage
 from gptray.model.shape import read_shape
 from gptray.training.checkpoint import TrainerState, newest_whole
@@ -48,6 +49,11 @@ class CheckedEvaluation:
     block_size: int
     stride: int
     folder: Path
+
+    @property
+    def model(self) -> str:
+        """What names the model on every node: its folder, or the URI that it is fetched from."""
+        return for_workers(self.model_dir, self.config.evaluate.model)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -89,11 +95,7 @@ def check(config: Config) -> CheckedEvaluation:
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
     config = with_whole_paths(with_tokenizer(config))
-    if "://" in config.storage_path:
-        raise UserError(
-            f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
-            "node sees"
-        )
+    check_is_folder(config)
     model_dir = model_to_evaluate(config)
     run = run_of(model_dir)
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
@@ -121,7 +123,7 @@ def plan(checked: CheckedEvaluation) -> Plan:
     """What the job would do."""
     config, data = checked.config, checked.text.data
     rows = [
-        ("model", str(checked.model_dir)),
+        ("model", checked.model),
         ("text", ", ".join(checked.source)),
         ("windows", f"{checked.block_size} tokens, {checked.stride} apart"),
     ]
@@ -185,7 +187,7 @@ def _text(config: Config, trained: Config | None, run: Path | None, model_dir: P
         if _is_own_text(config, text, trained):
             return text
     if given.get("data.tokenizer") is None:
-        text = override(text, {"data.tokenizer": str(model_dir)})
+        text = override(text, {"data.tokenizer": for_workers(model_dir, config.evaluate.model)})
     return text
 
 
@@ -245,10 +247,10 @@ def _check_tokenizer(checked: CheckedEvaluation) -> None:
 
 
 def _check_same_tokenizer(checked: CheckedEvaluation, sha256: str) -> None:
-    folder, own = checked.model_dir, checked.tokenizer.sha256
+    model, own = checked.model, checked.tokenizer.sha256
     if own != sha256:
         raise UserError(
-            f"model and text do not belong together: the tokenizer of {folder} has sha256 "
+            f"model and text do not belong together: the tokenizer of {model} has sha256 "
             f"{own}, the one that reads the text has sha256 {sha256}; "
-            f"{shlex.quote(f'data.tokenizer={folder}')} reads it with the model's own"
+            f"{shlex.quote(f'data.tokenizer={model}')} reads it with the model's own"
         )

@@ -35,7 +35,7 @@ def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
         precision = scorers.precision
     train, val = splits["train"], splits["val"]
     return {
-        "model_dir": str(checked.model_dir),
+        "model_dir": checked.model,
         "model_sha256": checked.model_sha256,
         "tokenizer_sha256": checked.tokenizer.sha256,
         "source": checked.source,
@@ -65,7 +65,7 @@ def score_splits(
         parts: list[DocumentSums] = scorers.run(f"scoring {name}", calls)
         result = split_result(DocumentSums.joined(parts), data.splits[name], windows, len(numbers))
         if not math.isfinite(result["loss"]):
-            raise RunFailed(f"the loss of {checked.model_dir} on {name} is {result['loss']}")
+            raise RunFailed(f"the loss of {checked.model} on {name} is {result['loss']}")
         log.info("%s", _line(name, result))
         results[name] = result
     return results

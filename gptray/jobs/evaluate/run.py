@@ -7,6 +7,7 @@ the result. What the numbers mean is `gptray.evaluation`'s.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from gptray.config import Config
@@ -35,11 +36,11 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 def run(checked: CheckedEvaluation) -> dict[str, Any]:
     """Evaluate, save the result and its report. Raises as `evaluate` does."""
-    log.info("evaluating %s", checked.model_dir)
+    log.info("evaluating %s", checked.model)
     with ray_cluster(wait_s=checked.config.compute.wait_s):
         check_shared(
             written={f"storage_path={checked.config.storage_path}": checked.folder},
-            read={"evaluate.model": [checked.model_dir]},
+            read={"evaluate.model": [Path(checked.model)]},
             use_gpu=checked.config.compute.use_gpu,
         )
         data = prepare_text(checked.text.request)
@@ -54,7 +55,7 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
         save_evaluation(evaluation, checked.folder)
     reporter = Reporter(checked.folder)
     reporter.write(running=False)
-    uses = of_model(checked.run or checked.model_dir)
+    uses = of_model(checked.run or checked.model_dir, checked.config.evaluate.model)
     tell([uses["generate"], uses["serve"]])
     return {**outcome(evaluation), "evaluation": str(path), "report": reporter.path}
 

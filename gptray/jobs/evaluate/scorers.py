@@ -33,7 +33,7 @@ class Scorers:
         reserved = worker_resources(compute)
         task = EvaluationTask(
             config=checked.config,
-            model_dir=checked.model_dir,
+            model=checked.model,
             data_dir=data.data_dir,
             block_size=checked.block_size,
             threads=max(1, int(reserved["CPU"])),

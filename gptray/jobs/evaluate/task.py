@@ -11,10 +11,13 @@ from gptray.config import Config
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """The model and the tokens that an actor works on, with so many threads."""
+    """The model and the tokens that an actor works on, with so many threads.
+
+    model: a folder that every node sees, or a URI.
+    """
 
     config: Config
-    model_dir: Path
+    model: str
     data_dir: Path
     block_size: int
     threads: int

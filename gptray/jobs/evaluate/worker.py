@@ -117,7 +117,7 @@ class Scorer:
         device = torch.device("cuda" if self._config.compute.use_gpu else "cpu")
         if device.type == "cuda":
             check_gpu()
-        model = load_pretrained(self._task.model_dir).eval()
+        model = load_pretrained(self._task.model).eval()
         model.compute_dtype = scoring_dtype(self._config.evaluate.precision, device)
         return model.to(device)
 

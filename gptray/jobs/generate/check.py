@@ -8,11 +8,11 @@ from pathlib import Path
 from gptray.config import ComputeConfig, Config, UserError
 from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
-from gptray.files import absolute
+from gptray.files import absolute, is_uri
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import with_backend
 from gptray.jobs.generate.output_plan import overlap
-from gptray.jobs.models import find_model
+from gptray.jobs.models import find_model, for_workers
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class CheckedBatch:
     files: tuple[SourceFile, ...]
     folder: Path
 
+    @property
+    def model(self) -> str:
+        """What names the model on every node: its folder, or the URI that it is fetched from."""
+        return for_workers(self.model_dir, self.model_name)
+
 
 def check_batch(asked: Config) -> CheckedBatch:
     """Check the machine, the model, the input's beginning and the output's place.
@@ -79,10 +84,10 @@ def check_batch(asked: Config) -> CheckedBatch:
             problems.append(str(error))
     if settings.output_path is None:
         problems.append("generate.output_path is not set: name a folder for the Parquet files")
-    elif "://" in settings.output_path:
+    elif is_uri(settings.output_path):
         problems.append(
             f"generate.output_path={settings.output_path}: must be a folder; on a cluster one "
-            "that every node sees"
+            "that every node sees (generate.model and generate.input_path may be URIs)"
         )
     try:
         config = with_backend(config)
@@ -90,7 +95,7 @@ def check_batch(asked: Config) -> CheckedBatch:
         problems.append(str(error))
     folder = absolute(settings.output_path or "", key="generate.output_path")
     given = settings.input_path or []
-    if settings.output_path and "://" not in settings.output_path:
+    if settings.output_path and not is_uri(settings.output_path):
         problem = overlap(folder, [given] if isinstance(given, str) else given, files)
         problems += [f"generate.output_path: {problem}"] if problem else []
     if problems:

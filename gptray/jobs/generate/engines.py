@@ -116,7 +116,7 @@ class Engines:
         task = GenerateTask(
             self._config,
             threads=max(1, int(self._reserved["CPU"])),
-            model_dir=output.job.model_dir,
+            model=output.job.model,
             model_name=output.job.model_name,
             output_dir=output.folder,
             metadata=output.metadata(),

@@ -21,7 +21,15 @@ from gptray.data.encoding import codec_of
 from gptray.data.parts import SCRATCH, part_name
 from gptray.data.sources import SourceFile, file_sha256
 from gptray.data.tokenizer_files import tokenizer_files
-from gptray.files import absolute, check_writable, refuse_links, replacing, sha256_of, storing
+from gptray.files import (
+    absolute,
+    check_writable,
+    is_uri,
+    refuse_links,
+    replacing,
+    sha256_of,
+    storing,
+)
 from gptray.jobs.run_folder import LOCK
 from gptray.stored import read_object
 
@@ -121,7 +129,7 @@ def overlap(folder: Path, entries: Sequence[str], files: Sequence[SourceFile]) -
             if os.path.isdir(path)
             else _matches(str(folder / part_name(0)), path)
         )
-        if "://" not in entry and caught:
+        if not is_uri(entry) and caught:
             return (
                 f"{folder} is inside generate.input_path={entry}, where the output would be read "
                 "as input; choose another folder"

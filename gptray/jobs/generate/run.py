@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gptray.commands import retyped
@@ -61,7 +62,7 @@ def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
 
                 check_shared(
                     written={f"generate.output_path={folder}": folder},
-                    read={"generate.model": [job.model_dir]},
+                    read={"generate.model": [Path(job.model)]},
                     use_gpu=job.config.compute.use_gpu,
                 )
                 speed = Engines(job.config, output, missing).run()
@@ -87,7 +88,7 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
     megabytes = sum(file.size for file in job.files) / 1e6
     columns = output_schema(found.schema, samples).names
     return [
-        ("model", str(job.model_dir)),
+        ("model", job.model),
         ("input", f"{count(len(job.files), 'file')}, {megabytes:.1f} MB, {found.rows:,} rows"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
         ("backend", job.config.generate.backend),

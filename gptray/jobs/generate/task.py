@@ -13,12 +13,13 @@ from gptray.config import Config
 class GenerateTask:
     """Continue the parts of a job's input, with so many threads.
 
-    config: checked by the driver. model_name, metadata: for the files, as column and key-values.
+    config: checked by the driver. model: a folder that every node sees, or a URI. model_name,
+    metadata: for the files, as column and key-values.
     """
 
     config: Config
     threads: int
-    model_dir: Path
+    model: str
     model_name: str
     output_dir: Path
     metadata: Mapping[str, str]

@@ -12,6 +12,7 @@ from gptray.generation.batch import PartWriter, Progress
 from gptray.generation.loading import open_engine
 from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.tasks import Failure, attempt
+from gptray.model.shape import model_folder
 
 
 class EngineWorker:
@@ -50,7 +51,7 @@ class EngineWorker:
 
 def _writer(task: GenerateTask) -> PartWriter:
     torch.set_num_threads(task.threads)
-    engine, tokenizer = open_engine(task.model_dir, task.config)
+    engine, tokenizer = open_engine(model_folder(task.model), task.config)
     return PartWriter(
         engine,
         tokenizer,

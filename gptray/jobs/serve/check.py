@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
-from gptray.files import expanded
+from gptray.files import expanded, is_uri
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import with_backend
@@ -140,7 +140,7 @@ def user_config(config: Config) -> dict[str, str]:
 
 def name_of(source: str) -> str:
     """What a model is called after where it is: its run, its folder, its name on the hub."""
-    path = expanded(source).absolute()
+    path = expanded(source.partition("?")[0] if is_uri(source) else source).absolute()
     return path.parent.name if path.name == "model" else path.name
 
 

@@ -23,14 +23,14 @@ def write_manifest(folder: Path) -> None:
         files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), "utf-8")
-    for path in (manifest, folder / "model", folder):
+    for path in (manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         sync(path)
 
 
-def files_damage(folder: Path, *, needed: Sequence[str]) -> str | None:
+def files_damage(folder: Path, *, needed: Sequence[str], others: bool = True) -> str | None:
     """What is wrong with the files of a folder; None if each is intact.
 
-    needed: files that its manifest must list.
+    needed: files that its manifest must list. others: whether all that it lists must be there.
     """
     try:
         manifest = read_object(folder / MANIFEST)
@@ -43,7 +43,8 @@ def files_damage(folder: Path, *, needed: Sequence[str]) -> str | None:
     files = manifest.get("files")
     if not isinstance(files, dict):
         return f"{MANIFEST} cannot be read (no list of files)"
-    for name in (*needed, *(name for name in files if name not in needed)):
+    rest = [name for name in files if name not in needed] if others else []
+    for name in (*needed, *rest):
         if problem := _file_damage(folder, name, files.get(name)):
             return problem
     return None
