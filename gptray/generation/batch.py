@@ -27,7 +27,10 @@ from gptray.generation.settings import Sampling, derived_seed, numbered_seed
 
 @dataclass
 class Progress:
-    """What an engine has done since it started; seconds of its steps, and from its first to now."""
+    """What an engine has done since it started; seconds of its steps, and from its first to now.
+
+    running, waiting: sequences in its batch and in line, after the last step.
+    """
 
     rows: int = 0
     errors: int = 0
@@ -35,6 +38,8 @@ class Progress:
     step_seconds: float = 0.0
     first: float | None = None
     last: float = 0.0
+    running: int = 0
+    waiting: int = 0
 
 
 @dataclass
@@ -135,6 +140,7 @@ class PartWriter:
             stepped = engine.step()
             progress.last = time.monotonic()
             progress.step_seconds += progress.last - begin
+            progress.running, progress.waiting = engine.running, engine.waiting
             ended = [sequence for sequence in stepped if sequence.ended]
             progress.output_tokens += sum(len(sequence.drawn) for sequence in ended)
             progress.rows += len(ended)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from gptray.config import RunFailed, UserError
+from gptray.jobs.ray_metrics import Exporter
 
 log = logging.getLogger("gptray")
 
@@ -67,11 +68,13 @@ def map_items(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) ->
         _Mapped(task, doing), num_cpus=1
     )
     results: dict[int, R] = {}
+    exporter = Exporter("prepare")
     began = said = time.monotonic()
     for row in dataset.iter_rows():
         if row["message"]:
             raise Failure(row["message"], row["is_mistake"]).error()
         results[row["number"]] = row["result"]
+        exporter.set("gptray_done", len(results) / len(rows), doing=doing)
         if len(results) < len(rows) and time.monotonic() - said > _PROGRESS_SECONDS:
             said = time.monotonic()
             log.info("%s: %d of %d parts, %.0f s", doing, len(results), len(rows), said - began)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -21,7 +21,11 @@ TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 class Telemetry:
     """Counters of one server; the engine's own are read on request."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, on_first_token: Callable[[float], None] | None = None
+    ) -> None:
+        """on_first_token: is told, of each request, the seconds to its first token."""
+        self.on_first_token = on_first_token
         self._registry = registry = CollectorRegistry()
         registry.register(_EngineCounters(endpoint))
         self.requests = Counter("gptray_requests", "answers", ["path", "status"], registry=registry)
@@ -86,6 +90,8 @@ class Stopwatch:
         now = time.monotonic()
         if not self._last:
             self._telemetry.first_token.observe(now - self._began)
+            if self._telemetry.on_first_token:
+                self._telemetry.on_first_token(now - self._began)
         if update.index in self._last:
             for _ in range(tokens):
                 self._telemetry.per_token.observe((now - self._last[update.index]) / tokens)

@@ -33,6 +33,7 @@ from gptray.training.evaluations import (
     Validation,
 )
 from gptray.training.journal import Journal
+from gptray.training.laps import Timed
 from gptray.training.numbers import StepNumbers
 from gptray.training.optim import learning_rate
 from gptray.training.run import Run, start, writing
@@ -49,13 +50,15 @@ def fit(
     sample: Callable[[GPT], Samples],
     device: torch.device,
     validated: Callable[[int], Validation] | None = None,
+    timed: Timed | None = None,
 ) -> Metrics:
     """Train until `max_steps`, or until validation loss has stopped falling.
 
     Resumes from the newest intact checkpoint of `run_dir`. Every worker calls this; only the first
     writes, samples and passes `report` a checkpoint. Training waits for its evaluations, unless
     `validated` is given: then the receiver of a report scores its checkpoint, and every worker
-    calls `validated(step)` to wait for the result. Returns the metrics of the last logged step and
+    calls `validated(step)` to wait for the result. `timed` is told where the time goes, at every
+    logged row. Returns the metrics of the last logged step and
     `stopped`: max_steps, patience, non_finite with a `message`, or failed with a `message` and
     whether it is the user's `mistake`. A failure is shared by all workers and returned rather than
     raised, since Ray Train would take an exception for a dead worker and restart it.
@@ -67,6 +70,7 @@ def fit(
             workers.from_first(lambda: stack.enter_context(writing(run_dir)))
             run = start(config, data, run_dir, workers=workers, device=device)
             step = run.state.step
+            run.laps.tell = timed or run.laps.tell
             journal = workers.from_first(lambda: stack.enter_context(Journal(run_dir, step=step)))
             evaluations: Evaluations = BlockingEvaluation(run, journal, report, sample)
             if validated:
@@ -112,6 +116,7 @@ def train(run: Run, journal: Journal | None, evaluations: Evaluations) -> Metric
                 numbers = unread.popleft()
                 loss, grad_norm = read(run, numbers)
                 losses.append(loss)
+            run.laps.end("wait")
         except NonFiniteLoss:
             evaluations.finish()
             raise
@@ -123,6 +128,8 @@ def train(run: Run, journal: Journal | None, evaluations: Evaluations) -> Metric
             evaluations.add(row)
         elif journal:
             journal.write(row)
+        run.laps.end("evaluation" if evaluates else "log")
+        run.laps.report(len(losses))
         losses, clock = [], time.perf_counter()
     evaluations.finish()
     return {**row, "stopped": stopped}
@@ -162,11 +169,13 @@ def train_step(run: Run) -> StepNumbers:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for micro_step in range(config.grad_accum_steps):
         idx, targets = run.micro_batch(micro_step)
+        run.laps.end("data")
         is_last = micro_step == config.grad_accum_steps - 1
         with run.workers.reduces_gradients(run.loss_model, now=is_last):
             loss = run.loss_model(idx, targets) / config.grad_accum_steps
             loss.backward()
         total += loss.detach()
+        run.laps.end("forward_backward")
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
     pair = torch.stack([run.workers.sum(total) / run.workers.size, norm.double()])
     numbers = StepNumbers.send(number, lr, pair)
@@ -179,6 +188,7 @@ def train_step(run: Run) -> StepNumbers:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.state = replace(run.state, step=number)
+    run.laps.end("update")
     return numbers
 
 

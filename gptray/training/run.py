@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ from gptray.training.checkpoint import (
     publish_model,
 )
 from gptray.training.device import compiled, compiles, device_name, guard_updates, use_device
+from gptray.training.laps import Laps
 from gptray.training.mfu import tokens_per_sec_at_peak
 from gptray.training.optim import load_optimizer, make_optimizer
 from gptray.training.stopping import Progress
@@ -68,6 +69,7 @@ class Run:
     spoilt: Tensor | None
     # Tokens per second of all workers at an MFU of 1, where the GPU's peak is known.
     rate_at_peak: float | None
+    laps: Laps = field(default_factory=Laps)
 
     def micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
         """This worker's part of the step's global batch: inputs and targets, (B, T) each."""

@@ -22,6 +22,8 @@ TRIALS = "trials.jsonl"
 # How a trial ends: at max_steps, by its own early stopping, cut at a rung, with a number that is
 # not finite, with an exception.
 OUTCOMES = ("finished", "patience", "stopped", "diverged", "failed")
+# Of a trial that has not ended, and of one that has.
+STATES = ("waiting", "running", *OUTCOMES)
 # What each event must have.
 _FIELDS: RowFields = {
     "": {"event": str},
@@ -78,6 +80,11 @@ class Trial:
     rows: Sequence[MetricsRow]
     point: Mapping[str, float] | None = None
     passing: bool = False
+
+    @property
+    def state(self) -> str:
+        """One of STATES."""
+        return self.outcome or ("running" if self.started else "waiting")
 
     @property
     def best(self) -> MetricsRow | None:

@@ -16,6 +16,7 @@ from gptray.jobs.bar import Bar
 from gptray.jobs.evaluate.check import CheckedEvaluation
 from gptray.jobs.evaluate.task import Call, EvaluationTask
 from gptray.jobs.evaluate.worker import Scorer
+from gptray.jobs.ray_metrics import Exporter
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.tasks import result_of
 from gptray.jobs.train.watch import duration
@@ -30,6 +31,7 @@ class Scorers:
 
     def __init__(self, checked: CheckedEvaluation, data: TokenData) -> None:
         compute = checked.config.compute
+        self._exporter = Exporter(checked.folder.name)
         reserved = worker_resources(compute)
         task = EvaluationTask(
             config=checked.config,
@@ -67,7 +69,8 @@ class Scorers:
         Raises the UserError or RunFailed of a call, or RunFailed when workers keep dying.
         """
         answers = {}
-        with closing(_Progress(doing, sum(call.tokens for call in calls))) as progress:
+        total = sum(call.tokens for call in calls)
+        with closing(_Progress(doing, total, self._exporter)) as progress:
             for number, answer in self._answers(calls):
                 answers[number] = answer
                 progress.add(calls[number].tokens)
@@ -94,15 +97,17 @@ class Scorers:
 class _Progress:
     """Tokens done, tokens per second, time to go."""
 
-    def __init__(self, doing: str, total: int) -> None:
+    def __init__(self, doing: str, total: int, exporter: Exporter) -> None:
         self._doing, self._total, self._done = doing, total, 0
         self._began = time.monotonic()
-        self._bar = Bar(doing, total)
+        self._bar, self._exporter = Bar(doing, total), exporter
 
     def add(self, tokens: int) -> None:
         self._done += tokens
         pace = self._done / max(time.monotonic() - self._began, 1e-9)
         speed, left = f"{pace:,.0f} tok/s", duration((self._total - self._done) / pace)
+        self._exporter.set("gptray_done", self._done / self._total, doing=self._doing)
+        self._exporter.set("gptray_tokens_per_sec", pace, job="evaluate")
         is_end = self._done >= self._total
         line = f"{self._doing} {self._done:,}/{self._total:,} tokens  {speed}  eta {left}"
         self._bar.show(self._doing, self._done, speed, eta=left, line=None if is_end else line)

@@ -22,6 +22,7 @@ from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.rows_bar import RowsBar
 from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.generate.worker import EngineWorker
+from gptray.jobs.ray_metrics import Exporter
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.tasks import result_of
 
@@ -75,8 +76,9 @@ class Engines:
     def run(self) -> dict[str, Any]:
         """Have every part written; return the speed. Raises RunFailed if engines keep dying."""
         most = self._config.compute.max_failures
+        size, exporter = self._config.generate.max_batch_size, Exporter(self._output.folder.name)
         with (
-            closing(RowsBar(self._done, self._output.rows)) as bar,
+            closing(RowsBar(self._done, self._output.rows, exporter, batch_size=size)) as bar,
             Crew(self._start, self._asked, name="engine", most_deaths=most) as crew,
         ):
             while self._queue or crew.is_busy:

@@ -27,11 +27,11 @@ log = logging.getLogger("ray.serve")
 class Answering:
     """The engine of one replica and its routes; the model in it can be replaced."""
 
-    def __init__(self, task: ReplicaTask) -> None:
+    def __init__(self, task: ReplicaTask, *, on_first_token: Callable[[float], None]) -> None:
         torch.set_num_threads(task.threads)
         self._config, self._keys = task.config, task.keys
         self._endpoint = Endpoint()
-        self._telemetry = Telemetry(self._endpoint)
+        self._telemetry = Telemetry(self._endpoint, on_first_token=on_first_token)
         self._model: Mapping[str, str] | None = None
 
     def app(self, metrics: Callable[[], Awaitable[bytes]]) -> ASGIApp:
@@ -72,6 +72,11 @@ class Answering:
         folder, place = find_model(self._config, model["model"], key="user_config: model")
         name = model.get("served_model_name") or name_of(place)
         return Served.load(folder, name, self._config)
+
+    @property
+    def model_name(self) -> str | None:
+        """The name of the model that is served; None before there is one."""
+        return self._endpoint.served.name if self._endpoint.served else None
 
     def metrics(self) -> bytes:
         """What this replica counts."""

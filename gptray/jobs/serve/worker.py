@@ -12,6 +12,7 @@ from gptray.config import Config, override
 from gptray.jobs.engine_backend import with_backend
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.serve.check import api_keys, replicas_compute
+from gptray.jobs.serve.exporting import Exporting
 from gptray.jobs.serve.task import ReplicaTask
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class Replica:
     def __init__(self, task: ReplicaTask) -> None:
         from gptray.jobs.serve.answering import Answering
 
-        self._answering = Answering(task)
+        self._answering = Answering(task, on_first_token=lambda s: self._exporting.first_token(s))
+        self._exporting = Exporting(self._answering.metrics, lambda: self._answering.model_name)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._answering.app(self._all_metrics)

@@ -20,6 +20,7 @@ from typing import BinaryIO, Generic, TypeVar, cast
 from rich.progress import Progress, TaskID
 
 from gptray.jobs.bar import following, new_task, progress_bar
+from gptray.jobs.ray_metrics import Exporter
 from gptray.record import (
     EVENT_FIELDS,
     EVENTS,
@@ -91,6 +92,7 @@ class _Watch:
         self._metrics = _Tail(run_dir / METRICS, _metrics_row, from_end=False)
         self._events = _Tail(run_dir / EVENTS, _event, from_end=True)
         self._max_steps = max_steps
+        self._exporter = Exporter(run_dir.name)
         self._shown = -1  # the last step shown; rows up to here are history
         self._scored: int | None = None  # the last step whose score was seen
         self._started = False
@@ -150,6 +152,7 @@ class _Watch:
             "%s: %s parameters, %s, %s", begins, f"{event['parameters']:,}", workers, event["dtype"]
         )
         self._started = True
+        self._exporter.set("gptray_max_steps", self._max_steps)
         self._shown = event["step"]
         self._scored = None if self._scored is None else min(self._scored, event["step"])
         self._origin = (event["step"], time.monotonic())
@@ -158,6 +161,7 @@ class _Watch:
 
     def _show(self, row: MetricsRow, is_best: bool) -> None:
         self._shown = max(self._shown, row["step"])
+        self._exporter.row(row)
         metrics = _metrics_text(row)
         since, began = self._origin
         pace = (time.monotonic() - began) / max(1, self._shown - since)

@@ -11,6 +11,7 @@ import torch
 
 from gptray.config import RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
+from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.shared_storage import check_seen
 from gptray.jobs.train.group import process_group
 from gptray.jobs.train.samples import sample_texts
@@ -46,6 +47,7 @@ def train_worker(task: TrainTask) -> Metrics:
         )
 
     device = ray.train.torch.get_device()
+    is_first = ray.train.get_context().get_world_rank() == 0
     with process_group():
         result = fit(
             config,
@@ -54,6 +56,7 @@ def train_worker(task: TrainTask) -> Metrics:
             report=report,
             sample=lambda model: sample_texts(config, data, model),
             device=device,
+            timed=Exporter(run_tag(task.run_dir)).laps if is_first else None,
             validated=Validations(task.run_dir, config).wait
             if config.train.async_validation
             else None,

@@ -5,6 +5,7 @@ It follows the sweep's folder, as `gptray.jobs.train.watch` follows a run's.
 
 from __future__ import annotations
 
+import collections
 import logging
 import sys
 import time
@@ -20,8 +21,9 @@ from rich.text import Text
 from gptray.config.keys import shown
 from gptray.data.difference import percent
 from gptray.jobs.bar import following
+from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.train.watch import duration
-from gptray.tuning.sweep_record import Trial, load_trials
+from gptray.tuning.sweep_record import STATES, Trial, load_trials, trial_dir
 from gptray.tuning.trial_plan import ranked, score
 from gptray.visible import visible
 
@@ -38,6 +40,7 @@ class _Watch:
         trials = load_trials(folder)
         self._told = {trial.name for trial in trials if trial.outcome}
         self._origin = (_steps(trials), time.monotonic())
+        self._exporters: dict[str, Exporter] = {}
         self._seen, self._changed_at = -1, -CHANGE_S
         self._live: Live | None = None
         if sys.stderr.isatty():
@@ -51,6 +54,7 @@ class _Watch:
             if trial.outcome and trial.name not in self._told:
                 self._told.add(trial.name)
                 log.info("%s", self._line(trial, trials))
+        self._export(trials)
         if self._live:
             self._live.update(self._table(trials), refresh=True)
         evaluations = sum("val_bpb" in row for trial in trials for row in trial.rows)
@@ -58,6 +62,26 @@ class _Watch:
         if evaluations + len(self._told) != self._seen and is_due and not last:
             self._seen, self._changed_at = evaluations + len(self._told), time.monotonic()
             self._on_change()
+
+    def _export(self, trials: Sequence[Trial]) -> None:
+        """Set the metrics of the sweep, and those of its running trials."""
+        sweep = self._exporter(self._folder)
+        states = collections.Counter(trial.state for trial in trials)
+        for state in STATES:
+            sweep.set("gptray_trials", states[state], state=state)
+        sweep.set("gptray_trial_steps", _steps(trials))
+        if best := ranked(trials):
+            sweep.set("gptray_best_bpb", score(best[0]))
+        for trial in trials:
+            if trial.state == "running" and trial.rows:
+                exporter = self._exporter(trial_dir(self._folder, trial.name))
+                evaluated = [row for row in trial.rows if "val_loss" in row]
+                for row in (*evaluated[-1:], trial.rows[-1]):
+                    exporter.row(row)
+
+    def _exporter(self, folder: Path) -> Exporter:
+        tag = run_tag(folder)
+        return self._exporters.setdefault(tag, Exporter(tag))
 
     def close(self) -> None:
         self.look(last=True)

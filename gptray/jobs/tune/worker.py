@@ -15,6 +15,7 @@ import torch
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
 from gptray.jobs.cluster import TRAIN_ENV
+from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.train.run import ended, fit_on_ray
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
@@ -60,6 +61,7 @@ def _train_here(run: TrainTask, data: TokenData) -> dict[str, object]:
         report=lambda metrics, _: ray.tune.report(metrics),
         sample=lambda model: sample_texts(config, data, model),
         device=device,
+        timed=Exporter(run_tag(run.run_dir)).laps,
     )
 
 

@@ -1,0 +1,194 @@
+"""What jobs export to Prometheus through Ray: the table of it, and the one who sets it.
+
+Every node of a Ray cluster offers what its processes set, on its metrics port; the cluster's own
+Prometheus reads it. `configs/grafana/gptray.json` draws it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+from gptray.record import MetricsRow
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric that jobs export; every one also has the tag `run`.
+
+    field: of a row of metrics.jsonl, for those that are exported from there.
+    """
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram"]
+    unit: str
+    description: str
+    tags: tuple[str, ...] = ()
+    field: str = ""
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def exported(self) -> str:
+        """Its name in Prometheus; a histogram's begin with it."""
+        return f"ray_{self.name}_total" if self.kind == "counter" else f"ray_{self.name}"
+
+
+# Ray passes on every ten seconds what was set since the last time.
+SET_AGAIN_S = 5.0
+_NATS = "nats per token"
+FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+METRICS = {
+    metric.name: metric
+    for metric in (
+        # Training. `run` is the run's name, of a trial SWEEP/TRIAL.
+        Metric("gptray_step", "gauge", "steps", "last logged step", field="step"),
+        Metric("gptray_max_steps", "gauge", "steps", "train.max_steps"),
+        Metric("gptray_epoch", "gauge", "epochs", "passes over the text", field="epoch"),
+        Metric("gptray_train_loss", "gauge", _NATS, "training loss", field="train_loss"),
+        Metric("gptray_val_loss", "gauge", _NATS, "validation loss", field="val_loss"),
+        Metric("gptray_val_bpb", "gauge", "bits per byte", "validation loss", field="val_bpb"),
+        Metric("gptray_gap", "gauge", _NATS, "validation loss - training loss", field="gap"),
+        Metric("gptray_lr", "gauge", "1", "learning rate", field="lr"),
+        Metric("gptray_grad_norm", "gauge", "1", "before clipping", field="grad_norm"),
+        Metric("gptray_mfu", "gauge", "share", "of the GPUs' arithmetic in use", field="mfu"),
+        Metric("gptray_train_steps", "counter", "steps", "steps made"),
+        Metric(
+            "gptray_train_seconds",
+            "counter",
+            "seconds",
+            "where the first worker's time goes, see gptray.training.laps",
+            tags=("part",),
+        ),
+        # Training, evaluating (tokens scored) and batches (tokens written).
+        Metric(
+            "gptray_tokens_per_sec",
+            "gauge",
+            "tokens per second",
+            "of all workers",
+            tags=("job",),
+            field="tokens_per_sec",
+        ),
+        # Sweeps.
+        Metric("gptray_trials", "gauge", "trials", "by state or outcome", tags=("state",)),
+        Metric("gptray_best_bpb", "gauge", "bits per byte", "of the best trial so far"),
+        Metric("gptray_trial_steps", "gauge", "steps", "of all trials"),
+        # Evaluating and preparing: tokens scored, parts of the text read or written.
+        Metric("gptray_done", "gauge", "share", "of what the job is doing", tags=("doing",)),
+        # Batches.
+        Metric("gptray_rows", "gauge", "rows", "done, failed (of those done), all", ("state",)),
+        Metric("gptray_engines", "gauge", "engines", "that run"),
+        # Batches (all engines together) and serving (a replica). `run` is the model's name there.
+        Metric("gptray_sequences_running", "gauge", "sequences", "in the engines' batches"),
+        Metric("gptray_sequences_waiting", "gauge", "sequences", "in line"),
+        Metric("gptray_batch_size", "gauge", "sequences", "that fit in the engines' batches"),
+        Metric("gptray_output_tokens", "counter", "tokens", "generated"),
+        # Serving.
+        Metric("gptray_prompt_tokens", "counter", "tokens", "of prompts"),
+        Metric("gptray_requests", "counter", "answers", "by path and status", ("path", "status")),
+        Metric(
+            "gptray_first_token_seconds",
+            "histogram",
+            "seconds",
+            "from a request's arrival to its first token",
+            buckets=FIRST_TOKEN_S,
+        ),
+    )
+}
+_FIELDS = {metric.field: metric.name for metric in METRICS.values() if metric.field}
+
+
+_exporters: weakref.WeakSet[Exporter] = weakref.WeakSet()
+
+
+@cache
+def _keep_setting() -> None:
+    """Have a thread of this process set all gauges again and again."""
+
+    def follow() -> None:
+        pause = threading.Event()
+        while not pause.wait(SET_AGAIN_S):
+            for exporter in tuple(_exporters):
+                exporter.set_again()
+
+    threading.Thread(target=follow, name="metrics", daemon=True).start()
+
+
+class _Series(Protocol):
+    """The part of Ray's Gauge, Counter and Histogram that is used."""
+
+    def set(self, value: float, tags: Mapping[str, str]) -> None: ...
+    def inc(self, value: float, tags: Mapping[str, str]) -> None: ...
+    def observe(self, value: float, tags: Mapping[str, str]) -> None: ...
+
+
+class Exporter:
+    """Sets the metrics of one run. A process without Ray may call it; nobody hears of it then.
+
+    Ray forgets a gauge that was not set for 20 seconds, so they are set again until the exporter
+    is gone.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._series: dict[str, _Series] = {}
+        # The values of gauges, by name and tags.
+        self._values: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        _exporters.add(self)
+        _keep_setting()
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        """Give a gauge its value."""
+        self._values[name, frozenset(tags.items())] = float(value)
+        self._of(name).set(float(value), {"run": self._run, **tags})
+
+    def set_again(self) -> None:
+        """Give every gauge the value that it has."""
+        for (name, tags), value in tuple(self._values.items()):
+            self._of(name).set(value, {"run": self._run, **dict(tags)})
+
+    def add(self, name: str, value: float, **tags: str) -> None:
+        """Raise a counter."""
+        if value > 0:
+            self._of(name).inc(float(value), {"run": self._run, **tags})
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        """Add a value to a histogram."""
+        self._of(name).observe(float(value), {"run": self._run, **tags})
+
+    def row(self, row: MetricsRow) -> None:
+        """Give the gauges of training what a row of metrics.jsonl has."""
+        for field, value in cast(Mapping[str, float], row).items():
+            if field == "tokens_per_sec":
+                self.set(_FIELDS[field], value, job="train")
+            elif field in _FIELDS:
+                self.set(_FIELDS[field], value)
+
+    def laps(self, steps: int, seconds: Mapping[str, float]) -> None:
+        """Count steps, and the seconds of each part, see `gptray.training.laps`."""
+        self.add("gptray_train_steps", steps)
+        for part, passed in seconds.items():
+            self.add("gptray_train_seconds", passed, part=part)
+
+    def _of(self, name: str) -> _Series:
+        if name not in self._series:
+            # Ray takes a second to import, which the check of a config is spared.
+            from ray.util import metrics
+
+            metric = METRICS[name]
+            kinds = {"gauge": metrics.Gauge, "counter": metrics.Counter}
+            make = kinds.get(metric.kind, metrics.Histogram)
+            buckets = {"boundaries": list(metric.buckets)} if metric.buckets else {}
+            words = f"{metric.description} [{metric.unit}]"
+            self._series[name] = make(name, words, tag_keys=("run", *metric.tags), **buckets)
+        return self._series[name]
+
+
+def run_tag(run_dir: Path) -> str:
+    """The tag `run` of a run folder: its name, of a trial SWEEP/TRIAL."""
+    is_trial = run_dir.parent.name == "trials"
+    return f"{run_dir.parent.parent.name}/{run_dir.name}" if is_trial else run_dir.name
