@@ -68,6 +68,7 @@ class Event(TypedDict, total=False):
     dtype: str
     backend: str
     compiled: bool
+    strategy: str
     deterministic: bool
     parameters: int
     pid: int

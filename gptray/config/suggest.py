@@ -42,6 +42,8 @@ ALIASES = {
     "model.init_from": "pretrained pretrained_model_name_or_path checkpoint model_name init "
     "load_from",
     "model.resize_vocab": "resize_token_embeddings resize_embeddings resize_embedding grow_vocab",
+    "model.checkpoint_blocks": "gradient_checkpointing activation_checkpointing "
+    "activation_checkpoint recompute remat checkpoint_activations",
     "optim.lr": "learning_rate max_lr peak_lr base_lr learningrate",
     "optim.min_lr": "lr_min final_lr min_learning_rate eta_min lr_end",
     "optim.schedule": "scheduler lr_scheduler lr_schedule decay lr_scheduler_type lr_decay_style",
@@ -73,6 +75,10 @@ ALIASES = {
     "train.resume": "resume_from resume_from_checkpoint auto_resume restart",
     "compute.num_workers": "workers devices num_gpus gpus n_gpus world_size num_processes "
     "nproc_per_node n_workers num_devices",
+    "compute.strategy": "ddp fsdp fsdp2 fully_shard distributed_strategy sharding zero "
+    "sharding_strategy zero_stage parallelism",
+    "compute.reduce_dtype": "reduce_precision mixed_precision_reduce communication_data_type "
+    "comm_hook gradient_compression",
     "compute.use_gpu": "gpu cuda device accelerator use_cuda",
     "compute.cpus_per_worker": "cpus num_cpus threads cores num_threads cpu_per_worker",
     "compute.max_failures": "retries max_retries failures max_restarts",

@@ -67,13 +67,17 @@ class Windows:
 
         The stream's last window may be shorter, and then comes alone.
         """
+        for group in self.groups(numbers, batch_size):
+            yield list(group), np.stack([split.slice(*self.span(n)) for n in group])
+
+    def groups(self, numbers: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+        """The numbers of each of these batches."""
         short = self.span(len(self) - 1)
         is_short = short[1] - short[0] <= self.block_size
         alone = [n for n in numbers[-1:] if is_short and n == len(self) - 1]
         whole = numbers[: len(numbers) - len(alone)]
         groups = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]
-        for group in [*groups, *([alone] if alone else [])]:
-            yield list(group), np.stack([split.slice(*self.span(n)) for n in group])
+        return [*groups, *([alone] if alone else [])]
 
 
 @dataclass(frozen=True)

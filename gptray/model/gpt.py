@@ -10,10 +10,12 @@ Shapes: B batch, T tokens, C = n_embd, V rows of the embedding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gptray.config import ModelConfig, UserError
 from gptray.model import kernels
@@ -66,10 +68,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.residual = config.residual
+        # `compute` compiled, for training.
+        self.compiled: Callable[[Tensor], Tensor] | None = None
         self.ln_1, self.attn = _norm(config), Attention(config)
         self.ln_2, self.mlp = _norm(config), MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compiled and torch.is_grad_enabled():
+            return self.compiled(x)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
         if not self.residual:
             x = self.attn(self.ln_1(x))
             x = self.mlp(self.ln_2(x))
@@ -82,7 +91,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, rows: int) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.recomputes = config.dropout, config.checkpoint_blocks
         self.wte = _embedding(rows, config.n_embd)
         self.wpe = _embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -92,7 +101,11 @@ class Transformer(nn.Module):
         x = (F.embedding(idx, self.wte.weight) + self.wpe.weight[: idx.size(1)]).to(dtype)
         x = dropout(x, self.dropout if self.training else 0.0)
         for block in self.h:
-            x = block(x)
+            if self.recomputes and torch.is_grad_enabled():
+                keeps_random = self.dropout > 0
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=keeps_random)
+            else:
+                x = block(x)
         normed: Tensor = self.ln_f(x)
         return normed
 
@@ -115,6 +128,7 @@ class GPT(nn.Module):
         self.config = config
         self.valid_vocab_size = vocab_size
         self.compute_dtype = torch.float32
+        self.head_loss = linear_cross_entropy
         self.transformer = Transformer(config, rows)
         if not self.transformer.wte.weight.is_meta:
             self.initialise(0)
@@ -140,6 +154,14 @@ class GPT(nn.Module):
                 module.native = head % 2 == 0 and head <= kernels.LARGEST_HEAD
             elif isinstance(module, (Linear, MLP, LayerNorm)):
                 module.native = width % 2 == 0 and inner % 2 == 0
+
+    def compile_parts(self) -> None:
+        """Compile each block and the head by itself: gradients come block by block, so that they
+        can be reduced while the backward pass goes on, and blocks can be computed again."""
+        for block in self.transformer.h:
+            assert isinstance(block, Block)
+            block.compiled = torch.compile(block.compute)
+        self.head_loss = torch.compile(linear_cross_entropy)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -170,7 +192,7 @@ class GPT(nn.Module):
         weight = self.transformer.wte.weight
         if targets is not None:
             x = x.flatten(0, 1)
-            return linear_cross_entropy(x, weight, targets.flatten(), valid=self.valid_vocab_size)
+            return self.head_loss(x, weight, targets.flatten(), valid=self.valid_vocab_size)
         logits = F.linear(x, weight.to(x.dtype))
         if self.valid_vocab_size < weight.size(0):
             padded = torch.arange(weight.size(0), device=x.device) >= self.valid_vocab_size

@@ -7,13 +7,12 @@ Every file appears whole: it is written under another name and then renamed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptray.config import ModelConfig, UserError
@@ -21,6 +20,7 @@ from gptray.files import replacing
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.shape import PREFIX, WEIGHTS, hf_config, model_folder, read_shape, weight_files
+from gptray.model.tensor_file import write_tensors
 
 WTE = "transformer.wte.weight"
 # HF's GPT-2 keeps these (in, out), as OpenAI's Conv1D did; in memory they are (out, in).
@@ -39,21 +39,28 @@ def save_pretrained(
     folder: str | Path,
     *,
     eos_token_id: int | None = None,
+    whole: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors (fp32, tied head).
 
     Padding of the vocabulary is left out, so that no reader can ever sample it.
-    The safetensors header has no further metadata: its order would differ from save to save.
+    whole: makes a whole tensor of a parameter that is spread over processes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = hf_config(model.config, model.valid_vocab_size, eos_token_id)
     generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
-    tensors = {name: p.detach() for name, p in model.named_parameters()}
-    tensors[WTE] = tensors[WTE][: model.valid_vocab_size]
-    tensors = {name: _turned(name, weight).cpu().contiguous() for name, weight in tensors.items()}
+    stored = dict(model.named_parameters())
+
+    def turned(name: str, weight: Tensor) -> Tensor:
+        return _turned(name, weight[: model.valid_vocab_size] if name == WTE else weight)
+
+    with torch.device("meta"):
+        shapes = {name: turned(name, torch.empty(p.shape)).shape for name, p in stored.items()}
     with replacing(folder / WEIGHTS) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(
+            path, shapes, lambda name: turned(name, whole(stored[name])), {"format": "pt"}
+        )
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         with replacing(folder / name) as path:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

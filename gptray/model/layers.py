@@ -42,8 +42,9 @@ class _CastLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        # Not the copy in x's dtype: one of every layer would be kept until the backward pass.
         ctx.save_for_backward(x, weight)
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         on_cpu = x.device.type == "cpu"
         if on_cpu and torch.compiler.is_compiling():
             # The sum in fp32: so it joins the next pointwise kernel, and not a slower addmm.
@@ -66,7 +67,8 @@ class _CastLinear(torch.autograd.Function):
             grad_bias = torch.mm(grad.new_ones(1, grad.size(0)), grad)[0]
         else:
             grad_bias = grad.sum(0)
-        return torch.mm(grad, weight).view(x.shape), grad_weight, grad_bias.float()
+        grad_x = torch.mm(grad, weight.to(x.dtype)).view(x.shape)
+        return grad_x, grad_weight, grad_bias.float()
 
 
 class LayerNorm(nn.LayerNorm):

@@ -123,7 +123,9 @@ def read_shape(source: str | Path, *, weights: bool = False) -> NetworkShape:
         if is_whole(value, least=_MOST + 1):
             raise UserError(f"{path}: {key} is above {_MOST:,}, which no network has")
     try:
-        fields = ModelConfig(**shape).model_dump(exclude={"init_from", "resize_vocab"})
+        fields = ModelConfig(**shape).model_dump(
+            exclude={"init_from", "resize_vocab", "checkpoint_blocks"}
+        )
         return cast(NetworkShape, fields)
     except ValidationError as error:
         first = error.errors()[0]

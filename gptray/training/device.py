@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptray.config import Config, UserError
+from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32
@@ -51,13 +52,21 @@ def compiles(config: Config, device: torch.device) -> bool:
     return wanted
 
 
-def compiled(model: nn.Module, device: torch.device, tell: Callable[[str], None]) -> nn.Module:
-    """The model, which its first step compiles; on a GPU, say so by `tell`."""
+def compiled(
+    model: GPT, device: torch.device, tell: Callable[[str], None], *, in_parts: bool
+) -> nn.Module:
+    """The model, which its first step compiles; on a GPU, say so by `tell`.
+
+    in_parts: as `GPT.compile_parts`, without what is gained between blocks.
+    """
     if device.type != "cpu":
         tell(
             f"compiling the training step for {device_name(device)}: the first step takes up to a "
             "minute (train.compile=false starts at once and trains slower)"
         )
+    if in_parts:
+        model.compile_parts()
+        return model
     return torch.compile(model)  # type: ignore[return-value]
 
 

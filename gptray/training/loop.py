@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.scoring import charge_per_token
@@ -177,6 +178,8 @@ def train_step(run: Run) -> StepNumbers:
         total += loss.detach()
         run.laps.end("forward_backward")
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     pair = torch.stack([run.workers.sum(total) / run.workers.size, norm.double()])
     numbers = StepNumbers.send(number, lr, pair)
     if run.spoilt is None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from gptray.config import OptimConfig, RunFailed
+from gptray.model.tensor_file import write_tensors
+from gptray.training.sharding import placed_as
 
 # AdamW's state for each parameter: a count, and two tensors of its shape.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -62,35 +63,50 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
     return config.min_lr + left * (config.lr - config.min_lr)
 
 
-def save_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the optimizer's moments as `<parameter>.<moment>` to a safetensors file."""
-    tensors = {
-        f"{name}.{key}": value.contiguous()
+def save_optimizer(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    whole: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> None:
+    """Write the optimizer's moments as `<parameter>.<moment>` to a safetensors file.
+
+    whole: makes a whole tensor of one that is spread over workers.
+    """
+    moments = {
+        f"{name}.{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    save_file(tensors, path)
+    shapes = {name: moment.shape for name, moment in moments.items()}
+    write_tensors(path, shapes, lambda name: whole(moments[name]))
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the moments in a file back, each to its parameter.
+    """Put the moments in a file back, each to its parameter; of a sharded one, this worker's part.
 
     Raises:
         RunFailed: they are not AdamW's for this model; names the first wrong one.
     """
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for name, parameter in model.named_parameters():
+                moments = {}
+                for key in _MOMENTS:
+                    stored = f"{name}.{key}"
+                    moment = file.get_tensor(stored) if stored in names else None
+                    dims = torch.Size() if key == "step" else parameter.shape
+                    if moment is None or moment.shape != dims or not bool(moment.isfinite().all()):
+                        raise RunFailed(
+                            f"{path} does not hold the moments of this model ({stored}); remove "
+                            f"the folder {path.parent} to resume from the checkpoint before it"
+                        )
+                    if key == "step":
+                        moments[key] = moment.to(parameter.device)
+                    else:
+                        moments[key] = placed_as(parameter, moment)
+                optimizer.state[parameter] = moments
     except SafetensorError as error:
         raise RunFailed(f"{path} is damaged: {error}; restore it from a copy") from None
-    for name, parameter in model.named_parameters():
-        moments = {}
-        for key in _MOMENTS:
-            moment = tensors.get(f"{name}.{key}")
-            dims = torch.Size() if key == "step" else parameter.shape
-            if moment is None or moment.shape != dims or not bool(moment.isfinite().all()):
-                raise RunFailed(
-                    f"{path} does not hold the moments of this model ({name}.{key}); remove the "
-                    f"folder {path.parent} to resume from the checkpoint before it"
-                )
-            moments[key] = moment.to(parameter.device)
-        optimizer.state[parameter] = moments

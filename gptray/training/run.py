@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,21 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptray.config import Config, RunFailed, UserError
+from gptray.config import Config, RunFailed
 from gptray.data.order import BatchOrder
 from gptray.data.shares import split_rows
-from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
-from gptray.data.vocabulary import kept_rows
 from gptray.files import open_lock, storing
 from gptray.model.gpt import GPT
-from gptray.model.header import check_weights
-from gptray.model.hf import Rows, load_weights
-from gptray.model.precision import computes_bf16, pick_dtype
-from gptray.model.shape import model_folder, read_shape
-from gptray.native.abi import load_library
-from gptray.native.backend import TRAIN_KEY, check_backend
 from gptray.record import versions, write_event
+from gptray.training.building import build_model
 from gptray.training.checkpoint import (
     WRITER_LOCK,
     TrainerState,
@@ -43,10 +35,9 @@ from gptray.training.device import compiled, compiles, device_name, guard_update
 from gptray.training.laps import Laps
 from gptray.training.mfu import tokens_per_sec_at_peak
 from gptray.training.optim import load_optimizer, make_optimizer
+from gptray.training.sharding import ShardedWorkers, shard
 from gptray.training.stopping import Progress
 from gptray.training.workers import Workers
-
-log = logging.getLogger("gptray")
 
 
 @dataclass
@@ -85,6 +76,12 @@ class Run:
         tokens = tokens.to(self.device, non_blocking=True)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
+    def whole_model(self) -> GPT:
+        """The model with whole weights; on the first worker, inside `workers.from_first`."""
+        if isinstance(self.workers, ShardedWorkers):
+            return self.workers.whole_model()
+        return self.model
+
     def seed_dropout(self) -> None:
         """Make dropout a function of (seed, step, rank): a resumed run needs no random state."""
         key = f"{self.config.seed}/{self.state.step}/{self.workers.rank}".encode()
@@ -111,18 +108,16 @@ def start(
         if workers.is_first:
             write_event(run_dir, "notice", message=text)
 
-    failure: UserError | RunFailed | None = None
-    try:
-        is_compiled = compiles(config, device)
-        model, optimizer = _built(config, data, folder, device, tell)
-    except (UserError, RunFailed) as error:
-        failure = error
-    workers.agree(failure)
+    is_compiled = workers.all_or_none(lambda: compiles(config, device))
+    model, optimizer, workers = _built(config, data, folder, workers, device, tell)
     state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
     if folder:
         state = TrainerState.load(folder)
 
-    step_model = compiled(model, device, tell) if is_compiled else model
+    step_model: nn.Module = model
+    if is_compiled:
+        in_parts = workers.size > 1 or config.model.checkpoint_blocks
+        step_model = compiled(model, device, tell, in_parts=in_parts)
     run = Run(
         config=config,
         data=data,
@@ -130,7 +125,7 @@ def start(
         workers=workers,
         device=device,
         model=model,
-        loss_model=workers.parallel(step_model),
+        loss_model=workers.parallel(step_model, config.compute.reduce_dtype),
         optimizer=optimizer,
         order=BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed),
         state=state,
@@ -160,6 +155,7 @@ def _write_start(run: Run, *, compiled: bool) -> None:
         dtype=str(model.compute_dtype).removeprefix("torch."),
         backend="native" if model.is_native else "torch",
         compiled=compiled,
+        strategy=run.config.compute.strategy,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         parameters=model.num_params,
         pid=os.getpid(),
@@ -175,15 +171,26 @@ def _built(
     config: Config,
     data: TokenData,
     checkpoint: Path | None,
+    workers: Workers,
     device: torch.device,
     tell: Callable[[str], None],
-) -> tuple[GPT, torch.optim.Optimizer]:
-    """The model and its optimizer, from a checkpoint or as training begins."""
-    model = build_model(config, data, checkpoint, device, tell=tell)
+) -> tuple[GPT, torch.optim.Optimizer, Workers]:
+    """The model on its device, sharded if that is asked for, its optimizer, and the workers."""
+    compute = config.compute
+    model = workers.all_or_none(lambda: build_model(config, data, checkpoint, device, tell=tell))
+    is_sharded = compute.strategy == "fsdp" and workers.size > 1
+    if is_sharded:
+        compiled = config.train.compiles(on_gpu=device.type != "cpu")
+        shard(model, device, reduce_dtype=compute.reduce_dtype, compiled=compiled)
+    else:
+        model.to(device)
     optimizer = make_optimizer(model.parameters(), config.optim)
     if checkpoint:
-        load_optimizer(checkpoint / "optimizer.safetensors", model, optimizer)
-    return model, optimizer
+        path = checkpoint / "optimizer.safetensors"
+        workers.all_or_none(lambda: load_optimizer(path, model, optimizer))
+    if is_sharded:
+        workers = ShardedWorkers(workers.rank, workers.size, model, optimizer, device)
+    return model, optimizer, workers
 
 
 @contextmanager
@@ -219,75 +226,3 @@ def _resume_step(run_dir: Path) -> int:
     for problem in problems:
         write_event(run_dir, "damaged", message=f"{problem}; going back to step {step}")
     return step
-
-
-def build_model(
-    config: Config,
-    data: TokenData,
-    checkpoint: Path | None,
-    device: torch.device,
-    *,
-    tell: Callable[[str], None] = log.warning,
-) -> GPT:
-    """The run's model, from a checkpoint; None: as training begins.
-
-    tell: receives notices, of a resized embedding or of kernels that fail to build.
-    """
-    if config.model.init_from and not checkpoint:
-        folder = model_folder(config.model.init_from)
-        check_weights(folder, read_shape(folder))
-    model = GPT(config.model, vocab_size=data.vocab_size)
-    if checkpoint:
-        load_weights(model, checkpoint / "model")
-    elif config.model.init_from and config.model.resize_vocab:
-        _load_resized(model, config, data, config.model.init_from, tell)
-    elif config.model.init_from:
-        model.valid_vocab_size = config.model.vocab_size or data.vocab_size
-        load_weights(model, model_folder(config.model.init_from))
-        model.valid_vocab_size = data.vocab_size
-    else:
-        model.initialise(config.seed)
-    model.compute_dtype = pick_dtype(config.train.precision, device)
-    if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
-        tell(f"training in fp32: {device_name(device)} does not compute in bf16")
-    if model.compute_dtype == torch.bfloat16 and _has_kernels(config.train.backend, device, tell):
-        model.use_kernels()
-    return model.to(device)
-
-
-def _load_resized(
-    model: GPT, config: Config, data: TokenData, source: str, tell: Callable[[str], None]
-) -> None:
-    """Load weights; each row of the embedding goes to the same token's new id."""
-    own = Tokenizer.load(source)
-    kept = kept_rows(own, data.tokenizer)
-    folder = model_folder(source)
-    rows = read_shape(folder)["vocab_size"]
-    kept = [row if row < rows else -1 for row in kept]
-    load_weights(model, folder, rows=Rows(kept, min(rows, own.vocab_size), config.seed))
-    new, moved = kept.count(-1), sum(row not in (-1, number) for number, row in enumerate(kept))
-    if new or moved:
-        tell(
-            f"the embedding has a row for each of the tokenizer's {len(kept):,} tokens: "
-            f"{len(kept) - new:,} taken from {source}, {moved:,} of them from another id; {new:,} "
-            "new ones start from the mean row"
-        )
-
-
-def _has_kernels(backend: str, device: torch.device, tell: Callable[[str], None]) -> bool:
-    """Whether `train.backend` selects the project's own kernels here; builds them.
-
-    Raises:
-        UserError: it is native, and this machine cannot run them.
-        RunFailed: it is native, and they fail to compile.
-    """
-    if check_backend(TRAIN_KEY, backend, use_gpu=device.type != "cpu") == "torch":
-        return False
-    try:
-        load_library(key=TRAIN_KEY)
-    except RunFailed as error:
-        if backend == "native":
-            raise
-        tell(f"training through PyTorch: {error}")
-        return False
-    return True

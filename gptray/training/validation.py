@@ -10,8 +10,8 @@ from gptray.config import Config
 from gptray.data.scoring import Score, Windows
 from gptray.data.tokens import TokenData, TokenSplit
 from gptray.model.gpt import GPT
+from gptray.training.building import build_model
 from gptray.training.device import use_device
-from gptray.training.run import build_model
 from gptray.training.workers import Workers
 
 
@@ -20,7 +20,7 @@ def score_checkpoint(
 ) -> tuple[Score, GPT]:
     """Score a checkpoint of a run as one worker of it would; return its model too."""
     use_device(config, device)
-    model = build_model(config, data, checkpoint, device)
+    model = build_model(config, data, checkpoint, device).to(device)
     score = score_split(
         model,
         data.val,
@@ -47,11 +47,15 @@ def score_split(
     total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     windows = Windows(len(split), block_size, stride=block_size)
     mine = range(workers.rank, len(windows), workers.size)
+    own = len(windows.groups(mine, batch_size))
+    idle = workers.passes(own) - own
     for _, batch in windows.batches(split, mine, batch_size):
         tokens = torch.from_numpy(batch).to(device)  # (B, T + 1)
         losses = model.token_losses(tokens[:, :-1], tokens[:, 1:])  # (B, T)
         total[0] += losses.double().sum()
         total[1] += losses.numel()
+    for _ in range(idle):  # with those that have more
+        model.token_losses(*torch.zeros(2, 1, 1, dtype=torch.int64, device=device))
     nats, count = workers.sum(total).tolist()
     model.train(was_training)
     return Score.charged(nats, int(count), split.bytes, split.lost_bytes)

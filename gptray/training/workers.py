@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from gptray.config import RunFailed, UserError
@@ -49,6 +50,14 @@ class Workers:
             dist.broadcast(value, src=0)
         return int(value.item())
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A parameter or moment as the first worker stores it."""
+        return tensor.detach()
+
+    def passes(self, own: int) -> int:
+        """How many forward passes a worker makes that has `own` to make."""
+        return own
+
     def agree(self, failure: UserError | RunFailed | None) -> None:
         """Raise on every worker what any of them met: all leave together, and none waits for one.
 
@@ -61,6 +70,16 @@ class Workers:
         for one in found:
             if one:
                 raise one
+
+    def all_or_none(self, make: Callable[[], T]) -> T:
+        """What `make` gives. Raises UserError or RunFailed on every worker if it does on one."""
+        failure: UserError | RunFailed | None = None
+        try:
+            made = make()
+        except (UserError, RunFailed) as error:
+            failure = error
+        self.agree(failure)
+        return made
 
     def from_first(self, make: Callable[[], T]) -> T | None:
         """Call `make` on the first worker; give there what it gives, None elsewhere.
@@ -78,11 +97,18 @@ class Workers:
         self.agree(failure)
         return made
 
-    def parallel(self, model: nn.Module) -> nn.Module:
-        """The model whose backward pass averages gradients over all workers."""
+    def parallel(self, model: nn.Module, reduce_dtype: str) -> nn.Module:
+        """The model whose backward pass averages gradients over all workers, as fp32 or bf16."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if reduce_dtype == "bf16":
+            # By its own name it is refused without CUDA.
+            parallel.register_comm_hook(
+                None,
+                lambda state, bucket: bf16_compress_hook(None, bucket),  # type: ignore[arg-type]
+            )
+        return parallel
 
     def reduces_gradients(self, model: nn.Module, now: bool) -> AbstractContextManager[None]:
         """Holds the all-reduce back in all but the last forward and backward pass of a step."""

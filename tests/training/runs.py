@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from gptray.config import Config
 from gptray.data.tokens import TokenData
+from gptray.model.gpt import GPT
+from gptray.training.evaluations import Samples
 from gptray.training.loop import fit
 
 CPU = torch.device("cpu")
@@ -26,12 +29,13 @@ def run(
     *,
     kill_at: int | None = None,
     device: torch.device = CPU,
+    sample: Callable[[GPT], Samples] = lambda model: [],
 ) -> Any:
     def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
         if metrics["step"] == kill_at:
             raise Killed
 
-    return fit(config, data, run_dir, report=report, sample=lambda model: [], device=device)
+    return fit(config, data, run_dir, report=report, sample=sample, device=device)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -168,10 +168,12 @@ def _worker(rank: int, config: Config, data_dir: str, run_dir: str, port: int) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_workers_leave_together_when_the_first_cannot_write(
-    text_file: Path, tiny_data: TokenData, tmp_path: Path
+    text_file: Path, tiny_data: TokenData, tmp_path: Path, strategy: str
 ) -> None:
-    config = tiny_config(text_file, tmp_path, "compute.num_workers=2")
+    words = ("compute.num_workers=2", f"compute.strategy={strategy}")
+    config = tiny_config(text_file, tmp_path, *words)
     port = 30_000 + os.getpid() % 10_000
     spawn(_worker, (config, str(tiny_data.data_dir), str(tmp_path), port), nprocs=2)  # type: ignore[no-untyped-call]
     first, second = (

@@ -18,8 +18,8 @@ from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
 from gptray.model.hf import WTE, save_pretrained
 from gptray.record import EVENTS, read_rows
+from gptray.training.building import build_model
 from gptray.training.loop import fit
-from gptray.training.run import build_model
 from tests.data import foreign
 from tests.data.prepared import prepared_here
 from tests.tiny import tiny_config, tiny_text

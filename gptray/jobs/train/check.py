@@ -161,23 +161,43 @@ def plan(checked: CheckedTraining) -> Plan:
 
 def _workers(config: Config) -> str:
     kind = "GPU" if config.compute.use_gpu else "CPU"
+    shared = ", each with its share of the weights (fsdp)" if _is_sharded(config) else ""
     scorer = ", and one more that scores" if config.train.async_validation else ""
-    return f"{config.compute.num_workers} ({kind}){scorer}"
+    return f"{config.compute.num_workers} ({kind}){shared}{scorer}"
+
+
+def _is_sharded(config: Config) -> bool:
+    return config.compute.strategy == "fsdp" and config.compute.num_workers > 1
 
 
 def _memory(config: Config, parameters: int, vocab_size: int) -> float:
-    """Bytes of one worker, roughly: states of all parameters, and activations of one pass.
+    """Bytes of one worker, roughly: states of its parameters, and activations of one pass.
 
     A block keeps about 16 values of the width a token for its backward pass, and the attention
-    probabilities (Korthikanti et al. 2022, without recomputation), in the bytes of fp32. On a GPU
-    no probabilities are kept, but the logits of a piece of the head and their gradient are.
+    probabilities (Korthikanti et al. 2022), in the bytes of fp32. On a GPU no probabilities are
+    kept, but the logits of a piece of the head and their gradient are. With
+    `model.checkpoint_blocks` one block keeps them at a time, the others their input.
     """
-    tokens = config.micro_batch_size * config.train.block_size
+    model, tokens = config.model, config.micro_batch_size * config.train.block_size
+    block, value = 16 * model.n_embd, 4
+    logits = 0
     if config.compute.use_gpu:
         value = 4 if config.train.precision == "fp32" else 2
-        kept = config.model.n_layer * tokens * 16 * config.model.n_embd
         logits = 2 * min(HEAD_BYTES, value * tokens * vocab_size)
-        return BYTES_PER_PARAMETER * parameters + value * kept + logits
-    attention = config.model.n_head * config.train.block_size
-    activations = config.model.n_layer * tokens * (16 * config.model.n_embd + attention)
-    return BYTES_PER_PARAMETER * parameters + 4 * activations
+    else:
+        block += model.n_head * config.train.block_size
+    kept = model.n_layer * block
+    if model.checkpoint_blocks:
+        kept = block + model.n_layer * model.n_embd
+    return _states(config, parameters, vocab_size) + value * tokens * kept + logits
+
+
+def _states(config: Config, parameters: int, vocab_size: int) -> float:
+    """Bytes of weights, gradients and moments. Sharded, the largest tensors, the embedding or two
+    blocks, are whole for a while, and so are their gradients."""
+    if not _is_sharded(config):
+        return BYTES_PER_PARAMETER * parameters
+    embedding = vocab_size * config.model.n_embd
+    blocks = 2 * (parameters - embedding) // config.model.n_layer
+    share = BYTES_PER_PARAMETER * parameters / config.compute.num_workers
+    return share + 2 * 4 * max(embedding, blocks)

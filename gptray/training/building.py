@@ -1,0 +1,96 @@
+"""A run's model as it begins or resumes: from a checkpoint, from other weights, or new."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gptray.config import Config, RunFailed
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokens import TokenData
+from gptray.data.vocabulary import kept_rows
+from gptray.model.gpt import GPT
+from gptray.model.header import check_weights
+from gptray.model.hf import Rows, load_weights
+from gptray.model.precision import computes_bf16, pick_dtype
+from gptray.model.shape import model_folder, read_shape
+from gptray.native.abi import load_library
+from gptray.native.backend import TRAIN_KEY, check_backend
+from gptray.training.device import device_name
+
+log = logging.getLogger("gptray")
+
+
+def build_model(
+    config: Config,
+    data: TokenData,
+    checkpoint: Path | None,
+    device: torch.device,
+    *,
+    tell: Callable[[str], None] = log.warning,
+) -> GPT:
+    """The run's model on the CPU, to compute on `device`; from a checkpoint, or as training begins.
+
+    tell: receives notices, of a resized embedding or of kernels that fail to build.
+    """
+    if config.model.init_from and not checkpoint:
+        folder = model_folder(config.model.init_from)
+        check_weights(folder, read_shape(folder))
+    model = GPT(config.model, vocab_size=data.vocab_size)
+    if checkpoint:
+        load_weights(model, checkpoint / "model")
+    elif config.model.init_from and config.model.resize_vocab:
+        _load_resized(model, config, data, config.model.init_from, tell)
+    elif config.model.init_from:
+        model.valid_vocab_size = config.model.vocab_size or data.vocab_size
+        load_weights(model, model_folder(config.model.init_from))
+        model.valid_vocab_size = data.vocab_size
+    else:
+        model.initialise(config.seed)
+    model.compute_dtype = pick_dtype(config.train.precision, device)
+    if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
+        tell(f"training in fp32: {device_name(device)} does not compute in bf16")
+    if model.compute_dtype == torch.bfloat16 and _has_kernels(config.train.backend, device, tell):
+        model.use_kernels()
+    return model
+
+
+def _load_resized(
+    model: GPT, config: Config, data: TokenData, source: str, tell: Callable[[str], None]
+) -> None:
+    """Load weights; each row of the embedding goes to the same token's new id."""
+    own = Tokenizer.load(source)
+    kept = kept_rows(own, data.tokenizer)
+    folder = model_folder(source)
+    rows = read_shape(folder)["vocab_size"]
+    kept = [row if row < rows else -1 for row in kept]
+    load_weights(model, folder, rows=Rows(kept, min(rows, own.vocab_size), config.seed))
+    new, moved = kept.count(-1), sum(row not in (-1, number) for number, row in enumerate(kept))
+    if new or moved:
+        tell(
+            f"the embedding has a row for each of the tokenizer's {len(kept):,} tokens: "
+            f"{len(kept) - new:,} taken from {source}, {moved:,} of them from another id; {new:,} "
+            "new ones start from the mean row"
+        )
+
+
+def _has_kernels(backend: str, device: torch.device, tell: Callable[[str], None]) -> bool:
+    """Whether `train.backend` selects the project's own kernels here; builds them.
+
+    Raises:
+        UserError: it is native, and this machine cannot run them.
+        RunFailed: it is native, and they fail to compile.
+    """
+    if check_backend(TRAIN_KEY, backend, use_gpu=device.type != "cpu") == "torch":
+        return False
+    try:
+        load_library(key=TRAIN_KEY)
+    except RunFailed as error:
+        if backend == "native":
+            raise
+        tell(f"training through PyTorch: {error}")
+        return False
+    return True

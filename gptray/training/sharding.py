@@ -1,0 +1,131 @@
+"""Weights, gradients and AdamW's moments spread over the workers by PyTorch's FSDP2.
+
+Each worker holds a part of every tensor. A block's weights are whole only while the block computes,
+its gradients until they are reduced (Rajbhandari et al. 2020, ZeRO; Zhao et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gptray.model.gpt import GPT
+from gptray.training.workers import T, Workers
+
+# In place of a tensor's number.
+_NOTHING = -1
+
+
+def shard(model: GPT, device: torch.device, *, reduce_dtype: str, compiled: bool) -> None:
+    """Leave this worker its part of each parameter, on the device. Every worker calls it.
+
+    The model computes by `forward` and `token_losses` as before, on all workers at a time.
+    compiled: whether its head will be.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if reduce_dtype == "bf16" else None)
+    transformer = model.transformer
+    for module in (*transformer.h, transformer.ln_f):
+        if next(module.parameters(), None) is not None:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    assert isinstance(model, FSDPModule)
+    # The root's parameters, the embeddings, are not read in the backward pass: the head makes its
+    # gradient in the forward pass. Compiled, it may leave that for later.
+    model.set_unshard_in_backward(compiled)
+    register_fsdp_forward_method(model, "token_losses")
+
+
+@torch.no_grad()
+def placed_as(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """A whole tensor of the parameter's shape, placed as that is; of a sharded one, the part."""
+    if not isinstance(parameter, DTensor):
+        return whole.to(parameter.device)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    whole = whole.to(parameter.device)
+    part = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    return torch.empty_like(parameter).copy_(part)  # part is a view of the whole
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedWorkers(Workers):
+    """The workers of a sharded run: the first has a tensor whole only while the others help."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A parameter or moment with no part missing; inside `from_first`."""
+        for number, one in enumerate(self._spread()):
+            if one is tensor:
+                self._ask(number)
+                return _whole(one)
+        return tensor.detach()
+
+    def whole_model(self) -> GPT:
+        """A copy of the model that is not spread; inside `from_first`."""
+        with torch.device("meta"):
+            copy = GPT(self.model.config, vocab_size=self.model.valid_vocab_size)
+        copy = copy.to_empty(device=self.device)
+        copy.compute_dtype = self.model.compute_dtype
+        for name, parameter in self.model.named_parameters():
+            copy.get_parameter(name).data.copy_(self.whole(parameter))
+        return copy
+
+    def from_first(self, make: Callable[[], T]) -> T | None:
+        """As `Workers.from_first`; meanwhile the others give their parts of what it asks for."""
+
+        def then_release() -> T:
+            try:
+                return make()
+            finally:
+                self._ask(_NOTHING)
+
+        if not self.is_first:
+            spread = self._spread()
+            while (number := self._ask(_NOTHING)) != _NOTHING:
+                _whole(spread[number])
+        return super().from_first(then_release)
+
+    def parallel(self, model: nn.Module, reduce_dtype: str) -> nn.Module:
+        """The model as it is: `shard` has made it parallel.
+
+        Gradients are reduced in every pass of a step: to keep them whole would take their memory.
+        """
+        return model
+
+    def passes(self, own: int) -> int:
+        """The most of any worker: blocks are made whole for all workers at a time."""
+        most = torch.tensor(own, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most.item())
+
+    def _ask(self, number: int) -> int:
+        """The first worker's number, on each worker."""
+        return self.number_from_first(lambda: number, self.device)
+
+    def _spread(self) -> list[Tensor]:
+        """Parameters and moments, in the same order on each worker."""
+        tensors: list[Tensor] = list(self.model.parameters())
+        for parameter in self.model.parameters():
+            tensors += self.optimizer.state.get(parameter, {}).values()
+        return [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+
+
+@torch.no_grad()
+def _whole(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
