@@ -73,6 +73,8 @@ ALIASES = {
     "train.resume": "resume_from resume_from_checkpoint auto_resume restart",
     "compute.num_workers": "workers devices num_gpus gpus n_gpus world_size num_processes "
     "nproc_per_node n_workers num_devices",
+    "compute.label_selector": "labels node_selector node_labels",
+    "compute.accelerator_type": "gpu_type accelerators instance_type",
     "compute.use_gpu": "gpu cuda device accelerator use_cuda",
     "compute.cpus_per_worker": "cpus num_cpus threads cores num_threads cpu_per_worker",
     "compute.max_failures": "retries max_retries failures max_restarts",

@@ -135,7 +135,7 @@ def plan(checked: CheckedTraining) -> Plan:
         ("workers", _workers(config)),
         ("sequences per step", f"{batch:,} of {config.train.block_size:,} tokens"),
         ("tokens per step", f"{config.tokens_per_step:,}"),
-        ("micro-batch", f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"),
+        ("micro-batch", _passes(config)),
         ("tokens in all", f"{config.tokens_per_step * steps:,} at most"),
     ]
     if checked.changes:
@@ -162,7 +162,18 @@ def plan(checked: CheckedTraining) -> Plan:
 def _workers(config: Config) -> str:
     kind = "GPU" if config.compute.use_gpu else "CPU"
     scorer = ", and one more that scores" if config.train.async_validation else ""
-    return f"{config.compute.num_workers} ({kind}){scorer}"
+    workers = f"{config.compute.min_workers}"
+    if config.compute.is_elastic:
+        workers += f" to {config.compute.max_workers}, as there is room"
+    return f"{workers} ({kind}){scorer}"
+
+
+def _passes(config: Config) -> str:
+    if config.compute.is_elastic:
+        return (
+            f"{config.micro_batch_size} x {config.micro_batches} passes, dealt out to the workers"
+        )
+    return f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"
 
 
 def _memory(config: Config, parameters: int, vocab_size: int) -> float:
