@@ -17,7 +17,7 @@ import ray
 import ray.train
 
 from gptray.jobs.cluster_nodes import nodes_to_be_taken
-from gptray.jobs.train.attempts import PLACE, is_given, place_for
+from gptray.jobs.train.attempts import PLACE, place_for
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
 from gptray.training.numbers import Wish
@@ -131,15 +131,11 @@ class Notices:
         """Leave as soon as there is room elsewhere, for which Ray is asked."""
         if self._elsewhere is None:
             self._elsewhere = place_for(bundles, self._task.config.compute)
-        self._is_to_leave = is_given(self._elsewhere)
+        self._is_to_leave = _places_given() >= len(bundles)
 
     def _grow(self) -> None:
         """Leave once there has been room for more workers for some seconds."""
-        job = ray.get_runtime_context().get_job_id()
-        more = sum(
-            group["name"] == PLACE and group["state"] == "CREATED" and name.endswith(job)
-            for name, group in ray.util.placement_group_table().items()
-        )
+        more = _places_given()
         if not more:
             self._room_since = None
             return
@@ -147,3 +143,13 @@ class Notices:
         if time.monotonic() - self._room_since >= GROW_S:
             self._reason = f"there is room for {more} more"
             self._is_to_leave = True
+
+
+def _places_given() -> int:
+    """For how many workers more of this job Ray keeps room."""
+    job = ray.get_runtime_context().get_job_id()
+    return sum(
+        len(group["bundles"])
+        for name, group in ray.util.placement_group_table().items()
+        if group["name"] == PLACE and group["state"] == "CREATED" and name.endswith(job)
+    )
