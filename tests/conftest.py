@@ -31,10 +31,10 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The session's Ray: two CPUs on this machine."""
     import ray
 
-    from gptray.jobs.cluster import TRAIN_ENV
+    from gptray.jobs.cluster import OWN_TRAIN_ENV, TRAIN_ENV
 
     # Tiny runs report in quick succession: do not have each report wait for the next poll.
-    os.environ.update(TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
+    os.environ.update(TRAIN_ENV | OWN_TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
     ray.init(
         address="local",
         num_cpus=2,

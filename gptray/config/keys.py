@@ -19,7 +19,7 @@ from gptray.config.suggest import did_you_mean, nearest
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _SHORT = {int: "int", float: "number", bool: "true|false", str: "text", dict: "entry"}
-_PLURALS = {float: "numbers", str: "texts", dict: "entries"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts", dict: "entries"}
 _LIMITS = {
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",

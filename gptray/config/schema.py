@@ -7,6 +7,7 @@ of the API that finally receives it (HF, torch, Ray).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -69,13 +70,18 @@ class Config(Section):
     def micro_batch_size(self) -> int:
         """Sequences per forward pass of one worker."""
         return (
-            self.train.micro_batch_size or self.train.global_batch_size // self.compute.num_workers
+            self.train.micro_batch_size or self.train.global_batch_size // self.compute.max_workers
         )
 
     @property
+    def micro_batches(self) -> int:
+        """Forward passes per optimizer step, of all workers together."""
+        return self.train.global_batch_size // self.micro_batch_size
+
+    @property
     def grad_accum_steps(self) -> int:
-        """Forward passes of one worker per optimizer step."""
-        return self.train.global_batch_size // (self.micro_batch_size * self.compute.num_workers)
+        """Forward passes of one worker per optimizer step, where all workers are there."""
+        return math.ceil(self.micro_batches / self.compute.max_workers)
 
     @property
     def tokens_per_step(self) -> int:
@@ -106,14 +112,23 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Config:
-        micro = self.train.micro_batch_size
-        per_pass = (micro or 1) * self.compute.num_workers
-        if self.train.global_batch_size % per_pass:
-            factor = f"train.micro_batch_size={micro} x " if micro else ""
+        micro, workers, batch = (
+            self.train.micro_batch_size,
+            self.compute,
+            self.train.global_batch_size,
+        )
+        factors = {f"train.micro_batch_size={micro}": micro} if micro else {}
+        if workers.is_elastic and not micro:
+            factors["the most of compute.num_workers=" + workers.workers_shown] = (
+                workers.max_workers
+            )
+        elif not workers.is_elastic:
+            factors[f"compute.num_workers={workers.workers_shown}"] = workers.max_workers
+        per_pass = math.prod(factors.values())
+        if batch % per_pass:
             raise ValueError(
-                f"train.global_batch_size={self.train.global_batch_size} must be divisible by "
-                f"{factor}compute.num_workers={self.compute.num_workers}"
-                f", such as {max(1, round(self.train.global_batch_size / per_pass)) * per_pass}"
+                f"train.global_batch_size={batch} must be divisible by {' x '.join(factors)}"
+                f", such as {max(1, round(batch / per_pass)) * per_pass}"
             )
         return self
 

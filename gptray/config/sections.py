@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from gptray.config.placement import Placement
 from gptray.config.values import (
     Backend,
     NonEmpty,
@@ -206,8 +207,7 @@ class TrainConfig(Section):
         return self
 
 
-class ComputeConfig(Section):
-    num_workers: PositiveInt = Field(1, description="data-parallel workers (Ray ScalingConfig)")
+class ComputeConfig(Placement):
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",
         description="ddp: each worker holds all weights and AdamW's state; fsdp: each holds its "
@@ -238,10 +238,10 @@ class ComputeConfig(Section):
 
     @model_validator(mode="after")
     def _whole_gpus_for_nccl(self) -> ComputeConfig:
-        if self.gpus_per_worker < 1 and self.num_workers > 1:
+        if self.gpus_per_worker < 1 and self.max_workers > 1:
             raise ValueError(
                 f"compute.gpus_per_worker={self.gpus_per_worker:g} goes with one worker; "
-                f"compute.num_workers={self.num_workers} need a GPU each"
+                f"compute.num_workers={self.workers_shown} need a GPU each"
             )
         return self
 

@@ -79,6 +79,8 @@ ALIASES = {
     "sharding_strategy zero_stage parallelism",
     "compute.reduce_dtype": "reduce_precision mixed_precision_reduce communication_data_type "
     "comm_hook gradient_compression",
+    "compute.label_selector": "labels node_selector node_labels",
+    "compute.accelerator_type": "gpu_type accelerators instance_type",
     "compute.use_gpu": "gpu cuda device accelerator use_cuda",
     "compute.cpus_per_worker": "cpus num_cpus threads cores num_threads cpu_per_worker",
     "compute.max_failures": "retries max_retries failures max_restarts",

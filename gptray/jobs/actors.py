@@ -138,6 +138,10 @@ class Crew(Generic[M]):
             self.members[self.members.index(member)] = self._start()
 
     def _count(self, error: Exception) -> None:
+        of_all = count(len(self.members), self._name)
+        if getattr(error, "preempted", False):  # Ray knew that the node would be taken
+            log.warning("1 of %s was taken with its node; its work goes to another", of_all)
+            return
         self._deaths += 1
         if 0 <= self._most_deaths < self._deaths:
             # The lines before it are numbers by which Ray knows the actor.
@@ -146,7 +150,6 @@ class Crew(Generic[M]):
                 f"{self._name}s died more than compute.max_failures={self._most_deaths} times. "
                 f"{why}"
             ) from None
-        of_all = count(len(self.members), self._name)
         log.warning("1 of %s died; its work goes to another", of_all)
 
 

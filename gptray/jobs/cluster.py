@@ -28,9 +28,15 @@ from gptray.native.compiler import cannot_compile, why_not_compile
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
 # makes a report wait as long; a poll every 0.2 seconds takes some percent of two cores away from
-# training, one every second hardly any. The watcher and the metrics cost seconds at every start.
+# training, one every second hardly any. By itself it looks for nodes that are about to be taken
+# every five seconds, of the thirty that some clouds give.
 TRAIN_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+# The same where the cluster is the job's own: nobody takes its node or looks at its metrics, and
+# the watcher and the metrics cost seconds at every start.
+OWN_TRAIN_ENV = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
@@ -67,9 +73,10 @@ def ray_cluster(
         with telling_waits(wait_s):
             yield False
         return
-    if os.environ.get("RAY_ADDRESS"):
-        check_address(os.environ["RAY_ADDRESS"])
-    for key, value in (TRAIN_ENV | SERVE_ENV).items():
+    of_others = os.environ.get("RAY_ADDRESS")
+    if of_others:
+        check_address(of_others)
+    for key, value in (TRAIN_ENV | SERVE_ENV | ({} if of_others else OWN_TRAIN_ENV)).items():
         os.environ.setdefault(key, value)
     verbose = logging.getLogger("gptray").isEnabledFor(logging.DEBUG)
     level = logging.INFO if verbose else logging.ERROR
@@ -78,7 +85,7 @@ def ray_cluster(
     with redirect_stdout(sys.stderr), ExitStack() as stack:
         with warnings.catch_warnings(), _sigterm_kept():
             warnings.simplefilter("default" if verbose else "ignore")
-            if os.environ.get("RAY_ADDRESS"):
+            if of_others:
                 import ray
 
                 with ray_answers():
@@ -88,7 +95,7 @@ def ray_cluster(
                 with _ray_folder():
                     stack.enter_context(own_ray(environment or {}, **options))
         with telling_waits(wait_s):
-            yield not os.environ.get("RAY_ADDRESS")
+            yield not of_others
 
 
 def _is_connected() -> bool:
@@ -166,25 +173,26 @@ def check_resources(
     gpus = local_gpus() if compute.use_gpu else 0
     cpus = len(os.sched_getaffinity(0))
     problems = []
-    if compute.use_gpu and gpus < compute.num_workers:
+    workers, shown = compute.min_workers, compute.workers_shown
+    if compute.use_gpu and gpus < workers:
         problems.append(
-            f"compute.use_gpu=true with compute.num_workers={compute.num_workers} needs as many "
-            f"GPUs; this machine has {gpus}"
+            f"compute.use_gpu=true with compute.num_workers={shown} needs as many GPUs; this "
+            f"machine has {gpus}"
         )
     elif compute.use_gpu and is_torch_for_cpus():
         problems.append(BUILT_FOR_CPUS)
-    if compute.cpus_per_worker and compute.cpus_per_worker * compute.num_workers > cpus:
+    if compute.cpus_per_worker and compute.cpus_per_worker * workers > cpus:
         problems.append(
             f"compute.cpus_per_worker={compute.cpus_per_worker} x "
-            f"compute.num_workers={compute.num_workers} is more than this machine's {cpus} cores"
+            f"compute.num_workers={shown} is more than this machine's {cpus} cores"
         )
-    count, cores = compute.num_workers + 1, compute.cpus_per_worker or 1
+    count, cores = workers + 1, compute.cpus_per_worker or 1
     has_spare = gpu_workers(compute, gpus) >= count and cores * count <= cpus
     if beside and not problems and not has_spare:
         spare = f"{count} GPUs" if compute.use_gpu else f"{cores * count} cores"
         problems.append(
             f"{beside}=true needs one worker more than "
-            f"compute.num_workers={compute.num_workers}, so {spare}; this machine has "
+            f"compute.num_workers={shown}, so {spare}; this machine has "
             f"{gpus if compute.use_gpu else cpus}. Without it ({beside}=false) the workers "
             "themselves score, to the same numbers"
         )

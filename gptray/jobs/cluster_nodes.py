@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Ray names nodes that nobody's autoscaler brought after their ids.
 _BY_HAND = "node_"
 # Set on nodes that an autoscaler or Kubernetes started.
 _GROUP_LABEL = "ray.io/node-group"
+_ID_LABEL = "ray.io/node-id"  # which every node has
 _NAMED = 3  # in messages, of nodes that are alike
 
 
 @dataclass(frozen=True)
 class Node:
-    """An alive node. resources: what Ray counts there, such as CPU and GPU. id: Ray's."""
+    """An alive node. resources: what Ray counts there, such as CPU and GPU. id, labels: Ray's."""
 
     address: str
     resources: Mapping[str, float]
     id: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def cpus(self) -> float:
@@ -37,10 +39,21 @@ def alive_nodes() -> list[Node]:
     import ray
 
     return [
-        Node(node["NodeManagerAddress"], node["Resources"], node["NodeID"])
+        Node(node["NodeManagerAddress"], node["Resources"], node["NodeID"], node["Labels"])
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def has_labels(node: Node, selector: Mapping[str, str]) -> bool:
+    """Whether a node has the labels, each VALUE, !VALUE, in(VALUE, ...) or !in(VALUE, ...)."""
+    for name, wanted in selector.items():
+        value = wanted.removeprefix("!")
+        values = value[len("in(") : -1].split(",") if value.startswith("in(") else [value]
+        is_one = node.labels.get(name) in {one.strip() for one in values}
+        if is_one == wanted.startswith("!"):
+            return False
+    return True
 
 
 def free_resources() -> list[Mapping[str, float]]:
@@ -48,6 +61,14 @@ def free_resources() -> list[Mapping[str, float]]:
     import ray
 
     return list(ray._private.state.available_resources_per_node().values())
+
+
+def nodes_to_be_taken() -> dict[str, float]:
+    """Ids of the nodes that will be taken, and when, in seconds of `time.time`; 0: unknown."""
+    import ray
+
+    draining = ray._private.state.state.get_draining_nodes()
+    return {node: deadline_ms / 1000 for node, deadline_ms in draining.items()}
 
 
 def grows() -> bool:
@@ -107,6 +128,20 @@ def nodes_words(nodes: Iterable[Node]) -> str:
         f"{_names(addresses)} {'has' if len(addresses) == 1 else 'have'} {words}"
         + ("" if len(addresses) == 1 else " each")
         for words, addresses in alike.items()
+    )
+
+
+def labels_words(nodes: Iterable[Node]) -> str:
+    """The nodes by their labels: "10.0.0.1 has zone=a; 10.0.0.2, 10.0.0.3 have none"."""
+    alike: dict[str, list[str]] = {}
+    for node in nodes:
+        labels = [
+            f"{name}={node.labels[name]}" for name in sorted(node.labels) if name != _ID_LABEL
+        ]
+        alike.setdefault(", ".join(labels) or "none", []).append(node.address)
+    return "; ".join(
+        f"{_names(addresses)} {'has' if len(addresses) == 1 else 'have'} {labels}"
+        for labels, addresses in alike.items()
     )
 
 

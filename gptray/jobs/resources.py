@@ -10,6 +10,8 @@ from gptray.jobs.cluster_nodes import (
     alive_nodes,
     amount_words,
     grows,
+    has_labels,
+    labels_words,
     node_types,
     nodes_words,
     types_words,
@@ -28,23 +30,42 @@ def worker_resources(
     """What Ray reserves for each worker: its GPU, and its share of the cores.
 
     spare: so many workers more than compute.num_workers have to fit.
-    together: the workers run at the same time or not at all; else any number of them is of use.
+    together: the workers run at the same time or not at all, of an elastic number the least; else
+        any number of them is of use.
 
     Raises:
         UserError: the cluster can never give that, not even when nobody else uses it.
     """
-    nodes = alive_nodes()
+    nodes = labelled_nodes(compute)
     has = [node.resources for node in nodes]
-    workers = compute.num_workers + spare
-    places = min(workers, room(compute, has, compute.cpus_per_worker or 1))
-    if places < workers and _shares_cores(compute, has, workers):
-        return _reserved(compute, sum(one.get("CPU", 0.0) for one in has) / workers)
-    if places == workers or (places and not together):
+    least, most = compute.min_workers + spare, compute.max_workers + spare
+    places = min(most, room(compute, has, compute.cpus_per_worker or 1))
+    if places < least and _shares_cores(compute, has, least):
+        return _reserved(compute, sum(one.get("CPU", 0.0) for one in has) / least)
+    if places >= least or (places and not together):
         return _reserved(compute, _moderate(compute, cores_that_fit(compute, has, places)))
     cores = compute.cpus_per_worker or 1
-    _check_may_come(compute, nodes, workers=workers if together else 1, cores=cores)
+    _check_may_come(compute, nodes, workers=least if together else 1, cores=cores)
     to_come = [resources for resources, _ in node_types()]
     return _reserved(compute, max(cores, _moderate(compute, cores_that_fit(compute, to_come, 1))))
+
+
+def labelled_nodes(compute: ComputeConfig) -> list[Node]:
+    """The nodes on which workers may run.
+
+    Raises UserError, listing the labels of the nodes, if there is none and none will come.
+    """
+    nodes = alive_nodes()
+    found = [node for node in nodes if has_labels(node, compute.selector)]
+    if nodes and not found and not grows():
+        wanted = ", ".join(f"{name}={value}" for name, value in compute.selector.items())
+        keys = [*(["compute.label_selector"] if compute.label_selector else [])]
+        keys += ["compute.accelerator_type"] if compute.accelerator_type else []
+        raise UserError(
+            f"no node of the cluster has the label{'s' * (len(compute.selector) > 1)} {wanted}: "
+            f"{labels_words(nodes)}. Change {' or '.join(keys)}, or add nodes"
+        )
+    return found
 
 
 def check_cluster(compute: ComputeConfig, *, spare: int = 0) -> None:
@@ -162,12 +183,12 @@ def trial_resources(
     the cores out. Where nodes may still come it is all trials: those that find no room wait, and
     have the autoscaler bring nodes.
     """
-    has = [node.resources for node in alive_nodes()]
+    has = [node.resources for node in labelled_nodes(compute)]
     if not is_own_ray() and grows():
         return min(trials, at_once or trials), worker_resources(compute, together=True)
-    most = room(compute, has, compute.cpus_per_worker or 1) // compute.num_workers
+    most = room(compute, has, compute.cpus_per_worker or 1) // compute.max_workers
     if most == 0:
         return at_once or 1, worker_resources(compute, together=True)
     number = min(trials, most, at_once or most)
-    cores = cores_that_fit(compute, has, number * compute.num_workers)
+    cores = cores_that_fit(compute, has, number * compute.max_workers)
     return number, _reserved(compute, _moderate(compute, cores))

@@ -170,7 +170,7 @@ def check_records(folder: Path, state: TrainerState | None, *, log_interval: int
             )
     if state is None:
         return
-    for step in {state.step, state.progress.best_step or state.step} - {*steps}:
+    for step in {state.evaluated, state.progress.best_step} - {0, *steps}:
         raise RunFailed(f"{path} has lost the row of step {step}; restore it from a copy")
     lost = sorted({*range(log_interval, state.step, log_interval)} - {*steps})
     if lost:

@@ -2,7 +2,7 @@
 
 A watch in the driver asks Ray what this job has asked for and not got: its placement groups and
 actors that no node has taken. While some wait and none of the job's holds a core or GPU, nothing
-runs.
+runs; else some of the workers wait, which is told and ends no job.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import _thread
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -26,8 +26,10 @@ from gptray.jobs.cluster_nodes import (
     nodes_words,
     total,
 )
+from gptray.jobs.holders import Resources, actors_in, counted, holders
 from gptray.jobs.own_ray import is_own_ray
-from gptray.wording import time_words
+from gptray.jobs.train.attempts import PLACE
+from gptray.wording import count, time_words
 
 log = logging.getLogger("gptray")
 
@@ -39,8 +41,6 @@ GONE_S = 5.0
 # Replicas belong to Serve, which may be older than this job.
 REPLICA = "SERVE_REPLICA::gptray#"
 
-Resources = Mapping[str, float]
-
 
 class Demand(NamedTuple):
     """What a job has asked for: bundles that no node has given, and whether it got any."""
@@ -51,9 +51,9 @@ class Demand(NamedTuple):
 
 @contextmanager
 def telling_waits(wait_s: float | None) -> Iterator[None]:
-    """Say in the block when nothing runs for want of room, and when that is over.
+    """Say in the block when all or some wait for want of room, and when that is over.
 
-    wait_s: seconds after which a wait ends the block; None: never.
+    wait_s: seconds after which a wait of all ends the block; None: never.
 
     Raises:
         RunFailed: a wait took longer than `wait_s`.
@@ -83,7 +83,7 @@ class _Watch:
         self._since: float | None = None  # when the wait began; None: there is none
         self._seen = 0.0  # when it was last there
         self._tell_at, self._gap_s = 0.0, REPEAT_S
-        self._told = False
+        self._told = self._is_of_some = False
         self._is_in_main = threading.current_thread() is threading.main_thread()
 
     def look(self) -> None:
@@ -96,17 +96,22 @@ class _Watch:
             log.debug("waiting: %s", error)
 
     def _judge(self, demand: Demand, now: float) -> None:
-        if demand.is_running or not demand.awaited:
-            if self._since is not None and (demand.is_running or now - self._seen > GONE_S):
-                self._over()
+        if self._since is not None and (
+            (demand.awaited and demand.is_running != self._is_of_some)
+            or (not demand.awaited and (demand.is_running or now - self._seen > GONE_S))
+        ):
+            self._over()
+        if not demand.awaited:
             return
         self._seen = now
         if self._since is None:
             self._since, self._tell_at, self._gap_s = now, now + FIRST_S, REPEAT_S
-        if self._wait_s is not None and now - self._since >= self._wait_s:
+            self._is_of_some = demand.is_running
+        is_too_long = self._wait_s is not None and now - self._since >= self._wait_s
+        if is_too_long and not self._is_of_some:
             self._give_up(demand.awaited)
         elif now >= self._tell_at:
-            log.info("waiting for %s", shortage(demand.awaited, *_cluster()))
+            log.info("%s", _waiting(demand.awaited, is_of_some=self._is_of_some))
             self._told = True
             self._tell_at, self._gap_s = now + self._gap_s, min(MOST_S, 2 * self._gap_s)
 
@@ -125,6 +130,18 @@ class _Watch:
             signals.fail(self.gave_up)
         elif self._is_in_main:
             _thread.interrupt_main()
+
+
+def _waiting(awaited: Sequence[Resources], *, is_of_some: bool) -> str:
+    """Who waits for what, and the job that holds the most."""
+    own, of_others = holders()
+    text = f"waiting for {shortage(awaited, *_cluster())}"
+    if is_of_some:
+        number = len(awaited)
+        text = (
+            f"{number} of {count(number + own, 'worker')} {'is' if number == 1 else 'are'} {text}"
+        )
+    return text + of_others
 
 
 def _cluster() -> tuple[list[Resources], list[Resources]]:
@@ -176,12 +193,12 @@ def _placement_groups() -> tuple[list[Resources], bool]:
     holds = False
     job = ray.get_runtime_context().get_job_id()
     for name, group in ray.util.placement_group_table().items():
-        bundles = [one for one in map(_counted, group["bundles"].values()) if one]
+        bundles = [one for one in map(counted, group["bundles"].values()) if one]
         if not name.endswith(job) or not bundles:
             continue
         if group["state"] in ("PENDING", "RESCHEDULING"):
             awaited += bundles
-        elif group["state"] != "REMOVED":
+        elif group["state"] != "REMOVED" and group["name"] != PLACE:
             holds = True
     return awaited, holds
 
@@ -194,24 +211,15 @@ class _Actor(NamedTuple):
 def _actors(state: str) -> list[_Actor]:
     """This job's actors of a state that need cores or GPUs outside of placement groups."""
     import ray
-    from ray.core.generated import gcs_pb2
 
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
-    accessor = ray._private.state.state._connect_and_get_accessor()
-    tables = [
-        gcs_pb2.ActorTableData.FromString(one) for one in accessor.get_actor_table(None, state)
-    ]
     return [
         # Until it has a worker process, the node is the one that was asked.
         _Actor(needs, bool(table.address.worker_id))
-        for table in tables
+        for table in actors_in(state)
         if (table.job_id == job or table.name.startswith(REPLICA)) and not table.placement_group_id
-        if (needs := _counted(table.required_resources))
+        if (needs := counted(table.required_resources))
     ]
-
-
-def _counted(resources: Resources) -> dict[str, float]:
-    return {name: resources[name] for name in ("GPU", "CPU") if resources.get(name)}
 
 
 def await_core() -> None:

@@ -34,11 +34,17 @@ _NEEDED = ("trainer.json", "optimizer.safetensors", "model/config.json", "model/
 
 @dataclass(frozen=True)
 class TrainerState:
-    """The state of a run after `step` updates. `data` is the fingerprint of its token data."""
+    """The state of a run after `step` updates. `data` is the fingerprint of its token data.
+
+    evaluated: the last step that was evaluated, whose score may still come. losses: of the steps
+    since the last row of metrics.jsonl.
+    """
 
     step: int
     progress: Progress
     data: str
+    evaluated: int = 0
+    losses: tuple[float, ...] = ()
 
     def why_stop(self, config: TrainConfig) -> str | None:
         """The reason to stop training: max_steps or patience; None to continue."""
@@ -53,17 +59,27 @@ class TrainerState:
             "step": self.step,
             "progress": self.progress.to_json(),
             "data": self.data,
+            "evaluated": self.evaluated,
+            "losses": list(self.losses),
         }
 
     @classmethod
     def load(cls, folder: Path) -> TrainerState:
         """Read `trainer.json` of a checkpoint. Raises ValueError if it holds no valid state."""
         match read_object(folder / "trainer.json"):
-            case {"step": int(step), "progress": dict(values), "data": str(data)} if is_whole(step):
-                state = cls(step, Progress.from_json(values), data)
+            case {
+                "step": int(step),
+                "progress": dict(values),
+                "data": str(data),
+                "evaluated": int(evaluated),
+                "losses": list(losses),
+            } if is_whole(step) and is_whole(evaluated):
+                state = cls(step, Progress.from_json(values), data, evaluated, tuple(losses))
             case _:
                 raise ValueError("it holds no state of a run")
-        if max(state.progress.best_step, state.progress.bad_evals) > step:
+        if not all(isinstance(loss, float) for loss in losses):
+            raise ValueError("it holds no losses of a run")
+        if max(state.progress.best_step, state.progress.bad_evals, evaluated) > step:
             raise ValueError("it names later steps than its own")
         return state
 

@@ -109,7 +109,7 @@ class AsyncEvaluation:
         self._run, self._journal = run, journal
         self._report, self._validated = report, validated
         self._unscored: Metrics | None = None
-        if step := run.state.step:
+        if step := run.state.evaluated:
             row = run.workers.from_first(lambda: journal.row(step) if journal else None)
             self._unscored = row or {"step": step}
             report({"step": step}, checkpoint_folder(run.run_dir, step) if journal else None)
@@ -210,7 +210,7 @@ def save(run: Run, journal: Journal) -> Path:
 
 def remove_old(run: Run) -> None:
     """Remove checkpoints that are neither recent nor the best."""
-    spare = {run.state.step, run.state.progress.best_step}
+    spare = {run.state.step, run.state.evaluated, run.state.progress.best_step}
     prune(run.run_dir, run.config.compute.num_to_keep, spare=spare)
 
 

@@ -32,10 +32,11 @@ from gptray.training.evaluations import (
     Report,
     Samples,
     Validation,
+    save,
 )
 from gptray.training.journal import Journal
 from gptray.training.laps import Timed
-from gptray.training.numbers import StepNumbers
+from gptray.training.numbers import StepNumbers, Wish
 from gptray.training.optim import learning_rate
 from gptray.training.run import Run, start, writing
 from gptray.training.stopping import NonFiniteLoss
@@ -52,17 +53,19 @@ def fit(
     device: torch.device,
     validated: Callable[[int], Validation] | None = None,
     timed: Timed | None = None,
+    wish: Callable[[], Wish] = lambda: Wish.NONE,
 ) -> Metrics:
-    """Train until `max_steps`, or until validation loss has stopped falling.
+    """Train until `max_steps`, until validation loss has stopped falling, or a worker's wish.
 
     Resumes from the newest intact checkpoint of `run_dir`. Every worker calls this; only the first
     writes, samples and passes `report` a checkpoint. Training waits for its evaluations, unless
     `validated` is given: then the receiver of a report scores its checkpoint, and every worker
     calls `validated(step)` to wait for the result. `timed` is told where the time goes, at every
-    logged row. Returns the metrics of the last logged step and
-    `stopped`: max_steps, patience, non_finite with a `message`, or failed with a `message` and
-    whether it is the user's `mistake`. A failure is shared by all workers and returned rather than
-    raised, since Ray Train would take an exception for a dead worker and restart it.
+    logged row. `wish()` is asked at every step, and what one worker wishes all do after it: save
+    the run, or save it and leave. Returns the metrics of the last logged step and `stopped`:
+    max_steps, patience, left, non_finite with a `message`, or failed with a `message` and whether
+    it is the user's `mistake`. A failure is shared by all workers and returned rather than raised,
+    since Ray Train would take an exception for a dead worker and restart it.
     """
     workers = Workers.current()
     step = 0
@@ -76,7 +79,7 @@ def fit(
             evaluations: Evaluations = BlockingEvaluation(run, journal, report, sample)
             if validated:
                 evaluations = AsyncEvaluation(run, journal, report, validated)
-            return train(run, journal, evaluations)
+            return train(run, journal, evaluations, wish)
         except NonFiniteLoss as error:
             return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
         except (UserError, RunFailed) as error:
@@ -95,7 +98,9 @@ def failed(step: int, error: UserError | RunFailed) -> Metrics:
     return {"step": step, "stopped": "failed", "message": str(error), "mistake": mistake}
 
 
-def train(run: Run, journal: Journal | None, evaluations: Evaluations) -> Metrics:
+def train(
+    run: Run, journal: Journal | None, evaluations: Evaluations, wish: Callable[[], Wish]
+) -> Metrics:
     """Run training steps to the end; return the last logged row and why training stopped.
 
     On a GPU a step's numbers are read while the next step runs, those of a logged step at once.
@@ -106,38 +111,49 @@ def train(run: Run, journal: Journal | None, evaluations: Evaluations) -> Metric
     config = run.config
     row: Metrics = {"step": run.state.step}
     unread: deque[StepNumbers] = deque()
-    losses: list[float] = []
-    clock = time.perf_counter()
+    losses, carried = list(run.state.losses), len(run.state.losses)
+    wished, clock = Wish.NONE, time.perf_counter()
     while not (stopped := run.state.why_stop(config.train)):
         try:
-            unread.append(train_step(run))
+            unread.append(train_step(run, wish()))
             evaluates = is_due(run, config.train.eval_interval)
             logs = evaluates or is_due(run, config.train.log_interval)
-            while len(unread) > (1 if run.spoilt is not None and not logs else 0):
+            while len(unread) > (1 if run.spoilt is not None and not (logs or wished) else 0):
                 numbers = unread.popleft()
-                loss, grad_norm = read(run, numbers)
+                loss, grad_norm, wish_of_all = read(run, numbers)
                 losses.append(loss)
+                wished = max(wished, wish_of_all)
             run.laps.end("wait")
         except NonFiniteLoss:
             evaluations.finish()
             raise
-        if not logs:
-            continue
-        rate = config.tokens_per_step * len(losses) / (time.perf_counter() - clock)
-        row = step_row(run, losses, rate, grad_norm=grad_norm, lr=numbers.lr)
-        if evaluates:
-            evaluations.add(row)
-        elif journal:
-            journal.write(row)
-        run.laps.end("evaluation" if evaluates else "log")
-        run.laps.report(len(losses))
-        losses, clock = [], time.perf_counter()
+        if logs:
+            seconds = time.perf_counter() - clock
+            made = len(losses) - carried
+            rate = config.tokens_per_step * made / seconds
+            row = step_row(run, losses, rate, grad_norm=grad_norm, lr=numbers.lr)
+            losses, carried = [], 0
+            if evaluates:
+                run.state = replace(run.state, evaluated=run.state.step, losses=())
+                evaluations.add(row)
+            elif journal:
+                journal.write(row)
+            run.laps.end("evaluation" if evaluates else "log")
+            run.laps.report(made)
+            clock = time.perf_counter()
+        if wished and not unread:
+            if not evaluates:
+                run.state = replace(run.state, losses=tuple(losses))
+                run.workers.from_first(lambda: save(run, journal) if journal else None)
+            if wished is Wish.LEAVE and not run.state.why_stop(config.train):
+                return {**row, "step": run.state.step, "stopped": "left"}
+            wished = Wish.NONE
     evaluations.finish()
     return {**row, "stopped": stopped}
 
 
-def read(run: Run, numbers: StepNumbers) -> tuple[float, float]:
-    """The loss and gradient norm of a step.
+def read(run: Run, numbers: StepNumbers) -> tuple[float, float, Wish]:
+    """The loss and gradient norm of a step, and what the workers wished at it.
 
     Raises:
         NonFiniteLoss: the run is then at the step before, the last that updated a weight.
@@ -154,8 +170,11 @@ def is_due(run: Run, interval: int) -> bool:
     return run.state.step % interval == 0 or run.state.step == run.config.train.max_steps
 
 
-def train_step(run: Run) -> StepNumbers:
+def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
     """Make one update; return its numbers, which on a GPU may still be on their way.
+
+    The micro-batches of the global batch are dealt out to the workers. Where that does not come
+    out even, some repeat one, whose gradients count nothing, so that all make the same passes.
 
     If the loss or gradient norm, over all workers, is not finite, no weight is updated. On a GPU
     later steps do not update any either: its fused AdamW reads `run.spoilt` itself.
@@ -165,27 +184,33 @@ def train_step(run: Run) -> StepNumbers:
     """
     config, number = run.config, run.state.step + 1
     lr = learning_rate(run.state.step, config.train.max_steps, config.optim)
-    run.seed_dropout()
     run.model.train()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    for micro_step in range(config.grad_accum_steps):
-        idx, targets = run.micro_batch(micro_step)
+    workers, count = run.workers, config.micro_batches
+    passes = math.ceil(count / workers.size)
+    for one in range(passes):
+        micro = one * workers.size + workers.rank
+        run.seed_dropout(micro % count)
+        idx, targets = run.micro_batch(micro % count)
         run.laps.end("data")
-        is_last = micro_step == config.grad_accum_steps - 1
-        with run.workers.reduces_gradients(run.loss_model, now=is_last):
-            loss = run.loss_model(idx, targets) / config.grad_accum_steps
+        with workers.reduces_gradients(run.loss_model, now=one == passes - 1):
+            loss = run.loss_model(idx, targets) / (count / workers.size)
+            if micro >= count:
+                loss = loss * 0.0
             loss.backward()
         total += loss.detach()
         run.laps.end("forward_backward")
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    pair = torch.stack([run.workers.sum(total) / run.workers.size, norm.double()])
-    numbers = StepNumbers.send(number, lr, pair)
+    wishes = [total.new_full((), float(wish is one)) for one in (Wish.SAVE, Wish.LEAVE)]
+    sums = workers.sum(torch.stack([total, *wishes]))
+    of_step = torch.stack([sums[0] / workers.size, norm.double(), *sums[1:]])
+    numbers = StepNumbers.send(number, lr, of_step)
     if run.spoilt is None:
         numbers.read()
     else:
-        run.spoilt.logical_or_(~pair.isfinite().all())
+        run.spoilt.logical_or_(~of_step.isfinite().all())
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()

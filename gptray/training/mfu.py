@@ -50,13 +50,13 @@ def flops_per_token(config: Config, parameters: int) -> float:
 
 
 def tokens_per_sec_at_peak(
-    config: Config, parameters: int, dtype: torch.dtype, device_name: str
+    config: Config, parameters: int, dtype: torch.dtype, device_name: str, *, workers: int
 ) -> float | None:
-    """The tokens per second of all workers at an MFU of 1; None where no peak is known.
+    """The tokens per second of so many workers at an MFU of 1; None where no peak is known.
 
     Workers that share a GPU, and fp32, have none.
     """
     peak = peak_flops(device_name)
     if peak is None or dtype != torch.bfloat16 or config.compute.gpus_per_worker < 1:
         return None
-    return peak * config.compute.num_workers / flops_per_token(config, parameters)
+    return peak * workers / flops_per_token(config, parameters)

@@ -62,11 +62,11 @@ class Run:
     rate_at_peak: float | None
     laps: Laps = field(default_factory=Laps)
 
-    def micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        """This worker's part of the step's global batch: inputs and targets, (B, T) each."""
+    def micro_batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """A part of the step's global batch by its number: inputs and targets, (B, T) each."""
         size, block_size = self.config.micro_batch_size, self.config.train.block_size
         starts = self.order.batch(self.state.step, self.config.train.global_batch_size)
-        first = (micro_step * self.workers.size + self.workers.rank) * size
+        first = number * size
         # From pinned memory the GPU copies while the host continues.
         is_pinned = self.device.type == "cuda"
         tokens = torch.empty(size, block_size + 1, dtype=torch.int64, pin_memory=is_pinned)
@@ -82,9 +82,12 @@ class Run:
             return self.workers.whole_model()
         return self.model
 
-    def seed_dropout(self) -> None:
-        """Make dropout a function of (seed, step, rank): a resumed run needs no random state."""
-        key = f"{self.config.seed}/{self.state.step}/{self.workers.rank}".encode()
+    def seed_dropout(self, number: int) -> None:
+        """Make dropout a function of (seed, step, number of the micro-batch).
+
+        So a resumed run needs no random state, and the number of workers changes nothing.
+        """
+        key = f"{self.config.seed}/{self.state.step}/{number}".encode()
         digest = hashlib.blake2b(key, digest_size=7).digest()
         torch.manual_seed(int.from_bytes(digest, "little"))
 
@@ -131,7 +134,11 @@ def start(
         state=state,
         spoilt=guard_updates(optimizer, device),
         rate_at_peak=tokens_per_sec_at_peak(
-            config, model.num_params, model.compute_dtype, device_name(device)
+            config,
+            model.num_params,
+            model.compute_dtype,
+            device_name(device),
+            workers=workers.size,
         ),
     )
 

@@ -10,8 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ _HEALTH = {
     "health_check_failure_threshold": 3,
 }
 _STORE_BYTES = 100 << 20
+LIMIT_S = 240
 
 
 class Nodes:
@@ -47,6 +50,18 @@ class Nodes:
         )
         self.address = self._cluster.address
         return node
+
+    def drain(self, node: Any, seconds: float) -> None:
+        """Announce that a node will be taken, as a cloud does; without work it then ends."""
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        deadline_ms = int(1000 * (time.time() + seconds))
+        preemption = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = GcsClient(address=self.address).drain_node(
+            node.node_id, preemption, "", deadline_ms
+        )
+        assert accepted, why
 
     def kill(self, node: Any) -> None:
         """Lose a node at once: SIGKILL to its raylet and to what that started."""
@@ -91,3 +106,34 @@ def job(name: str, *words: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
+
+
+def line_with(text: str, process: subprocess.Popen[str]) -> str:
+    """The job's next line on stderr that has the text."""
+    clock = threading.Timer(LIMIT_S, process.kill)
+    clock.start()
+    try:
+        assert process.stderr
+        told = []
+        for line in process.stderr:
+            told.append(line)
+            if text in line:
+                return line
+        raise AssertionError("".join(told))
+    finally:
+        clock.cancel()
+
+
+def actors(kind: str) -> set[int]:
+    """The actors of a class that run on nodes of this process, by process id."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            is_one = (process / "cmdline").read_bytes().startswith(f"ray::{kind}".encode())
+            if is_one and _parent(_parent(process.name)) == str(os.getpid()):
+                found.add(int(process.name))
+    return found
+
+
+def _parent(pid: str) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]

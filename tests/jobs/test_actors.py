@@ -79,3 +79,43 @@ def test_work_goes_to_those_that_run_and_comes_back_from_those_that_die(
             RunFailed, match=r"^doublers died more than compute\.max_failures=0 times\. "
         ):
             work()
+
+
+class Leaver(Doubler):
+    """A Doubler that is taken with its node rather than dying, as Ray tells its callers."""
+
+    def double(self, number: int) -> int:
+        from ray.exceptions import RayActorError
+
+        if self._deadly.exists() and number == int(self._deadly.read_text()):
+            self._deadly.unlink()
+            raise RayActorError(preempted=True)
+        return 2 * number
+
+
+def test_an_actor_that_is_taken_with_its_node_has_not_died(
+    ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    from gptray.jobs.actors import Crew, Member
+
+    deadly = tmp_path / "deadly"
+    deadly.write_text("1")
+    actor = ray.remote(Leaver).options(num_cpus=0)
+    queue, answers = [0, 1, 2], dict[int, int]()
+    with Crew(lambda: Member(actor.remote(deadly)), 1, name="doubler", most_deaths=0) as crew:
+        while queue or crew.is_busy:
+            for member in crew.running:
+                if queue and not member.calls:
+                    number = queue.pop(0)
+                    member.call(member.actor.double.remote(number), number)
+            for member, done, answer in crew.answers(30):
+                assert done is not None
+                member.held.remove(done)
+                answers[done] = answer
+            queue.extend(crew.take_back())
+    assert answers == {0: 0, 1: 2, 2: 4}
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 1 doubler was taken with its node; its work goes to another"
+    ]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from pyarrow import parquet
 
 from gptray.model.hf import save_pretrained
 from tests.generation.models import random_gpt, small_tokenizer
-from tests.jobs.nodes import Nodes, cluster_of, job
+from tests.jobs.nodes import Nodes, actors, cluster_of, job
 from tests.tiny import tiny_text
 
 pytestmark = pytest.mark.ray
@@ -111,21 +109,6 @@ def test_more_workers_than_cores_evaluate_to_the_same_numbers(
     assert results[0]["test_loss"] > 0 and results[0] == results[1]
 
 
-def engines() -> set[int]:
-    """The engines that run on nodes of this process, by process id."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            is_engine = (process / "cmdline").read_bytes().startswith(b"ray::EngineWorker")
-            if is_engine and parent(parent(process.name)) == str(os.getpid()):
-                found.add(int(process.name))
-    return found
-
-
-def parent(pid: str) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-
-
 def test_a_lost_node_costs_neither_rows_nor_the_job(
     cluster: tuple[Nodes, list[Any]],
     slow_model_dir: Path,
@@ -141,7 +124,7 @@ def test_a_lost_node_costs_neither_rows_nor_the_job(
         wanted, there = None, 0
         while wanted is None or there < wanted:
             there = len(list(output.glob("*.parquet")))
-            if wanted is None and len(engines()) == 2:
+            if wanted is None and len(actors("EngineWorker")) == 2:
                 wanted = max(PARTS // 3, there + 3)
             assert process.poll() is None and time.monotonic() < deadline
         nodes.kill(started.pop())

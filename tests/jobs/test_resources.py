@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gptray.config import ComputeConfig
-from gptray.jobs.cluster_nodes import Node
+from gptray.jobs.cluster_nodes import Node, has_labels, labels_words
 from gptray.jobs.resources import cores_that_fit, misfit
 
 HEAD = {"CPU": 16.0}
@@ -74,3 +74,26 @@ def test_a_refusal_lists_the_nodes_and_names_the_keys(
     nodes = [Node("10.0.0.1", HEAD), *(Node(f"10.0.0.{i}", SMALL) for i in (2, 3, 4, 5))]
     compute = ComputeConfig(**keys)
     assert misfit(compute, nodes, types, workers=workers, cores=cores) == expected
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        ({}, True),
+        ({"zone": "a"}, True),
+        ({"zone": "b"}, False),
+        ({"zone": "!b", "disk": "in(ssd, nvme)"}, True),
+        ({"disk": "!in(ssd, nvme)"}, False),
+        ({"rack": "1"}, False),
+        ({"rack": "!1"}, True),
+    ],
+)
+def test_a_node_has_the_labels_or_not(selector: dict[str, str], expected: bool) -> None:
+    node = Node("10.0.0.1", {}, labels={"zone": "a", "disk": "ssd"})
+    assert has_labels(node, selector) is expected
+
+
+def test_nodes_are_listed_by_their_labels() -> None:
+    nodes = [Node("10.0.0.1", {}, labels={"ray.io/node-id": "f0"})]
+    nodes += [Node(f"10.0.0.{i}", {}, labels={"zone": "a", "disk": "ssd"}) for i in (2, 3)]
+    assert labels_words(nodes) == "10.0.0.1 has none; 10.0.0.2, 10.0.0.3 have disk=ssd, zone=a"

@@ -8,18 +8,16 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGINT, SIGTERM
 
 import pytest
 
 from gptray.jobs.waiting import shortage
-from tests.jobs.nodes import cluster_of, job
+from tests.jobs.nodes import LIMIT_S, cluster_of, job, line_with
 
-LIMIT_S = 120
 HOLDS = """
 import ray
 ray.init(log_to_driver=False, logging_level="ERROR")
@@ -84,22 +82,6 @@ def free_port() -> int:
         return port
 
 
-def line_with(text: str, process: subprocess.Popen[str]) -> str:
-    """The job's next line on stderr that has the text."""
-    clock = threading.Timer(LIMIT_S, process.kill)
-    clock.start()
-    try:
-        assert process.stderr
-        told = []
-        for line in process.stderr:
-            told.append(line)
-            if text in line:
-                return line
-        raise AssertionError("".join(told))
-    finally:
-        clock.cancel()
-
-
 @pytest.mark.ray
 def test_more_gpus_than_there_are_is_a_mistake(words: list[str]) -> None:
     with job("train", *words, "compute.use_gpu=true", "compute.num_workers=2") as process:
@@ -134,13 +116,19 @@ def test_a_wait_ends_after_wait_s(
 
 
 @pytest.mark.ray
-def test_a_waiting_training_starts_when_there_is_room_and_ends_by_ctrl_c(words: list[str]) -> None:
-    waits = "waiting for 2 cores: the cluster has 1 GPU and 3 cores, 0 GPUs and 0 cores free"
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+def test_a_waiting_training_ends_by_signals(words: list[str], number: int) -> None:
+    waits = "waiting for 2 cores: the cluster has 1 GPU and 3 cores, 0 GPUs and 0 cores free; job "
     with held(), job("train", *words, "name=two") as process:
-        assert waits in line_with("waiting for", process)
-        process.send_signal(SIGINT)
+        line = line_with("waiting for", process)
+        assert waits in line and "-c) holds 1 GPU and 3 cores" in line.replace("-c import", "-c)")
+        process.send_signal(number)
         told = process.communicate(timeout=LIMIT_S)[1]
         assert process.returncode == 130 and "killed" not in told, told
+
+
+@pytest.mark.ray
+def test_a_waiting_training_starts_when_there_is_room(words: list[str]) -> None:
     with ExitStack() as other:
         other.enter_context(held())
         with job("train", *words, "name=two") as process:

@@ -192,8 +192,18 @@ def test_two_workers_see_the_same_batches_and_losses_as_one(
         )
         for size in (1, 4)
     }
+    # One micro-batch for two workers, and dropout by micro-batches.
+    elastic = ["compute.num_workers=[1, 2]", "train.micro_batch_size=8"]
+    runs[tmp_path / "uneven"] = tiny_config(text_file, tmp_path, *elastic)
+    dropping = ["model.dropout=0.1", "train.micro_batch_size=4"]
+    run(tiny_config(text_file, tmp_path, *dropping), tiny_data, tmp_path / "dropping-one")
+    dropping.append("compute.num_workers=2")
+    dropping_run = tmp_path / "dropping-two"
+    runs[dropping_run] = tiny_config(text_file, tmp_path, *dropping)
     port = 20_000 + os.getpid() % 10_000
     spawn(_worker, (runs, str(tiny_data.data_dir), port), nprocs=2)  # type: ignore[no-untyped-call]
+    assert losses(dropping_run) == pytest.approx(losses(tmp_path / "dropping-one"), abs=1e-5)
+    del runs[dropping_run]
     one = rows(tmp_path / "one")[-1]
     for run_dir in runs:
         assert losses(run_dir) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)

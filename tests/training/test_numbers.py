@@ -17,6 +17,7 @@ from gptray.training.evaluations import BlockingEvaluation
 from gptray.training.journal import Journal
 from gptray.training.loop import train
 from gptray.training.mfu import flops_per_token, peak_flops, tokens_per_sec_at_peak
+from gptray.training.numbers import Wish
 from gptray.training.run import Run, start
 from gptray.training.stopping import NonFiniteLoss
 from gptray.training.workers import Workers
@@ -43,7 +44,10 @@ def started(config: Config, data: TokenData, run_dir: Path, *, late: bool) -> Ru
 def trained(run: Run) -> Any:
     with Journal(run.run_dir, step=0) as journal:
         return train(
-            run, journal, BlockingEvaluation(run, journal, lambda *_: None, lambda model: [])
+            run,
+            journal,
+            BlockingEvaluation(run, journal, lambda *_: None, lambda model: []),
+            lambda: Wish.NONE,
         )
 
 
@@ -112,10 +116,13 @@ def test_mfu_is_palms() -> None:
     per_token = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
     assert flops_per_token(config, 124_439_808) == per_token
     name, bf16 = "NVIDIA H100 80GB HBM3", torch.bfloat16
-    assert tokens_per_sec_at_peak(config, 124_439_808, bf16, name) == 989e12 / per_token
-    assert tokens_per_sec_at_peak(config, 124_439_808, torch.float32, name) is None
+    size = 124_439_808
+    for workers in (1, 4):
+        at_peak = tokens_per_sec_at_peak(config, size, bf16, name, workers=workers)
+        assert at_peak == workers * 989e12 / per_token
+    assert tokens_per_sec_at_peak(config, size, torch.float32, name, workers=1) is None
     shared = override(config, {"compute.gpus_per_worker": 0.5})
-    assert tokens_per_sec_at_peak(shared, 124_439_808, bf16, name) is None
+    assert tokens_per_sec_at_peak(shared, size, bf16, name, workers=1) is None
 
 
 @pytest.mark.parametrize(

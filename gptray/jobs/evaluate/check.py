@@ -138,7 +138,7 @@ def plan(checked: CheckedEvaluation) -> Plan:
     return [
         *rows,
         ("passages", f"{config.evaluate.passages} to continue"),
-        ("workers", f"{config.compute.num_workers} ({kind})"),
+        ("workers", f"{config.compute.max_workers} ({kind})"),
         ("files", f"{checked.folder}/: evaluation.json report.html and its PNGs"),
     ]
 

@@ -41,11 +41,13 @@ class Scorers:
             threads=max(1, int(reserved["CPU"])),
         )
         actor = ray.remote(Scorer).options(
-            num_cpus=reserved["CPU"], num_gpus=reserved.get("GPU", 0)
+            num_cpus=reserved["CPU"],
+            num_gpus=reserved.get("GPU", 0),
+            label_selector=compute.selector,
         )
         self._crew = Crew(
             lambda: Member(actor.remote(task)),
-            compute.num_workers,
+            compute.max_workers,
             name="worker",
             most_deaths=compute.max_failures,
         )

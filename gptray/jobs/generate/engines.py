@@ -126,6 +126,7 @@ class Engines:
         actor = ray.remote(EngineWorker).options(
             num_cpus=self._reserved["CPU"],
             num_gpus=self._reserved.get("GPU", 0),
+            label_selector=self._config.compute.selector,
             max_concurrency=IN_LINE + 1,
         )
         return Engine(actor.remote(task))

@@ -51,7 +51,11 @@ def bound(config: Config, model: Mapping[str, str] | None) -> object:
         serve.ingress()(Replica),
         **scaling,
         user_config=model and dict(model),
-        ray_actor_options={"num_cpus": reserved["CPU"], "num_gpus": reserved.get("GPU", 0.0)},
+        ray_actor_options={
+            "num_cpus": reserved["CPU"],
+            "num_gpus": reserved.get("GPU", 0.0),
+            "label_selector": config.compute.selector,
+        },
         max_ongoing_requests=ONGOING_REQUESTS,
         max_queued_requests=QUEUED_REQUESTS,
         backpressure_config={"status_code": 429, "retry_after_s": QUEUED_RETRY_S},

@@ -135,7 +135,7 @@ def plan(checked: CheckedTraining) -> Plan:
         ("workers", _workers(config)),
         ("sequences per step", f"{batch:,} of {config.train.block_size:,} tokens"),
         ("tokens per step", f"{config.tokens_per_step:,}"),
-        ("micro-batch", f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"),
+        ("micro-batch", _passes(config)),
         ("tokens in all", f"{config.tokens_per_step * steps:,} at most"),
     ]
     if checked.changes:
@@ -163,11 +163,22 @@ def _workers(config: Config) -> str:
     kind = "GPU" if config.compute.use_gpu else "CPU"
     shared = ", each with its share of the weights (fsdp)" if _is_sharded(config) else ""
     scorer = ", and one more that scores" if config.train.async_validation else ""
-    return f"{config.compute.num_workers} ({kind}){shared}{scorer}"
+    workers = f"{config.compute.min_workers}"
+    if config.compute.is_elastic:
+        workers += f" to {config.compute.max_workers}, as there is room"
+    return f"{workers} ({kind}){shared}{scorer}"
 
 
 def _is_sharded(config: Config) -> bool:
-    return config.compute.strategy == "fsdp" and config.compute.num_workers > 1
+    return config.compute.strategy == "fsdp" and config.compute.max_workers > 1
+
+
+def _passes(config: Config) -> str:
+    if config.compute.is_elastic:
+        return (
+            f"{config.micro_batch_size} x {config.micro_batches} passes, dealt out to the workers"
+        )
+    return f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"
 
 
 def _memory(config: Config, parameters: int, vocab_size: int) -> float:
@@ -199,5 +210,5 @@ def _states(config: Config, parameters: int, vocab_size: int) -> float:
         return BYTES_PER_PARAMETER * parameters
     embedding = vocab_size * config.model.n_embd
     blocks = 2 * (parameters - embedding) // config.model.n_layer
-    share = BYTES_PER_PARAMETER * parameters / config.compute.num_workers
+    share = BYTES_PER_PARAMETER * parameters / config.compute.min_workers
     return share + 2 * 4 * max(embedding, blocks)

@@ -19,6 +19,7 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_answers, ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
+from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import prepare_text
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, worker_resources
@@ -26,6 +27,7 @@ from gptray.jobs.resuming import command, how_to_train_longer, save_config
 from gptray.jobs.run_folder import held, outcome, set_ray_snapshot_aside
 from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tasks import Failure
+from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.train.watch import show_samples, watching
@@ -121,30 +123,41 @@ def fit_on_ray(
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    reserved = worker_resources(config.compute, spare=_spare(config), together=True)
-    task = TrainTask(config, data_dir, folder, threads=max(1, int(reserved["CPU"])))
-    # One worker needs no group, and Ray's backend for it costs seconds at the start.
-    in_group = config.compute.use_gpu and config.compute.num_workers > 1
-    trainer = DataParallelTrainer(
-        _train_worker,
-        train_loop_config={"task": task},
-        backend_config=_nccl() if in_group else None,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.compute.num_workers,
-            use_gpu=config.compute.use_gpu,
-            resources_per_worker=reserved,
-        ),
-        run_config=ray.train.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
-            failure_config=ray.train.FailureConfig(max_failures=config.compute.max_failures),
-            callbacks=[_failure_notes(folder), *callbacks],
-        ),
-        validation_config=_validation_config(task, reserved),
-    )
+    compute = config.compute
+    reserved = worker_resources(compute, spare=_spare(config), together=True)
+    threads = max(1, int(reserved["CPU"]))
+    task = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
+
+    def fit(workers: int) -> dict[str, Any]:
+        result: dict[str, Any] = (
+            DataParallelTrainer(
+                _train_worker,
+                train_loop_config={"task": task},
+                # One worker needs no group, and Ray's backend for it costs seconds at the start.
+                backend_config=_nccl() if compute.use_gpu and workers > 1 else None,
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=workers,
+                    use_gpu=compute.use_gpu,
+                    resources_per_worker=reserved,
+                    label_selector=compute.selector or None,
+                ),
+                run_config=ray.train.RunConfig(
+                    name=folder.name,
+                    storage_path=str(folder.parent),
+                    failure_config=ray.train.FailureConfig(
+                        max_failures=0 if compute.is_elastic else compute.max_failures
+                    ),
+                    callbacks=[_failure_notes(folder), *callbacks],
+                ),
+                validation_config=_validation_config(task, reserved),
+            )
+            .fit()
+            .return_value
+        )
+        return result
+
     with ray_failures(config, folder):
-        result: dict[str, Any] = trainer.fit().return_value
-    return ended(result)
+        return ended(fit_until_done(config, reserved, fit))
 
 
 def _spare(config: Config) -> int:
@@ -173,6 +186,7 @@ def _validation_config(
         ray_remote_kwargs={
             "num_cpus": reserved["CPU"],
             "num_gpus": reserved.get("GPU", 0),
+            "label_selector": task.config.compute.selector,
             "max_retries": task.config.compute.max_failures,
         },
     )

@@ -14,6 +14,7 @@ from gptray.data.tokens import DamagedData, TokenData
 from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.shared_storage import check_seen
 from gptray.jobs.train.group import process_group
+from gptray.jobs.train.notices import Notices
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.train.validate import Validations
@@ -48,7 +49,7 @@ def train_worker(task: TrainTask) -> Metrics:
 
     device = ray.train.torch.get_device()
     is_first = ray.train.get_context().get_world_rank() == 0
-    with process_group():
+    with process_group(), Notices(task) as notices:
         result = fit(
             config,
             data,
@@ -60,7 +61,10 @@ def train_worker(task: TrainTask) -> Metrics:
             validated=Validations(task.run_dir, config).wait
             if config.train.async_validation
             else None,
+            wish=notices.wish,
         )
+    if result["stopped"] == "left":
+        notices.tell_of_leaving(result["step"])
     return {**result, "peak_memory_bytes": peak_memory(device)}
 
 

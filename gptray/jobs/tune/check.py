@@ -87,6 +87,11 @@ def check(config: Config) -> CheckedSweep:
             "train.async_validation=true is for single runs: trials of a sweep are compared, and "
             "cut, by scores that must not come late; leave it out"
         )
+    if config.compute.is_elastic:
+        raise UserError(
+            f"compute.num_workers={config.compute.workers_shown}: the trials of a sweep have a "
+            f"fixed number of workers, such as {config.compute.min_workers}"
+        )
     check_training(config)
     texts = {text_key(one): check_text(one) for one in all_texts(config, str(folder), trials)}
     for one in [config, *(trial.config for trial in trials)]:
@@ -195,7 +200,7 @@ def _trials(checked: CheckedSweep) -> str:
 
 def _at_once(config: Config) -> str:
     most = config.tune.max_concurrent_trials
-    workers = config.compute.num_workers
+    workers = config.compute.max_workers
     number = f"{most} at most" if most else "as many as fit"
     return f"{number}, {workers} worker{'s' if workers > 1 else ''} each"
 

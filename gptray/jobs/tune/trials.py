@@ -84,7 +84,9 @@ def run_trials(
         os.environ.setdefault(key, value)
     is_here = config.compute.num_workers == 1
     # A trial of several workers only waits for them; Tune refuses a trial that needs nothing.
-    resources = reserved if is_here else {"memory": 64 * 2**20}
+    bundle = reserved if is_here else {"memory": 64.0 * 2**20}
+    labels = [config.compute.selector] if config.compute.selector else None
+    resources = ray.tune.PlacementGroupFactory([bundle], bundle_label_selector=labels)
     with storing(folder), _scratch(folder) as scratch, _quiet():
         ray.tune.Tuner(
             ray.tune.with_resources(_run_trial, resources),

@@ -1,0 +1,86 @@
+"""How many workers a job has and on which nodes they may run: keys of the section compute."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import Field, model_validator
+
+from gptray.config.values import NonEmpty, PositiveInt, Section
+
+# Set by Ray on nodes whose accelerators it knows.
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+# A value, several of them, or any others, as Ray's label selectors have them.
+_WANTED = re.compile(rf"({_NAME}/)?{_NAME}=!?({_NAME}|in\({_NAME}(, ?{_NAME})*\))")
+
+
+class Placement(Section):
+    """The first keys of compute."""
+
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1,
+        description="data-parallel workers; [least, most]: training goes on with as many as there "
+        "is room for (Ray ScalingConfig)",
+    )
+
+    label_selector: list[NonEmpty] = Field(
+        [],
+        description="labels that a worker's node must have, such as [ray.io/market-type=spot, "
+        "zone=!a, 'disk=in(ssd, nvme)'] (Ray label selectors)",
+    )
+    accelerator_type: NonEmpty | None = Field(
+        None, description="of a worker's node, such as A100, H100 or L4 (Ray)"
+    )
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """The labels that a worker's node must have, as Ray takes them."""
+        wanted = dict(one.split("=", 1) for one in self.label_selector)
+        if self.accelerator_type:
+            wanted[ACCELERATOR_LABEL] = self.accelerator_type
+        return wanted
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while they train."""
+        return isinstance(self.num_workers, tuple)
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers with which training goes on."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers."""
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def workers_shown(self) -> str:
+        """`num_workers` as it is written: 2, or [1, 4]."""
+        workers = self.num_workers
+        return f"[{workers[0]}, {workers[1]}]" if isinstance(workers, tuple) else f"{workers}"
+
+    @model_validator(mode="after")
+    def _labels_are_ones(self) -> Placement:
+        for one in self.label_selector:
+            if not _WANTED.fullmatch(one):
+                raise ValueError(
+                    f"compute.label_selector: {one!r} is no NAME=VALUE, NAME=!VALUE or "
+                    "NAME=in(VALUE, VALUE)"
+                )
+        if len(self.selector) < len(self.label_selector) + (self.accelerator_type is not None):
+            raise ValueError(
+                "compute.label_selector and compute.accelerator_type name a label twice"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _least_comes_first(self) -> Placement:
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"compute.num_workers={self.workers_shown}: the least comes first, such as "
+                f"[{self.max_workers}, {self.min_workers}]"
+            )
+        return self

@@ -1,0 +1,168 @@
+"""Training on nodes that are taken: announced, it moves without doing a step twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import pytest
+import torch
+
+from gptray.config import load_config
+from gptray.jobs.prepare.check import check_text
+from gptray.record import read_events, read_metrics
+from tests.jobs.nodes import LIMIT_S, actors, cluster_of, job, line_with
+from tests.tiny import tiny_text
+from tests.training.runs import run
+
+pytestmark = pytest.mark.ray
+STEPS = 200
+
+
+def words(folder: Path, *others: str) -> list[str]:
+    """The command line of a run that takes its time, whose name is the folder's."""
+    source = folder / "tiny.txt"
+    source.write_text(tiny_text())
+    usual = [
+        f"data.source={source}",
+        f"storage_path={folder}",
+        "name=run",
+        "data.tokenizer=char",
+        "model.n_layer=2",
+        "model.n_embd=128",
+        "model.n_positions=64",
+        "train.block_size=64",
+        "train.global_batch_size=24",
+        "train.micro_batch_size=4",
+        "train.precision=fp32",
+        f"train.max_steps={STEPS}",
+        "train.eval_interval=100",
+        "train.log_interval=1",
+        "sample.max_new_tokens=4",
+        "compute.max_failures=0",
+    ]
+    return list({word.split("=")[0]: word for word in [*usual, *others]}.values())
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["train_loss"] for row in rows]
+
+
+def undisturbed(words: list[str], folder: Path) -> list[float]:
+    """The losses of one worker, in this process, from the text that a job has prepared."""
+    config = load_config(None, words)
+    data, threads = check_text(config).data, torch.get_num_threads()
+    assert data
+    torch.set_num_threads(1)
+    run(config, data, folder)
+    torch.set_num_threads(threads)
+    return losses(folder)
+
+
+def starts(run_dir: Path) -> list[tuple[int, int]]:
+    """The steps after which the run started, and with how many workers."""
+    events = [event for event in read_events(run_dir) if event["event"] == "start"]
+    return [(event["step"], event["workers"]) for event in events]
+
+
+def saved(run_dir: Path) -> list[int]:
+    """The steps at which the workers saved and left."""
+    told = [event["message"] for event in read_events(run_dir) if event["event"] == "notice"]
+    return [int(found[1]) for text in told if (found := re.match(r"saved at step (\d+) to", text))]
+
+
+def test_a_node_that_is_about_to_be_taken_and_a_sigterm_cost_no_step_and_no_failure(
+    tmp_path: Path,
+) -> None:
+    asked = words(tmp_path)
+    with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as (nodes, (_, second)):
+        with job("train", *asked, "compute.num_workers=2") as process:
+            line_with("step   5/", process)
+            nodes.add(1)
+            nodes.drain(second, 600)
+            line_with("will be taken", process)
+            line_with("resuming after step", process)
+            os.kill(min(actors("RayTrainWorker")), signal.SIGTERM)
+            line_with("a worker got SIGTERM", process)
+            out, told = process.communicate(timeout=2 * LIMIT_S)
+        assert process.returncode == 0, told
+    first, second, third = starts(tmp_path / "run")
+    assert [first[1], second[1], third[1]] == [2, 2, 2]
+    assert saved(tmp_path / "run") == [second[0], third[0]], "steps were done twice"
+    assert losses(tmp_path / "run") == pytest.approx(
+        undisturbed(asked, tmp_path / "whole"), abs=1e-5
+    )
+
+
+def test_an_elastic_training_goes_on_with_the_workers_that_there_is_room_for(
+    tmp_path: Path,
+) -> None:
+    asked = words(tmp_path, "train.eval_interval=20", "compute.max_failures=1")
+    with cluster_of({"num_cpus": 1}) as (nodes, _):
+        with job("train", *asked, "compute.num_workers=[1, 3]") as process:
+            line_with("step   5/", process)
+            second, third = nodes.add(1), nodes.add(1)
+            line_with("3 workers", process)
+            nodes.drain(second, 20)
+            line_with("1 node will be taken", process)
+            line_with("2 workers", process)
+            line_with("val", process)
+            nodes.kill(third)
+            line_with("1 worker,", process)
+            _, told = process.communicate(timeout=2 * LIMIT_S)
+        assert process.returncode == 0, told
+    begun = starts(tmp_path / "run")
+    assert [workers for _, workers in begun] == [1, 3, 2, 1]
+    assert saved(tmp_path / "run") == [step for step, _ in begun[1:3]], "steps were done twice"
+    assert losses(tmp_path / "run") == pytest.approx(
+        undisturbed(asked, tmp_path / "whole"), abs=1e-5
+    )
+
+
+def wait_for_workers(run_dir: Path, number: int, *, before: int, process: Popen[str]) -> None:
+    """Return when the run has started more often than before, with so many workers."""
+    deadline = time.monotonic() + LIMIT_S
+    while len(starts(run_dir)) <= before or starts(run_dir)[-1][1] != number:
+        assert process.poll() is None, "the run ended before all changes"
+        assert time.monotonic() < deadline, f"no start with {number} workers"
+
+
+@pytest.mark.chaos
+def test_nodes_come_and_go_ten_times_and_the_losses_are_those_of_a_fixed_run(
+    tmp_path: Path,
+) -> None:
+    asked = words(tmp_path, "train.max_steps=6000", "train.eval_interval=50")
+    run_dir, rng, others = tmp_path / "run", random.Random(1), list[Any]()
+    elastic = ["compute.num_workers=[1, 3]", "compute.max_failures=-1"]
+    with cluster_of({"num_cpus": 1}) as (nodes, _), job("train", *asked, *elastic) as process:
+        threading.Thread(target=process.communicate, daemon=True).start()  # reads what it tells
+        wait_for_workers(run_dir, 1, before=0, process=process)
+        killed_at: dict[int, int] = {}  # the number of the start after a kill: the step before it
+        for change in range(10):
+            before = len(starts(run_dir))
+            if not others or (len(others) < 2 and rng.random() < 0.5):
+                others.append(nodes.add(1))
+            elif change % 2:
+                nodes.drain(others.pop(rng.randrange(len(others))), 20)
+            else:
+                killed_at[before] = read_metrics(run_dir)[-1]["step"]
+                nodes.kill(others.pop(rng.randrange(len(others))))
+            wait_for_workers(run_dir, 1 + len(others), before=before, process=process)
+        assert process.wait(timeout=3000) == 0
+    kept = iter(saved(run_dir))
+    for number, (step, _) in enumerate(starts(run_dir)[1:], start=1):
+        if number in killed_at:
+            assert killed_at[number] - step <= 50 + 1
+        else:
+            assert step == next(kept), "steps were done twice"
+    fixed = undisturbed(asked, tmp_path / "whole")
+    assert losses(run_dir) == pytest.approx(fixed, abs=1e-5)
