@@ -11,7 +11,7 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +22,13 @@ from pyarrow import fs
 
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
-from gptray.files import replacing, storing
+from gptray.files import CannotWrite, replacing, storing
 
 log = logging.getLogger("gptray")
 
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+# Stores in which a file is not seen before it is whole.
+WRITABLE = ("s3", "gs", "gcs", "abfs", "abfss")
 # What stores say of credentials that are missing, wrong or not enough.
 _DENIED = ("ACCESS_DENIED", "Forbidden", "403", "credential", "INVALID_ACCESS_KEY", "SIGNATURE")
 _BLOCK_BYTES = 8 << 20
@@ -64,6 +66,17 @@ def _other_scheme(scheme: str) -> str:
         return "download the file first and name it by its path"
     known = " ".join(f"{name}://" for name in SCHEMES)
     return f"unknown scheme {scheme}://; known: {known}, or a local path"
+
+
+def why_not_written(uri: str) -> str | None:
+    """Why nothing is written to where a URI leads; None if it can be."""
+    scheme = scheme_of(uri)
+    if scheme in WRITABLE:
+        return None
+    if scheme not in SCHEMES:
+        return _other_scheme(scheme)
+    places = ", ".join(f"{name}://" for name in WRITABLE)
+    return f"{scheme}:// is only read from; give a folder, or one of {places}"
 
 
 def reason(error: Exception) -> str:
@@ -202,6 +215,59 @@ class RemoteFolder:
         with source, storing(target), replacing(target) as draft, draft.open("wb") as file:
             while block := self._block(source, file.tell()):
                 file.write(block)
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a small file; None if it is not there. Raises UserError."""
+        filesystem, path = self._place
+        with self._read(), suppress(FileNotFoundError):
+            file = persistently(lambda: filesystem.open_input_file(f"{path}/{name}"))
+            return persistently(lambda: bytes(file.read_at(file.size(), 0)))
+        return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Make a file, or replace it; it appears whole. Raises CannotWrite."""
+        filesystem, path = self._place
+
+        def put() -> None:
+            with filesystem.open_output_stream(f"{path}/{name}") as stream:
+                stream.write(content)
+
+        with self._written(name):
+            persistently(put)
+
+    def upload(self, source: Path, name: str) -> None:
+        """Copy a file to here; it appears whole. Raises CannotWrite."""
+        filesystem, path = self._place
+        target = f"{path}/{name}"
+
+        def put() -> None:
+            with source.open("rb") as file, filesystem.open_output_stream(target) as stream:
+                try:
+                    while block := file.read(_BLOCK_BYTES):
+                        stream.write(block)
+                except OSError:  # closing the stream shows what there is
+                    stream.close()
+                    filesystem.delete_file(target)
+                    raise
+
+        with self._written(name):
+            persistently(put)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there. Raises CannotWrite."""
+        filesystem, path = self._place
+        with self._written(name), suppress(FileNotFoundError):
+            persistently(lambda: filesystem.delete_file(f"{path}/{name}"))
+
+    @contextmanager
+    def _written(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CannotWrite(
+                f"cannot write {self / name}: {reason(error)}; the same command resumes once it "
+                "can be written"
+            ) from None
 
     def _block(self, source: pa.NativeFile, offset: int) -> bytes:
         with self._read():

@@ -39,18 +39,20 @@ class Object:
 
 
 class ObjectStore(ThreadingHTTPServer):
-    """Buckets come to be by `put`. busy_each, slow_each: the calls to refuse or to answer late."""
+    """busy_each, slow_each: the calls to refuse or to answer late."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.buckets = {"bucket"}
         self.objects: dict[str, Object] = {}  # by bucket/key
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.calls: list[str] = []
         self.busy_each = self.slow_each = 0
         self.slow_s = 1.0
         self.guard = threading.Lock()
+        self.stored = threading.Condition()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that gave up a slow answer have gone; any other error shows in their own."""
@@ -65,6 +67,18 @@ class ObjectStore(ThreadingHTTPServer):
         for path in files:
             below = "" if path == source else f"/{path.relative_to(source).as_posix()}"
             self.objects[place + below] = Object(path.read_bytes())
+
+    def keep(self, name: str, one: Object) -> None:
+        with self.stored:
+            self.objects[name] = one
+            self.stored.notify_all()
+
+    def await_name(self, start: str, *, timeout_s: float) -> None:
+        """Wait until there is an object whose bucket/key begins so."""
+        with self.stored:
+            assert self.stored.wait_for(
+                lambda: any(name.startswith(start) for name in self.objects), timeout_s
+            ), f"no {start} after {timeout_s} s"
 
     def names(self, place: str) -> list[str]:
         """The objects below bucket/key, markers of folders left out."""
@@ -118,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         place = unquote(parts.path.lstrip("/"))
         query = {k: v[0] for k, v in parse_qs(parts.query, keep_blank_values=True).items()}
         bucket, _, key = place.partition("/")
-        if not any(name.startswith(f"{bucket}/") for name in self.server.objects):
+        if bucket not in self.server.buckets:
             return self._fail(404, "NoSuchBucket", "The specified bucket does not exist")
         handle = getattr(self, f"_{self.command.lower()}_{'object' if key else 'bucket'}")
         handle(place if key else bucket, query, body)
@@ -221,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, ETag=Object(body).tag)
         if self.headers.get("If-None-Match") == "*" and place in self.server.objects:
             return self._fail(412, "PreconditionFailed", "It is there.")
-        self.server.objects[place] = one = Object(body)
+        self.server.keep(place, one := Object(body))
         self._send(200, ETag=one.tag)
 
     def _post_object(self, place: str, query: dict[str, str], body: bytes) -> None:
@@ -233,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
                 f"<Key>{quote(place)}</Key><UploadId>{number}</UploadId>",
             )
         parts = self.server.uploads.pop(query["uploadId"])
-        self.server.objects[place] = one = Object(b"".join(parts[n] for n in sorted(parts)))
+        self.server.keep(place, one := Object(b"".join(parts[n] for n in sorted(parts))))
         self._xml("CompleteMultipartUploadResult", f"<ETag>{escape(one.tag)}</ETag>")
 
     def _delete_object(self, place: str, query: dict[str, str], body: bytes) -> None:

@@ -42,7 +42,7 @@ def read_whole(path: Path) -> pa.Table:
 
 def write_part(table: pa.Table, path: Path) -> None:
     """Write a part that appears whole, after its sha256. Raises RunFailed if the disk is full."""
-    digest = _digest(path)
+    digest = digest_file(path)
     with storing(path), replacing(path) as partial:
         _write(table, partial)
         digest.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write_part(table: pa.Table, path: Path) -> None:
 def part_sha256(path: Path) -> str:
     """The sha256 of a part, verified. Raises RunFailed if it is not the one of its writing."""
     try:
-        written = read_bytes(_digest(path))
+        written = read_bytes(digest_file(path))
         found = sha256_of(path)
     except FileNotFoundError:
         raise _damaged(path, "it was not written by this job") from None
@@ -64,7 +64,7 @@ def part_sha256(path: Path) -> str:
     return found
 
 
-def _digest(path: Path) -> Path:
+def digest_file(path: Path) -> Path:
     """The file with the sha256 of a part, whether of the output or staged in the scratch folder."""
     if path.parent.name == SCRATCH:
         return path.with_name(f"{path.name}.sha256")

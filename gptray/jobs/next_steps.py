@@ -45,13 +45,13 @@ def tell_run(config: Config, folder: Path) -> None:
 
 @contextmanager
 def resumable(
-    folder: Path, again: Callable[[], str], *, begun: Path, steps: int = 0
+    folder: Path, again: Callable[[], str], *, begun: Path, steps: int = 0, seen: str | None = None
 ) -> Iterator[None]:
     """If the block is interrupted, log where its results are and the command that resumes it.
 
     again: makes that command.
     begun: what exists once there is something to resume.
-    steps: how many the run is to make.
+    steps: how many the run is to make. seen: where results are, if that is not `folder`.
     """
     try:
         yield
@@ -59,7 +59,7 @@ def resumable(
         if begun.exists():
             rows = read_metrics(folder)
             at = f" after step {rows[-1]['step']:,} of {steps:,}" if rows else ""
-            log.info("stopped%s; results so far: %s\nresume:\n  %s", at, folder, again())
+            log.info("stopped%s; results so far: %s\nresume:\n  %s", at, seen or folder, again())
         raise
 
 

@@ -88,7 +88,7 @@ def test_mistakes_are_told_together_without_ray(tmp_path: Path) -> None:
         [
             f"generate.model={tmp_path}",
             f"generate.input_path={tmp_path}/none.jsonl",
-            "generate.output_path=s3://bucket/out",
+            "generate.output_path=hdfs://bucket/out",
         ],
     )
     with pytest.raises(UserError) as caught:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import ComputeConfig, Config, UserError
 from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
-from gptray.files import absolute, is_uri
+from gptray.files import absolute, cache_folder, is_uri
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import with_backend
 from gptray.jobs.generate.output_plan import overlap
 from gptray.jobs.models import find_model, for_workers
+from gptray.remote_folder import why_not_written
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def check_model(config: Config) -> CheckedModel:
 class CheckedBatch:
     """A batch job in which everything exists.
 
-    asked: the config as given; config: with the backend that it means here.
+    asked: the config as given; config: with the backend that it means here. output: the folder that
+    readers see, or its URI. folder: the same; of a URI, the one here that has its scratch folder.
     """
 
     asked: Config
@@ -49,6 +52,7 @@ class CheckedBatch:
     model_dir: Path
     model_name: str
     files: tuple[SourceFile, ...]
+    output: str
     folder: Path
 
     @property
@@ -84,24 +88,30 @@ def check_batch(asked: Config) -> CheckedBatch:
             problems.append(str(error))
     if settings.output_path is None:
         problems.append("generate.output_path is not set: name a folder for the Parquet files")
-    elif is_uri(settings.output_path):
-        problems.append(
-            f"generate.output_path={settings.output_path}: must be a folder; on a cluster one "
-            "that every node sees (generate.model and generate.input_path may be URIs)"
-        )
+    elif is_uri(settings.output_path) and (why := why_not_written(settings.output_path)):
+        problems.append(f"generate.output_path={settings.output_path}: {why}")
     try:
         config = with_backend(config)
     except UserError as error:
         problems.append(str(error))
-    folder = absolute(settings.output_path or "", key="generate.output_path")
+    output, folder = _output_of(settings.output_path or "")
     given = settings.input_path or []
-    if settings.output_path and not is_uri(settings.output_path):
-        problem = overlap(folder, [given] if isinstance(given, str) else given, files)
+    if settings.output_path:
+        problem = overlap(output, [given] if isinstance(given, str) else given, files)
         problems += [f"generate.output_path: {problem}"] if problem else []
     if problems:
         raise UserError("\n".join(problems))
     check_resources(engine_compute(asked))
-    return CheckedBatch(asked, config, model_dir, name, tuple(files), folder)
+    return CheckedBatch(asked, config, model_dir, name, tuple(files), output, folder)
+
+
+def _output_of(path: str) -> tuple[str, Path]:
+    """`CheckedBatch`'s output and folder."""
+    if is_uri(path):
+        name = hashlib.sha256(path.encode()).hexdigest()[:24]
+        return path.rstrip("/"), cache_folder() / "outputs" / name
+    folder = absolute(path, key="generate.output_path")
+    return str(folder), folder
 
 
 def check(config: Config) -> CheckedModel | CheckedBatch:

@@ -95,7 +95,7 @@ class Engines:
         """Give an engine what it can take."""
         while self._queue and len(engine.calls) < IN_LINE:
             part = self._queue.popleft()
-            engine.call(engine.actor.feed.remote(part, str(self._output.staged(part))), part)
+            engine.call(engine.actor.feed.remote(part, self._output.handed(part)), part)
         if engine.held and not engine.calls:
             engine.call(engine.actor.finish.remote())
         engine.look()
@@ -120,7 +120,7 @@ class Engines:
             threads=max(1, int(self._reserved["CPU"])),
             model=output.job.model,
             model_name=output.job.model_name,
-            output_dir=output.folder,
+            output=output.job.output,
             metadata=output.metadata(),
         )
         actor = ray.remote(EngineWorker).options(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import collections
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -16,12 +15,13 @@ from pyarrow import parquet
 from gptray.config import RunFailed, UserError
 from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
 from gptray.data.prompts import InputScan, scan, staged
-from gptray.files import no_empty_folders, storing
+from gptray.files import is_uri, no_empty_folders, storing
 from gptray.jobs.generate.check import CheckedBatch
 from gptray.jobs.generate.output_plan import (
     MANIFEST,
     PLAN,
     SUCCESS,
+    Record,
     busy,
     check_place,
     existing_plan,
@@ -36,14 +36,18 @@ log = logging.getLogger("gptray")
 
 
 class Output:
-    """The opened folder of a job; nobody else writes there meanwhile."""
+    """The opened folder of a job; nobody else writes there meanwhile.
 
-    def __init__(self, job: CheckedBatch, plan: dict[str, Any]) -> None:
+    `RemoteOutput` has another place for the files that readers see.
+    """
+
+    def __init__(self, job: CheckedBatch, plan: Record) -> None:
         self.job, self.folder = job, job.folder
         self.rows: int = plan["rows"]
         self.samples: int = plan["num_samples"]
         self.rows_per_file: int = plan["rows_per_file"] * self.samples
         self._plan = plan
+        self.check_held: Callable[[], None] = lambda: None
         self._sha256: dict[str, str] = {}  # of the parts that were there at the start
 
     @classmethod
@@ -54,27 +58,49 @@ class Output:
         Raises UserError if it belongs to something else, or to a job with other settings, and for
         input that cannot be read; RunFailed without room.
         """
-        plan, identity = _plan_there(job)
+        plan, identity = cls.plan_there(job)
         found = None
         if plan is None:
             # All of the input is looked at before anything is made.
-            found = _scan(job)
+            found = scan_input(job)
             plan = new_plan(identity, job.model_name, found.rows)
-        with _scratch(job.folder, is_new=found is not None):
-            if found and (there := existing_plan(job.folder)):
+        with _scratch(job, is_new=found is not None), cls.held(job) as check_held:
+            if found and (there := cls.existing_plan(job)):
                 # Another job has started here since the check above.
-                refuse_differences(job.folder, there["identity"], identity)
+                refuse_differences(job.output, there["identity"], identity)
                 plan = there
             output = cls(job, plan)
-            for partial in job.folder.glob(".part-*.partial"):
-                partial.unlink()
+            output.check_held = check_held
             missing = output.missing_parts()
-            output._check_parts()
-            if missing:
-                (job.folder / SUCCESS).unlink(missing_ok=True)
-            if found or not all(map(output._is_staged, missing)):
-                output._stage(found or _scan(job))
+            output.begin(is_whole=not missing)
+            if found or not all(map(output.is_staged, missing)):
+                output._stage(found or scan_input(job))
             yield output
+
+    @classmethod
+    def plan_there(cls, job: CheckedBatch) -> tuple[Record | None, Record]:
+        """The plan in the folder, if there is one of the same job, and the job's identity."""
+        plan = cls.existing_plan(job)
+        if not is_uri(job.output):
+            check_place(job.folder)
+        identity = job_identity(job.config, job.model_dir, job.files)
+        if plan is not None:
+            refuse_differences(job.output, plan["identity"], identity)
+        return plan, identity
+
+    @classmethod
+    def existing_plan(cls, job: CheckedBatch) -> Record | None:
+        """The plan of the job that began in the folder. Raises UserError for a folder of others."""
+        return existing_plan(job.folder)
+
+    @classmethod
+    @contextmanager
+    def held(cls, job: CheckedBatch) -> Iterator[Callable[[], None]]:
+        """Keep others out. Here the lock on the scratch folder does.
+
+        Yields what raises RunFailed once others are no longer kept out.
+        """
+        yield lambda: None
 
     @property
     def parts(self) -> int:
@@ -88,12 +114,25 @@ class Output:
         """The staged input of a part; not .parquet: some readers search hidden folders too."""
         return self.folder / SCRATCH / Path(part_name(part)).with_suffix(".staged")
 
+    def handed(self, part: int) -> str | bytes:
+        """A part's staged input for an engine: where it is, or what is in it."""
+        return str(self.staged(part))
+
+    def add(self, table: pa.Table) -> None:
+        """Write the only part."""
+        write_part(table, self.folder / part_name(0))
+
     def missing_parts(self) -> list[int]:
         """Parts without their output file. A file is there only when it is whole."""
         return [n for n in range(self.parts) if not (self.folder / part_name(n)).is_file()]
 
-    def _check_parts(self) -> None:
-        """Raise UserError for a file that is not the job's, RunFailed for a damaged one."""
+    def begin(self, *, is_whole: bool) -> None:
+        """Remove what a kill left. is_whole: no part is missing.
+
+        Raises UserError for a file that is not the job's, RunFailed for a damaged one.
+        """
+        for partial in self.folder.glob(".part-*.partial"):
+            partial.unlink()
         own = {part_name(number) for number in range(self.parts)}
         for path in sorted(self.folder.glob("part-*.parquet")):
             if path.name not in own or not path.is_file():
@@ -102,8 +141,10 @@ class Output:
                     "folder would read it too; remove it, or choose another folder"
                 )
             self._sha256[path.name] = part_sha256(path)
+        if not is_whole:
+            (self.folder / SUCCESS).unlink(missing_ok=True)
 
-    def _is_staged(self, part: int) -> bool:
+    def is_staged(self, part: int) -> bool:
         """Whether the staged input of a part is there and intact."""
         try:
             part_sha256(self.staged(part))
@@ -125,49 +166,60 @@ class Output:
             write_part(table, self.staged(part))
         write_json(self.folder / SCRATCH / PLAN, self._plan)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Record:
         """Check the files, write the manifest and _SUCCESS, drop the scratch; return the counts."""
         reasons: collections.Counter[str] = collections.Counter()
         tokens = rows = 0
         files = {}
         for part in range(self.parts):
-            path = self.folder / part_name(part)
-            digest = self._sha256.get(path.name) or part_sha256(path)
-            table = _counts(path)
+            name = part_name(part)
+            place = f"{self.job.output}/{name}"
+            with self.opened_part(name) as (path, digest):
+                table, size = _counts(path, place), path.stat().st_size
             if table.num_rows != self.rows_of(part):
-                raise RunFailed(f"{path} has {table.num_rows} rows, not {self.rows_of(part)}")
+                raise RunFailed(f"{place} has {table.num_rows} rows, not {self.rows_of(part)}")
             reasons.update(table["finish_reason"].to_pylist())
             tokens += sum(table["output_tokens"].to_pylist())
             rows += table.num_rows
-            size = path.stat().st_size
-            files[path.name] = {"rows": table.num_rows, "size": size, "sha256": digest}
+            files[name] = {"rows": table.num_rows, "size": size, "sha256": digest}
         summary = {
-            "output_path": str(self.folder),
+            "output_path": self.job.output,
             "rows": rows,
             "errors": reasons["error"],
             "output_tokens": tokens,
             "finish_reasons": dict(sorted(reasons.items())),
         }
-        success = self.folder / SUCCESS
-        if not (success.is_file() and (self.folder / MANIFEST).is_file()):
-            write_json(self.folder / MANIFEST, {**self._plan, **summary, "files": files})
-            with storing(success):
-                success.touch()
+        self.publish({**self._plan, **summary, "files": files})
         for path in (self.folder / SCRATCH).glob("part-*"):
             path.unlink()
         return summary
 
+    @contextmanager
+    def opened_part(self, name: str) -> Iterator[tuple[Path, str]]:
+        """A part that is there, as a file, and its sha256. Raises RunFailed if it is damaged."""
+        path = self.folder / name
+        yield path, self._sha256.get(name) or part_sha256(path)
+
+    def publish(self, manifest: Record) -> None:
+        """Write the manifest, and last the sign that all is there."""
+        success = self.folder / SUCCESS
+        if not (success.is_file() and (self.folder / MANIFEST).is_file()):
+            write_json(self.folder / MANIFEST, manifest)
+            with storing(success):
+                success.touch()
+
 
 @contextmanager
-def _scratch(folder: Path, *, is_new: bool) -> Iterator[None]:
+def _scratch(job: CheckedBatch, *, is_new: bool) -> Iterator[None]:
     """Lock the hidden folder of an output; if a mistake ends a new output, remove the folder."""
-    scratch = folder / SCRATCH
+    scratch = job.folder / SCRATCH
     with no_empty_folders(scratch):
         try:
             scratch.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"generate.output_path: {folder} cannot be written: {error}") from None
-        with held(scratch, busy=busy(folder)):
+            message = f"generate.output_path: {job.folder} cannot be written: {error}"
+            raise UserError(message) from None
+        with held(scratch, busy=busy(job.output)):
             try:
                 yield
             except UserError:
@@ -177,26 +229,7 @@ def _scratch(folder: Path, *, is_new: bool) -> Iterator[None]:
                 raise
 
 
-def check_output(job: CheckedBatch) -> InputScan:
-    """Every check that `Output.opened` makes, and a look at all rows; writes nothing.
-
-    Raises UserError.
-    """
-    _plan_there(job)
-    return _scan(job)
-
-
-def _plan_there(job: CheckedBatch) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """The plan in the folder, if there is one of the same job, and the job's identity."""
-    plan = existing_plan(job.folder)
-    check_place(job.folder)
-    identity = job_identity(job.config, job.model_dir, job.files)
-    if plan is not None:
-        refuse_differences(job.folder, plan["identity"], identity)
-    return plan, identity
-
-
-def _scan(job: CheckedBatch) -> InputScan:
+def scan_input(job: CheckedBatch) -> InputScan:
     """Look at all of the input, and tell what is odd. Raises UserError for what is wrong."""
     found = scan(job.files, job.config.generate)
     for note in found.columns.notes:
@@ -204,11 +237,14 @@ def _scan(job: CheckedBatch) -> InputScan:
     return found
 
 
-def _counts(path: Path) -> pa.Table:
-    """The columns of an output file that the summary counts. Raises RunFailed if it is damaged."""
+def _counts(path: Path, place: str) -> pa.Table:
+    """The columns of an output file that the summary counts.
+
+    place: where readers see it. Raises RunFailed if it is damaged.
+    """
     try:
         return parquet.ParquetFile(path).read(columns=["finish_reason", "output_tokens"])
     except (pa.ArrowException, OSError) as error:
         raise RunFailed(
-            f"{path} is damaged: {error}; delete it and run the same command again"
+            f"{place} is damaged: {error}; delete it and run the same command again"
         ) from None

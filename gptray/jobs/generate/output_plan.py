@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from gptray.config import Config, UserError
 from gptray.data.encoding import codec_of
+from gptray.data.folders import glob_regex
 from gptray.data.parts import SCRATCH, part_name
 from gptray.data.sources import SourceFile, file_sha256
 from gptray.data.tokenizer_files import tokenizer_files
@@ -31,13 +33,15 @@ from gptray.files import (
     storing,
 )
 from gptray.jobs.run_folder import LOCK
-from gptray.stored import read_object
+from gptray.stored import Unreadable, read_object
 
+# What a plan, a manifest or a summary holds.
+Record = dict[str, Any]
 PLAN, MANIFEST, SUCCESS = "plan.json", "_manifest.json", "_SUCCESS"
 MODEL_FILES = "*.safetensors"
 
 
-def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -> dict[str, Any]:
+def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -> Record:
     """What the output depends on, under the names of the keys that say it.
 
     An input is its content, whatever its name.
@@ -64,7 +68,7 @@ _GENERATE_KEYS = (
 )  # fmt: skip
 
 
-def new_plan(identity: dict[str, Any], model: str, input_rows: int) -> dict[str, Any]:
+def new_plan(identity: Record, model: str, input_rows: int) -> Record:
     """The plan of a job; `rows` counts the output's."""
     samples = identity["generate.num_samples"]
     plan = {
@@ -77,7 +81,7 @@ def new_plan(identity: dict[str, Any], model: str, input_rows: int) -> dict[str,
     return {**plan, "fingerprint": _fingerprint(plan)}
 
 
-def existing_plan(folder: Path) -> dict[str, Any] | None:
+def existing_plan(folder: Path) -> Record | None:
     """The plan of the job that began in a folder. Raises UserError for a folder of others."""
     names = (f"{SCRATCH}/{PLAN}", MANIFEST)
     refuse_links(folder, (SCRATCH, f"{SCRATCH}/{LOCK}", SUCCESS, *names), what="the job")
@@ -97,7 +101,7 @@ def existing_plan(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_differences(folder: str, before: Record, now: Record) -> None:
     """Raise UserError, key by key, unless a job of these identities is one and the same."""
     differing = [
         f"  {key}: {before.get(key)!r} there, {now[key]!r} now"
@@ -111,27 +115,34 @@ def refuse_differences(folder: Path, before: dict[str, Any], now: dict[str, Any]
         )  # fmt: skip
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Record) -> None:
     with storing(path), replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def overlap(folder: Path, entries: Sequence[str], files: Sequence[SourceFile]) -> str | None:
-    """Why a folder cannot take the output: input is in it, or the output would become input."""
-    place = os.path.realpath(folder)
+def overlap(output: str, entries: Sequence[str], files: Sequence[SourceFile]) -> str | None:
+    """Why a folder cannot take the output: input is in it, or the output would become input.
+
+    output: its path from the root on, or its URI.
+    """
+    place = output if is_uri(output) else os.path.realpath(output)
     for file in files:
-        if file.uri is None and _is_inside(os.path.realpath(file.path), place):
-            return f"{folder} holds {file.path} of generate.input_path; choose another folder"
+        name = file.name if file.uri else os.path.realpath(file.path)
+        if _is_inside(name, place):
+            return f"{output} holds {name} of generate.input_path; choose another folder"
     for entry in entries:
-        path = str(absolute(entry))
-        caught = (
-            _is_inside(place, os.path.realpath(path))
-            if os.path.isdir(path)
-            else _matches(str(folder / part_name(0)), path)
-        )
-        if not is_uri(entry) and caught:
+        if is_uri(entry):
+            pattern = entry.partition("?")[0].rstrip("/")
+            whole = [glob_regex(one) for one in (pattern, f"{pattern}/**")]
+            part = f"{place}/{part_name(0)}"
+            caught = any(re.fullmatch(one, part) for one in whole)
+        elif os.path.isdir(path := str(absolute(entry))):
+            caught = _is_inside(place, os.path.realpath(path))
+        else:
+            caught = _matches(f"{output}/{part_name(0)}", path)
+        if caught:
             return (
-                f"{folder} is inside generate.input_path={entry}, where the output would be read "
+                f"{output} is inside generate.input_path={entry}, where the output would be read "
                 "as input; choose another folder"
             )
     return None
@@ -146,14 +157,15 @@ def check_place(folder: Path) -> None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(busy(folder)) from None
+                raise UserError(busy(str(folder))) from None
 
 
-def busy(folder: Path) -> str:
+def busy(folder: str) -> str:
+    """What is said of an output that another job writes."""
     return f"another job is writing to {folder} now"
 
 
-def _fingerprint(plan: dict[str, Any]) -> str:
+def _fingerprint(plan: Record) -> str:
     text = json.dumps({key: plan[key] for key in _FINGERPRINTED}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -161,19 +173,28 @@ def _fingerprint(plan: dict[str, Any]) -> str:
 _FINGERPRINTED = ("identity", "rows", "rows_per_file", "num_samples")
 
 
-def _read_plan(path: Path) -> dict[str, Any] | None:
+def _read_plan(path: Path) -> Record | None:
     """A plan as it was written; None if it is damaged."""
     try:
-        plan = read_object(path)
-        return plan if plan["fingerprint"] == _fingerprint(plan) else None
+        return valid_plan(read_object(path))
     except OSError as error:
         raise UserError(f"generate.output_path: {path} cannot be read: {error}") from None
+    except Unreadable:
+        return None
+
+
+def valid_plan(plan: object) -> Record | None:
+    """A plan as it was written; None if it is damaged."""
+    if not isinstance(plan, dict):
+        return None
+    try:
+        return plan if plan["fingerprint"] == _fingerprint(plan) else None
     except (ValueError, TypeError, KeyError):
         return None
 
 
 def _is_inside(path: str, folder: str) -> bool:
-    return os.path.commonpath([path, folder]) == folder
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -14,13 +14,15 @@ from typing import Any
 
 from gptray.commands import retyped
 from gptray.config import Config
-from gptray.data.parts import part_name, read_whole, write_part
+from gptray.data.parts import read_whole
 from gptray.data.prompts import output_schema
+from gptray.files import is_uri
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.engine_backend import with_built_backend
 from gptray.jobs.generate.check import CheckedBatch, CheckedModel, check
-from gptray.jobs.generate.output import Output, check_output
+from gptray.jobs.generate.output import Output, scan_input
+from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.next_steps import resumable, tell
 from gptray.jobs.shared_storage import check_shared
 from gptray.wording import count
@@ -48,8 +50,8 @@ def run(checked: CheckedModel | CheckedBatch) -> dict[str, Any]:
 
 def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
     job = replace(checked, config=with_built_backend(checked.asked, checked.config))
-    folder = job.folder
-    with resumable(folder, _command, begun=folder), Output.opened(job) as output:
+    folder, kind = job.folder, output_kind(job)
+    with resumable(folder, _command, begun=folder, seen=job.output), kind.opened(job) as output:
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
         if missing and not output.rows:
@@ -60,8 +62,9 @@ def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
             with ray_cluster(wait_s=job.config.compute.wait_s):
                 from gptray.jobs.generate.engines import Engines  # loads Ray and torch
 
+                shared = {} if is_uri(job.output) else {f"generate.output_path={folder}": folder}
                 check_shared(
-                    written={f"generate.output_path={folder}": folder},
+                    written=shared,
                     read={"generate.model": [Path(job.model)]},
                     use_gpu=job.config.compute.use_gpu,
                 )
@@ -69,7 +72,7 @@ def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
         summary = output.finish()
     reasons = summary["finish_reasons"].items()
     log.info("ended by %s", ", ".join(f"{reason}: {number:,}" for reason, number in reasons))
-    read = f"import pandas; print(pandas.read_parquet({str(job.folder)!r}))"
+    read = f"import pandas; print(pandas.read_parquet({job.output!r}))"
     tell([shlex.join(["python", "-c", read])])
     return {**summary, **speed}
 
@@ -84,7 +87,8 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
         backend = checked.config.generate.backend
         return [("model", str(checked.folder)), ("backend", backend), ("output", "this terminal")]
     job, config = checked, checked.config
-    found, samples = check_output(job), config.generate.num_samples
+    output_kind(job).plan_there(job)
+    found, samples = scan_input(job), config.generate.num_samples
     megabytes = sum(file.size for file in job.files) / 1e6
     columns = output_schema(found.schema, samples).names
     return [
@@ -92,7 +96,7 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
         ("input", f"{count(len(job.files), 'file')}, {megabytes:.1f} MB, {found.rows:,} rows"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
         ("backend", job.config.generate.backend),
-        ("output", str(job.folder)),
+        ("output", job.output),
         ("rows", f"{found.rows * samples:,}"),
         ("columns", ", ".join(columns)),
         ("files", "part-*.parquet _manifest.json _SUCCESS"),
@@ -103,7 +107,7 @@ def _write_empty(output: Output) -> None:
     """Write the one file of a job without rows: its columns, which need no engine."""
     staged = read_whole(output.staged(0))
     empty = output_schema(staged.schema, output.samples, output.metadata()).empty_table()
-    write_part(empty, output.folder / part_name(0))
+    output.add(empty)
 
 
 JOB = Job(check, plan, run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from gptray.config import Config
 
@@ -13,13 +12,13 @@ from gptray.config import Config
 class GenerateTask:
     """Continue the parts of a job's input, with so many threads.
 
-    config: checked by the driver. model: a folder that every node sees, or a URI. model_name,
-    metadata: for the files, as column and key-values.
+    config: checked by the driver. model, output: a folder that every node sees, or a URI.
+    model_name, metadata: for the files, as column and key-values.
     """
 
     config: Config
     threads: int
     model: str
     model_name: str
-    output_dir: Path
+    output: str
     metadata: Mapping[str, str]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from pathlib import Path
 
 import torch
 
+from gptray.files import is_uri, storing
 from gptray.generation.batch import PartWriter, Progress
 from gptray.generation.loading import open_engine
+from gptray.jobs.generate.remote_output import publish_part
 from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.tasks import Failure, attempt
 from gptray.model.shape import model_folder
+from gptray.remote_folder import RemoteFolder
 
 
 class EngineWorker:
@@ -25,20 +29,38 @@ class EngineWorker:
         self._task = task
         self._lock = threading.Lock()
         self._writer: PartWriter | None = None
+        # Files for an object store are written to a folder here first.
+        self._place = RemoteFolder(task.output) if is_uri(task.output) else None
+        self._folder = Path(tempfile.mkdtemp(prefix="gptray-") if self._place else task.output)
 
-    def feed(self, number: int, staged: str) -> list[int] | Failure:
-        """Take on a part; return the numbers of the parts that were written meanwhile."""
+    def feed(self, number: int, staged: str | bytes) -> list[int] | Failure:
+        """Take on a part; return the numbers of the parts that were written meanwhile.
+
+        staged: its file, or what is in that.
+        """
         with self._lock:
-            return attempt(lambda: self._feed(number, Path(staged)))
+            return attempt(lambda: self._feed(number, staged))
 
     def finish(self) -> list[int] | Failure:
         """Run all parts to their end; return the numbers of those written meanwhile."""
         with self._lock:
-            return attempt(self._writer.finish) if self._writer else []
+            writer = self._writer
+            return attempt(lambda: self._published(writer.finish())) if writer else []
 
-    def _feed(self, number: int, staged: Path) -> list[int]:
-        self._writer = self._writer or _writer(self._task)
-        return self._writer.feed(number, staged)
+    def _feed(self, number: int, staged: str | bytes) -> list[int]:
+        self._writer = self._writer or _writer(self._task, self._folder)
+        if isinstance(staged, str):
+            return self._writer.feed(number, Path(staged))
+        path = self._folder / "staged"
+        with storing(path):
+            path.write_bytes(staged)
+        return self._published(self._writer.feed(number, path))
+
+    def _published(self, written: list[int]) -> list[int]:
+        for number in written if self._place else []:
+            assert self._place
+            publish_part(self._folder, number, self._place)
+        return written
 
     def progress(self) -> Progress | None:
         """Counters so far; answers while the engine runs."""
@@ -49,14 +71,14 @@ class EngineWorker:
         return os.getpid()
 
 
-def _writer(task: GenerateTask) -> PartWriter:
+def _writer(task: GenerateTask, folder: Path) -> PartWriter:
     torch.set_num_threads(task.threads)
     engine, tokenizer = open_engine(model_folder(task.model), task.config)
     return PartWriter(
         engine,
         tokenizer,
         task.config.sample,
-        task.output_dir,
+        folder,
         num_samples=task.config.generate.num_samples,
         model=task.model_name,
         metadata=task.metadata,

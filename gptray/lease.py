@@ -1,0 +1,173 @@
+"""The right to write to a folder in an object store, for one process at a time.
+
+Whoever wants it puts a lease of its own into the folder and then looks for others: only one that
+sees no other may write. Two that come at once see each other, withdraw, and try again; so a store
+needs no more than listings that show what was written before, as S3, GCS and Azure give them.
+The holder renews its lease. One that has not been renewed for `EXPIRES_S`, as watched by whoever
+waits for it, without comparing clocks, was left by a kill and is removed; on the machine of its
+process that is seen at once. A holder that could not renew its lease for that long has lost it, see
+`Lease.check`: what it writes before it asks is not kept out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gptray.config import RunFailed, UserError
+from gptray.files import CannotWrite
+from gptray.remote_folder import RemoteFolder, StoredFile
+
+log = logging.getLogger("gptray")
+
+EXPIRES_S, POLL_S = 30.0, 1.0
+# Of several that come at once.
+_TRIES, _MOST_PAUSE_S = 8, 2.0
+_PREFIX = "lease-"
+
+
+class Lease:
+    """A lease that this process holds."""
+
+    def __init__(self, place: RemoteFolder, expires_s: float) -> None:
+        self._expires_s = expires_s
+        self._place, self._name = place, f"{_PREFIX}{uuid.uuid4().hex[:12]}.json"
+        self._renewed = 0.0
+        self._ended = threading.Event()
+        self._content = json.dumps(_this_process(), indent=1).encode()
+
+    def check(self) -> None:
+        """Raise RunFailed unless the lease is this process's own still."""
+        if time.monotonic() - self._renewed > self._expires_s:
+            raise RunFailed(
+                f"the lease on {self._place} could not be renewed for {self._expires_s:.0f} s, so "
+                "another job may write there; the same command resumes"
+            )
+
+    def take(self) -> bool:
+        """Put the lease there; False, and withdrawn again, if another one is."""
+        self._renew()
+        if not _leases(self._place).keys() - {self._name}:
+            return True
+        self._place.remove(self._name)
+        return False
+
+    def keep(self) -> None:
+        """Renew the lease until `release`; in a thread."""
+        while not self._ended.wait(self._expires_s / 4):
+            try:
+                self._renew()
+            except CannotWrite as error:
+                log.warning("%s", error)
+
+    def release(self) -> None:
+        """End the lease."""
+        self._ended.set()
+        with suppress(CannotWrite):  # it expires
+            self._place.remove(self._name)
+
+    def _renew(self) -> None:
+        began = time.monotonic()
+        self._place.write(self._name, self._content)
+        self._renewed = began
+
+
+@contextmanager
+def leased(place: RemoteFolder, *, busy: str, expires_s: float = EXPIRES_S) -> Iterator[Lease]:
+    """Hold the right to write to a folder, in which leases are kept.
+
+    Raises UserError: another process holds it, as `busy` says, or the folder cannot be written.
+    """
+    lease = Lease(place, expires_s)
+    try:
+        _take(lease, place, busy, expires_s)
+    except CannotWrite as error:
+        raise UserError(str(error)) from None
+    keeper = threading.Thread(target=lease.keep, name="lease", daemon=True)
+    keeper.start()
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _take(lease: Lease, place: RemoteFolder, busy: str, expires_s: float) -> None:
+    for _ in range(_TRIES):
+        if others := _leases(place):
+            _outlive(others, place, busy, expires_s)
+        if lease.take():
+            return
+        time.sleep(random.uniform(0, _MOST_PAUSE_S))
+    raise UserError(busy)
+
+
+def _outlive(
+    others: dict[str, StoredFile], place: RemoteFolder, busy: str, expires_s: float
+) -> None:
+    """Wait until none of these leases holds any more, and remove them.
+
+    Raises UserError as soon as one is renewed, or another one is there.
+    """
+    owners = {name: _owner(place, name) for name in others}
+    alive = {name: owner for name, owner in owners.items() if not _is_dead(owner)}
+    if alive:
+        told = ", ".join(f"process {o.get('pid')} on {o.get('host')}" for o in alive.values())
+        log.info("%s: waiting %.0f s at most to see whether %s runs", place, expires_s, told)
+    began = time.monotonic()
+    while alive and time.monotonic() - began < expires_s:
+        time.sleep(POLL_S)
+        now = _leases(place)
+        if now.keys() - others.keys() or any(now[n] != others[n] for n in alive if n in now):
+            raise UserError(f"{busy} ({told})")
+        alive = {name: owner for name, owner in alive.items() if name in now}
+    for name in others:
+        place.remove(name)
+
+
+def _leases(place: RemoteFolder) -> dict[str, StoredFile]:
+    return {name: one for name, one in place.files().items() if name.startswith(_PREFIX)}
+
+
+def _owner(place: RemoteFolder, name: str) -> dict[str, object]:
+    """What a lease says of its process; nothing if it went away or is not one."""
+    try:
+        owner = json.loads(place.read(name) or b"{}")
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _this_process() -> dict[str, object]:
+    return {"host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
+
+
+def _is_dead(owner: dict[str, object]) -> bool:
+    """Whether a lease is of a process of this machine that has ended."""
+    pid = owner.get("pid")
+    if owner.get("machine") != _machine() or not isinstance(pid, int):
+        return False
+    try:
+        return _process(pid)["began"] != owner.get("began")
+    except OSError:
+        return True
+
+
+def _machine() -> str:
+    """This boot of this machine, and the space in which its process ids count."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _process(pid: int) -> dict[str, object]:
+    """A process id with its start, by which it is told from a later process of that id."""
+    status = Path(f"/proc/{pid}/stat").read_text("utf-8")
+    return {"pid": pid, "began": status.rpartition(")")[2].split()[19]}
