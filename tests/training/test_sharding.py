@@ -132,7 +132,7 @@ def test_their_checkpoint_is_the_same_folder(root: Path) -> None:
 
 def test_transformers_opens_their_model(root: Path) -> None:
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        root / "fsdp" / "model", output_loading_info=True
+        root / "fsdp" / "model", output_loading_info=True, trust_remote_code=False
     )
     theirs, info = loaded
     assert {key: len(problems) for key, problems in info.items() if problems} == {}
