@@ -68,7 +68,7 @@ class Event(TypedDict, total=False):
     dtype: str
     backend: str
     compiled: bool
-    strategy: str
+    sharded: bool
     deterministic: bool
     parameters: int
     pid: int

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gptray.config import Config, UserError
 from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu
-from gptray.model.memory import keep_freed_memory
+from gptray.model.memory import keep_freed_memory, return_freed_memory
 from gptray.model.precision import enable_fast_fp32
 from gptray.native.compiler import cannot_compile, why_not_compile
 
@@ -31,7 +31,10 @@ def use_device(config: Config, device: torch.device) -> None:
     # That would also fill every new tensor, which helps to find bugs and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     enable_fast_fp32()
-    keep_freed_memory()
+    if config.compute.strategy == "fsdp":
+        return_freed_memory()
+    else:
+        keep_freed_memory()
 
 
 def device_name(device: torch.device) -> str:

@@ -162,7 +162,7 @@ def _write_start(run: Run, *, compiled: bool) -> None:
         dtype=str(model.compute_dtype).removeprefix("torch."),
         backend="native" if model.is_native else "torch",
         compiled=compiled,
-        strategy=run.config.compute.strategy,
+        sharded=isinstance(run.workers, ShardedWorkers),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         parameters=model.num_params,
         pid=os.getpid(),

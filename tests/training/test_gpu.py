@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from gptray.config import Config, ModelConfig, override
@@ -174,3 +177,42 @@ def test_evaluation_computes_in_bf16_and_says_the_same(data: TokenData) -> None:
         score[name] = found.loss
     assert score["fp32"] == pytest.approx(score["cpu"], abs=1e-5)
     assert score["auto"] == pytest.approx(score["cpu"], abs=5e-3) and math.isfinite(score["auto"])
+
+
+def test_blocks_computed_again_end_with_the_same_bits_in_less_memory(
+    config: Config, data: TokenData, tmp_path: Path
+) -> None:
+    exact = override(config, {"train.deterministic": True, "model.n_layer": 8})
+    peaks = []
+    for name, recomputes in (("kept", False), ("again", True)):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(GPU)
+        run(override(exact, {"model.checkpoint_blocks": recomputes}), data, tmp_path / name)
+        peaks.append(torch.cuda.max_memory_allocated(GPU))
+    assert bits(tmp_path / "kept") == bits(tmp_path / "again")
+    assert peaks[1] < peaks[0]
+
+
+def _worker(rank: int, configs: dict[Path, Config], data_dir: Path, port: int) -> None:
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for run_dir, config in configs.items():
+        run_on(config, TokenData.open(data_dir), run_dir, device=torch.device("cuda", rank))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_sharded_gpus_have_the_losses_of_ddp(
+    config: Config, data: TokenData, tmp_path: Path, compiled: bool
+) -> None:
+    two = override(
+        config,
+        {"compute.num_workers": 2, "train.precision": "fp32", "train.compile": compiled},
+    )
+    fsdp = override(two, {"compute.strategy": "fsdp"})
+    port = 50_000 + os.getpid() % 10_000
+    given = ({tmp_path / "ddp": two, tmp_path / "fsdp": fsdp}, data.data_dir, port)
+    spawn(_worker, given, nprocs=2)  # type: ignore[no-untyped-call]
+    losses = [[row["train_loss"] for row in rows(tmp_path / n)] for n in ("fsdp", "ddp")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 20

@@ -1,0 +1,65 @@
+"""Gradients are reduced while the backward pass goes on, also where the step is compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from gptray.config import Config
+from gptray.data.tokens import TokenData
+from gptray.training.loop import train_step
+from gptray.training.run import start
+from gptray.training.workers import Workers
+from tests.tiny import tiny_config
+
+
+def _worker(rank: int, config: Config, data_dir: str, run_dir: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    device, data = torch.device("cpu"), TokenData.open(data_dir)
+    run = start(config, data, run_dir, workers=Workers.current(), device=device)
+    happened: list[str] = []
+
+    def reduce(state: object, bucket) -> torch.futures.Future[Tensor]:  # type: ignore[no-untyped-def]
+        happened.append("reduced")
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+    def watch(block: nn.Module, args: object, output: Tensor) -> None:
+        output.register_hook(lambda grad: happened.append("first block"))
+
+    assert isinstance(run.loss_model, DistributedDataParallel)
+    reduce.__annotations__.clear()  # which DDP would read
+    run.loss_model.register_comm_hook(None, reduce)
+    run.model.transformer.h[0].register_forward_hook(watch)
+    for _ in range(2):  # from the second step on, buckets are in the order of the gradients
+        happened.clear()
+        train_step(run)
+    if rank == 0:
+        (run_dir / "happened.json").write_text(json.dumps(happened))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_reduces_the_last_blocks_before_the_first_has_its_gradient(
+    text_file: Path, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    # A block larger than DDP's first bucket of 1 MiB.
+    words = ("compute.num_workers=2", "train.compile=true", "model.n_embd=192")
+    config = tiny_config(text_file, tmp_path, *words)
+    (tmp_path / "run").mkdir()
+    port = 40_000 + os.getpid() % 10_000
+    given = (config, str(tiny_data.data_dir), tmp_path / "run", port)
+    spawn(_worker, given, nprocs=2)  # type: ignore[no-untyped-call]
+    happened = json.loads((tmp_path / "run" / "happened.json").read_text())
+    assert happened.index("reduced") < happened.index("first block")
