@@ -34,7 +34,7 @@ from gptray.tuning.trial_plan import (
 )
 
 BUSY = "another process runs the sweep {}"
-FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet report.html"
+FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet optuna.log report.html"
 
 
 @dataclass(frozen=True)
