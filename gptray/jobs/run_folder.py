@@ -28,6 +28,7 @@ FREE_KEYS = (
     "name",
     "storage_path",
     "compute.",
+    "track.",
     "sample.",
     "generate.",
     "evaluate.",

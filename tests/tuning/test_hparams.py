@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -13,7 +14,7 @@ from gptray.tuning.hparams import write_hparams
 from gptray.tuning.sweep_record import Record
 from tests.tuning.sweeps import Made, sweep_config, write_sweep
 
-SPACE = [
+SPACE: list[dict[str, Any]] = [
     {"path": "model.dropout", "uniform": [0.05, 0.3]},
     {"path": "model.residual", "choice": [True, False]},
     {"path": "data.split", "choice": ["90:10", "80:10:10"]},

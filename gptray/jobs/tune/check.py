@@ -21,6 +21,7 @@ from gptray.jobs.models import CONFIG
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.resuming import check_free, check_resumable, command
 from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
 from gptray.tuning.sweep_record import load_trials, rungs, samples_drawn
@@ -88,6 +89,7 @@ def check(config: Config) -> CheckedSweep:
             "cut, by scores that must not come late; leave it out"
         )
     check_training(config)
+    check_trackers(config.track)
     texts = {text_key(one): check_text(one) for one in all_texts(config, str(folder), trials)}
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)
