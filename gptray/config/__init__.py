@@ -19,6 +19,7 @@ from gptray.config.sections import (
     DataConfig,
     ModelConfig,
     OptimConfig,
+    TrackConfig,
     TrainConfig,
     TuneConfig,
 )
@@ -32,6 +33,7 @@ from gptray.config.use_sections import (
 
 __all__ = [
     "ComputeConfig",
+    "TrackConfig",
     "Config",
     "ConfigError",
     "DataConfig",

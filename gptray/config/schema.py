@@ -25,6 +25,7 @@ from gptray.config.sections import (
     DataConfig,
     ModelConfig,
     OptimConfig,
+    TrackConfig,
     TrainConfig,
     TuneConfig,
 )
@@ -59,6 +60,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     compute: ComputeConfig = ComputeConfig()
+    track: TrackConfig = TrackConfig()
     sample: SampleConfig = SampleConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     generate: GenerateConfig = GenerateConfig()

@@ -37,7 +37,16 @@ NOT_TUNED = {
     "train.resume": _UNTRAINED,
     **{
         f"{section}.": _UNTRAINED
-        for section in ("compute", "sample", "quantize", "generate", "evaluate", "serve", "tune")
+        for section in (
+            "compute",
+            "track",
+            "sample",
+            "quantize",
+            "generate",
+            "evaluate",
+            "serve",
+            "tune",
+        )
     },
 }
 

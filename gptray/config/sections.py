@@ -246,6 +246,22 @@ class ComputeConfig(Placement):
         return self
 
 
+class TrackConfig(Section):
+    mlflow: NonEmpty | None = Field(
+        None,
+        description="send runs to MLflow at this tracking URI, such as http://host:5000 "
+        "(gptray[mlflow])",
+    )
+    wandb: NonEmpty | None = Field(
+        None,
+        description="send runs to Weights & Biases, to this PROJECT or ENTITY/PROJECT "
+        "(gptray[wandb])",
+    )
+    trackio: NonEmpty | None = Field(
+        None, description="send runs to trackio, to this project (gptray[trackio])"
+    )
+
+
 class TuneConfig(Section):
     space: list[dict[str, object]] = Field(
         [],

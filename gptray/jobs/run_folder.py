@@ -29,6 +29,7 @@ FREE_KEYS = (
     "storage_path",
     "compute.",
     "model.checkpoint_blocks",
+    "track.",
     "sample.",
     "generate.",
     "evaluate.",

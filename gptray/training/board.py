@@ -17,6 +17,9 @@ from tensorboardX.summary import scalar, text
 
 from gptray.files import append, storing
 
+# What an events file begins with.
+VERSION = "brain.Event:2"
+
 
 class Boards:
     """A run's curves: training and validation losses in one chart.
@@ -59,7 +62,7 @@ class Board:
             folder / f"events.out.tfevents.{stamp[:10]}.{stamp[10:]}.{socket.gethostname()}"
         )
         self._pending = b""
-        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(file_version=VERSION))
         self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def show(self, step: int, values: dict[str, float]) -> None:
@@ -78,9 +81,14 @@ class Board:
         self._pending = b""
 
     def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
-        data = event.SerializeToString()
-        head = struct.pack("<Q", len(data))
-        # TFRecord: length, its checksum, data, their checksum.
-        sums = [struct.pack("<I", masked_crc32c(part)) for part in (head, data)]
-        self._pending += head + sums[0] + data + sums[1]
+        self._pending += record(event)
+
+
+def record(event: Event) -> bytes:
+    """An event of now as the files have it."""
+    event.wall_time = time.time()
+    data = event.SerializeToString()
+    head = struct.pack("<Q", len(data))
+    # TFRecord: length, its checksum, data, their checksum.
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (head, data)]
+    return bytes(head + sums[0] + data + sums[1])

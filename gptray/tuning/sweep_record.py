@@ -113,7 +113,7 @@ def trial_dir(folder: Path, name: str) -> Path:
     return folder / "trials" / name
 
 
-def _events(folder: Path) -> list[TrialEvent]:
+def trial_events(folder: Path) -> list[TrialEvent]:
     """The events of a sweep. Raises RunFailed if a line is damaged or names no valid trial."""
     events = cast(list[TrialEvent], read_rows(folder / TRIALS, _FIELDS))
     for event in events:
@@ -155,20 +155,20 @@ def crowned_dir(folder: Path) -> Path | None:
 
 
 def _last_trial(folder: Path, *events: str) -> Path | None:
-    named = [row.get("trial") for row in _events(folder) if row["event"] in events]
+    named = [row.get("trial") for row in trial_events(folder) if row["event"] in events]
     return trial_dir(folder, named[-1]) if named and named[-1] else None
 
 
 def samples_drawn(folder: Path) -> list[int]:
     """How many samples a sweep had drawn after each round; empty before tune.num_samples rose."""
-    raised = [row for row in _events(folder) if row.get("num_samples")]
+    raised = [row for row in trial_events(folder) if row.get("num_samples")]
     return [raised[0]["before"], *(row["num_samples"] for row in raised)] if raised else []
 
 
 def load_trials(folder: Path) -> list[Trial]:
     """The trials of a sweep's folder as they stand, in the order in which they were planned."""
     by_trial: dict[str, dict[str, TrialEvent]] = {}
-    for event in _events(folder):
+    for event in trial_events(folder):
         if "trial" not in event:
             continue
         events = by_trial.setdefault(event["trial"], {})

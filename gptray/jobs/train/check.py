@@ -23,6 +23,7 @@ from gptray.jobs.resuming import (
     is_finished,
 )
 from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.embedding import check_vocabulary
 from gptray.model.shape import parameter_count
 from gptray.training.checkpoint import TrainerState, newest_whole
@@ -67,6 +68,7 @@ def check(config: Config) -> CheckedTraining:
     config = resolve(config)
     folder = run_dir(config)
     check_training(config)
+    check_trackers(config.track)
     text = check_text(config)
     check_vocabulary(config)
     check_known_prompts(config, text)

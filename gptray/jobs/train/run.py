@@ -27,6 +27,7 @@ from gptray.jobs.resuming import command, how_to_train_longer, save_config
 from gptray.jobs.run_folder import held, outcome, set_ray_snapshot_aside
 from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tasks import Failure
+from gptray.jobs.tracking import tracking_run
 from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
 from gptray.jobs.train.task import TrainTask
@@ -90,10 +91,13 @@ def _train(checked: CheckedTraining, reporter: Reporter) -> dict[str, Any]:
         if torn:
             log.warning("%s", torn)
         try:
-            with watching(
-                folder,
-                config.train.max_steps,
-                on_evaluation=lambda: reporter.write(running=True),
+            with (
+                tracking_run(config, folder),
+                watching(
+                    folder,
+                    config.train.max_steps,
+                    on_evaluation=lambda: reporter.write(running=True),
+                ),
             ):
                 result = fit_on_ray(config, data.data_dir, folder)
             write_event(folder, "end", stopped=result["stopped"])

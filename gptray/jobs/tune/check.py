@@ -21,6 +21,7 @@ from gptray.jobs.models import CONFIG
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.resuming import check_free, check_resumable, command
 from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
 from gptray.tuning.sweep_record import load_trials, rungs, samples_drawn
@@ -34,7 +35,7 @@ from gptray.tuning.trial_plan import (
 )
 
 BUSY = "another process runs the sweep {}"
-FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet report.html"
+FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet optuna.log report.html"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def check(config: Config) -> CheckedSweep:
             f"fixed number of workers, such as {config.compute.min_workers}"
         )
     check_training(config)
+    check_trackers(config.track)
     texts = {text_key(one): check_text(one) for one in all_texts(config, str(folder), trials)}
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)

@@ -28,6 +28,7 @@ from gptray.jobs.resources import check_cluster, trial_resources
 from gptray.jobs.resuming import command, save_config
 from gptray.jobs.run_folder import held
 from gptray.jobs.shared_storage import check_shared_by_training
+from gptray.jobs.tracking import tracking_sweep
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.tune.check import (
     BUSY,
@@ -43,6 +44,8 @@ from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.watch import watching_sweep
 from gptray.reports.sweep.report import write_sweep_report
 from gptray.training.checkpoint import exchange_model
+from gptray.tuning.hparams import write_hparams
+from gptray.tuning.optuna_file import write_optuna_file
 from gptray.tuning.sweep_record import (
     Record,
     Trial,
@@ -107,6 +110,8 @@ def run(checked: CheckedSweep) -> dict[str, object]:
 
 
 def _write_report(folder: Path, running: bool) -> Path:
+    write_hparams(folder)
+    write_optuna_file(folder)
     if not running:
         write_trials_parquet(folder)
     return write_sweep_report(folder, running=running)
@@ -150,7 +155,10 @@ class _Sweep:
         waiting = sorted((one for one in past if not one.outcome), key=lambda one: not one.started)
         self._waiting.extend(self._planned(trial) for trial in waiting)
         num_trials = self._checked.num_trials + self._checked.num_replicates
-        with watching_sweep(self._folder, num_trials, on_change=on_change):
+        with (
+            tracking_sweep(self._config, self._folder),
+            watching_sweep(self._folder, num_trials, on_change=on_change),
+        ):
             run_trials(
                 self._config,
                 self._folder,

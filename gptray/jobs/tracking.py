@@ -1,0 +1,208 @@
+"""Sends runs to trackers of experiments while a job runs, without ever endangering the job.
+
+What a tracker has got so far stands in `trackers.json` of the run's folder, so that a resumed run
+continues there and sends no step twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypedDict, cast
+
+from gptray.config import Config, TrackConfig, flatten, load_config
+from gptray.files import replacing
+from gptray.hub import first_line
+from gptray.jobs.models import CONFIG
+from gptray.jobs.trackers import Point, Session, TrackedRun, open_session
+from gptray.record import MetricsRow, read_metrics
+from gptray.stored import parse_json
+from gptray.tuning.sweep_record import load_trials, trial_dir
+
+log = logging.getLogger("gptray")
+
+TRACKERS = "trackers.json"
+# Between two looks, and after a failure.
+POLL_S, RETRY_S = 2.0, 30.0
+# For the last rows, at the end of a job and of one that is stopped or fails.
+END_S, STOPPED_S = 60.0, 3.0
+# Fields of a row that come with its score, which may be later than the row.
+_OF_SCORE = ("val_loss", "val_ppl", "val_bpb", "gap", "val_lost")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a tracker has got of a run: up to which step, and up to which score."""
+
+    where: str
+    number: str | None = None
+    step: int = -1
+    scored: int = -1
+
+
+class SentFields(TypedDict):
+    """`Sent` as trackers.json has it."""
+
+    where: str
+    number: str | None
+    step: int
+    scored: int
+
+
+def new_points(rows: Sequence[MetricsRow], sent: Sent) -> list[Point]:
+    """What is to be sent of a run's rows: new ones whole, and scores that have come late."""
+    points: list[Point] = []
+    for row in rows:
+        step, values = row["step"], dict(cast(Mapping[str, float], row))
+        del values["step"]
+        if step <= sent.step:
+            values = {key: values[key] for key in _OF_SCORE if key in values}
+            if step <= sent.scored:
+                continue
+        if values:
+            points.append((step, values))
+    return points
+
+
+class _Follower:
+    """Sends runs to one tracker, from a thread of its own: a tracker may take its time."""
+
+    def __init__(self, tracker: str, where: str, runs: Callable[[], list[TrackedRun]]) -> None:
+        self._tracker, self._where, self._runs = tracker, where, runs
+        self._sessions: dict[Path, tuple[Session, Sent]] = {}
+        self._has_failed = self._failed = False
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name=tracker, daemon=True)
+        self._thread.start()
+
+    def finish(self, *, failed: bool) -> None:
+        """Send what is left, and close."""
+        self._failed = failed
+        self._done.set()
+
+    def join(self, until: float) -> None:
+        """Wait for that; a tracker that has not taken all of it by then is left alone."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            self._tell("it has not taken everything in time")
+
+    def _follow(self) -> None:
+        pause = POLL_S
+        while not self._done.wait(pause):
+            pause = POLL_S if self._try(self._send_all) else RETRY_S
+        self._try(self._send_all)
+        for session, _ in self._sessions.values():
+            self._try(partial(session.close, failed=self._failed))
+
+    def _try(self, do: Callable[[], None]) -> bool:
+        """Whether it went well; what goes wrong is told once."""
+        try:
+            do()
+        except Exception as error:  # of whatever kind a tracker's package has
+            self._tell(f"{type(error).__name__}: {first_line(error)}")
+            return False
+        return True
+
+    def _tell(self, why: str) -> None:
+        if not self._has_failed:
+            log.warning(
+                "track.%s=%s does not get the run: %s; the job continues, and metrics.jsonl has "
+                "every row",
+                self._tracker,
+                self._where,
+                why,
+            )
+        self._has_failed = True
+
+    def _send_all(self) -> None:
+        for run in self._runs():
+            self._send(run)
+
+    def _send(self, run: TrackedRun) -> None:
+        rows = read_metrics(run.folder)
+        if not rows:
+            return
+        if run.folder not in self._sessions:
+            self._sessions[run.folder] = self._opened(run)
+        session, sent = self._sessions[run.folder]
+        points = new_points(rows, sent)
+        if not points:
+            return
+        session.log(points)
+        scored = [row["step"] for row in rows if "val_loss" in row]
+        sent = replace(sent, step=max(sent.step, rows[-1]["step"]), scored=max([*scored, -1]))
+        self._sessions[run.folder] = session, sent
+        _save(run.folder, self._tracker, sent)
+
+    def _opened(self, run: TrackedRun) -> tuple[Session, Sent]:
+        """The run in the tracker: that of an earlier start, where there is one."""
+        before = _load(run.folder).get(self._tracker)
+        sent = before if before and before.where == self._where else Sent(self._where)
+        session = open_session(self._tracker, self._where, run, sent.number)
+        if session.last is not None:  # it was killed before it could say what it had sent
+            sent = replace(sent, step=session.last, scored=max(sent.scored, session.last))
+        sent = replace(sent, number=session.number)
+        _save(run.folder, self._tracker, sent)
+        return session, sent
+
+
+_saving = threading.Lock()
+
+
+def _load(folder: Path) -> dict[str, Sent]:
+    path = folder / TRACKERS
+    found = cast(dict[str, SentFields], parse_json(path.read_bytes())) if path.exists() else {}
+    return {name: Sent(**sent) for name, sent in found.items()}
+
+
+def _save(folder: Path, tracker: str, sent: Sent) -> None:
+    with _saving:
+        all_sent = {**_load(folder), tracker: sent}
+        text = json.dumps({name: asdict(one) for name, one in all_sent.items()}, indent=1)
+        with replacing(folder / TRACKERS) as draft:
+            draft.write_text(text + "\n", "utf-8")
+
+
+@contextmanager
+def tracking(track: TrackConfig, runs: Callable[[], list[TrackedRun]]) -> Iterator[None]:
+    """Send runs to the trackers of a config while the block runs."""
+    followers = [_Follower(name, where, runs) for name, where in track if where is not None]
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        until = time.monotonic() + (STOPPED_S if failed else END_S)
+        for follower in followers:
+            follower.finish(failed=failed)
+        for follower in followers:
+            follower.join(until)
+
+
+def tracking_run(config: Config, folder: Path) -> AbstractContextManager[None]:
+    """`tracking` of a single run."""
+    run = TrackedRun(folder, folder.name, flatten(config))
+    return tracking(config.track, lambda: [run])
+
+
+def tracking_sweep(config: Config, folder: Path) -> AbstractContextManager[None]:
+    """`tracking` of the trials of a sweep, each a run of the sweep's group."""
+
+    def runs() -> list[TrackedRun]:
+        found = []
+        for trial in load_trials(folder):
+            path = trial_dir(folder, trial.name)
+            if trial.started and (path / CONFIG).exists():
+                own = load_config(str(path / CONFIG), [])
+                name = f"{folder.name}-{trial.name}"
+                found.append(TrackedRun(path, name, flatten(own), group=folder.name))
+        return found
+
+    return tracking(config.track, runs)
