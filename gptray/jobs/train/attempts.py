@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptray.config import ComputeConfig, Config
 
@@ -23,10 +23,10 @@ PLACE = "gptray-place"
 # Seconds in which places show up that are free, once there are enough to start.
 SETTLE_S, POLL_S = 5.0, 0.5
 
-Fit = Callable[[int], dict[str, Any]]
+Fit = Callable[[int], dict[str, object]]
 
 
-def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> dict[str, Any]:
+def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> dict[str, object]:
     """The last result of `fit(workers)`, which is called again for as long as the workers leave.
 
     Of an elastic number of workers there are as many as there is room for.
@@ -43,7 +43,7 @@ def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> d
 
 def _fit_where_there_is_room(
     config: Config, reserved: Mapping[str, float], fit: Fit
-) -> dict[str, Any]:
+) -> dict[str, object]:
     import ray.train
 
     places, most, deaths = Places(config, reserved), config.compute.max_failures, 0

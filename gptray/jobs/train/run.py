@@ -128,8 +128,8 @@ def fit_on_ray(
     threads = max(1, int(reserved["CPU"]))
     task = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
 
-    def fit(workers: int) -> dict[str, Any]:
-        result: dict[str, Any] = (
+    def fit(workers: int) -> dict[str, object]:
+        result: dict[str, object] = (
             DataParallelTrainer(
                 _train_worker,
                 train_loop_config={"task": task},
