@@ -8,6 +8,7 @@ and leave before there are more or fewer of them, see `notices`.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     import ray.train
     from ray.util.placement_group import PlacementGroup
 
-# The name of placement groups that keep a place for a worker to come.
-PLACE = "gptray-place"
+# How the names of placement groups begin that keep a place for a worker to come.
+PLACE = "gptray-place-"
 # Seconds in which places show up that are free, once there are enough to start.
 SETTLE_S, POLL_S = 5.0, 0.5
 
@@ -73,7 +74,8 @@ def place_for(bundles: list[dict[str, float]], compute: ComputeConfig) -> Placem
     import ray
 
     labels = [compute.selector] * len(bundles) if compute.selector else None
-    return ray.util.placement_group(bundles, name=PLACE, bundle_label_selector=labels)
+    name = PLACE + secrets.token_hex(8)  # a name stands once in a cluster
+    return ray.util.placement_group(bundles, name=name, bundle_label_selector=labels)
 
 
 def is_given(place: PlacementGroup) -> bool:
