@@ -52,6 +52,8 @@ def _fit_where_there_is_room(
         while True:
             try:
                 result = fit(places.take())
+            except ray.train.PreemptionError:
+                pass  # announced, and no time to leave
             except ray.train.WorkerGroupError as error:
                 deaths += not _is_of_taken_node(error)
                 if 0 <= most < deaths:

@@ -145,7 +145,8 @@ def fit_on_ray(
                     name=folder.name,
                     storage_path=str(folder.parent),
                     failure_config=ray.train.FailureConfig(
-                        max_failures=0 if compute.is_elastic else compute.max_failures
+                        max_failures=0 if compute.is_elastic else compute.max_failures,
+                        max_preemption_failures=0 if compute.is_elastic else -1,
                     ),
                     callbacks=[_failure_notes(folder), *callbacks],
                 ),
