@@ -198,7 +198,7 @@ def _placement_groups() -> tuple[list[Resources], bool]:
             continue
         if group["state"] in ("PENDING", "RESCHEDULING"):
             awaited += bundles
-        elif group["state"] != "REMOVED" and group["name"] != PLACE:
+        elif group["state"] != "REMOVED" and not group["name"].startswith(PLACE):
             holds = True
     return awaited, holds
 

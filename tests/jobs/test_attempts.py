@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,10 +14,14 @@ from tests.tiny import tiny_config
 
 
 def test_workers_that_leave_start_again_until_the_run_ends() -> None:
-    results: list[dict[str, Any]] = [{"stopped": "left"}] * 2 + [{"stopped": "patience", "step": 9}]
+    results: list[dict[str, object]] = [
+        {"stopped": "left"},
+        {"stopped": "left"},
+        {"stopped": "patience", "step": 9},
+    ]
     given = []
 
-    def fit(workers: int) -> dict[str, Any]:
+    def fit(workers: int) -> dict[str, object]:
         given.append(workers)
         return results.pop(0)
 

@@ -8,9 +8,10 @@ and leave before there are more or fewer of them, see `notices`.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptray.config import ComputeConfig, Config
 
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
     import ray.train
     from ray.util.placement_group import PlacementGroup
 
-# The name of placement groups that keep a place for a worker to come.
-PLACE = "gptray-place"
+# How the names of placement groups begin that keep a place for a worker to come.
+PLACE = "gptray-place-"
 # Seconds in which places show up that are free, once there are enough to start.
 SETTLE_S, POLL_S = 5.0, 0.5
 
-Fit = Callable[[int], dict[str, Any]]
+Fit = Callable[[int], dict[str, object]]
 
 
-def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> dict[str, Any]:
+def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> dict[str, object]:
     """The last result of `fit(workers)`, which is called again for as long as the workers leave.
 
     Of an elastic number of workers there are as many as there is room for.
@@ -43,7 +44,7 @@ def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> d
 
 def _fit_where_there_is_room(
     config: Config, reserved: Mapping[str, float], fit: Fit
-) -> dict[str, Any]:
+) -> dict[str, object]:
     import ray.train
 
     places, most, deaths = Places(config, reserved), config.compute.max_failures, 0
@@ -51,6 +52,8 @@ def _fit_where_there_is_room(
         while True:
             try:
                 result = fit(places.take())
+            except ray.train.PreemptionError:
+                pass  # announced, and no time to leave
             except ray.train.WorkerGroupError as error:
                 deaths += not _is_of_taken_node(error)
                 if 0 <= most < deaths:
@@ -73,7 +76,8 @@ def place_for(bundles: list[dict[str, float]], compute: ComputeConfig) -> Placem
     import ray
 
     labels = [compute.selector] * len(bundles) if compute.selector else None
-    return ray.util.placement_group(bundles, name=PLACE, bundle_label_selector=labels)
+    name = PLACE + secrets.token_hex(8)  # a name stands once in a cluster
+    return ray.util.placement_group(bundles, name=name, bundle_label_selector=labels)
 
 
 def is_given(place: PlacementGroup) -> bool:

@@ -151,5 +151,5 @@ def _places_given() -> int:
     return sum(
         len(group["bundles"])
         for name, group in ray.util.placement_group_table().items()
-        if group["name"] == PLACE and group["state"] == "CREATED" and name.endswith(job)
+        if group["name"].startswith(PLACE) and group["state"] == "CREATED" and name.endswith(job)
     )

@@ -132,8 +132,8 @@ def fit_on_ray(
     threads = max(1, int(reserved["CPU"]))
     task = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
 
-    def fit(workers: int) -> dict[str, Any]:
-        result: dict[str, Any] = (
+    def fit(workers: int) -> dict[str, object]:
+        result: dict[str, object] = (
             DataParallelTrainer(
                 _train_worker,
                 train_loop_config={"task": task},
@@ -149,7 +149,8 @@ def fit_on_ray(
                     name=folder.name,
                     storage_path=str(folder.parent),
                     failure_config=ray.train.FailureConfig(
-                        max_failures=0 if compute.is_elastic else compute.max_failures
+                        max_failures=0 if compute.is_elastic else compute.max_failures,
+                        max_preemption_failures=0 if compute.is_elastic else -1,
                     ),
                     callbacks=[_failure_notes(folder), *callbacks],
                 ),
