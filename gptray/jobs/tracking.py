@@ -31,8 +31,8 @@ log = logging.getLogger("gptray")
 TRACKERS = "trackers.json"
 # Between two looks, and after a failure.
 POLL_S, RETRY_S = 5.0, 30.0
-# For the last rows, at the end of a job and of one that is stopped or fails.
-END_S, STOPPED_S = 60.0, 3.0
+# For the last rows, at the end of a job and of one that is stopped.
+END_S, STOPPED_S = 60.0, 1.0
 # Fields of a row that come with its score, which may be later than the row.
 _OF_SCORE = ("val_loss", "val_ppl", "val_bpb", "gap", "val_lost")
 
@@ -77,20 +77,20 @@ class _Follower:
     def __init__(self, tracker: str, where: str, runs: Callable[[], list[TrackedRun]]) -> None:
         self._tracker, self._where, self._runs = tracker, where, runs
         self._sessions: dict[Path, tuple[Session, Sent]] = {}
-        self._has_failed = self._failed = False
+        self._has_failed = self._failed = self._is_stopped = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name=tracker, daemon=True)
         self._thread.start()
 
-    def finish(self, *, failed: bool) -> None:
-        """Send what is left, and close."""
-        self._failed = failed
+    def finish(self, *, failed: bool, stopped: bool) -> None:
+        """Send what is left, and close. stopped: the rest is sent when the run is resumed."""
+        self._failed, self._is_stopped = failed, stopped
         self._done.set()
 
     def join(self, until: float) -> None:
         """Wait for that; a tracker that has not taken all of it by then is left alone."""
         self._thread.join(max(0.0, until - time.monotonic()))
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self._is_stopped:
             self._tell("it has not taken everything in time")
 
     def _follow(self) -> None:
@@ -175,14 +175,17 @@ def _save(folder: Path, tracker: str, sent: Sent) -> None:
 def tracking(track: TrackConfig, runs: Callable[[], list[TrackedRun]]) -> Iterator[None]:
     """Send runs to the trackers of a config while the block runs."""
     followers = [_Follower(name, where, runs) for name, where in track if where is not None]
-    failed = True
+    failed, patience = True, END_S
     try:
         yield
         failed = False
+    except KeyboardInterrupt:
+        patience = STOPPED_S
+        raise
     finally:
-        until = time.monotonic() + (STOPPED_S if failed else END_S)
+        until = time.monotonic() + patience
         for follower in followers:
-            follower.finish(failed=failed)
+            follower.finish(failed=failed, stopped=patience == STOPPED_S)
         for follower in followers:
             follower.join(until)
 
