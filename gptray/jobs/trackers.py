@@ -23,12 +23,16 @@ _MLFLOW_METRICS, _MLFLOW_PARAMS = 1000, 100
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as trackers are to have it. group: the sweep of a trial."""
+    """A run as trackers are to have it. group: the sweep of a trial.
+
+    outcome: how a trial has ended; None while it runs, and for a single run.
+    """
 
     folder: Path
     name: str
     settings: Mapping[str, object]
     group: str | None = None
+    outcome: str | None = None
 
 
 # A step and what was measured at it.
@@ -54,10 +58,15 @@ def check_trackers(track: TrackConfig) -> None:
     problems = [
         f"track.{name}={where} needs the package {name}: pip install 'gptray[{name}]'"
         for name, where in track
-        if where is not None and importlib.util.find_spec(name) is None
+        if where is not None and not _is_installed(name)
     ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder ./wandb is none
 
 
 class _MLflow:

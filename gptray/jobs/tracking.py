@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -30,9 +30,9 @@ log = logging.getLogger("gptray")
 
 TRACKERS = "trackers.json"
 # Between two looks, and after a failure.
-POLL_S, RETRY_S = 2.0, 30.0
-# For the last rows, at the end of a job and of one that is stopped or fails.
-END_S, STOPPED_S = 60.0, 3.0
+POLL_S, RETRY_S = 5.0, 30.0
+# For the last rows, at the end of a job and of one that is stopped.
+END_S, STOPPED_S = 60.0, 1.0
 # Fields of a row that come with its score, which may be later than the row.
 _OF_SCORE = ("val_loss", "val_ppl", "val_bpb", "gap", "val_lost")
 
@@ -77,27 +77,27 @@ class _Follower:
     def __init__(self, tracker: str, where: str, runs: Callable[[], list[TrackedRun]]) -> None:
         self._tracker, self._where, self._runs = tracker, where, runs
         self._sessions: dict[Path, tuple[Session, Sent]] = {}
-        self._has_failed = self._failed = False
+        self._has_failed = self._failed = self._is_stopped = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name=tracker, daemon=True)
         self._thread.start()
 
-    def finish(self, *, failed: bool) -> None:
-        """Send what is left, and close."""
-        self._failed = failed
+    def finish(self, *, failed: bool, stopped: bool) -> None:
+        """Send what is left, and close. stopped: the rest is sent when the run is resumed."""
+        self._failed, self._is_stopped = failed, stopped
         self._done.set()
 
     def join(self, until: float) -> None:
         """Wait for that; a tracker that has not taken all of it by then is left alone."""
         self._thread.join(max(0.0, until - time.monotonic()))
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self._is_stopped:
             self._tell("it has not taken everything in time")
 
     def _follow(self) -> None:
         pause = POLL_S
         while not self._done.wait(pause):
-            pause = POLL_S if self._try(self._send_all) else RETRY_S
-        self._try(self._send_all)
+            pause = POLL_S if self._send_all() else RETRY_S
+        self._send_all()
         for session, _ in self._sessions.values():
             self._try(partial(session.close, failed=self._failed))
 
@@ -121,34 +121,35 @@ class _Follower:
             )
         self._has_failed = True
 
-    def _send_all(self) -> None:
-        for run in self._runs():
-            self._send(run)
+    def _send_all(self) -> bool:
+        """Whether all went well."""
+        return all([self._try(partial(self._send, run)) for run in self._runs()])
 
     def _send(self, run: TrackedRun) -> None:
         rows = read_metrics(run.folder)
-        if not rows:
-            return
-        if run.folder not in self._sessions:
-            self._sessions[run.folder] = self._opened(run)
-        session, sent = self._sessions[run.folder]
-        points = new_points(rows, sent)
-        if not points:
-            return
-        session.log(points)
-        scored = [row["step"] for row in rows if "val_loss" in row]
-        sent = replace(sent, step=max(sent.step, rows[-1]["step"]), scored=max([*scored, -1]))
-        self._sessions[run.folder] = session, sent
-        _save(run.folder, self._tracker, sent)
+        _, sent = self._sessions.get(run.folder) or (None, self._sent_before(run))
+        if new_points(rows, sent):
+            session, sent = self._sessions.get(run.folder) or self._opened(run, sent)
+            session.log(new_points(rows, sent))
+            scored = [row["step"] for row in rows if "val_loss" in row]
+            sent = replace(sent, step=max(sent.step, rows[-1]["step"]), scored=max([*scored, -1]))
+            self._sessions[run.folder] = session, sent
+            _save(run.folder, self._tracker, sent)
+        if run.outcome and run.folder in self._sessions:
+            session, _ = self._sessions.pop(run.folder)
+            session.close(failed=run.outcome in ("failed", "diverged"))
 
-    def _opened(self, run: TrackedRun) -> tuple[Session, Sent]:
-        """The run in the tracker: that of an earlier start, where there is one."""
+    def _sent_before(self, run: TrackedRun) -> Sent:
         before = _load(run.folder).get(self._tracker)
-        sent = before if before and before.where == self._where else Sent(self._where)
+        return before if before and before.where == self._where else Sent(self._where)
+
+    def _opened(self, run: TrackedRun, sent: Sent) -> tuple[Session, Sent]:
+        """The run in the tracker: that of an earlier start, where there is one."""
         session = open_session(self._tracker, self._where, run, sent.number)
         if session.last is not None:  # it was killed before it could say what it had sent
             sent = replace(sent, step=session.last, scored=max(sent.scored, session.last))
         sent = replace(sent, number=session.number)
+        self._sessions[run.folder] = session, sent
         _save(run.folder, self._tracker, sent)
         return session, sent
 
@@ -174,14 +175,17 @@ def _save(folder: Path, tracker: str, sent: Sent) -> None:
 def tracking(track: TrackConfig, runs: Callable[[], list[TrackedRun]]) -> Iterator[None]:
     """Send runs to the trackers of a config while the block runs."""
     followers = [_Follower(name, where, runs) for name, where in track if where is not None]
-    failed = True
+    failed, patience = True, END_S
     try:
         yield
         failed = False
+    except KeyboardInterrupt:
+        patience = STOPPED_S
+        raise
     finally:
-        until = time.monotonic() + (STOPPED_S if failed else END_S)
+        until = time.monotonic() + patience
         for follower in followers:
-            follower.finish(failed=failed)
+            follower.finish(failed=failed, stopped=patience == STOPPED_S)
         for follower in followers:
             follower.join(until)
 
@@ -195,14 +199,18 @@ def tracking_run(config: Config, folder: Path) -> AbstractContextManager[None]:
 def tracking_sweep(config: Config, folder: Path) -> AbstractContextManager[None]:
     """`tracking` of the trials of a sweep, each a run of the sweep's group."""
 
+    @cache
+    def settings(path: Path) -> dict[str, object]:
+        return flatten(load_config(str(path), []))
+
     def runs() -> list[TrackedRun]:
         found = []
         for trial in load_trials(folder):
             path = trial_dir(folder, trial.name)
-            if trial.started and (path / CONFIG).exists():
-                own = load_config(str(path / CONFIG), [])
+            if trial.rows:
                 name = f"{folder.name}-{trial.name}"
-                found.append(TrackedRun(path, name, flatten(own), group=folder.name))
+                own = settings(path / CONFIG)
+                found.append(TrackedRun(path, name, own, folder.name, trial.outcome))
         return found
 
     return tracking(config.track, runs)

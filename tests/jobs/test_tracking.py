@@ -136,12 +136,14 @@ def records(data: bytes) -> Iterator[bytes]:
 
 def test_wandb_has_every_step_once_in_one_run(run: TrackedRun) -> None:
     needs("wandb")
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
     send(run, range(5, 25, 5), wandb="book")
     # Two runs that begin in the same second would have the same folder.
     (run.folder / "wandb").rename(run.folder / "before")
     send(run, range(5, 35, 5), wandb="book")
+    wandb.teardown()  # as at the end of the job: everything is on disk
     steps, runs = [], set()
     for path in sorted(run.folder.rglob("*.wandb")):
         for data in records(path.read_bytes()):
@@ -158,7 +160,7 @@ def test_trackio_has_every_step_once_in_one_run(run: TrackedRun, tmp_path: Path)
     needs("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    other = TrackedRun(tmp_path / "other", "other", {})
+    other = TrackedRun(tmp_path / "other", "other", {}, group="sweep", outcome="finished")
     write(other, [5])
     write(run, range(5, 25, 5))
     with tracking(TrackConfig(trackio="books"), lambda: [run, other]):  # as trials of a sweep

@@ -68,6 +68,14 @@ def starts(folder: Path, trials: list[Trial]) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == "start"]
 
 
+def test_a_sweep_is_left_for_optuna_and_tensorboard(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "optuna.log").read_text().splitlines()]
+    created = [line["user_attrs"]["trial"] for line in lines if line["op_code"] == 4]
+    assert created == [trial.name for trial in load_trials(folder)]
+    for name in created:
+        assert len([*(folder / "trials" / name / "tensorboard" / name).glob("*.hparams")]) == 2
+
+
 def test_every_trial_ends_and_one_that_diverges_is_marked(
     result: dict[str, Any], folder: Path
 ) -> None:
