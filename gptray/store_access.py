@@ -41,8 +41,11 @@ def file_system(uri: str) -> tuple[fs.FileSystem, str]:
     scheme = scheme_of(uri)
     if scheme not in SCHEMES:
         raise UserError(f"{uri}: {_other_scheme(scheme)}")
+    opened = uri
+    if scheme == "s3" and "allow_delayed_open" not in uri:  # a small file is one call, not three
+        opened += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
     try:
-        filesystem, path = persistently(lambda: fs.FileSystem.from_uri(uri))
+        filesystem, path = persistently(lambda: fs.FileSystem.from_uri(opened))
     except (OSError, ValueError) as error:
         raise UserError(f"{uri}: cannot be opened: {reason(error)}") from None
     return filesystem, path
