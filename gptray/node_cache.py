@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.files import cache_folder, open_lock, remove, storing
+from gptray.files import cache_folder, expanded, is_uri, open_lock, remove, storing
 from gptray.manifest import MANIFEST, files_damage, write_manifest
 from gptray.remote_folder import RemoteFolder, StoredFile, no_such_folder
 
@@ -63,6 +63,17 @@ def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = 
             os.utime(folder)
             _used[folder] = os.dup(used.fileno())
     return folder
+
+
+def storage_folder(storage_path: str) -> Path:
+    """The folder on this node of a storage_path: of a URI, the one in which its runs are made.
+
+    Raises UserError for the home of an unknown user.
+    """
+    if is_uri(storage_path):
+        name = hashlib.sha256(storage_path.rstrip("/").encode()).hexdigest()[:24]
+        return cache_folder() / "storage" / name
+    return expanded(storage_path, key="storage_path").absolute()
 
 
 def fetched_holder(

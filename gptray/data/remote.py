@@ -8,7 +8,7 @@ from pyarrow import fs
 
 from gptray.config import UserError
 from gptray.data.folders import WILDCARD, glob_regex
-from gptray.remote_folder import file_system, persistently, reason
+from gptray.store_access import file_system, persistently, reason
 
 
 def remote_files(entry: str) -> tuple[list[fs.FileInfo], str, bool]:

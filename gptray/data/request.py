@@ -28,7 +28,7 @@ from gptray.data.tokenizer_files import (
     tokenizer_sha256,
 )
 from gptray.data.tokens import FORMAT_VERSION
-from gptray.files import expanded, is_uri
+from gptray.node_cache import storage_folder
 
 # Up to this size the text itself is the identity, so that a copy or a touched file is no other
 # source; beyond, path, size and time of change stand for it.
@@ -163,11 +163,6 @@ def _request(
     fraction: float,
     warnings: Sequence[str],
 ) -> Request:
-    if is_uri(config.storage_path):
-        raise UserError(
-            f"storage_path={config.storage_path}: token shards are memory-mapped; "
-            "give a folder that every node sees"
-        )
     data, tokenizer = config.data, tokenizer_name(config)
     if tokenizer in KINDS and data.eos_token not in (None, END_OF_TEXT):
         raise UserError(
@@ -183,7 +178,7 @@ def _request(
         split=split,
         fraction=fraction,
         seed=config.seed if data.seed is None else data.seed,
-        root=expanded(config.storage_path, key="storage_path").absolute() / PREPARED,
+        root=storage_folder(config.storage_path) / PREPARED,
         eos_token=data.eos_token,
         warnings=tuple(warnings),
     )

@@ -31,7 +31,7 @@ from gptray.data.folders import (
 )
 from gptray.data.remote import remote_files
 from gptray.files import absolute
-from gptray.remote_folder import file_system, open_persistently, persistently, scheme_of
+from gptray.store_access import file_system, open_persistently, persistently, scheme_of
 
 BUILTIN = "builtin"
 FORMATS = {

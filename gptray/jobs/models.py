@@ -19,6 +19,7 @@ from gptray.files import expanded, is_uri, sha256_of
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape, weight_files
+from gptray.remote_folder import RemoteFolder
 from gptray.tuning.sweep_record import TRIALS
 
 log = logging.getLogger("gptray")
@@ -73,6 +74,9 @@ def locate(config: Config, source: str, *, key: str) -> str:
         expanded(source, key=key)
         return source
     holds, what = (has_tokenizer, "tokenizer") if key == TOKENIZER else (has_model, "model")
+    if is_uri(config.storage_path):
+        remote = RemoteFolder(config.storage_path) / source
+        return str(remote) if "config.json" in (remote / "model").files() else source
     here, run = Path(source), _run_named(config, source)
     if not (run / CONFIG).is_file() and not has_model(run):
         return source
@@ -113,6 +117,10 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
     reason: what the hub or its cache answered, see `NotOnHub`.
     """
     place = "no such folder or file" if key == TOKENIZER else "no such folder"
+    if is_uri(config.storage_path) and not _is_path(source):
+        near = nearest(source, RemoteFolder(config.storage_path).folders())
+        looked_at = f"no such run in {config.storage_path}, {place} here and {reason}"
+        return UserError(f"{key}={source}: {looked_at}{did_you_mean([near] if near else [])}")
     storage = storage_of(config)
     if _is_path(source):
         path = source.rstrip(os.sep)
@@ -134,8 +142,19 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
 
 
 def storage_of(config: Config) -> Path:
-    """The folder of all runs."""
+    """The folder of all runs. Raises UserError for one in an object store."""
+    check_is_folder(config)
     return expanded(config.storage_path, key="storage_path").absolute()
+
+
+def check_is_folder(config: Config) -> None:
+    """Refuse a storage_path in an object store, which only training takes. Raises UserError."""
+    if is_uri(config.storage_path):
+        place = config.storage_path.rstrip("/")
+        raise UserError(
+            f"storage_path={place}: only prepare and train take object storage; here give a "
+            f"folder, and name a run there by its URI, such as generate.model={place}/NAME"
+        )
 
 
 def _run_named(config: Config, name: str) -> Path:

@@ -14,6 +14,7 @@ from gptray.evaluation.model_commands import model_commands
 from gptray.files import is_uri
 from gptray.jobs.models import has_model, storage_of
 from gptray.jobs.resuming import command
+from gptray.jobs.run_folder import seen_at
 from gptray.record import read_events, read_metrics
 from gptray.reports.run.diagnosis import diagnose
 from gptray.reports.run.sentence import sentence
@@ -35,7 +36,7 @@ def tell_run(config: Config, folder: Path) -> None:
     rows, events = read_metrics(folder), read_events(folder)
     diagnosis = diagnose(rows, config, events)
     log.info("%s", sentence(diagnosis, config))
-    uses = of_model(folder)
+    uses = of_model(folder, seen_at(config))
     commands = [uses["generate"], uses["evaluate"]]
     if diagnosis.verdict == "falling" and diagnosis.ended == "max_steps":
         longer = f"train.max_steps={2 * diagnosis.last_step}"

@@ -10,7 +10,8 @@ from gptray.config import Config, load_saved
 from gptray.data.sources import BUILTIN
 from gptray.data.tokenizer_files import KINDS
 from gptray.files import absolute, expanded
-from gptray.jobs.models import CONFIG, storage_of
+from gptray.jobs.models import CONFIG
+from gptray.node_cache import storage_folder
 
 # Keys whose values are paths.
 SOURCES = ("data.source", "data.val_source", "data.test_source")
@@ -55,7 +56,8 @@ def words_for(folder: Path) -> list[str]:
     if not (folder / CONFIG).is_file():
         return []
     saved = load_saved(folder / CONFIG)
-    if saved.name and (storage_of(saved) / saved.name).resolve() == folder.resolve():
+    storage = storage_folder(saved.storage_path)
+    if saved.name and (storage / saved.name).resolve() == folder.resolve():
         return []
     return [f"name={folder.name}", f"storage_path={folder.parent}"]
 

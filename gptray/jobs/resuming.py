@@ -19,7 +19,7 @@ from gptray.config.keys import shown
 from gptray.files import refuse_links, replacing, storing
 from gptray.jobs.models import CONFIG, TOKENIZER
 from gptray.jobs.places import SOURCES, is_same_place, with_whole_paths, words_for
-from gptray.jobs.run_folder import FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir
+from gptray.jobs.run_folder import FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir, seen_at
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
     WRITER_LOCK,
@@ -50,23 +50,21 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
         UserError: names every key that differs, or says that the folder is something else's, or
             that its checkpoints are gone.
     """
-    folder, what = run_dir(config), "sweep" if sweep else "run"
+    folder, place, what = run_dir(config), seen_at(config), "sweep" if sweep else "run"
     refuse_links(folder, _WRITTEN, what=f"the {what}")
     visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     if not visible:
         return []
     if config.train.resume == "never":
         raise UserError(
-            f"train.resume=never: the {what} {folder} exists; choose another name, or set "
+            f"train.resume=never: the {what} {place} exists; choose another name, or set "
             "train.resume=auto to resume it"
         )
     if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"{folder} exists and is not a {what} (no config.yaml); choose another name"
-        )
+        raise UserError(f"{place} exists and is not a {what} (no config.yaml); choose another name")
     if (folder / (METRICS if sweep else TRIALS)).exists():
         other = "run" if sweep else "sweep"
-        raise UserError(f"{folder} is a {other}, not a {what}; choose another name")
+        raise UserError(f"{place} is a {other}, not a {what}; choose another name")
     if not sweep:
         check_not_lost(folder)
     saved = load_config(str(folder / CONFIG), [])
@@ -85,7 +83,7 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
     ]
     if differing:
         raise UserError(
-            f"the {what} {folder} was started with other settings:\n"
+            f"the {what} {place} was started with other settings:\n"
             + "\n".join(differing)
             + "\nResume it with its own settings, or choose another name"
         )
@@ -110,8 +108,8 @@ def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]
         if key == "train.max_steps":
             if new < step:
                 raise UserError(
-                    f"train.max_steps={new}: the run {folder} has made {step:,} steps already; "
-                    f"give {step} or more, or choose another name"
+                    f"train.max_steps={new}: the run {seen_at(config)} has made {step:,} steps "
+                    f"already; give {step} or more, or choose another name"
                 )
             verb = "raised" if new > old else "lowered"
         text = f"{key} {verb} from {shown(old)} to {shown(new)}"

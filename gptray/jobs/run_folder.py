@@ -17,10 +17,12 @@ from gptray.config import Config, RunFailed, UserError, flatten, override
 from gptray.config.names import label_of
 from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
 from gptray.hub import NotOnHub
-from gptray.jobs.models import locate, unknown, with_tokenizer
+from gptray.jobs.models import check_is_folder, locate, unknown, with_tokenizer
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
+from gptray.node_cache import storage_folder
 from gptray.record import METRICS, read_metrics
+from gptray.remote_folder import RemoteFolder
 from gptray.stored import Unreadable, read_object
 
 # Keys that do not change what is trained: a run may resume under other values of these.
@@ -54,10 +56,13 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
     Raises:
         UserError: model.init_from is no model, or a key given contradicts its shape.
     """
-    check_is_folder(config)
+    if sweep:
+        check_is_folder(config)
     config = with_tokenizer(config)
     values: dict[str, object] = {
-        "storage_path": str(absolute(config.storage_path, key="storage_path"))
+        "storage_path": config.storage_path.rstrip("/")
+        if is_uri(config.storage_path)
+        else str(absolute(config.storage_path, key="storage_path"))
     }
     if config.model.init_from:
         values |= _shape_of(config, config.model.init_from)
@@ -69,19 +74,16 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
     return override(resolved, {"name": _free_name(resolved, sweep=sweep)})
 
 
-def check_is_folder(config: Config) -> None:
-    """Refuse a storage_path in an object store. Raises UserError."""
-    if is_uri(config.storage_path):
-        raise UserError(
-            f"storage_path={config.storage_path}: must be a folder; on a cluster one that every "
-            "node sees, such as an NFS mount (models, text and prompts may lie in object storage)"
-        )
-
-
 def run_dir(config: Config) -> Path:
-    """The folder of a resolved config's run."""
+    """The folder of a resolved config's run; in object storage, the one here where it is made."""
     assert config.name, "resolve the config first"
-    return Path(config.storage_path) / config.name
+    return storage_folder(config.storage_path) / config.name
+
+
+def seen_at(config: Config) -> str:
+    """Where others find a resolved config's run: its folder, or its URI."""
+    is_remote = is_uri(config.storage_path)
+    return f"{config.storage_path}/{config.name}" if is_remote else str(run_dir(config))
 
 
 @contextmanager
@@ -146,8 +148,8 @@ def outcome(config: Config) -> dict[str, object]:
     best, last = min(evaluations, key=lambda row: row["val_loss"]), evaluations[-1]
     rates = sorted(row["tokens_per_sec"] for row in rows)
     return {
-        "run_dir": str(folder),
-        "model_dir": str(folder / "model"),
+        "run_dir": seen_at(config),
+        "model_dir": f"{seen_at(config)}/model",
         "step": last["step"],
         "best_step": best["step"],
         "train_loss": best["train_loss"],
@@ -199,8 +201,11 @@ def _free_name(config: Config, *, sweep: bool) -> str:
     identity = {k: v for k, v in flatten(config).items() if not k.startswith(free)}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
     name = unique = f"{label}{'-sweep' if sweep else ''}-{digest[:6]}"
-    number = 1
-    while config.train.resume == "never" and (Path(config.storage_path) / unique).exists():
+    if config.train.resume != "never":
+        return name
+    number, storage = 1, config.storage_path
+    remote = RemoteFolder(storage).folders() if is_uri(storage) else []
+    while (Path(storage) / unique).exists() or unique in remote:
         number += 1
         unique = f"{name}-{number}"
     return unique

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gptray.config import Config, UserError
 from gptray.files import absolute, check_writable
+from gptray.node_cache import storage_folder
 
 
 def check_storage(config: Config) -> None:
@@ -16,7 +17,7 @@ def check_storage(config: Config) -> None:
     Raises:
         UserError: names storage_path, and the source that reads what is there.
     """
-    storage = absolute(config.storage_path, key="storage_path")
+    storage = storage_folder(config.storage_path)
     folder = storage / config.name if config.name else storage
     for key, sources in (
         ("data.source", config.data.source),

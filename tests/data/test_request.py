@@ -102,11 +102,6 @@ def test_init_from_brings_its_tokenizer(config: Config, tmp_path: Path) -> None:
     assert folder(config, model__init_from=str(tmp_path / "run")) == named
 
 
-def test_remote_storage_path_is_a_mistake(config: Config) -> None:
-    with pytest.raises(UserError, match="storage_path=s3://bucket"):
-        folder(config, storage_path="s3://bucket")
-
-
 def test_a_tokenizer_made_here_has_its_own_end_of_text(config: Config) -> None:
     with pytest.raises(UserError, match=r"data\.eos_token='</s>': a tokenizer made here \(bpe\)"):
         folder(config, data__eos_token="</s>")

@@ -8,7 +8,7 @@ import pytest
 
 from gptray.config import ModelConfig, UserError, load_config
 from gptray.jobs.resuming import check_resumable
-from gptray.jobs.run_folder import held, resolve, run_dir, set_ray_snapshot_aside
+from gptray.jobs.run_folder import held, resolve, run_dir, seen_at, set_ray_snapshot_aside
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
 
@@ -54,9 +54,18 @@ def test_block_longer_than_the_model_that_was_taken_over_is_refused(tmp_path: Pa
         resolve(load_config(None, [f"model.init_from={tmp_path}/old"]))
 
 
-def test_storage_in_the_cloud_is_refused_with_the_reason() -> None:
-    with pytest.raises(UserError, match="storage_path=s3://bucket: must be a folder"):
-        resolve(load_config(None, ["storage_path=s3://bucket"]))
+def test_a_run_at_home_in_object_storage_is_made_in_a_folder_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = resolve(load_config(None, ["storage_path=s3://bucket/", "name=r"]))
+    assert seen_at(config) == "s3://bucket/r"
+    assert run_dir(config).is_relative_to(tmp_path) and run_dir(config).name == "r"
+
+
+def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
+    config = resolve(load_config(None, [f"storage_path=file://{tmp_path}/a%20b", "name=r"]))
+    assert run_dir(config) == tmp_path / "a b" / "r"
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gptray.config import Config, RunFailed
-from gptray.files import absolute
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.cluster_nodes import Node, alive_nodes
@@ -18,6 +17,7 @@ from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.nccl import two_gpus_add_up
 from gptray.jobs.doctor.worker import clock, node_facts
 from gptray.jobs.each_node import NoAnswer, ask
+from gptray.jobs.models import storage_of
 from gptray.jobs.shared_storage import blind_nodes
 from gptray.standard_output import line_printer
 from gptray.wording import count
@@ -34,7 +34,7 @@ class CheckedVisit:
 
 def check(config: Config) -> CheckedVisit:
     """Find the storage path. Raises UserError where no home folder is known."""
-    return CheckedVisit(absolute(config.storage_path, key="storage_path"))
+    return CheckedVisit(storage_of(config))
 
 
 def plan(checked: CheckedVisit) -> Plan:

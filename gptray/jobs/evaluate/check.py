@@ -23,10 +23,9 @@ from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.evaluate.evaluated_model import model_to_evaluate, results_folder, run_of
-from gptray.jobs.models import for_workers, weights_sha256, with_tokenizer
+from gptray.jobs.models import check_is_folder, for_workers, weights_sha256, with_tokenizer
 from gptray.jobs.places import with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
-from gptray.jobs.run_folder import check_is_folder
 from gptray.jobs.storage import check_storage
 from gptray.model.shape import read_shape
 from gptray.training.checkpoint import TrainerState, newest_whole

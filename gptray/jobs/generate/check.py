@@ -14,7 +14,7 @@ from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import with_backend
 from gptray.jobs.generate.output_plan import overlap
 from gptray.jobs.models import find_model, for_workers
-from gptray.remote_folder import why_not_written
+from gptray.store_access import why_not_written
 
 
 @dataclass(frozen=True)

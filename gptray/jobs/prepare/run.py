@@ -43,6 +43,7 @@ from gptray.jobs.next_steps import differing, tell
 from gptray.jobs.prepare.check import CheckedText, check, opened, plan
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.jobs.prepare.worker import SampleText, WriteShards
+from gptray.jobs.remote_data import bring_data, publish_data
 from gptray.jobs.shared_storage import check_shared
 from gptray.jobs.tasks import map_items
 
@@ -59,7 +60,9 @@ def run(checked: CheckedText) -> dict[str, object]:
     """
     began = time.monotonic()
     is_ready = checked.data is not None
+    bring_data(checked.config, checked.request.data_dir)
     data = prepare_text(checked.request, wait_s=checked.config.compute.wait_s)
+    publish_data(checked.config, data.data_dir)
     seconds = time.monotonic() - began
     splits = data.manifest["splits"]
     again = retyped("train")

@@ -16,13 +16,14 @@ from gptray.data.tokens import TokenData
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_training
 from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
+from gptray.jobs.remote_run import bring_run
 from gptray.jobs.resuming import (
     check_free,
     check_records,
     check_resumable,
     is_finished,
 )
-from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.embedding import check_vocabulary
 from gptray.model.shape import parameter_count
@@ -67,6 +68,7 @@ def check(config: Config) -> CheckedTraining:
     """
     config = resolve(config)
     folder = run_dir(config)
+    bring_run(config)
     check_training(config)
     check_trackers(config.track)
     text = check_text(config)
@@ -133,7 +135,7 @@ def plan(checked: CheckedTraining) -> Plan:
         vocab_size = config.data.vocab_size
     steps, batch = config.train.max_steps, config.train.global_batch_size
     rows = [
-        ("run", str(checked.folder)),
+        ("run", seen_at(config)),
         ("workers", _workers(config)),
         ("sequences per step", f"{batch:,} of {config.train.block_size:,} tokens"),
         ("tokens per step", f"{config.tokens_per_step:,}"),

@@ -7,7 +7,7 @@ its share of cores or on its GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,12 @@ from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import prepare_text
+from gptray.jobs.remote_data import bring_data, publish_data
+from gptray.jobs.remote_run import check_one_node, publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, worker_resources
 from gptray.jobs.resuming import command, how_to_train_longer, save_config
-from gptray.jobs.run_folder import held, outcome, set_ray_snapshot_aside
+from gptray.jobs.run_folder import held, outcome, seen_at, set_ray_snapshot_aside
 from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tasks import Failure
 from gptray.jobs.tracking import tracking_run
@@ -55,8 +57,12 @@ def run(checked: CheckedTraining) -> dict[str, Any]:
     config, folder, state = checked.config, checked.folder, checked.state
     resumes = partial(command, "train", config, folder)
     last = config.train.max_steps
-    with held(folder), resumable(folder, resumes, begun=folder / CONFIG, steps=last):
-        log.info("run %s", folder)
+    with (
+        held(folder),
+        publishing(config, folder) as publish,
+        resumable(folder, resumes, begun=folder / CONFIG, steps=last, seen=seen_at(config)),
+    ):
+        log.info("run %s", seen_at(config))
         reporter = Reporter(folder)
         if state and checked.is_finished:
             _begin(checked)
@@ -64,10 +70,11 @@ def run(checked: CheckedTraining) -> dict[str, Any]:
             facts = {}
             reporter.write(running=False)
         else:
-            facts = _train(checked, reporter)
+            facts = _train(checked, reporter, publish)
         show_samples(folder)
         tell_run(config, folder)
-    return {**outcome(config), **facts, "report": reporter.path}
+    report = reporter.path and reporter.path.replace(str(folder), seen_at(config), 1)
+    return {**outcome(config), **facts, "report": report}
 
 
 def _begin(checked: CheckedTraining) -> None:
@@ -78,26 +85,33 @@ def _begin(checked: CheckedTraining) -> None:
         write_event(checked.folder, "notice", message=change)
 
 
-def _train(checked: CheckedTraining, reporter: Reporter) -> dict[str, Any]:
+def _train(
+    checked: CheckedTraining, reporter: Reporter, publish: Callable[[], None]
+) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
     config, folder = checked.config, checked.folder
     with ray_cluster(wait_s=config.compute.wait_s):
+        check_one_node(config)
         check_shared_by_training(config, folder)
         check_cluster(config.compute, spare=_spare(config))
+        data_dir = checked.text.request.data_dir
+        bring_data(config, data_dir)
         data = prepare_text(checked.text.request)
+        publish_data(config, data_dir)
         check_data(config, data, checked.state)
         _begin(checked)
+
+        def show() -> None:
+            reporter.write(running=True)
+            publish()
+
         torn = set_ray_snapshot_aside(folder)
         if torn:
             log.warning("%s", torn)
         try:
             with (
                 tracking_run(config, folder),
-                watching(
-                    folder,
-                    config.train.max_steps,
-                    on_evaluation=lambda: reporter.write(running=True),
-                ),
+                watching(folder, config.train.max_steps, on_evaluation=show),
             ):
                 result = fit_on_ray(config, data.data_dir, folder)
             write_event(folder, "end", stopped=result["stopped"])

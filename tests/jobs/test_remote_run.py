@@ -1,0 +1,170 @@
+"""A run whose home is an object store: killed, and resumed on a machine that has nothing of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptray.config import Config, UserError, load_config
+from gptray.data.request import make_request
+from gptray.data.tokenizer import char_tokenizer
+from gptray.data.tokens import TokenData
+from gptray.files import sha256_of
+from gptray.jobs.evaluate.check import check as check_evaluation
+from gptray.jobs.generate.check import check_model
+from gptray.jobs.remote_data import bring_data, publish_data
+from gptray.jobs.remote_run import publishing
+from gptray.jobs.resuming import save_config
+from gptray.jobs.run_folder import held, outcome
+from gptray.jobs.runs.run import check as check_runs
+from gptray.jobs.train.check import check
+from gptray.jobs.tune.check import check as check_sweep
+from gptray.remote_folder import RemoteFolder
+from gptray.training.loop import fit
+from tests.data.prepared import prepared_here
+from tests.jobs.interrupted import STEPS, config_in, what_it_came_to
+from tests.jobs.interrupted import job as local_job
+from tests.object_store import Object, ObjectStore
+from tests.tiny import tiny_config, tiny_text
+
+ROOT = Path(__file__).parents[2]
+HOME = "s3://bucket/runs"
+FIRST = "checkpoint_000002"
+
+
+def config_at(source: Path, *words: str) -> Config:
+    """The run of `config_in`, at home in the store."""
+    return tiny_config(
+        source, Path(), f"storage_path={HOME}", "name=r", f"train.max_steps={STEPS}",
+        "train.eval_interval=2", "train.log_interval=1", "compute.num_to_keep=3", *words,
+    )  # fmt: skip
+
+
+def job(config: Config, *, die_at: int | None = None) -> dict[str, object]:
+    """Train or resume, as the job does; or have the process die once a checkpoint is published."""
+    checked = check(config)
+    folder, data_dir = checked.folder, checked.text.request.data_dir
+    bring_data(config, data_dir)
+    publish_data(config, data_dir)
+    with held(folder), publishing(checked.config, folder) as publish:
+        save_config(checked.config, folder)
+
+        def report(metrics: dict[str, object], checkpoint: Path | None) -> None:
+            publish()
+            if metrics["step"] != die_at:
+                return
+            deadline = time.monotonic() + 120
+            while "manifest.json" not in RemoteFolder(f"{HOME}/r/{FIRST}").files():
+                assert time.monotonic() < deadline
+            os._exit(9)
+
+        fit(
+            checked.config, TokenData.open(data_dir), folder, report=report,
+            sample=lambda model: [("p", "o")], device=torch.device("cpu"),
+        )  # fmt: skip
+    return outcome(checked.config)
+
+
+def prepare(config: Config) -> None:
+    """Have the text prepared on this machine."""
+    words = tiny_text(300)
+    folder = make_request(config).data_dir
+    folder.mkdir(parents=True)
+    prepared_here(folder, char_tokenizer(words), train=words[:8000], val=words[8000:])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.txt"
+    path.write_text(tiny_text(300))
+    return path
+
+
+def test_a_run_resumes_on_another_machine_to_the_same_bits(
+    store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_at(source)
+    prepare(config)
+    code = (
+        "from pathlib import Path\nfrom tests.jobs.test_remote_run import config_at, job\n"
+        f"job(config_at(Path({str(source)!r})), die_at=4)"
+    )
+    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=400)
+    assert died.returncode == 9
+    assert f"{FIRST}/manifest.json" in store.names("bucket/runs/r")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))
+    result = job(config)
+    assert (result["run_dir"], result["model_dir"]) == (f"{HOME}/r", f"{HOME}/r/model")
+    storage = tmp_path / "storage"
+    prepare(config_in(storage))
+    local_job(config_in(storage))
+    here = check(config).folder
+    assert what_it_came_to(here) == what_it_came_to(storage / "r")
+
+    names = store.names("bucket/runs/r")
+    assert not [name for name in names if "lease" in name]
+    assert {"config.yaml", "metrics.jsonl", "events.jsonl", "model/manifest.json"} <= {*names}
+    wholes = [name.partition("/")[0] for name in names if re.match(r"check.*/manifest.json", name)]
+    assert wholes == [f"checkpoint_{step:06}" for step in (2, 4, 6)]
+    model = check_model(load_config(None, [f"storage_path={HOME}", "generate.model=r"]))
+    assert (model.name, model.folder.parent.name) == (f"{HOME}/r", "fetched")
+    weights = "model.safetensors"
+    assert sha256_of(model.folder / weights) == sha256_of(storage / "r/model" / weights)
+
+
+def test_what_only_this_machine_has_is_not_taken_for_the_run(
+    store: ObjectStore, source: Path
+) -> None:
+    config = config_at(source)
+    prepare(config)
+    job(config)
+    last = f"checkpoint_{STEPS:06}"
+    for name in store.names("bucket/runs/r"):
+        if name.startswith(last):
+            del store.objects[f"bucket/runs/r/{name}"]
+    checked = check(config)
+    assert checked.state and checked.state.step == STEPS - 2
+    assert not (checked.folder / last).exists()
+    job(config)
+    assert f"{last}/manifest.json" in store.names("bucket/runs/r")
+    raised = config_at(source, f"train.max_steps={STEPS + 2}")
+    (told,) = check(raised).changes
+    assert told.startswith(f"train.max_steps raised from {STEPS} to {STEPS + 2}")
+
+
+def test_another_machine_is_kept_out_while_a_run_is_trained(
+    store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_at(source)
+    prepare(config)
+    checked = check(config)
+    with held(checked.folder), publishing(checked.config, checked.folder):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))
+        prepare(config)
+        with pytest.raises(UserError, match=f"another job is training the run {HOME}/r"):
+            job(config)
+
+
+def test_other_jobs_refuse_such_a_home_in_a_sentence_and_name_its_runs_by_uri(
+    store: ObjectStore,
+) -> None:
+    told = re.escape(f"storage_path={HOME}: only prepare and train take object storage")
+    words = [f"storage_path={HOME}"]
+    space = "tune.space=[{path: optim.lr, choice: [0.1, 0.2]}]"
+    with pytest.raises(UserError, match=told):
+        check_sweep(load_config(None, [*words, space]))
+    for job_check in (check_evaluation, check_runs, check_model):
+        with pytest.raises(UserError, match=told):
+            job_check(load_config(None, words))
+    store.objects["bucket/runs/book/x"] = Object(b"")
+    message = "generate.model=boook: no such run in s3://bucket/runs, .*; did you mean book"
+    with pytest.raises(UserError, match=message):
+        check_model(load_config(None, [*words, "generate.model=boook"]))
