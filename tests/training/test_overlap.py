@@ -35,7 +35,7 @@ def _worker(rank: int, config: Config, data_dir: str, run_dir: Path, port: int) 
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
     def watch(block: nn.Module, args: object, output: Tensor) -> None:
-        output.register_hook(lambda grad: happened.append("first block"))
+        output.register_hook(lambda grad: happened.append("first block"))  # type: ignore[no-untyped-call]
 
     assert isinstance(run.loss_model, DistributedDataParallel)
     reduce.__annotations__.clear()  # which DDP would read
