@@ -285,7 +285,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, *DEATHS], default=list(WAYS))
     parser.add_argument("--once", action="store_true", help="do not start the jobs again")
     arguments = parser.parse_args()
-    # A shell starts background jobs with SIGINT ignored; the jobs stopped here must not inherit that.
+    # A shell has background jobs ignore SIGINT; the jobs that are stopped here must not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     rows = []
     with tempfile.TemporaryDirectory(prefix="gptray-stop-") as name:

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {
+    "mlflow": "mlflow-skinny",
     "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub",
     "prometheus_client": "prometheus-client",
@@ -43,7 +44,9 @@ def imported_packages(folder: str) -> set[str]:
 @pytest.mark.parametrize("folder", ["gptray", "jobs"])
 def test_everything_imported_is_declared(folder: str, project: dict[str, Any]) -> None:
     # What an extra brings is imported where a setting asks for it; PyTorch brings Triton for GPUs.
-    lines = [*project["dependencies"], *project["optional-dependencies"]["optuna"], "triton"]
+    extras = ("optuna", "mlflow", "wandb", "trackio")
+    optional = [one for extra in extras for one in project["optional-dependencies"][extra]]
+    lines = [*project["dependencies"], *optional, "triton"]
     declared = {re.split(r"[\[<>=!~ ]", line)[0].lower().replace("_", "-") for line in lines}
     imported = {
         DISTRIBUTIONS.get(name, name.lower().replace("_", "-"))

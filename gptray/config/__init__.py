@@ -3,6 +3,7 @@
 Loads neither torch nor Ray.
 """
 
+from gptray.config.compute import ComputeConfig
 from gptray.config.errors import ConfigError, RunFailed, UserError
 from gptray.config.schema import (
     Config,
@@ -15,7 +16,6 @@ from gptray.config.schema import (
     override,
 )
 from gptray.config.sections import (
-    ComputeConfig,
     DataConfig,
     ModelConfig,
     OptimConfig,

@@ -15,13 +15,13 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 from yaml import YAMLError
 
+from gptray.config.compute import ComputeConfig
 from gptray.config.errors import ConfigError
 from gptray.config.keys import EntriesError
 from gptray.config.names import checked_name
 from gptray.config.reader import Reader
 from gptray.config.search_space import space_problems
 from gptray.config.sections import (
-    ComputeConfig,
     DataConfig,
     ModelConfig,
     OptimConfig,

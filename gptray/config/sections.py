@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from gptray.config.placement import Placement
 from gptray.config.values import (
     Backend,
     NonEmpty,
@@ -204,45 +203,6 @@ class TrainConfig(Section):
     def _native_in_bf16(self) -> TrainConfig:
         if self.backend == "native" and self.precision == "fp32":
             raise ValueError("train.backend=native computes in bf16, not train.precision=fp32")
-        return self
-
-
-class ComputeConfig(Placement):
-    strategy: Literal["ddp", "fsdp"] = Field(
-        "ddp",
-        description="ddp: each worker holds all weights and AdamW's state; fsdp: each holds its "
-        "share, to the same losses, for models too large for one (FSDP2)",
-    )
-    reduce_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32",
-        description="of gradients on their way between workers; bf16: half the bytes, rounded "
-        "(MixedPrecisionPolicy)",
-    )
-    use_gpu: bool = Field(False, description="one GPU for each worker (nccl); else CPUs (gloo)")
-    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="of a GPU; below 1, trials of a sweep share one (use_gpu, one worker)"
-    )
-    cpus_per_worker: PositiveInt | None = Field(
-        None,
-        description="cores of one worker; null: the most with which all workers fit, at most 4 on "
-        "a cluster of others (RAY_ADDRESS); with a GPU, its part of its node's cores",
-    )
-    wait_s: Positive | None = Field(
-        None,
-        description="seconds to wait for room on a cluster before the job fails; null: no limit",
-    )
-    max_failures: Annotated[int, Field(ge=-1)] = Field(
-        3, description="worker failures to recover from; -1: no limit (Ray FailureConfig)"
-    )
-    num_to_keep: PositiveInt = Field(2, description="newest checkpoints to keep, besides the best")
-
-    @model_validator(mode="after")
-    def _whole_gpus_for_nccl(self) -> ComputeConfig:
-        if self.gpus_per_worker < 1 and self.max_workers > 1:
-            raise ValueError(
-                f"compute.gpus_per_worker={self.gpus_per_worker:g} goes with one worker; "
-                f"compute.num_workers={self.workers_shown} need a GPU each"
-            )
         return self
 
 

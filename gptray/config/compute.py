@@ -1,12 +1,13 @@
-"""How many workers a job has and on which nodes they may run: keys of the section compute."""
+"""The section compute: how many workers a job has, what each has, and on which nodes they run."""
 
 from __future__ import annotations
 
 import re
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gptray.config.values import NonEmpty, PositiveInt, Section
+from gptray.config.values import NonEmpty, Positive, PositiveInt, Section
 
 # Set by Ray on nodes whose accelerators it knows.
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
@@ -15,9 +16,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _WANTED = re.compile(rf"({_NAME}/)?{_NAME}=!?({_NAME}|in\({_NAME}(, ?{_NAME})*\))")
 
 
-class Placement(Section):
-    """The first keys of compute."""
-
+class ComputeConfig(Section):
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1,
         description="data-parallel workers; [least, most]: training goes on with as many as there "
@@ -32,6 +31,34 @@ class Placement(Section):
     accelerator_type: NonEmpty | None = Field(
         None, description="of a worker's node, such as A100, H100 or L4 (Ray)"
     )
+
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="ddp: each worker holds all weights and AdamW's state; fsdp: each holds its "
+        "share, to the same losses, for models too large for one (FSDP2)",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of gradients on their way between workers; bf16: half the bytes, rounded "
+        "(MixedPrecisionPolicy)",
+    )
+    use_gpu: bool = Field(False, description="one GPU for each worker (nccl); else CPUs (gloo)")
+    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="of a GPU; below 1, trials of a sweep share one (use_gpu, one worker)"
+    )
+    cpus_per_worker: PositiveInt | None = Field(
+        None,
+        description="cores of one worker; null: the most with which all workers fit, at most 4 on "
+        "a cluster of others (RAY_ADDRESS); with a GPU, its part of its node's cores",
+    )
+    wait_s: Positive | None = Field(
+        None,
+        description="seconds to wait for room on a cluster before the job fails; null: no limit",
+    )
+    max_failures: Annotated[int, Field(ge=-1)] = Field(
+        3, description="worker failures to recover from; -1: no limit (Ray FailureConfig)"
+    )
+    num_to_keep: PositiveInt = Field(2, description="newest checkpoints to keep, besides the best")
 
     @property
     def selector(self) -> dict[str, str]:
@@ -63,7 +90,7 @@ class Placement(Section):
         return f"[{workers[0]}, {workers[1]}]" if isinstance(workers, tuple) else f"{workers}"
 
     @model_validator(mode="after")
-    def _labels_are_ones(self) -> Placement:
+    def _labels_are_ones(self) -> ComputeConfig:
         for one in self.label_selector:
             if not _WANTED.fullmatch(one):
                 raise ValueError(
@@ -77,10 +104,19 @@ class Placement(Section):
         return self
 
     @model_validator(mode="after")
-    def _least_comes_first(self) -> Placement:
+    def _least_comes_first(self) -> ComputeConfig:
         if self.min_workers > self.max_workers:
             raise ValueError(
                 f"compute.num_workers={self.workers_shown}: the least comes first, such as "
                 f"[{self.max_workers}, {self.min_workers}]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_gpus_for_nccl(self) -> ComputeConfig:
+        if self.gpus_per_worker < 1 and self.max_workers > 1:
+            raise ValueError(
+                f"compute.gpus_per_worker={self.gpus_per_worker:g} goes with one worker; "
+                f"compute.num_workers={self.workers_shown} need a GPU each"
             )
         return self
