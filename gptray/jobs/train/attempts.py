@@ -47,22 +47,19 @@ def _fit_where_there_is_room(
 ) -> dict[str, object]:
     import ray.train
 
-    places, most, deaths = Places(config, reserved), config.compute.max_failures, 0
-    try:
-        while True:
-            try:
-                result = fit(places.take())
-            except ray.train.PreemptionError:
-                pass  # announced, and no time to leave
-            except ray.train.WorkerGroupError as error:
-                deaths += not _is_of_taken_node(error)
-                if 0 <= most < deaths:
-                    raise
-            else:
-                if result["stopped"] != "left":
-                    return result
-    finally:
-        places.close()
+    most, deaths = config.compute.max_failures, 0
+    while True:
+        try:
+            result = fit(workers_with_room(config, reserved))
+        except ray.train.PreemptionError:
+            pass  # announced, and no time to leave
+        except ray.train.WorkerGroupError as error:
+            deaths += not _is_of_taken_node(error)
+            if 0 <= most < deaths:
+                raise
+        else:
+            if result["stopped"] != "left":
+                return result
 
 
 def _is_of_taken_node(error: ray.train.WorkerGroupError) -> bool:
@@ -87,36 +84,23 @@ def is_given(place: PlacementGroup) -> bool:
     return bool(ray.util.placement_group_table(place)["state"] == "CREATED")
 
 
-class Places:
-    """A placement group for each worker that does not run, and for the one that scores."""
+def workers_with_room(config: Config, reserved: Mapping[str, float]) -> int:
+    """Wait for room for the least workers, and the one that scores; for how many there is some.
 
-    def __init__(self, config: Config, reserved: Mapping[str, float]) -> None:
-        self._compute, self._reserved = config.compute, dict(reserved)
-        self._spare = int(config.train.async_validation)
-        self._groups: list[PlacementGroup] = []
+    The room is free when this returns: no place is left for which Ray would keep it.
+    """
+    import ray
 
-    def take(self) -> int:
-        """Wait for room for the least workers; for how many there is some, which is given free."""
-        import ray
-
-        least = self._compute.min_workers + self._spare
-        most = self._compute.max_workers + self._spare
-        while len(self._groups) < most:
-            self._groups.append(place_for([self._reserved], self._compute))
+    compute, spare = config.compute, int(config.train.async_validation)
+    least, most = compute.min_workers + spare, compute.max_workers + spare
+    places = [place_for([dict(reserved)], compute) for _ in range(most)]
+    try:
         settled = time.monotonic() + SETTLE_S
         while True:
-            ready = [group for group in self._groups if is_given(group)]
-            if len(ready) == most or (len(ready) >= least and time.monotonic() > settled):
-                break
+            given = sum(map(is_given, places))
+            if given == most or (given >= least and time.monotonic() > settled):
+                return given - spare
             time.sleep(POLL_S)
-        for group in ready:
-            ray.util.remove_placement_group(group)
-            self._groups.remove(group)
-        return len(ready) - self._spare
-
-    def close(self) -> None:
-        """Ask for no more places."""
-        import ray
-
-        for group in self._groups:
-            ray.util.remove_placement_group(group)
+    finally:
+        for place in places:
+            ray.util.remove_placement_group(place)

@@ -47,12 +47,15 @@ class Notices:
 
     def __init__(self, task: TrainTask) -> None:
         self._task = task
-        self._is_first = ray.train.get_context().get_world_rank() == 0
+        context = ray.train.get_context()
+        self._is_first = context.get_world_rank() == 0
+        self._missing = task.config.compute.max_workers - context.get_world_size()
         self._has_saved = False
         self._last, self._longest_s = time.monotonic(), 0.0
         self._reason = "a worker got SIGTERM"
         self._taken_at: float | None = None  # when the first node that is to be taken will be
-        self._elsewhere: PlacementGroup | None = None  # for the workers on such nodes
+        self._has_asked = False  # for places for the workers on such nodes
+        self._places: list[PlacementGroup] = []
         self._room_since: float | None = None  # when there was first room for more workers
         self._is_to_leave = False
         self._closed = threading.Event()
@@ -105,15 +108,15 @@ class Notices:
                 self._look()
             except Exception as error:  # Ray does not answer; the next look may succeed
                 log.warning("looking for nodes that will be taken: %s", error)
-        if self._elsewhere:
-            ray.util.remove_placement_group(self._elsewhere)
+        for place in self._places:
+            ray.util.remove_placement_group(place)
 
     def _look(self) -> None:
         """Note nodes that will be taken, and whether there is room elsewhere or for more."""
         group = ray.util.get_current_placement_group()
         assert group
+        places = ray.util.placement_group_table(group)
         if leaving := nodes_to_be_taken():
-            places = ray.util.placement_group_table(group)
             lost = {
                 number: node
                 for number, node in places["bundles_to_node_id"].items()
@@ -125,16 +128,19 @@ class Notices:
                 self._taken_at = min(leaving[node] for node in lost.values())
                 return
         if self._task.config.compute.is_elastic:
-            self._grow()
+            self._grow(places["bundles"][0])
 
     def _move(self, bundles: list[dict[str, float]]) -> None:
         """Leave as soon as there is room elsewhere, for which Ray is asked."""
-        if self._elsewhere is None:
-            self._elsewhere = place_for(bundles, self._task.config.compute)
+        if not self._has_asked:
+            self._has_asked = True
+            self._places.append(place_for(bundles, self._task.config.compute))
         self._is_to_leave = _places_given() >= len(bundles)
 
-    def _grow(self) -> None:
-        """Leave once there has been room for more workers for some seconds."""
+    def _grow(self, bundle: dict[str, float]) -> None:
+        """Leave once there has been room for more workers for some seconds; Ray is asked for it."""
+        while len(self._places) < self._missing:
+            self._places.append(place_for([bundle], self._task.config.compute))
         more = _places_given()
         if not more:
             self._room_since = None
