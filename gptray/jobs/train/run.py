@@ -147,6 +147,7 @@ def fit_on_ray(
     task = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
 
     def fit(workers: int) -> dict[str, object]:
+        set_ray_snapshot_aside(folder)  # it may name checkpoints that are pruned by now
         result: dict[str, object] = (
             DataParallelTrainer(
                 _train_worker,
