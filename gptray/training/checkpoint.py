@@ -66,7 +66,9 @@ class TrainerState:
     @classmethod
     def load(cls, folder: Path) -> TrainerState:
         """Read `trainer.json` of a checkpoint. Raises ValueError if it holds no valid state."""
-        match read_object(folder / "trainer.json"):
+        given = read_object(folder / "trainer.json")
+        # Checkpoints from before there were any between evaluations lack these two.
+        match {"evaluated": given.get("step"), "losses": [], **given}:
             case {
                 "step": int(step),
                 "progress": dict(values),

@@ -55,6 +55,14 @@ def test_saved_checkpoint_is_whole_and_tells_its_state(run_dir: Path) -> None:
     assert set(manifest["files"]) == on_disk - {"manifest.json"}
 
 
+def test_a_checkpoint_without_a_mark_of_its_evaluation_was_made_at_one(run_dir: Path) -> None:
+    path = run_dir / "checkpoint_000020" / "trainer.json"
+    state = json.loads(path.read_text())
+    del state["evaluated"], state["losses"]
+    path.write_text(json.dumps(state))
+    assert TrainerState.load(path.parent).evaluated == 20
+
+
 def test_run_without_checkpoints_starts_anew(tmp_path: Path) -> None:
     assert newest_whole(tmp_path) == (None, [])
     assert newest_whole(tmp_path / "nothing") == (None, [])
