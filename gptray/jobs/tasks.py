@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from gptray.config import RunFailed, UserError
 from gptray.jobs.ray_metrics import Exporter
+from gptray.jobs.waiting import await_core
 
 log = logging.getLogger("gptray")
 
@@ -58,8 +59,6 @@ def map_items(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) ->
     read or write; the others are stopped.
     """
     import ray.data
-
-    from gptray.jobs.waiting import await_core
 
     _quiet()
     await_core()

@@ -44,7 +44,6 @@ from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.watch import watching_sweep
 from gptray.reports.sweep.report import write_sweep_report
 from gptray.training.checkpoint import exchange_model
-from gptray.tuning.hparams import write_hparams
 from gptray.tuning.optuna_file import write_optuna_file
 from gptray.tuning.sweep_record import (
     Record,
@@ -110,6 +109,8 @@ def run(checked: CheckedSweep) -> dict[str, object]:
 
 
 def _write_report(folder: Path, running: bool) -> Path:
+    from gptray.tuning.hparams import write_hparams  # loads torch
+
     write_hparams(folder)
     write_optuna_file(folder)
     if not running:
