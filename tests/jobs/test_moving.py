@@ -105,10 +105,13 @@ def test_a_node_that_is_about_to_be_taken_and_a_sigterm_cost_no_step_and_no_fail
     )
 
 
+@pytest.mark.chaos
 def test_an_elastic_training_goes_on_with_the_workers_that_there_is_room_for(
     tmp_path: Path,
 ) -> None:
-    asked = words(tmp_path, "train.eval_interval=20", "compute.max_failures=1")
+    asked = words(
+        tmp_path, "train.max_steps=3000", "train.eval_interval=50", "compute.max_failures=1"
+    )
     with cluster_of({"num_cpus": 1}) as (nodes, _):
         with job("train", *asked, "compute.num_workers=[1, 3]") as process:
             line_with("step   5/", process)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 # How the names of placement groups begin that keep a place for a worker to come.
 PLACE = "gptray-place-"
-# Seconds in which places show up that are free, once there are enough to start.
-SETTLE_S, POLL_S = 5.0, 0.5
+# Seconds in which places show up that are free, once there are enough to start: at first, and after
+# workers have left, whose own places Ray gives back late.
+SETTLE_S, SETTLE_AGAIN_S, POLL_S = 5.0, 15.0, 0.5
 
 Fit = Callable[[int], dict[str, object]]
 
@@ -47,10 +48,12 @@ def _fit_where_there_is_room(
 ) -> dict[str, object]:
     import ray.train
 
-    most, deaths = config.compute.max_failures, 0
+    most, deaths, settle_s = config.compute.max_failures, 0, SETTLE_S
     while True:
+        workers = workers_with_room(config, reserved, settle_s)
+        settle_s = SETTLE_AGAIN_S
         try:
-            result = fit(workers_with_room(config, reserved))
+            result = fit(workers)
         except ray.train.PreemptionError:
             pass  # announced, and no time to leave
         except ray.train.WorkerGroupError as error:
@@ -84,9 +87,10 @@ def is_given(place: PlacementGroup) -> bool:
     return bool(ray.util.placement_group_table(place)["state"] == "CREATED")
 
 
-def workers_with_room(config: Config, reserved: Mapping[str, float]) -> int:
+def workers_with_room(config: Config, reserved: Mapping[str, float], settle_s: float) -> int:
     """Wait for room for the least workers, and the one that scores; for how many there is some.
 
+    settle_s: seconds in which there may come to be room for more.
     The room is free when this returns: no place is left for which Ray would keep it.
     """
     import ray
@@ -95,7 +99,7 @@ def workers_with_room(config: Config, reserved: Mapping[str, float]) -> int:
     least, most = compute.min_workers + spare, compute.max_workers + spare
     places = [place_for([dict(reserved)], compute) for _ in range(most)]
     try:
-        settled = time.monotonic() + SETTLE_S
+        settled = time.monotonic() + settle_s
         while True:
             given = sum(map(is_given, places))
             if given == most or (given >= least and time.monotonic() > settled):
