@@ -96,7 +96,8 @@ def main() -> None:
             folder.mkdir()
             given = (config, data.data_dir, folder, free_port(), arguments.steps)
             spawn(worker, given, nprocs=WORKERS)  # type: ignore[no-untyped-call]
-            found = [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(WORKERS)]
+            files = [folder / f"rank-{rank}.json" for rank in range(WORKERS)]
+            found = [json.loads(file.read_text("utf-8")) for file in files]
             result[system] = {
                 key: round(max(one[key] for one in found), 3) for key in ("training", "evaluated")
             }

@@ -67,7 +67,7 @@ def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> Non
         (["train.compile=true"], "there is no nowhere-g++"),
         (["data.tokenizer=./nowhere"], "nowhere"),
         (["model.init_from=./nowhere"], "nowhere"),
-        (["storage_path=s3://bucket"], "s3://bucket"),
+        (["storage_path=s4://bucket"], "s4://bucket"),
     ],
 )
 def test_mistake_is_one_message_and_exit_code_2(
