@@ -93,6 +93,7 @@ def test_a_run_resumes_on_another_machine_to_the_same_bits(
     config = config_at(source)
     prepare(config)
     code = (
+        f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
         "from pathlib import Path\nfrom tests.jobs.test_remote_run import config_at, job\n"
         f"job(config_at(Path({str(source)!r})), die_at=4)"
     )
