@@ -25,8 +25,9 @@ SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 WRITABLE = ("s3", "gs", "gcs", "abfs", "abfss")
 # What stores say of credentials that are missing, wrong or not enough.
 _DENIED = ("ACCESS_DENIED", "Forbidden", "403", "credential", "INVALID_ACCESS_KEY", "SIGNATURE")
-# Between the tries of a call.
+# Between the tries of a call, and when the wait is told.
 _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+_TELL_S = 3.0
 
 T = TypeVar("T")
 
@@ -91,8 +92,9 @@ def persistently(call: Callable[[], T]) -> T:
     """What a call of a store returns; one that fails in passing is made again, for some seconds.
 
     pyarrow repeats calls too, but not a small read to which a store answers that it is busy: the
-    answer is larger than the read. Raises OSError.
+    answer is larger than the read. A long wait is told once. Raises OSError.
     """
+    began, is_told = time.monotonic(), False
     for pause in _PAUSES_S:
         try:
             return call()
@@ -101,7 +103,9 @@ def persistently(call: Callable[[], T]) -> T:
         except OSError as error:
             if _is_denied(error):
                 raise
-            log.debug("asking again in %.1f s: %s", pause, error)
+            if not is_told and time.monotonic() - began > _TELL_S:
+                log.warning("the store does not answer yet, trying again: %s", reason(error))
+                is_told = True
             time.sleep(pause)
     return call()
 

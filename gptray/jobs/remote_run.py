@@ -44,7 +44,10 @@ def bring_run(config: Config) -> None:
     if not is_uri(config.storage_path):
         return
     folder, home = run_dir(config), RemoteFolder(seen_at(config))
-    there = _listed(home)
+    try:
+        there = _listed(home)
+    except UserError as error:
+        raise UserError(f"storage_path: {error}") from None
     checkpoints = {name.partition("/")[0] for name in there if _is_manifest(name)}
     others = {name for name in there if not _is_of_checkpoint(name) and name != _MODEL_MANIFEST}
     with held(folder):
@@ -203,8 +206,7 @@ class Publisher:
     def _send(self, path: Path) -> None:
         """Upload a file if it has changed since the last time."""
         with suppress(FileNotFoundError):
-            status = path.stat()
-            version = (status.st_size, status.st_mtime_ns, status.st_ino)
+            version = _version(path)
             name = path.relative_to(self._folder).as_posix()
             if self._sent.get(name) != version:
                 self._home.write(name, path.read_bytes())
@@ -215,18 +217,26 @@ class Publisher:
         model = self._path("model")
         if not model.is_dir():
             return
-        contents = {path.name: path.read_bytes() for path in model.iterdir() if path.name[0] != "."}
+        paths = [path for path in model.iterdir() if path.name[0] != "."]
+        versions = {path.name: _version(path) for path in paths}
+        if self._sent.get("model") == versions:
+            return
+        contents = {path.name: path.read_bytes() for path in paths}
         files = {
             name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in sorted(contents.items())
         }
-        if self._sent.get("model") == files:
-            return
         place = self._home / "model"
         for name in sorted(contents, key=lambda name: name.endswith(".safetensors")):
             place.write(name, contents[name])
         place.write(MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
-        self._sent["model"] = files
+        self._sent["model"] = versions
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """What changes with a file's content."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def check_one_node(config: Config) -> None:

@@ -112,7 +112,9 @@ def start(
             write_event(run_dir, "notice", message=text)
 
     is_compiled = workers.all_or_none(lambda: compiles(config, device))
-    model, optimizer, workers = _built(config, data, folder, workers, device, tell)
+    model, optimizer, workers = _built(
+        config, data, folder, workers, device, tell, compiled=is_compiled
+    )
     state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
     if folder:
         state = TrainerState.load(folder)
@@ -181,13 +183,14 @@ def _built(
     workers: Workers,
     device: torch.device,
     tell: Callable[[str], None],
+    *,
+    compiled: bool,
 ) -> tuple[GPT, torch.optim.Optimizer, Workers]:
     """The model on its device, sharded if that is asked for, its optimizer, and the workers."""
     compute = config.compute
     model = workers.all_or_none(lambda: build_model(config, data, checkpoint, device, tell=tell))
     is_sharded = compute.strategy == "fsdp" and workers.size > 1
     if is_sharded:
-        compiled = config.train.compiles(on_gpu=device.type != "cpu")
         shard(model, device, reduce_dtype=compute.reduce_dtype, compiled=compiled)
     else:
         model.to(device)

@@ -87,15 +87,7 @@ class Workers:
         Raises:
             UserError, RunFailed: on every worker, what it raised on the first.
         """
-        failure: UserError | RunFailed | None = None
-        made = None
-        if self.is_first:
-            try:
-                made = make()
-            except (UserError, RunFailed) as error:
-                failure = error
-        self.agree(failure)
-        return made
+        return self.all_or_none(lambda: make() if self.is_first else None)
 
     def parallel(self, model: nn.Module, reduce_dtype: str) -> nn.Module:
         """The model whose backward pass averages gradients over all workers, as fp32 or bf16."""

@@ -30,7 +30,9 @@ class Exporting:
 
     def _exporter(self) -> Exporter | None:
         name = self._model()
-        return self._exporters.setdefault(name, Exporter(name)) if name else None
+        if name and name not in self._exporters:
+            self._exporters[name] = Exporter(name)
+        return self._exporters[name] if name else None
 
     def _follow(self) -> None:
         pause = threading.Event()

@@ -81,7 +81,9 @@ class _Watch:
 
     def _exporter(self, folder: Path) -> Exporter:
         tag = run_tag(folder)
-        return self._exporters.setdefault(tag, Exporter(tag))
+        if tag not in self._exporters:
+            self._exporters[tag] = Exporter(tag)
+        return self._exporters[tag]
 
     def close(self) -> None:
         self.look(last=True)
