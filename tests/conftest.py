@@ -13,17 +13,27 @@ from tests.tiny import tiny_config, tiny_text
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark `ray` what uses the session's Ray; leave out `chaos` unless `-m` names it."""
+    """Mark `ray` what uses the session's Ray; leave out `chaos` unless `-m` names it.
+
+    With `-n`, a file goes to one process as a whole, since its tests share what it made; files
+    that start Ray come first, being the longest.
+    """
     asked = "chaos" in config.option.markexpr
     left_out = [item for item in items if item.get_closest_marker("chaos") and not asked]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    starts_ray = set()
     for item in items:
         if item.get_closest_marker("chaos"):
             item.add_marker(pytest.mark.timeout(3600))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
+        if item.get_closest_marker("ray"):
+            starts_ray.add(item.path)
+    items.sort(key=lambda item: item.path not in starts_ray)
 
 
 @pytest.fixture(scope="session")

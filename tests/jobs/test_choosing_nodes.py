@@ -12,7 +12,7 @@ import pytest
 
 from tests.jobs.nodes import LIMIT_S, cluster_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 # What the driver of a job works out, in a process of its own.
 ASK = """
 import json, sys

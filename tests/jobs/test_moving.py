@@ -22,7 +22,7 @@ from tests.jobs.nodes import LIMIT_S, actors, cluster_of, job, line_with
 from tests.tiny import tiny_text
 from tests.training.runs import run
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 STEPS = 200
 
 

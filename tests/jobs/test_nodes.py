@@ -18,7 +18,7 @@ from tests.generation.models import random_gpt, small_tokenizer
 from tests.jobs.nodes import Nodes, actors, cluster_of, job
 from tests.tiny import tiny_text
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 ROWS, ROWS_PER_FILE = 144, 4
 PARTS = ROWS // ROWS_PER_FILE
 LIMIT_S = 240

@@ -16,6 +16,7 @@ from gptray.jobs.shared_storage import Looks, Place, check_seen, problem_of
 from tests.jobs.two_nodes import SECOND, may_unshare, two_nodes
 from tests.tiny import tiny_text
 
+pytestmark = pytest.mark.xdist_group("nodes")
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_S = 200
 

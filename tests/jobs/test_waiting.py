@@ -18,6 +18,7 @@ import pytest
 from gptray.jobs.waiting import shortage
 from tests.jobs.nodes import LIMIT_S, cluster_of, job, line_with
 
+pytestmark = pytest.mark.xdist_group("nodes")
 HOLDS = """
 import ray
 ray.init(log_to_driver=False, logging_level="ERROR")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from gptray.config import Config, RunFailed, UserError, override
 from gptray.data.tokens import TokenData
@@ -22,6 +19,7 @@ from gptray.training.journal import Journal
 from gptray.training.loop import fit
 from tests.full_disk import files_up_to, limit_files
 from tests.tiny import tiny_config
+from tests.two_workers import two_workers
 
 CPU = torch.device("cpu")
 LAST = "checkpoint_000020"
@@ -157,14 +155,11 @@ def test_users_mistake_in_a_worker_is_returned_as_one(
     assert result["message"] == "sample.prompt: the tokenizer does not know it"
 
 
-def _worker(rank: int, config: Config, data_dir: str, run_dir: str, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank: int, config: Config, data_dir: Path, run_dir: Path) -> None:
     after = fill_at(10, 20_000) if rank == 0 else None
-    result = run(config, TokenData.open(data_dir), Path(run_dir), after=after)
+    result = run(config, TokenData.open(data_dir), run_dir, after=after)
     limit_files(-1)
-    Path(run_dir, f"rank-{rank}.json").write_text(json.dumps(result), "utf-8")
-    dist.destroy_process_group()
+    (run_dir / f"rank-{rank}.json").write_text(json.dumps(result), "utf-8")
 
 
 @pytest.mark.slow
@@ -174,8 +169,7 @@ def test_workers_leave_together_when_the_first_cannot_write(
 ) -> None:
     words = ("compute.num_workers=2", f"compute.strategy={strategy}")
     config = tiny_config(text_file, tmp_path, *words)
-    port = 30_000 + os.getpid() % 10_000
-    spawn(_worker, (config, str(tiny_data.data_dir), str(tmp_path), port), nprocs=2)  # type: ignore[no-untyped-call]
+    two_workers(_worker, config, tiny_data.data_dir, tmp_path)
     first, second = (
         json.loads((tmp_path / f"rank-{rank}.json").read_text("utf-8")) for rank in (0, 1)
     )

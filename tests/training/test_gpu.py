@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from gptray.config import Config, ModelConfig, override
@@ -29,6 +26,7 @@ from tests.data.prepared import prepared_here
 from tests.tiny import tiny_config, tiny_text
 from tests.training.runs import Killed, rows
 from tests.training.runs import run as run_on
+from tests.two_workers import two_workers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -193,12 +191,9 @@ def test_blocks_computed_again_end_with_the_same_bits_in_less_memory(
     assert peaks[1] < peaks[0]
 
 
-def _worker(rank: int, configs: dict[Path, Config], data_dir: Path, port: int) -> None:
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank: int, configs: dict[Path, Config], data_dir: Path) -> None:
     for run_dir, config in configs.items():
         run_on(config, TokenData.open(data_dir), run_dir, device=torch.device("cuda", rank))
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -211,8 +206,7 @@ def test_sharded_gpus_have_the_losses_of_ddp(
         {"compute.num_workers": 2, "train.precision": "fp32", "train.compile": compiled},
     )
     fsdp = override(two, {"compute.strategy": "fsdp"})
-    port = 50_000 + os.getpid() % 10_000
-    given = ({tmp_path / "ddp": two, tmp_path / "fsdp": fsdp}, data.data_dir, port)
-    spawn(_worker, given, nprocs=2)  # type: ignore[no-untyped-call]
+    configs = {tmp_path / "ddp": two, tmp_path / "fsdp": fsdp}
+    two_workers(_worker, configs, data.data_dir, backend="nccl")
     losses = [[row["train_loss"] for row in rows(tmp_path / n)] for n in ("fsdp", "ddp")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 20

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from gptray.config import Config, override
 from gptray.data.tokens import TokenData
@@ -22,6 +20,7 @@ from gptray.training.checkpoint import newest_whole
 from tests.generation.models import needs_native
 from tests.tiny import tiny_config
 from tests.training.runs import Killed, rows, run
+from tests.two_workers import two_workers
 
 CPU = torch.device("cpu")
 
@@ -170,14 +169,9 @@ def test_micro_batches_add_up_to_the_same_losses(
     assert losses(tmp_path / "4") == pytest.approx(reference, abs=1e-5)
 
 
-def _worker(rank: int, runs: dict[Path, Config], data_dir: str, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        for run_dir, config in runs.items():
-            run(config, TokenData.open(data_dir), run_dir)
-    finally:
-        dist.destroy_process_group()
+def _worker(rank: int, runs: dict[Path, Config], data_dir: Path) -> None:
+    for run_dir, config in runs.items():
+        run(config, TokenData.open(data_dir), run_dir)
 
 
 @pytest.mark.slow
@@ -200,8 +194,7 @@ def test_two_workers_see_the_same_batches_and_losses_as_one(
     dropping.append("compute.num_workers=2")
     dropping_run = tmp_path / "dropping-two"
     runs[dropping_run] = tiny_config(text_file, tmp_path, *dropping)
-    port = 20_000 + os.getpid() % 10_000
-    spawn(_worker, (runs, str(tiny_data.data_dir), port), nprocs=2)  # type: ignore[no-untyped-call]
+    two_workers(_worker, runs, tiny_data.data_dir)
     assert losses(dropping_run) == pytest.approx(losses(tmp_path / "dropping-one"), abs=1e-5)
     del runs[dropping_run]
     one = rows(tmp_path / "one")[-1]

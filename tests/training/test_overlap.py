@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from gptray.config import Config
@@ -21,6 +18,7 @@ from gptray.data.tokens import TokenData
 from gptray.training.run import start
 from gptray.training.workers import Workers
 from tests.tiny import tiny_config
+from tests.two_workers import two_workers
 
 
 def compiled_parts(loss: Tensor) -> list[Node]:
@@ -33,9 +31,7 @@ def compiled_parts(loss: Tensor) -> list[Node]:
     return [node for node in nodes if node and node.name().startswith("CompiledFunction")]
 
 
-def _worker(rank: int, config: Config, data_dir: str, run_dir: Path, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank: int, config: Config, data_dir: Path, run_dir: Path) -> None:
     device, data = torch.device("cpu"), TokenData.open(data_dir)
     run = start(config, data, run_dir, workers=Workers.current(), device=device)
     happened: list[str] = []
@@ -55,20 +51,18 @@ def _worker(rank: int, config: Config, data_dir: str, run_dir: Path, port: int) 
         loss.backward()
     if rank == 0:
         (run_dir / "happened.json").write_text(json.dumps(happened))
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_reduces_the_last_blocks_before_the_first_has_its_gradient(
-    text_file: Path, tiny_data: TokenData, tmp_path: Path
+    text_file: Path, tiny_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # of each of the two processes
     # A block larger than DDP's first bucket of 1 MiB.
     words = ("compute.num_workers=2", "train.compile=true", "model.n_embd=192")
     config = tiny_config(text_file, tmp_path, *words)
     (tmp_path / "run").mkdir()
-    port = 40_000 + os.getpid() % 10_000
-    given = (config, str(tiny_data.data_dir), tmp_path / "run", port)
-    spawn(_worker, given, nprocs=2)  # type: ignore[no-untyped-call]
+    two_workers(_worker, config, tiny_data.data_dir, tmp_path / "run")
     happened = json.loads((tmp_path / "run" / "happened.json").read_text())
     assert happened.index("reduced") < happened.index("last part")

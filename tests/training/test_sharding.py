@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM
 
 from gptray.config import Config, override
@@ -26,6 +24,7 @@ from gptray.record import EVENTS, read_rows
 from gptray.training.checkpoint import damage
 from tests.tiny import tiny_config
 from tests.training.runs import Killed, rows, run
+from tests.two_workers import two_workers
 
 pytestmark = pytest.mark.slow
 
@@ -41,9 +40,7 @@ class Job:
     copy_of: str | None = None
 
 
-def _worker(rank: int, jobs: list[Job], data_dir: str, root: Path, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank: int, jobs: list[Job], data_dir: Path, root: Path) -> None:
     data = TokenData.open(data_dir)
     for job in jobs:
         if job.copy_of and rank == 0:
@@ -52,12 +49,6 @@ def _worker(rank: int, jobs: list[Job], data_dir: str, root: Path, port: int) ->
         with suppress(Killed):
             sample = partial(sample_texts, job.config, data)
             run(job.config, data, root / job.folder, kill_at=job.kill_at, sample=sample)
-    dist.destroy_process_group()
-
-
-def of_two_workers(jobs: list[Job], data: TokenData, root: Path) -> None:
-    port = 20_000 + os.getpid() % 10_000
-    spawn(_worker, (jobs, str(data.data_dir), root, port), nprocs=2)  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +68,16 @@ def root(config: Config, tiny_data: TokenData, tmp_path_factory: pytest.TempPath
     """The folders of all runs of two workers, which take seconds to start."""
     root = tmp_path_factory.mktemp("runs")
     fsdp = override(config, {"compute.strategy": "fsdp"})
-    of_two_workers(
-        [
-            Job("ddp", config),
-            Job("fsdp", fsdp),
-            Job("fsdp-killed", fsdp, kill_at=10),
-            Job("resumed", fsdp, copy_of="fsdp-killed"),
-            Job("fsdp-to-ddp", config, copy_of="fsdp-killed"),
-            Job("ddp-killed", config, kill_at=10),
-            Job("ddp-to-fsdp", fsdp, copy_of="ddp-killed"),
-        ],
-        tiny_data,
-        root,
-    )
+    jobs = [
+        Job("ddp", config),
+        Job("fsdp", fsdp),
+        Job("fsdp-killed", fsdp, kill_at=10),
+        Job("resumed", fsdp, copy_of="fsdp-killed"),
+        Job("fsdp-to-ddp", config, copy_of="fsdp-killed"),
+        Job("ddp-killed", config, kill_at=10),
+        Job("ddp-to-fsdp", fsdp, copy_of="ddp-killed"),
+    ]
+    two_workers(_worker, jobs, tiny_data.data_dir, root)
     return root
 
 
