@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.scoring import charge_per_token
@@ -39,6 +38,7 @@ from gptray.training.laps import Timed
 from gptray.training.numbers import StepNumbers, Wish
 from gptray.training.optim import learning_rate
 from gptray.training.run import Run, start, writing
+from gptray.training.sharding import is_spread
 from gptray.training.stopping import NonFiniteLoss
 from gptray.training.workers import Workers
 
@@ -201,7 +201,7 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
         total += loss.detach()
         run.laps.end("forward_backward")
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
-    if isinstance(norm, DTensor):
+    if is_spread(norm):
         norm = norm.full_tensor()
     wishes = [total.new_full((), float(wish is one)) for one in (Wish.SAVE, Wish.LEAVE)]
     sums = workers.sum(torch.stack([total, *wishes]))

@@ -6,23 +6,23 @@ its gradients until they are reduced (Rajbhandari et al. 2020, ZeRO; Zhao et al.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gptray.model.gpt import GPT
 from gptray.training.workers import T, Workers
+
+# Other workers do without these, which take over a second to load.
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.tensor import DTensor
 
 # In place of a tensor's number.
 _NOTHING = -1
@@ -34,6 +34,14 @@ def shard(model: GPT, device: torch.device, *, reduce_dtype: str, compiled: bool
     The model computes by `forward` and `token_losses` as before, on all workers at a time.
     compiled: whether its head will be.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if reduce_dtype == "bf16" else None)
     transformer = model.transformer
@@ -48,11 +56,19 @@ def shard(model: GPT, device: torch.device, *, reduce_dtype: str, compiled: bool
     register_fsdp_forward_method(model, "token_losses")
 
 
+def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a worker holds only its part of the tensor."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
 @torch.no_grad()
 def placed_as(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     """A whole tensor of the parameter's shape, placed as that is; of a sharded one, the part."""
-    if not isinstance(parameter, DTensor):
+    if not is_spread(parameter):
         return whole.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
     mesh, placements = parameter.device_mesh, parameter.placements
     whole = whole.to(parameter.device)
     part = distribute_tensor(whole, mesh, placements, src_data_rank=None)
@@ -122,10 +138,10 @@ class ShardedWorkers(Workers):
         tensors: list[Tensor] = list(self.model.parameters())
         for parameter in self.model.parameters():
             tensors += self.optimizer.state.get(parameter, {}).values()
-        return [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+        return [tensor for tensor in tensors if is_spread(tensor)]
 
 
 @torch.no_grad()
 def _whole(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor)
+    assert is_spread(tensor)
     return tensor.full_tensor()
