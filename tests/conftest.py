@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptray.data.tokens import TokenData
 from tests.tiny import tiny_config, tiny_text
@@ -34,6 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("ray"):
             starts_ray.add(item.path)
     items.sort(key=lambda item: item.path not in starts_ray)
+
+
+def pytest_runtest_setup() -> None:
+    """Compute in one thread: more of them gain nothing here, and spin while Ray needs the cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

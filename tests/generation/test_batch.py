@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 from pyarrow import parquet
 
 from gptray.generation.engine import Engine
@@ -19,11 +17,9 @@ from tests.generation.models import random_gpt, small_tokenizer
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    tokenizer, threads = small_tokenizer(), torch.get_num_threads()
-    torch.set_num_threads(1)  # a network so small that several threads would wait for each other
-    yield Engine(random_gpt(tokenizer), tokenizer, max_batch_size=64)
-    torch.set_num_threads(threads)
+def engine() -> Engine:
+    tokenizer = small_tokenizer()
+    return Engine(random_gpt(tokenizer), tokenizer, max_batch_size=64)
 
 
 @pytest.fixture

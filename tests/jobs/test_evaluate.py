@@ -11,8 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,6 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For networks so small that several threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def trained(
     ray_cluster: None, text_file: Path, tmp_path_factory: pytest.TempPathFactory
@@ -66,15 +56,14 @@ def trained(
     run_dir(config).mkdir()
     save_config(config, run_dir(config))
     data = prepare(config)
-    with one_thread():
-        fit(
-            config,
-            data,
-            run_dir(config),
-            report=lambda metrics, checkpoint: None,
-            sample=lambda model: [],
-            device=torch.device("cpu"),
-        )
+    fit(
+        config,
+        data,
+        run_dir(config),
+        report=lambda metrics, checkpoint: None,
+        sample=lambda model: [],
+        device=torch.device("cpu"),
+    )
     return storage, outcome(config)
 
 
@@ -202,8 +191,7 @@ def test_a_model_that_recites_its_training_text_is_caught(
     tokenizer = char_tokenizer(text)
     shape = ModelConfig(n_layer=1, n_head=2, n_embd=64, n_positions=32, initializer_range=0.1)
     model = GPT(shape, vocab_size=tokenizer.vocab_size)
-    with one_thread():
-        learn_by_heart(model, tokenizer.encode(text[:630]))
+    learn_by_heart(model, tokenizer.encode(text[:630]))
     save(model, tokenizer, tmp_path / "parrot")
     result = evaluate(
         config_of(

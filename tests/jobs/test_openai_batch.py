@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gptray.config import UserError, load_config
 from gptray.data.prompts import check_input, scan
@@ -23,11 +21,9 @@ SETTINGS = load_config(None, []).generate
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    tokenizer, threads = small_tokenizer(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Engine(random_gpt(tokenizer), tokenizer, max_batch_size=16)
-    torch.set_num_threads(threads)
+def engine() -> Engine:
+    tokenizer = small_tokenizer()
+    return Engine(random_gpt(tokenizer), tokenizer, max_batch_size=16)
 
 
 def line(name: str, *, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:

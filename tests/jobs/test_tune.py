@@ -113,9 +113,8 @@ def test_the_winner_is_kept_and_trains_again_to_the_same_bits(
     best = load_config(result["best_config"], [])
     assert (best.name, best.tune, best.storage_path) == (None, TuneConfig(), str(folder.parent))
     assert best.compute.cpus_per_worker == 1
-    data, threads = check_text(best).data, torch.get_num_threads()
+    data = check_text(best).data
     assert data
-    torch.set_num_threads(1)
     losses = []
     fit(
         best,
@@ -125,7 +124,6 @@ def test_the_winner_is_kept_and_trains_again_to_the_same_bits(
         sample=lambda model: [],
         device=torch.device("cpu"),
     )
-    torch.set_num_threads(threads)
     assert min(losses) == result["best_val_loss"]
     assert sha256_of(tmp_path / weights) == sha256_of(folder / weights)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,12 @@ from tests.tiny import tiny_config
 BESIDE = ("train.async_validation=true", "compute.cpus_per_worker=1", "train.eval_interval=5")
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As a worker of one core has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def timeless(run_dir: Path) -> list[dict[str, Any]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if k != "tokens_per_sec"} for x in lines]
 
 
-@pytest.mark.usefixtures("ray_cluster", "one_thread")
+@pytest.mark.usefixtures("ray_cluster")
 def test_spare_worker_tells_what_goes_wrong_and_gives_the_bits_of_validation_in_line(
     text_file: Path, data_root: Path, tiny_data: TokenData, tmp_path: Path
 ) -> None:

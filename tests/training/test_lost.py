@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +50,6 @@ Run = tuple[TokenData, dict[str, Any], Path]
 def run_of(tokenizer: Tokenizer, folder: Path) -> Run:
     data = korean(folder / "data", tokenizer)
     return data, trained(data, folder / "run"), folder / "run"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For networks so small that several threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
