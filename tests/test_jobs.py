@@ -142,6 +142,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str
     head_environment.pop("RAY_ADDRESS")
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={_free_port()}"]
+        + ["--node-ip-address=127.0.0.1"]  # not that of a network which another test makes
         + [f"--dashboard-port={dashboard}", "--disable-usage-stats"]
         # The session's own Ray has an agent on the default port; without one no job is taken.
         + [f"--dashboard-agent-listen-port={_free_port()}"],
