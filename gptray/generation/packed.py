@@ -20,6 +20,8 @@ from gptray.model.gpt import GPT, Attention, Block
 
 # From a layer's number and its q, k, v, (N, 3C), to what it attended to, (N, C).
 Attend = Callable[[int, Tensor], Tensor]
+# `GPT.whole`
+Whole = Callable[[Tensor], Tensor]
 
 
 class PackedGPT:
@@ -31,15 +33,18 @@ class PackedGPT:
     def __init__(self, model: GPT, dtype: torch.dtype, *, quantize: str = "none") -> None:
         transformer = model.transformer
         self.vocab_size, self.dtype = model.valid_vocab_size, dtype
-        self._wte, self._wpe = transformer.wte.weight.detach(), transformer.wpe.weight.detach()
-        self._blocks = [
-            _block(cast(Block, block), model.config.residual, dtype, quantize)
-            for block in transformer.h
-        ]
-        self._ln_f = _norm(transformer.ln_f, dtype)
+        whole = model.whole
+        self._wte, self._wpe = whole(transformer.wte.weight), whole(transformer.wpe.weight)
+        # First, since the padded copy that it packs is the largest.
         head = F.pad(self._wte[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
         self.logits_width = len(head)
         self._head = product(head, None, dtype, quantize=quantize)
+        del head
+        self._blocks = [
+            _block(cast(Block, block), model.config.residual, whole, dtype, quantize)
+            for block in transformer.h
+        ]
+        self._ln_f = _norm(transformer.ln_f, whole, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -86,33 +91,38 @@ class _Block:
     residual: bool
 
 
-def _norm(module: nn.Module, dtype: torch.dtype) -> _Norm:
+def _norm(module: nn.Module, whole: Whole, dtype: torch.dtype) -> _Norm:
     if isinstance(module, nn.Identity):
         return _Norm(None, None, 0.0)
     assert isinstance(module, nn.LayerNorm)
-    return _Norm(module.weight.detach().to(dtype), module.bias.detach().to(dtype), module.eps)
+    return _Norm(whole(module.weight).to(dtype), whole(module.bias).to(dtype), module.eps)
 
 
-def _block(block: Block, residual: bool, dtype: torch.dtype, quantize: str) -> _Block:
+def _block(block: Block, residual: bool, whole: Whole, dtype: torch.dtype, quantize: str) -> _Block:
     return _Block(
-        ln_1=_norm(block.ln_1, dtype),
-        c_attn=_scaled_attention_input(block.attn, dtype, quantize),
-        attn_proj=_product(block.attn.c_proj, dtype, quantize),
-        ln_2=_norm(block.ln_2, dtype),
-        c_fc=_product(block.mlp.c_fc, dtype, quantize, gelu=True),
-        mlp_proj=_product(block.mlp.c_proj, dtype, quantize),
+        ln_1=_norm(block.ln_1, whole, dtype),
+        c_attn=_scaled_attention_input(block.attn, whole, dtype, quantize),
+        attn_proj=_product(block.attn.c_proj, whole, dtype, quantize),
+        ln_2=_norm(block.ln_2, whole, dtype),
+        c_fc=_product(block.mlp.c_fc, whole, dtype, quantize, gelu=True),
+        mlp_proj=_product(block.mlp.c_proj, whole, dtype, quantize),
         residual=residual,
     )
 
 
-def _product(layer: nn.Linear, dtype: torch.dtype, quantize: str, *, gelu: bool = False) -> Product:
-    return product(layer.weight.detach(), layer.bias.detach(), dtype, quantize=quantize, gelu=gelu)
+def _product(
+    layer: nn.Linear, whole: Whole, dtype: torch.dtype, quantize: str, *, gelu: bool = False
+) -> Product:
+    weight, bias = whole(layer.weight), whole(layer.bias)
+    return product(weight, bias, dtype, quantize=quantize, gelu=gelu)
 
 
-def _scaled_attention_input(attention: Attention, dtype: torch.dtype, quantize: str) -> Product:
+def _scaled_attention_input(
+    attention: Attention, whole: Whole, dtype: torch.dtype, quantize: str
+) -> Product:
     """c_attn with the scores' 1 / sqrt(E) in the rows that make q."""
     layer, C = attention.c_attn, attention.c_attn.in_features
     scale = torch.ones(3 * C, 1, device=layer.weight.device)
     scale[:C] = 1.0 / math.sqrt(C // attention.n_head)
-    weight, bias = layer.weight.detach() * scale, layer.bias.detach() * scale[:, 0]
+    weight, bias = whole(layer.weight) * scale, whole(layer.bias) * scale[:, 0]
     return product(weight, bias, dtype, quantize=quantize)

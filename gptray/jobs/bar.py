@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -15,9 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 
-log = logging.getLogger("gptray")
-# Without a terminal: seconds between two lines.
-LINE_S = 10.0
+from gptray.jobs.doing import so_far, telling
+
 # Columns of the drawn bar, and of a terminal that has room for it.
 BAR, WIDE = 24, 100
 
@@ -41,27 +37,6 @@ def progress_bar(console: Console | None = None) -> Progress:
 def new_task(bar: Progress, doing: str, *, total: int, done: int = 0) -> TaskID:
     """A task whose `metrics` and `eta` are shown after its counts."""
     return bar.add_task(doing, total=total, completed=done, metrics="", eta="")
-
-
-@contextmanager
-def following(
-    look: Callable[[], None], close: Callable[[], None], *, every_s: float
-) -> Iterator[None]:
-    """Call `look` every so many seconds, from a thread, while the block runs; then `close`."""
-    done = threading.Event()
-
-    def follow() -> None:
-        while not done.wait(every_s):
-            look()
-
-    thread = threading.Thread(target=follow, name="watch", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        close()
 
 
 class _Drawn(ProgressColumn):
@@ -99,22 +74,28 @@ class Bar:
     """What is done of `total`, with figures behind it."""
 
     def __init__(self, doing: str, total: int, *, done: int = 0) -> None:
-        self._said = time.monotonic()
+        self._doing, self._began = doing, time.monotonic()
+        self._line: str | None = None
+        self._told = ExitStack()
         self._bar = progress_bar() if sys.stderr.isatty() else None
         if self._bar:
             self._task = new_task(self._bar, doing, total=total, done=done)
             self._bar.start()
+        else:
+            self._told.enter_context(telling(self._text))
 
     def show(self, doing: str, done: int, figures: str, *, eta: str, line: str | None) -> None:
-        """Say where things stand; without a terminal by `line`, if it is time for one."""
+        """Say where things stand; without a terminal by `line`, when it is time for one."""
+        self._line = line or self._line
         if self._bar:
             self._bar.update(
                 self._task, description=doing, completed=done, metrics=figures, eta=eta
             )
-        elif line and time.monotonic() - self._said >= LINE_S:
-            self._said = time.monotonic()
-            log.info("%s", line)
 
     def close(self) -> None:
+        self._told.close()
         if self._bar:
             self._bar.stop()
+
+    def _text(self) -> str:
+        return self._line or so_far(self._doing, self._began)

@@ -20,6 +20,7 @@ from gptray.files import cannot_write, is_of_files
 from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
 from gptray.hub import first_line
 from gptray.jobs.address import check_address
+from gptray.jobs.doing import doing
 from gptray.jobs.own_ray import own_ray, shut_down
 from gptray.jobs.resources import gpu_workers
 from gptray.jobs.waiting import telling_waits
@@ -88,11 +89,11 @@ def ray_cluster(
             if of_others:
                 import ray
 
-                with ray_answers():
+                with ray_answers(), doing(f"joining the cluster at {of_others}"):
                     ray.init(**options)
                 stack.callback(shut_down)
             else:
-                with _ray_folder():
+                with _ray_folder(), doing("starting Ray"):
                     stack.enter_context(own_ray(environment or {}, **options))
         with telling_waits(wait_s):
             yield not of_others

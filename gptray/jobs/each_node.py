@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,12 @@ from typing import TypeVar
 
 from gptray.hub import first_line
 from gptray.jobs.cluster_nodes import Node, alive_nodes
+from gptray.jobs.doing import telling
 from gptray.wording import count
-
-log = logging.getLogger("gptray")
 
 # A node answers in seconds, unless it hangs: on a file system that is gone, for example.
 DEADLINE_S = 90.0
-TELL_S, POLL_S = 5.0, 1.0
+POLL_S = 1.0
 
 T = TypeVar("T")
 
@@ -57,13 +55,10 @@ def ask(
         ).remote(*given)
         for node in nodes
     ]
-    began, said = time.monotonic(), False
-    waiting = calls
-    while waiting and time.monotonic() - began < DEADLINE_S:
-        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-        if waiting and not said and time.monotonic() - began > TELL_S:
-            said = True
-            log.info("waiting for %s to answer about %s", count(len(waiting), "node"), about)
+    began, waiting = time.monotonic(), calls
+    with telling(lambda: f"waiting for {count(len(waiting), 'node')} to answer about {about}"):
+        while waiting and time.monotonic() - began < DEADLINE_S:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
     late = NoAnswer(f"does not answer within {DEADLINE_S:.0f} s")
     answers = [late if call in waiting else answer(call) for call in calls]
     for call in waiting:

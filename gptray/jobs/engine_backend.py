@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from gptray.config import Config, RunFailed
+from gptray.jobs.doing import doing
 from gptray.native.backend import GENERATE_KEY, pick_backend
 from gptray.native.build import build_library
 
@@ -32,7 +33,8 @@ def with_built_backend(asked: Config, picked: Config) -> Config:
     if picked.generate.backend != "native":
         return picked
     try:
-        build_library(key=GENERATE_KEY)
+        with doing("building the C++ kernels"):
+            build_library(key=GENERATE_KEY)
     except RunFailed as error:
         if asked.generate.backend == "native":
             raise

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from gptray.config import RunFailed, UserError
+from gptray.jobs.doing import so_far, telling
 from gptray.jobs.ray_metrics import Exporter
 from gptray.jobs.waiting import await_core
 
 log = logging.getLogger("gptray")
-
-_PROGRESS_SECONDS = 5.0
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,15 +67,13 @@ def map_items(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) ->
     )
     results: dict[int, R] = {}
     exporter = Exporter("prepare")
-    began = said = time.monotonic()
-    for row in dataset.iter_rows():
-        if row["message"]:
-            raise Failure(row["message"], row["is_mistake"]).error()
-        results[row["number"]] = row["result"]
-        exporter.set("gptray_done", len(results) / len(rows), doing=doing)
-        if len(results) < len(rows) and time.monotonic() - said > _PROGRESS_SECONDS:
-            said = time.monotonic()
-            log.info("%s: %d of %d parts, %.0f s", doing, len(results), len(rows), said - began)
+    began = time.monotonic()
+    with telling(lambda: so_far(f"{doing}: {len(results)} of {len(rows)} parts", began)):
+        for row in dataset.iter_rows():
+            if row["message"]:
+                raise Failure(row["message"], row["is_mistake"]).error()
+            results[row["number"]] = row["result"]
+            exporter.set("gptray_done", len(results) / len(rows), doing=doing)
     return [results[number] for number in range(len(rows))]
 
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from gptray import signals
 from gptray.config import RunFailed, UserError
-from gptray.jobs.bar import following
 from gptray.jobs.cluster_nodes import (
     alive_nodes,
     amount_words,
@@ -26,6 +25,7 @@ from gptray.jobs.cluster_nodes import (
     nodes_words,
     total,
 )
+from gptray.jobs.doing import OF_WAIT, following
 from gptray.jobs.holders import Resources, actors_in, counted, holders
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.train.attempts import PLACE
@@ -111,7 +111,8 @@ class _Watch:
         if is_too_long and not self._is_of_some:
             self._give_up(demand.awaited)
         elif now >= self._tell_at:
-            log.info("%s", _waiting(demand.awaited, is_of_some=self._is_of_some))
+            text = _waiting(demand.awaited, is_of_some=self._is_of_some)
+            log.info("%s", text, extra=None if self._is_of_some else OF_WAIT)
             self._told = True
             self._tell_at, self._gap_s = now + self._gap_s, min(MOST_S, 2 * self._gap_s)
 

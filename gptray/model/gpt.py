@@ -129,6 +129,8 @@ class GPT(nn.Module):
         self.valid_vocab_size = vocab_size
         self.compute_dtype = torch.float32
         self.head_loss = linear_cross_entropy
+        # Makes a whole tensor of a parameter that is spread over processes.
+        self.whole: Callable[[Tensor], Tensor] = Tensor.detach
         self.transformer = Transformer(config, rows)
         if not self.transformer.wte.weight.is_meta:
             self.initialise(0)

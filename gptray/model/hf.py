@@ -7,7 +7,7 @@ Every file appears whole: it is written under another name and then renamed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +39,10 @@ def save_pretrained(
     folder: str | Path,
     *,
     eos_token_id: int | None = None,
-    whole: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors (fp32, tied head).
 
     Padding of the vocabulary is left out, so that no reader can ever sample it.
-    whole: makes a whole tensor of a parameter that is spread over processes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +57,7 @@ def save_pretrained(
         shapes = {name: turned(name, torch.empty(p.shape)).shape for name, p in stored.items()}
     with replacing(folder / WEIGHTS) as path:
         write_tensors(
-            path, shapes, lambda name: turned(name, whole(stored[name])), {"format": "pt"}
+            path, shapes, lambda name: turned(name, model.whole(stored[name])), {"format": "pt"}
         )
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         with replacing(folder / name) as path:

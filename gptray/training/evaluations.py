@@ -83,7 +83,7 @@ class BlockingEvaluation:
             journal.write(row)
             checkpoint = save(run, journal)
             publish_if_best(run, run.state.step)
-            log_evaluation(run, journal, run.state.step, self._sample(run.whole_model()))
+            log_evaluation(run, journal, run.state.step, self._sample(run.model))
             return checkpoint
 
         self._report(row, run.workers.from_first(keep))
@@ -191,12 +191,12 @@ def save(run: Run, journal: Journal) -> Path:
     journal.sync()
 
     def write_tensors(folder: Path) -> None:
-        whole = run.workers.whole
-        save_pretrained(run.model, folder / "model", eos_token_id=run.data.eos_id, whole=whole)
+        save_pretrained(run.model, folder / "model", eos_token_id=run.data.eos_id)
         shutil.copytree(run.data.data_dir / "tokenizer", folder / "model", dirs_exist_ok=True)
         for prompt in first_words(run.data)[:1]:
             save_example(folder / "model", prompt)
-        save_optimizer(folder / "optimizer.safetensors", run.model, run.optimizer, whole=whole)
+        path = folder / "optimizer.safetensors"
+        save_optimizer(path, run.model, run.optimizer, whole=run.model.whole)
 
     checkpoint = save_checkpoint(
         run.run_dir,

@@ -76,12 +76,6 @@ class Run:
         tokens = tokens.to(self.device, non_blocking=True)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def whole_model(self) -> GPT:
-        """The model with whole weights; on the first worker, inside `workers.from_first`."""
-        if isinstance(self.workers, ShardedWorkers):
-            return self.workers.whole_model()
-        return self.model
-
     def seed_dropout(self, number: int) -> None:
         """Make dropout a function of (seed, step, number of the micro-batch).
 
@@ -200,6 +194,7 @@ def _built(
         workers.all_or_none(lambda: load_optimizer(path, model, optimizer))
     if is_sharded:
         workers = ShardedWorkers(workers.rank, workers.size, model, optimizer, device)
+        model.whole = workers.whole
     return model, optimizer, workers
 
 

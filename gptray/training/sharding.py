@@ -91,16 +91,6 @@ class ShardedWorkers(Workers):
                 return _whole(one)
         return tensor.detach()
 
-    def whole_model(self) -> GPT:
-        """A copy of the model that is not spread; inside `from_first`."""
-        with torch.device("meta"):
-            copy = GPT(self.model.config, vocab_size=self.model.valid_vocab_size)
-        copy = copy.to_empty(device=self.device)
-        copy.compute_dtype = self.model.compute_dtype
-        for name, parameter in self.model.named_parameters():
-            copy.get_parameter(name).data.copy_(self.whole(parameter))
-        return copy
-
     def from_first(self, make: Callable[[], T]) -> T | None:
         """As `Workers.from_first`; meanwhile the others give their parts of what it asks for."""
 

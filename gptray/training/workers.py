@@ -50,10 +50,6 @@ class Workers:
             dist.broadcast(value, src=0)
         return int(value.item())
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """A parameter or moment as the first worker stores it."""
-        return tensor.detach()
-
     def passes(self, own: int) -> int:
         """How many forward passes a worker makes that has `own` to make."""
         return own

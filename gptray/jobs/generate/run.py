@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gptray.data.prompts import output_schema
 from gptray.files import is_uri
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.doing import doing
 from gptray.jobs.engine_backend import with_built_backend
 from gptray.jobs.generate.check import CheckedBatch, CheckedModel, check
 from gptray.jobs.generate.output import Output, scan_input
@@ -51,7 +53,9 @@ def run(checked: CheckedModel | CheckedBatch) -> dict[str, Any]:
 def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
     job = replace(checked, config=with_built_backend(checked.asked, checked.config))
     folder, kind = job.folder, output_kind(job)
-    with resumable(folder, _command, begun=folder, seen=job.output), kind.opened(job) as output:
+    with resumable(folder, _command, begun=folder, seen=job.output), ExitStack() as stack:
+        with doing("reading the input"):
+            output = stack.enter_context(kind.opened(job))
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
         if missing and not output.rows:

@@ -39,6 +39,7 @@ from gptray.data.work import UnitScan
 from gptray.files import storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.doing import doing
 from gptray.jobs.next_steps import differing, tell
 from gptray.jobs.prepare.check import CheckedText, check, opened, plan
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
@@ -101,7 +102,8 @@ def prepare_text(
 
     wait_s: seconds for which to wait for room where Ray is not there yet, see `ray_cluster`.
     """
-    data = opened(request.data_dir, verify=True)
+    with doing(f"verifying {request.data_dir}"):
+        data = opened(request.data_dir, verify=True)
     data = data or _prepare(request, piece_bytes=piece_bytes, wait_s=wait_s)
     tell_losses(data)
     return data
@@ -170,7 +172,8 @@ def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]
         return char_tokenizer(c for unit in scans for piece in unit.pieces for c in piece.alphabet)
     task = SampleText(SAMPLE_BYTES / max(plan.train_bytes, 1), request.seed)
     texts = map_items(plan.units, task, doing="sampling")
-    return train_bpe((text for unit in texts for text in unit), request.vocab_size)
+    with doing("training the tokenizer"):
+        return train_bpe((text for unit in texts for text in unit), request.vocab_size)
 
 
 def _provenance(

@@ -10,12 +10,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.doing import doing
 from gptray.jobs.engine_backend import with_built_backend
 from gptray.jobs.next_steps import tell
 from gptray.jobs.serve.body_limits import environment
@@ -30,6 +31,7 @@ from gptray.jobs.serve.worker import bound
 from gptray.jobs.shared_storage import check_shared
 from gptray.signals import failure, leaving_within, sigterm_sets
 from gptray.standard_output import line_printer
+from gptray.wording import count
 
 log = logging.getLogger("gptray")
 
@@ -58,8 +60,11 @@ def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None
     config, model = with_built_backend(checked.asked, checked.config), checked.model
     url = endpoint_url(config)
     on_cluster = ray_cluster(environment(config.serve), wait_s=config.compute.wait_s)
-    with on_cluster as is_own, _started(config, model, is_own=is_own):
-        _wait_until_healthy(url)
+    log.info("starting %s at %s", model["model"], url)
+    with on_cluster as is_own, ExitStack() as stack:
+        with doing(f"starting {count(config.serve.num_replicas, 'engine')}"):
+            stack.enter_context(_started(config, model, is_own=is_own))
+            _wait_until_healthy(url)
         drain_s = config.serve.drain_timeout_s
         with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):
             answers({"url": url, "model": model["served_model_name"]})

@@ -19,7 +19,8 @@ from typing import BinaryIO, Generic, TypeVar, cast
 
 from rich.progress import Progress, TaskID
 
-from gptray.jobs.bar import following, new_task, progress_bar
+from gptray.jobs.bar import new_task, progress_bar
+from gptray.jobs.doing import following, so_far, telling
 from gptray.jobs.ray_metrics import Exporter
 from gptray.record import (
     EVENT_FIELDS,
@@ -96,6 +97,8 @@ class _Watch:
         self._shown = -1  # the last step shown; rows up to here are history
         self._scored: int | None = None  # the last step whose score was seen
         self._started = False
+        # What is done since when while there are no rows; None: rows come.
+        self._doing: tuple[str, float] | None = ("starting workers", time.monotonic())
         self._origin = (0, time.monotonic())  # step and time from which the ETA is reckoned
         self._best = math.inf
         self._bar: Progress | None = None
@@ -113,6 +116,8 @@ class _Watch:
                 self._start(event)
             elif event["event"] in ("damaged", "failure", "notice", "waiting"):
                 log.warning("%s", event["message"])
+            if event["event"] == "failure":
+                self._doing = ("starting workers", time.monotonic())
         if not self._started:
             return
         self._look_at_rows()
@@ -138,6 +143,10 @@ class _Watch:
             if row["step"] > self._shown or is_scored:
                 self._show(row, is_best)
 
+    def line(self) -> str | None:
+        """What goes on while neither rows nor a bar show it."""
+        return so_far(*self._doing) if self._doing and not self._bar else None
+
     def close(self) -> None:
         self.look()
         self._metrics.close()
@@ -151,7 +160,7 @@ class _Watch:
         log.info(
             "%s: %s parameters, %s, %s", begins, f"{event['parameters']:,}", workers, event["dtype"]
         )
-        self._started = True
+        self._started, self._doing = True, ("training", time.monotonic())
         self._exporter.set("gptray_max_steps", self._max_steps)
         self._shown = event["step"]
         self._scored = None if self._scored is None else min(self._scored, event["step"])
@@ -161,6 +170,8 @@ class _Watch:
 
     def _show(self, row: MetricsRow, is_best: bool) -> None:
         self._shown = max(self._shown, row["step"])
+        is_last = self._shown >= self._max_steps
+        self._doing = ("saving the model", time.monotonic()) if is_last else None
         self._exporter.row(row)
         metrics = _metrics_text(row)
         since, began = self._origin
@@ -184,7 +195,7 @@ def watching(
     `on_evaluation` is called, from a thread, once training has begun and after each evaluation.
     """
     watch = _Watch(run_dir, max_steps, on_evaluation)
-    with following(watch.look, watch.close, every_s=POLL_S):
+    with following(watch.look, watch.close, every_s=POLL_S), telling(watch.line):
         yield
 
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from gptray.config.keys import shown
 from gptray.data.difference import percent
-from gptray.jobs.bar import following
+from gptray.jobs.doing import following, telling
 from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.train.watch import duration
 from gptray.tuning.sweep_record import STATES, Trial, load_trials, trial_dir
@@ -90,6 +90,15 @@ class _Watch:
         if self._live:
             self._live.stop()
 
+    def line(self) -> str | None:
+        """Where the sweep stands, if no table shows it."""
+        if self._live:
+            return None
+        trials = load_trials(self._folder)
+        going = [trial for trial in trials if trial.started and not trial.outcome]
+        steps = ", ".join(f"{trial.name} at step {trial.step:,}" for trial in going[:SHOWN])
+        return self._progress(trials) + (f"; running: {steps}" if going else "")
+
     def _line(self, trial: Trial, trials: Sequence[Trial]) -> str:
         text = f"trial {trial.name} {_state(trial)} at step {trial.step:,}"
         if trial.best:
@@ -150,7 +159,7 @@ def watching_sweep(
     `on_change` is called now and then, from a thread, when trials have something new.
     """
     watch = _Watch(folder, num_trials, on_change)
-    with following(watch.look, watch.close, every_s=POLL_S):
+    with following(watch.look, watch.close, every_s=POLL_S), telling(watch.line):
         yield
 
 

@@ -1,0 +1,80 @@
+"""What a job says of itself while it has nothing else to say."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from gptray.jobs import doing
+from gptray.jobs.bar import Bar
+
+LIMIT_S = 60
+log = logging.getLogger("gptray")
+
+
+class Lines(logging.Handler):
+    """What is logged; `next` waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+        self._came = threading.Condition()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self._came:
+            self.said.append(record.getMessage())
+            self._came.notify()
+
+    def next(self) -> str:
+        with self._came:
+            count = len(self.said)
+            assert self._came.wait_for(lambda: len(self.said) > count, LIMIT_S)
+            return self.said[count]
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lines]:
+    monkeypatch.setattr(doing, "QUIET_S", 0.05)
+    monkeypatch.setattr(doing, "POLL_S", 0.01)
+    handler, level = Lines(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield handler
+    log.removeHandler(handler)
+    log.setLevel(level)
+
+
+def test_a_silent_job_says_what_it_is_doing_and_since_when(lines: Lines) -> None:
+    with doing.doing("starting workers"):
+        assert lines.next() == "starting workers, less than a second so far"
+        assert lines.next() == "starting workers, less than a second so far"
+
+
+def test_of_blocks_in_each_other_the_innermost_speaks(lines: Lines) -> None:
+    with doing.doing("starting engines"), doing.doing("asking the nodes"):
+        lines.next()
+        lines.next()
+    assert {line.partition(",")[0] for line in lines.said} == {"asking the nodes"}
+
+
+def test_nothing_is_added_to_the_line_of_a_wait_until_it_is_over(lines: Lines) -> None:
+    with doing.doing("starting workers"):
+        log.info("waiting for 1 core", extra=doing.OF_WAIT)
+        with doing.doing("something else"):  # heard nothing of the wait
+            lines.next()
+        log.info("waiting for 1 core", extra=doing.OF_WAIT)
+        with doing.doing("something else"):
+            lines.next()
+        assert not any(line.startswith("starting") for line in lines.said)
+
+
+def test_a_bar_without_a_terminal_repeats_where_things_stand(lines: Lines) -> None:
+    bar = Bar("starting engines", 4)
+    assert lines.next() == "starting engines, less than a second so far"
+    bar.show("generating", 1, "5 tok/s", eta="1m", line="1/4 rows")
+    while lines.next() != "1/4 rows":
+        pass
+    bar.close()
