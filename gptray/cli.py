@@ -34,7 +34,7 @@ from gptray.config.help import help_text
 from gptray.config.keys import field_specs
 from gptray.config.suggest import nearest, nearest_keys
 from gptray.files import cannot_write, is_storage
-from gptray.jobs.base import Job, Plan, find_job
+from gptray.jobs.base import Job, Plan, config_file, find_job
 from gptray.signals import STOP_S, interrupting
 from gptray.standard_output import Unread, give_up, json_line, write_out
 from gptray.visible import visible
@@ -209,7 +209,8 @@ def _config(arguments: Arguments) -> Config:
     """Load the config; raise every mistake of flags, file and values together."""
     problems = arguments.problems
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        file = arguments.config and config_file(arguments.config)
+        config = load_config(file, arguments.overrides)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:

@@ -32,7 +32,7 @@ log = logging.getLogger("gptray")
 EXPIRES_S, POLL_S = 30.0, 1.0
 # Of several that come at once.
 _TRIES, _MOST_PAUSE_S = 8, 2.0
-_PREFIX = "lease-"
+PREFIX = "lease-"
 
 
 class Lease:
@@ -40,7 +40,7 @@ class Lease:
 
     def __init__(self, place: RemoteFolder, expires_s: float) -> None:
         self._expires_s = expires_s
-        self._place, self._name = place, f"{_PREFIX}{uuid.uuid4().hex[:12]}.json"
+        self._place, self._name = place, f"{PREFIX}{uuid.uuid4().hex[:12]}.json"
         self._renewed = 0.0
         self._ended = threading.Event()
         self._content = json.dumps(_this_process(), indent=1).encode()
@@ -134,7 +134,7 @@ def _outlive(
 
 
 def _leases(place: RemoteFolder) -> dict[str, StoredFile]:
-    return {name: one for name, one in place.files().items() if name.startswith(_PREFIX)}
+    return {name: one for name, one in place.files().items() if name.startswith(PREFIX)}
 
 
 def _owner(place: RemoteFolder, name: str) -> dict[str, object]:

@@ -1,9 +1,10 @@
-"""This node's copies of folders that URIs name: whole, verified, and no more than fit.
+"""This node's cache: copies of folders that URIs name, and what is made here for object stores.
 
 A copy is kept under a hash of what the folder held, so that a changed one is fetched anew. It
 appears by rename, after its files were compared with the folder's own manifest where it has one,
 and it is verified at its first use in each process. Processes of a node share the copies: one
-fetches while the others wait, and none is removed that a process uses.
+fetches while the others wait. Where the cache outgrows its share of the disk, what was used least
+recently is removed: nothing that a process uses, and nothing that its store does not have yet.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.files import cache_folder, expanded, is_uri, open_lock, remove, storing
+from gptray.config.names import PREPARED
+from gptray.files import cache_folder, expanded, is_uri, open_lock, remove, replacing, storing
 from gptray.manifest import MANIFEST, files_damage, write_manifest
 from gptray.remote_folder import RemoteFolder, StoredFile, no_such_folder
 
@@ -27,8 +29,11 @@ log = logging.getLogger("gptray")
 
 # The share of a disk that copies take at most.
 _MOST_OF_DISK = 0.25
+# What is removed as a whole.
+_KEPT = ("fetched/*", "records/*", "copied/*", "outputs/*", "storage/*/*", "storage/*/data/*")
+_DRAFT = ".draft"
 _guard = threading.Lock()
-# The copies that this process uses, with descriptors of their locks: they end with the process.
+# What this process uses, with descriptors of the locks: they end with the process.
 _used: dict[Path, int] = {}
 
 
@@ -50,7 +55,7 @@ def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = 
             return folder
         with storing(cache):
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock, used = (open_lock(folder.with_suffix(end)) for end in (".lock", ".used"))
+            lock, used = (open_lock(_beside(folder, end)) for end in ("lock", "used"))
         with lock, used:
             fcntl.flock(lock, fcntl.LOCK_EX)
             fcntl.flock(used, fcntl.LOCK_SH)
@@ -58,7 +63,7 @@ def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = 
             if problem:
                 log.warning("the copy of %s is damaged (%s): fetching it again", place, problem)
             if problem or not folder.is_dir():
-                _make_room(cache, sum(file.size for file in files), most)
+                make_room(sum(file.size for file in files), most)
                 _fetch(place, files, folder, has_manifest=MANIFEST in listed)
             os.utime(folder)
             _used[folder] = os.dup(used.fileno())
@@ -74,6 +79,20 @@ def storage_folder(storage_path: str) -> Path:
         name = hashlib.sha256(storage_path.rstrip("/").encode()).hexdigest()[:24]
         return cache_folder() / "storage" / name
     return expanded(storage_path, key="storage_path").absolute()
+
+
+def copied(uri: str) -> Path:
+    """A copy on this node of a small file that a URI names. Raises UserError, RunFailed."""
+    place = RemoteFolder(uri)
+    content = place.parent.read(place.name) if place.parent else None
+    if content is None:
+        raise UserError(f"{uri}: no such file")
+    path = cache_folder() / "copied" / hashlib.sha256(content).hexdigest()[:24] / place.name
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as draft:
+            draft.write_bytes(content)
+    return path
 
 
 def fetched_holder(
@@ -99,7 +118,7 @@ def _fetch(
     """Copy files to a folder, which appears whole. Raises as `fetched`."""
     size = sum(file.size for file in files)
     log.info("fetching %s (%.1f MB)", place, size / 1e6)
-    draft = folder.with_suffix(".draft")
+    draft = folder.with_suffix(_DRAFT)
     with storing(folder):
         remove(draft)  # left by a kill
         draft.mkdir()
@@ -129,22 +148,65 @@ def _download(place: RemoteFolder, name: str, draft: Path) -> None:
         raise UserError(f"{place}: {name} went away while it was read") from None
 
 
-def _make_room(cache: Path, size: int, most: int | None) -> None:
-    """Remove the copies used least recently that no process uses, until `size` bytes fit."""
+def make_room(size: int = 0, most: int | None = None) -> None:
+    """Remove what was used least recently, until `size` more bytes fit into the cache.
+
+    most: bytes that the cache may have; by default a quarter of the disk.
+    """
+    cache = cache_folder()
+    if not cache.is_dir():
+        return
     most = int(shutil.disk_usage(cache).total * _MOST_OF_DISK) if most is None else most
-    kept = {folder: _bytes_of(folder) for folder in cache.iterdir() if folder.is_dir()}
+    folders = [one for pattern in _KEPT for one in cache.glob(pattern) if one.is_dir()]
+    kept = {folder: _bytes_of(folder) for folder in folders if folder.name != PREPARED}
     total = sum(kept.values())
-    for folder in sorted(kept, key=lambda folder: folder.stat().st_mtime):
+    for folder in sorted(filter(_is_elsewhere, kept), key=lambda folder: folder.stat().st_mtime):
         if total + size <= most:
             return
-        with open_lock(folder.with_suffix(".used")) as used:
+        with open_lock(_beside(folder, "used")) as used:
             try:
                 fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            log.info("removing %s, unused for longest, to make room", folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= kept[folder]
+            if _is_elsewhere(folder):
+                log.info("removing %s, unused for longest, to make room", folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                total -= kept[folder]
+
+
+def hold(folder: Path) -> None:
+    """Keep a folder of the cache for as long as this process lives. Raises RunFailed."""
+    with _guard:
+        if folder in _used:
+            return
+        with storing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            used = open_lock(_beside(folder, "used"))
+        with used:
+            fcntl.flock(used, fcntl.LOCK_SH)
+            _used[folder] = os.dup(used.fileno())
+
+
+def set_published(folder: Path, is_published: bool) -> None:
+    """Note whether the store has all of a folder that was made here. Raises RunFailed."""
+    mark = _beside(folder, "published")
+    with storing(mark):
+        if is_published:
+            mark.touch()
+        else:
+            mark.unlink(missing_ok=True)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f"{folder.name.removesuffix(_DRAFT)}.{what}")
+
+
+def _is_elsewhere(folder: Path) -> bool:
+    """Whether all of a folder is to be had again."""
+    kind = folder.relative_to(cache_folder()).parts[0]
+    if kind == "outputs":
+        return not any(folder.rglob("part-*.parquet"))
+    return kind != "storage" or _beside(folder, "published").exists()
 
 
 def _bytes_of(folder: Path) -> int:

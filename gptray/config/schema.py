@@ -50,7 +50,8 @@ class Config(Section):
     )
     storage_path: str = Field(
         "~/gptray",
-        description="folder of all runs; on a cluster one that every node sees (Ray RunConfig)",
+        description="folder of all runs, on a cluster one that every node sees; or, on one node, "
+        "a URI: s3://bucket/runs (Ray RunConfig)",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         1337, description="seed of the split, the initial weights, the batch order and dropout"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gptray.commands import job_command
 from gptray.config import Config, UserError, override
+from gptray.files import is_uri
 from gptray.model.example import FALLBACK, load_example
 
 
@@ -26,6 +27,11 @@ def model_commands(
         "generate": command("generate", f"generate.model={name}", _prompt_word(folder)),
         "serve": command("serve", f"serve.model={name}"),
     }
+
+
+def home_of(config: Config) -> str | None:
+    """The URI of a run that is at home in an object store; None for any other run."""
+    return f"{config.storage_path}/{config.name}" if is_uri(config.storage_path) else None
 
 
 def _prompt_word(folder: Path) -> str:
@@ -49,7 +55,8 @@ def train_command(
     folder = folder.resolve()
     words = [f"{key}={_word(value)}" for key, value in changes.items()]
     name = [] if resumes else [f"name={_free_name(folder)}"]
-    return job_command("train", "--config", str(folder / "config.yaml"), *name, *words)
+    home = home_of(config) or folder
+    return job_command("train", "--config", f"{home}/config.yaml", *name, *words)
 
 
 def _free_name(folder: Path) -> str:

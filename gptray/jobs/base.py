@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from gptray.config import Config
+from gptray.files import is_uri
 
 Checked = TypeVar("Checked")
 # Label and value of each fact that --dry-run prints.
@@ -26,6 +28,14 @@ class Job(Generic[Checked]):
     check: Callable[[Config], Checked]
     plan: Callable[[Checked], Plan]
     run: Callable[[Checked], dict[str, Any] | None]
+
+
+def config_file(path: str) -> str:
+    """The config that --config names; of one by URI a copy on this node. Raises UserError."""
+    if not is_uri(path):
+        return path
+    copied: Callable[[str], Path] = importlib.import_module("gptray.node_cache").copied  # pyarrow
+    return str(copied(path))
 
 
 def find_job(name: str) -> Job[Any]:

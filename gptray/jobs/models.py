@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shlex
 import unicodedata
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from gptray.tuning.sweep_record import TRIALS
 log = logging.getLogger("gptray")
 CONFIG = "config.yaml"
 TOKENIZER = "data.tokenizer"
+_RUN_MODEL = re.compile(r"[^/.][^/]*/model/config\.json")
 
 
 def open_model(source: str | Path, *, key: str) -> Path:
@@ -51,7 +53,7 @@ def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, s
     None: the run `name` in `storage_path`, or without a name the newest run there.
     Raises UserError.
     """
-    place = locate(config, source, key=key) if source else str(own_run(config, key=key))
+    place = locate(config, source, key=key) if source else own_run(config, key=key)
     try:
         return open_model(place, key=key), place
     except NotOnHub as error:
@@ -76,7 +78,11 @@ def locate(config: Config, source: str, *, key: str) -> str:
     holds, what = (has_tokenizer, "tokenizer") if key == TOKENIZER else (has_model, "model")
     if is_uri(config.storage_path):
         remote = RemoteFolder(config.storage_path) / source
-        return str(remote) if "config.json" in (remote / "model").files() else source
+        if holds_model(remote):
+            return str(remote)
+        if CONFIG in remote.files():
+            raise UserError(f"{key}={source}: the run {_without_model(remote)}")
+        return source
     here, run = Path(source), _run_named(config, source)
     if not (run / CONFIG).is_file() and not has_model(run):
         return source
@@ -91,8 +97,10 @@ def locate(config: Config, source: str, *, key: str) -> str:
     return str(run)
 
 
-def own_run(config: Config, *, key: str) -> Path:
+def own_run(config: Config, *, key: str) -> str:
     """The run called `name` in `storage_path`; without a name the newest one. Raises UserError."""
+    if is_uri(config.storage_path):
+        return str(_own_remote_run(config, RemoteFolder(config.storage_path), key=key))
     storage = storage_of(config)
     if config.name is None:
         newest = newest_run(storage)
@@ -101,14 +109,45 @@ def own_run(config: Config, *, key: str) -> Path:
                 f"{key} is not set and {storage} has no run with a model; name a run, a model "
                 "folder or a hub id"
             )
-        return newest
+        return str(newest)
     run = storage / config.name
     if has_model(run):
-        return run
+        return str(run)
     if (run / CONFIG).is_file():
         raise UserError(f"name={config.name}: {run} has no model yet; {_how_to_train(run)}")
     what_to_do = _nearest_run(storage, config.name) or _how_to_list(storage)
     raise UserError(f"name={config.name}: no such run in {storage}{what_to_do}")
+
+
+def _own_remote_run(config: Config, storage: RemoteFolder, *, key: str) -> RemoteFolder:
+    """`own_run` in an object store."""
+    if config.name is None:
+        files = storage.files(deep=True).items()
+        models = [(one.modified, name) for name, one in files if _RUN_MODEL.fullmatch(name)]
+        if not models:
+            raise UserError(
+                f"{key} is not set and {storage} has no run with a model; name a run, a model "
+                "folder or a hub id"
+            )
+        return storage / max(models)[1].partition("/")[0]
+    run = storage / config.name
+    if holds_model(run):
+        return run
+    if CONFIG in run.files():
+        raise UserError(f"name={config.name}: {_without_model(run)}")
+    near = nearest(config.name, storage.folders())
+    known = did_you_mean([near] if near else [])
+    raise UserError(f"name={config.name}: no such run in {storage}{known}")
+
+
+def holds_model(run: RemoteFolder) -> bool:
+    """Whether a run in an object store has a model. Raises UserError."""
+    return "config.json" in (run / "model").files()
+
+
+def _without_model(run: RemoteFolder) -> str:
+    job = "tune" if TRIALS in run.files() else "train"
+    return f"{run} has no model yet; {typed(job, '--config', f'{run}/{CONFIG}')} resumes it"
 
 
 def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
@@ -142,19 +181,8 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
 
 
 def storage_of(config: Config) -> Path:
-    """The folder of all runs. Raises UserError for one in an object store."""
-    check_is_folder(config)
+    """The folder of all runs, which is no URI. Raises UserError for an unknown home folder."""
     return expanded(config.storage_path, key="storage_path").absolute()
-
-
-def check_is_folder(config: Config) -> None:
-    """Refuse a storage_path in an object store, which only training takes. Raises UserError."""
-    if is_uri(config.storage_path):
-        place = config.storage_path.rstrip("/")
-        raise UserError(
-            f"storage_path={place}: only prepare and train take object storage; here give a "
-            f"folder, and name a run there by its URI, such as generate.model={place}/NAME"
-        )
 
 
 def _run_named(config: Config, name: str) -> Path:

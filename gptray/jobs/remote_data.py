@@ -9,6 +9,7 @@ from gptray.config import Config
 from gptray.data.publish import building
 from gptray.files import is_uri
 from gptray.manifest import MANIFEST
+from gptray.node_cache import hold, make_room, set_published
 from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
@@ -20,7 +21,11 @@ def bring_data(config: Config, data_dir: Path) -> None:
     Raises UserError, RunFailed.
     """
     place = _data_home(config, data_dir)
-    if place is None or data_dir.exists() or MANIFEST not in place.files():
+    if place is None:
+        return
+    hold(data_dir)
+    make_room()
+    if data_dir.exists() or MANIFEST not in place.files():
         return
     log.info("fetching %s", place)
     with building(data_dir) as folder:
@@ -31,11 +36,13 @@ def bring_data(config: Config, data_dir: Path) -> None:
 def publish_data(config: Config, data_dir: Path) -> None:
     """Publish prepared text, manifest last, where storage_path is an object store without it."""
     place = _data_home(config, data_dir)
-    if place is None or MANIFEST in place.files():
+    if place is None:
         return
-    files = [path for path in data_dir.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: path.name == MANIFEST):
-        place.upload(path, path.relative_to(data_dir).as_posix())
+    if MANIFEST not in place.files():
+        files = [path for path in data_dir.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == MANIFEST):
+            place.upload(path, path.relative_to(data_dir).as_posix())
+    set_published(data_dir, True)
 
 
 def _data_home(config: Config, data_dir: Path) -> RemoteFolder | None:

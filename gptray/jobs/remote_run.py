@@ -1,147 +1,202 @@
-"""A run whose home is an object store: made in a folder on this node, published as it trains.
+"""A run or a sweep whose home is an object store: made in a folder on this node, published as it
+goes.
 
 The store is the truth: before a run starts, the folder here is made equal to what is there. While
-it trains, checkpoints are published whole, manifest last, after the rows that they rely on; then
-the best model and everything else that has changed. A checkpoint that was not published when the
-machine was lost is trained again, to the same bits.
+it trains, whatever has changed is published (`gptray.jobs.publisher`). A checkpoint that was not
+published when the machine was lost is trained again, to the same bits.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.files import CannotWrite, is_uri, remove, storing
+from gptray.files import is_uri, remove, storing
 from gptray.jobs.cluster_nodes import alive_nodes
+from gptray.jobs.publisher import (
+    RunPublisher,
+    Sent,
+    SweepPublisher,
+    Version,
+    is_hidden,
+    version_of,
+)
 from gptray.jobs.run_folder import held, run_dir, seen_at
 from gptray.lease import Lease, leased
-from gptray.manifest import FORMAT, MANIFEST, files_damage
-from gptray.record import EVENTS, METRICS
+from gptray.manifest import MANIFEST, files_damage
+from gptray.node_cache import hold, make_room, set_published
 from gptray.remote_folder import RemoteFolder, StoredFile
-from gptray.training.checkpoint import checkpoint_step, find_checkpoints
+from gptray.training.checkpoint import checkpoint_step
+from gptray.tuning.sweep_record import load_trials, trial_dir
 
 log = logging.getLogger("gptray")
 
 _LEASES = ".gptray"
-# What the store held when a run was brought here, by the run's folder.
-_brought: dict[Path, dict[str, StoredFile]] = {}
+_MODEL_MANIFEST = f"model/{MANIFEST}"
+# Files that are fetched at a time.
+_AT_ONCE = 8
 
 
-def bring_run(config: Config) -> None:
+@dataclass(frozen=True)
+class _Brought:
+    """What the store held when a run was brought here, and what of it is here."""
+
+    there: Mapping[str, StoredFile]
+    sent: Sent
+
+
+_brought: dict[Path, _Brought] = {}
+
+
+def bring_run(config: Config, *, busy: str | None = None) -> None:
     """Make the folder of a resolved config's run equal to its home, if that is an object store.
+
+    The checkpoints of a sweep's trials that have ended stay in the store. busy: as in `held`.
 
     Raises:
         UserError: the store cannot be read, or a process here trains the run.
-        RunFailed: there is no room.
+        RunFailed: there is no room, or a sweep's record is damaged.
     """
     if not is_uri(config.storage_path):
         return
     folder, home = run_dir(config), RemoteFolder(seen_at(config))
+    hold(folder)
+    make_room()
     try:
         there = _listed(home)
     except UserError as error:
         raise UserError(f"storage_path: {error}") from None
-    checkpoints = {name.partition("/")[0] for name in there if _is_manifest(name)}
-    others = {name for name in there if not _is_of_checkpoint(name) and name != _MODEL_MANIFEST}
-    with held(folder):
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            is_there = name in others or name.partition("/")[0] in checkpoints
-            if path.is_file() and name[0] != "." and not is_there:
-                remove(path)
-        for path in find_checkpoints(folder):
-            if path.name not in checkpoints:
-                remove(path)
+    checkpoints = {one for name in there if (one := _checkpoint_of(name))}
+    wholes = {one for one in checkpoints if f"{one}/{MANIFEST}" in there}
+    others = [
+        name for name in there if not _checkpoint_of(name) and not name.endswith(_MODEL_MANIFEST)
+    ]
+    with held(folder, busy=busy):
+        _remove_all_but({*others, *wholes}, folder)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda name: home.download(name, folder / name), others))
+        ended = _ended(folder)
+        sent = Sent(_versions([folder / name for name in others], ended))
         for name in sorted(checkpoints):
-            _bring_checkpoint(home / name, folder / name, there)
-        for name in others:
-            home.download(name, folder / name)
-    _brought[folder] = there
-
-
-_MODEL_MANIFEST = f"model/{MANIFEST}"
-
-
-def _is_of_checkpoint(name: str) -> bool:
-    return checkpoint_step(Path(name.partition("/")[0])) is not None
-
-
-def _is_manifest(name: str) -> bool:
-    """Whether it is the manifest of a checkpoint, which is there once the others are."""
-    return _is_of_checkpoint(name) and name.partition("/")[2] == MANIFEST
+            path = folder / name
+            if path.parent not in ended:
+                files = [one for one in there if one.startswith(f"{name}/")]
+                sent.checkpoints[path] = (
+                    _bring_checkpoint(home / name, path, [one[len(name) + 1 :] for one in files])
+                    if name in wholes
+                    else None
+                )
+        set_published(folder, True)
+    _brought[folder] = _Brought(there, sent)
 
 
 def _listed(home: RemoteFolder) -> dict[str, StoredFile]:
-    files = home.files(deep=True)
-    return {name: one for name, one in files.items() if name[0] != "."}
+    return {name: one for name, one in home.files(deep=True).items() if not is_hidden(name)}
 
 
-def _bring_checkpoint(place: RemoteFolder, folder: Path, there: dict[str, StoredFile]) -> None:
+def _checkpoint_of(name: str) -> str | None:
+    """The checkpoint, of a run or of a sweep's trial, that a file or folder is or belongs to."""
+    path = PurePosixPath(name)
+    found = [one for one in (path, *path.parents) if checkpoint_step(Path(one)) is not None]
+    return found[-1].as_posix() if found else None
+
+
+def _remove_all_but(kept: set[str], folder: Path) -> None:
+    """Remove what is not in a run's home; kept: its files, and its whole checkpoints."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name in kept or _checkpoint_of(name) in kept or is_hidden(name):
+            continue
+        if path.is_file() or checkpoint_step(path) is not None:
+            remove(path)
+
+
+def _versions(paths: Iterable[Path], ended: Collection[Path]) -> dict[Path, Version]:
+    """Those of files that were fetched; of models only where they are known to be whole there."""
+    return {
+        path: version_of(path)
+        for path in paths
+        if path.parent.name != "model" or path.parents[1] in ended
+    }
+
+
+def _ended(folder: Path) -> set[Path]:
+    """The trials of a sweep that are not trained any more. Raises RunFailed."""
+    ended = [one.name for one in load_trials(folder) if one.outcome and not one.passing]
+    return {trial_dir(folder, name) for name in ended}
+
+
+def _bring_checkpoint(place: RemoteFolder, folder: Path, files: Iterable[str]) -> bytes | None:
+    """Fetch a checkpoint unless it is here; return its manifest. files: their names in it."""
     manifest = place.read(MANIFEST)
     with suppress(OSError):
         if (folder / MANIFEST).read_bytes() == manifest and not files_damage(folder, needed=()):
-            return
+            return manifest
     log.info("fetching %s", place)
     draft = folder.with_name(f".{folder.name}.tmp")
     with storing(folder):
         remove(draft)
-        for name in there:
-            top, _, below = name.partition("/")
-            if top == folder.name:
-                place.download(below, draft / below)
+        for name in files:
+            place.download(name, draft / name)
         remove(folder)
         os.rename(draft, folder)
+    return manifest
 
 
 @contextmanager
-def publishing(config: Config, folder: Path) -> Iterator[Callable[[], None]]:
-    """Publish a run while the block runs, if its home is an object store.
+def publishing(
+    config: Config, folder: Path, *, sweep: bool = False
+) -> Iterator[Callable[[], None]]:
+    """Publish a run or a sweep while the block runs, if its home is an object store.
 
     Yields what has all changes published soon; at the end they are. Others cannot write there.
 
     Raises:
-        UserError: another job trains the run, or the store cannot be written.
+        UserError: another job is at work there, or the store cannot be written.
         RunFailed: at the end, the store cannot be written; or another job has changed the run.
     """
     if not is_uri(config.storage_path):
         yield lambda: None
         return
-    home = RemoteFolder(seen_at(config))
-    with leased(home / _LEASES, busy=f"another job is training the run {home}") as lease:
-        if _listed(home) != _brought.pop(folder):
+    home, kind = RemoteFolder(seen_at(config)), SweepPublisher if sweep else RunPublisher
+    busy = f"another job {'runs the sweep' if sweep else 'is training the run'} {home}"
+    with leased(home / _LEASES, busy=busy) as lease:
+        brought = _brought.pop(folder)
+        if _listed(home) != brought.there:
             raise RunFailed(f"another job has just changed {home}; run the same command again")
-        publisher = Publisher(home, folder, lease)
-        thread = threading.Thread(target=publisher.follow, name="publisher", daemon=True)
+        set_published(folder, False)
+        following = _Following(kind(home, folder, brought.sent), lease)
+        thread = threading.Thread(target=following.follow, name="publisher", daemon=True)
         thread.start()
         try:
-            yield publisher.wake
+            yield following.wake
         except BaseException:
             with suppress(RunFailed):
-                publisher.publish()
+                following.publish()
             raise
         else:
-            publisher.publish()
+            following.publish()
+            set_published(folder, True)
         finally:
-            publisher.end()
+            following.end()
 
 
-class Publisher:
-    """Copies what changes in a run's folder to its home."""
+class _Following:
+    """Publishes a folder whenever that is wanted, in a thread: training does not wait for it."""
 
-    def __init__(self, home: RemoteFolder, folder: Path, lease: Lease) -> None:
-        self._home, self._folder, self._lease = home, folder, lease
-        self._sent: dict[str, object] = {}
+    def __init__(self, publisher: RunPublisher | SweepPublisher, lease: Lease) -> None:
+        self._publisher, self._lease = publisher, lease
         self._guard, self._wanted, self._ended = threading.Lock(), threading.Event(), False
 
     def wake(self) -> None:
-        """Publish soon, in a thread: training does not wait for it."""
+        """Publish soon."""
         self._wanted.set()
 
     def end(self) -> None:
@@ -163,80 +218,10 @@ class Publisher:
         """Publish all that has changed. Raises RunFailed."""
         with self._guard:
             self._lease.check()
-            checkpoints = {one.name: one for one in find_checkpoints(self._folder)}
-            new = {
-                name: manifest
-                for name, one in sorted(checkpoints.items())
-                if (manifest := self._send_checkpoint(one)) is not None
-            }
-            for path in (*sorted(self._folder.glob("*.yaml")), *map(self._path, (METRICS, EVENTS))):
-                self._send(path)
-            for name, manifest in new.items():
-                (self._home / name).write(MANIFEST, manifest)
-                self._sent[name] = manifest
-            self._send_model()
-            for path in sorted(self._folder.rglob("*")):
-                top = path.relative_to(self._folder).parts[0]
-                if path.is_file() and top[0] != "." and top not in (*checkpoints, "model"):
-                    self._send(path)
-            for name in self._home.folders():
-                if checkpoint_step(Path(name)) is not None and not self._path(name).exists():
-                    (self._home / name).remove(MANIFEST)
-                    (self._home / name).remove_all()
-
-    def _path(self, name: str) -> Path:
-        return self._folder / name
-
-    def _send_checkpoint(self, folder: Path) -> bytes | None:
-        """Upload a checkpoint but for its manifest, which is returned; None: nothing to do."""
-        try:
-            manifest = (folder / MANIFEST).read_bytes()
-            if folder.name not in self._sent:
-                self._sent[folder.name] = (self._home / folder.name).read(MANIFEST)
-            if manifest == self._sent[folder.name]:
-                return None
-            for name in json.loads(manifest)["files"]:
-                (self._home / folder.name).upload(folder / name, name)
-        except (FileNotFoundError, CannotWrite):
-            if folder.exists():
-                raise
-            return None  # pruned meanwhile
-        return manifest
-
-    def _send(self, path: Path) -> None:
-        """Upload a file if it has changed since the last time."""
-        with suppress(FileNotFoundError):
-            version = _version(path)
-            name = path.relative_to(self._folder).as_posix()
-            if self._sent.get(name) != version:
-                self._home.write(name, path.read_bytes())
-                self._sent[name] = version
-
-    def _send_model(self) -> None:
-        """Publish the best model, its weights last but for the manifest."""
-        model = self._path("model")
-        if not model.is_dir():
-            return
-        paths = [path for path in model.iterdir() if path.name[0] != "."]
-        versions = {path.name: _version(path) for path in paths}
-        if self._sent.get("model") == versions:
-            return
-        contents = {path.name: path.read_bytes() for path in paths}
-        files = {
-            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in sorted(contents.items())
-        }
-        place = self._home / "model"
-        for name in sorted(contents, key=lambda name: name.endswith(".safetensors")):
-            place.write(name, contents[name])
-        place.write(MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
-        self._sent["model"] = versions
-
-
-def _version(path: Path) -> tuple[int, int, int]:
-    """What changes with a file's content."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
+            try:
+                self._publisher.publish()
+            except UserError as error:  # the store cannot be read
+                raise RunFailed(str(error)) from None
 
 
 def check_one_node(config: Config) -> None:

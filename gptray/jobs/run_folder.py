@@ -17,7 +17,7 @@ from gptray.config import Config, RunFailed, UserError, flatten, override
 from gptray.config.names import label_of
 from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
 from gptray.hub import NotOnHub
-from gptray.jobs.models import check_is_folder, locate, unknown, with_tokenizer
+from gptray.jobs.models import locate, unknown, with_tokenizer
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.node_cache import storage_folder
@@ -56,8 +56,6 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
     Raises:
         UserError: model.init_from is no model, or a key given contradicts its shape.
     """
-    if sweep:
-        check_is_folder(config)
     config = with_tokenizer(config)
     values: dict[str, object] = {
         "storage_path": config.storage_path.rstrip("/")
@@ -186,7 +184,9 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
         raise UserError("; ".join(wrong))
     keys = {key: value for key, value in shape.items() if key != "dropout" or key not in given}
     values: dict[str, object] = {f"model.{key}": value for key, value in keys.items()}
-    if not is_uri(init_from) and expanded(init_from).exists():
+    if is_uri(init_from):
+        values["model.init_from"] = init_from
+    elif expanded(init_from).exists():
         values["model.init_from"] = str(model_folder(init_from).resolve())
     if config.data.tokenizer is None:
         values["data.tokenizer"] = values.get("model.init_from", init_from)

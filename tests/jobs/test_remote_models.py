@@ -62,11 +62,20 @@ def test_every_key_of_a_model_takes_a_uri(model_dir: Path) -> None:
     words = [f"{job}.model={BOOK}" for job in ("evaluate", "serve")]
     config = load_config(None, [*words, f"model.init_from={BOOK}", "train.block_size=8"])
     weights = (model_dir / "model.safetensors").read_bytes()
-    assert (model_to_evaluate(config) / "model.safetensors").read_bytes() == weights
+    assert (model_to_evaluate(config).folder / "model.safetensors").read_bytes() == weights
     assert user_config(config) == {"model": BOOK, "served_model_name": "book"}
     trained = resolve(config)
     assert trained.model.init_from == trained.data.tokenizer == BOOK
     assert trained.model.n_embd == load_pretrained(model_dir).config.n_embd
+
+
+def test_every_key_of_a_model_takes_the_name_of_a_run_there() -> None:
+    words = ["storage_path=s3://bucket/runs", "train.block_size=8"]
+    named = [f"{key}=book" for key in ("serve.model", "evaluate.model", "model.init_from")]
+    config = load_config(None, [*words, *named])
+    assert user_config(config)["model"] == model_to_evaluate(config).place == BOOK
+    trained = resolve(config)
+    assert trained.model.init_from == trained.data.tokenizer == BOOK
 
 
 @pytest.mark.parametrize("below", ["", "/model", "/model/tokenizer.json"])

@@ -16,6 +16,7 @@ from gptray.config import Config, UserError, load_config
 from gptray.data.request import make_request
 from gptray.data.tokenizer import char_tokenizer
 from gptray.data.tokens import TokenData
+from gptray.doors import run as dry_run
 from gptray.files import sha256_of
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_model
@@ -25,7 +26,7 @@ from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import held, outcome
 from gptray.jobs.runs.run import check as check_runs
 from gptray.jobs.train.check import check
-from gptray.jobs.tune.check import check as check_sweep
+from gptray.node_cache import hold, make_room, set_published, storage_folder
 from gptray.remote_folder import RemoteFolder
 from gptray.training.loop import fit
 from tests.data.prepared import prepared_here
@@ -154,18 +155,71 @@ def test_another_machine_is_kept_out_while_a_run_is_trained(
             job(config)
 
 
-def test_other_jobs_refuse_such_a_home_in_a_sentence_and_name_its_runs_by_uri(
-    store: ObjectStore,
+def test_runs_are_named_and_listed_there(
+    store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = re.escape(f"storage_path={HOME}: only prepare and train take object storage")
+    config, words = config_at(source), [f"storage_path={HOME}"]
+    prepare(config)
+    job(config)
+    store.put(source, "bucket/runs/stray/tiny.txt")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))
+    stray, run = check_runs(load_config(None, words)).runs
+    assert (stray.kind, stray.problem) == ("other", "not a run: it has no config.yaml")
+    assert (run.kind, run.path, run.state, run.step) == ("run", f"{HOME}/r", "finished", STEPS)
+    assert run.next.endswith(f"--config {HOME}/r/config.yaml train.max_steps={2 * STEPS}") or (
+        f"generate.model={HOME}/r" in run.next
+    )
+    assert run.bytes == sum(
+        len(one.content) for name, one in store.objects.items() if name.startswith("bucket/runs/r/")
+    )
+    for named in ([], ["name=r"], ["generate.model=r"]):
+        assert check_model(load_config(None, [*words, *named])).name == f"{HOME}/r"
+    for named in (["name=r"], ["evaluate.model=r"], [f"evaluate.model={HOME}/r/model"]):
+        checked = check_evaluation(load_config(None, [*words, *named]))
+        assert (str(checked.home), checked.model) == (f"{HOME}/r", f"{HOME}/r")
+        assert (
+            checked.is_own_text and checked.text.request.data_dir == make_request(config).data_dir
+        )
+    with pytest.raises(UserError, match="name=q: no such run in s3://bucket/runs"):
+        check_evaluation(load_config(None, [*words, "name=q"]))
+    assert dry_run("train", [f"--config={HOME}/r/config.yaml", "--dry-run"]) == 0
+    assert dry_run("train", [f"--config={HOME}/q/config.yaml", "--dry-run"]) == 2
+
+
+def test_the_cache_keeps_what_is_in_use_or_not_published(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    storage, outputs = storage_folder(HOME), tmp_path / "cache/gptray/outputs"
+    files = {
+        "published": storage / "a" / "model", "unpublished": storage / "b" / "model",
+        "used": storage / "c" / "model", "shards": storage / "data" / "t" / "val.bin",
+        "part": outputs / "x" / ".gptray" / "part-00000.parquet", "rows": outputs / "y" / "rows",
+    }  # fmt: skip
+    for path in files.values():
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(1000))
+    for name in ("published", "used", "shards"):
+        set_published(files[name].parent, True)
+    hold(files["used"].parent)
+    make_room(most=6000)
+    assert all(path.exists() for path in files.values())
+    make_room(most=0)
+    assert [name for name, path in files.items() if path.exists()] == [
+        "unpublished",
+        "used",
+        "part",
+    ]
+
+
+def test_a_run_without_a_model_or_with_another_name_is_told(store: ObjectStore) -> None:
+    store.objects["bucket/runs/book/config.yaml"] = Object(b"")
     words = [f"storage_path={HOME}"]
-    space = "tune.space=[{path: optim.lr, choice: [0.1, 0.2]}]"
-    with pytest.raises(UserError, match=told):
-        check_sweep(load_config(None, [*words, space]))
-    for job_check in (check_evaluation, check_runs, check_model):
-        with pytest.raises(UserError, match=told):
-            job_check(load_config(None, words))
-    store.objects["bucket/runs/book/x"] = Object(b"")
     message = "generate.model=boook: no such run in s3://bucket/runs, .*; did you mean book"
     with pytest.raises(UserError, match=message):
         check_model(load_config(None, [*words, "generate.model=boook"]))
+    message = f"{HOME}/book has no model yet; .* --config {HOME}/book/config.yaml resumes it"
+    for named in ("name=book", "generate.model=book"):
+        with pytest.raises(UserError, match=message):
+            check_model(load_config(None, [*words, named]))
+    with pytest.raises(UserError, match="generate.model is not set and .* has no run with a model"):
+        check_model(load_config(None, words))

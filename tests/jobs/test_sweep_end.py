@@ -33,7 +33,7 @@ def swept(folder: Path, *overrides: str, space: Sequence[dict[str, Any]] = ()) -
 def test_json_and_headline_say_what_the_winner_has_seen(tmp_path: Path) -> None:
     part = {"path": "data.fraction", "choice": [0.05]}
     folder = swept(tmp_path / "part", "train.patience=null", space=[part])
-    line: dict[str, Any] = outcome(load_sweep(folder))
+    line: dict[str, Any] = outcome(load_sweep(folder), str(folder))
     step = line["best_step"]
     assert line["best_tokens"] == step * 16 * 128
     assert line["best_epochs"] == pytest.approx(step / 100)
@@ -50,7 +50,7 @@ def test_the_printed_command_trains_the_winner_longer_on_all_of_the_text(
     caplog.set_level(logging.INFO, "gptray")
     part = {"path": "data.fraction", "choice": [fraction]}
     folder = swept(tmp_path / "my 'sweep'", "train.patience=null", space=[part])
-    tell_winner(load_sweep(folder))
+    tell_winner(load_sweep(folder), str(folder))
     winner, settings, following = caplog.messages
     assert "bits per byte; it has seen" in winner and "model.dropout=" in settings
     longer, written = following.splitlines()[1:]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gptray.config import Config, RunFailed
+from gptray.config import Config, RunFailed, UserError
+from gptray.files import is_uri
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.cluster_nodes import Node, alive_nodes
@@ -33,7 +34,12 @@ class CheckedVisit:
 
 
 def check(config: Config) -> CheckedVisit:
-    """Find the storage path. Raises UserError where no home folder is known."""
+    """Find the storage path. Raises UserError for one in an object store or of an unknown user."""
+    if is_uri(config.storage_path):
+        raise UserError(
+            f"storage_path={config.storage_path}: the doctor looks at a folder that nodes share; "
+            "leave storage_path out for a look at all else"
+        )
     return CheckedVisit(storage_of(config))
 
 

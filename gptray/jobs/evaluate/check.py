@@ -22,12 +22,13 @@ from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.evaluate.evaluated_model import model_to_evaluate, results_folder, run_of
-from gptray.jobs.models import check_is_folder, for_workers, weights_sha256, with_tokenizer
+from gptray.jobs.evaluate.evaluated_model import FoundModel, model_to_evaluate, results_folder
+from gptray.jobs.models import for_workers, weights_sha256, with_tokenizer
 from gptray.jobs.places import with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.storage import check_storage
 from gptray.model.shape import read_shape
+from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import TrainerState, newest_whole
 
 
@@ -35,24 +36,33 @@ from gptray.training.checkpoint import TrainerState, newest_whole
 class CheckedEvaluation:
     """An evaluation that can start: its model exists, and so do the files of its text.
 
-    run: the run whose best model or checkpoint this is; None for any other folder.
     is_own_text: whether the run was trained on this text.
-    folder: where the results go.
+    folder: where the results go. home: where they are published, if that is an object store.
     """
 
     config: Config
-    model_dir: Path
-    run: Path | None
+    found: FoundModel
     text: CheckedText
     is_own_text: bool
     block_size: int
     stride: int
     folder: Path
+    home: RemoteFolder | None
+
+    @property
+    def model_dir(self) -> Path:
+        """The model here."""
+        return self.found.folder
+
+    @property
+    def run(self) -> Path | None:
+        """The run whose best model or checkpoint this is; None for any other folder."""
+        return self.found.run
 
     @property
     def model(self) -> str:
         """What names the model on every node: its folder, or the URI that it is fetched from."""
-        return for_workers(self.model_dir, self.config.evaluate.model)
+        return for_workers(self.model_dir, self.found.place)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -94,22 +104,21 @@ def check(config: Config) -> CheckedEvaluation:
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
     config = with_whole_paths(with_tokenizer(config))
-    check_is_folder(config)
-    model_dir = model_to_evaluate(config)
-    run = run_of(model_dir)
+    found = model_to_evaluate(config)
+    model_dir, run = found.folder, found.run
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
-    text = _text(config, trained, run, model_dir)
-    folder = results_folder(config, model_dir, run)
+    text = _text(config, trained, found)
+    folder, home = results_folder(config, found)
     checked = CheckedEvaluation(
         config=config,
-        model_dir=model_dir,
-        run=run,
+        found=found,
         text=check_text(text, partial(_request, config.evaluate.source)),
         is_own_text=trained is not None and _is_own_text(config, text, trained),
         block_size=block_size,
         stride=stride,
         folder=folder,
+        home=home,
     )
     check_storage(text.model_copy(update={"evaluate": config.evaluate}))
     _check_tokenizer(checked)
@@ -138,7 +147,7 @@ def plan(checked: CheckedEvaluation) -> Plan:
         *rows,
         ("passages", f"{config.evaluate.passages} to continue"),
         ("workers", f"{config.compute.max_workers} ({kind})"),
-        ("files", f"{checked.folder}/: evaluation.json report.html and its PNGs"),
+        ("files", f"{checked.home or checked.folder}/: evaluation.json report.html and its PNGs"),
     ]
 
 
@@ -171,22 +180,23 @@ def _window(config: Config, trained: Config | None, model_dir: Path) -> tuple[in
     return block_size, stride
 
 
-def _text(config: Config, trained: Config | None, run: Path | None, model_dir: Path) -> Config:
+def _text(config: Config, trained: Config | None, found: FoundModel) -> Config:
     """The config of the text: the run's, changed by what is given, with a tokenizer that fits.
 
     Any text but the run's own is read with the model's own tokenizer, unless one is given.
     """
     given = _data_keys(flatten(config, given=True))
     text = config
-    if trained and run:
+    if trained and found.run:
+        storage = config.storage_path if found.home else str(found.run.parent)
         if given.get("data.source", trained.data.source) != trained.data.source:
             # Held-out text belongs to the source that it was named with.
             given = {"data.val_source": None, "data.test_source": None, **given}
-        text = override(trained, {**given, "storage_path": str(run.parent), "name": run.name})
+        text = override(trained, {**given, "storage_path": storage, "name": found.run.name})
         if _is_own_text(config, text, trained):
             return text
     if given.get("data.tokenizer") is None:
-        text = override(text, {"data.tokenizer": for_workers(model_dir, config.evaluate.model)})
+        text = override(text, {"data.tokenizer": for_workers(found.folder, found.place)})
     return text
 
 

@@ -2,36 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import Config, UserError
 from gptray.config.names import label_of
 from gptray.evaluation.result import EVALUATION
-from gptray.files import absolute
-from gptray.jobs.models import find_model, has_model, newest_run, storage_of, weights_sha256
-from gptray.jobs.run_folder import resolve, run_dir
+from gptray.files import absolute, is_uri
+from gptray.jobs.models import (
+    CONFIG,
+    find_model,
+    has_model,
+    holds_model,
+    newest_run,
+    storage_of,
+    weights_sha256,
+)
+from gptray.jobs.remote_records import fetch_records, records_folder
+from gptray.jobs.run_folder import resolve, run_dir, seen_at
+from gptray.model.shape import model_folder
+from gptray.node_cache import hold
+from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step
 from gptray.tuning.sweep_record import crowned_dir
 
 
-def model_to_evaluate(config: Config) -> Path:
-    """The folder of the model. Raises UserError naming the key."""
-    return _trained(find_model(config, _source(config), key="evaluate.model")[0].resolve())
+@dataclass(frozen=True)
+class FoundModel:
+    """A model to evaluate, in a folder here; place: how the user, or a URI, names it.
+
+    run: the run whose best model or checkpoint it is; None for any other. home: of a run that is at
+    home in an object store; then `run` has only its records.
+    """
+
+    folder: Path
+    place: str
+    run: Path | None
+    home: RemoteFolder | None = None
+
+
+def model_to_evaluate(config: Config) -> FoundModel:
+    """Find the model. Raises UserError naming the key."""
+    folder, place = find_model(config, _source(config), key="evaluate.model")
+    storage = config.storage_path.rstrip("/")
+    if is_uri(storage) and place.startswith(f"{storage}/"):
+        return _in_store(folder, RemoteFolder(place.removesuffix("/model")))
+    folder = _trained(folder.resolve())
+    return FoundModel(folder, place, _run_of(folder))
 
 
 def _source(config: Config) -> str | None:
     """What `evaluate.model` says; by default the run called name (None) or of this config."""
     if config.evaluate.model is not None or config.name is not None:
         return config.evaluate.model
-    run = run_dir(resolve(config))
-    if not has_model(run):
+    resolved = resolve(config)
+    run, other = seen_at(resolved), ""
+    if is_uri(config.storage_path):
+        is_there = holds_model(RemoteFolder(run))
+    elif not (is_there := has_model(run_dir(resolved))):
         newest = newest_run(storage_of(config))
         other = f", such as name={newest.name}" if newest else ""
+    if not is_there:
         raise UserError(
             f"evaluate.model is not set and {run} has no trained model: train it first, or "
             f"name a run, a model folder or a hub id{other}"
         )
-    return str(run)
+    return run
+
+
+def _in_store(folder: Path, home: RemoteFolder) -> FoundModel:
+    """The model of a folder in a store that is storage_path; a sweep's is its winner's."""
+    names = home.files(deep=True)
+    if CONFIG not in names:
+        return FoundModel(folder, str(home), None)
+    records = records_folder(home)
+    hold(records.parent)
+    fetch_records(home, names, records)
+    if winner := crowned_dir(records):
+        trial = home / "trials" / winner.name
+        return _in_store(model_folder(str(trial)), trial)
+    return FoundModel(folder, str(home), records, home)
 
 
 def _trained(model_dir: Path) -> Path:
@@ -40,33 +91,39 @@ def _trained(model_dir: Path) -> Path:
     return winner / "model" if winner and model_dir.name == "model" else model_dir
 
 
-def run_of(model_dir: Path) -> Path | None:
+def _run_of(model_dir: Path) -> Path | None:
     """The run that a model folder belongs to: its best model's, or a checkpoint's."""
     home = model_dir.parent
     run = home.parent if checkpoint_step(home) is not None else home
-    return run if model_dir.name == "model" and (run / "config.yaml").is_file() else None
+    return run if model_dir.name == "model" and (run / CONFIG).is_file() else None
 
 
-def results_folder(config: Config, model_dir: Path, run: Path | None) -> Path:
+def results_folder(config: Config, found: FoundModel) -> tuple[Path, RemoteFolder | None]:
     """Where to keep the results: with the run whose best model it is, else in a new folder.
+
+    And where that is published, if storage_path is an object store.
 
     Raises UserError where that folder is something else's.
     """
-    if run and run / "model" == model_dir:
-        return run
-    return _own_folder(config, model_dir, run)
+    if found.run and (found.home or found.run / "model" == found.folder):
+        return found.run, found.home
+    name = config.name or _name(config, found.folder, found.run)
+    if is_uri(config.storage_path):
+        home = RemoteFolder(config.storage_path) / name
+        _check_own(str(home), found, home.files())
+        return records_folder(home), home
+    folder = absolute(config.storage_path, key="storage_path") / name
+    visible = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    _check_own(str(folder), found, [name for name in visible if name[0] != "."])
+    return folder, None
 
 
-def _own_folder(config: Config, model_dir: Path, run: Path | None) -> Path:
-    """Where to keep the results of a model that is no run's best one: a folder of its own."""
-    storage = absolute(config.storage_path, key="storage_path")
-    folder = storage / (config.name or _name(config, model_dir, run))
-    visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
-    if visible and ((folder / "config.yaml").exists() or not (folder / EVALUATION).exists()):
+def _check_own(folder: str, found: FoundModel, names: Collection[str]) -> None:
+    """Refuse a folder with such files unless it is an evaluation's own. Raises UserError."""
+    if names and (CONFIG in names or EVALUATION not in names):
         raise UserError(
-            f"{folder} exists and is not an evaluation of {model_dir}; choose another name"
+            f"{folder} exists and is not an evaluation of {found.folder}; choose another name"
         )
-    return folder
 
 
 def _name(config: Config, model_dir: Path, run: Path | None) -> str:

@@ -17,9 +17,11 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, plan
 from gptray.jobs.next_steps import of_model, tell
-from gptray.jobs.prepare.run import prepare_text
+from gptray.jobs.prepare.run import stored_text
+from gptray.jobs.remote_run import check_one_node
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.shared_storage import check_shared
+from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
 
@@ -36,14 +38,16 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 def run(checked: CheckedEvaluation) -> dict[str, Any]:
     """Evaluate, save the result and its report. Raises as `evaluate` does."""
+    config = checked.config
     log.info("evaluating %s", checked.model)
-    with ray_cluster(wait_s=checked.config.compute.wait_s):
+    with ray_cluster(wait_s=config.compute.wait_s):
+        check_one_node(config)
         check_shared(
-            written={f"storage_path={checked.config.storage_path}": checked.folder},
+            written={f"storage_path={config.storage_path}": checked.folder},
             read={"evaluate.model": [Path(checked.model)]},
-            use_gpu=checked.config.compute.use_gpu,
+            use_gpu=config.compute.use_gpu,
         )
-        data = prepare_text(checked.text.request)
+        data = stored_text(config, checked.text.request)
         check_tokens(checked, data)
         from gptray.jobs.evaluate.measure import measure
 
@@ -55,9 +59,20 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
         save_evaluation(evaluation, checked.folder)
     reporter = Reporter(checked.folder)
     reporter.write(running=False)
-    uses = of_model(checked.run or checked.model_dir, checked.config.evaluate.model)
+    uses = of_model(checked.run or checked.model_dir, checked.found.place)
     tell([uses["generate"], uses["serve"]])
-    return {**outcome(evaluation), "evaluation": str(path), "report": reporter.path}
+    place, report = str(checked.folder), reporter.path
+    if checked.home:
+        _publish(checked.folder, checked.home)
+        place, report = str(checked.home), report and report.replace(place, str(checked.home), 1)
+    return {**outcome(evaluation), "evaluation": f"{place}/{EVALUATION}", "report": report}
+
+
+def _publish(folder: Path, home: RemoteFolder) -> None:
+    """Copy the results to where they belong in an object store. Raises RunFailed."""
+    for path in (*sorted(folder.glob("*.png")), folder / "report.html", folder / EVALUATION):
+        if path.is_file():
+            home.write(path.name, path.read_bytes())
 
 
 def _say(evaluation: Evaluation) -> None:

@@ -22,6 +22,7 @@ from gptray.jobs.generate.check import CheckedBatch
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.output_plan import MANIFEST, PLAN, SUCCESS, Record, busy, valid_plan
 from gptray.lease import leased
+from gptray.node_cache import hold, make_room
 from gptray.remote_folder import RemoteFolder
 from gptray.stored import Unreadable, parse_json, read_object
 
@@ -47,6 +48,8 @@ class RemoteOutput(Output):
     @classmethod
     @contextmanager
     def held(cls, job: CheckedBatch) -> Iterator[Callable[[], None]]:
+        hold(job.folder)
+        make_room()
         with leased(RemoteFolder(job.output) / SCRATCH, busy=busy(job.output)) as lease:
             yield lease.check
 

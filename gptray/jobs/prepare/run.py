@@ -61,9 +61,7 @@ def run(checked: CheckedText) -> dict[str, object]:
     """
     began = time.monotonic()
     is_ready = checked.data is not None
-    bring_data(checked.config, checked.request.data_dir)
-    data = prepare_text(checked.request, wait_s=checked.config.compute.wait_s)
-    publish_data(checked.config, data.data_dir)
+    data = stored_text(checked.config, checked.request, wait_s=checked.config.compute.wait_s)
     seconds = time.monotonic() - began
     splits = data.manifest["splits"]
     again = retyped("train")
@@ -84,6 +82,14 @@ def run(checked: CheckedText) -> dict[str, object]:
         "seconds": round(seconds, 2),
         "mb_per_sec": None if is_ready else round(data.manifest["bytes"] / 1e6 / seconds, 3),
     }
+
+
+def stored_text(config: Config, request: Request, *, wait_s: float | None = None) -> TokenData:
+    """As `prepare_text`; from the storage_path, if that is an object store, or published there."""
+    bring_data(config, request.data_dir)
+    data = prepare_text(request, wait_s=wait_s)
+    publish_data(config, request.data_dir)
+    return data
 
 
 def prepare(config: Config, *, piece_bytes: int = PIECE_BYTES) -> TokenData:

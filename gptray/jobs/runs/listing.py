@@ -1,26 +1,22 @@
 """What lies in a storage path: runs, sweeps and evaluations, with what each has come to.
 
-Reads the folders' own files, without torch or Ray. A damaged folder, or one that is not a run's,
-gets a line that says so.
+Reads the folders' own files, without torch or Ray; of an object store, copies of the records. A
+damaged folder, or one that is not a run's, gets a line that says so.
 """
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from gptray.config import Config, RunFailed, UserError, load_saved
-from gptray.config.names import PREPARED
+from gptray.config import Config, RunFailed, UserError
 from gptray.evaluation.result import EVALUATION, load_evaluation
-from gptray.jobs.models import CONFIG, has_model, storage_of
+from gptray.jobs.models import CONFIG, has_model
 from gptray.jobs.next_steps import of_model
-from gptray.jobs.resuming import command
-from gptray.jobs.run_folder import LOCK
+from gptray.jobs.runs.record_places import RecordPlace, record_places
 from gptray.record import METRICS, Event, MetricsRow, read_events, read_metrics
 from gptray.reports.run.diagnosis import Diagnosis, diagnose
 from gptray.tuning.sweep_record import TRIALS, Trial, load_trials, trial_dir, winner_dir
@@ -28,7 +24,7 @@ from gptray.tuning.sweep_record import TRIALS, Trial, load_trials, trial_dir, wi
 
 @dataclass(frozen=True)
 class Listed:
-    """A folder of a storage path.
+    """A folder of a storage path. path: or its URI.
 
     kind: run, sweep, evaluation or other. val_loss in nats per token, of the best model; val_bpb
     its bits per byte. bytes: on disk. next: a command; "" where there is none.
@@ -72,32 +68,26 @@ def listed(config: Config) -> list[Listed]:
 
     Raises UserError for a storage path that cannot be listed.
     """
-    storage = storage_of(config)
-    try:
-        folders = [one for one in storage.iterdir() if one.is_dir()] if storage.exists() else []
-    except OSError as error:
-        raise UserError(f"storage_path={config.storage_path}: {error.strerror}") from None
-    shown = [one for one in folders if one.name[0] != "." and one.name != PREPARED]
-    return sorted([_listed(one) for one in shown], key=lambda one: -one.changed)
+    with record_places(config) as places:
+        return sorted([_listed(one) for one in places], key=lambda one: -one.changed)
 
 
-def _listed(folder: Path) -> Listed:
-    kind = _kind(folder)
-    name, path = folder.name, str(folder)
-    try:
-        size, changed = _size(folder)
-    except OSError as error:
-        return Listed(name, path, kind, problem=f"cannot be read: {error.strerror}")
+def _listed(place: RecordPlace) -> Listed:
+    kind = _kind(place.folder)
+    name, path = place.folder.name, place.path
+    if place.problem:
+        return Listed(name, path, kind, problem=place.problem)
     facts: Facts = {}
     try:
-        facts = _READERS[kind](folder)
+        facts = _READERS[kind](place)
     except (UserError, RunFailed) as error:
-        facts["problem"] = str(error).splitlines()[0]
+        problem = str(error).splitlines()[0]
+        facts["problem"] = problem.replace(str(place.folder), place.path)
     except OSError as error:
         facts["problem"] = f"cannot be read: {error.strerror}"
     except Exception as error:  # a record may be damaged in any way
         facts["problem"] = f"its record is damaged: {type(error).__name__}: {error}"
-    return Listed(name, path, kind, bytes=size, changed=changed, **facts)
+    return Listed(name, path, kind, bytes=place.bytes, changed=place.changed, **facts)
 
 
 def _kind(folder: Path) -> str:
@@ -107,33 +97,21 @@ def _kind(folder: Path) -> str:
     return "other"
 
 
-def _size(folder: Path) -> tuple[int, float]:
-    """Bytes of a folder's files, links not followed, and when one of its own last changed."""
-    size, changed = 0, folder.stat().st_mtime
-    for place, _, names in os.walk(folder):
-        for name in names:
-            status = os.lstat(os.path.join(place, name))
-            size += status.st_size
-            if place == str(folder):
-                changed = max(changed, status.st_mtime)
-    return size, changed
-
-
-def _run(folder: Path) -> Facts:
-    config = load_saved(folder / CONFIG)
+def _run(place: RecordPlace) -> Facts:
+    folder, config = place.folder, place.config()
     rows, events = read_metrics(folder), read_events(folder)
     diagnosis = diagnose(rows, config, events)
-    state = _state(folder, diagnosis, events)
+    state = _state(place, diagnosis, events)
     best = min((row for row in rows if "val_loss" in row), key=_val_loss, default=None)
-    resumes = command("train", config, folder)
+    resumes = place.command("train", config)
     follows = resumes
     if state == "training":
         follows = ""
     elif diagnosis.ended in ("max_steps", "patience") and has_model(folder):
-        follows = of_model(folder)["generate"]
+        follows = of_model(folder, place.path)["generate"]
         if diagnosis.verdict == "falling":
             longer = f"train.max_steps={2 * config.train.max_steps}"
-            follows = command("train", config, folder, longer)
+            follows = place.command("train", config, longer)
     return {
         "state": state,
         "verdict": verdict(diagnosis),
@@ -145,11 +123,12 @@ def _run(folder: Path) -> Facts:
     }
 
 
-def _sweep(folder: Path) -> Facts:
+def _sweep(place: RecordPlace) -> Facts:
+    folder = place.folder
     trials, winner = load_trials(folder), winner_dir(folder)
     ended = sum(trial.outcome is not None for trial in trials)
-    facts: Facts = {"next": command("tune", load_saved(folder / CONFIG), folder)}
-    if _is_held(folder):
+    facts: Facts = {"next": place.command("tune", place.config())}
+    if place.is_held:
         facts["state"] = f"running, {ended} of {len(trials)} trials"
         facts["next"] = ""
     elif winner is None:
@@ -159,18 +138,18 @@ def _sweep(folder: Path) -> Facts:
     scored = [trial for trial in trials if trial.best]
     if winner or scored:
         best = winner or trial_dir(folder, min(scored, key=_best_bpb).name)
-        of_best = _run(best)
+        of_best = _run(RecordPlace(best, f"{place.path}/trials/{best.name}"))
         word = "trial" if winner is None else "winner"
         facts["step"], facts["parameters"] = of_best["step"], of_best["parameters"]
         facts["val_loss"], facts["val_bpb"] = of_best["val_loss"], of_best["val_bpb"]
         facts["verdict"] = f"{word} {best.name} {of_best['verdict']}"
     if winner and has_model(folder):
-        facts["next"] = of_model(folder)["generate"]
+        facts["next"] = of_model(folder, place.path)["generate"]
     return facts
 
 
-def _evaluation(folder: Path) -> Facts:
-    evaluation = load_evaluation(folder)
+def _evaluation(place: RecordPlace) -> Facts:
+    evaluation = load_evaluation(place.folder)
     assert evaluation
     split = evaluation["splits"]["val"] or evaluation["splits"]["test"]
     return {
@@ -181,15 +160,16 @@ def _evaluation(folder: Path) -> Facts:
     }
 
 
-def _other(folder: Path) -> Facts:
+def _other(place: RecordPlace) -> Facts:
+    folder = place.folder
     if (folder / METRICS).exists():
         return {"problem": f"a run without its {CONFIG}"}
     if has_model(folder):
-        return {"state": "a model", "next": of_model(folder)["generate"]}
+        return {"state": "a model", "next": of_model(folder, place.path)["generate"]}
     return {"problem": f"not a run: it has no {CONFIG}"}
 
 
-_READERS: dict[str, Callable[[Path], Facts]] = {
+_READERS: dict[str, Callable[[RecordPlace], Facts]] = {
     "run": _run,
     "sweep": _sweep,
     "evaluation": _evaluation,
@@ -197,8 +177,8 @@ _READERS: dict[str, Callable[[Path], Facts]] = {
 }
 
 
-def _state(folder: Path, diagnosis: Diagnosis, events: Sequence[Event]) -> str:
-    if _is_held(folder):
+def _state(place: RecordPlace, diagnosis: Diagnosis, events: Sequence[Event]) -> str:
+    if place.is_held:
         return "training"
     if diagnosis.ended is None:
         failed = bool(events) and events[-1]["event"] == "failure"
@@ -206,18 +186,6 @@ def _state(folder: Path, diagnosis: Diagnosis, events: Sequence[Event]) -> str:
     return {"max_steps": "finished", "patience": "early stopped", "non_finite": "failed"}[
         diagnosis.ended
     ]
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether a driver is at work in the folder now."""
-    try:
-        with (folder / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def verdict(diagnosis: Diagnosis) -> str:

@@ -20,8 +20,7 @@ from gptray.jobs.cluster import ray_answers, ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.own_ray import is_own_ray
-from gptray.jobs.prepare.run import prepare_text
-from gptray.jobs.remote_data import bring_data, publish_data
+from gptray.jobs.prepare.run import stored_text
 from gptray.jobs.remote_run import check_one_node, publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, worker_resources
@@ -94,10 +93,7 @@ def _train(
         check_one_node(config)
         check_shared_by_training(config, folder)
         check_cluster(config.compute, spare=_spare(config))
-        data_dir = checked.text.request.data_dir
-        bring_data(config, data_dir)
-        data = prepare_text(checked.text.request)
-        publish_data(config, data_dir)
+        data = stored_text(config, checked.text.request)
         check_data(config, data, checked.state)
         _begin(checked)
 

@@ -19,8 +19,9 @@ from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_training
 from gptray.jobs.models import CONFIG
 from gptray.jobs.prepare.check import CheckedText, check_text
+from gptray.jobs.remote_run import bring_run
 from gptray.jobs.resuming import check_free, check_resumable, command
-from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
@@ -76,13 +77,14 @@ def check(config: Config) -> CheckedSweep:
         raise UserError(
             "tune.search_alg=optuna needs the package optuna: pip install 'gptray[optuna]'"
         )
-    folder = run_dir(config)
+    folder, place = run_dir(config), seen_at(config)
+    bring_run(config, busy=BUSY.format(place))
     changes = check_resumable(config, sweep=True)
-    check_free(folder, busy=BUSY.format(folder))
+    check_free(folder, busy=BUSY.format(place))
     drawn, known = samples_drawn(folder), load_trials(folder)
     if changes and not drawn:
         drawn = [load_config(str(folder / CONFIG), []).tune.num_samples]
-    trials = plan_trials(config, str(folder), drawn=drawn, known=known)
+    trials = plan_trials(config, place, drawn=drawn, known=known)
     if any(one.train.async_validation for one in [config, *(trial.config for trial in trials)]):
         raise UserError(
             "train.async_validation=true is for single runs: trials of a sweep are compared, and "
@@ -95,7 +97,7 @@ def check(config: Config) -> CheckedSweep:
         )
     check_training(config)
     check_trackers(config.track)
-    texts = {text_key(one): check_text(one) for one in all_texts(config, str(folder), trials)}
+    texts = {text_key(one): check_text(one) for one in all_texts(config, place, trials)}
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)
         if one.sample.prompt:
@@ -112,7 +114,7 @@ def how_to_extend(checked: CheckedSweep) -> str:
     if config.tune.search_alg == "random":
         drawn = samples_drawn(folder) or [config.tune.num_samples]
         more = override(config, {"tune.num_samples": number})
-        trials = plan_trials(more, str(folder), drawn=drawn, known=load_trials(folder))
+        trials = plan_trials(more, seen_at(config), drawn=drawn, known=load_trials(folder))
         if len(trials) == len(checked.trials):
             return f"this sweep is finished and has tried all of its space; {another}"
     longer = command("tune", config, folder, f"tune.num_samples={number}")
@@ -153,7 +155,7 @@ def plan(checked: CheckedSweep) -> Plan:
     others = checked.num_trials - len(known) + checked.num_replicates
     ready = [text.data for text in checked.texts.values() if text.data]
     ended = [one for one in load_trials(checked.folder) if one.outcome]
-    rows = [("sweep", str(checked.folder))]
+    rows = [("sweep", seen_at(config))]
     rows += [
         (f"varies {number}", _line(entry)) for number, entry in enumerate(entries_of(config), 1)
     ]

@@ -19,10 +19,11 @@ BEST = "best.yaml"
 LONGER = 4
 
 
-def tell_winner(sweep: Sweep) -> None:
+def tell_winner(sweep: Sweep, place: str) -> None:
     """Log the winner, how much text it has seen, its settings, and the commands that come next.
 
-    First, a warning for each better trial whose tokenizer loses text.
+    First, a warning for each better trial whose tokenizer loses text. place: where others find the
+    sweep.
     """
     folder, winner = sweep.folder, _winner(sweep)
     for trial in lossy_ahead(sweep.trials, winner):
@@ -36,8 +37,8 @@ def tell_winner(sweep: Sweep) -> None:
     if load_saved(folder / BEST).train.patience is None:
         longer.insert(0, "train.patience=5")
     commands = [
-        typed("train", "--config", str(folder / BEST), *longer),
-        of_model(folder)["generate"],
+        typed("train", "--config", f"{place}/{BEST}", *longer),
+        of_model(folder, place)["generate"],
     ]
     tell(commands, settings=winner.values)
 
@@ -46,8 +47,8 @@ def _winner(sweep: Sweep) -> Trial:
     return next(trial for trial in sweep.trials if trial.name == sweep.winner)
 
 
-def outcome(sweep: Sweep) -> dict[str, object]:
-    """The result of a finished sweep: the job's JSON line.
+def outcome(sweep: Sweep, place: str) -> dict[str, object]:
+    """The result of a finished sweep, which others find at `place`: the job's JSON line.
 
     `best_*` are the winner's, at its lowest validation loss: `best_lost` the share of the text that
     its tokenizer loses, `best_tokens` those it was trained on, counted each time they were read,
@@ -55,14 +56,14 @@ def outcome(sweep: Sweep) -> dict[str, object]:
     training text it has read (0 to 1). `baseline_val_bpb` is that of the config as it is.
     `steps_full` counts all trials as if none had stopped early.
     """
-    folder, winner = sweep.folder, _winner(sweep)
+    winner = _winner(sweep)
     baseline = next((one for one in sweep.trials if not one.values and one.best), None)
     counts = collections.Counter(trial.outcome for trial in sweep.trials)
     assert winner.best
     seen = Seen.of(winner, sweep.config)
     return {
-        "sweep_dir": str(folder),
-        "best_config": str(folder / BEST),
+        "sweep_dir": place,
+        "best_config": f"{place}/{BEST}",
         "best_trial": winner.name,
         "best_val_loss": winner.best["val_loss"],
         "best_val_bpb": winner.best["val_bpb"],
@@ -72,7 +73,7 @@ def outcome(sweep: Sweep) -> dict[str, object]:
         "best_epochs": round(seen.epochs, 3),
         "best_text_share": round(seen.share, 4),
         "baseline_val_bpb": baseline.best["val_bpb"] if baseline and baseline.best else None,
-        "model_dir": str(folder / "model"),
+        "model_dir": f"{place}/model",
         "trials": len(sweep.trials),
         "trials_stopped_early": counts["stopped"] + counts["patience"],
         "outcomes": {name: counts[name] for name in OUTCOMES},

@@ -22,11 +22,12 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
-from gptray.jobs.prepare.run import prepare_text
+from gptray.jobs.prepare.run import stored_text
+from gptray.jobs.remote_run import check_one_node, publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, trial_resources
 from gptray.jobs.resuming import command, save_config
-from gptray.jobs.run_folder import held
+from gptray.jobs.run_folder import held, seen_at
 from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tracking import tracking_sweep
 from gptray.jobs.train.task import TrainTask
@@ -80,32 +81,47 @@ def tune(config: Config) -> dict[str, object]:
 
 def run(checked: CheckedSweep) -> dict[str, object]:
     """Run the sweep, or resume it. Raises as `tune` does."""
-    folder = checked.folder
-    resumes = partial(command, "tune", checked.config, folder)
-    busy = BUSY.format(folder)
-    with held(folder, busy=busy), resumable(folder, resumes, begun=folder / CONFIG):
-        log.info("sweep %s", folder)
+    config, folder, place = checked.config, checked.folder, seen_at(checked.config)
+    resumes = partial(command, "tune", config, folder)
+    with (
+        held(folder, busy=BUSY.format(place)),
+        publishing(config, folder, sweep=True) as publish,
+        resumable(folder, resumes, begun=folder / CONFIG, seen=place),
+    ):
+        log.info("sweep %s", place)
         reporter = Reporter(folder, _write_report)
         failed = failed_trials(checked.config, folder)
         if winner_dir(folder) and not checked.changes and not failed:
             log.info("%s", how_to_extend(checked))
             reporter.write(running=False)
         else:
-            with ray_cluster(wait_s=checked.config.compute.wait_s):
-                check_shared_by_training(checked.config, folder)
-                check_cluster(checked.config.compute)
-                texts = {key: prepare_text(text.request) for key, text in checked.texts.items()}
-                check_same_validation(texts.values())
-                check_trials(checked, texts)
-                record = opened(checked)
-                try:
-                    sweep = _Sweep(checked, record, texts)
-                    sweep.run(on_change=lambda: reporter.write(running=True))
-                finally:
-                    reporter.write(running=False)
+            _run(checked, reporter, publish)
     result = load_sweep(folder)
-    tell_winner(result)
-    return {**outcome(result), "report": reporter.path}
+    tell_winner(result, place)
+    report = reporter.path and reporter.path.replace(str(folder), place, 1)
+    return {**outcome(result, place), "report": report}
+
+
+def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None]) -> None:
+    """Run the sweep on Ray."""
+    config = checked.config
+    with ray_cluster(wait_s=config.compute.wait_s):
+        check_one_node(config)
+        check_shared_by_training(config, checked.folder)
+        check_cluster(config.compute)
+        texts = {key: stored_text(config, text.request) for key, text in checked.texts.items()}
+        check_same_validation(texts.values())
+        check_trials(checked, texts)
+        record = opened(checked)
+
+        def show() -> None:
+            reporter.write(running=True)
+            publish()
+
+        try:
+            _Sweep(checked, record, texts, publish).run(on_change=show)
+        finally:
+            reporter.write(running=False)
 
 
 def _write_report(folder: Path, running: bool) -> Path:
@@ -122,10 +138,14 @@ class _Sweep:
     """A sweep that runs: its texts are prepared, Ray is there. To Ray Tune it is a queue."""
 
     def __init__(
-        self, checked: CheckedSweep, record: Record, texts: Mapping[str, TokenData]
+        self,
+        checked: CheckedSweep,
+        record: Record,
+        texts: Mapping[str, TokenData],
+        publish: Callable[[], None],
     ) -> None:
         self._config, self._folder, self._checked = checked.config, checked.folder, checked
-        self._record = record
+        self._record, self._publish = record, publish
         self._at_once, self._reserved = trial_resources(
             checked.config.compute,
             trials=checked.num_trials,
@@ -188,7 +208,7 @@ class _Sweep:
                 self.is_over = True  # the best are known once these have run again
                 return None
             self._waiting.extend(
-                self._write_down(replicates(self._config, str(self._folder), trials))
+                self._write_down(replicates(self._config, seen_at(self._config), trials))
             )
         self.is_over = not self._waiting
         return self._waiting.popleft() if self._waiting else None
@@ -202,6 +222,7 @@ class _Sweep:
     ) -> None:
         """A trial has come to an end."""
         self._record.ended(name, outcome, step=step, message=message, passing=passing)
+        self._publish()
         if self._suggestions:
             self._suggestions.over(name)
 
@@ -219,7 +240,7 @@ class _Sweep:
         return new
 
     def _planned(self, trial: Trial) -> Planned:
-        planned = plan_trial(self._config, str(self._folder), trial.name, trial.values)
+        planned = plan_trial(self._config, seen_at(self._config), trial.name, trial.values)
         return replace(planned, replicate_of=trial.replicate_of)
 
     def task(self, planned: Planned) -> TrialTask:

@@ -11,6 +11,7 @@ from gptray.data.tokens import TokenData
 from gptray.files import storing
 from gptray.jobs.models import CONFIG
 from gptray.jobs.resuming import save_config
+from gptray.jobs.run_folder import seen_at
 from gptray.jobs.train.check import check_data
 from gptray.jobs.tune.check import CheckedSweep
 from gptray.training.checkpoint import TrainerState, newest_whole
@@ -65,7 +66,7 @@ def check_trials(checked: CheckedSweep, texts: Mapping[str, TokenData]) -> None:
     known = {one.name: one for one in load_trials(checked.folder)}
     planned = [one for one in checked.trials if one.name not in known]
     planned += [
-        plan_trial(checked.config, str(checked.folder), one.name, one.values)
+        plan_trial(checked.config, seen_at(checked.config), one.name, one.values)
         for one in known.values()
         if one.outcome is None
     ]

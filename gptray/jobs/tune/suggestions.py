@@ -11,6 +11,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from gptray.config import Config, ConfigError
 from gptray.config.search_space import Entry
+from gptray.jobs.run_folder import seen_at
 from gptray.tuning.sweep_record import Record, Trial, load_trials
 from gptray.tuning.trial_plan import Planned, entries_of, plan_trial, score, trial_name
 
@@ -57,7 +58,7 @@ class Suggestions:
             self._asked.add(name)
             values = _values(self._entries, point)
             try:
-                planned = plan_trial(self._config, str(self._folder), name, values)
+                planned = plan_trial(self._config, seen_at(self._config), name, values)
             except ConfigError as error:
                 self._record.planned(
                     name, values, max_steps=self._config.train.max_steps, point=point

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from gptray.config import Config
-from gptray.evaluation.model_commands import model_commands
+from gptray.evaluation.model_commands import home_of, model_commands
 from gptray.evaluation.result import Evaluation
 from gptray.record import Event
 from gptray.reports.run.diagnosis import Diagnosis
@@ -40,7 +40,7 @@ def gap_of(
     if best and config.model.dropout == 0:
         return Gap(best.gap, None, f"{MEANS}; of the batches before that step")
     missing = "not measured: training has dropout on"
-    command = model_commands(folder)["evaluate"]
+    command = model_commands(folder, home_of(config))["evaluate"]
     return Gap(None, None, f"{MEANS}; {missing}; {command} measures it")
 
 

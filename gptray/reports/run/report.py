@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptray.config import UserError, load_config
-from gptray.evaluation.model_commands import model_commands
+from gptray.evaluation.model_commands import home_of, model_commands
 from gptray.evaluation.result import Evaluation, load_evaluation
 from gptray.record import read_events, read_metrics
 from gptray.reports.chart import run_charts
@@ -57,8 +57,9 @@ def write_report(folder: Path, *, running: bool = False) -> Path:
 def _evaluation_view(
     folder: Path, run: RunRecord | None, evaluation: Evaluation
 ) -> dict[str, object]:
-    is_old = run is not None and run.evaluation is None
-    stale = STALE.format(model_commands(folder)["evaluate"]) if is_old else ""
+    stale = ""
+    if run is not None and run.evaluation is None:
+        stale = STALE.format(model_commands(folder, home_of(run.config))["evaluate"])
     return evaluation_view(evaluation) | {"stale": stale}
 
 

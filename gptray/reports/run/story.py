@@ -10,7 +10,7 @@ from typing import Literal
 
 from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
-from gptray.evaluation.model_commands import model_commands, train_command
+from gptray.evaluation.model_commands import home_of, model_commands, train_command
 from gptray.evaluation.result import Evaluation
 from gptray.record import Event, MetricsRow, seconds_trained
 from gptray.reports.page import SHORT, Row, Table
@@ -91,7 +91,7 @@ def _next_commands(run: RunRecord) -> list[str]:
     """The commands that use the model of a run that has ended; none before that."""
     if run.diagnosis.ended is None or run.diagnosis.best is None:
         return []
-    commands = model_commands(run.folder)
+    commands = model_commands(run.folder, home_of(run.config))
     if run.evaluation is not None:
         del commands["evaluate"]
     return list(commands.values())

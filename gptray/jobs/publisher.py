@@ -1,0 +1,178 @@
+"""What a run or a sweep makes on this node, copied to its home in an object store.
+
+The store never has a record of what is not there: a checkpoint's manifest comes after its files
+and the rows that it relies on; a sweep's record names a trial before any of its files is there, and
+says that it has ended once all of them are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from gptray.files import CannotWrite
+from gptray.manifest import FORMAT, MANIFEST
+from gptray.record import EVENTS, METRICS
+from gptray.remote_folder import RemoteFolder
+from gptray.training.checkpoint import find_checkpoints
+from gptray.tuning.sweep_record import TRIALS, trial_dir
+
+_MODEL = "model"
+# Events of a sweep's record that rely on what its trials have left.
+_LATE = ("ended", "winner")
+# What changes with a file's content: bytes, time, inode.
+Version = tuple[int, int, int]
+
+
+@dataclass
+class Sent:
+    """What a home has of the files here, by their paths here.
+
+    checkpoints: their manifests; None for one in the home that is not whole or not here.
+    """
+
+    files: dict[Path, Version] = field(default_factory=dict)
+    checkpoints: dict[Path, bytes | None] = field(default_factory=dict)
+
+
+def version_of(path: Path) -> Version:
+    """What changes with a file's content. Raises OSError."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is a lock, a draft or a lease: no part of a run."""
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
+
+
+class _Folder:
+    """Files of a folder here, and the home that they are sent to."""
+
+    def __init__(self, home: RemoteFolder, folder: Path, sent: Sent) -> None:
+        self._home, self._folder, self._sent = home, folder, sent
+
+    def _send(self, *paths: Path) -> None:
+        """Upload the files that have changed since the last time."""
+        for path in paths:
+            with suppress(FileNotFoundError):
+                version = version_of(path)
+                if self._sent.files.get(path) != version:
+                    self._home.write(self._name(path), path.read_bytes())
+                    self._sent.files[path] = version
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+    def _send_model(self) -> None:
+        """Publish the best model, its weights last but for the manifest."""
+        model = self._folder / _MODEL
+        if not model.is_dir():
+            return
+        versions = {path: version_of(path) for path in model.iterdir() if path.name[0] != "."}
+        if versions.items() <= self._sent.files.items():
+            return
+        contents = {path.name: path.read_bytes() for path in versions}
+        files = {
+            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in sorted(contents.items())
+        }
+        place = self._home / _MODEL
+        for name in sorted(contents, key=lambda name: name.endswith(".safetensors")):
+            place.write(name, contents[name])
+        place.write(MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+        self._sent.files.update(versions)
+
+    def _send_rest(self, but: Collection[str]) -> None:
+        """Upload all other files; but: names in the folder that are left out."""
+        for path in sorted(self._folder.rglob("*")):
+            name = self._name(path)
+            if name.partition("/")[0] not in but and not is_hidden(name) and path.is_file():
+                self._send(path)
+
+
+class RunPublisher(_Folder):
+    """Copies what changes in a run's folder to its home."""
+
+    def publish(self) -> None:
+        """Publish all that has changed. Raises CannotWrite; UserError for a store not read."""
+        checkpoints = find_checkpoints(self._folder)
+        new = {
+            one: manifest
+            for one in sorted(checkpoints)
+            if (manifest := self._send_checkpoint(one)) is not None
+        }
+        self._send(*sorted(self._folder.glob("*.yaml")), self._folder / METRICS)
+        self._send(self._folder / EVENTS)
+        for one, manifest in new.items():
+            (self._home / one.name).write(MANIFEST, manifest)
+            self._sent.checkpoints[one] = manifest
+        self._send_model()
+        self._send_rest({_MODEL, *(one.name for one in checkpoints)})
+        for one in [one for one in self._sent.checkpoints if one.parent == self._folder]:
+            if not one.exists():
+                (self._home / one.name).remove(MANIFEST)
+                (self._home / one.name).remove_all()
+                del self._sent.checkpoints[one]
+
+    def _send_checkpoint(self, folder: Path) -> bytes | None:
+        """Upload a checkpoint but for its manifest, which is returned; None: nothing to do."""
+        place, sent = self._home / folder.name, self._sent.checkpoints
+        try:
+            manifest = (folder / MANIFEST).read_bytes()
+            if folder not in sent:
+                sent[folder] = place.read(MANIFEST)
+            if manifest == sent[folder]:
+                return None
+            for name in json.loads(manifest)["files"]:
+                place.upload(folder / name, name)
+        except (FileNotFoundError, CannotWrite):
+            if folder.exists():
+                raise
+            return None  # pruned meanwhile
+        return manifest
+
+
+class SweepPublisher(_Folder):
+    """Copies what changes in a sweep's folder to its home."""
+
+    def __init__(self, home: RemoteFolder, folder: Path, sent: Sent) -> None:
+        super().__init__(home, folder, sent)
+        self._trials: dict[str, RunPublisher] = {}
+        self._recorded = self._record()
+
+    def publish(self) -> None:
+        """Publish all that has changed. Raises as `RunPublisher.publish`."""
+        self._send(*sorted(self._folder.glob("config*.yaml")))
+        record = self._record()
+        new = record.removeprefix(self._recorded).splitlines(keepends=True)
+        early = [line for line in new if json.loads(line)["event"] not in _LATE]
+        if early:
+            self._home.write(TRIALS, self._recorded + b"".join(early))
+        lines = [json.loads(line) for line in record.splitlines()]
+        for name in [line["trial"] for line in lines if line["event"] == "planned"]:
+            if trial_dir(self._folder, name).is_dir():
+                self._publisher(name).publish()
+        self._send_model()
+        self._send_rest({_MODEL, "trials", TRIALS})
+        if record != self._recorded:
+            self._home.write(TRIALS, record)
+            self._recorded = record
+
+    def _publisher(self, name: str) -> RunPublisher:
+        if name not in self._trials:
+            home = self._home / "trials" / name
+            self._trials[name] = RunPublisher(home, trial_dir(self._folder, name), self._sent)
+        return self._trials[name]
+
+    def _record(self) -> bytes:
+        """The whole lines of the sweep's record as it stands."""
+        try:
+            record = (self._folder / TRIALS).read_bytes()
+        except FileNotFoundError:
+            return b""
+        return record[: record.rfind(b"\n") + 1]

@@ -1,0 +1,128 @@
+"""Where the records of a storage path's runs are read: in their folders, or in copies here."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptray.commands import typed
+from gptray.config import Config, UserError, load_saved
+from gptray.config.names import PREPARED
+from gptray.files import is_uri
+from gptray.jobs.models import CONFIG, storage_of
+from gptray.jobs.remote_records import fetch_records
+from gptray.jobs.resuming import command
+from gptray.jobs.run_folder import LOCK
+from gptray.lease import EXPIRES_S, PREFIX
+from gptray.remote_folder import RemoteFolder, StoredFile
+
+
+@dataclass(frozen=True)
+class RecordPlace:
+    """A folder of a storage path, or a copy here of the records of one that `path` names by URI.
+
+    is_held: whether a job is at work in it. bytes: of its files. changed: when one of its own last
+    did. problem: why the two are not known.
+    """
+
+    folder: Path
+    path: str
+    is_held: bool = False
+    bytes: int = 0
+    changed: float = 0.0
+    problem: str = ""
+
+    def config(self) -> Config:
+        """The run's own."""
+        return load_saved(self.folder / CONFIG)
+
+    def command(self, job: str, config: Config, *words: str) -> str:
+        """What resumes it, with these keys changed."""
+        if not is_uri(self.path):
+            return command(job, config, self.folder, *words)
+        storage, _, name = self.path.rpartition("/")
+        if (config.storage_path, config.name) != (storage, name):  # it has been copied
+            words = (f"name={name}", f"storage_path={storage}", *words)
+        return typed(job, "--config", f"{self.path}/{CONFIG}", *words)
+
+
+@contextmanager
+def record_places(config: Config) -> Iterator[list[RecordPlace]]:
+    """Everything in `storage_path` but prepared text and hidden folders.
+
+    Raises UserError for a storage path that cannot be listed.
+    """
+    if is_uri(config.storage_path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield _in_store(RemoteFolder(config.storage_path.rstrip("/")), Path(folder))
+        return
+    storage = storage_of(config)
+    try:
+        folders = [one for one in storage.iterdir() if one.is_dir()] if storage.exists() else []
+    except OSError as error:
+        raise UserError(f"storage_path={config.storage_path}: {error.strerror}") from None
+    yield [_here(one) for one in folders if one.name[0] != "." and one.name != PREPARED]
+
+
+def _here(folder: Path) -> RecordPlace:
+    try:
+        size, changed = _size(folder)
+        return RecordPlace(folder, str(folder), _is_held(folder), size, changed)
+    except OSError as error:
+        return RecordPlace(folder, str(folder), problem=f"cannot be read: {error.strerror}")
+
+
+def _in_store(storage: RemoteFolder, folder: Path) -> list[RecordPlace]:
+    """The runs in an object store, their records fetched to a folder here."""
+    files: dict[str, dict[str, StoredFile]] = {}
+    for path, file in storage.files(deep=True).items():
+        top, _, name = path.partition("/")
+        if name and top[0] != "." and top != PREPARED:
+            files.setdefault(top, {})[name] = file
+    found = []
+    for top, names in files.items():
+        fetch_records(storage / top, names, folder / top)
+        own = [file.modified / 1e9 for name, file in names.items() if "/" not in name]
+        size = sum(file.size for file in names.values())
+        place = str(storage / top)
+        changed = max(own, default=0.0)
+        found.append(RecordPlace(folder / top, place, _is_leased(names), size, changed))
+    return found
+
+
+def _size(folder: Path) -> tuple[int, float]:
+    """Bytes of a folder's files, links not followed, and when one of its own last changed."""
+    size, changed = 0, folder.stat().st_mtime
+    for place, _, names in os.walk(folder):
+        for name in names:
+            status = os.lstat(os.path.join(place, name))
+            size += status.st_size
+            if place == str(folder):
+                changed = max(changed, status.st_mtime)
+    return size, changed
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a driver is at work in the folder now."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _is_leased(files: Mapping[str, StoredFile]) -> bool:
+    """Whether a job renews its lease on a run in an object store, as far as clocks agree."""
+    leases = [
+        one.modified / 1e9 for name, one in files.items() if Path(name).name.startswith(PREFIX)
+    ]
+    return time.time() - max(leases, default=0.0) < 2 * EXPIRES_S
