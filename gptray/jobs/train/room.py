@@ -82,7 +82,7 @@ class Places:
         import ray
 
         found = ray.util.placement_group_table(place)
-        return found["state"] == "CREATED" and found["bundles_to_node_id"][0] not in leaving
+        return bool(found["state"] == "CREATED") and found["bundles_to_node_id"][0] not in leaving
 
     def _may_be_more(self, leaving: Mapping[str, float]) -> bool:
         """Whether a node that stays has room for one more, or will have."""
