@@ -119,10 +119,10 @@ def test_an_elastic_training_goes_on_with_the_workers_that_there_is_room_for(
         with job("train", *elastic) as process:
             line_with(" 5/3000", process)
             second, third = nodes.add(1), nodes.add(1)
-            line_with("3 workers", process)
+            line_with(", 3 workers,", process)
             nodes.drain(second, 20)
             line_with("will be taken in", process)
-            line_with("2 workers", process)
+            line_with(", 2 workers,", process)
             line_with("val", process)
             nodes.kill(third)
             line_with("failed", process)
@@ -133,8 +133,10 @@ def test_an_elastic_training_goes_on_with_the_workers_that_there_is_room_for(
             _, told = process.communicate(timeout=2 * LIMIT_S)
         assert process.returncode == 0, told
     begun = starts(tmp_path / "run")
-    assert [workers for _, workers in begun] == [1, 3, 2, 1]
-    assert saved(tmp_path / "run") == [step for step, _ in begun[1:3]], "steps were done twice"
+    numbers = [workers for _, workers in begun]
+    # With 2 between, where the third node took its time.
+    assert numbers[0] == 1 and numbers[-3:] == [3, 2, 1]
+    assert saved(tmp_path / "run") == [step for step, _ in begun[1:-1]], "steps were done twice"
     assert losses(tmp_path / "run") == pytest.approx(
         undisturbed(asked, tmp_path / "whole"), abs=1e-5
     )

@@ -23,11 +23,11 @@ pytestmark = pytest.mark.slow
 LEAST = 100
 
 
-class Wire(TorchDispatchMode):
+class Wire(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the types of what this process adds up with the other."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.types: set[str] = set()
 
     def __torch_dispatch__(
