@@ -19,8 +19,8 @@ _WANTED = re.compile(rf"({_NAME}/)?{_NAME}=!?({_NAME}|in\({_NAME}(, ?{_NAME})*\)
 class ComputeConfig(Section):
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1,
-        description="data-parallel workers; [least, most]: training goes on with as many as there "
-        "is room for (Ray ScalingConfig)",
+        description="data-parallel workers; [least, most]: as many as there is room for, fewer or "
+        "more as nodes go and come (Ray ScalingConfig)",
     )
 
     label_selector: list[NonEmpty] = Field(

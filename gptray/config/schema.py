@@ -114,6 +114,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _scored_by_one_more_worker(self) -> Config:
+        if self.train.async_validation and self.compute.is_elastic:
+            raise ValueError(
+                "train.async_validation=true needs a fixed number of workers, such as "
+                f"compute.num_workers={self.compute.max_workers}, not "
+                f"{self.compute.workers_shown}: the room of the one that scores would be taken "
+                "for one that trains"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Config:
         micro, workers, batch = (
             self.train.micro_batch_size,

@@ -58,9 +58,15 @@ def has_labels(node: Node, selector: Mapping[str, str]) -> bool:
 
 def free_resources() -> list[Mapping[str, float]]:
     """What is free on each alive node."""
+    return list(free_resources_by_node().values())
+
+
+def free_resources_by_node() -> dict[str, Mapping[str, float]]:
+    """What is free on each alive node, by its id."""
     import ray
 
-    return list(ray._private.state.available_resources_per_node().values())
+    free: dict[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
+    return free
 
 
 def nodes_to_be_taken() -> dict[str, float]:

@@ -115,7 +115,7 @@ def cores_that_fit(compute: ComputeConfig, nodes: Sequence[Resources], workers: 
     return 0
 
 
-def room(compute: ComputeConfig, nodes: Sequence[Resources], cores: int) -> int:
+def room(compute: ComputeConfig, nodes: Sequence[Resources], cores: float) -> int:
     """How many workers of so many cores fit on the nodes, with their GPUs."""
     return int(
         sum(

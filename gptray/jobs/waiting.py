@@ -28,7 +28,7 @@ from gptray.jobs.cluster_nodes import (
 from gptray.jobs.doing import OF_WAIT, following
 from gptray.jobs.holders import Resources, actors_in, counted, holders
 from gptray.jobs.own_ray import is_own_ray
-from gptray.jobs.train.attempts import PLACE
+from gptray.jobs.train.room import PLACE
 from gptray.wording import count, time_words
 
 log = logging.getLogger("gptray")

@@ -38,6 +38,11 @@ def test_a_range_fixes_the_micro_batch_whatever_the_number_of_workers() -> None:
             "train.global_batch_size=32 must be divisible by the most of "
             "compute.num_workers=[1, 3], such as 33",
         ),
+        (
+            ["compute.num_workers=[1, 4]", "train.async_validation=true"],
+            "train.async_validation=true needs a fixed number of workers, such as "
+            "compute.num_workers=4, not [1, 4]",
+        ),
         (["compute.label_selector=[spot]"], "compute.label_selector: 'spot' is no NAME=VALUE"),
         (["compute.label_selector=['a=in(x']"], "'a=in(x' is no NAME=VALUE"),
         (["compute.label_selector=[a=b, a=c]"], "name a label twice"),

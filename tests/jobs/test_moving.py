@@ -8,31 +8,30 @@ import re
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import pytest
 import torch
 
 from gptray.config import load_config
+from gptray.data.tokens import TokenData
 from gptray.jobs.prepare.check import check_text
 from gptray.record import read_events, read_metrics
 from tests.jobs.nodes import LIMIT_S, actors, cluster_of, job, line_with
-from tests.tiny import tiny_text
 from tests.training.runs import run
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 STEPS = 200
 
 
-def words(folder: Path, *others: str) -> list[str]:
-    """The command line of a run that takes its time, whose name is the folder's."""
-    source = folder / "tiny.txt"
-    source.write_text(tiny_text())
+def words(source: Path, storage: Path, *others: str) -> list[str]:
+    """The command line of a run that takes its time."""
     usual = [
         f"data.source={source}",
-        f"storage_path={folder}",
+        f"storage_path={storage}",
         "name=run",
         "data.tokenizer=char",
         "model.n_layer=2",
@@ -79,55 +78,65 @@ def starts(run_dir: Path) -> list[tuple[int, int]]:
 def saved(run_dir: Path) -> list[int]:
     """The steps at which the workers saved and left."""
     told = [event["message"] for event in read_events(run_dir) if event["event"] == "notice"]
-    return [int(found[1]) for text in told if (found := re.match(r"saved at step (\d+) to", text))]
+    found = [re.match(r"saved at step ([\d,]+), to resume", text) for text in told]
+    return [int(one[1].replace(",", "")) for one in found if one]
 
 
 def test_a_node_that_is_about_to_be_taken_and_a_sigterm_cost_no_step_and_no_failure(
+    text_file: Path,
+    tiny_data: TokenData,
+    data_root: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = words(tmp_path)
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)  # the session's Ray's
+    run_dir, asked = data_root / "moving", words(text_file, data_root, "name=moving")
     with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as (nodes, (_, second)):
         with job("train", *asked, "compute.num_workers=2") as process:
             line_with("step   5/", process)
             nodes.add(1)
             nodes.drain(second, 600)
-            line_with("will be taken", process)
+            line_with("to resume with 2 workers: node", process)
             line_with("resuming after step", process)
             os.kill(min(actors("RayTrainWorker")), signal.SIGTERM)
             line_with("a worker got SIGTERM", process)
             out, told = process.communicate(timeout=2 * LIMIT_S)
         assert process.returncode == 0, told
-    first, second, third = starts(tmp_path / "run")
+    first, second, third = starts(run_dir)
     assert [first[1], second[1], third[1]] == [2, 2, 2]
-    assert saved(tmp_path / "run") == [second[0], third[0]], "steps were done twice"
-    assert losses(tmp_path / "run") == pytest.approx(
-        undisturbed(asked, tmp_path / "whole"), abs=1e-5
-    )
+    assert saved(run_dir) == [second[0], third[0]], "steps were done twice"
+    assert losses(run_dir) == pytest.approx(undisturbed(asked, tmp_path / "whole"), abs=1e-5)
 
 
 @pytest.mark.chaos
 def test_an_elastic_training_goes_on_with_the_workers_that_there_is_room_for(
-    tmp_path: Path,
+    text_file: Path, tmp_path: Path
 ) -> None:
-    asked = words(
-        tmp_path, "train.max_steps=3000", "train.eval_interval=50", "compute.max_failures=1"
-    )
+    keys = ("train.max_steps=3000", "train.eval_interval=50", "compute.max_failures=1")
+    asked = words(text_file, tmp_path, *keys)
     with cluster_of({"num_cpus": 1}) as (nodes, _):
-        with job("train", *asked, "compute.num_workers=[1, 3]") as process:
+        elastic = [*asked, "compute.num_workers=[1, 3]"]
+        with job("train", *elastic) as process:
             line_with(" 5/3000", process)
             second, third = nodes.add(1), nodes.add(1)
-            line_with("3 workers", process)
+            line_with(", 3 workers,", process)
             nodes.drain(second, 20)
-            line_with("1 node will be taken", process)
-            line_with("2 workers", process)
+            line_with("will be taken in", process)
+            line_with(", 2 workers,", process)
             line_with("val", process)
             nodes.kill(third)
-            line_with("1 worker,", process)
+            line_with("failed", process)
+            process.terminate()  # between two numbers of workers
+            _, told = process.communicate(timeout=LIMIT_S)
+            assert process.returncode == 130, told
+        with job("train", *elastic) as process:
             _, told = process.communicate(timeout=2 * LIMIT_S)
         assert process.returncode == 0, told
     begun = starts(tmp_path / "run")
-    assert [workers for _, workers in begun] == [1, 3, 2, 1]
-    assert saved(tmp_path / "run") == [step for step, _ in begun[1:3]], "steps were done twice"
+    numbers = [workers for _, workers in begun]
+    # With 2 between, where the third node took its time.
+    assert numbers[0] == 1 and numbers[-3:] == [3, 2, 1]
+    assert saved(tmp_path / "run") == [step for step, _ in begun[1:-1]], "steps were done twice"
     assert losses(tmp_path / "run") == pytest.approx(
         undisturbed(asked, tmp_path / "whole"), abs=1e-5
     )
@@ -137,15 +146,17 @@ def wait_for_workers(run_dir: Path, number: int, *, before: int, process: Popen[
     """Return when the run has started more often than before, with so many workers."""
     deadline = time.monotonic() + LIMIT_S
     while len(starts(run_dir)) <= before or starts(run_dir)[-1][1] != number:
+        with suppress(TimeoutExpired):
+            process.wait(0.5)
         assert process.poll() is None, "the run ended before all changes"
         assert time.monotonic() < deadline, f"no start with {number} workers"
 
 
 @pytest.mark.chaos
 def test_nodes_come_and_go_ten_times_and_the_losses_are_those_of_a_fixed_run(
-    tmp_path: Path,
+    text_file: Path, tmp_path: Path
 ) -> None:
-    asked = words(tmp_path, "train.max_steps=6000", "train.eval_interval=50")
+    asked = words(text_file, tmp_path, "train.max_steps=6000", "train.eval_interval=50")
     run_dir, rng, others = tmp_path / "run", random.Random(1), list[Any]()
     elastic = ["compute.num_workers=[1, 3]", "compute.max_failures=-1"]
     with cluster_of({"num_cpus": 1}) as (nodes, _), job("train", *asked, *elastic) as process:

@@ -35,7 +35,8 @@ def past(
 
 
 def live(rungs: Rungs, name: str, *, is_cut: bool = True) -> SimpleNamespace:
-    task = TrialTask(name, TrainTask(CONFIG, Path(), Path(), threads=1), is_cut=is_cut)
+    run = TrainTask(CONFIG, Path(), Path(), threads=1)
+    task = TrialTask(name, run, is_cut, reserved={})
     trial = SimpleNamespace(trial_id=f"ray-{name}", config={"task": task})
     rungs.on_trial_add(None, trial)
     return trial
@@ -171,6 +172,6 @@ def test_trials_share_two_cores_out(
 
 def test_a_trial_whose_text_is_gone_may_run_again(tmp_path: Path) -> None:
     run = TrainTask(CONFIG, tmp_path / "gone", tmp_path, threads=1)
-    result = run_trial(TrialTask("0000", run, is_cut=True))
+    result = run_trial(TrialTask("0000", run, is_cut=True, reserved={}))
     assert (result["outcome"], result["passing"]) == ("failed", True)
     assert "manifest.json cannot be read" in str(result["message"])

@@ -8,22 +8,28 @@ and leave before there are more or fewer of them, see `notices`.
 
 from __future__ import annotations
 
-import secrets
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from gptray.config import ComputeConfig, Config
+from gptray.config import Config
+from gptray.jobs.train.room import Places
+from gptray.wording import count
 
 if TYPE_CHECKING:
     import ray.train
-    from ray.util.placement_group import PlacementGroup
 
-# How the names of placement groups begin that keep a place for a worker to come.
-PLACE = "gptray-place-"
-# Seconds in which places show up that are free, once there are enough to start: at first, and after
-# workers have left, whose own places Ray gives back late.
-SETTLE_S, SETTLE_AGAIN_S, POLL_S = 5.0, 15.0, 0.5
+log = logging.getLogger("gptray")
+
+# Seconds without a change after which there is as much room as there will be at a start.
+SETTLED_S, POLL_S = 5.0, 0.5
+# Ray Train's own errors, which it does not export.
+_NOT_STARTED = (
+    "InsufficientClusterResourcesError",
+    "WorkerGroupStartupFailedError",
+    "WorkerGroupStartupTimeoutError",
+)
 
 Fit = Callable[[int], dict[str, object]]
 
@@ -48,14 +54,17 @@ def _fit_where_there_is_room(
 ) -> dict[str, object]:
     import ray.train
 
-    most, deaths, settle_s = config.compute.max_failures, 0, SETTLE_S
+    most, deaths = config.compute.max_failures, 0
     while True:
-        workers = workers_with_room(config, reserved, settle_s)
-        settle_s = SETTLE_AGAIN_S
+        workers = workers_with_room(config, reserved)
+        log.info("there is room for %s: starting", count(workers, "worker"))
         try:
             result = fit(workers)
         except ray.train.PreemptionError:
             pass  # announced, and no time to leave
+        except ray.train.ControllerError as error:
+            if not _is_of_lost_room(error):
+                raise
         except ray.train.WorkerGroupError as error:
             deaths += not _is_of_taken_node(error)
             if 0 <= most < deaths:
@@ -65,46 +74,30 @@ def _fit_where_there_is_room(
                 return result
 
 
+def _is_of_lost_room(error: ray.train.ControllerError) -> bool:
+    """Whether workers did not start, as when a node that had room for them is lost by then."""
+    return type(error.controller_failure).__name__ in _NOT_STARTED
+
+
 def _is_of_taken_node(error: ray.train.WorkerGroupError) -> bool:
     """Whether a worker died with a node of which it was known that it would be taken."""
     failures = [getattr(one, "health_check_failure", one) for one in error.worker_failures.values()]
     return any(getattr(one, "preempted", False) for one in failures)
 
 
-def place_for(bundles: list[dict[str, float]], compute: ComputeConfig) -> PlacementGroup:
-    """Ask Ray for a place for workers to come, and its autoscaler for nodes."""
-    import ray
+def workers_with_room(config: Config, reserved: Mapping[str, float]) -> int:
+    """Wait for room for the least workers; for how many there is some.
 
-    labels = [compute.selector] * len(bundles) if compute.selector else None
-    name = PLACE + secrets.token_hex(8)  # a name stands once in a cluster
-    return ray.util.placement_group(bundles, name=name, bundle_label_selector=labels)
-
-
-def is_given(place: PlacementGroup) -> bool:
-    """Whether a node has given what a placement group asks for."""
-    import ray
-
-    return bool(ray.util.placement_group_table(place)["state"] == "CREATED")
-
-
-def workers_with_room(config: Config, reserved: Mapping[str, float], settle_s: float) -> int:
-    """Wait for room for the least workers, and the one that scores; for how many there is some.
-
-    settle_s: seconds in which there may come to be room for more.
     The room is free when this returns: no place is left for which Ray would keep it.
     """
-    import ray
-
-    compute, spare = config.compute, int(config.train.async_validation)
-    least, most = compute.min_workers + spare, compute.max_workers + spare
-    places = [place_for([dict(reserved)], compute) for _ in range(most)]
+    least, most = config.compute.min_workers, config.compute.max_workers
+    places = Places(config.compute, reserved, settled_s=SETTLED_S)
     try:
-        settled = time.monotonic() + settle_s
+        places.ask(most)
         while True:
-            given = sum(map(is_given, places))
-            if given == most or (given >= least and time.monotonic() > settled):
-                return given - spare
+            given, is_settled = places.look()
+            if given == most or (given >= least and is_settled):
+                return given
             time.sleep(POLL_S)
     finally:
-        for place in places:
-            ray.util.remove_placement_group(place)
+        places.close()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import ray
 import ray.train
 
-from gptray.jobs.cluster_nodes import nodes_to_be_taken
-from gptray.jobs.train.attempts import PLACE, place_for
+from gptray.jobs.cluster_nodes import alive_nodes, nodes_to_be_taken
+from gptray.jobs.train.room import Places
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
 from gptray.training.numbers import Wish
@@ -31,8 +31,10 @@ log = logging.getLogger("gptray")
 POLL_S = 1.0
 # Seconds to spare when training goes on until a node is taken, besides twice the longest step.
 SPARE_S = 5.0
-# Seconds for which there is room for more workers before they start: all start again for it.
+# Seconds for which there is the same room for more workers before all start again for it.
 GROW_S = 10.0
+# Seconds in which Ray takes back the places that nobody waits for any more.
+CLOSE_S = 5.0
 
 _sigterm = threading.Event()
 
@@ -46,17 +48,14 @@ class Notices:
     """What one worker wishes of all. As a context; the first worker watches the cluster in it."""
 
     def __init__(self, task: TrainTask) -> None:
-        self._task = task
+        self._task, self._compute = task, task.config.compute
         context = ray.train.get_context()
         self._is_first = context.get_world_rank() == 0
-        self._missing = task.config.compute.max_workers - context.get_world_size()
+        self._workers = self._next_workers = context.get_world_size()
         self._has_saved = False
         self._last, self._longest_s = time.monotonic(), 0.0
         self._reason = "a worker got SIGTERM"
         self._taken_at: float | None = None  # when the first node that is to be taken will be
-        self._has_asked = False  # for places for the workers on such nodes
-        self._places: list[PlacementGroup] = []
-        self._room_since: float | None = None  # when there was first room for more workers
         self._is_to_leave = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
@@ -76,6 +75,8 @@ class Notices:
         trace: TracebackType | None,
     ) -> None:
         self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
 
     def wish(self) -> Wish:
         """What this worker wishes at this step; called at each."""
@@ -91,71 +92,50 @@ class Notices:
         if self._has_saved:
             return Wish.NONE
         self._has_saved = True
-        self._tell(f"{self._reason} in {left_s:.0f} s; the run is saved, and trains until then")
+        self._tell(f"{self._reason} in {left_s:.0f} s; saving now, and training until then")
         return Wish.SAVE
 
     def tell_of_leaving(self, step: int) -> None:
         """Say why the workers have left at a step."""
-        self._tell(f"saved at step {step:,} to start the workers again: {self._reason}")
+        workers = count(self._next_workers, "worker")
+        self._tell(f"saved at step {step:,}, to resume with {workers}: {self._reason}")
 
     def _tell(self, message: str) -> None:
         if self._is_first:
             try_event(self._task.run_dir, "notice", message=message)
 
     def _watch(self) -> None:
-        while not self._closed.wait(POLL_S):
-            try:
-                self._look()
-            except Exception as error:  # Ray does not answer; the next look may succeed
-                log.warning("looking for nodes that will be taken: %s", error)
-        for place in self._places:
-            ray.util.remove_placement_group(place)
-
-    def _look(self) -> None:
-        """Note nodes that will be taken, and whether there is room elsewhere or for more."""
         group = ray.util.get_current_placement_group()
         assert group
-        places = ray.util.placement_group_table(group)
-        if leaving := nodes_to_be_taken():
-            lost = {
-                number: node
-                for number, node in places["bundles_to_node_id"].items()
-                if node in leaving
-            }
-            if lost:
-                self._move([places["bundles"][number] for number in lost])
-                self._reason = f"{count(len({*lost.values()}), 'node')} will be taken"
-                self._taken_at = min(leaving[node] for node in lost.values())
-                return
-        if self._task.config.compute.is_elastic:
-            self._grow(places["bundles"][0])
+        reserved = ray.util.placement_group_table(group)["bundles"][0]
+        places = Places(self._compute, reserved, settled_s=GROW_S)
+        while not self._closed.wait(POLL_S):
+            try:
+                self._look(group, places)
+            except Exception as error:  # Ray does not answer; the next look may succeed
+                log.warning("looking for nodes that will be taken: %s", error)
+        places.close()
 
-    def _move(self, bundles: list[dict[str, float]]) -> None:
-        """Leave as soon as there is room elsewhere, for which Ray is asked."""
-        if not self._has_asked:
-            self._has_asked = True
-            self._places.append(place_for(bundles, self._task.config.compute))
-        self._is_to_leave = _places_given() >= len(bundles)
-
-    def _grow(self, bundle: dict[str, float]) -> None:
-        """Leave once there has been room for more workers for some seconds; Ray is asked for it."""
-        while len(self._places) < self._missing:
-            self._places.append(place_for([bundle], self._task.config.compute))
-        more = _places_given()
-        if not more:
-            self._room_since = None
-            return
-        self._room_since = self._room_since or time.monotonic()
-        if time.monotonic() - self._room_since >= GROW_S:
+    def _look(self, group: PlacementGroup, places: Places) -> None:
+        """Note nodes that will be taken, and whether there is room elsewhere or for more."""
+        leaving = nodes_to_be_taken()
+        of_workers = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
+        lost = [node for node in of_workers if node in leaving]
+        missing = self._compute.max_workers - self._workers  # 0 of a fixed number
+        places.ask(len(lost) + missing)
+        given, is_settled = places.look()
+        if lost:
+            staying = self._workers - len(lost) + min(given, len(lost))
+            self._next_workers = max(self._compute.min_workers, staying)
+            self._reason = _will_be_taken({*lost})
+            self._taken_at = min(leaving[node] for node in lost)
+            self._is_to_leave = given >= len(lost)
+        elif (more := min(given, missing)) and is_settled:
+            self._next_workers = self._workers + more
             self._reason = f"there is room for {more} more"
             self._is_to_leave = True
 
 
-def _places_given() -> int:
-    """For how many workers more of this job Ray keeps room."""
-    job = ray.get_runtime_context().get_job_id()
-    return sum(
-        len(group["bundles"])
-        for name, group in ray.util.placement_group_table().items()
-        if group["name"].startswith(PLACE) and group["state"] == "CREATED" and name.endswith(job)
-    )
+def _will_be_taken(nodes: set[str]) -> str:
+    addresses = [node.address for node in alive_nodes() if node.id in nodes]
+    return f"node{'s' * (len(nodes) > 1)} {', '.join(addresses)} will be taken"

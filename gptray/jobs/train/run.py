@@ -7,7 +7,7 @@ its share of cores or on its GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from gptray.record import try_event, write_event
 
 if TYPE_CHECKING:
     import ray.train
+    from ray.train.torch import TorchConfig
 
 log = logging.getLogger("gptray")
 
@@ -127,8 +128,16 @@ def _train(
     return {"peak_memory_gib": peak}
 
 
-def fit_on_ray(
-    config: Config, data_dir: Path, folder: Path, *, callbacks: Sequence[Any] = ()
+def fit_on_ray(config: Config, data_dir: Path, folder: Path) -> dict[str, Any]:
+    """Train in Ray Train's workers, each with its share of the cluster, as `fit_in_workers`."""
+    reserved = worker_resources(config.compute, spare=_spare(config), together=True)
+    threads = max(1, int(reserved["CPU"]))
+    task = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
+    return fit_in_workers(task, reserved)
+
+
+def fit_in_workers(
+    task: TrainTask, reserved: Mapping[str, float], *, callbacks: Sequence[Any] = ()
 ) -> dict[str, Any]:
     """Train in Ray Train's workers; return the loop's result. `callbacks` are Ray Train's.
 
@@ -137,10 +146,7 @@ def fit_on_ray(
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    compute = config.compute
-    reserved = worker_resources(compute, spare=_spare(config), together=True)
-    threads = max(1, int(reserved["CPU"]))
-    task = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
+    config, folder, compute = task.config, task.run_dir, task.config.compute
 
     def fit(workers: int) -> dict[str, object]:
         set_ray_snapshot_aside(folder)  # it may name checkpoints that are pruned by now
@@ -153,7 +159,7 @@ def fit_on_ray(
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=workers,
                     use_gpu=compute.use_gpu,
-                    resources_per_worker=reserved,
+                    resources_per_worker=dict(reserved),
                     label_selector=compute.selector or None,
                 ),
                 run_config=ray.train.RunConfig(
@@ -162,6 +168,7 @@ def fit_on_ray(
                     failure_config=ray.train.FailureConfig(
                         max_failures=0 if compute.is_elastic else compute.max_failures,
                         max_preemption_failures=0 if compute.is_elastic else -1,
+                        controller_failure_limit=0 if compute.is_elastic else -1,
                     ),
                     callbacks=[_failure_notes(folder), *callbacks],
                 ),
@@ -189,7 +196,7 @@ def ended(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validation_config(
-    task: TrainTask, reserved: dict[str, float]
+    task: TrainTask, reserved: Mapping[str, float]
 ) -> ray.train.ValidationConfig | None:
     """Have Ray Train score each checkpoint in a process of its own, if that is asked for."""
     from ray.train import ValidationConfig, ValidationTaskConfig
@@ -245,7 +252,7 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _nccl() -> Any:
+def _nccl() -> TorchConfig:
     from ray.train.torch import TorchConfig
 
     return TorchConfig(backend="nccl")

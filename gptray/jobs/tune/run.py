@@ -22,6 +22,7 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
+from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
 from gptray.jobs.remote_run import check_one_node, publishing
 from gptray.jobs.reporter import Reporter
@@ -254,8 +255,10 @@ class _Sweep:
             folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder)
         data_dir = self._texts[text_key(planned.config)].data_dir
-        run = TrainTask(config, data_dir, folder, threads=max(1, int(cores)))
-        return TrialTask(planned.name, run, is_cut=planned.replicate_of is None)
+        threads = max(1, int(cores))
+        run = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
+        is_cut = planned.replicate_of is None
+        return TrialTask(planned.name, run, is_cut, self._reserved)
 
     def _finish(self) -> None:
         trials = load_trials(self._folder)

@@ -16,7 +16,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
 from gptray.jobs.cluster import TRAIN_ENV
 from gptray.jobs.ray_metrics import Exporter, run_tag
-from gptray.jobs.train.run import ended, fit_on_ray
+from gptray.jobs.train.run import ended, fit_in_workers
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.tune.task import TrialTask
@@ -31,8 +31,10 @@ def run_trial(task: TrialTask) -> dict[str, object]:
     """Train the trial's run; return the outcome, which Tune takes for the last report."""
     run, folder = task.run, task.run.run_dir
     try:
-        train = _train_here if run.config.compute.num_workers == 1 else _train_in_workers
-        result = ended(train(run, TokenData.open(run.data_dir)))
+        if run.config.compute.num_workers == 1:
+            result = ended(_train_here(run))
+        else:
+            result = ended(_train_in_workers(task))
         write_event(folder, "end", stopped=result["stopped"])
     except Exception as error:
         # What has become of the prepared text, the next start makes good.
@@ -48,8 +50,8 @@ def run_trial(task: TrialTask) -> dict[str, object]:
     }
 
 
-def _train_here(run: TrainTask, data: TokenData) -> dict[str, object]:
-    config = run.config
+def _train_here(run: TrainTask) -> dict[str, object]:
+    config, data = run.config, TokenData.open(run.data_dir)
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
     _forget_trials_before(config, device)
     # Of this thread, and every trial has its own.
@@ -75,9 +77,9 @@ def _forget_trials_before(config: Config, device: torch.device) -> None:
         torch.compiler.reset()
 
 
-def _train_in_workers(run: TrainTask, data: TokenData) -> dict[str, object]:
+def _train_in_workers(task: TrialTask) -> dict[str, object]:
     os.environ.update({**TRAIN_ENV, **os.environ})
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    callbacks = [TuneReportCallback()]
-    return fit_on_ray(run.config, data.data_dir, run.run_dir, callbacks=callbacks)
+    # What the driver has worked out: here it is not known whose the cluster is.
+    return fit_in_workers(task.run, task.reserved, callbacks=[TuneReportCallback()])
