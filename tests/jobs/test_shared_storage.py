@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,14 +88,34 @@ def started(environment: dict[str, str], job: str, *words: str) -> subprocess.Co
 @unlike
 @pytest.mark.ray
 @pytest.mark.timeout(2 * NEEDS_S)
-def test_training_refuses_a_storage_path_that_one_node_does_not_see(
-    cluster: dict[str, str], hidden: Path
+@pytest.mark.parametrize(
+    ("job", "place", "words"),
+    [
+        ("train", "storage_path={hidden}/runs", []),
+        ("tune", "storage_path={hidden}/runs", ["tune.space=[{{path: optim.lr, choice: [1e-3]}}]"]),
+        ("evaluate", "storage_path={hidden}/runs", ["evaluate.model={model}"]),
+        (
+            "generate",
+            "generate.output_path={hidden}/out",
+            ["generate.model={model}", "generate.input_path={prompts}"],
+        ),
+        ("serve", "serve.model={hidden}/model", []),
+    ],
+)
+def test_a_job_refuses_a_folder_that_one_node_does_not_see(
+    cluster: dict[str, str], hidden: Path, model_dir: Path, job: str, place: str, words: list[str]
 ) -> None:
-    done = started(cluster, "train", f"storage_path={hidden}/runs", "name=a")
+    prompts = model_dir / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    shutil.copytree(model_dir, hidden / "model", dirs_exist_ok=True)
+    place, *words = (
+        one.format(hidden=hidden, model=model_dir, prompts=prompts) for one in (place, *words)
+    )
+    done = started(cluster, job, place, *words, "name=a", "generate.backend=torch")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1] == (
-        f"train: storage_path={hidden}/runs: node {SECOND} does not see this folder; give a folder "
-        "that all nodes share, such as NFS"
+    assert (
+        f"{job}: {place}: node {SECOND} does not see this folder; give a folder that all nodes "
+        "share, such as NFS" in done.stderr.splitlines()
     )
     assert not (hidden / "runs").exists()
 

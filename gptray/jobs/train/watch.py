@@ -37,6 +37,8 @@ from gptray.wording import perplexity
 
 log = logging.getLogger("gptray")
 POLL_S = 0.2
+# What is done between two rows.
+TRAINING = "training"
 
 T = TypeVar("T")
 
@@ -97,8 +99,10 @@ class _Watch:
         self._shown = -1  # the last step shown; rows up to here are history
         self._scored: int | None = None  # the last step whose score was seen
         self._started = False
-        # What is done since when while there are no rows; None: rows come.
-        self._doing: tuple[str, float] | None = ("starting workers", time.monotonic())
+        # What is done and since when, until the next row.
+        self._doing = ("starting workers", time.monotonic())
+        # The longest time between two rows: twice that is worth a word.
+        self._row_s = 0.0
         self._origin = (0, time.monotonic())  # step and time from which the ETA is reckoned
         self._best = math.inf
         self._bar: Progress | None = None
@@ -144,8 +148,10 @@ class _Watch:
                 self._show(row, is_best)
 
     def line(self) -> str | None:
-        """What goes on while neither rows nor a bar show it."""
-        return so_far(*self._doing) if self._doing and not self._bar else None
+        """What goes on while neither rows, as they usually come, nor a bar show it."""
+        words, since = self._doing
+        is_usual = words == TRAINING and time.monotonic() - since < 2 * self._row_s
+        return None if self._bar or is_usual else so_far(words, since)
 
     def close(self) -> None:
         self.look()
@@ -160,7 +166,7 @@ class _Watch:
         log.info(
             "%s: %s parameters, %s, %s", begins, f"{event['parameters']:,}", workers, event["dtype"]
         )
-        self._started, self._doing = True, ("training", time.monotonic())
+        self._started, self._doing = True, ("the first steps", time.monotonic())
         self._exporter.set("gptray_max_steps", self._max_steps)
         self._shown = event["step"]
         self._scored = None if self._scored is None else min(self._scored, event["step"])
@@ -170,8 +176,10 @@ class _Watch:
 
     def _show(self, row: MetricsRow, is_best: bool) -> None:
         self._shown = max(self._shown, row["step"])
+        if self._doing[0] == TRAINING:
+            self._row_s = max(self._row_s, time.monotonic() - self._doing[1])
         is_last = self._shown >= self._max_steps
-        self._doing = ("saving the model", time.monotonic()) if is_last else None
+        self._doing = ("saving the model" if is_last else TRAINING, time.monotonic())
         self._exporter.row(row)
         metrics = _metrics_text(row)
         since, began = self._origin
