@@ -7,14 +7,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import pyarrow as pa
-from pyarrow import fs
+from typing import TYPE_CHECKING
 
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.files import CannotWrite, replacing, storing
 from gptray.store_access import file_system, persistently, reason
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import fs
 
 _BLOCK_BYTES = 8 << 20
 
@@ -68,13 +70,13 @@ class RemoteFolder:
 
     def folders(self) -> list[str]:
         """The names of the folders in it. Raises UserError."""
-        return [
-            name for name, info in self._listed(False).items() if info.type == fs.FileType.Directory
-        ]
+        return [name for name, info in self._listed(False).items() if not info.is_file]
 
     def _listed(self, deep: bool) -> dict[str, fs.FileInfo]:
+        from pyarrow.fs import FileSelector
+
         filesystem, path = self._place
-        selector = fs.FileSelector(path, recursive=deep, allow_not_found=True)
+        selector = FileSelector(path, recursive=deep, allow_not_found=True)
         with self._read():
             infos = persistently(lambda: filesystem.get_file_info(selector))
         return {info.path[len(path) :].lstrip("/"): info for info in infos}

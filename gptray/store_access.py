@@ -11,12 +11,13 @@ import io
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
-
-import pyarrow as pa
-from pyarrow import fs
+from typing import TYPE_CHECKING, TypeVar
 
 from gptray.config import UserError
+
+if TYPE_CHECKING:  # only a command that names a store waits for it to load
+    import pyarrow as pa
+    from pyarrow import fs
 
 log = logging.getLogger("gptray")
 
@@ -39,6 +40,8 @@ def scheme_of(uri: str) -> str:
 
 def file_system(uri: str) -> tuple[fs.FileSystem, str]:
     """What opens a URI, and the path in it. Raises UserError for one that cannot be reached."""
+    from pyarrow.fs import FileSystem
+
     scheme = scheme_of(uri)
     if scheme not in SCHEMES:
         raise UserError(f"{uri}: {_other_scheme(scheme)}")
@@ -46,7 +49,7 @@ def file_system(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme == "s3" and "allow_delayed_open" not in uri:  # a small file is one call, not three
         opened += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
     try:
-        filesystem, path = persistently(lambda: fs.FileSystem.from_uri(opened))
+        filesystem, path = persistently(lambda: FileSystem.from_uri(opened))
     except (OSError, ValueError) as error:
         raise UserError(f"{uri}: cannot be opened: {reason(error)}") from None
     return filesystem, path
@@ -115,6 +118,8 @@ def open_persistently(uri: str, path: str) -> pa.NativeFile:
 
     Raises OSError.
     """
+    import pyarrow as pa
+
     return pa.PythonFile(_PersistentFile(uri, path), mode="r")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from gptray.config import Config
 from gptray.files import is_uri
+from gptray.node_cache import copied
 
 Checked = TypeVar("Checked")
 # Label and value of each fact that --dry-run prints.
@@ -32,10 +32,7 @@ class Job(Generic[Checked]):
 
 def config_file(path: str) -> str:
     """The config that --config names; of one by URI a copy on this node. Raises UserError."""
-    if not is_uri(path):
-        return path
-    copied: Callable[[str], Path] = importlib.import_module("gptray.node_cache").copied  # pyarrow
-    return str(copied(path))
+    return str(copied(path)) if is_uri(path) else path
 
 
 def find_job(name: str) -> Job[Any]:
