@@ -26,6 +26,9 @@ from tests.training.runs import run
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 STEPS = 200
 
+# In thousands of steps of which some learn much, rounding of 1e-7 grows to 5e-3.
+SLOWLY = "optim.lr=1e-5"
+
 
 def words(source: Path, storage: Path, *others: str) -> list[str]:
     """The command line of a run that takes its time."""
@@ -113,7 +116,7 @@ def test_an_elastic_training_goes_on_with_the_workers_that_there_is_room_for(
     text_file: Path, tmp_path: Path
 ) -> None:
     keys = ("train.max_steps=3000", "train.eval_interval=50", "compute.max_failures=1")
-    asked = words(text_file, tmp_path, *keys)
+    asked = words(text_file, tmp_path, *keys, SLOWLY)
     with cluster_of({"num_cpus": 1}) as (nodes, _):
         elastic = [*asked, "compute.num_workers=[1, 3]"]
         with job("train", *elastic) as process:
@@ -156,7 +159,7 @@ def wait_for_workers(run_dir: Path, number: int, *, before: int, process: Popen[
 def test_nodes_come_and_go_ten_times_and_the_losses_are_those_of_a_fixed_run(
     text_file: Path, tmp_path: Path
 ) -> None:
-    asked = words(text_file, tmp_path, "train.max_steps=6000", "train.eval_interval=50")
+    asked = words(text_file, tmp_path, "train.max_steps=6000", "train.eval_interval=50", SLOWLY)
     run_dir, rng, others = tmp_path / "run", random.Random(1), list[Any]()
     elastic = ["compute.num_workers=[1, 3]", "compute.max_failures=-1"]
     with cluster_of({"num_cpus": 1}) as (nodes, _), job("train", *asked, *elastic) as process:
