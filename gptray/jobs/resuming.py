@@ -16,7 +16,8 @@ from typing import Any
 from gptray.commands import typed
 from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config
 from gptray.config.keys import shown
-from gptray.files import is_uri, refuse_links, replacing, storing
+from gptray.evaluation.model_commands import home_of
+from gptray.files import refuse_links, replacing, storing
 from gptray.jobs.models import CONFIG, TOKENIZER
 from gptray.jobs.places import SOURCES, is_same_place, with_whole_paths, words_for
 from gptray.jobs.run_folder import FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir, seen_at
@@ -233,8 +234,8 @@ def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> st
 
 def command(job: str, config: Config, folder: Path, *words: str) -> str:
     """What to type to resume the run or sweep in a folder, with these keys changed."""
-    if is_uri(config.storage_path):
-        words = ("--config", f"{seen_at(config)}/{CONFIG}", *words)
+    if home := home_of(config):
+        words = ("--config", f"{home}/{CONFIG}", *words)
     else:
         words = ("--config", str(folder / CONFIG), *words_for(folder), *words)
     if config.train.resume == "never":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
 from gptray.config.names import label_of
+from gptray.evaluation.model_commands import home_of
 from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
 from gptray.hub import NotOnHub
 from gptray.jobs.models import locate, unknown, with_tokenizer
@@ -80,8 +81,7 @@ def run_dir(config: Config) -> Path:
 
 def seen_at(config: Config) -> str:
     """Where others find a resolved config's run: its folder, or its URI."""
-    is_remote = is_uri(config.storage_path)
-    return f"{config.storage_path}/{config.name}" if is_remote else str(run_dir(config))
+    return home_of(config) or str(run_dir(config))
 
 
 @contextmanager

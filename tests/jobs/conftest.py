@@ -11,6 +11,7 @@ from gptray.model.hf import save_pretrained
 from tests.damage import deadline
 from tests.generation.models import random_gpt, small_tokenizer
 from tests.object_store import ObjectStore, object_store
+from tests.tiny import tiny_text
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +34,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectSto
     """An object store, with a cache of its own for what is fetched from there."""
     with object_store(monkeypatch, tmp_path / "cache") as running:
         yield running
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A short text."""
+    path = tmp_path / "tiny.txt"
+    path.write_text(tiny_text(300))
+    return path

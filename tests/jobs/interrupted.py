@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from gptray.training.loop import fit
 from tests.damage import Damage, fields
 from tests.tiny import tiny_config
 
+ROOT = Path(__file__).parents[2]
 STEPS = 6
 NEW, OLD = "checkpoint_000004", "checkpoint_000002"
 MANIFEST, TRAINER, MOMENTS = f"{NEW}/manifest.json", "trainer.json", "optimizer.safetensors"
@@ -67,6 +70,14 @@ def job(config: Config, *, kill_at: int | None = None) -> dict[str, Any]:
     if result["stopped"] == "non_finite":
         raise RunFailed(result["message"])
     return outcome(checked.config)
+
+
+def dies(code: str) -> None:
+    """Run code that has its process end as by SIGKILL, with threads and `Path` as they are here."""
+    begin = f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
+    begin += "from pathlib import Path\n"
+    died = subprocess.run([sys.executable, "-c", begin + code], cwd=ROOT, timeout=400)
+    assert died.returncode == 9
 
 
 def what_it_came_to(folder: Path) -> tuple[str, list[tuple[int, float]]]:

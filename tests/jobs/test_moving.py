@@ -14,7 +14,6 @@ from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import pytest
-import torch
 
 from gptray.config import load_config
 from gptray.data.tokens import TokenData
@@ -64,11 +63,9 @@ def losses(run_dir: Path) -> list[float]:
 def undisturbed(words: list[str], folder: Path) -> list[float]:
     """The losses of one worker, in this process, from the text that a job has prepared."""
     config = load_config(None, words)
-    data, threads = check_text(config).data, torch.get_num_threads()
+    data = check_text(config).data
     assert data
-    torch.set_num_threads(1)
     run(config, data, folder)
-    torch.set_num_threads(threads)
     return losses(folder)
 
 

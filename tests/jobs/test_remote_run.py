@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,12 +28,11 @@ from gptray.node_cache import hold, make_room, set_published, storage_folder
 from gptray.remote_folder import RemoteFolder
 from gptray.training.loop import fit
 from tests.data.prepared import prepared_here
-from tests.jobs.interrupted import STEPS, config_in, what_it_came_to
+from tests.jobs.interrupted import STEPS, config_in, dies, what_it_came_to
 from tests.jobs.interrupted import job as local_job
 from tests.object_store import Object, ObjectStore
 from tests.tiny import tiny_config, tiny_text
 
-ROOT = Path(__file__).parents[2]
 HOME = "s3://bucket/runs"
 FIRST = "checkpoint_000002"
 
@@ -81,25 +78,15 @@ def prepare(config: Config) -> None:
     prepared_here(folder, char_tokenizer(words), train=words[:8000], val=words[8000:])
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.txt"
-    path.write_text(tiny_text(300))
-    return path
-
-
 def test_a_run_resumes_on_another_machine_to_the_same_bits(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_at(source)
     prepare(config)
-    code = (
-        f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
-        "from pathlib import Path\nfrom tests.jobs.test_remote_run import config_at, job\n"
+    dies(
+        "from tests.jobs.test_remote_run import config_at, job\n"
         f"job(config_at(Path({str(source)!r})), die_at=4)"
     )
-    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=400)
-    assert died.returncode == 9
     assert f"{FIRST}/manifest.json" in store.names("bucket/runs/r")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -32,11 +30,10 @@ from gptray.training.checkpoint import exchange_model
 from gptray.training.loop import fit
 from gptray.tuning.sweep_record import Record, load_sweep, load_trials, trial_dir
 from gptray.tuning.trial_plan import choose_winner, plan_trial
+from tests.jobs.interrupted import dies
 from tests.jobs.test_remote_run import HOME, config_at, prepare
 from tests.object_store import ObjectStore
-from tests.tiny import tiny_text
 
-ROOT = Path(__file__).parents[2]
 SWEEP, WEIGHTS = f"{HOME}/r", "model/model.safetensors"
 SPACE = [{"path": "optim.lr", "grid": [1e-3, 1e-2]}]
 # Of the second of two trials.
@@ -95,25 +92,15 @@ def is_published() -> bool:
     return FIRST in home.files(deep=True) and b'"ended"' in (home.read("trials.jsonl") or b"")
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.txt"
-    path.write_text(tiny_text(300))
-    return path
-
-
 def test_a_sweep_resumes_on_another_machine_and_trains_nothing_twice(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = sweep_at(source)
     prepare(config)
-    code = (
-        f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
-        "from pathlib import Path\nfrom tests.jobs.test_remote_sweep import job, sweep_at\n"
+    dies(
+        "from tests.jobs.test_remote_sweep import job, sweep_at\n"
         f"job(sweep_at(Path({str(source)!r})), dies=True)"
     )
-    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=400)
-    assert died.returncode == 9
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))
     result = job(config)
