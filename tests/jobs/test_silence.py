@@ -26,7 +26,7 @@ def words(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator
     prompts = folder / "prompts.txt"
     prompts.write_text("the cat\n" * 200)
     asked = [
-        f"storage_path={folder}", "name=run", "train.max_steps=20", "train.block_size=32",
+        f"storage_path={folder}", "train.max_steps=20", "train.block_size=32",
         "model.n_layer=1", "model.n_embd=32", "data.vocab_size=300",
         "tune.space=[{path: optim.lr, choice: [1e-3, 2e-3]}]", "tune.num_samples=2",
         f"evaluate.model={model_dir}", "evaluate.passages=4", f"generate.model={model_dir}",
