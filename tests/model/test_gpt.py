@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptray.config import ModelConfig, UserError
 from gptray.model.gpt import GPT
-from gptray.model.shape import parameter_count
+from gptray.model.parameters import parameter_count
 
 
 def small(**fields: object) -> ModelConfig:
