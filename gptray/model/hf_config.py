@@ -140,7 +140,8 @@ def _fields(raw: Raw, family: Family) -> NetworkShape:
     if family.always.get("positions") == "rotary":
         values |= _rope(raw, family, values)
     values |= _windows(raw, family, values["n_layer"])
-    return cast(NetworkShape, ModelConfig(**values).model_dump(include={*SHAPE, "vocab_size"}))
+    network = ModelConfig.model_validate(values, strict=True)
+    return cast(NetworkShape, network.model_dump(include={*SHAPE, "vocab_size"}))
 
 
 def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, object]:
