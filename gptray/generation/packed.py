@@ -46,7 +46,7 @@ class PackedGPT:
         self._rotary = transformer.rotary
         self._wpe = self._wte[:0] if self._rotary else whole(transformer.wpe.weight)
         # First, since the padded copy that it packs is the largest.
-        weight = whole(model.head)
+        weight = self._wte if model.lm_head is None else whole(model.head)
         head = F.pad(weight[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
         self.logits_width = len(head)
         self._head = product(head, None, dtype, quantize=quantize)

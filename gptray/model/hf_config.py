@@ -152,15 +152,13 @@ def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, o
     scaling = {key: value for key, value in given.items() if value is not None}
     part = family.rope_part
     theta = scaling.pop("rope_theta", raw.get(family.rope_base, _THETA))
-    whole = raw.get("partial_rotary_factor", 1.0)
-    share = scaling.pop(
-        "partial_rotary_factor", raw.get(part.name, part.default) if part else whole
-    )
-    if part is None and share != 1:
+    key, default = (part.name, part.default) if part else ("partial_rotary_factor", 1.0)
+    share = scaling.pop("partial_rotary_factor", raw.get(key, default))
+    if part is None and share not in (1, None):
         raise _Unlike(f"partial_rotary_factor={share!r:.60} is not supported, only 1")
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
-    fields: dict[str, object] = {"rope_theta": theta, "partial_rotary_factor": share}
+    fields = {"rope_theta": theta, "partial_rotary_factor": 1.0 if share is None else share}
     if any(isinstance(value, dict) for value in scaling.values()):
         raise _Unlike("rope_parameters for each kind of layer are not supported")
     if kind == "default":
