@@ -117,7 +117,7 @@ class _Queries:
         q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotates:
-            assert angles
+            assert angles is not None
             q, k = rotate(q, angles), rotate(k, angles)
         return torch.cat((q, k, v), dim=1).flatten(1)
 

@@ -73,7 +73,7 @@ class Attention(nn.Module):
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotates:
-            assert angles
+            assert angles is not None
             q, k = rotate(q, angles), rotate(k, angles)
         if is_grouped:
             group = self.n_head // self.kv_heads

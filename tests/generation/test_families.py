@@ -80,8 +80,8 @@ def test_greedy_is_transformers_for_a_hundred_prompts(
 
 
 def test_a_cache_grows_with_what_it_holds(tokenizer: Tokenizer) -> None:
-    shape = {"n_layer": 1, "n_positions": 3 * FIRST_TOKENS, "positions": "rotary", "n_kv_head": 1}
-    model = random_gpt(tokenizer, **shape)
+    positions = 3 * FIRST_TOKENS
+    model = random_gpt(tokenizer, n_layer=1, n_positions=positions, positions="rotary", n_kv_head=1)
     ids = prompt_of(tokenizer, FIRST_TOKENS + 70, seed=2)
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0]
