@@ -47,12 +47,13 @@ class _CastLinear(torch.autograd.Function):
         ctx.has_bias = bias is not None
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         on_cpu = x.device.type == "cpu"
-        if on_cpu and bias is not None and torch.compiler.is_compiling():
+        if on_cpu and torch.compiler.is_compiling():
             # The sum in fp32: so it joins the next pointwise kernel, and not a slower addmm.
-            return (F.linear(x, weight).float() + bias).to(x.dtype)
+            y: Tensor = F.linear(x, weight)
+            return y if bias is None else (y.float() + bias).to(x.dtype)
         # It adds the bias in the GEMM, addmm before it.
         if on_cpu and has_onednn_linear(torch.bfloat16):
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             return y
         return F.linear(x, weight, bias)
 
