@@ -43,10 +43,11 @@ PARQUET = """
 import pyarrow.json, pyarrow.parquet
 pyarrow.parquet.write_table(pyarrow.json.read_json("prompts.jsonl"), "prompts.parquet")
 """
-# Stands for the hub's GPT-2.
-SMALL_GPT2 = """
+# Stand for the hub's GPT-2 and Qwen3.
+SMALL_MODELS = """
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import Qwen3Config, Qwen3ForCausalLM
 bpe = Tokenizer(models.BPE())
 bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
 alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -54,13 +55,20 @@ trainer = trainers.BpeTrainer(
     vocab_size=1000, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
 )
 bpe.train(["book.txt"], trainer)
-PreTrainedTokenizerFast(
-    tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
-).save_pretrained("gpt2")
+for name in ("gpt2", "Qwen/Qwen3-0.6B"):
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    ).save_pretrained(name)
 config = GPT2Config(
     vocab_size=1000, n_layer=2, n_head=4, n_embd=64, bos_token_id=0, eos_token_id=0
 )
 GPT2LMHeadModel(config).save_pretrained("gpt2")
+config = Qwen3Config(
+    vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32,
+    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0,
+    bos_token_id=0,
+)
+Qwen3ForCausalLM(config).save_pretrained("Qwen/Qwen3-0.6B")
 """
 
 
@@ -253,7 +261,7 @@ def main() -> int:
     with place as folder, terminal(Path(folder).resolve()) as (shell, clone):
         found = list(commands((clone / "README.md").read_text("utf-8")))
         todo = [one for one in found if not any(word in one.text for word in args.skip)]
-        made = PARQUET if args.hub else PARQUET + SMALL_GPT2
+        made = PARQUET if args.hub else PARQUET + SMALL_MODELS
         todo.insert(1, Command(0, "bash", f".venv/bin/python - <<'END'{made}END"))
         outcomes += type_all(shell, todo)
     for outcome in outcomes:

@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from gptray.config import Config, flatten, load_config
+from gptray.model.hf_config import family_of
+from gptray.model.parameters import parameter_count
 from gptray.tuning.sweep_record import rungs
 from gptray.tuning.trial_plan import plan_trials
 
@@ -17,7 +19,9 @@ PATHS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "serve")
 
 
 def test_the_named_configs_are_there() -> None:
-    assert {"gpt2_124m", "shakespeare_cpu", "verdict"} <= {path.stem for path in PATHS}
+    assert {"gpt2_124m", "llama_small", "shakespeare_cpu", "verdict"} <= {
+        path.stem for path in PATHS
+    }
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -52,6 +56,12 @@ def test_shakespeare_is_the_published_recipe() -> None:
     assert (optim.betas, optim.weight_decay, optim.max_grad_norm) == ((0.9, 0.99), 0.1, 1.0)
     assert (config.data.tokenizer, config.data.split) == ("char", (0.9, 0.1))
     assert (train.patience, train.eval_interval) == (None, 250)
+
+
+def test_the_small_llama_is_one_that_transformers_opens() -> None:
+    model = load_config(str(FOLDER / "llama_small.yaml"), []).model
+    assert family_of(model) == "llama"
+    assert parameter_count(model, 2048) == 631_424
 
 
 def test_gpt2_124m_has_the_published_shape() -> None:

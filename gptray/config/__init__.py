@@ -5,6 +5,7 @@ Loads neither torch nor Ray.
 
 from gptray.config.compute import ComputeConfig
 from gptray.config.errors import ConfigError, RunFailed, UserError
+from gptray.config.model_section import ModelConfig
 from gptray.config.schema import (
     Config,
     differences,
@@ -17,7 +18,6 @@ from gptray.config.schema import (
 )
 from gptray.config.sections import (
     DataConfig,
-    ModelConfig,
     OptimConfig,
     TrackConfig,
     TrainConfig,

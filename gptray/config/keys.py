@@ -17,7 +17,13 @@ from pydantic_core import ErrorDetails
 
 from gptray.config.suggest import did_you_mean, nearest
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "keys of its own",
+}
 _SHORT = {int: "int", float: "number", bool: "true|false", str: "text", dict: "entry"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts", dict: "entries"}
 _LIMITS = {

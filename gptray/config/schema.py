@@ -18,12 +18,12 @@ from yaml import YAMLError
 from gptray.config.compute import ComputeConfig
 from gptray.config.errors import ConfigError
 from gptray.config.keys import EntriesError
+from gptray.config.model_section import ModelConfig
 from gptray.config.names import checked_name
 from gptray.config.reader import Reader
 from gptray.config.search_space import space_problems
 from gptray.config.sections import (
     DataConfig,
-    ModelConfig,
     OptimConfig,
     TrackConfig,
     TrainConfig,

@@ -73,58 +73,6 @@ class DataConfig(Section):
     )
 
 
-class ModelConfig(Section):
-    n_layer: PositiveInt = Field(2, description="blocks")
-    n_head: PositiveInt = Field(4, description="attention heads; must divide n_embd")
-    n_embd: PositiveInt = Field(256, description="width of the residual stream")
-    n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 x n_embd")
-    # A context of one token would have no room for a new one.
-    n_positions: Annotated[int, Field(ge=2)] = Field(128, description="longest context, in tokens")
-    vocab_size: PositiveInt | None = Field(
-        None, description="rows of the embedding; null: the tokenizer's; larger pads it"
-    )
-    dropout: Probability = Field(
-        0.0, description="of embeddings, attention and residuals (HF's three)"
-    )
-    norm: Literal["layernorm", "none"] = Field(
-        "layernorm", description="none: ablation, no normalisation"
-    )
-    residual: bool = Field(True, description="false: ablation, no skip connections")
-    layer_norm_epsilon: Positive = Field(1e-5, description="added to the variance")
-    initializer_range: Positive = Field(0.02, description="standard deviation of initial weights")
-    init_from: str | None = Field(
-        None,
-        description="start from these weights: a run by name or folder, a GPT-2 model folder or a "
-        "hub id",
-    )
-    resize_vocab: bool = Field(
-        False,
-        description="fit init_from's embedding to another tokenizer: rows of tokens that both have "
-        "are kept, the others start from the mean row",
-    )
-
-    checkpoint_blocks: bool = Field(
-        False,
-        description="keep only the input of each block and compute the block again in the backward "
-        "pass: less memory for about a third more arithmetic, the same numbers",
-    )
-
-    @model_validator(mode="after")
-    def _resizes_what_there_is(self) -> ModelConfig:
-        if self.resize_vocab and self.init_from is None:
-            raise ValueError("model.resize_vocab=true goes with model.init_from")
-        return self
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ModelConfig:
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head}"
-                f", such as {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
-            )
-        return self
-
-
 class OptimConfig(Section):
     lr: Positive = Field(2e-3, description="peak learning rate")
     min_lr: NonNegative = Field(2e-4, description="learning rate at the end of the schedule")

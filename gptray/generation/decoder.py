@@ -5,7 +5,8 @@ of the prompt for those that begin. No token is padding. What a sequence gets do
 its neighbours: every product runs over a token's own row. This decoder runs wherever PyTorch does;
 `gptray.generation.native_decoder` has a faster one for some processors.
 
-Shapes: N tokens of a step, S slots, D sequences decoding, H heads, E = head width, C = n_embd.
+Shapes: N tokens of a step, S slots, D sequences decoding, H heads in K groups that share keys and
+values, E = head width.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ LENGTH_STEP = 32
 PIECE_TOKENS = 128
 # What `Network.prompt_tokens` is on a CPU.
 PROMPT_TOKENS = 512
+# Of each sequence, for which a cache takes memory at once.
+FIRST_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -83,24 +86,25 @@ class _Cache:
     """Keys and values of every layer for S sequences of up to P tokens, in memory taken once.
 
     Products are several times faster over keys that lie side by side than over slices of longer
-    rows. So each layer's memory is seen as (S, H, length, E) with the least `length` that holds
-    the longest sequence, and is laid out anew when that changes: once in LENGTH_STEP tokens.
+    rows. So each layer's memory is seen as (S, K, length, E) with the least `length` that holds
+    the longest sequence, and is laid out anew when that changes: once in LENGTH_STEP tokens. The
+    memory holds FIRST_TOKENS a sequence, and twice as many when that is too little.
     """
 
     def __init__(self, model: GPT, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
         config = model.config
-        self._slots, self._n_head = slots, config.n_head
-        self._head_width = config.n_embd // config.n_head
-        numbers = slots * config.n_embd * _rounded(config.n_positions)
+        self._shape = slots, config.kv_heads, config.head_width
+        self._most = _rounded(config.n_positions)
+        self._room = min(self._most, FIRST_TOKENS)
         self._memory = [
-            (
-                torch.zeros(numbers, dtype=dtype, device=device),
-                torch.zeros(numbers, dtype=dtype, device=device),
-            )
+            tuple(torch.zeros(self._numbers(), dtype=dtype, device=device) for _ in range(2))
             for _ in range(config.n_layer)
         ]
         self.length = LENGTH_STEP
-        self.layers = [(self._view(k), self._view(v)) for k, v in self._memory]
+        self.layers = [self._views(memory) for memory in self._memory]
+
+    def _numbers(self) -> int:
+        return math.prod(self._shape) * self._room
 
     def fit(self, tokens: int, used: int) -> None:
         """Make room for sequences of `tokens`, keeping what slots 0 .. used - 1 hold."""
@@ -110,25 +114,29 @@ class _Cache:
             return
         kept = min(length, self.length)
         self.length = length
-        before, self.layers = self.layers, []
-        for (old_k, old_v), (k, v) in zip(before, self._memory, strict=True):
+        while self._room < length:
+            self._room = min(2 * self._room, self._most)
+        for layer, (old_k, old_v) in enumerate(self.layers):
             old = old_k[:used, :, :kept].clone(), old_v[:used, :, :kept].clone()
-            keys, values = self._view(k), self._view(v)
+            if self._memory[layer][0].numel() < self._numbers():
+                self._memory[layer] = tuple(old_k.new_zeros(self._numbers()) for _ in range(2))
+            keys, values = self.layers[layer] = self._views(self._memory[layer])
             keys[:used, :, :kept], values[:used, :, :kept] = old
-            self.layers.append((keys, values))
 
     def grow(self, tokens: int) -> None:
         """Make room for a sequence of `tokens`, keeping all that all slots hold."""
-        self.fit(max(tokens, self.length), self._slots)
+        self.fit(max(tokens, self.length), self._shape[0])
 
     def move(self, source: int, target: int, tokens: int) -> None:
         for keys, values in self.layers:
             keys[target, :, :tokens] = keys[source, :, :tokens]
             values[target, :, :tokens] = values[source, :, :tokens]
 
-    def _view(self, memory: Tensor) -> Tensor:
-        shape = (self._slots, self._n_head, self.length, self._head_width)
-        return memory[: math.prod(shape)].view(shape)
+    def _views(self, memory: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        slots, heads, width = self._shape
+        shape = slots, heads, self.length, width
+        keys, values = (one[: math.prod(shape)].view(shape) for one in memory)
+        return keys, values
 
 
 def _rounded(tokens: int) -> int:
@@ -149,6 +157,8 @@ class Decoder:
         self._packed = PackedGPT(model, dtype, quantize=quantize)
         self._device = self._packed.device
         self._cache = _Cache(model, slots, dtype=dtype, device=self._device)
+        self._heads = model.config.n_head + 2 * model.config.kv_heads
+        self._windows = [model.config.window(layer) for layer in range(model.config.n_layer)]
 
     @torch.no_grad()
     def step(
@@ -174,8 +184,12 @@ class Decoder:
         plan = _AttentionPlan(
             positions[: len(decoding)], pieces, self._cache.length, self._packed.dtype, self._device
         )
-        layers = self._cache.layers
-        x = self._packed.hidden(ids, place, lambda layer, qkv: plan.attend(qkv, *layers[layer]))
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            heads = qkv.view(len(qkv), self._heads, -1)
+            return plan.attend(heads, *self._cache.layers[layer], self._windows[layer])
+
+        x = self._packed.hidden(ids, place, attend)
         return self._packed.logits(x if len(asked) == len(x) else x[asked])
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
@@ -192,7 +206,7 @@ class Decoder:
 
 
 class _AttentionPlan:
-    """What attention of a step needs in every layer, made once: places, mask, pieces."""
+    """What attention of a step needs in every layer, made once: places, masks, pieces."""
 
     def __init__(
         self,
@@ -205,46 +219,67 @@ class _AttentionPlan:
         self._decoding = len(positions)
         self._slots = torch.arange(self._decoding, device=device)
         self._positions = torch.tensor(positions, dtype=torch.int64, device=device)
-        beyond = torch.arange(length, device=device) > self._positions[:, None]
-        self._mask = torch.zeros(beyond.shape, dtype=dtype, device=device)
-        self._mask.masked_fill_(beyond, float("-inf")).unsqueeze_(1)  # (D, 1, length)
+        self._places = torch.arange(length, device=device)
+        self._dtype = dtype
+        self._masks: dict[int | None, Tensor] = {}
         self._pieces = pieces
 
-    def attend(self, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store the step's keys and values; attend. qkv (N, 3C), returns (N, C)."""
-        D, parts = self._decoding, []
+    def attend(self, heads: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """Store the step's keys and values; attend, back over `window` tokens.
+
+        heads: q, k, v (N, H + 2 K, E); keys and values (S, K, length, E). Returns (N, H E).
+        """
+        D, parts, K = self._decoding, [], keys.size(1)
+        q, k, v = torch.split(heads, [heads.size(1) - 2 * K, K, K], dim=1)
+        q = q.reshape(len(q), K, -1, q.size(2))  # (N, K, H / K, E)
         if D:
-            parts.append(self._attend_one(qkv[:D], keys, values))
+            parts.append(self._attend_one(q[:D], k[:D], v[:D], keys, values, window))
         row = D
         for piece in self._pieces:
-            stop = row + len(piece.tokens)
-            parts.append(
-                _attend_piece(qkv[row:stop], keys[piece.slot], values[piece.slot], piece.start)
-            )
-            row = stop
+            rows = slice(row, row + len(piece.tokens))
+            kept = keys[piece.slot], values[piece.slot]
+            parts.append(_attend_piece(q[rows], k[rows], v[rows], *kept, piece.start, window))
+            row = rows.stop
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _attend_one(self, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store each decoding sequence's key and value; attend over its past. Returns (D, C)."""
-        D, (_, H, _, E) = qkv.size(0), keys.shape
-        q, k, v = qkv.view(D, 3, H, E).unbind(1)
+    def _attend_one(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None
+    ) -> Tensor:
+        """Store each decoding sequence's key and value; attend over its past. Returns (D, H E)."""
+        D, K, G, E = q.shape
         keys[self._slots, :, self._positions] = k
         values[self._slots, :, self._positions] = v
-        past, carried = keys[:D].flatten(0, 1), values[:D].flatten(0, 1)  # (D*H, length, E)
-        scores = torch.bmm(q.reshape(D * H, 1, E), past.transpose(1, 2)).view(D, H, -1)
-        weights = torch.softmax(scores.add_(self._mask), dim=-1)
-        return torch.bmm(weights.view(D * H, 1, -1), carried).view(D, H * E)
+        past, carried = keys[:D].flatten(0, 1), values[:D].flatten(0, 1)  # (D*K, length, E)
+        scores = torch.bmm(q.reshape(D * K, G, E), past.transpose(1, 2)).view(D, K * G, -1)
+        weights = torch.softmax(scores.add_(self._mask(window)), dim=-1)
+        return torch.bmm(weights.view(D * K, G, -1), carried).view(D, K * G * E)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """-inf for what a decoding sequence does not see, (D, 1, length)."""
+        if window not in self._masks:
+            own = self._positions[:, None]
+            hidden = self._places > own
+            if window is not None:
+                hidden |= self._places <= own - window
+            mask = torch.zeros(hidden.shape, dtype=self._dtype, device=own.device)
+            self._masks[window] = mask.masked_fill_(hidden, float("-inf")).unsqueeze_(1)
+        return self._masks[window]
 
 
-def _attend_piece(qkv: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """Store a piece's keys and values, (H, length, E); attend causally. Returns (T, C)."""
-    T, (H, _, E) = qkv.size(0), keys.shape
+def _attend_piece(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None
+) -> Tensor:
+    """Store a piece's keys and values, (K, length, E); attend causally. Returns (T, H E)."""
+    T, K, G, E = q.shape
     stop = start + T
-    q, k, v = qkv.view(T, 3, H, E).permute(1, 2, 0, 3)  # (H, T, E) each
-    keys[:, start:stop] = k
-    values[:, start:stop] = v
-    scores = torch.bmm(q, keys[:, :stop].transpose(1, 2))  # (H, T, stop)
-    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    scores[:, :, start:] += future
-    weights = torch.softmax(scores, dim=-1)
-    return torch.bmm(weights, values[:, :stop]).transpose(0, 1).reshape(T, H * E)
+    keys[:, start:stop] = k.transpose(0, 1)
+    values[:, start:stop] = v.transpose(0, 1)
+    q = q.permute(1, 2, 0, 3).reshape(K, G * T, E)
+    scores = torch.bmm(q, keys[:, :stop].transpose(1, 2)).view(K, G, T, stop)
+    none = torch.full((T, stop), float("-inf"), dtype=q.dtype, device=q.device)
+    scores[..., start:] += none[:, start:].triu(1)
+    if window is not None:
+        scores += none.tril(start - window)
+    weights = torch.softmax(scores, dim=-1).view(K, G * T, stop)
+    attended = torch.bmm(weights, values[:, :stop]).view(K, G, T, E)
+    return attended.permute(2, 0, 1, 3).reshape(T, K * G * E)

@@ -26,6 +26,7 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import check_context
 from gptray.generation.utf8 import Utf8
 from gptray.model.gpt import GPT
+from gptray.model.only_torch import why_only_torch
 
 log = logging.getLogger("gptray")
 
@@ -35,8 +36,9 @@ class Engine:
 
     dtype: what the network computes in. quantize: "none" or "int8" weights. backend: "native" for
     `gptray.generation.native_decoder`, "graph" for `gptray.generation.graphs` if its kernels
-    compile, or "torch". Memory: the cache takes up to 2 x n_layer x max_batch_size x n_positions x
-    n_embd numbers of `dtype`.
+    compile, or "torch", which every network that is not GPT-2's takes. Memory: the cache takes up
+    to 2 x n_layer x max_batch_size x n_positions numbers of `dtype` for each of the width of all
+    heads' keys.
     """
 
     def __init__(
@@ -272,6 +274,9 @@ def make_decoder(
     backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
 ) -> Network:
     """The decoder of a backend; see `Engine`."""
+    if backend != "torch" and (why := why_only_torch(model.config)):
+        log.info("generating through PyTorch, since %s", why)
+        backend = "torch"
     if backend == "graph":
         assert quantize == "none"
         try:

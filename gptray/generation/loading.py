@@ -33,11 +33,13 @@ def open_engine(
     model = load_pretrained(folder).eval().to(device)
     _check_weights(model, folder)
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.eos_id >= model.valid_vocab_size:
+    if tokenizer.vocab_size > model.valid_vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer's end-of-text token {tokenizer.eos_token!r} has id "
-            f"{tokenizer.eos_id}, but the model has {model.valid_vocab_size} tokens"
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding "
+            f"only {model.valid_vocab_size:,} rows"
         )
+    # Many models pad their embedding: those rows stand for no text.
+    model.valid_vocab_size = tokenizer.vocab_size
     if generate.backend == "auto" and config.compute.use_gpu:
         picked = "graph"
     else:

@@ -1,6 +1,7 @@
 """A GPT with its weights packed for generation, in the dtype that it computes in.
 
-Shapes: N tokens, C = n_embd, V the vocabulary, padded to a whole number of the sampler's chunks.
+Shapes: N tokens, C = n_embd, H heads, K heads of keys and values, E = head width, V the vocabulary,
+padded to a whole number of the sampler's chunks.
 """
 
 from __future__ import annotations
@@ -8,17 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptray.config import ModelConfig
 from gptray.generation.choosing import CHUNK
 from gptray.generation.products import Product, product
-from gptray.model.gpt import GPT, Attention, Block
+from gptray.model.gpt import GPT, Block
+from gptray.model.layers import RMSNorm, activation, rms_norm
+from gptray.model.rotary import Angles, rotate
 
-# From a layer's number and its q, k, v, (N, 3C), to what it attended to, (N, C).
+# Of an MLP, as torch calls them.
+GELUS = {"gelu_new": "tanh", "gelu": "none"}
+
+# From a layer's number and its q, k, v, (N, (H + 2 K) E), to what it attended to, (N, H E).
 Attend = Callable[[int, Tensor], Tensor]
 # `GPT.whole`
 Whole = Callable[[Tensor], Tensor]
@@ -33,16 +41,18 @@ class PackedGPT:
     def __init__(self, model: GPT, dtype: torch.dtype, *, quantize: str = "none") -> None:
         transformer = model.transformer
         self.vocab_size, self.dtype = model.valid_vocab_size, dtype
-        whole = model.whole
-        self._wte, self._wpe = whole(transformer.wte.weight), whole(transformer.wpe.weight)
+        config, whole = model.config, model.whole
+        self._wte = whole(transformer.wte.weight)
+        self._rotary = transformer.rotary
+        self._wpe = self._wte[:0] if self._rotary else whole(transformer.wpe.weight)
         # First, since the padded copy that it packs is the largest.
-        head = F.pad(self._wte[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
+        weight = self._wte if model.lm_head is None else whole(model.head)
+        head = F.pad(weight[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
         self.logits_width = len(head)
         self._head = product(head, None, dtype, quantize=quantize)
-        del head
+        del weight, head
         self._blocks = [
-            _block(cast(Block, block), model.config.residual, whole, dtype, quantize)
-            for block in transformer.h
+            _block(cast(Block, block), config, whole, dtype, quantize) for block in transformer.h
         ]
         self._ln_f = _norm(transformer.ln_f, whole, dtype)
 
@@ -53,11 +63,14 @@ class PackedGPT:
 
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """What the last block gives for N tokens at their positions, (N, C)."""
-        x = (F.embedding(tokens, self._wte) + F.embedding(positions, self._wpe)).to(self.dtype)
+        x, angles = F.embedding(tokens, self._wte), None
+        if self._rotary:
+            angles = self._rotary.at(positions, self.dtype)
+        else:
+            x = x + F.embedding(positions, self._wpe)
+        x = x.to(self.dtype)
         for layer, block in enumerate(self._blocks):
-            attended = attend(layer, block.c_attn(block.ln_1(x)))
-            x = block.attn_proj(attended, x if block.residual else None)
-            x = block.mlp_proj(block.c_fc(block.ln_2(x)), x if block.residual else None)
+            x = block(x, angles, partial(attend, layer))
         return x
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -70,59 +83,137 @@ class PackedGPT:
 
 @dataclass(frozen=True)
 class _Norm:
+    """A norm, or what passes all through."""
+
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    is_rms: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return x
+        if self.is_rms:
+            return rms_norm(x, self.weight, self.eps)
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """q and k of a layer as its scores take them: normalised and rotated; q times 1 / sqrt(E)."""
+
+    n_head: int
+    kv_heads: int
+    width: int
+    q_norm: _Norm
+    k_norm: _Norm
+    rotates: bool
+
+    def __call__(self, qkv: Tensor, angles: Angles | None) -> Tensor:
+        """q, k, v (N, (H + 2 K) E)."""
+        if self.q_norm.weight is None and not self.rotates:
+            return qkv
+        heads = qkv.view(len(qkv), -1, self.width)
+        q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            assert angles is not None
+            q, k = rotate(q, angles), rotate(k, angles)
+        return torch.cat((q, k, v), dim=1).flatten(1)
 
 
 @dataclass(frozen=True)
 class _Block:
     ln_1: _Norm
     c_attn: Product
+    queries: _Queries
     attn_proj: Product
     ln_2: _Norm
     c_fc: Product
     mlp_proj: Product
+    is_gated: bool
     residual: bool
+    parallel: bool
+    post_norm: bool
+
+    def __call__(
+        self, x: Tensor, angles: Angles | None, attend: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        first, second = (_same, _same) if self.post_norm else (self.ln_1, self.ln_2)
+        qkv = self.queries(self.c_attn(first(x)), angles)
+        y = self._add(self.attn_proj, attend(qkv), self.ln_1, x if self.residual else None)
+        inner = self.c_fc(second(x if self.parallel else y))
+        if self.is_gated:
+            inner = activation(inner, "swiglu")
+        return self._add(
+            self.mlp_proj, inner, self.ln_2, y if self.residual or self.parallel else None
+        )
+
+    def _add(self, proj: Product, inner: Tensor, norm: _Norm, to: Tensor | None) -> Tensor:
+        if not self.post_norm:
+            return proj(inner, to)
+        made = norm(proj(inner))
+        return made if to is None else to + made
 
 
-def _norm(module: nn.Module, whole: Whole, dtype: torch.dtype) -> _Norm:
-    if isinstance(module, nn.Identity):
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _norm(module: nn.Module | None, whole: Whole, dtype: torch.dtype, scale: float = 1) -> _Norm:
+    if module is None or isinstance(module, nn.Identity):
         return _Norm(None, None, 0.0)
+    if isinstance(module, RMSNorm):
+        return _Norm((whole(module.weight) * scale).to(dtype), None, module.eps, is_rms=True)
     assert isinstance(module, nn.LayerNorm)
     return _Norm(whole(module.weight).to(dtype), whole(module.bias).to(dtype), module.eps)
 
 
-def _block(block: Block, residual: bool, whole: Whole, dtype: torch.dtype, quantize: str) -> _Block:
+def _block(
+    block: Block, config: ModelConfig, whole: Whole, dtype: torch.dtype, quantize: str
+) -> _Block:
+    attention = block.attn
+
+    def packed(layer: nn.Linear, gelu: str | None = None) -> Product:
+        bias = None if layer.bias is None else whole(layer.bias)
+        return product(whole(layer.weight), bias, dtype, quantize=quantize, gelu=gelu)
+
+    # The scores' scale is in the rows that make q, unless a norm comes after them.
+    scale = 1.0 / math.sqrt(config.head_width)
+    queries = _Queries(
+        config.n_head,
+        config.kv_heads,
+        config.head_width,
+        _norm(attention.q_norm, whole, dtype, scale),
+        _norm(attention.k_norm, whole, dtype),
+        attention.rotates,
+    )
     return _Block(
         ln_1=_norm(block.ln_1, whole, dtype),
-        c_attn=_scaled_attention_input(block.attn, whole, dtype, quantize),
-        attn_proj=_product(block.attn.c_proj, whole, dtype, quantize),
+        c_attn=(
+            packed(attention.c_attn)
+            if config.qk_norm
+            else _scaled(
+                attention.c_attn, config.n_head * config.head_width, scale, whole, dtype, quantize
+            )
+        ),
+        queries=queries,
+        attn_proj=packed(attention.c_proj),
         ln_2=_norm(block.ln_2, whole, dtype),
-        c_fc=_product(block.mlp.c_fc, whole, dtype, quantize, gelu=True),
-        mlp_proj=_product(block.mlp.c_proj, whole, dtype, quantize),
-        residual=residual,
+        c_fc=packed(block.mlp.c_fc, GELUS.get(config.mlp)),
+        mlp_proj=packed(block.mlp.c_proj),
+        is_gated=config.mlp == "swiglu",
+        residual=config.residual,
+        parallel=config.parallel_residual,
+        post_norm=config.post_norm,
     )
 
 
-def _product(
-    layer: nn.Linear, whole: Whole, dtype: torch.dtype, quantize: str, *, gelu: bool = False
+def _scaled(
+    layer: nn.Linear, rows: int, by: float, whole: Whole, dtype: torch.dtype, quantize: str
 ) -> Product:
-    weight, bias = whole(layer.weight), whole(layer.bias)
-    return product(weight, bias, dtype, quantize=quantize, gelu=gelu)
-
-
-def _scaled_attention_input(
-    attention: Attention, whole: Whole, dtype: torch.dtype, quantize: str
-) -> Product:
-    """c_attn with the scores' 1 / sqrt(E) in the rows that make q."""
-    layer, C = attention.c_attn, attention.c_attn.in_features
-    scale = torch.ones(3 * C, 1, device=layer.weight.device)
-    scale[:C] = 1.0 / math.sqrt(C // attention.n_head)
-    weight, bias = whole(layer.weight) * scale, whole(layer.bias) * scale[:, 0]
-    return product(weight, bias, dtype, quantize=quantize)
+    """A layer with its first `rows` outputs times `by`."""
+    scale = torch.ones(layer.out_features, 1, device=layer.weight.device)
+    scale[:rows] = by
+    bias = None if layer.bias is None else whole(layer.bias) * scale[:, 0]
+    return product(whole(layer.weight) * scale, bias, dtype, quantize=quantize)

@@ -19,7 +19,7 @@ ONE_ROW_WIDTH = 1024
 
 
 class Product(Protocol):
-    """x (N, in) -> x W^T + b (N, out), through GPT-2's GELU or plus `add` (N, out)."""
+    """x (N, in) -> x W^T + b (N, out), through a GELU or plus `add` (N, out)."""
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor: ...
 
@@ -30,11 +30,12 @@ def product(
     dtype: torch.dtype,
     *,
     quantize: str = "none",
-    gelu: bool = False,
+    gelu: str | None = None,
 ) -> Product:
     """The product with weight (out, in) and bias (out,), fp32 masters, computed in `dtype`.
 
-    quantize "int8" keeps the weight as int8 with a scale for each output; on a CPU only.
+    gelu: "tanh" for GPT-2's, "none" for the exact one, as torch calls its approximation. quantize
+    "int8" keeps the weight as int8 with a scale for each output; on a CPU only.
     """
     if quantize == "int8":
         return _Int8(weight, bias, dtype, gelu=gelu)
@@ -46,18 +47,18 @@ def product(
 
 
 class _Dense:
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: str | None) -> None:
         self._weight, self._bias, self._gelu = weight, bias, gelu
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         y = F.linear(x, self._weight, self._bias)
         if self._gelu:
-            y = F.gelu(y, approximate="tanh")
+            y = F.gelu(y, approximate=self._gelu)
         return y if add is None else y + add
 
 
 class _Packed:
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: str | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self._bias, self._gelu = bias, gelu
         # A single row of a long sum is added up in another order than the same row among others.
@@ -73,7 +74,7 @@ class _Packed:
         if add is not None:
             y = torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
         elif self._gelu:
-            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], self._gelu)
         else:
             y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y[:rows]
@@ -86,7 +87,7 @@ class _Int8:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: str | None
     ) -> None:
         self._scale = weight.abs().amax(1).clamp_min(1e-12) / 127
         rounded = (weight / self._scale[:, None]).round().to(torch.int8)  # (out, in)
@@ -118,5 +119,5 @@ class _Int8:
         )
         y = torch.addcmul(self._bias, y, scale)
         if self._gelu:
-            y = F.gelu(y, approximate="tanh")
+            y = F.gelu(y, approximate=self._gelu)
         return (y if add is None else y + add).to(self._dtype)

@@ -24,7 +24,8 @@ from gptray.jobs.doing import doing
 from gptray.jobs.own_ray import own_ray, shut_down
 from gptray.jobs.resources import gpu_workers
 from gptray.jobs.waiting import telling_waits
-from gptray.native.backend import check_backend
+from gptray.model.only_torch import check_kernels
+from gptray.native.backend import TRAIN_KEY, check_backend
 from gptray.native.compiler import cannot_compile, why_not_compile
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
@@ -147,10 +148,14 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def check_training(config: Config) -> None:
-    """Refuse a training that this machine cannot run, see `check_resources`."""
+    """Refuse a training that this machine, or a backend that is named, cannot run.
+
+    Raises UserError, also as `check_resources`.
+    """
+    check_kernels(config.model, config.train.backend, key=TRAIN_KEY)
     # What auto means is decided by the worker, on its own machine.
     if config.train.backend == "native" and not os.environ.get("RAY_ADDRESS"):
-        check_backend("train.backend", "native", use_gpu=config.compute.use_gpu)
+        check_backend(TRAIN_KEY, "native", use_gpu=config.compute.use_gpu)
     check_resources(
         config.compute,
         compiling=config.train.compiles(on_gpu=config.compute.use_gpu),

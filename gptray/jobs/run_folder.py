@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
+from gptray.config.keys import shown
 from gptray.config.names import label_of
 from gptray.evaluation.model_commands import home_of
 from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
@@ -175,14 +176,17 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
     if config.model.resize_vocab:
         del shape["vocab_size"]  # null: the tokenizer's, whichever that is
     given = config.model.model_fields_set
+    free = {"dropout"}
+    if shape["positions"] == "rotary" and config.model.n_positions <= shape["n_positions"]:
+        free.add("n_positions")  # of angles, fewer will do
     wrong = [
-        f"model.{key}={getattr(config.model, key)} but {init_from} has {value}"
+        f"model.{key}={_bare(getattr(config.model, key))} but {init_from} has {_bare(value)}"
         for key, value in shape.items()
-        if key in given and key != "dropout" and getattr(config.model, key) not in (value, None)
+        if key in given and key not in free and getattr(config.model, key) not in (value, None)
     ]
     if wrong:
         raise UserError("; ".join(wrong))
-    keys = {key: value for key, value in shape.items() if key != "dropout" or key not in given}
+    keys = {key: value for key, value in shape.items() if key not in free & given}
     values: dict[str, object] = {f"model.{key}": value for key, value in keys.items()}
     if is_uri(init_from):
         values["model.init_from"] = init_from
@@ -191,6 +195,11 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
     if config.data.tokenizer is None:
         values["data.tokenizer"] = values.get("model.init_from", init_from)
     return values
+
+
+def _bare(value: object) -> str:
+    """A value as one types it."""
+    return shown(value).strip("'")
 
 
 def _free_name(config: Config, *, sweep: bool) -> str:

@@ -16,6 +16,10 @@ class Context(Protocol):
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
+class LinearContext(Context, Protocol):
+    has_bias: bool
+
+
 class NormContext(Context, Protocol):
     eps: float
 
@@ -23,6 +27,7 @@ class NormContext(Context, Protocol):
 class AttentionContext(Context, Protocol):
     n_head: int
     has_dropout: bool
+    window: int
 
 
 class OperatorContext(Context, Protocol):

@@ -1,4 +1,7 @@
-"""The decoder: GPT-2's network, with Hugging Face's parameter names and (out, in) weights.
+"""The decoder: GPT-2's network, or with other choices Llama's, Qwen's, GPT-NeoX's and more.
+
+Its parameters have GPT-2's names in Hugging Face's files, whatever the family, and (out, in)
+weights; `gptray.model.parameters` has them all.
 
 Parameters are fp32 masters; the forward pass computes in `compute_dtype` and casts each weight
 where it is used, so gradients arrive on the masters in fp32. Files are `gptray.model.hf`'s.
@@ -20,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from gptray.config import ModelConfig, UserError
 from gptray.model import kernels
 from gptray.model.attention import causal_attention
-from gptray.model.layers import LayerNorm, Linear, dropout, gelu
+from gptray.model.layers import LayerNorm, Linear, RMSNorm, activation, dropout
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
+from gptray.model.only_torch import why_only_torch
+from gptray.model.rotary import Angles, Rotary, rotate
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
@@ -31,87 +36,127 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "none":
         return nn.Identity()
-    return LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+    kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
+    return kind(config.n_embd, eps=config.layer_norm_epsilon)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.n_head, self.dropout, self.native = config.n_head, config.dropout, False
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.n_head, self.kv_heads = config.n_head, config.kv_heads
+        self.head_width = config.head_width
+        self.dropout, self.native = config.dropout, False
+        self.window, self.rotates = config.window(layer), config.rotates(layer)
+        packed = (config.n_head + 2 * config.kv_heads) * config.head_width
+        self.c_attn = Linear(config.n_embd, packed, bias=config.qkv_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            eps = config.layer_norm_epsilon
+            self.q_norm, self.k_norm = (RMSNorm(config.head_width, eps=eps) for _ in range(2))
+        self.c_proj = Linear(
+            config.n_head * config.head_width, config.n_embd, bias=config.attn_out_bias
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
         p = self.dropout if self.training else 0.0
-        qkv = self.c_attn(x)
-        y = causal_attention(qkv, self.n_head, dropout=p, native=self.native)
+        qkv = self._spread(self.c_attn(x), angles)
+        y = causal_attention(qkv, self.n_head, dropout=p, window=self.window, native=self.native)
         return dropout(self.c_proj(y), p)
+
+    def _spread(self, qkv: Tensor, angles: Angles | None) -> Tensor:
+        """q, k and v of n_head heads each, normalised and rotated."""
+        is_grouped = self.kv_heads != self.n_head
+        if not (is_grouped or self.rotates or self.q_norm):
+            return qkv
+        heads = qkv.view(*qkv.shape[:-1], -1, self.head_width)
+        q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=-2)
+        if self.q_norm and self.k_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            assert angles is not None
+            q, k = rotate(q, angles), rotate(k, angles)
+        if is_grouped:
+            group = self.n_head // self.kv_heads
+            k, v = (part.repeat_interleave(group, dim=-2) for part in (k, v))
+        return torch.cat((q, k, v), dim=-2).flatten(-2)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dropout, self.native = config.dropout, False
-        self.c_fc = Linear(config.n_embd, config.n_inner or 4 * config.n_embd)
-        self.c_proj = Linear(config.n_inner or 4 * config.n_embd, config.n_embd)
+        self.dropout, self.kind, self.native = config.dropout, config.mlp, False
+        outputs = (2 if config.mlp == "swiglu" else 1) * config.inner
+        self.c_fc = Linear(config.n_embd, outputs, bias=config.mlp_bias)
+        self.c_proj = Linear(config.inner, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.native:
             weights = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
             y = kernels.mlp(x, *weights)
         else:
-            y = self.c_proj(gelu(self.c_fc(x)))
+            y = self.c_proj(activation(self.c_fc(x), self.kind))
         return dropout(y, self.dropout if self.training else 0.0)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.residual = config.residual
+        self.residual, self.parallel = config.residual, config.parallel_residual
+        self.post_norm = config.post_norm
         # `compute` compiled, for training.
-        self.compiled: Callable[[Tensor], Tensor] | None = None
-        self.ln_1, self.attn = _norm(config), Attention(config)
+        self.compiled: Callable[[Tensor, Angles | None], Tensor] | None = None
+        self.ln_1, self.attn = _norm(config), Attention(config, layer)
         self.ln_2, self.mlp = _norm(config), MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
         if self.compiled and torch.is_grad_enabled():
-            return self.compiled(x)
-        return self.compute(x)
+            return self.compiled(x, angles)
+        return self.compute(x, angles)
 
-    def compute(self, x: Tensor) -> Tensor:
-        if not self.residual:
-            x = self.attn(self.ln_1(x))
-            x = self.mlp(self.ln_2(x))
-            return x
-        x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+    def compute(self, x: Tensor, angles: Angles | None) -> Tensor:
+        if self.post_norm:
+            attended = self.ln_1(self.attn(x, angles))
+        else:
+            attended = self.attn(self.ln_1(x), angles)
+        y = x + attended if self.residual else attended
+        read = x if self.parallel else y
+        made = self.ln_2(self.mlp(read)) if self.post_norm else self.mlp(self.ln_2(read))
+        whole: Tensor = y + made if self.residual or self.parallel else made
+        return whole
 
 
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, rows: int) -> None:
         super().__init__()
         self.dropout, self.recomputes = config.dropout, config.checkpoint_blocks
+        self.rotary = Rotary(config) if config.positions == "rotary" else None
         self.wte = _embedding(rows, config.n_embd)
-        self.wpe = _embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        if not self.rotary:
+            self.wpe = _embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = _norm(config)
 
     def forward(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
-        x = (F.embedding(idx, self.wte.weight) + self.wpe.weight[: idx.size(1)]).to(dtype)
-        x = dropout(x, self.dropout if self.training else 0.0)
+        x, angles = F.embedding(idx, self.wte.weight), None
+        if self.rotary:
+            angles = self.rotary.at(torch.arange(idx.size(1), device=idx.device), dtype)
+        else:
+            x = x + self.wpe.weight[: idx.size(1)]
+        x = dropout(x.to(dtype), self.dropout if self.training else 0.0)
         for block in self.h:
             if self.recomputes and torch.is_grad_enabled():
                 keeps_random = self.dropout > 0
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=keeps_random)
+                x = checkpoint(
+                    block, x, angles, use_reentrant=False, preserve_rng_state=keeps_random
+                )
             else:
-                x = block(x)
+                x = block(x, angles)
         normed: Tensor = self.ln_f(x)
         return normed
 
 
 class GPT(nn.Module):
-    """GPT-2 of `config`'s shape for a tokenizer of `vocab_size` entries.
+    """The network of `config` for a tokenizer of `vocab_size` entries.
 
     `config.vocab_size` may be larger: the rows beyond `valid_vocab_size` are padding, zero from
     the start and for ever, without probability in the loss or in the logits.
@@ -132,12 +177,20 @@ class GPT(nn.Module):
         # Makes a whole tensor of a parameter that is spread over processes.
         self.whole: Callable[[Tensor], Tensor] = Tensor.detach
         self.transformer = Transformer(config, rows)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else _embedding(rows, config.n_embd)
         if not self.transformer.wte.weight.is_meta:
             self.initialise(0)
 
     @property
+    def head(self) -> Tensor:
+        """The weight (V, C) that makes logits: the embedding, unless the head has its own."""
+        weight: Tensor = (self.lm_head or self.transformer.wte).weight
+        return weight
+
+    @property
     def num_params(self) -> int:
-        """Parameters, the tied head counted once."""
+        """Parameters, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
     @property
@@ -148,9 +201,8 @@ class GPT(nn.Module):
     def use_kernels(self) -> None:
         """Compute in bf16 on a CPU by `gptray.model.kernels`, where widths allow it."""
         config = self.config
-        assert self.compute_dtype == torch.bfloat16
-        width, head = config.n_embd, config.n_embd // config.n_head
-        inner = config.n_inner or 4 * width
+        assert self.compute_dtype == torch.bfloat16 and why_only_torch(config) is None
+        width, head, inner = config.n_embd, config.head_width, config.inner
         for module in self.modules():
             if isinstance(module, Attention):
                 module.native = head % 2 == 0 and head <= kernels.LARGEST_HEAD
@@ -167,7 +219,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """GPT-2's initial weights: N(0, initializer_range), less in the residual projections.
+        """Initial weights as GPT-2's: N(0, initializer_range), less in the residual projections.
 
         The same for a seed on every device: drawn on the CPU, in the order of the parameters.
         """
@@ -176,14 +228,15 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif ".ln_" in name:
+            elif parameter.dim() == 1:  # of a norm
                 parameter.fill_(1.0)
             else:
                 # Each block adds twice to the residual stream: keep its variance flat with depth.
                 depth = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
                 fresh = torch.empty(parameter.shape, device="cpu")
                 parameter.copy_(fresh.normal_(0.0, std / math.sqrt(depth), generator=generator))
-        self.transformer.wte.weight[self.valid_vocab_size :].zero_()
+        for weight in {self.transformer.wte.weight, self.head}:
+            weight[self.valid_vocab_size :].zero_()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of idx (B, T), or with targets (B, T) the mean cross-entropy, fp32.
@@ -191,7 +244,7 @@ class GPT(nn.Module):
         Padded entries have logits of -inf.
         """
         x = self._hidden(idx)
-        weight = self.transformer.wte.weight
+        weight = self.head
         if targets is not None:
             x = x.flatten(0, 1)
             return self.head_loss(x, weight, targets.flatten(), valid=self.valid_vocab_size)
@@ -205,9 +258,7 @@ class GPT(nn.Module):
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each target, (B, T) fp32, in nats; no gradient."""
         x = self._hidden(idx).flatten(0, 1)
-        losses = token_cross_entropy(
-            x, self.transformer.wte.weight, targets.flatten(), valid=self.valid_vocab_size
-        )
+        losses = token_cross_entropy(x, self.head, targets.flatten(), valid=self.valid_vocab_size)
         return losses.view(targets.shape)
 
     def _hidden(self, idx: Tensor) -> Tensor:

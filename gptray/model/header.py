@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from gptray.config import UserError
-from gptray.model.shape import PREFIX, NetworkShape, weight_files
+from gptray.config import ModelConfig, UserError
+from gptray.model.hf_config import NetworkShape, family_in
+from gptray.model.parameters import stored_name, stored_parts
+from gptray.model.shape import weight_files
 from gptray.stored import Unreadable, is_whole, open_stored, parse_json
 
 # A header has some 200 bytes for each tensor; GPT-2 XL has 580 tensors.
@@ -31,23 +32,23 @@ def check_weights(folder: Path, shape: NetworkShape) -> None:
     Raises:
         UserError: names the file, and the first weight that is missing or misshapen.
     """
+    family = family_in(folder)
     stored = {}
     for path in weight_files(folder):
         for name, (dims, dtype) in _header(path).items():
-            stored[name if name.startswith(PREFIX) else PREFIX + name] = (path, dims, dtype)
-    found = {int(match[1]) for name in stored if (match := _LAYER.match(name))}
+            stored[stored_name(name, family)] = (path, dims, dtype)
+    first = family.prefix + family.layers
+    layer = re.compile(re.escape(first) + r"(\d{1,9})\.")
+    found = {int(match[1]) for name in stored if (match := layer.match(name))}
     if found and len(found) != shape["n_layer"]:
         raise UserError(
-            f"{folder / 'config.json'}: n_layer={shape['n_layer']}, but the weights have "
-            f"{len(found)} layer{'s' if len(found) > 1 else ''}"
+            f"{folder / 'config.json'}: {family.keys['n_layer'].name}={shape['n_layer']}, but the "
+            f"weights have {len(found)} layer{'s' if len(found) > 1 else ''}"
         )
     if not found and shape["n_layer"]:
-        raise UserError(f"{folder}: {PREFIX}h.0 is missing from the weights")
-    for name, expected in _expected(shape):
-        _compare(folder, name, stored.get(name), expected)
-
-
-_LAYER = re.compile(re.escape(PREFIX) + r"h\.(\d{1,9})\.")
+        raise UserError(f"{folder}: {first}0 is missing from the weights")
+    for part in stored_parts(ModelConfig(**shape), family, shape["vocab_size"]):
+        _compare(folder, part.name, stored.get(part.name), part.dims)
 
 
 def _compare(folder: Path, name: str, stored: Stored | None, expected: list[int]) -> None:
@@ -58,30 +59,6 @@ def _compare(folder: Path, name: str, stored: Stored | None, expected: list[int]
         raise UserError(f"{path}: {name} has shape {dims}, but config.json says {expected}")
     if dtype not in _FLOATS:
         raise UserError(f"{path}: {name} is stored as {dtype}; weights are {', '.join(_FLOATS)}")
-
-
-def _expected(shape: NetworkShape) -> Iterator[tuple[str, list[int]]]:
-    """Names and shapes of a network's weights as stored in files, linear layers (in, out)."""
-    width, inner = shape["n_embd"], shape["n_inner"] or 4 * shape["n_embd"]
-    linears = {
-        "attn.c_attn": [width, 3 * width],
-        "attn.c_proj": [width, width],
-        "mlp.c_fc": [width, inner],
-        "mlp.c_proj": [inner, width],
-    }
-    norms = shape["norm"] == "layernorm"
-    yield PREFIX + "wte.weight", [shape["vocab_size"], width]
-    yield PREFIX + "wpe.weight", [shape["n_positions"], width]
-    for layer in range(shape["n_layer"]):
-        for name, dims in linears.items():
-            yield f"{PREFIX}h.{layer}.{name}.weight", dims
-            yield f"{PREFIX}h.{layer}.{name}.bias", dims[1:]
-        for norm in ("ln_1", "ln_2") if norms else ():
-            yield f"{PREFIX}h.{layer}.{norm}.weight", [width]
-            yield f"{PREFIX}h.{layer}.{norm}.bias", [width]
-    if norms:
-        yield PREFIX + "ln_f.weight", [width]
-        yield PREFIX + "ln_f.bias", [width]
 
 
 def _header(path: Path) -> dict[str, tuple[list[int], str]]:

@@ -17,21 +17,17 @@ from torch import Tensor
 
 from gptray.config import ModelConfig, UserError
 from gptray.files import replacing
+from gptray.model.families import FAMILIES
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
-from gptray.model.shape import PREFIX, WEIGHTS, hf_config, model_folder, read_shape, weight_files
+from gptray.model.hf_config import family_in, family_of, hf_config
+from gptray.model.parameters import HEAD, IGNORED, Part, stored_name, stored_parts
+from gptray.model.shape import WEIGHTS, model_folder, read_shape, weight_files
 from gptray.model.tensor_file import write_tensors
 
 WTE = "transformer.wte.weight"
-# HF's GPT-2 keeps these (in, out), as OpenAI's Conv1D did; in memory they are (out, in).
-STORED_TRANSPOSED = (
-    "attn.c_attn.weight",
-    "attn.c_proj.weight",
-    "mlp.c_fc.weight",
-    "mlp.c_proj.weight",
-)
-# Causal-mask buffers of old files, no weights.
-IGNORED = (".attn.bias", ".attn.masked_bias")
+# Parameters with a row for each token.
+BY_TOKEN = (WTE, HEAD)
 
 
 def save_pretrained(
@@ -40,25 +36,28 @@ def save_pretrained(
     *,
     eos_token_id: int | None = None,
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors (fp32, tied head).
+    """Write config.json, generation_config.json and model.safetensors (fp32), as the network's
+    family has them.
 
     Padding of the vocabulary is left out, so that no reader can ever sample it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = hf_config(model.config, model.valid_vocab_size, eos_token_id)
+    rows = model.valid_vocab_size
+    config = hf_config(model.config, rows, eos_token_id)
     generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
-    stored = dict(model.named_parameters())
+    family = FAMILIES[family_of(model.config)]
+    parts = {part.name: part for part in stored_parts(model.config, family, rows)}
+    parameters = dict(model.named_parameters())
 
-    def turned(name: str, weight: Tensor) -> Tensor:
-        return _turned(name, weight[: model.valid_vocab_size] if name == WTE else weight)
+    def stored(name: str) -> Tensor:
+        part = parts[name]
+        weight = model.whole(parameters[part.parameter])
+        return _to_file(weight[part.start : part.start + part.rows], part, model.config)
 
-    with torch.device("meta"):
-        shapes = {name: turned(name, torch.empty(p.shape)).shape for name, p in stored.items()}
+    shapes = {name: torch.Size(part.dims) for name, part in parts.items()}
     with replacing(folder / WEIGHTS) as path:
-        write_tensors(
-            path, shapes, lambda name: turned(name, model.whole(stored[name])), {"format": "pt"}
-        )
+        write_tensors(path, shapes, stored, {"format": "pt"})
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         with replacing(folder / name) as path:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -116,49 +115,58 @@ class Rows:
 def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) -> None:
     """Copy a folder's weights into a network of the same shape; padding of the vocabulary is zero.
 
-    rows: the embedding is not the file's, but made from it.
+    rows: embedding and head are not the file's, but made from it.
     Raises UserError naming the file and the first weight that is missing, strange or misshapen.
     """
     folder = Path(folder)
-    missing = dict(model.named_parameters())
-    embedding = missing[WTE]
-    stored_embedding = head = None
+    family, config = family_in(folder), model.config
+    parameters = dict(model.named_parameters())
+    valid = model.valid_vocab_size
+    missing = {part.name: part for part in stored_parts(config, family, valid)}
+    embedding = head = None
     for path, key, tensor in _tensors(folder):
         if key.endswith(IGNORED):
             continue
-        if key == "lm_head.weight":
+        name = stored_name(key, family)
+        if name == HEAD and config.tie_word_embeddings:
             head = tensor
             continue
-        name = key if key.startswith(PREFIX) else PREFIX + key
         if name not in missing:
             raise UserError(f"{path}: {key} is not a weight of this network, or is duplicated")
-        target: Tensor = missing.pop(name)
-        if name == WTE:
-            stored_embedding = tensor
-            target = target[: model.valid_vocab_size]
-            tensor = rows.of(tensor) if rows else tensor
-        _copy(target, tensor, name, path)
+        part = missing.pop(name)
+        if part.parameter == WTE:
+            embedding = tensor
+        if rows and part.parameter in BY_TOKEN:
+            tensor = rows.of(tensor)
+        if list(tensor.shape) != part.dims:
+            raise UserError(
+                f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {part.dims}"
+            )
+        target = parameters[part.parameter][part.start : part.start + part.rows]
+        target.copy_(_from_file(tensor, part, config))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: {next(iter(missing))} is missing from the weights{more}")
-    assert stored_embedding is not None
-    if head is not None and not torch.equal(head.float(), stored_embedding.float()):
-        raise UserError(f"{folder}: lm_head.weight is not the embedding; only a tied head works")
-    embedding[model.valid_vocab_size :].zero_()
-
-
-def _copy(target: Tensor, stored: Tensor, name: str, path: Path) -> None:
-    expected = _turned(name, target).shape
-    if stored.shape != expected:
+    assert embedding is not None
+    if head is not None and not torch.equal(head.float(), embedding.float()):
         raise UserError(
-            f"{path}: {name} has shape {list(stored.shape)}, but config.json says {list(expected)}"
+            f"{folder}: lm_head.weight is not the embedding, but config.json ties them "
+            "(tie_word_embeddings)"
         )
-    target.copy_(_turned(name, stored))
+    for name in parameters.keys() & BY_TOKEN:
+        parameters[name][valid:].zero_()
 
 
-def _turned(name: str, weight: Tensor) -> Tensor:
-    """A weight from memory to file layout or back: the swap is its own inverse."""
-    return weight.t() if name.endswith(STORED_TRANSPOSED) else weight
+def _to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    if part.turned == "by_head":
+        return weight.view(3, config.n_head, -1).transpose(0, 1).reshape(weight.shape)
+    return weight.t() if part.turned == "transposed" else weight
+
+
+def _from_file(stored: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    if part.turned == "by_head":
+        return stored.view(config.n_head, 3, -1).transpose(0, 1).reshape(stored.shape)
+    return stored.t() if part.turned == "transposed" else stored
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:

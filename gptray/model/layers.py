@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptray.model import kernels
-from gptray.model.autograd_context import Context, NormContext
+from gptray.model.autograd_context import Context, LinearContext, NormContext
 from gptray.model.precision import has_onednn_linear
 
 
@@ -41,25 +41,30 @@ class _CastLinear(torch.autograd.Function):
     """x W^T + b with fp32 W and b cast to x's dtype, and their gradients back."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: LinearContext, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Not the copy in x's dtype: one of every layer would be kept until the backward pass.
         ctx.save_for_backward(x, weight)
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        ctx.has_bias = bias is not None
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         on_cpu = x.device.type == "cpu"
         if on_cpu and torch.compiler.is_compiling():
             # The sum in fp32: so it joins the next pointwise kernel, and not a slower addmm.
-            return (F.linear(x, weight).float() + bias).to(x.dtype)
+            y: Tensor = F.linear(x, weight)
+            return y if bias is None else (y.float() + bias).to(x.dtype)
         # It adds the bias in the GEMM, addmm before it.
         if on_cpu and has_onednn_linear(torch.bfloat16):
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             return y
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: LinearContext, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
         grad_weight = torch.mm(grad.t(), x.flatten(0, -2)).float()
+        grad_x = torch.mm(grad, weight.to(x.dtype)).view(x.shape)
+        if not ctx.has_bias:
+            return grad_x, grad_weight, None
         if x.device.type != "cpu":
             grad_bias = grad.sum(0, dtype=torch.float32)
         elif torch.compiler.is_compiling():
@@ -67,7 +72,6 @@ class _CastLinear(torch.autograd.Function):
             grad_bias = torch.mm(grad.new_ones(1, grad.size(0)), grad)[0]
         else:
             grad_bias = grad.sum(0)
-        grad_x = torch.mm(grad, weight.to(x.dtype)).view(x.shape)
         return grad_x, grad_weight, grad_bias.float()
 
 
@@ -111,6 +115,63 @@ class _CastLayerNorm(torch.autograd.Function):
         # A sum of one tensor runs in fp32 inside.
         grad_weight = normed.mul_(grad).flatten(0, -2).sum(0).float()
         return grad_x, grad_weight, grad.flatten(0, -2).sum(0).float(), None
+
+
+class RMSNorm(nn.Module):
+    """x over its root mean square, times a weight; in its input's dtype (mean in fp32).
+
+    Zhang & Sennrich 2019. `GPT.initialise` sets the weight.
+    """
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        if torch.compiler.is_compiling():
+            return rms_norm(x, weight, self.eps)
+        y: Tensor = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
+        return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `RMSNorm` gives."""
+    wide = x.float()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return normed.to(x.dtype) * weight.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """It keeps x alone, and the weight's gradient is summed in fp32."""
+
+    @staticmethod
+    def forward(ctx: NormContext, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight)
+        return rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: NormContext, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad, wide = grads[0].float(), x.float()
+        inverse = (wide.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        normed = wide * inverse
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight.float()
+        grad_x = inverse * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """What an MLP does between its layers: gelu_new, gelu, or swiglu, whose x (..., 2 N) holds gate
+    and input side by side, and gives silu(gate) * input, (..., N) (Shazeer 2020)."""
+    if kind == "gelu_new":
+        return gelu(x)
+    if kind == "gelu":
+        return F.gelu(x)
+    gate, inner = x.chunk(2, dim=-1)
+    return F.silu(gate) * inner
 
 
 def gelu(x: Tensor) -> Tensor:

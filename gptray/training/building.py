@@ -15,6 +15,7 @@ from gptray.data.vocabulary import kept_rows
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
+from gptray.model.only_torch import check_kernels
 from gptray.model.precision import computes_bf16, pick_dtype
 from gptray.model.shape import model_folder, read_shape
 from gptray.native.abi import load_library
@@ -53,7 +54,7 @@ def build_model(
     model.compute_dtype = pick_dtype(config.train.precision, device)
     if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
         tell(f"training in fp32: {device_name(device)} does not compute in bf16")
-    if model.compute_dtype == torch.bfloat16 and _has_kernels(config.train.backend, device, tell):
+    if model.compute_dtype == torch.bfloat16 and _has_kernels(config, device, tell):
         model.use_kernels()
     return model
 
@@ -77,14 +78,19 @@ def _load_resized(
         )
 
 
-def _has_kernels(backend: str, device: torch.device, tell: Callable[[str], None]) -> bool:
+def _has_kernels(config: Config, device: torch.device, tell: Callable[[str], None]) -> bool:
     """Whether `train.backend` selects the project's own kernels here; builds them.
 
     Raises:
-        UserError: it is native, and this machine cannot run them.
+        UserError: it is native, and this machine cannot run them, or they cannot compute the model.
         RunFailed: it is native, and they fail to compile.
     """
+    backend = config.train.backend
+    why = check_kernels(config.model, backend, key=TRAIN_KEY)
     if check_backend(TRAIN_KEY, backend, use_gpu=device.type != "cpu") == "torch":
+        return False
+    if why:
+        tell(f"training through PyTorch, since {why}")
         return False
     try:
         load_library(key=TRAIN_KEY)

@@ -11,6 +11,7 @@ import re
 import torch
 
 from gptray.config import Config
+from gptray.model.parameters import parameter_count
 
 # Dense bf16 FLOP/s of NVIDIA's data sheets; the first pattern found in a device's name counts.
 PEAKS = (
@@ -42,11 +43,16 @@ def peak_flops(device_name: str) -> float | None:
 def flops_per_token(config: Config, parameters: int) -> float:
     """FLOPs of a training step for each of its tokens; `parameters` of the whole model.
 
-    Position embeddings are looked up, not multiplied; the token embedding is the head's weight.
+    Embeddings are looked up, not multiplied, unless that of the tokens is the head's weight. A
+    sliding window bounds what a layer attends to.
     """
     model, tokens = config.model, config.train.block_size
-    weights = parameters - model.n_positions * model.n_embd
-    return 6.0 * weights + 12.0 * model.n_layer * model.n_embd * tokens
+    rest = parameter_count(model, 0)  # all but the rows of the tokens
+    learned = model.n_positions * model.n_embd if model.positions == "learned" else 0
+    head = (parameters - rest) / (1 if model.tie_word_embeddings else 2)
+    weights = rest - learned + head
+    seen = sum(min(tokens, model.window(layer) or tokens) for layer in range(model.n_layer))
+    return 6.0 * weights + 12.0 * model.n_head * model.head_width * seen
 
 
 def tokens_per_sec_at_peak(

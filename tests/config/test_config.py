@@ -188,7 +188,8 @@ def test_all_mistakes_show_at_once_with_their_places(write: Write) -> None:
         f"{path}:2: unknown key optim.lrr; did you mean optim.lr?",
         f"{path}:3: unknown key learning_rate; did you mean optim.lr?",
         f"{path}:6: train.block_size=512 must not be above model.n_positions=128",
-        f"{path}:7: model.norm: expects layernorm or none, got 'layernrm'; did you mean layernorm?",
+        f"{path}:7: model.norm: expects layernorm, rmsnorm or none, got 'layernrm'; did you mean "
+        "layernorm?",
         f"{path}:7: model.n_embd=250 must be divisible by model.n_head=4, such as 248",
         "command line: unknown key bath; did you mean train.global_batch_size?",
         "command line: train.max_steps: expects a whole number, got 1.5",

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptray.config import ModelConfig, UserError
 from gptray.model.gpt import GPT
-from gptray.model.shape import parameter_count
+from gptray.model.parameters import parameter_count
 
 
 def small(**fields: object) -> ModelConfig:
@@ -43,7 +43,19 @@ def gradients(model: GPT, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-@pytest.mark.parametrize("fields", [{}, {"norm": "none"}, {"residual": False}, {"n_inner": 50}])
+LLAMA = {"norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "n_kv_head": 1}
+BARE = {"qkv_bias": False, "attn_out_bias": False, "mlp_bias": False}
+EXAONE = LLAMA | BARE | {"qk_norm": True, "post_norm": True, "sliding_window": 20}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"norm": "none"}, {"residual": False}, {"n_inner": 50}, LLAMA, EXAONE,
+        {"tie_word_embeddings": False, "parallel_residual": True, "mlp": "gelu"},
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
 def test_loss_and_all_gradients_equal_cross_entropy_of_full_logits(
     fields: dict[str, object], length: int
@@ -95,9 +107,12 @@ def test_ddp_leaves_the_same_gradients(tmp_path: object) -> None:
     torch.testing.assert_close(together, alone)
 
 
+@pytest.mark.parametrize("fields", [{}, EXAONE], ids=str)
 @pytest.mark.parametrize("length", [5, 128, 300])
-def test_bf16_is_close_to_fp32_and_its_gradients_are_fp32(length: int) -> None:
-    model = rough(small())
+def test_bf16_is_close_to_fp32_and_its_gradients_are_fp32(
+    fields: dict[str, object], length: int
+) -> None:
+    model = rough(small(**fields))
     idx, targets = batch(model, T=length)
     exact = gradients(model, loss := model(idx, targets))
     logits = model(idx)
@@ -110,6 +125,18 @@ def test_bf16_is_close_to_fp32_and_its_gradients_are_fp32(length: int) -> None:
     for name, gradient in fast.items():
         assert gradient.dtype == torch.float32
         assert (gradient - exact[name]).norm() / exact[name].norm() < 0.1, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_sees_its_window_and_nothing_before_it(dtype: torch.dtype) -> None:
+    model = rough(small(n_layer=1, sliding_window=20))
+    model.compute_dtype = dtype
+    idx, _ = batch(model, B=1)
+    changed = idx.clone()
+    changed[0, 100] = (changed[0, 100] + 1) % model.valid_vocab_size
+    before, after = model(idx), model(changed)
+    differs = (before != after).any(-1)[0].nonzero().flatten()
+    assert differs.tolist() == list(range(100, 120))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,7 +216,7 @@ def test_gpt2_124m_has_its_parameters() -> None:
     assert model.num_params == parameter_count(config, 50257) == 124_439_808
 
 
-@pytest.mark.parametrize("fields", [{}, {"norm": "none"}, {"n_inner": 50}])
+@pytest.mark.parametrize("fields", [{}, {"norm": "none"}, {"n_inner": 50}, LLAMA, EXAONE])
 def test_parameters_are_counted_without_building(fields: dict[str, object]) -> None:
     config = small(**fields)
     assert GPT(config, vocab_size=61).num_params == parameter_count(config, 61)
@@ -212,8 +239,9 @@ def test_dropout_follows_torchs_seed_and_ends_with_training(dtype: torch.dtype) 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_eager(dtype: torch.dtype) -> None:
-    model = rough(small(n_layer=1, vocab_size=64))
+@pytest.mark.parametrize("fields", [{}, EXAONE], ids=str)
+def test_compiled_equals_eager(dtype: torch.dtype, fields: dict[str, object]) -> None:
+    model = rough(small(n_layer=1, vocab_size=64, **fields))
     model.compute_dtype = dtype
     idx, targets = batch(model, T=150)
     eager, compiled = model(idx, targets), torch.compile(model)(idx, targets)

@@ -10,30 +10,61 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.model.attention import causal_attention
-from gptray.model.layers import LayerNorm, Linear, dropout, gelu
+from gptray.model.layers import LayerNorm, Linear, RMSNorm, dropout, gelu
 
 
-def reference(qkv: Tensor, n_head: int, mask: Tensor | float = 1.0) -> Tensor:
+def reference(
+    qkv: Tensor, n_head: int, mask: Tensor | float = 1.0, window: int | None = None
+) -> Tensor:
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     scores = q @ k.transpose(-2, -1) / (C // n_head) ** 0.5
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    if window is not None:
+        future |= torch.ones(T, T, dtype=torch.bool).tril(-window)
     probabilities = scores.masked_fill(future, float("-inf")).softmax(-1) * mask
     together: Tensor = (probabilities @ v).transpose(1, 2).reshape(B, T, C)
     return together
 
 
+@pytest.mark.parametrize("window", [None, 1, 60, 200])
 @pytest.mark.parametrize("length", [1, 100, 128, 130, 384])
-def test_attention_in_bf16_equals_fp32(length: int) -> None:
+def test_attention_in_bf16_equals_fp32(length: int, window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, length, 3 * 32, generator=generator).bfloat16().requires_grad_()
     exact = qkv.detach().float().requires_grad_()
-    ours, theirs = causal_attention(qkv, 4), reference(exact, 4)
+    ours = causal_attention(qkv, 4, window=window)
+    theirs = reference(exact, 4, window=window)
     upstream = torch.randn(theirs.shape, generator=generator)
     (gradient,) = torch.autograd.grad(ours, qkv, upstream.bfloat16())
     (expected,) = torch.autograd.grad(theirs, exact, upstream)
     assert (ours.float() - theirs).norm() / theirs.norm() < 0.01
     assert (gradient.float() - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("window", [1, 60, 384])
+def test_a_window_in_fp32_is_the_masked_formula(window: int) -> None:
+    qkv = torch.randn(2, 384, 3 * 32, generator=torch.Generator().manual_seed(0))
+    ours = causal_attention(qkv, 4, window=window)
+    torch.testing.assert_close(ours, reference(qkv, 4, window=window), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_and_its_gradients_are_torchs(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(48, eps=1e-3)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3, generator=generator)
+    x = torch.randn(3, 70, 48, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(x.shape, generator=generator).to(dtype)
+    exact = x.detach().float().requires_grad_()
+    expected = F.rms_norm(exact, (48,), norm.weight, 1e-3)
+    ours = norm(x)
+    assert ours.dtype == dtype
+    grads = torch.autograd.grad(ours, [x, norm.weight], upstream)
+    wanted = torch.autograd.grad(expected, [exact, norm.weight], upstream.float())
+    off = 1e-6 if dtype == torch.float32 else 5e-3
+    for mine, theirs in zip([ours, *grads], [expected, *wanted], strict=True):
+        assert (mine.float() - theirs).norm() <= off * theirs.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -306,11 +306,11 @@ def test_auto_generates_through_pytorch_where_the_build_fails(
     monkeypatch.setenv("CXX", str(picky))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = load_config(None, [])
-    assert with_backend(config).generate.backend == "native"
+    assert with_backend(config, None).generate.backend == "native"
     on_gpus = load_config(None, ["compute.use_gpu=true"])
-    assert with_backend(on_gpus).generate.backend == "auto"
-    built = with_built_backend(config, with_backend(config))
+    assert with_backend(on_gpus, None).generate.backend == "auto"
+    built = with_built_backend(config, with_backend(config, None))
     assert built.generate.backend == "torch" and "PyTorch, since" in caplog.text
     asked = load_config(None, ["generate.backend=native"])
     with pytest.raises(RunFailed, match="out of registers"):
-        with_built_backend(asked, with_backend(asked))
+        with_built_backend(asked, with_backend(asked, None))

@@ -79,6 +79,19 @@ def test_rows_stay_with_their_tokens_and_new_ones_begin_near_the_mean(
     assert not torch.equal(embedding(build_model(other, data, None, CPU, tell=print)), rows)
 
 
+def test_a_head_of_its_own_is_resized_as_the_embedding_is(
+    tmp_path: Path, config: Config, own: Tokenizer
+) -> None:
+    config = override(config, {"model.tie_word_embeddings": False, "model.norm": "rmsnorm"})
+    old = GPT(config.model, vocab_size=own.vocab_size)
+    save_pretrained(old, tmp_path / "old")
+    data = data_of(tmp_path / "data", with_added())
+    model = build_model(config, data, None, CPU, tell=lambda _: None)
+    assert model.head.shape == (own.vocab_size + 2, config.model.n_embd)
+    assert torch.equal(model.head[: own.vocab_size], old.head)
+    assert not torch.equal(model.head, embedding(model))
+
+
 def test_a_new_token_gets_about_the_probability_of_an_average_one(
     tmp_path: Path, config: Config, own: Tokenizer
 ) -> None:

@@ -51,6 +51,12 @@ def _worker(rank: int, jobs: list[Job], data_dir: Path, root: Path) -> None:
             run(job.config, data, root / job.folder, kill_at=job.kill_at, sample=sample)
 
 
+LLAMA = {
+    "model.norm": "rmsnorm", "model.positions": "rotary", "model.mlp": "swiglu",
+    "model.n_kv_head": 1, "model.tie_word_embeddings": False, "train.max_steps": 10,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def config(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     return tiny_config(
@@ -76,9 +82,17 @@ def root(config: Config, tiny_data: TokenData, tmp_path_factory: pytest.TempPath
         Job("fsdp-to-ddp", config, copy_of="fsdp-killed"),
         Job("ddp-killed", config, kill_at=10),
         Job("ddp-to-fsdp", fsdp, copy_of="ddp-killed"),
+        Job("llama-ddp", override(config, LLAMA)),
+        Job("llama-fsdp", override(fsdp, LLAMA)),
     ]
     two_workers(_worker, jobs, tiny_data.data_dir, root)
     return root
+
+
+def test_sharded_workers_of_another_family_have_the_losses_of_ddp(root: Path) -> None:
+    ours, theirs = losses(root / "llama-fsdp"), losses(root / "llama-ddp")
+    assert len(ours) == 10
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def losses(run_dir: Path) -> list[float]:

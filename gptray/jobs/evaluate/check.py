@@ -31,6 +31,9 @@ from gptray.model.shape import read_shape
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import TrainerState, newest_whole
 
+# Tokens of a window where nobody says; Llama's or Qwen's contexts are no lengths to score in.
+LONGEST_WINDOW = 2048
+
 
 @dataclass(frozen=True)
 class CheckedEvaluation:
@@ -159,9 +162,10 @@ def _request(source: str | Sequence[str] | None, text: Config) -> Request:
 
 
 def _window(config: Config, trained: Config | None, model_dir: Path) -> tuple[int, int]:
-    """Tokens of a window and between two: as set, else the run's, else all that the model takes."""
+    """Tokens of a window and between two: as set, else the run's, else all that the model takes,
+    at most LONGEST_WINDOW."""
     n_positions: int = read_shape(model_dir)["n_positions"]
-    block_size = n_positions
+    block_size = min(n_positions, LONGEST_WINDOW)
     if "block_size" in config.train.model_fields_set:
         block_size = config.train.block_size
     elif trained:

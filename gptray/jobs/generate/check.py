@@ -34,9 +34,8 @@ class CheckedModel:
 def check_model(config: Config) -> CheckedModel:
     """Find generate.model. Raises UserError if it is not there, or this machine cannot run it."""
     check_resources(config.compute)
-    picked = with_backend(config)
     folder, name = find_model(config, config.generate.model, key="generate.model")
-    return CheckedModel(config, picked, folder, name)
+    return CheckedModel(config, with_backend(config, folder), folder, name)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def check_batch(asked: Config) -> CheckedBatch:
     elif is_uri(settings.output_path) and (why := why_not_written(settings.output_path)):
         problems.append(f"generate.output_path={settings.output_path}: {why}")
     try:
-        config = with_backend(config)
+        config = with_backend(config, model_dir if name else None)
     except UserError as error:
         problems.append(str(error))
     output, folder = _output_of(settings.output_path or "")

@@ -16,7 +16,7 @@ from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import with_backend
 from gptray.jobs.models import find_model
 from gptray.model.example import FALLBACK
-from gptray.model.shape import read_shape
+from gptray.model.shape import model_folder, read_shape
 from gptray.serving.api_keys import read_keys
 from gptray.serving.hosts import WILDCARDS
 
@@ -54,7 +54,8 @@ def check(config: Config) -> CheckedEndpoint:
         except UserError as error:
             problems.append(str(error))
     try:
-        picked = with_backend(config)
+        found = model_folder(model["model"]) if model else None
+        picked = with_backend(config, found)
     except UserError as error:
         problems.append(str(error))
     if problems:

@@ -30,7 +30,7 @@ def application(args: Mapping[str, object]) -> object:
 
     The model and its name come as the deployment's user_config. Raises ConfigError, UserError.
     """
-    return bound(with_backend(override(Config(), args)), None)
+    return bound(with_backend(override(Config(), args), None), None)
 
 
 def bound(config: Config, model: Mapping[str, str] | None) -> object:

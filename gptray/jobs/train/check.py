@@ -26,7 +26,9 @@ from gptray.jobs.resuming import (
 from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.embedding import check_vocabulary
-from gptray.model.shape import parameter_count
+from gptray.model.families import FAMILIES
+from gptray.model.hf_config import family_of
+from gptray.model.parameters import parameter_count
 from gptray.training.checkpoint import TrainerState, newest_whole
 
 # fp32 weights, gradients and AdamW's two moments.
@@ -147,6 +149,7 @@ def plan(checked: CheckedTraining) -> Plan:
     if vocab_size:
         count = parameter_count(config.model, vocab_size)
         rows.append(("parameters", f"{count:,}"))
+        rows.append(("saved as", _family(config)))
         memory = _memory(config, count, vocab_size) / 2**30
         rows.append(("memory per worker", f"about {memory:.1f} GiB"))
     else:
@@ -161,6 +164,14 @@ def plan(checked: CheckedTraining) -> Plan:
         rows.append(("token data", "to be prepared first"))
     rows.append(("files", FILES))
     return rows
+
+
+def _family(config: Config) -> str:
+    """What others open the model as."""
+    family = family_of(config.model)
+    if FAMILIES[family].architecture:
+        return f"{family}, which transformers opens"
+    return f"{family}, which only gptray opens: no family of transformers has these choices"
 
 
 def _workers(config: Config) -> str:
@@ -188,13 +199,14 @@ def _passes(config: Config) -> str:
 def _memory(config: Config, parameters: int, vocab_size: int) -> float:
     """Bytes of one worker, roughly: states of its parameters, and activations of one pass.
 
-    A block keeps about 16 values of the width a token for its backward pass, and the attention
-    probabilities (Korthikanti et al. 2022), in the bytes of fp32. On a GPU no probabilities are
-    kept, but the logits of a piece of the head and their gradient are. With
-    `model.checkpoint_blocks` one block keeps them at a time, the others their input.
+    A block keeps about 8 values of the width a token for its backward pass, two of the MLP's width,
+    or four where it is gated, and the attention probabilities (Korthikanti et al. 2022), in the
+    bytes of fp32. On a GPU no probabilities are kept, but the logits of a piece of the head and
+    their gradient are. With `model.checkpoint_blocks` one block keeps them at a time, the others
+    their input.
     """
     model, tokens = config.model, config.micro_batch_size * config.train.block_size
-    block, value = 16 * model.n_embd, 4
+    block, value = 8 * model.n_embd + (4 if model.mlp == "swiglu" else 2) * model.inner, 4
     logits = 0
     if config.compute.use_gpu:
         value = 4 if config.train.precision == "fp32" else 2
@@ -212,7 +224,7 @@ def _states(config: Config, parameters: int, vocab_size: int) -> float:
     blocks, are whole for a while, and so are their gradients."""
     if not _is_sharded(config):
         return BYTES_PER_PARAMETER * parameters
-    embedding = vocab_size * config.model.n_embd
+    embedding = vocab_size * config.model.n_embd * (1 if config.model.tie_word_embeddings else 2)
     blocks = 2 * (parameters - embedding) // config.model.n_layer
     share = BYTES_PER_PARAMETER * parameters / config.compute.min_workers
     return share + 2 * 4 * max(embedding, blocks)

@@ -97,7 +97,8 @@ def _half(config: Config) -> dict[str, object]:
     model = config.model
     if model.init_from:
         return {}
-    if model.n_embd % (2 * model.n_head) == 0:
+    heads = model.n_head * (1 if model.positions == "learned" else 2)  # rotated in pairs
+    if model.n_embd % (2 * heads) == 0:
         return {"model.n_embd": model.n_embd // 2}
     return {"model.n_layer": model.n_layer // 2} if model.n_layer > 1 else {}
 

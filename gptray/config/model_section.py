@@ -1,0 +1,214 @@
+"""The config's `model` section: the network, a choice in each field, and where weights come from.
+
+GPT-2 by default; `gptray.model.families` says which choices other families make.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from gptray.config.values import Positive, PositiveInt, Probability, Section
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+# By rope_type: the keys that a scaling needs beside it, and those that it may have.
+ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        (),
+    ),
+    "yarn": (("factor", "original_max_position_embeddings"), _YARN),
+}
+RopeScaling = dict[str, str | bool | int | float]
+
+
+def known_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
+    """Check a scaling of rotary positions, written as in Hugging Face's rope_scaling."""
+    if scaling is None:
+        return None
+    kind = scaling.get("rope_type")
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        raise ValueError(f"its rope_type is one of {', '.join(ROPE_SCALINGS)}")
+    needed, optional = ROPE_SCALINGS[kind]
+    given = scaling.keys() - {"rope_type"}
+    if missing := [key for key in needed if key not in given]:
+        raise ValueError(f"rope_type {kind} needs {', '.join(missing)} too")
+    if unknown := sorted(given - {*needed, *optional}):
+        raise ValueError(
+            f"rope_type {kind} takes {', '.join((*needed, *optional))}, no {unknown[0]}"
+        )
+    for key in given - {"truncate"}:
+        value = scaling[key]
+        if isinstance(value, (bool, str)) or not 0 < value < math.inf:
+            raise ValueError(f"its {key} is a number above 0")
+    if not isinstance(scaling.get("truncate", True), bool):
+        raise ValueError("its truncate is true or false")
+    return scaling
+
+
+def known_layers(layers: list[str] | None) -> list[str] | None:
+    """Check the kinds of attention of all layers."""
+    if layers is not None and not {*layers} <= {FULL, SLIDING}:
+        raise ValueError(f"each layer's is {FULL} or {SLIDING}")
+    return layers
+
+
+class ModelConfig(Section):
+    n_layer: PositiveInt = Field(2, description="blocks")
+    n_head: PositiveInt = Field(4, description="attention heads; must divide n_embd")
+    n_kv_head: PositiveInt | None = Field(
+        None,
+        description="heads of keys and values, each shared by n_head / n_kv_head; null: n_head",
+    )
+    head_dim: PositiveInt | None = Field(None, description="width of a head; null: n_embd / n_head")
+    n_embd: PositiveInt = Field(256, description="width of the residual stream")
+    n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 x n_embd")
+    # A context of one token would have no room for a new one.
+    n_positions: Annotated[int, Field(ge=2)] = Field(128, description="longest context, in tokens")
+    vocab_size: PositiveInt | None = Field(
+        None, description="rows of the embedding; null: the tokenizer's; larger pads it"
+    )
+    dropout: Probability = Field(
+        0.0, description="of embeddings, attention and residuals (HF's three)"
+    )
+    norm: Literal["layernorm", "rmsnorm", "none"] = Field(
+        "layernorm", description="rmsnorm: Llama's; none: ablation, no normalisation"
+    )
+    post_norm: bool = Field(
+        False, description="normalise what attention and MLP give (EXAONE 4), not what they take"
+    )
+    residual: bool = Field(True, description="false: ablation, no skip connections")
+    parallel_residual: bool = Field(
+        False, description="attention and MLP read the same input (GPT-NeoX)"
+    )
+    layer_norm_epsilon: Positive = Field(1e-5, description="added to the variance, in every norm")
+    positions: Literal["learned", "rotary"] = Field(
+        "learned", description="learned: an embedding; rotary: queries and keys are rotated (RoPE)"
+    )
+    rope_theta: Positive = Field(10000.0, description="base of the rotations' wavelengths")
+    partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="share of each head that is rotated"
+    )
+    rope_scaling: Annotated[RopeScaling | None, AfterValidator(known_scaling)] = Field(
+        None,
+        description="longer contexts by rope_type linear, llama3 or yarn, with the keys of Hugging "
+        "Face's rope_scaling, such as {rope_type: linear, factor: 2}",
+    )
+    mlp: Literal["gelu_new", "gelu", "swiglu"] = Field(
+        "gelu_new", description="gelu_new: GPT-2's, by tanh; gelu: exact; swiglu: gated (Llama)"
+    )
+    qkv_bias: bool = Field(True, description="bias of queries, keys and values")
+    attn_out_bias: bool = Field(True, description="bias of attention's output layer")
+    mlp_bias: bool = Field(True, description="bias of the MLP's layers")
+    qk_norm: bool = Field(
+        False, description="RMSNorm of each head's queries and keys (Qwen3, EXAONE 4)"
+    )
+    sliding_window: PositiveInt | None = Field(
+        None, description="tokens that attention looks back over, its own included; null: all"
+    )
+    layer_types: Annotated[list[str] | None, AfterValidator(known_layers)] = Field(
+        None,
+        description=f"for each layer {FULL} or {SLIDING}; null: sliding_window holds for all",
+    )
+    global_rope: bool = Field(
+        True, description=f"false: layers of {FULL} have no positions (EXAONE 4)"
+    )
+    tie_word_embeddings: bool = Field(True, description="the embedding is the head's weight too")
+    initializer_range: Positive = Field(0.02, description="standard deviation of initial weights")
+    init_from: str | None = Field(
+        None,
+        description="start from these weights: a run by name or folder, a model folder of GPT-2, "
+        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX or EXAONE 4, or a hub id",
+    )
+    resize_vocab: bool = Field(
+        False,
+        description="fit init_from's embedding to another tokenizer: rows of tokens that both have "
+        "are kept, the others start from the mean row",
+    )
+    checkpoint_blocks: bool = Field(
+        False,
+        description="keep only the input of each block and compute the block again in the backward "
+        "pass: less memory for about a third more arithmetic, the same numbers",
+    )
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def inner(self) -> int:
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def rotary_width(self) -> int:
+        """How much of a head is rotated."""
+        is_rotary = self.positions == "rotary"
+        return int(self.head_width * self.partial_rotary_factor) if is_rotary else 0
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a layer's attention looks back over; None: all."""
+        is_full = self.layer_types is not None and self.layer_types[layer] == FULL
+        return None if is_full else self.sliding_window
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer rotates its queries and keys."""
+        return self.rotary_width > 0 and (self.global_rope or self.window(layer) is not None)
+
+    @model_validator(mode="after")
+    def _resizes_what_there_is(self) -> ModelConfig:
+        if self.resize_vocab and self.init_from is None:
+            raise ValueError("model.resize_vocab=true goes with model.init_from")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head}"
+                f", such as {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_divide_heads(self) -> ModelConfig:
+        if self.n_head % self.kv_heads:
+            raise ValueError(
+                f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.n_kv_head}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rotates_pairs(self) -> ModelConfig:
+        if self.positions == "rotary":
+            if self.rotary_width < 2 or self.rotary_width % 2:
+                raise ValueError(
+                    f"model.positions=rotary rotates pairs: an even part of each head, not "
+                    f"{self.rotary_width} of {self.head_width} numbers (model.head_dim, "
+                    "model.partial_rotary_factor)"
+                )
+            return self
+        for key in ("partial_rotary_factor", "rope_scaling", "global_rope"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"model.{key} goes with model.positions=rotary")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_are_known(self) -> ModelConfig:
+        if self.layer_types is None:
+            return self
+        if len(self.layer_types) != self.n_layer:
+            raise ValueError(
+                f"model.layer_types has {len(self.layer_types)} entries for "
+                f"model.n_layer={self.n_layer}"
+            )
+        if SLIDING in self.layer_types and self.sliding_window is None:
+            raise ValueError(f"model.layer_types has {SLIDING}; set model.sliding_window too")
+        return self

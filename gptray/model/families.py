@@ -1,0 +1,272 @@
+"""How each family of models writes a network: the keys of its config.json, the names of weights.
+
+A family is a row of the table below. To read or write one is the same work for all of them, in
+`gptray.model.hf_config` and `gptray.model.parameters`. Names and defaults are those of the classes
+in Hugging Face's transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from gptray.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of config.json: its default where a file leaves it out.
+
+    words: what values of a choice are called there, several times where they have several names.
+    also: further keys that are written with the same value.
+    """
+
+    name: str
+    default: object
+    words: Mapping[str, str] | None = None
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type.
+
+    architecture: transformers' class; None: transformers does not know it. keys: the fields of
+    ModelConfig that it leaves open. always: those that it does not. fixed: what else a file may
+    say, since this network does it; the first value is the default. windows: how sliding windows
+    are written. rope_base, rope_part: of rotary positions, for files without rope_parameters; no
+    rope_part: whole heads are rotated. prefix, layers: what names of weights and of layers begin
+    with. modules: the modules of `gptray.model.parameters` -> theirs; several lie side by side in
+    ours. transposed: linear layers are stored (in, out). by_head: q, k and v are side by side for
+    each head, not each for all heads. even_heads: n_head must divide n_embd even with a head_dim.
+    """
+
+    architecture: str | None
+    keys: Mapping[str, Key]
+    always: Mapping[str, object]
+    modules: Mapping[str, tuple[str, ...]]
+    prefix: str
+    layers: str
+    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    windows: Literal["none", "all", "from a layer", "by layer"] = "none"
+    rope_base: str = "rope_theta"
+    rope_part: Key | None = None
+    transposed: bool = False
+    by_head: bool = False
+    even_heads: bool = False
+
+
+_GELU = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
+
+GPT2 = Family(
+    architecture="GPT2LMHeadModel",
+    keys={
+        "vocab_size": Key("vocab_size", 50257),
+        "n_positions": Key("n_positions", 1024),
+        "n_embd": Key("n_embd", 768),
+        "n_layer": Key("n_layer", 12),
+        "n_head": Key("n_head", 12),
+        "n_inner": Key("n_inner", None),
+        "layer_norm_epsilon": Key("layer_norm_epsilon", 1e-5),
+        "initializer_range": Key("initializer_range", 0.02),
+        "dropout": Key("resid_pdrop", 0.1, also=("embd_pdrop", "attn_pdrop")),
+        "mlp": Key("activation_function", "gelu_new", words={**_GELU, "gelu": "gelu"}),
+        "tie_word_embeddings": Key("tie_word_embeddings", True),
+    },
+    always={},
+    fixed={
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    modules={
+        "wte": ("wte",),
+        "wpe": ("wpe",),
+        "ln_f": ("ln_f",),
+        "ln_1": ("ln_1",),
+        "ln_2": ("ln_2",),
+        "attn.c_attn": ("attn.c_attn",),
+        "attn.c_proj": ("attn.c_proj",),
+        "mlp.c_fc": ("mlp.c_fc",),
+        "mlp.c_proj": ("mlp.c_proj",),
+    },
+    prefix="transformer.",
+    layers="h.",
+    transposed=True,
+)
+
+_LLAMA_KEYS = {
+    "vocab_size": Key("vocab_size", 32000),
+    "n_positions": Key("max_position_embeddings", 2048),
+    "n_embd": Key("hidden_size", 4096),
+    "n_layer": Key("num_hidden_layers", 32),
+    "n_head": Key("num_attention_heads", 32),
+    "n_kv_head": Key("num_key_value_heads", None),
+    "head_dim": Key("head_dim", None),
+    "n_inner": Key("intermediate_size", 11008),
+    "layer_norm_epsilon": Key("rms_norm_eps", 1e-6),
+    "initializer_range": Key("initializer_range", 0.02),
+    "dropout": Key("attention_dropout", 0.0),
+    "mlp": Key("hidden_act", "silu", words={"silu": "swiglu"}),
+    "tie_word_embeddings": Key("tie_word_embeddings", False),
+}
+_PLAIN_BIASES: dict[str, object] = {"qkv_bias": False, "attn_out_bias": False, "mlp_bias": False}
+_ATTENTION_BIAS = {name: Key("attention_bias", False) for name in ("qkv_bias", "attn_out_bias")}
+_RMS_ROTARY: dict[str, object] = {"norm": "rmsnorm", "positions": "rotary"}
+
+LLAMA = Family(
+    architecture="LlamaForCausalLM",
+    keys=_LLAMA_KEYS | _ATTENTION_BIAS | {"mlp_bias": Key("mlp_bias", False)},
+    always=_RMS_ROTARY,
+    modules={
+        "wte": ("embed_tokens",),
+        "ln_f": ("norm",),
+        "ln_1": ("input_layernorm",),
+        "ln_2": ("post_attention_layernorm",),
+        "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn.q_norm": ("self_attn.q_norm",),
+        "attn.k_norm": ("self_attn.k_norm",),
+        "attn.c_proj": ("self_attn.o_proj",),
+        "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.c_proj": ("mlp.down_proj",),
+    },
+    prefix="model.",
+    layers="layers.",
+    even_heads=True,
+)
+
+MISTRAL = replace(
+    LLAMA,
+    architecture="MistralForCausalLM",
+    keys=_LLAMA_KEYS
+    | {
+        "n_positions": Key("max_position_embeddings", 4096 * 32),
+        "n_kv_head": Key("num_key_value_heads", 8),
+        "n_inner": Key("intermediate_size", 14336),
+    },
+    always=_RMS_ROTARY | _PLAIN_BIASES,
+    windows="all",
+    even_heads=False,
+)
+
+_QWEN_KEYS = _LLAMA_KEYS | {
+    "vocab_size": Key("vocab_size", 151936),
+    "n_positions": Key("max_position_embeddings", 32768),
+    "n_kv_head": Key("num_key_value_heads", 32),
+    "n_inner": Key("intermediate_size", 22016),
+}
+
+QWEN2 = replace(
+    LLAMA,
+    architecture="Qwen2ForCausalLM",
+    keys=_QWEN_KEYS,
+    always=_RMS_ROTARY | _PLAIN_BIASES | {"qkv_bias": True},
+    windows="from a layer",
+    even_heads=False,
+)
+
+QWEN3 = replace(
+    QWEN2,
+    architecture="Qwen3ForCausalLM",
+    keys=_QWEN_KEYS | _ATTENTION_BIAS | {"head_dim": Key("head_dim", 128)},
+    always=_RMS_ROTARY | {"mlp_bias": False, "qk_norm": True},
+)
+
+GPT_NEOX = Family(
+    architecture="GPTNeoXForCausalLM",
+    keys={
+        "vocab_size": Key("vocab_size", 50432),
+        "n_positions": Key("max_position_embeddings", 2048),
+        "n_embd": Key("hidden_size", 6144),
+        "n_layer": Key("num_hidden_layers", 44),
+        "n_head": Key("num_attention_heads", 64),
+        "n_inner": Key("intermediate_size", 24576),
+        "layer_norm_epsilon": Key("layer_norm_eps", 1e-5),
+        "initializer_range": Key("initializer_range", 0.02),
+        "dropout": Key("hidden_dropout", 0.0, also=("attention_dropout",)),
+        "mlp": Key("hidden_act", "gelu", words={"gelu": "gelu", **_GELU}),
+        "qkv_bias": Key("attention_bias", True),
+        "attn_out_bias": Key("attention_bias", True),
+        "parallel_residual": Key("use_parallel_residual", True),
+        "tie_word_embeddings": Key("tie_word_embeddings", False),
+    },
+    always={"positions": "rotary"},
+    modules={
+        "wte": ("embed_in",),
+        "ln_f": ("final_layer_norm",),
+        "ln_1": ("input_layernorm",),
+        "ln_2": ("post_attention_layernorm",),
+        "attn.c_attn": ("attention.query_key_value",),
+        "attn.c_proj": ("attention.dense",),
+        "mlp.c_fc": ("mlp.dense_h_to_4h",),
+        "mlp.c_proj": ("mlp.dense_4h_to_h",),
+    },
+    prefix="gpt_neox.",
+    layers="layers.",
+    rope_base="rotary_emb_base",
+    rope_part=Key("rotary_pct", 0.25),
+    by_head=True,
+)
+
+EXAONE4 = replace(
+    LLAMA,
+    architecture="Exaone4ForCausalLM",
+    keys=_LLAMA_KEYS
+    | {
+        "vocab_size": Key("vocab_size", 102400),
+        "n_kv_head": Key("num_key_value_heads", 32),
+        "n_inner": Key("intermediate_size", 16384),
+        "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
+    },
+    always=_RMS_ROTARY | _PLAIN_BIASES | {"qk_norm": True, "post_norm": True},
+    modules={
+        **LLAMA.modules,
+        "ln_1": ("post_attention_layernorm",),
+        "ln_2": ("post_feedforward_layernorm",),
+    },
+    windows="by layer",
+    even_heads=False,
+)
+
+# By model_type, in the order in which a network's family is looked for.
+KNOWN: dict[str, Family] = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gpt_neox": GPT_NEOX,
+    "exaone4": EXAONE4,
+}
+
+
+def _ablation(**fields: object) -> Family:
+    """GPT-2's weights under another model_type, since GPT-2's classes would compute otherwise."""
+    return replace(GPT2, architecture=None, always=fields)
+
+
+# The fields of ModelConfig that shape a network.
+SHAPE = tuple(
+    name
+    for name in ModelConfig.model_fields
+    if name not in ("vocab_size", "init_from", "resize_vocab", "checkpoint_blocks")
+)
+# Any other mix of choices, in the config's own words.
+OWN = "gptray"
+_OWN = Family(
+    architecture=None,
+    keys={"vocab_size": Key("vocab_size", None)}
+    | {name: Key(name, ModelConfig.model_fields[name].default) for name in SHAPE},
+    always={},
+    modules={name: (name,) for name in (*GPT2.modules, "attn.q_norm", "attn.k_norm")},
+    prefix="transformer.",
+    layers="h.",
+)
+FAMILIES: dict[str, Family] = {
+    **KNOWN,
+    "gptray-gpt2-nonorm": _ablation(norm="none"),
+    "gptray-gpt2-noresidual": _ablation(residual=False),
+    "gptray-gpt2-nonorm-noresidual": _ablation(norm="none", residual=False),
+    OWN: _OWN,
+}

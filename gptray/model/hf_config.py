@@ -1,0 +1,263 @@
+"""config.json of a network: its fields from a file of any family, and the file of a network.
+
+No torch here, so that a dry run answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NotRequired, TypedDict, cast
+
+from pydantic import ValidationError
+
+from gptray.config import ModelConfig, UserError
+from gptray.config.model_section import FULL, ROPE_SCALINGS, SLIDING
+from gptray.model.families import FAMILIES, KNOWN, OWN, SHAPE, Family
+from gptray.stored import is_whole, read_foreign
+
+# Of a dimension; what is beyond is no network.
+_MOST = 2**31 - 1
+# transformers' defaults.
+_THETA, _WINDOW, _WINDOWS_FROM, _PATTERN = 10000.0, 4096, 28, 4
+
+Raw = Mapping[str, object]
+
+
+class NetworkShape(TypedDict):
+    """ModelConfig's fields that shape a network; vocab_size: rows of the embedding."""
+
+    n_layer: int
+    n_head: int
+    n_kv_head: int | None
+    head_dim: int | None
+    n_embd: int
+    n_inner: int | None
+    n_positions: int
+    vocab_size: NotRequired[int]
+    dropout: float
+    norm: Literal["layernorm", "rmsnorm", "none"]
+    post_norm: bool
+    residual: bool
+    parallel_residual: bool
+    layer_norm_epsilon: float
+    positions: Literal["learned", "rotary"]
+    rope_theta: float
+    partial_rotary_factor: float
+    rope_scaling: dict[str, str | bool | int | float] | None
+    mlp: Literal["gelu_new", "gelu", "swiglu"]
+    qkv_bias: bool
+    attn_out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    layer_types: list[str] | None
+    global_rope: bool
+    tie_word_embeddings: bool
+    initializer_range: float
+
+
+def read_config(path: Path) -> tuple[str, NetworkShape]:
+    """The model_type of a config.json, and every field that shapes its network.
+
+    Raises UserError naming the file and what of it this network cannot be.
+    """
+    raw = read_foreign(path)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"{path}: model_type {model_type!r:.60} is not one of {', '.join(KNOWN)}")
+    try:
+        return model_type, _fields(raw, FAMILIES[model_type])
+    except ValidationError as error:
+        first = error.errors()[0]
+        part = str(first["loc"][0]) if first["loc"] else ""
+        key = FAMILIES[model_type].keys.get(part)
+        name = key.name if key else part
+        message = f"{name + ': ' if name else ''}{first['msg']}"
+    except _Unlike as error:
+        message = str(error)
+    raise UserError(f"{path}: {message}")
+
+
+def family_in(folder: Path) -> Family:
+    """The family whose names a model folder's weights have. Raises UserError."""
+    return FAMILIES[read_config(folder / "config.json")[0]]
+
+
+def family_of(config: ModelConfig) -> str:
+    """The model_type that a network is saved as: that of the first family that expresses it."""
+    for model_type, family in FAMILIES.items():
+        try:
+            written = {**_written(config, family), "vocab_size": 1}
+            read = ModelConfig(**_fields(written, family))
+        except (ValidationError, _Unlike):
+            continue
+        if family.even_heads and config.n_embd % config.n_head:
+            continue
+        if _meaning(read) == _meaning(config):
+            return model_type
+    raise AssertionError(f"{OWN} expresses all")
+
+
+def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) -> dict[str, object]:
+    """config.json of a network, as its family's class in transformers reads it."""
+    model_type = family_of(config)
+    family = FAMILIES[model_type]
+    return {
+        **({"architectures": [family.architecture]} if family.architecture else {}),
+        "model_type": model_type,
+        **_written(config, family),
+        "vocab_size": vocab_size,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "dtype": "float32",
+    }
+
+
+class _Unlike(ValueError):
+    """What a file says and no network here does."""
+
+
+def _fields(raw: Raw, family: Family) -> NetworkShape:
+    """Raises _Unlike and ValidationError."""
+    for name, allowed in family.fixed.items():
+        if raw.get(name, allowed[0]) not in allowed:  # a list or an object is simply not in it
+            raise _Unlike(f"{name}={raw[name]!r:.60} is not supported, only {allowed[0]!r}")
+    values: dict[str, object] = dict(family.always)
+    for field, key in family.keys.items():
+        value = raw.get(key.name, key.default)
+        if key.words is not None:
+            if not isinstance(value, str) or value not in key.words:
+                words = ", ".join(map(repr, key.words))
+                raise _Unlike(f"{key.name}={value!r:.60} is not supported, only {words}")
+            value = key.words[value]
+        if is_whole(value, least=_MOST + 1):
+            raise _Unlike(f"{key.name} is above {_MOST:,}, which no network has")
+        values[field] = value
+    if values["vocab_size"] is None:
+        raise _Unlike("vocab_size is null; it is the number of rows of the embedding")
+    if family.always.get("positions") == "rotary":
+        values |= _rope(raw, family, values)
+    values |= _windows(raw, family, values["n_layer"])
+    network = ModelConfig.model_validate(values, strict=True)
+    return cast(NetworkShape, network.model_dump(include={*SHAPE, "vocab_size"}))
+
+
+def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, object]:
+    """The fields of rotary positions; from rope_parameters, or from the older keys."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise _Unlike(f"rope_scaling={given!r:.60} is no JSON object")
+    scaling = {key: value for key, value in given.items() if value is not None}
+    part = family.rope_part
+    theta = scaling.pop("rope_theta", raw.get(family.rope_base, _THETA))
+    key, default = (part.name, part.default) if part else ("partial_rotary_factor", 1.0)
+    share = scaling.pop("partial_rotary_factor", raw.get(key, default))
+    if part is None and share not in (1, None):
+        raise _Unlike(f"partial_rotary_factor={share!r:.60} is not supported, only 1")
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    fields = {"rope_theta": theta, "partial_rotary_factor": 1.0 if share is None else share}
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise _Unlike("rope_parameters for each kind of layer are not supported")
+    if kind == "default":
+        return fields
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        kinds = ", ".join(ROPE_SCALINGS)
+        raise _Unlike(f"rope_scaling of rope_type {kind!r:.60} is not supported, only {kinds}")
+    if kind != "linear":
+        scaling.setdefault("original_max_position_embeddings", values["n_positions"])
+    for key, value in scaling.items():
+        if is_whole(value, least=_MOST + 1):
+            raise _Unlike(f"rope_scaling's {key} is above {_MOST:,}")
+    return fields | {"rope_scaling": {"rope_type": kind, **scaling}}
+
+
+def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
+    """The fields of sliding windows."""
+    if family.windows == "none":
+        return {}
+    window = raw.get("sliding_window", _WINDOW)
+    if family.windows == "all":
+        return {"sliding_window": window}
+    is_by_layer = family.windows == "by layer"
+    if window is None or not (is_by_layer or raw.get("use_sliding_window", False)):
+        return {}
+    types = raw.get("layer_types")
+    if types is None:
+        layers = range(n_layer if is_whole(n_layer) and n_layer <= _MOST_LAYERS else 0)
+        if is_by_layer:
+            every = raw.get("sliding_window_pattern", _PATTERN)
+            if not is_whole(every, least=1):
+                raise _Unlike(f"sliding_window_pattern={every!r:.60} goes with layer_types")
+            types = [SLIDING if (layer + 1) % every else FULL for layer in layers]
+        else:
+            first = raw.get("max_window_layers", _WINDOWS_FROM)
+            if not is_whole(first):
+                raise _Unlike(f"max_window_layers={first!r:.60} is no number of layers")
+            types = [SLIDING if layer >= first else FULL for layer in layers]
+    return {"sliding_window": window, "layer_types": types, "global_rope": not is_by_layer}
+
+
+# Whose kinds are listed one by one.
+_MOST_LAYERS = 100_000
+
+
+def _written(config: ModelConfig, family: Family) -> dict[str, object]:
+    """The keys of config.json that say what a network is, as far as the family can."""
+    written: dict[str, object] = {}
+    # Null is known only to GPT-2's class.
+    resolved = {
+        "n_inner": config.inner,
+        "n_kv_head": config.kv_heads,
+        "head_dim": config.head_width,
+    }
+    is_rotary = family.always.get("positions") == "rotary"
+    for field, key in family.keys.items():
+        value = getattr(config, field)
+        if value is None and is_rotary:
+            value = resolved.get(field)
+        if key.words is not None:
+            value = next((word for word, meant in key.words.items() if meant == value), None)
+        written |= dict.fromkeys((key.name, *key.also), value)
+    written |= {name: allowed[0] for name, allowed in family.fixed.items()}
+    if is_rotary:
+        written |= {family.rope_base: config.rope_theta, "rope_scaling": config.rope_scaling}
+        part = family.rope_part.name if family.rope_part else "partial_rotary_factor"
+        if family.rope_part or config.partial_rotary_factor != 1:
+            written[part] = config.partial_rotary_factor
+    return written | _written_windows(config, family)
+
+
+def _written_windows(config: ModelConfig, family: Family) -> dict[str, object]:
+    if family.windows == "none":
+        return {}
+    if family.windows == "all":
+        return {"sliding_window": config.sliding_window}
+    layers = range(config.n_layer)
+    types = [SLIDING if config.window(layer) is not None else FULL for layer in layers]
+    shared: dict[str, object] = {"sliding_window": config.sliding_window, "layer_types": types}
+    if family.windows == "by layer":
+        return shared | {"sliding_window_pattern": None}
+    first = types.index(SLIDING) if SLIDING in types else config.n_layer
+    return shared | {"use_sliding_window": SLIDING in types, "max_window_layers": first}
+
+
+# Fields that several values of may mean the same.
+_AS_MEANT = {"sliding_window", "layer_types", "global_rope", "partial_rotary_factor", "rope_theta"}
+
+
+def _meaning(config: ModelConfig) -> str:
+    """What a network computes, however its config puts it."""
+    fields = config.model_dump(include={*SHAPE} - _AS_MEANT - {"initializer_range"})
+    layers = range(config.n_layer)
+    fields |= {
+        "n_inner": config.inner,
+        "n_kv_head": config.kv_heads,
+        "head_dim": config.head_width,
+        "rotary": (config.rotary_width, config.rope_theta if config.rotary_width else 0),
+        "windows": [config.window(layer) for layer in layers],
+        "rotates": [config.rotates(layer) for layer in layers],
+    }
+    return json.dumps(fields, sort_keys=True)

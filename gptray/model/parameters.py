@@ -1,0 +1,141 @@
+"""A network's parameters, and where each lies in the weight files of its family; no torch here.
+
+Linear layers that read the same input are one: queries, keys and values in `c_attn`, gate and
+input of a gated MLP in `c_fc`. Weights are (out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from gptray.config import ModelConfig
+from gptray.model.families import Family
+
+HEAD = "lm_head.weight"
+# GPT-NeoX's head in files of older releases of transformers.
+_OLD_HEAD = "embed_out.weight"
+# Ends of what old files hold and no network needs: causal masks, wavelengths of positions.
+IGNORED = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a weight file: rows `start` to `start + rows` of a parameter.
+
+    dims: the shape in the file. turned: how its numbers lie there, see `Family`.
+    """
+
+    name: str
+    dims: list[int]
+    parameter: str
+    start: int
+    rows: int
+    turned: Literal["", "transposed", "by_head"] = ""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module's parameters: a weight of these parts side by side, (sum of parts, *inputs)."""
+
+    name: str
+    parts: tuple[int, ...]
+    inputs: tuple[int, ...]
+    has_bias: bool
+
+
+def block_modules(config: ModelConfig) -> list[Module]:
+    """The modules of one block, in the network's order."""
+    width, head, inner = config.n_embd, config.head_width, config.inner
+    queries, keys = config.n_head * head, config.kv_heads * head
+    gated = (inner, inner) if config.mlp == "swiglu" else (inner,)
+    heads = [Module(f"attn.{name}", (head,), (), False) for name in ("q_norm", "k_norm")]
+    return [
+        *_norm("ln_1", config),
+        Module("attn.c_attn", (queries, keys, keys), (width,), config.qkv_bias),
+        *(heads if config.qk_norm else []),
+        Module("attn.c_proj", (width,), (queries,), config.attn_out_bias),
+        *_norm("ln_2", config),
+        Module("mlp.c_fc", gated, (width,), config.mlp_bias),
+        Module("mlp.c_proj", (width,), (inner,), config.mlp_bias),
+    ]
+
+
+def outer_modules(config: ModelConfig, rows: int) -> list[Module]:
+    """The modules beside the blocks, but for the head; rows: of the embedding."""
+    width = config.n_embd
+    learned = config.positions == "learned"
+    return [
+        Module("wte", (rows,), (width,), False),
+        *([Module("wpe", (config.n_positions,), (width,), False)] if learned else []),
+        *_norm("ln_f", config),
+    ]
+
+
+def _norm(name: str, config: ModelConfig) -> list[Module]:
+    if config.norm == "none":
+        return []
+    return [Module(name, (config.n_embd,), (), config.norm == "layernorm")]
+
+
+def parameter_count(config: ModelConfig, vocab_size: int) -> int:
+    """Parameters of a network with `vocab_size` rows, a tied head counted once."""
+    head = 0 if config.tie_word_embeddings else vocab_size * config.n_embd
+    outer = sum(map(_numbers, outer_modules(config, vocab_size)))
+    return outer + config.n_layer * sum(map(_numbers, block_modules(config))) + head
+
+
+def _numbers(module: Module) -> int:
+    outputs = sum(module.parts)
+    inputs = module.inputs[0] if module.inputs else 1
+    return outputs * (inputs + (1 if module.has_bias else 0))
+
+
+def stored_parts(config: ModelConfig, family: Family, rows: int) -> Iterator[Part]:
+    """Every tensor of a network's weight files, embedding first; an untied head last."""
+    for module in outer_modules(config, rows):
+        yield from _parts(module, config, family, "")
+    for layer in range(config.n_layer):
+        for module in block_modules(config):
+            yield from _parts(module, config, family, f"{layer}.")
+    if not config.tie_word_embeddings:
+        yield Part(HEAD, [rows, config.n_embd], HEAD, 0, rows)
+
+
+def stored_name(name: str, family: Family) -> str:
+    """The name that a tensor of a file goes by; files of a network without a head lack a prefix."""
+    if name in (HEAD, _OLD_HEAD):
+        return HEAD
+    return name if name.startswith(family.prefix) else family.prefix + name
+
+
+def _parts(module: Module, config: ModelConfig, family: Family, layer: str) -> Iterator[Part]:
+    names = family.modules[module.name]
+    sizes = module.parts if len(names) > 1 else (sum(module.parts),)
+    own = f"transformer.{'h.' + layer if layer else ''}{module.name}"
+    theirs = f"{family.prefix}{family.layers + layer if layer else ''}"
+    is_linear = bool(layer and module.inputs)
+    start = 0
+    for name, size in zip(names, sizes, strict=True):
+        turned: Literal["", "transposed", "by_head"] = ""
+        if family.by_head and module.name == "attn.c_attn":
+            turned = "by_head"
+        weight = [size, *module.inputs]
+        yield Part(
+            f"{theirs}{name}.weight",
+            weight[::-1] if is_linear and family.transposed else weight,
+            f"{own}.weight",
+            start,
+            size,
+            "transposed" if is_linear and family.transposed else turned,
+        )
+        if module.has_bias:
+            yield Part(f"{theirs}{name}.bias", [size], f"{own}.bias", start, size, turned)
+        start += size

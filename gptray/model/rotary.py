@@ -1,0 +1,98 @@
+"""Rotary positions: queries and keys are rotated, pair by pair, by angles that grow with position.
+
+Su et al. 2021, RoFormer. The two numbers of a pair lie half of the rotated part apart, as in
+Hugging Face's files of all families here.
+
+Shapes: T positions, R the rotated part of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gptray.config import ModelConfig
+
+# Cosines and sines, (T, R / 2) each.
+Angles = tuple[Tensor, Tensor]
+
+
+class Rotary:
+    """The angles of a network's rotary positions, with its scaling for longer contexts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._frequencies, self._scale = frequencies(config)
+
+    def at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """The angles of whole-numbered positions (T,)."""
+        angles = positions.float()[:, None] * self._frequencies.to(positions.device)
+        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        return cos.to(dtype), sin.to(dtype)
+
+
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """x (..., T, heads, head width) with the first R numbers of each head rotated."""
+    cos, sin = (part.unsqueeze(-2) for part in angles)
+    half = cos.size(-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Radians by which each pair turns from one position to the next, (R / 2,) fp32 on the CPU;
+    and the factor of cosines and sines."""
+    width, cpu = config.rotary_width, torch.device("cpu")
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=cpu) / width
+    plain = 1.0 / config.rope_theta**exponents
+    scaling = {key: value for key, value in (config.rope_scaling or {}).items()}
+    kind = scaling.pop("rope_type", None)
+    if kind is None:
+        return plain, 1.0
+    numbers = {key: float(value) for key, value in scaling.items()}
+    if kind == "linear":
+        return plain / numbers["factor"], 1.0
+    return (_llama3 if kind == "llama3" else _yarn)(plain, numbers, config)
+
+
+def _llama3(plain: Tensor, scaling: dict[str, float], config: ModelConfig) -> tuple[Tensor, float]:
+    """Llama 3.1's: long wavelengths are stretched, short ones stay, a ramp lies between.
+
+    Grattafiori et al. 2024, The Llama 3 Herd of Models; `low_freq_factor` and `high_freq_factor`
+    say how often a wavelength fits into the original context at the ramp's ends.
+    """
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / plain)
+    kept = ((turns - low) / (high - low) if high != low else turns - low).clamp(0, 1)
+    return (1 - kept) * plain / scaling["factor"] + kept * plain, 1.0
+
+
+def _yarn(plain: Tensor, scaling: dict[str, float], config: ModelConfig) -> tuple[Tensor, float]:
+    """YaRN (Peng et al. 2023): as Llama 3.1's, with the ramp over the pairs' numbers, and larger
+    scores."""
+    factor, width = scaling["factor"], config.rotary_width
+    context = scaling["original_max_position_embeddings"]
+
+    def pair_of(turns: float) -> float:
+        """The pair that turns so often in the original context."""
+        return width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first, last = pair_of(scaling.get("beta_fast", 32.0)), pair_of(scaling.get("beta_slow", 1.0))
+    if scaling.get("truncate", 1.0):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    pairs = torch.arange(width // 2, dtype=torch.float32, device=plain.device)
+    stretched = ((pairs - first) / ((last - first) or 0.001)).clamp(0, 1)
+    return plain * (1 - stretched) + plain / factor * stretched, _yarn_scale(factor, scaling)
+
+
+def _yarn_scale(factor: float, scaling: dict[str, float]) -> float:
+    def scale(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        return scale(scaling["mscale"]) / scale(scaling["mscale_all_dim"])
+    return scale(1.0)

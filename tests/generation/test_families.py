@@ -1,0 +1,123 @@
+"""Every family in the engine: cached logits are the whole network's, greedy is transformers'."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptray.config import UserError, load_config
+from gptray.data.tokenizer import Tokenizer
+from gptray.generation.decoder import FIRST_TOKENS, Decoder, Piece
+from gptray.generation.engine import Engine
+from gptray.generation.loading import open_engine
+from gptray.generation.native_decoder import NativeDecoder
+from gptray.generation.sequence import Sequence
+from gptray.generation.settings import Sampling
+from gptray.model.hf import load_pretrained
+from tests.generation.models import network, random_gpt, small_tokenizer
+from tests.model.foreign_models import FAMILIES, SHAPES, make_hf
+
+POSITIONS = 96
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return small_tokenizer()
+
+
+def prompt_of(tokenizer: Tokenizer, length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1, tokenizer.vocab_size) for _ in range(length)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_logits_in_pieces_and_steps_are_the_whole_networks(
+    name: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    V = tokenizer.vocab_size
+    make_hf(name, V).save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path).eval()
+    ids = prompt_of(tokenizer, POSITIONS, seed=1)
+    expected = model(torch.tensor([ids]))[0]
+    decoder = Decoder(model, 2, dtype=torch.float32)
+    first = decoder.step([], [Piece(0, 0, ids[:30])]).clone()
+    second = decoder.step([], [Piece(0, 30, ids[30:45], scored=True)])
+    torch.testing.assert_close(first[:, :V], expected[29:30], atol=1e-4, rtol=0)
+    torch.testing.assert_close(second[:, :V], expected[30:45], atol=1e-4, rtol=0)
+    for position in range(45, POSITIONS):
+        pieces = [Piece(1, 0, ids[:7])] if position == 50 else []
+        logits = decoder.step([(ids[position], position)], pieces)
+        torch.testing.assert_close(logits[0, :V], expected[position], atol=1e-4, rtol=0)
+        if pieces:
+            torch.testing.assert_close(logits[1, :V], expected[6], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_greedy_is_transformers_for_a_hundred_prompts(
+    name: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    theirs = make_hf(name, tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    theirs.save_pretrained(tmp_path)
+    engine = Engine(load_pretrained(tmp_path).eval(), tokenizer, max_batch_size=50)
+    sampling = Sampling(temperature=0, max_new_tokens=12, utf8=False, ignore_eos=True)
+    for length in (1, 6, 20, 40):
+        prompts = [prompt_of(tokenizer, length, seed=length + seed) for seed in range(0, 1000, 40)]
+        ours = engine.run([Sequence(prompt, sampling) for prompt in prompts])
+        expected = theirs.generate(  # type: ignore[operator]
+            torch.tensor(prompts),
+            attention_mask=torch.ones(len(prompts), length, dtype=torch.int64),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=tokenizer.eos_id,
+        )
+        assert [one.tokens for one in ours] == expected[:, length:].tolist()
+
+
+def test_a_cache_grows_with_what_it_holds(tokenizer: Tokenizer) -> None:
+    positions = 3 * FIRST_TOKENS
+    model = random_gpt(tokenizer, n_layer=1, n_positions=positions, positions="rotary", n_kv_head=1)
+    ids = prompt_of(tokenizer, FIRST_TOKENS + 70, seed=2)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0]
+    decoder = Decoder(model, 1, dtype=torch.float32)
+    for start in range(0, len(ids), 90):
+        logits = decoder.step([], [Piece(0, start, ids[start : start + 90])])
+        last = min(start + 90, len(ids)) - 1
+        torch.testing.assert_close(
+            logits[0, : tokenizer.vocab_size], expected[last], atol=1e-4, rtol=0
+        )
+
+
+@torch.no_grad()
+def test_rows_that_pad_an_embedding_are_never_drawn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    theirs = make_hf("qwen3", tokenizer.vocab_size + 50, eos_id=tokenizer.eos_id)
+    theirs.get_parameter("model.embed_tokens.weight")[tokenizer.vocab_size :] *= 100
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    config = load_config(None, ["generate.precision=fp32"])
+    engine, _ = open_engine(tmp_path, config, max_batch_size=4)
+    sampling = Sampling(max_new_tokens=20, utf8=False, ignore_eos=True)
+    rows = engine.run([Sequence(prompt_of(tokenizer, 3, seed), sampling) for seed in range(4)])
+    assert all(token < tokenizer.vocab_size for row in rows for token in row.tokens)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    make_hf("llama", tokenizer.vocab_size - 1).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, .* only \d+ rows"):
+        open_engine(tmp_path, load_config(None, []))
+
+
+@pytest.mark.parametrize("backend", ["native", "graph"])
+def test_what_only_pytorch_computes_is_computed_by_it(backend: str, tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, norm="rmsnorm")
+    decoder = network(backend, model, 1, torch.float32)
+    assert isinstance(decoder, Decoder) and not isinstance(decoder, NativeDecoder)

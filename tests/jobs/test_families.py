@@ -1,0 +1,90 @@
+"""What jobs say of models that are not GPT-2's, before they start."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from gptray.config import UserError, load_config
+from gptray.doors import run
+from gptray.jobs.evaluate.check import LONGEST_WINDOW
+from gptray.jobs.evaluate.check import check as check_evaluate
+from gptray.jobs.generate.check import check_model
+from gptray.jobs.serve.check import check as check_serve
+from gptray.jobs.train.check import check, plan
+from gptray.model.hf import save_pretrained
+from tests.generation.models import random_gpt, small_tokenizer
+from tests.model.foreign_models import make_hf
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen")
+    tokenizer = small_tokenizer()
+    theirs = make_hf("qwen3", tokenizer.vocab_size + 20, eos_id=tokenizer.eos_id)
+    theirs.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def test_a_dry_run_counts_the_parameters_and_names_the_family(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"model.init_from={qwen}", f"storage_path={tmp_path}", "train.block_size=32"]
+    assert run("train", [*words, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    rows = small_tokenizer().vocab_size + 20
+    block = 48 * (96 + 32 + 32) + 96 * 48 + 2 * 16 + 3 * 48 * 56 + 2 * 48
+    assert planned["parameters"] == f"{rows * 48 + 2 * block + 48:,}"
+    assert planned["saved as"] == "qwen3, which transformers opens"
+    mix = plan(check(load_config(None, ["model.norm=rmsnorm", f"storage_path={tmp_path}"])))
+    assert dict(mix)["saved as"].startswith("gptray, which only gptray opens")
+
+
+def test_native_kernels_are_refused_by_name_by_every_job(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"storage_path={tmp_path}", "generate.backend=native", "train.backend=native"]
+    jobs = {
+        "train": [f"model.init_from={qwen}", "train.block_size=32"],
+        "generate": [f"generate.model={qwen}", "sample.prompt=the cat"],
+        "serve": [f"serve.model={qwen}"],
+    }
+    for job, more in jobs.items():
+        assert run(job, [*words, *more, "--dry-run"]) == 2
+        key = "train.backend" if job == "train" else "generate.backend"
+        assert f"{key}=native: gptray's kernels" in capsys.readouterr().err
+
+
+def test_auto_takes_pytorch_and_says_so(qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="gptray"):
+        picked = check_model(load_config(None, [f"generate.model={qwen}"])).config
+        assert picked.generate.backend == "torch"
+        words = [f"serve.model={qwen}"]
+        assert check_serve(load_config(None, words)).config.generate.backend == "torch"
+    assert sum("generate.backend: PyTorch, since " in line for line in caplog.messages) == 2
+
+
+def test_a_long_context_is_not_scored_in_one_window(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    model = random_gpt(tokenizer, positions="rotary", n_positions=100_000)
+    save_pretrained(model, tmp_path / "long")
+    tokenizer.save(tmp_path / "long")
+    (tmp_path / "text.txt").write_text("the cat sees a dog. " * 20)
+    words = [f"evaluate.model={tmp_path / 'long'}", f"data.source={tmp_path / 'text.txt'}"]
+    checked = check_evaluate(load_config(None, [*words, f"storage_path={tmp_path}"]))
+    assert (checked.block_size, checked.stride) == (LONGEST_WINDOW, LONGEST_WINDOW)
+
+
+def test_one_architecture_that_is_not_known_is_refused_with_those_that_are(
+    qwen: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "moe").mkdir()
+    config = json.loads((qwen / "config.json").read_text()) | {"model_type": "qwen3_moe"}
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
+    known = "gpt2, llama, mistral, qwen2, qwen3, gpt_neox, exaone4"
+    with pytest.raises(UserError, match=f"model_type 'qwen3_moe' is not one of {known}$"):
+        check_model(load_config(None, [f"generate.model={tmp_path / 'moe'}"]))

@@ -1,0 +1,87 @@
+"""Models as transformers makes them: every family in odd shapes, with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+_GPT2 = {"n_layer": 2, "n_head": 3, "n_embd": 48, "n_positions": 96, "initializer_range": 0.2}
+_SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.2,
+}
+_GROUPED = _SHAPE | {"num_key_value_heads": 2}
+_NEOX = _SHAPE | {"num_attention_heads": 3}
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+    "original_max_position_embeddings": 24,
+}  # fmt: skip
+_LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}
+_BY_LAYER = ["sliding_attention", "full_attention"]
+
+# By name, which begins with the model_type: transformers' class but for its ending, its config.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", _GPT2),
+    "gpt2 untied, exact GELU": (
+        "GPT2",
+        _GPT2 | {"activation_function": "gelu", "tie_word_embeddings": False},
+    ),
+    "llama": ("Llama", _GROUPED),
+    "llama with biases": (
+        "Llama",
+        _SHAPE | {"num_key_value_heads": 3, "head_dim": 12, "attention_bias": True,
+                  "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama of release 3": (
+        "Llama", _SHAPE | {"num_key_value_heads": 1, "rope_parameters": _LLAMA3},
+    ),
+    "llama, linear": ("Llama", _SHAPE | {"rope_parameters": _LINEAR}),
+    "llama, YaRN": ("Llama", _SHAPE | {"rope_parameters": _YARN}),
+    "mistral": ("Mistral", _GROUPED | {"head_dim": 10, "sliding_window": 7}),
+    "qwen2": ("Qwen2", _GROUPED | {"tie_word_embeddings": True}),
+    "qwen2 with windows": (
+        "Qwen2",
+        _GROUPED | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", _GROUPED | {"head_dim": 16, "tie_word_embeddings": True}),
+    "gpt_neox": ("GPTNeoX", _NEOX),
+    "gpt_neox in series": (
+        "GPTNeoX",
+        _NEOX | {"rotary_pct": 0.5, "use_parallel_residual": False, "attention_bias": False,
+                 "hidden_act": "gelu_new", "tie_word_embeddings": True},
+    ),
+    "exaone4": ("Exaone4", _GROUPED | {"sliding_window": 5, "layer_types": _BY_LAYER}),
+    "exaone4 without windows": (
+        "Exaone4",
+        _GROUPED | {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    ),
+}  # fmt: skip
+# One of each family.
+FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "exaone4"]
+
+
+@torch.no_grad()
+def make_hf(name: str, vocab_size: int, *, eos_id: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model whose every weight matters."""
+    kind, fields = SHAPES[name]
+    ids = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
+    config = getattr(transformers, f"{kind}Config")(**{**fields, **ids, **changes})
+    torch.manual_seed(1)
+    ending = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+    model: PreTrainedModel = getattr(transformers, kind + ending)(config)
+    model.train(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model

@@ -1,0 +1,214 @@
+"""Every family against transformers: the same logits here, and there again once saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gptray.config import ModelConfig, UserError
+from gptray.model.families import KNOWN
+from gptray.model.gpt import GPT
+from gptray.model.hf import load_pretrained, save_pretrained
+from gptray.model.hf_config import family_of
+from gptray.model.only_torch import why_only_torch
+from gptray.model.parameters import parameter_count
+from gptray.model.rotary import frequencies
+from gptray.model.shape import read_shape
+from tests.model.foreign_models import FAMILIES, SHAPES, make_hf
+
+VOCAB_SIZE = 99
+
+
+def some_ids(count: int = 96) -> Tensor:
+    return torch.randint(VOCAB_SIZE, (2, count), generator=torch.Generator().manual_seed(0))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_logits_are_transformers_there_and_back(name: str, tmp_path: Path) -> None:
+    theirs = make_hf(name, VOCAB_SIZE)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, idx = load_pretrained(tmp_path / "theirs").eval(), some_ids()
+    expected = theirs(idx).logits
+    torch.testing.assert_close(model(idx), expected, atol=1e-4, rtol=0)
+    assert model.num_params == parameter_count(model.config, VOCAB_SIZE)
+    assert model.num_params == sum(p.numel() for p in theirs.parameters())
+
+    save_pretrained(model, tmp_path / "ours", eos_token_id=3)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, trust_remote_code=False
+    )
+    again, info = loaded
+    assert {key: len(problems) for key, problems in info.items() if problems} == {}
+    assert type(again) is type(theirs) and again.config.eos_token_id == 3
+    torch.testing.assert_close(again(idx).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_bf16_is_close_to_fp32(name: str, tmp_path: Path) -> None:
+    make_hf(name, VOCAB_SIZE, initializer_range=0.1).save_pretrained(tmp_path)
+    model, idx = load_pretrained(tmp_path).eval(), some_ids()
+    exact = model(idx)
+    model.compute_dtype = torch.bfloat16
+    assert (model(idx).float() - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shards_of_half_precision_are_read_into_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs = make_hf("qwen3", VOCAB_SIZE)
+    theirs.to(dtype)  # type: ignore[arg-type]
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    queries, both = theirs.state_dict(), load_pretrained(tmp_path).state_dict()
+    assert {weight.dtype for weight in both.values()} == {torch.float32}
+    names = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
+    packed = torch.cat([queries[one] for one in names])
+    assert torch.equal(both["transformer.h.1.attn.c_attn.weight"], packed.float())
+
+
+def test_files_of_older_releases_open(tmp_path: Path) -> None:
+    make_hf("gpt_neox", VOCAB_SIZE, rotary_pct=0.5).save_pretrained(tmp_path)
+    expected = load_pretrained(tmp_path)
+    edit(tmp_path, rope_parameters=None, rotary_pct=0.5, rotary_emb_base=10000)
+    path = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("gpt_neox."): one for name, one in load_file(path).items()}
+    if "lm_head.weight" in tensors:
+        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+    tensors["layers.0.attention.bias"] = torch.ones(1, 1, 96, 96)
+    tensors["layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, path)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.config == expected.config
+    torch.testing.assert_close(loaded.state_dict(), expected.state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama, linear", "llama, YaRN", "llama of release 3"])
+def test_rope_scaling_is_read_from_the_older_keys(name: str, tmp_path: Path) -> None:
+    make_hf(name, VOCAB_SIZE).save_pretrained(tmp_path)
+    shape = read_shape(tmp_path)
+    assert shape["rope_scaling"]
+    old = dict(shape["rope_scaling"])
+    kind = old.pop("rope_type")
+    edit(tmp_path, rope_parameters=None, rope_theta=shape["rope_theta"])
+    edit(tmp_path, rope_scaling={"type": kind, **old})
+    assert read_shape(tmp_path) == shape
+
+
+def test_yarn_takes_every_key_of_its_own() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    keys = {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}
+
+    def made(**more: object) -> tuple[list[float], float]:
+        config = ModelConfig.model_validate(
+            {"positions": "rotary", "rope_scaling": {**yarn, **more}}
+        )
+        values, factor = frequencies(config)
+        return values.tolist(), factor
+
+    plain, factor = made()
+    assert all(made(**{key: value})[0] != plain for key, value in keys.items())
+    assert made(attention_factor=0.5) == (plain, 0.5)
+    assert made(mscale=1.0, mscale_all_dim=1.0) == (plain, 1.0) and factor > 1.1
+
+
+MIXES: list[dict[str, object]] = [
+    {"norm": "rmsnorm", "n_kv_head": 2, "tie_word_embeddings": False},
+    {"mlp": "swiglu", "qkv_bias": False, "attn_out_bias": False, "mlp_bias": False},
+    {"positions": "rotary", "partial_rotary_factor": 0.5, "norm": "none", "qk_norm": True},
+    {
+        "positions": "rotary",
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "qk_norm": True,
+    },
+    {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
+    {"post_norm": True, "parallel_residual": True, "residual": False, "head_dim": 6},
+]
+
+
+@pytest.mark.parametrize("fields", MIXES, ids=str)
+@torch.no_grad()
+def test_a_mix_that_is_no_familys_is_gptrays_own(fields: dict[str, object], tmp_path: Path) -> None:
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 20, **fields}
+    config = ModelConfig.model_validate(shape)
+    assert family_of(config) == "gptray" and why_only_torch(config)
+    model = GPT(config, vocab_size=VOCAB_SIZE).eval()
+    assert model.num_params == parameter_count(config, VOCAB_SIZE)
+    save_pretrained(model, tmp_path)
+    assert torch.equal(load_pretrained(tmp_path).eval()(some_ids(20)), model(some_ids(20)))
+    with pytest.raises(ValueError, match="model type `gptray`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+
+
+def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() -> None:
+    llama: dict[str, Any] = {
+        "norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "qkv_bias": False,
+        "attn_out_bias": False, "mlp_bias": False,
+    }  # fmt: skip
+    found = {
+        "gpt2": {},
+        "llama": llama,
+        "mistral": llama | {"sliding_window": 8},
+        "qwen2": llama | {"qkv_bias": True},
+        "qwen3": llama | {"qk_norm": True},
+        "gpt_neox": {"positions": "rotary", "parallel_residual": True},
+        "exaone4": llama | {"qk_norm": True, "post_norm": True},
+    }
+    assert found.keys() == KNOWN.keys()
+    assert {name: family_of(ModelConfig(**fields)) for name, fields in found.items()} == {
+        name: name for name in found
+    }
+    # transformers' Llama refuses a width that the heads do not divide, its Mistral does not.
+    assert family_of(ModelConfig(**llama, n_embd=30, n_head=4, head_dim=8)) == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"model_type": "mixtral"}, "'mixtral' is not one of gpt2, llama, mistral, qwen2"),
+        ("llama", {"model_type": "qwen3_5_text"}, "'qwen3_5_text' is not one of gpt2, llama"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+        ("llama", {"num_hidden_layers": 3}, "num_hidden_layers=3, but the weights have 2 layers"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, but the weights"),
+        ("llama", {"num_attention_heads": 5}, "n_head=5 must be divisible by model.n_kv_head=2"),
+        ("llama", {"head_dim": None, "num_attention_heads": 10}, "model.n_embd=48 must be divis"),
+        ("llama", {"num_key_value_heads": 4}, "n_head=6 must be divisible by model.n_kv_head=4"),
+        ("llama", {"num_key_value_heads": 3}, r"q_proj|k_proj.weight has shape \[16, 48\]"),
+        ("llama", {"head_dim": 7}, "rotates pairs"),
+        ("llama", {"intermediate_size": 10**400}, "intermediate_size is above 2,147,483,647"),
+        ("llama", {"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "only linear,"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_type linear needs factor"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "number above 0"),
+        ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "rope_theta"),
+        ("llama", {"rope_parameters": {"full_attention": {}}}, "for each kind of layer"),
+        ("llama", {"rope_parameters": ["x"]}, "is no JSON object"),
+        ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor"),
+        ("mistral", {"sliding_window": 0}, "sliding_window"),
+        ("exaone4", {"layer_types": ["x", "y"]}, "layer_types"),
+        ("exaone4", {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        ("exaone4", {"layer_types": None, "sliding_window_pattern": "LLLG"}, "goes with layer_typ"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor"),
+        ("gpt2", {"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+    ],
+)  # fmt: skip
+def test_what_no_network_here_does_is_named(
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    make_hf(name, VOCAB_SIZE).save_pretrained(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as told:
+        load_pretrained(tmp_path)
+    assert str(tmp_path) in str(told.value) and "\n" not in str(told.value)

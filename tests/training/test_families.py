@@ -1,0 +1,93 @@
+"""Every family trains from a folder of transformers', resumes to the bit, and opens there again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gptray.config import Config, UserError, load_config
+from gptray.data.tokens import TokenData
+from gptray.files import sha256_of
+from gptray.jobs.run_folder import resolve
+from gptray.model.hf import load_pretrained
+from gptray.record import EVENTS, read_rows
+from gptray.training.building import build_model
+from tests.generation.models import needs_native
+from tests.model.foreign_models import FAMILIES, make_hf
+from tests.training.runs import CPU, Killed, rows, run
+
+
+def config_from(name: str, data: TokenData, folder: Path, *words: str) -> Config:
+    """A run of four steps from a model whose embedding is padded, as Qwen's and GPT-NeoX's are."""
+    theirs = make_hf(name, data.vocab_size + 5, initializer_range=0.05)
+    theirs.save_pretrained(folder / "theirs")
+    data.tokenizer.save(folder / "theirs")
+    settings = [
+        f"storage_path={folder}", "name=run", f"model.init_from={folder / 'theirs'}",
+        "train.max_steps=4", "train.eval_interval=2", "train.log_interval=1",
+        "train.global_batch_size=4", "train.block_size=32", "train.precision=fp32",
+        "optim.lr=0.01", "optim.warmup_steps=0",
+    ]  # fmt: skip
+    values = dict(pair.split("=", 1) for pair in [*settings, *words])
+    return resolve(load_config(None, [f"{key}={value}" for key, value in values.items()]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_learns_resumes_to_the_same_bits_and_opens_in_transformers(
+    name: str, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    config = config_from(name, tiny_data, tmp_path)
+    run(config, tiny_data, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(config, tiny_data, tmp_path / "cut", kill_at=2)
+    run(config, tiny_data, tmp_path / "cut")
+    weights = [tmp_path / folder / "model" / "model.safetensors" for folder in ("whole", "cut")]
+    assert sha256_of(weights[0]) == sha256_of(weights[1])
+    losses = [row["val_loss"] for row in rows(tmp_path / "cut") if "val_loss" in row]
+    assert losses[0] > losses[-1]
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "cut" / "model", output_loading_info=True, trust_remote_code=False
+    )
+    theirs, info = loaded
+    assert {key: len(problems) for key, problems in info.items() if problems} == {}
+    assert theirs.config.model_type == name
+    assert theirs.config.vocab_size == tiny_data.vocab_size
+    idx = torch.tensor([tiny_data.tokenizer.encode("the cat sees the river.")])
+    with torch.no_grad():
+        ours = load_pretrained(tmp_path / "cut").eval()(idx)
+        torch.testing.assert_close(ours, theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_a_shorter_context_than_a_rotary_models_is_no_contradiction(
+    tiny_data: TokenData, tmp_path: Path
+) -> None:
+    words = ("model.n_positions=40", "model.dropout=0.2")
+    config = config_from("qwen3", tiny_data, tmp_path, *words)
+    assert (config.model.n_positions, config.model.dropout) == (40, 0.2)
+    for key in ("model.n_positions=97", "model.rope_theta=5", "model.qk_norm=false"):
+        with pytest.raises(UserError, match=key):
+            config_from("qwen3", tiny_data, tmp_path, key)
+
+
+def test_kernels_that_cannot_compute_a_network_are_refused_by_name(
+    tiny_data: TokenData, tmp_path: Path
+) -> None:
+    words = ("train.precision=auto", "train.backend=native")
+    config = config_from("qwen3", tiny_data, tmp_path, *words)
+    with pytest.raises(UserError, match=r"train.backend=native: .* not model.n_kv_head=2; train"):
+        build_model(config.model_copy(), tiny_data, None, CPU)
+
+
+@needs_native
+def test_auto_trains_through_pytorch_and_says_why(tiny_data: TokenData, tmp_path: Path) -> None:
+    config = config_from("llama", tiny_data, tmp_path, "train.precision=bf16")
+    run(config, tiny_data, tmp_path / "run")
+    events = read_rows(tmp_path / "run" / EVENTS)
+    [notice] = [one["message"] for one in events if one["event"] == "notice"]
+    assert notice.startswith("training through PyTorch, since gptray's kernels compute GPT-2's")
+    assert [one["backend"] for one in events if one["event"] == "start"] == ["torch"]
