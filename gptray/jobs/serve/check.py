@@ -13,7 +13,7 @@ from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded, is_uri
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.engine_backend import with_backend
+from gptray.jobs.engine_backend import check_engine_backend, planned_backend
 from gptray.jobs.models import find_model
 from gptray.model.example import FALLBACK
 from gptray.model.shape import read_shape
@@ -28,11 +28,9 @@ USER_CONFIG = ("model", "served_model_name")
 class CheckedEndpoint:
     """An endpoint that can start.
 
-    asked: the config as it was given; in `config` the backend is picked.
     model: the user_config of the deployment, see `user_config`.
     """
 
-    asked: Config
     config: Config
     model: Mapping[str, str]
 
@@ -43,23 +41,19 @@ def check(config: Config) -> CheckedEndpoint:
     Raises UserError with all that is wrong, one line each.
     """
     problems = []
-    picked, model = config, dict[str, str]()
+    model = dict[str, str]()
     try:
         model = user_config(config)
     except UserError as error:
         problems.append(str(error))
-    for part in (_check_address, api_keys, _check_compute):
+    for part in (_check_address, api_keys, _check_compute, check_engine_backend):
         try:
             part(config)
         except UserError as error:
             problems.append(str(error))
-    try:
-        picked = with_backend(config)
-    except UserError as error:
-        problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    return CheckedEndpoint(config, picked, model)
+    return CheckedEndpoint(config, model)
 
 
 def plan(checked: CheckedEndpoint) -> Plan:
@@ -72,7 +66,7 @@ def plan(checked: CheckedEndpoint) -> Plan:
         ("model", f"{model['model']}, called {model['served_model_name']}"),
         ("url", endpoint_url(config)),
         ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
-        ("backend", config.generate.backend),
+        ("backend", planned_backend(config)),
         ("hosts", _hosts(config)),
         ("api key", "needed" if settings.api_key_file else "not needed"),
     ]

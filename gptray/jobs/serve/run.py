@@ -17,7 +17,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.doing import doing
-from gptray.jobs.engine_backend import with_built_backend
+from gptray.jobs.engine_backend import build_engine_backend
 from gptray.jobs.next_steps import tell
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import (
@@ -57,7 +57,8 @@ def serve(config: Config, *, answers: Callable[[dict[str, object]], None]) -> No
 
 def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None]) -> None:
     """Serve as `serve` does."""
-    config, model = with_built_backend(checked.asked, checked.config), checked.model
+    config, model = checked.config, checked.model
+    build_engine_backend(config)
     url = endpoint_url(config)
     on_cluster = ray_cluster(environment(config.serve), wait_s=config.compute.wait_s)
     log.info("starting %s at %s", model["model"], url)

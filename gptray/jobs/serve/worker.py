@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gptray.config import Config, override
-from gptray.jobs.engine_backend import with_backend
+from gptray.jobs.engine_backend import check_engine_backend
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.serve.check import api_keys, replicas_compute
 from gptray.jobs.serve.exporting import Exporting
@@ -30,7 +30,9 @@ def application(args: Mapping[str, object]) -> object:
 
     The model and its name come as the deployment's user_config. Raises ConfigError, UserError.
     """
-    return bound(with_backend(override(Config(), args)), None)
+    config = override(Config(), args)
+    check_engine_backend(config)
+    return bound(config, None)
 
 
 def bound(config: Config, model: Mapping[str, str] | None) -> object:

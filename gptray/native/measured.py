@@ -1,0 +1,167 @@
+"""Which backend is faster on this machine: each is timed once for a kind of work, and remembered.
+
+A kind of work is what its speed depends on: the processor, the threads, the shape, the versions.
+Its file in the user's cache folder holds the seconds; one that is damaged is measured again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from gptray.files import cache_folder, open_lock, replacing
+from gptray.native.build import library_name
+from gptray.native.processor import processor_identity, processor_name
+from gptray.stored import Unreadable, read_object
+
+log = logging.getLogger("gptray")
+
+NAMES = {"native": "the native kernels", "torch": "PyTorch"}
+# PyTorch is taken if it is faster by this factor: less is noise.
+MARGIN = 1.05
+# Rounds of each backend, of which the best counts; none begins after so many seconds in all.
+ROUNDS, MEASURE_S = 20, 1.5
+# Seconds to wait for another process that measures.
+WAIT_S, POLL_S = 10.0, 0.05
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, native or torch, and why it was chosen, in one sentence."""
+
+    backend: str
+    why: str
+
+
+def pytorch_since(key: str, reason: object) -> Choice:
+    """PyTorch, where the native library cannot compute."""
+    return Choice("torch", f"{key}: PyTorch, since {reason}")
+
+
+def faster(
+    key: str, what: str, work: Mapping[str, object], makers: Mapping[str, Callable[[], Step]]
+) -> Choice:
+    """The faster backend for a kind of work; native where PyTorch gains less than MARGIN.
+
+    what: the work in words. work: all that its speed depends on besides processor and versions.
+    makers: for native and torch what makes a step to time. A backend that fails is told of and
+    not taken. The first caller on a machine takes up to two seconds, later ones none.
+    """
+    assert set(makers) == set(NAMES)
+    asked = {**work, "processor": processor_identity(), "versions": _versions()}
+    path = _folder() / f"{_digest(asked)}.json"
+    seconds = _kept(path)
+    if seconds is None:
+        with _alone():  # two that measure at the same time would disturb each other
+            seconds = _kept(path)
+            if seconds is None:
+                seconds = _best_seconds(key, makers)
+                _keep(path, work, seconds)
+    return _choice(key, what, seconds)
+
+
+def _choice(key: str, what: str, seconds: Mapping[str, float]) -> Choice:
+    native, pytorch = (seconds.get(name, math.inf) for name in ("native", "torch"))
+    chosen, other = ("torch", "native") if pytorch * MARGIN < native else ("native", "torch")
+    if math.isinf(seconds.get(other, math.inf)):
+        return Choice(chosen, f"{key}: {NAMES[chosen]}, since {NAMES[other]} failed in a trial")
+    times = [f"{1e3 * seconds[name]:,.4g}" for name in (chosen, other)]
+    return Choice(
+        chosen,
+        f"{key}: {NAMES[chosen]}, {seconds[other] / seconds[chosen]:.2f}x as fast as "
+        f"{NAMES[other]} on this processor, {processor_name()} ({' against '.join(times)} ms for "
+        f"{what})",
+    )
+
+
+def _best_seconds(key: str, makers: Mapping[str, Callable[[], Step]]) -> dict[str, float]:
+    """The least seconds of each backend's step, in rounds in which they take turns."""
+    began, steps, best = time.perf_counter(), dict[str, Step](), dict[str, float]()
+    for name, make in makers.items():
+        try:
+            step = make()
+            best[name] = _seconds_of(step)
+        except Exception as error:  # whatever it is, the other backend can still do the work
+            log.warning("%s: %s failed in a trial: %s", key, NAMES[name], error)
+        else:
+            steps[name] = step
+    for _ in range(ROUNDS):
+        if time.perf_counter() - began > MEASURE_S:
+            break
+        for name, step in steps.items():
+            best[name] = min(best[name], _seconds_of(step))
+    return best
+
+
+def _seconds_of(step: Step) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def _versions() -> list[str]:
+    return [version("torch"), library_name()]
+
+
+def _digest(asked: Mapping[str, object]) -> str:
+    text = json.dumps(asked, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _folder() -> Path:
+    return cache_folder() / "backends"
+
+
+def _kept(path: Path) -> dict[str, float] | None:
+    """The seconds that a file holds; None where there are none that make sense."""
+    try:
+        seconds = read_object(path).get("seconds")
+    except (OSError, Unreadable):
+        return None
+    if not isinstance(seconds, dict) or set(seconds) != set(NAMES):
+        return None
+    found = [value for value in seconds.values() if isinstance(value, float) and value > 0]
+    return seconds if len(found) == len(seconds) else None
+
+
+def _keep(path: Path, work: Mapping[str, object], seconds: Mapping[str, float]) -> None:
+    """Remember what was measured of both backends; what failed may work the next time."""
+    if set(seconds) != set(NAMES):
+        return
+    record = {"processor": processor_name(), "work": work, "seconds": seconds}
+    try:
+        with replacing(path) as draft:
+            draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        log.info("%s cannot be written (%s): the next job measures again", path, error.strerror)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other processes from measuring, as far as the cache folder and WAIT_S allow."""
+    try:
+        _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = open_lock(_folder() / ".lock")
+    except OSError:  # `_keep` tells of it
+        yield
+        return
+    with file:
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(POLL_S)
+        yield
