@@ -42,19 +42,20 @@ def open_engine(
         )
     rows = model.transformer.wte.weight.size(0)
     shape = model.config.model_copy(update={"vocab_size": rows})
+    picked = decoder_backend(config, shape, max_batch_size=slots)
     engine = Engine(
         model,
         tokenizer,
         max_batch_size=slots,
         dtype=pick_dtype(generate.precision, device, key="generate.precision"),
         quantize=config.quantize.weights,
-        backend=decoder_backend(config, shape, max_batch_size=slots),
+        backend="graph" if picked == "auto" else picked,
     )
     return engine, tokenizer
 
 
 def decoder_backend(config: Config, shape: ModelConfig, *, max_batch_size: int) -> str:
-    """The engine's backend that `generate.backend` means here: graph, native or torch.
+    """What `generate.backend` means here: native, torch, or auto on GPUs, where there is one kind.
 
     Says why, where it is chosen: see `faster_decoder`, also for the arguments. Raises UserError
     for native where it is not available.
@@ -64,7 +65,7 @@ def decoder_backend(config: Config, shape: ModelConfig, *, max_batch_size: int) 
         check_native(GENERATE_KEY, config.generate.backend, use_gpu=use_gpu, look_at_cache=True)
         return config.generate.backend
     if use_gpu:
-        return "graph"
+        return "auto"
     choice = faster_decoder(config, shape, max_batch_size=max_batch_size)
     log.info("%s", choice.why)
     return choice.backend
