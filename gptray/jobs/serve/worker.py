@@ -86,6 +86,10 @@ class Replica:
         """Serve this model from now on, see `Answering.reconfigure`."""
         await self._answering.reconfigure(model)
 
+    def backend(self) -> str | None:
+        """What it generates by."""
+        return self._answering.backend
+
     def own_metrics(self) -> tuple[str, bytes]:
         """What this replica counts, and its name."""
         from ray import serve
