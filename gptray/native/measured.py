@@ -1,7 +1,8 @@
 """Which backend is faster on this machine: each is timed once for a kind of work, and remembered.
 
 A kind of work is what its speed depends on: the processor, the threads, the shape, the versions.
-Its file in the user's cache folder holds the seconds; one that is damaged is measured again.
+Its file in the user's cache folder holds the seconds; one that is damaged is measured again. What
+is measured while other processes keep the cores busy counts for an hour.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,12 +27,18 @@ from gptray.stored import Unreadable, read_object
 log = logging.getLogger("gptray")
 
 NAMES = {"native": "the native kernels", "torch": "PyTorch"}
-# PyTorch is taken if it is faster by this factor: less is noise.
-MARGIN = 1.05
+# PyTorch is taken if it is faster by this factor: less is noise, of which there is more where
+# threads wait for cores.
+MARGIN, BUSY_MARGIN = 1.05, 2.0
+# The share of a step that its threads may wait for cores; seconds for which a measurement counts
+# that met no better step.
+BUSY, BUSY_S = 0.1, 3600.0
 # Rounds of each backend, of which the best counts; none begins after so many seconds in all.
 ROUNDS, MEASURE_S = 20, 1.5
 # Seconds to wait for another process that measures.
 WAIT_S, POLL_S = 10.0, 0.05
+
+TASKS = Path("/proc/self/task")
 
 Step = Callable[[], object]
 
@@ -49,6 +56,17 @@ def pytorch_since(key: str, reason: object) -> Choice:
     return Choice("torch", f"{key}: PyTorch, since {reason}")
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The least seconds of each backend's step; of one that failed, none.
+
+    until: when the measurement no longer counts, since the cores were busy; None: it stays.
+    """
+
+    seconds: Mapping[str, float]
+    until: float | None = None
+
+
 def faster(
     key: str, what: str, work: Mapping[str, object], makers: Mapping[str, Callable[[], Step]]
 ) -> Choice:
@@ -61,37 +79,39 @@ def faster(
     assert set(makers) == set(NAMES)
     asked = {**work, "processor": processor_identity(), "versions": _versions()}
     path = _folder() / f"{_digest(asked)}.json"
-    seconds = _kept(path)
-    if seconds is None:
+    measured = _kept(path)
+    if measured is None:
         with _alone():  # two that measure at the same time would disturb each other
-            seconds = _kept(path)
-            if seconds is None:
-                seconds = _best_seconds(key, makers)
-                _keep(path, work, seconds)
-    return _choice(key, what, seconds)
+            measured = _kept(path)
+            if measured is None:
+                measured = _measure(key, makers)
+                _keep(path, work, measured)
+    return _choice(key, what, measured)
 
 
-def _choice(key: str, what: str, seconds: Mapping[str, float]) -> Choice:
+def _choice(key: str, what: str, measured: Measured) -> Choice:
+    seconds, margin = measured.seconds, BUSY_MARGIN if measured.until else MARGIN
     native, pytorch = (seconds.get(name, math.inf) for name in ("native", "torch"))
-    chosen, other = ("torch", "native") if pytorch * MARGIN < native else ("native", "torch")
-    if math.isinf(seconds.get(other, math.inf)):
+    chosen, other = ("torch", "native") if pytorch * margin < native else ("native", "torch")
+    if other not in seconds:
         return Choice(chosen, f"{key}: {NAMES[chosen]}, since {NAMES[other]} failed in a trial")
     times = [f"{1e3 * seconds[name]:,.4g}" for name in (chosen, other)]
+    busy = "; other processes kept the cores busy" if measured.until else ""
     return Choice(
         chosen,
         f"{key}: {NAMES[chosen]}, {seconds[other] / seconds[chosen]:.2f}x as fast as "
         f"{NAMES[other]} on this processor, {processor_name()} ({' against '.join(times)} ms for "
-        f"{what})",
+        f"{what}{busy})",
     )
 
 
-def _best_seconds(key: str, makers: Mapping[str, Callable[[], Step]]) -> dict[str, float]:
-    """The least seconds of each backend's step, in rounds in which they take turns."""
-    began, steps, best = time.perf_counter(), dict[str, Step](), dict[str, float]()
+def _measure(key: str, makers: Mapping[str, Callable[[], Step]]) -> Measured:
+    """Time the backends in rounds in which they take turns."""
+    began, steps, best = time.perf_counter(), dict[str, Step](), dict[str, tuple[bool, float]]()
     for name, make in makers.items():
         try:
             step = make()
-            best[name] = _seconds_of(step)
+            best[name] = _timed(step)
         except Exception as error:  # whatever it is, the other backend can still do the work
             log.warning("%s: %s failed in a trial: %s", key, NAMES[name], error)
         else:
@@ -100,14 +120,27 @@ def _best_seconds(key: str, makers: Mapping[str, Callable[[], Step]]) -> dict[st
         if time.perf_counter() - began > MEASURE_S:
             break
         for name, step in steps.items():
-            best[name] = min(best[name], _seconds_of(step))
-    return best
+            best[name] = min(best[name], _timed(step))
+    was_busy = any(is_busy for is_busy, _ in best.values())
+    seconds = {name: seconds for name, (_, seconds) in best.items()}
+    return Measured(seconds, time.time() + BUSY_S if was_busy else None)
 
 
-def _seconds_of(step: Step) -> float:
-    began = time.perf_counter()
+def _timed(step: Step) -> tuple[bool, float]:
+    """Whether threads waited for cores during a step, and its seconds: the least is the best."""
+    waited, began = _waited_s(), time.perf_counter()
     step()
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    return _waited_s() - waited > BUSY * seconds, seconds
+
+
+def _waited_s() -> float:
+    """Seconds that threads of this process were ready and had no core; 0 if Linux does not tell."""
+    total = 0
+    for path in TASKS.glob("*/schedstat"):
+        with suppress(OSError):  # a thread that has ended
+            total += int(path.read_text("ascii").split()[1])  # nanoseconds
+    return total / 1e9
 
 
 def _versions() -> list[str]:
@@ -123,23 +156,27 @@ def _folder() -> Path:
     return cache_folder() / "backends"
 
 
-def _kept(path: Path) -> dict[str, float] | None:
-    """The seconds that a file holds; None where there are none that make sense."""
+def _kept(path: Path) -> Measured | None:
+    """The measurement in a file; None where there is none that counts and makes sense."""
     try:
-        seconds = read_object(path).get("seconds")
+        record = read_object(path)
     except (OSError, Unreadable):
         return None
+    seconds, until = record.get("seconds"), record.get("until")
     if not isinstance(seconds, dict) or set(seconds) != set(NAMES):
         return None
-    found = [value for value in seconds.values() if isinstance(value, float) and value > 0]
-    return seconds if len(found) == len(seconds) else None
+    if not all(isinstance(value, float) and value > 0 for value in seconds.values()):
+        return None
+    if until is not None and not (isinstance(until, float) and time.time() < until):
+        return None
+    return Measured(seconds, until)
 
 
-def _keep(path: Path, work: Mapping[str, object], seconds: Mapping[str, float]) -> None:
+def _keep(path: Path, work: Mapping[str, object], measured: Measured) -> None:
     """Remember what was measured of both backends; what failed may work the next time."""
-    if set(seconds) != set(NAMES):
+    if set(measured.seconds) != set(NAMES):
         return
-    record = {"processor": processor_name(), "work": work, "seconds": seconds}
+    record = {"processor": processor_name(), "work": work, **asdict(measured)}
     try:
         with replacing(path) as draft:
             draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8")

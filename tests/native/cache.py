@@ -23,13 +23,14 @@ def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "gptray" / "backends"
 
 
-def remember(folder: Path, *, native: float, torch: float) -> None:
-    """Change the seconds in every measurement that is kept."""
+def remember(folder: Path, *, native: float, torch: float, until: float | None = None) -> None:
+    """Change the seconds in every measurement that is kept, and until when it counts."""
     paths = list(folder.glob("*.json"))
     assert paths
     for path in paths:
         record = json.loads(path.read_text())
-        path.write_text(json.dumps({**record, "seconds": {"native": native, "torch": torch}}))
+        seconds = {"native": native, "torch": torch}
+        path.write_text(json.dumps({**record, "seconds": seconds, "until": until}))
 
 
 def become(path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str]) -> None:

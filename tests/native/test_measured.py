@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,9 +69,25 @@ def test_the_reason_names_both_and_their_times(folder: Path) -> None:
     assert why.endswith("(12.5 against 20 ms for a sum)")
 
 
+def test_what_was_measured_on_busy_cores_needs_a_larger_gain_and_counts_for_a_while(
+    folder: Path,
+) -> None:
+    works = Works()
+    works.choice()
+    for seconds, chosen in ((1.9, "native"), (2.1, "torch")):
+        remember(folder, native=seconds, torch=1.0, until=time.time() + 100.0)
+        choice = works.choice()
+        assert choice.backend == chosen and works.prepared == 2
+        assert "other processes kept the cores busy" in choice.why
+    remember(folder, native=2.1, torch=1.0, until=time.time() - 1.0)
+    works.choice()
+    assert works.prepared == 4
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", '{"seconds": {"native": 1.0}}', '{"seconds": {"native": 1.0, "torch": -1.0}}',
+     '{"seconds": {"native": 1.0, "torch": 1.0}, "until": "later"}',
      '{"seconds": {"native": "1", "torch": 1.0}}', '{"seconds": {"native": NaN, "torch": 1.0}}'],
 )  # fmt: skip
 def test_a_damaged_measurement_is_made_again(folder: Path, text: str) -> None:
