@@ -28,7 +28,10 @@ from turns import answer, median_ratio, take_turns
 SHAPES = {"124m": (12, 12, 768), "10m": (4, 4, 256), "tiny": (2, 2, 64)}
 VOCAB_SIZE, N_POSITIONS = 50257, 1024
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
+MAX_BATCH_SIZE = 64
 SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8")
+# What generate.backend=auto chooses between.
+OF_BACKENDS = ("bf16:native", "bf16:torch", "int8:native", "int8:torch")
 
 # Generates for that many sequences; the argument makes each call's prompts others.
 Run = Callable[[int, int], None]
@@ -47,12 +50,12 @@ def gptray_run(model_dir: str, precision: str) -> Run:
     from gptray.generation.sequence import Sequence
     from gptray.generation.settings import Sampling
 
-    weights, _, backend = precision.partition("-")  # such as int8-torch
+    weights, _, backend = precision.partition(":")  # such as int8:torch
     is_int8 = weights == "int8"
     asked = {
-        "generate.max_batch_size": 64,
+        "generate.max_batch_size": MAX_BATCH_SIZE,
         "generate.precision": "bf16" if is_int8 else weights,
-        "generate.backend": backend or "native",
+        "generate.backend": backend or "auto",
         "quantize.weights": "int8" if is_int8 else "none",
     }
     engine, _ = open_engine(model_dir, override(Config(), asked))
@@ -196,7 +199,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8,32,64")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="of " + " ".join(SYSTEMS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=SYSTEMS + OF_BACKENDS, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

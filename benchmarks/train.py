@@ -5,7 +5,8 @@ over rounds.
 
     python benchmarks/train.py [--shape a|b16|c] [--compile] [--systems hf-fp32,hf-bf16,bf16]
 
-ray-bf16 is the step in a Ray Train worker: its ratio to bf16 is what Ray costs.
+ray-bf16 is the step in a Ray Train worker: its ratio to bf16 is what Ray costs. bf16 trains with
+what train.backend=auto chooses; bf16:native and bf16:torch name the backend.
 """
 
 from __future__ import annotations
@@ -53,14 +54,18 @@ SHAPES = {
     # nanoGPT's recipe for a CPU, and for characters on a GPU with a quarter of its batch
     "a": Shape(4, 4, 128, 64, 12, 65),
     "b16": Shape(6, 6, 384, 256, 16, 65),
+    # the quick start
+    "quick": Shape(2, 4, 256, 128, 16, 2048),
     # GPT-2 124M, its vocabulary padded
     "c": Shape(12, 12, 768, 256, 4, 50304),
 }
 SYSTEMS = ("hf-fp32", "hf-bf16", "fp32", "bf16", "ray-bf16")
+OF_BACKENDS = ("bf16:native", "bf16:torch")
 
 
-def gptray_step(shape: Shape, precision: str, *, compiled: bool, device: torch.device) -> Step:
+def gptray_step(shape: Shape, system: str, *, compiled: bool, device: torch.device) -> Step:
     """gptray's own training step, batches and dropout seeds included."""
+    precision, _, backend = system.partition(":")
     config = Config.model_validate(
         {
             "model": {
@@ -74,6 +79,7 @@ def gptray_step(shape: Shape, precision: str, *, compiled: bool, device: torch.d
                 "global_batch_size": shape.batch_size,
                 "block_size": shape.block_size,
                 "precision": precision,
+                "backend": backend or "auto",
                 "compile": compiled,
                 "max_steps": 10**9,
             },
@@ -133,11 +139,10 @@ def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
 
 def timed(system: str, shape: Shape, steps: int, *, compiled: bool, device: str) -> Timed:
     """Make a system; the function runs it and returns the mean seconds of a step."""
-    precision = system.removeprefix("hf-")
     if system.startswith("hf-"):
-        step = hf_step(shape, precision, device=torch.device(device))
+        step = hf_step(shape, system.removeprefix("hf-"), device=torch.device(device))
     else:
-        step = gptray_step(shape, precision, compiled=compiled, device=torch.device(device))
+        step = gptray_step(shape, system, compiled=compiled, device=torch.device(device))
 
     def run(job: int) -> float:
         step()  # finds cold caches
@@ -218,7 +223,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a system per round")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=SYSTEMS + OF_BACKENDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         make = timed_on_ray if args.worker.startswith("ray-") else timed

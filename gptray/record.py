@@ -66,13 +66,15 @@ class Event(TypedDict, total=False):
     samples: list[list[str]]  # pairs of a prompt and its continuation
     workers: int  # of a start, as are the others
     dtype: str
-    backend: str
+    backend: str  # native or torch
+    chosen: str  # why that backend, in a sentence; empty where it was asked for
     compiled: bool
     sharded: bool
     deterministic: bool
     parameters: int
     pid: int
     device: str
+    processor: str
     versions: dict[str, str]
     loses: str
     text: dict[str, str]

@@ -127,7 +127,8 @@ class TrainConfig(Section):
     backend: Backend = Field(
         "auto",
         description="native: the project's own bf16 code for CPUs with AVX-512, built once by a "
-        "C++ compiler in some seconds; auto: native where available, else PyTorch",
+        "C++ compiler in some seconds; auto: that or PyTorch (torch), whichever is faster where "
+        "the run first starts",
     )
     compile: Literal["auto"] | bool = Field(
         "auto",

@@ -140,9 +140,9 @@ class GenerateConfig(Section):
     precision: Precision = "auto"
     backend: Backend = Field(
         "auto",
-        description="native: the project's own code for CPUs with AVX-512, twice as fast, built "
-        "once by a C++ compiler in some seconds; auto: native where available, CUDA graphs and "
-        "Triton on GPUs, else plain PyTorch",
+        description="native: the project's own code for CPUs with AVX-512, built once by a C++ "
+        "compiler in some seconds; auto: that or PyTorch (torch), whichever is faster where the "
+        "engines run; on GPUs CUDA graphs and Triton",
     )
 
     @field_validator("settings_from_columns")

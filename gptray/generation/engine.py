@@ -53,6 +53,7 @@ class Engine:
     ) -> None:
         self.max_batch_size, self.n_positions = max_batch_size, model.config.n_positions
         self.vocab_size, self.eos_id = model.valid_vocab_size, tokenizer.eos_id
+        self.backend = backend
         self._tokenizer = tokenizer
         self._network = make_decoder(backend, model, max_batch_size, dtype, quantize)
         device = model.transformer.wte.weight.device

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
-from gptray.config import Config, UserError
+from gptray.config import Config, ModelConfig, UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
+from gptray.generation.step_timing import faster_decoder
 from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu
 from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
+from gptray.model.only_torch import check_kernels
 from gptray.model.precision import pick_dtype
-from gptray.native.backend import pick_backend
+from gptray.native.backend import GENERATE_KEY, check_native
+
+log = logging.getLogger("gptray")
 
 
 def open_engine(
@@ -29,6 +34,7 @@ def open_engine(
     generate, device = config.generate, "cuda" if config.compute.use_gpu else "cpu"
     if config.compute.use_gpu:
         check_gpu()
+    slots = max_batch_size or generate.max_batch_size
     keep_freed_memory()
     model = load_pretrained(folder).eval().to(device)
     _check_weights(model, folder)
@@ -38,21 +44,38 @@ def open_engine(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding "
             f"only {model.valid_vocab_size:,} rows"
         )
+    rows = model.transformer.wte.weight.size(0)
+    shape = model.config.model_copy(update={"vocab_size": rows})
+    picked = decoder_backend(config, shape, max_batch_size=slots)
     # Many models pad their embedding: those rows stand for no text.
     model.valid_vocab_size = tokenizer.vocab_size
-    if generate.backend == "auto" and config.compute.use_gpu:
-        picked = "graph"
-    else:
-        picked = pick_backend(generate.backend, use_gpu=config.compute.use_gpu)
     engine = Engine(
         model,
         tokenizer,
-        max_batch_size=max_batch_size or generate.max_batch_size,
+        max_batch_size=slots,
         dtype=pick_dtype(generate.precision, device, key="generate.precision"),
         quantize=config.quantize.weights,
-        backend=picked,
+        backend="graph" if picked == "auto" else picked,
     )
     return engine, tokenizer
+
+
+def decoder_backend(config: Config, shape: ModelConfig, *, max_batch_size: int) -> str:
+    """What `generate.backend` means here: native, torch, or auto on GPUs, where there is one kind.
+
+    Says why, where it is chosen: see `faster_decoder`, also for the arguments. Raises UserError
+    for native where it is not available.
+    """
+    use_gpu = config.compute.use_gpu
+    check_kernels(shape, config.generate.backend, key=GENERATE_KEY)
+    if config.generate.backend != "auto":
+        check_native(GENERATE_KEY, config.generate.backend, use_gpu=use_gpu, look_at_cache=True)
+        return config.generate.backend
+    if use_gpu:
+        return "auto"
+    choice = faster_decoder(config, shape, max_batch_size=max_batch_size)
+    log.info("%s", choice.why)
+    return choice.backend
 
 
 def _check_weights(model: GPT, folder: str | Path) -> None:

@@ -25,7 +25,7 @@ from gptray.jobs.own_ray import own_ray, shut_down
 from gptray.jobs.resources import gpu_workers
 from gptray.jobs.waiting import telling_waits
 from gptray.model.only_torch import check_kernels
-from gptray.native.backend import TRAIN_KEY, check_backend
+from gptray.native.backend import TRAIN_KEY, check_native
 from gptray.native.compiler import cannot_compile, why_not_compile
 
 # Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
@@ -153,9 +153,8 @@ def check_training(config: Config) -> None:
     Raises UserError, also as `check_resources`.
     """
     check_kernels(config.model, config.train.backend, key=TRAIN_KEY)
-    # What auto means is decided by the worker, on its own machine.
-    if config.train.backend == "native" and not os.environ.get("RAY_ADDRESS"):
-        check_backend(TRAIN_KEY, "native", use_gpu=config.compute.use_gpu)
+    if not os.environ.get("RAY_ADDRESS"):
+        check_native(TRAIN_KEY, config.train.backend, use_gpu=config.compute.use_gpu)
     check_resources(
         config.compute,
         compiling=config.train.compiles(on_gpu=config.compute.use_gpu),

@@ -1,56 +1,41 @@
-"""The backend of a job's engines: picked for this machine, and built."""
+"""What is known of the backend of a job's engines before any of them runs."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-from gptray.config import Config, ModelConfig, RunFailed
+from gptray.config import Config, ModelConfig
 from gptray.jobs.doing import doing
-from gptray.model.only_torch import check_kernels
+from gptray.model.only_torch import check_kernels, why_only_torch
 from gptray.model.shape import read_shape
-from gptray.native.backend import GENERATE_KEY, pick_backend
+from gptray.native.backend import GENERATE_KEY, check_native
 from gptray.native.build import build_library
 
-log = logging.getLogger("gptray")
 
+def check_engine_backend(config: Config, model_dir: Path | None) -> None:
+    """Refuse generate.backend=native where it is not available, or cannot compute the model.
 
-def with_backend(config: Config, model_dir: Path | None) -> Config:
-    """The config with the backend that `auto` means here, for all engines of the job.
-
-    model_dir: the folder of the job's model, where it is known. On GPUs `auto` stays: whether an
-    engine can record CUDA graphs shows where it runs. Raises UserError if the backend that is asked
-    for is not available, or cannot compute the model.
+    model_dir: the model's folder, where it is known. Raises UserError.
     """
+    backend, use_gpu = config.generate.backend, config.compute.use_gpu
     if model_dir is not None:
-        network, asked = ModelConfig(**read_shape(model_dir)), config.generate.backend
-        why = check_kernels(network, asked, key=GENERATE_KEY)
-        if why:
-            if asked == "auto":
-                log.info("%s: PyTorch, since %s", GENERATE_KEY, why)
-            settings = config.generate.model_copy(update={"backend": "torch"})
-            return config.model_copy(update={"generate": settings})
-    if config.compute.use_gpu and config.generate.backend == "auto":
-        return config
-    backend = pick_backend(config.generate.backend, use_gpu=config.compute.use_gpu)
-    settings = config.generate.model_copy(update={"backend": backend})
-    return config.model_copy(update={"generate": settings})
+        check_kernels(ModelConfig(**read_shape(model_dir)), backend, key=GENERATE_KEY)
+    check_native(GENERATE_KEY, backend, use_gpu=use_gpu, look_at_cache=True)
 
 
-def with_built_backend(asked: Config, picked: Config) -> Config:
-    """Build the library of the backend that `with_backend` picked; fall back from auto to PyTorch.
-
-    Raises RunFailed if generate.backend=native was asked for and cannot be built.
-    """
-    if picked.generate.backend != "native":
-        return picked
-    try:
+def build_engine_backend(config: Config) -> None:
+    """Build the native library, if it is asked for. Raises RunFailed where that fails."""
+    if config.generate.backend == "native":
         with doing("building the C++ kernels"):
             build_library(key=GENERATE_KEY)
-    except RunFailed as error:
-        if asked.generate.backend == "native":
-            raise
-        log.warning("generate.backend: PyTorch, since %s", error)
-        settings = picked.generate.model_copy(update={"backend": "torch"})
-        return picked.model_copy(update={"generate": settings})
-    return picked
+
+
+def planned_backend(config: Config, model_dir: Path) -> str:
+    """What a plan says of the backend."""
+    if config.generate.backend != "auto":
+        return config.generate.backend
+    if why := why_only_torch(ModelConfig(**read_shape(model_dir))):
+        return f"torch, since {why}"
+    if config.compute.use_gpu:
+        return "auto: CUDA graphs, if their kernels compile"
+    return "auto: native or PyTorch, whichever is faster where the engines run"

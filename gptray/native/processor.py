@@ -1,4 +1,4 @@
-"""What the processor must have for the native code, and what this machine's has."""
+"""What the processor must have for the native code, and what this machine's is and has."""
 
 from __future__ import annotations
 
@@ -27,7 +27,25 @@ def why_not_here() -> str | None:
 
 def processor_flags() -> set[str]:
     """The instruction sets and other features of this machine's processor."""
-    for line in CPUINFO.read_text("utf-8").splitlines():
-        if line.startswith("flags"):
-            return set(line.split())
-    return set()
+    return set(_facts().get("flags", "").split())
+
+
+def processor_name() -> str:
+    """What this machine's processor is called; its architecture, where that is not told."""
+    return _facts().get("model name") or f"{platform.machine()} processor"
+
+
+def processor_identity() -> list[str]:
+    """What tells this machine's kind of processor from others, for whatever was measured on it."""
+    facts = _facts()
+    kind = [facts.get(key, "") for key in ("cpu family", "model", "cache size")]
+    return [processor_name(), *kind, *sorted(processor_flags())]
+
+
+def _facts() -> dict[str, str]:
+    """What Linux tells of the first core, by name."""
+    if not CPUINFO.exists():
+        return {}
+    first = CPUINFO.read_text("utf-8").partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

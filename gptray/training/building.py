@@ -8,18 +8,15 @@ from pathlib import Path
 
 import torch
 
-from gptray.config import Config, RunFailed
+from gptray.config import Config
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.data.vocabulary import kept_rows
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
-from gptray.model.only_torch import check_kernels
 from gptray.model.precision import computes_bf16, pick_dtype
 from gptray.model.shape import model_folder, read_shape
-from gptray.native.abi import load_library
-from gptray.native.backend import TRAIN_KEY, check_backend
 from gptray.training.device import device_name
 
 log = logging.getLogger("gptray")
@@ -31,11 +28,13 @@ def build_model(
     checkpoint: Path | None,
     device: torch.device,
     *,
+    native: bool = False,
     tell: Callable[[str], None] = log.warning,
 ) -> GPT:
     """The run's model on the CPU, to compute on `device`; from a checkpoint, or as training begins.
 
-    tell: receives notices, of a resized embedding or of kernels that fail to build.
+    native: by the project's own kernels, in bf16. tell: receives notices, such as of a resized
+    embedding.
     """
     if config.model.init_from and not checkpoint:
         folder = model_folder(config.model.init_from)
@@ -54,7 +53,7 @@ def build_model(
     model.compute_dtype = pick_dtype(config.train.precision, device)
     if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
         tell(f"training in fp32: {device_name(device)} does not compute in bf16")
-    if model.compute_dtype == torch.bfloat16 and _has_kernels(config, device, tell):
+    if native:
         model.use_kernels()
     return model
 
@@ -76,27 +75,3 @@ def _load_resized(
             f"{len(kept) - new:,} taken from {source}, {moved:,} of them from another id; {new:,} "
             "new ones start from the mean row"
         )
-
-
-def _has_kernels(config: Config, device: torch.device, tell: Callable[[str], None]) -> bool:
-    """Whether `train.backend` selects the project's own kernels here; builds them.
-
-    Raises:
-        UserError: it is native, and this machine cannot run them, or they cannot compute the model.
-        RunFailed: it is native, and they fail to compile.
-    """
-    backend = config.train.backend
-    why = check_kernels(config.model, backend, key=TRAIN_KEY)
-    if check_backend(TRAIN_KEY, backend, use_gpu=device.type != "cpu") == "torch":
-        return False
-    if why:
-        tell(f"training through PyTorch, since {why}")
-        return False
-    try:
-        load_library(key=TRAIN_KEY)
-    except RunFailed as error:
-        if backend == "native":
-            raise
-        tell(f"training through PyTorch: {error}")
-        return False
-    return True

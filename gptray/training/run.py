@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ from gptray.data.shares import split_rows
 from gptray.data.tokens import TokenData
 from gptray.files import open_lock, storing
 from gptray.model.gpt import GPT
+from gptray.native.measured import Choice
+from gptray.native.processor import processor_name
 from gptray.record import versions, write_event
 from gptray.training.building import build_model
 from gptray.training.checkpoint import (
@@ -32,6 +34,7 @@ from gptray.training.checkpoint import (
     publish_model,
 )
 from gptray.training.device import compiled, compiles, device_name, guard_updates, use_device
+from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.laps import Laps
 from gptray.training.mfu import tokens_per_sec_at_peak
 from gptray.training.optim import load_optimizer, make_optimizer
@@ -106,13 +109,15 @@ def start(
             write_event(run_dir, "notice", message=text)
 
     is_compiled = workers.all_or_none(lambda: compiles(config, device))
-    model, optimizer, workers = _built(
-        config, data, folder, workers, device, tell, compiled=is_compiled
+    choice = agree_on_backend(config, run_dir, workers, device, tell)
+    native = choice.backend == "native"
+    model = workers.all_or_none(
+        lambda: build_model(config, data, folder, device, native=native, tell=tell)
     )
+    optimizer, workers = _placed(model, config, folder, workers, device, compiled=is_compiled)
     state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
     if folder:
         state = TrainerState.load(folder)
-
     step_model: nn.Module = model
     if is_compiled:
         in_parts = workers.size > 1 or config.model.checkpoint_blocks
@@ -130,24 +135,20 @@ def start(
         state=state,
         spoilt=guard_updates(optimizer, device),
         rate_at_peak=tokens_per_sec_at_peak(
-            config,
-            model.num_params,
-            model.compute_dtype,
-            device_name(device),
-            workers=workers.size,
+            config, model.num_params, model.compute_dtype, device_name(device), workers=workers.size
         ),
     )
 
     def begin() -> None:
         if folder and state.progress.best_step == step:
             publish_model(folder, run_dir)  # a kill may have come between save and publish
-        _write_start(run, compiled=is_compiled)
+        _write_start(run, choice, compiled=is_compiled)
 
     workers.from_first(begin)
     return run
 
 
-def _write_start(run: Run, *, compiled: bool) -> None:
+def _write_start(run: Run, choice: Choice, *, compiled: bool) -> None:
     """Record how a run starts or resumes."""
     model, data = run.model, run.data
     write_event(
@@ -157,12 +158,14 @@ def _write_start(run: Run, *, compiled: bool) -> None:
         workers=run.workers.size,
         dtype=str(model.compute_dtype).removeprefix("torch."),
         backend="native" if model.is_native else "torch",
+        chosen=choice.why,
         compiled=compiled,
         sharded=isinstance(run.workers, ShardedWorkers),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         parameters=model.num_params,
         pid=os.getpid(),
         device=device_name(run.device),
+        processor=processor_name(),
         versions=versions(),
         **({"loses": data.loses} if data.loses else {}),
         text=dict(split_rows(data.manifest)),
@@ -170,19 +173,17 @@ def _write_start(run: Run, *, compiled: bool) -> None:
     )
 
 
-def _built(
+def _placed(
+    model: GPT,
     config: Config,
-    data: TokenData,
     checkpoint: Path | None,
     workers: Workers,
     device: torch.device,
-    tell: Callable[[str], None],
     *,
     compiled: bool,
-) -> tuple[GPT, torch.optim.Optimizer, Workers]:
-    """The model on its device, sharded if that is asked for, its optimizer, and the workers."""
+) -> tuple[torch.optim.Optimizer, Workers]:
+    """Put the model on its device, sharded if asked for; return its optimizer, and the workers."""
     compute = config.compute
-    model = workers.all_or_none(lambda: build_model(config, data, checkpoint, device, tell=tell))
     is_sharded = compute.strategy == "fsdp" and workers.size > 1
     if is_sharded:
         shard(model, device, reduce_dtype=compute.reduce_dtype, compiled=compiled)
@@ -195,7 +196,7 @@ def _built(
     if is_sharded:
         workers = ShardedWorkers(workers.rank, workers.size, model, optimizer, device)
         model.whole = workers.whole
-    return model, optimizer, workers
+    return optimizer, workers
 
 
 @contextmanager

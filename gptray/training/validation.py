@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ from gptray.data.tokens import TokenData, TokenSplit
 from gptray.model.gpt import GPT
 from gptray.training.building import build_model
 from gptray.training.device import use_device
+from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.workers import Workers
+
+log = logging.getLogger("gptray")
 
 
 def score_checkpoint(
@@ -20,13 +24,17 @@ def score_checkpoint(
 ) -> tuple[Score, GPT]:
     """Score a checkpoint of a run as one worker of it would; return its model too."""
     use_device(config, device)
-    model = build_model(config, data, checkpoint, device).to(device)
+    workers = Workers(rank=0, size=1)
+    # As the run itself computes, which has started before.
+    choice = agree_on_backend(config, checkpoint.parent, workers, device, log.warning)
+    is_native = choice.backend == "native"
+    model = build_model(config, data, checkpoint, device, native=is_native).to(device)
     score = score_split(
         model,
         data.val,
         block_size=config.train.block_size,
         batch_size=config.micro_batch_size,
-        workers=Workers(rank=0, size=1),
+        workers=workers,
     )
     return score, model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -54,16 +54,20 @@ class Workers:
         """How many forward passes a worker makes that has `own` to make."""
         return own
 
+    def gather(self, own: T) -> list[T]:
+        """What every worker has, by rank."""
+        if self.size == 1:
+            return [own]
+        found: list[T | None] = [None] * self.size
+        dist.all_gather_object(found, own)
+        return cast(list[T], found)
+
     def agree(self, failure: UserError | RunFailed | None) -> None:
         """Raise on every worker what any of them met: all leave together, and none waits for one.
 
         The workers call this at the same place, each with its own failure or None.
         """
-        found = [failure]
-        if self.size > 1:
-            found = [None] * self.size
-            dist.all_gather_object(found, failure)
-        for one in found:
+        for one in self.gather(failure):
             if one:
                 raise one
 

@@ -18,10 +18,10 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import Mask
 from gptray.model.gpt import GPT
-from gptray.native.backend import pick_backend
+from gptray.native.backend import why_not_native
 
 needs_native = pytest.mark.skipif(
-    pick_backend("auto", use_gpu=False) != "native",
+    why_not_native(use_gpu=False, look_at_cache=True) is not None,
     reason="needs a processor with AVX-512 and a C++ compiler",
 )
 BACKENDS = ["torch", "graph", pytest.param("native", marks=needs_native)]

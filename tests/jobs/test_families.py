@@ -13,7 +13,7 @@ from gptray.doors import run
 from gptray.jobs.evaluate.check import LONGEST_WINDOW
 from gptray.jobs.evaluate.check import check as check_evaluate
 from gptray.jobs.generate.check import check_model
-from gptray.jobs.serve.check import check as check_serve
+from gptray.jobs.generate.llm import LLM
 from gptray.jobs.train.check import check, plan
 from gptray.model.hf import save_pretrained
 from tests.generation.models import random_gpt, small_tokenizer
@@ -59,13 +59,16 @@ def test_native_kernels_are_refused_by_name_by_every_job(
         assert f"{key}=native: gptray's kernels" in capsys.readouterr().err
 
 
-def test_auto_takes_pytorch_and_says_so(qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_takes_pytorch_and_says_so(
+    qwen: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job, key in (("serve", "serve.model"), ("generate", "generate.model")):
+        assert run(job, [f"{key}={qwen}", "sample.prompt=the cat", "--dry-run"]) == 0
+        planned = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+        assert planned["backend"].startswith("torch, since gptray's kernels")
     with caplog.at_level(logging.INFO, logger="gptray"):
-        picked = check_model(load_config(None, [f"generate.model={qwen}"])).config
-        assert picked.generate.backend == "torch"
-        words = [f"serve.model={qwen}"]
-        assert check_serve(load_config(None, words)).config.generate.backend == "torch"
-    assert sum("generate.backend: PyTorch, since " in line for line in caplog.messages) == 2
+        assert LLM(qwen).generate("the cat", max_new_tokens=2)
+    assert "generate.backend: PyTorch, since gptray's kernels" in caplog.text
 
 
 def test_a_long_context_is_not_scored_in_one_window(tmp_path: Path) -> None:

@@ -244,11 +244,6 @@ def test_samples_are_counted_in_files_and_results(
         (["sample.top_k=3"], "sample.top_k: 40 there, 3 now"),
         (["generate.rows_per_file=9"], "generate.rows_per_file"),
         (["generate.num_samples=2"], "generate.num_samples: 1 there, 2 now"),
-        pytest.param(
-            ["generate.backend=torch"],
-            "generate.backend: 'native' there, 'torch' now",
-            marks=needs_native,
-        ),
     ],
 )
 def test_other_settings_into_the_same_folder_are_refused(
@@ -260,6 +255,21 @@ def test_other_settings_into_the_same_folder_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=key):
         generate(config_of(model_dir, prompts, finished[0], *change))
+
+
+@needs_native
+def test_all_rows_come_from_one_backend_and_another_one_is_refused(
+    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path
+) -> None:
+    identity = json.loads((finished[0] / "_manifest.json").read_text())["identity"]
+    chosen = identity["generate.backend"]
+    for part in finished[0].glob("part-*.parquet"):
+        settings = json.loads(parquet.read_metadata(part).metadata[b"gptray.settings"])
+        assert settings == identity and chosen in ("native", "torch")
+    other = "torch" if chosen == "native" else "native"
+    with pytest.raises(UserError, match=f"generate.backend: '{chosen}' there, '{other}' now"):
+        generate(config_of(model_dir, prompts, finished[0], f"generate.backend={other}"))
+    assert generate(config_of(model_dir, prompts, finished[0], f"generate.backend={chosen}"))
 
 
 def test_another_model_or_input_and_a_foreign_folder_are_refused(

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from gptray.config import RunFailed, UserError, load_config
-from gptray.jobs.engine_backend import with_backend, with_built_backend
+from gptray.config import Config, ModelConfig, RunFailed, UserError, load_config
+from gptray.generation.step_timing import faster_decoder
+from gptray.jobs.engine_backend import build_engine_backend
 from gptray.native import processor
-from gptray.native.backend import GENERATE_KEY, pick_backend
+from gptray.native.abi import load_library
+from gptray.native.backend import GENERATE_KEY, TRAIN_KEY, check_native, why_not_native
 from gptray.native.build import build_library
 from gptray.native.build import kept as kept_library
 from tests.generation.models import needs_native
@@ -30,21 +32,24 @@ def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def test_a_gpu_and_a_machine_without_a_compiler_get_pytorch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert pick_backend("auto", use_gpu=True) == "torch"
-    monkeypatch.setenv("CXX", "nowhere-g++ -pipe")
-    assert pick_backend("auto", use_gpu=False) == "torch"
-    assert pick_backend("torch", use_gpu=False) == "torch"
+def why_not() -> str | None:
+    """Why this machine cannot generate with the library."""
+    return why_not_native(use_gpu=False, look_at_cache=True)
+
+
+def refused(message: str) -> None:
+    """Check that native is refused by such a message."""
+    with pytest.raises(UserError, match=f"generate.backend=native: {message}"):
+        check_native(GENERATE_KEY, "native", use_gpu=False, look_at_cache=True)
 
 
 def test_native_is_refused_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="generate.backend=native: .*compute.use_gpu=true"):
-        pick_backend("native", use_gpu=True)
-    monkeypatch.setenv("CXX", "nowhere-g++")
-    with pytest.raises(UserError, match="generate.backend=native: .*generate.backend=auto"):
-        pick_backend("native", use_gpu=False)
+    with pytest.raises(UserError, match="train.backend=native: .*compute.use_gpu=true"):
+        check_native(TRAIN_KEY, "native", use_gpu=True)
+    monkeypatch.setenv("CXX", "nowhere-g++ -pipe")
+    for other in ("auto", "torch"):
+        check_native(GENERATE_KEY, other, use_gpu=False)
+    refused(".*generate.backend=auto")
 
 
 @needs_native
@@ -56,8 +61,7 @@ def test_a_compiler_that_cannot_build_it_is_told_from_one_that_can(
     old.chmod(0o755)
     monkeypatch.setenv("CXX", str(old))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match="old-g.* does not know .*-mavx512bf16"):
-        pick_backend("native", use_gpu=False)
+    refused(".*old-g.* does not know .*-mavx512bf16")
     with pytest.raises(RunFailed, match="unrecognized option"):
         build_library(key=GENERATE_KEY)
     assert not list((tmp_path / "cache").rglob("*.so"))
@@ -97,15 +101,14 @@ def test_the_library_is_built_once_and_kept_where_only_its_user_writes(
 
 @needs_native
 def test_a_cache_that_cannot_be_written_is_done_without_and_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with caplog.at_level("INFO", logger="gptray"):
-        assert pick_backend("auto", use_gpu=False) == "torch"
-    assert "PyTorch, since XDG_CACHE_HOME: " in caplog.text and "is not a folder" in caplog.text
-    with pytest.raises(UserError, match="generate.backend=native: XDG_CACHE_HOME: .*cannot be"):
-        pick_backend("native", use_gpu=False)
+    choice = faster_decoder(Config(), ModelConfig(vocab_size=300), max_batch_size=1)
+    assert choice.backend == "torch" and "is not a folder" in choice.why
+    assert choice.why.startswith("generate.backend: PyTorch, since XDG_CACHE_HOME: ")
+    refused("XDG_CACHE_HOME: .*cannot be")
     with pytest.raises(RunFailed, match="cannot write .*generate.backend=torch to do without it"):
         build_library(key=GENERATE_KEY)
 
@@ -118,7 +121,7 @@ def test_a_library_that_is_built_needs_no_room(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = build_library(key=GENERATE_KEY).parent
     folder.chmod(0o500)
-    assert pick_backend("auto", use_gpu=False) == "native"
+    assert why_not() is None
     folder.chmod(0o700)
 
 
@@ -204,7 +207,7 @@ def test_an_own_cache_that_others_can_write_is_closed_to_them(
     caplog.set_level("INFO", logger="gptray")
     folder, stamp = kept.parent, kept.stat().st_mtime_ns
     folder.chmod(mode)
-    assert pick_backend("auto", use_gpu=False) == "native"
+    assert why_not() is None
     assert folder.stat().st_mode & 0o777 == mode, "only looked at"
     assert build_library(key=GENERATE_KEY) == kept and kept.stat().st_mtime_ns == stamp
     assert folder.stat().st_mode & 0o777 == closed
@@ -240,7 +243,7 @@ def test_a_cache_of_other_users_is_refused_or_done_without(
     give(kept.parent)
     with pytest.raises(RunFailed, match=f"{problem}, so no code is loaded"):
         build_library(key=GENERATE_KEY)
-    assert pick_backend("auto", use_gpu=False) == "torch"
+    assert problem.replace("\\", "") in (why_not() or "")
 
 
 @pytest.fixture
@@ -273,9 +276,7 @@ def test_no_library_is_loaded_on_a_processor_that_lacks_its_instructions(
     kept: Path, cpuinfo: Callable[[Callable[[str], str]], None]
 ) -> None:
     cpuinfo(lambda text: text.replace(" avx512_bf16", ""))
-    assert pick_backend("auto", use_gpu=False) == "torch"
-    with pytest.raises(UserError, match="generate.backend=native: this processor has no avx512_bf"):
-        pick_backend("native", use_gpu=False)
+    refused("this processor has no avx512_bf16")
     with pytest.raises(RunFailed) as told:
         build_library(key=GENERATE_KEY)
     assert str(told.value) == (
@@ -305,12 +306,11 @@ def test_auto_generates_through_pytorch_where_the_build_fails(
     picky.chmod(0o755)
     monkeypatch.setenv("CXX", str(picky))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = load_config(None, [])
-    assert with_backend(config, None).generate.backend == "native"
-    on_gpus = load_config(None, ["compute.use_gpu=true"])
-    assert with_backend(on_gpus, None).generate.backend == "auto"
-    built = with_built_backend(config, with_backend(config, None))
-    assert built.generate.backend == "torch" and "PyTorch, since" in caplog.text
-    asked = load_config(None, ["generate.backend=native"])
+    load_library.cache_clear()
+    shape = ModelConfig(n_layer=1, n_embd=32, n_head=2, vocab_size=300)
+    choice = faster_decoder(Config(), shape, max_batch_size=1)
+    assert choice.backend == "torch" and "out of registers" in caplog.text
+    assert "since the native kernels failed in a trial" in choice.why
+    assert not list(tmp_path.rglob("backends/*.json")), "it may be mended"
     with pytest.raises(RunFailed, match="out of registers"):
-        with_built_backend(asked, with_backend(asked, None))
+        build_engine_backend(load_config(None, ["generate.backend=native"]))

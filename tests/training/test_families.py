@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.jobs.run_folder import resolve
 from gptray.model.hf import load_pretrained
-from gptray.record import EVENTS, read_rows
-from gptray.training.building import build_model
+from gptray.record import read_events
 from tests.generation.models import needs_native
 from tests.model.foreign_models import FAMILIES, make_hf
-from tests.training.runs import CPU, Killed, rows, run
+from tests.training.runs import Killed, rows, run
 
 
 def config_from(name: str, data: TokenData, folder: Path, *words: str) -> Config:
@@ -77,17 +77,17 @@ def test_a_shorter_context_than_a_rotary_models_is_no_contradiction(
 def test_kernels_that_cannot_compute_a_network_are_refused_by_name(
     tiny_data: TokenData, tmp_path: Path
 ) -> None:
-    words = ("train.precision=auto", "train.backend=native")
+    words = ("train.precision=bf16", "train.backend=native")
     config = config_from("qwen3", tiny_data, tmp_path, *words)
-    with pytest.raises(UserError, match=r"train.backend=native: .* not model.n_kv_head=2; train"):
-        build_model(config.model_copy(), tiny_data, None, CPU)
+    result = run(config, tiny_data, tmp_path / "run")
+    assert result["stopped"] == "failed" and result["mistake"]
+    assert re.match(r"train.backend=native: .* not model.n_kv_head=2; train", result["message"])
 
 
 @needs_native
 def test_auto_trains_through_pytorch_and_says_why(tiny_data: TokenData, tmp_path: Path) -> None:
     config = config_from("llama", tiny_data, tmp_path, "train.precision=bf16")
     run(config, tiny_data, tmp_path / "run")
-    events = read_rows(tmp_path / "run" / EVENTS)
-    [notice] = [one["message"] for one in events if one["event"] == "notice"]
-    assert notice.startswith("training through PyTorch, since gptray's kernels compute GPT-2's")
-    assert [one["backend"] for one in events if one["event"] == "start"] == ["torch"]
+    [start] = [one for one in read_events(tmp_path / "run") if one["event"] == "start"]
+    assert start["backend"] == "torch"
+    assert "since gptray's kernels compute GPT-2's network" in start["chosen"]

@@ -11,7 +11,7 @@ from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import absolute, cache_folder, is_uri
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.engine_backend import with_backend
+from gptray.jobs.engine_backend import check_engine_backend
 from gptray.jobs.generate.output_plan import overlap
 from gptray.jobs.models import find_model, for_workers
 from gptray.store_access import why_not_written
@@ -21,11 +21,9 @@ from gptray.store_access import why_not_written
 class CheckedModel:
     """A model that exists, for a machine that can run it.
 
-    asked: the config as given; config: with the backend that it means here. name: what the model
-    was called.
+    name: what the model was called.
     """
 
-    asked: Config
     config: Config
     folder: Path
     name: str
@@ -35,18 +33,18 @@ def check_model(config: Config) -> CheckedModel:
     """Find generate.model. Raises UserError if it is not there, or this machine cannot run it."""
     check_resources(config.compute)
     folder, name = find_model(config, config.generate.model, key="generate.model")
-    return CheckedModel(config, with_backend(config, folder), folder, name)
+    check_engine_backend(config, folder)
+    return CheckedModel(config, folder, name)
 
 
 @dataclass(frozen=True)
 class CheckedBatch:
     """A batch job in which everything exists.
 
-    asked: the config as given; config: with the backend that it means here. output: the folder that
-    readers see, or its URI. folder: the same; of a URI, the one here that has its scratch folder.
+    output: the folder that readers see, or its URI. folder: the same; of a URI, the one here that
+    has its scratch folder.
     """
 
-    asked: Config
     config: Config
     model_dir: Path
     model_name: str
@@ -60,12 +58,12 @@ class CheckedBatch:
         return for_workers(self.model_dir, self.model_name)
 
 
-def check_batch(asked: Config) -> CheckedBatch:
+def check_batch(config: Config) -> CheckedBatch:
     """Check the machine, the model, the input's beginning and the output's place.
 
     Raises UserError with all that is wrong, one line each.
     """
-    config, settings, problems = asked, asked.generate, []
+    settings, problems = config.generate, []
     files: list[SourceFile] = []
     model_dir, name = Path(), ""
     try:
@@ -90,7 +88,7 @@ def check_batch(asked: Config) -> CheckedBatch:
     elif is_uri(settings.output_path) and (why := why_not_written(settings.output_path)):
         problems.append(f"generate.output_path={settings.output_path}: {why}")
     try:
-        config = with_backend(config, model_dir if name else None)
+        check_engine_backend(config, model_dir if name else None)
     except UserError as error:
         problems.append(str(error))
     output, folder = _output_of(settings.output_path or "")
@@ -100,8 +98,8 @@ def check_batch(asked: Config) -> CheckedBatch:
         problems += [f"generate.output_path: {problem}"] if problem else []
     if problems:
         raise UserError("\n".join(problems))
-    check_resources(engine_compute(asked))
-    return CheckedBatch(asked, config, model_dir, name, tuple(files), output, folder)
+    check_resources(engine_compute(config))
+    return CheckedBatch(config, model_dir, name, tuple(files), output, folder)
 
 
 def _output_of(path: str) -> tuple[str, Path]:

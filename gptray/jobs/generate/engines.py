@@ -14,17 +14,20 @@ from typing import Any
 
 import ray
 
-from gptray.config import Config
+from gptray.config import Config, ModelConfig, override
 from gptray.generation.batch import Progress
 from gptray.jobs.actors import Crew, Member, Ref, answers_in
 from gptray.jobs.generate.check import engine_compute
+from gptray.jobs.generate.engine_choice import chosen_backend
 from gptray.jobs.generate.output import Output
+from gptray.jobs.generate.output_plan import UNDECIDED
 from gptray.jobs.generate.rows_bar import RowsBar
 from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.generate.worker import EngineWorker
 from gptray.jobs.ray_metrics import Exporter
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.tasks import result_of
+from gptray.model.shape import read_shape
 
 log = logging.getLogger("gptray")
 
@@ -67,11 +70,20 @@ class Engines:
     """
 
     def __init__(self, config: Config, output: Output, missing: list[int]) -> None:
-        self._config, self._output = config, output
+        self._output = output
+        self._reserved = worker_resources(engine_compute(config))
+        self._config = self._with_backend(config)
         self._queue = collections.deque(missing)
         self._done = output.rows - sum(map(output.rows_of, missing))
         self._asked = min(config.generate.num_workers, len(missing))
-        self._reserved = worker_resources(engine_compute(config))
+
+    def _with_backend(self, config: Config) -> Config:
+        """The config with the backend that the job began with, or begins with now."""
+        output = self._output
+        if output.backend == UNDECIDED:
+            shape = ModelConfig(**read_shape(output.job.model_dir))
+            output.decide(chosen_backend(config, shape, self._reserved))
+        return override(config, {"generate.backend": output.backend})
 
     def run(self) -> dict[str, Any]:
         """Have every part written; return the speed. Raises RunFailed if engines keep dying."""

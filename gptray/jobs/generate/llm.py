@@ -14,7 +14,7 @@ from gptray.config.use_sections import ROW_SETTINGS
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed
-from gptray.jobs.engine_backend import with_built_backend
+from gptray.jobs.doing import doing
 from gptray.jobs.generate.check import CheckedModel, check_model
 
 # The keywords of `LLM` and the config's keys that they set.
@@ -109,8 +109,9 @@ class LLM:
 
     def _open(self, model: CheckedModel) -> None:
         self.name, self.folder = model.name, model.folder
-        self._config = with_built_backend(model.asked, model.config)
-        self._engine, self._tokenizer = open_engine(self.folder, self._config)
+        self._config = model.config
+        with doing("opening the model"):
+            self._engine, self._tokenizer = open_engine(self.folder, self._config)
 
     def generate(
         self, prompts: str | abc.Sequence[str], **settings: Unpack[Settings]

@@ -18,16 +18,19 @@ from gptray.data.prompts import InputScan, scan, staged
 from gptray.files import is_uri, no_empty_folders, storing
 from gptray.jobs.generate.check import CheckedBatch
 from gptray.jobs.generate.output_plan import (
+    BACKEND,
     MANIFEST,
     PLAN,
     SUCCESS,
     Record,
     busy,
     check_place,
+    decided,
     existing_plan,
     job_identity,
     new_plan,
     refuse_differences,
+    resumed,
     write_json,
 )
 from gptray.jobs.run_folder import held
@@ -67,7 +70,7 @@ class Output:
         with _scratch(job, is_new=found is not None), cls.held(job) as check_held:
             if found and (there := cls.existing_plan(job)):
                 # Another job has started here since the check above.
-                refuse_differences(job.output, there["identity"], identity)
+                refuse_differences(job.output, there["identity"], resumed(identity, there))
                 plan = there
             output = cls(job, plan)
             output.check_held = check_held
@@ -85,7 +88,7 @@ class Output:
             check_place(job.folder)
         identity = job_identity(job.config, job.model_dir, job.files)
         if plan is not None:
-            refuse_differences(job.output, plan["identity"], identity)
+            refuse_differences(job.output, plan["identity"], resumed(identity, plan))
         return plan, identity
 
     @classmethod
@@ -152,6 +155,21 @@ class Output:
             return False
         return True
 
+    @property
+    def backend(self) -> str:
+        """What all engines use: native, torch, or auto on GPUs; UNDECIDED before the first."""
+        backend: str = self._plan["identity"][BACKEND]
+        return backend
+
+    def decide(self, backend: str) -> None:
+        """Record the backend of all engines, before the first part is written."""
+        self._plan = decided(self._plan, backend)
+        self.record()
+
+    def record(self) -> None:
+        """Write the plan."""
+        write_json(self.folder / SCRATCH / PLAN, self._plan)
+
     def metadata(self) -> dict[str, str]:
         """For the files' own metadata: the settings, and a fingerprint of the whole job."""
         text = json.dumps(self._plan["identity"], ensure_ascii=False)
@@ -164,7 +182,7 @@ class Output:
         rows = self._plan["rows_per_file"]
         for part, table in enumerate(staged(self.job.files, found, rows, read_request)):
             write_part(table, self.staged(part))
-        write_json(self.folder / SCRATCH / PLAN, self._plan)
+        self.record()
 
     def finish(self) -> Record:
         """Check the files, write the manifest and _SUCCESS, drop the scratch; return the counts."""

@@ -39,6 +39,8 @@ from gptray.stored import Unreadable, read_object
 Record = dict[str, Any]
 PLAN, MANIFEST, SUCCESS = "plan.json", "_manifest.json", "_SUCCESS"
 MODEL_FILES = "*.safetensors"
+# In a job's identity: the backend, and what it is on CPUs until an engine's machine has decided.
+BACKEND, UNDECIDED = "generate.backend", "auto (CPU)"
 
 
 def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -> Record:
@@ -47,6 +49,7 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
     An input is its content, whatever its name.
     """
     settings, sample = config.generate, config.sample
+    is_undecided = settings.backend == "auto" and not config.compute.use_gpu
     digest = hashlib.sha256()
     model_files = [*sorted(model_dir.glob(MODEL_FILES)), model_dir / "config.json"]
     for path in [*model_files, *tokenizer_files(model_dir)]:
@@ -57,6 +60,7 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
         "generate.input_path": f"sha256 {hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}",
         "data.encoding": codec_of(config.data.encoding),
         **{f"generate.{key}": getattr(settings, key) for key in _GENERATE_KEYS},
+        BACKEND: UNDECIDED if is_undecided else settings.backend,
         "quantize.weights": config.quantize.weights,
         **{f"sample.{k}": v for k, v in sample.model_dump(mode="json", exclude={"prompt"}).items()},
     }
@@ -64,8 +68,22 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
 
 _GENERATE_KEYS = (
     "prompt_column", "id_column", "settings_from_columns", "prefix", "num_samples",
-    "rows_per_file", "precision", "backend",
+    "rows_per_file", "precision",
 )  # fmt: skip
+
+
+def resumed(identity: Record, plan: Record) -> Record:
+    """The identity of a job that resumes another: what is left open is as it was decided there."""
+    there = plan["identity"].get(BACKEND)
+    is_decided = identity[BACKEND] == UNDECIDED and there in ("native", "torch")
+    return {**identity, BACKEND: there} if is_decided else identity
+
+
+def decided(plan: Record, backend: str) -> Record:
+    """A plan whose engines use that backend."""
+    identity = {**plan["identity"], BACKEND: backend}
+    plan = {**plan, "identity": identity}
+    return {**plan, "fingerprint": _fingerprint(plan)}
 
 
 def new_plan(identity: Record, model: str, input_rows: int) -> Record:

@@ -79,9 +79,16 @@ class RemoteOutput(Output):
                     f"generate.output_path: {self._place / name} was not written by this job, but "
                     "readers of the folder would read it too; remove it, or choose another folder"
                 )
-        (self._place / SCRATCH).write(PLAN, _json(self._plan))
+        self._publish_plan()
         if not is_whole:
             self._place.remove(SUCCESS)
+
+    def decide(self, backend: str) -> None:
+        super().decide(backend)
+        self._publish_plan()
+
+    def _publish_plan(self) -> None:
+        (self._place / SCRATCH).write(PLAN, _json(self._plan))
 
     @contextmanager
     def opened_part(self, name: str) -> Iterator[tuple[Path, str]]:

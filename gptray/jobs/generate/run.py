@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import shlex
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from gptray.files import is_uri
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.doing import doing
-from gptray.jobs.engine_backend import with_built_backend
+from gptray.jobs.engine_backend import build_engine_backend, planned_backend
 from gptray.jobs.generate.check import CheckedBatch, CheckedModel, check
 from gptray.jobs.generate.output import Output, scan_input
 from gptray.jobs.generate.remote_output import output_kind
@@ -50,8 +49,8 @@ def run(checked: CheckedModel | CheckedBatch) -> dict[str, Any]:
     return _run_batch(checked)
 
 
-def _run_batch(checked: CheckedBatch) -> dict[str, Any]:
-    job = replace(checked, config=with_built_backend(checked.asked, checked.config))
+def _run_batch(job: CheckedBatch) -> dict[str, Any]:
+    build_engine_backend(job.config)
     folder, kind = job.folder, output_kind(job)
     with resumable(folder, _command, begun=folder, seen=job.output), ExitStack() as stack:
         with doing("reading the input"):
@@ -88,7 +87,7 @@ def _command() -> str:
 def plan(checked: CheckedModel | CheckedBatch) -> Plan:
     """What the job would do. Reads the whole input of a batch job; raises UserError as it would."""
     if isinstance(checked, CheckedModel):
-        backend = checked.config.generate.backend
+        backend = planned_backend(checked.config, checked.folder)
         return [("model", str(checked.folder)), ("backend", backend), ("output", "this terminal")]
     job, config = checked, checked.config
     output_kind(job).plan_there(job)
@@ -99,7 +98,7 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
         ("model", job.model),
         ("input", f"{count(len(job.files), 'file')}, {megabytes:.1f} MB, {found.rows:,} rows"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
-        ("backend", job.config.generate.backend),
+        ("backend", planned_backend(config, job.model_dir)),
         ("output", job.output),
         ("rows", f"{found.rows * samples:,}"),
         ("columns", ", ".join(columns)),

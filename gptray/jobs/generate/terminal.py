@@ -7,10 +7,12 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from gptray.config import RunFailed, UserError, override
+from gptray.config import ModelConfig, RunFailed, UserError, override
+from gptray.generation.loading import decoder_backend
 from gptray.jobs.generate.check import CheckedModel
 from gptray.jobs.generate.llm import LLM, output_of
 from gptray.jobs.next_steps import of_model, tell
+from gptray.model.shape import read_shape
 from gptray.standard_output import write_out
 from gptray.visible import visible
 
@@ -28,8 +30,14 @@ def generate_here(model: CheckedModel) -> dict[str, Any]:
     given, samples = config.sample.prompt, range(config.generate.num_samples)
     prompts = [given] if isinstance(given, str) else list(given or [])
     prompts = [prompt for prompt in prompts for _ in samples]
-    slots = min(len(prompts), config.generate.max_batch_size)
-    llm = LLM.of(replace(model, config=override(config, {"generate.max_batch_size": slots})))
+    size = config.generate.max_batch_size
+    shape = ModelConfig(**read_shape(model.folder))
+    change = {
+        # As a job of many prompts decides: the same text here as there.
+        "generate.backend": decoder_backend(config, shape, max_batch_size=size),
+        "generate.max_batch_size": min(len(prompts), size),
+    }
+    llm = LLM.of(replace(model, config=override(config, change)))
     try:
         sequences = llm.start(prompts, config.sample)
     except UserError as error:

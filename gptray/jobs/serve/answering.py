@@ -78,6 +78,11 @@ class Answering:
         """The name of the model that is served; None before there is one."""
         return self._endpoint.served.name if self._endpoint.served else None
 
+    @property
+    def backend(self) -> str | None:
+        """What the engine generates by; None before there is a model."""
+        return self._endpoint.served.engine.backend if self._endpoint.served else None
+
     def metrics(self) -> bytes:
         """What this replica counts."""
         return self._telemetry.text()

@@ -13,7 +13,7 @@ from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded, is_uri
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.engine_backend import with_backend
+from gptray.jobs.engine_backend import check_engine_backend, planned_backend
 from gptray.jobs.models import find_model
 from gptray.model.example import FALLBACK
 from gptray.model.shape import model_folder, read_shape
@@ -28,11 +28,9 @@ USER_CONFIG = ("model", "served_model_name")
 class CheckedEndpoint:
     """An endpoint that can start.
 
-    asked: the config as it was given; in `config` the backend is picked.
     model: the user_config of the deployment, see `user_config`.
     """
 
-    asked: Config
     config: Config
     model: Mapping[str, str]
 
@@ -43,7 +41,7 @@ def check(config: Config) -> CheckedEndpoint:
     Raises UserError with all that is wrong, one line each.
     """
     problems = []
-    picked, model = config, dict[str, str]()
+    model = dict[str, str]()
     try:
         model = user_config(config)
     except UserError as error:
@@ -54,13 +52,12 @@ def check(config: Config) -> CheckedEndpoint:
         except UserError as error:
             problems.append(str(error))
     try:
-        found = model_folder(model["model"]) if model else None
-        picked = with_backend(config, found)
+        check_engine_backend(config, model_folder(model["model"]) if model else None)
     except UserError as error:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    return CheckedEndpoint(config, picked, model)
+    return CheckedEndpoint(config, model)
 
 
 def plan(checked: CheckedEndpoint) -> Plan:
@@ -73,7 +70,7 @@ def plan(checked: CheckedEndpoint) -> Plan:
         ("model", f"{model['model']}, called {model['served_model_name']}"),
         ("url", endpoint_url(config)),
         ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
-        ("backend", config.generate.backend),
+        ("backend", planned_backend(config, model_folder(model["model"]))),
         ("hosts", _hosts(config)),
         ("api key", "needed" if settings.api_key_file else "not needed"),
     ]

@@ -17,7 +17,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.doing import doing
-from gptray.jobs.engine_backend import with_built_backend
+from gptray.jobs.engine_backend import build_engine_backend
 from gptray.jobs.next_steps import tell
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import (
@@ -29,6 +29,7 @@ from gptray.jobs.serve.check import (
 )
 from gptray.jobs.serve.worker import bound
 from gptray.jobs.shared_storage import check_shared
+from gptray.native.measured import NAMES
 from gptray.signals import failure, leaving_within, sigterm_sets
 from gptray.standard_output import line_printer
 from gptray.wording import count
@@ -57,7 +58,8 @@ def serve(config: Config, *, answers: Callable[[dict[str, object]], None]) -> No
 
 def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None]) -> None:
     """Serve as `serve` does."""
-    config, model = with_built_backend(checked.asked, checked.config), checked.model
+    config, model = checked.config, checked.model
+    build_engine_backend(config)
     url = endpoint_url(config)
     on_cluster = ray_cluster(environment(config.serve), wait_s=config.compute.wait_s)
     log.info("starting %s at %s", model["model"], url)
@@ -65,6 +67,7 @@ def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None
         with doing(f"starting {count(config.serve.num_replicas, 'engine')}"):
             stack.enter_context(_started(config, model, is_own=is_own))
             _wait_until_healthy(url)
+            _tell_backends()
         drain_s = config.serve.drain_timeout_s
         with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):
             answers({"url": url, "model": model["served_model_name"]})
@@ -142,6 +145,21 @@ def _wait_until_healthy(url: str) -> None:
             if time.monotonic() > deadline:
                 raise RunFailed(f"{url}/health did not answer: {error}") from None
             time.sleep(0.1)
+
+
+def _tell_backends() -> None:
+    """Say what the replicas generate by, each having chosen on its machine."""
+    from ray import serve
+
+    answers = serve.get_app_handle(APPLICATION).broadcast("backend").results(timeout_s=START_S)
+    names = sorted({NAMES[answer] for answer in answers if answer in NAMES})
+    if names:
+        log.info("generate.backend: %s", " and ".join(names))
+    if len(names) > 1:
+        log.warning(
+            "a prompt's text may depend on the replica that answers; generate.backend=torch makes "
+            "them agree"
+        )
 
 
 def _check_running() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gptray.config import Config, UserError, override
-from gptray.jobs.engine_backend import with_backend
+from gptray.jobs.engine_backend import check_engine_backend
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.serve.check import api_keys, replicas_compute
 from gptray.jobs.serve.exporting import Exporting
@@ -30,7 +30,9 @@ def application(args: Mapping[str, object]) -> object:
 
     The model and its name come as the deployment's user_config. Raises ConfigError, UserError.
     """
-    return bound(with_backend(override(Config(), args), None), None)
+    config = override(Config(), args)
+    check_engine_backend(config, None)
+    return bound(config, None)
 
 
 def bound(config: Config, model: Mapping[str, str] | None) -> object:
@@ -87,6 +89,10 @@ class Replica:
         except UserError as error:
             # Of a traceback Serve keeps the beginning: without ours there is room for the reason.
             raise error.with_traceback(None) from None
+
+    def backend(self) -> str | None:
+        """What it generates by."""
+        return self._answering.backend
 
     def own_metrics(self) -> tuple[str, bytes]:
         """What this replica counts, and its name."""

@@ -166,6 +166,8 @@ class _Watch:
         log.info(
             "%s: %s parameters, %s, %s", begins, f"{event['parameters']:,}", workers, event["dtype"]
         )
+        if chosen := event.get("chosen"):
+            log.info("%s", chosen)
         self._started, self._doing = True, ("the first steps", time.monotonic())
         self._exporter.set("gptray_max_steps", self._max_steps)
         self._shown = event["step"]

@@ -1,0 +1,83 @@
+"""Which backend decodes a network faster here: a few steps of a smaller network of its widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from gptray.config import Config, ModelConfig
+from gptray.generation.decoder import Decoder, Network
+from gptray.generation.native_decoder import NativeDecoder
+from gptray.model.gpt import GPT
+from gptray.model.only_torch import why_only_torch
+from gptray.model.precision import pick_dtype
+from gptray.native.backend import GENERATE_KEY, why_not_native
+from gptray.native.measured import Choice, Step, faster, pytorch_since
+from gptray.wording import count
+
+# Weights of the smaller network: more than a core's caches hold, and packed in a moment.
+WEIGHTS = 25_000_000
+# Its sequences have half of so many tokens.
+POSITIONS = 256
+TOP_K = 50
+
+
+def faster_decoder(config: Config, shape: ModelConfig, *, max_batch_size: int) -> Choice:
+    """What `generate.backend` auto means on this process's cores, for a network of a shape.
+
+    shape: its vocab_size is the rows of the embedding. max_batch_size: sequences of a step.
+    """
+    if missing := why_only_torch(shape) or why_not_native(use_gpu=False, look_at_cache=True):
+        return pytorch_since(GENERATE_KEY, missing)
+    dtype = pick_dtype(config.generate.precision, "cpu", key="generate.precision")
+    work = {
+        "of": "decoding",
+        "threads": torch.get_num_threads(),
+        "shape": [shape.n_layer, shape.n_embd, shape.n_head, shape.n_inner, shape.vocab_size],
+        "ablations": [shape.norm, shape.residual],
+        "positions": min(shape.n_positions, POSITIONS),
+        "sequences": max_batch_size,
+        "weights": [str(dtype), config.quantize.weights],
+    }
+
+    def maker(kind: type[NativeDecoder] | type[Decoder]) -> Callable[[], Step]:
+        def make() -> Step:
+            part = part_of(shape)
+            decoder = kind(part, max_batch_size, dtype=dtype, quantize=config.quantize.weights)
+            return _decoding_step(decoder, max_batch_size, part.config.n_positions // 2)
+
+        return make
+
+    makers = {"native": maker(NativeDecoder), "torch": maker(Decoder)}
+    what = f"part of a step of {count(max_batch_size, 'sequence')}"
+    return faster(GENERATE_KEY, what, work, makers)
+
+
+def part_of(shape: ModelConfig) -> GPT:
+    """Some blocks of a network, and as much of its vocabulary: what a step does, in proportion.
+
+    Its weights are no random numbers, which take longer to draw than the steps.
+    """
+    assert shape.vocab_size
+    C, L = shape.n_embd, shape.n_layer
+    block = 4 * C * C + 2 * C * (shape.n_inner or 4 * C)
+    layers = max(1, min(L, WEIGHTS // block))
+    change = {
+        "n_layer": layers,
+        "n_positions": min(shape.n_positions, POSITIONS),
+        "vocab_size": None,
+    }
+    with torch.device("meta"):
+        part = GPT(shape.model_copy(update=change), vocab_size=-(-shape.vocab_size * layers // L))
+    part = part.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for weight in part.parameters():
+            weight.copy_(torch.linspace(-0.05, 0.05, weight.numel()).view_as(weight))
+    return part
+
+
+def _decoding_step(decoder: Network, sequences: int, position: int) -> Step:
+    """A token more for each sequence, candidates for the next one included."""
+    decoding = [(0, position)] * sequences
+    return lambda: decoder.top(decoder.step(decoding, []), TOP_K)

@@ -1,0 +1,110 @@
+"""The backend of a run: asked for, remembered from its last start, or the faster one here.
+
+All workers of a run compute with the same; the first one decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gptray.config import Config, RunFailed
+from gptray.model.only_torch import check_kernels
+from gptray.model.precision import pick_dtype
+from gptray.native.abi import load_library
+from gptray.native.backend import TRAIN_KEY, check_native, why_not_native
+from gptray.native.measured import NAMES, Choice, pytorch_since
+from gptray.native.processor import processor_name
+from gptray.record import Event, read_events
+from gptray.training.block_timing import faster_kernels
+from gptray.training.workers import Workers
+
+
+def agree_on_backend(
+    config: Config,
+    run_dir: Path,
+    workers: Workers,
+    device: torch.device,
+    tell: Callable[[str], None],
+) -> Choice:
+    """What `train.backend` means for a run; every worker calls this, and all get the same backend.
+
+    A run goes on with what it began with, so that its bits stay the same. tell: receives notices,
+    of kernels that fail to build, and of a run that resumes on another processor.
+
+    Raises:
+        UserError: native was asked for, and the machine of a worker cannot run it.
+        RunFailed: native was asked for and fails to compile; or the run's events are damaged.
+    """
+    workers.from_first(lambda: _tell_of_another_processor(run_dir, device, tell))
+    asked = config.train.backend
+    dtype = workers.all_or_none(lambda: pick_dtype(config.train.precision, device))
+    on_gpu = device.type != "cpu"
+    if asked == "torch" or dtype != torch.bfloat16 or (on_gpu and asked == "auto"):
+        return Choice("torch", "")
+    missing = workers.all_or_none(lambda: _why_not(config, tell, on_gpu=on_gpu))
+    reasons = [reason for reason in workers.gather(missing) if reason]
+    if asked == "native":
+        return Choice("native", "")
+    choice = workers.from_first(lambda: _choice(config, run_dir, reasons, tell))
+    is_native = workers.number_from_first(
+        lambda: choice is not None and choice.backend == "native", device
+    )
+    return choice or Choice("native" if is_native else "torch", "")
+
+
+def _why_not(config: Config, tell: Callable[[str], None], *, on_gpu: bool) -> str | None:
+    """Why this worker cannot use the kernels, which are built; None if it can."""
+    asked = config.train.backend
+    why = check_kernels(config.model, asked, key=TRAIN_KEY)
+    check_native(TRAIN_KEY, asked, use_gpu=on_gpu)
+    if missing := why or why_not_native(use_gpu=on_gpu):
+        return missing
+    try:
+        load_library(key=TRAIN_KEY)
+    except RunFailed as error:
+        if asked == "native":
+            raise
+        tell(f"training through PyTorch: {error}")
+        return "the kernels could not be built"
+    return None
+
+
+def _choice(
+    config: Config, run_dir: Path, reasons: list[str], tell: Callable[[str], None]
+) -> Choice:
+    """The first worker's choice. reasons: why workers cannot use the kernels."""
+    before = _last_start(run_dir)
+    was = before["backend"] if before else None
+    if reasons:
+        choice = pytorch_since(TRAIN_KEY, reasons[0])
+        if was == "native":
+            tell(
+                f"{choice.why}: the run began with the native kernels, and no longer ends with the "
+                "same bits as without the interruption"
+            )
+        return choice
+    if was in NAMES:
+        return Choice(was, f"{TRAIN_KEY}: {NAMES[was]}, as at the last start of this run")
+    return faster_kernels(config)
+
+
+def _last_start(run_dir: Path) -> Event | None:
+    """How a run started or resumed the last time; None for a new one. Raises RunFailed."""
+    starts = [event for event in read_events(run_dir) if event["event"] == "start"]
+    return starts[-1] if starts else None
+
+
+def _tell_of_another_processor(
+    run_dir: Path, device: torch.device, tell: Callable[[str], None]
+) -> None:
+    """Say that a run on CPUs resumes on another kind of processor than the last time."""
+    before = _last_start(run_dir)
+    was, now = before.get("processor") if before else None, processor_name()
+    if device.type == "cpu" and was and was != now:
+        tell(
+            f"resuming on another processor, {now} after {was}: losses may differ in the last "
+            "digits from those of a run that stayed"
+        )

@@ -1,0 +1,137 @@
+"""Which backend is faster: measured once for a kind of work on a kind of processor."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptray.native.measured import Choice, Step, faster
+from tests.native.cache import another_model, become, remember
+
+KEY, WHAT = "train.backend", "a sum"
+
+
+class Works:
+    """Two backends that count how often they are prepared for a measurement."""
+
+    def __init__(self) -> None:
+        self.prepared = 0
+
+    def _make(self) -> Step:
+        self.prepared += 1
+        return lambda: sum(range(100))
+
+    def choice(self, work: int = 1) -> Choice:
+        makers: dict[str, Callable[[], Step]] = {"native": self._make, "torch": self._make}
+        return faster(KEY, WHAT, {"work": work}, makers)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "gptray" / "backends"
+
+
+def test_a_kind_of_work_is_measured_once(folder: Path) -> None:
+    works = Works()
+    first = works.choice()
+    assert works.prepared == 2 and works.choice() == first and works.prepared == 2
+    works.choice(work=2)
+    assert works.prepared == 4
+    (path, _) = folder.glob("*.json")
+    assert set(json.loads(path.read_text())["seconds"]) == {"native", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("native", "torch", "chosen"),
+    [(2.0, 1.0, "torch"), (1.0, 2.0, "native"), (1.04, 1.0, "native"), (1.06, 1.0, "torch")],
+)
+def test_what_is_remembered_is_kept_to_and_a_small_gain_is_noise(
+    folder: Path, native: float, torch: float, chosen: str
+) -> None:
+    works = Works()
+    works.choice()
+    remember(folder, native=native, torch=torch)
+    choice = works.choice()
+    assert choice.backend == chosen and works.prepared == 2
+
+
+def test_the_reason_names_both_and_their_times(folder: Path) -> None:
+    works = Works()
+    works.choice()
+    remember(folder, native=0.02, torch=0.0125)
+    why = works.choice().why
+    assert why.startswith("train.backend: PyTorch, 1.60x as fast as the native kernels on this ")
+    assert why.endswith("(12.5 against 20 ms for a sum)")
+
+
+def test_what_was_measured_on_busy_cores_needs_a_larger_gain_and_counts_for_a_while(
+    folder: Path,
+) -> None:
+    works = Works()
+    works.choice()
+    for seconds, chosen in ((1.9, "native"), (2.1, "torch")):
+        remember(folder, native=seconds, torch=1.0, until=time.time() + 100.0)
+        choice = works.choice()
+        assert choice.backend == chosen and works.prepared == 2
+        assert "other processes kept the cores busy" in choice.why
+    remember(folder, native=2.1, torch=1.0, until=time.time() - 1.0)
+    works.choice()
+    assert works.prepared == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"seconds": {"native": 1.0}}', '{"seconds": {"native": 1.0, "torch": -1.0}}',
+     '{"seconds": {"native": 1.0, "torch": 1.0}, "until": "later"}',
+     '{"seconds": {"native": "1", "torch": 1.0}}', '{"seconds": {"native": NaN, "torch": 1.0}}'],
+)  # fmt: skip
+def test_a_damaged_measurement_is_made_again(folder: Path, text: str) -> None:
+    works = Works()
+    works.choice()
+    (path,) = folder.glob("*.json")
+    path.write_text(text)
+    works.choice()
+    assert works.prepared == 4
+    works.choice()
+    assert works.prepared == 4
+
+
+def test_another_processor_is_measured_by_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = Works()
+    works.choice()
+    become(tmp_path / "cpuinfo", monkeypatch, another_model)
+    assert "on this processor, Another" in works.choice().why and works.prepared == 4
+
+
+@pytest.mark.parametrize("broken", ["native", "torch"])
+def test_a_backend_that_fails_is_told_of_and_tried_again_the_next_time(
+    folder: Path, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def fails() -> Step:
+        raise RuntimeError("out of registers")
+
+    good = "torch" if broken == "native" else "native"
+    makers: dict[str, Callable[[], Step]] = {broken: fails, good: lambda: lambda: None}
+    choice = faster(KEY, WHAT, {}, makers)
+    assert choice.backend == good and "failed in a trial" in choice.why
+    assert "out of registers" in caplog.text
+    assert not list(folder.glob("*.json"))
+
+
+def test_without_a_cache_folder_each_caller_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="gptray")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    works = Works()
+    works.choice(), works.choice()
+    assert works.prepared == 4
+    assert "cannot be written" in caplog.text and "the next job measures again" in caplog.text
