@@ -64,6 +64,8 @@ def bound(config: Config, model: Mapping[str, str] | None) -> object:
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
+        # What keeps a replica from starting will do so again; a node that is lost is none of it.
+        max_constructor_retry_count=1,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     threads = max(1, int(reserved["CPU"]))
