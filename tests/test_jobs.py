@@ -170,7 +170,8 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     ray = str(Path(sys.executable).with_name("ray"))
     return subprocess.run(
-        [ray, "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, *arguments],
+        [ray, "job", "submit", "--working-dir", str(ROOT), "--entrypoint-num-cpus=1"]
+        + ["--", sys.executable, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

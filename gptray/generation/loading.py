@@ -10,6 +10,7 @@ from gptray.config import Config, UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
 from gptray.model.gpt import GPT
+from gptray.model.gpu_faults import check_gpu
 from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import pick_dtype
@@ -23,9 +24,11 @@ def open_engine(
 
     max_batch_size: sequences at a time; None: generate.max_batch_size. On a GPU where
     compute.use_gpu says so.
-    Raises UserError naming what is wrong with the folder, or why a backend is not available.
+    Raises UserError naming what is wrong with the folder, or why there is no such backend or GPU.
     """
     generate, device = config.generate, "cuda" if config.compute.use_gpu else "cpu"
+    if config.compute.use_gpu:
+        check_gpu()
     keep_freed_memory()
     model = load_pretrained(folder).eval().to(device)
     _check_weights(model, folder)

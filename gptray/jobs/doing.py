@@ -29,6 +29,9 @@ class _Heard(logging.Filter):
         return True
 
 
+# Of all lines, so that a block knows how long it was quiet before.
+_heard = _Heard()
+log.addFilter(_heard)
 # Of the blocks of `telling` that run; the last, which is the innermost, speaks.
 _blocks: list[_Heard] = []
 
@@ -50,6 +53,7 @@ def so_far(words: str, began: float) -> str:
 def telling(line: Callable[[], str | None]) -> Iterator[None]:
     """Log `line()`, unless it is None, whenever nothing was logged for QUIET_S in the block."""
     heard = _Heard()
+    heard.at = _heard.at
 
     def look() -> None:
         is_quiet = time.monotonic() - heard.at >= QUIET_S

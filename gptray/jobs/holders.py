@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gptray.jobs.cluster_nodes import amount_words, total
 
@@ -12,8 +14,18 @@ if TYPE_CHECKING:
 
 # Characters of a job's command in a message.
 WIDTH = 60
+# The actor that runs the command of a job which was submitted, and holds what that was given.
+_RUNS_COMMAND = "_ray_internal_job_actor_"
+# Set by Ray for such a command.
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 Resources = Mapping[str, float]
+
+
+class _Held(NamedTuple):
+    job: str  # the id of a submission for what its command holds
+    resources: Resources
+    node: str = ""
 
 
 def holders() -> tuple[int, str]:
@@ -23,14 +35,14 @@ def holders() -> tuple[int, str]:
     """
     import ray
 
-    own = ray.get_runtime_context().get_job_id()
+    own, own_command = ray.get_runtime_context().get_job_id(), _submission()
     held: dict[str, dict[str, float]] = {}
     number = 0
-    for job, resources in _held():
-        if job == own:
+    for one in _held():
+        if one.job == own:
             number += 1
-        else:
-            held[job] = total([held.get(job, {}), resources])
+        elif one.job != own_command:
+            held[one.job] = total([held.get(one.job, {}), one.resources])
     if not held:
         return number, ""
     job = max(held, key=lambda one: (held[one].get("GPU", 0.0), held[one].get("CPU", 0.0)))
@@ -41,22 +53,51 @@ def holders() -> tuple[int, str]:
     return number, f"; {name} holds {amount_words(held[job])}"
 
 
-def _held() -> list[tuple[str, Resources]]:
-    """The job and the resources of all that holds some; what tasks hold is in no table."""
+def held_by_command() -> tuple[str, Resources]:
+    """The id of a node, and what this job's own command holds there, if it was submitted so.
+
+    As with `ray job submit --entrypoint-num-cpus 1`. Nothing otherwise.
+    """
+    own = _submission()
+    if own is None:
+        return "", {}
+    commands = [one for one in _held_by_actors() if one.job == own]
+    return (commands[0].node, commands[0].resources) if commands else ("", {})
+
+
+def _submission() -> str | None:
+    """The id with which this job was submitted to the cluster; None for other jobs."""
+    metadata = json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("metadata", {})
+    submission: str | None = metadata.get("job_submission_id")
+    return submission
+
+
+def _held() -> list[_Held]:
+    """All that holds cores or GPUs; what tasks hold is in no table."""
     import ray
 
     groups = [
-        (name[-len(ray.JobID.nil().hex()) :], counted(bundle))
+        _Held(name[-len(ray.JobID.nil().hex()) :], counted(bundle))
         for name, group in ray.util.placement_group_table().items()
         if group["state"] == "CREATED"
         for bundle in group["bundles"].values()
     ]
-    actors = [
-        (table.job_id.hex(), counted(table.required_resources))
+    return [one for one in [*groups, *_held_by_actors()] if one.resources]
+
+
+def _held_by_actors() -> list[_Held]:
+    """What actors outside of placement groups hold."""
+    return [
+        _Held(
+            table.name.removeprefix(_RUNS_COMMAND)
+            if table.name.startswith(_RUNS_COMMAND)
+            else table.job_id.hex(),
+            counted(table.required_resources),
+            table.address.node_id.hex(),
+        )
         for table in actors_in("ALIVE")
         if not table.placement_group_id
     ]
-    return [(job, resources) for job, resources in [*groups, *actors] if resources]
 
 
 def actors_in(state: str) -> list[ActorTableData]:

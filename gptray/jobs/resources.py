@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from gptray.config import ComputeConfig, UserError
 from gptray.jobs.cluster_nodes import (
@@ -16,6 +17,7 @@ from gptray.jobs.cluster_nodes import (
     nodes_words,
     types_words,
 )
+from gptray.jobs.holders import held_by_command
 from gptray.jobs.own_ray import is_own_ray
 
 # A worker's cores on a cluster that others use too, unless compute.cpus_per_worker says otherwise.
@@ -51,11 +53,11 @@ def worker_resources(
 
 
 def labelled_nodes(compute: ComputeConfig) -> list[Node]:
-    """The nodes on which workers may run.
+    """The nodes on which workers may run, without what the job's own command holds there.
 
     Raises UserError, listing the labels of the nodes, if there is none and none will come.
     """
-    nodes = alive_nodes()
+    nodes = _besides_command(alive_nodes())
     found = [node for node in nodes if has_labels(node, compute.selector)]
     if nodes and not found and not grows():
         wanted = ", ".join(f"{name}={value}" for name, value in compute.selector.items())
@@ -66,6 +68,17 @@ def labelled_nodes(compute: ComputeConfig) -> list[Node]:
             f"{labels_words(nodes)}. Change {' or '.join(keys)}, or add nodes"
         )
     return found
+
+
+def _besides_command(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes with what workers can have of them: the command ends after its workers."""
+    where, held = held_by_command()
+    return [
+        replace(node, resources={k: v - held.get(k, 0.0) for k, v in node.resources.items()})
+        if node.id == where
+        else node
+        for node in nodes
+    ]
 
 
 def check_cluster(compute: ComputeConfig, *, spare: int = 0) -> None:

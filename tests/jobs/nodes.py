@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -122,6 +123,14 @@ def line_with(text: str, process: subprocess.Popen[str]) -> str:
         raise AssertionError("".join(told))
     finally:
         clock.cancel()
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def actors(kind: str) -> set[int]:

@@ -29,10 +29,14 @@ class Lines(logging.Handler):
             self._came.notify()
 
     def next(self) -> str:
+        count = len(self.said)
+        assert self.come(count, LIMIT_S)
+        return self.said[count]
+
+    def come(self, count: int, within_s: float) -> bool:
+        """Whether there are more than so many within the time."""
         with self._came:
-            count = len(self.said)
-            assert self._came.wait_for(lambda: len(self.said) > count, LIMIT_S)
-            return self.said[count]
+            return self._came.wait_for(lambda: len(self.said) > count, within_s)
 
 
 @pytest.fixture
@@ -58,6 +62,15 @@ def test_of_blocks_in_each_other_the_innermost_speaks(lines: Lines) -> None:
         lines.next()
         lines.next()
     assert {line.partition(",")[0] for line in lines.said} == {"asking the nodes"}
+
+
+def test_silence_before_a_block_counts(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doing, "QUIET_S", 0.3)
+    for _ in range(100):
+        with doing.doing("starting trials"):  # each is shorter
+            if lines.come(0, 0.03):
+                return
+    raise AssertionError("nothing was told")
 
 
 def test_nothing_is_added_to_the_line_of_a_wait_until_it_is_over(lines: Lines) -> None:

@@ -142,26 +142,37 @@ def test_an_elastic_training_goes_on_with_the_workers_that_there_is_room_for(
     )
 
 
-def wait_for_workers(run_dir: Path, number: int, *, before: int, process: Popen[str]) -> None:
+def reading(process: Popen[str]) -> list[str]:
+    """Read what a job tells on stderr until its end, in a thread; the lines so far."""
+    told: list[str] = []
+    assert process.stderr
+    threading.Thread(target=told.extend, args=(process.stderr,), daemon=True).start()
+    return told
+
+
+def wait_for_workers(
+    run_dir: Path, number: int, *, before: int, process: Popen[str], told: list[str]
+) -> None:
     """Return when the run has started more often than before, with so many workers."""
     deadline = time.monotonic() + LIMIT_S
     while len(starts(run_dir)) <= before or starts(run_dir)[-1][1] != number:
         with suppress(TimeoutExpired):
             process.wait(0.5)
-        assert process.poll() is None, "the run ended before all changes"
-        assert time.monotonic() < deadline, f"no start with {number} workers"
+        assert process.poll() is None, "".join(["the run ended before all changes:\n", *told])
+        assert time.monotonic() < deadline, "".join([f"no start with {number} workers:\n", *told])
 
 
 @pytest.mark.chaos
 def test_nodes_come_and_go_ten_times_and_the_losses_are_those_of_a_fixed_run(
     text_file: Path, tmp_path: Path
 ) -> None:
-    asked = words(text_file, tmp_path, "train.max_steps=6000", "train.eval_interval=50", SLOWLY)
+    keys = ("train.max_steps=6000", "train.eval_interval=50", "compute.max_failures=10")
+    asked = words(text_file, tmp_path, *keys, SLOWLY)
     run_dir, rng, others = tmp_path / "run", random.Random(1), list[Any]()
-    elastic = ["compute.num_workers=[1, 3]", "compute.max_failures=-1"]
-    with cluster_of({"num_cpus": 1}) as (nodes, _), job("train", *asked, *elastic) as process:
-        threading.Thread(target=process.communicate, daemon=True).start()  # reads what it tells
-        wait_for_workers(run_dir, 1, before=0, process=process)
+    elastic = "compute.num_workers=[1, 3]"
+    with cluster_of({"num_cpus": 1}) as (nodes, _), job("train", *asked, elastic) as process:
+        told = reading(process)
+        wait_for_workers(run_dir, 1, before=0, process=process, told=told)
         killed_at: dict[int, int] = {}  # the number of the start after a kill: the step before it
         for change in range(10):
             before = len(starts(run_dir))
@@ -172,8 +183,9 @@ def test_nodes_come_and_go_ten_times_and_the_losses_are_those_of_a_fixed_run(
             else:
                 killed_at[before] = read_metrics(run_dir)[-1]["step"]
                 nodes.kill(others.pop(rng.randrange(len(others))))
-            wait_for_workers(run_dir, 1 + len(others), before=before, process=process)
-        assert process.wait(timeout=3000) == 0
+            workers = 1 + len(others)
+            wait_for_workers(run_dir, workers, before=before, process=process, told=told)
+        assert process.wait(timeout=3000) == 0, "".join(told)
     kept = iter(saved(run_dir))
     for number, (step, _) in enumerate(starts(run_dir)[1:], start=1):
         if number in killed_at:

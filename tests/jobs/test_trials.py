@@ -12,12 +12,13 @@ import pytest
 from gptray.config import Config, dump, override
 from gptray.jobs.resources import trial_resources
 from gptray.jobs.train.task import TrainTask
+from gptray.jobs.tune.rungs import Rungs
 from gptray.jobs.tune.suggestions import Suggestions
 from gptray.jobs.tune.task import TrialTask
-from gptray.jobs.tune.trials import Rungs
 from gptray.jobs.tune.worker import run_trial
 from gptray.record import METRICS, MetricsRow
 from gptray.tuning.sweep_record import Record, Trial, load_trials, trial_dir
+from gptray.tuning.trial_plan import Planned
 
 # Rungs at steps 10 and 30.
 CONFIG = override(
@@ -64,6 +65,25 @@ def test_a_trial_that_goes_on_is_not_judged_again_at_a_rung_behind_it() -> None:
     assert decisions(rungs, trial, 7.0, 7.0, since=15) == ["CONTINUE", "CONTINUE"]
     # And what it had at that rung counts for others: 1.9 is among the best third of four.
     assert decisions(rungs, live(rungs, "0004"), 9.0, 1.9) == ["CONTINUE", "CONTINUE"]
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "step"),
+    [
+        ("0003", (9.0, 3.0), 10),  # reported to a rung at 10, and worse than the third that stays
+        ("0003", (9.0, 1.9), None),
+        ("0003", (9.0, 3.0, 3.0), None),  # it was let past the rung
+        ("0003", (9.0,), None),
+        ("0003", (9.0,) * 12, None),  # at its end
+        ("0004", (9.0, 3.0), None),  # has no past
+    ],
+)
+def test_a_trial_whose_cut_a_kill_came_before_is_not_run_on(
+    name: str, scores: tuple[float, ...], step: int | None
+) -> None:
+    rungs = Rungs(CONFIG, [*ENDED, past("0003", *scores, outcome=None)])
+    assert rungs.cut_before(Planned(name, {}, CONFIG)) == step
+    assert rungs.cut_before(Planned(name, {}, CONFIG)) == step  # to ask changes nothing
 
 
 def test_the_last_step_and_repetitions_are_not_cut() -> None:

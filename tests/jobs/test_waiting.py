@@ -5,7 +5,6 @@ The head has no core, one node has a GPU as Ray counts them, another a core.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from signal import SIGINT, SIGTERM
 import pytest
 
 from gptray.jobs.waiting import shortage
-from tests.jobs.nodes import LIMIT_S, cluster_of, job, line_with
+from tests.jobs.nodes import LIMIT_S, cluster_of, free_port, job, line_with
 
 pytestmark = pytest.mark.xdist_group("nodes")
 HOLDS = """
@@ -74,13 +73,6 @@ def held() -> Iterator[None]:
             yield
         finally:
             other.communicate("\n", timeout=LIMIT_S)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.ray

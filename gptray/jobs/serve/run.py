@@ -108,13 +108,26 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
         try:
             serve.run(bound(config, model), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
-            raise RunFailed(f"the endpoint did not start: {error}") from None
+            raise _failure_to_start(error) from None
         yield
     finally:
         if before.proxies:
             serve.delete(APPLICATION)
         elif not is_own:
             serve.shutdown()
+
+
+def _failure_to_start(error: RuntimeError) -> UserError | RunFailed:
+    """Why no replica came up: Serve's error says only that none did, its status has the rest."""
+    from ray import serve
+
+    found = serve.status().applications.get(APPLICATION)
+    told = "\n".join(one.message for one in found.deployments.values()) if found else ""
+    _, is_mistake, mistake = told.rpartition(f"{UserError.__name__}: ")
+    if is_mistake:
+        return UserError(mistake.strip())
+    last = (told.strip() or str(error)).splitlines()[-1]
+    return RunFailed(f"the endpoint did not start: {last}")
 
 
 def _wait_until_healthy(url: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from gptray.config import Config, override
+from gptray.config import Config, UserError, override
 from gptray.jobs.engine_backend import with_backend
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.serve.check import api_keys, replicas_compute
@@ -62,6 +62,8 @@ def bound(config: Config, model: Mapping[str, str] | None) -> object:
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
+        # What keeps a replica from starting will do so again; a node that is lost is none of it.
+        max_constructor_retry_count=1,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     threads = max(1, int(reserved["CPU"]))
@@ -82,7 +84,11 @@ class Replica:
 
     async def reconfigure(self, model: dict[str, str]) -> None:
         """Serve this model from now on, see `Answering.reconfigure`."""
-        await self._answering.reconfigure(model)
+        try:
+            await self._answering.reconfigure(model)
+        except UserError as error:
+            # Of a traceback Serve keeps the beginning: without ours there is room for the reason.
+            raise error.with_traceback(None) from None
 
     def own_metrics(self) -> tuple[str, bytes]:
         """What this replica counts, and its name."""

@@ -10,20 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
-import numpy as np
 import ray.tune
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from gptray.config import Config, RunFailed
 from gptray.files import storing
+from gptray.jobs.tune.rungs import Rungs, name_of
 from gptray.jobs.tune.task import TrialTask
 from gptray.tuning.sweep_record import Trial
 from gptray.tuning.trial_plan import Planned
@@ -82,7 +79,7 @@ def run_trials(
     """
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
-    is_here = config.compute.num_workers == 1
+    is_here, rungs = config.compute.num_workers == 1, Rungs(config, past)
     # A trial of several workers only waits for them; Tune refuses a trial that needs nothing.
     bundle = reserved if is_here else {"memory": 64.0 * 2**20}
     labels = [config.compute.selector] if config.compute.selector else None
@@ -93,12 +90,12 @@ def run_trials(
             tune_config=ray.tune.TuneConfig(
                 num_samples=-1,
                 max_concurrent_trials=at_once,
-                search_alg=_Searcher(queue),
-                scheduler=Rungs(config, past),
+                search_alg=_Searcher(queue, rungs),
+                scheduler=rungs,
                 # The workers of a trial that is cut end with the actor that waits for them.
                 reuse_actors=is_here,
-                trial_name_creator=_name_of,
-                trial_dirname_creator=_name_of,
+                trial_name_creator=name_of,
+                trial_dirname_creator=name_of,
             ),
             run_config=ray.tune.RunConfig(
                 name=scratch.name,
@@ -142,31 +139,23 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _task_of(trial: Any) -> TrialTask:
-    task = trial.config["task"]
-    assert isinstance(task, TrialTask)
-    return task
-
-
-def _name_of(trial: Any) -> str:
-    return _task_of(trial).name
-
-
 class _Searcher(Searcher):  # type: ignore[misc]
     """Gives Tune the queue's trials in their order."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, rungs: Rungs) -> None:
         super().__init__()
-        self._queue = queue
+        self._queue, self._rungs = queue, rungs
 
     def set_search_properties(self, *args: Any, **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         with _kept(self._queue):
-            planned = self._queue.next()
-            if planned:
-                return {"task": self._queue.task(planned)}
+            while planned := self._queue.next():
+                step = self._rungs.cut_before(planned)
+                if step is None:
+                    return {"task": self._queue.task(planned)}
+                self._queue.ended(planned.name, "stopped", step=step, message=None, passing=False)
         is_over = self._queue.is_over or self._queue.failure
         return str(Searcher.FINISHED) if is_over else None
 
@@ -205,52 +194,6 @@ class _Brake(ray.tune.Stopper):  # type: ignore[misc]
         return _NEVER_LOADED
 
 
-class Rungs(ASHAScheduler):  # type: ignore[misc]
-    """ASHA that knows what trials have measured before this start.
-
-    Its public methods get the past as if it happened now: every ended trial is added and
-    reports its rows, and one that resumes has reported its own before it starts.
-    """
-
-    def __init__(self, config: Config, past: Sequence[Trial]) -> None:
-        grace = config.tune.grace_period * config.train.eval_interval
-        super().__init__(
-            time_attr="step",
-            metric="val_bpb",
-            mode="min",
-            # The last rung is below max_steps: there a trial ends by itself, and says how.
-            max_t=max(config.train.max_steps - 0.5, grace),
-            grace_period=grace,
-            reduction_factor=config.tune.reduction_factor,
-            brackets=config.tune.brackets,
-            stop_last_trials=False,
-        )
-        self._seed = config.seed
-        self._past = {trial.name: trial for trial in past if trial.replicate_of is None}
-        for trial in self._past.values():
-            if trial.outcome is not None:
-                self._add(None, SimpleNamespace(trial_id=trial.name), trial.name)
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._add(tune_controller, trial, _name_of(trial))
-
-    def _add(self, tune_controller: Any, trial: Any, name: str) -> None:
-        # Ray draws the bracket from numpy's global state; a trial is to stay in its own.
-        np.random.seed(zlib.crc32(f"{self._seed}/{name}".encode()))
-        super().on_trial_add(tune_controller, trial)
-        for row in self._past[name].rows if name in self._past else ():
-            super().on_trial_result(tune_controller, trial, row)
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        task = _task_of(trial)
-        if not task.is_cut:
-            return str(TrialScheduler.CONTINUE)
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        if result.get("step", 0) >= task.run.config.train.max_steps:
-            return str(TrialScheduler.CONTINUE)
-        return decision
-
-
 class _Log(ray.tune.Callback):  # type: ignore[misc]
     """Writes down what becomes of each trial, in the driver."""
 
@@ -262,7 +205,7 @@ class _Log(ray.tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         with _kept(self._queue):
-            self._queue.started(_name_of(trial))
+            self._queue.started(name_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         if self._queue.failure:
@@ -273,7 +216,7 @@ class _Log(ray.tune.Callback):  # type: ignore[misc]
         step = result.get("last_step", result.get("step", 0))
         with _kept(self._queue):
             self._queue.ended(
-                _name_of(trial),
+                name_of(trial),
                 outcome,
                 step=step,
                 message=result.get("message"),
@@ -285,4 +228,4 @@ class _Log(ray.tune.Callback):  # type: ignore[misc]
         if trial.error_file and Path(trial.error_file).is_file():
             message = Path(trial.error_file).read_text("utf-8").strip().splitlines()[-1]
         with _kept(self._queue):
-            self._queue.ended(_name_of(trial), "failed", step=0, message=message, passing=True)
+            self._queue.ended(name_of(trial), "failed", step=0, message=message, passing=True)
