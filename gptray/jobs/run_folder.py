@@ -38,6 +38,7 @@ FREE_KEYS = (
     "evaluate.",
     "quantize.",
     "serve.",
+    "export.",
     "tune.",
     "train.resume",
 )
