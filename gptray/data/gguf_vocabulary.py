@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from tokenizers import pre_tokenizers
 
 from gptray.config import UserError
-from gptray.data.roundtrip import is_byte_token
+from gptray.data.roundtrip import is_byte_token, unknown_name
 from gptray.data.sentencepiece_fields import MARK, bpe_fields, unigram_fields
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_parts import ModelPart, Step, TokenizerParts
@@ -168,19 +168,19 @@ def _texts(tokenizer: Tokenizer, rows: int) -> list[str]:
 
 def _types(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> list[int]:
     added = {one["content"]: one["special"] for one in parts["added_tokens"]}
-    unknown = tokenizer.special_ids.get("unk_token")
+    unknown = unknown_name(parts)
     has_bytes = bool(parts["model"].get("byte_fallback"))
 
     def kind(number: int, name: str) -> int:
         if number == tokenizer.eos_id:
             return _CONTROL
-        if number == unknown:
+        if name == unknown:
             return _UNKNOWN
+        if has_bytes and is_byte_token(name):
+            return _BYTE
         if name in added:
             return _CONTROL if added[name] else _USER_DEFINED
-        if not name:
-            return _UNUSED
-        return _BYTE if has_bytes and is_byte_token(name) else _NORMAL
+        return _NORMAL if name else _UNUSED
 
     types = [kind(number, name) for number, name in enumerate(tokenizer.names)]
     return [*types, *[_UNUSED] * (rows - len(types))]

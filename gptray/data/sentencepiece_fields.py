@@ -69,6 +69,7 @@ def unigram_fields(
         "model": "t5",
         "add_space_prefix": prefix,
         "remove_extra_whitespaces": merges_spaces,
+        "unknown_token_id": model["unk_id"],
         "scores": [*(score.get(name, 0.0) for name in names), *[0.0] * padding],
         **({"precompiled_charsmap": charsmap} if charsmap else {}),
     }
