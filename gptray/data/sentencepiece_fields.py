@@ -14,6 +14,8 @@ log = logging.getLogger("gptray")
 
 # U+2581, as which SentencePiece writes a space.
 MARK = "\u2581"
+_MARKS: Step = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
+_PREPENDS: Step = {"type": "Prepend", "prepend": MARK}
 
 
 def bpe_fields(parts: TokenizerParts, names: Sequence[str], padding: int) -> Mapping[str, object]:
@@ -81,32 +83,25 @@ def _prefix(parts: TokenizerParts, normalizer: Step | None, names: Sequence[str]
     Tells where one that begins with a space differs. Raises UserError for other ways to treat
     spaces.
     """
-    match normalizer, parts["pre_tokenizer"]:
-        case None, {"type": "Metaspace", "replacement": "\u2581", "split": split} as step:
-            if split and any(MARK in name[1:] for name in names):
-                raise UserError("llama.cpp does not cut text at spaces as this tokenizer does")
-            prefix = step["prepend_scheme"] != "never"
-            if prefix:
+    before = parts["pre_tokenizer"]
+    if before is None and normalizer == _MARKS:
+        return False
+    if before is None and normalizer == {"type": "Sequence", "normalizers": [_PREPENDS, _MARKS]}:
+        return True
+    match before:
+        case {
+            "type": "Metaspace",
+            "replacement": "\u2581",
+            "prepend_scheme": str(scheme),
+            "split": bool(splits),
+        } if normalizer is None and not (splits and any(MARK in name[1:] for name in names)):
+            if scheme != "never":
                 log.warning(
                     "llama.cpp puts a space before every text, this tokenizer only before one that "
                     "does not begin with a space"
                 )
-            return prefix
-        case {"type": "Replace", **replaced}, None if _marks_spaces(replaced):
-            return False
-        case {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "\u2581"},
-                {"type": "Replace", **replaced},
-            ],
-        }, None if _marks_spaces(replaced):
-            return True
+            return scheme != "never"
     raise UserError("llama.cpp does not treat spaces as this tokenizer does")
-
-
-def _marks_spaces(replaced: Mapping[str, object]) -> bool:
-    return replaced == {"pattern": {"String": " "}, "content": MARK}
 
 
 def _normalizing(step: Step | None) -> tuple[bytes | None, bool]:

@@ -24,7 +24,7 @@ from gptray.model.gguf_names import (
 )
 from gptray.model.shape import WEIGHTS, NetworkShape, read_shape
 from gptray.model.stored_weights import StoredWeight, stored_weights
-from gptray.stored import read_foreign
+from gptray.stored import Unreadable, read_bytes, read_foreign
 
 _SUFFIX = ".gguf"
 # What says how to use a model, beside its tokenizer.
@@ -134,8 +134,12 @@ def _content(
 
 def _chat_template(folder: Path) -> str | None:
     """The template of a model that chats, from a file of its own or the tokenizer's settings."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        try:
+            return read_bytes(own).decode()
+        except (Unreadable, UnicodeDecodeError) as error:
+            raise UserError(f"{own}: {error}") from None
     if not (folder / "tokenizer_config.json").is_file():
         return None
     template = read_foreign(folder / "tokenizer_config.json").get("chat_template")

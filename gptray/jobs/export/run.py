@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptray.config import Config, RunFailed
+from gptray.config import RunFailed
 from gptray.files import no_empty_folders, replacing, storing
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.doing import doing
@@ -18,14 +18,6 @@ from gptray.jobs.next_steps import of_model, tell
 from gptray.model.gguf_file import write_gguf
 from gptray.model.hf_export import write_hf
 from gptray.model.rounding import check_tied
-
-
-def export(config: Config) -> dict[str, object]:
-    """Write the model that `config.export` names; return the JSON line's facts.
-
-    Raises UserError for what cannot be exported, RunFailed where the disk takes no more.
-    """
-    return run(check(config))
 
 
 def plan(checked: CheckedExport) -> Plan:
@@ -43,7 +35,11 @@ def plan(checked: CheckedExport) -> Plan:
 
 
 def run(checked: CheckedExport) -> dict[str, object]:
-    """Write a model that was checked; see `export`."""
+    """Write a model that was checked; return the JSON line's facts.
+
+    Raises UserError for weights that are damaged or do not fit the precision, RunFailed where the
+    disk takes no more.
+    """
     output, settings = checked.output, checked.settings
     with storing(output), no_empty_folders(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
