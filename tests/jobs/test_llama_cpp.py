@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptray import LLM
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
@@ -21,12 +21,14 @@ from tests.jobs.llama import Llama
 from tests.tiny import tiny_text
 
 KOREAN = "\uc61b\ub0a0 \uc61b\uc801\uc5d0 \ud55c \uc544\uc774\uac00 \uc0b4\uc558\ub2e4.\n"
+CUT_UP = "(the cat 12345, 123456 1234567)\n\n(IT'S it's)\r\n\r\n  [don't]\n"
 BY_HEART = tiny_text(3) + KOREAN
 TEXTS = [
     *tiny_text(4).splitlines(),
     KOREAN,
     "It's 10  o'clock,\n\n  isn't it?\t12345 caf\u00e9s",
     "<|endoftext|>",
+    CUT_UP,
     "\U0001f600\u4e00\u3002 x",
 ]
 
@@ -113,12 +115,18 @@ def split(pattern: str) -> pre_tokenizers.PreTokenizer:
 def cut_by(
     cut: pre_tokenizers.PreTokenizer, *, use_regex: bool = False, ignore_merges: bool = False
 ) -> Tokenizer:
-    """Byte-level BPE with another way to cut text into words."""
-    backend = foreign.byte_level()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)]
+    """Byte-level BPE that cuts text into other words, and has learnt them as tokens."""
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    backend.model.ignore_merges = ignore_merges
+    backend.train_from_iterator([CUT_UP] * 9, trainer)
     return foreign.as_tokenizer(backend)
 
 
