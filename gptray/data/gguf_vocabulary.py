@@ -17,11 +17,21 @@ from gptray.data.roundtrip import is_byte_token, unknown_name
 from gptray.data.sentencepiece_fields import MARK, bpe_fields, unigram_fields
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_parts import ModelPart, Step, TokenizerParts
+from gptray.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    CUTS,
+    KEY,
+    NO_MERGES,
+    NORMAL,
+    TAKES_WHOLE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
 
 log = logging.getLogger("gptray")
 
-_KEY = "tokenizer.ggml."
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPECIAL_IDS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -29,17 +39,9 @@ _SPECIAL_IDS = {
     "sep_token": "seperator_token_id",  # GGUF's spelling
     "pad_token": "padding_token_id",
 }
-_APOSTROPHES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# llama.cpp's names of what cuts text into words, by the regular expression of a Split; whether
-# words that are tokens are taken whole, whatever the merges say.
-_CUTS = {
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": ("gpt-2", False),
-    _APOSTROPHES + r"\p{N}{1,3}" + _REST: ("llama-bpe", True),
-    _APOSTROPHES + r"\p{N}" + _REST: ("qwen2", False),
-}
-# Stands where there are no merges, for llama.cpp asks for some: no text comes to these two symbols.
-_NO_MERGES = ["<|<| |>|>"]
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_BY_PATTERN = {_GPT2: "gpt-2"} | {pattern: name for name, pattern in CUTS.items() if pattern}
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, *, rows: int) -> dict[str, object]:
@@ -69,7 +71,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, *, rows: int) -> dict[str, object]:
         **ids,
         **_kind(tokenizer, parts, rows),
     }
-    return {_KEY + name: value for name, value in fields.items()}
+    return {KEY + name: value for name, value in fields.items()}
 
 
 def _kind(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> Mapping[str, object]:
@@ -104,22 +106,22 @@ def _of_characters(tokenizer: Tokenizer, rows: int) -> Mapping[str, object]:
 def _of_bytes(parts: TokenizerParts) -> Mapping[str, object]:
     model = parts["model"]
     normalizer = (parts["normalizer"] or {}).get("type")
-    cut, takes_whole = _cut_of(parts["pre_tokenizer"])
+    cut = _cut_of(parts["pre_tokenizer"])
     if normalizer == "NFC":
         log.warning("the tokenizer composes characters (NFC), llama.cpp does not: give it NFC text")
     elif normalizer is not None:
         raise UserError(f"llama.cpp has no {normalizer} before byte-level BPE")
-    if bool(model.get("ignore_merges")) != takes_whole or not _is_plain_bpe(model):
+    if bool(model.get("ignore_merges")) != (cut in TAKES_WHOLE) or not _is_plain_bpe(model):
         raise UserError("llama.cpp has no byte-level BPE with these settings")
     merges = [f"{left} {right}" for left, right in model["merges"]]
-    return {"model": "gpt2", "pre": cut, "merges": merges or _NO_MERGES}
+    return {"model": "gpt2", "pre": cut, "merges": merges or NO_MERGES}
 
 
-def _cut_of(step: Step | None) -> tuple[str, bool]:
-    """llama.cpp's name for what cuts text into words, and whether it takes words whole."""
+def _cut_of(step: Step | None) -> str:
+    """llama.cpp's name for what cuts text into words."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return "gpt-2", False
+            return "gpt-2"
         case {
             "type": "Sequence",
             "pretokenizers": [
@@ -127,7 +129,7 @@ def _cut_of(step: Step | None) -> tuple[str, bool]:
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
             ],
         }:
-            return "smollm", False
+            return "smollm"
         case {
             "type": "Sequence",
             "pretokenizers": [
@@ -139,8 +141,8 @@ def _cut_of(step: Step | None) -> tuple[str, bool]:
                 },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
-        } if pattern in _CUTS:
-            return _CUTS[pattern]
+        } if pattern in _BY_PATTERN:
+            return _BY_PATTERN[pattern]
     raise UserError("llama.cpp does not cut text into words as this tokenizer does")
 
 
@@ -173,17 +175,17 @@ def _types(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> list[int]:
 
     def kind(number: int, name: str) -> int:
         if number == tokenizer.eos_id:
-            return _CONTROL
+            return CONTROL
         if name == unknown:
-            return _UNKNOWN
+            return UNKNOWN
         if has_bytes and is_byte_token(name):
-            return _BYTE
+            return BYTE
         if name in added:
-            return _CONTROL if added[name] else _USER_DEFINED
-        return _NORMAL if name else _UNUSED
+            return CONTROL if added[name] else USER_DEFINED
+        return NORMAL if name else UNUSED
 
     types = [kind(number, name) for number, name in enumerate(tokenizer.names)]
-    return [*types, *[_UNUSED] * (rows - len(types))]
+    return [*types, *[UNUSED] * (rows - len(types))]
 
 
 def _unlike_in_text(parts: TokenizerParts) -> str | None:

@@ -1,69 +1,18 @@
-"""What GGUF calls a network's weights and numbers: a table for each family; no torch here.
-
-The names are those that llama.cpp reads. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-"""
+"""What the GGUF file of a network holds, by name, shape and precision; no torch here."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gptray.config import UserError
+from gptray.gguf_families import FAMILIES, Family
 from gptray.model.shape import MODEL_TYPES, NetworkShape
 from gptray.model.stored_weights import HEAD, StoredWeight
 
 # Bytes of so many weights: Q8_0 has a scale of two bytes for 32 of one byte.
 BLOCKS = {"fp32": (4, 1), "fp16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32)}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of networks: Hugging Face's names, without .weight and .bias, to GGUF's.
-
-    architecture: llama.cpp's name. layers: what stands before a block's number. names: what is
-    outside of blocks; in_block: what is in one. transposed: of in_block, linear layers that Hugging
-    Face stores (in, out), and GGUF (out, in). whole: of names, tables that llama.cpp keeps in fp32.
-    """
-
-    architecture: str
-    layers: str
-    names: Mapping[str, str]
-    in_block: Mapping[str, str]
-    transposed: tuple[str, ...]
-    whole: tuple[str, ...]
-
-    def place(self, name: str) -> tuple[str, str]:
-        """A weight's name in GGUF, and the part of its own that the tables have."""
-        stem, _, kind = name.rpartition(".")
-        block = re.fullmatch(re.escape(self.layers) + r"(\d+)\.(.+)", stem)
-        if block:
-            return f"blk.{block[1]}.{self.in_block[block[2]]}.{kind}", block[2]
-        return f"{self.names[stem]}.{kind}", stem
-
-
-FAMILIES = {
-    "gpt2": Family(
-        architecture="gpt2",
-        layers="transformer.h.",
-        names={
-            "transformer.wte": "token_embd",
-            "transformer.wpe": "position_embd",
-            "transformer.ln_f": "output_norm",
-        },
-        in_block={
-            "ln_1": "attn_norm",
-            "attn.c_attn": "attn_qkv",
-            "attn.c_proj": "attn_output",
-            "ln_2": "ffn_norm",
-            "mlp.c_fc": "ffn_up",
-            "mlp.c_proj": "ffn_down",
-        },
-        transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-        whole=("transformer.wpe",),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -86,23 +35,17 @@ class GgufTensor:
 def family_of(shape: NetworkShape) -> Family:
     """The family of a network. Raises UserError for one that llama.cpp has not."""
     model_type = MODEL_TYPES[shape["norm"], shape["residual"]]
-    if model_type not in FAMILIES:
-        what = "model.norm=none" if shape["norm"] == "none" else "model.residual=false"
-        raise UserError(f"{what} makes a network of gptray's own, which no other program computes")
-    return FAMILIES[model_type]
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    what = "model.norm=none" if shape["norm"] == "none" else "model.residual=false"
+    raise UserError(f"{what} makes a network of gptray's own, which no other program computes")
 
 
 def gguf_numbers(shape: NetworkShape, family: Family) -> dict[str, object]:
     """The numbers of a network under GGUF's keys."""
-    numbers = {
-        "context_length": shape["n_positions"],
-        "embedding_length": shape["n_embd"],
-        "feed_forward_length": shape["n_inner"] or 4 * shape["n_embd"],
-        "block_count": shape["n_layer"],
-        "attention.head_count": shape["n_head"],
-        "attention.layer_norm_epsilon": shape["layer_norm_epsilon"],
-    }
-    return {f"{family.architecture}.{key}": value for key, value in numbers.items()}
+    numbers = {**shape, "n_inner": shape["n_inner"] or 4 * shape["n_embd"]}
+    return {f"{family.architecture}.{key}": numbers[name] for name, key in family.numbers.items()}
 
 
 def gguf_tensors(
@@ -117,7 +60,7 @@ def gguf_tensors(
     for name, stored in sorted(weights.items()):
         if name == HEAD:
             continue
-        gguf_name, part = family.place(name)
+        gguf_name, part = family.gguf_name(name)
         turned = part in family.transposed and len(stored.shape) == 2
         shape = stored.shape[::-1] if turned else stored.shape
         own = precision

@@ -13,10 +13,10 @@ from gptray.data.gguf_vocabulary import gguf_vocabulary
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import tokenizer_files
 from gptray.files import absolute, check_writable, is_uri
+from gptray.gguf_families import Family
 from gptray.jobs.models import find_model
 from gptray.model.gguf_names import (
     BLOCKS,
-    Family,
     GgufTensor,
     family_of,
     gguf_numbers,
