@@ -79,6 +79,39 @@ def test_a_byte_level_tokenizer_comes_back(tmp_path: Path, make: Callable[[], To
         assert found.encode(text) == tokenizer.encode(text)
 
 
+def requantized(path: Path, kind: gguf.GGMLQuantizationType) -> Path:
+    """The file with its matrices in another type, as tools of llama.cpp write it."""
+    reader, output = gguf.GGUFReader(path), path.with_suffix(f".{kind.name}.gguf")
+    writer = gguf.GGUFWriter(output, "gpt2")
+    for key, one in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(key, one.contents(), one.types[0], one.types[-1])
+    for tensor in reader.tensors:
+        if tensor.data.ndim == 2 and tensor.name != "position_embd.weight":
+            data = gguf.quantize(tensor.data, kind)
+            writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        else:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return output
+
+
+@torch.no_grad()
+def test_types_that_export_does_not_write_are_read_too(tmp_path: Path) -> None:
+    path = exported(tmp_path, small_tokenizer())
+    original = load_pretrained(path).transformer.h[0].mlp.c_fc.weight
+    for kind, most in (
+        (gguf.GGMLQuantizationType.Q5_1, 0.06),
+        (gguf.GGMLQuantizationType.Q4_0, 0.2),
+    ):
+        found = load_pretrained(requantized(path, kind)).transformer.h[0].mlp.c_fc.weight
+        difference = float((found - original).abs().max())
+        assert 0 < difference < most * float(original.abs().max())
+
+
 def test_a_run_starts_from_gguf_and_keeps_its_path(tmp_path: Path) -> None:
     path = exported(tmp_path, small_tokenizer())
     words = [f"storage_path={tmp_path}", f"model.init_from={path}", "train.block_size=32"]

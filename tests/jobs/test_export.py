@@ -316,6 +316,17 @@ def test_an_output_that_cannot_be_is_refused_and_none_is_overwritten(
     assert list((tmp_path / "folder").iterdir()) == []
 
 
+def test_all_mistakes_are_told_at_once_each_under_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("export", [f"storage_path={tmp_path}", "name=bok"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"export: name=bok: no such run in {tmp_path}")
+    assert (
+        second == "export.output_path is not set: name the file to write, such as model-fp16.gguf"
+    )
+
+
 @pytest.mark.parametrize("form", ["gguf", "hf"])
 def test_numbers_that_do_not_fit_are_refused_and_leave_nothing(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str

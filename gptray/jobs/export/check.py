@@ -23,7 +23,7 @@ from gptray.model.gguf_names import (
     gguf_tensors,
 )
 from gptray.model.shape import WEIGHTS, NetworkShape, read_shape
-from gptray.model.stored_weights import StoredWeight, stored_weights
+from gptray.model.stored_weights import HEAD, StoredWeight, stored_weights
 from gptray.stored import Unreadable, read_bytes, read_foreign
 
 _SUFFIX = ".gguf"
@@ -55,9 +55,8 @@ class GgufContent:
 
 @dataclass(frozen=True)
 class HfContent:
-    """What a Hugging Face folder will hold: the weights by name, and files copied as they are."""
+    """What a Hugging Face folder will hold besides weights: files copied as they are."""
 
-    weights: dict[str, StoredWeight]
     copied: list[Path]
     weight_bytes: int
 
@@ -91,12 +90,15 @@ def check(config: Config) -> CheckedExport:
     weights: dict[str, StoredWeight] = {}
     try:
         folder, name = find_model(config, settings.model, key="export.model")
-        shape = read_shape(folder)
-        family, weights = family_of(shape), stored_weights(folder)
-        content = _content(settings, folder, name, shape, family, weights)
     except UserError as error:
-        said = str(error)
-        problems.append(said if said.startswith("export.") else f"export.model={name}: {said}")
+        problems.append(str(error))
+    else:
+        try:
+            shape = read_shape(folder)
+            family, weights = family_of(shape), stored_weights(folder)
+            content = _content(settings, folder, name, shape, family, weights)
+        except UserError as error:
+            problems.append(f"export.model={name}: {error}")
     try:
         output = _output(settings, name)
     except UserError as error:
@@ -118,8 +120,8 @@ def _content(
     if settings.format == "hf":
         beside = [folder / one for one in _MANNERS if (folder / one).is_file()]
         bytes_each, _ = BLOCKS[settings.precision]
-        numbers = sum(math.prod(one.shape) for one in weights.values())
-        return HfContent(weights, [*beside, *tokenizer_files(folder)], bytes_each * numbers)
+        numbers = sum(math.prod(one.shape) for key, one in weights.items() if key != HEAD)
+        return HfContent([*beside, *tokenizer_files(folder)], bytes_each * numbers)
     tokenizer = Tokenizer.load(folder)
     template = _chat_template(folder)
     fields = {

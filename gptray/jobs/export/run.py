@@ -68,7 +68,7 @@ def _write(checked: CheckedExport) -> None:
             _refuse_taken(checked.output)
     else:
         with _appearing(checked.output) as folder:
-            write_hf(checked.folder, folder, content.weights, precision=precision)
+            write_hf(checked.folder, folder, checked.weights, precision=precision)
             for path in content.copied:
                 shutil.copyfile(path, folder / path.name)
 
