@@ -21,7 +21,7 @@ from gptray.config import UserError
 from gptray.files import cache_folder, open_lock, remove, storing
 from gptray.gguf_families import FAMILIES, Family
 from gptray.gguf_header import Entry, read_header
-from gptray.gguf_tokenizer import special_tokens, tokenizer_json
+from gptray.gguf_tokenizer import special_ids, special_tokens, tokenizer_json
 from gptray.manifest import files_damage, write_manifest
 from gptray.node_cache import hold, make_room
 from gptray.stored import Unreadable
@@ -106,16 +106,13 @@ def _files(fields: Mapping[str, object], entries: list[Entry]) -> dict[str, obje
     missing = [family.numbers[name] for name, number in numbers.items() if number is None]
     if missing or rows is None:
         raise UserError(f"it has no {missing[0] if missing else _EMBEDDING}")
-    tokens = fields["tokenizer.ggml.tokens"]
-    assert isinstance(tokens, list)
-    ids = {f"{role}_id": tokens.index(name) for role, name in special.items()}
     template = fields.get("tokenizer.chat_template")
     return {
         "config.json": {
             "model_type": family.model_type,
             "vocab_size": rows,
             **numbers,
-            **ids,
+            **special_ids(fields),
             "dtype": "float32",
         },
         "tokenizer.json": tokenizer_json(fields),
@@ -124,7 +121,7 @@ def _files(fields: Mapping[str, object], entries: list[Entry]) -> dict[str, obje
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **special,
-            **({"chat_template": template} if template else {}),
+            **({"chat_template": template} if isinstance(template, str) else {}),
         },
     }
 
@@ -144,11 +141,13 @@ def _weights(
     Raises UserError for one that the family has not, or that is not within the file's `size`.
     """
     family, found = _family(fields), {}
+    left = size
     for entry in entries:
         named = family.hf_name(entry.name)
         if named is None:
             raise UserError(f"{entry.name:.60} is not a weight of {family.architecture}")
-        if entry.start + _bytes_of(entry) > size:
+        left -= _bytes_of(entry)
+        if left < 0 or entry.start + _bytes_of(entry) > size:
             raise UserError(f"{entry.name} is outside the file")
         name, part = named
         found[name] = (entry, part in family.transposed and len(entry.shape) == 2)
@@ -163,7 +162,7 @@ def _bytes_of(entry: Entry) -> int:
     if entry.kind not in kinds:
         raise UserError(f"{entry.name} has an unknown type, {entry.kind}")
     weights, size = kinds[entry.kind]
-    if not entry.shape or entry.shape[-1] % weights:
+    if not entry.shape or not all(entry.shape) or entry.shape[-1] % weights:
         raise UserError(f"{entry.name} has shape {list(entry.shape)}, not rows of {weights}")
     return math.prod(entry.shape) // weights * size
 

@@ -38,8 +38,7 @@ def tokenizer_json(fields: Mapping[str, object]) -> dict[str, object]:
             f"{', '.join(CUTS)} can"
         )
     tokens, types = _tokens(fields)
-    merges = fields.get(KEY + "merges", [])
-    assert isinstance(merges, list)
+    merges = _texts(fields, "merges")
     added = [
         {
             "id": number,
@@ -73,15 +72,22 @@ def tokenizer_json(fields: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def special_tokens(fields: Mapping[str, object]) -> dict[str, str]:
-    """The names of special tokens by what they are for."""
+def special_ids(fields: Mapping[str, object]) -> dict[str, int]:
+    """The ids of special tokens by config.json's names, such as eos_token_id."""
     tokens, _ = _tokens(fields)
-    numbers = {role: fields.get(KEY + key) for key, role in _ROLES.items()}
+    ids = {f"{role}_id": fields.get(KEY + key) for key, role in _ROLES.items()}
     return {
-        role: tokens[number]
-        for role, number in numbers.items()
-        if isinstance(number, int) and number < len(tokens)
+        name: number
+        for name, number in ids.items()
+        if isinstance(number, int) and 0 <= number < len(tokens)
     }
+
+
+def special_tokens(fields: Mapping[str, object]) -> dict[str, str]:
+    """The names of special tokens by what they are for, such as eos_token."""
+    tokens, _ = _tokens(fields)
+    ids = special_ids(fields)
+    return {name.removesuffix("_id"): tokens[number] for name, number in ids.items()}
 
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -106,10 +112,15 @@ def _cut(pre: str) -> dict[str, object]:
 
 def _tokens(fields: Mapping[str, object]) -> tuple[list[str], list[int]]:
     """Each token and its type."""
-    tokens = fields.get(KEY + "tokens")
-    if not isinstance(tokens, list):
-        raise UserError("it has no tokenizer")
+    tokens = _texts(fields, "tokens")
     types = fields.get(KEY + "token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise UserError("its tokens have no types")
     return tokens, types
+
+
+def _texts(fields: Mapping[str, object], name: str) -> list[str]:
+    texts = fields.get(KEY + name)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"its tokenizer has no {name}")
+    return texts

@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_one_line(
     cases = [
         (exported(folder(tmp_path, "char"), char_tokenizer("ab ")), "its tokenizer (llama"),
         (other(tmp_path / "llama.gguf", "llama"), "architecture 'llama' cannot be read; gpt2 can"),
-        (other(tmp_path / "bare.gguf", "gpt2"), "it has no tokenizer"),
+        (other(tmp_path / "bare.gguf", "gpt2"), "its tokenizer has no tokens"),
         (other(tmp_path / "strange.gguf", "gpt2", tokens=True), "it has no context_length"),
     ]
     for path, said in cases:
@@ -219,9 +219,15 @@ def test_every_truncation_and_shape_that_lies_is_refused(tmp_path: Path) -> None
         with pytest.raises(UserError):
             model_folder(path)
     rows = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4
-    path.write_bytes(whole[:rows] + struct.pack("<QQ", 32, 1 << 40) + whole[rows + 16 :])
-    with pytest.raises(UserError, match=r"token_embd.weight is outside the file"):
-        model_folder(path)
+    for width, height, said in (
+        (32, 1 << 40, "is outside the file"),
+        (0, 300, "has shape"),
+        (32, 0, "has shape"),
+    ):
+        shape = struct.pack("<QQ", width, height)
+        path.write_bytes(whole[:rows] + shape + whole[rows + 16 :])
+        with pytest.raises(UserError, match=f"token_embd.weight {said}"):
+            model_folder(path)
 
 
 def test_the_chat_template_comes_back(tmp_path: Path) -> None:
