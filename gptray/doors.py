@@ -61,6 +61,13 @@ python jobs/serve.py                                     the newest run, http://
 python jobs/serve.py serve.model=<run, model folder or hub id> serve.port=8080
 python jobs/serve.py ... serve.num_replicas=2 serve.api_key_file=keys.txt serve.host=0.0.0.0
 """,
+    "export": """\
+Export a model for other programs: a GGUF file for llama.cpp, or a smaller Hugging Face folder.
+
+python jobs/export.py export.model=book export.output_path=book.gguf
+python jobs/export.py export.model=book export.precision=q8_0 export.output_path=book-q8_0.gguf
+python jobs/export.py export.format=hf export.precision=bf16 export.output_path=book-bf16
+""",
     "runs": """\
 List the runs and sweeps in storage_path, newest first: state, verdict, losses, next command.
 

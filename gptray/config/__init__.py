@@ -5,6 +5,7 @@ Loads neither torch nor Ray.
 
 from gptray.config.compute import ComputeConfig
 from gptray.config.errors import ConfigError, RunFailed, UserError
+from gptray.config.export import ExportConfig
 from gptray.config.model_section import ModelConfig
 from gptray.config.schema import (
     Config,
@@ -38,6 +39,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "GenerateConfig",
     "ModelConfig",
     "OptimConfig",

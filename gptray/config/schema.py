@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from gptray.config.compute import ComputeConfig
 from gptray.config.errors import ConfigError
+from gptray.config.export import ExportConfig
 from gptray.config.keys import EntriesError
 from gptray.config.model_section import ModelConfig
 from gptray.config.names import checked_name
@@ -68,6 +69,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     tune: TuneConfig = TuneConfig()
     serve: ServeConfig = ServeConfig()
+    export: ExportConfig = ExportConfig()
 
     @property
     def micro_batch_size(self) -> int:

@@ -45,6 +45,7 @@ NOT_TUNED = {
             "generate",
             "evaluate",
             "serve",
+            "export",
             "tune",
         )
     },

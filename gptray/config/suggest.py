@@ -130,6 +130,8 @@ ALIASES = {
     "serve.request_timeout_s": "timeout request_timeout",
     "serve.body_timeout_s": "client_body_timeout read_timeout header_timeout receive_timeout",
     "serve.served_model_name": "model_id served_name",
+    "export.format": "outformat to_format",
+    "export.output_path": "outfile out_path target",
 }
 
 
@@ -154,7 +156,8 @@ def nearest_keys(typed: str, keys: Sequence[str]) -> list[str]:
         likeness = _likeness(word, key, above=most)
         if likeness > most:
             best, most = key, likeness
-    return [best] if best else []
+    beside = f"{section}.{best.rpartition('.')[2]}"  # precision, say, is in several sections
+    return [beside] if beside in keys else [best] if best else []
 
 
 def _likeness(word: str, key: str, *, above: float) -> float:

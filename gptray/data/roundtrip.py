@@ -34,7 +34,7 @@ class RoundTrip:
         self._joins = None if self.is_lossless else _Joining.of(parts, tokenizer)
         # Whether what a text loses is the sum of what its parts lose.
         self.adds_up = self._joins is not None and self._joins.starts_plainly
-        self.unknown = _unknown(parts)
+        self.unknown = unknown_name(parts)
 
     def lost(self, text: str, ids: Sequence[int], *, begins: bool = True) -> Lost | None:
         """What is lost of `text` if `ids` are kept of it, as `back`; None: nothing."""
@@ -206,8 +206,8 @@ def _is_plain(added: AddedToken) -> bool:
     return printable and not added["lstrip"] and not added["rstrip"]
 
 
-def _unknown(parts: TokenizerParts) -> str | None:
-    """The name of the unknown token."""
+def unknown_name(parts: TokenizerParts) -> str | None:
+    """The name of the unknown token, if there is one."""
     model = parts["model"]
     vocab, unknown = model["vocab"], model.get("unk_id")
     if unknown is not None and isinstance(vocab, list):

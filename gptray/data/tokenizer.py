@@ -83,6 +83,12 @@ class Tokenizer:
             names[number] = name
         return names
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The ids of its special tokens by what they are for, `eos_token` among them."""
+        ids = {role: self._backend.token_to_id(name) for role, name in self._special.items()}
+        return {role: number for role, number in ids.items() if number is not None}
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, no special token added.
 

@@ -21,6 +21,7 @@ from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.sources import hint
 from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
 from gptray.files import expanded, is_uri
+from gptray.gguf_source import is_gguf, opened_gguf
 from gptray.hub import NotOnHub, download_model, first_line
 from gptray.node_cache import fetched_holder
 from gptray.stored import read_foreign, read_object
@@ -59,6 +60,8 @@ def tokenizer_path(source: str) -> Path | None:
     if is_uri(source):
         return _fetched(source)
     path = expanded(source)
+    if is_gguf(path):
+        return opened_gguf(path)
     if path.is_file():
         if path.name == "tokenizer.json":
             return path.parent

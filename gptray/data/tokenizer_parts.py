@@ -18,6 +18,11 @@ class ModelPart(TypedDict, total=False):
     end_of_word_suffix: str | None
     unk_id: int | None
     unk_token: str | None
+    # Of BPE.
+    merges: list[tuple[str, str]]
+    byte_fallback: bool
+    ignore_merges: bool
+    dropout: float | None
 
 
 class AddedToken(TypedDict):
@@ -25,6 +30,7 @@ class AddedToken(TypedDict):
     special: bool
     lstrip: bool
     rstrip: bool
+    single_word: bool
 
 
 class TokenizerParts(TypedDict):

@@ -16,7 +16,8 @@ from gptray.commands import typed
 from gptray.config import Config, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
-from gptray.files import expanded, is_uri, sha256_of
+from gptray.files import absolute, expanded, is_uri, sha256_of
+from gptray.gguf_source import is_gguf
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape, weight_files
@@ -61,7 +62,9 @@ def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, s
 
 
 def for_workers(folder: Path, source: str | None) -> str:
-    """What workers open as the model in `folder`: where `source` is a URI, that, on each node."""
+    """What workers open as the model in `folder`: a URI or a GGUF file itself, on each node."""
+    if source and is_gguf(expanded(source)):
+        return str(absolute(source))
     return source if source and is_uri(source) else str(folder)
 
 

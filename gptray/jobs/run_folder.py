@@ -18,6 +18,7 @@ from gptray.config.keys import shown
 from gptray.config.names import label_of
 from gptray.evaluation.model_commands import home_of
 from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
+from gptray.gguf_source import is_gguf
 from gptray.hub import NotOnHub
 from gptray.jobs.models import locate, unknown, with_tokenizer
 from gptray.model.header import check_weights
@@ -39,6 +40,7 @@ FREE_KEYS = (
     "evaluate.",
     "quantize.",
     "serve.",
+    "export.",
     "tune.",
     "train.resume",
 )
@@ -190,6 +192,8 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
     values: dict[str, object] = {f"model.{key}": value for key, value in keys.items()}
     if is_uri(init_from):
         values["model.init_from"] = init_from
+    elif is_gguf(expanded(init_from)):
+        values["model.init_from"] = str(absolute(init_from))
     elif expanded(init_from).exists():
         values["model.init_from"] = str(model_folder(init_from).resolve())
     if config.data.tokenizer is None:

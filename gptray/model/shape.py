@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gptray.config import UserError
 from gptray.files import expanded, is_uri
+from gptray.gguf_source import is_gguf, opened_gguf
 from gptray.hub import download_model
 from gptray.model.hf_config import NetworkShape, read_config
 from gptray.node_cache import fetched_holder
@@ -23,16 +24,18 @@ _FETCHED = re.compile(r"(?!manifest\.json)[\w-][\w.-]*\.(json|txt|model|safetens
 
 
 def model_folder(source: str | Path, *, weights: bool = True) -> Path:
-    """The local folder with config.json for a model folder, a run folder or a Hugging Face hub id.
+    """The local folder with config.json for a model or run folder, a GGUF file or a hub id.
 
-    What a URI names is fetched to this node's cache. A hub id is downloaded: config.json, and with
-    `weights` the safetensors and tokenizer files. Raises NotOnHub for what is no folder and
-    not there; UserError for a folder without a model.
+    What a URI names is fetched to this node's cache; of a GGUF file one is made there. A hub id is
+    downloaded: config.json, and with `weights` the safetensors and tokenizer files. Raises NotOnHub
+    for what is no folder and not there; UserError for a folder without a model.
     """
     if is_uri(source):
         what = "no config.json in it or in its model/, so this is no model"
         return fetched_holder(str(source), ("model",), _HOLDING, _FETCHED, what=what)
     folder = expanded(source)
+    if is_gguf(folder):
+        return opened_gguf(folder)
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate

@@ -8,9 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# safetensors' names.
+_NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 def write_tensors(
@@ -18,22 +23,31 @@ def write_tensors(
     shapes: Mapping[str, torch.Size],
     tensor: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write fp32 tensors of these shapes, byte for byte as safetensors' save_file does.
+    """Write tensors of these shapes, byte for byte as safetensors' save_file does.
 
     tensor: gives a tensor by its name, on any device; called once for each, in order of the names.
-    Raises OSError.
+    dtype: of all of them; None: fp32. Raises OSError.
     """
+    import torch
+
+    dtype = dtype or torch.float32
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, shape in sorted(shapes.items()):
-        start, end = end, end + 4 * shape.numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + dtype.itemsize * shape.numel()
+        header[name] = {
+            "dtype": _NAMES[str(dtype)],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in sorted(shapes.items()):
             whole = tensor(name)
-            assert whole.dtype == torch.float32 and whole.shape == shape, name
-            file.write(whole.cpu().contiguous().view(-1).numpy().data)
+            assert whole.dtype == dtype and whole.shape == shape, name
+            file.write(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,196 @@
+"""A tokenizer as GGUF's fields, such that llama.cpp makes the same tokens of a text, or a refusal.
+
+llama.cpp has its own tokenizers and no general one: byte-level BPE ("gpt2") with a choice of ways
+to cut text into words, SentencePiece's BPE ("llama") and SentencePiece's unigrams ("t5"). What they
+need is in `tokenizer.ggml.*`. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from tokenizers import pre_tokenizers
+
+from gptray.config import UserError
+from gptray.data.roundtrip import is_byte_token, unknown_name
+from gptray.data.sentencepiece_fields import MARK, bpe_fields, unigram_fields
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokenizer_parts import ModelPart, Step, TokenizerParts
+from gptray.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    CUTS,
+    KEY,
+    NO_MERGES,
+    NORMAL,
+    TAKES_WHOLE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
+
+log = logging.getLogger("gptray")
+
+_SPECIAL_IDS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",  # GGUF's spelling
+    "pad_token": "padding_token_id",
+}
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_BY_PATTERN = {_GPT2: "gpt-2"} | {pattern: name for name, pattern in CUTS.items() if pattern}
+
+
+def gguf_vocabulary(tokenizer: Tokenizer, *, rows: int) -> dict[str, object]:
+    """The fields of a tokenizer. rows: of the embedding; those without a token are named [PADn].
+
+    No token is put before or after a text, as in gptray itself. Raises UserError, one sentence, for
+    what llama.cpp cannot express.
+    """
+    names = tokenizer.names
+    if len(names) > rows:
+        raise UserError(
+            f"the tokenizer has {len(names):,} tokens, but the model only {rows:,}: train with "
+            "model.resize_vocab=true first"
+        )
+    parts = tokenizer.parts()
+    refused = _unlike_in_text(parts)
+    if refused:
+        raise UserError(f"llama.cpp cannot match {refused!r} in text as this tokenizer does")
+    special = tokenizer.special_ids
+    ids = {key: special[role] for role, key in _SPECIAL_IDS.items() if role in special}
+    fields = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "tokens": _texts(tokenizer, rows),
+        "token_type": _types(tokenizer, parts, rows),
+        "bos_token_id": tokenizer.eos_id,
+        **ids,
+        **_kind(tokenizer, parts, rows),
+    }
+    return {KEY + name: value for name, value in fields.items()}
+
+
+def _kind(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> Mapping[str, object]:
+    """What tells llama.cpp's tokenizers apart."""
+    if tokenizer.is_by_character:
+        return _of_characters(tokenizer, rows)
+    model = parts["model"]
+    padding = rows - len(tokenizer.names)
+    if model["type"] == "BPE" and (parts["decoder"] or {}).get("type") == "ByteLevel":
+        return _of_bytes(parts)
+    if model["type"] == "BPE":
+        return bpe_fields(parts, tokenizer.names, padding)
+    if model["type"] == "Unigram":
+        return unigram_fields(parts, tokenizer.names, padding)
+    raise UserError(f"llama.cpp has no tokenizer like this one ({model['type']})")
+
+
+def _of_characters(tokenizer: Tokenizer, rows: int) -> Mapping[str, object]:
+    """One token for each character: SentencePiece's BPE that never merges.
+
+    A space is written as U+2581 there, so that one and that character cannot both be tokens. A
+    character without a token is an error to llama.cpp too.
+    """
+    if MARK in tokenizer.names:
+        raise UserError(
+            "the text has the character U+2581, which llama.cpp's tokenizers take for a space; "
+            "choose data.tokenizer=bpe"
+        )
+    return {"model": "llama", "add_space_prefix": False, "scores": [0.0] * rows}
+
+
+def _of_bytes(parts: TokenizerParts) -> Mapping[str, object]:
+    model = parts["model"]
+    normalizer = (parts["normalizer"] or {}).get("type")
+    cut = _cut_of(parts["pre_tokenizer"])
+    if normalizer == "NFC":
+        log.warning("the tokenizer composes characters (NFC), llama.cpp does not: give it NFC text")
+    elif normalizer is not None:
+        raise UserError(f"llama.cpp has no {normalizer} before byte-level BPE")
+    if bool(model.get("ignore_merges")) != (cut in TAKES_WHOLE) or not _is_plain_bpe(model):
+        raise UserError("llama.cpp has no byte-level BPE with these settings")
+    merges = [f"{left} {right}" for left, right in model["merges"]]
+    return {"model": "gpt2", "pre": cut, "merges": merges or NO_MERGES}
+
+
+def _cut_of(step: Step | None) -> str:
+    """llama.cpp's name for what cuts text into words."""
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return "gpt-2"
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+            ],
+        }:
+            return "smollm"
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": str(pattern)},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        } if pattern in _BY_PATTERN:
+            return _BY_PATTERN[pattern]
+    raise UserError("llama.cpp does not cut text into words as this tokenizer does")
+
+
+def _is_plain_bpe(model: ModelPart) -> bool:
+    """Whether nothing but merges of the 256 bytes makes its tokens."""
+    return (
+        not model.get("byte_fallback")
+        and not model.get("dropout")
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"])
+    )
+
+
+def _texts(tokenizer: Tokenizer, rows: int) -> list[str]:
+    """The token of each row; each once, as llama.cpp has it."""
+    names = tokenizer.names
+    if tokenizer.is_by_character:
+        names = [MARK if name == " " else name for name in names]
+    names = [*names, *[""] * (rows - len(names))]
+    padded = [name or f"[PAD{number}]" for number, name in enumerate(names)]
+    assert len(set(padded)) == len(padded)
+    return padded
+
+
+def _types(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> list[int]:
+    added = {one["content"]: one["special"] for one in parts["added_tokens"]}
+    unknown = unknown_name(parts)
+    has_bytes = bool(parts["model"].get("byte_fallback"))
+
+    def kind(number: int, name: str) -> int:
+        if number == tokenizer.eos_id:
+            return CONTROL
+        if name == unknown:
+            return UNKNOWN
+        if has_bytes and is_byte_token(name):
+            return BYTE
+        if name in added:
+            return CONTROL if added[name] else USER_DEFINED
+        return NORMAL if name else UNUSED
+
+    types = [kind(number, name) for number, name in enumerate(tokenizer.names)]
+    return [*types, *[UNUSED] * (rows - len(types))]
+
+
+def _unlike_in_text(parts: TokenizerParts) -> str | None:
+    """An added token that is matched in text with more than its own characters, if there is one."""
+    for one in parts["added_tokens"]:
+        if not one["special"] and (one["lstrip"] or one["rstrip"] or one["single_word"]):
+            return one["content"]
+    return None

@@ -1,0 +1,165 @@
+"""The export job, checked without torch or Ray: the model, the place, what the format can say."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptray.config import Config, UserError
+from gptray.config.export import ExportConfig
+from gptray.data.gguf_vocabulary import gguf_vocabulary
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokenizer_files import tokenizer_files
+from gptray.files import absolute, check_writable, is_uri
+from gptray.jobs.models import find_model
+from gptray.model.gguf_names import (
+    BLOCKS,
+    GgufTensor,
+    family_of,
+    gguf_numbers,
+    gguf_tensors,
+    own_network,
+)
+from gptray.model.shape import WEIGHTS
+from gptray.model.stored_weights import StoredModel, stored_model
+from gptray.stored import Unreadable, read_bytes, read_foreign
+
+_SUFFIX = ".gguf"
+# What says how to use a model, beside its tokenizer.
+_MANNERS = ("generation_config.json", "chat_template.jinja")
+_TEMPLATE = "tokenizer.chat_template"
+
+
+@dataclass(frozen=True)
+class GgufContent:
+    """What a GGUF file will hold."""
+
+    architecture: str
+    fields: dict[str, object]
+    tensors: list[GgufTensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes, of tensors and of texts."""
+        texts = (
+            len(text.encode()) + 8
+            for value in self.fields.values()
+            if isinstance(value, list)
+            for text in value
+            if isinstance(text, str)
+        )
+        return sum(one.size for one in self.tensors) + sum(texts)
+
+
+@dataclass(frozen=True)
+class HfContent:
+    """What a Hugging Face folder will hold besides weights: files copied as they are."""
+
+    copied: list[Path]
+    weight_bytes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes, config.json and headers left out."""
+        return self.weight_bytes + sum(path.stat().st_size for path in self.copied)
+
+    @property
+    def files(self) -> list[str]:
+        """Their names."""
+        return sorted(["config.json", WEIGHTS, *(path.name for path in self.copied)])
+
+
+@dataclass(frozen=True)
+class CheckedExport:
+    """An export in which all exists and can be expressed. name: what the model was called."""
+
+    settings: ExportConfig
+    folder: Path
+    name: str
+    output: Path
+    model: StoredModel
+    content: GgufContent | HfContent
+
+
+def check(config: Config) -> CheckedExport:
+    """Find every mistake. Raises UserError with all of them, one line each."""
+    settings, problems = config.export, []
+    name, folder = "model", Path()
+    model, content = None, None
+    try:
+        folder, name = find_model(config, settings.model, key="export.model")
+    except UserError as error:
+        problems.append(str(error))
+    else:
+        try:
+            model = stored_model(folder)
+            content = _content(settings, folder, name, model)
+        except UserError as error:
+            problems.append(f"export.model={name}: {error}")
+    try:
+        output = _output(settings, name)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    assert model and content
+    return CheckedExport(settings, folder, name, output, model, content)
+
+
+def _content(
+    settings: ExportConfig, folder: Path, name: str, model: StoredModel
+) -> GgufContent | HfContent:
+    if settings.format == "hf":
+        if model.family.architecture is None:
+            raise own_network(model)
+        beside = [folder / one for one in _MANNERS if (folder / one).is_file()]
+        bytes_each, _ = BLOCKS[settings.precision]
+        numbers = sum(math.prod(one.shape) for one in model.weights.values())
+        return HfContent([*beside, *tokenizer_files(folder)], bytes_each * numbers)
+    family, tokenizer = family_of(model), Tokenizer.load(folder)
+    template = _chat_template(folder)
+    fields = {
+        "general.name": Path(name).name,
+        **gguf_numbers(model.shape, family),
+        **gguf_vocabulary(tokenizer, rows=model.embedding.shape[0]),
+        **({_TEMPLATE: template} if template else {}),
+    }
+    tensors = gguf_tensors(family, model.weights, settings.precision)
+    return GgufContent(family.architecture, fields, tensors)
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template of a model that chats, from a file of its own or the tokenizer's settings."""
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        try:
+            return read_bytes(own).decode()
+        except (Unreadable, UnicodeDecodeError) as error:
+            raise UserError(f"{own}: {error}") from None
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    template = read_foreign(folder / "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _output(settings: ExportConfig, name: str) -> Path:
+    """The path to write. Raises UserError for one that is taken or cannot be written."""
+    key, given = "export.output_path", settings.output_path
+    is_gguf = settings.format == "gguf"
+    example = f"{Path(name).name or 'model'}-{settings.precision}{_SUFFIX if is_gguf else ''}"
+    what = "file" if is_gguf else "folder"
+    if given is None:
+        raise UserError(f"{key} is not set: name the {what} to write, such as {example}")
+    if is_uri(given):
+        raise UserError(f"{key}={given}: name a {what} on this machine, such as {example}")
+    path = absolute(given, key=key)
+    if is_gguf and path.is_dir():
+        raise UserError(f"{key}={given}: is a folder; name a file, such as {path / example}")
+    if is_gguf and path.suffix != _SUFFIX:
+        raise UserError(f"{key}={given}: a GGUF file's name ends in {_SUFFIX}, such as {example}")
+    if os.path.lexists(path):
+        raise UserError(f"{key}={given}: exists already; remove it, or choose another path")
+    check_writable(path, key=key)
+    return path

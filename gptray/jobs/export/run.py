@@ -1,0 +1,101 @@
+"""Writes a model in another program's format, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptray.config import RunFailed
+from gptray.files import no_empty_folders, replacing, storing
+from gptray.jobs.base import Job, Plan
+from gptray.jobs.doing import doing
+from gptray.jobs.export.check import CheckedExport, GgufContent, HfContent, check
+from gptray.jobs.next_steps import of_model, tell
+from gptray.model.gguf_file import write_gguf
+from gptray.model.hf_export import write_hf
+from gptray.model.rounding import check_tied
+
+
+def plan(checked: CheckedExport) -> Plan:
+    """What the job would write."""
+    content = checked.content
+    names = content.files if isinstance(content, HfContent) else [checked.output.name]
+    return [
+        ("model", str(checked.folder)),
+        ("format", _format(content)),
+        ("precision", checked.settings.precision),
+        ("output", str(checked.output)),
+        ("files", " ".join(names)),
+        ("size", f"{content.size / 1e6:,.1f} MB"),
+    ]
+
+
+def run(checked: CheckedExport) -> dict[str, object]:
+    """Write a model that was checked; return the JSON line's facts.
+
+    Raises UserError for weights that are damaged or do not fit the precision, RunFailed where the
+    disk takes no more.
+    """
+    output, settings = checked.output, checked.settings
+    with storing(output), no_empty_folders(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with doing(f"writing {output}"):
+            _write(checked)
+        size = sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file())
+    if settings.format == "hf":
+        tell([of_model(output)["generate"]])
+    return {
+        "path": str(output),
+        "format": settings.format,
+        "precision": settings.precision,
+        "bytes": size,
+        "model": checked.name,
+    }
+
+
+def _write(checked: CheckedExport) -> None:
+    content, precision = checked.content, checked.settings.precision
+    check_tied(checked.model)
+    if isinstance(content, GgufContent):
+        with replacing(checked.output) as file:
+            write_gguf(
+                file, content.architecture, content.fields, content.tensors, precision=precision
+            )
+            _refuse_taken(checked.output)
+    else:
+        with _appearing(checked.output) as folder:
+            write_hf(checked.folder, folder, checked.model, precision=precision)
+            for path in content.copied:
+                shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` if all went well."""
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    draft.mkdir()
+    try:
+        yield draft
+        _refuse_taken(folder)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _refuse_taken(output: Path) -> None:
+    if os.path.lexists(output):
+        raise RunFailed(f"{output} came to exist meanwhile, and is left as it is")
+
+
+def _format(content: GgufContent | HfContent) -> str:
+    if isinstance(content, HfContent):
+        return "Hugging Face"
+    tokens = content.fields["tokenizer.ggml.model"]
+    return f"GGUF, architecture {content.architecture}, tokenizer {tokens}"
+
+
+JOB = Job(check, plan, run)

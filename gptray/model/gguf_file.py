@@ -1,0 +1,82 @@
+"""Writes a GGUF file, one tensor at a time, by the `gguf` package of llama.cpp's authors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from gptray.model.gguf_names import GgufTensor
+from gptray.model.rounding import dtype_of, rounded
+
+_KINDS = {
+    "fp32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "fp16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    fields: Mapping[str, object],
+    tensors: Sequence[GgufTensor],
+    *,
+    precision: str,
+) -> None:
+    """Write a model's fields and tensors.
+
+    fields: by GGUF's keys, of the types that `_add` takes. Raises UserError as `rounded`, OSError.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        writer.add_file_type(_KINDS[precision][1])
+        if precision == "q8_0":
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in fields.items():
+            _add(writer, key, value)
+        for one in tensors:
+            kind, _ = _KINDS[one.precision]
+            writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), one.size, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for one in tensors:
+            writer.write_tensor_data(_encoded(one))
+    finally:
+        writer.close()
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list() | bytes():  # of texts, of whole numbers (int32), of floats; bytes: of uint8
+            writer.add_array(key, value)
+        case _:
+            raise AssertionError(f"{key}: GGUF has no {type(value)}")
+
+
+def _encoded(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+    """A tensor's bytes as they are in the file, for NumPy has no bf16."""
+    import torch
+
+    weight = rounded(tensor.stored, dtype_of(tensor.precision))
+    weight = (weight.t() if tensor.turned else weight).contiguous()
+    assert tuple(weight.shape) == tensor.shape, tensor.name
+    if tensor.precision == "q8_0":
+        quantized: npt.NDArray[np.uint8] = gguf.quantize(
+            weight.numpy(), gguf.GGMLQuantizationType.Q8_0
+        )
+        return quantized
+    return weight.view(torch.uint8).numpy()

@@ -1,0 +1,6 @@
+import sys
+
+from gptray.doors import run
+
+if __name__ == "__main__":
+    sys.exit(run("export"))

@@ -1,0 +1,239 @@
+"""GGUF files as models: those that export wrote, and files that are damaged or hostile."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from gptray import LLM
+from gptray.config import UserError, load_config
+from gptray.data.tokenizer import Tokenizer, char_tokenizer
+from gptray.doors import run
+from gptray.gguf_header import read_header
+from gptray.jobs.run_folder import resolve
+from gptray.model.hf import load_pretrained, save_pretrained
+from gptray.model.shape import model_folder
+from gptray.stored import Unreadable
+from tests.data import foreign
+from tests.generation.models import random_gpt, small_tokenizer
+
+NOT_IN_GGUF = {"dropout", "initializer_range"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def exported(folder: Path, tokenizer: Tokenizer, precision: str = "fp32") -> Path:
+    model = random_gpt(tokenizer, n_inner=64)
+    save_pretrained(model, folder / "m", eos_token_id=tokenizer.eos_id)
+    tokenizer.save(folder / "m")
+    words = [f"export.model={folder}/m", f"export.output_path={folder}/m.gguf"]
+    assert run("export", [*words, f"export.precision={precision}"]) == 0
+    return folder / "m.gguf"
+
+
+@pytest.mark.parametrize("precision", [*DTYPES, "q8_0"])
+def test_a_model_comes_back_from_gguf(tmp_path: Path, precision: str) -> None:
+    path = exported(tmp_path, small_tokenizer(), precision)
+    original, found = load_pretrained(tmp_path / "m"), load_pretrained(path)
+    read = {one.name: one for one in gguf.GGUFReader(path).tensors}
+    pairs = zip(original.state_dict().items(), found.state_dict().values(), strict=True)
+    for (name, weight), copy in pairs:
+        if weight.ndim == 1 or "wpe" in name:
+            assert torch.equal(copy, weight), name
+        elif precision in DTYPES:
+            assert torch.equal(copy, weight.to(DTYPES[precision]).float()), name
+        elif "wte" in name:
+            one = read["token_embd.weight"]
+            assert np.array_equal(copy.numpy(), gguf.dequantize(one.data, one.tensor_type))
+        else:
+            assert (copy - weight).abs().max() < 0.02 and not torch.equal(copy, weight)
+    assert found.config.model_dump(exclude=NOT_IN_GGUF) == (
+        original.config.model_dump(exclude=NOT_IN_GGUF)
+    )
+    outputs = [
+        LLM(str(place)).generate(["the cat"], temperature=0, max_new_tokens=9)[0].text
+        for place in (tmp_path / "m", path)
+    ]
+    assert precision != "fp32" or outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    "make", [small_tokenizer, lambda: foreign.as_tokenizer(foreign.byte_level())]
+)
+def test_a_byte_level_tokenizer_comes_back(tmp_path: Path, make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    found = Tokenizer.load(exported(tmp_path, tokenizer))
+    assert found.names == tokenizer.names and found.eos_id == tokenizer.eos_id
+    for text in ("the cat  sees\n\n1234", "\uc61b\ub0a0", "<|endoftext|>", "it's"):
+        assert found.encode(text) == tokenizer.encode(text)
+
+
+def requantized(path: Path, kind: gguf.GGMLQuantizationType) -> Path:
+    """The file with its matrices in another type, as tools of llama.cpp write it."""
+    reader, output = gguf.GGUFReader(path), path.with_suffix(f".{kind.name}.gguf")
+    writer = gguf.GGUFWriter(output, "gpt2")
+    for key, one in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(key, one.contents(), one.types[0], one.types[-1])
+    for tensor in reader.tensors:
+        if tensor.data.ndim == 2 and tensor.name != "position_embd.weight":
+            data = gguf.quantize(tensor.data, kind)
+            writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        else:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return output
+
+
+def test_types_that_export_does_not_write_are_read_too(tmp_path: Path) -> None:
+    path = exported(tmp_path, small_tokenizer())
+    name = "transformer.h.0.mlp.c_fc.weight"
+    original = load_pretrained(path).state_dict()[name]
+    for kind, most in (
+        (gguf.GGMLQuantizationType.Q5_1, 0.06),
+        (gguf.GGMLQuantizationType.Q4_0, 0.2),
+    ):
+        found = load_pretrained(requantized(path, kind)).state_dict()[name]
+        difference = float((found - original).abs().max())
+        assert 0 < difference < most * float(original.abs().max())
+
+
+def test_a_run_starts_from_gguf_and_keeps_its_path(tmp_path: Path) -> None:
+    path = exported(tmp_path, small_tokenizer())
+    words = [f"storage_path={tmp_path}", f"model.init_from={path}", "train.block_size=32"]
+    config = resolve(load_config(None, words))
+    assert config.model.init_from == config.data.tokenizer == str(path)
+    assert (config.model.n_embd, config.model.n_inner, config.model.n_positions) == (32, 64, 64)
+
+
+def test_a_folder_is_made_once_for_each_state_of_a_file(tmp_path: Path) -> None:
+    path = exported(tmp_path, small_tokenizer())
+    first = model_folder(path)
+    assert model_folder(path) == first and {one.name for one in first.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    path.unlink()
+    exported_again = tmp_path / "again"
+    exported_again.mkdir()
+    exported(exported_again, small_tokenizer(), "fp16").rename(path)
+    assert model_folder(path) != first
+
+
+def test_what_cannot_be_read_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [
+        (exported(folder(tmp_path, "char"), char_tokenizer("ab ")), "its tokenizer (llama"),
+        (other(tmp_path / "llama.gguf", "llama"), "architecture 'llama' cannot be read; gpt2 can"),
+        (other(tmp_path / "bare.gguf", "gpt2"), "its tokenizer has no tokens"),
+        (other(tmp_path / "strange.gguf", "gpt2", tokens=True), "it has no context_length"),
+    ]
+    for path, said in cases:
+        capsys.readouterr()
+        assert run("generate", [f"generate.model={path}", "sample.prompt=a"]) == 2
+        err = capsys.readouterr().err
+        assert f"{path}: " in err and said in err and "Traceback" not in err
+
+
+def folder(root: Path, name: str) -> Path:
+    (root / name).mkdir()
+    return root / name
+
+
+def other(path: Path, architecture: str, *, tokens: bool = False) -> Path:
+    """A file of another program's, with a tensor."""
+    writer = gguf.GGUFWriter(path, architecture)
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(["a", "b"])
+        writer.add_token_types([1, 3])
+        writer.add_eos_token_id(1)
+    writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def head(tensors: int, fields: int, rest: bytes = b"", *, version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, fields) + rest
+
+
+def field(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "ends too early"),
+        (b"GGML" + bytes(60), "not a GGUF file"),
+        (head(0, 0, version=1), "its version is 1"),
+        (head(1 << 60, 0), "claims to have"),
+        (head(0, 1 << 60), "claims to have"),
+        (head(0, 1, struct.pack("<Q", 1 << 62)), "ends too early"),
+        (head(0, 1, field("a", 9, struct.pack("<IQ", 0, 1 << 60))), "ends too early"),
+        (head(0, 1, field("a", 9, struct.pack("<IQ", 8, 1 << 60))), "ends too early"),
+        (head(0, 1, field("a", 9, struct.pack("<IQ", 9, 3))), "an array of type 9"),
+        (head(0, 1, field("a", 77, b"")), "a value of type 77"),
+        (head(0, 1, field("\ud800".encode("utf-8", "surrogatepass").hex(), 8, b"\1")), "early"),
+        (head(0, 1, field("a", 8, struct.pack("<Q", 1) + b"\xff")), "invalid start byte"),
+        (head(1, 0, struct.pack("<QI", 0, 1 << 30)), "dimensions"),
+        (head(0, 1, field("general.alignment", 4, bytes(4))), "its alignment is 0"),
+    ],
+)
+def test_a_damaged_or_hostile_header_is_refused_at_once(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(content)
+    with pytest.raises(Unreadable, match=said):
+        read_header(path)
+    with pytest.raises(UserError, match=f"{path}: "):
+        model_folder(path)
+
+
+def test_every_truncation_and_shape_that_lies_is_refused(tmp_path: Path) -> None:
+    path = exported(tmp_path, small_tokenizer())
+    whole = path.read_bytes()
+    for size in (10, 100, 1000, 5000, len(whole) // 2, len(whole) - 64):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError):
+            model_folder(path)
+    rows = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4
+    for width, height, said in (
+        (32, 1 << 40, "is outside the file"),
+        (0, 300, "has shape"),
+        (32, 0, "has shape"),
+    ):
+        shape = struct.pack("<QQ", width, height)
+        path.write_bytes(whole[:rows] + shape + whole[rows + 16 :])
+        with pytest.raises(UserError, match=f"token_embd.weight {said}"):
+            model_folder(path)
+
+
+def test_the_chat_template_comes_back(tmp_path: Path) -> None:
+    exported(tmp_path, small_tokenizer()).unlink()
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages }}")
+    words = [f"export.model={tmp_path}/m", f"export.output_path={tmp_path}/m.gguf"]
+    assert run("export", words) == 0
+    settings = model_folder(tmp_path / "m.gguf") / "tokenizer_config.json"
+    assert json.loads(settings.read_text())["chat_template"] == "{{ messages }}"
