@@ -30,6 +30,7 @@ EVENT_FIELDS: RowFields = {
     "": {"event": str},
     "evaluated": {"step": int, "best": bool, "samples": list},
     "notice": {"message": str},
+    "landing": {"step": int, "back_to": int, "until": int, "message": str},
     "damaged": {"message": str},
     "failure": {"message": str},
     "waiting": {"message": str},
@@ -38,7 +39,9 @@ EVENT_FIELDS: RowFields = {
 
 class MetricsRow(TypedDict, total=False):
     """A row of metrics.jsonl. Losses in nats per token; the fields from val_loss on only where
-    the step was evaluated, val_lost only where the tokenizer loses text."""
+    the step was evaluated, val_lost only where the tokenizer loses text. Steps count on through a
+    landing, whose epochs are those behind its weights. With train.ema val_loss, val_ppl, val_bpb
+    and gap are of the better of the weights (own) and their average (ema)."""
 
     step: Required[int]
     epoch: float
@@ -46,12 +49,15 @@ class MetricsRow(TypedDict, total=False):
     lr: float
     grad_norm: float
     tokens_per_sec: float
+    phase: Literal["stable", "landing"]  # with optim.schedule=wsd
     mfu: float
     val_loss: float
     val_ppl: float
     val_bpb: float
     gap: float
     val_lost: float
+    val_loss_own: float
+    val_loss_ema: float
 
 
 class Event(TypedDict, total=False):
@@ -60,7 +66,9 @@ class Event(TypedDict, total=False):
     event: Required[str]
     time: Required[float]
     step: int
-    message: str  # of a notice, a damaged checkpoint, a failure, a wait
+    message: str  # of a notice, a landing, a damaged checkpoint, a failure, a wait
+    back_to: int  # of a landing: the step whose weights it begins with
+    until: int  # of a landing, and of a start in it: its last step
     stopped: Literal["max_steps", "patience", "non_finite"]  # of an end
     best: bool  # of an evaluation, as is the next
     samples: list[list[str]]  # pairs of a prompt and its continuation

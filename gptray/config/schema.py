@@ -93,6 +93,33 @@ class Config(Section):
         """Tokens per optimizer step, all workers."""
         return self.train.global_batch_size * self.train.block_size
 
+    @property
+    def stable_steps(self) -> int:
+        """The most steps before a landing, whose cool-down then ends within train.max_steps; all
+        steps where none comes."""
+        most = self.train.max_steps
+        if not self.optim.lands:
+            return most
+        steps = math.ceil(most / (1 + self.optim.decay_fraction))
+        while steps + self.optim.cooldown_steps(steps) > most:
+            steps -= 1
+        return steps
+
+    @model_validator(mode="after")
+    def _has_steps_to_land(self) -> Config:
+        if self.optim.lands and self.train.max_steps < 2:
+            raise ValueError("optim.schedule=wsd needs train.max_steps=2 or more, one to cool down")
+        return self
+
+    @model_validator(mode="after")
+    def _averages_whole_weights(self) -> Config:
+        if self.train.ema is not None and self.compute.strategy == "fsdp":
+            raise ValueError(
+                "train.ema averages weights that each worker has whole, not with "
+                "compute.strategy=fsdp"
+            )
+        return self
+
     @model_validator(mode="after")
     def _space_is_sound(self) -> Config:
         problems = space_problems(self.tune.space, type(self))

@@ -5,6 +5,7 @@ Joined into one tree in `gptray.config`, from where everybody imports them.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -76,9 +77,17 @@ class DataConfig(Section):
 class OptimConfig(Section):
     lr: Positive = Field(2e-3, description="peak learning rate")
     min_lr: NonNegative = Field(2e-4, description="learning rate at the end of the schedule")
-    schedule: Literal["constant", "linear", "cosine", "step"] = Field(
+    schedule: Literal["constant", "linear", "cosine", "step", "wsd"] = Field(
         "cosine",
-        description="how lr falls to min_lr after the warm-up; step: times gamma every step_size",
+        description="how lr falls to min_lr after the warm-up; step: times gamma every step_size; "
+        "wsd (warm-up, stable, decay): stays until train.patience runs out or just enough of "
+        "train.max_steps is left, then the run lands: it goes back to its best checkpoint and "
+        "cools down from there",
+    )
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.2,
+        description="steps of the cool-down, as a share of the best checkpoint's; they count in "
+        "train.max_steps (schedule: wsd)",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="steps of linear warm-up")
     step_size: PositiveInt = Field(500, description="steps between two drops (schedule: step)")
@@ -90,6 +99,16 @@ class OptimConfig(Section):
     weight_decay: NonNegative = Field(0.1, description="AdamW's; none on biases and norms")
     max_grad_norm: Positive | None = Field(1.0, description="clip the global norm here; null: off")
 
+    @property
+    def lands(self) -> bool:
+        """Whether training ends with a cool-down from the best checkpoint."""
+        return self.schedule == "wsd"
+
+    def cooldown_steps(self, steps: int) -> int:
+        """Steps of the cool-down from a checkpoint of `steps`."""
+        # Less the rounding of a product such as 0.1 * 30.
+        return max(1, math.ceil(self.decay_fraction * steps - 1e-9))
+
     @model_validator(mode="after")
     def _min_below_peak(self) -> OptimConfig:
         if self.min_lr > self.lr:
@@ -99,7 +118,9 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     max_steps: PositiveInt = Field(
-        1000, description="optimizer updates; raised under the same name, the run trains longer"
+        1000,
+        description="optimizer updates, the cool-down of optim.schedule=wsd included; raised under "
+        "the same name, the run trains longer",
     )
     global_batch_size: PositiveInt = Field(16, description="sequences per step, all workers")
     micro_batch_size: PositiveInt | None = Field(
@@ -116,6 +137,11 @@ class TrainConfig(Section):
     )
     min_delta: NonNegative = Field(
         0.0, description="nats that validation loss must fall to count as new best"
+    )
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="decay of an exponential moving average of the weights, such as 0.999, scored "
+        "at each evaluation next to the weights themselves; the better of the two count; null: off",
     )
     async_validation: bool = Field(
         False,

@@ -61,6 +61,8 @@ ALIASES = {
     "optim.lr": "learning_rate max_lr peak_lr base_lr learningrate",
     "optim.min_lr": "lr_min final_lr min_learning_rate eta_min lr_end",
     "optim.schedule": "scheduler lr_scheduler lr_schedule decay lr_scheduler_type lr_decay_style",
+    "optim.decay_fraction": "cooldown_fraction cooldown cooldown_frac decay_frac decay_ratio "
+    "cooldown_steps",
     "optim.warmup_steps": "warmup warmup_iters num_warmup_steps n_warmup_steps lr_warmup_steps",
     "optim.step_size": "lr_step_size decay_steps",
     "optim.gamma": "lr_gamma decay_rate",
@@ -82,6 +84,7 @@ ALIASES = {
     "train.log_interval": "log_every logging_steps log_freq log_steps",
     "train.patience": "early_stopping_patience early_stopping early_stop",
     "train.min_delta": "early_stopping_threshold delta",
+    "train.ema": "ema_decay ema_beta weight_averaging model_ema averaging swa",
     "train.precision": "dtype mixed_precision amp fp16 bf16 fp32",
     "train.compile": "torch_compile compile_model",
     "train.deterministic": "use_deterministic_algorithms full_determinism reproducible "
@@ -151,6 +154,9 @@ def nearest_keys(typed: str, keys: Sequence[str]) -> list[str]:
     if same_leaf:
         near = nearest(section, [key.rpartition(".")[0] for key in same_leaf])
         return [f"{near}.{leaf}"] if near else same_leaf
+    # A name that others use is no misspelling: train.remat is not train.ema.
+    if known := [key for key in keys if leaf in ALIASES.get(key, "").split()]:
+        return known
     best, most = "", math.nextafter(0.6, 0)  # at least 0.6 is near
     for key in keys:
         likeness = _likeness(word, key, above=most)

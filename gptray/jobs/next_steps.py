@@ -38,7 +38,7 @@ def tell_run(config: Config, folder: Path) -> None:
     log.info("%s", sentence(diagnosis, config))
     uses = of_model(folder, seen_at(config))
     commands = [uses["generate"], uses["evaluate"]]
-    if diagnosis.verdict == "falling" and diagnosis.ended == "max_steps":
+    if diagnosis.verdict == "falling" and diagnosis.ended == "max_steps" and not diagnosis.landed:
         longer = f"train.max_steps={2 * diagnosis.last_step}"
         commands = [command("train", config, folder, longer), uses["generate"]]
     tell(commands, settings=differing(config))

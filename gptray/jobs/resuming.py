@@ -9,7 +9,7 @@ import fcntl
 import itertools
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from gptray.jobs.run_folder import FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir, se
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
     WRITER_LOCK,
-    TrainerState,
     check_not_lost,
     checkpoint_step,
     find_checkpoints,
 )
+from gptray.training.trainer_state import TrainerState
 from gptray.tuning.sweep_record import TRIALS, samples_drawn
 
 log = logging.getLogger("gptray")
@@ -38,6 +38,7 @@ LONGER = ("train.max_steps", "train.patience", "train.min_delta")
 MORE = ("tune.num_samples",)
 # Files and folders that jobs write to in place: through a link they would write elsewhere.
 _WRITTEN = (LOCK, WRITER_LOCK, METRICS, EVENTS, TRIALS, "model", "tensorboard", "trials")
+_ANEW = "a new name starts a new run, with model.init_from from these weights"
 # Schedules of the learning rate that end at train.max_steps.
 _ENDING = ("linear", "cosine")
 
@@ -112,12 +113,33 @@ def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]
                     f"train.max_steps={new}: the run {seen_at(config)} has made {step:,} steps "
                     f"already; give {step} or more, or choose another name"
                 )
+            _check_room_to_land(config, step)
             verb = "raised" if new > old else "lowered"
         text = f"{key} {verb} from {shown(old)} to {shown(new)}"
         if key == "train.max_steps" and config.optim.schedule in _ENDING:
             text += f": the schedule is planned again from step {step}"
         sentences.append(text)
     return sentences
+
+
+def _check_room_to_land(config: Config, step: int) -> None:
+    """Refuse fewer steps than a run that is to land needs after `step`. Raises UserError."""
+    if config.stable_steps < step:
+        steps = config.optim.cooldown_steps(step)
+        raise UserError(
+            f"train.max_steps={config.train.max_steps}: the run {seen_at(config)} has made "
+            f"{step:,} steps, and its cool-down takes up to {steps:,} more; give {step + steps} or "
+            "more, or choose another name"
+        )
+
+
+def check_not_landing(config: Config, changes: Sequence[str], state: TrainerState | None) -> None:
+    """Refuse to train a run longer that has begun to land. Raises UserError."""
+    if changes and state and state.landing:
+        raise UserError(
+            f"{'; '.join(changes)}: the run {seen_at(config)} has begun to land "
+            f"after step {state.landing.start:,}, and its stable part cannot go on; {_ANEW}"
+        )
 
 
 def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> list[str]:
@@ -211,7 +233,7 @@ def _extends(config: Config, before: Config) -> bool:
 
 def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:
     """Whether a run has come to its end, with every checkpoint scored."""
-    if not state.why_stop(config.train):
+    if not state.is_over(config):
         return False
     rows = read_rows(folder / METRICS)
     return not config.train.async_validation or any(
@@ -221,6 +243,8 @@ def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:
 
 def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> str:
     """What to say of a finished run."""
+    if state.landing:
+        return f"this run has landed and is finished; {_ANEW}"
     longer = []
     if state.step >= config.train.max_steps:
         longer.append(f"train.max_steps={2 * state.step}")

@@ -27,6 +27,7 @@ from gptray.node_cache import storage_folder
 from gptray.record import METRICS, read_metrics
 from gptray.remote_folder import RemoteFolder
 from gptray.stored import Unreadable, read_object
+from gptray.training.landing import landing_gain, why_stopped
 
 # Keys that do not change what is trained: a run may resume under other values of these.
 FREE_KEYS = (
@@ -139,7 +140,8 @@ def outcome(config: Config) -> dict[str, object]:
     """What the run has come to, from its metrics: the job's JSON line.
 
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
-    evaluation. `val_lost` is the share of the validation text that the tokenizer loses.
+    evaluation. `val_lost` is the share of the validation text that the tokenizer loses. `landed`:
+    whether the model is from the cool-down; `landing_gain`: see `gptray.training.landing`.
     """
     folder = run_dir(config)
     rows = read_metrics(folder)
@@ -160,7 +162,9 @@ def outcome(config: Config) -> dict[str, object]:
         "val_lost": best.get("val_lost", 0.0),
         "last_train_loss": last["train_loss"],
         "last_val_loss": last["val_loss"],
-        "stopped": "max_steps" if last["step"] >= config.train.max_steps else "patience",
+        "stopped": why_stopped(rows, config),
+        "landed": best.get("phase") == "landing",
+        "landing_gain": landing_gain(rows),
         "tokens_per_sec": rates[len(rates) // 2],
     }
 

@@ -34,7 +34,15 @@ POLL_S, RETRY_S = 5.0, 30.0
 # For the last rows, at the end of a job and of one that is stopped.
 END_S, STOPPED_S = 60.0, 1.0
 # Fields of a row that come with its score, which may be later than the row.
-_OF_SCORE = ("val_loss", "val_ppl", "val_bpb", "gap", "val_lost")
+_OF_SCORE = (
+    "val_loss",
+    "val_ppl",
+    "val_bpb",
+    "gap",
+    "val_lost",
+    "val_loss_own",
+    "val_loss_ema",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ def new_points(rows: Sequence[MetricsRow], sent: Sent) -> list[Point]:
     points: list[Point] = []
     for row in rows:
         step, values = row["step"], dict(cast(Mapping[str, float], row))
-        del values["step"]
+        for key in ("step", "phase"):
+            values.pop(key, None)
         if step <= sent.step:
             values = {key: values[key] for key in _OF_SCORE if key in values}
             if step <= sent.scored:

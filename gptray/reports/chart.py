@@ -13,7 +13,7 @@ from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import decimals
 
 # A run's curves, and the curves of a sweep's trials.
-Role = Literal["train", "val", "single", "cut", "whole", "wrong", "own", "winner"]
+Role = Literal["train", "val", "landed", "single", "cut", "whole", "wrong", "own", "winner"]
 
 # Points per curve; a page cannot show more.
 MOST_POINTS = 400
@@ -36,7 +36,7 @@ class Series:
     @property
     def has_dots(self) -> bool:
         """Whether each point is one measurement and there is room to show it."""
-        return self.role == "val" and len(self.points) <= MOST_DOTS
+        return self.role in ("val", "landed") and len(self.points) <= MOST_DOTS
 
     @property
     def has_end(self) -> bool:
@@ -48,7 +48,7 @@ class Series:
 class Mark:
     """A step to point out."""
 
-    role: Literal["best", "turned"]
+    role: Literal["best", "turned", "landed"]
     step: float
     value: float
     label: str
@@ -114,7 +114,8 @@ def averaged(points: Sequence[XY], most: int = MOST_POINTS // 2) -> tuple[XY, ..
 def _loss_chart(rows: Sequence[MetricsRow], diagnosis: Diagnosis) -> Chart:
     train = averaged([(row["step"], row["train_loss"]) for row in rows])
     val = thinned([(point.step, point.val_loss) for point in diagnosis.points])
-    low, high = _range([train, val], from_zero=False)
+    landing = _landing_curve(diagnosis)
+    low, high = _range([train, val, landing], from_zero=False)
     return Chart(
         key="loss",
         title="Loss",
@@ -122,12 +123,22 @@ def _loss_chart(rows: Sequence[MetricsRow], diagnosis: Diagnosis) -> Chart:
         series=(
             Series("training", "train", train),
             Series("validation", "val", val),
+            *([Series("validation, landing", "landed", landing)] if landing else []),
         ),
         last=rows[-1]["step"],
         low=low,
         high=high,
         marks=_marks(diagnosis),
     )
+
+
+def _landing_curve(diagnosis: Diagnosis) -> tuple[XY, ...]:
+    """Validation loss of a landing, from the evaluation that it went back to."""
+    landed = diagnosis.landed
+    if landed is None:
+        return ()
+    before = [point for point in diagnosis.points if point.step == landed.back_to]
+    return thinned([(point.step, point.val_loss) for point in (*before, *landed.points)])
 
 
 def _marks(diagnosis: Diagnosis) -> tuple[Mark, ...]:
@@ -138,6 +149,11 @@ def _marks(diagnosis: Diagnosis) -> tuple[Mark, ...]:
     marks = [Mark("best", best.step, best.val_loss, f"best: step {best.step:,} ({value})")]
     if turned and diagnosis.verdict == "overfitting":
         marks.append(Mark("turned", turned.step, turned.val_loss, f"turned: step {turned.step:,}"))
+    if landed := diagnosis.landed:
+        point = landed.best
+        loss = f"{point.val_loss:.{decimals(landed.gain)}f}"
+        label = f"landed: step {point.step:,} ({loss})"
+        marks.append(Mark("landed", point.step, point.val_loss, label))
     return tuple(marks)
 
 

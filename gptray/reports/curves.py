@@ -110,11 +110,11 @@ def _mark(mark: Mark, row: int, x: Scale, y: Scale, width: int) -> list[Shape]:
 def _label_place(mark: Mark, x: float, width: int) -> tuple[float, bool]:
     """Where a mark's label is anchored, and whether it ends there.
 
-    It stands to the left of the best step's line and to the right of a turn's, if it fits.
+    It stands to the right of a turn's line and to the left of the others, if it fits.
     """
     length = LETTER * len(mark.label)
     fits_left, fits_right = x - 6 > length, width - x - 6 > length
-    if fits_left and (mark.role == "best" or not fits_right):
+    if fits_left and (mark.role != "turned" or not fits_right):
         return x - 6, True
     if fits_right:
         return x + 6, False

@@ -1,11 +1,12 @@
 """Checkpoints that survive a crash at any instant and detect later damage.
 
 A checkpoint is a folder `checkpoint_<step>` in the run folder: `model/` (Hugging Face's layout),
-`optimizer.safetensors`, `trainer.json`, `config.yaml` and, written last, `manifest.json` with every
-file's size and sha256. It is built under another name, synced to disk and renamed, so a visible
-checkpoint was complete once; the manifest reveals what has happened to it since (safetensors has no
-checksum of its own). Nothing is pickled. What the tensor files hold is up to the loop; without
-torch here, a driver can inspect checkpoints at once.
+with `train.ema` `averaged/` (the same, of the averaged weights), `optimizer.safetensors`,
+`trainer.json`, `config.yaml` and, written last, `manifest.json` with every file's size and sha256.
+It is built under another name, synced to disk and renamed, so a visible checkpoint was complete
+once; the manifest reveals what has happened to it since (safetensors has no checksum of its own).
+Nothing is pickled. What the tensor files hold is up to the loop; without torch here, a driver can
+inspect checkpoints at once.
 """
 
 from __future__ import annotations
@@ -17,73 +18,19 @@ import shlex
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from gptray.config import RunFailed, TrainConfig, UserError
+from gptray.config import RunFailed, UserError
 from gptray.files import CannotWrite, remove, storing
-from gptray.manifest import FORMAT, files_damage, sync, write_manifest
+from gptray.manifest import files_damage, sync, write_manifest
 from gptray.record import EVENTS, read_rows
-from gptray.stored import is_whole, read_object
-from gptray.training.stopping import Progress
+from gptray.training.trainer_state import TrainerState
 
+# Folders of a checkpoint: its weights, and their average.
+MODEL, AVERAGED = "model", "averaged"
 WRITER_LOCK = ".writer.lock"
 # No run can resume without these.
 _NEEDED = ("trainer.json", "optimizer.safetensors", "model/config.json", "model/model.safetensors")
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """The state of a run after `step` updates. `data` is the fingerprint of its token data.
-
-    evaluated: the last step that was evaluated, whose score may still come. losses: of the steps
-    since the last row of metrics.jsonl.
-    """
-
-    step: int
-    progress: Progress
-    data: str
-    evaluated: int = 0
-    losses: tuple[float, ...] = ()
-
-    def why_stop(self, config: TrainConfig) -> str | None:
-        """The reason to stop training: max_steps or patience; None to continue."""
-        if self.step >= config.max_steps:
-            return "max_steps"
-        return "patience" if self.progress.exhausted(config.patience) else None
-
-    def to_json(self) -> dict[str, object]:
-        """Plain JSON values."""
-        return {
-            "format": FORMAT,
-            "step": self.step,
-            "progress": self.progress.to_json(),
-            "data": self.data,
-            "evaluated": self.evaluated,
-            "losses": list(self.losses),
-        }
-
-    @classmethod
-    def load(cls, folder: Path) -> TrainerState:
-        """Read `trainer.json` of a checkpoint. Raises ValueError if it holds no valid state."""
-        given = read_object(folder / "trainer.json")
-        # Checkpoints from before there were any between evaluations lack these two.
-        match {"evaluated": given.get("step"), "losses": [], **given}:
-            case {
-                "step": int(step),
-                "progress": dict(values),
-                "data": str(data),
-                "evaluated": int(evaluated),
-                "losses": list(losses),
-            } if is_whole(step) and is_whole(evaluated):
-                state = cls(step, Progress.from_json(values), data, evaluated, tuple(losses))
-            case _:
-                raise ValueError("it holds no state of a run")
-        if not all(isinstance(loss, float) for loss in losses):
-            raise ValueError("it holds no losses of a run")
-        if max(state.progress.best_step, state.progress.bad_evals, evaluated) > step:
-            raise ValueError("it names later steps than its own")
-        return state
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -201,8 +148,10 @@ def save_checkpoint(
     return final
 
 
-def publish_model(checkpoint: Path, run_dir: Path) -> Path:
-    """Make the checkpoint's model the run's `model/`. Readers never see a half-written file.
+def publish_model(checkpoint: Path, run_dir: Path, *, averaged: bool = False) -> Path:
+    """Make the checkpoint's model, or its average, the run's `model/`.
+
+    Readers never see a half-written file.
 
     Raises:
         RunFailed: the disk is full or cannot be written; `model/` is as it was, the next start
@@ -210,7 +159,7 @@ def publish_model(checkpoint: Path, run_dir: Path) -> Path:
     """
     target = run_dir / "model"
     with storing(target):
-        _publish(checkpoint, target)
+        _publish(checkpoint / (AVERAGED if averaged else MODEL), target)
         sync(run_dir)
     return target
 
@@ -223,7 +172,7 @@ def exchange_model(source: Path, folder: Path) -> None:
     """
     target = folder / "model"
     with storing(target):
-        _swap(source, target)
+        _swap(source / MODEL, target)
         sync(folder)
 
 
@@ -232,7 +181,7 @@ def _swap(source: Path, target: Path) -> None:
     for left in (draft, old):  # by a kill
         remove(left)
     try:
-        shutil.copytree(source / "model", draft)
+        shutil.copytree(source, draft)
         if os.path.lexists(target):
             os.rename(target, old)
         os.rename(draft, target)
@@ -241,14 +190,12 @@ def _swap(source: Path, target: Path) -> None:
     remove(old)
 
 
-def _publish(checkpoint: Path, target: Path) -> None:
+def _publish(model: Path, target: Path) -> None:
     if target.is_symlink() or not target.is_dir():
-        _swap(checkpoint, target)
+        _swap(model, target)
         return
     # Weights last: they alone differ within a run, and one replace swaps them.
-    for source in sorted(
-        (checkpoint / "model").iterdir(), key=lambda path: path.suffix == ".safetensors"
-    ):
+    for source in sorted(model.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         draft = target / f".{source.name}.tmp"
         try:
             shutil.copyfile(source, draft)

@@ -10,18 +10,20 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gptray.config import dump
 from gptray.data.openings import first_words
-from gptray.data.scoring import Score
 from gptray.model.example import save_example
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
 from gptray.record import write_event
 from gptray.training.checkpoint import (
+    AVERAGED,
+    MODEL,
     checkpoint_folder,
     prune,
     publish_model,
@@ -32,7 +34,7 @@ from gptray.training.journal import Journal
 from gptray.training.optim import save_optimizer
 from gptray.training.run import Run
 from gptray.training.stopping import NonFiniteLoss
-from gptray.training.validation import score_split
+from gptray.training.validation import Scores, score_weights
 
 Metrics = dict[str, Any]
 Report = Callable[[Metrics, Path | None], None]
@@ -44,7 +46,7 @@ Samples = list[tuple[str, str]]
 class Validation:
     """What scoring a checkpoint while training continues has found."""
 
-    score: Score
+    scores: Scores
     samples: Samples
 
 
@@ -68,22 +70,18 @@ class BlockingEvaluation:
             UserError, RunFailed: on every worker, if saving or sampling failed on the first.
         """
         run, journal = self._run, self._journal
-        score = score_split(
-            run.model,
-            run.data.val,
-            block_size=run.config.train.block_size,
-            batch_size=run.config.micro_batch_size,
-            workers=run.workers,
-        )
-        update_early_stopping(run, run.state.step, score)
-        row |= score_fields(score, row["train_loss"])
+        scores = score_weights(run.model, run.average, run.config, run.data, run.workers)
+        update_early_stopping(run, run.state.step, scores)
+        row |= score_fields(scores, row["train_loss"])
 
         def keep() -> Path:
             assert journal
             journal.write(row)
             checkpoint = save(run, journal)
             publish_if_best(run, run.state.step)
-            log_evaluation(run, journal, run.state.step, self._sample(run.model))
+            with run.average.exchanged() if run.average and scores.is_averaged else nullcontext():
+                samples = self._sample(run.model)
+            log_evaluation(run, journal, run.state.step, samples)
             return checkpoint
 
         self._report(row, run.workers.from_first(keep))
@@ -141,14 +139,14 @@ class AsyncEvaluation:
         step = row["step"]
         validation = self._validated(step)
         try:
-            update_early_stopping(run, step, validation.score)
+            update_early_stopping(run, step, validation.scores)
         except NonFiniteLoss:
             run.workers.from_first(lambda: withdraw_checkpoint(run.run_dir, step))
             raise
 
         def keep() -> None:
             assert self._journal
-            row.update(score_fields(validation.score, row["train_loss"]))
+            row.update(score_fields(validation.scores, row["train_loss"]))
             publish_if_best(run, step)
             self._journal.amend(row)
             log_evaluation(run, self._journal, step, validation.samples)
@@ -160,29 +158,43 @@ class AsyncEvaluation:
 Evaluations = BlockingEvaluation | AsyncEvaluation
 
 
-def update_early_stopping(run: Run, step: int, score: Score) -> None:
+def update_early_stopping(run: Run, step: int, scores: Scores) -> None:
     """Update the run's progress with the validation loss of a step.
 
     Raises:
         NonFiniteLoss: the score is not finite; the progress is unchanged.
     """
-    if not score.is_finite:
-        raise NonFiniteLoss(f"step {step}: validation loss {score.loss}")
-    progress = run.state.progress.after(step, score.loss, min_delta=run.config.train.min_delta)
+    for score in scores.all:
+        if not score.is_finite:
+            raise NonFiniteLoss(f"step {step}: validation loss {score.loss}")
+    progress = run.state.progress.after(
+        step,
+        scores.better.loss,
+        min_delta=run.config.train.min_delta,
+        averaged=scores.is_averaged,
+    )
     run.state = replace(run.state, progress=progress)
 
 
-def score_fields(score: Score, train_loss: float) -> Metrics:
-    """What an evaluation adds to the row of its step; `val_lost` only where text is lost.
+def score_fields(scores: Scores, train_loss: float) -> Metrics:
+    """What an evaluation adds to the row of its step, of the better of weights and average.
+
+    `val_lost` only where text is lost; `val_loss_own` and `val_loss_ema` only with train.ema.
 
     The perplexity of lossy text may exceed the range of a float; it is capped there.
     """
+    score = scores.better
     return {
         "val_loss": score.loss,
         "val_ppl": min(score.perplexity, sys.float_info.max),
         "val_bpb": score.bits_per_byte,
         "gap": score.loss - train_loss,
         **({"val_lost": score.lost} if score.lost_bytes else {}),
+        **(
+            {"val_loss_own": scores.own.loss, "val_loss_ema": scores.averaged.loss}
+            if scores.averaged
+            else {}
+        ),
     }
 
 
@@ -191,10 +203,10 @@ def save(run: Run, journal: Journal) -> Path:
     journal.sync()
 
     def write_tensors(folder: Path) -> None:
-        save_pretrained(run.model, folder / "model", eos_token_id=run.data.eos_id)
-        shutil.copytree(run.data.data_dir / "tokenizer", folder / "model", dirs_exist_ok=True)
-        for prompt in first_words(run.data)[:1]:
-            save_example(folder / "model", prompt)
+        _save_model(run, folder / MODEL)
+        if run.average:
+            with run.average.exchanged():
+                _save_model(run, folder / AVERAGED)
         path = folder / "optimizer.safetensors"
         save_optimizer(path, run.model, run.optimizer, whole=run.model.whole)
 
@@ -208,16 +220,27 @@ def save(run: Run, journal: Journal) -> Path:
     return checkpoint
 
 
+def _save_model(run: Run, folder: Path) -> None:
+    save_pretrained(run.model, folder, eos_token_id=run.data.eos_id)
+    shutil.copytree(run.data.data_dir / "tokenizer", folder, dirs_exist_ok=True)
+    for prompt in first_words(run.data)[:1]:
+        save_example(folder, prompt)
+
+
 def remove_old(run: Run) -> None:
-    """Remove checkpoints that are neither recent nor the best."""
+    """Remove checkpoints that are neither recent nor the best, nor what a landing began from."""
     spare = {run.state.step, run.state.evaluated, run.state.progress.best_step}
+    if run.state.landing:
+        spare.add(run.state.landing.back_to)
     prune(run.run_dir, run.config.compute.num_to_keep, spare=spare)
 
 
 def publish_if_best(run: Run, step: int) -> None:
-    """Publish a step's model as the run's if it is the best so far."""
-    if run.state.progress.best_step == step:
-        publish_model(checkpoint_folder(run.run_dir, step), run.run_dir)
+    """Publish a step's model, or its average, as the run's if it is the best so far."""
+    progress = run.state.progress
+    if progress.best_step == step:
+        folder = checkpoint_folder(run.run_dir, step)
+        publish_model(folder, run.run_dir, averaged=progress.averaged)
 
 
 def log_evaluation(run: Run, journal: Journal, step: int, samples: Samples) -> None:

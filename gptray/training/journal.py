@@ -79,7 +79,8 @@ class Journal:
         self._pending = b""
 
     def _show(self, row: Mapping[str, float]) -> None:
-        self._boards.show(int(row["step"]), {key: row[key] for key in row if key != "step"})
+        values = {key: row[key] for key in row if key not in ("step", "phase")}
+        self._boards.show(int(row["step"]), values)
 
     def __enter__(self) -> Journal:
         return self

@@ -36,7 +36,7 @@ from gptray.training.evaluations import (
 from gptray.training.journal import Journal
 from gptray.training.laps import Timed
 from gptray.training.numbers import StepNumbers, Wish
-from gptray.training.optim import learning_rate
+from gptray.training.rewind import begin_landing
 from gptray.training.run import Run, start, writing
 from gptray.training.sharding import is_spread
 from gptray.training.stopping import NonFiniteLoss
@@ -57,15 +57,18 @@ def fit(
 ) -> Metrics:
     """Train until `max_steps`, until validation loss has stopped falling, or a worker's wish.
 
+    With `optim.schedule=wsd` the run lands then, see `gptray.training.landing`.
+
     Resumes from the newest intact checkpoint of `run_dir`. Every worker calls this; only the first
     writes, samples and passes `report` a checkpoint. Training waits for its evaluations, unless
     `validated` is given: then the receiver of a report scores its checkpoint, and every worker
     calls `validated(step)` to wait for the result. `timed` is told where the time goes, at every
     logged row. `wish()` is asked at every step, and what one worker wishes all do after it: save
-    the run, or save it and leave. Returns the metrics of the last logged step and `stopped`:
-    max_steps, patience, left, non_finite with a `message`, or failed with a `message` and whether
-    it is the user's `mistake`. A failure is shared by all workers and returned rather than raised,
-    since Ray Train would take an exception for a dead worker and restart it.
+    the run, or save it and leave. Returns the metrics of the last logged step and `stopped`: what
+    ended training, or the stable part of a run that has landed: max_steps, patience, left,
+    non_finite with a `message`, or failed with a `message` and whether it is the user's `mistake`.
+    A failure is shared by all workers and returned rather than raised, since Ray Train would take
+    an exception for a dead worker and restart it.
     """
     workers = Workers.current()
     step = 0
@@ -101,19 +104,32 @@ def failed(step: int, error: UserError | RunFailed) -> Metrics:
 def train(
     run: Run, journal: Journal | None, evaluations: Evaluations, wish: Callable[[], Wish]
 ) -> Metrics:
-    """Run training steps to the end; return the last logged row and why training stopped.
-
-    On a GPU a step's numbers are read while the next step runs, those of a logged step at once.
+    """Train to the end of the run; return the last logged row and why training stopped.
 
     Raises:
         NonFiniteLoss: on every worker; every existing checkpoint has been scored and is good.
+    """
+    result = train_phase(run, journal, evaluations, wish)
+    if result["stopped"] != "left" and not run.state.is_over(run.config):
+        begin_landing(run, result["stopped"])
+        result = train_phase(run, journal, evaluations, wish)
+    return result
+
+
+def train_phase(
+    run: Run, journal: Journal | None, evaluations: Evaluations, wish: Callable[[], Wish]
+) -> Metrics:
+    """Run training steps to the end of the phase at hand: all of the run, unless that lands.
+
+    Returns and raises as `train`. On a GPU a step's numbers are read while the next step runs,
+    those of a logged step at once.
     """
     config = run.config
     row: Metrics = {"step": run.state.step}
     unread: deque[StepNumbers] = deque()
     losses, carried = list(run.state.losses), len(run.state.losses)
     wished, clock = Wish.NONE, time.perf_counter()
-    while not (stopped := run.state.why_stop(config.train)):
+    while not (stopped := run.state.why_stop(config)):
         try:
             unread.append(train_step(run, wish()))
             evaluates = is_due(run, config.train.eval_interval)
@@ -145,7 +161,7 @@ def train(
             if not evaluates:
                 run.state = replace(run.state, losses=tuple(losses))
                 run.workers.from_first(lambda: save(run, journal) if journal else None)
-            if wished is Wish.LEAVE and not run.state.why_stop(config.train):
+            if wished is Wish.LEAVE and not run.state.why_stop(config):
                 return {**row, "step": run.state.step, "stopped": "left"}
             wished = Wish.NONE
     evaluations.finish()
@@ -167,7 +183,7 @@ def read(run: Run, numbers: StepNumbers) -> tuple[float, float, Wish]:
 
 def is_due(run: Run, interval: int) -> bool:
     """Whether something that is due every `interval` steps, and at the last one, is due now."""
-    return run.state.step % interval == 0 or run.state.step == run.config.train.max_steps
+    return run.state.step % interval == 0 or run.state.step == run.state.last_step(run.config)
 
 
 def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
@@ -183,7 +199,7 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
         NonFiniteLoss: on a CPU; on a GPU the numbers raise it when they are read.
     """
     config, number = run.config, run.state.step + 1
-    lr = learning_rate(run.state.step, config.train.max_steps, config.optim)
+    lr = run.learning_rate
     run.model.train()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     workers, count = run.workers, config.micro_batches
@@ -216,6 +232,8 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.state = replace(run.state, step=number)
+    if run.average:
+        run.average.update(run.state.position)
     run.laps.end("update")
     return numbers
 
@@ -224,14 +242,15 @@ def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr
     """The row of a logged step: `train_loss` is the mean since the row before, dropout on.
 
     Like validation loss, it includes the charge for text that the tokenizer loses, as the training
-    split's mean. `mfu` is present on GPUs whose peak is known.
+    split's mean. `mfu` is present on GPUs whose peak is known, `phase` where the run is to land.
     """
     return {
         "step": run.state.step,
-        "epoch": round(run.order.epoch(run.state.step, run.config.train.global_batch_size), 4),
+        "epoch": round(run.order.epoch(run.state.position, run.config.train.global_batch_size), 4),
         "train_loss": math.fsum(losses) / len(losses) + charge_per_token(run.data.train),
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens_per_sec": round(rate, 1),
+        **({"phase": run.state.phase} if run.config.optim.lands else {}),
         **({"mfu": round(rate / run.rate_at_peak, 4)} if run.rate_at_peak else {}),
     }

@@ -47,14 +47,15 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
     """The learning rate of the update that takes the run from `step` to `step + 1`.
 
-    Warm-up rises linearly and reaches `lr` at `warmup_steps`. After it: `constant` stays;
+    Warm-up rises linearly and reaches `lr` at `warmup_steps`. After it: `constant` stays, and so
+    does `wsd` until it lands, see `gptray.training.landing`;
     `linear` and `cosine` (Loshchilov & Hutter 2017) fall to `min_lr` at `max_steps`; `step`
     multiplies by `gamma` every `step_size` steps and never goes below `min_lr`.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     since = step - config.warmup_steps
-    if config.schedule == "constant":
+    if config.schedule in ("constant", "wsd"):
         return config.lr
     if config.schedule == "step":
         return max(config.min_lr, config.lr * config.gamma ** (since // config.step_size))

@@ -23,10 +23,11 @@ from gptray.model.gpt import GPT
 from gptray.native.measured import Choice
 from gptray.native.processor import processor_name
 from gptray.record import versions, write_event
+from gptray.training.averaging import Average
 from gptray.training.building import build_model
 from gptray.training.checkpoint import (
+    AVERAGED,
     WRITER_LOCK,
-    TrainerState,
     check_not_lost,
     checkpoint_folder,
     checkpoint_step,
@@ -37,9 +38,10 @@ from gptray.training.device import compiled, compiles, device_name, guard_update
 from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.laps import Laps
 from gptray.training.mfu import tokens_per_sec_at_peak
-from gptray.training.optim import load_optimizer, make_optimizer
+from gptray.training.optim import learning_rate, load_optimizer, make_optimizer
 from gptray.training.sharding import ShardedWorkers, shard
 from gptray.training.stopping import Progress
+from gptray.training.trainer_state import TrainerState
 from gptray.training.workers import Workers
 
 
@@ -63,12 +65,25 @@ class Run:
     spoilt: Tensor | None
     # Tokens per second of all workers at an MFU of 1, where the GPU's peak is known.
     rate_at_peak: float | None
+    # With train.ema.
+    average: Average | None
     laps: Laps = field(default_factory=Laps)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next update."""
+        optim, landing = self.config.optim, self.state.landing
+        step = landing.back_to if landing else self.state.step
+        lr = learning_rate(step, self.config.train.max_steps, optim)
+        if not landing:
+            return lr
+        # In the warm-up it may be below min_lr.
+        return landing.learning_rate(self.state.step, lr=lr, min_lr=min(lr, optim.min_lr))
 
     def micro_batch(self, number: int) -> tuple[Tensor, Tensor]:
         """A part of the step's global batch by its number: inputs and targets, (B, T) each."""
         size, block_size = self.config.micro_batch_size, self.config.train.block_size
-        starts = self.order.batch(self.state.step, self.config.train.global_batch_size)
+        starts = self.order.batch(self.state.position, self.config.train.global_batch_size)
         first = number * size
         # From pinned memory the GPU copies while the host continues.
         is_pinned = self.device.type == "cuda"
@@ -80,11 +95,11 @@ class Run:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def seed_dropout(self, number: int) -> None:
-        """Make dropout a function of (seed, step, number of the micro-batch).
+        """Make dropout a function of (seed, updates behind the weights, number of the micro-batch).
 
         So a resumed run needs no random state, and the number of workers changes nothing.
         """
-        key = f"{self.config.seed}/{self.state.step}/{number}".encode()
+        key = f"{self.config.seed}/{self.state.position}/{number}".encode()
         digest = hashlib.blake2b(key, digest_size=7).digest()
         torch.manual_seed(int.from_bytes(digest, "little"))
 
@@ -115,9 +130,8 @@ def start(
         lambda: build_model(config, data, folder, device, native=native, tell=tell)
     )
     optimizer, workers = _placed(model, config, folder, workers, device, compiled=is_compiled)
-    state = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
-    if folder:
-        state = TrainerState.load(folder)
+    new = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
+    state = TrainerState.load(folder) if folder else new
     step_model: nn.Module = model
     if is_compiled:
         in_parts = workers.size > 1 or config.model.checkpoint_blocks
@@ -137,11 +151,13 @@ def start(
         rate_at_peak=tokens_per_sec_at_peak(
             config, model.num_params, model.compute_dtype, device_name(device), workers=workers.size
         ),
+        average=workers.all_or_none(lambda: _average(model, config, folder)),
     )
 
     def begin() -> None:
         if folder and state.progress.best_step == step:
-            publish_model(folder, run_dir)  # a kill may have come between save and publish
+            # A kill may have come between save and publish.
+            publish_model(folder, run_dir, averaged=state.progress.averaged)
         _write_start(run, choice, compiled=is_compiled)
 
     workers.from_first(begin)
@@ -170,6 +186,7 @@ def _write_start(run: Run, choice: Choice, *, compiled: bool) -> None:
         **({"loses": data.loses} if data.loses else {}),
         text=dict(split_rows(data.manifest)),
         warnings=data.manifest["warnings"],
+        **({"until": run.state.landing.end} if run.state.landing else {}),
     )
 
 
@@ -197,6 +214,16 @@ def _placed(
         workers = ShardedWorkers(workers.rank, workers.size, model, optimizer, device)
         model.whole = workers.whole
     return optimizer, workers
+
+
+def _average(model: GPT, config: Config, checkpoint: Path | None) -> Average | None:
+    """The average of the model's weights, as the checkpoint has it; None without train.ema."""
+    if config.train.ema is None:
+        return None
+    average = Average(model, config.train.ema)
+    if checkpoint:
+        average.load(model, checkpoint / AVERAGED)
+    return average
 
 
 @contextmanager

@@ -17,7 +17,8 @@ class NonFiniteLoss(ArithmeticError):
 class Progress:
     """What the evaluations so far say. Losses are in nats per token.
 
-    `best_*` is the lowest validation loss of all. `bad_evals` counts the evaluations since one
+    `best_*` is the lowest validation loss of all, `averaged` whether averaged weights have it.
+    `bad_evals` counts the evaluations since one
     was lower than `bar` by `min_delta` or more; it is what `patience` bounds (Prechelt 1998).
     """
 
@@ -25,8 +26,11 @@ class Progress:
     best_val_loss: float = math.inf
     bar: float = math.inf
     bad_evals: int = 0
+    averaged: bool = False
 
-    def after(self, step: int, val_loss: float, *, min_delta: float) -> Progress:
+    def after(
+        self, step: int, val_loss: float, *, min_delta: float, averaged: bool = False
+    ) -> Progress:
         """The progress after the evaluation at `step`."""
         is_best = val_loss < self.best_val_loss
         is_better = val_loss < self.bar and self.bar - val_loss >= min_delta
@@ -35,6 +39,7 @@ class Progress:
             best_val_loss=val_loss if is_best else self.best_val_loss,
             bar=val_loss if is_better else self.bar,
             bad_evals=0 if is_better else self.bad_evals + 1,
+            averaged=averaged if is_best else self.averaged,
         )
 
     def exhausted(self, patience: int | None) -> bool:
@@ -48,11 +53,19 @@ class Progress:
     @classmethod
     def from_json(cls, state: Mapping[str, object]) -> Progress:
         """The inverse of `to_json`. Raises ValueError for anything else."""
-        match state:
-            case {"best_step": best, "best_val_loss": loss, "bar": bar, "bad_evals": bad}:
+        # Checkpoints from before there were averages lack the last.
+        match {"averaged": False, **state}:
+            case {
+                "best_step": best,
+                "best_val_loss": loss,
+                "bar": bar,
+                "bad_evals": bad,
+                "averaged": bool(averaged),
+                **others,
+            }:
                 loss, bar = (math.inf if value is None else value for value in (loss, bar))
                 if not isinstance(loss, (int, float)) or not isinstance(bar, (int, float)):
                     raise ValueError("it holds no progress of a run")
-                if len(state) == 4 and is_whole(best) and is_whole(bad):
-                    return cls(best, loss, bar, bad)
+                if not others and is_whole(best) and is_whole(bad):
+                    return cls(best, loss, bar, bad, averaged)
         raise ValueError("it holds no progress of a run")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from gptray.config import Config
 from gptray.data.scoring import Score, Windows
 from gptray.data.tokens import TokenData, TokenSplit
 from gptray.model.gpt import GPT
+from gptray.training.averaging import Average
 from gptray.training.building import build_model
+from gptray.training.checkpoint import AVERAGED
 from gptray.training.device import use_device
 from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.workers import Workers
@@ -19,24 +23,66 @@ from gptray.training.workers import Workers
 log = logging.getLogger("gptray")
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What validation says of a model's weights and, with train.ema, of their average."""
+
+    own: Score
+    averaged: Score | None = None
+
+    @property
+    def all(self) -> list[Score]:
+        """Both, or that of the weights alone."""
+        return [self.own, *([self.averaged] if self.averaged else [])]
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the average is better than the weights."""
+        return self.averaged is not None and self.averaged.loss < self.own.loss
+
+    @property
+    def better(self) -> Score:
+        """The lower loss: that of the model that the evaluation stands for."""
+        return self.averaged if self.averaged and self.is_averaged else self.own
+
+
 def score_checkpoint(
     config: Config, data: TokenData, checkpoint: Path, device: torch.device
-) -> tuple[Score, GPT]:
-    """Score a checkpoint of a run as one worker of it would; return its model too."""
+) -> tuple[Scores, GPT]:
+    """Score a checkpoint of a run as one worker of it would; return its better model too."""
     use_device(config, device)
     workers = Workers(rank=0, size=1)
     # As the run itself computes, which has started before.
     choice = agree_on_backend(config, checkpoint.parent, workers, device, log.warning)
     is_native = choice.backend == "native"
     model = build_model(config, data, checkpoint, device, native=is_native).to(device)
-    score = score_split(
+    average = None
+    if config.train.ema:
+        average = Average(model, config.train.ema)
+        average.load(model, checkpoint / AVERAGED)
+    scores = score_weights(model, average, config, data, workers)
+    if average and scores.is_averaged:
+        average.exchange()
+    return scores, model
+
+
+def score_weights(
+    model: GPT, average: Average | None, config: Config, data: TokenData, workers: Workers
+) -> Scores:
+    """Score the validation split by the weights and by their average, if there is one."""
+    score = partial(
+        score_split,
         model,
         data.val,
         block_size=config.train.block_size,
         batch_size=config.micro_batch_size,
         workers=workers,
     )
-    return score, model
+    own = score()
+    if average is None:
+        return Scores(own)
+    with average.exchanged():
+        return Scores(own, score())
 
 
 @torch.no_grad()

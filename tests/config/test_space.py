@@ -58,7 +58,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
         f"{path}:1: unknown key optim.lrr; did you mean optim.lr?",
         f"{path}:4: tune.space: unknown path model.dropot; did you mean model.dropout?",
         f"{path}:7: tune.space: model.dropout: must be below 1, got 1.0",
-        f"{path}:9: tune.space: optim.schedule: expects constant, linear, cosine or step, got "
+        f"{path}:9: tune.space: optim.schedule: expects constant, linear, cosine, step or wsd, got "
         "'stepp'; did you mean step?",
         f"{path}:10: tune.space: when: no entry before this one varies model.drop; did you mean "
         "model.dropout?",

@@ -250,7 +250,9 @@ def test_every_family_is_exported_as_a_folder_that_transformers_opens(
     )
     theirs, info = loaded
     assert {key: len(problems) for key, problems in info.items() if problems} == {}
-    before = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    before = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", dtype=torch.bfloat16, trust_remote_code=False
+    )
     rounded = dict(before.named_parameters())
     assert all(torch.equal(one, rounded[key]) for key, one in theirs.named_parameters())
 

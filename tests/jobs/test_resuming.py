@@ -22,8 +22,8 @@ from gptray.jobs.storage import check_storage
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.jobs.tune.check import how_to_extend
 from gptray.record import METRICS, write_event
-from gptray.training.checkpoint import TrainerState
 from gptray.training.stopping import Progress
+from gptray.training.trainer_state import TrainerState
 from gptray.tuning.sweep_record import Record, crowned_dir, load_sweep, load_trials, trial_dir
 
 SPACE = "tune.space=[{path: optim.lr, loguniform: [1e-3, 1e-2]}]"
@@ -107,7 +107,7 @@ def test_the_command_that_trains_a_finished_run_longer_does(
     typed = shlex.split(told.partition("longer: ")[2].partition(";")[0])
     assert typed == ["python", "jobs/train.py", "--config", str(folder / "config.yaml"), *words]
     longer = resolve(load_config(typed[3], typed[4:]))
-    assert check_resumable(longer) and state.why_stop(longer.train) is None
+    assert check_resumable(longer) and state.why_stop(longer) is None
 
 
 def test_schedule_without_an_end_is_not_planned_anew(tmp_path: Path) -> None:

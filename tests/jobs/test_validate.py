@@ -17,9 +17,9 @@ from gptray.jobs.run_folder import resolve
 from gptray.jobs.train.check import check
 from gptray.jobs.train.run import fit_on_ray, train
 from gptray.jobs.tune.check import check as check_sweep
-from gptray.training.checkpoint import TrainerState
 from gptray.training.loop import fit
 from gptray.training.stopping import Progress
+from gptray.training.trainer_state import TrainerState
 from tests.tiny import tiny_config
 
 BESIDE = ("train.async_validation=true", "compute.cpus_per_worker=1", "train.eval_interval=5")

@@ -11,7 +11,6 @@ import pytest
 
 from gptray.config import RunFailed
 from gptray.training.checkpoint import (
-    TrainerState,
     damage,
     exchange_model,
     find_checkpoints,
@@ -21,6 +20,7 @@ from gptray.training.checkpoint import (
     save_checkpoint,
 )
 from gptray.training.stopping import Progress
+from gptray.training.trainer_state import TrainerState
 from tests.full_disk import files_up_to
 
 

@@ -18,7 +18,7 @@ from gptray.data.tokens import TokenData
 from gptray.training.checkpoint import checkpoint_folder, find_checkpoints, newest_whole
 from gptray.training.evaluations import Validation
 from gptray.training.loop import fit
-from gptray.training.validation import score_checkpoint
+from gptray.training.validation import Scores, score_checkpoint
 from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -45,8 +45,8 @@ class Scorer:
         folder = self._reported[step]
         if self._kill == f"scoring {step}":
             raise Killed
-        score, _ = score_checkpoint(self._config, self._data, folder, CPU)
-        return Validation(score, [("once", f"at {step}")])
+        scores, _ = score_checkpoint(self._config, self._data, folder, CPU)
+        return Validation(scores, [("once", f"at {step}")])
 
 
 def in_line(config: Config, data: TokenData, run_dir: Path) -> Any:
@@ -173,7 +173,7 @@ def test_non_finite_score_withdraws_its_checkpoint(
 
         def validated(step: int, scorer: Scorer = scorer) -> Validation:
             validation = scorer.validated(step)
-            return Validation(Score(math.nan, 9, 9), []) if step == 10 else validation
+            return Validation(Scores(Score(math.nan, 9, 9)), []) if step == 10 else validation
 
         result = validate_by(validated, scorer, config, tiny_data, tmp_path)
         assert result["stopped"] == "non_finite"

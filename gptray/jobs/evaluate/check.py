@@ -29,7 +29,8 @@ from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.storage import check_storage
 from gptray.model.shape import read_shape
 from gptray.remote_folder import RemoteFolder
-from gptray.training.checkpoint import TrainerState, newest_whole
+from gptray.training.checkpoint import newest_whole
+from gptray.training.trainer_state import TrainerState
 
 # Tokens of a window where nobody says; Llama's or Qwen's contexts are no lengths to score in.
 LONGEST_WINDOW = 2048

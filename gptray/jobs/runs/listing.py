@@ -109,7 +109,7 @@ def _run(place: RecordPlace) -> Facts:
         follows = ""
     elif diagnosis.ended in ("max_steps", "patience") and has_model(folder):
         follows = of_model(folder, place.path)["generate"]
-        if diagnosis.verdict == "falling":
+        if diagnosis.verdict == "falling" and not diagnosis.landed:
             longer = f"train.max_steps={2 * config.train.max_steps}"
             follows = place.command("train", config, longer)
     return {

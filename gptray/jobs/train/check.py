@@ -19,6 +19,7 @@ from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
 from gptray.jobs.remote_run import bring_run
 from gptray.jobs.resuming import (
     check_free,
+    check_not_landing,
     check_records,
     check_resumable,
     is_finished,
@@ -29,10 +30,12 @@ from gptray.jobs.train.embedding import check_vocabulary
 from gptray.model.families import FAMILIES
 from gptray.model.hf_config import family_of
 from gptray.model.parameters import parameter_count
-from gptray.training.checkpoint import TrainerState, newest_whole
+from gptray.training.checkpoint import newest_whole
+from gptray.training.trainer_state import TrainerState
 
-# fp32 weights, gradients and AdamW's two moments.
+# fp32 weights, gradients and AdamW's two moments; and of train.ema's average.
 BYTES_PER_PARAMETER = 16
+BYTES_OF_AVERAGE = 4
 # Of the logits that exist at a time on a GPU, at most: GPU_BYTES of `gptray.model.loss`.
 HEAD_BYTES = 2 << 30
 FILES = (
@@ -80,6 +83,7 @@ def check(config: Config) -> CheckedTraining:
     check_free(folder)
     checkpoint, _ = newest_whole(folder)
     state = TrainerState.load(checkpoint) if checkpoint else None
+    check_not_landing(config, changes, state)
     check_records(folder, state, log_interval=config.train.log_interval)
     checked = CheckedTraining(config, folder, text, state, changes)
     if text.data and not checked.is_finished:
@@ -144,6 +148,16 @@ def plan(checked: CheckedTraining) -> Plan:
         ("micro-batch", _passes(config)),
         ("tokens in all", f"{config.tokens_per_step * steps:,} at most"),
     ]
+    if config.optim.lands:
+        stable = config.stable_steps
+        rows.append(
+            (
+                "landing",
+                f"after step {stable:,}, or when patience runs out: back to the best checkpoint "
+                f"and a cool-down of {config.optim.decay_fraction:g} of its steps, "
+                f"{config.optim.cooldown_steps(stable):,} at most",
+            )
+        )
     if checked.changes:
         rows.append(("changes", "; ".join(checked.changes)))
     if vocab_size:
@@ -223,7 +237,8 @@ def _states(config: Config, parameters: int, vocab_size: int) -> float:
     """Bytes of weights, gradients and moments. Sharded, the largest tensors, the embedding or two
     blocks, are whole for a while, and so are their gradients."""
     if not _is_sharded(config):
-        return BYTES_PER_PARAMETER * parameters
+        each = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if config.train.ema else 0)
+        return each * parameters
     embedding = vocab_size * config.model.n_embd * (1 if config.model.tie_word_embeddings else 2)
     blocks = 2 * (parameters - embedding) // config.model.n_layer
     share = BYTES_PER_PARAMETER * parameters / config.compute.min_workers

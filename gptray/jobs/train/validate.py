@@ -23,7 +23,7 @@ from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
 from gptray.training.checkpoint import checkpoint_folder
 from gptray.training.evaluations import Validation
-from gptray.training.validation import score_checkpoint
+from gptray.training.validation import Scores, score_checkpoint
 
 # Training that has waited so long says so.
 WAIT_S = 30.0
@@ -46,8 +46,9 @@ def _scored(checkpoint: Path, task: TrainTask) -> dict[str, object]:
     torch.set_num_threads(task.threads)
     data = TokenData.open(task.data_dir)
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
-    score, model = score_checkpoint(config, data, checkpoint, device)
-    return {"score": asdict(score), "samples": sample_texts(config, data, model)}
+    scores, model = score_checkpoint(config, data, checkpoint, device)
+    samples = sample_texts(config, data, model)
+    return {"scores": [asdict(one) for one in scores.all], "samples": samples}
 
 
 class Validations:
@@ -68,8 +69,9 @@ class Validations:
         validated = ray.train.ReportedCheckpointStatus.VALIDATED
         # A worker that died may have had the same checkpoint validated before.
         for result in results:
-            if result.status == validated and "score" in result.metrics:
-                return Validation(Score(**result.metrics["score"]), result.metrics["samples"])
+            if result.status == validated and "scores" in result.metrics:
+                scores = Scores(*(Score(**one) for one in result.metrics["scores"]))
+                return Validation(scores, result.metrics["samples"])
         last = results[-1]
         failure = Failure(**last.metrics.get("failure", {"message": last.status.value}))
         if failure.is_mistake:

@@ -118,6 +118,9 @@ class _Watch:
         for event in events:
             if event["event"] == "start":
                 self._start(event)
+            elif event["event"] == "landing":
+                log.info("%s", event["message"])
+                self._end_at(event["until"])
             elif event["event"] in ("damaged", "failure", "notice", "waiting"):
                 log.warning("%s", event["message"])
             if event["event"] == "failure":
@@ -170,11 +173,20 @@ class _Watch:
             log.info("%s", chosen)
         self._started, self._doing = True, ("the first steps", time.monotonic())
         self._exporter.set("gptray_max_steps", self._max_steps)
+        if "until" in event:
+            self._end_at(event["until"])
         self._shown = event["step"]
         self._scored = None if self._scored is None else min(self._scored, event["step"])
         self._origin = (event["step"], time.monotonic())
         if self._bar:
-            self._bar.update(self._task, description="training", completed=event["step"])
+            doing = "landing" if "until" in event else "training"
+            self._bar.update(self._task, description=doing, completed=event["step"])
+
+    def _end_at(self, step: int) -> None:
+        """Expect the run's last row at a step."""
+        self._max_steps = step
+        if self._bar:
+            self._bar.update(self._task, total=step, description="landing")
 
     def _show(self, row: MetricsRow, is_best: bool) -> None:
         self._shown = max(self._shown, row["step"])
@@ -221,7 +233,8 @@ def show_samples(run_dir: Path) -> None:
 
 
 def _metrics_text(row: MetricsRow) -> str:
-    text = f"train {row['train_loss']:.3f}"
+    text = "landing  " if row.get("phase") == "landing" else ""
+    text += f"train {row['train_loss']:.3f}"
     if "val_loss" in row:
         ppl = perplexity(row["val_ppl"])
         text += f"  val {row['val_loss']:.3f}  ppl {ppl}  bpb {row['val_bpb']:.3f}"

@@ -14,7 +14,8 @@ from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import seen_at
 from gptray.jobs.train.check import check_data
 from gptray.jobs.tune.check import CheckedSweep
-from gptray.training.checkpoint import TrainerState, newest_whole
+from gptray.training.checkpoint import newest_whole
+from gptray.training.trainer_state import TrainerState
 from gptray.tuning.sweep_record import (
     Record,
     Trial,

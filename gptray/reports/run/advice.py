@@ -145,7 +145,8 @@ def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     patience = config.train.patience
     if diagnosis.ended == "patience" and patience and patience < 3:
         reason = f"train.patience is {patience}; three evaluations tell more"
-        yield Advice("more patience", reason, 4.0, {"train.patience": 5}, resumes=True)
+        longer = diagnosis.landed is None
+        yield Advice("more patience", reason, 4.0, {"train.patience": 5}, resumes=longer)
 
 
 def _against_instability(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
@@ -187,7 +188,8 @@ def _to_fall_further(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
         return
     steps = config.train.max_steps
     more = {"train.max_steps": 2 * steps}
-    yield Advice("more steps", f"train.max_steps is {steps:,}", 4.0, more, resumes=True)
+    resumes = diagnosis.landed is None
+    yield Advice("more steps", f"train.max_steps is {steps:,}", 4.0, more, resumes=resumes)
     if config.optim.warmup_steps > 0.5 * config.train.max_steps:
         yield _shorter_warmup(config)
 

@@ -14,6 +14,8 @@ from typing import Literal
 
 from gptray.config import Config
 from gptray.record import Event, MetricsRow
+from gptray.reports.run.landed import Landed, Point, begun_landing, landed_of, points_of
+from gptray.training.landing import rows_of, why_stopped
 
 # Evaluations that must follow a turn: one or two bad ones are no trend.
 FOLLOWING = 3
@@ -27,16 +29,6 @@ Ended = Literal["max_steps", "patience", "non_finite"]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One evaluation: losses in nats per token, `gap` = val_loss - train_loss."""
-
-    step: int
-    train_loss: float
-    val_loss: float
-    gap: float
-
-
-@dataclass(frozen=True)
 class Facts:
     """What advice rests on; None where the run does not tell."""
 
@@ -47,13 +39,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the curves of a run say.
+    """What the curves of a run say; of one that lands, those of its stable part.
 
     `turned` is the evaluation since which validation loss has been higher for good (the rule is
     `turning_point`'s), None where it has not turned or too little follows to tell. `noise` is the
     standard deviation of validation loss around its own trend, in nats. `pace` is seconds per
     step, evaluations included where the run's events tell. `ended` is None for a run that goes on
-    or was cut off.
+    or was cut off. `landed` is None without a landing, and before its first evaluation.
     """
 
     verdict: Verdict
@@ -66,6 +58,12 @@ class Diagnosis:
     max_steps: int
     pace: float | None
     facts: Facts
+    landed: Landed | None = None
+
+    @property
+    def chosen(self) -> Point | None:
+        """The evaluation of the run's `model/`: the best, landed or not."""
+        return self.landed.best if self.landed and self.landed.gain > 0 else self.best
 
     @property
     def last(self) -> Point | None:
@@ -74,8 +72,9 @@ class Diagnosis:
 
     @property
     def steps_after_best(self) -> int:
-        """Steps trained after the best evaluation."""
-        return self.last_step - self.best.step if self.best else 0
+        """Steps trained after the best evaluation, without those of a landing."""
+        last = self.landed.start if self.landed else self.last_step
+        return last - self.best.step if self.best else 0
 
     @property
     def worse(self) -> float:
@@ -103,14 +102,11 @@ def diagnose(
     or training loss rose along); overfitting (turned for good); unsure (risen, but for fewer than
     three evaluations); stuck (nothing learnt); falling; level.
     """
-    points = tuple(
-        Point(row["step"], row["train_loss"], row["val_loss"], row["gap"])
-        for row in rows
-        if "val_loss" in row
-    )
+    every, rows = rows, rows_of("stable", rows)
+    points = points_of(rows)
     best = min(points, key=lambda point: point.val_loss) if points else None
     turn = turning_point([point.val_loss for point in points], min_delta=config.train.min_delta)
-    ended = _ended(rows, points, config, events)
+    ended = _ended(every, points, config, events)
     return Diagnosis(
         verdict=_verdict(points, best, turn, ended, rows, config),
         points=points,
@@ -118,10 +114,11 @@ def diagnose(
         turned=None if turn.index is None else points[turn.index],
         noise=turn.noise,
         ended=ended,
-        last_step=rows[-1]["step"] if rows else 0,
+        last_step=every[-1]["step"] if every else 0,
         max_steps=config.train.max_steps,
         pace=_pace(rows, config, events),
         facts=_facts(rows, config, events, best),
+        landed=landed_of(every, best, events),
     )
 
 
@@ -235,6 +232,11 @@ def _ended(
     told = [event for event in events if event["event"] in ("start", "end")][-1:]
     if told and told[0]["event"] == "end":
         return told[0]["stopped"]
+    if config.optim.lands:
+        begun = begun_landing(events)
+        if begun and rows_of("landing", rows) and rows[-1]["step"] >= begun["until"]:
+            return why_stopped(rows, config)
+        return None
     if rows and rows[-1]["step"] >= config.train.max_steps:
         return "max_steps"
     patience = config.train.patience

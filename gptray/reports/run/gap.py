@@ -36,7 +36,7 @@ def gap_of(
         train = evaluation["splits"]["train"]
         assert train
         return Gap(evaluation["gap"], train["loss"], f"{MEANS}; measured by jobs/evaluate.py")
-    best = diagnosis.best
+    best = diagnosis.chosen
     if best and config.model.dropout == 0:
         return Gap(best.gap, None, f"{MEANS}; of the batches before that step")
     missing = "not measured: training has dropout on"

@@ -35,14 +35,15 @@ class Samples:
 
 def samples_of(events: Sequence[Event], diagnosis: Diagnosis) -> Samples:
     """What the model wrote, from its first evaluation to its last."""
-    evaluated = {point.step for point in diagnosis.points}
+    landed = diagnosis.landed.points if diagnosis.landed else ()
+    evaluated = {point.step for point in (*diagnosis.points, *landed)}
     # A run resumed from an earlier checkpoint has sampled some steps twice: the later one counts.
     written = {
         event["step"]: event["samples"]
         for event in events
         if event["event"] == "evaluated" and event["step"] in evaluated and event["samples"]
     }
-    best = diagnosis.best.step if diagnosis.best else None
+    best = diagnosis.chosen.step if diagnosis.chosen else None
     steps = sorted(written)
     shown = _spread(steps, SHOWN, best)
     folded = _spread([step for step in steps if step not in shown], FOLDED, None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gptray.config import Config
 from gptray.reports.run.advice import advise
-from gptray.reports.run.diagnosis import Diagnosis, Point
+from gptray.reports.run.diagnosis import Diagnosis
+from gptray.reports.run.landed import Point
 from gptray.wording import count, decimals, time_words
 
 # How many pieces of advice the sentence has.
@@ -13,7 +14,7 @@ IN_SENTENCE = 3
 
 def sentence(diagnosis: Diagnosis, config: Config) -> str:
     """What happened and what to try, in one or two plain sentences."""
-    told = _told(diagnosis)
+    told = _told(diagnosis) + _landing(diagnosis)
     if diagnosis.ended is None and diagnosis.verdict != "none":
         told = f"So far {told[0].lower()}{told[1:]}"
     advice = [item.change for item in advise(diagnosis, config)[:IN_SENTENCE]]
@@ -38,6 +39,21 @@ def _told(diagnosis: Diagnosis) -> str:
         "falling": _falling,
         "level": _level,
     }[diagnosis.verdict](diagnosis, best, last)
+
+
+def _landing(diagnosis: Diagnosis) -> str:
+    """A sentence on the landing, with a blank before it; "" without one."""
+    landed = diagnosis.landed
+    if landed is None:
+        return ""
+    change = f"{abs(landed.gain):.{decimals(landed.gain)}f}"
+    loss = f"{landed.best.val_loss:.{decimals(landed.gain)}f}"
+    if landed.gain > 0:
+        return f" Landing from step {landed.back_to:,} took it to {loss}, {change} lower."
+    return (
+        f" Landing from step {landed.back_to:,} did not help: {loss}, {change} higher, so the "
+        "model is from before it."
+    )
 
 
 def _best(diagnosis: Diagnosis, best: Point) -> str:

@@ -74,7 +74,8 @@ def run_state(run: RunRecord, *, running: bool) -> tuple[str, str]:
     if diagnosis.ended == "max_steps":
         return "finished", f" after {count(step, 'step')}"
     if diagnosis.ended == "patience":
-        return "stopped early", f" at {of_all}"
+        how = " and landed" if diagnosis.landed else ""
+        return "stopped early", f"{how} at {of_all}"
     if diagnosis.ended == "non_finite":
         return "failed", f" after {of_all}"
     return "interrupted", f" after {of_all}; the same command resumes it"
@@ -98,7 +99,7 @@ def _next_commands(run: RunRecord) -> list[str]:
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:
-    best = run.diagnosis.best
+    best = run.diagnosis.chosen
     if best is None:
         return []
     row = _row_at(run, best.step)
@@ -118,14 +119,19 @@ def _row_at(run: RunRecord, step: int) -> MetricsRow:
 
 
 def _at_three_steps(run: RunRecord) -> Table:
-    """The metrics at the best evaluation, where validation loss turned, and at the last."""
+    """The metrics at the best evaluation, where validation loss turned, and at the last.
+
+    Of a landing too, in the first column if it is the best.
+    """
     diagnosis = run.diagnosis
     named = [("best", diagnosis.best), ("turned", diagnosis.turned), ("last", diagnosis.last)]
     if diagnosis.verdict != "overfitting":
         named.pop(1)
+    if landed := diagnosis.landed:
+        named.insert(0 if landed.gain > 0 else len(named), ("landed", landed.best))
     chosen = [(name, _row_at(run, point.step)) for name, point in named if point]
-    if len(chosen) > 1 and chosen[0][1]["step"] == chosen[-1][1]["step"]:
-        chosen.pop()
+    if diagnosis.best == diagnosis.last:
+        chosen = [one for one in chosen if one[0] != "last"]
     dropout = "dropout on" if run.config.model.dropout else "no dropout"
     numbers: list[tuple[str, Figure, str, str]] = [
         ("Validation loss", "val_loss", ".4f", VALIDATION_LOSS),
@@ -193,7 +199,18 @@ def _of_the_run(run: RunRecord) -> Table:
         rows.append(Row("Training text", how, (f"about {magnitude(facts.train_tokens)} tokens",)))
     if facts.parameters:
         rows.append(Row("Parameters", "tied ones counted once", (magnitude(facts.parameters),)))
-    return Table([], rows + _cost(diagnosis))
+    return Table([], rows + _landing_rows(diagnosis) + _cost(diagnosis))
+
+
+def _landing_rows(diagnosis: Diagnosis) -> list[Row]:
+    landed = diagnosis.landed
+    if landed is None:
+        return []
+    how = (
+        "nats by which its lowest validation loss is below the lowest before it; it went back "
+        f"from step {landed.start:,} to step {landed.back_to:,}"
+    )
+    return [Row("Gain of the landing", how, (f"{landed.gain:+.4f}",))]
 
 
 def _cost(diagnosis: Diagnosis) -> list[Row]:

@@ -1,0 +1,90 @@
+"""Landing: a run whose stable part has ended cools down from its best checkpoint.
+
+At a constant learning rate validation loss sits on a plateau, from which a cool-down takes it. It
+begins at the best checkpoint, so that it does not matter how long the run has overfitted since.
+Steps count on from the last stable one; which batch and which dropout a step gets goes by the
+updates that its weights have behind them. So a landing has the bits of a run whose stable part
+ended at the checkpoint it went back to. No torch here: drivers read what runs have come to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from gptray.config import Config
+from gptray.record import MetricsRow
+
+Phase = Literal["stable", "landing"]
+PHASES: tuple[Phase, Phase] = ("stable", "landing")
+Reason = Literal["max_steps", "patience"]
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A cool-down of `steps` steps that follows step `start` with the weights of step `back_to`.
+
+    reason: why the stable part ended there.
+    """
+
+    start: int
+    back_to: int
+    steps: int
+    reason: Reason
+
+    @property
+    def end(self) -> int:
+        """The last step of the run."""
+        return self.start + self.steps
+
+    def position(self, step: int) -> int:
+        """The updates behind the weights of a step."""
+        return step - self.start + self.back_to
+
+    def learning_rate(self, step: int, *, lr: float, min_lr: float) -> float:
+        """That of the update from `step` to `step + 1`: from `lr` by 1 - sqrt towards `min_lr`.
+
+        The shape is Haegele et al. 2024's (arXiv 2405.18392), which beat linear and cosine ones.
+        """
+        return min_lr + (lr - min_lr) * (1 - math.sqrt((step - self.start) / self.steps))
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, given: object) -> Landing:
+        """The inverse of `to_json`. Raises ValueError for anything else."""
+        match given:
+            case {
+                "start": int(start),
+                "back_to": int(back_to),
+                "steps": int(steps),
+                "reason": "max_steps" | "patience" as reason,
+            } if 0 < back_to <= start and steps > 0:
+                return cls(start, back_to, steps, reason)
+        raise ValueError("it holds no landing of a run")
+
+
+def rows_of(phase: Phase, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
+    """The rows of one phase; those of a run that does not land are all stable."""
+    return [row for row in rows if row.get("phase", "stable") == phase]
+
+
+def landing_gain(rows: Sequence[MetricsRow]) -> float | None:
+    """Nats by which the landing's lowest validation loss is below the stable part's.
+
+    Negative where it is above; None where the run has not landed yet, or does not.
+    """
+    stable, landing = (
+        [row["val_loss"] for row in rows_of(phase, rows) if "val_loss" in row] for phase in PHASES
+    )
+    return min(stable) - min(landing) if stable and landing else None
+
+
+def why_stopped(rows: Sequence[MetricsRow], config: Config) -> Reason:
+    """What ended training, or the stable part of a run that has landed, by all of its rows."""
+    last = rows_of("stable", rows)[-1]["step"]
+    return "max_steps" if last >= config.stable_steps else "patience"

@@ -1,0 +1,94 @@
+"""Where a run stands: what `trainer.json` of a checkpoint holds. No torch, as in `checkpoint`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptray.config import Config
+from gptray.manifest import FORMAT
+from gptray.stored import is_whole, read_object
+from gptray.training.landing import Landing, Phase, Reason
+from gptray.training.stopping import Progress
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """The state of a run after `step` updates. `data` is the fingerprint of its token data.
+
+    evaluated: the last step that was evaluated, whose score may still come. losses: of the steps
+    since the last row of metrics.jsonl. landing: None in the stable part.
+    """
+
+    step: int
+    progress: Progress
+    data: str
+    evaluated: int = 0
+    losses: tuple[float, ...] = ()
+    landing: Landing | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """The part of the run that the step belongs to."""
+        return "landing" if self.landing else "stable"
+
+    @property
+    def position(self) -> int:
+        """The updates behind the weights; what was trained before going back is none of them."""
+        return self.landing.position(self.step) if self.landing else self.step
+
+    def last_step(self, config: Config) -> int:
+        """The last step of the phase, unless patience runs out before."""
+        return self.landing.end if self.landing else config.stable_steps
+
+    def why_stop(self, config: Config) -> Reason | None:
+        """The reason to end the phase, a landing's being the stable part's; None to continue."""
+        if self.step >= self.last_step(config):
+            return self.landing.reason if self.landing else "max_steps"
+        if self.landing or not self.progress.exhausted(config.train.patience):
+            return None
+        return "patience"
+
+    def is_over(self, config: Config) -> bool:
+        """Whether training has ended, after its landing if it is to land."""
+        has_landed = self.landing is not None or not config.optim.lands
+        return has_landed and self.why_stop(config) is not None
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values."""
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "progress": self.progress.to_json(),
+            "data": self.data,
+            "evaluated": self.evaluated,
+            "losses": list(self.losses),
+            **({"landing": self.landing.to_json()} if self.landing else {}),
+        }
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainerState:
+        """Read `trainer.json` of a checkpoint. Raises ValueError if it holds no valid state."""
+        given = read_object(folder / "trainer.json")
+        # Checkpoints from before there were any between evaluations lack the first two.
+        match {"evaluated": given.get("step"), "losses": [], "landing": None, **given}:
+            case {
+                "step": int(step),
+                "progress": dict(values),
+                "data": str(data),
+                "evaluated": int(evaluated),
+                "losses": list(losses),
+                "landing": landing,
+            } if is_whole(step) and is_whole(evaluated):
+                landing = None if landing is None else Landing.from_json(landing)
+                progress = Progress.from_json(values)
+                state = cls(step, progress, data, evaluated, tuple(losses), landing)
+            case _:
+                raise ValueError("it holds no state of a run")
+        if not all(isinstance(loss, float) for loss in losses):
+            raise ValueError("it holds no losses of a run")
+        if max(state.progress.best_step, state.progress.bad_evals, evaluated) > step:
+            raise ValueError("it names later steps than its own")
+        if landing and not landing.start < step <= landing.end:
+            raise ValueError("its step is not one of its landing")
+        return state
