@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from gptray.model.hf import save_pretrained
-from tests.generation.models import random_gpt, small_tokenizer
+from tests.generation.models import needs_native, random_gpt, small_tokenizer
 from tests.jobs.nodes import Nodes, actors, cluster_of, job
 from tests.tiny import tiny_text
 
@@ -93,6 +93,22 @@ def by_four(
 
 def test_more_engines_than_cores_still_finish_all_rows(by_four: list[dict[str, Any]]) -> None:
     assert [row["id"] for row in by_four] == list(range(ROWS))
+
+
+@needs_native
+def test_engines_on_several_nodes_use_one_backend_that_is_told_once(
+    cluster: tuple[Nodes, list[Any]], model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    words = generate_words(model_dir, prompts, tmp_path / "out", 2)
+    words += ["generate.backend=auto", "sample.max_new_tokens=2", "sample.min_new_tokens=0"]
+    with job("generate", *words) as process:
+        _, told = end_of(process)
+    assert told.count("generate.backend: ") == 1
+    metadata = [
+        parquet.read_metadata(path).metadata for path in (tmp_path / "out").glob("*.parquet")
+    ]
+    settings = {json.loads(one[b"gptray.settings"])["generate.backend"] for one in metadata}
+    assert len(settings) == 1 and settings <= {"native", "torch"}
 
 
 def test_more_workers_than_cores_evaluate_to_the_same_numbers(
