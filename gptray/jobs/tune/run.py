@@ -22,6 +22,7 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
+from gptray.jobs.origin import Origin, reachable
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
 from gptray.jobs.remote_run import check_one_node, publishing
@@ -120,7 +121,8 @@ def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None])
             publish()
 
         try:
-            _Sweep(checked, record, texts, publish).run(on_change=show)
+            with reachable(config, checked.folder) as origin:
+                _Sweep(checked, record, texts, publish, origin).run(on_change=show)
         finally:
             reporter.write(running=False)
 
@@ -144,9 +146,10 @@ class _Sweep:
         record: Record,
         texts: Mapping[str, TokenData],
         publish: Callable[[], None],
+        origin: Origin | None,
     ) -> None:
         self._config, self._folder, self._checked = checked.config, checked.folder, checked
-        self._record, self._publish = record, publish
+        self._record, self._publish, self._origin = record, publish, origin
         self._at_once, self._reserved = trial_resources(
             checked.config.compute,
             trials=checked.num_trials,
@@ -256,7 +259,7 @@ class _Sweep:
         save_config(config, folder)
         data_dir = self._texts[text_key(planned.config)].data_dir
         threads = max(1, int(cores))
-        run = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
+        run = TrainTask(config, data_dir, folder, threads, not is_own_ray(), self._origin)
         is_cut = planned.replicate_of is None
         return TrialTask(planned.name, run, is_cut, self._reserved)
 
