@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from gptray.config import RunFailed
@@ -54,12 +55,13 @@ class DriverFolder:
     def files(self, name: str) -> dict[str, int]:
         """The size of each file in a folder."""
         folder = self._root / name
-        names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-        return {
-            name: path.stat().st_size
-            for name, path in names.items()
-            if not is_hidden(name) and path.is_file()
-        }
+        sizes = {}
+        for path in folder.rglob("*"):
+            one = path.relative_to(folder).as_posix()
+            with suppress(FileNotFoundError):  # of the driver's, which writes there too
+                if not is_hidden(one) and path.is_file():
+                    sizes[one] = path.stat().st_size
+        return sizes
 
     def newest(self, run: str) -> str | None:
         """The newest intact checkpoint of a run. Raises RunFailed where all are damaged."""

@@ -30,7 +30,7 @@ from gptray.training.workers import Workers
 
 log = logging.getLogger("gptray")
 
-# Seconds between two looks for what is new.
+# Seconds between two looks for what is new besides reports: rows, and notices.
 SEND_S = 1.0
 
 
@@ -55,8 +55,24 @@ class RunOnNode:
             with self._guard:
                 self._publisher.publish()
 
-    def follow(self, ended: threading.Event) -> None:
-        """Send what is new every second: rows that are not at an evaluation, and notices."""
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Send in the block what is new every second, and at its end. Raises RunFailed."""
+        ended = threading.Event()
+        if self._publisher:
+            threading.Thread(target=self._follow, args=(ended,), name="sender", daemon=True).start()
+        try:
+            yield
+        except BaseException:
+            with suppress(RunFailed):
+                self.publish()
+            raise
+        else:
+            self.publish()
+        finally:
+            ended.set()
+
+    def _follow(self, ended: threading.Event) -> None:
         while not ended.wait(SEND_S):
             try:
                 self.publish()
@@ -82,18 +98,8 @@ def run_on_node(
     run = Workers.current().all_or_none(
         lambda: _begun(task, origin, fetches=fetches, is_on_first_node=is_on_first_node)
     )
-    ended = threading.Event()
-    threading.Thread(target=run.follow, args=(ended,), name="sender", daemon=True).start()
-    try:
+    with run.following():
         yield run
-    except BaseException:
-        with suppress(RunFailed):
-            run.publish()
-        raise
-    else:
-        run.publish()
-    finally:
-        ended.set()
 
 
 def _begun(task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: bool) -> RunOnNode:

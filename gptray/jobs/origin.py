@@ -42,7 +42,7 @@ class Origin:
 
         try:
             answer: object = ray.get(_actor(self.actor).call.remote(method, *arguments))
-        except (ray.exceptions.RayError, ValueError) as error:  # no actor of that name
+        except (ray.exceptions.RayActorError, ValueError) as error:  # no actor of that name
             raise RunFailed(
                 f"the driver's node does not answer: {first_line(error)}; the same command resumes"
             ) from error

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import is_uri
-from gptray.jobs.cluster_nodes import alive_nodes
 from gptray.jobs.fetching import fetch_run
 from gptray.jobs.publisher import RunPublisher, Sent, SweepPublisher, is_hidden
 from gptray.jobs.run_folder import held, run_dir, seen_at
@@ -151,13 +150,3 @@ class _Following:
                 self._publisher.publish()
             except UserError as error:  # the store cannot be read
                 raise RunFailed(str(error)) from None
-
-
-def check_one_node(config: Config) -> None:
-    """Refuse to make a run of an object store on several nodes. Needs Ray. Raises UserError."""
-    if is_uri(config.storage_path) and len(alive_nodes()) > 1:
-        raise UserError(
-            f"storage_path={config.storage_path}: object storage is the home of runs on one node; "
-            "on a cluster of several give a folder that all nodes see, such as NFS (text, prompts, "
-            "models and generate.output_path may lie in object storage)"
-        )

@@ -85,6 +85,8 @@ def test_a_run_that_moves_to_another_node_ends_at_the_driver_with_the_same_bits(
             assert step and damage(checkpoint) is None
             assert step <= read_metrics(folder)[-1]["step"]
             seen[step] += 1
+        told = [one["step"] for one in read_events(folder) if one["event"] == "evaluated"]
+        assert {*told} <= {*seen}
 
     driver = Driver(folder, look)
     with pytest.raises(Killed):

@@ -22,7 +22,7 @@ from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.origin import reachable
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.remote_run import check_one_node, publishing
+from gptray.jobs.remote_run import publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, worker_resources
 from gptray.jobs.resuming import command, how_to_train_longer, save_config
@@ -92,7 +92,6 @@ def _train(
     """Train; return what only the process that trained can know."""
     config, folder = checked.config, checked.folder
     with ray_cluster(wait_s=config.compute.wait_s):
-        check_one_node(config)
         check_shared_by_training(config, folder)
         check_cluster(config.compute, spare=_spare(config))
         data = stored_text(config, checked.text.request)

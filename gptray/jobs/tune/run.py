@@ -25,7 +25,7 @@ from gptray.jobs.next_steps import resumable
 from gptray.jobs.origin import Origin, reachable
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.remote_run import check_one_node, publishing
+from gptray.jobs.remote_run import publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, trial_resources
 from gptray.jobs.resuming import command, save_config
@@ -108,7 +108,6 @@ def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None])
     """Run the sweep on Ray."""
     config = checked.config
     with ray_cluster(wait_s=config.compute.wait_s):
-        check_one_node(config)
         check_shared_by_training(config, checked.folder)
         check_cluster(config.compute)
         texts = {key: stored_text(config, text.request) for key, text in checked.texts.items()}
