@@ -13,7 +13,10 @@ import torch
 from gptray.config import Config, RunFailed
 from gptray.data.request import make_request
 from gptray.data.tokens import TokenData
+from gptray.evaluation.recitation import LENGTHS, ngram_hashes
 from gptray.jobs.driver_folder import BLOCK_BYTES, DriverFolder
+from gptray.jobs.evaluate.task import Call, EvaluationTask
+from gptray.jobs.evaluate.worker import Scorer
 from gptray.jobs.fetching import fetch_run
 from gptray.jobs.node_run import NodePublisher, needed_by_writer
 from gptray.jobs.origin import FolderAtDriver
@@ -193,3 +196,21 @@ def test_tokens_are_fetched_once_by_a_node_and_again_where_they_are_damaged(
     assert TokenData.open(tokens_here(HOME, data_dir.name)).fingerprint
     shutil.rmtree(there)
     assert TokenData.open(tokens_here(HOME, data_dir.name)).fingerprint
+
+
+def test_an_evaluation_has_its_tokens_on_a_node_that_had_none(
+    store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_at(source)
+    prepare(config)
+    data_dir = make_request(config).data_dir
+    publish_data(config, data_dir)
+    tokens = TokenData.open(data_dir).train.slice(0, 100)
+    wanted = [ngram_hashes(tokens, length) for length in LENGTHS]
+    task = EvaluationTask(config, "no model is needed", data_dir, block_size=32, threads=1)
+    here = result_of(Scorer(task).answer(Call("find", (0, 100, wanted), 0)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other node"))
+    shutil.rmtree(data_dir)
+    there = result_of(Scorer(task).answer(Call("find", (0, 100, wanted), 0)))
+    assert [one.tolist() for one in there] == [one.tolist() for one in here]
+    assert all(one.all() for one in there)

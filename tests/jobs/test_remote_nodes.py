@@ -1,4 +1,4 @@
-"""Runs and sweeps whose home is an object store, on two nodes that share no disk."""
+"""Jobs whose home is an object store, on two nodes that share no disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import fs, parquet
 
 from tests.jobs.test_remote_jobs import HOME, TRAINED, WEIGHTS
 from tests.jobs.two_nodes import NAME, may_unshare, two_nodes
 from tests.object_store import Object, ObjectStore, object_store
 from tests.tiny import tiny_text
 
-WITHIN_S = 500
+WITHIN_S, ROWS = 500, 8
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.xdist_group("nodes"),
@@ -123,8 +124,24 @@ def test_a_sweep_trains_on_a_node_without_its_folder(nodes: Nodes) -> None:
     assert weights == objects[f"bucket/runs/s/trials/{best}/{WEIGHTS}"].content
 
 
-def test_checkpoints_are_scored_on_the_other_node(nodes: Nodes) -> None:
+def test_a_run_is_scored_evaluated_and_used_on_the_other_node(nodes: Nodes) -> None:
     words = [*TRAINED, "name=v", "train.max_steps=20", "train.async_validation=true"]
-    assert nodes.done("train", *words)["step"] == 20
+    trained = nodes.done("train", *words)
     scored = [row["step"] for row in nodes.rows("v/metrics.jsonl") if "val_loss" in row]
     assert scored == [10, 20]
+
+    words = ["evaluate.model=v", "evaluate.passages=2", "compute.cpus_per_worker=1", ON_SECOND]
+    evaluated = nodes.done("evaluate", *words)
+    assert evaluated["val_loss"] == pytest.approx(trained["val_loss"], rel=1e-5)
+
+    prompts = [json.dumps({"id": number, "prompt": "the cat"}) for number in range(ROWS)]
+    nodes.store.objects["bucket/in/p.jsonl"] = Object("\n".join(prompts).encode())
+    words = [
+        "generate.model=v", "generate.input_path=s3://bucket/in/p.jsonl", "generate.num_workers=2",
+        "generate.output_path=s3://bucket/out", "sample.max_new_tokens=8",
+        "generate.rows_per_file=2", "generate.backend=torch", "compute.cpus_per_worker=1",
+    ]  # fmt: skip
+    assert nodes.done("generate", *words)["rows"] == ROWS
+    filesystem, path = fs.FileSystem.from_uri("s3://bucket/out")
+    ids = parquet.read_table(path, filesystem=filesystem)["id"].to_pylist()
+    assert sorted(ids) == list(range(ROWS))

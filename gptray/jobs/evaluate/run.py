@@ -10,12 +10,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config, UserError
+from gptray.config import Config
 from gptray.evaluation.result import EVALUATION, Evaluation, save_evaluation
-from gptray.files import is_uri, storing
+from gptray.files import storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
-from gptray.jobs.cluster_nodes import alive_nodes
 from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, plan
 from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.prepare.run import stored_text
@@ -41,7 +40,6 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
     config = checked.config
     log.info("evaluating %s", checked.model)
     with ray_cluster(wait_s=config.compute.wait_s):
-        _check_one_node(config)
         check_shared(
             written=written_by_all(config, checked.folder),
             read={"evaluate.model": [Path(checked.model)]},
@@ -67,15 +65,6 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
         _publish(checked.folder, checked.home)
         place, report = str(checked.home), report and report.replace(place, str(checked.home), 1)
     return {**outcome(evaluation), "evaluation": f"{place}/{EVALUATION}", "report": report}
-
-
-def _check_one_node(config: Config) -> None:
-    """Refuse tokens of an object store on several nodes. Needs Ray. Raises UserError."""
-    if is_uri(config.storage_path) and len(alive_nodes()) > 1:
-        raise UserError(
-            f"storage_path={config.storage_path}: object storage is the home of evaluations on one "
-            "node; on a cluster of several give a folder that all nodes see, such as NFS"
-        )
 
 
 def _publish(folder: Path, home: RemoteFolder) -> None:
