@@ -30,7 +30,9 @@ log = logging.getLogger("gptray")
 # The share of a disk that copies take at most.
 _MOST_OF_DISK = 0.25
 # What is removed as a whole.
-_KEPT = ("fetched/*", "records/*", "copied/*", "outputs/*", "storage/*/*", "storage/*/data/*")
+_KEPT = (
+    "fetched/*", "records/*", "copied/*", "outputs/*", "nodes/*", "storage/*/*", "storage/*/data/*"
+)  # fmt: skip
 _DRAFT = ".draft"
 _guard = threading.Lock()
 # What this process uses, with descriptors of the locks: they end with the process.

@@ -28,6 +28,7 @@ from gptray.data.tokenizer_files import (
     tokenizer_sha256,
 )
 from gptray.data.tokens import FORMAT_VERSION
+from gptray.files import cache_folder
 from gptray.node_cache import storage_folder
 
 # Up to this size the text itself is the identity, so that a copy or a touched file is no other
@@ -67,6 +68,11 @@ class Request:
             source.key: [Path(file.path) for file in source.files if file.uri is None]
             for source, _ in self.sources
         }
+
+    @property
+    def is_of_node(self) -> bool:
+        """Whether the data is prepared in this node's cache, which no other node sees."""
+        return self.root.is_relative_to(cache_folder())
 
     @property
     def split_names(self) -> tuple[str, ...]:

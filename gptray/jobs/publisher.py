@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from gptray.files import CannotWrite
 from gptray.manifest import FORMAT, MANIFEST
 from gptray.record import EVENTS, METRICS
-from gptray.remote_folder import RemoteFolder
+from gptray.remote_folder import StoredFile
 from gptray.training.checkpoint import find_checkpoints
 from gptray.tuning.sweep_record import TRIALS, trial_dir
 
@@ -50,10 +51,26 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
+class Home(Protocol):
+    """A folder elsewhere, with files by name: in a store, or on the driver's node.
+
+    Its methods are those of `RemoteFolder`.
+    """
+
+    def __truediv__(self, name: str) -> Home: ...
+    def files(self, *, deep: bool = False) -> Mapping[str, StoredFile]: ...
+    def read(self, name: str) -> bytes | None: ...
+    def download(self, name: str, target: Path) -> None: ...
+    def write(self, name: str, content: bytes) -> None: ...
+    def upload(self, source: Path, name: str) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def remove_all(self) -> None: ...
+
+
 class _Folder:
     """Files of a folder here, and the home that they are sent to."""
 
-    def __init__(self, home: RemoteFolder, folder: Path, sent: Sent) -> None:
+    def __init__(self, home: Home, folder: Path, sent: Sent) -> None:
         self._home, self._folder, self._sent = home, folder, sent
 
     def _send(self, *paths: Path) -> None:
@@ -140,7 +157,7 @@ class RunPublisher(_Folder):
 class SweepPublisher(_Folder):
     """Copies what changes in a sweep's folder to its home."""
 
-    def __init__(self, home: RemoteFolder, folder: Path, sent: Sent) -> None:
+    def __init__(self, home: Home, folder: Path, sent: Sent) -> None:
         super().__init__(home, folder, sent)
         self._trials: dict[str, RunPublisher] = {}
         self._recorded = self._record()

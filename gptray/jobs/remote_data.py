@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 from pathlib import Path
 
 from gptray.config import Config
+from gptray.config.names import PREPARED
 from gptray.data.publish import building
-from gptray.files import is_uri
+from gptray.data.tokens import DamagedData, TokenData
+from gptray.files import is_uri, open_lock, remove, storing
 from gptray.manifest import MANIFEST
-from gptray.node_cache import hold, make_room, set_published
+from gptray.node_cache import hold, make_room, set_published, storage_folder
 from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
@@ -21,8 +24,45 @@ def bring_data(config: Config, data_dir: Path) -> None:
     Raises UserError, RunFailed.
     """
     place = _data_home(config, data_dir)
-    if place is None:
-        return
+    if place is not None:
+        _fetch(place, data_dir)
+
+
+def tokens_on_node(config: Config, data_dir: Path) -> Path:
+    """The folder on this node of text that is in `data_dir` at the driver.
+
+    Raises UserError, RunFailed.
+    """
+    home = config.storage_path
+    return tokens_here(home, data_dir.name) if is_uri(home) else data_dir
+
+
+def tokens_here(storage_path: str, name: str, *, fetches: bool = True) -> Path:
+    """The folder on this node of text that the driver has published, by its folder's name there.
+
+    fetches: whether to fetch it if it is not here; another process does otherwise.
+
+    Raises UserError, RunFailed.
+    """
+    data_dir = storage_folder(storage_path) / PREPARED / name
+    if not fetches:
+        hold(data_dir)
+        return data_dir
+    with storing(data_dir):
+        data_dir.parent.mkdir(parents=True, exist_ok=True)
+        lock = open_lock(data_dir.with_name(f"{name}.lock"))
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node fetches, the others wait
+        try:
+            TokenData.open(data_dir)
+        except DamagedData:
+            remove(data_dir)
+        _fetch(RemoteFolder(storage_path) / PREPARED / name, data_dir)
+        set_published(data_dir, True)
+    return data_dir
+
+
+def _fetch(place: RemoteFolder, data_dir: Path) -> None:
     hold(data_dir)
     make_room()
     if data_dir.exists() or MANIFEST not in place.files():

@@ -9,39 +9,27 @@ published when the machine was lost is trained again, to the same bits.
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.files import is_uri, remove, storing
-from gptray.jobs.cluster_nodes import alive_nodes
-from gptray.jobs.publisher import (
-    RunPublisher,
-    Sent,
-    SweepPublisher,
-    Version,
-    is_hidden,
-    version_of,
-)
+from gptray.files import is_uri
+from gptray.jobs.fetching import fetch_run
+from gptray.jobs.publisher import RunPublisher, Sent, SweepPublisher, is_hidden
 from gptray.jobs.run_folder import held, run_dir, seen_at
 from gptray.lease import Lease, leased
-from gptray.manifest import MANIFEST, files_damage
+from gptray.manifest import MANIFEST
 from gptray.node_cache import hold, make_room, set_published
 from gptray.remote_folder import RemoteFolder, StoredFile
-from gptray.training.checkpoint import checkpoint_step
 from gptray.tuning.sweep_record import load_trials, trial_dir
 
 log = logging.getLogger("gptray")
 
 _LEASES = ".gptray"
 _MODEL_MANIFEST = f"model/{MANIFEST}"
-# Files that are fetched at a time.
-_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -73,26 +61,9 @@ def bring_run(config: Config, *, busy: str | None = None) -> None:
         there = _listed(home)
     except UserError as error:
         raise UserError(f"storage_path: {error}") from None
-    checkpoints = {one for name in there if (one := _checkpoint_of(name))}
-    wholes = {one for one in checkpoints if f"{one}/{MANIFEST}" in there}
-    others = [
-        name for name in there if not _checkpoint_of(name) and not name.endswith(_MODEL_MANIFEST)
-    ]
+    names = [name for name in there if not name.endswith(_MODEL_MANIFEST)]
     with held(folder, busy=busy):
-        _remove_all_but({*others, *wholes}, folder)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(lambda name: home.download(name, folder / name), others))
-        ended = _ended(folder)
-        sent = Sent(_versions([folder / name for name in others], ended))
-        for name in sorted(checkpoints):
-            path = folder / name
-            if path.parent not in ended:
-                files = [one for one in there if one.startswith(f"{name}/")]
-                sent.checkpoints[path] = (
-                    _bring_checkpoint(home / name, path, [one[len(name) + 1 :] for one in files])
-                    if name in wholes
-                    else None
-                )
+        sent = fetch_run(home, folder, names, ended=lambda: _ended(folder))
         set_published(folder, True)
     _brought[folder] = _Brought(there, sent)
 
@@ -101,53 +72,10 @@ def _listed(home: RemoteFolder) -> dict[str, StoredFile]:
     return {name: one for name, one in home.files(deep=True).items() if not is_hidden(name)}
 
 
-def _checkpoint_of(name: str) -> str | None:
-    """The checkpoint, of a run or of a sweep's trial, that a file or folder is or belongs to."""
-    path = PurePosixPath(name)
-    found = [one for one in (path, *path.parents) if checkpoint_step(Path(one)) is not None]
-    return found[-1].as_posix() if found else None
-
-
-def _remove_all_but(kept: set[str], folder: Path) -> None:
-    """Remove what is not in a run's home; kept: its files, and its whole checkpoints."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name in kept or _checkpoint_of(name) in kept or is_hidden(name):
-            continue
-        if path.is_file() or checkpoint_step(path) is not None:
-            remove(path)
-
-
-def _versions(paths: Iterable[Path], ended: Collection[Path]) -> dict[Path, Version]:
-    """Those of files that were fetched; of models only where they are known to be whole there."""
-    return {
-        path: version_of(path)
-        for path in paths
-        if path.parent.name != "model" or path.parents[1] in ended
-    }
-
-
 def _ended(folder: Path) -> set[Path]:
     """The trials of a sweep that are not trained any more. Raises RunFailed."""
     ended = [one.name for one in load_trials(folder) if one.outcome and not one.passing]
     return {trial_dir(folder, name) for name in ended}
-
-
-def _bring_checkpoint(place: RemoteFolder, folder: Path, files: Iterable[str]) -> bytes | None:
-    """Fetch a checkpoint unless it is here; return its manifest. files: their names in it."""
-    manifest = place.read(MANIFEST)
-    with suppress(OSError):
-        if (folder / MANIFEST).read_bytes() == manifest and not files_damage(folder, needed=()):
-            return manifest
-    log.info("fetching %s", place)
-    draft = folder.with_name(f".{folder.name}.tmp")
-    with storing(folder):
-        remove(draft)
-        for name in files:
-            place.download(name, draft / name)
-        remove(folder)
-        os.rename(draft, folder)
-    return manifest
 
 
 @contextmanager
@@ -222,13 +150,3 @@ class _Following:
                 self._publisher.publish()
             except UserError as error:  # the store cannot be read
                 raise RunFailed(str(error)) from None
-
-
-def check_one_node(config: Config) -> None:
-    """Refuse to make a run of an object store on several nodes. Needs Ray. Raises UserError."""
-    if is_uri(config.storage_path) and len(alive_nodes()) > 1:
-        raise UserError(
-            f"storage_path={config.storage_path}: object storage is the home of runs on one node; "
-            "on a cluster of several give a folder that all nodes see, such as NFS (text, prompts, "
-            "models and generate.output_path may lie in object storage)"
-        )

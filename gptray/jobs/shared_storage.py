@@ -2,6 +2,7 @@
 
 Every node that will work has to read back a token that the driver writes into the folder, and to
 be able to write there. What a job only reads, a model or a text, has to look there as it does here.
+An object store has to answer each node.
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.files import check_writable, expanded, no_empty_folders, open_regular, storing
+from gptray.files import (
+    check_writable,
+    expanded,
+    is_uri,
+    no_empty_folders,
+    open_regular,
+    storing,
+)
 from gptray.jobs.cluster_nodes import Node, alive_nodes
 from gptray.jobs.each_node import NoAnswer, ask
+from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
 
@@ -64,19 +73,20 @@ def check_shared(
     *,
     written: Mapping[str, Path] | None = None,
     read: Mapping[str, Sequence[Path]] | None = None,
+    stores: Sequence[str] = (),
     use_gpu: bool = False,
 ) -> None:
     """Refuse paths that a node which will work does not see. Needs Ray; one node shares all.
 
     written: folders by the words that name them, such as storage_path=/x; they are made here if
-    needed, and nothing is left there. read: files and folders by key. use_gpu: only nodes with
-    GPUs will work.
+    needed, and nothing is left there. read: files and folders by key. stores: places in object
+    stores, by such words, that have to answer. use_gpu: only nodes with GPUs will work.
 
     Raises:
         UserError: names key, path and the addresses of the nodes.
         RunFailed: a node did not look: it hangs, or cannot run gptray.
     """
-    found = blind_nodes(written=written, read=read, use_gpu=use_gpu)
+    found = blind_nodes(written=written, read=read, stores=stores, use_gpu=use_gpu)
     if not found:
         return
     message = "\n".join(dict.fromkeys(blind.message for blind in found))
@@ -87,10 +97,25 @@ def check_shared_by_training(config: Config, folder: Path) -> None:
     """Refuse what the workers of a run or sweep would not see. Raises as `check_shared`."""
     init_from = config.model.init_from
     check_shared(
-        written={f"storage_path={config.storage_path}": folder},
+        written=written_by_all(config, folder),
         read={"model.init_from": [expanded(init_from)]} if init_from else None,
+        stores=stores_of(config),
         use_gpu=config.compute.use_gpu,
     )
+
+
+def written_by_all(config: Config, folder: Path) -> dict[str, Path]:
+    """A folder of storage_path, by its words, if all nodes have to see it: in no object store."""
+    return {} if is_uri(config.storage_path) else {_words(config): folder}
+
+
+def stores_of(config: Config) -> list[str]:
+    """The words for storage_path, if it is an object store, which all nodes have to reach."""
+    return [_words(config)] if is_uri(config.storage_path) else []
+
+
+def _words(config: Config) -> str:
+    return f"storage_path={config.storage_path}"
 
 
 def check_seen(folder: Path, *, storage_path: str) -> None:
@@ -110,6 +135,7 @@ def blind_nodes(
     *,
     written: Mapping[str, Path] | None = None,
     read: Mapping[str, Sequence[Path]] | None = None,
+    stores: Sequence[str] = (),
     use_gpu: bool = False,
 ) -> list[Blind]:
     """The nodes that will work and do not see a path; of each the first that it does not see."""
@@ -121,8 +147,8 @@ def blind_nodes(
         places = [stack.enter_context(_token(*place)) for place in (written or {}).items()]
         for key, paths in (read or {}).items():
             places += [_as_here(key, path) for path in paths[:_MOST_FILES] if path.exists()]
-        about = ", ".join(place.words for place in places[:2])
-        answers = ask(working, problem_of, places, about=about)
+        about = ", ".join([*(place.words for place in places), *stores][:2])
+        answers = ask(working, problem_of, places, stores, about=about)
     found = []
     for node, answer in zip(working, answers, strict=True):
         if isinstance(answer, NoAnswer):
@@ -137,11 +163,17 @@ def blind_nodes(
     return found
 
 
-def problem_of(places: Sequence[Place]) -> tuple[str, str] | None:
+def problem_of(places: Sequence[Place], stores: Sequence[str] = ()) -> tuple[str, str] | None:
     """On a node: the first place that it does not see as the driver does, and what it sees."""
     for place in places:
         if problem := _unseen(place) or _unwritable(place):
             return place.words, problem
+    for words in stores:
+        uri = words.partition("=")[2]
+        try:
+            RemoteFolder(uri).folders()
+        except UserError as error:
+            return words, str(error).removeprefix(f"{uri}: ")
     return None
 
 

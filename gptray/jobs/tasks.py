@@ -7,12 +7,14 @@ So a task returns its `Failure`, and the driver raises it.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from gptray.config import RunFailed, UserError
+from gptray.jobs.cluster_nodes import alive_nodes
 from gptray.jobs.doing import so_far, telling
 from gptray.jobs.ray_metrics import Exporter
 from gptray.jobs.waiting import await_core
@@ -50,20 +52,24 @@ def result_of(outcome: T | Failure) -> T:
     return outcome
 
 
-def map_items(items: Sequence[T], task: Callable[[int, T], R], *, doing: str) -> list[R]:
+def map_items(
+    items: Sequence[T], task: Callable[[int, T], R], *, doing: str, here: bool = False
+) -> list[R]:
     """Apply `task(number, item)` to each item on one core; results come in the items' order.
 
-    Needs Ray. Results travel through the object store: keep them small.
+    here: on this node alone. Needs Ray. Results travel through the object store: keep them small.
     Raises the UserError of the first task that meets one, or RunFailed for one that could not
     read or write; the others are stopped.
     """
     import ray.data
 
     _quiet()
-    await_core()
+    options = _on_this_node() if here else {"num_cpus": 1}
+    if options["num_cpus"]:
+        await_core()
     rows = [{"number": number, "item": item} for number, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _Mapped(task, doing), num_cpus=1
+        _Mapped(task, doing), **options
     )
     results: dict[int, R] = {}
     exporter = Exporter("prepare")
@@ -93,6 +99,20 @@ class _Mapped:
         if isinstance(outcome, Failure):
             return {"number": number, "result": None, **asdict(outcome)}
         return {"number": number, "result": outcome, "message": "", "is_mistake": False}
+
+
+def _on_this_node() -> dict[str, Any]:
+    """Options for tasks on this node, which may be one that offers no cores to Ray."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    offers = any(one.id == node and one.cpus >= 1 for one in alive_nodes())
+    return {
+        "num_cpus": 1 if offers else 0,
+        "concurrency": None if offers else len(os.sched_getaffinity(0)),
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
 
 
 def _quiet() -> None:

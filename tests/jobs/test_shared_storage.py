@@ -15,6 +15,7 @@ import pytest
 from gptray.config import UserError
 from gptray.jobs.shared_storage import Looks, Place, check_seen, problem_of
 from tests.jobs.two_nodes import SECOND, may_unshare, two_nodes
+from tests.object_store import ObjectStore
 from tests.tiny import tiny_text
 
 pytestmark = pytest.mark.xdist_group("nodes")
@@ -62,6 +63,17 @@ def test_a_worker_that_sees_no_tokens_names_storage_path_and_its_node(tmp_path: 
         check_seen(tmp_path / "data", storage_path="/x")
     assert "storage_path=/x: node " in str(caught.value)
     assert f" does not see {tmp_path / 'data'}; give a folder that all nodes" in str(caught.value)
+
+
+def test_a_node_that_a_store_refuses_says_why(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "storage_path=s3://bucket/runs"
+    assert problem_of([], [place]) is None
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "unknown")
+    found = problem_of([], [place])
+    assert found and found[0] == place and found[1].startswith("cannot be read: ")
+    assert "credentials are those of the environment" in found[1]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-SECOND = "127.0.0.2"
+# The second node's address and, as its label `node`, its name.
+SECOND, NAME = "127.0.0.2", "second"
 START_S = 120
 # Connects as soon as there is a head, and ends when there are enough nodes.
 _UNTIL = """
@@ -37,10 +38,13 @@ def may_unshare() -> bool:
 
 
 @contextmanager
-def two_nodes(hidden: Sequence[Path], folder: Path) -> Iterator[dict[str, str]]:
-    """A head of one core, and a node with two that has small empty folders in place of `hidden`.
+def two_nodes(
+    hidden: Sequence[Path], folder: Path, *, cores: int = 2, size: str = "64k"
+) -> Iterator[dict[str, str]]:
+    """A head of one core, and a node with `cores` that has empty folders in place of `hidden`.
 
-    Gives the environment of a job on that cluster. folder: for what the nodes' Ray says.
+    Gives the environment of a job on that cluster. folder: for what the nodes' Ray says. size: of
+    each empty folder.
     """
     ray = str(Path(sys.executable).with_name("ray"))
     port = _free_port()
@@ -50,9 +54,14 @@ def two_nodes(hidden: Sequence[Path], folder: Path) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
         head = [ray, "start", "--head", f"--port={port}", "--num-cpus=1", *common]
         head += [f"--temp-dir={temporary}", "--include-dashboard=False"]
-        mounts = " && ".join(f'mount -t tmpfs -o size=64k none "{path}"' for path in hidden)
+        mounts = " && ".join(f'mount -t tmpfs -o size={size} none "{path}"' for path in hidden)
         second = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh", ray, "start"]
-        second += [f"--address=127.0.0.1:{port}", f"--node-ip-address={SECOND}", "--num-cpus=2"]
+        second += [
+            f"--address=127.0.0.1:{port}",
+            f"--node-ip-address={SECOND}",
+            f"--num-cpus={cores}",
+        ]
+        second += [f"--labels=node={NAME}"]
         second += common
         with ending() as processes:
             of_jobs = {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}

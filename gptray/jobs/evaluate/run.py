@@ -18,9 +18,8 @@ from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, plan
 from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.remote_run import check_one_node
 from gptray.jobs.reporter import Reporter
-from gptray.jobs.shared_storage import check_shared
+from gptray.jobs.shared_storage import check_shared, stores_of, written_by_all
 from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
@@ -41,10 +40,10 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
     config = checked.config
     log.info("evaluating %s", checked.model)
     with ray_cluster(wait_s=config.compute.wait_s):
-        check_one_node(config)
         check_shared(
-            written={f"storage_path={config.storage_path}": checked.folder},
+            written=written_by_all(config, checked.folder),
             read={"evaluate.model": [Path(checked.model)]},
+            stores=stores_of(config),
             use_gpu=config.compute.use_gpu,
         )
         data = stored_text(config, checked.text.request)

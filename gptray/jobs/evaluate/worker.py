@@ -24,6 +24,7 @@ from gptray.generation import sequence
 from gptray.generation.engine import Engine
 from gptray.generation.settings import Sampling
 from gptray.jobs.evaluate.task import Call, Continuation, EvaluationTask
+from gptray.jobs.remote_data import tokens_on_node
 from gptray.jobs.tasks import Failure, attempt
 from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu, out_of_gpu_memory
@@ -107,7 +108,7 @@ class Scorer:
 
     @cached_property
     def _data(self) -> TokenData:
-        return TokenData.open(self._task.data_dir)
+        return TokenData.open(tokens_on_node(self._config, self._task.data_dir))
 
     @cached_property
     def _model(self) -> GPT:

@@ -2,7 +2,7 @@
 
 Units of work go through Ray Data two or three times; only counts, and the tokenizer's sample,
 come back. The result does not depend on the number of tasks. Reading, splitting and writing are
-`gptray.data`'s.
+`gptray.data`'s. For an object store it is all done on the driver's node, in that node's cache.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def _prepare(request: Request, *, piece_bytes: int, wait_s: float | None) -> Tok
     if request.tokenizer not in KINDS:
         tokenizer = Tokenizer.load(request.tokenizer, eos_token=request.eos_token)
     with building(request.data_dir) as folder, ray_cluster(wait_s=wait_s):
-        words = f"storage_path={request.root.parent}"
-        check_shared(written={words: request.root}, read=request.local_files)
+        if not request.is_of_node:
+            words = f"storage_path={request.root.parent}"
+            check_shared(written={words: request.root}, read=request.local_files)
         _build(request, tokenizer, folder, piece_bytes=piece_bytes)
     return TokenData.open(request.data_dir)
 
@@ -146,7 +147,8 @@ def _build(
     with storing(request.data_dir):
         tokenizer.save(folder / "tokenizer")
     write_shards = WriteShards(folder, request.data_dir)
-    shards = map_items(split_plan.units, write_shards, doing="tokenising")
+    here = request.is_of_node
+    shards = map_items(split_plan.units, write_shards, doing="tokenising", here=here)
     for file in files:
         if file.changed():
             raise RunFailed(f"{file.name} changed while it was being prepared; start again")
@@ -177,7 +179,7 @@ def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]
         # Of the whole text: a character that only validation has must have a token too.
         return char_tokenizer(c for unit in scans for piece in unit.pieces for c in piece.alphabet)
     task = SampleText(SAMPLE_BYTES / max(plan.train_bytes, 1), request.seed)
-    texts = map_items(plan.units, task, doing="sampling")
+    texts = map_items(plan.units, task, doing="sampling", here=request.is_of_node)
     with doing("training the tokenizer"):
         return train_bpe((text for unit in texts for text in unit), request.vocab_size)
 

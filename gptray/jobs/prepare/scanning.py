@@ -47,7 +47,7 @@ def scan_and_plan(
     """Read everything once, and say where each document goes."""
     units = [unit for _, text in texts for unit in text.units]
     wants_alphabet = request.tokenizer == "char"
-    scans = map_items(units, ScanText(wants_alphabet), doing="reading")
+    scans = map_items(units, ScanText(wants_alphabet), doing="reading", here=request.is_of_node)
     found = iter(unit.pieces for unit in scans)
     scanned = [replace(text, scans=[next(found) for _ in text.units]) for _, text in texts]
     encodings = {name: one for unit in scans for name, one in unit.encodings.items()}

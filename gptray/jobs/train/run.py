@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_answers, ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
+from gptray.jobs.origin import reachable
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.remote_run import check_one_node, publishing
+from gptray.jobs.remote_run import publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, worker_resources
 from gptray.jobs.resuming import command, how_to_train_longer, save_config
@@ -91,7 +92,6 @@ def _train(
     """Train; return what only the process that trained can know."""
     config, folder = checked.config, checked.folder
     with ray_cluster(wait_s=config.compute.wait_s):
-        check_one_node(config)
         check_shared_by_training(config, folder)
         check_cluster(config.compute, spare=_spare(config))
         data = stored_text(config, checked.text.request)
@@ -132,8 +132,10 @@ def fit_on_ray(config: Config, data_dir: Path, folder: Path) -> dict[str, Any]:
     """Train in Ray Train's workers, each with its share of the cluster, as `fit_in_workers`."""
     reserved = worker_resources(config.compute, spare=_spare(config), together=True)
     threads = max(1, int(reserved["CPU"]))
-    task = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
-    return fit_in_workers(task, reserved)
+    with reachable(config, folder) as origin:
+        return fit_in_workers(
+            TrainTask(config, data_dir, folder, threads, not is_own_ray(), origin), reserved
+        )
 
 
 def fit_in_workers(
@@ -146,14 +148,14 @@ def fit_in_workers(
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    config, folder, compute = task.config, task.run_dir, task.config.compute
+    config, folder, compute = task.config, task.folder_here, task.config.compute
 
     def fit(workers: int) -> dict[str, object]:
         set_ray_snapshot_aside(folder)  # it may name checkpoints that are pruned by now
         result: dict[str, object] = (
             DataParallelTrainer(
                 _train_worker,
-                train_loop_config={"task": task},
+                train_loop_config={"task": task, "ray_dir": folder},
                 # One worker needs no group, and Ray's backend for it costs seconds at the start.
                 backend_config=_nccl() if compute.use_gpu and workers > 1 else None,
                 scaling_config=ray.train.ScalingConfig(
@@ -170,7 +172,7 @@ def fit_in_workers(
                         max_preemption_failures=0 if compute.is_elastic else -1,
                         controller_failure_limit=0 if compute.is_elastic else -1,
                     ),
-                    callbacks=[_failure_notes(folder), *callbacks],
+                    callbacks=[_failure_notes(task), *callbacks],
                 ),
                 validation_config=_validation_config(task, reserved),
             )
@@ -258,7 +260,7 @@ def _nccl() -> TorchConfig:
     return TorchConfig(backend="nccl")
 
 
-def _failure_notes(folder: Path) -> Any:
+def _failure_notes(task: TrainTask) -> Any:
     """A callback, run by Ray Train's controller, that notes worker failures for the watcher."""
     from ray.train import UserCallback
 
@@ -268,19 +270,19 @@ def _failure_notes(folder: Path) -> Any:
         ) -> None:
             ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
             first = str(next(iter(worker_exceptions.values()))).strip().splitlines()
-            try_event(
-                folder, "failure", message=f"worker {ranks} failed: {first[-1] if first else '?'}"
-            )
+            with suppress(RunFailed):
+                message = f"worker {ranks} failed: {first[-1] if first else '?'}"
+                task.note("failure", message=message)
 
     return FailureNotes()
 
 
 # Importing torch takes seconds, which driver and controller are spared: processes import what
 # they run.
-def _train_worker(given: dict[str, TrainTask]) -> dict[str, Any]:
+def _train_worker(given: dict[str, Any]) -> dict[str, Any]:
     from gptray.jobs.train.worker import train_worker
 
-    return train_worker(given["task"])
+    return train_worker(**given)
 
 
 def _validate(checkpoint: ray.train.Checkpoint, *, task: TrainTask) -> dict[str, Any]:

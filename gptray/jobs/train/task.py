@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import Config
+from gptray.jobs.origin import Origin
+from gptray.record import write_event
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,8 @@ class TrainTask:
     """A run to train, in `run_dir`, on the tokens in `data_dir`, with so many threads a worker.
 
     config: checked and resolved by the driver. may_lose_nodes: whether the cluster is not the
-    job's own.
+    job's own. origin: where workers on other nodes find the folders, which are the driver's; None
+    where all nodes see them.
     """
 
     config: Config
@@ -21,3 +24,16 @@ class TrainTask:
     run_dir: Path
     threads: int
     may_lose_nodes: bool = False
+    origin: Origin | None = None
+
+    @property
+    def folder_here(self) -> Path:
+        """The folder on this node for the run; `run_dir` where all nodes see that."""
+        return self.origin.folder_here(self.run_dir) if self.origin else self.run_dir
+
+    def note(self, event: str, **fields: object) -> None:
+        """Write an event of the run, wherever this is. Raises RunFailed."""
+        if self.origin is None or self.origin.is_here:
+            write_event(self.run_dir, event, **fields)
+        else:
+            self.origin.call("note", self.origin.name_of(self.run_dir), event, fields)

@@ -17,6 +17,7 @@ import torch
 from gptray.config import Config, RunFailed
 from gptray.data.scoring import Score
 from gptray.data.tokens import TokenData
+from gptray.jobs.node_run import checkpoint_on_node
 from gptray.jobs.tasks import Failure, attempt
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
@@ -44,9 +45,10 @@ def validate(checkpoint: Path, task: TrainTask) -> dict[str, object]:
 def _scored(checkpoint: Path, task: TrainTask) -> dict[str, object]:
     config = task.config
     torch.set_num_threads(task.threads)
-    data = TokenData.open(task.data_dir)
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
-    scores, model = score_checkpoint(config, data, checkpoint, device)
+    with checkpoint_on_node(task, checkpoint.name) as (folder, data_dir):
+        data = TokenData.open(data_dir)
+        scores, model = score_checkpoint(config, data, folder, device)
     samples = sample_texts(config, data, model)
     return {"scores": [asdict(one) for one in scores.all], "samples": samples}
 

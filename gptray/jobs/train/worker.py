@@ -11,6 +11,7 @@ import torch
 
 from gptray.config import RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
+from gptray.jobs.node_run import RunOnNode, run_on_node
 from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.shared_storage import check_seen
 from gptray.jobs.train.group import process_group
@@ -21,43 +22,55 @@ from gptray.jobs.train.validate import Validations
 from gptray.model.gpu_faults import check_gpu
 from gptray.training.evaluations import Metrics
 from gptray.training.loop import failed, fit
+from gptray.training.workers import Workers
 
 
-def train_worker(task: TrainTask) -> Metrics:
-    """Run the loop; return its result and the `peak_memory_bytes` of this process."""
-    config = task.config
+def train_worker(task: TrainTask, ray_dir: Path) -> Metrics:
+    """Run the loop; return its result and the `peak_memory_bytes` of this process.
+
+    ray_dir: the folder of the run that Ray Train knows.
+    """
     torch.set_num_threads(task.threads)
-    try:
-        check_seen(task.data_dir, storage_path=config.storage_path)
-        if config.compute.use_gpu:
-            check_gpu()
-    except UserError as error:
-        return failed(0, error)
-    try:
-        data = TokenData.open(task.data_dir)
-    except DamagedData as error:  # not a worker's death: no other attempt would find it whole
-        return failed(0, RunFailed(f"{error}; the same command prepares the text again"))
+    context, step = ray.train.get_context(), 0
+    with process_group():
+        try:
+            with run_on_node(
+                task,
+                fetches=context.get_local_rank() == 0,
+                is_on_first_node=context.get_node_rank() == 0,
+            ) as run:
+                result = _trained(run, ray_dir)
+                step = result["step"]
+        except (UserError, RunFailed) as error:  # of fetching, or of the last rows
+            result = failed(step, error)
+    return {**result, "peak_memory_bytes": peak_memory(ray.train.torch.get_device())}
+
+
+def _trained(run: RunOnNode, ray_dir: Path) -> Metrics:
+    """The result of the loop. Raises UserError or RunFailed on every worker."""
+    task, config, workers = run.task, run.task.config, Workers.current()
+    data = workers.all_or_none(lambda: _opened(task))
 
     def report(metrics: dict[str, object], checkpoint_dir: Path | None) -> None:
         # The loop has written the checkpoint into the run's folder already.
+        run.send()
+        checkpoint = checkpoint_dir and ray.train.Checkpoint(str(ray_dir / checkpoint_dir.name))
         ray.train.report(
             metrics,
-            checkpoint=checkpoint_dir and ray.train.Checkpoint(str(checkpoint_dir)),
+            checkpoint=checkpoint,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
             validation=config.train.async_validation and checkpoint_dir is not None,
         )
 
-    device = ray.train.torch.get_device()
-    is_first = ray.train.get_context().get_world_rank() == 0
-    with process_group(), Notices(task) as notices:
+    with Notices(task) as notices:
         result = fit(
             config,
             data,
             task.run_dir,
             report=report,
             sample=lambda model: sample_texts(config, data, model),
-            device=device,
-            timed=Exporter(run_tag(task.run_dir)).laps if is_first else None,
+            device=ray.train.torch.get_device(),
+            timed=Exporter(run_tag(task.run_dir)).laps if workers.is_first else None,
             validated=Validations(task.run_dir, config).wait
             if config.train.async_validation
             else None,
@@ -65,7 +78,18 @@ def train_worker(task: TrainTask) -> Metrics:
         )
     if result["stopped"] == "left":
         notices.tell_of_leaving(result["step"])
-    return {**result, "peak_memory_bytes": peak_memory(device)}
+    return result
+
+
+def _opened(task: TrainTask) -> TokenData:
+    """The run's tokens, on a node that can train. Raises UserError, RunFailed."""
+    check_seen(task.data_dir, storage_path=task.config.storage_path)
+    if task.config.compute.use_gpu:
+        check_gpu()
+    try:
+        return TokenData.open(task.data_dir)
+    except DamagedData as error:  # not a worker's death: no other attempt would find it whole
+        raise RunFailed(f"{error}; the same command prepares the text again") from None
 
 
 def peak_memory(device: torch.device) -> int:

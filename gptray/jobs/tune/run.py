@@ -22,9 +22,10 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
+from gptray.jobs.origin import Origin, reachable
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.remote_run import check_one_node, publishing
+from gptray.jobs.remote_run import publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, trial_resources
 from gptray.jobs.resuming import command, save_config
@@ -107,7 +108,6 @@ def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None])
     """Run the sweep on Ray."""
     config = checked.config
     with ray_cluster(wait_s=config.compute.wait_s):
-        check_one_node(config)
         check_shared_by_training(config, checked.folder)
         check_cluster(config.compute)
         texts = {key: stored_text(config, text.request) for key, text in checked.texts.items()}
@@ -120,7 +120,8 @@ def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None])
             publish()
 
         try:
-            _Sweep(checked, record, texts, publish).run(on_change=show)
+            with reachable(config, checked.folder) as origin:
+                _Sweep(checked, record, texts, publish, origin).run(on_change=show)
         finally:
             reporter.write(running=False)
 
@@ -144,9 +145,10 @@ class _Sweep:
         record: Record,
         texts: Mapping[str, TokenData],
         publish: Callable[[], None],
+        origin: Origin | None,
     ) -> None:
         self._config, self._folder, self._checked = checked.config, checked.folder, checked
-        self._record, self._publish = record, publish
+        self._record, self._publish, self._origin = record, publish, origin
         self._at_once, self._reserved = trial_resources(
             checked.config.compute,
             trials=checked.num_trials,
@@ -256,7 +258,7 @@ class _Sweep:
         save_config(config, folder)
         data_dir = self._texts[text_key(planned.config)].data_dir
         threads = max(1, int(cores))
-        run = TrainTask(config, data_dir, folder, threads, may_lose_nodes=not is_own_ray())
+        run = TrainTask(config, data_dir, folder, threads, not is_own_ray(), self._origin)
         is_cut = planned.replicate_of is None
         return TrialTask(planned.name, run, is_cut, self._reserved)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import ray.tune
 import torch
@@ -15,12 +17,11 @@ import torch
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
 from gptray.jobs.cluster import TRAIN_ENV
+from gptray.jobs.node_run import RunOnNode, run_on_node
 from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.train.run import ended, fit_in_workers
 from gptray.jobs.train.samples import sample_texts
-from gptray.jobs.train.task import TrainTask
 from gptray.jobs.tune.task import TrialTask
-from gptray.record import try_event, write_event
 from gptray.training.loop import fit
 
 # How the loop's reasons to stop are called in a sweep's record.
@@ -29,19 +30,20 @@ OUTCOMES = {"max_steps": "finished", "patience": "patience", "non_finite": "dive
 
 def run_trial(task: TrialTask) -> dict[str, object]:
     """Train the trial's run; return the outcome, which Tune takes for the last report."""
-    run, folder = task.run, task.run.run_dir
     try:
-        if run.config.compute.num_workers == 1:
-            result = ended(_train_here(run))
+        if task.run.config.compute.num_workers == 1:
+            with run_on_node(task.run) as run:
+                result = ended(_train_here(run))
         else:
             result = ended(_train_in_workers(task))
-        write_event(folder, "end", stopped=result["stopped"])
+        task.run.note("end", stopped=result["stopped"])
     except Exception as error:
         # What has become of the prepared text, the next start makes good.
         passing, message = isinstance(error, (RunFailed, OSError, DamagedData)), str(error)
         if not isinstance(error, (RunFailed, UserError)):
             message = f"{type(error).__name__}: {error}"
-        try_event(folder, "failure", message=message)
+        with suppress(RunFailed):
+            task.run.note("failure", message=message)
         return {"outcome": "failed", "message": message, "passing": passing}
     return {
         "outcome": OUTCOMES[result["stopped"]],
@@ -50,20 +52,26 @@ def run_trial(task: TrialTask) -> dict[str, object]:
     }
 
 
-def _train_here(run: TrainTask) -> dict[str, object]:
-    config, data = run.config, TokenData.open(run.data_dir)
+def _train_here(run: RunOnNode) -> dict[str, object]:
+    task, config = run.task, run.task.config
+    data = TokenData.open(task.data_dir)
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
     _forget_trials_before(config, device)
     # Of this thread, and every trial has its own.
-    torch.set_num_threads(run.threads)
+    torch.set_num_threads(task.threads)
+
+    def report(metrics: dict[str, object], checkpoint_dir: Path | None) -> None:
+        run.send()
+        ray.tune.report(metrics)
+
     return fit(
         config,
         data,
-        run.run_dir,
-        report=lambda metrics, _: ray.tune.report(metrics),
+        task.run_dir,
+        report=report,
         sample=lambda model: sample_texts(config, data, model),
         device=device,
-        timed=Exporter(run_tag(run.run_dir)).laps,
+        timed=Exporter(run_tag(task.run_dir)).laps,
     )
 
 

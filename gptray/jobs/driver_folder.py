@@ -1,0 +1,144 @@
+"""The folder of a run or a sweep on the driver's node, as workers on other nodes reach it: by Ray.
+
+A run that is at home in an object store is made in a folder on the driver's node and published from
+there (`gptray.jobs.remote_run`). No other node sees that folder, and none has to: an actor next to
+the driver reads and writes it for them. What a worker sends appears whole, as it would if the
+worker wrote it here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from gptray.config import RunFailed
+from gptray.files import append, remove, storing
+from gptray.jobs.fetching import checkpoint_of
+from gptray.jobs.publisher import is_hidden
+from gptray.jobs.tasks import Failure, attempt
+from gptray.manifest import MANIFEST
+from gptray.record import EVENTS, write_event
+from gptray.training.checkpoint import newest_whole
+
+# Of a file that is read or sent in one call.
+BLOCK_BYTES = 32 << 20
+
+# A run below the folder, and the number of the worker that writes it: the newest alone may.
+Writer = tuple[str, int]
+
+
+class DriverFolder:
+    """A Ray actor on the driver's node.
+
+    Files have their names in the folder. A checkpoint is a draft until its manifest comes. Ray may
+    make a call twice, which changes no file but the events: one may then stand there twice.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._writers: dict[str, int] = {}
+        self._newest: dict[str, str | None] = {}
+
+    def call(self, method: str, *arguments: object) -> object | Failure:
+        """Call one of the methods below."""
+        return attempt(lambda: getattr(self, method)(*arguments))
+
+    def begin(self, run: str) -> int:
+        """Give a run a new writer; those before it, on nodes that were lost, are refused."""
+        for draft in (self._root / run).glob(".checkpoint_*.tmp"):
+            remove(draft)
+        self._writers[run] = time.time_ns()
+        return self._writers[run]
+
+    def files(self, name: str) -> dict[str, int]:
+        """The size of each file in a folder."""
+        folder = self._root / name
+        sizes = {}
+        for path in folder.rglob("*"):
+            one = path.relative_to(folder).as_posix()
+            with suppress(FileNotFoundError):  # of the driver's, which writes there too
+                if not is_hidden(one) and path.is_file():
+                    sizes[one] = path.stat().st_size
+        return sizes
+
+    def newest(self, run: str) -> str | None:
+        """The newest intact checkpoint of a run. Raises RunFailed where all are damaged."""
+        if run not in self._newest:
+            folder, _ = newest_whole(self._root / run)
+            self._newest[run] = folder.name if folder else None
+        return self._newest[run]
+
+    def read(self, name: str, offset: int) -> bytes | None:
+        """A block of a file; empty at its end, None where there is no file."""
+        try:
+            with (self._root / name).open("rb") as file:
+                file.seek(offset)
+                return file.read(BLOCK_BYTES)
+        except FileNotFoundError:
+            return None
+
+    def put(self, writer: Writer, name: str, offset: int, block: bytes, is_last: bool) -> None:
+        """Take a block of a new version of a file, which is seen with the last block."""
+        self._check(writer)
+        path = self._place(name)
+        draft = path.with_name(f".{path.name}.sent")
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("r+b" if offset else "wb") as file:
+                file.seek(offset)
+                file.write(block)
+            if not is_last:
+                return
+            os.replace(draft, path)
+            checkpoint = checkpoint_of(name)
+            if checkpoint and name == f"{checkpoint}/{MANIFEST}":
+                self._newest.clear()
+                remove(self._root / checkpoint)
+                os.rename(path.parent, self._root / checkpoint)
+
+    def grow(self, writer: Writer, name: str, offset: int, block: bytes) -> None:
+        """Take what was added to a file."""
+        self._check(writer)
+        path = self._root / name
+        with storing(path), path.open("r+b") as file:
+            file.seek(offset)
+            file.write(block)
+
+    def tell(self, writer: Writer, lines: bytes) -> None:
+        """Take events of a run that its writer has noted; the driver has noted others."""
+        self._check(writer)
+        path = self._root / writer[0] / EVENTS
+        with storing(path):
+            append(path, lines, cut_torn=True)
+
+    def note(self, run: str, event: str, fields: dict[str, object]) -> None:
+        """Write an event of a run."""
+        write_event(self._root / run, event, **fields)
+
+    def remove_all(self, writer: Writer, name: str) -> None:
+        """Remove a folder, which is gone at once."""
+        self._check(writer)
+        path = self._root / name
+        self._newest.clear()
+        with storing(path):
+            hidden = path.with_name(f".{path.name}.old")
+            remove(hidden)
+            if path.exists():
+                os.rename(path, hidden)
+            remove(hidden)
+
+    def _check(self, writer: Writer) -> None:
+        run, number = writer
+        if self._writers.setdefault(run, number) != number:
+            raise RunFailed(f"another worker writes the run {self._root / run} by now")
+
+    def _place(self, name: str) -> Path:
+        """Where a file of this name is written: those of checkpoints in a draft."""
+        checkpoint = checkpoint_of(name)
+        if checkpoint is None:
+            return self._root / name
+        folder = self._root / checkpoint
+        draft = folder.with_name(f".{folder.name}.tmp")
+        return draft / PurePosixPath(name).relative_to(checkpoint)

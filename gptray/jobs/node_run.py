@@ -1,0 +1,219 @@
+"""A run on a worker's node that does not see the driver's folder: made in a folder of its own.
+
+What the run needs is fetched from the driver before it starts, its tokens from the store; what it
+makes is sent to the driver, which publishes it. Training waits until a checkpoint is there, so that
+a lost node costs the steps since the last one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from gptray.config import RunFailed
+from gptray.files import remove
+from gptray.jobs.driver_folder import BLOCK_BYTES
+from gptray.jobs.fetching import checkpoint_of, fetch_checkpoint, fetch_run
+from gptray.jobs.origin import FolderAtDriver, Origin
+from gptray.jobs.publisher import RunPublisher, Sent, version_of
+from gptray.jobs.remote_data import tokens_here
+from gptray.jobs.train.task import TrainTask
+from gptray.node_cache import make_room
+from gptray.record import EVENTS, METRICS
+from gptray.training.run import writing
+from gptray.training.workers import Workers
+
+log = logging.getLogger("gptray")
+
+# Seconds between two looks for what is new besides reports: rows, and notices.
+SEND_S = 1.0
+
+
+class RunOnNode:
+    """A run that this worker trains. task: with the folders as they are on this node."""
+
+    def __init__(self, task: TrainTask, publisher: NodePublisher | None) -> None:
+        self.task = task
+        self._publisher, self._guard = publisher, threading.Lock()
+
+    def send(self) -> None:
+        """Have at the driver all that is new; called by every worker at the same place.
+
+        Raises RunFailed on every worker.
+        """
+        if self.task.origin:
+            Workers.current().from_first(self.publish)
+
+    def publish(self) -> None:
+        """Send what is new, if there is something to send. Raises RunFailed."""
+        if self._publisher:
+            with self._guard:
+                self._publisher.publish()
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Send in the block what is new every second, and at its end. Raises RunFailed."""
+        ended = threading.Event()
+        if self._publisher:
+            threading.Thread(target=self._follow, args=(ended,), name="sender", daemon=True).start()
+        try:
+            yield
+        except BaseException:
+            with suppress(RunFailed):
+                self.publish()
+            raise
+        else:
+            self.publish()
+        finally:
+            ended.set()
+
+    def _follow(self, ended: threading.Event) -> None:
+        while not ended.wait(SEND_S):
+            try:
+                self.publish()
+            except RunFailed as error:
+                log.warning("not sent to the driver yet: %s", error)
+
+
+@contextmanager
+def run_on_node(
+    task: TrainTask, *, fetches: bool = True, is_on_first_node: bool = True
+) -> Iterator[RunOnNode]:
+    """Have a run on this node, for the worker that trains it; entered by every worker at once.
+
+    fetches: whether this worker is the one of its node that does. is_on_first_node: whether it is
+    on the node of the worker that writes the run.
+
+    Raises UserError or RunFailed on every worker; at the end RunFailed on the first.
+    """
+    if task.origin is None:
+        yield RunOnNode(task, None)
+        return
+    origin = task.origin
+    run = Workers.current().all_or_none(
+        lambda: _begun(task, origin, fetches=fetches, is_on_first_node=is_on_first_node)
+    )
+    with run.following():
+        yield run
+
+
+def _begun(task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: bool) -> RunOnNode:
+    """Fetch what this worker's node needs. Raises UserError, RunFailed."""
+    name, is_writer = origin.name_of(task.run_dir), Workers.current().is_first
+    number = origin.call("begin", name) if is_writer else 0
+    assert isinstance(number, int)
+    if origin.is_here:
+        return RunOnNode(task, None)
+    folder = origin.folder_here(task.run_dir)
+    place = FolderAtDriver(origin.call, (name, number), name)
+    sent = Sent()
+    make_room()
+    if fetches and is_on_first_node:
+        with writing(folder):  # a worker of a job that was killed may run on for some seconds
+            sent = fetch_run(place, folder, needed_by_writer(place))
+    elif fetches:
+        _fetch_newest(place, folder, origin.call("newest", name))
+    data_dir = tokens_here(origin.storage_path, task.data_dir.name, fetches=fetches)
+    here = replace(task, run_dir=folder, data_dir=data_dir)
+    return RunOnNode(here, NodePublisher(place, folder, sent) if is_writer else None)
+
+
+def needed_by_writer(place: FolderAtDriver) -> list[str]:
+    """What the worker that writes a run needs of it.
+
+    All checkpoints, since it removes old ones; the rows, which it continues; the events, which say
+    by which backend the run computes.
+    """
+    files = place.files(deep=True)
+    return [name for name in files if name in (METRICS, EVENTS) or checkpoint_of(name)]
+
+
+def _fetch_newest(place: FolderAtDriver, folder: Path, checkpoint: object) -> None:
+    """Fetch the checkpoint, if there is one, that the other workers resume from."""
+    if isinstance(checkpoint, str):
+        names = place.files(deep=True)
+        fetch_run(place, folder, [name for name in names if checkpoint_of(name) == checkpoint])
+
+
+@contextmanager
+def checkpoint_on_node(task: TrainTask, name: str) -> Iterator[tuple[Path, Path]]:
+    """A checkpoint of a run and the run's tokens on this node, to be scored.
+
+    Raises UserError, RunFailed.
+    """
+    origin = task.origin
+    if origin is None or origin.is_here:
+        yield task.run_dir / name, task.data_dir
+        return
+    run, folder = origin.name_of(task.run_dir), origin.folder_here(task.run_dir) / name
+    is_here = folder.exists()  # where the first worker is
+    whole = FolderAtDriver(origin.call, (run, 0), run)
+    fetch_checkpoint(whole / name, folder, (whole / name).files(deep=True))
+    if not is_here:
+        whole.download(EVENTS, folder.parent / EVENTS)  # by which backend the run computes
+    try:
+        yield folder, tokens_here(origin.storage_path, task.data_dir.name)
+    finally:
+        if not is_here:
+            remove(folder)
+
+
+class NodePublisher(RunPublisher):
+    """Sends what changes in a run's folder on this node to the driver's."""
+
+    def __init__(self, driver: FolderAtDriver, folder: Path, sent: Sent) -> None:
+        super().__init__(driver, folder, sent)
+        self._driver = driver
+        # Bytes of events here that the driver has: those that came from there.
+        self._told = (folder / EVENTS).stat().st_size if (folder / EVENTS).exists() else 0
+        # Of files that grow: the bytes that were sent, and their digest.
+        self._grown: dict[Path, tuple[int, bytes]] = {}
+
+    def publish(self) -> None:
+        """Send all that has changed. Raises RunFailed."""
+        events = self._new_events()  # none is to come before what it tells of
+        super().publish()
+        if events:
+            self._driver.tell(events)
+            self._told += len(events)
+
+    def _new_events(self) -> bytes:
+        try:
+            events = (self._folder / EVENTS).read_bytes()[self._told :]
+        except FileNotFoundError:
+            return b""
+        return events[: events.rfind(b"\n") + 1]
+
+    def _send(self, *paths: Path) -> None:
+        for path in paths:
+            with suppress(FileNotFoundError):
+                version = version_of(path)
+                # The driver's file of events has others too.
+                if path.name != EVENTS and self._sent.files.get(path) != version:
+                    self._send_new(path)
+                    self._sent.files[path] = version
+
+    def _send_new(self, path: Path) -> None:
+        """Send what was added to a file; all of it if that is not all that has changed."""
+        content, name = path.read_bytes(), self._name(path)
+        size, digest = self._grown.get(path, (0, b""))
+        if size and hashlib.sha256(content[:size]).digest() == digest:
+            for offset in range(size, len(content), BLOCK_BYTES):
+                self._driver.grow(name, offset, content[offset : offset + BLOCK_BYTES])
+        else:
+            self._driver.write(name, content)
+        self._grown[path] = len(content), hashlib.sha256(content).digest()
+
+    def _send_model(self) -> None:
+        """Send the best model, its weights last."""
+        files = [path for path in self._folder.glob("model/*") if path.name[0] != "."]
+        for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
+            version = version_of(path)
+            if self._sent.files.get(path) != version:
+                self._driver.upload(path, self._name(path))
+                self._sent.files[path] = version

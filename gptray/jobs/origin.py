@@ -1,0 +1,192 @@
+"""Where a run's folder is, for workers on nodes that do not see it: see `driver_folder`."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptray.config import Config, RunFailed
+from gptray.files import cache_folder, is_uri, replacing, storing
+from gptray.hub import first_line
+from gptray.jobs.driver_folder import BLOCK_BYTES, DriverFolder, Writer
+from gptray.jobs.own_ray import is_own_ray
+from gptray.jobs.tasks import result_of
+from gptray.node_cache import hold
+from gptray.remote_folder import StoredFile
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where workers find the folder that the driver has of a run or a sweep.
+
+    actor: the name of its `DriverFolder`. node: Ray's id of the driver's. storage_path: the store.
+    """
+
+    actor: str
+    node: str
+    root: Path
+    storage_path: str
+
+    def call(self, method: str, *arguments: object) -> object:
+        """Call a method of the actor. Raises the UserError or RunFailed of its own."""
+        import ray
+
+        try:
+            answer: object = ray.get(_actor(self.actor).call.remote(method, *arguments))
+        except (ray.exceptions.RayActorError, ValueError) as error:  # no actor of that name
+            raise RunFailed(
+                f"the driver's node does not answer: {first_line(error)}; the same command resumes"
+            ) from error
+        return result_of(answer)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the driver's node."""
+        import ray
+
+        return bool(ray.get_runtime_context().get_node_id() == self.node)
+
+    def folder_here(self, run_dir: Path) -> Path:
+        """The folder on this node for a run that is in `run_dir` at the driver; there, that one.
+
+        Elsewhere it is in the node's cache, and kept while this process lives.
+        """
+        if self.is_here:
+            return run_dir
+        import ray
+
+        # Nodes may share a home folder.
+        text = f"{ray.get_runtime_context().get_node_id()} {self.root}"
+        folder = cache_folder() / "nodes" / hashlib.sha256(text.encode()).hexdigest()[:24]
+        hold(folder)
+        return folder / self.root.name / self.name_of(run_dir)
+
+    def name_of(self, run_dir: Path) -> str:
+        """What names a run's folder of the driver's below the root; empty: the root itself."""
+        name = run_dir.relative_to(self.root).as_posix()
+        return "" if name == "." else name
+
+
+@cache
+def _actor(name: str) -> ActorHandle[DriverFolder]:
+    import ray
+
+    return ray.get_actor(name)
+
+
+@contextmanager
+def reachable(config: Config, folder: Path) -> Iterator[Origin | None]:
+    """Have other nodes reach a job's folder while the block runs. Needs Ray.
+
+    None where that is not needed: the nodes share the storage_path, or there are no others.
+    """
+    if not is_uri(config.storage_path) or is_own_ray():
+        yield None
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    name = f"gptray-folder-{secrets.token_hex(8)}"
+    actor = (
+        ray.remote(DriverFolder)
+        .options(
+            name=name,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        )
+        .remote(folder)
+    )
+    try:
+        yield Origin(name, node, folder, config.storage_path)
+    finally:
+        ray.kill(actor)
+
+
+@dataclass(frozen=True)
+class FolderAtDriver:
+    """The folder of a run at the driver, or one in it, as a `Home`; name: below the origin's root.
+
+    call: `Origin.call`. All that writes raises RunFailed.
+    """
+
+    call: Callable[..., object]
+    writer: Writer
+    name: str
+
+    def __truediv__(self, name: str) -> FolderAtDriver:
+        return replace(self, name=self._name(name))
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the run'} from the driver's node"
+
+    def _name(self, name: str) -> str:
+        return f"{self.name}/{name}" if self.name else name
+
+    def files(self, *, deep: bool = False) -> dict[str, StoredFile]:
+        """Those of the run and of its folders."""
+        assert deep
+        sizes = self.call("files", self.name)
+        assert isinstance(sizes, dict)
+        return {name: StoredFile(name, size, 0) for name, size in sizes.items()}
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a small file; None if it is not there."""
+        return self._block(name, 0)
+
+    def download(self, name: str, target: Path) -> None:
+        """Copy a file from there; it appears whole."""
+        with storing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as draft, draft.open("wb") as file:
+                while block := self._block(name, file.tell()):
+                    file.write(block)
+
+    def _block(self, name: str, offset: int) -> bytes | None:
+        block = self.call("read", self._name(name), offset)
+        assert block is None or isinstance(block, bytes)
+        return block
+
+    def write(self, name: str, content: bytes) -> None:
+        """Make a file, or replace it; it appears whole."""
+        for offset in range(0, max(1, len(content)), BLOCK_BYTES):
+            block = content[offset : offset + BLOCK_BYTES]
+            is_last = offset + BLOCK_BYTES >= len(content)
+            self.call("put", self.writer, self._name(name), offset, block, is_last)
+
+    def upload(self, source: Path, name: str) -> None:
+        """Copy a file to there; it appears whole."""
+        with source.open("rb") as file:
+            offset, block = 0, file.read(BLOCK_BYTES)
+            is_last = False
+            while not is_last:
+                following = file.read(BLOCK_BYTES)
+                is_last = not following
+                self.call("put", self.writer, self._name(name), offset, block, is_last)
+                offset, block = offset + len(block), following
+
+    def grow(self, name: str, offset: int, block: bytes) -> None:
+        """Add to a file that has `offset` bytes."""
+        self.call("grow", self.writer, self._name(name), offset, block)
+
+    def tell(self, lines: bytes) -> None:
+        """Add events to the run's."""
+        self.call("tell", self.writer, lines)
+
+    def remove(self, name: str) -> None:
+        """Nothing: a folder goes as a whole, see `remove_all`."""
+
+    def remove_all(self) -> None:
+        """Remove the folder."""
+        self.call("remove_all", self.writer, self.name)
