@@ -99,8 +99,9 @@ def test_more_engines_than_cores_still_finish_all_rows(by_four: list[dict[str, A
 def test_engines_on_several_nodes_use_one_backend_that_is_told_once(
     cluster: tuple[Nodes, list[Any]], model_dir: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    words = generate_words(model_dir, prompts, tmp_path / "out", 2)
-    words += ["generate.backend=auto", "sample.max_new_tokens=2", "sample.min_new_tokens=0"]
+    words = [f"generate.model={model_dir}", f"generate.input_path={prompts}"]
+    words += [f"generate.output_path={tmp_path / 'out'}", "generate.num_workers=2"]
+    words += ["generate.rows_per_file=72", "generate.max_batch_size=4", "sample.max_new_tokens=2"]
     with job("generate", *words) as process:
         _, told = end_of(process)
     assert told.count("generate.backend: ") == 1
