@@ -141,7 +141,8 @@ class TrainConfig(Section):
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
         description="decay of an exponential moving average of the weights, such as 0.999, scored "
-        "at each evaluation next to the weights themselves; the better of the two count; null: off",
+        "at each evaluation next to the weights themselves; the better of the two counts; "
+        "null: off",
     )
     async_validation: bool = Field(
         False,

@@ -16,11 +16,11 @@ from pathlib import Path, PurePosixPath
 from gptray.config import RunFailed
 from gptray.files import append, remove, storing
 from gptray.jobs.fetching import checkpoint_of
-from gptray.jobs.publisher import is_hidden
+from gptray.jobs.publisher import Version, is_hidden, version_of
 from gptray.jobs.tasks import Failure, attempt
 from gptray.manifest import MANIFEST
 from gptray.record import EVENTS, write_event
-from gptray.training.checkpoint import newest_whole
+from gptray.training.checkpoint import find_checkpoints, newest_whole
 
 # Of a file that is read or sent in one call.
 BLOCK_BYTES = 32 << 20
@@ -39,7 +39,8 @@ class DriverFolder:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._writers: dict[str, int] = {}
-        self._newest: dict[str, str | None] = {}
+        # By the run: the checkpoints there were, and the newest intact one.
+        self._newest: dict[str, tuple[dict[str, Version], str | None]] = {}
 
     def call(self, method: str, *arguments: object) -> object | Failure:
         """Call one of the methods below."""
@@ -64,11 +65,16 @@ class DriverFolder:
         return sizes
 
     def newest(self, run: str) -> str | None:
-        """The newest intact checkpoint of a run. Raises RunFailed where all are damaged."""
-        if run not in self._newest:
+        """The newest intact checkpoint of a run. Raises RunFailed where all are damaged.
+
+        Files are read again only where checkpoints have come or gone, also by a worker here.
+        """
+        folders = find_checkpoints(self._root / run)
+        there = {one.name: version_of(one) for one in folders}
+        if run not in self._newest or self._newest[run][0] != there:
             folder, _ = newest_whole(self._root / run)
-            self._newest[run] = folder.name if folder else None
-        return self._newest[run]
+            self._newest[run] = there, folder.name if folder else None
+        return self._newest[run][1]
 
     def read(self, name: str, offset: int) -> bytes | None:
         """A block of a file; empty at its end, None where there is no file."""
@@ -84,6 +90,10 @@ class DriverFolder:
         self._check(writer)
         path = self._place(name)
         draft = path.with_name(f".{path.name}.sent")
+        checkpoint = checkpoint_of(name)
+        is_whole = bool(checkpoint) and name == f"{checkpoint}/{MANIFEST}"
+        if not (draft.exists() if offset else path.parent.exists() or not is_whole):
+            return  # the call has been made before
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with draft.open("r+b" if offset else "wb") as file:
@@ -92,9 +102,7 @@ class DriverFolder:
             if not is_last:
                 return
             os.replace(draft, path)
-            checkpoint = checkpoint_of(name)
-            if checkpoint and name == f"{checkpoint}/{MANIFEST}":
-                self._newest.clear()
+            if checkpoint and is_whole:
                 remove(self._root / checkpoint)
                 os.rename(path.parent, self._root / checkpoint)
 
@@ -121,7 +129,6 @@ class DriverFolder:
         """Remove a folder, which is gone at once."""
         self._check(writer)
         path = self._root / name
-        self._newest.clear()
         with storing(path):
             hidden = path.with_name(f".{path.name}.old")
             remove(hidden)

@@ -35,10 +35,18 @@ SEND_S = 1.0
 
 
 class RunOnNode:
-    """A run that this worker trains. task: with the folders as they are on this node."""
+    """A run that this worker trains. task: with the folders as they are on this node.
 
-    def __init__(self, task: TrainTask, publisher: NodePublisher | None) -> None:
-        self.task = task
+    fetches_from: of the worker that fetches for a node which has not the writer's folder.
+    """
+
+    def __init__(
+        self,
+        task: TrainTask,
+        publisher: NodePublisher | None = None,
+        fetches_from: FolderAtDriver | None = None,
+    ) -> None:
+        self.task, self._fetches_from = task, fetches_from
         self._publisher, self._guard = publisher, threading.Lock()
 
     def send(self) -> None:
@@ -48,6 +56,12 @@ class RunOnNode:
         """
         if self.task.origin:
             Workers.current().from_first(self.publish)
+
+    def bring(self, checkpoint: Path) -> None:
+        """Have a checkpoint that was sent on this node too. Raises UserError, RunFailed."""
+        if self._fetches_from:
+            place = self._fetches_from / checkpoint.name
+            fetch_checkpoint(place, checkpoint, place.files(deep=True))
 
     def publish(self) -> None:
         """Send what is new, if there is something to send. Raises RunFailed."""
@@ -92,7 +106,7 @@ def run_on_node(
     Raises UserError or RunFailed on every worker; at the end RunFailed on the first.
     """
     if task.origin is None:
-        yield RunOnNode(task, None)
+        yield RunOnNode(task)
         return
     origin = task.origin
     run = Workers.current().all_or_none(
@@ -108,7 +122,7 @@ def _begun(task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: 
     number = origin.call("begin", name) if is_writer else 0
     assert isinstance(number, int)
     if origin.is_here:
-        return RunOnNode(task, None)
+        return RunOnNode(task)
     folder = origin.folder_here(task.run_dir)
     place = FolderAtDriver(origin.call, (name, number), name)
     sent = Sent()
@@ -120,7 +134,8 @@ def _begun(task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: 
         _fetch_newest(place, folder, origin.call("newest", name))
     data_dir = tokens_here(origin.storage_path, task.data_dir.name, fetches=fetches)
     here = replace(task, run_dir=folder, data_dir=data_dir)
-    return RunOnNode(here, NodePublisher(place, folder, sent) if is_writer else None)
+    publisher = NodePublisher(place, folder, sent) if is_writer else None
+    return RunOnNode(here, publisher, place if fetches and not is_on_first_node else None)
 
 
 def needed_by_writer(place: FolderAtDriver) -> list[str]:
@@ -141,23 +156,26 @@ def _fetch_newest(place: FolderAtDriver, folder: Path, checkpoint: object) -> No
 
 
 @contextmanager
-def checkpoint_on_node(task: TrainTask, name: str) -> Iterator[tuple[Path, Path]]:
-    """A checkpoint of a run and the run's tokens on this node, to be scored.
+def checkpoint_on_node(task: TrainTask, name: str) -> Iterator[tuple[Path, Path, Path]]:
+    """What it takes to score a checkpoint of a run on this node.
 
-    Raises UserError, RunFailed.
+    The checkpoint, a folder with the run's events, and the run's tokens. Raises UserError,
+    RunFailed.
     """
     origin = task.origin
     if origin is None or origin.is_here:
-        yield task.run_dir / name, task.data_dir
+        yield task.run_dir / name, task.run_dir, task.data_dir
         return
     run, folder = origin.name_of(task.run_dir), origin.folder_here(task.run_dir) / name
-    is_here = folder.exists()  # where the first worker is
+    is_here = folder.exists()  # where a worker is
     whole = FolderAtDriver(origin.call, (run, 0), run)
     fetch_checkpoint(whole / name, folder, (whole / name).files(deep=True))
-    if not is_here:
-        whole.download(EVENTS, folder.parent / EVENTS)  # by which backend the run computes
+    # They say by which backend the run computes. Those of a worker here are its own to write, if it
+    # writes the run, or may be old.
+    events = folder.parent / ".scored"
+    whole.download(EVENTS, events / EVENTS)
     try:
-        yield folder, tokens_here(origin.storage_path, task.data_dir.name)
+        yield folder, events, tokens_here(origin.storage_path, task.data_dir.name)
     finally:
         if not is_here:
             remove(folder)

@@ -38,9 +38,9 @@ def agree_on_backend(
         UserError: native was asked for, and the machine of a worker cannot run it.
         RunFailed: native was asked for and fails to compile; or the run's events are damaged.
     """
-    workers.from_first(lambda: _tell_of_another_processor(run_dir, device, tell))
-    asked = config.train.backend
     dtype = workers.all_or_none(lambda: pick_dtype(config.train.precision, device))
+    workers.from_first(lambda: _tell_of_another_processor(run_dir, device, dtype, tell))
+    asked = config.train.backend
     on_gpu = device.type != "cpu"
     if asked == "torch" or dtype != torch.bfloat16 or (on_gpu and asked == "auto"):
         return Choice("torch", "")
@@ -98,13 +98,19 @@ def _last_start(run_dir: Path) -> Event | None:
 
 
 def _tell_of_another_processor(
-    run_dir: Path, device: torch.device, tell: Callable[[str], None]
+    run_dir: Path, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]
 ) -> None:
-    """Say that a run on CPUs resumes on another kind of processor than the last time."""
+    """Say that a run resumes on other hardware than the last time, as far as its bits change."""
     before = _last_start(run_dir)
     was, now = before.get("processor") if before else None, processor_name()
     if device.type == "cpu" and was and was != now:
         tell(
             f"resuming on another processor, {now} after {was}: losses may differ in the last "
             "digits from those of a run that stayed"
+        )
+    had, has = before.get("dtype") if before else None, str(dtype).removeprefix("torch.")
+    if had and had != has:
+        tell(
+            f"computing in {has} here, in {had} before: the run no longer ends with the same bits "
+            "as without the interruption"
         )

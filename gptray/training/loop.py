@@ -54,6 +54,7 @@ def fit(
     validated: Callable[[int], Validation] | None = None,
     timed: Timed | None = None,
     wish: Callable[[], Wish] = lambda: Wish.NONE,
+    bring: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Metrics:
     """Train until `max_steps`, until validation loss has stopped falling, or a worker's wish.
 
@@ -64,7 +65,9 @@ def fit(
     `validated` is given: then the receiver of a report scores its checkpoint, and every worker
     calls `validated(step)` to wait for the result. `timed` is told where the time goes, at every
     logged row. `wish()` is asked at every step, and what one worker wishes all do after it: save
-    the run, or save it and leave. Returns the metrics of the last logged step and `stopped`: what
+    the run, or save it and leave. `bring` is called by every worker before a checkpoint is read
+    that it may not have: where workers' nodes share no disk, it fetches that from the first one's.
+    Returns the metrics of the last logged step and `stopped`: what
     ended training, or the stable part of a run that has landed: max_steps, patience, left,
     non_finite with a `message`, or failed with a `message` and whether it is the user's `mistake`.
     A failure is shared by all workers and returned rather than raised, since Ray Train would take
@@ -77,7 +80,7 @@ def fit(
             workers.from_first(lambda: stack.enter_context(writing(run_dir)))
             run = start(config, data, run_dir, workers=workers, device=device)
             step = run.state.step
-            run.laps.tell = timed or run.laps.tell
+            run.laps.tell, run.bring = timed or run.laps.tell, bring
             journal = workers.from_first(lambda: stack.enter_context(Journal(run_dir, step=step)))
             evaluations: Evaluations = BlockingEvaluation(run, journal, report, sample)
             if validated:

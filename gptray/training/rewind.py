@@ -34,11 +34,14 @@ def begin_landing(run: Run, reason: Reason) -> None:
     Every worker calls this, at the end of the stable part.
 
     Raises:
-        RunFailed: on every worker: no checkpoint is whole, or the disk is full.
+        RunFailed: on every worker: no checkpoint is whole, it cannot be fetched, or the disk is
+            full.
     """
     best = run.workers.from_first(lambda: _best_whole(run.run_dir))
     back_to = run.workers.number_from_first(lambda: best or 0, run.device)
-    _load(run, checkpoint_folder(run.run_dir, back_to))
+    checkpoint = checkpoint_folder(run.run_dir, back_to)
+    run.workers.all_or_none(lambda: run.bring(checkpoint))
+    _load(run, checkpoint)
     steps = run.config.optim.cooldown_steps(back_to)
     landing = Landing(run.state.step, back_to, steps, reason)
     run.state = replace(run.state, losses=(), landing=landing)
@@ -78,7 +81,9 @@ def _load(run: Run, checkpoint: Path) -> None:
 def _tell(run: Run, landing: Landing) -> None:
     why = f"step {landing.start:,} is the last before the cool-down"
     if landing.reason == "patience":
-        evaluations = count(run.state.progress.bad_evals, "evaluation")
+        assert run.config.train.patience
+        # Late scores may have come since, and changed what the progress counts.
+        evaluations = count(run.config.train.patience, "evaluation")
         why = f"no new best for {evaluations} at step {landing.start:,}"
     message = (
         f"landing: {why}; going back to step {landing.back_to:,}, the best, to cool down for "

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,8 @@ class Run:
     # With train.ema.
     average: Average | None
     laps: Laps = field(default_factory=Laps)
+    # Has a checkpoint on this worker's node.
+    bring: Callable[[Path], None] = lambda checkpoint: None
 
     @property
     def learning_rate(self) -> float:

@@ -47,13 +47,16 @@ class Scores:
 
 
 def score_checkpoint(
-    config: Config, data: TokenData, checkpoint: Path, device: torch.device
+    config: Config, data: TokenData, checkpoint: Path, device: torch.device, *, run_dir: Path
 ) -> tuple[Scores, GPT]:
-    """Score a checkpoint of a run as one worker of it would; return its better model too."""
+    """Score a checkpoint of a run as one worker of it would; return its better model too.
+
+    run_dir: has the events of the run.
+    """
     use_device(config, device)
     workers = Workers(rank=0, size=1)
     # As the run itself computes, which has started before.
-    choice = agree_on_backend(config, checkpoint.parent, workers, device, log.warning)
+    choice = agree_on_backend(config, run_dir, workers, device, log.warning)
     is_native = choice.backend == "native"
     model = build_model(config, data, checkpoint, device, native=is_native).to(device)
     average = None

@@ -180,6 +180,36 @@ def test_a_checkpoint_is_a_draft_until_its_manifest_comes(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["checkpoint_000002"]
 
 
+def test_the_newest_checkpoint_is_also_one_of_a_worker_on_the_drivers_node(
+    config: Config, tmp_path: Path
+) -> None:
+    driver = Driver(tmp_path / "r")
+    assert driver("newest", "") is None
+    with pytest.raises(Killed):
+        train(config, driver, tmp_path / "node", lost_at=4)
+    assert driver("newest", "") == "checkpoint_000004"
+    local_job(config)
+    shutil.copytree(tmp_path / "storage/r/checkpoint_000006", tmp_path / "r/checkpoint_000006")
+    assert driver("newest", "") == "checkpoint_000006"
+
+
+def test_a_call_that_is_made_twice_changes_nothing(tmp_path: Path) -> None:
+    driver = Driver(tmp_path / "r")
+
+    def twice(method: str, *arguments: object) -> object:
+        driver(method, *arguments)
+        return driver(method, *arguments)
+
+    place = FolderAtDriver(twice, driver.new_writer().writer, "")
+    large = bytes([7]) * (BLOCK_BYTES + 1)
+    checkpoint = place / "checkpoint_000002"
+    for name, content in (("model/large", large), (MANIFEST, b"{}")):
+        checkpoint.write(name, content)
+    assert {*checkpoint.files(deep=True)} == {"model/large", MANIFEST}
+    assert (tmp_path / "r/checkpoint_000002/model/large").read_bytes() == large
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["checkpoint_000002"]
+
+
 def test_tokens_are_fetched_once_by_a_node_and_again_where_they_are_damaged(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,13 @@ def test_what_was_decided_stays_for_the_job_that_resumes(config: Config) -> None
         Output.plan_there(check_batch_of(config.model_copy(update={"compute": gpu}), config))
 
 
+def test_an_output_that_was_never_decided_is_refused_with_a_way_out(config: Config) -> None:
+    with Output.opened(check_batch(config)) as output:
+        output.decide("auto")  # as on GPUs, and as before there was a decision
+    with pytest.raises(UserError, match="'auto' there, 'auto .CPU.' now\n.*is decided once"):
+        Output.plan_there(check_batch(config))
+
+
 def check_batch_of(config: Config, checked: Config) -> CheckedBatch:
     """The job of a config that this machine need not be able to run."""
     return replace(check_batch(checked), config=config)

@@ -30,12 +30,13 @@ def run(
     kill_at: int | None = None,
     device: torch.device = CPU,
     sample: Callable[[GPT], Samples] = lambda model: [],
+    bring: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Any:
     def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
         if metrics["step"] == kill_at:
             raise Killed
 
-    return fit(config, data, run_dir, report=report, sample=sample, device=device)
+    return fit(config, data, run_dir, report=report, sample=sample, device=device, bring=bring)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def test_the_better_of_weights_and_average_is_the_evaluations_and_the_runs(
     published = digest(tmp_path / "r" / "model" / "model.safetensors")
     assert published == digest(folder / "averaged" / "model.safetensors")
     assert published != digest(folder / "model" / "model.safetensors")
-    scores, model = score_checkpoint(config, tiny_data, folder, CPU)
+    scores, model = score_checkpoint(config, tiny_data, folder, CPU, run_dir=folder.parent)
     assert scores.better.loss == best["val_loss"] and scores.own.loss == best["val_loss_own"]
     stored = load_file(folder / "averaged" / "model.safetensors")["transformer.wte.weight"]
     assert torch.equal(model.transformer.wte.weight[: len(stored)].detach(), stored)

@@ -45,7 +45,7 @@ class Scorer:
         folder = self._reported[step]
         if self._kill == f"scoring {step}":
             raise Killed
-        scores, _ = score_checkpoint(self._config, self._data, folder, CPU)
+        scores, _ = score_checkpoint(self._config, self._data, folder, CPU, run_dir=folder.parent)
         return Validation(scores, [("once", f"at {step}")])
 
 

@@ -131,6 +131,16 @@ def _worker(rank: int, config: Config, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_no_longer_computes_in_bf16_says_so(
+    config: Config, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        run(config, tiny_data, tmp_path / "run", kill_at=2)
+    # What auto means on a processor without bf16.
+    run(override(config, {"train.precision": "fp32"}), tiny_data, tmp_path / "run")
+    assert [one for one in notices(tmp_path / "run") if "float32 here, in bfloat16" in one]
+
+
 def test_all_workers_use_pytorch_where_one_cannot_run_the_kernels(
     config: Config, tmp_path: Path
 ) -> None:

@@ -127,9 +127,16 @@ def refuse_differences(folder: str, before: Record, now: Record) -> None:
         if before.get(key) != now[key]
     ]
     if differing:
+        cure = "Use the same to resume it, or choose another generate.output_path"
+        if (before.get(BACKEND), now.get(BACKEND)) == ("auto", UNDECIDED):
+            cure = (
+                f"{BACKEND}={UNDECIDED} is decided once for a whole output; that one was started "
+                "on GPUs, or by a gptray that decided anew at every start. If on GPUs, resume it "
+                "with compute.use_gpu=true; else choose another generate.output_path"
+            )
         raise UserError(
             f"the output {folder} was started with something else:\n" + "\n".join(differing)
-            + "\nUse the same to resume it, or choose another generate.output_path"
+            + f"\n{cure}"
         )  # fmt: skip
 
 

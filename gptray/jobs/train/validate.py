@@ -46,9 +46,9 @@ def _scored(checkpoint: Path, task: TrainTask) -> dict[str, object]:
     config = task.config
     torch.set_num_threads(task.threads)
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
-    with checkpoint_on_node(task, checkpoint.name) as (folder, data_dir):
+    with checkpoint_on_node(task, checkpoint.name) as (folder, run_dir, data_dir):
         data = TokenData.open(data_dir)
-        scores, model = score_checkpoint(config, data, folder, device)
+        scores, model = score_checkpoint(config, data, folder, device, run_dir=run_dir)
     samples = sample_texts(config, data, model)
     return {"scores": [asdict(one) for one in scores.all], "samples": samples}
 

@@ -75,6 +75,7 @@ def _trained(run: RunOnNode, ray_dir: Path) -> Metrics:
             if config.train.async_validation
             else None,
             wish=notices.wish,
+            bring=run.bring,
         )
     if result["stopped"] == "left":
         notices.tell_of_leaving(result["step"])
