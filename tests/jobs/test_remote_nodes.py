@@ -29,7 +29,9 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 STEPS = 200
-RUN = [*TRAINED, "name=r", f"train.max_steps={STEPS}", "compute.num_workers=2"]
+# At its end it lands: every node reads the best checkpoint, which one of them wrote.
+LANDS = "optim.schedule=wsd"
+RUN = [*TRAINED, "name=r", f"train.max_steps={STEPS}", "compute.num_workers=2", LANDS]
 FIRST = re.compile("bucket/runs/r/checkpoint_[0-9]+/manifest.json")
 # The driver is on the first node.
 ON_SECOND = f"compute.label_selector=[node={NAME}]"
@@ -96,7 +98,7 @@ def test_a_run_of_two_nodes_that_is_killed_ends_with_the_bits_of_one_node(nodes:
     trained = nodes.done("train", *RUN, XDG_CACHE_HOME=str(nodes.folder / "other driver"))
     place = nodes.folder / "calm"
     calm = nodes.done("train", *RUN, place=str(place), RAY_ADDRESS="")
-    assert trained["val_loss"] == calm["val_loss"]
+    assert trained["val_loss"] == calm["val_loss"] and trained["landed"]
     assert store.objects[f"bucket/runs/r/{WEIGHTS}"].content == (place / "r" / WEIGHTS).read_bytes()
     last = f"r/checkpoint_{STEPS:06}/optimizer.safetensors"
     assert store.objects[f"bucket/runs/{last}"].content == (place / last).read_bytes()
