@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gptray.config import ModelConfig, UserError
 from gptray.model.hf_config import NetworkShape, family_in
-from gptray.model.parameters import stored_name, stored_parts
+from gptray.model.parameters import HEAD, IGNORED, stored_name, stored_parts
 from gptray.model.shape import weight_files
 from gptray.stored import Unreadable, is_whole, open_stored, parse_json
 
@@ -32,7 +32,7 @@ def check_weights(folder: Path, shape: NetworkShape) -> None:
     Reads only headers. shape: ModelConfig's fields, as `read_shape` gives them.
 
     Raises:
-        UserError: names the file, and the first weight that is missing or misshapen.
+        UserError: names the file, and the first weight that is missing, misshapen or strange.
     """
     family = family_in(folder)
     stored = {}
@@ -50,7 +50,11 @@ def check_weights(folder: Path, shape: NetworkShape) -> None:
     if not found and shape["n_layer"]:
         raise UserError(f"{folder}: {first}0 is missing from the weights")
     for part in stored_parts(ModelConfig(**shape), family, shape["vocab_size"]):
-        _compare(folder, part.name, stored.get(part.name), part.dims)
+        _compare(folder, part.name, stored.pop(part.name, None), part.dims)
+    for name, (path, _, _) in stored.items():
+        # A tied head may have its copy; `gptray.model.hf` compares the two.
+        if not (name.endswith(IGNORED) or (name == HEAD and shape["tie_word_embeddings"])):
+            raise UserError(f"{path}: {name} is not a weight of this network")
 
 
 def _compare(folder: Path, name: str, stored: Stored | None, expected: list[int]) -> None:
