@@ -5,7 +5,6 @@ GPT-2 by default; `gptray.model.families` says which choices other families make
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -43,8 +42,8 @@ def known_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
         )
     for key in given - {"truncate"}:
         value = scaling[key]
-        if isinstance(value, (bool, str)) or not 0 < value < math.inf:
-            raise ValueError(f"its {key} is a number above 0")
+        if isinstance(value, (bool, str)) or not 1e-6 <= value <= 1e10:
+            raise ValueError(f"its {key} is a number above 0, within 1e-6 and 1e10")
     if not isinstance(scaling.get("truncate", True), bool):
         raise ValueError("its truncate is true or false")
     return scaling
@@ -89,7 +88,9 @@ class ModelConfig(Section):
     positions: Literal["learned", "rotary"] = Field(
         "learned", description="learned: an embedding; rotary: queries and keys are rotated (RoPE)"
     )
-    rope_theta: Positive = Field(10000.0, description="base of the rotations' wavelengths")
+    rope_theta: Annotated[float, Field(gt=1.0)] = Field(
+        10000.0, description="base of the rotations' wavelengths"
+    )
     partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="share of each head that is rotated"
     )

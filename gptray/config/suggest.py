@@ -156,14 +156,19 @@ def nearest_keys(typed: str, keys: Sequence[str]) -> list[str]:
         return [f"{near}.{leaf}"] if near else same_leaf
     # A name that others use is no misspelling: train.remat is not train.ema.
     if known := [key for key in keys if leaf in ALIASES.get(key, "").split()]:
-        return known
+        return list(dict.fromkeys(_beside(section, key, keys) for key in known))
     best, most = "", math.nextafter(0.6, 0)  # at least 0.6 is near
     for key in keys:
         likeness = _likeness(word, key, above=most)
         if likeness > most:
             best, most = key, likeness
-    beside = f"{section}.{best.rpartition('.')[2]}"  # precision, say, is in several sections
-    return [beside] if beside in keys else [best] if best else []
+    return [_beside(section, best, keys)] if best else []
+
+
+def _beside(section: str, key: str, keys: Sequence[str]) -> str:
+    """The key, or its namesake in that section: precision, say, is in several."""
+    beside = f"{section}.{key.rpartition('.')[2]}"
+    return beside if beside in keys else key
 
 
 def _likeness(word: str, key: str, *, above: float) -> float:

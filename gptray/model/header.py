@@ -6,20 +6,22 @@ Needs no torch, so that a job can refuse a folder at once; `gptray.model.hf` rea
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
 
 from gptray.config import ModelConfig, UserError
 from gptray.model.hf_config import NetworkShape, family_in
-from gptray.model.parameters import stored_name, stored_parts
+from gptray.model.parameters import HEAD, IGNORED, stored_name, stored_parts
 from gptray.model.shape import weight_files
 from gptray.stored import Unreadable, is_whole, open_stored, parse_json
 
 # A header has some 200 bytes for each tensor; GPT-2 XL has 580 tensors.
 _MAX_HEADER_BYTES = 32 << 20
-# Other types would be rounded, or are not weights.
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_MOST_DIMENSIONS = 8
+# Bytes of each number. Other types would be rounded, or are not weights.
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 Stored = tuple[Path, list[int], str]
 
@@ -30,7 +32,7 @@ def check_weights(folder: Path, shape: NetworkShape) -> None:
     Reads only headers. shape: ModelConfig's fields, as `read_shape` gives them.
 
     Raises:
-        UserError: names the file, and the first weight that is missing or misshapen.
+        UserError: names the file, and the first weight that is missing, misshapen or strange.
     """
     family = family_in(folder)
     stored = {}
@@ -48,7 +50,11 @@ def check_weights(folder: Path, shape: NetworkShape) -> None:
     if not found and shape["n_layer"]:
         raise UserError(f"{folder}: {first}0 is missing from the weights")
     for part in stored_parts(ModelConfig(**shape), family, shape["vocab_size"]):
-        _compare(folder, part.name, stored.get(part.name), part.dims)
+        _compare(folder, part.name, stored.pop(part.name, None), part.dims)
+    for name, (path, _, _) in stored.items():
+        # A tied head may have its copy; `gptray.model.hf` compares the two.
+        if not (name.endswith(IGNORED) or (name == HEAD and shape["tie_word_embeddings"])):
+            raise UserError(f"{path}: {name} is not a weight of this network")
 
 
 def _compare(folder: Path, name: str, stored: Stored | None, expected: list[int]) -> None:
@@ -67,8 +73,10 @@ def _header(path: Path) -> dict[str, tuple[list[int], str]]:
         with open_stored(path) as file:
             room = os.fstat(file.fileno()).st_size - 8
             length = int.from_bytes(file.read(8), "little")
-            if length > min(room, _MAX_HEADER_BYTES):
+            if length > _MAX_HEADER_BYTES:
                 raise Unreadable(f"its header of {length:,} bytes is too large")
+            if length > room:
+                raise Unreadable("it ends within its header")
             entries = parse_json(file.read(length))
         return _tensors(entries, room - length)
     except FileNotFoundError:
@@ -88,8 +96,11 @@ def _tensors(entries: object, room: int) -> dict[str, tuple[list[int], str]]:
         match entry:
             case {"dtype": str(dtype), "shape": list(dims), "data_offsets": [start, end]}:
                 whole = all(is_whole(number) for number in (*dims, start, end))
-                if not whole or not start <= end <= room:
+                if not whole or len(dims) > _MOST_DIMENSIONS or not start <= end <= room:
                     raise Unreadable(f"{name} is outside the file")
+                # A shape that is not in the file would be given memory before it is read.
+                if dtype in _FLOATS and end - start != math.prod(dims) * _FLOATS[dtype]:
+                    raise Unreadable(f"{name} has {end - start:,} bytes, not shape {dims}")
                 tensors[name] = (dims, dtype)
             case _:
                 raise Unreadable(f"its header does not describe {name}")

@@ -74,7 +74,7 @@ def read_config(path: Path) -> tuple[str, NetworkShape]:
         part = str(first["loc"][0]) if first["loc"] else ""
         key = FAMILIES[model_type].keys.get(part)
         name = key.name if key else part
-        message = f"{name + ': ' if name else ''}{first['msg']}"
+        message = f"{name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}"
     except _Unlike as error:
         message = str(error)
     raise UserError(f"{path}: {message}")

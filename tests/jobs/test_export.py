@@ -316,6 +316,18 @@ def test_rows_without_a_token_are_named_and_tokens_without_a_row_refused(tmp_pat
     assert found["token_type"][-2:] == [5, 5]
 
 
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_weights_that_the_network_has_not_are_refused(
+    form: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model / "model.safetensors"
+    save_file({**load_file(path), "transformer.h.0.attn.c_attn.lora_A": torch.ones(4, 16)}, path)
+    assert export(model, tmp_path / f"out.{form}", f"export.format={form}") == 2
+    out, err = capsys.readouterr()
+    assert "c_attn.lora_A is not a weight of this network" in err
+    assert out == "" and "Traceback" not in err and not (tmp_path / f"out.{form}").exists()
+
+
 def test_an_output_that_cannot_be_is_refused_and_none_is_overwritten(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

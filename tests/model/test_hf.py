@@ -241,6 +241,35 @@ def test_a_cut_weight_file_is_named(folder: Path, keep: int) -> None:
         load_pretrained(folder)
 
 
+def edit_header(folder: Path, name: str, **changes: Any) -> None:
+    """Change what a weight file says of a tensor, but none of its bytes."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[name] |= changes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [2**31 - 1, 35]}, r"has 9,380 bytes, not shape \[2147483647, 35\]"),
+        ({"shape": [99999] * 50_000}, "wte.weight is outside the file"),
+        ({"dtype": "F16"}, r"has 9,380 bytes, not shape \[67, 35\]"),
+        ({"shape": [-1, 35]}, "wte.weight is outside the file"),
+    ],
+)
+def test_a_header_that_lies_takes_no_memory(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(folder, vocab_size=2**31 - 1)
+    edit_header(folder, "transformer.wte.weight", **changes)
+    with pytest.raises(UserError, match=f"model.safetensors: damaged or incomplete: .*{message}"):
+        load_pretrained(folder)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]"])
 def test_a_broken_config_is_named(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
