@@ -23,6 +23,7 @@ from gptray.generation.choosing import top_candidates
 from gptray.generation.packed import PackedGPT
 from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.gpt import GPT
+from gptray.model.precision import own_fp32
 
 # Keys are read up to a multiple of this: sums over them then group in the same way at any length.
 LENGTH_STEP = 32
@@ -161,6 +162,7 @@ class Decoder:
         self._windows = [model.config.window(layer) for layer in range(model.config.n_layer)]
 
     @torch.no_grad()
+    @own_fp32()
     def step(
         self,
         decoding: Sequence[tuple[int, int]],

@@ -5,6 +5,8 @@ Both only look at the machine and answer; the training loop decides where to use
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -65,6 +67,21 @@ def enable_fast_fp32() -> bool:
         return True
     torch.set_float32_matmul_precision(before)
     return False
+
+
+@contextmanager
+def own_fp32() -> Iterator[None]:
+    """Compute fp32 products in the block by PyTorch's own GEMM.
+
+    oneDNN's, which `enable_fast_fp32` may have let in, adds up in another order where there are
+    more rows: what a row gets would depend on its neighbours.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _gemm_error() -> float:

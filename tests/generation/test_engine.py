@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
+from gptray.model.precision import enable_fast_fp32
 from tests.generation.models import (
     BACKENDS,
     needs_native,
@@ -158,6 +160,15 @@ def test_a_prompt_gets_the_same_tokens_alone_and_among_63_others(
         assert alone.finish_reason == one.finish_reason == other.finish_reason
 
 
+@pytest.fixture
+def as_after_training() -> Iterator[None]:
+    """Let products be computed as training lets them, in the whole process."""
+    before = torch.get_float32_matmul_precision()
+    enable_fast_fp32()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype", "quantize"),
     [
@@ -169,7 +180,7 @@ def test_a_prompt_gets_the_same_tokens_alone_and_among_63_others(
     ],
 )
 def test_logits_are_bit_for_bit_those_of_a_row_alone(
-    tokenizer: Tokenizer, backend: str, dtype: torch.dtype, quantize: str
+    tokenizer: Tokenizer, backend: str, dtype: torch.dtype, quantize: str, as_after_training: None
 ) -> None:
     model = random_gpt(tokenizer, n_layer=3, n_embd=60, n_head=4, n_inner=100, n_positions=200)
     prompts = [prompt_of(tokenizer, length, seed=length) for length in (3, 17, 64, 65, 128)]
