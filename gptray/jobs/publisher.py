@@ -19,7 +19,7 @@ from gptray.files import CannotWrite
 from gptray.manifest import FORMAT, MANIFEST
 from gptray.record import EVENTS, METRICS
 from gptray.remote_folder import StoredFile
-from gptray.training.checkpoint import find_checkpoints
+from gptray.training.checkpoint import checkpoint_step, find_checkpoints
 from gptray.tuning.sweep_record import TRIALS, trial_dir
 
 _MODEL = "model"
@@ -105,10 +105,16 @@ class _Folder:
         self._sent.files.update(versions)
 
     def _send_rest(self, but: Collection[str]) -> None:
-        """Upload all other files; but: names in the folder that are left out."""
+        """Upload all other files; but: names in the folder that are left out.
+
+        So are checkpoints, also those that came meanwhile: their manifests are to be last.
+        """
         for path in sorted(self._folder.rglob("*")):
             name = self._name(path)
-            if name.partition("/")[0] not in but and not is_hidden(name) and path.is_file():
+            first = name.partition("/")[0]
+            if first in but or checkpoint_step(Path(first)) is not None:
+                continue
+            if not is_hidden(name) and path.is_file():
                 self._send(path)
 
 
@@ -129,7 +135,7 @@ class RunPublisher(_Folder):
             (self._home / one.name).write(MANIFEST, manifest)
             self._sent.checkpoints[one] = manifest
         self._send_model()
-        self._send_rest({_MODEL, *(one.name for one in checkpoints)})
+        self._send_rest({_MODEL})
         for one in [one for one in self._sent.checkpoints if one.parent == self._folder]:
             if not one.exists():
                 (self._home / one.name).remove(MANIFEST)

@@ -108,6 +108,27 @@ def test_a_run_that_moves_to_another_node_ends_at_the_driver_with_the_same_bits(
     assert names == {METRICS, EVENTS, "model", *(f"checkpoint_{step:06}" for step in (2, 4, 6))}
 
 
+def test_a_checkpoint_that_comes_while_others_are_sent_is_seen_whole(
+    config: Config, tmp_path: Path
+) -> None:
+    node, aside = tmp_path / "node", tmp_path / "aside"
+    train(config, Driver(tmp_path / "first"), node)
+    last = find_checkpoints(node)[-1]
+    last.rename(aside)
+
+    def look() -> None:
+        if find_checkpoints(tmp_path / "r") and aside.exists():
+            aside.rename(last)
+        assert all(damage(one) is None for one in find_checkpoints(tmp_path / "r"))
+
+    place = Driver(tmp_path / "r", look).new_writer()
+    publisher = NodePublisher(place, node, Sent())
+    publisher.publish()
+    assert not aside.exists()
+    publisher.publish()
+    assert len(find_checkpoints(tmp_path / "r")) == len(find_checkpoints(node)) == 3
+
+
 def test_checkpoints_that_the_writer_removes_go_at_the_driver_too(
     config: Config, tmp_path: Path
 ) -> None:
