@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,12 @@ needs_native = pytest.mark.skipif(
     reason="needs a processor with AVX-512 and a C++ compiler",
 )
 BACKENDS = ["torch", "graph", pytest.param("native", marks=needs_native)]
+
+
+def prompt_of(tokenizer: Tokenizer, length: int, seed: int) -> list[int]:
+    """Tokens drawn at random, the same for a seed."""
+    rng = random.Random(seed)
+    return [rng.randrange(1, tokenizer.vocab_size) for _ in range(length)]
 
 
 def network(

@@ -23,6 +23,7 @@ from tests.generation.models import (
     BACKENDS,
     needs_native,
     network,
+    prompt_of,
     random_gpt,
     reference,
     run,
@@ -40,11 +41,6 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return small_tokenizer()
-
-
-def prompt_of(tokenizer: Tokenizer, length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(1, tokenizer.vocab_size) for _ in range(length)]
 
 
 def mixed_requests(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from gptray.generation.native_decoder import NativeDecoder
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.hf import load_pretrained
-from tests.generation.models import network, random_gpt, small_tokenizer
+from tests.generation.models import network, prompt_of, random_gpt, small_tokenizer
 from tests.model.foreign_models import FAMILIES, SHAPES, make_hf
 
 POSITIONS = 96
@@ -26,11 +25,6 @@ POSITIONS = 96
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return small_tokenizer()
-
-
-def prompt_of(tokenizer: Tokenizer, length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(1, tokenizer.vocab_size) for _ in range(length)]
 
 
 @pytest.mark.parametrize("name", SHAPES)

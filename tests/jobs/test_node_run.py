@@ -231,13 +231,19 @@ def test_a_call_that_is_made_twice_changes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["checkpoint_000002"]
 
 
-def test_tokens_are_fetched_once_by_a_node_and_again_where_they_are_damaged(
-    store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def published(source: Path) -> tuple[Config, Path]:
+    """A config whose text is prepared and in the store, and where its tokens are here."""
     config = config_at(source)
     prepare(config)
     data_dir = make_request(config).data_dir
     publish_data(config, data_dir)
+    return config, data_dir
+
+
+def test_tokens_are_fetched_once_by_a_node_and_again_where_they_are_damaged(
+    store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, data_dir = published(source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other node"))
     there = tokens_here(HOME, data_dir.name)
     assert there != data_dir and TokenData.open(there).fingerprint
@@ -252,10 +258,7 @@ def test_tokens_are_fetched_once_by_a_node_and_again_where_they_are_damaged(
 def test_an_evaluation_has_its_tokens_on_a_node_that_had_none(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_at(source)
-    prepare(config)
-    data_dir = make_request(config).data_dir
-    publish_data(config, data_dir)
+    config, data_dir = published(source)
     tokens = TokenData.open(data_dir).train.slice(0, 100)
     wanted = [ngram_hashes(tokens, length) for length in LENGTHS]
     task = EvaluationTask(config, "no model is needed", data_dir, block_size=32, threads=1)
