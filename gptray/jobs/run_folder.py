@@ -211,11 +211,19 @@ def _bare(value: object) -> str:
 
 
 def _free_name(config: Config, *, sweep: bool) -> str:
-    """A name that the config always gives; under train.resume=never one not taken yet."""
+    """A name that the config always gives; under train.resume=never one not taken yet.
+
+    Keys at their default don't count, so that the name stays when a later version adds some.
+    """
     source = config.data.source if isinstance(config.data.source, str) else config.data.source[0]
     label = label_of(Path(source).stem, 24) or "run"
     free = SWEEP_FREE_KEYS if sweep else FREE_KEYS
-    identity = {k: v for k, v in flatten(config).items() if not k.startswith(free)}
+    defaults = flatten(Config())
+    identity = {
+        key: value
+        for key, value in flatten(config).items()
+        if value != defaults[key] and not key.startswith(free)
+    }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
     name = unique = f"{label}{'-sweep' if sweep else ''}-{digest[:6]}"
     if config.train.resume != "never":

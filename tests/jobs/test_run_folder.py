@@ -16,7 +16,7 @@ from gptray.model.hf import save_pretrained
 def test_name_follows_from_what_is_trained_only(tmp_path: Path) -> None:
     base = [f"storage_path={tmp_path}"]
     name = resolve(load_config(None, base)).name
-    assert name is not None and name.startswith("builtin-")
+    assert name == "builtin-89c43d"  # whatever keys later versions add
     assert resolve(load_config(None, [*base, "compute.num_workers=2"])).name == name
     assert resolve(load_config(None, [*base, "optim.lr=3e-4"])).name != name
 
