@@ -69,6 +69,11 @@ class DataConfig(Section):
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="share of the training split to train on; validation stays the same"
     )
+    token_replacement: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0,
+        description="share of the input tokens in training (never of the targets) that random "
+        "ones replace, such as 0.1, against overfitting; 0: off",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         None, description="seed of the split; null: the run's seed"
     )

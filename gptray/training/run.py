@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gptray.config import Config, RunFailed
 from gptray.data.order import BatchOrder
+from gptray.data.replacement import replace_tokens
 from gptray.data.shares import split_rows
 from gptray.data.tokens import TokenData
 from gptray.files import open_lock, storing
@@ -85,16 +86,21 @@ class Run:
     def micro_batch(self, number: int) -> tuple[Tensor, Tensor]:
         """A part of the step's global batch by its number: inputs and targets, (B, T) each."""
         size, block_size = self.config.micro_batch_size, self.config.train.block_size
-        starts = self.order.batch(self.state.position, self.config.train.global_batch_size)
+        step, share = self.state.position, self.config.data.token_replacement
+        starts = self.order.batch(step, self.config.train.global_batch_size)
         first = number * size
         # From pinned memory the GPU copies while the host continues.
         is_pinned = self.device.type == "cuda"
-        tokens = torch.empty(size, block_size + 1, dtype=torch.int64, pin_memory=is_pinned)
-        windows = starts[first : first + size].tolist()
-        for row, start in zip(tokens.numpy(), windows, strict=True):
-            row[:] = self.data.train.slice(start, start + block_size + 1)
-        tokens = tokens.to(self.device, non_blocking=True)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        both = torch.empty(2, size, block_size, dtype=torch.int64, pin_memory=is_pinned)
+        inputs, targets = both.numpy()
+        for row, start in enumerate(starts[first : first + size].tolist()):
+            tokens = self.data.train.slice(start, start + block_size + 1)
+            inputs[row], targets[row] = tokens[:-1], tokens[1:]
+        if share:
+            vocabulary = self.data.vocab_size
+            replace_tokens(inputs, share, vocabulary, seed=self.config.seed, step=step, first=first)
+        idx, next_idx = both.to(self.device, non_blocking=True)
+        return idx, next_idx
 
     def seed_dropout(self, number: int) -> None:
         """Make dropout a function of (seed, updates behind the weights, number of the micro-batch).

@@ -107,6 +107,7 @@ def test_killed_run_ends_with_the_same_bits(
         tmp_path,
         "train.max_steps=30",
         f"model.dropout={dropout}",
+        f"data.token_replacement={dropout}",
         f"train.precision={precision}",
     )
     run(config, tiny_data, tmp_path / "whole")
@@ -162,7 +163,8 @@ def test_micro_batches_add_up_to_the_same_losses(
     text_file: Path, tiny_data: TokenData, tmp_path: Path
 ) -> None:
     for size in (1, 4, 8):
-        config = tiny_config(text_file, tmp_path, f"train.micro_batch_size={size}")
+        keys = [f"train.micro_batch_size={size}", "data.token_replacement=0.2"]
+        config = tiny_config(text_file, tmp_path, *keys)
         run(config, tiny_data, tmp_path / str(size))
     reference = losses(tmp_path / "8")
     assert losses(tmp_path / "1") == pytest.approx(reference, abs=1e-5)
@@ -189,7 +191,7 @@ def test_two_workers_see_the_same_batches_and_losses_as_one(
     # One micro-batch for two workers, and dropout by micro-batches.
     elastic = ["compute.num_workers=[1, 2]", "train.micro_batch_size=8"]
     runs[tmp_path / "uneven"] = tiny_config(text_file, tmp_path, *elastic)
-    dropping = ["model.dropout=0.1", "train.micro_batch_size=4"]
+    dropping = ["model.dropout=0.1", "data.token_replacement=0.1", "train.micro_batch_size=4"]
     run(tiny_config(text_file, tmp_path, *dropping), tiny_data, tmp_path / "dropping-one")
     dropping.append("compute.num_workers=2")
     dropping_run = tmp_path / "dropping-two"
