@@ -159,10 +159,10 @@ class GenerateConfig(Section):
 
 
 class EvaluateConfig(Section):
-    model: str | None = Field(
+    model: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
         description="model to evaluate: a run by name or folder, a model folder or a hub id; "
-        "null: this run's own model/",
+        "several: the average of their probabilities is scored; null: this run's own model/",
     )
     source: str | list[str] | None = Field(
         None,

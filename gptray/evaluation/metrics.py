@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gptray.data.difference import percent
 from gptray.data.scoring import Score, Windows
@@ -92,7 +93,7 @@ def document_ends(split: TokenSplit, eos_id: int) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def score_windows(
-    model: GPT,
+    models: Sequence[GPT],
     split: TokenSplit,
     windows: Windows,
     numbers: Sequence[int],
@@ -102,20 +103,29 @@ def score_windows(
 ) -> DocumentSums:
     """Score the targets that count in the windows of these numbers, ascending; dropout is off.
 
+    Several models score by the average of their probabilities.
     ends: `document_ends` of the split; an end of text belongs to the document that it closes.
     """
-    model.eval()
-    device = model.transformer.wte.weight.device
+    device = models[0].transformer.wte.weight.device
     documents, nats = [], []
     for batch, tokens in windows.batches(split, numbers, batch_size):
         read = torch.from_numpy(tokens).to(device)  # (B, T + 1)
-        losses = model.token_losses(read[:, :-1], read[:, 1:]).double().cpu().numpy()  # (B, T)
+        losses = _losses(models, read[:, :-1], read[:, 1:]).cpu().numpy()  # (B, T)
         for number, row in zip(batch, losses, strict=True):
             counted = windows.counted(number)
             nats.append(row[len(row) - len(counted) :])
             documents.append(np.searchsorted(ends, np.arange(counted.start, counted.stop)))
     flat = np.concatenate(nats)
     return DocumentSums.of(np.concatenate(documents), flat, np.ones(len(flat), np.int64))
+
+
+def _losses(models: Sequence[GPT], idx: Tensor, targets: Tensor) -> Tensor:
+    """The losses (B, T), in float64, of the models' average probability of each target.
+
+    -log(1/M sum_m exp(-loss_m)); of one model, its loss to the bit.
+    """
+    each = torch.stack([model.eval().token_losses(idx, targets).double() for model in models])
+    return math.log(len(models)) - torch.logsumexp(-each, dim=0)
 
 
 def split_result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,11 @@ def split(tmp_path: Path) -> TokenSplit:
     return split_of(tmp_path / "split", [t for document in documents for t in document] + [7, 8, 9])
 
 
-def scored(model: GPT, split: TokenSplit, windows: Windows, batch_size: int = 4) -> DocumentSums:
+def scored(
+    model: GPT, split: TokenSplit, windows: Windows, batch_size: int = 4, others: Sequence[GPT] = ()
+) -> DocumentSums:
     return score_windows(
-        model,
+        [model, *others],
         split,
         windows,
         range(len(windows)),
@@ -95,6 +98,26 @@ def test_losses_equal_a_plain_transformers_loop(
     assert result["bpb"] == pytest.approx(bits)
 
 
+def test_several_models_score_by_the_average_of_their_probabilities(
+    hf_model: tuple[GPT2LMHeadModel, GPT], split: TokenSplit
+) -> None:
+    theirs, ours = hf_model
+    other = GPT(ours.config, vocab_size=theirs.config.vocab_size)
+    tokens = torch.from_numpy(split.slice(0, len(split)).astype(np.int64))
+    windows = Windows(len(split), 20, 20)
+    likely = []
+    with torch.no_grad():
+        for begin in range(0, len(split) - 1, 20):
+            idx = tokens[begin : min(begin + 20, len(split) - 1)]
+            each = [model.eval()(idx[None])[0].double().softmax(-1) for model in (ours, other)]
+            probability = (each[0] + each[1]) / 2
+            likely += probability[range(len(idx)), tokens[begin + 1 :][: len(idx)]].tolist()
+    sums = scored(ours, split, windows, others=[other])
+    assert sums.nats.sum() == pytest.approx(-np.log(likely).sum(), abs=1e-4)
+    alone = scored(ours, split, windows)
+    assert scored(ours, split, windows, others=[ours]).nats == pytest.approx(alone.nats, rel=1e-12)
+
+
 def test_neither_batch_size_nor_ranges_change_the_loss(
     hf_model: tuple[GPT2LMHeadModel, GPT], split: TokenSplit
 ) -> None:
@@ -104,7 +127,7 @@ def test_neither_batch_size_nor_ranges_change_the_loss(
     for batch_size, size in ((1, 1), (16, 3), (1000, 7)):
         parts = [
             score_windows(
-                hf_model[1],
+                [hf_model[1]],
                 split,
                 windows,
                 range(len(windows))[first : first + size],
@@ -172,7 +195,7 @@ def test_lost_bytes_are_charged_and_leave_the_error_as_it_is(
     windows = Windows(len(split), 20, 20)
     numbers = range(0, len(windows), part)
     ends = document_ends(split, EOS)
-    sums = score_windows(hf_model[1], split, windows, numbers, ends=ends, batch_size=4)
+    sums = score_windows([hf_model[1]], split, windows, numbers, ends=ends, batch_size=4)
     before = split_result(sums, split, windows, len(numbers))
     after = split_result(sums, lossy, windows, len(numbers))
     share = 1.0 if part == 1 else after["tokens"] / (len(split) - 1)

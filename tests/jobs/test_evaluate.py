@@ -272,6 +272,34 @@ def test_results_are_kept_with_the_run_and_those_of_a_checkpoint_apart(
         assert "windows" in rows["test"]  # the run's own text, prepared for its training
 
 
+def test_several_models_are_scored_by_the_average_of_their_probabilities(
+    trained: tuple[Path, dict[str, Any]], evaluated: dict[str, Any], folder: Path
+) -> None:
+    storage, run = trained[0], trained[0] / "run"
+    before = f"{run}/checkpoint_000010"
+    pair = evaluate(config_of(storage, f"evaluate.model=[run, {before}]", "name=pair"))
+    old = evaluate(config_of(storage, f"evaluate.model={before}", "evaluate.passages=0"))
+    # Jensen: the average is better than the mean of both.
+    assert pair["val_loss"] < (evaluated["val_loss"] + old["val_loss"]) / 2
+    assert pair["model_dir"] == f"{run}/model, {before}/model" and pair["bleu"] is None
+    saved = json.loads((storage / "pair" / "evaluation.json").read_text())
+    assert (
+        "several models" in saved["how"]["bleu"]
+        and "several models" in saved["how"]["memorised_20"]
+    )
+    twice = check(config_of(storage, "evaluate.model=[run, run]"))
+    assert re.fullmatch("ensemble-of-2-[0-9a-f]{6}", twice.folder.name)
+    with pytest.raises(UserError, match="different tokenizers; only models with the same one"):
+        check(config_of(storage, f"evaluate.model=[run, {folder}]"))
+    other = shutil.copytree(run, storage / "other-split")
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("name: run", "name: other-split"))
+    check(config_of(storage, "evaluate.model=[run, other-split]"))
+    (other / "config.yaml").write_text(re.sub("(?m)^seed: .*", "seed: 99", config))
+    with pytest.raises(UserError, match="other-split was trained on another text or split"):
+        check(config_of(storage, "evaluate.model=[run, other-split]"))
+
+
 def test_text_that_is_too_short_or_not_the_models_is_refused(
     trained: tuple[Path, dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:

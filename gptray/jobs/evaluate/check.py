@@ -22,8 +22,14 @@ from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.evaluate.evaluated_model import FoundModel, model_to_evaluate, results_folder
-from gptray.jobs.models import for_workers, weights_sha256, with_tokenizer
+from gptray.jobs.evaluate.ensemble import check_goes_with
+from gptray.jobs.evaluate.evaluated_model import (
+    FoundModel,
+    models_to_evaluate,
+    results_folder,
+    sha256_of_models,
+)
+from gptray.jobs.models import for_workers, with_tokenizer
 from gptray.jobs.places import with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.storage import check_storage
@@ -40,12 +46,14 @@ LONGEST_WINDOW = 2048
 class CheckedEvaluation:
     """An evaluation that can start: its model exists, and so do the files of its text.
 
+    others: models whose probabilities are averaged with those of the first, `found`.
     is_own_text: whether the run was trained on this text.
     folder: where the results go. home: where they are published, if that is an object store.
     """
 
     config: Config
     found: FoundModel
+    others: list[FoundModel]
     text: CheckedText
     is_own_text: bool
     block_size: int
@@ -64,9 +72,14 @@ class CheckedEvaluation:
         return self.found.run
 
     @property
+    def models(self) -> list[str]:
+        """What names each model on every node: its folder, or the URI that it is fetched from."""
+        return [for_workers(one.folder, one.place) for one in (self.found, *self.others)]
+
+    @property
     def model(self) -> str:
-        """What names the model on every node: its folder, or the URI that it is fetched from."""
-        return for_workers(self.model_dir, self.found.place)
+        """What names the model, or all of them, in results and messages."""
+        return ", ".join(self.models)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -75,7 +88,7 @@ class CheckedEvaluation:
 
     @cached_property
     def model_sha256(self) -> str:
-        return weights_sha256(self.model_dir)
+        return sha256_of_models([self.found, *self.others])
 
     @cached_property
     def trained_on(self) -> str | None:
@@ -108,15 +121,16 @@ def check(config: Config) -> CheckedEvaluation:
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
     config = with_whole_paths(with_tokenizer(config))
-    found = model_to_evaluate(config)
+    found, *others = models_to_evaluate(config)
     model_dir, run = found.folder, found.run
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
     text = _text(config, trained, found)
-    folder, home = results_folder(config, found)
+    folder, home = results_folder(config, [found, *others])
     checked = CheckedEvaluation(
         config=config,
         found=found,
+        others=others,
         text=check_text(text, partial(_request, config.evaluate.source)),
         is_own_text=trained is not None and _is_own_text(config, text, trained),
         block_size=block_size,
@@ -126,6 +140,8 @@ def check(config: Config) -> CheckedEvaluation:
     )
     check_storage(text.model_copy(update={"evaluate": config.evaluate}))
     _check_tokenizer(checked)
+    for other in others:
+        check_goes_with(found, other, block_size, own_text=text if checked.is_own_text else None)
     if checked.text.data:
         check_tokens(checked, checked.text.data)
     return checked
@@ -135,7 +151,7 @@ def plan(checked: CheckedEvaluation) -> Plan:
     """What the job would do."""
     config, data = checked.config, checked.text.data
     rows = [
-        ("model", checked.model),
+        *(("model", model) for model in checked.models),
         ("text", ", ".join(checked.source)),
         ("windows", f"{checked.block_size} tokens, {checked.stride} apart"),
     ]
@@ -149,7 +165,7 @@ def plan(checked: CheckedEvaluation) -> Plan:
     kind = "GPU" if config.compute.use_gpu else "CPU"
     return [
         *rows,
-        ("passages", f"{config.evaluate.passages} to continue"),
+        ("passages", f"{0 if checked.others else config.evaluate.passages} to continue"),
         ("workers", f"{config.compute.max_workers} ({kind})"),
         ("files", f"{checked.home or checked.folder}/: evaluation.json report.html and its PNGs"),
     ]
@@ -261,7 +277,7 @@ def _check_tokenizer(checked: CheckedEvaluation) -> None:
 
 
 def _check_same_tokenizer(checked: CheckedEvaluation, sha256: str) -> None:
-    model, own = checked.model, checked.tokenizer.sha256
+    model, own = checked.models[0], checked.tokenizer.sha256
     if own != sha256:
         raise UserError(
             f"model and text do not belong together: the tokenizer of {model} has sha256 "

@@ -63,7 +63,7 @@ def _passages(
         split,
         data.tokenizer.decode,
         eos_id=data.eos_id,
-        count=checked.config.evaluate.passages,
+        count=0 if checked.others else checked.config.evaluate.passages,
         length=length,
         room=room,
     )
@@ -165,6 +165,8 @@ def _not_measured(
 
 
 def _no_passage(checked: CheckedEvaluation, kind: str) -> str:
+    if checked.others:
+        return "several models score a text, but do not write one"
     if not checked.config.evaluate.passages:
         return "evaluate.passages is 0"
     length = min(LEAST_TOKENS, checked.block_size)

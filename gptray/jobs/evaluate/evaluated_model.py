@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from gptray.config import Config, UserError
@@ -42,9 +43,14 @@ class FoundModel:
     home: RemoteFolder | None = None
 
 
-def model_to_evaluate(config: Config) -> FoundModel:
-    """Find the model. Raises UserError naming the key."""
-    folder, place = find_model(config, _source(config), key="evaluate.model")
+def models_to_evaluate(config: Config) -> list[FoundModel]:
+    """Find the model, or each of several. Raises UserError naming the key."""
+    named = config.evaluate.model
+    return [_found(config, one) for one in (named if isinstance(named, list) else [named])]
+
+
+def _found(config: Config, named: str | None) -> FoundModel:
+    folder, place = find_model(config, named or _default(config), key="evaluate.model")
     storage = config.storage_path.rstrip("/")
     if is_uri(storage) and place.startswith(f"{storage}/"):
         return _in_store(folder, RemoteFolder(place.removesuffix("/model")))
@@ -52,10 +58,10 @@ def model_to_evaluate(config: Config) -> FoundModel:
     return FoundModel(folder, place, _run_of(folder))
 
 
-def _source(config: Config) -> str | None:
-    """What `evaluate.model` says; by default the run called name (None) or of this config."""
-    if config.evaluate.model is not None or config.name is not None:
-        return config.evaluate.model
+def _default(config: Config) -> str | None:
+    """What is evaluated where no model is named: the run called name (None) or of this config."""
+    if config.name is not None:
+        return None
     resolved = resolve(config)
     run, other = seen_at(resolved), ""
     if is_uri(config.storage_path):
@@ -98,38 +104,48 @@ def _run_of(model_dir: Path) -> Path | None:
     return run if model_dir.name == "model" and (run / CONFIG).is_file() else None
 
 
-def results_folder(config: Config, found: FoundModel) -> tuple[Path, RemoteFolder | None]:
+def results_folder(
+    config: Config, models: Sequence[FoundModel]
+) -> tuple[Path, RemoteFolder | None]:
     """Where to keep the results: with the run whose best model it is, else in a new folder.
 
     And where that is published, if storage_path is an object store.
 
     Raises UserError where that folder is something else's.
     """
-    if found.run and (found.home or found.run / "model" == found.folder):
+    found = models[0]
+    if len(models) == 1 and found.run and (found.home or found.run / "model" == found.folder):
         return found.run, found.home
-    name = config.name or _name(config, found.folder, found.run)
+    name = config.name or _name(models)
     if is_uri(config.storage_path):
         home = RemoteFolder(config.storage_path) / name
-        _check_own(str(home), found, home.files())
+        _check_own(str(home), models, home.files())
         return records_folder(home), home
     folder = absolute(config.storage_path, key="storage_path") / name
     visible = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    _check_own(str(folder), found, [name for name in visible if name[0] != "."])
+    _check_own(str(folder), models, [name for name in visible if name[0] != "."])
     return folder, None
 
 
-def _check_own(folder: str, found: FoundModel, names: Collection[str]) -> None:
+def _check_own(folder: str, models: Sequence[FoundModel], names: Collection[str]) -> None:
     """Refuse a folder with such files unless it is an evaluation's own. Raises UserError."""
     if names and (CONFIG in names or EVALUATION not in names):
-        raise UserError(
-            f"{folder} exists and is not an evaluation of {found.folder}; choose another name"
-        )
+        what = " and ".join(str(found.folder) for found in models)
+        raise UserError(f"{folder} exists and is not an evaluation of {what}; choose another name")
 
 
-def _name(config: Config, model_dir: Path, run: Path | None) -> str:
-    """A name that this model always gets."""
-    source = Path(config.evaluate.model or model_dir)
+def _name(models: Sequence[FoundModel]) -> str:
+    """A name that these models always get."""
+    found, *others = models
+    source = Path(found.place)
     label = source.parent.name if source.name == "model" else source.name
-    label = f"{run.name}-{label}" if run else label
-    label = label_of(label, 40) or "model"
-    return f"{label}-{weights_sha256(model_dir)[:6]}"
+    label = f"{found.run.name}-{label}" if found.run else label
+    if others:
+        label = f"ensemble-of-{len(models)}"
+    return f"{label_of(label, 40) or 'model'}-{sha256_of_models(models)[:6]}"
+
+
+def sha256_of_models(models: Sequence[FoundModel]) -> str:
+    """The weights' sha256; of several models, that of all of theirs in a row."""
+    every = [weights_sha256(found.folder) for found in models]
+    return every[0] if len(every) == 1 else sha256("".join(every).encode()).hexdigest()

@@ -42,7 +42,7 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
     with ray_cluster(wait_s=config.compute.wait_s):
         check_shared(
             written=written_by_all(config, checked.folder),
-            read={"evaluate.model": [Path(checked.model)]},
+            read={"evaluate.model": [Path(model) for model in checked.models]},
             stores=stores_of(config),
             use_gpu=config.compute.use_gpu,
         )
@@ -58,8 +58,9 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
         save_evaluation(evaluation, checked.folder)
     reporter = Reporter(checked.folder)
     reporter.write(running=False)
-    uses = of_model(checked.run or checked.model_dir, checked.found.place)
-    tell([uses["generate"], uses["serve"]])
+    if not checked.others:
+        uses = of_model(checked.run or checked.model_dir, checked.found.place)
+        tell([uses["generate"], uses["serve"]])
     place, report = str(checked.folder), reporter.path
     if checked.home:
         _publish(checked.folder, checked.home)

@@ -35,7 +35,7 @@ class Scorers:
         reserved = worker_resources(compute)
         task = EvaluationTask(
             config=checked.config,
-            model=checked.model,
+            models=checked.models,
             data_dir=data.data_dir,
             block_size=checked.block_size,
             threads=max(1, int(reserved["CPU"])),

@@ -11,13 +11,13 @@ from gptray.config import Config
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """The model and the tokens that an actor works on, with so many threads.
+    """The models and the tokens that an actor works on, with so many threads.
 
-    model: a folder that every node sees, or a URI.
+    models: folders that every node sees, or URIs.
     """
 
     config: Config
-    model: str
+    models: list[str]
     data_dir: Path
     block_size: int
     threads: int

@@ -34,7 +34,7 @@ from gptray.model.precision import enable_fast_fp32
 
 
 class Scorer:
-    """A Ray actor. The model is loaded by the first call, so that its faults are a call's error."""
+    """A Ray actor. Models are loaded by the first call, so that their faults are a call's error."""
 
     def __init__(self, task: EvaluationTask) -> None:
         self._task, self._config = task, task.config
@@ -50,16 +50,16 @@ class Scorer:
 
     def precision(self) -> str:
         """What the network computes in: fp32 or bf16."""
-        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self._model.compute_dtype]
+        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self._models[0].compute_dtype]
 
     def score(self, name: str, windows: Windows, numbers: Sequence[int]) -> DocumentSums:
-        """Score windows of a split."""
+        """Score windows of a split, by the average of the models' probabilities."""
         split, size = self._data.splits[name], self._config.evaluate.micro_batch_size
         if name not in self._ends:
             self._ends[name] = document_ends(split, self._data.eos_id)
         ends = self._ends[name]
         with self._memory_told():
-            return score_windows(self._model, split, windows, numbers, ends=ends, batch_size=size)
+            return score_windows(self._models, split, windows, numbers, ends=ends, batch_size=size)
 
     def write(
         self, prompts: list[list[int]], lengths: list[int], sampling: Sampling, first: int
@@ -111,21 +111,23 @@ class Scorer:
         return TokenData.open(tokens_on_node(self._config, self._task.data_dir))
 
     @cached_property
-    def _model(self) -> GPT:
+    def _models(self) -> list[GPT]:
         torch.set_num_threads(self._task.threads)
         enable_fast_fp32()
         keep_freed_memory()
         device = torch.device("cuda" if self._config.compute.use_gpu else "cpu")
         if device.type == "cuda":
             check_gpu()
-        model = load_pretrained(self._task.model).eval()
-        model.compute_dtype = scoring_dtype(self._config.evaluate.precision, device)
-        return model.to(device)
+        dtype = scoring_dtype(self._config.evaluate.precision, device)
+        models = [load_pretrained(source).eval() for source in self._task.models]
+        for model in models:
+            model.compute_dtype = dtype
+        return [model.to(device) for model in models]
 
     @cached_property
     def _engine(self) -> Engine:
         batch_size = self._config.evaluate.micro_batch_size
-        model = self._model
+        model = self._models[0]
         return Engine(
             model,
             self._data.tokenizer,
