@@ -26,7 +26,7 @@ def measure(say: Callable[[str], None], *, rounds: int) -> dict[str, dict[str, f
     with tempfile.TemporaryDirectory() as folder:
         generate.make_model("124m", Path(folder))
         jobs = {
-            "training": ("train.py", "bf16", ["--shape", "quick", "--steps", "10"], 0),
+            "training": ("train.py", "bf16", ["--shape", "quick", "--steps", "20"], 0),
             "generating": ("generate.py", "int8", ["--model", folder], 32),
         }
         found = {name: _shares(*job, rounds=rounds) for name, job in jobs.items()}

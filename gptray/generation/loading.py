@@ -18,6 +18,7 @@ from gptray.model.memory import keep_freed_memory
 from gptray.model.only_torch import check_kernels
 from gptray.model.precision import pick_dtype
 from gptray.native.backend import GENERATE_KEY, check_native
+from gptray.native.core_sharing import share_cores
 
 log = logging.getLogger("gptray")
 
@@ -34,6 +35,8 @@ def open_engine(
     generate, device = config.generate, "cuda" if config.compute.use_gpu else "cpu"
     if config.compute.use_gpu:
         check_gpu()
+    else:
+        share_cores()
     slots = max_batch_size or generate.max_batch_size
     keep_freed_memory()
     model = load_pretrained(folder).eval().to(device)

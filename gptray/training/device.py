@@ -14,6 +14,7 @@ from gptray.model.gpu_faults import check_gpu
 from gptray.model.memory import keep_freed_memory, return_freed_memory
 from gptray.model.precision import enable_fast_fp32
 from gptray.native.compiler import cannot_compile, why_not_compile
+from gptray.native.core_sharing import share_cores
 
 
 def use_device(config: Config, device: torch.device) -> None:
@@ -27,6 +28,8 @@ def use_device(config: Config, device: torch.device) -> None:
         check_gpu()
         if device.index is not None:  # of several, that of events and compiled kernels
             torch.cuda.set_device(device)
+    else:
+        share_cores()
     torch.use_deterministic_algorithms(device.type == "cpu" or config.train.deterministic)
     # That would also fill every new tensor, which helps to find bugs and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

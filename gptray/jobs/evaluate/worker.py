@@ -31,6 +31,7 @@ from gptray.model.gpu_faults import check_gpu, out_of_gpu_memory
 from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32
+from gptray.native.core_sharing import share_cores
 
 
 class Scorer:
@@ -118,6 +119,8 @@ class Scorer:
         device = torch.device("cuda" if self._config.compute.use_gpu else "cpu")
         if device.type == "cuda":
             check_gpu()
+        else:
+            share_cores()
         dtype = scoring_dtype(self._config.evaluate.precision, device)
         models = [load_pretrained(source).eval() for source in self._task.models]
         for model in models:
