@@ -87,7 +87,7 @@ def test_losses_equal_a_plain_transformers_loop(
     windows = Windows(len(split), block, block // part)
     losses = plain_losses(theirs, split.slice(0, len(split)).tolist(), block, block // part)
     sums = scored(ours, split, windows)
-    result = split_result(sums, split, windows, len(windows))
+    result = split_result(sums, split, windows, range(len(windows)))
     assert result["tokens"] == len(losses) == len(split) - 1
     assert result["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert result["ppl"] == pytest.approx(math.exp(result["loss"]))
@@ -173,8 +173,8 @@ def test_lost_bytes_are_charged_and_leave_the_error_as_it_is(
     numbers = range(0, len(windows), part)
     ends = document_ends(split, EOS)
     sums = score_windows(hf_model[1], split, windows, numbers, ends=ends, batch_size=4)
-    before = split_result(sums, split, windows, len(numbers))
-    after = split_result(sums, lossy, windows, len(numbers))
+    before = split_result(sums, split, windows, numbers)
+    after = split_result(sums, lossy, windows, numbers)
     share = 1.0 if part == 1 else after["tokens"] / (len(split) - 1)
     assert after["lost_bytes"] == round(200 * share) and before["lost_bytes"] == 0
     charge = 8 * math.log(2) * after["lost_bytes"] / after["tokens"]
