@@ -6,11 +6,11 @@ trained on ends with the end of text anyway.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from functools import lru_cache
+from itertools import takewhile
 
 import tokenizers
+from tokenizers import models
 
 from gptray.config import UserError
 from gptray.data.tokenizer_files import open_tokenizer
@@ -18,11 +18,17 @@ from gptray.data.tokenizer_files import open_tokenizer
 
 def text_prefix(backend: tokenizers.Tokenizer) -> list[int]:
     """The ids that come before those of any text where special tokens are added; often none."""
-    if backend.post_processor is None:
+    processor = backend.post_processor
+    if processor is None:
         return []
-    state = backend.post_processor.__getstate__()
-    assert isinstance(state, bytes)
-    return _before(json.loads(state))
+    processed = processor.process(_word(), None, True)
+    added = zip(processed.ids, processed.special_tokens_mask, strict=True)
+    return [number for number, _ in takewhile(lambda one: one[1], added)]
+
+
+def _word() -> tokenizers.Encoding:
+    """An encoded text of one token, for processors that do not look at texts."""
+    return tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
 
 
 @lru_cache(maxsize=16)
@@ -40,21 +46,3 @@ def check_prefix(prefix: list[int], vocab_size: int, source: str) -> None:
                 f"data.tokenizer={source}: it puts token {number:,} before every text, but has "
                 f"only {vocab_size:,} tokens"
             )
-
-
-def _before(step: Mapping[str, object]) -> list[int]:
-    """What a post-processor puts before a text; of several, each does so in turn."""
-    match step:
-        case {"type": "Sequence", "processors": list(steps)}:
-            return [number for one in reversed(steps) for number in _before(one)]
-        case {"type": "BertProcessing" | "RobertaProcessing", "cls": [_, int(number)]}:
-            return [number]
-        case {"type": "TemplateProcessing", "single": list(pieces), "special_tokens": tokens}:
-            assert isinstance(tokens, dict)
-            found: list[int] = []
-            for piece in pieces:
-                if "SpecialToken" not in piece:
-                    break
-                found += tokens[piece["SpecialToken"]["id"]]["ids"]
-            return found
-    return []

@@ -35,13 +35,9 @@ def llama3() -> tokenizers.Tokenizer:
     return made
 
 
-def twofold() -> tokenizers.Tokenizer:
-    """Two tokens, each from a step of its own; the later step's comes first."""
-    made = foreign.beginning(foreign.byte_level(), "<sop> $A")
-    inner = made.post_processor
-    outer = foreign.beginning(made, "[gMASK] $A").post_processor
-    made.post_processor = processors.Sequence([inner, outer])
-    return made
+def glm() -> tokenizers.Tokenizer:
+    """GLM's."""
+    return foreign.beginning(foreign.byte_level(), "[gMASK] <sop> $A")
 
 
 def bert() -> tokenizers.Tokenizer:
@@ -62,7 +58,7 @@ def stored(make: Make, folder: Path, **more: object) -> Path:
     return foreign.save(backend, folder, {"eos_token": eos, **more})
 
 
-@pytest.mark.parametrize("make", [llama, llama3, twofold, bert, opt, foreign.byte_level])
+@pytest.mark.parametrize("make", [llama, llama3, glm, bert, opt, foreign.byte_level])
 def test_prompts_are_read_as_transformers_reads_them(make: Make, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -22,6 +22,8 @@ from gptray.evaluation.metrics import (
 )
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
+from gptray.training.validation import score_split
+from gptray.training.workers import Workers
 from tests.evaluation.splits import split_of
 
 EOS = 0
@@ -203,3 +205,25 @@ def test_a_cpu_scores_in_fp32_unless_told(
     finally:
         model.compute_dtype = torch.float32
     assert rough != exact and rough == pytest.approx(exact, rel=5e-3)
+
+
+@torch.no_grad()
+def test_what_documents_begin_with_is_read_but_not_scored(
+    hf_model: tuple[GPT2LMHeadModel, GPT], tmp_path: Path
+) -> None:
+    theirs, ours = hf_model
+    bos = 300
+    documents = [[bos, 5, 6, 7, EOS], [bos, 8, EOS], [bos, 9, 10, 11, 12, EOS]]
+    tokens = [token for document in documents for token in document]
+    ids = torch.tensor([tokens])
+    losses = theirs(ids, labels=torch.where(ids == bos, -100, ids)).loss
+    split = split_of(tmp_path / "split", tokens, document_prefix=[bos])
+    windows = Windows(len(split), 20, 20)
+    result = split_result(scored(ours, split, windows), split, windows, range(1))
+    assert result["tokens"] == len(tokens) - 3
+    assert result["loss"] == pytest.approx(float(losses), abs=1e-5)
+    assert "without those that begin a document" in result["how"]
+    workers = Workers(rank=0, size=1)
+    score = score_split(ours, split, block_size=20, batch_size=4, workers=workers)
+    assert score.tokens == result["tokens"] and score.num_bytes == split.bytes
+    assert score.loss == pytest.approx(result["loss"], rel=1e-6)
