@@ -56,7 +56,7 @@ def text_tokens(folder: Path, *, sentences: int = 4000) -> TokenData:
     for name, part in (("train", lines[:cut]), ("val", lines[cut:])):
         file = f"{name}-00000.bin"
         with ShardWriter(folder / file, encoder) as writer:
-            writer.add("".join(part), ends=True)
+            writer.add("".join(part), begins=True, ends=True)
         assert writer.shard
         entries[name] = writer.shard.entry(file)
     return _data(folder, tokenizer, entries)

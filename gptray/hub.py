@@ -97,6 +97,18 @@ def download_model(hub_id: str, patterns: Sequence[str]) -> Path:
     raise NotOnHub(f"{hub_id}: no such folder here and {reason}", reason)
 
 
+def cached_model(hub_id: str) -> Path | None:
+    """The folder with what the cache has of a hub model; None: nothing. Asks nobody."""
+    from huggingface_hub import snapshot_download
+
+    if not _HUB_ID.fullmatch(hub_id):
+        return None
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def first_line(error: Exception) -> str:
     """What an exception of a library says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,6 +34,8 @@ class TokenizerEntry(TypedDict):
     vocab_size: int
     eos_token: str
     eos_token_id: int
+    # What every document begins with, where that is something.
+    document_prefix: NotRequired[list[int]]
     lost: LostEntry
 
 

@@ -34,7 +34,8 @@ def _text(data: TokenData, begin: int) -> str:
     ids = data.val.slice(begin, min(begin + TOKENS, len(data.val))).tolist()
     if data.eos_id in ids:
         ids = ids[: ids.index(data.eos_id)]
-    return data.tokenizer.decode(ids).replace("\ufffd", "")
+    text = [number for number in ids if number not in data.val.document_prefix]
+    return data.tokenizer.decode(text).replace("\ufffd", "")
 
 
 def _few_words(text: str) -> str:

@@ -24,9 +24,11 @@ from gptray.data.split import TEST, VAL, split_names
 from gptray.data.tokenizer_files import (
     END_OF_TEXT,
     KINDS,
+    cached_tokenizer,
     tokenizer_path,
     tokenizer_sha256,
 )
+from gptray.data.tokenizer_prefix import stored_prefix
 from gptray.data.tokens import FORMAT_VERSION
 from gptray.files import cache_folder
 from gptray.node_cache import storage_folder
@@ -106,9 +108,12 @@ class Request:
             return {"kind": self.tokenizer, **size}
         eos = {} if self.eos_token is None else {"eos_token": self.eos_token}
         path = tokenizer_path(self.tokenizer)
+        known = path or cached_tokenizer(self.tokenizer)
+        prefix = stored_prefix(str(known), tokenizer_sha256(known)) if known else []
+        more = {**eos, **({"prefix": prefix} if prefix else {})}
         if path is None:
-            return {"kind": "hub", "id": self.tokenizer, **eos}
-        return {"kind": "folder", "sha256": tokenizer_sha256(path), **eos}
+            return {"kind": "hub", "id": self.tokenizer, **more}
+        return {"kind": "folder", "sha256": tokenizer_sha256(path), **more}
 
     @property
     def data_dir(self) -> Path:

@@ -64,6 +64,7 @@ class ShardEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.dtype = np.dtype(shard_dtype(tokenizer.vocab_size)).newbyteorder("<")
         self.cuts = tokenizer.cuts_at_boundaries()
+        self.start_of_text = self._pack(tokenizer.document_prefix)
         self.end_of_text = self._pack([tokenizer.eos_id])
         self._tokenizer = tokenizer
         self._is_fallback = fallback_tokens(tokenizer)
@@ -122,7 +123,8 @@ class ShardWriter:
         self._path = path
         self._encoder = encoder
         self._open = ""  # text of the document at hand that is not batched yet
-        self._batch: list[tuple[str, bool]] = []
+        self._begins = False  # whether the document at hand begins with that text
+        self._batch: list[tuple[str, bool, bool]] = []
         self._batched = 0  # characters
         self._digest = hashlib.sha256()
         self._tokens = self._bytes = self._characters = self._fallback = 0
@@ -160,8 +162,9 @@ class ShardWriter:
             self._fallback,
         )
 
-    def add(self, text: str, *, ends: bool) -> None:
-        """Append a run of a document's text, and end of text where the document ends."""
+    def add(self, text: str, *, begins: bool, ends: bool) -> None:
+        """Append a run of a document's text, and what marks where the document begins and ends."""
+        self._begins |= begins
         self._open += text
         if self._encoder.cuts:
             self._push_long_text()
@@ -185,20 +188,23 @@ class ShardWriter:
         self._open = self._open[start:]
 
     def _push(self, text: str, ends: bool) -> None:
-        self._batch.append((text, ends))
+        self._batch.append((text, self._begins, ends))
+        self._begins = False
         self._batched += len(text)
         if self._batched > BATCH_CHARACTERS or len(self._batch) > BATCH_CHARACTERS // 64:
             self._flush()
 
     def _flush(self) -> None:
-        encoded = self._encoder.encode([text for text, _ in self._batch])
-        for ids, (text, ends) in zip(encoded, self._batch, strict=True):
-            block = ids + self._encoder.end_of_text if ends else ids
+        encoder = self._encoder
+        encoded = encoder.encode([text for text, *_ in self._batch])
+        for ids, (text, begins, ends) in zip(encoded, self._batch, strict=True):
+            block = encoder.start_of_text + ids if begins else ids
+            block += encoder.end_of_text if ends else b""
             self._stream.write(block)
             self._digest.update(block)
-            self._tokens += len(block) // self._encoder.dtype.itemsize
+            self._tokens += len(block) // encoder.dtype.itemsize
             self._bytes += len(text.encode())
             self._characters += len(text)
-            self._fallback += self._encoder.count_fallback(ids)
-            self._encoder.check(text, ids, self._tally)
+            self._fallback += encoder.count_fallback(ids)
+            encoder.check(text, ids, self._tally)
         self._batch, self._batched = [], 0

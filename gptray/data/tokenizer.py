@@ -1,7 +1,8 @@
 """Tokenizers: trained here (byte-level BPE, characters) or any of Hugging Face's.
 
 Every one is saved as an ordinary tokenizer.json that `AutoTokenizer` opens. Text that spells a
-special token is plain text here, and no special token is added; that is the caller's business.
+special token is plain text here. What a tokenizer puts before a text, such as <s>, is for its start
+alone, so that `encode` leaves it out and `prompt_ids` adds it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gptray.config import UserError
 from gptray.data.boundary import chunks
 from gptray.data.tokenizer_files import END_OF_TEXT, end_of_text, open_tokenizer
 from gptray.data.tokenizer_parts import TokenizerParts
+from gptray.data.tokenizer_prefix import check_prefix, text_prefix
 from gptray.data.trust import panics_as_errors
 
 _PROBES = (
@@ -89,6 +91,19 @@ class Tokenizer:
         ids = {role: self._backend.token_to_id(name) for role, name in self._special.items()}
         return {role: number for role, number in ids.items() if number is not None}
 
+    @cached_property
+    def prefix(self) -> list[int]:
+        """The ids that it puts before a text, such as that of <s>; none for GPT-2 and Qwen."""
+        return text_prefix(self._backend)
+
+    @property
+    def document_prefix(self) -> list[int]:
+        """The prefix as a stream of documents has it: not where it is the end of text.
+
+        The token that closes a document opens the next one then.
+        """
+        return [] if self.eos_id in self.prefix else self.prefix
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, no special token added.
 
@@ -96,17 +111,38 @@ class Tokenizer:
         """
         return self.encode_batch([text])[0]
 
-    def prompt_ids(self, text: str, *, parse_special: bool = False) -> list[int]:
+    def prompt_ids(
+        self, text: str, *, parse_special: bool = False, add_prefix: bool = True
+    ) -> list[int]:
         """Token ids that a model continues; of an empty text the start of a fresh document.
 
+        The prefix comes first, once: its own name at the start of a text (<s>) is not read again.
         parse_special: the end-of-text token's own name in the text is that token, not plain text.
+        add_prefix: whether a text that does not begin with the prefix gets it.
         Raises UserError as `encode`.
         """
-        parts = text.split(self.eos_token) if parse_special else [text]
-        ids = self.encode(parts[0])
+        rest = text[len(self.prefix_name) :] if self.begins_with_prefix(text) else text
+        parts = rest.split(self.eos_token) if parse_special else [rest]
+        ids = [*(self.prefix if add_prefix or rest is not text else []), *self.encode(parts[0])]
         for part in parts[1:]:
             ids += [self.eos_id, *self.encode(part)]
         return ids or [self.eos_id]
+
+    def begins_with_prefix(self, text: str) -> bool:
+        """Whether a text begins with the prefix's own name, as a chat template writes it."""
+        return bool(self.prefix_name) and text.startswith(self.prefix_name)
+
+    @cached_property
+    def prefix_name(self) -> str:
+        """The prefix as text."""
+        return "".join(self._backend.id_to_token(number) or "" for number in self.prefix)
+
+    def last_ids(self, ids: list[int], count: int) -> list[int]:
+        """At most `count` of a prompt's ids, the last ones, behind the prefix if it has that."""
+        if len(ids) <= count:
+            return ids
+        kept = len(self.prefix) if ids[: len(self.prefix)] == self.prefix else 0
+        return ids[:kept] + ids[len(ids) - max(count - kept, 0) :]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, no special token added.
@@ -162,7 +198,9 @@ class Tokenizer:
         """
         opened = backend, special = open_tokenizer(str(source))
         eos = end_of_text(opened, str(source), asked=eos_token)
-        return cls(backend, {**special, "eos_token": eos})
+        tokenizer = cls(backend, {**special, "eos_token": eos})
+        check_prefix(tokenizer.prefix, tokenizer.vocab_size, str(source))
+        return tokenizer
 
     def _json(self) -> bytes:
         return self._backend.to_str().encode()

@@ -22,7 +22,7 @@ from gptray.data.sources import hint
 from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
 from gptray.files import expanded, is_uri
 from gptray.gguf_source import is_gguf, opened_gguf
-from gptray.hub import NotOnHub, download_model, first_line
+from gptray.hub import NotOnHub, cached_model, download_model, first_line
 from gptray.node_cache import fetched_holder
 from gptray.stored import read_foreign, read_object
 
@@ -120,6 +120,12 @@ def hub_tokenizer(hub_id: str) -> Path:
     if not tokenizer_files(folder):
         raise UserError(f"data.tokenizer={hub_id}: this hub repository has no tokenizer")
     return folder
+
+
+def cached_tokenizer(hub_id: str) -> Path | None:
+    """The same folder, if the tokenizer has been downloaded; asks nobody."""
+    folder = cached_model(hub_id)
+    return folder if folder and tokenizer_files(folder) else None
 
 
 def tokenizer_files(path: Path) -> list[Path]:

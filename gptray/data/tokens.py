@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
@@ -35,14 +36,20 @@ class DamagedData(ValueError):
 
 
 class TokenSplit:
-    """One split's tokens in order, documents one after the other, each closed by end of text."""
+    """One split's tokens in order, documents one after the other, each closed by end of text.
 
-    def __init__(self, folder: Path, dtype: str, entry: SplitEntry) -> None:
+    document_prefix: what each begins with, such as <s>: special tokens, which no text has.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: str, entry: SplitEntry, document_prefix: Sequence[int] = ()
+    ) -> None:
         self.tokens = entry["tokens"]
         self.bytes = entry["bytes"]
         self.documents = entry["documents"]
         # UTF-8 bytes that the tokenizer does not give back.
         self.lost_bytes = entry["lost_bytes"]
+        self.document_prefix = list(document_prefix)
         self._folder = folder
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shards = entry["shards"]
@@ -72,6 +79,10 @@ class TokenSplit:
             at = end
             shard += 1
         return out
+
+    def counts(self, targets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of some tokens count in a loss: all but those that only say where a text begins."""
+        return ~np.isin(targets, self.document_prefix)
 
     def _map(self, shard: int) -> _Ids:
         if shard not in self._maps:
@@ -104,7 +115,12 @@ class TokenData:
         self.data_dir = data_dir
         self.manifest = manifest
         self.splits = {
-            name: TokenSplit(data_dir, manifest["dtype"], manifest["splits"][name])
+            name: TokenSplit(
+                data_dir,
+                manifest["dtype"],
+                manifest["splits"][name],
+                manifest["tokenizer"].get("document_prefix", ()),
+            )
             for name in split_names(len(manifest["splits"]))
         }
         self.vocab_size = manifest["tokenizer"]["vocab_size"]

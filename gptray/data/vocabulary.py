@@ -16,7 +16,7 @@ def kept_rows(own: Tokenizer, other: Tokenizer) -> list[int]:
 
     Tokens are the same if they are written the same under the same id, or else if they decode to
     the same bytes: " the" is "\u0120the" to GPT-2 and "\u2581the" to Llama. The ends of text
-    correspond.
+    correspond, and what stands before a text.
     """
     by_bytes: dict[bytes, int] = {}
     for number, piece in enumerate(pieces(own)):
@@ -26,5 +26,7 @@ def kept_rows(own: Tokenizer, other: Tokenizer) -> list[int]:
     for number, (mine, name) in enumerate(zip(own.names, other.names, strict=False)):
         if mine == name:
             rows[number] = number
+    for mine, theirs in zip(own.prefix, other.prefix, strict=False):
+        rows[theirs] = mine
     rows[other.eos_id] = own.eos_id
     return rows

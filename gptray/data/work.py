@@ -108,7 +108,7 @@ def sample(unit: Sequence[PiecePlan], *, share: float, seed: int, number: int) -
     Words of absurd length are cut, or training would take hours on them.
     """
     texts: list[str] = []
-    for index, (label, part) in enumerate(_labelled(unit)):
+    for index, (label, part, _) in enumerate(_labelled(unit)):
         if label not in (TRAIN, UNUSED):
             continue
         if share >= 1:
@@ -157,7 +157,7 @@ def _write(
 ) -> None:
     with ExitStack() as stack:
         latest = UNUSED
-        for label, part in _labelled(unit):
+        for label, part, begins in _labelled(unit):
             if latest in writers and label != latest:
                 writers[latest].break_off()
             latest = label
@@ -166,7 +166,7 @@ def _write(
             if label not in writers:
                 path = folder / f"{SPLITS[label]}.{number:06d}.part"
                 writers[label] = stack.enter_context(ShardWriter(path, encoder))
-            writers[label].add(part.text, ends=part.ends)
+            writers[label].add(part.text, begins=begins, ends=part.ends)
 
 
 def _file_with(piece: str, unit: Sequence[PiecePlan]) -> str:
@@ -183,17 +183,21 @@ def _encoder(folder: Path) -> ShardEncoder:
     return ShardEncoder(Tokenizer.load(folder))
 
 
-def _labelled(unit: Sequence[PiecePlan]) -> Iterator[tuple[int, Part]]:
-    """The unit's text in order, each run with its label."""
+def _labelled(unit: Sequence[PiecePlan]) -> Iterator[tuple[int, Part, bool]]:
+    """The unit's text in order, each run with its label and whether its document begins there."""
     for plan in unit:
         document, position = 0, plan.first_character
         for part in read_parts(plan.piece):
             if part == EMPTY_ROW:
                 continue
             if document in plan.cut:
-                yield from _by_region(plan.cut[document], part, position)
+                runs = _by_region(plan.cut[document], part, position)
             else:
-                yield int(plan.labels[document]), part
+                runs = iter([(int(plan.labels[document]), part)])
+            begins = position == 0
+            for label, run in runs:
+                yield label, run, begins
+                begins = False
             position += len(part.text)
             if part.ends:
                 document, position = document + 1, 0

@@ -104,17 +104,19 @@ def score_windows(
     """Score the targets that count in the windows of these numbers, ascending; dropout is off.
 
     Several models score by the average of their probabilities.
-    ends: `document_ends` of the split; an end of text belongs to the document that it closes.
+    ends: `document_ends` of the split; an end of text belongs to the document that it closes. What
+    a document begins with is read, but not scored.
     """
     device = models[0].transformer.wte.weight.device
     documents, nats = [], []
     for batch, tokens in windows.batches(split, numbers, batch_size):
         read = torch.from_numpy(tokens).to(device)  # (B, T + 1)
         losses = _losses(models, read[:, :-1], read[:, 1:]).cpu().numpy()  # (B, T)
-        for number, row in zip(batch, losses, strict=True):
-            counted = windows.counted(number)
-            nats.append(row[len(row) - len(counted) :])
-            documents.append(np.searchsorted(ends, np.arange(counted.start, counted.stop)))
+        for number, row, of_window in zip(batch, losses, tokens, strict=True):
+            places = np.array(windows.counted(number))
+            is_scored = split.counts(of_window[len(of_window) - len(places) :])
+            nats.append(row[len(row) - len(places) :][is_scored])
+            documents.append(np.searchsorted(ends, places[is_scored]))
     flat = np.concatenate(nats)
     return DocumentSums.of(np.concatenate(documents), flat, np.ones(len(flat), np.int64))
 
@@ -129,16 +131,17 @@ def _losses(models: Sequence[GPT], idx: Tensor, targets: Tensor) -> Tensor:
 
 
 def split_result(
-    sums: DocumentSums, split: TokenSplit, windows: Windows, scored: int
+    sums: DocumentSums, split: TokenSplit, windows: Windows, numbers: Sequence[int]
 ) -> SplitResult:
-    """The numbers of a split of which `scored` windows were scored.
+    """The numbers of a split of which the windows of these numbers were scored.
 
     A part of a split is taken to have as many bytes a token as the whole, and as many lost ones.
     Lost bytes raise the loss of every document by the same per token: no change to its error.
     """
-    tokens, whole = int(sums.tokens.sum()), scored == len(windows)
+    tokens, whole = int(sums.tokens.sum()), len(numbers) == len(windows)
+    read = sum(len(windows.counted(number)) for number in numbers)
     num_bytes, lost_bytes = (
-        amount if whole else round(amount * tokens / (len(split) - 1))
+        amount if whole else round(amount * read / (len(split) - 1))
         for amount in (split.bytes, split.lost_bytes)
     )
     score = Score.charged(float(sums.nats.sum()), tokens, num_bytes, lost_bytes)
@@ -151,7 +154,8 @@ def split_result(
         "bytes": num_bytes,
         "lost_bytes": lost_bytes,
         "documents": len(sums.documents),
-        "how": _how(windows, scored, len(sums.documents)) + _charge(score, whole=whole),
+        "how": _how(split, windows, len(numbers), len(sums.documents))
+        + _charge(score, whole=whole),
     }
 
 
@@ -165,9 +169,11 @@ def _charge(score: Score, *, whole: bool) -> str:
     )
 
 
-def _how(windows: Windows, scored: int, documents: int) -> str:
+def _how(split: TokenSplit, windows: Windows, scored: int, documents: int) -> str:
     whole = scored == len(windows)
     which = "every token but the first" if whole else "a fixed sample, spread evenly"
+    if split.document_prefix:
+        which += ", without those that begin a document"
     context = (
         "side by side"
         if windows.stride == windows.block_size

@@ -43,10 +43,10 @@ def cut_passages(
     usable = max(len(split) - room, min(len(split), length))
     count = min(count, usable // length)
     gap = (usable - length) // max(1, count - 1) if count else 0
-    found = []
+    found, marks = [], {eos_id, *split.document_prefix}
     for number in range(count):
         tokens = split.slice(number * gap, number * gap + length).tolist()
-        piece = _without_torn_start(_longest_piece(tokens, eos_id), decode)
+        piece = _without_torn_start(_longest_piece(tokens, marks), decode)
         if len(piece) < max(2, min(LEAST_TOKENS, length)):
             continue
         half = len(piece) // 2
@@ -56,10 +56,11 @@ def cut_passages(
     return found
 
 
-def _longest_piece(tokens: list[int], eos_id: int) -> list[int]:
+def _longest_piece(tokens: list[int], marks: set[int]) -> list[int]:
+    """The longest run without one of the tokens that mark a document's ends."""
     pieces: list[list[int]] = [[]]
     for token in tokens:
-        if token == eos_id:
+        if token in marks:
             pieces.append([])
         else:
             pieces[-1].append(token)

@@ -52,7 +52,10 @@ class Engine:
         backend: str = "torch",
     ) -> None:
         self.max_batch_size, self.n_positions = max_batch_size, model.config.n_positions
-        self.vocab_size, self.eos_id = model.valid_vocab_size, tokenizer.eos_id
+        self.vocab_size = model.valid_vocab_size
+        # The tokens that end a text: the tokenizer's first, then those that its model adds.
+        known = [number for number in model.usage.eos_ids if number < self.vocab_size]
+        self.eos_ids = list(dict.fromkeys([tokenizer.eos_id, *known]))
         self.backend = backend
         self._tokenizer = tokenizer
         self._network = make_decoder(backend, model, max_batch_size, dtype, quantize)
@@ -99,7 +102,7 @@ class Engine:
         """Queue a sequence and return it. Raises ValueError as `check`."""
         if not sequence.is_checked:
             self.check(sequence)
-        sequence.begin(self._tokenizer, self.n_positions, self._utf8)
+        sequence.begin(self._tokenizer, self.n_positions, self._utf8, self.eos_ids)
         self._waiting.append(sequence)
         return sequence
 
@@ -223,7 +226,7 @@ class Engine:
             if (fault := self._fault(sequence, piece))
         ]
         # An engine that fails even on the shortest prompt would fail on every other.
-        if not guilty or self._fault(None, Piece(guilty[0][1].slot, 0, [self.eos_id])):
+        if not guilty or self._fault(None, Piece(guilty[0][1].slot, 0, self.eos_ids[:1])):
             raise error
         for sequence, _, fault in guilty:
             sequence.fail(f"{type(fault).__name__}: {fault}")

@@ -45,8 +45,8 @@ def _drawn(code: int) -> Drawn | None:
     return Drawn(code & (_SOUND - 1)) if code & _SOUND else None
 
 
-def _kind(sampling: Sampling) -> int:
-    """How the graph draws for these settings, or that it does not."""
+def _kind(sampling: Sampling, ends: int) -> int:
+    """How the graph draws for these settings, or that it does not; ends: how many tokens end it."""
     is_rare = (
         sampling.logit_bias
         or sampling.logprobs is not None
@@ -54,6 +54,7 @@ def _kind(sampling: Sampling) -> int:
         or sampling.frequency_penalty
         or sampling.presence_penalty
         or (sampling.top_k or 0) > FIRST_RANKS
+        or (sampling.min_new_tokens and ends > 1)
     )
     if is_rare:
         return _RARE
@@ -138,7 +139,7 @@ class GraphSampler:
         except KeyError:
             whole["mask"][:B] = [self._number(row.mask) for row in rows]
         whole["banned"][:B] = [
-            row.eos_id if count < row.sampling.min_new_tokens else -1
+            row.eos_ids[0] if count < row.sampling.min_new_tokens else -1
             for row, count in zip(rows, new, strict=True)
         ]
         kinds: list[int] = whole["kind"][:B].tolist()
@@ -147,7 +148,7 @@ class GraphSampler:
     def _hold(self, i: int, row: Row) -> None:
         """Write what of a row stays the same at all its steps."""
         sampling = row.sampling
-        kind, k = _kind(sampling), 1
+        kind, k = _kind(sampling, len(row.eos_ids)), 1
         if kind == _RANKED:
             V = self._logits.size(1)
             k = V if sampling.top_k is None else min(sampling.top_k, V)

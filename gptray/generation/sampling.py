@@ -35,13 +35,14 @@ class Row(Protocol):
     """What drawing needs of a row of the batch, which is a `Sequence`; the same at every step.
 
     row: which of a prompt's outputs it is. history: its tokens so far, prompt included, which
-    grows. mask: the tokens that would break a character now (`gptray.generation.utf8`).
+    grows. eos_ids: the tokens that end it. mask: the tokens that would break a character now
+    (`gptray.generation.utf8`).
     """
 
     sampling: Sampling
     prompt_tokens: int
     history: list[int]
-    eos_id: int
+    eos_ids: Sequence[int]
     row: int
     mask: Mask | None
 
@@ -130,7 +131,8 @@ def _shape(logits: Tensor, rows: Sequence[Row]) -> None:
             logits[i, new] = logits[i, new] - penalties
     unfinished = [i for i, row in enumerate(rows) if row.new_tokens < row.sampling.min_new_tokens]
     if unfinished:
-        logits[unfinished, [rows[i].eos_id for i in unfinished]] = float("-inf")
+        places = [(i, number) for i in unfinished for number in rows[i].eos_ids]
+        logits[tuple(zip(*places, strict=True))] = float("-inf")
     _mask(logits, rows)
 
 

@@ -54,8 +54,8 @@ class Sequence:
     prompt_tokens: int = field(init=False)
     history: list[int] = field(init=False, default_factory=list)
     read: int = field(init=False, default=0)
-    # For the sampler: the end-of-text token, and what would break a character now.
-    eos_id: int = field(init=False, default=-1)
+    # For the sampler: the tokens that end the text, and what would break a character now.
+    eos_ids: abc.Sequence[int] = field(init=False, default=())
     mask: Mask | None = field(init=False, default=None)
 
     _longest: int = field(init=False, default=0)
@@ -68,12 +68,14 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.prompt)
 
-    def begin(self, tokenizer: Tokenizer, n_positions: int, utf8: Utf8 | None) -> None:
-        """Get ready for an engine whose context has n_positions tokens."""
+    def begin(
+        self, tokenizer: Tokenizer, n_positions: int, utf8: Utf8 | None, eos_ids: abc.Sequence[int]
+    ) -> None:
+        """Get ready for an engine whose context has n_positions tokens; eos_ids: end the text."""
         assert not self.history, "an engine takes a sequence once"
         sampling = self.sampling
         self.history = list(self.prompt)
-        self.eos_id, self._decode = tokenizer.eos_id, tokenizer.decode
+        self.eos_ids, self._decode = eos_ids, tokenizer.decode
         self._longest = min(self.prompt_tokens + sampling.max_new_tokens, n_positions)
         if self.prompt_logprobs is not None:
             self.scored = [Drawn(self.prompt[0])]
@@ -143,7 +145,7 @@ class Sequence:
         self.history.append(drawn.token)
         if self._utf8:
             self._follow(self._utf8, drawn.token)
-        if drawn.token == self.eos_id and not sampling.ignore_eos:
+        if drawn.token in self.eos_ids and not sampling.ignore_eos:
             self.end = drawn
             self._end("stop")
             return

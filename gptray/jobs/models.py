@@ -21,6 +21,7 @@ from gptray.gguf_source import is_gguf
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape, weight_files
+from gptray.model.usage import Usage
 from gptray.remote_folder import RemoteFolder
 from gptray.tuning.sweep_record import TRIALS
 
@@ -39,6 +40,7 @@ def open_model(source: str | Path, *, key: str) -> Path:
     try:
         folder = model_folder(source)
         check_weights(folder, read_shape(folder))
+        Usage.of(folder)
     except NotOnHub:
         raise
     except UserError as error:

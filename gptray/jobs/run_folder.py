@@ -23,6 +23,7 @@ from gptray.hub import NotOnHub
 from gptray.jobs.models import locate, unknown, with_tokenizer
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
+from gptray.model.usage import Usage
 from gptray.node_cache import storage_folder
 from gptray.record import METRICS, read_metrics
 from gptray.remote_folder import RemoteFolder
@@ -179,6 +180,7 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
         raise UserError(f"model.init_from: {error}") from None
     if is_uri(init_from) or expanded(init_from).exists():
         check_weights(model_folder(init_from), shape)
+        Usage.of(model_folder(init_from))
     if config.model.resize_vocab:
         del shape["vocab_size"]  # null: the tokenizer's, whichever that is
     given = config.model.model_fields_set

@@ -27,6 +27,7 @@ from gptray.model.layers import LayerNorm, Linear, RMSNorm, activation, dropout
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
 from gptray.model.only_torch import why_only_torch
 from gptray.model.rotary import Angles, Rotary, rotate
+from gptray.model.usage import Usage
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
@@ -172,6 +173,8 @@ class GPT(nn.Module):
             )
         self.config = config
         self.valid_vocab_size = vocab_size
+        # What goes along with the weights from folder to folder.
+        self.usage = Usage()
         self.compute_dtype = torch.float32
         self.head_loss = linear_cross_entropy
         # Makes a whole tensor of a parameter that is spread over processes.

@@ -24,6 +24,7 @@ from gptray.model.hf_config import family_in, family_of, hf_config
 from gptray.model.parameters import HEAD, IGNORED, Part, stored_name, stored_parts
 from gptray.model.shape import WEIGHTS, model_folder, read_shape, weight_files
 from gptray.model.tensor_file import write_tensors
+from gptray.model.usage import Usage
 
 WTE = "transformer.wte.weight"
 # Parameters with a row for each token.
@@ -35,17 +36,25 @@ def save_pretrained(
     folder: str | Path,
     *,
     eos_token_id: int | None = None,
+    bos_token_id: int | None = None,
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors (fp32), as the network's
-    family has them.
+    """Write config.json and model.safetensors (fp32), as the network's family has them, and how the
+    model is used.
 
-    Padding of the vocabulary is left out, so that no reader can ever sample it.
+    Padding of the vocabulary is left out, so that no reader can ever sample it. eos_token_id: ends
+    a text, besides those of `model.usage`. bos_token_id: comes before one; None: as the usage says,
+    or the end of another.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = model.valid_vocab_size
-    config = hf_config(model.config, rows, eos_token_id)
-    generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    usage = model.usage
+    ends = list(usage.eos_ids)
+    if eos_token_id is not None and eos_token_id not in ends:
+        ends.append(eos_token_id)
+    if bos_token_id is None:
+        bos_token_id = usage.bos_id(eos_token_id)
+    config = hf_config(model.config, rows, bos_token_id=bos_token_id, eos_ids=ends)
     family = FAMILIES[family_of(model.config)]
     parts = {part.name: part for part in stored_parts(model.config, family, rows)}
     parameters = dict(model.named_parameters())
@@ -58,9 +67,9 @@ def save_pretrained(
     shapes = {name: torch.Size(part.dims) for name, part in parts.items()}
     with replacing(folder / WEIGHTS) as path:
         write_tensors(path, shapes, stored, {"format": "pt"})
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
-        with replacing(folder / name) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    usage.save(folder, bos_id=bos_token_id, eos_ids=ends)
 
 
 def load_pretrained(source: str | Path, *, dropout: float | None = None) -> GPT:
@@ -115,11 +124,13 @@ class Rows:
 def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) -> None:
     """Copy a folder's weights into a network of the same shape; padding of the vocabulary is zero.
 
+    The network takes over how the folder says it is used.
     rows: embedding and head are not the file's, but made from it.
     Raises UserError naming the file and the first weight that is missing, strange or misshapen.
     """
     folder = Path(folder)
     family, config = family_in(folder), model.config
+    model.usage = Usage.of(folder)
     parameters = dict(model.named_parameters())
     valid = model.valid_vocab_size
     missing = {part.name: part for part in stored_parts(config, family, valid)}

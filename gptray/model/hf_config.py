@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from gptray.config import ModelConfig, UserError
 from gptray.config.model_section import FULL, ROPE_SCALINGS, SLIDING
 from gptray.model.families import FAMILIES, KNOWN, OWN, SHAPE, Family
+from gptray.model.usage import one_or_all
 from gptray.stored import is_whole, read_foreign
 
 # Of a dimension; what is beyond is no network.
@@ -100,7 +101,9 @@ def family_of(config: ModelConfig) -> str:
     raise AssertionError(f"{OWN} expresses all")
 
 
-def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) -> dict[str, object]:
+def hf_config(
+    config: ModelConfig, vocab_size: int, *, bos_token_id: int | None, eos_ids: list[int]
+) -> dict[str, object]:
     """config.json of a network, as its family's class in transformers reads it."""
     model_type = family_of(config)
     family = FAMILIES[model_type]
@@ -109,8 +112,8 @@ def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) ->
         "model_type": model_type,
         **_written(config, family),
         "vocab_size": vocab_size,
-        "bos_token_id": eos_token_id,
-        "eos_token_id": eos_token_id,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": one_or_all(eos_ids),
         "dtype": "float32",
     }
 

@@ -13,6 +13,7 @@ from gptray.files import expanded, is_uri
 from gptray.gguf_source import is_gguf, opened_gguf
 from gptray.hub import download_model
 from gptray.model.hf_config import NetworkShape, read_config
+from gptray.model.usage import GENERATION, TEMPLATE
 from gptray.node_cache import fetched_holder
 from gptray.stored import read_foreign
 
@@ -20,15 +21,16 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Of a folder that a URI names: what makes it a model, and what is fetched of it.
 _HOLDING = re.compile(r"config\.json")
-_FETCHED = re.compile(r"(?!manifest\.json)[\w-][\w.-]*\.(json|txt|model|safetensors)")
+_FETCHED = re.compile(r"(?!manifest\.json)[\w-][\w.-]*\.(json|txt|model|safetensors|jinja)")
 
 
 def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     """The local folder with config.json for a model or run folder, a GGUF file or a hub id.
 
     What a URI names is fetched to this node's cache; of a GGUF file one is made there. A hub id is
-    downloaded: config.json, and with `weights` the safetensors and tokenizer files. Raises NotOnHub
-    for what is no folder and not there; UserError for a folder without a model.
+    downloaded: config.json, and with `weights` the safetensors, the tokenizer's files and
+    what says how to use it. Raises NotOnHub for what is no folder and not there; UserError for a
+    folder without a model.
     """
     if is_uri(source):
         what = "no config.json in it or in its model/, so this is no model"
@@ -49,6 +51,7 @@ def _download(hub_id: str, *, weights: bool) -> Path:
     if weights:
         wanted += ["*.safetensors", "*.safetensors.index.json"]
         wanted += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        wanted += [GENERATION, TEMPLATE]
     folder = download_model(hub_id, wanted)
     if not (folder / "config.json").is_file():
         raise UserError(f"{hub_id}: this hub repository has no config.json")

@@ -141,7 +141,8 @@ class _Routes:
             is_end = body.prompt == served.tokenizer.eos_token
             tokens = [served.tokenizer.eos_id] if is_end else []
             if body.prompt and not is_end:
-                tokens = await served.prompt_ids(body.prompt)
+                add = body.add_special_tokens
+                tokens = await served.prompt_ids(body.prompt, add_prefix=add)
             answer = {
                 "count": len(tokens),
                 "max_model_len": served.engine.n_positions,
@@ -163,9 +164,13 @@ class _Routes:
 
     async def tokenizer_info(self) -> Response:
         with self._endpoint.using() as served:
-            info = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None}
             return JSONResponse(
-                {**info, "eos_token": served.tokenizer.eos_token, "pad_token": None}
+                {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "bos_token": served.tokenizer.prefix_name or None,
+                    "eos_token": served.tokenizer.eos_token,
+                    "pad_token": None,
+                }
             )
 
     async def models(self) -> Response:

@@ -24,6 +24,7 @@ from gptray.generation.sampling import Drawn
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.serving.api_error import ApiError
+from gptray.serving.echo import Echo, echo, ids_of
 from gptray.serving.endpoint import Served
 from gptray.serving.engine_thread import Accepted
 from gptray.serving.protocol import CompletionRequest, StreamOptions
@@ -58,17 +59,18 @@ class Completion:
         self,
         body: CompletionRequest,
         served: Served,
-        texts: list[str],
+        prompts: list[Echo],
         sequences: list[Sequence],
     ) -> None:
-        """texts: of the prompts; sequences: checked, `body.n` for each of them."""
+        """sequences: checked, `body.n` for each of the prompts."""
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self.body, self._served = body, served
         self._options = body.stream_options or StreamOptions()
         self._sequences = sequences
+        echoed = prompts if body.echo else [Echo("", 0) for _ in prompts]
         self._outputs = [
-            _Output(index, text if body.echo else "", body.logprobs is not None, served)
-            for index, text in enumerate(text for text in texts for _ in range(body.n))
+            _Output(index, prompt, body.logprobs is not None, served)
+            for index, prompt in enumerate(one for one in echoed for _ in range(body.n))
         ]
         self.prompt_tokens = sum(one.prompt_tokens for one in sequences[:: body.n])
         self.completion_tokens = 0
@@ -78,23 +80,21 @@ class Completion:
         """Check a request against the model and the limits. Raises ApiError."""
         _check_limits(body, served, limits)
         sampling = _sampling(body, served, limits)
-        texts: list[str] = []
+        prompts: list[Echo] = []
         sequences: list[Sequence] = []
         for number, prompt in enumerate(body.prompt):
             place = f"prompt {number + 1}: " if len(body.prompt) > 1 else ""
             try:
-                ids = await served.prompt_ids(prompt) if isinstance(prompt, str) else prompt
+                ids = await ids_of(prompt, body, served)
                 outputs = _outputs_of(body, sampling, ids, number)
                 for sequence in outputs:
                     served.engine.check(sequence)
             except ValueError as error:
                 raise ApiError(400, f"{place}{error}") from None
-            # An empty prompt is read as the end-of-text token: echo shows what was read.
-            text = prompt if isinstance(prompt, str) else ""
-            texts.append(text or served.tokenizer.decode(ids))
+            prompts.append(echo(prompt, body, ids, served))
             sequences += outputs
             await asyncio.sleep(0)  # lets other requests run between many prompts
-        return cls(body, served, texts, sequences)
+        return cls(body, served, prompts, sequences)
 
     def accept(self, limits: ServeConfig) -> Accepted:
         """Put the outputs in the engine's queue. Raises as `EngineThread.accept`."""
@@ -159,8 +159,9 @@ class Completion:
 class _Output:
     """One choice as its updates come."""
 
-    def __init__(self, index: int, echoed: str, logprobs: bool, served: Served) -> None:
-        self._index, self._echoed, self._has_logprobs = index, echoed, logprobs
+    def __init__(self, index: int, prompt: Echo, logprobs: bool, served: Served) -> None:
+        self._index, self._has_logprobs = index, logprobs
+        self._echoed, self._unseen = prompt
         self._served = served
         # Tells where in the text each token begins.
         self._told = TextStream(served.tokenizer.decode)
@@ -192,6 +193,9 @@ class _Output:
 
     def _offset(self, token: int) -> int:
         """Where in the text the next token begins; part of a character: where that does."""
+        if self._unseen:
+            self._unseen -= 1
+            return 0
         before, own = len(self._told.text), self._served.token_text(token)
         self._told.add(token)
         # What was held back may have come with it.

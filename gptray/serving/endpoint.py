@@ -75,9 +75,15 @@ class Served:
             self._token_texts[token] = f"token_id:{token}" if REPLACEMENT in text else text
         return self._token_texts[token]
 
-    async def prompt_ids(self, text: str) -> list[int]:
-        """Token ids that a prompt is read as. Raises ValueError for unknown characters."""
-        encode = partial(self.tokenizer.prompt_ids, text, parse_special=self._parse_special)
+    async def prompt_ids(self, text: str, *, add_prefix: bool = True) -> list[int]:
+        """Token ids that a prompt is read as, see `Tokenizer.prompt_ids`.
+
+        Raises ValueError for unknown characters.
+        """
+        special = self._parse_special
+        encode = partial(
+            self.tokenizer.prompt_ids, text, parse_special=special, add_prefix=add_prefix
+        )
         return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
 
     async def healthy(self) -> bool:

@@ -56,7 +56,6 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
     "safety_identifier": None,
     "prompt_cache_key": None,
     "request_id": None,
-    "add_special_tokens": None,
     "skip_special_tokens": None,
     "spaces_between_special_tokens": None,
     "detokenize": (True,),
@@ -162,6 +161,8 @@ class CompletionRequest(BaseModel):
     repetition_penalty: Annotated[float, within("repetition_penalty")] = 1.0
     logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_bias)] = ()
     ignore_eos: bool = False
+    # Whether what the tokenizer puts before a text comes before a prompt.
+    add_special_tokens: bool = True
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
 
@@ -185,6 +186,7 @@ class TokenizeRequest(BaseModel):
 
     prompt: str
     model: str | None = None
+    add_special_tokens: bool = True
     return_token_strs: bool = False
 
 

@@ -11,12 +11,13 @@ import torch
 from gptray.config import Config
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
-from gptray.data.vocabulary import kept_rows
+from gptray.data.vocabulary import differing_ids, kept_rows
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
 from gptray.model.precision import computes_bf16, pick_dtype
 from gptray.model.shape import model_folder, read_shape
+from gptray.model.usage import Usage
 from gptray.training.device import device_name
 
 log = logging.getLogger("gptray")
@@ -68,6 +69,9 @@ def _load_resized(
     rows = read_shape(folder)["vocab_size"]
     kept = [row if row < rows else -1 for row in kept]
     load_weights(model, folder, rows=Rows(kept, min(rows, own.vocab_size), config.seed))
+    if differing_ids(own, data.tokenizer):
+        # What it says of tokens is of others.
+        model.usage = Usage()
     new, moved = kept.count(-1), sum(row not in (-1, number) for number, row in enumerate(kept))
     if new or moved:
         tell(

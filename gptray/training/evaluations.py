@@ -221,7 +221,9 @@ def save(run: Run, journal: Journal) -> Path:
 
 
 def _save_model(run: Run, folder: Path) -> None:
-    save_pretrained(run.model, folder, eos_token_id=run.data.eos_id)
+    prefix = run.data.tokenizer.prefix
+    bos_id = prefix[0] if prefix else None
+    save_pretrained(run.model, folder, eos_token_id=run.data.eos_id, bos_token_id=bos_id)
     shutil.copytree(run.data.data_dir / "tokenizer", folder, dirs_exist_ok=True)
     for prompt in first_words(run.data)[:1]:
         save_example(folder, prompt)

@@ -94,6 +94,7 @@ def score_split(
 ) -> Score:
     """Score every token of the split but its first, once, in windows of `block_size`.
 
+    What a document begins with is read, but not scored.
     What the tokenizer has lost of the split's text is charged, see `Score`.
     The windows are shared out over the workers and their sums added in float64, so that neither
     the number of workers nor the batch size changes the loss beyond rounding.
@@ -109,8 +110,9 @@ def score_split(
     for _, batch in windows.batches(split, mine, batch_size):
         tokens = torch.from_numpy(batch).to(device)  # (B, T + 1)
         losses = model.token_losses(tokens[:, :-1], tokens[:, 1:])  # (B, T)
-        total[0] += losses.double().sum()
-        total[1] += losses.numel()
+        counts = torch.from_numpy(split.counts(batch[:, 1:])).to(device)
+        total[0] += torch.where(counts, losses.double(), 0.0).sum()
+        total[1] += counts.sum()
     for _ in range(idle):  # with those that have more
         model.token_losses(*torch.zeros(2, 1, 1, dtype=torch.int64, device=device))
     nats, count = workers.sum(total).tolist()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from gptray.data.tokenizer import Tokenizer
 from tests.tiny import tiny_text
@@ -101,6 +101,15 @@ def byte_level(*, prefix: bool = False, composed: bool = False) -> tokenizers.To
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|endoftext|>"]
     return _trained(backend, trainers.BpeTrainer, 300, special, initial_alphabet=alphabet)
+
+
+def beginning(backend: tokenizers.Tokenizer, template: str) -> tokenizers.Tokenizer:
+    """The tokenizer with special tokens around every text, such as "<s> $A"; new ones are added."""
+    names = [name for name in template.split() if name != "$A"]
+    backend.add_special_tokens([name for name in names if backend.token_to_id(name) is None])
+    special = [(name, backend.token_to_id(name)) for name in names]
+    backend.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    return backend
 
 
 def as_tokenizer(backend: tokenizers.Tokenizer) -> Tokenizer:

@@ -19,7 +19,7 @@ def prepared_here(folder: Path, tokenizer: Tokenizer, *, train: str, val: str) -
     splits: dict[str, SplitEntry] = {}
     for name, text in (("train", train), ("val", val)):
         with ShardWriter(folder / f"{name}-00000.bin", encoder) as writer:
-            writer.add(text, ends=True)
+            writer.add(text, begins=True, ends=True)
         assert writer.shard
         entry = writer.shard.entry(f"{name}-00000.bin")
         parts.append(writer.shard.lost)
@@ -40,6 +40,7 @@ def prepared_here(folder: Path, tokenizer: Tokenizer, *, train: str, val: str) -
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
             "eos_token_id": tokenizer.eos_id,
+            "document_prefix": tokenizer.document_prefix,
             "lost": Lost.joined(parts).entry(),
         },
     }

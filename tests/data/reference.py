@@ -15,10 +15,11 @@ NAMES = ("train", "val", "test")
 
 
 class Run(NamedTuple):
-    """A document's text in a split; one that is cut short has no end."""
+    """A document's text in a split; one that is cut has no end, or no beginning."""
 
     text: str
     ends: bool
+    begins: bool
 
 
 def expected_runs(
@@ -35,18 +36,23 @@ def expected_runs(
         start = 0
         for stop, label in assigned.cut.get(number, whole):
             if label != UNUSED:
-                out[NAMES[label]].append(Run(text[start:stop], stop == len(text)))
+                out[NAMES[label]].append(Run(text[start:stop], stop == len(text), start == 0))
             start = stop
     return out
 
 
 def expected_tokens(runs: dict[str, list[Run]], tokenizer: Tokenizer) -> Expected:
-    """Every run's tokens, and an end of text where its document ends."""
+    """Every run's tokens, and what marks where its document begins and ends."""
+    prefix, end = tokenizer.document_prefix, [tokenizer.eos_id]
     return {
         name: [
             token
-            for text, ends in found
-            for token in [*tokenizer.encode(text), *([tokenizer.eos_id] if ends else [])]
+            for text, ends, begins in found
+            for token in [
+                *(prefix if begins else []),
+                *tokenizer.encode(text),
+                *(end if ends else []),
+            ]
         ]
         for name, found in runs.items()
     }

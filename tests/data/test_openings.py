@@ -8,6 +8,7 @@ import pytest
 
 from gptray.data.openings import first_words
 from gptray.data.tokenizer import char_tokenizer
+from tests.data import foreign
 from tests.data.prepared import prepared_here
 
 
@@ -26,3 +27,10 @@ def test_prompt_of_a_single_document_begins_with_a_word(
     data = prepared_here(tmp_path, char_tokenizer(val), train=val, val=val)
     (found,) = first_words(data)
     assert found == prompt
+
+
+def test_a_prompt_is_text_alone(tmp_path: Path) -> None:
+    backend = foreign.beginning(foreign.byte_level(), "<|begin|> $A")
+    data = prepared_here(tmp_path, foreign.as_tokenizer(backend), train="the cat", val="the cat")
+    assert data.val.slice(0, 1).tolist() == data.tokenizer.prefix
+    assert first_words(data) == ["the"]

@@ -205,7 +205,7 @@ def test_a_unit_of_which_nothing_is_kept_counts_as_lost(tmp_path: Path) -> None:
     shards = []
     for number, text in enumerate((korean, english)):
         with ShardWriter(tmp_path / f"{number}.bin", encoder) as writer:
-            writer.add(text, ends=False)
+            writer.add(text, begins=False, ends=False)
         assert writer.shard
         shards.append(writer.shard.entry(f"{number}.bin"))
     assert shards[0]["tokens"] == 0

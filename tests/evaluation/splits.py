@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ def split_of(
     num_bytes: int = 1000,
     lost_bytes: int = 0,
     shards: int = 2,
+    document_prefix: Sequence[int] = (),
 ) -> TokenSplit:
     """A split of these tokens, in files as preparation writes them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,4 +36,4 @@ def split_of(
         "documents": 1,
         "shards": entries,
     }
-    return TokenSplit(folder, "uint16", entry)
+    return TokenSplit(folder, "uint16", entry, document_prefix)

@@ -23,6 +23,8 @@ from gptray.evaluation.metrics import (
 )
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
+from gptray.training.validation import score_split
+from gptray.training.workers import Workers
 from tests.evaluation.splits import split_of
 
 EOS = 0
@@ -90,7 +92,7 @@ def test_losses_equal_a_plain_transformers_loop(
     windows = Windows(len(split), block, block // part)
     losses = plain_losses(theirs, split.slice(0, len(split)).tolist(), block, block // part)
     sums = scored(ours, split, windows)
-    result = split_result(sums, split, windows, len(windows))
+    result = split_result(sums, split, windows, range(len(windows)))
     assert result["tokens"] == len(losses) == len(split) - 1
     assert result["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert result["ppl"] == pytest.approx(math.exp(result["loss"]))
@@ -196,8 +198,8 @@ def test_lost_bytes_are_charged_and_leave_the_error_as_it_is(
     numbers = range(0, len(windows), part)
     ends = document_ends(split, EOS)
     sums = score_windows([hf_model[1]], split, windows, numbers, ends=ends, batch_size=4)
-    before = split_result(sums, split, windows, len(numbers))
-    after = split_result(sums, lossy, windows, len(numbers))
+    before = split_result(sums, split, windows, numbers)
+    after = split_result(sums, lossy, windows, numbers)
     share = 1.0 if part == 1 else after["tokens"] / (len(split) - 1)
     assert after["lost_bytes"] == round(200 * share) and before["lost_bytes"] == 0
     charge = 8 * math.log(2) * after["lost_bytes"] / after["tokens"]
@@ -226,3 +228,25 @@ def test_a_cpu_scores_in_fp32_unless_told(
     finally:
         model.compute_dtype = torch.float32
     assert rough != exact and rough == pytest.approx(exact, rel=5e-3)
+
+
+@torch.no_grad()
+def test_what_documents_begin_with_is_read_but_not_scored(
+    hf_model: tuple[GPT2LMHeadModel, GPT], tmp_path: Path
+) -> None:
+    theirs, ours = hf_model
+    bos = 300
+    documents = [[bos, 5, 6, 7, EOS], [bos, 8, EOS], [bos, 9, 10, 11, 12, EOS]]
+    tokens = [token for document in documents for token in document]
+    ids = torch.tensor([tokens])
+    losses = theirs(ids, labels=torch.where(ids == bos, -100, ids)).loss
+    split = split_of(tmp_path / "split", tokens, document_prefix=[bos])
+    windows = Windows(len(split), 20, 20)
+    result = split_result(scored(ours, split, windows), split, windows, range(1))
+    assert result["tokens"] == len(tokens) - 3
+    assert result["loss"] == pytest.approx(float(losses), abs=1e-5)
+    assert "without those that begin a document" in result["how"]
+    workers = Workers(rank=0, size=1)
+    score = score_split(ours, split, block_size=20, batch_size=4, workers=workers)
+    assert score.tokens == result["tokens"] and score.num_bytes == split.bytes
+    assert score.loss == pytest.approx(result["loss"], rel=1e-6)

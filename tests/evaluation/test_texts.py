@@ -78,6 +78,16 @@ def test_passages_are_halves_of_one_document(tokenizer: Tokenizer, tmp_path: Pat
     assert passages[0].prompt[0] == tokens[0] or len(documents[0]) < 12
 
 
+def test_a_passage_is_text_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    lines, bos = tiny_text(40).splitlines(), tokenizer.vocab_size
+    ids = [i for line in lines for i in [bos, *tokenizer.encode(line), tokenizer.eos_id]]
+    split = split_of(tmp_path, ids, document_prefix=[bos])
+    passages = cut_passages(split, tokenizer.decode, eos_id=tokenizer.eos_id, count=20, length=24)
+    assert len(passages) > 15
+    for passage in passages:
+        assert not {bos, tokenizer.eos_id} & {*passage.prompt, *passage.reference}
+
+
 def test_no_passage_tears_a_character(tokenizer: Tokenizer, tmp_path: Path) -> None:
     split = split_of(tmp_path, tokenizer.encode(KOREAN * 30))
     passages = cut_passages(split, tokenizer.decode, eos_id=tokenizer.eos_id, count=31, length=22)

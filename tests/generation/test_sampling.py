@@ -194,7 +194,7 @@ def plainly_shaped(logits: list[float], row: Sequence) -> list[float]:
         if token in output:
             value -= sampling.frequency_penalty * list(output).count(token)
             value -= sampling.presence_penalty
-        if token == row.eos_id and row.new_tokens < sampling.min_new_tokens:
+        if token in row.eos_ids and row.new_tokens < sampling.min_new_tokens:
             value = -math.inf
         shaped.append(value)
     return shaped

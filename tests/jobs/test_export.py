@@ -328,6 +328,29 @@ def test_weights_that_the_network_has_not_are_refused(
     assert out == "" and "Traceback" not in err and not (tmp_path / f"out.{form}").exists()
 
 
+def test_a_folder_whose_tokenizer_does_not_fit_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, path = tmp_path / "out", model / "tokenizer.json"
+    parts = path.read_text("utf-8")
+    larger = tokenizers.Tokenizer.from_str(parts)
+    larger.add_tokens(["<extra>"])
+    rows = small_tokenizer().vocab_size
+    for text, said in (
+        (parts[:200], "tokenizer.json: not a tokenizer: not JSON"),
+        (larger.to_str(), f"has {rows + 1} tokens, the model's embedding only {rows} rows"),
+    ):
+        path.write_text(text, "utf-8")
+        assert export(model, output, "export.format=hf") == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"export: export.model={model}: ") and said in err
+        assert err.count("\n") == 1 and not output.exists()
+    path.write_text(parts, "utf-8")
+    (model / "generation_config.json").write_text('{"eos_token_id": "no"}')
+    assert export(model, output, "export.format=hf") == 2
+    assert "generation_config.json: eos_token_id='no' is no token id" in capsys.readouterr().err
+
+
 def test_an_output_that_cannot_be_is_refused_and_none_is_overwritten(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ import httpx
 import uvicorn
 
 from gptray.config import ServeConfig
+from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
 from gptray.model.gpt import GPT
 from gptray.serving.api_keys import Keys
@@ -36,12 +37,13 @@ def served(
     parse_special: bool = False,
     utf8: bool = True,
     example_prompt: str | None = None,
+    tokenizer: Tokenizer = TOKENIZER,
 ) -> Served:
-    engine = Engine(model, TOKENIZER, max_batch_size=limits.max_batch_size)
+    engine = Engine(model, tokenizer, max_batch_size=limits.max_batch_size)
     return Served(
         name,
         engine,
-        TOKENIZER,
+        tokenizer,
         limits.max_waiting,
         parse_special=parse_special,
         utf8=utf8,
@@ -82,6 +84,7 @@ def running(
     parse_special: bool = False,
     utf8: bool = True,
     example_prompt: str | None = None,
+    tokenizer: Tokenizer = TOKENIZER,
     **settings: Any,
 ) -> Iterator[Server]:
     """A server in a thread of its own. settings: of the serve section."""
@@ -99,6 +102,7 @@ def running(
             parse_special=parse_special,
             utf8=utf8,
             example_prompt=example_prompt,
+            tokenizer=tokenizer,
         )
         endpoint.serve(loaded)
         # Named as TCP, or asyncio leaves its delays on.

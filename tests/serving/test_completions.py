@@ -18,6 +18,8 @@ from gptray.generation.settings import Sampling
 from gptray.model.example import load_example, save_example
 from gptray.serving.api_error import ApiError
 from gptray.serving.protocol import CompletionRequest, parse_request
+from tests.data import foreign
+from tests.generation.models import random_gpt
 from tests.serving.servers import TOKENIZER, Server, running, tiny
 
 EOS = TOKENIZER.eos_id
@@ -289,3 +291,37 @@ def test_key_in_two_forms_counts_once_and_is_never_passed_over() -> None:
     assert parse_request(CompletionRequest, both).max_tokens == 4
     with pytest.raises(ApiError, match=r"unknown key 'maxTokens'; did you mean max_tokens\?"):
         parse_request(CompletionRequest, {**both, "max_tokens": None})
+
+
+def test_a_prompt_is_read_behind_what_the_tokenizer_puts_before_it() -> None:
+    backend = foreign.beginning(foreign.byte_level(), "<|begin|> $A")
+    tokenizer = foreign.as_tokenizer(backend)
+    text, bos = "the cat", tokenizer.prefix
+    ids = tokenizer.encode(text)
+    with running(random_gpt(tokenizer), tokenizer=tokenizer) as server:
+        body: dict[str, Any] = {"max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 0}
+        named, given, bare = (
+            server.post(prompt=prompt, **body, **more).json()
+            for prompt, more in (
+                (text, {}),
+                ([*bos, *ids], {}),
+                (text, {"add_special_tokens": False}),
+            )
+        )
+        texts = [one["choices"][0]["text"] for one in (named, given, bare)]
+        assert texts[0].startswith(text) and texts[1] == f"<|begin|>{texts[0]}"
+        assert [one["usage"]["prompt_tokens"] for one in (named, given, bare)] == [
+            len(ids) + 1, len(ids) + 1, len(ids)
+        ]  # fmt: skip
+        told = named["choices"][0]["logprobs"]
+        assert told["tokens"][0] == "<|begin|>" and told["token_logprobs"][0] is None
+        assert told["text_offset"][:2] == [0, 0]
+        assert told["text_offset"][1:] == [
+            at - len("<|begin|>") for at in given["choices"][0]["logprobs"]["text_offset"][1:]
+        ]
+        url = f"{server.url}/tokenize"
+        for add, expected in ((True, [*bos, *ids]), (False, ids)):
+            asked = {"prompt": text, "add_special_tokens": add}
+            assert httpx.post(url, json=asked).json()["tokens"] == expected
+        named_token = server.get("/tokenizer_info").json()["bos_token"]
+        assert httpx.post(url, json={"prompt": named_token}).json()["tokens"] == bos

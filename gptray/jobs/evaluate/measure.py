@@ -63,7 +63,7 @@ def score_splits(
             Call("score", (name, windows, part), windows.stride * len(part)) for part in ranges
         ]
         parts: list[DocumentSums] = scorers.run(f"scoring {name}", calls)
-        result = split_result(DocumentSums.joined(parts), data.splits[name], windows, len(numbers))
+        result = split_result(DocumentSums.joined(parts), data.splits[name], windows, numbers)
         if not math.isfinite(result["loss"]):
             raise RunFailed(f"the loss of {checked.model} on {name} is {result['loss']}")
         log.info("%s", _line(name, result))

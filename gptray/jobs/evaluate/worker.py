@@ -101,9 +101,10 @@ class Scorer:
     def _request(
         self, tokens: list[int], wanted: int, sampling: Sampling, row: int
     ) -> sequence.Sequence:
-        block_size = self._task.block_size
+        block_size, tokenizer = self._task.block_size, self._data.tokenizer
+        tokens = [*tokenizer.prefix, *tokens]
         if len(tokens) >= block_size:
-            tokens = tokens[-(block_size // 2) :]
+            tokens = tokenizer.last_ids(tokens, block_size // 2)
         room = min(wanted, block_size - len(tokens))
         return sequence.Sequence(tokens, replace(sampling, max_new_tokens=room), row=row)
 

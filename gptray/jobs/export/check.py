@@ -11,7 +11,7 @@ from gptray.config import Config, UserError
 from gptray.config.export import ExportConfig
 from gptray.data.gguf_vocabulary import gguf_vocabulary
 from gptray.data.tokenizer import Tokenizer
-from gptray.data.tokenizer_files import tokenizer_files
+from gptray.data.tokenizer_files import open_tokenizer, tokenizer_files
 from gptray.files import absolute, check_writable, is_uri
 from gptray.jobs.models import find_model
 from gptray.model.gguf_names import (
@@ -24,11 +24,11 @@ from gptray.model.gguf_names import (
 )
 from gptray.model.shape import WEIGHTS
 from gptray.model.stored_weights import StoredModel, stored_model
-from gptray.stored import Unreadable, read_bytes, read_foreign
+from gptray.model.usage import GENERATION, TEMPLATE, Usage
 
 _SUFFIX = ".gguf"
 # What says how to use a model, beside its tokenizer.
-_MANNERS = ("generation_config.json", "chat_template.jinja")
+_USAGE = (GENERATION, TEMPLATE)
 _TEMPLATE = "tokenizer.chat_template"
 
 
@@ -114,12 +114,13 @@ def _content(
     if settings.format == "hf":
         if model.family.architecture is None:
             raise own_network(model)
-        beside = [folder / one for one in _MANNERS if (folder / one).is_file()]
+        _check_tokenizer(folder, model.embedding.shape[0])
+        beside = [folder / one for one in _USAGE if (folder / one).is_file()]
         bytes_each, _ = BLOCKS[settings.precision]
         numbers = sum(math.prod(one.shape) for one in model.weights.values())
         return HfContent([*beside, *tokenizer_files(folder)], bytes_each * numbers)
     family, tokenizer = family_of(model), Tokenizer.load(folder)
-    template = _chat_template(folder)
+    template = Usage.of(folder).chat_template
     fields = {
         "general.name": Path(name).name,
         **gguf_numbers(model.shape, family),
@@ -130,18 +131,15 @@ def _content(
     return GgufContent(family.architecture, fields, tensors)
 
 
-def _chat_template(folder: Path) -> str | None:
-    """The template of a model that chats, from a file of its own or the tokenizer's settings."""
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        try:
-            return read_bytes(own).decode()
-        except (Unreadable, UnicodeDecodeError) as error:
-            raise UserError(f"{own}: {error}") from None
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    template = read_foreign(folder / "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None
+def _check_tokenizer(folder: Path, rows: int) -> None:
+    """Raise UserError for a damaged tokenizer, and for one with more tokens than the embedding."""
+    backend, _ = open_tokenizer(str(folder))
+    tokens = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    if tokens > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokens:,} tokens, the model's embedding only "
+            f"{rows:,} rows"
+        )
 
 
 def _output(settings: ExportConfig, name: str) -> Path:

@@ -230,6 +230,7 @@ def _describe(
         "vocab_size": tokenizer.vocab_size,
         "eos_token": tokenizer.eos_token,
         "eos_token_id": tokenizer.eos_id,
+        **({"document_prefix": prefix} if (prefix := tokenizer.document_prefix) else {}),
         "lost": lost.entry(),
     }
 

@@ -23,6 +23,7 @@ def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str,
     for number, prompt in enumerate(prompts):
         ids = data.tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
         sampling = Sampling.of(config.sample, seed=numbered_seed(config.sample.seed, number))
-        sequences.append(Sequence(ids[-(n_positions // 2) :], sampling))  # the end of a long prompt
+        ids = data.tokenizer.last_ids(ids, n_positions // 2)
+        sequences.append(Sequence(ids, sampling))
     engine.run(sequences)
     return [(prompt, one.text) for prompt, one in zip(prompts, sequences, strict=True)]

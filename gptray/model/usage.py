@@ -1,0 +1,88 @@
+"""How a model is used, as its folder says beside weights and tokenizer: it goes where they go.
+
+No torch here, so that a job can look at it before it starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gptray.config import UserError
+from gptray.files import replacing
+from gptray.stored import Unreadable, is_whole, read_bytes, read_foreign
+
+GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
+_TOKENIZER = "tokenizer_config.json"
+_DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """generation: what generation_config.json holds. eos_ids: the tokens that end a text.
+
+    chat_template: how messages become a prompt; of several templates, the default one.
+    """
+
+    generation: Mapping[str, object] = field(default_factory=dict)
+    eos_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> Usage:
+        """That of a model folder. Raises UserError naming the file that cannot be read."""
+        generation = {}
+        if (folder / GENERATION).is_file():
+            generation = read_foreign(folder / GENERATION)
+        return cls(generation, _eos_ids(folder, generation), _chat_template(folder))
+
+    def bos_id(self, default: int | None) -> int | None:
+        """The token that comes before a text, as the generation's settings name it."""
+        given = self.generation.get("bos_token_id")
+        return given if is_whole(given) else default
+
+    def save(self, folder: Path, *, bos_id: int | None, eos_ids: list[int]) -> None:
+        """Write generation_config.json, and the chat template if there is one."""
+        ids = {"bos_token_id": bos_id, "eos_token_id": one_or_all(eos_ids)}
+        with replacing(folder / GENERATION) as path:
+            path.write_text(json.dumps({**self.generation, **ids}, indent=2) + "\n", "utf-8")
+        if self.chat_template is not None:
+            with replacing(folder / TEMPLATE) as path:
+                path.write_text(self.chat_template, "utf-8", newline="")
+
+
+def one_or_all(ids: list[int]) -> int | list[int] | None:
+    """Token ids as Hugging Face's files hold them."""
+    return ids if len(ids) > 1 else next(iter(ids), None)
+
+
+def _eos_ids(folder: Path, generation: Mapping[str, object]) -> tuple[int, ...]:
+    """One id or a list, in generation_config.json or else in config.json."""
+    path, given = folder / GENERATION, generation.get("eos_token_id")
+    if given is None:
+        path = folder / "config.json"
+        given = read_foreign(path).get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(map(is_whole, ids)):
+        raise UserError(f"{path}: eos_token_id={given!r:.60} is no token id, nor a list of them")
+    return tuple(dict.fromkeys(ids))
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template in a file of its own, or in the tokenizer's settings."""
+    path = folder / TEMPLATE
+    if path.is_file():
+        try:
+            return read_bytes(path).decode()
+        except (Unreadable, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: {error}") from None
+    if not (folder / _TOKENIZER).is_file():
+        return None
+    given = read_foreign(folder / _TOKENIZER).get("chat_template")
+    if isinstance(given, list):
+        named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
+        given = named.get(_DEFAULT)
+    return given if isinstance(given, str) else None
