@@ -115,6 +115,11 @@ def hf_config(config: ModelConfig, vocab_size: int, eos_token_id: int | None) ->
     }
 
 
+def network_json(config: ModelConfig, model_type: str) -> dict[str, object]:
+    """What a config.json of this model_type says of a network that it expresses."""
+    return _written(config, FAMILIES[model_type])
+
+
 class _Unlike(ValueError):
     """What a file says and no network here does."""
 
