@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,13 @@ class Family:
 
     model_type, architecture: Hugging Face's and llama.cpp's name of it. numbers: of config.json, to
     what follows the architecture in GGUF's keys. layers: what stands before a block's number.
-    names: what is outside of blocks; in_block: what is in one. transposed: of in_block, linear
-    layers that Hugging Face stores (in, out), and GGUF (out, in). whole: of names, tables that
-    llama.cpp keeps in fp32.
+    names: what is outside of blocks; in_block: what is in one. biased: of in_block, linear layers
+    that may have a bias there. transposed: linear layers that Hugging Face stores (in, out), and
+    GGUF (out, in). rotated: rows of heads that GGUF has pair by pair, first half and second half
+    in turns, to config.json's number of the heads. by_head: rows of queries, keys and values that
+    Hugging Face has head by head, GGUF kind by kind. whole: of names, tables that llama.cpp keeps
+    in fp32. is_rotary: its positions have the numbers of `gptray.gguf_rotary`. is_strict: llama.cpp
+    asks for every bias, and for a head even if it is the embedding.
     """
 
     model_type: str
@@ -27,8 +31,13 @@ class Family:
     layers: str
     names: Mapping[str, str]
     in_block: Mapping[str, str]
-    transposed: tuple[str, ...]
-    whole: tuple[str, ...]
+    biased: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    rotated: Mapping[str, str] = field(default_factory=dict)
+    by_head: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    is_rotary: bool = True
+    is_strict: bool = False
 
     def gguf_name(self, name: str) -> tuple[str, str]:
         """A weight's name in GGUF, and the part of its own that the tables have."""
@@ -48,35 +57,138 @@ class Family:
             return None
         return (f"{self.layers}{block[1]}.{part}" if block else part) + f".{kind}", part
 
+    def row_order(self, part: str, rows: int, numbers: Mapping[str, object]) -> list[int] | None:
+        """For each row of a weight in GGUF, its row in Hugging Face's file; None: the same.
 
+        numbers: config.json's.
+        """
+        if part in self.rotated:
+            heads = numbers[self.rotated[part]]
+            assert isinstance(heads, int)
+            half = rows // heads // 2
+            pairs = [half * side + row for row in range(half) for side in (0, 1)]
+            return [2 * half * head + row for head in range(heads) for row in pairs]
+        if part in self.by_head:
+            heads = numbers["num_attention_heads"]
+            assert isinstance(heads, int)
+            width = rows // heads // 3
+            starts = [width * (3 * head + kind) for kind in range(3) for head in range(heads)]
+            return [start + row for start in starts for row in range(width)]
+        return None
+
+
+HEAD, EMBEDDING = "output.weight", "token_embd.weight"
+
+_GPT2 = Family(
+    model_type="gpt2",
+    architecture="gpt2",
+    numbers={
+        "n_positions": "context_length",
+        "n_embd": "embedding_length",
+        "n_inner": "feed_forward_length",
+        "n_layer": "block_count",
+        "n_head": "attention.head_count",
+        "layer_norm_epsilon": "attention.layer_norm_epsilon",
+    },
+    layers="transformer.h.",
+    names={
+        "transformer.wte": "token_embd",
+        "transformer.wpe": "position_embd",
+        "transformer.ln_f": "output_norm",
+        "lm_head": "output",
+    },
+    in_block={
+        "ln_1": "attn_norm",
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "ln_2": "ffn_norm",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+    },
+    biased=("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"),
+    transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    whole=("transformer.wpe",),
+    is_rotary=False,
+)
+_SHARED_NUMBERS = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+}
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LLAMA = Family(
+    model_type="llama",
+    architecture="llama",
+    numbers=_SHARED_NUMBERS
+    | {
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    },
+    layers="model.layers.",
+    names={"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"},
+    in_block={
+        "input_layernorm": "attn_norm",
+        **dict(zip(_QKV, ("attn_q", "attn_k", "attn_v"), strict=True)),
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    },
+    biased=(*_QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    rotated={
+        "self_attn.q_proj": "num_attention_heads",
+        "self_attn.k_proj": "num_key_value_heads",
+    },
+)
+_QWEN2 = replace(_LLAMA, model_type="qwen2", architecture="qwen2", biased=_QKV, rotated={})
+
+# The first of an architecture is what its files are read as.
 FAMILIES = (
-    Family(
-        model_type="gpt2",
-        architecture="gpt2",
-        numbers={
-            "n_positions": "context_length",
-            "n_embd": "embedding_length",
-            "n_inner": "feed_forward_length",
-            "n_layer": "block_count",
-            "n_head": "attention.head_count",
-            "layer_norm_epsilon": "attention.layer_norm_epsilon",
+    _GPT2,
+    _LLAMA,
+    replace(_LLAMA, model_type="mistral"),
+    _QWEN2,
+    replace(
+        _QWEN2,
+        model_type="qwen3",
+        architecture="qwen3",
+        in_block={
+            **_LLAMA.in_block,
+            "self_attn.q_norm": "attn_q_norm",
+            "self_attn.k_norm": "attn_k_norm",
         },
-        layers="transformer.h.",
+        biased=(),
+    ),
+    Family(
+        model_type="gpt_neox",
+        architecture="gptneox",
+        numbers=_SHARED_NUMBERS
+        | {
+            "layer_norm_eps": "attention.layer_norm_epsilon",
+            "use_parallel_residual": "use_parallel_residual",
+        },
+        layers="gpt_neox.layers.",
         names={
-            "transformer.wte": "token_embd",
-            "transformer.wpe": "position_embd",
-            "transformer.ln_f": "output_norm",
+            "gpt_neox.embed_in": "token_embd",
+            "gpt_neox.final_layer_norm": "output_norm",
             "lm_head": "output",
         },
         in_block={
-            "ln_1": "attn_norm",
-            "attn.c_attn": "attn_qkv",
-            "attn.c_proj": "attn_output",
-            "ln_2": "ffn_norm",
-            "mlp.c_fc": "ffn_up",
-            "mlp.c_proj": "ffn_down",
+            "input_layernorm": "attn_norm",
+            "attention.query_key_value": "attn_qkv",
+            "attention.dense": "attn_output",
+            "post_attention_layernorm": "ffn_norm",
+            "mlp.dense_h_to_4h": "ffn_up",
+            "mlp.dense_4h_to_h": "ffn_down",
         },
-        transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-        whole=("transformer.wpe",),
+        biased=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h")
+        + ("mlp.dense_4h_to_h", "input_layernorm", "post_attention_layernorm"),
+        by_head=("attention.query_key_value",),
+        is_strict=True,
     ),
 )
+ARCHITECTURES = tuple(dict.fromkeys(family.architecture for family in FAMILIES))

@@ -1,6 +1,7 @@
-"""The tokenizer of a GGUF file as Hugging Face's tokenizer.json: byte-level BPE.
+"""The tokenizer of a GGUF file as Hugging Face's tokenizer.json.
 
-How llama.cpp cuts text into words is known by name alone; a GGUF file does not say it.
+Byte-level BPE ("gpt2") or SentencePiece's ("llama"). How llama.cpp cuts text into words is known by
+name alone; a GGUF file does not say it.
 """
 
 from __future__ import annotations
@@ -8,37 +9,59 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gptray.config import UserError
+from gptray.gguf_pieces import MARK, character_model, piece_merges
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 KEY = "tokenizer.ggml."
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LETTERS = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# By llama.cpp's names: the regular expression that cuts text into words; None: GPT-2's, after
-# digits for SmolLM.
-CUTS = {
-    "gpt-2": None,
-    "smollm": None,
-    "llama-bpe": _LETTERS + r"\p{N}{1,3}" + _REST,
-    "qwen2": _LETTERS + r"\p{N}" + _REST,
-}
-# Whose words, if they are tokens, are taken whole, whatever the merges say.
-TAKES_WHOLE = ("llama-bpe",)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_CASED = rf"{_WORD}{_UPPER}*{_LOWER}+%s|{_WORD}{_UPPER}+{_LOWER}*%s|"
+_CASED_REST = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+# The regular expression that cuts text into words; None: GPT-2's. Llama.cpp's names for it, the
+# first of them what is written.
+_LLAMA3 = _LETTERS + r"\p{N}{1,3}" + _REST
+_CUTS: dict[str | None, tuple[str, ...]] = {
+    None: ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais",
+           "trillion", "granite-docling"),
+    _LETTERS + r"\p{N}" + _REST: ("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2",
+                                  "hunyuan", "solar-open", "grok-2"),
+    _LLAMA3: ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe", "llama-bpe", "llama3", "llama-v3",
+              "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    _CASED % ("", "") + r"\p{N}" + _CASED_REST: ("tekken",),
+    _CASED % (f"{_ENDINGS}?", f"{_ENDINGS}?") + r"\p{N}{1,3}" + _CASED_REST: (
+        "gpt-4o", "llama4", "kanana2"),
+}  # fmt: skip
+# As GPT-2's, after each digit is cut off.
+_BY_DIGIT = ("smollm", "exaone", "starcoder", "refact", "command-r", "codeshell", "minerva-7b")
+CUTS = {name: pattern for pattern, names in _CUTS.items() for name in names} | dict.fromkeys(
+    _BY_DIGIT
+)
+# Whose words, if they are tokens, are taken whole, whatever the merges say; a text begins with a
+# special token, unless the file says otherwise.
+TAKES_WHOLE = (
+    "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+    "tekken",
+)  # fmt: skip
 # Stands where there are no merges, for llama.cpp asks for some: no text comes to these two symbols.
 NO_MERGES = ["<|<| |>|>"]
 
-_ROLES = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "padding_token_id": "pad_token"}
+_ROLES = {
+    "bos_token_id": "bos_token",
+    "eos_token_id": "eos_token",
+    "unknown_token_id": "unk_token",
+    "padding_token_id": "pad_token",
+}
+_SENTENCEPIECE_IDS = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# Of whole turns and messages.
+_MORE_ENDS = ("eot_token_id", "eom_token_id")
 
 
 def tokenizer_json(fields: Mapping[str, object]) -> dict[str, object]:
     """tokenizer.json of a file's fields. Raises UserError for another kind of tokenizer."""
-    model, pre = fields.get(KEY + "model"), fields.get(KEY + "pre")
-    if model != "gpt2" or not isinstance(pre, str) or pre not in CUTS:
-        raise UserError(
-            f"its tokenizer ({model}, {pre}) is not one that can be read; those of gpt2 with "
-            f"{', '.join(CUTS)} can"
-        )
     tokens, types = _tokens(fields)
-    merges = _texts(fields, "merges")
     added = [
         {
             "id": number,
@@ -47,40 +70,32 @@ def tokenizer_json(fields: Mapping[str, object]) -> dict[str, object]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": types[number] == CONTROL,
+            "special": types[number] != USER_DEFINED,
         }
         for number, token in enumerate(tokens)
-        if types[number] in (CONTROL, USER_DEFINED)
+        if types[number] in (CONTROL, UNKNOWN, USER_DEFINED)
     ]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": _cut(pre),
-        "post_processor": None,
-        "decoder": _BYTES,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": pre in TAKES_WHOLE,
-            "vocab": {
-                token: number for number, token in enumerate(tokens) if types[number] != UNUSED
-            },
-            "merges": [] if merges == NO_MERGES else [merge.split(" ") for merge in merges],
-        },
+        "post_processor": _around(fields),
+        **(_of_pieces(fields) if _is_pieces(fields) else _of_bytes(fields)),
     }
 
 
 def special_ids(fields: Mapping[str, object]) -> dict[str, int]:
     """The ids of special tokens by config.json's names, such as eos_token_id."""
-    tokens, _ = _tokens(fields)
-    ids = {f"{role}_id": fields.get(KEY + key) for key, role in _ROLES.items()}
-    return {
-        name: number
-        for name, number in ids.items()
-        if isinstance(number, int) and 0 <= number < len(tokens)
-    }
+    ids = {f"{role}_id": _id(fields, key) for key, role in _ROLES.items()}
+    return {name: number for name, number in ids.items() if number is not None}
+
+
+def end_ids(fields: Mapping[str, object]) -> int | list[int] | None:
+    """The ids of all tokens that end a text, as generation_config.json has them."""
+    found = (_id(fields, key) for key in ("eos_token_id", *_MORE_ENDS))
+    ids = list(dict.fromkeys(one for one in found if one is not None))
+    return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 def special_tokens(fields: Mapping[str, object]) -> dict[str, str]:
@@ -90,7 +105,122 @@ def special_tokens(fields: Mapping[str, object]) -> dict[str, str]:
     return {name.removesuffix("_id"): tokens[number] for name, number in ids.items()}
 
 
+def _is_pieces(fields: Mapping[str, object]) -> bool:
+    return fields.get(KEY + "model") == "llama"
+
+
+def _id(fields: Mapping[str, object], key: str) -> int | None:
+    """The id of a special token, if there is one."""
+    tokens, types = _tokens(fields)
+    default = _SENTENCEPIECE_IDS.get(key) if _is_pieces(fields) and BYTE in types else None
+    number = fields.get(KEY + key, default)
+    return number if isinstance(number, int) and 0 <= number < len(tokens) else None
+
+
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def _of_bytes(fields: Mapping[str, object]) -> dict[str, object]:
+    """The steps of byte-level BPE."""
+    model, pre = fields.get(KEY + "model"), fields.get(KEY + "pre")
+    if model != "gpt2" or not isinstance(pre, str) or pre not in CUTS:
+        raise UserError(
+            f"its tokenizer ({model}, {pre}) is not one that can be read; llama is, and gpt2 with "
+            f"{', '.join(CUTS)}"
+        )
+    tokens, types = _tokens(fields)
+    merges = _texts(fields, "merges")
+    return {
+        "normalizer": None,
+        "pre_tokenizer": _cut(pre),
+        "decoder": _BYTES,
+        "model": {
+            "type": "BPE",
+            "ignore_merges": pre in TAKES_WHOLE,
+            "vocab": {
+                token: number for number, token in enumerate(tokens) if types[number] != UNUSED
+            },
+            "merges": [] if merges == NO_MERGES else [_pair(merge) for merge in merges],
+        },
+    }
+
+
+def _pair(merge: str) -> list[str]:
+    left, space, right = merge.partition(" ")
+    if not (left and space and right):
+        raise UserError(f"its tokenizer has a merge {merge!r:.60}, which is no pair")
+    return [left, right]
+
+
+def _of_pieces(fields: Mapping[str, object]) -> dict[str, object]:
+    """The steps of SentencePiece's BPE, or of a tokenizer that has a token for each character."""
+    tokens, types = _tokens(fields)
+    kept = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
+    if BYTE not in types:
+        return character_model(
+            tokens, [number for number, kind in enumerate(types) if kind == NORMAL]
+        )
+    scores = fields.get(KEY + "scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise UserError("its tokens have no scores")
+    normal = [number for number, kind in enumerate(types) if kind == NORMAL]
+    prefix = fields.get(KEY + "add_space_prefix", True) is not False
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
+    back = {"type": "Replace", "pattern": {"String": MARK}, "content": " "}
+    decoders: list[object] = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if prefix:
+        before = {"type": "Prepend", "prepend": MARK}
+        spaces = {"type": "Sequence", "normalizers": [before, spaces]}
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    unknown = _id(fields, "unknown_token_id")
+    return {
+        "normalizer": spaces,
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "unk_token": None if unknown is None else tokens[unknown],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": kept,
+            "merges": piece_merges(tokens, normal, scores),
+        },
+    }
+
+
+def _around(fields: Mapping[str, object]) -> dict[str, object] | None:
+    """What puts special tokens around a text, if any are."""
+    pre, names = fields.get(KEY + "pre"), special_tokens(fields)
+    is_asked = {
+        "bos_token": fields.get(KEY + "add_bos_token", _is_pieces(fields) or pre in TAKES_WHOLE),
+        "eos_token": fields.get(KEY + "add_eos_token", False),
+    }
+    ids = special_ids(fields)
+    used = {names[role]: ids[f"{role}_id"] for role in names if is_asked.get(role)}
+    if not used:
+        return None
+
+    def single(texts: list[str]) -> list[object]:
+        steps: list[object] = []
+        for number, text in enumerate(texts):
+            one = {"Sequence": {"id": text, "type_id": number}}
+            before, after = (
+                [{"SpecialToken": {"id": names[role], "type_id": number}}]
+                if role in names and is_asked[role]
+                else []
+                for role in ("bos_token", "eos_token")
+            )
+            steps += [*before, one, *after]
+        return steps
+
+    return {
+        "type": "TemplateProcessing",
+        "single": single(["A"]),
+        "pair": single(["A", "B"]),
+        "special_tokens": {
+            name: {"id": name, "ids": [number], "tokens": [name]} for name, number in used.items()
+        },
+    }
 
 
 def _cut(pre: str) -> dict[str, object]:
@@ -104,7 +234,7 @@ def _cut(pre: str) -> dict[str, object]:
             "invert": False,
         }
         return {"type": "Sequence", "pretokenizers": [first, {**_BYTES, "use_regex": False}]}
-    if pre == "smollm":
+    if pre in _BY_DIGIT:
         first = {"type": "Digits", "individual_digits": True}
         return {"type": "Sequence", "pretokenizers": [first, _BYTES]}
     return _BYTES

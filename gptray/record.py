@@ -1,7 +1,7 @@
 """The two JSON-lines files of a run that its watchers read.
 
 `metrics.jsonl` has one row per logged step; `events.jsonl` tells what happened, in order: starts,
-evaluations with their samples, checkpoints found damaged, failures, ends.
+the base model's score, evaluations with their samples, checkpoints found damaged, failures, ends.
 `gptray.training.journal` writes the metrics.
 """
 
@@ -28,6 +28,7 @@ RowFields = Mapping[str, Mapping[str, type | tuple[type, ...]]]
 METRIC_FIELDS: RowFields = {"": {"step": int, "train_loss": (int, float)}}
 EVENT_FIELDS: RowFields = {
     "": {"event": str},
+    "base": {"val_loss": (int, float)},
     "evaluated": {"step": int, "best": bool, "samples": list},
     "notice": {"message": str},
     "landing": {"step": int, "back_to": int, "until": int, "message": str},
@@ -70,6 +71,7 @@ class Event(TypedDict, total=False):
     back_to: int  # of a landing: the step whose weights it begins with
     until: int  # of a landing, and of a start in it: its last step
     stopped: Literal["max_steps", "patience", "non_finite"]  # of an end
+    val_loss: float  # of the weights that a run began with
     best: bool  # of an evaluation, as is the next
     samples: list[list[str]]  # pairs of a prompt and its continuation
     workers: int  # of a start, as are the others
@@ -173,6 +175,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def base_val_loss(events: Sequence[Event]) -> float | None:
+    """The validation loss of the weights that a run began with; None if they were new ones."""
+    return next((one["val_loss"] for one in reversed(events) if one["event"] == "base"), None)
 
 
 def seconds_trained(events: Sequence[Event]) -> float:

@@ -19,7 +19,7 @@ PATHS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "serve")
 
 
 def test_the_named_configs_are_there() -> None:
-    assert {"gpt2_124m", "llama_small", "shakespeare_cpu", "verdict"} <= {
+    assert {"continue_pretraining", "gpt2_124m", "llama_small", "shakespeare_cpu", "verdict"} <= {
         path.stem for path in PATHS
     }
 

@@ -41,7 +41,10 @@ _SPECIAL_IDS = {
 }
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_BY_PATTERN = {_GPT2: "gpt-2"} | {pattern: name for name, pattern in CUTS.items() if pattern}
+# By the regular expression, and whether words that are tokens are taken whole.
+_BY_PATTERN = {(_GPT2, False): "gpt-2"} | {
+    (pattern, name in TAKES_WHOLE): name for name, pattern in reversed(CUTS.items()) if pattern
+}
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, *, rows: int) -> dict[str, object]:
@@ -106,19 +109,20 @@ def _of_characters(tokenizer: Tokenizer, rows: int) -> Mapping[str, object]:
 def _of_bytes(parts: TokenizerParts) -> Mapping[str, object]:
     model = parts["model"]
     normalizer = (parts["normalizer"] or {}).get("type")
-    cut = _cut_of(parts["pre_tokenizer"])
+    is_whole = bool(model.get("ignore_merges"))
+    cut = _cut_of(parts["pre_tokenizer"], is_whole)
     if normalizer == "NFC":
         log.warning("the tokenizer composes characters (NFC), llama.cpp does not: give it NFC text")
     elif normalizer is not None:
         raise UserError(f"llama.cpp has no {normalizer} before byte-level BPE")
-    if bool(model.get("ignore_merges")) != (cut in TAKES_WHOLE) or not _is_plain_bpe(model):
+    if is_whole != (cut in TAKES_WHOLE) or not _is_plain_bpe(model):
         raise UserError("llama.cpp has no byte-level BPE with these settings")
     merges = [f"{left} {right}" for left, right in model["merges"]]
     return {"model": "gpt2", "pre": cut, "merges": merges or NO_MERGES}
 
 
-def _cut_of(step: Step | None) -> str:
-    """llama.cpp's name for what cuts text into words."""
+def _cut_of(step: Step | None, is_whole: bool) -> str:
+    """llama.cpp's name for what cuts text into words, and takes words whole or not."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return "gpt-2"
@@ -141,8 +145,8 @@ def _cut_of(step: Step | None) -> str:
                 },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
-        } if pattern in _BY_PATTERN:
-            return _BY_PATTERN[pattern]
+        } if (pattern, is_whole) in _BY_PATTERN:
+            return _BY_PATTERN[pattern, is_whole]
     raise UserError("llama.cpp does not cut text into words as this tokenizer does")
 
 

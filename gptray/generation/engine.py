@@ -59,8 +59,7 @@ class Engine:
         self.backend = backend
         self._tokenizer = tokenizer
         self._network = make_decoder(backend, model, max_batch_size, dtype, quantize)
-        device = model.transformer.wte.weight.device
-        utf8 = Utf8(tokenizer, self.vocab_size, device)
+        utf8 = Utf8(tokenizer, self.vocab_size, model.device)
         self._utf8 = utf8 if utf8.is_needed else None
         self._waiting: deque[Sequence] = deque()
         # Decoding sequences stand in slots 0, 1, ...; one whose prompt is partly read comes after.

@@ -17,6 +17,8 @@ from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.only_torch import check_kernels
 from gptray.model.precision import pick_dtype
+from gptray.model.shape import read_shape
+from gptray.model.unread import unread_network
 from gptray.native.backend import GENERATE_KEY, check_native
 from gptray.native.core_sharing import share_cores
 
@@ -38,18 +40,18 @@ def open_engine(
     else:
         share_cores()
     slots = max_batch_size or generate.max_batch_size
-    keep_freed_memory()
-    model = load_pretrained(folder).eval().to(device)
-    _check_weights(model, folder)
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > model.valid_vocab_size:
+    tokenizer, shape = Tokenizer.load(folder), read_shape(folder)
+    if tokenizer.vocab_size > shape["vocab_size"]:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding "
-            f"only {model.valid_vocab_size:,} rows"
+            f"only {shape['vocab_size']:,} rows"
         )
-    rows = model.transformer.wte.weight.size(0)
-    shape = model.config.model_copy(update={"vocab_size": rows})
-    picked = decoder_backend(config, shape, max_batch_size=slots)
+    picked = decoder_backend(config, ModelConfig(**shape), max_batch_size=slots)
+    if picked == "torch" and device == "cpu":
+        model = unread_network(folder)
+    else:
+        model = load_pretrained(folder).eval().to(device)
+        _check_weights(model, folder)
     # Many models pad their embedding: those rows stand for no text.
     model.valid_vocab_size = tokenizer.vocab_size
     engine = Engine(
@@ -60,6 +62,7 @@ def open_engine(
         quantize=config.quantize.weights,
         backend="graph" if picked == "auto" else picked,
     )
+    keep_freed_memory()  # from now on: what packing the weights has freed goes back
     return engine, tokenizer
 
 

@@ -42,15 +42,18 @@ class PackedGPT:
         transformer = model.transformer
         self.vocab_size, self.dtype = model.valid_vocab_size, dtype
         config, whole = model.config, model.whole
-        self._wte = whole(transformer.wte.weight)
+        wte = whole(transformer.wte.weight)
         self._rotary = transformer.rotary
-        self._wpe = self._wte[:0] if self._rotary else whole(transformer.wpe.weight)
         # First, since the padded copy that it packs is the largest.
-        weight = self._wte if model.lm_head is None else whole(model.head)
+        weight = wte if model.lm_head is None else whole(model.head)
         head = F.pad(weight[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
         self.logits_width = len(head)
         self._head = product(head, None, dtype, quantize=quantize)
         del weight, head
+        # A sum with positions is rounded once.
+        self._wte = wte.to(dtype) if self._rotary else wte
+        self._wpe = None if self._rotary else whole(transformer.wpe.weight)
+        del wte
         self._blocks = [
             _block(cast(Block, block), config, whole, dtype, quantize) for block in transformer.h
         ]
@@ -66,7 +69,7 @@ class PackedGPT:
         x, angles = F.embedding(tokens, self._wte), None
         if self._rotary:
             angles = self._rotary.at(positions, self.dtype)
-        else:
+        if self._wpe is not None:
             x = x + F.embedding(positions, self._wpe)
         x = x.to(self.dtype)
         for layer, block in enumerate(self._blocks):
@@ -213,7 +216,8 @@ def _scaled(
     layer: nn.Linear, rows: int, by: float, whole: Whole, dtype: torch.dtype, quantize: str
 ) -> Product:
     """A layer with its first `rows` outputs times `by`."""
-    scale = torch.ones(layer.out_features, 1, device=layer.weight.device)
+    weight = whole(layer.weight)
+    scale = torch.ones(layer.out_features, 1, device=weight.device)
     scale[:rows] = by
     bias = None if layer.bias is None else whole(layer.bias) * scale[:, 0]
-    return product(whole(layer.weight) * scale, bias, dtype, quantize=quantize)
+    return product(weight * scale, bias, dtype, quantize=quantize)

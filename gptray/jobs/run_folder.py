@@ -25,7 +25,7 @@ from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
 from gptray.node_cache import storage_folder
-from gptray.record import METRICS, read_metrics
+from gptray.record import METRICS, base_val_loss, read_events, read_metrics
 from gptray.remote_folder import RemoteFolder
 from gptray.stored import Unreadable, read_object
 from gptray.training.landing import landing_gain, why_stopped
@@ -141,7 +141,7 @@ def outcome(config: Config) -> dict[str, object]:
     """What the run has come to, from its metrics: the job's JSON line.
 
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
-    evaluation. `val_lost` is the share of the validation text that the tokenizer loses. `landed`:
+    evaluation, and `base_val_loss` to the weights of model.init_from. `val_lost` is the share of the validation text that the tokenizer loses. `landed`:
     whether the model is from the cool-down; `landing_gain`: see `gptray.training.landing`.
     """
     folder = run_dir(config)
@@ -158,6 +158,7 @@ def outcome(config: Config) -> dict[str, object]:
         "best_step": best["step"],
         "train_loss": best["train_loss"],
         "val_loss": best["val_loss"],
+        "base_val_loss": base_val_loss(read_events(folder)),
         "val_ppl": best["val_ppl"],
         "val_bpb": best["val_bpb"],
         "val_lost": best.get("val_lost", 0.0),

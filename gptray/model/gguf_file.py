@@ -25,12 +25,14 @@ def write_gguf(
     architecture: str,
     fields: Mapping[str, object],
     tensors: Sequence[GgufTensor],
+    vectors: Mapping[str, Sequence[float]],
     *,
     precision: str,
 ) -> None:
     """Write a model's fields and tensors.
 
-    fields: by GGUF's keys, of the types that `_add` takes. Raises UserError as `rounded`, OSError.
+    fields: by GGUF's keys, of the types that `_add` takes. vectors: tensors in fp32 that are no
+    weights, by name. Raises UserError as `rounded`, OSError.
     """
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -39,12 +41,17 @@ def write_gguf(
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in fields.items():
             _add(writer, key, value)
+        numbers = {name: np.array(vector, np.float32) for name, vector in vectors.items()}
+        for name, vector in numbers.items():
+            writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)
         for one in tensors:
             kind, _ = _KINDS[one.precision]
             writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), one.size, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        for vector in numbers.values():
+            writer.write_tensor_data(vector)
         for one in tensors:
             writer.write_tensor_data(_encoded(one))
     finally:
@@ -73,6 +80,8 @@ def _encoded(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
 
     weight = rounded(tensor.stored, dtype_of(tensor.precision))
     weight = (weight.t() if tensor.turned else weight).contiguous()
+    if tensor.order:
+        weight = weight[torch.tensor(tensor.order)]
     assert tuple(weight.shape) == tensor.shape, tensor.name
     if tensor.precision == "q8_0":
         quantized: npt.NDArray[np.uint8] = gguf.quantize(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gptray.config import UserError
-from gptray.gguf_families import FAMILIES, Family
+from gptray.config import ModelConfig, UserError
+from gptray.gguf_families import EMBEDDING, FAMILIES, HEAD, Family
+from gptray.gguf_rotary import FACTORS, llama3_factors, rotary_fields
 from gptray.model.families import KNOWN
-from gptray.model.hf_config import NetworkShape
+from gptray.model.hf_config import NetworkShape, network_json
 from gptray.model.stored_weights import StoredModel, StoredWeight
 
 # Bytes of so many weights: Q8_0 has a scale of two bytes for 32 of one byte.
@@ -18,13 +18,17 @@ BLOCKS = {"fp32": (4, 1), "fp16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32)}
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of a GGUF file; `shape` is NumPy's, with rows last. turned: stored transposed."""
+    """A tensor of a GGUF file; `shape` is NumPy's, with rows last.
+
+    turned: stored transposed. order: for each of its rows, the row as it is stored.
+    """
 
     name: str
     stored: StoredWeight
     shape: tuple[int, ...]
     precision: str
     turned: bool
+    order: list[int] | None
 
     @property
     def size(self) -> int:
@@ -35,15 +39,32 @@ class GgufTensor:
 
 def family_of(model: StoredModel) -> Family:
     """The family of a network. Raises UserError for one that is not written as GGUF."""
+    if model.model_type not in KNOWN:
+        raise own_network(model)
     for family in FAMILIES:
-        if family.model_type == model.model_type and model.shape["mlp"] == "gelu_new":
+        if family.model_type == model.model_type:
+            _check_computed(ModelConfig(**model.shape), family)
             return family
-    if model.model_type in KNOWN:
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise UserError(
+        f"GGUF files are written of {known}, not of {model.model_type}; export.format=hf takes it"
+    )
+
+
+def _check_computed(config: ModelConfig, family: Family) -> None:
+    """Refuse what llama.cpp does not compute. Raises UserError."""
+    windows = [config.window(layer) for layer in range(config.n_layer)]
+    refused = None
+    if any(one is not None and one < config.n_positions for one in windows):
+        refused = f"sliding windows, and this model has one of {config.sliding_window} tokens"
+    elif family.architecture == "gpt2" and config.mlp != "gelu_new":
+        refused = f"{config.mlp} in the MLP"
+    elif family.is_strict and not (config.qkv_bias and config.attn_out_bias and config.mlp_bias):
+        refused = "layers without a bias"
+    if refused:
         raise UserError(
-            f"GGUF files are written of GPT-2's network, not of {model.model_type}'s with "
-            f"{model.shape['mlp']}; export.format=hf takes it"
+            f"llama.cpp's {family.architecture} does not know {refused}; export.format=hf takes it"
         )
-    raise own_network(model)
 
 
 def own_network(model: StoredModel) -> UserError:
@@ -54,22 +75,32 @@ def own_network(model: StoredModel) -> UserError:
 
 
 def gguf_numbers(shape: NetworkShape, family: Family) -> dict[str, object]:
-    """The numbers of a network under GGUF's keys."""
-    numbers = {**shape, "n_inner": shape["n_inner"] or 4 * shape["n_embd"]}
-    return {f"{family.architecture}.{key}": numbers[name] for name, key in family.numbers.items()}
+    """The numbers of a network under GGUF's keys. Raises UserError as `rotary_fields`."""
+    config = ModelConfig(**shape)
+    numbers = network_json(config, family.model_type)
+    fields = {key: numbers[name] for name, key in family.numbers.items()}
+    if config.n_inner is None:
+        fields["feed_forward_length"] = config.inner
+    if "head_dim" in family.numbers:
+        fields["attention.value_length"] = config.head_width
+    if family.is_rotary:
+        fields |= rotary_fields(config.rope_theta, config.rotary_width, config.rope_scaling)
+    return {f"{family.architecture}.{key}": value for key, value in fields.items()}
 
 
-def gguf_tensors(
-    family: Family, weights: Mapping[str, StoredWeight], precision: str
-) -> list[GgufTensor]:
-    """The tensors of a network's GGUF file.
+def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[GgufTensor]:
+    """The tensors of a network's GGUF file, but for Llama 3's scaling of positions.
 
     Vectors and position tables stay in fp32. q8_0 needs rows of a multiple of 32 weights; other
-    matrices are fp16 then, as in llama.cpp's own converters.
+    matrices are fp16 then, as in llama.cpp's own converters. Raises UserError for a bias that the
+    family has not.
     """
+    numbers = network_json(ModelConfig(**model.shape), family.model_type)
     tensors = []
-    for name, stored in sorted(weights.items()):
+    for name, stored in sorted(model.weights.items()):
         gguf_name, part = family.gguf_name(name)
+        if name.endswith(".bias") and part in family.in_block and part not in family.biased:
+            raise UserError(f"llama.cpp's {family.architecture} has no bias of {part}")
         turned = part in family.transposed and len(stored.shape) == 2
         shape = stored.shape[::-1] if turned else stored.shape
         own = precision
@@ -77,5 +108,17 @@ def gguf_tensors(
             own = "fp32"
         elif shape[-1] % BLOCKS[precision][1]:
             own = "fp16"
-        tensors.append(GgufTensor(gguf_name, stored, shape, own, turned))
+        order = family.row_order(part, shape[0], numbers)
+        tensors.append(GgufTensor(gguf_name, stored, shape, own, turned, order))
+    if family.is_strict and HEAD not in {one.name for one in tensors}:
+        embedding = next(one for one in tensors if one.name == EMBEDDING)
+        tensors.append(replace(embedding, name=HEAD))
     return tensors
+
+
+def gguf_vectors(shape: NetworkShape) -> dict[str, list[float]]:
+    """What a GGUF file has as tensors and Hugging Face as numbers: Llama 3's scaling."""
+    config, scaling = ModelConfig(**shape), shape["rope_scaling"]
+    if not scaling or scaling["rope_type"] != "llama3":
+        return {}
+    return {FACTORS: llama3_factors(config.rope_theta, config.rotary_width, scaling)}

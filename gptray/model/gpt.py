@@ -177,7 +177,7 @@ class GPT(nn.Module):
         self.usage = Usage()
         self.compute_dtype = torch.float32
         self.head_loss = linear_cross_entropy
-        # Makes a whole tensor of a parameter that is spread over processes.
+        # Makes a whole tensor of a parameter that is spread over processes, or not read yet.
         self.whole: Callable[[Tensor], Tensor] = Tensor.detach
         self.transformer = Transformer(config, rows)
         tied = config.tie_word_embeddings
@@ -190,6 +190,12 @@ class GPT(nn.Module):
         """The weight (V, C) that makes logits: the embedding, unless the head has its own."""
         weight: Tensor = (self.lm_head or self.transformer.wte).weight
         return weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights are, once they are whole."""
+        device: torch.device = self.transformer.wte.weight.device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def num_params(self) -> int:

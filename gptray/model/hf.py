@@ -154,7 +154,7 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
                 f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {part.dims}"
             )
         target = parameters[part.parameter][part.start : part.start + part.rows]
-        target.copy_(_from_file(tensor, part, config))
+        target.copy_(from_file(tensor, part, config))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: {next(iter(missing))} is missing from the weights{more}")
@@ -174,7 +174,8 @@ def _to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
     return weight.t() if part.turned == "transposed" else weight
 
 
-def _from_file(stored: Tensor, part: Part, config: ModelConfig) -> Tensor:
+def from_file(stored: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    """A tensor of a file as it lies in the network's parameter."""
     if part.turned == "by_head":
         return stored.view(config.n_head, 3, -1).transpose(0, 1).reshape(stored.shape)
     return stored.t() if part.turned == "transposed" else stored

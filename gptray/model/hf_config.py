@@ -118,6 +118,11 @@ def hf_config(
     }
 
 
+def network_json(config: ModelConfig, model_type: str) -> dict[str, object]:
+    """What a config.json of this model_type says of a network that it expresses."""
+    return _written(config, FAMILIES[model_type])
+
+
 class _Unlike(ValueError):
     """What a file says and no network here does."""
 

@@ -158,6 +158,20 @@ class AsyncEvaluation:
 Evaluations = BlockingEvaluation | AsyncEvaluation
 
 
+def evaluate_base(run: Run) -> None:
+    """Record the validation loss of other weights that a run is to begin with.
+
+    Raises:
+        NonFiniteLoss: on every worker: no step can come of them.
+    """
+    if run.config.model.init_from is None or run.state.step:
+        return
+    score = score_weights(run.model, None, run.config, run.data, run.workers).own
+    if not score.is_finite:
+        raise NonFiniteLoss(f"validation loss {score.loss} before the first step")
+    run.workers.from_first(lambda: write_event(run.run_dir, "base", val_loss=score.loss))
+
+
 def update_early_stopping(run: Run, step: int, scores: Scores) -> None:
     """Update the run's progress with the validation loss of a step.
 

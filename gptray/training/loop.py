@@ -31,6 +31,7 @@ from gptray.training.evaluations import (
     Report,
     Samples,
     Validation,
+    evaluate_base,
     save,
 )
 from gptray.training.journal import Journal
@@ -81,6 +82,7 @@ def fit(
             run = start(config, data, run_dir, workers=workers, device=device)
             step = run.state.step
             run.laps.tell, run.bring = timed or run.laps.tell, bring
+            evaluate_base(run)
             journal = workers.from_first(lambda: stack.enter_context(Journal(run_dir, step=step)))
             evaluations: Evaluations = BlockingEvaluation(run, journal, report, sample)
             if validated:

@@ -18,6 +18,7 @@ from gptray.model.hf import load_pretrained, save_pretrained
 from tests.data import foreign
 from tests.generation.models import random_gpt
 from tests.jobs.llama import Llama
+from tests.model.foreign_models import make_hf
 from tests.tiny import tiny_text
 
 KOREAN = "\uc61b\ub0a0 \uc61b\uc801\uc5d0 \ud55c \uc544\uc774\uac00 \uc0b4\uc558\ub2e4.\n"
@@ -91,6 +92,23 @@ def test_greedy_texts_are_the_same(trained: Path, tmp_path: Path) -> None:
     outputs = LLM(str(trained)).generate(prompts, temperature=0, max_new_tokens=24, utf8=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         assert llama.greedy(llama.encode(prompt), 24) == (list(output.tokens), output.text)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "llama with biases", "llama of release 3", "llama, YaRN", "qwen2", "qwen3"]
+)
+def test_other_families_have_the_same_probabilities(tmp_path: Path, name: str) -> None:
+    tokenizer = char_tokenizer("abcdefghijklmnopqrstuvwxyz .\uc61b\ub0a0")
+    make_hf(name, tokenizer.vocab_size, eos_id=tokenizer.eos_id).save_pretrained(tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    llama = Llama(exported(tmp_path / "m", "fp32", tmp_path), context=96)
+    ids = tokenizer.encode("the cat sees a dog. \uc61b\ub0a0")
+    with torch.no_grad():
+        expected = load_pretrained(tmp_path / "m").eval()(torch.tensor([ids]))[0, -1]
+    found = llama.log_probs(ids, 10)
+    assert len(found) == 10
+    for token, log_prob in found.items():
+        assert abs(log_prob - float(expected.log_softmax(-1)[token])) < 1e-3
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {

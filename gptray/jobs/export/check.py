@@ -20,6 +20,7 @@ from gptray.model.gguf_names import (
     family_of,
     gguf_numbers,
     gguf_tensors,
+    gguf_vectors,
     own_network,
 )
 from gptray.model.shape import WEIGHTS
@@ -39,6 +40,7 @@ class GgufContent:
     architecture: str
     fields: dict[str, object]
     tensors: list[GgufTensor]
+    vectors: dict[str, list[float]]
 
     @property
     def size(self) -> int:
@@ -127,8 +129,8 @@ def _content(
         **gguf_vocabulary(tokenizer, rows=model.embedding.shape[0]),
         **({_TEMPLATE: template} if template else {}),
     }
-    tensors = gguf_tensors(family, model.weights, settings.precision)
-    return GgufContent(family.architecture, fields, tensors)
+    tensors = gguf_tensors(family, model, settings.precision)
+    return GgufContent(family.architecture, fields, tensors, gguf_vectors(model.shape))
 
 
 def _check_tokenizer(folder: Path, rows: int) -> None:

@@ -63,7 +63,12 @@ def _write(checked: CheckedExport) -> None:
     if isinstance(content, GgufContent):
         with replacing(checked.output) as file:
             write_gguf(
-                file, content.architecture, content.fields, content.tensors, precision=precision
+                file,
+                content.architecture,
+                content.fields,
+                content.tensors,
+                content.vectors,
+                precision=precision,
             )
             _refuse_taken(checked.output)
     else:

