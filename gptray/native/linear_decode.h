@@ -52,19 +52,36 @@ float to_words(const float *row, int size, int kind, int32_t *words) {
   return scale;
 }
 
-// A finished sum as fp32.
+// 16 outputs from a column on: how their sums become numbers.
 template <typename Kind>
-inline Floats value(typename Kind::Sum sum, const Linear &, int, __mmask16, float) {
-  return sum;
-}
+struct Outputs {
+  __mmask16 mask;
+  bool has_bias;
+  Floats bias, scale;
+  Words zero;
 
-template <>
-inline Floats value<Int8>(Words sum, const Linear &linear, int column, __mmask16 mask,
-                          float scale) {
-  const Words zero = _mm512_maskz_loadu_epi32(mask, linear.zero + column);
-  const Floats both = _mm512_mul_ps(load(linear.scale + column, mask), _mm512_set1_ps(scale));
-  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, zero)), both);
-}
+  Outputs(const Linear &linear, int column)
+      : mask(lanes(linear.outputs - column)), has_bias(linear.bias) {
+    if (has_bias) bias = load(linear.bias + column, mask);
+    if (linear.kind != INT8) return;
+    scale = load(linear.scale + column, mask);
+    zero = _mm512_maskz_loadu_epi32(mask, linear.zero + column);
+  }
+
+  // row_scale: of the row's words.
+  Floats operator()(typename Kind::Sum sum, float row_scale) const {
+    const Floats y = number(sum, row_scale);
+    return has_bias ? _mm512_add_ps(y, bias) : y;
+  }
+
+ private:
+  Floats number(Floats sum, float) const { return sum; }
+
+  Floats number(Words sum, float row_scale) const {
+    const Floats both = _mm512_mul_ps(scale, _mm512_set1_ps(row_scale));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, zero)), both);
+  }
+};
 
 // A row through a norm that there is.
 inline void normalise(const float *x, const Norm &norm, float *y, int C) {
@@ -81,34 +98,35 @@ struct Results {
   int activation = NONE;
 };
 
-// A row of sums of one panel -> results.
-template <typename Kind>
-inline void finish(const typename Kind::Sum (&sums)[BLOCKS], const Linear &linear, int panel,
-                   float scale, const Results &to, int row) {
-  const auto sum = [&](int b) {
-    const int column = panel * PANEL + b * LANES;
-    const __mmask16 mask = lanes(linear.outputs - column);
-    const Floats y = value<Kind>(sums[b], linear, column, mask, scale);
-    return linear.bias ? _mm512_add_ps(y, load(linear.bias + column, mask)) : y;
-  };
-  const bool is_gated = to.activation == SWIGLU;
-  const int blocks = is_gated ? BLOCKS / 2 : BLOCKS, end = is_gated ? to.stride : linear.outputs;
-  for (int b = 0; b < blocks; ++b) {
-    const int column = (panel * blocks + b) * LANES;
-    if (column >= end) break;
-    const __mmask16 mask = lanes(end - column);
-    const size_t at = (size_t)row * to.stride + column;
-    Floats y =
-        is_gated ? _mm512_mul_ps(silu(sum(b)), sum(b + blocks)) : activate(to.activation, sum(b));
-    if (to.add) y = _mm512_add_ps(y, load(to.add + at, mask));
-    store(to.rows + at, y, mask);
-  }
-}
-
 struct Input {  // rows as words, and their scales
   const int32_t *words;
   const float *scales;
 };
+
+// The sums of a tile's rows by one panel -> results from `row` on.
+template <typename Kind>
+inline void finish(const typename Kind::Sum (*sums)[BLOCKS], const Linear &linear, int panel,
+                   const float *scales, const Results &to, int row, int rows) {
+  const bool is_gated = to.activation == SWIGLU;
+  const int blocks = is_gated ? BLOCKS / 2 : BLOCKS, end = is_gated ? to.stride : linear.outputs;
+  for (int b = 0; b < blocks; ++b) {
+    const int from = panel * PANEL + b * LANES, column = (panel * blocks + b) * LANES;
+    if (column >= end) break;
+    const __mmask16 mask = lanes(end - column);
+    const Outputs<Kind> outputs(linear, from);
+    const Outputs<Kind> gated(linear, is_gated ? from + PANEL / 2 : from);
+    for (int r = 0; r < rows; ++r) {
+      const size_t at = (size_t)(row + r) * to.stride + column;
+      Floats y = outputs(sums[r][b], scales[r]);
+      if (is_gated)
+        y = _mm512_mul_ps(silu(y), gated(sums[r][b + BLOCKS / 2], scales[r]));
+      else
+        y = activate(to.activation, y);
+      if (to.add) y = _mm512_add_ps(y, load(to.add + at, mask));
+      store(to.rows + at, y, mask);
+    }
+  }
+}
 
 // Rows first .. stop - 1 by one panel.
 template <typename Kind>
@@ -121,8 +139,7 @@ void multiply_panel(const Linear &linear, int panel, const Input &x, const Resul
     typename Kind::Sum sums[TILE][BLOCKS];  // at rest, lest all that follows be unrolled
     product<Kind>(rows, {x.words + row * width, width, 1}, weights, count, FromZero<Kind>{},
                   [&](int r, int b, typename Kind::Sum sum) { sums[r][b] = sum; });
-    for (int r = 0; r < rows; ++r)
-      finish<Kind>(sums[r], linear, panel, x.scales[row + r], to, row + r);
+    finish<Kind>(sums, linear, panel, x.scales + row, to, row, rows);
   });
 }
 
