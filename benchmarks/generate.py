@@ -1,10 +1,10 @@
 """Tokens per second of gptray's engine against transformers' generate and CTranslate2.
 
-Random weights of a GPT-2 shape, the same prompts of 32 tokens, 64 new tokens each, top-k 50,
+Random weights of a GPT-2 or Llama shape, the same prompts of 32 tokens, 64 new tokens each, top-k 50,
 reading of the prompts included. Every system has a process of its own, and they take turns, so
 that a busy machine slows them alike; figures are medians over rounds.
 
-    python benchmarks/generate.py [--shape 124m|10m] [--batch 1,8,32,64] [--systems bf16,ct2-int8]
+    python benchmarks/generate.py [--shape 124m|llama-135m|10m] [--batch 1,8,32,64] [--systems bf16,ct2-int8]
 
 CTranslate2 (pip install ctranslate2) runs with one sequence on all cores, with more on one core
 for each of two replicas, where it is fastest.
@@ -25,8 +25,20 @@ from typing import Any, cast
 
 from turns import answer, median_ratio, take_turns
 
-SHAPES = {"124m": (12, 12, 768), "10m": (4, 4, 256), "tiny": (2, 2, 64)}
-VOCAB_SIZE, N_POSITIONS = 50257, 1024
+# Fields of ModelConfig.
+SHAPES: dict[str, dict[str, Any]] = {
+    "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257},
+    "10m": {"n_layer": 4, "n_head": 4, "n_embd": 256, "vocab_size": 50257},
+    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 50257},
+    "llama-135m": {  # SmolLM2's
+        "n_layer": 30, "n_head": 9, "n_kv_head": 3, "n_embd": 576, "n_inner": 1536,
+        "vocab_size": 49152, "norm": "rmsnorm", "positions": "rotary", "rope_theta": 100_000,
+        "mlp": "swiglu", "qkv_bias": False, "attn_out_bias": False, "mlp_bias": False,
+    },
+}  # fmt: skip
+N_POSITIONS = 1024
+# Prompts are drawn from so many words.
+WORDS = 49_000
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
 MAX_BATCH_SIZE = 64
 SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8")
@@ -41,7 +53,7 @@ def prompts(batch: int, salt: int) -> list[list[int]]:
     import numpy as np
 
     rng = np.random.default_rng(salt)
-    return cast(list[list[int]], rng.integers(50_000, size=(batch, PROMPT_TOKENS)).tolist())
+    return cast(list[list[int]], rng.integers(WORDS, size=(batch, PROMPT_TOKENS)).tolist())
 
 
 def gptray_run(model_dir: str, precision: str) -> Run:
@@ -109,7 +121,7 @@ def ct2_run(model_dir: str, compute_type: str) -> Run:
     folder = f"{model_dir}/ct2-{compute_type}"
     TransformersConverter(model_dir).convert(folder, quantization=compute_type)
     names = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False).convert_ids_to_tokens(
-        list(range(VOCAB_SIZE))
+        list(range(WORDS))
     )
     cores = os.cpu_count() or 1
     alone = ctranslate2.Generator(folder, compute_type=compute_type, intra_threads=cores)
@@ -155,10 +167,11 @@ def make_model(shape: str, folder: Path) -> None:
     from gptray.model.gpt import GPT
     from gptray.model.hf import save_pretrained
 
-    n_layer, n_head, n_embd = SHAPES[shape]
-    config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=N_POSITIONS)
-    save_pretrained(GPT(config, vocab_size=VOCAB_SIZE), folder, eos_token_id=VOCAB_SIZE - 1)
-    word_tokenizer(VOCAB_SIZE).save(folder)
+    fields = SHAPES[shape]
+    vocab_size: int = fields["vocab_size"]
+    config = ModelConfig(n_positions=N_POSITIONS, **fields)
+    save_pretrained(GPT(config, vocab_size=vocab_size), folder, eos_token_id=vocab_size - 1)
+    word_tokenizer(vocab_size).save(folder)
 
 
 def measure(shape: str, batches: list[int], systems: list[str], rounds: int) -> dict[str, Any]:

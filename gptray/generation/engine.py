@@ -26,7 +26,7 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import check_context
 from gptray.generation.utf8 import Utf8
 from gptray.model.gpt import GPT
-from gptray.model.only_torch import why_only_torch
+from gptray.model.only_torch import why_no_graphs
 
 log = logging.getLogger("gptray")
 
@@ -277,7 +277,7 @@ def make_decoder(
     backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
 ) -> Network:
     """The decoder of a backend; see `Engine`."""
-    if backend != "torch" and (why := why_only_torch(model.config)):
+    if backend == "graph" and (why := why_no_graphs(model.config)):
         log.info("generating through PyTorch, since %s", why)
         backend = "torch"
     if backend == "graph":

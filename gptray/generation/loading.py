@@ -15,7 +15,6 @@ from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu
 from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
-from gptray.model.only_torch import check_kernels
 from gptray.model.precision import pick_dtype
 from gptray.model.shape import read_shape
 from gptray.model.unread import unread_network
@@ -73,7 +72,6 @@ def decoder_backend(config: Config, shape: ModelConfig, *, max_batch_size: int) 
     for native where it is not available.
     """
     use_gpu = config.compute.use_gpu
-    check_kernels(shape, config.generate.backend, key=GENERATE_KEY)
     if config.generate.backend != "auto":
         check_native(GENERATE_KEY, config.generate.backend, use_gpu=use_gpu, look_at_cache=True)
         return config.generate.backend

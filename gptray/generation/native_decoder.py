@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_void_p
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from gptray.generation.decoder import PROMPT_TOKENS, Piece
+from gptray.generation.native_weights import DTYPES, NativeWeights, room
 from gptray.generation.sampling import Drawn, Row, draw
-from gptray.model.gpt import GPT, Attention, Block
+from gptray.model.gpt import GPT
 from gptray.native import abi
 from gptray.native.abi import LANES, PANEL, load_library
 from gptray.native.backend import GENERATE_KEY
 
 # Multiplications of a step below which one more thread costs more than it brings.
 THREAD_WORK = 2_000_000
-_DTYPES = {abi.FP32: torch.float32, abi.BF16: torch.bfloat16, abi.INT8: torch.int8}
 
 
 class NativeDecoder:
@@ -42,30 +40,21 @@ class NativeDecoder:
     def __init__(
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
-        config, transformer = model.config, model.transformer
+        config = model.config
         self._library = load_library(key=GENERATE_KEY)
-        self._vocab_size, self._embd = model.valid_vocab_size, config.n_embd
         kept = abi.BF16 if dtype == torch.bfloat16 else abi.FP32
-        weights = _Weights(abi.INT8 if quantize == "int8" else kept)
-        blocks = [weights.block(cast(Block, block)) for block in transformer.h]
-        wte = transformer.wte.weight.detach()
-        self._model = abi.Model(
-            (abi.Block * len(blocks))(*blocks),
-            weights.floats(wte),
-            weights.floats(transformer.wpe.weight.detach()),
-            weights.norm(transformer.ln_f),
-            weights.linear(wte[: self._vocab_size], None),
-            config.n_layer,
-            config.n_embd,
-            config.n_head,
-            config.residual,
+        weights = NativeWeights(abi.INT8 if quantize == "int8" else kept)
+        self._model, self._weights = weights.model(model), weights
+        self._vocab_size = model.valid_vocab_size
+        # Numbers of a token: x, made, attended, scales, wide, words.
+        H, K, E, C = config.n_head, config.kv_heads, config.head_width, config.n_embd
+        widest = _rounded(max(C, H * E, config.inner), LANES)
+        self._widths = C, C, H * E, 1, max((H + 2 * K) * E, config.inner), widest
+        shape = (config.n_layer, slots, K, config.n_positions, E)
+        self._keys, self._values = (room(shape, DTYPES[kept]) for _ in range(2))
+        self._cache = abi.Cache(
+            _layers(self._keys), _layers(self._values), config.n_positions, kept
         )
-        self._weights = weights
-        self._width = max(3 * config.n_embd, *(block.c_fc.outputs for block in blocks))
-        H, P = config.n_head, config.n_positions
-        shape = (config.n_layer, slots, H, P, config.n_embd // H)
-        self._keys, self._values = (_room(shape, _DTYPES[kept]) for _ in range(2))
-        self._cache = abi.Cache(_layers(self._keys), _layers(self._values), P, kept)
         self._scratch = torch.empty(0)
 
     @torch.no_grad()
@@ -97,6 +86,7 @@ class NativeDecoder:
             *(numbers.ctypes.data for numbers in rows),
             len(tokens),
             len(asked),
+            len(set(slots)) == len(slots),
             *self._scratch_for(len(tokens)),
             abi.Float.from_param(logits),
             logits.size(1),
@@ -121,9 +111,8 @@ class NativeDecoder:
             memory[:, target, :, :tokens] = memory[:, source, :, :tokens]
 
     def _scratch_for(self, rows: int) -> list[int]:
-        """Where a step's x, attended, scales, wide and words are."""
-        words = _rounded(self._width, LANES)
-        sizes = [rows * numbers for numbers in (self._embd, self._embd, 1, self._width, words)]
+        """Where a step's x, made, attended, scales, wide and words are."""
+        sizes = [rows * numbers for numbers in self._widths]
         if self._scratch.numel() < sum(sizes):
             self._scratch = torch.empty(sum(sizes))
         starts = np.cumsum([0, *sizes[:-1]]) * self._scratch.element_size()
@@ -140,79 +129,6 @@ def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     threads = min(B, torch.get_num_threads())
     load_library(key=GENERATE_KEY).top_candidates(logits, B, V, k, values, ids, threads)
     return values, ids
-
-
-class _Weights:
-    """A network's numbers as the library reads them, kept alive."""
-
-    def __init__(self, kind: int) -> None:
-        self._kind = kind
-        self.count = 0  # of all linear layers
-        self._kept: list[Tensor] = []
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        self._kept.append(tensor.contiguous())
-        return self._kept[-1]
-
-    def floats(self, tensor: Tensor | None) -> abi.Float | None:
-        return None if tensor is None else abi.Float.from_param(self.keep(tensor))
-
-    def block(self, block: Block) -> abi.Block:
-        return abi.Block(
-            self.norm(block.ln_1),
-            self.norm(block.ln_2),
-            self._attention_input(block.attn),
-            self._layer(block.attn.c_proj),
-            self._layer(block.mlp.c_fc),
-            self._layer(block.mlp.c_proj),
-        )
-
-    def norm(self, module: nn.Module) -> abi.Norm:
-        if isinstance(module, nn.Identity):
-            return abi.Norm(None, None, 0.0)
-        assert isinstance(module, nn.LayerNorm)
-        weight, bias = module.weight.detach(), module.bias.detach()
-        return abi.Norm(self.floats(weight), self.floats(bias), module.eps)
-
-    def linear(self, weight: Tensor, bias: Tensor | None) -> abi.Linear:
-        """weight (out, in), packed as [panel][word][64 outputs][numbers of a word]."""
-        outputs, inputs = weight.shape
-        self.count += outputs * inputs
-        scale = zero = None
-        if self._kind == abi.INT8:
-            scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-            weight = (weight / scale[:, None]).round()
-            zero = (128 * weight.sum(1)).to(torch.int32)
-        dtype = _DTYPES[self._kind]
-        word = 4 // dtype.itemsize
-        padded = F.pad(weight, (0, -inputs % word, 0, -outputs % PANEL)).to(dtype)
-        panels = padded.view(-1, PANEL, padded.size(1) // word, word).transpose(1, 2)
-        packed = _room(panels.shape, dtype).copy_(panels)
-        return abi.Linear(
-            self.keep(packed).data_ptr(),
-            self.floats(bias),
-            self.floats(scale),
-            None if zero is None else abi.Int.from_param(self.keep(zero)),
-            inputs,
-            outputs,
-            self._kind,
-        )
-
-    def _layer(self, layer: nn.Linear) -> abi.Linear:
-        return self.linear(layer.weight.detach(), layer.bias.detach())
-
-    def _attention_input(self, attention: Attention) -> abi.Linear:
-        """c_attn with the scores' 1 / sqrt(E) in the rows that make q."""
-        layer, C = attention.c_attn, attention.c_attn.in_features
-        scale = torch.ones(3 * C)
-        scale[:C] = (C // attention.n_head) ** -0.5
-        return self.linear(layer.weight.detach() * scale[:, None], layer.bias.detach() * scale)
-
-
-def _room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that is not touched yet; NumPy asks the system for large pages, PyTorch does not."""
-    room = np.empty(int(np.prod(shape)) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(room).view(dtype).view(*shape)
 
 
 def _layers(memory: Tensor) -> object:

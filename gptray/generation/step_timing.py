@@ -9,8 +9,9 @@ import torch
 from gptray.config import Config, ModelConfig
 from gptray.generation.decoder import Decoder, Network
 from gptray.generation.native_decoder import NativeDecoder
+from gptray.model.families import SHAPE
 from gptray.model.gpt import GPT
-from gptray.model.only_torch import why_only_torch
+from gptray.model.parameters import parameter_count
 from gptray.model.precision import pick_dtype
 from gptray.native.backend import GENERATE_KEY, why_not_native
 from gptray.native.measured import Choice, Step, faster, pytorch_since
@@ -28,14 +29,13 @@ def faster_decoder(config: Config, shape: ModelConfig, *, max_batch_size: int) -
 
     shape: its vocab_size is the rows of the embedding. max_batch_size: sequences of a step.
     """
-    if missing := why_only_torch(shape) or why_not_native(use_gpu=False, look_at_cache=True):
+    if missing := why_not_native(use_gpu=False, look_at_cache=True):
         return pytorch_since(GENERATE_KEY, missing)
     dtype = pick_dtype(config.generate.precision, "cpu", key="generate.precision")
     work = {
         "of": "decoding",
         "threads": torch.get_num_threads(),
-        "shape": [shape.n_layer, shape.n_embd, shape.n_head, shape.n_inner, shape.vocab_size],
-        "ablations": [shape.norm, shape.residual],
+        "shape": {name: getattr(shape, name) for name in ("vocab_size", *SHAPE)},
         "positions": min(shape.n_positions, POSITIONS),
         "sequences": max_batch_size,
         "weights": [str(dtype), config.quantize.weights],
@@ -60,8 +60,9 @@ def part_of(shape: ModelConfig) -> GPT:
     Its weights are no random numbers, which take longer to draw than the steps.
     """
     assert shape.vocab_size
-    C, L = shape.n_embd, shape.n_layer
-    block = 4 * C * C + 2 * C * (shape.n_inner or 4 * C)
+    L = shape.n_layer
+    outer = parameter_count(shape.model_copy(update={"n_layer": 0}), shape.vocab_size)
+    block = (parameter_count(shape, shape.vocab_size) - outer) // L
     layers = max(1, min(L, WEIGHTS // block))
     change = {
         "n_layer": layers,

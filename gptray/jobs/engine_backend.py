@@ -6,20 +6,15 @@ from pathlib import Path
 
 from gptray.config import Config, ModelConfig
 from gptray.jobs.doing import doing
-from gptray.model.only_torch import check_kernels, why_only_torch
+from gptray.model.only_torch import why_no_graphs
 from gptray.model.shape import read_shape
 from gptray.native.backend import GENERATE_KEY, check_native
 from gptray.native.build import build_library
 
 
-def check_engine_backend(config: Config, model_dir: Path | None) -> None:
-    """Refuse generate.backend=native where it is not available, or cannot compute the model.
-
-    model_dir: the model's folder, where it is known. Raises UserError.
-    """
+def check_engine_backend(config: Config) -> None:
+    """Refuse generate.backend=native where it is not available. Raises UserError."""
     backend, use_gpu = config.generate.backend, config.compute.use_gpu
-    if model_dir is not None:
-        check_kernels(ModelConfig(**read_shape(model_dir)), backend, key=GENERATE_KEY)
     check_native(GENERATE_KEY, backend, use_gpu=use_gpu, look_at_cache=True)
 
 
@@ -34,8 +29,8 @@ def planned_backend(config: Config, model_dir: Path) -> str:
     """What a plan says of the backend."""
     if config.generate.backend != "auto":
         return config.generate.backend
-    if why := why_only_torch(ModelConfig(**read_shape(model_dir))):
-        return f"torch, since {why}"
     if config.compute.use_gpu:
+        if why := why_no_graphs(ModelConfig(**read_shape(model_dir))):
+            return f"torch, since {why}"
         return "auto: CUDA graphs, if their kernels compile"
     return "auto: native or PyTorch, whichever is faster where the engines run"

@@ -1,4 +1,7 @@
-"""Which networks the project's own kernels and CUDA graphs compute: GPT-2's, and no others yet."""
+"""Which networks the kernels for training and the CUDA graphs compute: GPT-2's, no others yet.
+
+The native decoder computes all.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,16 @@ _OPEN = {*GPT2.keys, "residual"} - {"mlp", "tie_word_embeddings"}
 
 
 def why_only_torch(config: ModelConfig) -> str | None:
-    """Why PyTorch alone computes a network, in a clause; None if the kernels can."""
+    """Why PyTorch alone trains a network, in a clause; None if the kernels can."""
+    return _beyond_gpt2(config, "kernels")
+
+
+def why_no_graphs(config: ModelConfig) -> str | None:
+    """Why CUDA graphs don't generate with a network, in a clause; None if they can."""
+    return _beyond_gpt2(config, "CUDA graphs")
+
+
+def _beyond_gpt2(config: ModelConfig, what: str) -> str | None:
     gpt2s = {
         "n_kv_head": config.kv_heads == config.n_head,
         "head_dim": config.head_width * config.n_head == config.n_embd,
@@ -20,7 +32,7 @@ def why_only_torch(config: ModelConfig) -> str | None:
     for name in SHAPE:
         value, default = getattr(config, name), ModelConfig.model_fields[name].default
         if not gpt2s.get(name, name in _OPEN or value == default):
-            return f"gptray's kernels compute GPT-2's network, not model.{name}={shown(value)}"
+            return f"gptray's {what} compute GPT-2's network, not model.{name}={shown(value)}"
     return None
 
 

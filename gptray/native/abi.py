@@ -21,6 +21,7 @@ LANES = 16
 # Parts that the rows of a layer norm's gradients are summed in.
 NORM_PARTS = 32
 FP32, BF16, INT8 = range(3)
+NONE, GELU_TANH, GELU, SWIGLU = range(4)
 
 
 class _Pointer(c_void_p):
@@ -82,10 +83,14 @@ class Block(Structure):
     _fields_ = (
         ("ln_1", Norm),
         ("ln_2", Norm),
+        ("q_norm", Norm),
+        ("k_norm", Norm),
         ("c_attn", Linear),
         ("attn_proj", Linear),
         ("c_fc", Linear),
         ("mlp_proj", Linear),
+        ("window", c_int32),
+        ("rotary", c_int32),
     )
 
 
@@ -94,12 +99,19 @@ class Model(Structure):
         ("blocks", POINTER(Block)),
         ("wte", Float),
         ("wpe", Float),
+        ("cos", Float),
+        ("sin", Float),
         ("ln_f", Norm),
         ("head", Linear),
         ("n_layer", c_int32),
         ("n_embd", c_int32),
         ("n_head", c_int32),
+        ("kv_heads", c_int32),
+        ("head_width", c_int32),
+        ("activation", c_int32),
         ("residual", c_int32),
+        ("parallel", c_int32),
+        ("post_norm", c_int32),
     )
 
 
@@ -120,7 +132,9 @@ class Step(Structure):
         ("asked", Int),
         ("rows", c_int32),
         ("asked_rows", c_int32),
+        ("apart", c_int32),
         ("x", Float),
+        ("made", Float),
         ("attended", Float),
         ("scales", Float),
         ("wide", Float),
@@ -133,6 +147,7 @@ class Step(Structure):
 CONSTANTS = {
     **{"LANES": LANES, "PANEL": PANEL, "NORM_PARTS": NORM_PARTS},
     **{"FP32": FP32, "BF16": BF16, "INT8": INT8},
+    **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "SWIGLU": SWIGLU},
 }
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, Block, Model, Cache, Step)
 _SIZES_OF_3, _SIZES_OF_4 = [c_int32] * 4, [c_int32] * 5  # and the number of threads

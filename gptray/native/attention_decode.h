@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <vector>
@@ -11,25 +12,15 @@
 #include "decode.h"
 #include "exp.h"
 #include "gemm.h"
+#include "norm.h"
 
 namespace {
 
-// One head of one row, q (E), over `count` keys and values (count, E) -> out (E).
-template <typename T>
-void attend(const float *q, const T *keys, const T *values, const T *next_keys, int count, int E,
-            float *out) {
-  thread_local std::vector<float> weights;
-  weights.resize(count + LANES);
-  float *const w = weights.data();
-  for (int t = 0; t < count; ++t) {
-    fetch(values + (size_t)t * E, E);
-    Floats sum = _mm512_setzero_ps();
-    for (int e = 0; e < E; e += LANES) {
-      const __mmask16 mask = lanes(E - e);
-      sum = _mm512_fmadd_ps(load(q + e, mask), load(keys + (size_t)t * E + e, mask), sum);
-    }
-    w[t] = _mm512_reduce_add_ps(sum);
-  }
+// Queries that read a key at once.
+constexpr int QUERIES = 4;
+
+// Scores (count, and room for LANES more) -> e^(score - largest); returns 1 / their sum.
+inline Floats exponentials(float *w, int count) {
   for (int t = count; t < count + LANES; ++t) w[t] = -INFINITY;
   Floats most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
   for (int t = 0; t < count; t += LANES) most = _mm512_max_ps(most, load(w + t, 0xFFFF));
@@ -39,49 +30,143 @@ void attend(const float *q, const T *keys, const T *values, const T *next_keys, 
     total = _mm512_mask_add_ps(total, lanes(count - t), total, e);
     store(w + t, e, 0xFFFF);
   }
-  const Floats inverse = _mm512_set1_ps(1.f / _mm512_reduce_add_ps(total));
+  return _mm512_set1_ps(1.f / _mm512_reduce_add_ps(total));
+}
+
+// G heads of one row, q (G, E), over the same `count` keys and values (count, E) -> out (G, E).
+template <int G, typename T>
+void attend(const float *q, const T *keys, const T *values, const T *next_keys, int count, int E,
+            float *out) {
+  thread_local std::vector<float> weights;
+  const size_t stride = count + LANES;
+  weights.resize(G * stride);
+  float *const w = weights.data();
+  for (int t = 0; t < count; ++t) {
+    fetch(values + (size_t)t * E, E);
+    Floats sums[G] = {};
+    for (int e = 0; e < E; e += LANES) {
+      const __mmask16 mask = lanes(E - e);
+      const Floats key = load(keys + (size_t)t * E + e, mask);
+      for (int g = 0; g < G; ++g)
+        sums[g] = _mm512_fmadd_ps(load(q + g * E + e, mask), key, sums[g]);
+    }
+    for (int g = 0; g < G; ++g) w[g * stride + t] = _mm512_reduce_add_ps(sums[g]);
+  }
+  Floats inverse[G];
+  for (int g = 0; g < G; ++g) inverse[g] = exponentials(w + g * stride, count);
   for (int e = 0; e < E; e += PANEL) {
-    Floats sums[BLOCKS] = {};
+    Floats sums[G][BLOCKS] = {};
     for (int t = 0; t < count; ++t) {
       if (next_keys && e == 0) fetch(next_keys + (size_t)t * E, E);
-      const Floats weight = _mm512_set1_ps(w[t]);
       for (int b = 0; b < BLOCKS; ++b) {
         const int at = e + b * LANES;
         if (at >= E) continue;
         const Floats value = load(values + (size_t)t * E + at, lanes(E - at));
-        sums[b] = _mm512_fmadd_ps(weight, value, sums[b]);
+        for (int g = 0; g < G; ++g)
+          sums[g][b] = _mm512_fmadd_ps(_mm512_set1_ps(w[g * stride + t]), value, sums[g][b]);
       }
     }
-    for (int b = 0; b < BLOCKS && e + b * LANES < E; ++b) {
-      const int at = e + b * LANES;
-      store(out + at, _mm512_mul_ps(sums[b], inverse), lanes(E - at));
-    }
+    for (int g = 0; g < G; ++g)
+      for (int b = 0; b < BLOCKS && e + b * LANES < E; ++b) {
+        const int at = e + b * LANES;
+        store(out + g * E + at, _mm512_mul_ps(sums[g][b], inverse[g]), lanes(E - at));
+      }
   }
 }
 
-// Store the keys and values of step.wide (N, 3 C); every row attends up to its own position.
+// As `attend`, for any number of heads.
 template <typename T>
-void attention(const Model &model, const Step &step, const Cache &cache, int layer) {
-  const int C = model.n_embd, H = model.n_head, E = C / H;
-  const size_t head = (size_t)cache.length * E;
-  T *keys = (T *)cache.keys[layer], *values = (T *)cache.values[layer];
-#pragma omp for schedule(static)
-  for (int row = 0; row < step.rows; ++row)
-    for (int h = 0; h < H; ++h) {
-      const float *k = step.wide + (size_t)row * 3 * C + C + h * E, *v = k + C;
-      const size_t to = ((size_t)step.slots[row] * H + h) * head + (size_t)step.positions[row] * E;
-      for (int e = 0; e < E; e += LANES) {
-        store(keys + to + e, load(k + e, lanes(E - e)), lanes(E - e));
-        store(values + to + e, load(v + e, lanes(E - e)), lanes(E - e));
-      }
+void attend_group(int heads, const float *q, const T *keys, const T *values, const T *next_keys,
+                  int count, int E, float *out) {
+  for (int g = 0; g < heads; g += QUERIES, q += QUERIES * E, out += QUERIES * E) {
+    const auto run = heads - g == 1   ? attend<1, T>
+                     : heads - g == 2 ? attend<2, T>
+                     : heads - g == 3 ? attend<3, T>
+                                      : attend<QUERIES, T>;
+    run(q, keys, values, g + QUERIES < heads ? nullptr : next_keys, count, E, out);
+  }
+}
+
+// A head (E) of q or k as the scores take it: normalised, then rotated as at its position. The two
+// numbers of a pair lie R / 2 apart (Su et al. 2021, RoFormer).
+inline void prepare(float *head, const Norm &norm, const Model &model, const Block &block,
+                    int position) {
+  if (norm.weight) normalise_rms(head, norm.weight, head, norm.eps, model.head_width);
+  const int half = block.rotary / 2;
+  for (int i = 0; i < half; i += LANES) {
+    const __mmask16 mask = lanes(half - i);
+    const Floats cos = load(model.cos + (size_t)position * half + i, mask);
+    const Floats sin = load(model.sin + (size_t)position * half + i, mask);
+    const Floats first = load(head + i, mask), second = load(head + half + i, mask);
+    store(head + i, _mm512_fmsub_ps(first, cos, _mm512_mul_ps(second, sin)), mask);
+    store(head + half + i, _mm512_fmadd_ps(second, cos, _mm512_mul_ps(first, sin)), mask);
+  }
+}
+
+// One layer's attention; a group of heads of queries shares a head of keys and values.
+template <typename T>
+struct Layer {
+  const Model &model;
+  const Block &block;
+  const Step &step;
+  T *keys, *values;
+  size_t head;  // numbers of a head that a slot has room for
+  int K = model.kv_heads, G = model.n_head / K, E = model.head_width;
+
+  // Of a group: its queries (G, E) of a row.
+  float *queries(int row, int group) const {
+    return step.wide + ((size_t)row * (G + 2) * K + G * group) * E;
+  }
+
+  // Where a row's slot keeps a group's keys, as its values.
+  size_t kept(int row, int group) const { return ((size_t)step.slots[row] * K + group) * head; }
+
+  // Make a group's queries ready; keep its key and value.
+  void keep(int row, int group) const {
+    const int position = step.positions[row];
+    float *q = queries(row, group);
+    float *k = queries(row, K) + group * E;  // behind all queries
+    const float *v = k + K * E;
+    for (int g = 0; g < G; ++g) prepare(q + g * E, block.q_norm, model, block, position);
+    prepare(k, block.k_norm, model, block, position);
+    const size_t to = kept(row, group) + (size_t)position * E;
+    for (int e = 0; e < E; e += LANES) {
+      const __mmask16 mask = lanes(E - e);
+      store(keys + to + e, load(k + e, mask), mask);
+      store(values + to + e, load(v + e, mask), mask);
     }
-#pragma omp for collapse(2) schedule(dynamic, 4)
+  }
+
+  // A row attends up to its own position.
+  void attend(int row, int group) const {
+    const int stop = step.positions[row] + 1, start = std::max(0, stop - block.window);
+    const size_t from = kept(row, group) + (size_t)start * E;
+    const T *next = group + 1 < K ? keys + from + head : nullptr;
+    float *out = step.attended + ((size_t)row * K + group) * G * E;
+    attend_group(G, queries(row, group), keys + from, values + from, next, stop - start, E, out);
+  }
+};
+
+// step.wide (N, (H + 2 K) E) -> step.attended (N, H E).
+template <typename T>
+void attention(const Model &model, const Step &step, const Cache &cache, int number) {
+  const Layer<T> layer = {model,
+                          model.blocks[number],
+                          step,
+                          (T *)cache.keys[number],
+                          (T *)cache.values[number],
+                          (size_t)cache.length * model.head_width};
+  // A row reads what others of its slot keep.
+  if (!step.apart) {
+#pragma omp for collapse(2) schedule(static)
+    for (int row = 0; row < step.rows; ++row)
+      for (int group = 0; group < layer.K; ++group) layer.keep(row, group);
+  }
+#pragma omp for collapse(2) schedule(dynamic, std::max(1, QUERIES / layer.G))
   for (int row = 0; row < step.rows; ++row)
-    for (int h = 0; h < H; ++h) {
-      const float *q = step.wide + (size_t)row * 3 * C + h * E;
-      const T *k = keys + ((size_t)step.slots[row] * H + h) * head;
-      const T *v = values + (k - keys), *next = h + 1 < H ? k + head : nullptr;
-      attend(q, k, v, next, step.positions[row] + 1, E, step.attended + (size_t)row * C + h * E);
+    for (int group = 0; group < layer.K; ++group) {
+      if (step.apart) layer.keep(row, group);
+      layer.attend(row, group);
     }
 }
 

@@ -1,4 +1,4 @@
-// A step of a GPT-2 decoder in one call, and a row's likeliest tokens.
+// A step of a decoder in one call, and a row's likeliest tokens.
 //
 // Every sum runs over a row's own numbers in one fixed order. So what a token gets has the same
 // bits alone or among any neighbours, whether its prompt was read at once or token by token.
@@ -19,21 +19,44 @@ void embed(const Model &model, const Step &step) {
 #pragma omp for schedule(static)
   for (int row = 0; row < step.rows; ++row) {
     const float *token = model.wte + (size_t)step.tokens[row] * C;
+    float *x = step.x + (size_t)row * C;
+    std::copy(token, token + C, x);
+    if (!model.wpe) continue;
     const float *position = model.wpe + (size_t)step.positions[row] * C;
-    for (int i = 0; i < C; ++i) step.x[(size_t)row * C + i] = token[i] + position[i];
+    for (int i = 0; i < C; ++i) x[i] += position[i];
   }
 }
 
-void block(const Model &model, const Step &step, const Cache &cache, int layer) {
-  const Block &b = model.blocks[layer];
-  const int C = model.n_embd, N = step.rows;
-  const float *residual = model.residual ? step.x : nullptr;
-  linear(b.c_attn, step, step.x, &b.ln_1, nullptr, N,
-         {step.wide, nullptr, b.c_attn.outputs, false});
-  (cache.kind == BF16 ? attention<uint16_t> : attention<float>)(model, step, cache, layer);
-  linear(b.attn_proj, step, step.attended, nullptr, nullptr, N, {step.x, residual, C, false});
-  linear(b.c_fc, step, step.x, &b.ln_2, nullptr, N, {step.wide, nullptr, b.c_fc.outputs, true});
-  linear(b.mlp_proj, step, step.wide, nullptr, nullptr, N, {step.x, residual, C, false});
+// x + what a layer makes of rows, or that alone; a norm that comes after the layer is between them.
+void into_x(const Model &model, const Step &step, const Linear &layer, const float *rows,
+            const Norm &norm, bool adds) {
+  const int C = model.n_embd;
+  const bool is_normed = model.post_norm && norm.weight;
+  const float *add = adds ? step.x : nullptr;
+  if (!is_normed) return linear(layer, step, rows, nullptr, nullptr, step.rows, {step.x, add, C});
+  linear(layer, step, rows, nullptr, nullptr, step.rows, {step.made, nullptr, C});
+#pragma omp for schedule(static)
+  for (int row = 0; row < step.rows; ++row) {
+    float *x = step.x + (size_t)row * C, *made = step.made + (size_t)row * C;
+    normalise(made, norm, made, C);
+    for (int i = 0; i < C; ++i) x[i] = adds ? x[i] + made[i] : made[i];
+  }
+}
+
+void block(const Model &model, const Step &step, const Cache &cache, int number) {
+  const Block &b = model.blocks[number];
+  const Norm *before[] = {model.post_norm ? nullptr : &b.ln_1, model.post_norm ? nullptr : &b.ln_2};
+  const auto add_attended = [&] {
+    into_x(model, step, b.attn_proj, step.attended, b.ln_1, model.residual);
+  };
+  linear(b.c_attn, step, step.x, before[0], nullptr, step.rows,
+         {step.wide, nullptr, b.c_attn.outputs});
+  (cache.kind == BF16 ? attention<uint16_t> : attention<float>)(model, step, cache, number);
+  if (!model.parallel) add_attended();
+  linear(b.c_fc, step, step.x, before[1], nullptr, step.rows,
+         {step.wide, nullptr, b.mlp_proj.inputs, model.activation});
+  if (model.parallel) add_attended();
+  into_x(model, step, b.mlp_proj, step.wide, b.ln_2, model.residual || model.parallel);
 }
 
 ABI_TYPE(Norm, "Norm")
@@ -62,30 +85,36 @@ extern "C" void decode_step(const Model *model, const Cache *cache, const Step *
     embed(*model, *step);
     for (int layer = 0; layer < model->n_layer; ++layer) block(*model, *step, *cache, layer);
     linear(model->head, *step, step->x, &model->ln_f, step->asked, step->asked_rows,
-           {step->logits, nullptr, step->logits_stride, false});
+           {step->logits, nullptr, step->logits_stride});
   }
 }
 
 extern "C" const char *decode_abi() {
   static const std::string text =
       ABI_CONSTANT(LANES) + ABI_CONSTANT(PANEL) + ABI_CONSTANT(FP32) + ABI_CONSTANT(BF16) +
-      ABI_CONSTANT(INT8) +
+      ABI_CONSTANT(INT8) + ABI_CONSTANT(NONE) + ABI_CONSTANT(GELU_TANH) + ABI_CONSTANT(GELU) +
+      ABI_CONSTANT(SWIGLU) +
       ABI_STRUCT(Norm, ABI_FIELD(Norm, weight), ABI_FIELD(Norm, bias), ABI_FIELD(Norm, eps)) +
       ABI_STRUCT(Linear, ABI_FIELD(Linear, weight), ABI_FIELD(Linear, bias),
                  ABI_FIELD(Linear, scale), ABI_FIELD(Linear, zero), ABI_FIELD(Linear, inputs),
                  ABI_FIELD(Linear, outputs), ABI_FIELD(Linear, kind)) +
-      ABI_STRUCT(Block, ABI_FIELD(Block, ln_1), ABI_FIELD(Block, ln_2), ABI_FIELD(Block, c_attn),
-                 ABI_FIELD(Block, attn_proj), ABI_FIELD(Block, c_fc), ABI_FIELD(Block, mlp_proj)) +
+      ABI_STRUCT(Block, ABI_FIELD(Block, ln_1), ABI_FIELD(Block, ln_2), ABI_FIELD(Block, q_norm),
+                 ABI_FIELD(Block, k_norm), ABI_FIELD(Block, c_attn), ABI_FIELD(Block, attn_proj),
+                 ABI_FIELD(Block, c_fc), ABI_FIELD(Block, mlp_proj), ABI_FIELD(Block, window),
+                 ABI_FIELD(Block, rotary)) +
       ABI_STRUCT(Model, ABI_FIELD(Model, blocks), ABI_FIELD(Model, wte), ABI_FIELD(Model, wpe),
-                 ABI_FIELD(Model, ln_f), ABI_FIELD(Model, head), ABI_FIELD(Model, n_layer),
-                 ABI_FIELD(Model, n_embd), ABI_FIELD(Model, n_head), ABI_FIELD(Model, residual)) +
+                 ABI_FIELD(Model, cos), ABI_FIELD(Model, sin), ABI_FIELD(Model, ln_f),
+                 ABI_FIELD(Model, head), ABI_FIELD(Model, n_layer), ABI_FIELD(Model, n_embd),
+                 ABI_FIELD(Model, n_head), ABI_FIELD(Model, kv_heads), ABI_FIELD(Model, head_width),
+                 ABI_FIELD(Model, activation), ABI_FIELD(Model, residual),
+                 ABI_FIELD(Model, parallel), ABI_FIELD(Model, post_norm)) +
       ABI_STRUCT(Cache, ABI_FIELD(Cache, keys), ABI_FIELD(Cache, values), ABI_FIELD(Cache, length),
                  ABI_FIELD(Cache, kind)) +
       ABI_STRUCT(Step, ABI_FIELD(Step, tokens), ABI_FIELD(Step, slots), ABI_FIELD(Step, positions),
                  ABI_FIELD(Step, asked), ABI_FIELD(Step, rows), ABI_FIELD(Step, asked_rows),
-                 ABI_FIELD(Step, x), ABI_FIELD(Step, attended), ABI_FIELD(Step, scales),
-                 ABI_FIELD(Step, wide), ABI_FIELD(Step, words), ABI_FIELD(Step, logits),
-                 ABI_FIELD(Step, logits_stride)) +
+                 ABI_FIELD(Step, apart), ABI_FIELD(Step, x), ABI_FIELD(Step, made),
+                 ABI_FIELD(Step, attended), ABI_FIELD(Step, scales), ABI_FIELD(Step, wide),
+                 ABI_FIELD(Step, words), ABI_FIELD(Step, logits), ABI_FIELD(Step, logits_stride)) +
       ABI_FUNCTION(decode_step) + ABI_FUNCTION(top_candidates);
   return text.c_str();
 }

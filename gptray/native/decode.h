@@ -2,22 +2,26 @@
 //
 // Weights are packed as gemm.h reads them. Everything between the products is fp32.
 //
-// Shapes: N tokens of a step, C = n_embd, H heads, E = C / H.
+// Shapes: N tokens of a step, C = n_embd, H heads of queries, K of keys and values, E = head width,
+// R the part of a head that is rotated.
 
 #pragma once
 
 #include <cstdint>
 
 enum Kind : int32_t { FP32, BF16, INT8 };
+enum Activation : int32_t { NONE, GELU_TANH, GELU, SWIGLU };
 
 extern "C" {
 
 struct Norm {
-  const float *weight, *bias;  // null: no norm
+  const float *weight, *bias;  // no weight: no norm; no bias: RMSNorm, else layer norm
   float eps;
 };
 
-struct Linear {  // x (N, inputs) -> x W^T + bias (N, outputs)
+// x (N, inputs) -> x W^T + bias (N, outputs). Of SWIGLU's outputs each panel has 32 gates, then
+// what they let through.
+struct Linear {
   const void *weight;
   const float *bias;    // or null
   const float *scale;   // int8: of each output
@@ -26,19 +30,23 @@ struct Linear {  // x (N, inputs) -> x W^T + bias (N, outputs)
 };
 
 struct Block {
-  Norm ln_1, ln_2;
+  Norm ln_1, ln_2, q_norm, k_norm;
   Linear c_attn, attn_proj, c_fc, mlp_proj;
+  int32_t window;  // tokens that attention looks back over, its own included
+  int32_t rotary;  // R, or 0
 };
 
 struct Model {
   const Block *blocks;
-  const float *wte, *wpe;  // (V, C), (P, C)
+  const float *wte, *wpe;  // (V, C), (P, C) or null
+  const float *cos, *sin;  // (P, R / 2), or null
   Norm ln_f;
   Linear head;
-  int32_t n_layer, n_embd, n_head, residual;
+  int32_t n_layer, n_embd, n_head, kv_heads, head_width, activation;
+  int32_t residual, parallel, post_norm;  // as in ModelConfig
 };
 
-struct Cache {  // keys and values of each layer: (slots, H, length, E), fp32 or bf16
+struct Cache {  // keys and values of each layer: (slots, K, length, E), fp32 or bf16
   void *const *keys, *const *values;
   int32_t length, kind;
 };
@@ -47,10 +55,12 @@ struct Step {
   const int32_t *tokens, *slots, *positions;  // (N)
   const int32_t *asked;                       // the rows whose logits are asked for
   int32_t rows, asked_rows;
-  float *x, *attended, *scales;  // (N, C), (N, C), (N)
-  float *wide;                   // (N, max(3 C, n_inner))
-  int32_t *words;                // N rows as a product reads them, of the most words that one has
-  float *logits;                 // (asked_rows, logits_stride)
+  int32_t apart;             // no two rows have one slot
+  float *x, *made;           // (N, C); made: what a norm takes before it is added to x
+  float *attended, *scales;  // (N, H E), (N)
+  float *wide;               // (N, (H + 2 K) E) or (N, inner)
+  int32_t *words;            // N rows as a product reads them, of the most words that one has
+  float *logits;             // (asked_rows, logits_stride)
   int32_t logits_stride;
 };
 

@@ -8,12 +8,15 @@
 #include <cstring>
 #include <vector>
 
+#include "activation_decode.h"
 #include "decode.h"
-#include "gelu.h"
 #include "gemm.h"
 #include "norm.h"
 
 namespace {
+
+// Up to so many rows each thread reads for itself: that takes less than to wait for another.
+constexpr int OWN_ROWS = 4;
 
 inline int word_count(const Linear &linear) {
   const int per_word = linear.kind == INT8 ? 4 : linear.kind == BF16 ? 2 : 1;
@@ -49,54 +52,98 @@ float to_words(const float *row, int size, int kind, int32_t *words) {
   return scale;
 }
 
-// A finished sum as fp32.
+// 16 outputs from a column on: how their sums become numbers.
 template <typename Kind>
-inline Floats value(typename Kind::Sum sum, const Linear &, int, __mmask16, float) {
-  return sum;
-}
+struct Outputs {
+  __mmask16 mask;
+  bool has_bias;
+  Floats bias, scale;
+  Words zero;
 
-template <>
-inline Floats value<Int8>(Words sum, const Linear &linear, int column, __mmask16 mask,
-                          float scale) {
-  const Words zero = _mm512_maskz_loadu_epi32(mask, linear.zero + column);
-  const Floats both = _mm512_mul_ps(load(linear.scale + column, mask), _mm512_set1_ps(scale));
-  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, zero)), both);
+  Outputs(const Linear &linear, int column)
+      : mask(lanes(linear.outputs - column)), has_bias(linear.bias) {
+    if (has_bias) bias = load(linear.bias + column, mask);
+    if (linear.kind != INT8) return;
+    scale = load(linear.scale + column, mask);
+    zero = _mm512_maskz_loadu_epi32(mask, linear.zero + column);
+  }
+
+  // row_scale: of the row's words.
+  Floats operator()(typename Kind::Sum sum, float row_scale) const {
+    const Floats y = number(sum, row_scale);
+    return has_bias ? _mm512_add_ps(y, bias) : y;
+  }
+
+ private:
+  Floats number(Floats sum, float) const { return sum; }
+
+  Floats number(Words sum, float row_scale) const {
+    const Floats both = _mm512_mul_ps(scale, _mm512_set1_ps(row_scale));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, zero)), both);
+  }
+};
+
+// A row through a norm that there is.
+inline void normalise(const float *x, const Norm &norm, float *y, int C) {
+  if (norm.bias)
+    normalise(x, norm.weight, norm.bias, y, norm.eps, C);
+  else
+    normalise_rms(x, norm.weight, y, norm.eps, C);
 }
 
 struct Results {
   float *rows;       // (N, stride)
   const float *add;  // (N, stride), or null
   int stride;
-  bool gelu;
+  int activation = NONE;
 };
+
+struct Input {  // rows as words, and their scales
+  const int32_t *words;
+  const float *scales;
+};
+
+// The sums of a tile's rows by one panel -> results from `row` on.
+template <typename Kind>
+inline void finish(const typename Kind::Sum (*sums)[BLOCKS], const Linear &linear, int panel,
+                   const float *scales, const Results &to, int row, int rows) {
+  const bool is_gated = to.activation == SWIGLU;
+  const int blocks = is_gated ? BLOCKS / 2 : BLOCKS, end = is_gated ? to.stride : linear.outputs;
+  for (int b = 0; b < blocks; ++b) {
+    const int from = panel * PANEL + b * LANES, column = (panel * blocks + b) * LANES;
+    if (column >= end) break;
+    const __mmask16 mask = lanes(end - column);
+    const Outputs<Kind> outputs(linear, from);
+    const Outputs<Kind> gated(linear, is_gated ? from + PANEL / 2 : from);
+    for (int r = 0; r < rows; ++r) {
+      const size_t at = (size_t)(row + r) * to.stride + column;
+      Floats y = outputs(sums[r][b], scales[r]);
+      if (is_gated)
+        y = _mm512_mul_ps(silu(y), gated(sums[r][b + BLOCKS / 2], scales[r]));
+      else
+        y = activate(to.activation, y);
+      if (to.add) y = _mm512_add_ps(y, load(to.add + at, mask));
+      store(to.rows + at, y, mask);
+    }
+  }
+}
 
 // Rows first .. stop - 1 by one panel.
 template <typename Kind>
-void multiply_panel(const Linear &linear, int panel, const int32_t *words, const float *scales,
-                    const Results &to, int first, int stop) {
+void multiply_panel(const Linear &linear, int panel, const Input &x, const Results &to, int first,
+                    int stop) {
   const int count = word_count(linear);
   const size_t width = row_words(linear);
   const Words *weights = (const Words *)linear.weight + (size_t)panel * count * BLOCKS;
   in_tiles(first, stop, [&](int row, int rows) {
     typename Kind::Sum sums[TILE][BLOCKS];  // at rest, lest all that follows be unrolled
-    product<Kind>(rows, {words + row * width, width, 1}, weights, count, FromZero<Kind>{},
+    product<Kind>(rows, {x.words + row * width, width, 1}, weights, count, FromZero<Kind>{},
                   [&](int r, int b, typename Kind::Sum sum) { sums[r][b] = sum; });
-    for (int r = 0; r < rows; ++r)
-      for (int b = 0; b < BLOCKS; ++b) {
-        const int column = panel * PANEL + b * LANES;
-        if (column >= linear.outputs) continue;
-        const __mmask16 mask = lanes(linear.outputs - column);
-        const size_t at = (size_t)(row + r) * to.stride + column;
-        Floats y = value<Kind>(sums[r][b], linear, column, mask, scales[row + r]);
-        if (linear.bias) y = _mm512_add_ps(y, load(linear.bias + column, mask));
-        if (to.gelu) y = gelu(y);
-        if (to.add) y = _mm512_add_ps(y, load(to.add + at, mask));
-        store(to.rows + at, y, mask);
-      }
+    finish<Kind>(sums, linear, panel, x.scales + row, to, row, rows);
   });
 }
 
-void multiply(const Linear &linear, const Step &step, int rows, const Results &to) {
+void multiply(const Linear &linear, const Input &x, int rows, const Results &to) {
   // Cores are seldom equally fast: others' work and other machines' take from each in turn.
 #pragma omp for collapse(2) schedule(dynamic)
   for (int first = 0; first < rows; first += ROW_BLOCK)
@@ -105,26 +152,34 @@ void multiply(const Linear &linear, const Step &step, int rows, const Results &t
       const auto run = linear.kind == INT8   ? multiply_panel<Int8>
                        : linear.kind == BF16 ? multiply_panel<Bf16>
                                              : multiply_panel<Fp32>;
-      run(linear, panel, step.words, step.scales, to, first, stop);
+      run(linear, panel, x, to, first, stop);
     }
 }
 
 // x (N, inputs), or the rows of it that `chosen` names, through `norm` if there is one.
 void linear(const Linear &linear, const Step &step, const float *x, const Norm *norm,
             const int32_t *chosen, int rows, const Results &to) {
-#pragma omp for schedule(static)
-  for (int row = 0; row < rows; ++row) {
+  const auto read = [&](int row, int32_t *words) {
     const float *from = x + (size_t)(chosen ? chosen[row] : row) * linear.inputs;
     thread_local std::vector<float> normed;
     if (norm && norm->weight) {
       normed.resize(linear.inputs);
-      normalise(from, norm->weight, norm->bias, normed.data(), norm->eps, linear.inputs);
+      normalise(from, *norm, normed.data(), linear.inputs);
       from = normed.data();
     }
-    int32_t *words = step.words + row * row_words(linear);
-    step.scales[row] = to_words(from, linear.inputs, linear.kind, words);
+    return to_words(from, linear.inputs, linear.kind, words + row * row_words(linear));
+  };
+  if (rows <= OWN_ROWS) {
+    thread_local std::vector<int32_t> words;
+    words.resize(std::max(words.size(), rows * row_words(linear)));
+    float scales[OWN_ROWS];
+    for (int row = 0; row < rows; ++row) scales[row] = read(row, words.data());
+    multiply(linear, {words.data(), scales}, rows, to);
+  } else {
+#pragma omp for schedule(static)
+    for (int row = 0; row < rows; ++row) step.scales[row] = read(row, step.words);
+    multiply(linear, {step.words, step.scales}, rows, to);
   }
-  multiply(linear, step, rows, to);
 }
 
 }  // namespace

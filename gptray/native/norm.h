@@ -1,4 +1,4 @@
-// Layer norm of rows of C numbers, fp32 or bf16, and its gradients.
+// Layer norm of rows of C numbers, fp32 or bf16, and its gradients; RMSNorm.
 
 #pragma once
 
@@ -35,6 +35,23 @@ inline void normalise(const T *x, const float *weight, const float *bias, T *y, 
     const Floats d = _mm512_sub_ps(load(x + i, mask), of_row.mean);
     const Floats normed = _mm512_mul_ps(d, of_row.inverse);
     store(y + i, _mm512_fmadd_ps(normed, load(weight + i, mask), load(bias + i, mask)), mask);
+  }
+}
+
+// x over its root mean square, times weight (Zhang & Sennrich 2019); y may be x.
+template <typename T>
+inline void normalise_rms(const T *x, const float *weight, T *y, float eps, int C) {
+  Floats square = _mm512_setzero_ps();
+  for (int i = 0; i < C; i += LANES) {
+    const Floats numbers = load(x + i, lanes(C - i));
+    square = _mm512_fmadd_ps(numbers, numbers, square);
+  }
+  const float mean = _mm512_reduce_add_ps(square) / C;
+  const Floats inverse = _mm512_set1_ps(1.f / std::sqrt(mean + eps));
+  for (int i = 0; i < C; i += LANES) {
+    const __mmask16 mask = lanes(C - i);
+    const Floats normed = _mm512_mul_ps(load(x + i, mask), inverse);
+    store(y + i, _mm512_mul_ps(normed, load(weight + i, mask)), mask);
   }
 }
 

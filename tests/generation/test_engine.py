@@ -38,6 +38,14 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
+# With all that GPT-2 lacks: a network whose rows must keep their bits too.
+MODERN: dict[str, Any] = {
+    "norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "n_kv_head": 2, "head_dim": 18,
+    "qk_norm": True, "sliding_window": 23, "mlp_bias": False, "tie_word_embeddings": False,
+    "layer_types": ["full_attention", "sliding_attention"],
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return small_tokenizer()
@@ -175,10 +183,17 @@ def as_after_training() -> Iterator[None]:
         pytest.param("native", torch.bfloat16, "int8", marks=needs_native),
     ],
 )
+@pytest.mark.parametrize("choices", [{}, MODERN], ids=["gpt2", "modern"])
 def test_logits_are_bit_for_bit_those_of_a_row_alone(
-    tokenizer: Tokenizer, backend: str, dtype: torch.dtype, quantize: str, as_after_training: None
+    tokenizer: Tokenizer,
+    backend: str,
+    dtype: torch.dtype,
+    quantize: str,
+    choices: dict[str, Any],
+    as_after_training: None,
 ) -> None:
-    model = random_gpt(tokenizer, n_layer=3, n_embd=60, n_head=4, n_inner=100, n_positions=200)
+    shape = {"n_embd": 60, "n_head": 4, "n_inner": 100, "n_positions": 200, **choices}
+    model = random_gpt(tokenizer, **shape)
     prompts = [prompt_of(tokenizer, length, seed=length) for length in (3, 17, 64, 65, 128)]
 
     def logits_of(prompts: list[list[int]]) -> torch.Tensor:
@@ -196,10 +211,11 @@ def test_logits_are_bit_for_bit_those_of_a_row_alone(
     ("dtype", "quantize"),
     [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")],
 )
+@pytest.mark.parametrize("choices", [{}, MODERN], ids=["gpt2", "modern"])
 def test_native_logits_are_bit_for_bit_the_same_however_a_prompt_was_read(
-    tokenizer: Tokenizer, dtype: torch.dtype, quantize: str
+    tokenizer: Tokenizer, dtype: torch.dtype, quantize: str, choices: dict[str, Any]
 ) -> None:
-    model = random_gpt(tokenizer, n_embd=44, n_head=4, n_positions=200)
+    model = random_gpt(tokenizer, n_embd=44, n_head=4, n_positions=200, **choices)
     prompt = prompt_of(tokenizer, 120, seed=1)
     at_once, in_pieces, by_tokens = (network("native", model, 1, dtype, quantize) for _ in range(3))
     (expected,) = at_once.step([], [Piece(0, 0, prompt)])

@@ -16,8 +16,14 @@ from gptray.generation.native_decoder import NativeDecoder
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.hf import load_pretrained
-from tests.generation.models import network, prompt_of, random_gpt, small_tokenizer
-from tests.model.foreign_models import FAMILIES, SHAPES, make_hf
+from tests.generation.models import (
+    needs_native,
+    network,
+    prompt_of,
+    random_gpt,
+    small_tokenizer,
+)
+from tests.model.foreign_models import FAMILIES, MIXES, SHAPES, make_hf
 
 POSITIONS = 96
 
@@ -27,17 +33,21 @@ def tokenizer() -> Tokenizer:
     return small_tokenizer()
 
 
+BOTH = ["torch", pytest.param("native", marks=needs_native)]
+
+
+@pytest.mark.parametrize("backend", BOTH)
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
 def test_logits_in_pieces_and_steps_are_the_whole_networks(
-    name: str, tokenizer: Tokenizer, tmp_path: Path
+    name: str, backend: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     V = tokenizer.vocab_size
     make_hf(name, V).save_pretrained(tmp_path)
     model = load_pretrained(tmp_path).eval()
     ids = prompt_of(tokenizer, POSITIONS, seed=1)
     expected = model(torch.tensor([ids]))[0]
-    decoder = Decoder(model, 2, dtype=torch.float32)
+    decoder = network(backend, model, 2, torch.float32)
     first = decoder.step([], [Piece(0, 0, ids[:30])]).clone()
     second = decoder.step([], [Piece(0, 30, ids[30:45], scored=True)])
     torch.testing.assert_close(first[:, :V], expected[29:30], atol=1e-4, rtol=0)
@@ -50,14 +60,33 @@ def test_logits_in_pieces_and_steps_are_the_whole_networks(
             torch.testing.assert_close(logits[1, :V], expected[6], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("fields", MIXES, ids=str)
+@torch.no_grad()
+def test_any_mix_of_choices_is_decoded(
+    fields: dict[str, object], backend: str, tokenizer: Tokenizer
+) -> None:
+    model = random_gpt(tokenizer, n_head=4, n_positions=40, initializer_range=0.2, **fields)
+    ids = prompt_of(tokenizer, 40, seed=3)
+    expected = model(torch.tensor([ids]))[0]
+    decoder = network(backend, model, 1, torch.float32)
+    scored = decoder.step([], [Piece(0, 0, ids[:30], scored=True)])[:, : tokenizer.vocab_size]
+    torch.testing.assert_close(scored, expected[:30], atol=1e-4, rtol=1e-5)
+    for position in range(30, 40):
+        logits = decoder.step([(ids[position], position)], [])[0, : tokenizer.vocab_size]
+        torch.testing.assert_close(logits, expected[position], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BOTH)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_greedy_is_transformers_for_a_hundred_prompts(
-    name: str, tokenizer: Tokenizer, tmp_path: Path
+    name: str, backend: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     theirs = make_hf(name, tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     theirs.save_pretrained(tmp_path)
-    engine = Engine(load_pretrained(tmp_path).eval(), tokenizer, max_batch_size=50)
+    model = load_pretrained(tmp_path).eval()
+    engine = Engine(model, tokenizer, max_batch_size=50, backend=backend)
     sampling = Sampling(temperature=0, max_new_tokens=12, utf8=False, ignore_eos=True)
     for length in (1, 6, 20, 40):
         prompts = [prompt_of(tokenizer, length, seed=length + seed) for seed in range(0, 1000, 40)]
@@ -110,8 +139,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
         open_engine(tmp_path, load_config(None, []))
 
 
-@pytest.mark.parametrize("backend", ["native", "graph"])
-def test_what_only_pytorch_computes_is_computed_by_it(backend: str, tokenizer: Tokenizer) -> None:
+def test_what_no_cuda_graph_computes_is_computed_by_pytorch(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer, norm="rmsnorm")
-    decoder = network(backend, model, 1, torch.float32)
+    decoder = network("graph", model, 1, torch.float32)
     assert isinstance(decoder, Decoder) and not isinstance(decoder, NativeDecoder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,12 @@ from gptray.config import UserError, load_config
 from gptray.doors import run
 from gptray.jobs.evaluate.check import LONGEST_WINDOW
 from gptray.jobs.evaluate.check import check as check_evaluate
+from gptray.jobs.engine_backend import planned_backend
 from gptray.jobs.generate.check import check_model
 from gptray.jobs.generate.llm import LLM
 from gptray.jobs.train.check import check, plan
 from gptray.model.hf import save_pretrained
-from tests.generation.models import random_gpt, small_tokenizer
+from tests.generation.models import needs_native, random_gpt, small_tokenizer
 from tests.model.foreign_models import make_hf
 
 
@@ -44,31 +44,31 @@ def test_a_dry_run_counts_the_parameters_and_names_the_family(
     assert dict(mix)["saved as"].startswith("gptray, which only gptray opens")
 
 
-def test_native_kernels_are_refused_by_name_by_every_job(
+def test_native_kernels_are_refused_by_name_for_training(
     qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"storage_path={tmp_path}", "generate.backend=native", "train.backend=native"]
-    jobs = {
-        "train": [f"model.init_from={qwen}", "train.block_size=32"],
-        "generate": [f"generate.model={qwen}", "sample.prompt=the cat"],
-        "serve": [f"serve.model={qwen}"],
-    }
-    for job, more in jobs.items():
-        assert run(job, [*words, *more, "--dry-run"]) == 2
-        key = "train.backend" if job == "train" else "generate.backend"
-        assert f"{key}=native: gptray's kernels" in capsys.readouterr().err
+    words = [f"storage_path={tmp_path}", "train.backend=native", "train.block_size=32"]
+    assert run("train", [f"model.init_from={qwen}", *words, "--dry-run"]) == 2
+    assert "train.backend=native: gptray's kernels" in capsys.readouterr().err
 
 
-def test_auto_takes_pytorch_and_says_so(
-    qwen: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+@needs_native
+def test_the_native_decoder_takes_every_family(
+    qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = ["sample.prompt=the cat", "--dry-run"]
     for job, key in (("serve", "serve.model"), ("generate", "generate.model")):
-        assert run(job, [f"{key}={qwen}", "sample.prompt=the cat", "--dry-run"]) == 0
-        planned = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
-        assert planned["backend"].startswith("torch, since gptray's kernels")
-    with caplog.at_level(logging.INFO, logger="gptray"):
-        assert LLM(qwen).generate("the cat", max_new_tokens=2)
-    assert "generate.backend: PyTorch, since gptray's kernels" in caplog.text
+        for asked in ("native", "auto"):
+            assert run(job, [f"{key}={qwen}", f"generate.backend={asked}", *words]) == 0
+            planned = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+            assert planned["backend"].startswith(asked)
+    assert LLM(qwen, backend="native").generate("the cat", max_new_tokens=2)
+
+
+def test_cuda_graphs_leave_other_families_to_pytorch(qwen: Path) -> None:
+    config = load_config(None, ["compute.use_gpu=true"])
+    expected = "torch, since gptray's CUDA graphs compute GPT-2's network, not model."
+    assert planned_backend(config, qwen).startswith(expected)
 
 
 def test_a_long_context_is_not_scored_in_one_window(tmp_path: Path) -> None:

@@ -67,6 +67,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         _GROUPED | {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     ),
 }  # fmt: skip
+# Choices that no family has together.
+MIXES: list[dict[str, object]] = [
+    {"norm": "rmsnorm", "n_kv_head": 2, "tie_word_embeddings": False},
+    {"mlp": "swiglu", "qkv_bias": False, "attn_out_bias": False, "mlp_bias": False},
+    {"positions": "rotary", "partial_rotary_factor": 0.5, "norm": "none", "qk_norm": True},
+    {
+        "positions": "rotary",
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "qk_norm": True,
+    },
+    {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
+    {"post_norm": True, "parallel_residual": True, "residual": False, "head_dim": 6},
+]
 # One of each family.
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "exaone4"]
 

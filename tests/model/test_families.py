@@ -21,7 +21,7 @@ from gptray.model.only_torch import why_only_torch
 from gptray.model.parameters import parameter_count
 from gptray.model.rotary import frequencies
 from gptray.model.shape import read_shape
-from tests.model.foreign_models import FAMILIES, SHAPES, make_hf
+from tests.model.foreign_models import FAMILIES, MIXES, SHAPES, make_hf
 
 VOCAB_SIZE = 99
 
@@ -122,20 +122,6 @@ def test_yarn_takes_every_key_of_its_own() -> None:
     assert all(made(**{key: value})[0] != plain for key, value in keys.items())
     assert made(attention_factor=0.5) == (plain, 0.5)
     assert made(mscale=1.0, mscale_all_dim=1.0) == (plain, 1.0) and factor > 1.1
-
-
-MIXES: list[dict[str, object]] = [
-    {"norm": "rmsnorm", "n_kv_head": 2, "tie_word_embeddings": False},
-    {"mlp": "swiglu", "qkv_bias": False, "attn_out_bias": False, "mlp_bias": False},
-    {"positions": "rotary", "partial_rotary_factor": 0.5, "norm": "none", "qk_norm": True},
-    {
-        "positions": "rotary",
-        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-        "qk_norm": True,
-    },
-    {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
-    {"post_norm": True, "parallel_residual": True, "residual": False, "head_dim": 6},
-]
 
 
 @pytest.mark.parametrize("fields", MIXES, ids=str)

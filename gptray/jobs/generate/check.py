@@ -33,7 +33,7 @@ def check_model(config: Config) -> CheckedModel:
     """Find generate.model. Raises UserError if it is not there, or this machine cannot run it."""
     check_resources(config.compute)
     folder, name = find_model(config, config.generate.model, key="generate.model")
-    check_engine_backend(config, folder)
+    check_engine_backend(config)
     return CheckedModel(config, folder, name)
 
 
@@ -88,7 +88,7 @@ def check_batch(config: Config) -> CheckedBatch:
     elif is_uri(settings.output_path) and (why := why_not_written(settings.output_path)):
         problems.append(f"generate.output_path={settings.output_path}: {why}")
     try:
-        check_engine_backend(config, model_dir if name else None)
+        check_engine_backend(config)
     except UserError as error:
         problems.append(str(error))
     output, folder = _output_of(settings.output_path or "")

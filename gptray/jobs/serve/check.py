@@ -52,7 +52,7 @@ def check(config: Config) -> CheckedEndpoint:
         except UserError as error:
             problems.append(str(error))
     try:
-        check_engine_backend(config, model_folder(model["model"]) if model else None)
+        check_engine_backend(config)
     except UserError as error:
         problems.append(str(error))
     if problems:

@@ -31,7 +31,7 @@ def application(args: Mapping[str, object]) -> object:
     The model and its name come as the deployment's user_config. Raises ConfigError, UserError.
     """
     config = override(Config(), args)
-    check_engine_backend(config, None)
+    check_engine_backend(config)
     return bound(config, None)
 
 
