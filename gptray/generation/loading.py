@@ -11,9 +11,9 @@ from gptray.config import Config, ModelConfig, UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
 from gptray.generation.step_timing import faster_decoder
+from gptray.model.adapter_files import load_adapted
 from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu
-from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.only_torch import check_kernels
 from gptray.model.precision import pick_dtype
@@ -27,6 +27,8 @@ def open_engine(
 ) -> tuple[Engine, Tokenizer]:
     """The engine of a model folder, by the config's generate and quantize sections; its tokenizer.
 
+    generate.adapter is merged into the model.
+
     max_batch_size: sequences at a time; None: generate.max_batch_size. On a GPU where
     compute.use_gpu says so.
     Raises UserError naming what is wrong with the folder, or why there is no such backend or GPU.
@@ -36,7 +38,7 @@ def open_engine(
         check_gpu()
     slots = max_batch_size or generate.max_batch_size
     keep_freed_memory()
-    model = load_pretrained(folder).eval().to(device)
+    model = load_adapted(folder, generate.adapter).eval().to(device)
     _check_weights(model, folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > model.valid_vocab_size:

@@ -53,7 +53,7 @@ def save_pretrained(
     def stored(name: str) -> Tensor:
         part = parts[name]
         weight = model.whole(parameters[part.parameter])
-        return _to_file(weight[part.start : part.start + part.rows], part, model.config)
+        return to_file(weight[part.start : part.start + part.rows], part, model.config)
 
     shapes = {name: torch.Size(part.dims) for name, part in parts.items()}
     with replacing(folder / WEIGHTS) as path:
@@ -143,7 +143,7 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
                 f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {part.dims}"
             )
         target = parameters[part.parameter][part.start : part.start + part.rows]
-        target.copy_(_from_file(tensor, part, config))
+        target.copy_(from_file(tensor, part, config))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: {next(iter(missing))} is missing from the weights{more}")
@@ -157,13 +157,15 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
         parameters[name][valid:].zero_()
 
 
-def _to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
+def to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    """A part's numbers as its file has them."""
     if part.turned == "by_head":
         return weight.view(3, config.n_head, -1).transpose(0, 1).reshape(weight.shape)
     return weight.t() if part.turned == "transposed" else weight
 
 
-def _from_file(stored: Tensor, part: Part, config: ModelConfig) -> Tensor:
+def from_file(stored: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    """The inverse of `to_file`."""
     if part.turned == "by_head":
         return stored.view(config.n_head, 3, -1).transpose(0, 1).reshape(stored.shape)
     return stored.t() if part.turned == "transposed" else stored

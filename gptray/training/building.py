@@ -12,6 +12,8 @@ from gptray.config import Config
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.data.vocabulary import kept_rows
+from gptray.model.adapter import ADAPTER, Base
+from gptray.model.adapter_files import adapt_to, load_adapter
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
@@ -33,14 +35,17 @@ def build_model(
 ) -> GPT:
     """The run's model on the CPU, to compute on `device`; from a checkpoint, or as training begins.
 
+    With `lora.rank`, model.init_from's with an adapter, which alone has gradients.
     native: by the project's own kernels, in bf16. tell: receives notices, such as of a resized
     embedding.
     """
-    if config.model.init_from and not checkpoint:
+    base = base_of(config)
+    has_weights = checkpoint is not None and base is None
+    if config.model.init_from and not has_weights:
         folder = model_folder(config.model.init_from)
         check_weights(folder, read_shape(folder))
     model = GPT(config.model, vocab_size=data.vocab_size)
-    if checkpoint:
+    if checkpoint and has_weights:
         load_weights(model, checkpoint / "model")
     elif config.model.init_from and config.model.resize_vocab:
         _load_resized(model, config, data, config.model.init_from, tell)
@@ -55,7 +60,19 @@ def build_model(
         tell(f"training in fp32: {device_name(device)} does not compute in bf16")
     if native:
         model.use_kernels()
+    if base:
+        adapt_to(model, base, config.lora, seed=config.seed)
+        if checkpoint:
+            load_adapter(model, checkpoint / ADAPTER, base)
     return model
+
+
+def base_of(config: Config) -> Base | None:
+    """The model that a run adapts; None where it trains all weights. Raises UserError."""
+    if config.lora.rank is None:
+        return None
+    assert config.model.init_from
+    return Base.of(config.model.init_from)
 
 
 def _load_resized(

@@ -20,14 +20,15 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
+from gptray.jobs.adapters import adapter_sha256, check_adapter, with_adapter
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.evaluate.evaluated_model import FoundModel, model_to_evaluate, results_folder
-from gptray.jobs.models import for_workers, weights_sha256, with_tokenizer
+from gptray.jobs.models import for_workers, with_tokenizer
 from gptray.jobs.places import with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.storage import check_storage
-from gptray.model.shape import read_shape
+from gptray.model.shape import read_shape, weights_sha256
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import newest_whole
 from gptray.training.trainer_state import TrainerState
@@ -75,7 +76,9 @@ class CheckedEvaluation:
 
     @cached_property
     def model_sha256(self) -> str:
-        return weights_sha256(self.model_dir)
+        """Of the model's weights; of an adapter's where it has one."""
+        adapter = adapter_sha256(self.config.evaluate.adapter)
+        return adapter or weights_sha256(self.model_dir)
 
     @cached_property
     def trained_on(self) -> str | None:
@@ -107,9 +110,10 @@ def check(config: Config) -> CheckedEvaluation:
     """Find the model and the text. Raises UserError naming the key or the file."""
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
-    config = with_whole_paths(with_tokenizer(config))
+    config = with_adapter(with_whole_paths(with_tokenizer(config)), "evaluate")
     found = model_to_evaluate(config)
     model_dir, run = found.folder, found.run
+    check_adapter(config, "evaluate", model_dir)
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
     text = _text(config, trained, found)
@@ -136,6 +140,7 @@ def plan(checked: CheckedEvaluation) -> Plan:
     config, data = checked.config, checked.text.data
     rows = [
         ("model", checked.model),
+        *([("adapter", adapter)] if (adapter := config.evaluate.adapter) else []),
         ("text", ", ".join(checked.source)),
         ("windows", f"{checked.block_size} tokens, {checked.stride} apart"),
     ]

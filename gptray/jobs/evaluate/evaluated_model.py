@@ -10,6 +10,7 @@ from gptray.config import Config, UserError
 from gptray.config.names import label_of
 from gptray.evaluation.result import EVALUATION
 from gptray.files import absolute, is_uri
+from gptray.jobs.adapters import adapted_name, adapter_sha256
 from gptray.jobs.models import (
     CONFIG,
     find_model,
@@ -17,11 +18,10 @@ from gptray.jobs.models import (
     holds_model,
     newest_run,
     storage_of,
-    weights_sha256,
 )
 from gptray.jobs.remote_records import fetch_records, records_folder
 from gptray.jobs.run_folder import resolve, run_dir, seen_at
-from gptray.model.shape import model_folder
+from gptray.model.shape import model_folder, weights_sha256
 from gptray.node_cache import hold
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step
@@ -105,7 +105,8 @@ def results_folder(config: Config, found: FoundModel) -> tuple[Path, RemoteFolde
 
     Raises UserError where that folder is something else's.
     """
-    if found.run and (found.home or found.run / "model" == found.folder):
+    is_own = config.evaluate.adapter is None
+    if is_own and found.run and (found.home or found.run / "model" == found.folder):
         return found.run, found.home
     name = config.name or _name(config, found.folder, found.run)
     if is_uri(config.storage_path):
@@ -131,5 +132,7 @@ def _name(config: Config, model_dir: Path, run: Path | None) -> str:
     source = Path(config.evaluate.model or model_dir)
     label = source.parent.name if source.name == "model" else source.name
     label = f"{run.name}-{label}" if run else label
+    label = adapted_name(label, config.evaluate.adapter).replace(":", "-")
     label = label_of(label, 40) or "model"
-    return f"{label}-{weights_sha256(model_dir)[:6]}"
+    sha256 = adapter_sha256(config.evaluate.adapter) or weights_sha256(model_dir)
+    return f"{label}-{sha256[:6]}"

@@ -26,9 +26,9 @@ from gptray.generation.settings import Sampling
 from gptray.jobs.evaluate.task import Call, Continuation, EvaluationTask
 from gptray.jobs.remote_data import tokens_on_node
 from gptray.jobs.tasks import Failure, attempt
+from gptray.model.adapter_files import load_adapted
 from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu, out_of_gpu_memory
-from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32
 
@@ -118,7 +118,7 @@ class Scorer:
         device = torch.device("cuda" if self._config.compute.use_gpu else "cpu")
         if device.type == "cuda":
             check_gpu()
-        model = load_pretrained(self._task.model).eval()
+        model = load_adapted(self._task.model, self._config.evaluate.adapter).eval()
         model.compute_dtype = scoring_dtype(self._config.evaluate.precision, device)
         return model.to(device)
 

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from starlette.types import ASGIApp
 
-from gptray.config import UserError
+from gptray.config import UserError, override
 from gptray.config.suggest import did_you_mean, nearest
+from gptray.jobs.adapters import adapted_name
 from gptray.jobs.models import find_model
-from gptray.jobs.serve.check import USER_CONFIG, name_of
+from gptray.jobs.serve.check import USER_CONFIG, WITH_ADAPTER, name_of
 from gptray.jobs.serve.task import ReplicaTask
 from gptray.serving.api_keys import Keys
 from gptray.serving.app import make_app
@@ -70,8 +71,10 @@ class Answering:
     def _load(self, model: Mapping[str, str]) -> Served:
         _check_keys(model)
         folder, place = find_model(self._config, model["model"], key="user_config: model")
-        name = model.get("served_model_name") or name_of(place)
-        return Served.load(folder, name, self._config)
+        adapter = model.get(WITH_ADAPTER)
+        name = model.get("served_model_name") or adapted_name(name_of(place), adapter)
+        config = override(self._config, {"generate.adapter": adapter})
+        return Served.load(folder, name, config)
 
     @property
     def model_name(self) -> str | None:
@@ -104,8 +107,9 @@ class Answering:
 
 def _check_keys(model: Mapping[str, str]) -> None:
     """Raise UserError for a user_config that is not what `user_config` makes."""
-    for key in model.keys() - set(USER_CONFIG):
-        near = nearest(key, USER_CONFIG)
+    known = (*USER_CONFIG, WITH_ADAPTER)
+    for key in model.keys() - set(known):
+        near = nearest(key, known)
         raise UserError(f"user_config: unknown key {key}{did_you_mean([near] if near else [])}")
     if "model" not in model:
         raise UserError("user_config: model is missing")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded, is_uri
+from gptray.jobs.adapters import adapted_name, check_adapter, with_adapter
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend, planned_backend
@@ -22,6 +23,8 @@ from gptray.serving.hosts import WILDCARDS
 
 # The keys of a deployment's user_config.
 USER_CONFIG = ("model", "served_model_name")
+# And one that it may have.
+WITH_ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ def user_config(config: Config) -> dict[str, str]:
 
     Raises UserError for a model that is not there, or whose context is too short.
     """
+    config = with_adapter(config, "serve")
     found, source = find_model(config, config.serve.model, key="serve.model")
+    check_adapter(config, "serve", found)
     n_positions, most = read_shape(found)["n_positions"], config.serve.max_output_tokens
     if most is not None and most > n_positions:
         raise UserError(
@@ -132,7 +137,9 @@ def user_config(config: Config) -> dict[str, str]:
     folder = expanded(source).absolute()
     return {
         "model": str(folder) if folder.exists() else source,
-        "served_model_name": config.serve.served_model_name or name_of(source),
+        "served_model_name": config.serve.served_model_name
+        or adapted_name(name_of(source), config.serve.adapter),
+        **({WITH_ADAPTER: config.serve.adapter} if config.serve.adapter else {}),
     }
 
 
