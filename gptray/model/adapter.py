@@ -53,8 +53,14 @@ class Base:
 
     @cached_property
     def config(self) -> ModelConfig:
-        """Its network; vocab_size: the rows of its embedding."""
+        """Its network."""
         return ModelConfig(**read_shape(self.folder))
+
+    @property
+    def rows(self) -> int:
+        """Of its embedding."""
+        assert self.config.vocab_size
+        return self.config.vocab_size
 
     @cached_property
     def sha256(self) -> str:
@@ -64,8 +70,7 @@ class Base:
     @cached_property
     def parts(self) -> list[Part]:
         """All of its weights."""
-        assert self.config.vocab_size
-        return list(stored_parts(self.config, self.family, self.config.vocab_size))
+        return list(stored_parts(self.config, self.family, self.rows))
 
     @property
     def linear(self) -> list[Part]:

@@ -6,7 +6,7 @@ What a folder must be is `gptray.model.adapter`'s.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,16 +32,44 @@ from gptray.model.adapter import (
 )
 from gptray.model.adapter_folder import Adapter, open_adapter
 from gptray.model.gpt import GPT
-from gptray.model.hf import from_file, load_pretrained, to_file
-from gptray.model.lora import LoRALinear, adapt
+from gptray.model.hf import from_file, load_pretrained, load_weights, save_pretrained, to_file
+from gptray.model.lora import LoRALinear, add_adapters, freeze
 from gptray.model.parameters import HEAD, Part
+from gptray.model.rounding import read_weight
+from gptray.model.stored_weights import stored_model
 from gptray.model.tensor_file import write_tensors
 
 
-def adapt_to(model: GPT, base: Base, lora: LoraConfig, *, seed: int) -> None:
-    """Freeze a network that has the base's weights, and give it a new adapter; see `adapt`."""
+def adapted_network(
+    base: Base,
+    lora: LoraConfig,
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    native: bool = False,
+    seed: int = 0,
+) -> GPT:
+    """The base, frozen, with a new adapter; on the CPU, to compute in `dtype`.
+
+    config: the base's network, its dropout and context maybe other ones. vocab_size: rows of the
+    embedding that stand for tokens. native: by the project's kernels, but for the layers that are
+    adapted. Raises UserError for targets that the base has not, and as `load_weights`.
+    """
     adapted, replaced = adapted_parts(base, lora.targets), replaced_parts(base, lora.train)
-    adapt(model, lora, adapted, replaced, seed=seed)
+    with torch.device("meta"):
+        model = GPT(config, vocab_size=vocab_size)
+    model.compute_dtype = dtype
+    if native:
+        model.use_kernels()
+    # Before there are numbers: they are to arrive in the dtype that they are kept in.
+    freeze(model, replaced)
+    model.to_empty(device="cpu")
+    model.valid_vocab_size = base.rows
+    load_weights(model, base.folder)
+    model.valid_vocab_size = vocab_size
+    add_adapters(model, lora, adapted, seed=seed)
+    return model
 
 
 def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None:
@@ -69,29 +97,63 @@ def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None
 @torch.no_grad()
 def load_adapter(model: GPT, folder: Path, base: Base) -> None:
     """Give a network's own adapter the weights that `save_adapter` wrote. Raises UserError."""
-    adapter = open_adapter(folder, base)
-    for part, a, b in _pairs(adapter, model.config):
-        own_a, own_b = _pair(model, part)
-        own_a.copy_(a)
-        own_b.copy_(b)
-    _replace(model, adapter)
+    adapter, parameters = open_adapter(folder, base), dict(model.named_parameters())
+    with _opened(adapter) as file:
+        for part in adapter.adapted:
+            a, b = _pair(model, part)
+            name = PREFIX + module_of(part)
+            a.copy_(file.get_tensor(name + A))
+            b.copy_(_rows(file.get_tensor(name + B), part, model.config, from_file))
+        for part, weight in _own(adapter.replaced, parameters):
+            weight.copy_(from_file(file.get_tensor(PREFIX + part.name), part, model.config))
 
 
 @torch.no_grad()
 def merge_adapter(model: GPT, adapter: Adapter) -> None:
     """Add an adapter to the weights of its base, in fp32. Raises UserError if it is damaged."""
-    parameters = dict(model.named_parameters())
-    for part, a, b in _pairs(adapter, model.config):
-        weight = parameters[part.parameter][part.start : part.start + part.rows]
-        weight.addmm_(b.float(), a.float(), alpha=adapter.lora.scale)
-    _replace(model, adapter)
+    _merge(dict(model.named_parameters()), adapter, model.config)
+    if not model.config.tie_word_embeddings:
+        return
+    with _opened(adapter) as file:
+        has_copy = PREFIX + HEAD in file.keys()  # noqa: SIM118 - not a mapping
+        if has_copy and not torch.equal(file.get_tensor(PREFIX + HEAD).float(), model.head.float()):
+            raise UserError(
+                f"{adapter.folder / WEIGHTS}: its head is not the embedding, but the base ties them"
+            )
 
 
-def load_merged(base: Base, adapter: Adapter, *, dropout: float | None = None) -> GPT:
-    """The base with an adapter as an ordinary network, see `load_pretrained`. Raises UserError."""
-    model = load_pretrained(base.folder, dropout=dropout)
+def load_merged(base: Base, adapter: Adapter) -> GPT:
+    """The base with an adapter, as an ordinary network on the CPU, in fp32. Raises UserError."""
+    model = load_pretrained(base.folder)
     merge_adapter(model, adapter)
     return model
+
+
+def save_merged(
+    base: Base, adapter: Adapter, folder: Path, *, vocab_size: int, eos_token_id: int | None
+) -> None:
+    """Write what `load_merged` gives, one weight at a time: there is no second model in memory.
+
+    vocab_size: rows of the embedding that stand for tokens; the others are left out.
+    Raises UserError for files that are damaged.
+    """
+    with torch.device("meta"):
+        model = GPT(base.config, vocab_size=vocab_size)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    stored = stored_model(base.folder).weights
+
+    def whole(parameter: Tensor) -> Tensor:
+        name = names[id(parameter)]
+        merged = torch.empty(parameter.shape)
+        for part in base.parts:
+            if part.parameter == name:
+                rows = merged[part.start : part.start + part.rows]
+                rows.copy_(from_file(read_weight(stored[part.name]), part, base.config))
+        _merge({name: merged}, adapter, base.config)
+        return merged
+
+    model.whole = whole
+    save_pretrained(model, folder, eos_token_id=eos_token_id)
 
 
 def load_adapted(source: str | Path, adapter: str | Path | None) -> GPT:
@@ -111,15 +173,6 @@ def _pair(model: GPT, part: Part) -> tuple[Tensor, Tensor]:
     )
 
 
-def _pairs(adapter: Adapter, config: ModelConfig) -> Iterator[tuple[Part, Tensor, Tensor]]:
-    """A (rank, inputs) and B (outputs, rank) of each layer, its outputs as the network has them."""
-    with _opened(adapter) as file:
-        for part in adapter.adapted:
-            name = PREFIX + module_of(part)
-            b = _rows(file.get_tensor(name + B), part, config, from_file)
-            yield part, file.get_tensor(name + A), b
-
-
 def _rows(
     b: Tensor, part: Part, config: ModelConfig, turn: Callable[[Tensor, Part, ModelConfig], Tensor]
 ) -> Tensor:
@@ -127,17 +180,23 @@ def _rows(
     return turn(b, part, config) if part.turned == "by_head" else b
 
 
-def _replace(model: GPT, adapter: Adapter) -> None:
-    parameters = dict(model.named_parameters())
+@torch.no_grad()
+def _merge(parameters: Mapping[str, Tensor], adapter: Adapter, config: ModelConfig) -> None:
+    """Change parameters of the base, by their names in the network, to what the adapter makes."""
     with _opened(adapter) as file:
-        for part in adapter.replaced:
-            weight = parameters[part.parameter][part.start : part.start + part.rows]
-            weight.copy_(from_file(file.get_tensor(PREFIX + part.name), part, model.config))
-        has_copy = model.config.tie_word_embeddings and PREFIX + HEAD in file.keys()  # noqa: SIM118
-        if has_copy and not torch.equal(file.get_tensor(PREFIX + HEAD).float(), model.head.float()):
-            raise UserError(
-                f"{adapter.folder / WEIGHTS}: its head is not the embedding, but the base ties them"
-            )
+        for part, weight in _own(adapter.adapted, parameters):
+            name = PREFIX + module_of(part)
+            b = _rows(file.get_tensor(name + B), part, config, from_file)
+            weight.addmm_(b.float(), file.get_tensor(name + A).float(), alpha=adapter.lora.scale)
+        for part, weight in _own(adapter.replaced, parameters):
+            weight.copy_(from_file(file.get_tensor(PREFIX + part.name), part, config))
+
+
+def _own(parts: Iterable[Part], parameters: Mapping[str, Tensor]) -> Iterator[tuple[Part, Tensor]]:
+    """Those of the parts that parameters have, each with its rows."""
+    for part in parts:
+        if part.parameter in parameters:
+            yield part, parameters[part.parameter][part.start : part.start + part.rows]
 
 
 @contextmanager

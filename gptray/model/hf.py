@@ -176,7 +176,10 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a mapping
+                keys = list(file.keys())
+            for key in keys:
+                # Anew for each: what was read of a mapped file counts as memory until it is closed.
+                with safe_open(path, framework="pt") as file:
                     yield path, key, file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged or incomplete: {error}") from None

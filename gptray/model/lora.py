@@ -1,7 +1,7 @@
 """LoRA: a network whose linear layers are frozen, each with narrow matrices that learn beside it.
 
 Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models. Frozen weights are kept in the
-dtype that is computed in, the adapter as fp32 masters. Files are `gptray.model.adapter_files`'s.
+dtype that is computed in, an adapter as fp32 masters. Files are `gptray.model.adapter_files`'s.
 Shapes: N tokens, P adapters of a layer, R rank.
 """
 
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from gptray.config import LoraConfig
 from gptray.model.autograd_context import AdaptedContext
-from gptray.model.gpt import GPT
-from gptray.model.layers import dropout
+from gptray.model.gpt import GPT, MLP
+from gptray.model.layers import Linear, dropout
 from gptray.model.parameters import Part
 
 
@@ -120,24 +120,36 @@ def _by_adapter(
     return a.split(b.size(1)), _split(b, spans)
 
 
-@torch.no_grad()
-def adapt(
-    model: GPT, lora: LoraConfig, adapted: Sequence[Part], replaced: Sequence[Part], *, seed: int
-) -> None:
-    """Freeze a network on the CPU but for `replaced`, and give the layers of `adapted` adapters.
+def freeze(model: GPT, replaced: Sequence[Part]) -> None:
+    """Freeze all of a network but `replaced`, in the dtype that it computes in.
 
-    At first they change nothing: B is zero, A is drawn as PEFT draws it, uniform with a bound of
-    1 / sqrt(inputs), the same for a seed on every device.
+    The kernels of linear layers and MLPs take fp32 masters, make their gradients and know no
+    adapters, so these do without; those of norms take fp32 weights, which they keep.
     """
     learns = {part.parameter for part in replaced}
-    for name, parameter in model.named_parameters():
-        if name not in learns:
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(model.compute_dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear, MLP)):
+            module.native = False
+        takes_fp32 = getattr(module, "native", False)
+        for own, parameter in module.named_parameters(recurse=False):
+            if f"{name}.{own}" not in learns:
+                parameter.requires_grad_(False)
+                if not takes_fp32:
+                    parameter.data = parameter.data.to(model.compute_dtype)
+
+
+@torch.no_grad()
+def add_adapters(model: GPT, lora: LoraConfig, adapted: Sequence[Part], *, seed: int) -> None:
+    """Give the layers of a frozen network on the CPU, of which `adapted` are parts, adapters.
+
+    At first they change nothing: B is zero, A is drawn as PEFT draws it, uniform with a bound of
+    1 / sqrt(inputs), the same for a seed on every device. What reads weights by `model.whole` gets
+    them merged.
+    """
     by_layer = dict[str, list[Part]]()
     for part in adapted:
         by_layer.setdefault(part.parameter.removesuffix(".weight"), []).append(part)
-    generator, merged = torch.Generator().manual_seed(seed), dict[int, LoRALinear]()
+    generator, layers = torch.Generator().manual_seed(seed), dict[int, LoRALinear]()
     for name, parts in by_layer.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -145,12 +157,10 @@ def adapt(
         bound = 1 / math.sqrt(linear.in_features)
         layer.lora_A.uniform_(-bound, bound, generator=generator)
         model.set_submodule(name, layer)
-        merged[id(layer.weight)] = layer
-    for block in model.transformer.h:
-        block.mlp.native = False  # its kernel has no room for adapters
+        layers[id(layer.weight)] = layer
 
-    def whole(tensor: Tensor) -> Tensor:
-        layer = merged.get(id(tensor))
-        return layer.merged() if layer else tensor.detach()
+    def whole(weight: Tensor) -> Tensor:
+        layer = layers.get(id(weight))
+        return layer.merged() if layer else weight.detach()
 
     model.whole = whole

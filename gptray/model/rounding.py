@@ -32,7 +32,7 @@ def rounded(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
     """
     import torch
 
-    weight = _read(stored)
+    weight = read_weight(stored)
     result = weight.to(dtype)
     if bool(torch.isfinite(result).all()):
         return result
@@ -52,11 +52,12 @@ def check_tied(model: StoredModel) -> None:
     Raises UserError.
     """
     head = model.copy
-    if head and not _read(head).float().equal(_read(model.embedding).float()):
+    if head and not read_weight(head).float().equal(read_weight(model.embedding).float()):
         raise UserError(f"{head.path}: {head.key} is not the embedding, but config.json ties them")
 
 
-def _read(stored: StoredWeight) -> Tensor:
+def read_weight(stored: StoredWeight) -> Tensor:
+    """A weight as it is stored. Raises UserError for a file that is damaged."""
     try:
         with safe_open(stored.path, framework="pt") as file:
             weight: Tensor = file.get_tensor(stored.key)

@@ -13,7 +13,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.data.vocabulary import kept_rows
 from gptray.model.adapter import ADAPTER, Base
-from gptray.model.adapter_files import adapt_to, load_adapter
+from gptray.model.adapter_files import adapted_network, load_adapter
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
@@ -39,13 +39,16 @@ def build_model(
     native: by the project's own kernels, in bf16. tell: receives notices, such as of a resized
     embedding.
     """
-    base = base_of(config)
-    has_weights = checkpoint is not None and base is None
-    if config.model.init_from and not has_weights:
+    if config.model.init_from and not checkpoint:
         folder = model_folder(config.model.init_from)
         check_weights(folder, read_shape(folder))
+    dtype = pick_dtype(config.train.precision, device)
+    if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
+        tell(f"training in fp32: {device_name(device)} does not compute in bf16")
+    if base := base_of(config):
+        return _adapted(config, data, base, checkpoint, dtype, native=native)
     model = GPT(config.model, vocab_size=data.vocab_size)
-    if checkpoint and has_weights:
+    if checkpoint:
         load_weights(model, checkpoint / "model")
     elif config.model.init_from and config.model.resize_vocab:
         _load_resized(model, config, data, config.model.init_from, tell)
@@ -55,15 +58,33 @@ def build_model(
         model.valid_vocab_size = data.vocab_size
     else:
         model.initialise(config.seed)
-    model.compute_dtype = pick_dtype(config.train.precision, device)
-    if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
-        tell(f"training in fp32: {device_name(device)} does not compute in bf16")
+    model.compute_dtype = dtype
     if native:
         model.use_kernels()
-    if base:
-        adapt_to(model, base, config.lora, seed=config.seed)
-        if checkpoint:
-            load_adapter(model, checkpoint / ADAPTER, base)
+    return model
+
+
+def _adapted(
+    config: Config,
+    data: TokenData,
+    base: Base,
+    checkpoint: Path | None,
+    dtype: torch.dtype,
+    *,
+    native: bool,
+) -> GPT:
+    """The base with the checkpoint's adapter, or a new one."""
+    model = adapted_network(
+        base,
+        config.lora,
+        config.model,
+        vocab_size=data.vocab_size,
+        dtype=dtype,
+        native=native,
+        seed=config.seed,
+    )
+    if checkpoint:
+        load_adapter(model, checkpoint / ADAPTER, base)
     return model
 
 

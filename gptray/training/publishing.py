@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gptray.config import Config
 from gptray.data.openings import first_words
 from gptray.data.tokens import TokenData
 from gptray.files import remove, storing
 from gptray.model.adapter import ADAPTER, Base
-from gptray.model.adapter_files import load_merged
+from gptray.model.adapter_files import save_merged
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.example import save_example
 from gptray.model.gpt import GPT
@@ -21,21 +20,13 @@ from gptray.training.checkpoint import MODEL, publish_folder, publish_model
 def save_model(model: GPT, folder: Path, data: TokenData) -> None:
     """Write a model with its tokenizer and an example prompt."""
     save_pretrained(model, folder, eos_token_id=data.eos_id)
-    shutil.copytree(data.data_dir / "tokenizer", folder, dirs_exist_ok=True)
-    for prompt in first_words(data)[:1]:
-        save_example(folder, prompt)
+    _save_text_files(folder, data)
 
 
 def publish_best(
-    checkpoint: Path,
-    run_dir: Path,
-    config: Config,
-    data: TokenData,
-    base: Base | None,
-    *,
-    averaged: bool = False,
+    checkpoint: Path, run_dir: Path, data: TokenData, base: Base | None, *, averaged: bool = False
 ) -> None:
-    """Make the checkpoint's model the run's `model/`, and its adapter of `base` the run's adapter/.
+    """Make the checkpoint's model the run's `model/`; its adapter of `base` the run's `adapter/`.
 
     averaged: the model is the checkpoint's average. Raises RunFailed as `publish_model`.
     """
@@ -47,10 +38,15 @@ def publish_best(
         remove(draft)
         try:
             adapter = open_adapter(checkpoint / ADAPTER, base)
-            model = load_merged(base, adapter, dropout=config.model.dropout)
-            model.valid_vocab_size = data.vocab_size
-            save_model(model, draft, data)
+            save_merged(base, adapter, draft, vocab_size=data.vocab_size, eos_token_id=data.eos_id)
+            _save_text_files(draft, data)
             publish_folder(adapter.folder, run_dir / ADAPTER)
             publish_folder(draft, run_dir / MODEL)
         finally:
             remove(draft)
+
+
+def _save_text_files(folder: Path, data: TokenData) -> None:
+    shutil.copytree(data.data_dir / "tokenizer", folder, dirs_exist_ok=True)
+    for prompt in first_words(data)[:1]:
+        save_example(folder, prompt)

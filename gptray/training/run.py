@@ -101,7 +101,7 @@ class Run:
 
     def publish(self, checkpoint: Path, *, averaged: bool) -> None:
         """Make a checkpoint's model, or its average, the run's. Raises RunFailed."""
-        publish_best(checkpoint, self.run_dir, self.config, self.data, self.base, averaged=averaged)
+        publish_best(checkpoint, self.run_dir, self.data, self.base, averaged=averaged)
 
     def seed_dropout(self, number: int) -> None:
         """Make dropout a function of (seed, updates behind the weights, number of the micro-batch).

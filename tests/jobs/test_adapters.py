@@ -17,9 +17,9 @@ from gptray.jobs.serve.check import user_config
 from gptray.jobs.train.check import check as check_training
 from gptray.jobs.train.check import plan
 from gptray.model.adapter import Base
-from gptray.model.adapter_files import adapt_to, load_merged, save_adapter
+from gptray.model.adapter_files import adapted_network, load_merged, save_adapter
 from gptray.model.adapter_folder import open_adapter
-from gptray.model.hf import load_pretrained, save_pretrained
+from gptray.model.hf import save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def adapter(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of a run called story."""
     folder = tmp_path_factory.mktemp("runs") / "story" / "adapter"
     base, lora = Base.of(str(model_dir)), LoraConfig(rank=2)
-    model = load_pretrained(model_dir)
-    adapt_to(model, base, lora, seed=0)
+    rows = base.rows
+    model = adapted_network(base, lora, base.config, vocab_size=rows, dtype=torch.float32)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

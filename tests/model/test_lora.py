@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,20 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from gptray.config import LoraConfig, UserError
 from gptray.model.adapter import Base, trained_count
-from gptray.model.adapter_files import adapt_to, load_adapter, load_merged, save_adapter
+from gptray.model.adapter_files import adapted_network, load_adapter, load_merged, save_adapter
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
+from gptray.model.layers import dropout
 from gptray.model.lora import LoRALinear
 from gptray.model.parameters import Part
+from tests.generation.models import needs_native
 from tests.model.foreign_models import FAMILIES, make_hf
 
+# PEFT's.
+pytestmark = pytest.mark.filterwarnings("ignore")
 VOCAB_SIZE = 41
 NORMS_AND_EMBEDDINGS = ("norms", "embeddings")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def base_in(folder: Path, name: str) -> Base:
@@ -54,10 +50,12 @@ def disturb(model: nn.Module) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
-def adapted(base: Base, lora: LoraConfig) -> GPT:
-    model = load_pretrained(base.folder).eval()
-    adapt_to(model, base, lora, seed=3)
-    return model
+def adapted(
+    base: Base, lora: LoraConfig, dtype: torch.dtype = torch.float32, *, native: bool = False
+) -> GPT:
+    return adapted_network(
+        base, lora, base.config, vocab_size=VOCAB_SIZE, dtype=dtype, native=native, seed=3
+    ).eval()
 
 
 def logits_of(model: nn.Module) -> Tensor:
@@ -145,8 +143,6 @@ def test_gradients_are_those_of_the_formula(p: float) -> None:
     learns = [given.requires_grad_(), layer.lora_A, layer.lora_B]
 
     def formula(x: Tensor) -> Tensor:
-        from gptray.model.layers import dropout
-
         read, y = dropout(x, p), nn.functional.linear(x, linear.weight, linear.bias)
         first = layer.scale * (read @ layer.lora_A[:3].t()) @ layer.lora_B[:4].t()
         second = layer.scale * (read @ layer.lora_A[3:].t()) @ layer.lora_B[4:].t()
@@ -163,13 +159,30 @@ def test_gradients_are_those_of_the_formula(p: float) -> None:
 
 def test_frozen_weights_are_kept_in_what_is_computed_in(tmp_path: Path) -> None:
     base = base_in(tmp_path, "gpt2")
-    model = load_pretrained(base.folder)
-    model.compute_dtype = torch.bfloat16
-    adapt_to(model, base, LoraConfig(rank=2), seed=0)
+    model = adapted(base, LoraConfig(rank=2), torch.bfloat16)
     kinds = {one.requires_grad: one.dtype for one in model.parameters()}
     assert kinds == {False: torch.bfloat16, True: torch.float32}
     model(tokens(), tokens()).backward()
     assert all((one.grad is not None) == one.requires_grad for one in model.parameters())
+
+
+@needs_native
+@pytest.mark.parametrize("targets", [None, ["c_attn"]])
+def test_native_kernels_compute_around_adapters(targets: list[str] | None, tmp_path: Path) -> None:
+    theirs = make_hf("gpt2", VOCAB_SIZE, n_head=4)
+    theirs.save_pretrained(tmp_path)
+    base, lora = Base.of(str(tmp_path)), LoraConfig(rank=4, targets=targets)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = adapted(base, lora, dtype, native=dtype == torch.bfloat16)
+        disturb(model)
+        loss = model(tokens(), tokens())
+        loss.backward()
+        grads = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
+        results.append((loss.detach(), torch.cat(grads)))
+    (expected, grad), (loss, native_grad) = results
+    assert abs(loss - expected) < 0.02 * expected
+    assert torch.cosine_similarity(native_grad, grad, dim=0) > 0.99
 
 
 def edit_config(**values: object) -> Callable[[Path], None]:

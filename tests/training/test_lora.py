@@ -22,6 +22,9 @@ from tests.model.foreign_models import make_hf
 from tests.training.runs import CPU, Killed, rows, run
 from tests.training.test_evaluations import digest, timeless
 
+# PEFT's.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 def config_in(folder: Path, data: TokenData, *words: str, family: str = "gpt2") -> Config:
     """A run of six steps from a model whose embedding is padded."""
