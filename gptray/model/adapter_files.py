@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gptray.config import LoraConfig, ModelConfig, UserError
@@ -98,34 +98,25 @@ def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None
 def load_adapter(model: GPT, folder: Path, base: Base) -> None:
     """Give a network's own adapter the weights that `save_adapter` wrote. Raises UserError."""
     adapter, parameters = open_adapter(folder, base), dict(model.named_parameters())
-    with _opened(adapter) as file:
-        for part in adapter.adapted:
-            a, b = _pair(model, part)
-            name = PREFIX + module_of(part)
-            a.copy_(file.get_tensor(name + A))
-            b.copy_(_rows(file.get_tensor(name + B), part, model.config, from_file))
-        for part, weight in _own(adapter.replaced, parameters):
-            weight.copy_(from_file(file.get_tensor(PREFIX + part.name), part, model.config))
-
-
-@torch.no_grad()
-def merge_adapter(model: GPT, adapter: Adapter) -> None:
-    """Add an adapter to the weights of its base, in fp32. Raises UserError if it is damaged."""
-    _merge(dict(model.named_parameters()), adapter, model.config)
-    if not model.config.tie_word_embeddings:
-        return
-    with _opened(adapter) as file:
-        has_copy = PREFIX + HEAD in file.keys()  # noqa: SIM118 - not a mapping
-        if has_copy and not torch.equal(file.get_tensor(PREFIX + HEAD).float(), model.head.float()):
-            raise UserError(
-                f"{adapter.folder / WEIGHTS}: its head is not the embedding, but the base ties them"
-            )
+    stored = _tensors(adapter)
+    for part in adapter.adapted:
+        a, b = _pair(model, part)
+        name = PREFIX + module_of(part)
+        a.copy_(stored[name + A])
+        b.copy_(_rows(stored[name + B], part, model.config, from_file))
+    for part, weight in _own(adapter.replaced, parameters):
+        weight.copy_(from_file(stored[PREFIX + part.name], part, model.config))
 
 
 def load_merged(base: Base, adapter: Adapter) -> GPT:
     """The base with an adapter, as an ordinary network on the CPU, in fp32. Raises UserError."""
-    model = load_pretrained(base.folder)
-    merge_adapter(model, adapter)
+    model, stored = load_pretrained(base.folder), _tensors(adapter)
+    _merge(dict(model.named_parameters()), adapter, stored, model.config)
+    head = stored.get(PREFIX + HEAD) if model.config.tie_word_embeddings else None
+    if head is not None and not torch.equal(head.float(), model.head.float()):
+        raise UserError(
+            f"{adapter.folder / WEIGHTS}: its head is not the embedding, but the base ties them"
+        )
     return model
 
 
@@ -140,7 +131,7 @@ def save_merged(
     with torch.device("meta"):
         model = GPT(base.config, vocab_size=vocab_size)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    stored = stored_model(base.folder).weights
+    weights, tensors = stored_model(base.folder).weights, _tensors(adapter)
 
     def whole(parameter: Tensor) -> Tensor:
         name = names[id(parameter)]
@@ -148,8 +139,8 @@ def save_merged(
         for part in base.parts:
             if part.parameter == name:
                 rows = merged[part.start : part.start + part.rows]
-                rows.copy_(from_file(read_weight(stored[part.name]), part, base.config))
-        _merge({name: merged}, adapter, base.config)
+                rows.copy_(from_file(read_weight(weights[part.name]), part, base.config))
+        _merge({name: merged}, adapter, tensors, base.config)
         return merged
 
     model.whole = whole
@@ -181,15 +172,19 @@ def _rows(
 
 
 @torch.no_grad()
-def _merge(parameters: Mapping[str, Tensor], adapter: Adapter, config: ModelConfig) -> None:
+def _merge(
+    parameters: Mapping[str, Tensor],
+    adapter: Adapter,
+    stored: Mapping[str, Tensor],
+    config: ModelConfig,
+) -> None:
     """Change parameters of the base, by their names in the network, to what the adapter makes."""
-    with _opened(adapter) as file:
-        for part, weight in _own(adapter.adapted, parameters):
-            name = PREFIX + module_of(part)
-            b = _rows(file.get_tensor(name + B), part, config, from_file)
-            weight.addmm_(b.float(), file.get_tensor(name + A).float(), alpha=adapter.lora.scale)
-        for part, weight in _own(adapter.replaced, parameters):
-            weight.copy_(from_file(file.get_tensor(PREFIX + part.name), part, config))
+    for part, weight in _own(adapter.adapted, parameters):
+        name = PREFIX + module_of(part)
+        b = _rows(stored[name + B], part, config, from_file)
+        weight.addmm_(b.float(), stored[name + A].float(), alpha=adapter.lora.scale)
+    for part, weight in _own(adapter.replaced, parameters):
+        weight.copy_(from_file(stored[PREFIX + part.name], part, config))
 
 
 def _own(parts: Iterable[Part], parameters: Mapping[str, Tensor]) -> Iterator[tuple[Part, Tensor]]:
@@ -199,12 +194,10 @@ def _own(parts: Iterable[Part], parameters: Mapping[str, Tensor]) -> Iterator[tu
             yield part, parameters[part.parameter][part.start : part.start + part.rows]
 
 
-@contextmanager
-def _opened(adapter: Adapter) -> Iterator[safe_open]:
-    """The file of weights. Raises UserError if it is damaged."""
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """What the file of weights holds. Raises UserError if it is damaged."""
     path = adapter.folder / WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None

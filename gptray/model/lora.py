@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gptray.config import LoraConfig
 from gptray.model.autograd_context import AdaptedContext
 from gptray.model.gpt import GPT, MLP
-from gptray.model.layers import Linear, dropout
+from gptray.model.layers import LayerNorm, Linear, RMSNorm, dropout
 from gptray.model.parameters import Part
 
 
@@ -42,7 +42,8 @@ class LoRALinear(nn.Module):
 
     def pairs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Of each adapter: its outputs, A (R, inputs), B (outputs, R)."""
-        yield from zip(self.spans, *_by_adapter(self.lora_A, self.lora_B, self.spans), strict=True)
+        each_a, each_b = torch.split(self.lora_A, self.rank), _split(self.lora_B, self.spans)
+        yield from zip(self.spans, each_a, each_b, strict=True)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -82,7 +83,9 @@ class _Adapted(torch.autograd.Function):
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         narrow = F.linear(read.flatten(0, -2), a)  # (N, P R)
         rows, rank = y.view(-1, y.size(-1)), b.size(1)
-        for span, u, b_own in zip(spans, narrow.split(rank, 1), _split(b, spans), strict=True):
+        for span, u, b_own in zip(
+            spans, torch.split(narrow, rank, 1), _split(b, spans), strict=True
+        ):
             rows[:, span].addmm_(u, b_own.t(), alpha=scale)
         ctx.save_for_backward(read, narrow, weight, lora_a, lora_b)
         return y
@@ -94,7 +97,8 @@ class _Adapted(torch.autograd.Function):
         a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
         grad_narrow = torch.empty_like(narrow)
         grad_b = torch.empty_like(lora_b)
-        parts = (narrow.split(b.size(1), 1), grad_narrow.split(b.size(1), 1))
+        rank = b.size(1)
+        parts = (torch.split(narrow, rank, 1), torch.split(grad_narrow, rank, 1))
         halves = (_split(b, ctx.spans), _split(grad_b, ctx.spans))
         for span, u, grad_u, b_own, to in zip(ctx.spans, *parts, *halves, strict=True):
             own = grad[:, span]
@@ -111,26 +115,21 @@ class _Adapted(torch.autograd.Function):
 
 
 def _split(b: Tensor, spans: Sequence[slice]) -> tuple[Tensor, ...]:
-    return b.split([span.stop - span.start for span in spans])
-
-
-def _by_adapter(
-    a: Tensor, b: Tensor, spans: Sequence[slice]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return a.split(b.size(1)), _split(b, spans)
+    return torch.split(b, [span.stop - span.start for span in spans])
 
 
 def freeze(model: GPT, replaced: Sequence[Part]) -> None:
     """Freeze all of a network but `replaced`, in the dtype that it computes in.
 
     The kernels of linear layers and MLPs take fp32 masters, make their gradients and know no
-    adapters, so these do without; those of norms take fp32 weights, which they keep.
+    adapters, so these do without; others take norms' weights in fp32, which these then keep.
     """
     learns = {part.parameter for part in replaced}
+    is_native = model.is_native
     for name, module in model.named_modules():
         if isinstance(module, (Linear, MLP)):
             module.native = False
-        takes_fp32 = getattr(module, "native", False)
+        takes_fp32 = is_native and isinstance(module, (LayerNorm, RMSNorm))
         for own, parameter in module.named_parameters(recurse=False):
             if f"{name}.{own}" not in learns:
                 parameter.requires_grad_(False)

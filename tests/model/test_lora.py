@@ -89,8 +89,7 @@ def test_peft_computes_what_an_adapter_from_here_does(
     merged = load_merged(base, open_adapter(tmp_path / "adapter", base))
     again = adapted(base, lora)
     load_adapter(again, tmp_path / "adapter", base)
-    theirs = AutoModelForCausalLM.from_pretrained(base.folder)
-    theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
+    theirs = opened_by_peft(base.folder, tmp_path / "adapter")
     for other in (merged, theirs):
         torch.testing.assert_close(logits_of(other), expected, rtol=0, atol=1e-4)
     assert torch.equal(logits_of(again), expected)
@@ -109,10 +108,17 @@ def test_an_adapter_of_pefts_computes_the_same_here(
     torch.testing.assert_close(logits_of(ours), logits_of(theirs), rtol=0, atol=1e-4)
 
 
+def opened_by_peft(base: Path, adapter: Path) -> nn.Module:
+    """PEFT's model of a base and an adapter."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    network: nn.Module = peft.PeftModel.from_pretrained(model, str(adapter))
+    return network
+
+
 def peft_adapter(base: Base, folder: Path, **settings: Any) -> nn.Module:
     config = {"r": 4, "lora_alpha": 9, "target_modules": "all-linear", **settings}
-    model = AutoModelForCausalLM.from_pretrained(base.folder)
-    model = peft.get_peft_model(model, peft.LoraConfig(**config))
+    theirs = AutoModelForCausalLM.from_pretrained(base.folder)
+    model = peft.get_peft_model(theirs, peft.LoraConfig(**config))
     disturb(model)
     model.save_pretrained(str(folder))
     network: nn.Module = model
@@ -259,7 +265,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     save_adapter(adapted(base, lora), tmp_path / "adapter", base, lora)
     theirs = make_hf("gpt2", VOCAB_SIZE)
     with torch.no_grad():
-        theirs.transformer.ln_f.bias += 1
+        theirs.get_parameter("transformer.ln_f.bias").add_(1)
     theirs.save_pretrained(tmp_path / "other")
     for other in (Base.of(str(tmp_path / "other")), base_in(tmp_path / "llama", "llama")):
         with pytest.raises(UserError, match=f"adapts another model than {other.folder}"):

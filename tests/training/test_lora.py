@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from gptray.config import Config, UserError, load_config
 from gptray.data.tokens import TokenData
@@ -19,6 +16,7 @@ from gptray.model.hf import load_pretrained
 from gptray.record import read_events
 from gptray.training.validation import score_checkpoint
 from tests.model.foreign_models import make_hf
+from tests.model.test_lora import opened_by_peft
 from tests.training.runs import CPU, Killed, rows, run
 from tests.training.test_evaluations import digest, timeless
 
@@ -68,8 +66,7 @@ def test_a_run_leaves_an_adapter_and_the_merged_model(
         assert all(".lora_" in name for name in file.keys())  # noqa: SIM118 - not a mapping
     (start,) = [event for event in read_events(tmp_path / "run") if event["event"] == "start"]
     assert 0 < start["trained"] < start["parameters"] / 3
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "run" / "adapter"))
+    theirs = opened_by_peft(tmp_path / "base", tmp_path / "run" / "adapter")
     merged = logits(load_pretrained(tmp_path / "run"))
     assert merged.size(-1) == tiny_data.vocab_size  # as a model that was trained whole
     expected = logits(theirs)[..., : tiny_data.vocab_size]
@@ -117,13 +114,11 @@ def test_weights_that_are_trained_as_a_whole_are_the_adapters(
 ) -> None:
     config = config_in(tmp_path, tiny_data, "lora.train=[norms, embeddings]")
     run(config, tiny_data, tmp_path / "run")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "run" / "adapter"))
+    theirs = opened_by_peft(tmp_path / "base", tmp_path / "run" / "adapter")
     expected = logits(theirs)[..., : tiny_data.vocab_size]
     torch.testing.assert_close(
         logits(load_pretrained(tmp_path / "run")), expected, atol=1e-4, rtol=0
     )
-    shutil.rmtree(tmp_path / "run" / "model")
 
 
 def test_the_learning_rate_is_ten_times_as_high_unless_given(

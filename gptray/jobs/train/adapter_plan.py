@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from gptray.config import Config
 from gptray.model.adapter import ADAPTER, Base, adapted_parts, trained_count
 from gptray.model.adapter_folder import open_adapter
+
+log = logging.getLogger("gptray")
 
 
 def check_base(config: Config, checkpoint: Path | None) -> None:
@@ -27,6 +30,15 @@ def trained_parameters(config: Config) -> int | None:
     if config.lora.rank is None:
         return None
     return trained_count(_base(config, weights=False), config.lora)
+
+
+def tell_trained(config: Config) -> dict[str, int]:
+    """Say how much is trained, if that is an adapter; what the JSON line has of it."""
+    count = trained_parameters(config)
+    if count is None:
+        return {}
+    log.info("an adapter of rank %d: %s parameters are trained", config.lora.rank, f"{count:,}")
+    return {"trained_parameters": count}
 
 
 def _base(config: Config, *, weights: bool) -> Base:
