@@ -209,7 +209,11 @@ class ServeConfig(Section):
         description="model to serve: a run by name or folder, a model folder or a hub id; "
         "null: the run called name, else the newest in storage_path",
     )
-    adapter: str | None = Field(None, description="as generate.adapter")
+    adapters: dict[str, str] | None = Field(
+        None,
+        description="adapters of the model that are served beside it, by name: {tales: folder} is "
+        "what clients call model:tales; folders of PEFT's (LoRA), or runs that trained one",
+    )
     served_model_name: NonEmpty | None = Field(
         None, description="what clients call the model; null: the name of its run or folder"
     )

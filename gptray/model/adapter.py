@@ -78,6 +78,11 @@ class Base:
         return [part for part in self.parts if _is_of_block(part) and len(part.dims) == 2]
 
 
+def adapted_name(model: str, adapter: str) -> str:
+    """What a model with an adapter is called."""
+    return f"{model}:{adapter}"
+
+
 def module_of(part: Part) -> str:
     """The name in transformers of the module that a weight or a bias belongs to."""
     return part.name.rpartition(".")[0]

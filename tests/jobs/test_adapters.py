@@ -9,11 +9,12 @@ import torch
 
 from gptray.config import LoraConfig, UserError, load_config
 from gptray.data.tokenizer import Tokenizer
-from gptray.jobs.adapters import adapted_name
+from gptray.jobs.adapters import called_with
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.output_plan import job_identity
 from gptray.jobs.generate.run import generate
-from gptray.jobs.serve.check import user_config
+from gptray.jobs.serve.check import check as check_endpoint
+from gptray.jobs.serve.check import plan as plan_endpoint
 from gptray.jobs.train.check import check as check_training
 from gptray.jobs.train.check import plan
 from gptray.model.adapter import Base
@@ -67,16 +68,19 @@ def test_a_batch_with_another_adapter_is_another_job(model_dir: Path, adapter: P
     ours, others = (job_identity(config, model_dir, []) for config in (with_one, plain))
     differing = {key for key in ours if ours[key] != others[key]}
     assert differing == {"generate.adapter"} and others["generate.adapter"] is None
-    assert adapted_name("book", str(adapter)) == "book:story" and adapted_name("x", None) == "x"
+    assert called_with("book", str(adapter)) == "book:story" and called_with("x", None) == "x"
 
 
-def test_an_endpoint_is_told_of_its_adapter(model_dir: Path, adapter: Path) -> None:
-    served = user_config(load_config(None, [f"serve.adapter={adapter.parent}"]))
-    assert served == {
-        "model": str(model_dir),
-        "served_model_name": f"{model_dir.name}:story",
-        "adapter": str(adapter),
-    }
+def test_an_endpoint_finds_its_adapters_and_their_base(adapter: Path, model_dir: Path) -> None:
+    words = [f"serve.adapters={{one: story, two: {adapter}}}", "serve.port=54321"]
+    words.append(f"storage_path={adapter.parent.parent}")
+    checked = check_endpoint(load_config(None, words))
+    assert checked.model == {"model": str(model_dir), "served_model_name": model_dir.name}
+    assert checked.config.serve.adapters == {"one": str(adapter), "two": str(adapter)}
+    told = dict(plan_endpoint(checked))["with adapters"]
+    assert told == f"{model_dir.name}:one, {model_dir.name}:two"
+    with pytest.raises(UserError, match="serve.adapters: .*nowhere: no such folder"):
+        check_endpoint(load_config(None, ["serve.adapters={one: nowhere}"]))
 
 
 def test_results_with_an_adapter_have_a_folder_of_their_own(

@@ -113,7 +113,7 @@ def check(config: Config) -> CheckedEvaluation:
     config = with_adapter(with_whole_paths(with_tokenizer(config)), "evaluate")
     found = model_to_evaluate(config)
     model_dir, run = found.folder, found.run
-    check_adapter(config, "evaluate", model_dir)
+    check_adapter(config.evaluate.adapter, model_dir, key="evaluate.adapter")
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
     text = _text(config, trained, found)

@@ -10,7 +10,7 @@ from gptray.config import Config, UserError
 from gptray.config.names import label_of
 from gptray.evaluation.result import EVALUATION
 from gptray.files import absolute, is_uri
-from gptray.jobs.adapters import adapted_name, adapter_sha256
+from gptray.jobs.adapters import adapter_sha256, called_with
 from gptray.jobs.models import (
     CONFIG,
     find_model,
@@ -132,7 +132,7 @@ def _name(config: Config, model_dir: Path, run: Path | None) -> str:
     source = Path(config.evaluate.model or model_dir)
     label = source.parent.name if source.name == "model" else source.name
     label = f"{run.name}-{label}" if run else label
-    label = adapted_name(label, config.evaluate.adapter).replace(":", "-")
+    label = called_with(label, config.evaluate.adapter).replace(":", "-")
     label = label_of(label, 40) or "model"
     sha256 = adapter_sha256(config.evaluate.adapter) or weights_sha256(model_dir)
     return f"{label}-{sha256[:6]}"

@@ -10,7 +10,7 @@ from gptray.config import ComputeConfig, Config, UserError
 from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import absolute, cache_folder, is_uri
-from gptray.jobs.adapters import adapted_name, check_adapter, with_adapter
+from gptray.jobs.adapters import called_with, check_adapter, with_adapter
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend
 from gptray.jobs.generate.output_plan import overlap
@@ -35,7 +35,7 @@ def check_model(config: Config) -> CheckedModel:
     check_resources(config.compute)
     config = with_adapter(config, "generate")
     folder, name = find_model(config, config.generate.model, key="generate.model")
-    check_adapter(config, "generate", folder)
+    check_adapter(config.generate.adapter, folder, key="generate.adapter")
     check_engine_backend(config, folder)
     return CheckedModel(config, folder, name)
 
@@ -63,7 +63,7 @@ class CheckedBatch:
     @property
     def called(self) -> str:
         """What the output calls the model, its adapter included."""
-        return adapted_name(self.model_name, self.config.generate.adapter)
+        return called_with(self.model_name, self.config.generate.adapter)
 
 
 def check_batch(config: Config) -> CheckedBatch:
@@ -77,7 +77,7 @@ def check_batch(config: Config) -> CheckedBatch:
     try:
         config = with_adapter(config, "generate")
         model_dir, name = find_model(config, config.generate.model, key="generate.model")
-        check_adapter(config, "generate", model_dir)
+        check_adapter(config.generate.adapter, model_dir, key="generate.adapter")
     except UserError as error:
         problems.append(str(error))
     if settings.input_path is None:

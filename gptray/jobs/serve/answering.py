@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from starlette.types import ASGIApp
 
-from gptray.config import UserError, override
+from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
-from gptray.jobs.adapters import adapted_name
 from gptray.jobs.models import find_model
-from gptray.jobs.serve.check import USER_CONFIG, WITH_ADAPTER, name_of
+from gptray.jobs.serve.check import USER_CONFIG, name_of
 from gptray.jobs.serve.task import ReplicaTask
 from gptray.serving.api_keys import Keys
 from gptray.serving.app import make_app
@@ -71,10 +70,8 @@ class Answering:
     def _load(self, model: Mapping[str, str]) -> Served:
         _check_keys(model)
         folder, place = find_model(self._config, model["model"], key="user_config: model")
-        adapter = model.get(WITH_ADAPTER)
-        name = model.get("served_model_name") or adapted_name(name_of(place), adapter)
-        config = override(self._config, {"generate.adapter": adapter})
-        return Served.load(folder, name, config)
+        name = model.get("served_model_name") or name_of(place)
+        return Served.load(folder, name, self._config)
 
     @property
     def model_name(self) -> str | None:
@@ -97,7 +94,7 @@ class Answering:
     def check_health(self) -> None:
         """Raise RuntimeError if the engine has stopped."""
         served = self._endpoint.served
-        if served is not None and not served.thread.alive:
+        if served is not None and not all(one.thread.alive for one in served.all):
             raise RuntimeError("the engine has stopped")
 
     async def drain(self, timeout_s: float) -> int:
@@ -107,9 +104,8 @@ class Answering:
 
 def _check_keys(model: Mapping[str, str]) -> None:
     """Raise UserError for a user_config that is not what `user_config` makes."""
-    known = (*USER_CONFIG, WITH_ADAPTER)
-    for key in model.keys() - set(known):
-        near = nearest(key, known)
+    for key in model.keys() - set(USER_CONFIG):
+        near = nearest(key, USER_CONFIG)
         raise UserError(f"user_config: unknown key {key}{did_you_mean([near] if near else [])}")
     if "model" not in model:
         raise UserError("user_config: model is missing")

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded, is_uri
-from gptray.jobs.adapters import adapted_name, check_adapter, with_adapter
+from gptray.jobs.adapters import check_adapter, with_adapters
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend, planned_backend
 from gptray.jobs.models import find_model
+from gptray.model.adapter import adapted_name
 from gptray.model.example import FALLBACK
 from gptray.model.shape import model_folder, read_shape
 from gptray.serving.api_keys import read_keys
@@ -23,8 +24,6 @@ from gptray.serving.hosts import WILDCARDS
 
 # The keys of a deployment's user_config.
 USER_CONFIG = ("model", "served_model_name")
-# And one that it may have.
-WITH_ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ def check(config: Config) -> CheckedEndpoint:
     problems = []
     model = dict[str, str]()
     try:
+        config = with_adapters(config)
         model = user_config(config)
     except UserError as error:
         problems.append(str(error))
@@ -69,8 +69,10 @@ def plan(checked: CheckedEndpoint) -> Plan:
     settings = config.serve
     least, most = settings.num_replicas, settings.max_replicas
     replicas = f"{least} to {most}" if most else str(least)
+    adapters = [adapted_name(model["served_model_name"], name) for name in settings.adapters or ()]
     return [
         ("model", f"{model['model']}, called {model['served_model_name']}"),
+        *([("with adapters", ", ".join(adapters))] if adapters else []),
         ("url", endpoint_url(config)),
         ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
         ("backend", planned_backend(config, model_folder(model["model"]))),
@@ -125,9 +127,9 @@ def user_config(config: Config) -> dict[str, str]:
 
     Raises UserError for a model that is not there, or whose context is too short.
     """
-    config = with_adapter(config, "serve")
     found, source = find_model(config, config.serve.model, key="serve.model")
-    check_adapter(config, "serve", found)
+    for folder in (config.serve.adapters or {}).values():
+        check_adapter(folder, found, key="serve.adapters")
     n_positions, most = read_shape(found)["n_positions"], config.serve.max_output_tokens
     if most is not None and most > n_positions:
         raise UserError(
@@ -137,9 +139,7 @@ def user_config(config: Config) -> dict[str, str]:
     folder = expanded(source).absolute()
     return {
         "model": str(folder) if folder.exists() else source,
-        "served_model_name": config.serve.served_model_name
-        or adapted_name(name_of(source), config.serve.adapter),
-        **({WITH_ADAPTER: config.serve.adapter} if config.serve.adapter else {}),
+        "served_model_name": config.serve.served_model_name or name_of(source),
     }
 
 
