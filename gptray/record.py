@@ -82,6 +82,7 @@ class Event(TypedDict, total=False):
     sharded: bool
     deterministic: bool
     parameters: int
+    trained: int
     pid: int
     device: str
     processor: str

@@ -6,6 +6,7 @@ Loads neither torch nor Ray.
 from gptray.config.compute import ComputeConfig
 from gptray.config.errors import ConfigError, RunFailed, UserError
 from gptray.config.export import ExportConfig
+from gptray.config.lora_section import LoraConfig
 from gptray.config.model_section import ModelConfig
 from gptray.config.schema import (
     Config,
@@ -41,6 +42,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "GenerateConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "QuantizeConfig",

@@ -19,6 +19,7 @@ from gptray.config.compute import ComputeConfig
 from gptray.config.errors import ConfigError
 from gptray.config.export import ExportConfig
 from gptray.config.keys import EntriesError
+from gptray.config.lora_section import LoraConfig
 from gptray.config.model_section import ModelConfig
 from gptray.config.names import checked_name
 from gptray.config.reader import Reader
@@ -59,6 +60,7 @@ class Config(Section):
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -118,6 +120,21 @@ class Config(Section):
                 "train.ema averages weights that each worker has whole, not with "
                 "compute.strategy=fsdp"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_a_model(self) -> Config:
+        if self.lora.rank is None:
+            return self
+        if self.model.init_from is None:
+            raise ValueError("lora.rank goes with model.init_from, the model to adapt")
+        for key, is_set in {
+            "model.resize_vocab=true": self.model.resize_vocab,
+            "train.ema": self.train.ema is not None,
+            "compute.strategy=fsdp": self.compute.strategy == "fsdp",
+        }.items():
+            if is_set:
+                raise ValueError(f"lora.rank does not go with {key}")
         return self
 
     @model_validator(mode="after")

@@ -58,6 +58,12 @@ ALIASES = {
     "model.resize_vocab": "resize_token_embeddings resize_embeddings resize_embedding grow_vocab",
     "model.checkpoint_blocks": "gradient_checkpointing activation_checkpointing "
     "activation_checkpoint recompute remat checkpoint_activations",
+    "lora.rank": "r lora_r lora_rank adapter_rank",
+    "lora.alpha": "lora_alpha",
+    "lora.use_rslora": "rslora rank_stabilized",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "target_modules lora_targets lora_target_modules",
+    "lora.train": "modules_to_save also_train",
     "optim.lr": "learning_rate max_lr peak_lr base_lr learningrate",
     "optim.min_lr": "lr_min final_lr min_learning_rate eta_min lr_end",
     "optim.schedule": "scheduler lr_scheduler lr_schedule decay lr_scheduler_type lr_decay_style",

@@ -104,6 +104,11 @@ class GenerateConfig(Section):
         description="model to generate with: a run by name or folder, a model folder or a hub id; "
         "null: the run called name, else the newest in storage_path",
     )
+    adapter: str | None = Field(
+        None,
+        description="adapter to put on the model: a folder of PEFT's (LoRA), or a run that trained "
+        "one; where no model is named, it is the one that the adapter was trained on",
+    )
     input_path: str | list[str] | None = Field(
         None,
         description="prompts: files, folders or globs of .parquet .jsonl .ndjson .json .csv .tsv "
@@ -164,6 +169,7 @@ class EvaluateConfig(Section):
         description="model to evaluate: a run by name or folder, a model folder or a hub id; "
         "several: the average of their probabilities is scored; null: this run's own model/",
     )
+    adapter: str | None = Field(None, description="as generate.adapter")
     source: str | list[str] | None = Field(
         None,
         description="text to score as a whole instead of the splits, in any form of data.source; "
@@ -202,6 +208,11 @@ class ServeConfig(Section):
         None,
         description="model to serve: a run by name or folder, a model folder or a hub id; "
         "null: the run called name, else the newest in storage_path",
+    )
+    adapters: dict[str, str] | None = Field(
+        None,
+        description="adapters of the model that are served beside it, by name: {tales: folder} is "
+        "what clients call model:tales; folders of PEFT's (LoRA), or runs that trained one",
     )
     served_model_name: NonEmpty | None = Field(
         None, description="what clients call the model; null: the name of its run or folder"

@@ -11,9 +11,9 @@ from gptray.config import Config, ModelConfig, UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
 from gptray.generation.step_timing import faster_decoder
+from gptray.model.adapter_files import load_adapted
 from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu
-from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import pick_dtype
 from gptray.model.shape import read_shape
@@ -28,6 +28,8 @@ def open_engine(
     folder: str | Path, config: Config, *, max_batch_size: int | None = None
 ) -> tuple[Engine, Tokenizer]:
     """The engine of a model folder, by the config's generate and quantize sections; its tokenizer.
+
+    generate.adapter is merged into the model.
 
     max_batch_size: sequences at a time; None: generate.max_batch_size. On a GPU where
     compute.use_gpu says so.
@@ -46,10 +48,10 @@ def open_engine(
             f"only {shape['vocab_size']:,} rows"
         )
     picked = decoder_backend(config, ModelConfig(**shape), max_batch_size=slots)
-    if picked == "torch" and device == "cpu":
+    if picked == "torch" and device == "cpu" and generate.adapter is None:
         model = unread_network(folder)
     else:
-        model = load_pretrained(folder).eval().to(device)
+        model = load_adapted(folder, generate.adapter).eval().to(device)
         _check_weights(model, folder)
     # Many models pad their embedding: those rows stand for no text.
     model.valid_vocab_size = tokenizer.vocab_size

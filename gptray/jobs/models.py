@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -16,11 +15,11 @@ from gptray.commands import typed
 from gptray.config import Config, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
-from gptray.files import absolute, expanded, is_uri, sha256_of
+from gptray.files import absolute, expanded, is_uri
 from gptray.gguf_source import is_gguf
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
-from gptray.model.shape import model_folder, read_shape, weight_files
+from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
 from gptray.remote_folder import RemoteFolder
 from gptray.tuning.sweep_record import TRIALS
@@ -88,7 +87,7 @@ def locate(config: Config, source: str, *, key: str) -> str:
         if CONFIG in remote.files():
             raise UserError(f"{key}={source}: the run {_without_model(remote)}")
         return source
-    here, run = Path(source), _run_named(config, source)
+    here, run = Path(source), run_named(config, source)
     if not (run / CONFIG).is_file() and not has_model(run):
         return source
     if holds(here) and here.resolve() != run.resolve():
@@ -171,7 +170,7 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
         name = os.path.basename(path)
         looked = [f"{place} here" if reason else place]
         what_to_do = _nearest_run(expanded(path).parent, name, prefix=path.removesuffix(name))
-    elif has_model(run := _run_named(config, source)):  # else `locate` had found it
+    elif has_model(run := run_named(config, source)):  # else `locate` had found it
         return UserError(
             f"{key}={source}: a search space takes a run's folder, {run}, not its name"
         )
@@ -190,7 +189,7 @@ def storage_of(config: Config) -> Path:
     return expanded(config.storage_path, key="storage_path").absolute()
 
 
-def _run_named(config: Config, name: str) -> Path:
+def run_named(config: Config, name: str) -> Path:
     """The folder that a run of this name has; names are stored composed, see `checked_name`."""
     return storage_of(config) / unicodedata.normalize("NFC", name)
 
@@ -251,15 +250,3 @@ def with_tokenizer(config: Config) -> Config:
         return config
     data = config.data.model_copy(update={"tokenizer": locate(config, named, key=TOKENIZER)})
     return config.model_copy(update={"data": data})
-
-
-def weights_sha256(model_dir: Path) -> str:
-    """Of the model's weights; of several files, of their digests in order."""
-    digests = []
-    for path in weight_files(model_dir):
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        digests.append(sha256_of(path))
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()

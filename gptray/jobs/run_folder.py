@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError, flatten, override
 from gptray.config.keys import shown
+from gptray.config.lora_section import LEARNING_RATE_FACTOR
 from gptray.config.names import label_of
 from gptray.evaluation.model_commands import home_of
 from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
@@ -72,6 +73,7 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
         values |= _shape_of(config, config.model.init_from)
     elif config.data.tokenizer is None:
         values["data.tokenizer"] = "bpe"
+    values |= _adapters_rates(config)
     resolved = override(config, values)
     if resolved.name:
         return resolved
@@ -141,8 +143,9 @@ def outcome(config: Config) -> dict[str, object]:
     """What the run has come to, from its metrics: the job's JSON line.
 
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
-    evaluation, and `base_val_loss` to the weights of model.init_from. `val_lost` is the share of the validation text that the tokenizer loses. `landed`:
-    whether the model is from the cool-down; `landing_gain`: see `gptray.training.landing`.
+    evaluation, and `base_val_loss` to the weights of model.init_from. `val_lost` is the share of
+    the validation text that the tokenizer loses. `landed`: whether the model is from the cool-down;
+    `landing_gain`: see `gptray.training.landing`.
     """
     folder = run_dir(config)
     rows = read_metrics(folder)
@@ -206,6 +209,17 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
     if config.data.tokenizer is None:
         values["data.tokenizer"] = values.get("model.init_from", init_from)
     return values
+
+
+def _adapters_rates(config: Config) -> dict[str, object]:
+    """The learning rates of an adapter, where none is given."""
+    optim, given = config.optim, config.optim.model_fields_set
+    if config.lora.rank is None or "lr" in given:
+        return {}
+    rates = {"optim.lr": optim.lr, "optim.min_lr": optim.min_lr}
+    if "min_lr" in given:
+        del rates["optim.min_lr"]
+    return {key: LEARNING_RATE_FACTOR * rate for key, rate in rates.items()}
 
 
 def _bare(value: object) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor
 class Context(Protocol):
     """The tensors that were saved; functions add what else they need as attributes."""
 
+    needs_input_grad: tuple[bool, ...]
+
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
 
@@ -18,6 +20,12 @@ class Context(Protocol):
 
 class LinearContext(Context, Protocol):
     has_bias: bool
+
+
+class AdaptedContext(Context, Protocol):
+    spans: tuple[slice, ...]
+    scale: float
+    reads_all: bool
 
 
 class NormContext(Context, Protocol):

@@ -21,7 +21,7 @@ from gptray.stored import Unreadable, is_whole, open_stored, parse_json
 _MAX_HEADER_BYTES = 32 << 20
 _MOST_DIMENSIONS = 8
 # Bytes of each number. Other types would be rounded, or are not weights.
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 Stored = tuple[Path, list[int], str]
 
@@ -37,7 +37,7 @@ def check_weights(folder: Path, shape: NetworkShape) -> None:
     family = family_in(folder)
     stored = {}
     for path in weight_files(folder):
-        for name, (dims, dtype) in _header(path).items():
+        for name, (dims, dtype) in read_header(path).items():
             stored[stored_name(name, family)] = (path, dims, dtype)
     first = family.prefix + family.layers
     layer = re.compile(re.escape(first) + r"(\d{1,9})\.")
@@ -63,11 +63,11 @@ def _compare(folder: Path, name: str, stored: Stored | None, expected: list[int]
     path, dims, dtype = stored
     if dims != expected:
         raise UserError(f"{path}: {name} has shape {dims}, but config.json says {expected}")
-    if dtype not in _FLOATS:
-        raise UserError(f"{path}: {name} is stored as {dtype}; weights are {', '.join(_FLOATS)}")
+    if dtype not in FLOATS:
+        raise UserError(f"{path}: {name} is stored as {dtype}; weights are {', '.join(FLOATS)}")
 
 
-def _header(path: Path) -> dict[str, tuple[list[int], str]]:
+def read_header(path: Path) -> dict[str, tuple[list[int], str]]:
     """Shape and type of each tensor in a safetensors file. Raises UserError if it is damaged."""
     try:
         with open_stored(path) as file:
@@ -99,7 +99,7 @@ def _tensors(entries: object, room: int) -> dict[str, tuple[list[int], str]]:
                 if not whole or len(dims) > _MOST_DIMENSIONS or not start <= end <= room:
                     raise Unreadable(f"{name} is outside the file")
                 # A shape that is not in the file would be given memory before it is read.
-                if dtype in _FLOATS and end - start != math.prod(dims) * _FLOATS[dtype]:
+                if dtype in FLOATS and end - start != math.prod(dims) * FLOATS[dtype]:
                     raise Unreadable(f"{name} has {end - start:,} bytes, not shape {dims}")
                 tensors[name] = (dims, dtype)
             case _:

@@ -62,7 +62,7 @@ def save_pretrained(
     def stored(name: str) -> Tensor:
         part = parts[name]
         weight = model.whole(parameters[part.parameter])
-        return _to_file(weight[part.start : part.start + part.rows], part, model.config)
+        return to_file(weight[part.start : part.start + part.rows], part, model.config)
 
     shapes = {name: torch.Size(part.dims) for name, part in parts.items()}
     with replacing(folder / WEIGHTS) as path:
@@ -168,7 +168,8 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
         parameters[name][valid:].zero_()
 
 
-def _to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
+def to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    """A part's numbers as its file has them."""
     if part.turned == "by_head":
         return weight.view(3, config.n_head, -1).transpose(0, 1).reshape(weight.shape)
     return weight.t() if part.turned == "transposed" else weight
@@ -186,7 +187,10 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a mapping
+                keys = list(file.keys())
+            for key in keys:
+                # Anew for each: what was read of a mapped file counts as memory until it is closed.
+                with safe_open(path, framework="pt") as file:
                     yield path, key, file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged or incomplete: {error}") from None

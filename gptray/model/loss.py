@@ -1,9 +1,9 @@
 """The head and its cross-entropy in pieces of rows, so that no more than one piece's logits exist.
 
 The gradient is made in the forward pass, while a piece's logits are at hand; the backward pass
-only scales it. Weights come as fp32 masters and their gradient is summed in fp32. On a CPU a piece
-stays in its caches; on a GPU it is large, since every piece reads and writes the whole gradient of
-the weight and costs its launches.
+only scales it. Weights come as fp32 masters and their gradient is summed in fp32; frozen ones get
+none. On a CPU a piece stays in its caches; on a GPU it is large, since every piece reads and writes
+the whole gradient of the weight and costs its launches.
 """
 
 from __future__ import annotations
@@ -116,19 +116,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cast = weight.to(x.dtype)
         fused = torch.compiler.is_compiling() and x.device.type != "cpu"
         score = fused_scores if fused else scores
-        grad_weight = torch.zeros_like(weight)
+        needs_weights = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight) if needs_weights else weight[:0]
         log_p, grad_x = [], []
         for piece, target in _pieces(x, weight, targets):
             picked, grad = score(piece, cast, target, valid)
             log_p.append(picked)
             grad_x.append(torch.mm(grad, cast))
-            _add_product(grad_weight, grad, piece)
+            if needs_weights:
+                _add_product(grad_weight, grad, piece)
         ctx.save_for_backward(grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x), grad_weight)
         return -torch.cat(log_p).mean()
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0] / grad_x.size(0)
         # In place: the gradient of a large head is too big to copy, and is used once.
-        return grad_x.mul_(scale), grad_weight.mul_(scale), None, None
+        is_frozen = not ctx.needs_input_grad[1]
+        return grad_x.mul_(scale), None if is_frozen else grad_weight.mul_(scale), None, None

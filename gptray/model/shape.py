@@ -5,11 +5,12 @@ No torch here, so that a dry run answers at once. Weights are `gptray.model.hf`'
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.files import expanded, is_uri
+from gptray.files import expanded, is_uri, sha256_of
 from gptray.gguf_source import is_gguf, opened_gguf
 from gptray.hub import download_model
 from gptray.model.hf_config import NetworkShape, read_config
@@ -79,6 +80,18 @@ def weight_files(folder: Path) -> list[Path]:
             "with transformers: AutoModelForCausalLM.from_pretrained(X).save_pretrained(Y)"
         )
     raise UserError(f"{folder}: no {WEIGHTS}")
+
+
+def weights_sha256(model_dir: Path) -> str:
+    """Of the model's weights; of several files, of their digests in order. Raises UserError."""
+    digests = []
+    for path in weight_files(model_dir):
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        digests.append(sha256_of(path))
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
 
 
 def _shard_names(index: Path) -> list[str]:

@@ -18,6 +18,7 @@ from gptray.model.parameters import Part, stored_parts
 from gptray.model.rounding import check_tied, read_weight
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.stored_weights import StoredModel, stored_model
+from gptray.model.usage import Usage
 
 
 def unread_network(source: str | Path) -> GPT:
@@ -31,6 +32,7 @@ def unread_network(source: str | Path) -> GPT:
     rows = shape.pop("vocab_size")
     with torch.device("meta"):
         model = GPT(ModelConfig(**shape), vocab_size=rows).eval()
+    model.usage = Usage.of(folder)
     stored = stored_model(folder)
     check_tied(stored)
     model.whole = _Reader(model, stored).read

@@ -123,7 +123,7 @@ class _Routes:
         watch = Stopwatch(self._telemetry)
         body = await self._body(request, CompletionRequest)
         with ExitStack() as stack:
-            served = stack.enter_context(self._endpoint.using())
+            served = stack.enter_context(self._endpoint.using(body.model))
             completion = await Completion.of(body, served, self._limits)
             self._telemetry.tokens_in.inc(completion.prompt_tokens)
             accepted = stack.enter_context(completion.accept(self._limits))
@@ -135,7 +135,7 @@ class _Routes:
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request, TokenizeRequest)
-        with self._endpoint.using() as served:
+        with self._endpoint.using(body.model) as served:
             check_name(served, body.model)
             # Clients look up the id of the token that /tokenizer_info names in this way.
             is_end = body.prompt == served.tokenizer.eos_token
@@ -155,7 +155,7 @@ class _Routes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request, DetokenizeRequest)
-        with self._endpoint.using() as served:
+        with self._endpoint.using(body.model) as served:
             check_name(served, body.model)
             last = served.engine.vocab_size - 1
             if not all(0 <= token <= last for token in body.tokens):
@@ -175,12 +175,12 @@ class _Routes:
 
     async def models(self) -> Response:
         with self._endpoint.using() as served:
-            return JSONResponse({"object": "list", "data": [_card(served)]})
+            return JSONResponse({"object": "list", "data": [_card(one) for one in served.all]})
 
     async def model(self, name: str) -> Response:
         if not name:  # /v1/models/
             return await self.models()
-        with self._endpoint.using() as served:
+        with self._endpoint.using(name) as served:
             check_name(served, name)
             return JSONResponse(_card(served))
 

@@ -1,7 +1,8 @@
 """What the routes serve: one model at a time, replaced as a whole while requests are in flight.
 
 A request keeps the model that it began with; a model that was replaced is closed after its last
-request. Knows nothing of HTTP.
+request. Beside the model its adapters may be served, each merged into it and with an engine of its
+own. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from gptray.config import Config
+from gptray.config import Config, override
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.detokenize import REPLACEMENT
 from gptray.generation.engine import Engine
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
+from gptray.model.adapter import adapted_name
 from gptray.model.example import load_example
 from gptray.serving.engine_thread import EngineThread, Overloaded
 from gptray.serving.streams import EngineStopped
@@ -32,7 +34,10 @@ LONG_TEXT = 4096
 
 
 class Served:
-    """A model with its tokenizer and the engine that runs in a thread of its own."""
+    """A model with its tokenizer and the engine that runs in a thread of its own.
+
+    adapters: the same model with adapters, each a model like this one.
+    """
 
     def __init__(
         self,
@@ -44,11 +49,12 @@ class Served:
         parse_special: bool = False,
         utf8: bool = True,
         example_prompt: str | None = None,
+        adapters: Iterable[Served] = (),
     ) -> None:
         """parse_special (see `Tokenizer.prompt_ids`), utf8 (see `Sampling`): for all prompts."""
         self.name, self.engine, self.tokenizer = name, engine, tokenizer
         self._parse_special, self.utf8 = parse_special, utf8
-        self.example_prompt = example_prompt
+        self.example_prompt, self.all = example_prompt, [self, *adapters]
         self.created = int(time.time())
         self.thread = EngineThread(engine, max_waiting=max_waiting)
         self.thread.start()
@@ -56,17 +62,35 @@ class Served:
 
     @classmethod
     def load(cls, folder: str | Path, name: str, config: Config) -> Served:
-        """Open a model folder as the config says. Raises UserError naming what is wrong with it."""
-        engine, tokenizer = open_engine(folder, config, max_batch_size=config.serve.max_batch_size)
+        """Open a model folder as the config says, with its adapters.
+
+        Raises UserError naming what is wrong with it.
+        """
+        serve = config.serve
+        adapters = [
+            cls.load(folder, adapted_name(name, one), override(config, _only(path)))
+            for one, path in (serve.adapters or {}).items()
+        ]
+        engine, tokenizer = open_engine(folder, config, max_batch_size=serve.max_batch_size)
         return cls(
             name,
             engine,
             tokenizer,
-            config.serve.max_waiting,
+            serve.max_waiting,
             parse_special=config.sample.parse_special,
             utf8=config.sample.utf8,
             example_prompt=load_example(Path(folder)),
+            adapters=adapters,
         )
+
+    def called(self, name: str | None) -> Served:
+        """The one with that name of this model and its adapters; this one if there is none."""
+        return next((one for one in self.all if one.name == name), self)
+
+    def close(self) -> None:
+        """Stop the engines, after the step in which they are."""
+        for one in self.all:
+            one.thread.close()
 
     def token_text(self, token: int) -> str:
         """A token as people see it; one that is part of a character by its number."""
@@ -134,14 +158,17 @@ class Endpoint:
             self._close_unused(before)
 
     @contextmanager
-    def using(self) -> Iterator[Served]:
-        """The model for one request, there until that is through. Raises EngineStopped."""
+    def using(self, name: str | None = None) -> Iterator[Served]:
+        """The model for one request, there until that is through. Raises EngineStopped.
+
+        name: what the request calls it, by which it gets one of the adapters.
+        """
         served = self.served
         if served is None:
             raise EngineStopped("no model is loaded yet")
         self._users[served] += 1
         try:
-            yield served
+            yield served.called(name)
         finally:
             self._users[served] -= 1
             self._close_unused(served)
@@ -153,7 +180,7 @@ class Endpoint:
         if self.served is None:
             return False
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self.served.healthy())
+            self._probe = asyncio.create_task(_all_healthy(self.served))
         return await asyncio.shield(self._probe)
 
     async def drain(self, timeout_s: float) -> int:
@@ -170,4 +197,13 @@ class Endpoint:
         if served is not self.served and not self._users[served]:
             del self._users[served]
             # It waits for a step of the engine, which the event loop must not.
-            asyncio.get_running_loop().run_in_executor(None, served.thread.close)
+            asyncio.get_running_loop().run_in_executor(None, served.close)
+
+
+async def _all_healthy(served: Served) -> bool:
+    return all(await asyncio.gather(*(one.healthy() for one in served.all)))
+
+
+def _only(adapter: str) -> dict[str, object]:
+    """The keys of a model that is served with an adapter."""
+    return {"generate.adapter": adapter, "serve.adapters": None}

@@ -12,6 +12,8 @@ from gptray.config import Config
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.data.vocabulary import differing_ids, kept_rows
+from gptray.model.adapter import ADAPTER, Base
+from gptray.model.adapter_files import adapted_network, load_adapter
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
@@ -34,12 +36,18 @@ def build_model(
 ) -> GPT:
     """The run's model on the CPU, to compute on `device`; from a checkpoint, or as training begins.
 
+    With `lora.rank`, model.init_from's with an adapter, which alone has gradients.
     native: by the project's own kernels, in bf16. tell: receives notices, such as of a resized
     embedding.
     """
     if config.model.init_from and not checkpoint:
         folder = model_folder(config.model.init_from)
         check_weights(folder, read_shape(folder))
+    dtype = pick_dtype(config.train.precision, device)
+    if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
+        tell(f"training in fp32: {device_name(device)} does not compute in bf16")
+    if base := base_of(config):
+        return _adapted(config, data, base, checkpoint, dtype, native=native)
     model = GPT(config.model, vocab_size=data.vocab_size)
     if checkpoint:
         load_weights(model, checkpoint / "model")
@@ -51,12 +59,42 @@ def build_model(
         model.valid_vocab_size = data.vocab_size
     else:
         model.initialise(config.seed)
-    model.compute_dtype = pick_dtype(config.train.precision, device)
-    if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
-        tell(f"training in fp32: {device_name(device)} does not compute in bf16")
+    model.compute_dtype = dtype
     if native:
         model.use_kernels()
     return model
+
+
+def _adapted(
+    config: Config,
+    data: TokenData,
+    base: Base,
+    checkpoint: Path | None,
+    dtype: torch.dtype,
+    *,
+    native: bool,
+) -> GPT:
+    """The base with the checkpoint's adapter, or a new one."""
+    model = adapted_network(
+        base,
+        config.lora,
+        config.model,
+        vocab_size=data.vocab_size,
+        dtype=dtype,
+        native=native,
+        seed=config.seed,
+    )
+    if checkpoint:
+        load_adapter(model, checkpoint / ADAPTER, base)
+    return model
+
+
+def base_of(config: Config) -> Base | None:
+    """The model that a run adapts; None where it trains all weights. Raises UserError."""
+    if config.lora.rank is None:
+        return None
+    assert config.model.init_from
+    return Base.of(config.model.init_from)
 
 
 def _load_resized(

@@ -1,10 +1,11 @@
 """Checkpoints that survive a crash at any instant and detect later damage.
 
 A checkpoint is a folder `checkpoint_<step>` in the run folder: `model/` (Hugging Face's layout),
-with `train.ema` `averaged/` (the same, of the averaged weights), `optimizer.safetensors`,
-`trainer.json`, `config.yaml` and, written last, `manifest.json` with every file's size and sha256.
-It is built under another name, synced to disk and renamed, so a visible checkpoint was complete
-once; the manifest reveals what has happened to it since (safetensors has no checksum of its own).
+with `lora.rank` only `adapter/` (PEFT's), with `train.ema` `averaged/` too (the averaged weights),
+`optimizer.safetensors`, `trainer.json`, `config.yaml` and, written last, `manifest.json` with every
+file's size and sha256. It is built under another name, synced to disk and renamed, so a visible
+checkpoint was complete once; the manifest reveals what has happened to it since (safetensors has no
+checksum of its own).
 Nothing is pickled. What the tensor files hold is up to the loop; without torch here, a driver can
 inspect checkpoints at once.
 """
@@ -23,6 +24,9 @@ from pathlib import Path
 from gptray.config import RunFailed, UserError
 from gptray.files import CannotWrite, remove, storing
 from gptray.manifest import files_damage, sync, write_manifest
+from gptray.model.adapter import ADAPTER
+from gptray.model.adapter import CONFIG as ADAPTER_CONFIG
+from gptray.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from gptray.record import EVENTS, read_rows
 from gptray.training.trainer_state import TrainerState
 
@@ -30,7 +34,9 @@ from gptray.training.trainer_state import TrainerState
 MODEL, AVERAGED = "model", "averaged"
 WRITER_LOCK = ".writer.lock"
 # No run can resume without these.
-_NEEDED = ("trainer.json", "optimizer.safetensors", "model/config.json", "model/model.safetensors")
+_NEEDED = ("trainer.json", "optimizer.safetensors")
+_OF_MODEL = ("model/config.json", "model/model.safetensors")
+_OF_ADAPTER = (f"{ADAPTER}/{ADAPTER_CONFIG}", f"{ADAPTER}/{ADAPTER_WEIGHTS}")
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -55,7 +61,8 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as it was written."""
-    return files_damage(folder, needed=_NEEDED) or _state_damage(folder)
+    weights = _OF_ADAPTER if (folder / ADAPTER).is_dir() else _OF_MODEL
+    return files_damage(folder, needed=_NEEDED + weights) or _state_damage(folder)
 
 
 def _state_damage(folder: Path) -> str | None:
@@ -158,10 +165,18 @@ def publish_model(checkpoint: Path, run_dir: Path, *, averaged: bool = False) ->
             publishes it.
     """
     target = run_dir / "model"
-    with storing(target):
-        _publish(checkpoint / (AVERAGED if averaged else MODEL), target)
-        sync(run_dir)
+    publish_folder(checkpoint / (AVERAGED if averaged else MODEL), target)
     return target
+
+
+def publish_folder(source: Path, target: Path) -> None:
+    """Put the files of a folder into another, each of which appears whole; weights last.
+
+    Raises RunFailed as `publish_model`.
+    """
+    with storing(target):
+        _publish(source, target)
+        sync(target.parent)
 
 
 def exchange_model(source: Path, folder: Path) -> None:

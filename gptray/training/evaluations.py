@@ -7,7 +7,6 @@ counts at the next evaluation, never earlier or later, so that a run does not de
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,22 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import dump
-from gptray.data.openings import first_words
-from gptray.model.example import save_example
+from gptray.model.adapter import ADAPTER
+from gptray.model.adapter_files import save_adapter
 from gptray.model.gpt import GPT
-from gptray.model.hf import save_pretrained
 from gptray.record import write_event
 from gptray.training.checkpoint import (
     AVERAGED,
     MODEL,
     checkpoint_folder,
     prune,
-    publish_model,
     save_checkpoint,
     withdraw_checkpoint,
 )
 from gptray.training.journal import Journal
 from gptray.training.optim import save_optimizer
+from gptray.training.publishing import save_model
 from gptray.training.run import Run
 from gptray.training.stopping import NonFiniteLoss
 from gptray.training.validation import Scores, score_weights
@@ -217,10 +215,13 @@ def save(run: Run, journal: Journal) -> Path:
     journal.sync()
 
     def write_tensors(folder: Path) -> None:
-        _save_model(run, folder / MODEL)
+        if run.base:
+            save_adapter(run.model, folder / ADAPTER, run.base, run.config.lora)
+        else:
+            save_model(run.model, folder / MODEL, run.data)
         if run.average:
             with run.average.exchanged():
-                _save_model(run, folder / AVERAGED)
+                save_model(run.model, folder / AVERAGED, run.data)
         path = folder / "optimizer.safetensors"
         save_optimizer(path, run.model, run.optimizer, whole=run.model.whole)
 
@@ -232,15 +233,6 @@ def save(run: Run, journal: Journal) -> Path:
     )
     remove_old(run)
     return checkpoint
-
-
-def _save_model(run: Run, folder: Path) -> None:
-    prefix = run.data.tokenizer.prefix
-    bos_id = prefix[0] if prefix else None
-    save_pretrained(run.model, folder, eos_token_id=run.data.eos_id, bos_token_id=bos_id)
-    shutil.copytree(run.data.data_dir / "tokenizer", folder, dirs_exist_ok=True)
-    for prompt in first_words(run.data)[:1]:
-        save_example(folder, prompt)
 
 
 def remove_old(run: Run) -> None:
@@ -256,7 +248,7 @@ def publish_if_best(run: Run, step: int) -> None:
     progress = run.state.progress
     if progress.best_step == step:
         folder = checkpoint_folder(run.run_dir, step)
-        publish_model(folder, run.run_dir, averaged=progress.averaged)
+        run.publish(folder, averaged=progress.averaged)
 
 
 def log_evaluation(run: Run, journal: Journal, step: int, samples: Samples) -> None:

@@ -21,9 +21,10 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices and spares biases and norms (Loshchilov & Hutter 2019).
 
-    The groups, in order: parameters of two and more dimensions, then the others.
+    The groups, in order: parameters of two and more dimensions, then the others. Frozen ones are in
+    none.
     """
-    parameters = list(parameters)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, object]] = [
         {
             "params": [parameter for parameter in parameters if parameter.dim() >= 2],
@@ -94,6 +95,8 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 moments = {}
                 for key in _MOMENTS:
                     stored = f"{name}.{key}"

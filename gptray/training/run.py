@@ -20,12 +20,13 @@ from gptray.data.replacement import replace_tokens
 from gptray.data.shares import split_rows
 from gptray.data.tokens import TokenData
 from gptray.files import open_lock, storing
+from gptray.model.adapter import Base
 from gptray.model.gpt import GPT
 from gptray.native.measured import Choice
 from gptray.native.processor import processor_name
 from gptray.record import versions, write_event
 from gptray.training.averaging import Average
-from gptray.training.building import build_model
+from gptray.training.building import base_of, build_model
 from gptray.training.checkpoint import (
     AVERAGED,
     WRITER_LOCK,
@@ -33,13 +34,13 @@ from gptray.training.checkpoint import (
     checkpoint_folder,
     checkpoint_step,
     newest_whole,
-    publish_model,
 )
 from gptray.training.device import compiled, compiles, device_name, guard_updates, use_device
 from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.laps import Laps
 from gptray.training.mfu import tokens_per_sec_at_peak
 from gptray.training.optim import learning_rate, load_optimizer, make_optimizer
+from gptray.training.publishing import publish_best
 from gptray.training.sharding import ShardedWorkers, shard
 from gptray.training.stopping import Progress
 from gptray.training.trainer_state import TrainerState
@@ -68,6 +69,8 @@ class Run:
     rate_at_peak: float | None
     # With train.ema.
     average: Average | None
+    # What lora.rank adapts.
+    base: Base | None
     laps: Laps = field(default_factory=Laps)
     # Has a checkpoint on this worker's node.
     bring: Callable[[Path], None] = lambda checkpoint: None
@@ -101,6 +104,10 @@ class Run:
             replace_tokens(inputs, share, vocabulary, seed=self.config.seed, step=step, first=first)
         idx, next_idx = both.to(self.device, non_blocking=True)
         return idx, next_idx
+
+    def publish(self, checkpoint: Path, *, averaged: bool) -> None:
+        """Make a checkpoint's model, or its average, the run's. Raises RunFailed."""
+        publish_best(checkpoint, self.run_dir, self.data, self.base, averaged=averaged)
 
     def seed_dropout(self, number: int) -> None:
         """Make dropout a function of (seed, updates behind the weights, number of the micro-batch).
@@ -160,12 +167,13 @@ def start(
             config, model.num_params, model.compute_dtype, device_name(device), workers=workers.size
         ),
         average=workers.all_or_none(lambda: _average(model, config, folder)),
+        base=workers.all_or_none(lambda: base_of(config)),
     )
 
     def begin() -> None:
         if folder and state.progress.best_step == step:
             # A kill may have come between save and publish.
-            publish_model(folder, run_dir, averaged=state.progress.averaged)
+            run.publish(folder, averaged=state.progress.averaged)
         _write_start(run, choice, compiled=is_compiled)
 
     workers.from_first(begin)
@@ -187,6 +195,7 @@ def _write_start(run: Run, choice: Choice, *, compiled: bool) -> None:
         sharded=isinstance(run.workers, ShardedWorkers),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         parameters=model.num_params,
+        trained=sum(one.numel() for one in model.parameters() if one.requires_grad),
         pid=os.getpid(),
         device=device_name(run.device),
         processor=processor_name(),

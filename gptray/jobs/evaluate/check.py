@@ -20,6 +20,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
 from gptray.evaluation.bleu import check_bleu
+from gptray.jobs.adapters import adapter_sha256, check_adapter, with_adapter
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.evaluate.ensemble import check_goes_with
@@ -88,7 +89,9 @@ class CheckedEvaluation:
 
     @cached_property
     def model_sha256(self) -> str:
-        return sha256_of_models([self.found, *self.others])
+        """Of the weights of all models; with an adapter, of its weights."""
+        adapter = adapter_sha256(self.config.evaluate.adapter)
+        return adapter or sha256_of_models([self.found, *self.others])
 
     @cached_property
     def trained_on(self) -> str | None:
@@ -120,9 +123,12 @@ def check(config: Config) -> CheckedEvaluation:
     """Find the model and the text. Raises UserError naming the key or the file."""
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
-    config = with_whole_paths(with_tokenizer(config))
+    config = with_adapter(with_whole_paths(with_tokenizer(config)), "evaluate")
     found, *others = models_to_evaluate(config)
     model_dir, run = found.folder, found.run
+    check_adapter(config.evaluate.adapter, model_dir, key="evaluate.adapter")
+    if others and config.evaluate.adapter:
+        raise UserError("evaluate.adapter goes with one model, but evaluate.model names several")
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
     text = _text(config, trained, found)
@@ -152,6 +158,7 @@ def plan(checked: CheckedEvaluation) -> Plan:
     config, data = checked.config, checked.text.data
     rows = [
         *(("model", model) for model in checked.models),
+        *([("adapter", adapter)] if (adapter := config.evaluate.adapter) else []),
         ("text", ", ".join(checked.source)),
         ("windows", f"{checked.block_size} tokens, {checked.stride} apart"),
     ]

@@ -11,6 +11,7 @@ from gptray.config import Config, UserError
 from gptray.config.names import label_of
 from gptray.evaluation.result import EVALUATION
 from gptray.files import absolute, is_uri
+from gptray.jobs.adapters import adapter_sha256, called_with
 from gptray.jobs.models import (
     CONFIG,
     find_model,
@@ -18,11 +19,10 @@ from gptray.jobs.models import (
     holds_model,
     newest_run,
     storage_of,
-    weights_sha256,
 )
 from gptray.jobs.remote_records import fetch_records, records_folder
 from gptray.jobs.run_folder import resolve, run_dir, seen_at
-from gptray.model.shape import model_folder
+from gptray.model.shape import model_folder, weights_sha256
 from gptray.node_cache import hold
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step
@@ -114,9 +114,10 @@ def results_folder(
     Raises UserError where that folder is something else's.
     """
     found = models[0]
-    if len(models) == 1 and found.run and (found.home or found.run / "model" == found.folder):
+    is_own = len(models) == 1 and config.evaluate.adapter is None
+    if is_own and found.run and (found.home or found.run / "model" == found.folder):
         return found.run, found.home
-    name = config.name or _name(models)
+    name = config.name or _name(config, models)
     if is_uri(config.storage_path):
         home = RemoteFolder(config.storage_path) / name
         _check_own(str(home), models, home.files())
@@ -134,15 +135,17 @@ def _check_own(folder: str, models: Sequence[FoundModel], names: Collection[str]
         raise UserError(f"{folder} exists and is not an evaluation of {what}; choose another name")
 
 
-def _name(models: Sequence[FoundModel]) -> str:
+def _name(config: Config, models: Sequence[FoundModel]) -> str:
     """A name that these models always get."""
     found, *others = models
     source = Path(found.place)
     label = source.parent.name if source.name == "model" else source.name
     label = f"{found.run.name}-{label}" if found.run else label
+    label = called_with(label, config.evaluate.adapter).replace(":", "-")
     if others:
         label = f"ensemble-of-{len(models)}"
-    return f"{label_of(label, 40) or 'model'}-{sha256_of_models(models)[:6]}"
+    digest = adapter_sha256(config.evaluate.adapter) or sha256_of_models(models)
+    return f"{label_of(label, 40) or 'model'}-{digest[:6]}"
 
 
 def sha256_of_models(models: Sequence[FoundModel]) -> str:

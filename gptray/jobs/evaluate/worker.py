@@ -26,9 +26,9 @@ from gptray.generation.settings import Sampling
 from gptray.jobs.evaluate.task import Call, Continuation, EvaluationTask
 from gptray.jobs.remote_data import tokens_on_node
 from gptray.jobs.tasks import Failure, attempt
+from gptray.model.adapter_files import load_adapted
 from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu, out_of_gpu_memory
-from gptray.model.hf import load_pretrained
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32
 from gptray.native.core_sharing import share_cores
@@ -123,7 +123,8 @@ class Scorer:
         else:
             share_cores()
         dtype = scoring_dtype(self._config.evaluate.precision, device)
-        models = [load_pretrained(source).eval() for source in self._task.models]
+        adapter = self._config.evaluate.adapter
+        models = [load_adapted(source, adapter).eval() for source in self._task.models]
         for model in models:
             model.compute_dtype = dtype
         return [model.to(device) for model in models]

@@ -10,6 +10,7 @@ from gptray.config import ComputeConfig, Config, UserError
 from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import absolute, cache_folder, is_uri
+from gptray.jobs.adapters import called_with, check_adapter, with_adapter
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend
 from gptray.jobs.generate.output_plan import overlap
@@ -32,7 +33,9 @@ class CheckedModel:
 def check_model(config: Config) -> CheckedModel:
     """Find generate.model. Raises UserError if it is not there, or this machine cannot run it."""
     check_resources(config.compute)
+    config = with_adapter(config, "generate")
     folder, name = find_model(config, config.generate.model, key="generate.model")
+    check_adapter(config.generate.adapter, folder, key="generate.adapter")
     check_engine_backend(config)
     return CheckedModel(config, folder, name)
 
@@ -57,6 +60,11 @@ class CheckedBatch:
         """What names the model on every node: its folder, or the URI that it is fetched from."""
         return for_workers(self.model_dir, self.model_name)
 
+    @property
+    def called(self) -> str:
+        """What the output calls the model, its adapter included."""
+        return called_with(self.model_name, self.config.generate.adapter)
+
 
 def check_batch(config: Config) -> CheckedBatch:
     """Check the machine, the model, the input's beginning and the output's place.
@@ -67,7 +75,9 @@ def check_batch(config: Config) -> CheckedBatch:
     files: list[SourceFile] = []
     model_dir, name = Path(), ""
     try:
+        config = with_adapter(config, "generate")
         model_dir, name = find_model(config, config.generate.model, key="generate.model")
+        check_adapter(config.generate.adapter, model_dir, key="generate.adapter")
     except UserError as error:
         problems.append(str(error))
     if settings.input_path is None:

@@ -131,7 +131,7 @@ class Engines:
             self._config,
             threads=max(1, int(self._reserved["CPU"])),
             model=output.job.model,
-            model_name=output.job.model_name,
+            model_name=output.job.called,
             output=output.job.output,
             metadata=output.metadata(),
         )

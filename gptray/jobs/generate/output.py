@@ -66,7 +66,7 @@ class Output:
         if plan is None:
             # All of the input is looked at before anything is made.
             found = scan_input(job)
-            plan = new_plan(identity, job.model_name, found.rows)
+            plan = new_plan(identity, job.called, found.rows)
         with _scratch(job, is_new=found is not None), cls.held(job) as check_held:
             if found and (there := cls.existing_plan(job)):
                 # Another job has started here since the check above.

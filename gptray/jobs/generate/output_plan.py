@@ -32,6 +32,7 @@ from gptray.files import (
     sha256_of,
     storing,
 )
+from gptray.jobs.adapters import adapter_sha256
 from gptray.jobs.run_folder import LOCK
 from gptray.stored import Unreadable, read_object
 
@@ -57,6 +58,7 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
     inputs = [(file.format, file_sha256(file)) for file in files]
     return {
         "generate.model": f"sha256 {digest.hexdigest()[:16]}",
+        "generate.adapter": adapter_sha256(settings.adapter),
         "generate.input_path": f"sha256 {hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}",
         "data.encoding": codec_of(config.data.encoding),
         **{f"generate.{key}": getattr(settings, key) for key in _GENERATE_KEYS},

@@ -94,7 +94,7 @@ class Answering:
     def check_health(self) -> None:
         """Raise RuntimeError if the engine has stopped."""
         served = self._endpoint.served
-        if served is not None and not served.thread.alive:
+        if served is not None and not all(one.thread.alive for one in served.all):
             raise RuntimeError("the engine has stopped")
 
     async def drain(self, timeout_s: float) -> int:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded, is_uri
+from gptray.jobs.adapters import check_adapter, with_adapters
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend, planned_backend
 from gptray.jobs.models import find_model
+from gptray.model.adapter import adapted_name
 from gptray.model.example import FALLBACK
 from gptray.model.shape import model_folder, read_shape
 from gptray.serving.api_keys import read_keys
@@ -43,6 +45,7 @@ def check(config: Config) -> CheckedEndpoint:
     problems = []
     model = dict[str, str]()
     try:
+        config = with_adapters(config)
         model = user_config(config)
     except UserError as error:
         problems.append(str(error))
@@ -66,8 +69,10 @@ def plan(checked: CheckedEndpoint) -> Plan:
     settings = config.serve
     least, most = settings.num_replicas, settings.max_replicas
     replicas = f"{least} to {most}" if most else str(least)
+    adapters = [adapted_name(model["served_model_name"], name) for name in settings.adapters or ()]
     return [
         ("model", f"{model['model']}, called {model['served_model_name']}"),
+        *([("with adapters", ", ".join(adapters))] if adapters else []),
         ("url", endpoint_url(config)),
         ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
         ("backend", planned_backend(config, model_folder(model["model"]))),
@@ -123,6 +128,8 @@ def user_config(config: Config) -> dict[str, str]:
     Raises UserError for a model that is not there, or whose context is too short.
     """
     found, source = find_model(config, config.serve.model, key="serve.model")
+    for folder in (config.serve.adapters or {}).values():
+        check_adapter(folder, found, key="serve.adapters")
     n_positions, most = read_shape(found)["n_positions"], config.serve.max_output_tokens
     if most is not None and most > n_positions:
         raise UserError(

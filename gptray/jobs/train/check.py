@@ -26,6 +26,7 @@ from gptray.jobs.resuming import (
 )
 from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
+from gptray.jobs.train.adapter_plan import check_base, trained_parameters
 from gptray.jobs.train.embedding import check_vocabulary
 from gptray.model.families import FAMILIES
 from gptray.model.hf_config import family_of
@@ -83,6 +84,7 @@ def check(config: Config) -> CheckedTraining:
     check_free(folder)
     checkpoint, _ = newest_whole(folder)
     state = TrainerState.load(checkpoint) if checkpoint else None
+    check_base(config, checkpoint)
     check_not_landing(config, changes, state)
     check_records(folder, state, log_interval=config.train.log_interval)
     checked = CheckedTraining(config, folder, text, state, changes)
@@ -163,6 +165,11 @@ def plan(checked: CheckedTraining) -> Plan:
     if vocab_size:
         count = parameter_count(config.model, vocab_size)
         rows.append(("parameters", f"{count:,}"))
+        if trained := trained_parameters(config):
+            share = f"{trained / count:.2%}"
+            rows.append(
+                ("trained", f"{trained:,} ({share}), an adapter of rank {config.lora.rank}")
+            )
         rows.append(("saved as", _family(config)))
         memory = _memory(config, count, vocab_size) / 2**30
         rows.append(("memory per worker", f"about {memory:.1f} GiB"))
@@ -176,7 +183,7 @@ def plan(checked: CheckedTraining) -> Plan:
         rows.append(("epochs", f"{order.epoch(steps, batch):,.2f} at most"))
     else:
         rows.append(("token data", "to be prepared first"))
-    rows.append(("files", FILES))
+    rows.append(("files", FILES + (" adapter/" if config.lora.rank else "")))
     return rows
 
 
@@ -234,9 +241,15 @@ def _memory(config: Config, parameters: int, vocab_size: int) -> float:
 
 
 def _states(config: Config, parameters: int, vocab_size: int) -> float:
-    """Bytes of weights, gradients and moments. Sharded, the largest tensors, the embedding or two
-    blocks, are whole for a while, and so are their gradients."""
+    """Bytes of weights, gradients and moments; frozen weights are kept in what is computed in.
+
+    Sharded, the largest tensors, the embedding or two blocks, are whole for a while, and so are
+    their gradients.
+    """
     if not _is_sharded(config):
+        if trained := trained_parameters(config):
+            is_half = config.train.precision == "bf16" or config.compute.use_gpu
+            return (2 if is_half else 4) * parameters + BYTES_PER_PARAMETER * trained
         each = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if config.train.ema else 0)
         return each * parameters
     embedding = vocab_size * config.model.n_embd * (1 if config.model.tie_word_embeddings else 2)

@@ -276,7 +276,7 @@ def _facts(
     epochs = {row["step"]: row["epoch"] for row in rows if row.get("epoch")}
     step, epoch = next(reversed(epochs.items()), (0, 0.0))
     return Facts(
-        parameters=starts[-1]["parameters"] if starts else None,
+        parameters=starts[-1].get("trained", starts[-1]["parameters"]) if starts else None,
         train_tokens=round(step * config.tokens_per_step / epoch) if epoch else None,
         epochs_at_best=epochs.get(best.step) if best else None,
     )

@@ -202,7 +202,12 @@ def _of_the_run(run: RunRecord) -> Table:
         how = "tokens trained on / epochs"
         rows.append(Row("Training text", how, (f"about {magnitude(facts.train_tokens)} tokens",)))
     if facts.parameters:
-        rows.append(Row("Parameters", "tied ones counted once", (magnitude(facts.parameters),)))
+        how = (
+            f"an adapter of rank {config.lora.rank}"
+            if config.lora.rank
+            else "tied ones counted once"
+        )
+        rows.append(Row("Parameters trained", how, (magnitude(facts.parameters),)))
     return Table([], rows + _landing_rows(diagnosis) + _cost(diagnosis))
 
 

@@ -1,0 +1,158 @@
+"""What an adapter adapts of a model, and how PEFT's folders call it. No torch here.
+
+An adapter adds a product of two narrow matrices to the weight of a linear layer (Hu et al. 2022,
+LoRA). `gptray.model.adapter_folder` checks a folder, `gptray.model.adapter_files` has the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from gptray.config import LoraConfig, ModelConfig, UserError
+from gptray.config.suggest import did_you_mean, nearest
+from gptray.model.families import Family
+from gptray.model.hf_config import family_in
+from gptray.model.parameters import HEAD, Part, stored_parts
+from gptray.model.shape import model_folder, read_shape, weights_sha256
+
+# Of a run or a checkpoint.
+ADAPTER = "adapter"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Before a module's name; after it.
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+# In the metadata of the weights' file.
+BASE_SHA256 = "base_sha256"
+_NORMS = ("ln_1", "ln_2", "ln_f", "q_norm", "k_norm")
+_HEAD = HEAD.removesuffix(".weight")
+_EMBEDDINGS = ("wte", "wpe", _HEAD)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model that is adapted. source: what names it; folder: where it is here."""
+
+    source: str
+    folder: Path
+
+    @classmethod
+    def of(cls, source: str, *, weights: bool = True) -> Base:
+        """The model in a folder, or on the hub; without its weights where they are not needed.
+
+        Raises UserError.
+        """
+        return cls(source, model_folder(source, weights=weights))
+
+    @cached_property
+    def family(self) -> Family:
+        """How its files name and lay out weights."""
+        return family_in(self.folder)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """Its network."""
+        return ModelConfig(**read_shape(self.folder))
+
+    @property
+    def rows(self) -> int:
+        """Of its embedding."""
+        assert self.config.vocab_size
+        return self.config.vocab_size
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its weights."""
+        return weights_sha256(self.folder)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """All of its weights."""
+        return list(stored_parts(self.config, self.family, self.rows))
+
+    @property
+    def linear(self) -> list[Part]:
+        """The weights of the linear layers in its blocks."""
+        return [part for part in self.parts if _is_of_block(part) and len(part.dims) == 2]
+
+
+def adapted_name(model: str, adapter: str) -> str:
+    """What a model with an adapter is called."""
+    return f"{model}:{adapter}"
+
+
+def module_of(part: Part) -> str:
+    """The name in transformers of the module that a weight or a bias belongs to."""
+    return part.name.rpartition(".")[0]
+
+
+def adapted_parts(base: Base, targets: Sequence[str] | None) -> list[Part]:
+    """The weights that `lora.targets` means. Raises UserError for one that means none."""
+    if targets is None:
+        return base.linear
+    modules = [module_of(part) for part in base.linear]
+    for target in targets:
+        if not any(is_named(module, [target]) for module in modules):
+            names = _last_names(base.linear)
+            near = nearest(target, names)
+            raise UserError(
+                f"lora.targets: {base.source} has no linear layer {target} in its blocks"
+                f"{did_you_mean([near] if near else [])} (layers: {' '.join(names)})"
+            )
+    return [part for part in base.linear if is_named(module_of(part), targets)]
+
+
+def replaced_parts(base: Base, train: Collection[str]) -> list[Part]:
+    """The weights that `lora.train` means."""
+    kinds = (*_NORMS * ("norms" in train), *_EMBEDDINGS * ("embeddings" in train))
+    return [part for part in base.parts if part.parameter.split(".")[-2] in kinds]
+
+
+def trained_count(base: Base, lora: LoraConfig) -> int:
+    """Parameters that are trained. Raises UserError as `adapted_parts`."""
+    assert lora.rank
+    narrow = sum(lora.rank * sum(part.dims) for part in adapted_parts(base, lora.targets))
+    whole = sum(math.prod(part.dims) for part in replaced_parts(base, lora.train))
+    return narrow + whole
+
+
+def peft_config(base: Base, lora: LoraConfig) -> dict[str, object]:
+    """adapter_config.json as PEFT's LoraConfig reads it."""
+    replaced = _last_names(replaced_parts(base, lora.train))
+    if writes_copy(base, lora):
+        replaced.append(_HEAD)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.source,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "target_modules": lora.targets or _last_names(base.linear),
+        "modules_to_save": replaced or None,
+        "fan_in_fan_out": base.family.transposed,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def writes_copy(base: Base, lora: LoraConfig) -> bool:
+    """Whether a folder has a copy of the embedding for a tied head: PEFT would untie it else."""
+    return "embeddings" in lora.train and base.config.tie_word_embeddings
+
+
+def _is_of_block(part: Part) -> bool:
+    return part.parameter.startswith("transformer.h.")
+
+
+def is_named(module: str, names: Iterable[str]) -> bool:
+    """Whether a module has one of these names or its end, as PEFT compares them."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _last_names(parts: Iterable[Part]) -> list[str]:
+    return sorted({module_of(part).rpartition(".")[2] for part in parts})

@@ -1,0 +1,211 @@
+"""Adapters' weights in PEFT's folders: save, load, and merge into the model that they adapt.
+
+What a folder must be is `gptray.model.adapter`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptray.config import LoraConfig, ModelConfig, UserError
+from gptray.files import replacing
+from gptray.model.adapter import (
+    BASE_SHA256,
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    A,
+    B,
+    Base,
+    adapted_parts,
+    module_of,
+    peft_config,
+    replaced_parts,
+    writes_copy,
+)
+from gptray.model.adapter_folder import Adapter, open_adapter
+from gptray.model.gpt import GPT
+from gptray.model.hf import from_file, load_pretrained, load_weights, save_pretrained, to_file
+from gptray.model.lora import LoRALinear, add_adapters, freeze
+from gptray.model.parameters import HEAD, Part
+from gptray.model.rounding import read_weight
+from gptray.model.stored_weights import stored_model
+from gptray.model.tensor_file import write_tensors
+from gptray.model.usage import Usage
+
+
+def adapted_network(
+    base: Base,
+    lora: LoraConfig,
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    native: bool = False,
+    seed: int = 0,
+) -> GPT:
+    """The base, frozen, with a new adapter; on the CPU, to compute in `dtype`.
+
+    config: the base's network, its dropout and context maybe other ones. vocab_size: rows of the
+    embedding that stand for tokens. native: by the project's kernels, but for the layers that are
+    adapted. Raises UserError for targets that the base has not, and as `load_weights`.
+    """
+    adapted, replaced = adapted_parts(base, lora.targets), replaced_parts(base, lora.train)
+    with torch.device("meta"):
+        model = GPT(config, vocab_size=vocab_size)
+    model.compute_dtype = dtype
+    if native:
+        model.use_kernels()
+    # Before there are numbers: they are to arrive in the dtype that they are kept in.
+    freeze(model, replaced)
+    model.to_empty(device="cpu")
+    model.valid_vocab_size = base.rows
+    load_weights(model, base.folder)
+    model.valid_vocab_size = vocab_size
+    add_adapters(model, lora, adapted, seed=seed)
+    return model
+
+
+def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None:
+    """Write the adapter of a network, and what else of it was trained, as PEFT's folder (fp32)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = dict(model.named_parameters())
+    tensors = dict[str, Tensor]()
+    for part in adapted_parts(base, lora.targets):
+        a, b = _pair(model, part)
+        tensors[PREFIX + module_of(part) + A] = a
+        tensors[PREFIX + module_of(part) + B] = _rows(b, part, model.config, to_file)
+    for part in replaced_parts(base, lora.train):
+        weight = parameters[part.parameter].detach()[part.start : part.start + part.rows]
+        tensors[PREFIX + part.name] = to_file(weight, part, model.config)
+    if writes_copy(base, lora):
+        tensors[PREFIX + HEAD] = model.head.detach()
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    metadata = {"format": "pt", BASE_SHA256: base.sha256}
+    with replacing(folder / WEIGHTS) as path:
+        write_tensors(path, shapes, lambda name: tensors[name], metadata)
+    with replacing(folder / CONFIG) as path:
+        path.write_text(json.dumps(peft_config(base, lora), indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def load_adapter(model: GPT, folder: Path, base: Base) -> None:
+    """Give a network's own adapter the weights that `save_adapter` wrote. Raises UserError."""
+    adapter, parameters = open_adapter(folder, base), dict(model.named_parameters())
+    stored = _tensors(adapter)
+    for part in adapter.adapted:
+        a, b = _pair(model, part)
+        name = PREFIX + module_of(part)
+        a.copy_(stored[name + A])
+        b.copy_(_rows(stored[name + B], part, model.config, from_file))
+    for part, weight in _own(adapter.replaced, parameters):
+        weight.copy_(from_file(stored[PREFIX + part.name], part, model.config))
+
+
+def load_merged(base: Base, adapter: Adapter) -> GPT:
+    """The base with an adapter, as an ordinary network on the CPU, in fp32. Raises UserError."""
+    model, stored = load_pretrained(base.folder), _tensors(adapter)
+    _merge(dict(model.named_parameters()), adapter, stored, model.config)
+    head = stored.get(PREFIX + HEAD) if model.config.tie_word_embeddings else None
+    if head is not None and not torch.equal(head.float(), model.head.float()):
+        raise UserError(
+            f"{adapter.folder / WEIGHTS}: its head is not the embedding, but the base ties them"
+        )
+    return model
+
+
+def save_merged(
+    base: Base,
+    adapter: Adapter,
+    folder: Path,
+    *,
+    vocab_size: int,
+    eos_token_id: int | None,
+    bos_token_id: int | None,
+) -> None:
+    """Write what `load_merged` gives, one weight at a time: there is no second model in memory.
+
+    vocab_size: rows of the embedding that stand for tokens; the others are left out.
+    Raises UserError for files that are damaged.
+    """
+    with torch.device("meta"):
+        model = GPT(base.config, vocab_size=vocab_size)
+    model.usage = Usage.of(base.folder)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    weights, tensors = stored_model(base.folder).weights, _tensors(adapter)
+
+    def whole(parameter: Tensor) -> Tensor:
+        name = names[id(parameter)]
+        merged = torch.empty(parameter.shape)
+        for part in base.parts:
+            if part.parameter == name:
+                rows = merged[part.start : part.start + part.rows]
+                rows.copy_(from_file(read_weight(weights[part.name]), part, base.config))
+        _merge({name: merged}, adapter, tensors, base.config)
+        return merged
+
+    model.whole = whole
+    save_pretrained(model, folder, eos_token_id=eos_token_id, bos_token_id=bos_token_id)
+
+
+def load_adapted(source: str | Path, adapter: str | Path | None) -> GPT:
+    """As `load_pretrained`, with the adapter in a folder, if there is one. Raises UserError."""
+    if adapter is None:
+        return load_pretrained(source)
+    base = Base.of(str(source))
+    return load_merged(base, open_adapter(adapter, base))
+
+
+def _pair(model: GPT, part: Part) -> tuple[Tensor, Tensor]:
+    """A and B of a layer that is adapted, of which `part` is a part."""
+    layer = model.get_submodule(part.parameter.removesuffix(".weight"))
+    assert isinstance(layer, LoRALinear)
+    return next(
+        (a.detach(), b.detach()) for span, a, b in layer.pairs() if span.start == part.start
+    )
+
+
+def _rows(
+    b: Tensor, part: Part, config: ModelConfig, turn: Callable[[Tensor, Part, ModelConfig], Tensor]
+) -> Tensor:
+    """B with its outputs in the file's order, or in the network's: B is never transposed."""
+    return turn(b, part, config) if part.turned == "by_head" else b
+
+
+@torch.no_grad()
+def _merge(
+    parameters: Mapping[str, Tensor],
+    adapter: Adapter,
+    stored: Mapping[str, Tensor],
+    config: ModelConfig,
+) -> None:
+    """Change parameters of the base, by their names in the network, to what the adapter makes."""
+    for part, weight in _own(adapter.adapted, parameters):
+        name = PREFIX + module_of(part)
+        b = _rows(stored[name + B], part, config, from_file)
+        weight.addmm_(b.float(), stored[name + A].float(), alpha=adapter.lora.scale)
+    for part, weight in _own(adapter.replaced, parameters):
+        weight.copy_(from_file(stored[PREFIX + part.name], part, config))
+
+
+def _own(parts: Iterable[Part], parameters: Mapping[str, Tensor]) -> Iterator[tuple[Part, Tensor]]:
+    """Those of the parts that parameters have, each with its rows."""
+    for part in parts:
+        if part.parameter in parameters:
+            yield part, parameters[part.parameter][part.start : part.start + part.rows]
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """What the file of weights holds. Raises UserError if it is damaged."""
+    path = adapter.folder / WEIGHTS
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or incomplete: {error}") from None

@@ -1,0 +1,191 @@
+"""Whether a folder of PEFT's is an adapter that fits a model; no torch, so that a job knows soon.
+
+What is not plain LoRA is refused by name: what it would add is not computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from gptray.config import LoraConfig, UserError
+from gptray.files import expanded
+from gptray.model.adapter import (
+    ADAPTER,
+    BASE_SHA256,
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    A,
+    B,
+    Base,
+    is_named,
+    module_of,
+)
+from gptray.model.header import FLOATS, read_header
+from gptray.model.parameters import HEAD, Part
+from gptray.stored import is_whole, read_foreign
+
+# Keys of adapter_config.json that change nothing of what an adapter computes once it is trained.
+_READ = {
+    "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "peft_type",
+    "base_model_name_or_path", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "init_lora_weights", "bias",
+}  # fmt: skip
+_WITHOUT_EFFECT = {
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "task_type",
+}  # fmt: skip
+# Ways to begin that leave the model's own weights as they are.
+_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder that fits a base. adapted: what it adds products to, scale times; replaced: what it
+    has in the place of the base's."""
+
+    folder: Path
+    lora: LoraConfig
+    adapted: tuple[Part, ...]
+    replaced: tuple[Part, ...]
+
+
+def adapter_folder(source: str | Path) -> Path:
+    """The folder with adapter_config.json: `source`, or the adapter/ in it. Raises UserError."""
+    folder = expanded(source)
+    for candidate in (folder, folder / ADAPTER):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder")
+    raise UserError(f"{folder}: no {CONFIG} in it or in its {ADAPTER}/, so this is no adapter")
+
+
+def open_adapter(source: str | Path, base: Base) -> Adapter:
+    """The adapter in a folder, for this base; reads no weights.
+
+    Raises UserError naming the file, and what of it is damaged, not supported or another model's.
+    """
+    folder = adapter_folder(source)
+    path = folder / WEIGHTS
+    raw = read_foreign(folder / CONFIG)
+    lora = _lora_of(folder / CONFIG, raw)
+    if not path.is_file():
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        kind = " but pickled weights, which gptray does not open" if pickled else ""
+        raise UserError(f"{folder}: no {WEIGHTS}{kind}")
+    stored = read_header(path)
+    _check_base(path, base)
+    _check_types(path, stored)
+    parts = {module_of(part): part for part in base.linear}
+    whole = {part.name: part for part in base.parts}
+    adapted = dict[str, Part]()
+    replaced = []
+    for name in stored:
+        if name == PREFIX + HEAD and base.config.tie_word_embeddings:
+            continue  # where the weights are read, it is compared with the embedding
+        bare = name.removeprefix(PREFIX)
+        module = bare.removesuffix(A).removesuffix(B)
+        if bare == name or (module == bare and bare not in whole):
+            raise UserError(f"{path}: {name} is not a weight of an adapter of {base.source}")
+        if module == bare:
+            replaced.append(whole[bare])
+        elif module in parts:
+            adapted[module] = parts[module]
+        else:
+            raise UserError(f"{path}: {module} is no linear layer in the blocks of {base.source}")
+    adapter = Adapter(folder, lora, tuple(adapted.values()), tuple(replaced))
+    _check_shapes(path, stored, adapter)
+    _check_complete(path, raw, base, adapter)
+    return adapter
+
+
+def _lora_of(path: Path, raw: Mapping[str, object]) -> LoraConfig:
+    """Raises UserError for what is not LoRA, or more than that."""
+    if raw.get("peft_type") != "LORA":
+        raise UserError(
+            f"{path}: peft_type={raw.get('peft_type')!r:.60} is not supported, only LORA"
+        )
+    if (begun := raw.get("init_lora_weights", True)) not in _BEGINNINGS:
+        raise UserError(
+            f"{path}: init_lora_weights={begun!r:.60} has changed the weights of the base; "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
+        )
+    if raw.get("bias", "none") != "none":
+        raise UserError(f"{path}: bias={raw['bias']!r:.60} is not supported, only 'none'")
+    for key, value in raw.items():
+        if value and key not in _READ | _WITHOUT_EFFECT:
+            raise UserError(f"{path}: {key}={value!r:.60} is not supported, only plain LoRA")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if not is_whole(rank, least=1):
+        raise UserError(f"{path}: r={rank!r:.60} is no rank")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e9:
+        raise UserError(f"{path}: lora_alpha={alpha!r:.60} is no number above 0")
+    return LoraConfig(rank=rank, alpha=alpha, use_rslora=bool(raw.get("use_rslora", False)))
+
+
+def _check_base(path: Path, base: Base) -> None:
+    """Raise UserError for weights that say that they belong to another base."""
+    try:
+        with safe_open(path, framework="np") as file:
+            trained_on = (file.metadata() or {}).get(BASE_SHA256)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or incomplete: {error}") from None
+    if trained_on and trained_on != base.sha256:
+        raise UserError(
+            f"{path.parent} adapts another model than {base.source}: one whose weights have "
+            f"sha256 {trained_on}, not {base.sha256}"
+        )
+
+
+def _check_types(path: Path, stored: Mapping[str, tuple[list[int], str]]) -> None:
+    for name, (_, dtype) in stored.items():
+        if dtype not in FLOATS:
+            raise UserError(f"{path}: {name} is stored as {dtype}; weights are {', '.join(FLOATS)}")
+
+
+def _check_shapes(
+    path: Path, stored: Mapping[str, tuple[list[int], str]], adapter: Adapter
+) -> None:
+    """Raise UserError for a weight that is missing or has another shape."""
+    expected = {PREFIX + part.name: part.dims for part in adapter.replaced}
+    rank = adapter.lora.rank
+    assert rank
+    for part in adapter.adapted:
+        outputs, inputs = part.dims[::-1] if part.turned == "transposed" else part.dims
+        expected[PREFIX + module_of(part) + A] = [rank, inputs]
+        expected[PREFIX + module_of(part) + B] = [outputs, rank]
+    for name, dims in expected.items():
+        if name not in stored:
+            raise UserError(f"{path}: {name} is missing")
+        if stored[name][0] != dims:
+            raise UserError(
+                f"{path}: {name} has shape {stored[name][0]}; with r={rank} and this base it is "
+                f"{dims}"
+            )
+
+
+def _check_complete(path: Path, raw: Mapping[str, object], base: Base, adapter: Adapter) -> None:
+    """Raise UserError where layers that the config names have no weights."""
+    targets, saved = raw.get("target_modules"), raw.get("modules_to_save") or []
+    some = any(raw.get(key) for key in ("exclude_modules", "layers_to_transform"))
+    expected = []
+    if targets == "all-linear":
+        expected = base.linear
+    elif isinstance(targets, list) and not some:
+        names = [name for name in targets if isinstance(name, str)]
+        expected = [part for part in base.linear if is_named(module_of(part), names)]
+    if isinstance(saved, list):
+        names = [name for name in saved if isinstance(name, str)]
+        expected = expected + [part for part in base.parts if is_named(module_of(part), names)]
+    have = {part.name for part in (*adapter.adapted, *adapter.replaced)}
+    for part in expected:
+        if part.name not in have:
+            raise UserError(f"{path}: nothing for {module_of(part)}, which {CONFIG} names")
+    if not have:
+        raise UserError(f"{path}: it holds no weights")

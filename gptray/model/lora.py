@@ -1,0 +1,165 @@
+"""LoRA: a network whose linear layers are frozen, each with narrow matrices that learn beside it.
+
+Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models. Frozen weights are kept in the
+dtype that is computed in, an adapter as fp32 masters. Files are `gptray.model.adapter_files`'s.
+Shapes: N tokens, P adapters of a layer, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptray.config import LoraConfig
+from gptray.model.autograd_context import AdaptedContext
+from gptray.model.gpt import GPT, MLP
+from gptray.model.layers import LayerNorm, Linear, RMSNorm, dropout
+from gptray.model.parameters import Part
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer whose outputs get scale * B A x besides.
+
+    Layers that lie side by side in it have an adapter each, for their own outputs. lora_A (P R,
+    inputs) has their A below each other, since all read the same; lora_B (outputs that are adapted,
+    R) their B.
+    """
+
+    def __init__(self, linear: nn.Linear, parts: Sequence[Part], lora: LoraConfig) -> None:
+        super().__init__()
+        assert lora.rank
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.spans = tuple(slice(part.start, part.start + part.rows) for part in parts)
+        self.rank, self.scale, self.dropout = lora.rank, lora.scale, lora.dropout
+        outputs = sum(part.rows for part in parts)
+        self.lora_A = nn.Parameter(torch.empty(len(parts) * lora.rank, linear.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, lora.rank))
+
+    def pairs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of each adapter: its outputs, A (R, inputs), B (outputs, R)."""
+        each_a, each_b = torch.split(self.lora_A, self.rank), _split(self.lora_B, self.spans)
+        yield from zip(self.spans, each_a, each_b, strict=True)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The weight that computes the same alone, in fp32."""
+        weight = self.weight.detach().float().clone()
+        for span, a, b in self.pairs():
+            weight[span].addmm_(b, a, alpha=self.scale)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = dropout(x, self.dropout if self.training else 0.0)
+        arguments = (x, read, self.weight, self.bias, self.lora_A, self.lora_B)
+        y: Tensor = _Adapted.apply(*arguments, self.spans, self.scale)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Adapted(torch.autograd.Function):
+    """x W^T + b, and scale * (read A^T) B^T added to each adapter's outputs in place.
+
+    read: x, or x after dropout. No gradient of W and b is made.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: AdaptedContext,
+        x: Tensor,
+        read: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        spans: tuple[slice, ...],
+        scale: float,
+    ) -> Tensor:
+        ctx.spans, ctx.scale, ctx.reads_all = spans, scale, read is x
+        y = F.linear(x, weight, bias)
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        narrow = F.linear(read.flatten(0, -2), a)  # (N, P R)
+        rows, rank = y.view(-1, y.size(-1)), b.size(1)
+        for span, u, b_own in zip(
+            spans, torch.split(narrow, rank, 1), _split(b, spans), strict=True
+        ):
+            rows[:, span].addmm_(u, b_own.t(), alpha=scale)
+        ctx.save_for_backward(read, narrow, weight, lora_a, lora_b)
+        return y
+
+    @staticmethod
+    def backward(ctx: AdaptedContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        read, narrow, weight, lora_a, lora_b = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)  # (N, outputs)
+        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        grad_narrow = torch.empty_like(narrow)
+        grad_b = torch.empty_like(lora_b)
+        rank = b.size(1)
+        parts = (torch.split(narrow, rank, 1), torch.split(grad_narrow, rank, 1))
+        halves = (_split(b, ctx.spans), _split(grad_b, ctx.spans))
+        for span, u, grad_u, b_own, to in zip(ctx.spans, *parts, *halves, strict=True):
+            own = grad[:, span]
+            grad_u.copy_(torch.mm(own, b_own).mul_(ctx.scale))
+            to.copy_(torch.mm(own.t(), u).mul_(ctx.scale))
+        grad_a = torch.mm(grad_narrow.t(), read.flatten(0, -2)).to(lora_a.dtype)
+        rest = (None, None, grad_a, grad_b, None, None)
+        if not ctx.needs_input_grad[0]:
+            return None, None, *rest
+        grad_x = torch.mm(grad, weight)
+        if ctx.reads_all:
+            return grad_x.addmm_(grad_narrow, a).view(read.shape), None, *rest
+        return grad_x.view(read.shape), torch.mm(grad_narrow, a).view(read.shape), *rest
+
+
+def _split(b: Tensor, spans: Sequence[slice]) -> tuple[Tensor, ...]:
+    return torch.split(b, [span.stop - span.start for span in spans])
+
+
+def freeze(model: GPT, replaced: Sequence[Part]) -> None:
+    """Freeze all of a network but `replaced`, in the dtype that it computes in.
+
+    The kernels of linear layers and MLPs take fp32 masters, make their gradients and know no
+    adapters, so these do without; others take norms' weights in fp32, which these then keep.
+    """
+    learns = {part.parameter for part in replaced}
+    is_native = model.is_native
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear, MLP)):
+            module.native = False
+        takes_fp32 = is_native and isinstance(module, (LayerNorm, RMSNorm))
+        for own, parameter in module.named_parameters(recurse=False):
+            if f"{name}.{own}" not in learns:
+                parameter.requires_grad_(False)
+                if not takes_fp32:
+                    parameter.data = parameter.data.to(model.compute_dtype)
+
+
+@torch.no_grad()
+def add_adapters(model: GPT, lora: LoraConfig, adapted: Sequence[Part], *, seed: int) -> None:
+    """Give the layers of a frozen network on the CPU, of which `adapted` are parts, adapters.
+
+    At first they change nothing: B is zero, A is drawn as PEFT draws it, uniform with a bound of
+    1 / sqrt(inputs), the same for a seed on every device. What reads weights by `model.whole` gets
+    them merged.
+    """
+    by_layer = dict[str, list[Part]]()
+    for part in adapted:
+        by_layer.setdefault(part.parameter.removesuffix(".weight"), []).append(part)
+    generator, layers = torch.Generator().manual_seed(seed), dict[int, LoRALinear]()
+    for name, parts in by_layer.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layer = LoRALinear(linear, parts, lora)
+        bound = 1 / math.sqrt(linear.in_features)
+        layer.lora_A.uniform_(-bound, bound, generator=generator)
+        model.set_submodule(name, layer)
+        layers[id(layer.weight)] = layer
+
+    def whole(weight: Tensor) -> Tensor:
+        layer = layers.get(id(weight))
+        return layer.merged() if layer else weight.detach()
+
+    model.whole = whole

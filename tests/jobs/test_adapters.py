@@ -1,0 +1,119 @@
+"""Adapters on the models of jobs: the text of the merged model, and what is refused at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptray.config import LoraConfig, UserError, load_config
+from gptray.data.tokenizer import Tokenizer
+from gptray.jobs.adapters import called_with
+from gptray.jobs.evaluate.check import check as check_evaluation
+from gptray.jobs.generate.output_plan import job_identity
+from gptray.jobs.generate.run import generate
+from gptray.jobs.serve.check import check as check_endpoint
+from gptray.jobs.serve.check import plan as plan_endpoint
+from gptray.jobs.train.check import check as check_training
+from gptray.jobs.train.check import plan
+from gptray.model.adapter import Base
+from gptray.model.adapter_files import adapted_network, load_merged, save_adapter
+from gptray.model.adapter_folder import open_adapter
+from gptray.model.hf import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def adapter(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of a run called story."""
+    folder = tmp_path_factory.mktemp("runs") / "story" / "adapter"
+    base, lora = Base.of(str(model_dir)), LoraConfig(rank=2)
+    rows = base.rows
+    model = adapted_network(base, lora, base.config, vocab_size=rows, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    save_adapter(model, folder, base, lora)
+    return folder
+
+
+def texts(*words: str) -> list[str]:
+    fixed = ["generate.precision=fp32", "generate.backend=torch", "sample.temperature=0"]
+    config = load_config(None, [*fixed, "sample.prompt=[the cat, a dog]", *words])
+    outputs = generate(config)["outputs"]
+    return [one["output"] for one in outputs]
+
+
+def test_a_model_with_an_adapter_writes_what_the_merged_one_does(
+    model_dir: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = Base.of(str(model_dir))
+    tokenizer = Tokenizer.load(model_dir)
+    merged = load_merged(base, open_adapter(adapter, base))
+    save_pretrained(merged, tmp_path, eos_token_id=tokenizer.eos_id)
+    tokenizer.save(tmp_path)
+    expected = texts(f"generate.model={tmp_path}")
+    assert expected != texts(f"generate.model={model_dir}")
+    # By its folder with the model that it was trained on, or by the name of its run.
+    assert texts(f"generate.adapter={adapter}") == expected
+    named = ("generate.adapter=story", f"storage_path={adapter.parent.parent}")
+    assert texts(f"generate.model={model_dir}", *named) == expected
+
+
+def test_a_batch_with_another_adapter_is_another_job(model_dir: Path, adapter: Path) -> None:
+    plain = load_config(None, [])
+    with_one = load_config(None, [f"generate.adapter={adapter}"])
+    ours, others = (job_identity(config, model_dir, []) for config in (with_one, plain))
+    differing = {key for key in ours if ours[key] != others[key]}
+    assert differing == {"generate.adapter"} and others["generate.adapter"] is None
+    assert called_with("book", str(adapter)) == "book:story" and called_with("x", None) == "x"
+
+
+def test_an_endpoint_finds_its_adapters_and_their_base(adapter: Path, model_dir: Path) -> None:
+    words = [f"serve.adapters={{one: story, two: {adapter}}}", "serve.port=54321"]
+    words.append(f"storage_path={adapter.parent.parent}")
+    checked = check_endpoint(load_config(None, words))
+    assert checked.model == {"model": str(model_dir), "served_model_name": model_dir.name}
+    assert checked.config.serve.adapters == {"one": str(adapter), "two": str(adapter)}
+    told = dict(plan_endpoint(checked))["with adapters"]
+    assert told == f"{model_dir.name}:one, {model_dir.name}:two"
+    with pytest.raises(UserError, match="serve.adapters: .*nowhere: no such folder"):
+        check_endpoint(load_config(None, ["serve.adapters={one: nowhere}"]))
+
+
+def test_results_with_an_adapter_have_a_folder_of_their_own(
+    model_dir: Path, adapter: Path, source: Path, tmp_path: Path
+) -> None:
+    words = [f"evaluate.source={source}", f"storage_path={tmp_path}", "train.block_size=16"]
+    plain = check_evaluation(load_config(None, [*words, f"evaluate.model={model_dir}"]))
+    checked = check_evaluation(load_config(None, [*words, f"evaluate.adapter={adapter}"]))
+    assert checked.model_dir == plain.model_dir and checked.folder != plain.folder
+    assert "story" in checked.folder.name and checked.model_sha256 != plain.model_sha256
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("generate.adapter=nowhere", "generate.adapter: .*nowhere: no such folder"),
+        ("generate.adapter={model}", "generate.adapter: .*: no adapter_config.json in it"),
+        ("generate.adapter=s3://bucket/one", "is taken from a folder, not from a URI"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(word: str, told: str, model_dir: Path) -> None:
+    given = [f"generate.model={model_dir}", "sample.prompt=x", word.format(model=model_dir)]
+    with pytest.raises(UserError, match=told):
+        generate(load_config(None, given))
+
+
+def test_a_dry_run_tells_what_is_trained(model_dir: Path, source: Path, tmp_path: Path) -> None:
+    words = [
+        f"storage_path={tmp_path}", f"data.source={source}", f"model.init_from={model_dir}",
+        "train.block_size=16", "name=x",
+    ]  # fmt: skip
+    rows = dict(plan(check_training(load_config(None, [*words, "lora.rank=2"]))))
+    assert rows["trained"].endswith("%), an adapter of rank 2") and "adapter/" in rows["files"]
+    assert "trained" not in dict(plan(check_training(load_config(None, words))))
+    with pytest.raises(UserError, match=r"lora.targets: .* no linear layer c_atn"):
+        check_training(load_config(None, [*words, "lora.rank=2", "lora.targets=[c_atn]"]))
