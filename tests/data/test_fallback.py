@@ -22,7 +22,7 @@ def manifest_of(tokenizer: Tokenizer, text: str, folder: Path) -> DataManifest:
     """What preparing a text writes down, as far as it matters here."""
     with ShardWriter(folder / "part", ShardEncoder(tokenizer)) as writer:
         for line in text.splitlines():
-            writer.add(line, ends=True)
+            writer.add(line, begins=True, ends=True)
     assert writer.shard
     entry = writer.shard.entry("train-00000.bin")
     manifest = {"splits": {"train": entry}, "tokenizer": {"vocab_size": tokenizer.vocab_size}}

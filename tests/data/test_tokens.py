@@ -140,8 +140,8 @@ def test_writer_describes_what_it_wrote(tokenizer: Tokenizer, tmp_path: Path) ->
     path = tmp_path / "x.part"
     with ShardWriter(path, ShardEncoder(tokenizer)) as writer:
         for text in DOCUMENTS:
-            writer.add(text[:3], ends=False)
-            writer.add(text[3:], ends=True)
+            writer.add(text[:3], begins=True, ends=False)
+            writer.add(text[3:], begins=False, ends=True)
     ids = [i for text in DOCUMENTS for i in [*tokenizer.encode(text), tokenizer.eos_id]]
     assert np.fromfile(path, dtype="<u2").tolist() == ids
     assert writer.shard is not None
