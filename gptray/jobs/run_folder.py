@@ -140,8 +140,9 @@ def outcome(config: Config) -> dict[str, object]:
     """What the run has come to, from its metrics: the job's JSON line.
 
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
-    evaluation, and `base_val_loss` to the weights of model.init_from. `val_lost` is the share of the validation text that the tokenizer loses. `landed`:
-    whether the model is from the cool-down; `landing_gain`: see `gptray.training.landing`.
+    evaluation, and `base_val_loss` to the weights of model.init_from. `val_lost` is the share of
+    the validation text that the tokenizer loses. `landed`: whether the model is from the cool-down;
+    `landing_gain`: see `gptray.training.landing`.
     """
     folder = run_dir(config)
     rows = read_metrics(folder)

@@ -14,6 +14,7 @@ from gptray.files import expanded, is_uri
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend, planned_backend
+from gptray.jobs.engine_memory import planned_memory
 from gptray.jobs.models import find_model
 from gptray.model.example import FALLBACK
 from gptray.model.shape import model_folder, read_shape
@@ -66,11 +67,13 @@ def plan(checked: CheckedEndpoint) -> Plan:
     settings = config.serve
     least, most = settings.num_replicas, settings.max_replicas
     replicas = f"{least} to {most}" if most else str(least)
+    folder = model_folder(model["model"])
     return [
         ("model", f"{model['model']}, called {model['served_model_name']}"),
         ("url", endpoint_url(config)),
         ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
-        ("backend", planned_backend(config, model_folder(model["model"]))),
+        ("backend", planned_backend(config, folder)),
+        ("memory", planned_memory(config, folder, settings.max_batch_size)),
         ("hosts", _hosts(config)),
         ("api key", "needed" if settings.api_key_file else "not needed"),
     ]
