@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 
 from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer, char_tokenizer
 from gptray.doors import run
+from gptray.gguf_header import read_header
 from gptray.gguf_tokenizer import CUTS, end_ids, tokenizer_json
 from gptray.model.hf import load_pretrained
 from gptray.model.shape import model_folder
@@ -244,3 +245,30 @@ def test_all_tokens_that_end_a_text_are_known() -> None:
 def test_a_tokenizer_that_is_not_known_is_one_line(given: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         tokenizer_json(given)
+
+
+@pytest.mark.parametrize(("single", "adds"), [("$A", False), ("<s> $A", True)])
+def test_a_token_before_every_text_comes_back(tmp_path: Path, single: str, adds: bool) -> None:
+    backend = foreign.llama()
+    special = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    tokenizer = Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})
+    values, _ = read_header(exported(tmp_path, "llama", tokenizer))
+    assert values["tokenizer.ggml.add_bos_token"] is adds
+    found = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(values)))
+    assert found.encode("the cat").ids == backend.encode("the cat").ids
+
+
+def test_tokens_that_llama_cpp_does_not_put_around_a_text_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = foreign.llama()
+    special = [("</s>", backend.token_to_id("</s>"))]
+    template = processors.TemplateProcessing(single="</s> </s> $A", special_tokens=special)
+    backend.post_processor = template
+    tokenizer = Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})
+    make_hf("llama", tokenizer.vocab_size).save_pretrained(tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    words = [f"export.model={tmp_path}/m", f"export.output_path={tmp_path}/m.gguf"]
+    assert run("export", words) == 2
+    assert "does not put </s>, </s> around a text" in capsys.readouterr().err

@@ -50,8 +50,7 @@ _BY_PATTERN = {(_GPT2, False): "gpt-2"} | {
 def gguf_vocabulary(tokenizer: Tokenizer, *, rows: int) -> dict[str, object]:
     """The fields of a tokenizer. rows: of the embedding; those without a token are named [PADn].
 
-    No token is put before or after a text, as in gptray itself. Raises UserError, one sentence, for
-    what llama.cpp cannot express.
+    Raises UserError, one sentence, for what llama.cpp cannot express.
     """
     names = tokenizer.names
     if len(names) > rows:
@@ -65,9 +64,14 @@ def gguf_vocabulary(tokenizer: Tokenizer, *, rows: int) -> dict[str, object]:
         raise UserError(f"llama.cpp cannot match {refused!r} in text as this tokenizer does")
     special = tokenizer.special_ids
     ids = {key: special[role] for role, key in _SPECIAL_IDS.items() if role in special}
+    before, after = _around(parts["post_processor"])
+    bos, eos = names[ids.get("bos_token_id", tokenizer.eos_id)], tokenizer.eos_token
+    if before not in ([], [bos]) or after not in ([], [eos]):
+        around = ", ".join(before + after)
+        raise UserError(f"llama.cpp does not put {around} around a text as this tokenizer does")
     fields = {
-        "add_bos_token": False,
-        "add_eos_token": False,
+        "add_bos_token": bool(before),
+        "add_eos_token": bool(after),
         "tokens": _texts(tokenizer, rows),
         "token_type": _types(tokenizer, parts, rows),
         "bos_token_id": tokenizer.eos_id,
@@ -75,6 +79,19 @@ def gguf_vocabulary(tokenizer: Tokenizer, *, rows: int) -> dict[str, object]:
         **_kind(tokenizer, parts, rows),
     }
     return {KEY + name: value for name, value in fields.items()}
+
+
+def _around(step: Step | None) -> tuple[list[str], list[str]]:
+    """The names of the special tokens that come before a text, and after it."""
+    match step:
+        case {"type": "Sequence", "processors": list(steps)}:
+            pairs = [_around(one) for one in steps]
+            return sum((pair[0] for pair in pairs), []), sum((pair[1] for pair in pairs), [])
+        case {"type": "TemplateProcessing", "single": list(single)}:
+            names = [one["SpecialToken"]["id"] if "SpecialToken" in one else "" for one in single]
+            text = names.index("")
+            return names[:text], names[text + 1 :]
+    return [], []
 
 
 def _kind(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> Mapping[str, object]:

@@ -36,6 +36,7 @@ class AddedToken(TypedDict):
 class TokenizerParts(TypedDict):
     normalizer: Step | None
     pre_tokenizer: Step | None
+    post_processor: Step | None
     decoder: Step | None
     model: ModelPart
     added_tokens: list[AddedToken]

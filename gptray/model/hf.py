@@ -78,16 +78,24 @@ def load_pretrained(source: str | Path, *, dropout: float | None = None) -> GPT:
     `dropout` replaces the file's. Raises UserError naming the file and what is wrong with it.
     """
     folder = model_folder(source)
+    model = network_of(folder, dropout=dropout)
+    model.to_empty(device="cpu")
+    load_weights(model, folder)
+    return model
+
+
+def network_of(folder: Path, *, dropout: float | None = None) -> GPT:
+    """The network in a model folder, its weights checked but not read, on the meta device.
+
+    Raises UserError as `load_pretrained`.
+    """
     shape = read_shape(folder)
     check_weights(folder, shape)
     rows = shape.pop("vocab_size")
     if dropout is not None:
         shape["dropout"] = dropout
     with torch.device("meta"):
-        model = GPT(ModelConfig(**shape), vocab_size=rows)
-    model.to_empty(device="cpu")
-    load_weights(model, folder)
-    return model
+        return GPT(ModelConfig(**shape), vocab_size=rows)
 
 
 @dataclass(frozen=True)

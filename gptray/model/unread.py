@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptray.config import ModelConfig, UserError
+from gptray.config import UserError
 from gptray.model.gpt import GPT
-from gptray.model.header import check_weights
-from gptray.model.hf import from_file
+from gptray.model.hf import from_file, network_of
 from gptray.model.parameters import Part, stored_parts
 from gptray.model.rounding import check_tied, read_weight
-from gptray.model.shape import model_folder, read_shape
+from gptray.model.shape import model_folder
 from gptray.model.stored_weights import StoredModel, stored_model
 from gptray.model.usage import Usage
 
@@ -27,13 +26,8 @@ def unread_network(source: str | Path) -> GPT:
     Raises UserError as `load_pretrained`; `GPT.whole` too, for numbers that are not finite.
     """
     folder = model_folder(source)
-    shape = read_shape(folder)
-    check_weights(folder, shape)
-    rows = shape.pop("vocab_size")
-    with torch.device("meta"):
-        model = GPT(ModelConfig(**shape), vocab_size=rows).eval()
+    model, stored = network_of(folder).eval(), stored_model(folder)
     model.usage = Usage.of(folder)
-    stored = stored_model(folder)
     check_tied(stored)
     model.whole = _Reader(model, stored).read
     return model

@@ -21,6 +21,7 @@ from gptray.jobs.base import Job, Plan
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.doing import doing
 from gptray.jobs.engine_backend import build_engine_backend, planned_backend
+from gptray.jobs.engine_memory import planned_memory
 from gptray.jobs.generate.check import CheckedBatch, CheckedModel, check
 from gptray.jobs.generate.output import Output, scan_input
 from gptray.jobs.generate.remote_output import output_kind
@@ -88,7 +89,13 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
     """What the job would do. Reads the whole input of a batch job; raises UserError as it would."""
     if isinstance(checked, CheckedModel):
         backend = planned_backend(checked.config, checked.folder)
-        return [("model", str(checked.folder)), ("backend", backend), ("output", "this terminal")]
+        memory = planned_memory(checked.config, checked.folder, 1)
+        return [
+            ("model", str(checked.folder)),
+            ("backend", backend),
+            ("memory", memory),
+            ("output", "this terminal"),
+        ]
     job, config = checked, checked.config
     output_kind(job).plan_there(job)
     found, samples = scan_input(job), config.generate.num_samples
@@ -99,6 +106,7 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
         ("input", f"{count(len(job.files), 'file')}, {megabytes:.1f} MB, {found.rows:,} rows"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
         ("backend", planned_backend(config, job.model_dir)),
+        ("memory", planned_memory(config, job.model_dir, config.generate.max_batch_size)),
         ("output", job.output),
         ("rows", f"{found.rows * samples:,}"),
         ("columns", ", ".join(columns)),

@@ -15,6 +15,7 @@ from gptray.jobs.adapters import check_adapter, with_adapters
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend, planned_backend
+from gptray.jobs.engine_memory import planned_memory
 from gptray.jobs.models import find_model
 from gptray.model.adapter import adapted_name
 from gptray.model.example import FALLBACK
@@ -70,12 +71,14 @@ def plan(checked: CheckedEndpoint) -> Plan:
     least, most = settings.num_replicas, settings.max_replicas
     replicas = f"{least} to {most}" if most else str(least)
     adapters = [adapted_name(model["served_model_name"], name) for name in settings.adapters or ()]
+    folder = model_folder(model["model"])
     return [
         ("model", f"{model['model']}, called {model['served_model_name']}"),
         *([("with adapters", ", ".join(adapters))] if adapters else []),
         ("url", endpoint_url(config)),
         ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
-        ("backend", planned_backend(config, model_folder(model["model"]))),
+        ("backend", planned_backend(config, folder)),
+        ("memory", planned_memory(config, folder, settings.max_batch_size)),
         ("hosts", _hosts(config)),
         ("api key", "needed" if settings.api_key_file else "not needed"),
     ]

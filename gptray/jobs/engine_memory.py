@@ -1,0 +1,40 @@
+"""What the memory of an engine will hold, roughly, before any of it is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptray.config import Config, ModelConfig
+from gptray.model.parameters import parameter_count
+from gptray.model.shape import read_shape
+
+# Of a process that has imported PyTorch and opened a tokenizer, as it was measured.
+PROCESS = 0.34e9
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
+    """What a plan says of the memory of one engine for so many sequences at a time.
+
+    The embedding is kept twice: to look up tokens, and packed as the head where that is tied.
+    """
+    model = ModelConfig(**read_shape(model_dir))
+    rows, precision = model.vocab_size, config.generate.precision
+    assert rows is not None
+    named = "bf16 (twice that in fp32)" if precision == "auto" else precision
+    each = _BYTES.get(precision, 2)
+    weights = parameter_count(model, rows) * each
+    if config.quantize.weights == "int8":
+        weights, named = weights // each, "int8"
+    if model.tie_word_embeddings:
+        weights += rows * model.n_embd * each
+    token = 2 * model.n_layer * model.kv_heads * model.head_width * each
+    cache = sequences * model.n_positions * token
+    return (
+        f"{_size(weights)} of weights in {named}, up to {_size(cache)} of keys and values, about "
+        f"{_size(PROCESS)} for the process"
+    )
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:,.2f} GB"
