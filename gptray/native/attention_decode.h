@@ -33,6 +33,30 @@ inline Floats exponentials(float *w, int count) {
   return _mm512_set1_ps(1.f / _mm512_reduce_add_ps(total));
 }
 
+// Up to B blocks of columns of values (count, E), summed with the weights of each of G heads.
+template <int G, int B, typename T>
+inline void weigh(const float *w, size_t stride, const Floats *inverse, const T *values,
+                  const T *next_keys, int count, int E, int columns, float *out) {
+  __mmask16 masks[B];
+  for (int b = 0; b < B; ++b) masks[b] = lanes(columns - b * LANES);
+  Floats sums[G][B] = {};
+  for (int t = 0; t < count; ++t) {
+    if (next_keys) fetch(next_keys + (size_t)t * E, E);
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      const Floats value = load(values + (size_t)t * E + b * LANES, masks[b]);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g)
+        sums[g][b] = _mm512_fmadd_ps(_mm512_set1_ps(w[g * stride + t]), value, sums[g][b]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+      store(out + g * E + b * LANES, _mm512_mul_ps(sums[g][b], inverse[g]), masks[b]);
+}
+
 // G heads of one row, q (G, E), over the same `count` keys and values (count, E) -> out (G, E).
 template <int G, typename T>
 void attend(const float *q, const T *keys, const T *values, const T *next_keys, int count, int E,
@@ -55,22 +79,12 @@ void attend(const float *q, const T *keys, const T *values, const T *next_keys, 
   Floats inverse[G];
   for (int g = 0; g < G; ++g) inverse[g] = exponentials(w + g * stride, count);
   for (int e = 0; e < E; e += PANEL) {
-    Floats sums[G][BLOCKS] = {};
-    for (int t = 0; t < count; ++t) {
-      if (next_keys && e == 0) fetch(next_keys + (size_t)t * E, E);
-      for (int b = 0; b < BLOCKS; ++b) {
-        const int at = e + b * LANES;
-        if (at >= E) continue;
-        const Floats value = load(values + (size_t)t * E + at, lanes(E - at));
-        for (int g = 0; g < G; ++g)
-          sums[g][b] = _mm512_fmadd_ps(_mm512_set1_ps(w[g * stride + t]), value, sums[g][b]);
-      }
-    }
-    for (int g = 0; g < G; ++g)
-      for (int b = 0; b < BLOCKS && e + b * LANES < E; ++b) {
-        const int at = e + b * LANES;
-        store(out + g * E + at, _mm512_mul_ps(sums[g][b], inverse[g]), lanes(E - at));
-      }
+    const int columns = E - e;
+    const auto run = columns > 3 * LANES   ? weigh<G, 4, T>
+                     : columns > 2 * LANES ? weigh<G, 3, T>
+                     : columns > LANES     ? weigh<G, 2, T>
+                                           : weigh<G, 1, T>;
+    run(w, stride, inverse, values + e, e ? nullptr : next_keys, count, E, columns, out + e);
   }
 }
 
