@@ -52,7 +52,9 @@ def flops_per_token(config: Config, parameters: int) -> float:
     head = (parameters - rest) / (1 if model.tie_word_embeddings else 2)
     weights = rest - learned + head
     seen = sum(min(tokens, model.window(layer) or tokens) for layer in range(model.n_layer))
-    return 6.0 * weights + 12.0 * model.n_head * model.head_width * seen
+    # Forward, the input's gradient and the weight's: two each, the last not of frozen ones.
+    per_weight = 6.0 if config.lora.rank is None else 4.0
+    return per_weight * weights + 12.0 * model.n_head * model.head_width * seen
 
 
 def tokens_per_sec_at_peak(

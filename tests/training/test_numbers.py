@@ -115,6 +115,9 @@ def test_mfu_is_palms() -> None:
     # 6 N + 12 L H Q T of GPT-2 small, N without the position embeddings.
     per_token = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
     assert flops_per_token(config, 124_439_808) == per_token
+    adapted = override(config, {"lora.rank": 8, "model.init_from": "gpt2"})
+    frozen = per_token - 2 * (124_439_808 - 1024 * 768)  # no gradients of the weights
+    assert flops_per_token(adapted, 124_439_808) == frozen
     name, bf16 = "NVIDIA H100 80GB HBM3", torch.bfloat16
     size = 124_439_808
     for workers in (1, 4):

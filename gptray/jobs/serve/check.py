@@ -131,8 +131,8 @@ def user_config(config: Config) -> dict[str, str]:
     Raises UserError for a model that is not there, or whose context is too short.
     """
     found, source = find_model(config, config.serve.model, key="serve.model")
-    for folder in (config.serve.adapters or {}).values():
-        check_adapter(folder, found, key="serve.adapters")
+    for adapter in (config.serve.adapters or {}).values():
+        check_adapter(adapter, found, key="serve.adapters")
     n_positions, most = read_shape(found)["n_positions"], config.serve.max_output_tokens
     if most is not None and most > n_positions:
         raise UserError(

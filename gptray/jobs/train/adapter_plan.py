@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from gptray.config import Config
 from gptray.model.adapter import ADAPTER, Base, adapted_parts, trained_count
 from gptray.model.adapter_folder import open_adapter
-
-log = logging.getLogger("gptray")
 
 
 def check_base(config: Config, checkpoint: Path | None) -> None:
@@ -32,13 +29,10 @@ def trained_parameters(config: Config) -> int | None:
     return trained_count(_base(config, weights=False), config.lora)
 
 
-def tell_trained(config: Config) -> dict[str, int]:
-    """Say how much is trained, if that is an adapter; what the JSON line has of it."""
+def trained_facts(config: Config) -> dict[str, int]:
+    """What the JSON line has of an adapter: how many parameters are trained."""
     count = trained_parameters(config)
-    if count is None:
-        return {}
-    log.info("an adapter of rank %d: %s parameters are trained", config.lora.rank, f"{count:,}")
-    return {"trained_parameters": count}
+    return {} if count is None else {"trained_parameters": count}
 
 
 def _base(config: Config, *, weights: bool) -> Base:

@@ -30,7 +30,7 @@ from gptray.jobs.run_folder import held, outcome, seen_at, set_ray_snapshot_asid
 from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tasks import Failure
 from gptray.jobs.tracking import tracking_run
-from gptray.jobs.train.adapter_plan import tell_trained
+from gptray.jobs.train.adapter_plan import trained_facts
 from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
 from gptray.jobs.train.task import TrainTask
@@ -65,7 +65,6 @@ def run(checked: CheckedTraining) -> dict[str, Any]:
         resumable(folder, resumes, begun=folder / CONFIG, steps=last, seen=seen_at(config)),
     ):
         log.info("run %s", seen_at(config))
-        trained = tell_trained(config)
         reporter = Reporter(folder)
         if state and checked.is_finished:
             _begin(checked)
@@ -77,7 +76,7 @@ def run(checked: CheckedTraining) -> dict[str, Any]:
         show_samples(folder)
         tell_run(config, folder)
     report = reporter.path and reporter.path.replace(str(folder), seen_at(config), 1)
-    return {**outcome(config), **trained, **facts, "report": report}
+    return {**outcome(config), **trained_facts(config), **facts, "report": report}
 
 
 def _begin(checked: CheckedTraining) -> None:

@@ -168,9 +168,7 @@ class _Watch:
     def _start(self, event: Event) -> None:
         workers = f"{event['workers']} worker" + ("s" if event["workers"] > 1 else "")
         begins = f"resuming after step {event['step']:,}" if event["step"] else "training"
-        log.info(
-            "%s: %s parameters, %s, %s", begins, f"{event['parameters']:,}", workers, event["dtype"]
-        )
+        log.info("%s: %s parameters, %s, %s", begins, _parameters(event), workers, event["dtype"])
         if chosen := event.get("chosen"):
             log.info("%s", chosen)
         self._started, self._doing = True, ("the first steps", time.monotonic())
@@ -253,3 +251,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def _parameters(start: Event) -> str:
+    """How many a run trains, and of how many, if these are not all."""
+    count = start["parameters"]
+    trained = start.get("trained", count)
+    return f"{count:,}" if trained == count else f"{trained:,} of {count:,}"

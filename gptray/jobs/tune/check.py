@@ -23,6 +23,7 @@ from gptray.jobs.remote_run import bring_run
 from gptray.jobs.resuming import check_free, check_resumable, command
 from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
+from gptray.jobs.train.adapter_plan import check_base
 from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
 from gptray.model.only_torch import check_kernels
@@ -102,6 +103,7 @@ def check(config: Config) -> CheckedSweep:
     texts = {text_key(one): check_text(one) for one in all_texts(config, place, trials)}
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)
+        check_base(one, None)
         check_kernels(one.model, one.train.backend, key=TRAIN_KEY)
         if one.sample.prompt:
             check_known_prompts(one, CheckedText(one, make_request(one)))
