@@ -1,4 +1,7 @@
-"""Which networks the project's own kernels and CUDA graphs compute: GPT-2's, and no others yet."""
+"""Which networks native decoding and CUDA graphs compute: GPT-2's, and no others yet.
+
+Training's kernels compute all of them.
+"""
 
 from __future__ import annotations
 

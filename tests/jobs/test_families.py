@@ -44,19 +44,17 @@ def test_a_dry_run_counts_the_parameters_and_names_the_family(
     assert dict(mix)["saved as"].startswith("gptray, which only gptray opens")
 
 
-def test_native_kernels_are_refused_by_name_by_every_job(
+def test_native_decoding_is_refused_by_name_by_every_job(
     qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"storage_path={tmp_path}", "generate.backend=native", "train.backend=native"]
+    words = [f"storage_path={tmp_path}", "generate.backend=native"]
     jobs = {
-        "train": [f"model.init_from={qwen}", "train.block_size=32"],
         "generate": [f"generate.model={qwen}", "sample.prompt=the cat"],
         "serve": [f"serve.model={qwen}"],
     }
     for job, more in jobs.items():
         assert run(job, [*words, *more, "--dry-run"]) == 2
-        key = "train.backend" if job == "train" else "generate.backend"
-        assert f"{key}=native: gptray's kernels" in capsys.readouterr().err
+        assert "generate.backend=native: gptray's kernels" in capsys.readouterr().err
 
 
 def test_auto_takes_pytorch_and_says_so(

@@ -25,8 +25,6 @@ from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
-from gptray.model.only_torch import check_kernels
-from gptray.native.backend import TRAIN_KEY
 from gptray.tuning.sweep_record import load_trials, rungs, samples_drawn
 from gptray.tuning.trial_plan import (
     FINALISTS,
@@ -102,7 +100,6 @@ def check(config: Config) -> CheckedSweep:
     texts = {text_key(one): check_text(one) for one in all_texts(config, place, trials)}
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)
-        check_kernels(one.model, one.train.backend, key=TRAIN_KEY)
         if one.sample.prompt:
             check_known_prompts(one, CheckedText(one, make_request(one)))
     _check_prepared(trials, texts)
