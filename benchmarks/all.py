@@ -33,7 +33,7 @@ from gptray.training.block_timing import faster_kernels
 from gptray.training.device import use_device
 
 HERE = Path(__file__).parent
-SHAPES = ("a", "quick", "b16", "c")
+SHAPES = ("a", "quick", "b16", "c", "llama")
 # The shape of GPT-2 124M, for generation.
 DECODED = "124m"
 GEMM, MEMORY_BYTES = 2048, 1 << 30
@@ -103,10 +103,7 @@ def train_config(shape: train.Shape) -> Config:
     return override(
         Config(),
         {
-            "model.n_layer": shape.n_layer,
-            "model.n_head": shape.n_head,
-            "model.n_embd": shape.n_embd,
-            "model.n_positions": shape.block_size,
+            **{f"model.{name}": value for name, value in shape.network.items()},
             "train.block_size": shape.block_size,
             "train.global_batch_size": shape.batch_size,
         },
@@ -118,7 +115,7 @@ def training(say: Say, *, quick: bool) -> dict[str, Any]:
     systems = ["hf-bf16"] * is_there("transformers") + ["bf16", "bf16:native", "bf16:torch"]
     found = {}
     for name in SHAPES:
-        steps = {"a": 20, "quick": 5}.get(name, 1 if quick else 3)
+        steps = {"a": 20, "quick": 5, "llama": 5}.get(name, 1 if quick else 3)
         rounds = (1 if name == "c" else 3) if quick else 7
         arguments = ["--shape", name, "--steps", str(steps)]
         seconds = take_turns(str(HERE / "train.py"), systems, arguments, [0], rounds)[0]

@@ -1,9 +1,9 @@
-"""Tokens per second of gptray's training step against a plain loop over transformers' GPT-2.
+"""Tokens per second of gptray's training step against a plain loop over transformers' network.
 
-All systems take turns on the same shape and batch, each in a process of its own; ratios are medians
-over rounds.
+Shapes are of GPT-2 and of Llama. All systems take turns on the same shape and batch, each in a
+process of its own; ratios are medians over rounds.
 
-    python benchmarks/train.py [--shape a|b16|c] [--compile] [--systems hf-fp32,hf-bf16,bf16]
+    python benchmarks/train.py [--shape c] [--compile] [--systems hf-fp32,hf-bf16,bf16]
 
 ray-bf16 is the step in a Ray Train worker: its ratio to bf16 is what Ray costs. bf16 trains with
 what train.backend=auto chooses; bf16:native and bf16:torch name the backend.
@@ -48,6 +48,20 @@ class Shape:
     block_size: int
     batch_size: int
     vocab_size: int
+    # Of a Llama; 0: GPT-2.
+    n_kv_head: int = 0
+    n_inner: int = 0
+
+    @property
+    def network(self) -> dict[str, object]:
+        """Fields of the section model."""
+        names = ("n_layer", "n_head", "n_embd")
+        fields = {name: getattr(self, name) for name in names} | {"n_positions": self.block_size}
+        if not self.n_kv_head:
+            return fields
+        llama = {"norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu"}
+        llama |= dict.fromkeys(("qkv_bias", "attn_out_bias", "mlp_bias"), False)
+        return fields | llama | {"n_kv_head": self.n_kv_head, "n_inner": self.n_inner}
 
 
 SHAPES = {
@@ -58,6 +72,10 @@ SHAPES = {
     "quick": Shape(2, 4, 256, 128, 16, 2048),
     # GPT-2 124M, its vocabulary padded
     "c": Shape(12, 12, 768, 256, 4, 50304),
+    # configs/llama_small.yaml
+    "llama": Shape(2, 4, 128, 128, 16, 2048, n_kv_head=2, n_inner=352),
+    # SmolLM2 135M
+    "smollm2": Shape(30, 9, 576, 256, 4, 49152, n_kv_head=3, n_inner=1536),
 }
 SYSTEMS = ("hf-fp32", "hf-bf16", "fp32", "bf16", "ray-bf16")
 OF_BACKENDS = ("bf16:native", "bf16:torch")
@@ -68,13 +86,7 @@ def gptray_step(shape: Shape, system: str, *, compiled: bool, device: torch.devi
     precision, _, backend = system.partition(":")
     config = Config.model_validate(
         {
-            "model": {
-                "n_layer": shape.n_layer,
-                "n_head": shape.n_head,
-                "n_embd": shape.n_embd,
-                "n_positions": shape.block_size,
-                "dropout": 0.0,
-            },
+            "model": shape.network | {"dropout": 0.0},
             "train": {
                 "global_batch_size": shape.batch_size,
                 "block_size": shape.block_size,
@@ -118,9 +130,31 @@ def hf_gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size:
     return model
 
 
+def hf_llama(shape: Shape) -> nn.Module:
+    """transformers' Llama with a tied head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=shape.n_layer,
+        num_attention_heads=shape.n_head,
+        num_key_value_heads=shape.n_kv_head,
+        hidden_size=shape.n_embd,
+        intermediate_size=shape.n_inner,
+        max_position_embeddings=shape.block_size,
+        vocab_size=shape.vocab_size,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
 def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
     """The step that people write around transformers: autocast, clipping, fused AdamW."""
-    model = hf_gpt2(shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size)
+    fields = shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size
+    model = hf_llama(shape) if shape.n_kv_head else hf_gpt2(*fields)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     batch = torch.randint(shape.vocab_size, (shape.batch_size, shape.block_size), device=device)

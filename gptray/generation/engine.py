@@ -26,7 +26,7 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import check_context
 from gptray.generation.utf8 import Utf8
 from gptray.model.gpt import GPT
-from gptray.model.only_torch import why_no_graphs
+from gptray.model.no_graphs import why_no_graphs
 
 log = logging.getLogger("gptray")
 

@@ -24,7 +24,6 @@ from gptray.jobs.doing import doing
 from gptray.jobs.own_ray import own_ray, shut_down
 from gptray.jobs.resources import gpu_workers
 from gptray.jobs.waiting import telling_waits
-from gptray.model.only_torch import check_kernels
 from gptray.native.backend import TRAIN_KEY, check_native
 from gptray.native.compiler import cannot_compile, why_not_compile
 
@@ -152,7 +151,6 @@ def check_training(config: Config) -> None:
 
     Raises UserError, also as `check_resources`.
     """
-    check_kernels(config.model, config.train.backend, key=TRAIN_KEY)
     if not os.environ.get("RAY_ADDRESS"):
         check_native(TRAIN_KEY, config.train.backend, use_gpu=config.compute.use_gpu)
     check_resources(

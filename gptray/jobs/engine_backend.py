@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gptray.config import Config, ModelConfig
 from gptray.jobs.doing import doing
-from gptray.model.only_torch import why_no_graphs
+from gptray.model.no_graphs import why_no_graphs
 from gptray.model.shape import read_shape
 from gptray.native.backend import GENERATE_KEY, check_native
 from gptray.native.build import build_library

@@ -1,8 +1,8 @@
 """Causal self-attention on packed q, k, v: the fastest exact way for device, dtype and length.
 
-On a CPU in bf16 `gptray.model.kernels` where the processor is one for it, else, and with dropout,
-batched GEMMs over blocks of queries that never touch a key beyond their block; elsewhere PyTorch's
-scaled_dot_product_attention.
+On a CPU in bf16, and with dropout, batched GEMMs over blocks of queries that never touch a key
+beyond their block; elsewhere PyTorch's scaled_dot_product_attention. `gptray.model.kernels` has the
+project's own for bf16 on a CPU, without dropout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptray.model import kernels
 from gptray.model.autograd_context import AttentionContext
 from gptray.model.layers import dropout_mask
 
@@ -22,24 +21,16 @@ QUERY_BLOCK = 128
 
 
 def causal_attention(
-    qkv: Tensor,
-    n_head: int,
-    *,
-    dropout: float = 0.0,
-    window: int | None = None,
-    native: bool = False,
+    qkv: Tensor, n_head: int, *, dropout: float = 0.0, window: int | None = None
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + causal mask) v, with dropout on the probabilities.
 
     qkv (B, T, 3C) holds q, k and v side by side, each of n_head heads of D = C / n_head.
     Returns (B, T, C). Dropout draws from torch's global generator. window: how many tokens a token
-    looks back over, itself included; None: all. native: bf16 on a CPU without dropout and window
-    goes through `gptray.model.kernels`.
+    looks back over, itself included; None: all.
     """
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     back = window if window is not None and window < T else 0
-    if native and not dropout and not back:
-        return kernels.attention(qkv, n_head)
     if qkv.device.type == "cpu" and (qkv.dtype == torch.bfloat16 or dropout):
         y: Tensor
         if torch.compiler.is_compiling():

@@ -30,6 +30,7 @@ class AdaptedContext(Context, Protocol):
 
 class NormContext(Context, Protocol):
     eps: float
+    has_bias: bool
 
 
 class AttentionContext(Context, Protocol):
@@ -39,7 +40,8 @@ class AttentionContext(Context, Protocol):
 
 
 class OperatorContext(Context, Protocol):
-    """Of a function of `count` tensors and a number."""
+    """Of a function of `count` tensors, `constant_count` without a gradient, and numbers."""
 
-    number: int
     count: int
+    constant_count: int
+    numbers: list[float]

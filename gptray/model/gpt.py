@@ -25,7 +25,6 @@ from gptray.model import kernels
 from gptray.model.attention import causal_attention
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, activation, dropout
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
-from gptray.model.only_torch import why_only_torch
 from gptray.model.rotary import Angles, Rotary, rotate
 from gptray.model.usage import Usage
 
@@ -59,10 +58,22 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        qkv = self._spread(self.c_attn(x), angles)
-        y = causal_attention(qkv, self.n_head, dropout=p, window=self.window, native=self.native)
+        p, qkv = self.dropout if self.training else 0.0, self.c_attn(x)
+        sees_all = self.window is None or self.window >= x.size(1)
+        if self.native and sees_all and not p:
+            y = self._native(qkv, angles)
+        else:
+            qkv = self._spread(qkv, angles)
+            y = causal_attention(qkv, self.n_head, dropout=p, window=self.window)
         return dropout(self.c_proj(y), p)
+
+    def _native(self, qkv: Tensor, angles: Angles | None) -> Tensor:
+        norms, eps = None, 0.0
+        if self.q_norm and self.k_norm:
+            norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        turned = angles if self.rotates else None
+        heads = self.n_head, self.kv_heads
+        return kernels.attention(qkv, *heads, angles=turned, norms=norms, eps=eps)
 
     def _spread(self, qkv: Tensor, angles: Angles | None) -> Tensor:
         """q, k and v of n_head heads each, normalised and rotated."""
@@ -93,7 +104,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.native:
             weights = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
-            y = kernels.mlp(x, *weights)
+            y = kernels.mlp(x, *weights, kind=self.kind)
         else:
             y = self.c_proj(activation(self.c_fc(x), self.kind))
         return dropout(y, self.dropout if self.training else 0.0)
@@ -208,15 +219,21 @@ class GPT(nn.Module):
         return any(getattr(module, "native", False) for module in self.modules())
 
     def use_kernels(self) -> None:
-        """Compute in bf16 on a CPU by `gptray.model.kernels`, where widths allow it."""
-        config = self.config
-        assert self.compute_dtype == torch.bfloat16 and why_only_torch(config) is None
-        width, head, inner = config.n_embd, config.head_width, config.inner
+        """Compute in bf16 on a CPU by `gptray.model.kernels`, where widths are even.
+
+        PyTorch computes attention with dropout, and that of windows shorter than a sequence.
+        """
+        assert self.compute_dtype == torch.bfloat16
+        width, inner = self.config.n_embd, self.config.inner
         for module in self.modules():
             if isinstance(module, Attention):
-                module.native = head % 2 == 0 and head <= kernels.LARGEST_HEAD
-            elif isinstance(module, (Linear, MLP, LayerNorm)):
+                module.native = module.head_width % 2 == 0
+            elif isinstance(module, MLP):
                 module.native = width % 2 == 0 and inner % 2 == 0
+            elif isinstance(module, Linear):
+                module.native = module.in_features % 2 == 0 and module.out_features % 2 == 0
+            elif isinstance(module, (LayerNorm, RMSNorm)):
+                module.native = width % 2 == 0
 
     def compile_parts(self) -> None:
         """Compile each block and the head by itself: gradients come block by block, so that they

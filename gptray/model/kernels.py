@@ -1,121 +1,83 @@
-"""A block's work in bf16 on a CPU by `gptray.native`: linear layers, MLP, attention, layer norm.
+"""A block's work in bf16 on a CPU by `gptray.native`: linear layers, MLP, attention, norms.
 
 For processors with AVX-512's bf16 dot product. Weights and their gradients are fp32. The same bits
 at any number of threads. Attention keeps no probabilities: the backward pass recomputes them (Dao
-et al. 2022, FlashAttention).
+et al. 2022, FlashAttention); of queries and keys it keeps none that are normalised or rotated.
+
+Shapes: M rows, H heads of queries, G of keys and values, D numbers in a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gptray.model.autograd_context import NormContext, OperatorContext
+from gptray.model.autograd_context import NormContext
+from gptray.model.operator import Operator
+from gptray.model.rotary import Angles
 from gptray.native.abi import NORM_PARTS, PANEL, load_library
 from gptray.native.backend import TRAIN_KEY
 
-LARGEST_HEAD = PANEL
+# The library's functions for an MLP's first layer, and for the gradient of what that gives.
+_MLPS = {
+    "gelu_new": ("linear_gelu", "input_gradient_gelu"),
+    "gelu": ("linear_exact_gelu", "input_gradient_gelu"),
+    "swiglu": ("linear_swiglu", "input_gradient_swiglu"),
+}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b; x (..., K) bf16, W (N, K) and b (N) fp32, N and K even. Returns (..., N) bf16."""
-    return _LINEAR([x, weight, bias])
+    return _LINEAR([x, *_layer(weight, bias)])
 
 
-def mlp(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
-    """gelu(x W^T + b) V^T + c with GPT-2's GELU; weights and biases as `linear`'s.
+def mlp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    *,
+    kind: str,
+) -> Tensor:
+    """a(x W^T + b) V^T + c, a being `gptray.model.layers.activation` of a kind; weights and biases
+    as `linear`'s, both biases or none.
 
-    Keeps GELU's slope in place of its argument, so the backward pass computes no GELU.
+    Keeps the activation's slopes in place of its argument, so the backward pass computes none.
     """
-    return _MLP([x, weight, bias, out_weight, out_bias])
+    layers = [*_layer(weight, bias), *_layer(out_weight, out_bias)]
+    return _MLP([x, *layers], numbers=[list(_MLPS).index(kind)])
 
 
-def attention(qkv: Tensor, n_head: int) -> Tensor:
-    """softmax(q k^T / sqrt(D) + causal mask) v of qkv (B, T, 3C) bf16, D = C / n_head even and at
-    most LARGEST_HEAD. Returns (B, T, C)."""
-    return _ATTENTION([qkv], n_head)
+def attention(
+    qkv: Tensor,
+    n_head: int,
+    kv_heads: int,
+    *,
+    angles: Angles | None = None,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + causal mask) v of n_head heads of q and kv_heads of k and v.
+
+    qkv (B, T, (H + 2 G) D) bf16, D even. norms: weights (D) fp32 of an RMSNorm with eps, of each
+    head's queries and of its keys. angles: of their rotation after that, bf16. Returns (B, T, H D).
+    """
+    return _ATTENTION([qkv, *(norms or ())], angles or (), [n_head, kv_heads, eps])
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm of x (..., C) bf16, weight and bias fp32; in eager mode, for inductor makes its
-    own."""
-    y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm of x (..., C) bf16, or without a bias RMSNorm; weight and bias fp32.
+
+    In eager mode, for inductor makes its own.
+    """
+    y: Tensor = _Norm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
 
 
-class _Operator:
-    """A function of tensors and a number, with its gradient.
-
-    forward: gives the result and what else the backward pass needs. backward: takes the result's
-    gradient, the inputs and that (with keeps_result the result before it), and gives the inputs'
-    gradients. In eager mode they are called as they are; torch.compile gets operators that it calls
-    and does not look into, and learns from `shapes` what forward gives.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        forward: Callable[[list[Tensor], int], list[Tensor]],
-        backward: Callable[[Tensor, list[Tensor], list[Tensor], int], list[Tensor]],
-        shapes: Callable[[list[Tensor], int], list[Tensor]],
-        *,
-        keeps_result: bool = False,
-    ) -> None:
-        first_kept = 0 if keeps_result else 1
-
-        class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: OperatorContext, number: int, *inputs: Tensor) -> Tensor:
-                outputs = forward(list(inputs), number)
-                ctx.number, ctx.count = number, len(inputs)
-                ctx.save_for_backward(*inputs, *outputs[first_kept:])
-                return outputs[0]
-
-            @staticmethod
-            def backward(ctx: OperatorContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
-                saved = list(ctx.saved_tensors)
-                inputs, kept = saved[: ctx.count], saved[ctx.count :]
-                return None, *backward(grads[0], inputs, kept, ctx.number)
-
-        @torch.library.custom_op(f"gptray::{name}", mutates_args=())
-        def compiled(inputs: list[Tensor], number: int) -> list[Tensor]:
-            return forward(inputs, number)
-
-        @torch.library.custom_op(f"gptray::{name}_backward", mutates_args=())
-        def compiled_backward(
-            grad: Tensor, inputs: list[Tensor], kept: list[Tensor], number: int
-        ) -> list[Tensor]:
-            return backward(grad, inputs, kept, number)
-
-        def keep(
-            ctx: OperatorContext, inputs: tuple[list[Tensor], int], output: list[Tensor]
-        ) -> None:
-            ctx.number, ctx.count = inputs[1], len(inputs[0])
-            ctx.save_for_backward(*inputs[0], *output[first_kept:])
-
-        def differentiate(ctx: OperatorContext, grads: list[Tensor]) -> tuple[list[Tensor], None]:
-            saved = list(ctx.saved_tensors)
-            inputs, kept = saved[: ctx.count], saved[ctx.count :]
-            return compiled_backward(grads[0], inputs, kept, ctx.number), None
-
-        compiled.register_fake(shapes)
-        compiled_backward.register_fake(
-            lambda grad, inputs, kept, number: [x.new_empty(x.shape) for x in inputs]
-        )
-        compiled.register_autograd(differentiate, setup_context=keep)
-        self._eager, self._compiled = Eager, compiled
-
-    def __call__(self, inputs: Sequence[Tensor], number: int = 0) -> Tensor:
-        if torch.compiler.is_compiling():
-            result: Tensor = self._compiled(list(inputs), number)[0]
-            return result
-        y: Tensor = self._eager.apply(number, *inputs)  # type: ignore[no-untyped-call]
-        return y
-
-
-def _call(name: str, *arguments: Tensor | float) -> None:
+def _call(name: str, *arguments: Tensor | float | None) -> None:
     """Call a function of the library with its tensors and sizes, see `gptray.native.abi`."""
     getattr(load_library(key=TRAIN_KEY), name)(*arguments, torch.get_num_threads())
 
@@ -129,70 +91,98 @@ def _whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-# --- linear layers
+# --- linear layers: a weight, and a bias or none
 
 
-def _linear(inputs: list[Tensor], _: int) -> list[Tensor]:
-    return _products("linear", _whole(inputs), results=1)
+def _layer(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    return [weight] if bias is None else [weight, bias]
+
+
+def _linear(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
+    x, *layer = _whole(inputs)
+    return [_product(x, *layer)]
 
 
 def _linear_backward(
-    grad: Tensor, inputs: list[Tensor], kept: list[Tensor], _: int
+    grad: Tensor, inputs: list[Tensor], _: list[Tensor], kept: list[Tensor], numbers: list[float]
 ) -> list[Tensor]:
-    grad, x, weight = _whole([grad, *inputs[:2]])
-    return [_input_gradient(grad, weight), *_weight_gradients(grad, x, weight)]
+    grad, x, *layer = _whole([grad, *inputs])
+    return [_input_gradient(grad, layer[0]), *_layer_gradients(grad, x, *layer)]
 
 
-def _linear_shapes(inputs: list[Tensor], _: int) -> list[Tensor]:
+def _linear_shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
     x, weight = inputs[:2]
     return [x.new_empty(*x.shape[:-1], weight.size(0))]
 
 
-def _mlp(inputs: list[Tensor], _: int) -> list[Tensor]:
-    """The output, and for the backward pass GELU (..., N) and its slope."""
-    x, weight, bias, *out = _whole(inputs)
-    inner, slope = _products("linear_gelu", [x, weight, bias], results=2)
-    return [*_products("linear", [inner, *out], results=1), inner, slope]
+def _mlp(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
+    """The output, and for the backward pass the activation's values (..., N) and its slopes, as
+    wide as its argument."""
+    x, *layers = _whole(inputs)
+    (weight, *bias), out = _both(layers)
+    (M, rows, K), N = _sizes(x, weight), out[0].size(1)
+    inner, slopes = (x.new_empty(*x.shape[:-1], width) for width in (N, rows))
+    # A panel of gates and inputs has a half for each.
+    room = _panels(N if rows == N else -(-N // (PANEL // 2)) * PANEL, K // 2)
+    name, _name = _functions(numbers)
+    _call(name, x, weight, *(bias or [None]), inner, slopes, room, M, N, K)
+    return [_product(inner, *out), inner, slopes]
 
 
-def _mlp_backward(grad: Tensor, inputs: list[Tensor], kept: list[Tensor], _: int) -> list[Tensor]:
-    grad, x, weight, out_weight = _whole([grad, *inputs[:2], inputs[3]])
-    inner, slope = kept
-    grads_out = _weight_gradients(grad, inner, out_weight)
-    grad = _input_gradient(grad, out_weight, slope)
-    return [_input_gradient(grad, weight), *_weight_gradients(grad, x, weight), *grads_out]
+def _mlp_backward(
+    grad: Tensor, inputs: list[Tensor], _: list[Tensor], kept: list[Tensor], numbers: list[float]
+) -> list[Tensor]:
+    grad, x, *layers = _whole([grad, *inputs])
+    layer, out = _both(layers)
+    inner, slopes = kept
+    grads_out = _layer_gradients(grad, inner, *out)
+    (N, K), grad_inner = out[0].shape, torch.empty_like(slopes)
+    _, name = _functions(numbers)
+    _call(name, grad, out[0], slopes, grad_inner, _panels(K, N // 2), *_sizes(inner, out[0]))
+    grads = _layer_gradients(grad_inner, x, *layer)
+    return [_input_gradient(grad_inner, layer[0]), *grads, *grads_out]
 
 
-def _mlp_shapes(inputs: list[Tensor], _: int) -> list[Tensor]:
-    x, (inner,) = inputs[0], _linear_shapes(inputs, 0)
-    return [torch.empty_like(x), inner, torch.empty_like(inner)]
+def _mlp_shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
+    x, *layers = inputs
+    layer, out = _both(layers)
+    widths = out[0].size(1), layer[0].size(0)
+    return [torch.empty_like(x), *(x.new_empty(*x.shape[:-1], width) for width in widths)]
 
 
-def _products(name: str, inputs: list[Tensor], *, results: int) -> list[Tensor]:
-    """What a function makes of x (..., K), W (N, K) and b: tensors of (..., N)."""
-    x, weight, bias = inputs
+def _both(layers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """An MLP's first layer and its second."""
+    half = len(layers) // 2
+    return layers[:half], layers[half:]
+
+
+def _functions(numbers: list[float]) -> tuple[str, str]:
+    return list(_MLPS.values())[int(numbers[0])]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     M, N, K = _sizes(x, weight)
-    made = [x.new_empty(*x.shape[:-1], N) for _ in range(results)]
-    _call(name, x, weight, bias, *made, _panels(N, K // 2), M, N, K)
-    return made
+    y = x.new_empty(*x.shape[:-1], N)
+    _call("linear", x, weight, bias, y, _panels(N, K // 2), M, N, K)
+    return y
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, slope: Tensor | None = None) -> Tensor:
-    """grad W, times a slope."""
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad W."""
     N, K = weight.shape
     grad_x = grad.new_empty(*grad.shape[:-1], K)
-    slopes = [] if slope is None else [slope]
-    name = "input_gradient" if slope is None else "input_gradient_gelu"
-    _call(name, grad, weight, *slopes, grad_x, _panels(K, N // 2), *_sizes(grad_x, weight))
+    _call("input_gradient", grad, weight, grad_x, _panels(K, N // 2), *_sizes(grad_x, weight))
     return grad_x
 
 
-def _weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+def _layer_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> list[Tensor]:
     """Those of a linear layer's weight and bias."""
     M, N, K = _sizes(x, weight)
-    grads = [torch.empty_like(weight), weight.new_empty(N)]
+    grads = [torch.empty_like(weight), None if bias is None else torch.empty_like(bias)]
     _call("weight_gradients", grad, x, *grads, _panels(min(N, K), (M + 1) // 2), M, N, K)
-    return grads
+    return [one for one in grads if one is not None]
 
 
 def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
@@ -201,60 +191,85 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
     return x.numel() // K, N, K
 
 
-_LINEAR = _Operator("linear", _linear, _linear_backward, _linear_shapes)
-_MLP = _Operator("mlp", _mlp, _mlp_backward, _mlp_shapes)
+_LINEAR = Operator("linear", _linear, _linear_backward, _linear_shapes)
+_MLP = Operator("mlp", _mlp, _mlp_backward, _mlp_shapes)
 
 
 # --- attention
 
 
-def _attend(inputs: list[Tensor], n_head: int) -> list[Tensor]:
-    """The output (B, T, C), and of each query the logarithm of its sum of exponentials."""
-    (qkv,) = _whole(inputs)
-    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    out, log_sums = qkv.new_empty(B, T, C), torch.empty(B, n_head, T)
-    _call("attention", qkv, out, log_sums, B, T, n_head, C // n_head)
+def _attend(inputs: list[Tensor], angles: list[Tensor], numbers: list[float]) -> list[Tensor]:
+    """The output (B, T, H D), and of each query the logarithm of its sum of exponentials."""
+    prepared, sizes = _preparation(inputs, angles), _head_sizes(inputs[0], angles, numbers)
+    out, log_sums = _attention_shapes(inputs, angles, numbers)
+    _call("attention", *prepared, out, log_sums, numbers[2], *sizes)
     return [out, log_sums]
 
 
 def _attend_backward(
-    grad: Tensor, inputs: list[Tensor], kept: list[Tensor], n_head: int
+    grad: Tensor,
+    inputs: list[Tensor],
+    angles: list[Tensor],
+    kept: list[Tensor],
+    numbers: list[float],
 ) -> list[Tensor]:
-    grad, qkv = _whole([grad, *inputs])
-    B, T, C = grad.shape
-    grad_qkv = torch.empty_like(qkv)
-    _call("attention_gradient", grad, qkv, *kept, grad_qkv, B, T, n_head, C // n_head)
-    return [grad_qkv]
+    prepared, sizes = _preparation(inputs, angles), _head_sizes(inputs[0], angles, numbers)
+    B, _, _, G, D, _ = sizes
+    weights, sums = torch.empty(2, D), torch.empty(B, G, 2, D)
+    made = [inputs[0].new_empty(inputs[0].shape), weights, sums]
+    _call("attention_gradient", grad.contiguous(), *prepared, *kept, *made, numbers[2], *sizes)
+    # Not parts of one tensor: an operator's results share no memory.
+    return [made[0], *(part.clone() for part in weights[: len(inputs) - 1])]
 
 
-def _attention_shapes(inputs: list[Tensor], n_head: int) -> list[Tensor]:
-    (qkv,) = inputs
-    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    return [qkv.new_empty(B, T, C), qkv.new_empty((B, n_head, T), dtype=torch.float32)]
+def _attention_shapes(
+    inputs: list[Tensor], angles: list[Tensor], numbers: list[float]
+) -> list[Tensor]:
+    qkv = inputs[0]
+    B, T, H, _, D, _ = _head_sizes(qkv, angles, numbers)
+    return [qkv.new_empty(B, T, H * D), qkv.new_empty((B, H, T), dtype=torch.float32)]
 
 
-_ATTENTION = _Operator("attention", _attend, _attend_backward, _attention_shapes, keeps_result=True)
+def _preparation(inputs: list[Tensor], angles: list[Tensor]) -> list[Tensor | None]:
+    """qkv, the norms' weights and the angles, or None for what there is not."""
+    qkv, *norms = _whole(inputs)
+    return [qkv, *(norms or [None, None]), *(_whole(angles) or [None, None])]
 
 
-# --- layer norm
+def _head_sizes(
+    qkv: Tensor, angles: list[Tensor], numbers: list[float]
+) -> tuple[int, int, int, int, int, int]:
+    """B, T, H, G, D and the pairs that are rotated."""
+    H, G = int(numbers[0]), int(numbers[1])
+    half = angles[0].size(1) if angles else 0
+    return qkv.size(0), qkv.size(1), H, G, qkv.size(2) // (H + 2 * G), half
 
 
-class _LayerNorm(torch.autograd.Function):
+_ATTENTION = Operator("attention", _attend, _attend_backward, _attention_shapes, keeps_result=True)
+
+
+# --- norms
+
+
+class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: NormContext, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        x, weight, bias = _whole([x, weight, bias])
-        ctx.eps = eps
+    def forward(
+        ctx: NormContext, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        x, weight = _whole([x, weight])
+        ctx.eps, ctx.has_bias = eps, bias is not None
         ctx.save_for_backward(x, weight)
         y, C = torch.empty_like(x), x.size(-1)
         _call("layer_norm", x, weight, bias, y, eps, x.numel() // C, C)
         return y
 
     @staticmethod
-    def backward(ctx: NormContext, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: NormContext, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad, C = grads[0].contiguous(), x.size(-1)
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        grad_bias, sums = torch.empty_like(weight), weight.new_empty(NORM_PARTS, 2, C)
+        grad_bias = torch.empty_like(weight) if ctx.has_bias else None
+        sums = weight.new_empty(NORM_PARTS, 2, C)
         tensors = [grad, x, weight, grad_x, grad_weight, grad_bias, sums]
         _call("layer_norm_gradients", *tensors, ctx.eps, x.numel() // C, C)
         return grad_x, grad_weight, grad_bias, None

@@ -84,7 +84,7 @@ class LayerNorm(nn.LayerNorm):
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         if self.native and not torch.compiler.is_compiling():
-            return kernels.layer_norm(x, weight, bias, self.eps)
+            return kernels.norm(x, weight, bias, self.eps)
         if x.device.type == "cpu" and x.dtype != weight.dtype and not torch.compiler.is_compiling():
             y: Tensor = _CastLayerNorm.apply(x, weight, bias, self.eps)  # type: ignore[no-untyped-call]
             return y
@@ -123,6 +123,8 @@ class RMSNorm(nn.Module):
     Zhang & Sennrich 2019. `GPT.initialise` sets the weight.
     """
 
+    native = False
+
     def __init__(self, width: int, *, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
@@ -131,6 +133,8 @@ class RMSNorm(nn.Module):
         weight: Tensor = self.weight
         if torch.compiler.is_compiling():
             return rms_norm(x, weight, self.eps)
+        if self.native:
+            return kernels.norm(x, weight, None, self.eps)
         y: Tensor = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
         return y
 

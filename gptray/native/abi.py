@@ -1,7 +1,8 @@
 """How Python calls the native library: its structures and functions, compared when it is loaded.
 
 The structures mirror decode.h, which says what they mean, and the functions those of decode.cpp and
-train.cpp. Tensors are passed as they are: each parameter takes one of its type without gaps.
+train.cpp. Tensors are passed as they are: each parameter takes one of its type without gaps, or
+None for nullptr.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class _Pointer(c_void_p):
     @classmethod
     def from_param(cls, tensor: Any) -> Self:
         """The pointer to a tensor, which somebody else keeps alive; ctypes calls this."""
+        if tensor is None:
+            return cls(None)
         if tensor.dtype is not cls._seen:
             assert str(tensor.dtype) == cls.dtype, f"{tensor.dtype} for {cls.text}"
             cls._seen = tensor.dtype
@@ -150,17 +153,20 @@ CONSTANTS = {
     **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "SWIGLU": SWIGLU},
 }
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, Block, Model, Cache, Step)
-_SIZES_OF_3, _SIZES_OF_4 = [c_int32] * 4, [c_int32] * 5  # and the number of threads
+_SIZES_OF_3, _SIZES_OF_HEADS = [c_int32] * 4, [c_int32] * 7  # and the number of threads
 # Parameters in their order; none returns anything.
 FUNCTIONS: dict[str, Sequence[type]] = {
     # x, weight, bias, y, work; M, N, K
     "linear": [Half, Float, Float, Half, Words, *_SIZES_OF_3],
     # x, weight, bias, y, slope, work; M, N, K
     "linear_gelu": [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
+    "linear_exact_gelu": [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
+    "linear_swiglu": [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
     # grad, weight, grad_x, work; M, N, K
     "input_gradient": [Half, Float, Half, Words, *_SIZES_OF_3],
     # grad, weight, slope, grad_x, work; M, N, K
     "input_gradient_gelu": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
+    "input_gradient_swiglu": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
     # grad, x, grad_weight, grad_bias, work; M, N, K
     "weight_gradients": [Half, Half, Float, Float, Words, *_SIZES_OF_3],
     # x, weight, bias, y; eps; M, C
@@ -170,10 +176,14 @@ FUNCTIONS: dict[str, Sequence[type]] = {
         *(Half, Half, Float, Half, Float, Float, Float),
         *(c_float, c_int32, c_int32, c_int32),
     ],
-    # qkv, out, log_sums; B, T, H, D
-    "attention": [Half, Half, Float, *_SIZES_OF_4],
-    # grad, qkv, out, log_sums, grad_qkv; B, T, H, D
-    "attention_gradient": [Half, Half, Half, Float, Half, *_SIZES_OF_4],
+    # qkv, q_weight, k_weight, cosines, sines, out, log_sums; eps; B, T, H, K, D, half
+    "attention": [Half, Float, Float, Half, Half, Half, Float, c_float, *_SIZES_OF_HEADS],
+    # grad, qkv, q_weight, k_weight, cosines, sines, out, log_sums, grad_qkv, grad_weights, sums;
+    # eps; B, T, H, K, D, half
+    "attention_gradient": [
+        *(Half, Half, Float, Float, Half, Half, Half, Float, Half, Float, Float),
+        *(c_float, *_SIZES_OF_HEADS),
+    ],
     "decode_step": [POINTER(Model), POINTER(Cache), POINTER(Step), c_int32],
     # logits; rows, width, k; values, ids
     "top_candidates": [Float, c_int32, c_int32, c_int32, Float, Long, c_int32],

@@ -1,4 +1,4 @@
-// Causal attention of one head: T tokens, queries, keys and values of D <= 64 numbers each.
+// Causal attention of one head: T tokens, queries, keys and values of D numbers each, D even.
 // Probabilities are never kept: the backward pass recomputes them, a few queries at a time.
 
 #pragma once
@@ -16,27 +16,48 @@ namespace {
 constexpr int QUERIES = 192;
 static_assert(QUERIES % TILE == 0 && QUERIES % PANEL == 0);
 
-// One head of a sequence: T rows of D numbers each.
-struct Head {
-  const uint16_t *q, *k, *v;
-  size_t stride;  // from row to row
+// Rows of a head, `stride` numbers apart.
+template <typename T>
+struct Strided {
+  T *first;
+  size_t stride;
+
+  T *row(int t) const { return first + t * stride; }
+};
+
+using From = Strided<const uint16_t>;
+using To = Strided<uint16_t>;
+
+// How much a head of T rows of D numbers takes.
+struct Size {
   int T, D;
+
   float scale() const { return 1.f / std::sqrt((float)D); }
+  int panels() const { return panel_count(D); }  // along D
   size_t row_panels() const { return (size_t)panel_count(T) * D / 2 * BLOCKS; }
   size_t column_panel() const { return (size_t)(T + 1) / 2 * BLOCKS; }
+  size_t column_panels() const { return panels() * column_panel(); }
   // From row to row of scores: no power of 2, lest all rows be kept in few places of the cache.
   size_t width() const { return (size_t)panel_count(T) * PANEL + LANES; }
 };
 
-// T rows of D numbers -> panels of 64 rows, words along D.
-void pack_head_rows(const uint16_t *x, size_t stride, Words *panels, int T, int D) {
-  for (int block = 0; block < panel_count(T) * BLOCKS; ++block)
+// Rows of a head -> panels of 64 rows, words along D.
+void pack_head_rows(From x, Words *panels, Size size) {
+  for (int block = 0; block < panel_count(size.T) * BLOCKS; ++block)
     pack_block(
         [&](int r, int k) {
           const int row = block * LANES + r;
-          return _mm512_maskz_loadu_epi32(row < T ? lanes(D / 2 - k) : 0, x + row * stride + 2 * k);
+          return _mm512_maskz_loadu_epi32(row < size.T ? lanes(size.D / 2 - k) : 0,
+                                          x.row(row) + 2 * k);
         },
-        panels, block, D / 2);
+        panels, block, size.D / 2);
+}
+
+// Rows of a head -> panels of 64 columns, words along T.
+void pack_head_columns(From x, Words *panels, Size size) {
+  for (int p = 0; p < size.panels(); ++p)
+    pack_panel(x.first + p * PANEL, x.stride, panels + p * size.column_panel(), size.T,
+               size.D - p * PANEL);
 }
 
 Rows words_of(const uint16_t *rows, size_t stride) {
@@ -70,22 +91,22 @@ float exponentials(const float *scores, int count, float scale, float top, uint1
   return _mm512_reduce_add_ps(total);
 }
 
-// out: rows of D, `stride` apart; log_sums (T): binary logarithms of each query's exponentials
-void attend(const Head &head, uint16_t *out, size_t stride, float *log_sums) {
-  const int T = head.T, D = head.D;
-  const size_t width = head.width();
+// log_sums (T): binary logarithms of each query's exponentials
+void attend(From q, From k, From v, Size size, To out, float *log_sums) {
+  const int D = size.D;
+  const size_t width = size.width();
   thread_local std::vector<Line> packed;
   thread_local std::vector<float> all_scores;
   thread_local std::vector<uint16_t> all_powers;
-  Words *keys = (Words *)room(packed, head.row_panels() + head.column_panel());
-  Words *values = keys + head.row_panels();
+  Words *keys = (Words *)room(packed, size.row_panels() + size.column_panels());
+  Words *values = keys + size.row_panels();
   float *scores = room(all_scores, TILE * width);     // (TILE, width)
   uint16_t *powers = room(all_powers, TILE * width);  // (TILE, width)
-  const float scale = head.scale() * LOG2_E;
-  pack_head_rows(head.k, head.stride, keys, T, D);
-  pack_panel(head.v, head.stride, values, T, D);
-  in_tiles(0, T, [&](int t, int rows) {
-    const Rows queries = words_of(head.q + t * head.stride, head.stride);
+  const float scale = size.scale() * LOG2_E;
+  pack_head_rows(k, keys, size);
+  pack_head_columns(v, values, size);
+  in_tiles(0, size.T, [&](int t, int rows) {
+    const Rows queries = words_of(q.row(t), q.stride);
     Floats most[TILE];
     std::fill(most, most + rows, _mm512_set1_ps(-INFINITY));
     for (int k = 0; k < t + rows; k += PANEL)
@@ -107,49 +128,77 @@ void attend(const Head &head, uint16_t *out, size_t stride, float *log_sums) {
       log_sums[t + r] = top + std::log2(sum);
       factors[r] = 1 / sum;
     }
-    product<Bf16>(rows, words_of(powers, width), values, words, FromZero<Bf16>{},
-                  ToRows{out + t * stride, stride, D, factors});
+    for (int p = 0; p < size.panels(); ++p)
+      product<Bf16>(rows, words_of(powers, width), values + p * size.column_panel(), words,
+                    FromZero<Bf16>{},
+                    ToRows{out.row(t) + p * PANEL, out.stride, D - p * PANEL, factors});
   });
 }
 
-// What the gradients of a head are made from, and of QUERIES queries at a time.
+// A head of queries, what attention gave for it, and that result's gradient.
+struct Queries {
+  From q, out, grad;
+  const float *log_sums;  // (T)
+};
+
+// What the gradients of heads that share keys and values are made from, QUERIES queries at a time.
 struct Backward {
-  Head head;
-  const uint16_t *out, *grad;  // (T, D), rows `stride` apart
-  size_t stride;
-  const float *log_sums;                                  // (T)
+  Size size;
   Words *key_rows, *value_rows, *keys, *queries, *grads;  // packed
   // Probabilities and the gradients of scaled scores: words along the queries, (QUERIES / 2,
   // width).
   int32_t *p_words, *s_words;
   uint16_t *s_rows;              // (TILE, width)
-  float *key_grad, *value_grad;  // (T, 64)
+  float *key_grad, *value_grad;  // (panels, T, 64)
+
+  Backward(From k, From v, Size size) : size(size) {
+    const size_t width = size.width(), words = QUERIES / 2 * width;
+    const size_t grad = size.panels() * width * PANEL;
+    thread_local std::vector<Line> packed;
+    thread_local std::vector<int32_t> all_words;
+    thread_local std::vector<uint16_t> all_rows;
+    thread_local std::vector<float> all_grads;
+    key_rows = (Words *)room(packed, 2 * size.row_panels() + 3 * size.column_panels());
+    value_rows = key_rows + size.row_panels();
+    keys = value_rows + size.row_panels();
+    queries = keys + size.column_panels();
+    grads = queries + size.column_panels();
+    p_words = room(all_words, 2 * words);
+    s_words = p_words + words;
+    s_rows = room(all_rows, TILE * width);
+    key_grad = room(all_grads, 2 * grad);
+    value_grad = key_grad + grad;
+    std::memset(key_grad, 0, 2 * grad * sizeof(float));
+    pack_head_rows(k, key_rows, size);
+    pack_head_rows(v, value_rows, size);
+    pack_head_columns(k, keys, size);
+  }
 };
 
 // Probabilities and the gradients of the scaled scores of queries t .. t + rows - 1, to all their
 // keys.
-void score_gradients(const Backward &w, int t, int rows, int32_t *p_words, int32_t *s_words) {
-  const Head &head = w.head;
-  const size_t width = head.width();
-  const Floats scale = _mm512_set1_ps(head.scale() * LOG2_E);
+void score_gradients(const Backward &w, const Queries &of, int t, int rows, int32_t *p_words,
+                     int32_t *s_words) {
+  const int D = w.size.D;
+  const size_t width = w.size.width();
+  const Floats scale = _mm512_set1_ps(w.size.scale() * LOG2_E);
   Floats delta[TILE], base[TILE];  // delta: the sum of out * grad
   for (int r = 0; r < rows; ++r) {
     Floats sum = _mm512_setzero_ps();
-    for (int d = 0; d < head.D; d += LANES) {
-      const __mmask16 mask = lanes(head.D - d);
-      const size_t at = (t + r) * w.stride + d;
-      sum = _mm512_fmadd_ps(load(w.out + at, mask), load(w.grad + at, mask), sum);
+    for (int d = 0; d < D; d += LANES) {
+      const __mmask16 mask = lanes(D - d);
+      sum = _mm512_fmadd_ps(load(of.out.row(t + r) + d, mask), load(of.grad.row(t + r) + d, mask),
+                            sum);
     }
     delta[r] = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-    base[r] = _mm512_set1_ps(w.log_sums[t + r]);
+    base[r] = _mm512_set1_ps(of.log_sums[t + r]);
   }
   for (int k = 0; k < t + rows; k += PANEL) {
     Floats scores[TILE][BLOCKS], grads[TILE][BLOCKS];
-    const size_t panel = (size_t)(k / PANEL) * head.D / 2 * BLOCKS;
-    product<Bf16>(rows, words_of(head.q + t * head.stride, head.stride), w.key_rows + panel,
-                  head.D / 2, FromZero<Bf16>{},
-                  [&](int r, int b, Floats sum) { scores[r][b] = sum; });
-    product<Bf16>(rows, words_of(w.grad + t * w.stride, w.stride), w.value_rows + panel, head.D / 2,
+    const size_t panel = (size_t)(k / PANEL) * D / 2 * BLOCKS;
+    product<Bf16>(rows, words_of(of.q.row(t), of.q.stride), w.key_rows + panel, D / 2,
+                  FromZero<Bf16>{}, [&](int r, int b, Floats sum) { scores[r][b] = sum; });
+    product<Bf16>(rows, words_of(of.grad.row(t), of.grad.stride), w.value_rows + panel, D / 2,
                   FromZero<Bf16>{}, [&](int r, int b, Floats sum) { grads[r][b] = sum; });
     for (int b = 0; b < BLOCKS; ++b) {
       const int column = k + b * LANES;
@@ -173,15 +222,17 @@ void score_gradients(const Backward &w, int t, int rows, int32_t *p_words, int32
   }
 }
 
-// Add what queries first .. last - 1 bring to the gradients of keys and values.
-void add_to_keys(const Backward &w, int first, int last) {
-  const size_t width = w.head.width();
+// Add what queries first .. last - 1 bring to the gradients of keys and values, to 64 columns of
+// them.
+void add_to_keys(const Backward &w, int p, int first, int last) {
+  const size_t width = w.size.width();
   in_tiles(0, last, [&](int k, int rows) {
     const int skip = std::max(k - first, 0) / 2;  // queries before these keys
     const int words = (last - first + 1) / 2 - skip;
-    const size_t at = skip * width + k, panel = (size_t)(first / 2 + skip) * BLOCKS;
+    const size_t at = skip * width + k;
+    const size_t panel = p * w.size.column_panel() + (size_t)(first / 2 + skip) * BLOCKS;
     for (const bool is_key : {true, false}) {
-      float *to = (is_key ? w.key_grad : w.value_grad) + k * PANEL;
+      float *to = (is_key ? w.key_grad : w.value_grad) + (p * width + k) * PANEL;
       const Rows rows_of = {(is_key ? w.s_words : w.p_words) + at, 1, width};
       product<Bf16>(
           rows, rows_of, (is_key ? w.queries : w.grads) + panel, words,
@@ -191,50 +242,41 @@ void add_to_keys(const Backward &w, int first, int last) {
   });
 }
 
-// Gradients of a head's q, k and v, rows as far apart as theirs.
-void attend_backward(Backward w, uint16_t *dq, uint16_t *dk, uint16_t *dv) {
-  const Head &head = w.head;
-  const int T = head.T, D = head.D;
-  const size_t width = head.width(), words = QUERIES / 2 * width;
-  float scales[TILE], ones[TILE];
-  std::fill(scales, scales + TILE, head.scale()), std::fill(ones, ones + TILE, 1.f);
-  thread_local std::vector<Line> packed;
-  thread_local std::vector<int32_t> all_words;
-  thread_local std::vector<uint16_t> all_rows;
-  thread_local std::vector<float> all_grads;
-  w.key_rows = (Words *)room(packed, 2 * head.row_panels() + 3 * head.column_panel());
-  w.value_rows = w.key_rows + head.row_panels();
-  w.keys = w.value_rows + head.row_panels();
-  w.queries = w.keys + head.column_panel();
-  w.grads = w.queries + head.column_panel();
-  w.p_words = room(all_words, 2 * words);
-  w.s_words = w.p_words + words;
-  w.s_rows = room(all_rows, TILE * width);
-  w.key_grad = room(all_grads, 2 * width * PANEL);
-  w.value_grad = w.key_grad + width * PANEL;
-  std::memset(w.key_grad, 0, 2 * width * PANEL * sizeof(float));
-  pack_head_rows(head.k, head.stride, w.key_rows, T, D);
-  pack_head_rows(head.v, head.stride, w.value_rows, T, D);
-  pack_panel(head.k, head.stride, w.keys, T, D);
-  pack_panel(head.q, head.stride, w.queries, T, D);
-  pack_panel(w.grad, w.stride, w.grads, T, D);
+// The gradient of a head of queries; adds to those of its keys and values.
+void attend_backward(const Backward &w, const Queries &of, To dq) {
+  const int T = w.size.T, D = w.size.D;
+  const size_t width = w.size.width();
+  float scales[TILE];
+  std::fill(scales, scales + TILE, w.size.scale());
+  pack_head_columns(of.q, w.queries, w.size);
+  pack_head_columns(of.grad, w.grads, w.size);
   for (int first = 0; first < T; first += QUERIES) {
     const int last = std::min(first + QUERIES, T);
     for (int t = first; t < last; t += TILE) {
       const int rows = std::min(TILE, last - t);
       const size_t at = (t - first) / 2 * width;
-      score_gradients(w, t, rows, w.p_words + at, w.s_words + at);
-      product<Bf16>(rows, words_of(w.s_rows, width), w.keys, (t + rows + 1) / 2, FromZero<Bf16>{},
-                    ToRows{dq + t * head.stride, head.stride, D, scales});
+      score_gradients(w, of, t, rows, w.p_words + at, w.s_words + at);
+      for (int p = 0; p < w.size.panels(); ++p)
+        product<Bf16>(rows, words_of(w.s_rows, width), w.keys + p * w.size.column_panel(),
+                      (t + rows + 1) / 2, FromZero<Bf16>{},
+                      ToRows{dq.row(t) + p * PANEL, dq.stride, D - p * PANEL, scales});
     }
-    add_to_keys(w, first, last);
+    for (int p = 0; p < w.size.panels(); ++p) add_to_keys(w, p, first, last);
   }
-  for (int t = 0; t < T; ++t)
-    for (int b = 0; b < BLOCKS; ++b) {
-      const size_t from = t * PANEL + b * LANES, to = t * head.stride;
-      ToRows{dk + to, head.stride, D, scales}(0, b, load(w.key_grad + from, 0xFFFF));
-      ToRows{dv + to, head.stride, D, ones}(0, b, load(w.value_grad + from, 0xFFFF));
-    }
+}
+
+// Write the gradients of keys and values.
+void write_gradients(const Backward &w, To dk, To dv) {
+  const int D = w.size.D;
+  const float scale = w.size.scale(), one = 1.f;
+  for (int p = 0; p < w.size.panels(); ++p)
+    for (int t = 0; t < w.size.T; ++t)
+      for (int b = 0; b < BLOCKS; ++b) {
+        const size_t from = (p * w.size.width() + t) * PANEL + b * LANES;
+        const int left = D - p * PANEL;
+        ToRows{dk.row(t) + p * PANEL, 0, left, &scale}(0, b, load(w.key_grad + from, 0xFFFF));
+        ToRows{dv.row(t) + p * PANEL, 0, left, &one}(0, b, load(w.value_grad + from, 0xFFFF));
+      }
 }
 
 }  // namespace

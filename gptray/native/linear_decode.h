@@ -85,10 +85,7 @@ struct Outputs {
 
 // A row through a norm that there is.
 inline void normalise(const float *x, const Norm &norm, float *y, int C) {
-  if (norm.bias)
-    normalise(x, norm.weight, norm.bias, y, norm.eps, C);
-  else
-    normalise_rms(x, norm.weight, y, norm.eps, C);
+  normalise(x, norm.weight, norm.bias, y, norm.eps, C);
 }
 
 struct Results {

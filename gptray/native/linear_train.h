@@ -5,16 +5,24 @@
 
 #include "gelu.h"
 #include "panels.h"
+#include "swiglu.h"
 
 namespace {
 
 constexpr int CHUNK = 256;  // words of two panels that are near together
 
-// Results (M, N) in bf16. Where a tile will be written is fetched before its products are made.
+// Results (M, N) in bf16. Sums start from a bias (N), or without one from 0. Where a tile will be
+// written is fetched before its products are made.
 struct Output {
   uint16_t *y;
   int N;
+  const float *bias;
 
+  int panels() const { return panel_count(N); }
+  Floats start(int column) const {
+    return bias ? load(bias + column, lanes(N - column)) : Bf16::zero();
+  }
+  __mmask16 mask(int column) const { return lanes(N - column); }
   size_t at(int row, int column) const { return (size_t)row * N + column; }
   void begin(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r) fetch(y + at(r, column), PANEL);
@@ -38,46 +46,94 @@ struct Sloped : Output {
   }
 };
 
-// GELU of results and its slope. Of a tile's sums at rest: in the registers they would wait for
-// the products.
-struct WithGelu : Output {
+// Results times two slopes (M, 2 N), those by gates before those by inputs: (M, 2 N).
+struct Gates : Output {
+  const uint16_t *slopes;
+
+  template <typename Run>
+  void each(int row, int column, const Run &run) const {
+    const size_t gate = 2 * at(row, 0) + column;
+    run(gate), run(gate + N);
+  }
+  void begin(int row, int rows, int column) const {
+    for (int r = row; r < row + rows; ++r)
+      each(r, column, [&](size_t at) { fetch(y + at, PANEL), fetch(slopes + at, PANEL); });
+  }
+  void take(int row, int column, Floats sum, __mmask16 mask) const {
+    each(row, column,
+         [&](size_t at) { store(y + at, _mm512_mul_ps(sum, load(slopes + at, mask)), mask); });
+  }
+};
+
+// A function of results and its slope. Of a tile's sums at rest: in the registers they would wait
+// for the products.
+struct Resting : Output {
   uint16_t *slope;
   alignas(64) float sums[TILE][PANEL];
 
   void take(int row, int column, Floats sum, __mmask16) {
     _mm512_store_ps(sums[row % TILE] + column % PANEL, sum);
   }
+  Floats taken(int row, int column) const {
+    return _mm512_load_ps(sums[row % TILE] + column % PANEL);
+  }
+};
+
+template <GeluAndSlope of(Floats)>
+struct WithGelu : Resting {
   void end(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r)
       for (int c = column; c < std::min(column + PANEL, N); c += LANES) {
-        const GeluAndSlope result = gelu_and_slope(_mm512_load_ps(sums[r % TILE] + c % PANEL));
+        const GeluAndSlope result = of(taken(r, c));
         store(y + at(r, c), result.value, lanes(N - c));
         store_far(slope + at(r, c), result.slope, lanes(N - c));
       }
   }
 };
 
-// Rows (M) of `count` words by panels (N columns), + bias (N) or nothing. `to` takes the sums, 16
-// at a time, and is told where a tile of them begins and ends.
+// SwiGLU (M, N) of results in panels of gates and inputs, with a bias (2 N) or none; its slopes
+// are (M, 2 N).
+struct WithSwiglu : Resting {
+  int panels() const { return gated_panel_count(N); }
+  Floats start(int column) const {
+    const int gate = gate_of(column);
+    return bias ? load(bias + (is_gate(column) ? gate : N + gate), lanes(N - gate)) : Bf16::zero();
+  }
+  __mmask16 mask(int column) const { return lanes(N - gate_of(column)); }
+  void begin(int row, int rows, int column) const {
+    for (int r = row; r < row + rows; ++r) fetch(y + at(r, gate_of(column)), GATES);
+  }
+  void end(int row, int rows, int column) const {
+    for (int r = row; r < row + rows; ++r)
+      for (int c = column; c < column + GATES && mask(c); c += LANES) {
+        const Gated result = gated(taken(r, c), taken(r, c + GATES));
+        const size_t gate = at(r, gate_of(c)), slopes = 2 * at(r, 0) + gate_of(c);
+        store(y + gate, result.value, mask(c));
+        store_far(slope + slopes, result.by_gate, mask(c));
+        store_far(slope + slopes + N, result.by_input, mask(c));
+      }
+  }
+};
+
+// Rows (M) of `count` words by panels. `to` says how many these are and where sums start, takes
+// them, 16 at a time, and is told where a tile of them begins and ends.
 template <typename Output>
-void multiply(const int32_t *x, const Words *panels, const float *bias, int M, int N, int count,
-              Output to) {
+void multiply(const int32_t *x, const Words *panels, int M, int count, Output to) {
+  const int panel_count = to.panels();
 #pragma omp for collapse(2) schedule(static)
   for (int first = 0; first < M; first += ROW_BLOCK)
-    for (int panel = 0; panel < panel_count(N); ++panel) {
+    for (int panel = 0; panel < panel_count; ++panel) {
       const int column = panel * PANEL;
       const Words *w = panels + (size_t)panel * count * BLOCKS;
       Floats start[BLOCKS];
-      for (int b = 0; b < BLOCKS; ++b)
-        start[b] =
-            bias ? load(bias + column + b * LANES, lanes(N - column - b * LANES)) : Bf16::zero();
+      for (int b = 0; b < BLOCKS; ++b) start[b] = to.start(column + b * LANES);
       in_tiles(first, std::min(first + ROW_BLOCK, M), [&](int row, int rows) {
         to.begin(row, rows, column);
         product<Bf16>(
             rows, {x + (size_t)row * count, (size_t)count, 1}, w, count,
             [&](int, int b) { return start[b]; },
             [&](int r, int b, Floats sum) {
-              const __mmask16 mask = lanes(N - column - b * LANES);
+              const __mmask16 mask = to.mask(column + b * LANES);
               if (mask) to.take(row + r, column + b * LANES, sum, mask);
             });
         to.end(row, rows, column);
@@ -123,8 +179,8 @@ void multiply_panels(const Words *left, const Words *right, int words, float *ou
   }
 }
 
-// dw (N, K) = dy^T x, db (N) = the sums of dy's columns. The wider of both is packed a panel at a
-// time, by whoever uses it, and stays near; the other one as a whole.
+// dw (N, K) = dy^T x, db (N) = the sums of dy's columns, if it is asked for. The wider of both is
+// packed a panel at a time, by whoever uses it, and stays near; the other one as a whole.
 void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db, Words *all, int M,
                      int N, int K) {
   const int words = (M + 1) / 2;
@@ -139,7 +195,7 @@ void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db
     const uint16_t *wider = x_is_wider ? x : dy;
     const int width = x_is_wider ? K : N;
     pack_panel(wider + outer * PANEL, width, own, M, width - outer * PANEL);
-    if (!x_is_wider) sum_panel(own, words, db + outer * PANEL, N - outer * PANEL);
+    if (db && !x_is_wider) sum_panel(own, words, db + outer * PANEL, N - outer * PANEL);
     for (int inner = 0; inner < std::min(n_panels, k_panels); ++inner) {
       const int n = (x_is_wider ? inner : outer) * PANEL, k = (x_is_wider ? outer : inner) * PANEL;
       const Words *left = x_is_wider ? all + inner * size : own;
@@ -147,7 +203,7 @@ void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db
       multiply_panels(left, right, words, dw + (size_t)n * K + k, K, std::min(PANEL, N - n), K - k);
     }
   }
-  if (x_is_wider)
+  if (db && x_is_wider)
 #pragma omp for schedule(static)
     for (int panel = 0; panel < n_panels; ++panel)
       sum_panel(all + panel * size, words, db + panel * PANEL, N - panel * PANEL);

@@ -1,4 +1,5 @@
-// Layer norm of all rows, and its gradients. All threads of a parallel region call these.
+// Layer norm of all rows, or RMSNorm, and its gradients: see norm.h. All threads of a parallel
+// region call these.
 
 #pragma once
 
@@ -16,21 +17,22 @@ void normalise_rows(const uint16_t *x, const float *weight, const float *bias, u
     normalise(x + (size_t)row * C, weight, bias, y + (size_t)row * C, eps, C);
 }
 
-// sums (NORM_PARTS, 2, C)
+// sums (NORM_PARTS, 2, C), of which RMSNorm, without dbias, takes half.
 void norm_gradients(const uint16_t *dy, const uint16_t *x, const float *weight, uint16_t *dx,
                     float *dweight, float *dbias, float *sums, float eps, int M, int C) {
+  const int count = dbias ? 2 * C : C;
 #pragma omp for schedule(static)
   for (int part = 0; part < NORM_PARTS; ++part) {
-    float *own = sums + (size_t)part * 2 * C;
-    std::fill(own, own + 2 * C, 0.f);
+    float *own = sums + (size_t)part * count;
+    std::fill(own, own + count, 0.f);
     const size_t first = (size_t)M * part / NORM_PARTS, stop = (size_t)M * (part + 1) / NORM_PARTS;
     for (size_t at = first * C; at < stop * C; at += C)
-      norm_gradient(dy + at, x + at, weight, dx + at, own, own + C, eps, C);
+      norm_gradient(dy + at, x + at, weight, dx + at, own, dbias ? own + C : nullptr, eps, C);
   }
 #pragma omp for schedule(static)
-  for (int i = 0; i < 2 * C; ++i) {
+  for (int i = 0; i < count; ++i) {
     float sum = 0.f;
-    for (int part = 0; part < NORM_PARTS; ++part) sum += sums[(size_t)part * 2 * C + i];
+    for (int part = 0; part < NORM_PARTS; ++part) sum += sums[(size_t)part * count + i];
     *(i < C ? dweight + i : dbias + (i - C)) = sum;
   }
 }

@@ -64,19 +64,43 @@ inline void pack_block(const Get &words, Words *panels, int block, int count) {
   }
 }
 
+// `rows` rows of K fp32 numbers -> block `block` of their panels, words along K.
+void pack_row_block(const float *w, int rows, Words *panels, int block, int K) {
+  pack_block(
+      [&](int r, int k) {
+        const int left = r < rows ? K - 2 * k : 0;
+        const float *from = w + (size_t)r * K + 2 * k;
+        const Floats low = load(from, lanes(left)), high = load(from + LANES, lanes(left - LANES));
+        return (Words)_mm512_cvtne2ps_pbh(high, low);
+      },
+      panels, block, K / 2);
+}
+
 // W (N, K) fp32 -> panels of 64 rows, words along K.
 void pack_rows(const float *w, Words *panels, int N, int K) {
 #pragma omp for schedule(static)
   for (int block = 0; block < panel_count(N) * BLOCKS; ++block)
-    pack_block(
-        [&](int r, int k) {
-          const int row = block * LANES + r, left = row < N ? K - 2 * k : 0;
-          const float *from = w + (size_t)row * K + 2 * k;
-          const Floats low = load(from, lanes(left)),
-                       high = load(from + LANES, lanes(left - LANES));
-          return (Words)_mm512_cvtne2ps_pbh(high, low);
-        },
-        panels, block, K / 2);
+    pack_row_block(w + (size_t)block * LANES * K, N - block * LANES, panels, block, K);
+}
+
+// Of a gated layer's 2 N rows, gates before inputs, a panel has 32 gates and then their inputs.
+constexpr int GATES = PANEL / 2;
+
+inline int gated_panel_count(int N) { return (N + GATES - 1) / GATES; }
+
+// The gate of a panel's column, without N for an input's.
+inline int gate_of(int column) { return column / PANEL * GATES + column % GATES; }
+
+inline bool is_gate(int column) { return column % PANEL < GATES; }
+
+// W (2 N, K) fp32 -> panels of gates and inputs, words along K.
+void pack_gated_rows(const float *w, Words *panels, int N, int K) {
+#pragma omp for schedule(static)
+  for (int block = 0; block < gated_panel_count(N) * BLOCKS; ++block) {
+    const int column = block * LANES, row = gate_of(column);
+    const float *from = w + (size_t)(is_gate(column) ? row : N + row) * K;
+    pack_row_block(from, N - row, panels, block, K);
+  }
 }
 
 // W (N, K) fp32 -> panels of 64 columns, words along N.

@@ -5,7 +5,7 @@
 // as many columns and words as each function says.
 
 #include "abi.h"
-#include "attention_train.h"
+#include "heads_train.h"
 #include "linear_train.h"
 #include "norm_train.h"
 
@@ -17,24 +17,50 @@ ABI_TYPE(Line, "words")
 
 extern "C" {
 
-// y (M, N) = x (M, K) w (N, K)^T + b (N); K even. work: N columns, K / 2 words.
+// y (M, N) = x (M, K) w (N, K)^T + b (N), or nullptr for no b; K even. work: N columns, K / 2
+// words.
 void linear(const uint16_t *x, const float *w, const float *b, uint16_t *y, Line *work, int M,
             int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     pack_rows(w, (Words *)work, N, K);
-    multiply((const int32_t *)x, (Words *)work, b, M, N, K / 2, Output{y, N});
+    multiply((const int32_t *)x, (Words *)work, M, K / 2, Output{y, N, b});
   }
 }
 
-// y = GELU of x w^T + b, and the slope there; the rest as `linear`.
+// y = GPT-2's GELU of x w^T + b, and the slope there; the rest as `linear`.
 void linear_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slope,
                  Line *work, int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     pack_rows(w, (Words *)work, N, K);
-    multiply((const int32_t *)x, (Words *)work, b, M, N, K / 2, WithGelu{{y, N}, slope, {}});
+    multiply((const int32_t *)x, (Words *)work, M, K / 2,
+             WithGelu<gelu_and_slope>{{{y, N, b}, slope, {}}});
     _mm_sfence();  // after store_far
+  }
+}
+
+// The same with the exact GELU.
+void linear_exact_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y,
+                       uint16_t *slope, Line *work, int M, int N, int K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    pack_rows(w, (Words *)work, N, K);
+    multiply((const int32_t *)x, (Words *)work, M, K / 2,
+             WithGelu<exact_gelu_and_slope>{{{y, N, b}, slope, {}}});
+    _mm_sfence();
+  }
+}
+
+// y (M, N) = SwiGLU of x (M, K) w (2 N, K)^T + b (2 N), and the slopes there (M, 2 N), gates before
+// inputs; the rest as `linear`. work: 2 N columns, each half rounded up to 32, K / 2 words.
+void linear_swiglu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slopes,
+                   Line *work, int M, int N, int K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    pack_gated_rows(w, (Words *)work, N, K);
+    multiply((const int32_t *)x, (Words *)work, M, K / 2, WithSwiglu{{{y, N, b}, slopes, {}}});
+    _mm_sfence();
   }
 }
 
@@ -44,7 +70,7 @@ void input_gradient(const uint16_t *dy, const float *w, uint16_t *dx, Line *work
 #pragma omp parallel num_threads(threads)
   {
     pack_columns(w, (Words *)work, N, K);
-    multiply((const int32_t *)dy, (Words *)work, nullptr, M, K, N / 2, Output{dx, K});
+    multiply((const int32_t *)dy, (Words *)work, M, N / 2, Output{dx, K, nullptr});
   }
 }
 
@@ -54,11 +80,21 @@ void input_gradient_gelu(const uint16_t *dy, const float *w, const uint16_t *slo
 #pragma omp parallel num_threads(threads)
   {
     pack_columns(w, (Words *)work, N, K);
-    multiply((const int32_t *)dy, (Words *)work, nullptr, M, K, N / 2, Sloped{{dx, K}, slope});
+    multiply((const int32_t *)dy, (Words *)work, M, N / 2, Sloped{{dx, K, nullptr}, slope});
   }
 }
 
-// dw (N, K) = dy (M, N)^T x (M, K), db (N) = sums of dy.
+// dx (M, 2 K) = dy w times slopes (M, 2 K); the rest as `input_gradient`.
+void input_gradient_swiglu(const uint16_t *dy, const float *w, const uint16_t *slopes, uint16_t *dx,
+                           Line *work, int M, int N, int K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    pack_columns(w, (Words *)work, N, K);
+    multiply((const int32_t *)dy, (Words *)work, M, N / 2, Gates{{dx, K, nullptr}, slopes});
+  }
+}
+
+// dw (N, K) = dy (M, N)^T x (M, K), db (N) = sums of dy, or nullptr for no db.
 // work: min(N, K) columns, M / 2 words, rounded up.
 void weight_gradients(const uint16_t *dy, const uint16_t *x, float *dw, float *db, Line *work,
                       int M, int N, int K, int threads) {
@@ -66,14 +102,14 @@ void weight_gradients(const uint16_t *dy, const uint16_t *x, float *dw, float *d
   weight_gradient(dy, x, dw, db, (Words *)work, M, N, K);
 }
 
-// y (M, C) = layer norm of x (M, C).
+// y (M, C) = layer norm of x (M, C); without bias, nullptr, its RMSNorm.
 void layer_norm(const uint16_t *x, const float *weight, const float *bias, uint16_t *y, float eps,
                 int M, int C, int threads) {
 #pragma omp parallel num_threads(threads)
   normalise_rows(x, weight, bias, y, eps, M, C);
 }
 
-// sums: NORM_PARTS * 2 C numbers of room.
+// dbias as bias. sums: NORM_PARTS * 2 C numbers of room.
 void layer_norm_gradients(const uint16_t *dy, const uint16_t *x, const float *weight, uint16_t *dx,
                           float *dweight, float *dbias, float *sums, float eps, int M, int C,
                           int threads) {
@@ -81,44 +117,50 @@ void layer_norm_gradients(const uint16_t *dy, const uint16_t *x, const float *we
   norm_gradients(dy, x, weight, dx, dweight, dbias, sums, eps, M, C);
 }
 
-// qkv (B, T, 3 H D) -> out (B, T, H D) and, for the backward pass, log_sums (B, H, T); D even,
-// <= 64.
-void attention(const uint16_t *qkv, uint16_t *out, float *log_sums, int B, int T, int H, int D,
-               int threads) {
-  const size_t C = H * D;
+// qkv (B, T, (H + 2 K) D) -> out (B, T, H D) and, for the backward pass, log_sums (B, H, T); D
+// even, K divides H. Queries and keys are normalised first, with weights (D) and eps, and rotated
+// by angles, (T, half) each; nullptr and half 0 for none.
+void attention(const uint16_t *qkv, const float *q_weight, const float *k_weight,
+               const uint16_t *cosines, const uint16_t *sines, uint16_t *out, float *log_sums,
+               float eps, int B, int T, int H, int K, int D, int half, int threads) {
+  const Heads heads = {T, H, K, D};
+  const Preparation queries = {q_weight, eps, cosines, sines, half};
+  const Preparation keys = {k_weight, eps, cosines, sines, half};
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
   for (int b = 0; b < B; ++b)
-    for (int h = 0; h < H; ++h) {
-      const uint16_t *q = qkv + b * T * 3 * C + h * D;
-      attend({q, q + C, q + 2 * C, 3 * C, T, D}, out + b * T * C + h * D, C,
-             log_sums + ((size_t)b * H + h) * T);
-    }
+    for (int h = 0; h < H; ++h) attend_head(heads, queries, keys, qkv, out, log_sums, b, h);
 }
 
-// grad (B, T, H D) -> dqkv (B, T, 3 H D)
-void attention_gradient(const uint16_t *grad, const uint16_t *qkv, const uint16_t *out,
-                        const float *log_sums, uint16_t *dqkv, int B, int T, int H, int D,
+// grad (B, T, H D) -> dqkv (B, T, (H + 2 K) D), and of the norms' weights dweights (2, D). sums: B
+// K parts of 2 D numbers, whose order of summation is always the same. The rest as `attention`.
+void attention_gradient(const uint16_t *grad, const uint16_t *qkv, const float *q_weight,
+                        const float *k_weight, const uint16_t *cosines, const uint16_t *sines,
+                        const uint16_t *out, const float *log_sums, uint16_t *dqkv, float *dweights,
+                        float *sums, float eps, int B, int T, int H, int K, int D, int half,
                         int threads) {
-  const size_t C = H * D;
+  const Heads heads = {T, H, K, D};
+  const Preparation queries = {q_weight, eps, cosines, sines, half};
+  const Preparation keys = {k_weight, eps, cosines, sines, half};
+  const Pass pass = {grad, qkv, out, log_sums, dqkv};
+  std::fill(sums, sums + (size_t)B * K * 2 * D, 0.f);
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
   for (int b = 0; b < B; ++b)
-    for (int h = 0; h < H; ++h) {
-      const size_t in = b * T * 3 * C + h * D, at = b * T * C + h * D;
-      Backward w = {};
-      w.head = {qkv + in, qkv + in + C, qkv + in + 2 * C, 3 * C, T, D};
-      w.out = out + at, w.grad = grad + at, w.stride = C;
-      w.log_sums = log_sums + ((size_t)b * H + h) * T;
-      attend_backward(w, dqkv + in, dqkv + in + C, dqkv + in + 2 * C);
-    }
+    for (int g = 0; g < K; ++g)
+      group_gradient(heads, queries, keys, pass, sums + ((size_t)b * K + g) * 2 * D, b, g);
+  for (int i = 0; i < 2 * D; ++i) {
+    dweights[i] = 0.f;
+    for (int part = 0; part < B * K; ++part) dweights[i] += sums[(size_t)part * 2 * D + i];
+  }
 }
 
 const char *train_abi() {
-  static const std::string text = ABI_CONSTANT(NORM_PARTS) + ABI_FUNCTION(linear) +
-                                  ABI_FUNCTION(linear_gelu) + ABI_FUNCTION(input_gradient) +
-                                  ABI_FUNCTION(input_gradient_gelu) +
-                                  ABI_FUNCTION(weight_gradients) + ABI_FUNCTION(layer_norm) +
-                                  ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(attention) +
-                                  ABI_FUNCTION(attention_gradient);
+  static const std::string text =
+      ABI_CONSTANT(NORM_PARTS) + ABI_FUNCTION(linear) + ABI_FUNCTION(linear_gelu) +
+      ABI_FUNCTION(linear_exact_gelu) + ABI_FUNCTION(linear_swiglu) + ABI_FUNCTION(input_gradient) +
+      ABI_FUNCTION(input_gradient_gelu) + ABI_FUNCTION(input_gradient_swiglu) +
+      ABI_FUNCTION(weight_gradients) + ABI_FUNCTION(layer_norm) +
+      ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(attention) +
+      ABI_FUNCTION(attention_gradient);
   return text.c_str();
 }
 

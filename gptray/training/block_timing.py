@@ -7,12 +7,18 @@ from collections.abc import Callable
 import torch
 
 from gptray.config import Config
+from gptray.model.families import SHAPE
 from gptray.model.gpt import GPT
 from gptray.native.backend import TRAIN_KEY
 from gptray.native.measured import Choice, Step, faster
 
 # Tokens beyond which a GEMM's speed no longer changes.
 TOKENS = 2048
+# Of a network's fields those that a block's speed does not depend on.
+_NOT_OF_A_BLOCK = {
+    *("n_layer", "n_positions", "dropout", "initializer_range", "tie_word_embeddings"),
+    *("rope_theta", "rope_scaling", "layer_norm_epsilon"),
+}
 
 
 def faster_kernels(config: Config) -> Choice:
@@ -26,7 +32,7 @@ def faster_kernels(config: Config) -> Choice:
     work = {
         "of": "training",
         "threads": torch.get_num_threads(),
-        "shape": [model.n_embd, model.n_head, model.n_inner, model.norm, model.residual],
+        "shape": {name: getattr(model, name) for name in SHAPE if name not in _NOT_OF_A_BLOCK},
         "batch": [rows, T],
         "dropout": model.dropout > 0,
     }
@@ -47,14 +53,16 @@ def _block_step(config: Config, rows: int, *, native: bool) -> Step:
     model.compute_dtype = torch.bfloat16
     if native:
         model.use_kernels()
-    block = model.transformer.h[0]
+    block, angles = model.transformer.h[0], None
+    if rotary := model.transformer.rotary:
+        angles = rotary.at(torch.arange(config.train.block_size), torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     size = (rows, config.train.block_size, shape.n_embd)
     x = torch.randn(size, generator=generator).to(torch.bfloat16).requires_grad_()
     grad = torch.randn(size, generator=generator).to(torch.bfloat16)
 
     def step() -> None:
-        block(x, None).backward(grad)
+        block(x, angles).backward(grad)
         x.grad = None
         block.zero_grad(set_to_none=True)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from gptray.config import Config, RunFailed
-from gptray.model.only_torch import check_kernels
 from gptray.model.precision import pick_dtype
 from gptray.native.abi import load_library
 from gptray.native.backend import TRAIN_KEY, check_native, why_not_native
@@ -58,9 +57,8 @@ def agree_on_backend(
 def _why_not(config: Config, tell: Callable[[str], None], *, on_gpu: bool) -> str | None:
     """Why this worker cannot use the kernels, which are built; None if it can."""
     asked = config.train.backend
-    why = check_kernels(config.model, asked, key=TRAIN_KEY)
     check_native(TRAIN_KEY, asked, use_gpu=on_gpu)
-    if missing := why or why_not_native(use_gpu=on_gpu):
+    if missing := why_not_native(use_gpu=on_gpu):
         return missing
     try:
         load_library(key=TRAIN_KEY)

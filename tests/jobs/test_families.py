@@ -44,14 +44,6 @@ def test_a_dry_run_counts_the_parameters_and_names_the_family(
     assert dict(mix)["saved as"].startswith("gptray, which only gptray opens")
 
 
-def test_native_kernels_are_refused_by_name_for_training(
-    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [f"storage_path={tmp_path}", "train.backend=native", "train.block_size=32"]
-    assert run("train", [f"model.init_from={qwen}", *words, "--dry-run"]) == 2
-    assert "train.backend=native: gptray's kernels" in capsys.readouterr().err
-
-
 @needs_native
 def test_the_native_decoder_takes_every_family(
     qwen: Path, capsys: pytest.CaptureFixture[str]

@@ -40,3 +40,13 @@ TEST(gelu_and_its_slope_are_more_exact_than_bf16) {
     CHECK_CLOSE(of([](Floats v) { return gelu_and_slope(v).slope; }, x), slope, 1.1e-3);
   }
 }
+
+TEST(the_exact_gelu_and_its_slope_are_more_exact_than_bf16) {
+  const auto gelu = [](double z) { return 0.5 * z * (1 + std::erf(z / std::sqrt(2.))); };
+  for (float x = -12; x <= 12; x += 0.0037f) {
+    const double slope = (gelu(x + 1e-5) - gelu(x - 1e-5)) / 2e-5;
+    CHECK_CLOSE(of([](Floats v) { return exact_gelu_and_slope(v).value; }, x), gelu(x), 3e-4);
+    CHECK_CLOSE(of([](Floats v) { return exact_gelu_and_slope(v).slope; }, x), slope, 3e-4);
+  }
+  CHECK(of([](Floats v) { return exact_gelu_and_slope(v).value; }, -1e4f) == 0);
+}

@@ -23,9 +23,9 @@ struct Layer {
     return sum;
   }
   template <typename To>
-  void run(const float *bias, To to) const {
+  void run(To to) const {
 #pragma omp parallel num_threads(2)
-    multiply((const int32_t *)x.data(), (const Words *)panels.data(), bias, M, N, K / 2, to);
+    multiply((const int32_t *)x.data(), (const Words *)panels.data(), M, K / 2, to);
   }
 };
 
@@ -34,8 +34,8 @@ TEST(a_layer_is_a_loop_with_its_bias_or_without) {
     for (const int N : {2, 64, 98}) {
       const Layer layer(M, N, 34);
       std::vector<uint16_t> with(M * N), without(M * N);
-      layer.run(layer.bias.data(), Output{with.data(), N});
-      layer.run(nullptr, Output{without.data(), N});
+      layer.run(Output{with.data(), N, layer.bias.data()});
+      layer.run(Output{without.data(), N, nullptr});
       for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) {
           const double sum = layer.sum(m, n), off = 0.004 * (std::fabs(sum) + 3);
@@ -50,8 +50,9 @@ TEST(results_are_multiplied_by_a_slope_or_go_through_gelu) {
   const Layer layer(M, N, 10);
   const auto slopes = bf16(randoms(M * N, 5));
   std::vector<uint16_t> sloped(M * N), value(M * N), slope(M * N);
-  layer.run(layer.bias.data(), Sloped{{sloped.data(), N}, slopes.data()});
-  layer.run(layer.bias.data(), WithGelu{{value.data(), N}, slope.data(), {}});
+  const float *bias = layer.bias.data();
+  layer.run(Sloped{{sloped.data(), N, bias}, slopes.data()});
+  layer.run(WithGelu<gelu_and_slope>{{{value.data(), N, bias}, slope.data(), {}}});
   _mm_sfence();
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {
@@ -61,6 +62,46 @@ TEST(results_are_multiplied_by_a_slope_or_go_through_gelu) {
       CHECK_CLOSE(from_bf16(value[m * N + n]), scalar_gelu(z), 0.004 * std::fabs(z) + 5e-4);
       const double exact = (scalar_gelu(z + 1e-5) - scalar_gelu(z - 1e-5)) / 2e-5;
       CHECK_CLOSE(from_bf16(slope[m * N + n]), exact, 0.006);
+    }
+}
+
+TEST(gates_and_inputs_meet_in_a_panel) {
+  for (const int N : {6, 32, 70}) {
+    const int M = 13;
+    Layer layer(M, 2 * N, 10);
+    layer.panels.resize((size_t)gated_panel_count(N) * PANEL * BLOCKS * layer.K);
+    pack_gated_rows(layer.weight.data(), (Words *)layer.panels.data(), N, layer.K);
+    for (const bool has_bias : {true, false}) {
+      std::vector<uint16_t> value(M * N), slopes(M * 2 * N);
+      const float *bias = has_bias ? layer.bias.data() : nullptr;
+      layer.run(WithSwiglu{{{value.data(), N, bias}, slopes.data(), {}}});
+      _mm_sfence();
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) {
+          const double gate = layer.sum(m, n) + (has_bias ? layer.bias[n] : 0);
+          const double input = layer.sum(m, N + n) + (has_bias ? layer.bias[N + n] : 0);
+          const double s = 1 / (1 + std::exp(-gate)), slope = s + gate * s * (1 - s);
+          const auto near = [](uint16_t ours, double exact) {
+            CHECK_CLOSE(from_bf16(ours), exact, 0.005 * std::fabs(exact) + 5e-4);
+          };
+          near(value[m * N + n], gate * s * input);
+          near(slopes[m * 2 * N + n], slope * input);
+          near(slopes[m * 2 * N + N + n], gate * s);
+        }
+    }
+  }
+}
+
+TEST(a_result_is_multiplied_by_two_slopes) {
+  const int M = 13, N = 70;
+  const Layer layer(M, N, 10);
+  const auto slopes = bf16(randoms(M * 2 * N, 5));
+  std::vector<uint16_t> y(M * 2 * N);
+  layer.run(Gates{{y.data(), N, nullptr}, slopes.data()});
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < 2 * N; ++n) {
+      const double exact = layer.sum(m, n % N) * from_bf16(slopes[m * 2 * N + n]);
+      CHECK_CLOSE(from_bf16(y[m * 2 * N + n]), exact, 0.004 * std::fabs(exact) + 1e-4);
     }
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gptray.config import Config, UserError, load_config
+from gptray.config import Config, UserError, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.jobs.run_folder import resolve
@@ -77,20 +76,31 @@ def test_a_shorter_context_than_a_rotary_models_is_no_contradiction(
             config_from("qwen3", tiny_data, tmp_path, key)
 
 
-def test_kernels_that_cannot_compute_a_network_are_refused_by_name(
+@needs_native
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kernels_train_every_family_as_pytorch_does(
+    name: str, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    losses = {}
+    for backend in ("native", "torch"):
+        words = ("train.precision=bf16", f"train.backend={backend}")
+        run(config_from(name, tiny_data, tmp_path, *words), tiny_data, tmp_path / backend)
+        [start] = [one for one in read_events(tmp_path / backend) if one["event"] == "start"]
+        assert start["backend"] == backend
+        losses[backend] = [row["train_loss"] for row in rows(tmp_path / backend)]
+    assert losses["native"] == pytest.approx(losses["torch"], abs=0.02)
+
+
+@needs_native
+def test_kernels_resume_to_the_same_bits_with_blocks_computed_again(
     tiny_data: TokenData, tmp_path: Path
 ) -> None:
     words = ("train.precision=bf16", "train.backend=native")
     config = config_from("qwen3", tiny_data, tmp_path, *words)
-    result = run(config, tiny_data, tmp_path / "run")
-    assert result["stopped"] == "failed" and result["mistake"]
-    assert re.match(r"train.backend=native: .* not model.n_kv_head=2; train", result["message"])
-
-
-@needs_native
-def test_auto_trains_through_pytorch_and_says_why(tiny_data: TokenData, tmp_path: Path) -> None:
-    config = config_from("llama", tiny_data, tmp_path, "train.precision=bf16")
-    run(config, tiny_data, tmp_path / "run")
-    [start] = [one for one in read_events(tmp_path / "run") if one["event"] == "start"]
-    assert start["backend"] == "torch"
-    assert "since gptray's kernels compute GPT-2's network" in start["chosen"]
+    run(config, tiny_data, tmp_path / "whole")
+    config = override(config, {"model.checkpoint_blocks": True})
+    with pytest.raises(Killed):
+        run(config, tiny_data, tmp_path / "cut", kill_at=2)
+    run(config, tiny_data, tmp_path / "cut")
+    weights = [tmp_path / folder / "model" / "model.safetensors" for folder in ("whole", "cut")]
+    assert sha256_of(weights[0]) == sha256_of(weights[1])

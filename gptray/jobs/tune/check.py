@@ -26,8 +26,6 @@ from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.adapter_plan import check_base
 from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
-from gptray.model.only_torch import check_kernels
-from gptray.native.backend import TRAIN_KEY
 from gptray.tuning.sweep_record import load_trials, rungs, samples_drawn
 from gptray.tuning.trial_plan import (
     FINALISTS,
@@ -104,7 +102,6 @@ def check(config: Config) -> CheckedSweep:
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)
         check_base(one, None)
-        check_kernels(one.model, one.train.backend, key=TRAIN_KEY)
         if one.sample.prompt:
             check_known_prompts(one, CheckedText(one, make_request(one)))
     _check_prepared(trials, texts)
