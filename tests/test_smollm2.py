@@ -46,7 +46,7 @@ def test_its_loss_is_that_of_transformers(path: Path) -> None:
     ids = torch.tensor([Tokenizer.load(path).encode(tiny_text(40))[:257]])
     ours = load_pretrained(path).eval().token_losses(ids[:, :-1], ids[:, 1:]).mean()
     theirs = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
     )
     with torch.no_grad():
         expected = theirs(ids, labels=ids).loss

@@ -16,7 +16,7 @@ from gptray.config import UserError, load_config
 from gptray.data.sources import find_files
 from gptray.data.tokenizer_files import tokenizer_path
 from gptray.doors import run
-from gptray.jobs.evaluate.evaluated_model import model_to_evaluate
+from gptray.jobs.evaluate.evaluated_model import models_to_evaluate
 from gptray.jobs.generate.check import check_model
 from gptray.jobs.generate.run import generate
 from gptray.jobs.run_folder import resolve
@@ -62,7 +62,7 @@ def test_every_key_of_a_model_takes_a_uri(model_dir: Path) -> None:
     words = [f"{job}.model={BOOK}" for job in ("evaluate", "serve")]
     config = load_config(None, [*words, f"model.init_from={BOOK}", "train.block_size=8"])
     weights = (model_dir / "model.safetensors").read_bytes()
-    assert (model_to_evaluate(config).folder / "model.safetensors").read_bytes() == weights
+    assert (models_to_evaluate(config)[0].folder / "model.safetensors").read_bytes() == weights
     assert user_config(config) == {"model": BOOK, "served_model_name": "book"}
     trained = resolve(config)
     assert trained.model.init_from == trained.data.tokenizer == BOOK
@@ -73,7 +73,7 @@ def test_every_key_of_a_model_takes_the_name_of_a_run_there() -> None:
     words = ["storage_path=s3://bucket/runs", "train.block_size=8"]
     named = [f"{key}=book" for key in ("serve.model", "evaluate.model", "model.init_from")]
     config = load_config(None, [*words, *named])
-    assert user_config(config)["model"] == model_to_evaluate(config).place == BOOK
+    assert user_config(config)["model"] == models_to_evaluate(config)[0].place == BOOK
     trained = resolve(config)
     assert trained.model.init_from == trained.data.tokenizer == BOOK
 
