@@ -74,9 +74,7 @@ def load_pretrained(source: str | Path, *, dropout: float | None = None) -> GPT:
     rows = shape.pop("vocab_size")
     if dropout is not None:
         shape["dropout"] = dropout
-    with torch.device("meta"):
-        model = GPT(ModelConfig(**shape), vocab_size=rows)
-    model.to_empty(device="cpu")
+    model = GPT(ModelConfig(**shape), vocab_size=rows)
     load_weights(model, folder)
     return model
 
