@@ -69,9 +69,8 @@ def part_of(shape: ModelConfig) -> GPT:
         "n_positions": min(shape.n_positions, POSITIONS),
         "vocab_size": None,
     }
-    with torch.device("meta"):
-        part = GPT(shape.model_copy(update=change), vocab_size=-(-shape.vocab_size * layers // L))
-    part = part.to_empty(device="cpu").eval()
+    rows = -(-shape.vocab_size * layers // L)
+    part = GPT(shape.model_copy(update=change), vocab_size=rows).eval()
     with torch.no_grad():
         for weight in part.parameters():
             weight.copy_(torch.linspace(-0.05, 0.05, weight.numel()).view_as(weight))

@@ -78,14 +78,13 @@ def load_pretrained(source: str | Path, *, dropout: float | None = None) -> GPT:
     `dropout` replaces the file's. Raises UserError naming the file and what is wrong with it.
     """
     folder = model_folder(source)
-    model = network_of(folder, dropout=dropout)
-    model.to_empty(device="cpu")
+    model = network_of(folder, device="cpu", dropout=dropout)
     load_weights(model, folder)
     return model
 
 
-def network_of(folder: Path, *, dropout: float | None = None) -> GPT:
-    """The network in a model folder, its weights checked but not read, on the meta device.
+def network_of(folder: Path, *, device: str, dropout: float | None = None) -> GPT:
+    """The network in a model folder, its weights checked but not read; on "meta" they take no room.
 
     Raises UserError as `load_pretrained`.
     """
@@ -94,7 +93,7 @@ def network_of(folder: Path, *, dropout: float | None = None) -> GPT:
     rows = shape.pop("vocab_size")
     if dropout is not None:
         shape["dropout"] = dropout
-    with torch.device("meta"):
+    with torch.device(device):
         return GPT(ModelConfig(**shape), vocab_size=rows)
 
 

@@ -26,7 +26,7 @@ def unread_network(source: str | Path) -> GPT:
     Raises UserError as `load_pretrained`; `GPT.whole` too, for numbers that are not finite.
     """
     folder = model_folder(source)
-    model, stored = network_of(folder).eval(), stored_model(folder)
+    model, stored = network_of(folder, device="meta").eval(), stored_model(folder)
     model.usage = Usage.of(folder)
     check_tied(stored)
     model.whole = _Reader(model, stored).read
