@@ -1,10 +1,11 @@
 """Tokens per second of gptray's engine against transformers' generate and CTranslate2.
 
-Random weights of a GPT-2 or Llama shape, the same prompts of 32 tokens, 64 new tokens each, top-k 50,
-reading of the prompts included. Every system has a process of its own, and they take turns, so
+Random weights of a GPT-2 or Llama shape, the same prompts of 32 tokens, 64 new tokens each, top-k
+50, reading of the prompts included. Every system has a process of its own, and they take turns, so
 that a busy machine slows them alike; figures are medians over rounds.
 
-    python benchmarks/generate.py [--shape 124m|llama-135m|10m] [--batch 1,8,32,64] [--systems bf16,ct2-int8]
+    python benchmarks/generate.py [--shape 124m|llama-135m|10m] [--batch 1,8,32,64]
+                                  [--systems bf16,ct2-int8]
 
 CTranslate2 (pip install ctranslate2) runs with one sequence on all cores, with more on one core
 for each of two replicas, where it is fastest.

@@ -9,9 +9,9 @@ import pytest
 
 from gptray.config import UserError, load_config
 from gptray.doors import run
+from gptray.jobs.engine_backend import planned_backend
 from gptray.jobs.evaluate.check import LONGEST_WINDOW
 from gptray.jobs.evaluate.check import check as check_evaluate
-from gptray.jobs.engine_backend import planned_backend
 from gptray.jobs.generate.check import check_model
 from gptray.jobs.generate.llm import LLM
 from gptray.jobs.train.check import check, plan
