@@ -1,4 +1,5 @@
-// Layer norm of rows of C numbers, fp32 or bf16, and its gradients; RMSNorm.
+// Layer norm and RMSNorm of rows of C numbers, fp32 or bf16, and their gradients. RMSNorm is layer
+// norm of rows whose mean is taken for 0, without a bias: nullptr asks for it.
 
 #pragma once
 
@@ -15,9 +16,10 @@ struct Moments {
 };
 
 template <typename T>
-inline Moments moments(const T *x, float eps, int C) {
+inline Moments moments(const T *x, float eps, int C, bool is_rms) {
   Floats sum = _mm512_setzero_ps(), square = _mm512_setzero_ps();
-  for (int i = 0; i < C; i += LANES) sum = _mm512_add_ps(sum, load(x + i, lanes(C - i)));
+  if (!is_rms)
+    for (int i = 0; i < C; i += LANES) sum = _mm512_add_ps(sum, load(x + i, lanes(C - i)));
   const Floats mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / C);
   for (int i = 0; i < C; i += LANES) {
     const Floats d = _mm512_maskz_sub_ps(lanes(C - i), load(x + i, lanes(C - i)), mean);
@@ -29,46 +31,31 @@ inline Moments moments(const T *x, float eps, int C) {
 
 template <typename T>
 inline void normalise(const T *x, const float *weight, const float *bias, T *y, float eps, int C) {
-  const Moments of_row = moments(x, eps, C);
+  const Moments of_row = moments(x, eps, C, !bias);
   for (int i = 0; i < C; i += LANES) {
     const __mmask16 mask = lanes(C - i);
     const Floats d = _mm512_sub_ps(load(x + i, mask), of_row.mean);
     const Floats normed = _mm512_mul_ps(d, of_row.inverse);
-    store(y + i, _mm512_fmadd_ps(normed, load(weight + i, mask), load(bias + i, mask)), mask);
+    const Floats shift = bias ? load(bias + i, mask) : _mm512_setzero_ps();
+    store(y + i, _mm512_fmadd_ps(normed, load(weight + i, mask), shift), mask);
   }
 }
 
-// x over its root mean square, times weight (Zhang & Sennrich 2019); y may be x.
-template <typename T>
-inline void normalise_rms(const T *x, const float *weight, T *y, float eps, int C) {
-  Floats square = _mm512_setzero_ps();
-  for (int i = 0; i < C; i += LANES) {
-    const Floats numbers = load(x + i, lanes(C - i));
-    square = _mm512_fmadd_ps(numbers, numbers, square);
-  }
-  const float mean = _mm512_reduce_add_ps(square) / C;
-  const Floats inverse = _mm512_set1_ps(1.f / std::sqrt(mean + eps));
-  for (int i = 0; i < C; i += LANES) {
-    const __mmask16 mask = lanes(C - i);
-    const Floats normed = _mm512_mul_ps(load(x + i, mask), inverse);
-    store(y + i, _mm512_mul_ps(normed, load(weight + i, mask)), mask);
-  }
-}
-
-// With n the normed row and g = dy weight: dx = (g - mean(g) - n mean(g n)) / deviation. Adds
-// dy n to weight_sum and dy to bias_sum.
+// With n the normed row and g = dy weight: dx = (g - mean(g) - n mean(g n)) / deviation, mean(g)
+// being 0 for RMSNorm. Adds dy n to weight_sum and dy to bias_sum.
 inline void norm_gradient(const uint16_t *dy, const uint16_t *x, const float *weight, uint16_t *dx,
                           float *weight_sum, float *bias_sum, float eps, int C) {
-  const Moments of_row = moments(x, eps, C);
+  const Moments of_row = moments(x, eps, C, !bias_sum);
   Floats sum = _mm512_setzero_ps(), product = _mm512_setzero_ps();
   for (int i = 0; i < C; i += LANES) {
     const __mmask16 mask = lanes(C - i);
     const Floats d = load(dy + i, mask);
     const Floats n = _mm512_mul_ps(_mm512_sub_ps(load(x + i, mask), of_row.mean), of_row.inverse);
     const Floats g = _mm512_mul_ps(d, load(weight + i, mask));
-    sum = _mm512_add_ps(sum, g);
     product = _mm512_fmadd_ps(g, n, product);
     store(weight_sum + i, _mm512_fmadd_ps(d, n, load(weight_sum + i, mask)), mask);
+    if (!bias_sum) continue;
+    sum = _mm512_add_ps(sum, g);
     store(bias_sum + i, _mm512_add_ps(d, load(bias_sum + i, mask)), mask);
   }
   const Floats mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / C);

@@ -28,19 +28,6 @@ TEST(rows_of_fp32_and_of_bf16_are_normalised) {
   }
 }
 
-TEST(rows_are_divided_by_their_root_mean_square) {
-  for (const int C : {1, 15, 16, 70}) {
-    const std::vector<float> x = randoms(C, C), weight = randoms(C, 1);
-    std::vector<float> y(C), same = x;
-    normalise_rms(x.data(), weight.data(), y.data(), 1e-5f, C);
-    normalise_rms(same.data(), weight.data(), same.data(), 1e-5f, C);
-    double square = 1e-5;
-    for (const float number : x) square += (double)number * number / C;
-    for (int i = 0; i < C; ++i) CHECK_CLOSE(y[i], x[i] / std::sqrt(square) * weight[i], 1e-5);
-    CHECK(same == y);
-  }
-}
-
 TEST(gradients_are_those_of_the_formula) {
   const int M = 70, C = 37;
   const auto dy = bf16(randoms(M * C, 1)), x = bf16(randoms(M * C, 2));
