@@ -133,7 +133,8 @@ class NativeWeights:
         def woven(both: Tensor) -> Tensor:
             inner = len(both) // 2
             halves = F.pad(both.view(2, inner, -1), (0, 0, 0, -inner % (PANEL // 2)))
-            return halves.unflatten(1, (-1, PANEL // 2)).transpose(0, 1).flatten(0, 2)
+            blocks = halves.view(2, -1, PANEL // 2, halves.size(2))
+            return blocks.transpose(0, 1).flatten(0, 2)
 
         return self._linear(woven(weight), None if bias is None else woven(bias).flatten())
 

@@ -105,7 +105,7 @@ void attend_group(int heads, const float *q, const T *keys, const T *values, con
 // numbers of a pair lie R / 2 apart (Su et al. 2021, RoFormer).
 inline void prepare(float *head, const Norm &norm, const Model &model, const Block &block,
                     int position) {
-  if (norm.weight) normalise(head, norm.weight, nullptr, head, norm.eps, model.head_width);
+  if (norm.weight) normalise(head, norm.weight, norm.bias, head, norm.eps, model.head_width);
   const int half = block.rotary / 2;
   for (int i = 0; i < half; i += LANES) {
     const __mmask16 mask = lanes(half - i);

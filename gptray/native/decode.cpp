@@ -38,7 +38,7 @@ void into_x(const Model &model, const Step &step, const Linear &layer, const flo
 #pragma omp for schedule(static)
   for (int row = 0; row < step.rows; ++row) {
     float *x = step.x + (size_t)row * C, *made = step.made + (size_t)row * C;
-    normalise(made, norm, made, C);
+    normalise(made, norm.weight, norm.bias, made, norm.eps, C);
     for (int i = 0; i < C; ++i) x[i] = adds ? x[i] + made[i] : made[i];
   }
 }

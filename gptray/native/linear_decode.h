@@ -83,11 +83,6 @@ struct Outputs {
   }
 };
 
-// A row through a norm that there is.
-inline void normalise(const float *x, const Norm &norm, float *y, int C) {
-  normalise(x, norm.weight, norm.bias, y, norm.eps, C);
-}
-
 struct Results {
   float *rows;       // (N, stride)
   const float *add;  // (N, stride), or null
@@ -161,7 +156,7 @@ void linear(const Linear &linear, const Step &step, const float *x, const Norm *
     thread_local std::vector<float> normed;
     if (norm && norm->weight) {
       normed.resize(linear.inputs);
-      normalise(from, *norm, normed.data(), linear.inputs);
+      normalise(from, norm->weight, norm->bias, normed.data(), norm->eps, linear.inputs);
       from = normed.data();
     }
     return to_words(from, linear.inputs, linear.kind, words + row * row_words(linear));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_logits_in_pieces_and_steps_are_the_whole_networks(
 @pytest.mark.parametrize("fields", MIXES, ids=str)
 @torch.no_grad()
 def test_any_mix_of_choices_is_decoded(
-    fields: dict[str, object], backend: str, tokenizer: Tokenizer
+    fields: dict[str, Any], backend: str, tokenizer: Tokenizer
 ) -> None:
     model = random_gpt(tokenizer, n_head=4, n_positions=40, initializer_range=0.2, **fields)
     ids = prompt_of(tokenizer, 40, seed=3)

@@ -51,5 +51,8 @@ def test_a_part_of_a_large_network_has_its_widths_and_its_proportions() -> None:
     assert 1 < layers < 12 and part.config.n_embd == 768
     assert part.valid_vocab_size == -(-50257 * layers // 12)
     assert all(bool(weight.isfinite().all()) for weight in part.parameters())
+    update = {"mlp": "swiglu", "n_kv_head": 3, "norm": "rmsnorm", "positions": "rotary"}
+    llama = part_of(shape.model_copy(update=update))
+    assert llama.config.kv_heads == 3 and llama.config.n_layer < layers
     small = part_of(SHAPE)
     assert small.config.n_layer == 2 and small.valid_vocab_size == 300

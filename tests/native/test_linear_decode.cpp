@@ -78,7 +78,7 @@ TEST(gates_let_through_what_stands_half_a_panel_on) {
              {y.data(), nullptr, inner, SWIGLU});
       const double off = kind == FP32 ? 1e-4 : kind == BF16 ? 0.1 : 0.3;
       for (int r = 0; r < rows; ++r) {
-        normalise(&x[r * inputs], ones.data(), nullptr, normed.data(), 1e-5f, inputs);
+        normalise<float>(&x[r * inputs], ones.data(), nullptr, normed.data(), 1e-5f, inputs);
         const auto sum = [&](int o) {
           double sum = packed.bias[o];
           for (int i = 0; i < inputs; ++i) sum += (double)normed[i] * packed.weight[o * inputs + i];
