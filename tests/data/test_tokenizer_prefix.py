@@ -139,19 +139,36 @@ def test_an_end_of_text_that_opens_texts_stands_once_between_documents() -> None
     assert tokenizer.prefix == [tokenizer.eos_id] and tokenizer.document_prefix == []
 
 
+def identity(tokenizer: str | Path, folder: Path) -> dict[str, object]:
+    """What of a tokenizer tells prepared data apart."""
+    (folder / "text.txt").write_text("the cat sees a dog. " * 20)
+    words = [f"data.source={folder / 'text.txt'}", f"data.tokenizer={tokenizer}"]
+    request = make_request(load_config(None, [*words, f"storage_path={folder}"]))
+    found = request.identity["tokenizer"]
+    assert isinstance(found, dict)
+    return found
+
+
 def test_only_data_of_a_tokenizer_with_a_prefix_is_prepared_anew(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("the cat sees a dog. " * 20)
+    plain = identity(stored(foreign.byte_level, tmp_path / "plain"), tmp_path)
+    assert plain.keys() == {"kind", "sha256"}
+    begun = identity(stored(llama, tmp_path / "llama"), tmp_path)
+    assert begun["prefix"] == foreign.as_tokenizer(llama()).prefix
 
-    def identity(make: Make, name: str) -> dict[str, object]:
-        folder = stored(make, tmp_path / name)
-        words = [f"data.source={tmp_path / 'text.txt'}", f"data.tokenizer={folder}"]
-        request = make_request(load_config(None, [*words, f"storage_path={tmp_path}"]))
-        found = request.identity["tokenizer"]
-        assert isinstance(found, dict)
-        return found
 
-    assert identity(foreign.byte_level, "plain").keys() == {"kind", "sha256"}
-    assert identity(llama, "llama")["prefix"] == foreign.as_tokenizer(llama()).prefix
+def test_the_same_holds_for_tokenizers_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, make in (("plain", foreign.byte_level), ("llama", llama)):
+        repository = tmp_path / "hub" / f"models--some--{name}"
+        stored(make, repository / "snapshots" / "abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+    assert identity("some/plain", tmp_path) == {"kind": "hub", "id": "some/plain"}
+    assert identity("some/never-fetched", tmp_path).keys() == {"kind", "id"}
+    prefix = foreign.as_tokenizer(llama()).prefix
+    assert identity("some/llama", tmp_path) == {"kind": "hub", "id": "some/llama", "prefix": prefix}
 
 
 def test_a_prefix_that_is_no_token_is_refused(tmp_path: Path) -> None:
