@@ -42,8 +42,7 @@ def glm() -> tokenizers.Tokenizer:
 
 def bert() -> tokenizers.Tokenizer:
     made = foreign.wordpiece()
-    ends = [(name, made.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
-    made.post_processor = processors.BertProcessing(*ends)
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return made
 
 
