@@ -62,9 +62,12 @@ def test_prompts_are_read_as_transformers_reads_them(make: Make, tmp_path: Path)
     from transformers import AutoTokenizer
 
     folder = stored(make, tmp_path / "theirs")
-    own, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    own, theirs = (
+        Tokenizer.load(folder),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+    )
     own.save(tmp_path / "own")
-    saved = AutoTokenizer.from_pretrained(tmp_path / "own")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "own", trust_remote_code=False)
     behind = 1 if make is bert else 0  # [SEP] ends a text, and a prompt has not ended
     for text in TEXTS[:2] if make is bert else TEXTS:
         ids = theirs(text).input_ids
@@ -81,7 +84,10 @@ def test_what_transformers_makes_of_add_bos_token_counts(tmp_path: Path) -> None
     bos = {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"}
     for name, make, flag in (("without", foreign.llama, True), ("with", llama, False)):
         folder = stored(make, tmp_path / name, add_bos_token=flag, **bos)
-        own, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+        own, theirs = (
+            Tokenizer.load(folder),
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        )
         assert own.prompt_ids("the cat") == theirs("the cat").input_ids
 
 
