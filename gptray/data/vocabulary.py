@@ -26,7 +26,7 @@ def kept_rows(own: Tokenizer, other: Tokenizer) -> list[int]:
     for number, (mine, name) in enumerate(zip(own.names, other.names, strict=False)):
         if mine == name:
             rows[number] = number
-    for mine, theirs in zip(own.prefix, other.prefix, strict=False):
-        rows[theirs] = mine
+    for before, number in zip(own.prefix, other.prefix, strict=False):
+        rows[number] = before
     rows[other.eos_id] = own.eos_id
     return rows

@@ -42,8 +42,7 @@ def glm() -> tokenizers.Tokenizer:
 
 def bert() -> tokenizers.Tokenizer:
     made = foreign.wordpiece()
-    ends = [(name, made.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
-    made.post_processor = processors.BertProcessing(*ends)
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return made
 
 
@@ -63,9 +62,12 @@ def test_prompts_are_read_as_transformers_reads_them(make: Make, tmp_path: Path)
     from transformers import AutoTokenizer
 
     folder = stored(make, tmp_path / "theirs")
-    own, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    own, theirs = (
+        Tokenizer.load(folder),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+    )
     own.save(tmp_path / "own")
-    saved = AutoTokenizer.from_pretrained(tmp_path / "own")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "own", trust_remote_code=False)
     behind = 1 if make is bert else 0  # [SEP] ends a text, and a prompt has not ended
     for text in TEXTS[:2] if make is bert else TEXTS:
         ids = theirs(text).input_ids
@@ -82,7 +84,10 @@ def test_what_transformers_makes_of_add_bos_token_counts(tmp_path: Path) -> None
     bos = {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"}
     for name, make, flag in (("without", foreign.llama, True), ("with", llama, False)):
         folder = stored(make, tmp_path / name, add_bos_token=flag, **bos)
-        own, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+        own, theirs = (
+            Tokenizer.load(folder),
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        )
         assert own.prompt_ids("the cat") == theirs("the cat").input_ids
 
 
@@ -139,19 +144,36 @@ def test_an_end_of_text_that_opens_texts_stands_once_between_documents() -> None
     assert tokenizer.prefix == [tokenizer.eos_id] and tokenizer.document_prefix == []
 
 
+def identity(tokenizer: str | Path, folder: Path) -> dict[str, object]:
+    """What of a tokenizer tells prepared data apart."""
+    (folder / "text.txt").write_text("the cat sees a dog. " * 20)
+    words = [f"data.source={folder / 'text.txt'}", f"data.tokenizer={tokenizer}"]
+    request = make_request(load_config(None, [*words, f"storage_path={folder}"]))
+    found = request.identity["tokenizer"]
+    assert isinstance(found, dict)
+    return found
+
+
 def test_only_data_of_a_tokenizer_with_a_prefix_is_prepared_anew(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("the cat sees a dog. " * 20)
+    plain = identity(stored(foreign.byte_level, tmp_path / "plain"), tmp_path)
+    assert plain.keys() == {"kind", "sha256"}
+    begun = identity(stored(llama, tmp_path / "llama"), tmp_path)
+    assert begun["prefix"] == foreign.as_tokenizer(llama()).prefix
 
-    def identity(make: Make, name: str) -> dict[str, object]:
-        folder = stored(make, tmp_path / name)
-        words = [f"data.source={tmp_path / 'text.txt'}", f"data.tokenizer={folder}"]
-        request = make_request(load_config(None, [*words, f"storage_path={tmp_path}"]))
-        found = request.identity["tokenizer"]
-        assert isinstance(found, dict)
-        return found
 
-    assert identity(foreign.byte_level, "plain").keys() == {"kind", "sha256"}
-    assert identity(llama, "llama")["prefix"] == foreign.as_tokenizer(llama()).prefix
+def test_the_same_holds_for_tokenizers_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, make in (("plain", foreign.byte_level), ("llama", llama)):
+        repository = tmp_path / "hub" / f"models--some--{name}"
+        stored(make, repository / "snapshots" / "abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+    assert identity("some/plain", tmp_path) == {"kind": "hub", "id": "some/plain"}
+    assert identity("some/never-fetched", tmp_path).keys() == {"kind", "id"}
+    prefix = foreign.as_tokenizer(llama()).prefix
+    assert identity("some/llama", tmp_path) == {"kind": "hub", "id": "some/llama", "prefix": prefix}
 
 
 def test_a_prefix_that_is_no_token_is_refused(tmp_path: Path) -> None:

@@ -37,8 +37,10 @@ def theirs(folder: Path, prompt: str) -> list[int]:
     """transformers' greedy ids after a prompt, the end among them."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
+        prompt, return_tensors="pt"
+    )
     out = model.generate(**ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     return [int(number) for number in out[0, ids["input_ids"].size(1) :]]
 

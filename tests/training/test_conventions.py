@@ -52,7 +52,7 @@ def test_what_a_model_brings_along_stays_with_it(tmp_path: Path) -> None:
     folders = [tmp_path / "run" / "checkpoint_000001" / "model", tmp_path / "run" / "model"]
     for folder in folders:
         assert json.loads((folder / "generation_config.json").read_text()) == generation
-        own: Any = AutoTokenizer.from_pretrained(folder)
+        own: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         asked = [{"role": "user", "content": "the cat"}]
         assert own.apply_chat_template(asked, tokenize=False) == "<s>the cat"
         assert own("the cat").input_ids == tokenizer.prompt_ids("the cat")
@@ -60,7 +60,7 @@ def test_what_a_model_brings_along_stays_with_it(tmp_path: Path) -> None:
     # Its validation loss is transformers' of the same ids.
     last = rows(tmp_path / "run")[-1]["val_loss"]
     model: Any = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "run" / "checkpoint_000002" / "model"
+        tmp_path / "run" / "checkpoint_000002" / "model", trust_remote_code=False
     )
     ids = torch.tensor([[*own(val).input_ids, 2]])
     with torch.no_grad():

@@ -224,15 +224,17 @@ def _describe(
 ) -> TokenizerEntry:
     """The tokenizer, and what it loses of the text."""
     lost = Lost.joined(shard.lost for unit in units for shard in unit.values())
-    return {
+    entry: TokenizerEntry = {
         "source": request.tokenizer,
         "sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         "eos_token": tokenizer.eos_token,
         "eos_token_id": tokenizer.eos_id,
-        **({"document_prefix": prefix} if (prefix := tokenizer.document_prefix) else {}),
         "lost": lost.entry(),
     }
+    if tokenizer.document_prefix:
+        entry["document_prefix"] = tokenizer.document_prefix
+    return entry
 
 
 def _number_shards(
