@@ -91,6 +91,11 @@ def _whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
+def _or_none(tensors: Sequence[Tensor], count: int) -> list[Tensor | None]:
+    """The tensors, or None for each that there is not."""
+    return [*tensors, *[None] * (count - len(tensors))]
+
+
 # --- linear layers: a weight, and a bias or none
 
 
@@ -124,8 +129,8 @@ def _mlp(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Te
     inner, slopes = (x.new_empty(*x.shape[:-1], width) for width in (N, rows))
     # A panel of gates and inputs has a half for each.
     room = _panels(N if rows == N else -(-N // (PANEL // 2)) * PANEL, K // 2)
-    name, _name = _functions(numbers)
-    _call(name, x, weight, *(bias or [None]), inner, slopes, room, M, N, K)
+    made = inner, slopes, room
+    _call(_functions(numbers)[0], x, weight, *_or_none(bias, 1), *made, M, N, K)
     return [_product(inner, *out), inner, slopes]
 
 
@@ -137,8 +142,8 @@ def _mlp_backward(
     inner, slopes = kept
     grads_out = _layer_gradients(grad, inner, *out)
     (N, K), grad_inner = out[0].shape, torch.empty_like(slopes)
-    _, name = _functions(numbers)
-    _call(name, grad, out[0], slopes, grad_inner, _panels(K, N // 2), *_sizes(inner, out[0]))
+    tensors = grad, out[0], slopes, grad_inner, _panels(K, N // 2)
+    _call(_functions(numbers)[1], *tensors, *_sizes(inner, out[0]))
     grads = _layer_gradients(grad_inner, x, *layer)
     return [_input_gradient(grad_inner, layer[0]), *grads, *grads_out]
 
@@ -233,7 +238,7 @@ def _attention_shapes(
 def _preparation(inputs: list[Tensor], angles: list[Tensor]) -> list[Tensor | None]:
     """qkv, the norms' weights and the angles, or None for what there is not."""
     qkv, *norms = _whole(inputs)
-    return [qkv, *(norms or [None, None]), *(_whole(angles) or [None, None])]
+    return [qkv, *_or_none(norms, 2), *_or_none(_whole(angles), 2)]
 
 
 def _head_sizes(

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from gptray.model.autograd_context import OperatorContext
 
+# Tensors, constants and numbers.
+_Arguments = tuple[list[Tensor], list[Tensor], list[float]]
+
 
 class Operator:
     """A function of tensors, of constants that have no gradient, and of numbers.
@@ -40,7 +43,7 @@ class Operator:
             ) -> Tensor:
                 inputs, constants = list(tensors[:count]), list(tensors[count:])
                 outputs = forward(inputs, constants, numbers)
-                _keep(ctx, inputs, constants, numbers, outputs[first_kept:])
+                _keep(ctx, (inputs, constants, numbers), outputs[first_kept:])
                 return outputs[0]
 
             @staticmethod
@@ -77,7 +80,7 @@ class Operator:
         )
         compiled.register_autograd(
             differentiate,
-            setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs, output[first_kept:]),
+            setup_context=lambda ctx, inputs, output: _keep(ctx, inputs, output[first_kept:]),
         )
         self._eager, self._compiled = Eager, compiled
 
@@ -94,13 +97,8 @@ class Operator:
         return y
 
 
-def _keep(
-    ctx: OperatorContext,
-    inputs: list[Tensor],
-    constants: list[Tensor],
-    numbers: list[float],
-    kept: list[Tensor],
-) -> None:
+def _keep(ctx: OperatorContext, arguments: _Arguments, kept: list[Tensor]) -> None:
+    inputs, constants, numbers = arguments
     ctx.count, ctx.constant_count, ctx.numbers = len(inputs), len(constants), numbers
     ctx.save_for_backward(*inputs, *constants, *kept)
 
