@@ -167,14 +167,22 @@ def _cut_of(step: Step | None, is_whole: bool) -> str:
     raise UserError("llama.cpp does not cut text into words as this tokenizer does")
 
 
+# Bytes that no text has but by accident, by their byte-level names: control characters, and what
+# begins no character of any language. Both sides drop those that have no token.
+_RARE = {chr(256 + byte) for byte in range(32) if chr(byte) not in "\t\n\r"} | {
+    chr(byte) for byte in (0xC0, 0xC1, *range(0xF1, 0x100))
+}
+
+
 def _is_plain_bpe(model: ModelPart) -> bool:
-    """Whether nothing but merges of the 256 bytes makes its tokens."""
+    """Whether nothing but merges of bytes makes its tokens."""
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
     return (
         not model.get("byte_fallback")
         and not model.get("dropout")
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
-        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"])
+        and (not missing or (missing <= _RARE and not model.get("unk_token")))
     )
 
 
