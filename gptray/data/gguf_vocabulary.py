@@ -89,7 +89,7 @@ def _around(step: Step | None) -> tuple[list[str], list[str]]:
             return sum((pair[0] for pair in pairs), []), sum((pair[1] for pair in pairs), [])
         case {"type": "TemplateProcessing", "single": list(single)}:
             names = [one["SpecialToken"]["id"] if "SpecialToken" in one else "" for one in single]
-            text = names.index("")
+            text = names.index("") if "" in names else len(names)
             return names[:text], names[text + 1 :]
     return [], []
 
