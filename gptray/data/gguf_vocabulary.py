@@ -42,7 +42,7 @@ _SPECIAL_IDS = {
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # By the regular expression, and whether words that are tokens are taken whole.
-_BY_PATTERN = {(_GPT2, False): "gpt-2"} | {
+_BY_PATTERN: dict[tuple[str, bool], str] = {(_GPT2, False): "gpt-2"} | {
     (pattern, name in TAKES_WHOLE): name for name, pattern in reversed(CUTS.items()) if pattern
 }
 
@@ -156,14 +156,14 @@ def _cut_of(step: Step | None, is_whole: bool) -> str:
             "pretokenizers": [
                 {
                     "type": "Split",
-                    "pattern": {"Regex": str(pattern)},
+                    "pattern": {"Regex": str(regex)},
                     "behavior": "Isolated",
                     "invert": False,
                 },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
-        } if (pattern, is_whole) in _BY_PATTERN:
-            return _BY_PATTERN[pattern, is_whole]
+        } if name := _BY_PATTERN.get((regex, is_whole)):
+            return name
     raise UserError("llama.cpp does not cut text into words as this tokenizer does")
 
 
