@@ -9,6 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+# Of all heads; real networks have some ten thousand.
+_MOST_ROWS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Family:
@@ -60,21 +63,22 @@ class Family:
     def row_order(self, part: str, rows: int, numbers: Mapping[str, object]) -> list[int] | None:
         """For each row of a weight in GGUF, its row in Hugging Face's file; None: the same.
 
-        numbers: config.json's.
+        numbers: config.json's. Empty where the rows are not those of the heads.
         """
+        name = self.rotated.get(part, "num_attention_heads" if part in self.by_head else None)
+        if name is None:
+            return None
+        heads = numbers[name]
+        assert isinstance(heads, int)
+        if not 0 < heads <= rows <= _MOST_ROWS:
+            return []
         if part in self.rotated:
-            heads = numbers[self.rotated[part]]
-            assert isinstance(heads, int)
             half = rows // heads // 2
             pairs = [half * side + row for row in range(half) for side in (0, 1)]
             return [2 * half * head + row for head in range(heads) for row in pairs]
-        if part in self.by_head:
-            heads = numbers["num_attention_heads"]
-            assert isinstance(heads, int)
-            width = rows // heads // 3
-            starts = [width * (3 * head + kind) for kind in range(3) for head in range(heads)]
-            return [start + row for start in starts for row in range(width)]
-        return None
+        width = rows // heads // 3
+        starts = [width * (3 * head + kind) for kind in range(3) for head in range(heads)]
+        return [start + row for start in starts for row in range(width)]
 
 
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"

@@ -9,7 +9,7 @@ from gptray.config import UserError
 # U+2581, as which SentencePiece writes a space.
 MARK = "\u2581"
 # Characters of a piece; SentencePiece makes them of 16.
-_LONGEST = 512
+_LONGEST = 128
 
 
 def piece_merges(

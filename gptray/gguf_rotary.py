@@ -35,7 +35,11 @@ def rotary_parameters(
     tensor of Llama 3's scaling. Raises UserError for a scaling that is not known.
     """
     base, turned = fields.get(_BASE, 10000.0), fields.get(_TURNED, head)
-    if not isinstance(base, float) or not isinstance(turned, int) or not 0 < turned <= head:
+    if (
+        not isinstance(base, float)
+        or not isinstance(turned, int)
+        or not (0 < base < math.inf and 0 < turned <= head)
+    ):
         raise UserError(f"its {_BASE} and {_TURNED} are no rotation of {head} numbers")
     plain = {"rope_theta": base, "partial_rotary_factor": turned / head}
     kind, factor = fields.get(_KIND), fields.get(_FACTOR, fields.get(_OLD_FACTOR))
@@ -96,13 +100,13 @@ def _llama3_of(
     factors: Sequence[float], base: float, turned: int, context: object
 ) -> dict[str, object]:
     """The scaling that has these factors. Raises UserError where it is not as Llama 3's."""
-    largest = max(factors, default=1.0)
-    if len(factors) == turned // 2 and all(factor == 1 for factor in factors):
+    largest, fits = max(factors, default=1.0), len(factors) == turned // 2
+    if fits and all(factor == 1 for factor in factors):
         return {"rope_type": "default"}
-    if 1 <= largest < math.inf and isinstance(context, int):
+    if fits and 1 <= largest < math.inf and isinstance(context, int):
         scaling = {"factor": round(largest, 4), **_LLAMA3, _CONTEXT: context}
         expected = llama3_factors(base, turned, scaling)
-        close = [math.isclose(*pair, rel_tol=1e-4) for pair in zip(factors, expected, strict=False)]
-        if len(factors) == len(expected) and all(close):
+        pairs = zip(factors, expected, strict=True)
+        if all(math.isclose(found, factor, rel_tol=1e-4) for found, factor in pairs):
             return {"rope_type": "llama3", **scaling}
     raise UserError(f"its {FACTORS} is not a scaling of Llama 3's kind")

@@ -84,9 +84,9 @@ def weights_of(
         name, part = named
         rows = entry.shape[0]
         order = family.row_order(part, rows, config)
-        if order and len(order) != rows:
+        if order is not None and len(order) != rows:
             raise UserError(f"{entry.name} has {rows:,} rows, which are not whole heads")
-        back = sorted(range(rows), key=order.__getitem__) if order else None
+        back = sorted(range(rows), key=order.__getitem__) if order is not None else None
         found[name] = Weight(entry, part in family.transposed and len(entry.shape) == 2, back)
     return found
 

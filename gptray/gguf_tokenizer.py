@@ -161,11 +161,17 @@ def _of_pieces(fields: Mapping[str, object]) -> dict[str, object]:
             tokens, [number for number, kind in enumerate(types) if kind == NORMAL]
         )
     scores = fields.get(KEY + "scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(isinstance(score, (int, float)) for score in scores)
+    ):
         raise UserError("its tokens have no scores")
     normal = [number for number, kind in enumerate(types) if kind == NORMAL]
     prefix = fields.get(KEY + "add_space_prefix", True) is not False
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
+    spaces: dict[str, object] = {
+        "type": "Replace", "pattern": {"String": " "}, "content": MARK,
+    }  # fmt: skip
     back = {"type": "Replace", "pattern": {"String": MARK}, "content": " "}
     decoders: list[object] = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
     if prefix:

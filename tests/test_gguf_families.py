@@ -95,7 +95,7 @@ def test_numbers_that_are_not_finite_are_refused_when_they_are_read(tmp_path: Pa
     model.save_pretrained(tmp_path)
     unread = unread_network(tmp_path)
     with pytest.raises(UserError, match="model.norm.weight is not finite"):
-        unread.whole(unread.transformer.ln_f.weight)
+        unread.whole(unread.get_parameter("transformer.ln_f.weight"))
 
 
 def changed(path: Path, fields: Mapping[str, object], rope: list[float] | None = None) -> Path:
@@ -107,8 +107,15 @@ def changed(path: Path, fields: Mapping[str, object], rope: list[float] | None =
             writer.add_key_value(key, one.contents(), one.types[0], one.types[-1])
     for key, value in fields.items():
         if value is not None:
-            kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-            kinds.get(type(value), writer.add_array)(key, value)
+            match value:
+                case int():
+                    writer.add_uint32(key, value)
+                case float():
+                    writer.add_float32(key, value)
+                case str():
+                    writer.add_string(key, value)
+                case list():
+                    writer.add_array(key, value)
     if rope:
         writer.add_tensor("rope_freqs.weight", np.array(rope, np.float32))
     for tensor in reader.tensors:
@@ -135,12 +142,14 @@ def test_what_old_files_leave_out_follows_from_the_rest(tmp_path: Path) -> None:
         ("attention.head_count", 0, "it has 0 heads"),
         ("attention.head_count", "six", "it has no attention.head_count"),
         ("attention.head_count_kv", 0, "attention.head_count_kv is 0"),
+        ("attention.head_count_kv", 1 << 31, "rows, which are not whole heads"),
         ("attention.head_count_kv", 5, "rows, which are not whole heads"),
         ("attention.layer_norm_rms_epsilon", None, "it has no attention.layer_norm_rms_epsilon"),
         ("attention.value_length", 4, "are not as wide as the keys"),
         ("expert_count", 8, "llama.expert_count is 8, which is not supported"),
         ("logit_scale", 0.5, "llama.logit_scale is 0.5, which is not supported"),
         ("rope.scaling.type", "longrope", "'longrope' is not supported; none, linear and yarn"),
+        ("rope.freq_base", -1.0, "are no rotation of 8 numbers"),
         ("rope.dimension_count", 99, "are no rotation of 8 numbers"),
     ],
 )
@@ -231,6 +240,10 @@ def test_all_tokens_that_end_a_text_are_known() -> None:
         (fields("gpt-2", merges=["ab"]), "has a merge 'ab', which is no pair"),
         (fields("gpt-2", model="llama", token_type=[6] * 259), "its tokens have no scores"),
         (
+            fields("gpt-2", model="llama", token_type=[6] * 259, scores=["a"] * 259),
+            "its tokens have no scores",
+        ),
+        (
             fields("x", model="llama", tokens=["ab", "c"], token_type=[1, 1]),
             "no tokens for bytes, but pieces such as 'ab'",
         ),
@@ -272,3 +285,18 @@ def test_tokens_that_llama_cpp_does_not_put_around_a_text_are_refused(
     words = [f"export.model={tmp_path}/m", f"export.output_path={tmp_path}/m.gguf"]
     assert run("export", words) == 2
     assert "does not put </s>, </s> around a text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("byte", "code"), [("\u0104", 0), ("a", 2)])
+def test_a_byte_without_a_token_may_be_one_that_no_text_has(
+    tmp_path: Path, byte: str, code: int
+) -> None:
+    backend = json.loads(foreign.byte_level().to_str())
+    vocab = backend["model"]["vocab"]
+    vocab[f"<{byte}>"] = vocab.pop(byte)
+    backend["model"]["merges"] = []
+    tokenizer = foreign.as_tokenizer(tokenizers.Tokenizer.from_str(json.dumps(backend)))
+    make_hf("llama", tokenizer.vocab_size).save_pretrained(tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    words = [f"export.model={tmp_path}/m", f"export.output_path={tmp_path}/m.gguf"]
+    assert run("export", words) == code

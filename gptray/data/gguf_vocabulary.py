@@ -42,7 +42,7 @@ _SPECIAL_IDS = {
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # By the regular expression, and whether words that are tokens are taken whole.
-_BY_PATTERN = {(_GPT2, False): "gpt-2"} | {
+_BY_PATTERN: dict[tuple[str, bool], str] = {(_GPT2, False): "gpt-2"} | {
     (pattern, name in TAKES_WHOLE): name for name, pattern in reversed(CUTS.items()) if pattern
 }
 
@@ -89,7 +89,7 @@ def _around(step: Step | None) -> tuple[list[str], list[str]]:
             return sum((pair[0] for pair in pairs), []), sum((pair[1] for pair in pairs), [])
         case {"type": "TemplateProcessing", "single": list(single)}:
             names = [one["SpecialToken"]["id"] if "SpecialToken" in one else "" for one in single]
-            text = names.index("")
+            text = names.index("") if "" in names else len(names)
             return names[:text], names[text + 1 :]
     return [], []
 
@@ -156,25 +156,33 @@ def _cut_of(step: Step | None, is_whole: bool) -> str:
             "pretokenizers": [
                 {
                     "type": "Split",
-                    "pattern": {"Regex": str(pattern)},
+                    "pattern": {"Regex": str(regex)},
                     "behavior": "Isolated",
                     "invert": False,
                 },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
-        } if (pattern, is_whole) in _BY_PATTERN:
-            return _BY_PATTERN[pattern, is_whole]
+        } if name := _BY_PATTERN.get((regex, is_whole)):
+            return name
     raise UserError("llama.cpp does not cut text into words as this tokenizer does")
 
 
+# Bytes that no text has but by accident, by their byte-level names: control characters, and what
+# begins no character of any language. Both sides drop those that have no token.
+_RARE = {chr(256 + byte) for byte in range(32) if chr(byte) not in "\t\n\r"} | {
+    chr(byte) for byte in (0xC0, 0xC1, *range(0xF1, 0x100))
+}
+
+
 def _is_plain_bpe(model: ModelPart) -> bool:
-    """Whether nothing but merges of the 256 bytes makes its tokens."""
+    """Whether nothing but merges of bytes makes its tokens."""
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
     return (
         not model.get("byte_fallback")
         and not model.get("dropout")
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
-        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"])
+        and (not missing or (missing <= _RARE and not model.get("unk_token")))
     )
 
 

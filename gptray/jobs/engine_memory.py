@@ -21,7 +21,7 @@ def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
     model = ModelConfig(**read_shape(model_dir))
     rows, precision = model.vocab_size, config.generate.precision
     assert rows is not None
-    named = "bf16 (twice that in fp32)" if precision == "auto" else precision
+    named: str = "bf16 (twice that in fp32)" if precision == "auto" else precision
     each = _BYTES.get(precision, 2)
     weights = parameter_count(model, rows) * each
     if config.quantize.weights == "int8":

@@ -36,7 +36,7 @@ def unread_network(source: str | Path) -> GPT:
 class _Reader:
     def __init__(self, model: GPT, stored: StoredModel) -> None:
         self._stored, self._config = stored, model.config
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names: dict[Tensor, str] = {one: name for name, one in model.named_parameters()}
         self._parts: dict[str, list[Part]] = {}
         for part in stored_parts(model.config, stored.family, model.valid_vocab_size):
             self._parts.setdefault(part.parameter, []).append(part)
