@@ -81,14 +81,7 @@ def backends(say: Say) -> dict[str, str]:
     use_device(Config(), torch.device("cpu"))
     for name in SHAPES:
         found[f"train {name}"] = faster_kernels(train_config(train.SHAPES[name])).why
-    n_layer, n_head, n_embd = generate.SHAPES[DECODED]
-    shape = ModelConfig(
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
-        n_positions=generate.N_POSITIONS,
-        vocab_size=generate.VOCAB_SIZE,
-    )
+    shape = ModelConfig(n_positions=generate.N_POSITIONS, **generate.SHAPES[DECODED])
     for weights in ("none", "int8"):
         config = override(Config(), {"quantize.weights": weights})
         found[f"generate {DECODED} {weights}"] = faster_decoder(

@@ -59,7 +59,7 @@ class Shape:
         fields = {name: getattr(self, name) for name in names} | {"n_positions": self.block_size}
         if not self.n_kv_head:
             return fields
-        llama = {"norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu"}
+        llama: dict[str, object] = {"norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu"}
         llama |= dict.fromkeys(("qkv_bias", "attn_out_bias", "mlp_bias"), False)
         return fields | llama | {"n_kv_head": self.n_kv_head, "n_inner": self.n_inner}
 

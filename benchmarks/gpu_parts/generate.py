@@ -126,7 +126,8 @@ def transformers_run(bench: Bench, model: Any, batch: int, new_tokens: int) -> R
 
 def floor_seconds(bench: Bench, batch: int, new_tokens: int, bandwidth: float) -> float:
     """What reading the weights and each sequence's keys and values once takes, in bf16."""
-    n_layer, _, n_embd = SHAPES["tiny" if bench.tiny else "124m"]
+    shape = SHAPES["tiny" if bench.tiny else "124m"]
+    n_layer, n_embd = int(shape["n_layer"]), int(shape["n_embd"])
     weights = 12 * n_layer * n_embd**2 + 50257 * n_embd
     cached = 2 * n_layer * n_embd * (PROMPT_TOKENS + new_tokens // 2)
     return 2 * (weights + batch * cached) / bandwidth

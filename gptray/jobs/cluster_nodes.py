@@ -1,15 +1,11 @@
-"""The nodes of a cluster: what each has, what is free, whether others may come."""
+"""The nodes of a cluster: what each has, what is free."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-# Ray names nodes that nobody's autoscaler brought after their ids.
-_BY_HAND = "node_"
-# Set on nodes that an autoscaler or Kubernetes started.
-_GROUP_LABEL = "ray.io/node-group"
+_HEAD = "node:__internal_head__"  # a resource of the head alone
 _ID_LABEL = "ray.io/node-id"  # which every node has
 _NAMED = 3  # in messages, of nodes that are alike
 
@@ -32,6 +28,11 @@ class Node:
     def gpus(self) -> float:
         """The GPUs that it offers to Ray."""
         return self.resources.get("GPU", 0.0)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is where the cluster began, which no autoscaler brings."""
+        return _HEAD in self.resources
 
 
 def alive_nodes() -> list[Node]:
@@ -75,34 +76,6 @@ def nodes_to_be_taken() -> dict[str, float]:
 
     draining = ray._private.state.state.get_draining_nodes()
     return {node: deadline_ms / 1000 for node, deadline_ms in draining.items()}
-
-
-def grows() -> bool:
-    """Whether the cluster has an autoscaler that may bring more nodes."""
-    import ray
-
-    if node_types() or any(_GROUP_LABEL in node["Labels"] for node in ray.nodes()):
-        return True
-    status = ray._private.worker.global_worker.gcs_client.internal_kv_get(
-        ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), None
-    )
-    found = (json.loads(status) if status else {}).get("autoscaler_report") or {}
-    return any(not kind.startswith(_BY_HAND) for kind in found.get("active_nodes") or {})
-
-
-def node_types() -> list[tuple[Mapping[str, float], int | None]]:
-    """What nodes of each type have that the autoscaler may bring, and how many; None: no limit.
-
-    Empty where the autoscaler has not published its types, as Ray's own on machines does not.
-    """
-    import ray
-
-    config = ray._private.state.state.get_cluster_config()
-    groups = config.node_group_configs if config else []
-    return [
-        (dict(group.resources), None if group.max_count < 0 else group.max_count)
-        for group in groups
-    ]
 
 
 def amount_words(resources: Mapping[str, float]) -> str:
@@ -154,13 +127,3 @@ def labels_words(nodes: Iterable[Node]) -> str:
 def _names(addresses: list[str]) -> str:
     more = len(addresses) - _NAMED
     return ", ".join(addresses[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def types_words(types: Iterable[tuple[Mapping[str, float], int | None]]) -> str:
-    """The types of nodes that an autoscaler may bring."""
-    return "; ".join(
-        f"up to {most} nodes of {amount_words(resources)}"
-        if most is not None
-        else f"nodes of {amount_words(resources)}"
-        for resources, most in types
-    )

@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gptray.config import ComputeConfig, UserError
+from gptray.jobs.autoscaler import NodeType, grows, node_types, types_words
 from gptray.jobs.cluster_nodes import (
     Node,
     alive_nodes,
     amount_words,
-    grows,
     has_labels,
     labels_words,
-    node_types,
     nodes_words,
-    types_words,
 )
 from gptray.jobs.holders import held_by_command
 from gptray.jobs.own_ray import is_own_ray
@@ -46,10 +44,7 @@ def worker_resources(
         return _reserved(compute, sum(one.get("CPU", 0.0) for one in has) / least)
     if places >= least or (places and not together):
         return _reserved(compute, _moderate(compute, cores_that_fit(compute, has, places)))
-    cores = compute.cpus_per_worker or 1
-    _check_may_come(compute, nodes, workers=least if together else 1, cores=cores)
-    to_come = [resources for resources, _ in node_types()]
-    return _reserved(compute, max(cores, _moderate(compute, cores_that_fit(compute, to_come, 1))))
+    return _reserved(compute, _cores_to_come(compute, nodes, least if together else 1))
 
 
 def labelled_nodes(compute: ComputeConfig) -> list[Node]:
@@ -143,28 +138,27 @@ def gpu_workers(compute: ComputeConfig, gpus: float) -> float:
     return int(gpus / compute.gpus_per_worker + 1e-9) if compute.use_gpu else float("inf")
 
 
-def _check_may_come(
-    compute: ComputeConfig, nodes: Sequence[Node], *, workers: int, cores: int
-) -> None:
-    """Refuse workers for which no autoscaler can bring nodes. Raises UserError."""
-    types = node_types()
-    if not types:
-        if not grows():
-            raise UserError(misfit(compute, nodes, (), workers=workers, cores=cores))
-        return  # the autoscaler does not say which nodes it may bring
-    to_come = [
-        resources
-        for resources, most in types
-        for _ in range(workers if most is None else min(most, workers))
-    ]
-    if room(compute, to_come, cores) < workers:
+def _cores_to_come(compute: ComputeConfig, nodes: Sequence[Node], workers: int) -> int:
+    """A worker's cores on a cluster that has no room for all until its autoscaler brings nodes.
+
+    Raises UserError where it never will.
+    """
+    cores, types = compute.cpus_per_worker or 1, node_types()
+    if types is None:
+        return cores
+    most = [one.resources for one in nodes if one.is_head or not types]
+    for resources, number in types:
+        most += [resources] * (workers if number is None else min(number, workers))
+    fitting = cores_that_fit(compute, most, workers)
+    if not fitting:
         raise UserError(misfit(compute, nodes, types, workers=workers, cores=cores))
+    return _moderate(compute, fitting)
 
 
 def misfit(
     compute: ComputeConfig,
     nodes: Sequence[Node],
-    types: Sequence[tuple[Resources, int | None]],
+    types: Sequence[NodeType],
     *,
     workers: int,
     cores: int,

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from gptray import signals
 from gptray.config import RunFailed, UserError
+from gptray.jobs.autoscaler import grows
 from gptray.jobs.cluster_nodes import (
     alive_nodes,
     amount_words,
     free_resources,
-    grows,
     nodes_words,
     total,
 )

@@ -6,6 +6,7 @@ hold the session's Ray.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -30,6 +31,24 @@ _HEALTH = {
 }
 _STORE_BYTES = 100 << 20
 LIMIT_S = 240
+# What the driver of a job works out, in a process of its own.
+_ASK = """
+import json, sys
+import ray
+from gptray.config import ComputeConfig, UserError
+from gptray.jobs.resources import trial_resources, worker_resources
+
+ray.init(log_to_driver=False, logging_level="ERROR")
+answers = []
+for keys in json.loads(sys.argv[1]):
+    compute = ComputeConfig(**{**keys, "num_workers": keys.get("num_workers", 1)})
+    try:
+        trials = trial_resources(compute, trials=16, at_once=None)
+        answers.append([worker_resources(compute), trials])
+    except UserError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
 
 
 class Nodes:
@@ -107,6 +126,15 @@ def job(name: str, *words: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
+
+
+def asked(*computes: dict[str, Any]) -> list[Any]:
+    """What each worker and trial gets with these `compute` settings, or why there is no room."""
+    command = [sys.executable, "-c", _ASK, json.dumps(computes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    answers: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return answers
 
 
 def line_with(text: str, process: subprocess.Popen[str]) -> str:

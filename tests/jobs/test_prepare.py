@@ -92,7 +92,7 @@ def test_manifest_says_where_the_tokens_come_from(
     assert manifest["tokenizer"]["vocab_size"] == data.vocab_size == data.tokenizer.vocab_size
     half = expected_runs(TEXTS, SPLIT, seed=1337, fraction=0.5)
     assert tokens_of(data) == expected_tokens(half, data.tokenizer)
-    characters = {name: sum(len(text) for text, _ in runs) for name, runs in half.items()}
+    characters = {name: sum(len(run.text) for run in runs) for name, runs in half.items()}
     told = {name: split["characters"] for name, split in manifest["splits"].items()}
     assert told == characters and manifest["splits"]["train"]["fallback_tokens"] == 0
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gptray.config import ComputeConfig
+from gptray.jobs.autoscaler import NodeType
 from gptray.jobs.cluster_nodes import Node, has_labels, labels_words
 from gptray.jobs.resources import cores_that_fit, misfit
 
@@ -56,7 +57,7 @@ def test_a_worker_takes_the_cores_that_go_with_its_gpu(
             "compute.num_workers or compute.use_gpu, or add nodes.",
         ),
         (
-            {"cpus_per_worker": 32}, 1, 32, [(HEAD, 3), (SMALL, None)],
+            {"cpus_per_worker": 32}, 1, 32, [NodeType(HEAD, 3), NodeType(SMALL, None)],
             "a worker needs 32 cores on one node, which no node of the cluster has: 10.0.0.1 has "
             "16 cores; 10.0.0.2, 10.0.0.3, 10.0.0.4 and 1 more have 1 GPU and 4 cores each. Its "
             "autoscaler may bring up to 3 nodes of 16 cores; nodes of 1 GPU and 4 cores. Change "
@@ -68,7 +69,7 @@ def test_a_refusal_lists_the_nodes_and_names_the_keys(
     keys: dict[str, Any],
     workers: int,
     cores: int,
-    types: list[tuple[dict[str, float], int | None]],
+    types: list[NodeType],
     expected: str,
 ) -> None:
     nodes = [Node("10.0.0.1", HEAD), *(Node(f"10.0.0.{i}", SMALL) for i in (2, 3, 4, 5))]

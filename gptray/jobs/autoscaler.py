@@ -1,0 +1,113 @@
+"""What a cluster's autoscaler may bring, as far as it can be known from inside the cluster."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from gptray.jobs.cluster_nodes import alive_nodes, amount_words
+from gptray.jobs.each_node import NoAnswer, ask
+
+log = logging.getLogger("gptray")
+
+# How Ray names the types that it makes up for nodes that nobody's autoscaler brought.
+_BY_HAND = "node_"
+# Set on nodes that an autoscaler of version 2 or Kubernetes started, the head included.
+_GROUP_LABEL = "ray.io/node-group"
+
+
+class NodeType(NamedTuple):
+    """Nodes that an autoscaler may bring. resources: of each. most: how many; None: no limit."""
+
+    resources: Mapping[str, float]
+    most: int | None
+
+
+def grows() -> bool:
+    """Whether the cluster has an autoscaler that may bring more nodes. Needs Ray."""
+    return node_types() != []
+
+
+def node_types() -> list[NodeType] | None:
+    """The nodes that the autoscaler may bring at most, those included that it has brought.
+
+    Empty: there is none, or it may bring none. None: it does not say, as on Kubernetes. Needs Ray.
+    """
+    import ray
+
+    published = ray._private.state.state.get_cluster_config()
+    if published and published.node_group_configs:
+        return [
+            NodeType(dict(group.resources), None if group.max_count < 0 else group.max_count)
+            for group in published.node_group_configs
+        ]
+    return _types_on_head(ray.get_runtime_context().gcs_address) if _is_there() else []
+
+
+def _is_there() -> bool:
+    import ray
+
+    status = ray._private.worker.global_worker.gcs_client.internal_kv_get(
+        ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), None
+    )
+    report = (json.loads(status) if status else {}).get("autoscaler_report")
+    if report:  # of version 1
+        return any(not name.startswith(_BY_HAND) for name in report["active_nodes"])
+    return any(_GROUP_LABEL in node.labels for node in alive_nodes())
+
+
+@functools.cache
+def _types_on_head(gcs_address: str) -> list[NodeType] | None:
+    """The types by which the autoscaler of this cluster runs, which the head's machine knows."""
+    heads = [node for node in alive_nodes() if node.is_head]
+    for answer in ask(heads, configured_types, gcs_address, about="its autoscaler"):
+        if not isinstance(answer, NoAnswer):
+            return answer
+        log.debug("autoscaler: the head %s", answer.reason)
+    return None
+
+
+def configured_types(gcs_address: str) -> list[NodeType] | None:
+    """The node types in the file by which a cluster's autoscaler runs on this machine."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            words = (process / "cmdline").read_text(errors="replace").split("\0")
+            options = dict(
+                word[2:].split("=", 1) for word in words if word[:2] == "--" and "=" in word
+            )
+            file = options.get("autoscaling-config")
+            if file and options.get("gcs-address") == gcs_address:
+                return types_in(yaml.safe_load(Path(file).expanduser().read_text()))
+    return None
+
+
+def types_in(config: Mapping[str, Any]) -> list[NodeType] | None:
+    """The types of a cluster's YAML that may be brought; None: what a node has is not in it.
+
+    `ray up` completes the file that it leaves on the head with what a cloud's machines have.
+    """
+    most_in_all = config["max_workers"]
+    found = [
+        NodeType(one.get("resources") or {}, min(one.get("max_workers", most_in_all), most_in_all))
+        for name, one in config["available_node_types"].items()
+        if name != config["head_node_type"]
+    ]
+    found = [one for one in found if one.most]
+    return found if all("CPU" in one.resources for one in found) else None
+
+
+def types_words(types: Iterable[NodeType]) -> str:
+    """The types in words: "up to 3 nodes of 16 cores; nodes of 1 GPU and 4 cores"."""
+    return "; ".join(
+        f"up to {most} {'node' if most == 1 else 'nodes'} of {amount_words(resources)}"
+        if most is not None
+        else f"nodes of {amount_words(resources)}"
+        for resources, most in types
+    )
