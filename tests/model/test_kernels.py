@@ -79,7 +79,7 @@ def reference(
     eps: float = 0.0,
 ) -> Tensor:
     heads = qkv.view(*qkv.shape[:2], n_head + 2 * kv_heads, -1)
-    q, k, v = heads.split([n_head, kv_heads, kv_heads], dim=2)
+    q, k, v = torch.split(heads, [n_head, kv_heads, kv_heads], dim=2)
     if norms:
         q, k = (
             F.rms_norm(part, part.shape[-1:], weight, eps)
