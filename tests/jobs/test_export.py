@@ -238,7 +238,7 @@ def test_a_network_of_our_own_is_refused(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_exported_as_a_folder_that_transformers_opens(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, name: str
 ) -> None:
     tokenizer = small_tokenizer()
     make_hf(name, tokenizer.vocab_size, eos_id=tokenizer.eos_id).save_pretrained(tmp_path / "m")
@@ -255,11 +255,6 @@ def test_every_family_is_exported_as_a_folder_that_transformers_opens(
     )
     rounded = dict(before.named_parameters())
     assert all(torch.equal(one, rounded[key]) for key, one in theirs.named_parameters())
-
-    if name != "gpt2":
-        capsys.readouterr()
-        assert export(tmp_path / "m", tmp_path / "a.gguf") == 2
-        assert f"of GPT-2's network, not of {name}'s" in capsys.readouterr().err
 
 
 def strict_merges() -> tokenizers.Tokenizer:
