@@ -48,7 +48,7 @@ def open_engine(
             f"only {shape['vocab_size']:,} rows"
         )
     picked = decoder_backend(config, ModelConfig(**shape), max_batch_size=slots)
-    if picked == "torch" and device == "cpu" and generate.adapter is None:
+    if device == "cpu" and generate.adapter is None:
         model = unread_network(folder)
     else:
         model = load_adapted(folder, generate.adapter).eval().to(device)

@@ -43,8 +43,8 @@ class NativeDecoder:
         config = model.config
         self._library = load_library(key=GENERATE_KEY)
         kept = abi.BF16 if dtype == torch.bfloat16 else abi.FP32
-        weights = NativeWeights(abi.INT8 if quantize == "int8" else kept)
-        self._model, self._weights = weights.model(model), weights
+        weights = NativeWeights(model, abi.INT8 if quantize == "int8" else kept)
+        self._model, self._weights = weights.model(), weights
         self._vocab_size = model.valid_vocab_size
         # Numbers of a token: x, made, attended, scales, wide, words.
         H, K, E, C = config.n_head, config.kv_heads, config.head_width, config.n_embd

@@ -28,14 +28,15 @@ ACTIVATIONS = {"gelu_new": abi.GELU_TANH, "gelu": abi.GELU, "swiglu": abi.SWIGLU
 class NativeWeights:
     """Packs weights as one kind of numbers, and keeps alive what the library points to."""
 
-    def __init__(self, kind: int) -> None:
-        self._kind = kind
+    def __init__(self, model: GPT, kind: int) -> None:
+        self._model, self._kind = model, kind
         self.count = 0  # of all linear layers
         self._kept: list[Tensor] = []
         self._room = room((0,), torch.uint8)
 
-    def model(self, model: GPT) -> abi.Model:
-        """The whole network."""
+    def model(self) -> abi.Model:
+        """The whole network. Raises UserError for weights that cannot be read."""
+        model = self._model
         config, transformer = model.config, model.transformer
         blocks = [self._block(block, config, layer) for layer, block in enumerate(transformer.h)]
         wpe = cos = sin = None
@@ -43,12 +44,12 @@ class NativeWeights:
             every = torch.arange(config.n_positions)
             cos, sin = transformer.rotary.at(every, torch.float32)
         else:
-            wpe = transformer.wpe.weight.detach()
+            wpe = self._whole(transformer.wpe.weight)
         return abi.Model(
             (abi.Block * len(blocks))(*blocks),
-            *map(self._floats, (transformer.wte.weight.detach(), wpe, cos, sin)),
+            *map(self._floats, (self._whole(transformer.wte.weight), wpe, cos, sin)),
             self._norm(transformer.ln_f),
-            self._linear(model.head.detach()[: model.valid_vocab_size], None),
+            self._linear(self._whole(model.head)[: model.valid_vocab_size], None),
             config.n_layer,
             config.n_embd,
             config.n_head,
@@ -59,6 +60,13 @@ class NativeWeights:
             config.parallel_residual,
             config.post_norm,
         )
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        """A parameter's numbers, which may still lie in a file."""
+        return self._model.whole(parameter)
+
+    def _bias(self, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else self._whole(bias)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.contiguous())
@@ -80,7 +88,7 @@ class NativeWeights:
             self._norm(attention.k_norm),
             self._attention_input(attention, 1.0 if config.qk_norm else scale),
             self._layer(attention.c_proj),
-            pack(c_fc.weight.detach(), _detached(c_fc.bias)),
+            pack(self._whole(c_fc.weight), self._bias(c_fc.bias)),
             self._layer(block.mlp.c_proj),
             config.window(layer) or config.n_positions,
             config.rotary_width if config.rotates(layer) else 0,
@@ -90,10 +98,9 @@ class NativeWeights:
         if module is None or isinstance(module, nn.Identity):
             return abi.Norm(None, None, 0.0)
         assert isinstance(module, RMSNorm | nn.LayerNorm)
-        bias = module.bias.detach() if isinstance(module, nn.LayerNorm) else None
-        return abi.Norm(
-            self._floats(module.weight.detach() * scale), self._floats(bias), module.eps
-        )
+        bias = self._whole(module.bias) if isinstance(module, nn.LayerNorm) else None
+        weight = self._whole(module.weight) * scale
+        return abi.Norm(self._floats(weight), self._floats(bias), module.eps)
 
     def _linear(self, weight: Tensor, bias: Tensor | None) -> abi.Linear:
         """weight (out, in), packed as [panel][word][64 outputs][numbers of a word]."""
@@ -139,16 +146,16 @@ class NativeWeights:
         return self._linear(woven(weight), None if bias is None else woven(bias).flatten())
 
     def _layer(self, layer: nn.Linear) -> abi.Linear:
-        return self._linear(layer.weight.detach(), _detached(layer.bias))
+        return self._linear(self._whole(layer.weight), self._bias(layer.bias))
 
     def _attention_input(self, attention: Attention, scale: float) -> abi.Linear:
         """c_attn, with its outputs that make q times `scale`."""
         layer = attention.c_attn
         scales = torch.ones(layer.out_features)
         scales[: attention.n_head * attention.head_width] = scale
-        bias = _detached(layer.bias)
+        bias = self._bias(layer.bias)
         return self._linear(
-            layer.weight.detach() * scales[:, None], None if bias is None else bias * scales
+            self._whole(layer.weight) * scales[:, None], None if bias is None else bias * scales
         )
 
 
@@ -158,7 +165,3 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     memory = torch.from_numpy(np.empty(size + ALIGNMENT, np.uint8))
     start = -memory.data_ptr() % ALIGNMENT
     return memory[start : start + size].view(dtype).view(*shape)
-
-
-def _detached(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach()

@@ -172,10 +172,11 @@ class GPT(nn.Module):
 
     `config.vocab_size` may be larger: the rows beyond `valid_vocab_size` are padding, zero from
     the start and for ever, without probability in the loss or in the logits.
+    initialised: whether weights have numbers yet; on the meta device they never do.
     Raises UserError if `config.vocab_size` is smaller than the tokenizer.
     """
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, *, vocab_size: int, initialised: bool = True) -> None:
         super().__init__()
         rows = config.vocab_size or vocab_size
         if rows < vocab_size:
@@ -193,7 +194,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(config, rows)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else _embedding(rows, config.n_embd)
-        if not self.transformer.wte.weight.is_meta:
+        if initialised and not self.transformer.wte.weight.is_meta:
             self.initialise(0)
 
     @property

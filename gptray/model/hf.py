@@ -94,7 +94,7 @@ def network_of(folder: Path, *, device: str, dropout: float | None = None) -> GP
     if dropout is not None:
         shape["dropout"] = dropout
     with torch.device(device):
-        return GPT(ModelConfig(**shape), vocab_size=rows)
+        return GPT(ModelConfig(**shape), vocab_size=rows, initialised=False)
 
 
 @dataclass(frozen=True)

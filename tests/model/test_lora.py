@@ -110,14 +110,14 @@ def test_an_adapter_of_pefts_computes_the_same_here(
 
 def opened_by_peft(base: Path, adapter: Path) -> nn.Module:
     """PEFT's model of a base and an adapter."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
     network: nn.Module = peft.PeftModel.from_pretrained(model, str(adapter))
     return network
 
 
 def peft_adapter(base: Base, folder: Path, **settings: Any) -> nn.Module:
     config = {"r": 4, "lora_alpha": 9, "target_modules": "all-linear", **settings}
-    theirs = AutoModelForCausalLM.from_pretrained(base.folder)
+    theirs = AutoModelForCausalLM.from_pretrained(base.folder, trust_remote_code=False)
     model = peft.get_peft_model(theirs, peft.LoraConfig(**config))
     disturb(model)
     model.save_pretrained(str(folder))
