@@ -42,7 +42,7 @@ def test_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
     assert done.returncode == 1
     figures = json.loads(done.stdout.splitlines()[-1])
     assert "missing" in figures["right"]["failed"]
-    assert figures["facts: bf16 GEMM, TFLOP/s"] > 0
+    assert "facts: bf16 GEMM, TFLOP/s" in figures
 
 
 @pytest.mark.parametrize(

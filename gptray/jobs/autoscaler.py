@@ -78,13 +78,13 @@ def configured_types(gcs_address: str) -> list[NodeType] | None:
     """The node types in the file by which a cluster's autoscaler runs on this machine."""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            words = (process / "cmdline").read_text(errors="replace").split("\0")
+            words = (process / "cmdline").read_text("utf-8", errors="replace").split("\0")
             options = dict(
                 word[2:].split("=", 1) for word in words if word[:2] == "--" and "=" in word
             )
             file = options.get("autoscaling-config")
             if file and options.get("gcs-address") == gcs_address:
-                return types_in(yaml.safe_load(Path(file).expanduser().read_text()))
+                return types_in(yaml.safe_load(Path(file).expanduser().read_text("utf-8")))
     return None
 
 

@@ -100,6 +100,7 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
     before = serve.status()
     if APPLICATION in before.applications:
         raise UserError(f"the cluster serves an application {APPLICATION!r} already")
+    application = bound(config, model)  # refuses what no node can give
     serve.start(
         http_options={
             "host": config.serve.host,
@@ -109,7 +110,7 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
     )
     try:
         try:
-            serve.run(bound(config, model), name=APPLICATION, route_prefix="/")
+            serve.run(application, name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             raise _failure_to_start(error) from None
         yield
