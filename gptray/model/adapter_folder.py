@@ -26,7 +26,7 @@ from gptray.model.adapter import (
     module_of,
 )
 from gptray.model.header import FLOATS, read_header
-from gptray.model.parameters import HEAD, Part
+from gptray.model.parameters import HEAD, WTE, Part
 from gptray.stored import is_whole, read_foreign
 
 # Keys of adapter_config.json that change nothing of what an adapter computes once it is trained.
@@ -101,6 +101,7 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
             raise UserError(f"{path}: {module} is no linear layer in the blocks of {base.source}")
     adapter = Adapter(folder, lora, tuple(adapted.values()), tuple(replaced))
     _check_shapes(path, stored, adapter)
+    _check_head(path, stored, base, adapter)
     _check_complete(path, raw, base, adapter)
     return adapter
 
@@ -167,6 +168,19 @@ def _check_shapes(
             raise UserError(
                 f"{path}: {name} has shape {stored[name][0]}; with r={rank} and this base it is "
                 f"{dims}"
+            )
+
+
+def _check_head(
+    path: Path, stored: Mapping[str, tuple[list[int], str]], base: Base, adapter: Adapter
+) -> None:
+    """Raise UserError for an embedding without its head: PEFT then keeps the base's head."""
+    for part in adapter.replaced:
+        tied = base.config.tie_word_embeddings and part.parameter == WTE
+        if tied and PREFIX + HEAD not in stored:
+            raise UserError(
+                f"{path}: it has {part.name} but no {HEAD}, so its head is not the embedding, but "
+                "the base ties them"
             )
 
 

@@ -21,12 +21,11 @@ from gptray.model.families import FAMILIES
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf_config import family_in, family_of, hf_config
-from gptray.model.parameters import HEAD, IGNORED, Part, stored_name, stored_parts
+from gptray.model.parameters import HEAD, IGNORED, WTE, Part, stored_name, stored_parts
 from gptray.model.shape import WEIGHTS, model_folder, read_shape, weight_files
 from gptray.model.tensor_file import write_tensors
 from gptray.model.usage import Usage
 
-WTE = "transformer.wte.weight"
 # Parameters with a row for each token.
 BY_TOKEN = (WTE, HEAD)
 

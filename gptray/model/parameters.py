@@ -13,7 +13,7 @@ from typing import Literal
 from gptray.config import ModelConfig
 from gptray.model.families import Family
 
-HEAD = "lm_head.weight"
+WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 # GPT-NeoX's head in files of older releases of transformers.
 _OLD_HEAD = "embed_out.weight"
 # Ends of what old files hold and no network needs: causal masks, wavelengths of positions.

@@ -66,7 +66,12 @@ def _best_whole(run_dir: Path) -> int:
 def _load(run: Run, checkpoint: Path) -> None:
     def load() -> None:
         stored = build_model(
-            run.config, run.data, checkpoint, run.device, tell=lambda message: None
+            run.config,
+            run.data,
+            checkpoint,
+            run.device,
+            native=run.model.is_native,  # frozen weights are kept as its kernels read them
+            tell=lambda message: None,
         )
         weights = zip(run.model.parameters(), stored.parameters(), strict=True)
         for weight, whole in weights:

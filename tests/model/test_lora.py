@@ -284,6 +284,17 @@ def test_a_head_that_left_its_embedding_is_refused(tmp_path: Path) -> None:
         load_merged(base, open_adapter(tmp_path / "adapter", base))
 
 
+def test_an_embedding_that_left_its_head_is_refused(tmp_path: Path) -> None:
+    base = base_in(tmp_path / "base", "gpt2")
+    theirs = peft_adapter(base, tmp_path / "adapter", modules_to_save=["wte"])
+    plain = AutoModelForCausalLM.from_pretrained(base.folder)
+    assert torch.equal(
+        theirs.get_parameter("base_model.model.lm_head.weight"), plain.lm_head.weight
+    )
+    with pytest.raises(UserError, match="has transformer.wte.weight but no lm_head.weight, so"):
+        open_adapter(tmp_path / "adapter", base)
+
+
 def test_an_unknown_target_is_told_with_the_nearest_one(tmp_path: Path) -> None:
     base = base_in(tmp_path / "base", "llama")
     with pytest.raises(UserError, match=r"no linear layer q_prj .*did you mean q_proj\?"):

@@ -15,6 +15,7 @@ from gptray.jobs.run_folder import resolve
 from gptray.model.hf import load_pretrained
 from gptray.record import read_events
 from gptray.training.validation import score_checkpoint
+from tests.generation.models import needs_native
 from tests.model.foreign_models import make_hf
 from tests.model.test_lora import opened_by_peft
 from tests.training.runs import CPU, Killed, rows, run
@@ -96,6 +97,20 @@ def test_a_run_lands_from_its_best_adapter(tiny_data: TokenData, tmp_path: Path)
     config = config_in(tmp_path, tiny_data, "optim.schedule=wsd", "optim.decay_fraction=0.5")
     assert run(config, tiny_data, tmp_path / "run")["step"] == 6
     assert [row["phase"] for row in rows(tmp_path / "run")] == ["stable"] * 4 + ["landing"] * 2
+
+
+@needs_native
+def test_a_killed_landing_ends_with_the_same_bits(tiny_data: TokenData, tmp_path: Path) -> None:
+    words = ("optim.schedule=wsd", "optim.decay_fraction=0.5", "optim.lr=0.02")
+    native = ("train.precision=bf16", "train.backend=native", "train.eval_interval=1")
+    config = config_in(tmp_path, tiny_data, *words, *native)
+    run(config, tiny_data, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(config, tiny_data, tmp_path / "killed", kill_at=5)  # the first step of the landing
+    run(config, tiny_data, tmp_path / "killed")
+    weights = [tmp_path / one / "checkpoint_000006" / "adapter" for one in ("whole", "killed")]
+    digests = [digest(folder / "adapter_model.safetensors") for folder in weights]
+    assert digests[0] == digests[1]
 
 
 def test_another_base_is_refused_when_a_run_resumes(tiny_data: TokenData, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from gptray.config import Config, override
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
-from gptray.model.hf import WTE, save_pretrained
+from gptray.model.hf import save_pretrained
+from gptray.model.parameters import WTE
 from gptray.record import EVENTS, read_rows
 from gptray.training.building import build_model
 from gptray.training.loop import fit
