@@ -89,7 +89,10 @@ class NativeDecoder:
         )
         threads = len(tokens) * self._weights.count // THREAD_WORK + 1
         self._library.decode_step(
-            self._model, self._cache.fit(max(positions) + 1), step, min(threads, torch.get_num_threads())
+            self._model,
+            self._cache.fit(max(positions) + 1),
+            step,
+            min(threads, torch.get_num_threads()),
         )
         return logits
 
