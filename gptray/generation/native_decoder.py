@@ -128,7 +128,7 @@ class _Cache:
         layers, self.slots, heads, self.most, width = shape
         self._kind, self._length = kind, min(self.most, FIRST_TOKENS)
         whole = layers, self.slots, heads, self._length, width
-        self._memory = [list(room(whole, DTYPES[kind])) for _ in range(2)]
+        self._memory = [list(room(whole, DTYPES[kind]).unbind()) for _ in range(2)]
         self._view = self._seen()
 
     def fit(self, tokens: int) -> abi.Cache:
