@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptray.generation.decoder import PROMPT_TOKENS, Piece
+from gptray.generation.decoder import FIRST_TOKENS, PROMPT_TOKENS, Piece
 from gptray.generation.native_weights import DTYPES, NativeWeights, room
 from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.gpt import GPT
@@ -50,11 +50,7 @@ class NativeDecoder:
         H, K, E, C = config.n_head, config.kv_heads, config.head_width, config.n_embd
         widest = _rounded(max(C, H * E, config.inner), LANES)
         self._widths = C, C, H * E, 1, max((H + 2 * K) * E, config.inner), widest
-        shape = (config.n_layer, slots, K, config.n_positions, E)
-        self._keys, self._values = (room(shape, DTYPES[kept]) for _ in range(2))
-        self._cache = abi.Cache(
-            _layers(self._keys), _layers(self._values), config.n_positions, kept
-        )
+        self._cache = _Cache((config.n_layer, slots, K, config.n_positions, E), kept)
         self._scratch = torch.empty(0)
 
     @torch.no_grad()
@@ -77,8 +73,8 @@ class NativeDecoder:
             asked += range(len(tokens) - piece.logits, len(tokens))
         # The C++ trusts its caller.
         assert min(tokens) >= 0 and max(tokens) < self._vocab_size, tokens
-        assert min(positions) >= 0 and max(positions) < self._cache.length, positions
-        assert min(slots) >= 0 and max(slots) < self._keys.size(1), slots
+        assert min(positions) >= 0 and max(positions) < self._cache.most, positions
+        assert min(slots) >= 0 and max(slots) < self._cache.slots, slots
         rows = [np.array(numbers, np.int32) for numbers in (tokens, slots, positions, asked)]
         logits = torch.empty(len(asked), _rounded(self._vocab_size, PANEL))
         logits[:, self._vocab_size :] = float("-inf")
@@ -93,7 +89,10 @@ class NativeDecoder:
         )
         threads = len(tokens) * self._weights.count // THREAD_WORK + 1
         self._library.decode_step(
-            self._model, self._cache, step, min(threads, torch.get_num_threads())
+            self._model,
+            self._cache.fit(max(positions) + 1),
+            step,
+            min(threads, torch.get_num_threads()),
         )
         return logits
 
@@ -107,8 +106,7 @@ class NativeDecoder:
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """See `gptray.generation.decoder.Network`."""
-        for memory in (self._keys, self._values):
-            memory[:, target, :, :tokens] = memory[:, source, :, :tokens]
+        self._cache.move(source, target, tokens)
 
     def _scratch_for(self, rows: int) -> list[int]:
         """Where a step's x, made, attended, scales, wide and words are."""
@@ -117,6 +115,42 @@ class NativeDecoder:
             self._scratch = torch.empty(sum(sizes))
         starts = np.cumsum([0, *sizes[:-1]]) * self._scratch.element_size()
         return [self._scratch.data_ptr() + int(start) for start in starts]
+
+
+class _Cache:
+    """Keys and values of every layer, (slots, K, length, E) each.
+
+    Of up to `most` tokens a sequence, memory holds FIRST_TOKENS, and twice as many when that is too
+    little: for a model's whole context there may be more asked for than a machine has.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int, int], kind: int) -> None:
+        layers, self.slots, heads, self.most, width = shape
+        self._kind, self._length = kind, min(self.most, FIRST_TOKENS)
+        whole = layers, self.slots, heads, self._length, width
+        self._memory = [list(room(whole, DTYPES[kind]).unbind()) for _ in range(2)]
+        self._view = self._seen()
+
+    def fit(self, tokens: int) -> abi.Cache:
+        """What the library is given, with room for sequences of `tokens`."""
+        if tokens > self._length:
+            kept = self._length
+            while self._length < tokens:
+                self._length = min(2 * self._length, self.most)
+            for memory in self._memory:
+                for layer, old in enumerate(memory):
+                    slots, heads, _, width = old.shape
+                    memory[layer] = room((slots, heads, self._length, width), old.dtype)
+                    memory[layer][:, :, :kept] = old
+            self._view = self._seen()
+        return self._view
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        for layer in (*self._memory[0], *self._memory[1]):
+            layer[target, :, :tokens] = layer[source, :, :tokens]
+
+    def _seen(self) -> abi.Cache:
+        return abi.Cache(*map(_addresses, self._memory), self._length, self._kind)
 
 
 def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -131,9 +165,8 @@ def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
-def _layers(memory: Tensor) -> object:
-    """Where each layer's part is."""
-    return (c_void_p * memory.size(0))(*(layer.data_ptr() for layer in memory))
+def _addresses(layers: Sequence[Tensor]) -> object:
+    return (c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
 
 
 def _rounded(count: int, step: int) -> int:

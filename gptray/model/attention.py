@@ -52,7 +52,8 @@ def _heads(qkv: Tensor, n_head: int) -> Tensor:
     """(B, T, 3C) -> (3, B*H, T, D), a copy."""
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     heads = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
-    return heads.contiguous().view(3, B * n_head, T, C // n_head)
+    copy = heads.clone(memory_format=torch.contiguous_format)  # even of a single token
+    return copy.view(3, B * n_head, T, C // n_head)
 
 
 def _blocks(tokens: int, window: int) -> Iterator[tuple[int, int, int]]:

@@ -103,19 +103,31 @@ def test_greedy_is_transformers_for_a_hundred_prompts(
         assert [one.tokens for one in ours] == expected[:, length:].tolist()
 
 
-def test_a_cache_grows_with_what_it_holds(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_cache_grows_with_what_it_holds(backend: str, tokenizer: Tokenizer) -> None:
     positions = 3 * FIRST_TOKENS
     model = random_gpt(tokenizer, n_layer=1, n_positions=positions, positions="rotary", n_kv_head=1)
     ids = prompt_of(tokenizer, FIRST_TOKENS + 70, seed=2)
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0]
-    decoder = Decoder(model, 1, dtype=torch.float32)
+    decoder = network(backend, model, 1, torch.float32)
     for start in range(0, len(ids), 90):
         logits = decoder.step([], [Piece(0, start, ids[start : start + 90])])
         last = min(start + 90, len(ids)) - 1
         torch.testing.assert_close(
             logits[0, : tokenizer.vocab_size], expected[last], atol=1e-4, rtol=0
         )
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_context_may_be_longer_than_memory_holds(backend: str, tokenizer: Tokenizer) -> None:
+    # Whole, the cache of so many sequences would take 275 GB.
+    model = random_gpt(tokenizer, n_layer=1, n_embd=4, n_positions=2**20, positions="rotary")
+    ids = prompt_of(tokenizer, 5, seed=2)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0, -1:]
+    logits = network(backend, model, 2**13, torch.float32).step([], [Piece(0, 0, ids)])
+    torch.testing.assert_close(logits[:, : tokenizer.vocab_size], expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

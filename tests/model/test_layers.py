@@ -42,6 +42,18 @@ def test_attention_in_bf16_equals_fp32(length: int, window: int | None) -> None:
     assert (gradient.float() - expected).norm() / expected.norm() < 0.02
 
 
+def test_attention_of_a_single_token_leaves_its_input_alone() -> None:
+    given = torch.randn(1, 1, 3 * 8, dtype=torch.bfloat16)
+    qkv = given.clone().requires_grad_()
+    y = causal_attention(qkv * 1, 2)
+    y.sum().backward()
+    assert torch.equal(y, given[:, :, 16:])
+    assert qkv.grad is not None and torch.equal(qkv.grad[:, :, 16:], torch.ones_like(y))
+    with torch.no_grad():
+        causal_attention(qkv, 2)
+    assert torch.equal(qkv, given)
+
+
 @pytest.mark.parametrize("window", [1, 60, 384])
 def test_a_window_in_fp32_is_the_masked_formula(window: int) -> None:
     qkv = torch.randn(2, 384, 3 * 32, generator=torch.Generator().manual_seed(0))
