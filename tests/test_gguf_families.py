@@ -232,6 +232,25 @@ def test_all_tokens_that_end_a_text_are_known() -> None:
     assert end_ids(fields("gpt-2", eot_token_id=999)) == 257
 
 
+def test_all_tokens_that_end_a_text_come_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = small_tokenizer()
+    model = make_hf("llama", tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    settings = tmp_path / "m" / "generation_config.json"
+    for count, more in enumerate(([9], [9, 7], [9, 7, 8]), 1):
+        settings.write_text(json.dumps({"eos_token_id": [*more, tokenizer.eos_id]}))
+        path = tmp_path / f"{count}.gguf"
+        words = [f"export.model={tmp_path}/m", f"export.output_path={path}"]
+        assert run("export", words) == 0
+        found = json.loads((model_folder(path) / "generation_config.json").read_text())
+        assert found["eos_token_id"] == [tokenizer.eos_id, *more[:2]]
+        told = capsys.readouterr().err
+        assert ("llama.cpp may continue after" in told) == (count == 3)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
