@@ -108,6 +108,8 @@ def changed(path: Path, fields: Mapping[str, object], rope: list[float] | None =
     for key, value in fields.items():
         if value is not None:
             match value:
+                case bool():
+                    writer.add_bool(key, value)
                 case int():
                     writer.add_uint32(key, value)
                 case float():
@@ -147,6 +149,8 @@ def test_what_old_files_leave_out_follows_from_the_rest(tmp_path: Path) -> None:
         ("attention.layer_norm_rms_epsilon", None, "it has no attention.layer_norm_rms_epsilon"),
         ("attention.value_length", 4, "are not as wide as the keys"),
         ("expert_count", 8, "llama.expert_count is 8, which is not supported"),
+        ("attention.causal", False, "llama.attention.causal is False, which is not supported"),
+        ("attention.scale", 1.0, "llama.attention.scale is 1.0, which is not supported"),
         ("logit_scale", 0.5, "llama.logit_scale is 0.5, which is not supported"),
         ("rope.scaling.type", "longrope", "'longrope' is not supported; none, linear and yarn"),
         ("rope.freq_base", -1.0, "are no rotation of 8 numbers"),

@@ -110,7 +110,7 @@ def test_an_adapter_of_pefts_computes_the_same_here(
 
 def opened_by_peft(base: Path, adapter: Path) -> nn.Module:
     """PEFT's model of a base and an adapter."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
     network: nn.Module = peft.PeftModel.from_pretrained(model, str(adapter))
     return network
 
