@@ -11,6 +11,8 @@ from gptray.gguf_rotary import ROTARY_KEYS, rotary_parameters
 
 # What follows the architecture in keys that shape nothing, or that are looked at below.
 _SHAPELESS = ("vocab_size", "tensor_data_layout", "attention.value_length")
+# Elsewhere these values change nothing.
+_UNLIKE = (("attention.causal", False), ("attention.scale", 1.0))
 _KV_HEADS, _HEAD_WIDTH = "num_key_value_heads", "head_dim"
 
 
@@ -103,7 +105,8 @@ def _own_fields(fields: Mapping[str, object], family: Family) -> dict[str, objec
     for key, value in own.items():
         if key in known and isinstance(value, list):
             raise UserError(f"its {prefix}{key} is a list, a number for each layer")
-        if key not in known and value not in (0, 1.0, "", "none"):  # which change nothing
+        changes_nothing = value in (0, 1.0, "", "none") and (key, value) not in _UNLIKE
+        if key not in known and not changes_nothing:
             raise UserError(f"its {prefix}{key} is {value!r:.40}, which is not supported")
     return own
 

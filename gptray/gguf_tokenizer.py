@@ -56,7 +56,7 @@ _ROLES = {
 }
 _SENTENCEPIECE_IDS = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Of whole turns and messages.
-_MORE_ENDS = ("eot_token_id", "eom_token_id")
+MORE_ENDS = ("eot_token_id", "eom_token_id")
 
 
 def tokenizer_json(fields: Mapping[str, object]) -> dict[str, object]:
@@ -93,7 +93,7 @@ def special_ids(fields: Mapping[str, object]) -> dict[str, int]:
 
 def end_ids(fields: Mapping[str, object]) -> int | list[int] | None:
     """The ids of all tokens that end a text, as generation_config.json has them."""
-    found = (_id(fields, key) for key in ("eos_token_id", *_MORE_ENDS))
+    found = (_id(fields, key) for key in ("eos_token_id", *MORE_ENDS))
     ids = list(dict.fromkeys(one for one in found if one is not None))
     return ids if len(ids) > 1 else next(iter(ids), None)
 

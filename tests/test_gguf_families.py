@@ -108,6 +108,8 @@ def changed(path: Path, fields: Mapping[str, object], rope: list[float] | None =
     for key, value in fields.items():
         if value is not None:
             match value:
+                case bool():
+                    writer.add_bool(key, value)
                 case int():
                     writer.add_uint32(key, value)
                 case float():
@@ -147,6 +149,8 @@ def test_what_old_files_leave_out_follows_from_the_rest(tmp_path: Path) -> None:
         ("attention.layer_norm_rms_epsilon", None, "it has no attention.layer_norm_rms_epsilon"),
         ("attention.value_length", 4, "are not as wide as the keys"),
         ("expert_count", 8, "llama.expert_count is 8, which is not supported"),
+        ("attention.causal", False, "llama.attention.causal is False, which is not supported"),
+        ("attention.scale", 1.0, "llama.attention.scale is 1.0, which is not supported"),
         ("logit_scale", 0.5, "llama.logit_scale is 0.5, which is not supported"),
         ("rope.scaling.type", "longrope", "'longrope' is not supported; none, linear and yarn"),
         ("rope.freq_base", -1.0, "are no rotation of 8 numbers"),
@@ -230,6 +234,25 @@ def test_all_tokens_that_end_a_text_are_known() -> None:
     assert end_ids(fields("gpt-2")) == 257
     assert end_ids(fields("gpt-2", eot_token_id=258, eom_token_id=257)) == [257, 258]
     assert end_ids(fields("gpt-2", eot_token_id=999)) == 257
+
+
+def test_all_tokens_that_end_a_text_come_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = small_tokenizer()
+    model = make_hf("llama", tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    settings = tmp_path / "m" / "generation_config.json"
+    for count, more in enumerate(([9], [9, 7], [9, 7, 8]), 1):
+        settings.write_text(json.dumps({"eos_token_id": [*more, tokenizer.eos_id]}))
+        path = tmp_path / f"{count}.gguf"
+        words = [f"export.model={tmp_path}/m", f"export.output_path={path}"]
+        assert run("export", words) == 0
+        found = json.loads((model_folder(path) / "generation_config.json").read_text())
+        assert found["eos_token_id"] == [tokenizer.eos_id, *more[:2]]
+        told = capsys.readouterr().err
+        assert ("llama.cpp may continue after" in told) == (count == 3)
 
 
 @pytest.mark.parametrize(

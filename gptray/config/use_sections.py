@@ -65,8 +65,8 @@ class SampleConfig(Section):
     )
     parse_special: bool = Field(
         False,
-        description="read the end-of-text token's name in a prompt (<|endoftext|>) as that token; "
-        "false: as plain text",
+        description="read the names of special tokens in a prompt (<|endoftext|>, <|im_start|>) as "
+        "those tokens; false: as plain text",
     )
 
     @field_validator("prompt")

@@ -8,7 +8,7 @@ need is in `tokenizer.ggml.*`. https://github.com/ggml-org/ggml/blob/master/docs
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tokenizers import pre_tokenizers
 
@@ -22,6 +22,7 @@ from gptray.gguf_tokenizer import (
     CONTROL,
     CUTS,
     KEY,
+    MORE_ENDS,
     NO_MERGES,
     NORMAL,
     TAKES_WHOLE,
@@ -47,9 +48,12 @@ _BY_PATTERN: dict[tuple[str, bool], str] = {(_GPT2, False): "gpt-2"} | {
 }
 
 
-def gguf_vocabulary(tokenizer: Tokenizer, *, rows: int) -> dict[str, object]:
+def gguf_vocabulary(
+    tokenizer: Tokenizer, *, rows: int, ends: Sequence[int] = ()
+) -> dict[str, object]:
     """The fields of a tokenizer. rows: of the embedding; those without a token are named [PADn].
 
+    ends: tokens that end a text beside the tokenizer's own end of text.
     Raises UserError, one sentence, for what llama.cpp cannot express.
     """
     names = tokenizer.names
@@ -76,9 +80,23 @@ def gguf_vocabulary(tokenizer: Tokenizer, *, rows: int) -> dict[str, object]:
         "token_type": _types(tokenizer, parts, rows),
         "bos_token_id": tokenizer.eos_id,
         **ids,
+        **_more_ends(tokenizer, ends),
         **_kind(tokenizer, parts, rows),
     }
     return {KEY + name: value for name, value in fields.items()}
+
+
+def _more_ends(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, int]:
+    """The places that GGUF has for more ends of a text, filled in order."""
+    names = tokenizer.names
+    more = [one for one in dict.fromkeys(ends) if one != tokenizer.eos_id and one < len(names)]
+    if left := more[len(MORE_ENDS) :]:
+        log.warning(
+            "a GGUF file has room for %d tokens that end a text; llama.cpp may continue after %s",
+            1 + len(MORE_ENDS),
+            ", ".join(names[one] for one in left),
+        )
+    return dict(zip(MORE_ENDS, more, strict=False))
 
 
 def _around(step: Step | None) -> tuple[list[str], list[str]]:

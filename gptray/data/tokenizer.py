@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -117,16 +118,23 @@ class Tokenizer:
         """Token ids that a model continues; of an empty text the start of a fresh document.
 
         The prefix comes first, once: its own name at the start of a text (<s>) is not read again.
-        parse_special: the end-of-text token's own name in the text is that token, not plain text.
+        parse_special: the names of special tokens in the text are those tokens, not plain text.
         add_prefix: whether a text that does not begin with the prefix gets it.
         Raises UserError as `encode`.
         """
         rest = text[len(self.prefix_name) :] if self.begins_with_prefix(text) else text
-        parts = rest.split(self.eos_token) if parse_special else [rest]
-        ids = [*(self.prefix if add_prefix or rest is not text else []), *self.encode(parts[0])]
-        for part in parts[1:]:
-            ids += [self.eos_id, *self.encode(part)]
+        ids = [*(self.prefix if add_prefix or rest is not text else [])]
+        parts = self._special_names.split(rest) if parse_special else [rest]
+        for number, part in enumerate(parts):  # every other one is a name
+            ids += [self._backend.token_to_id(part)] if number % 2 else self.encode(part)
         return ids or [self.eos_id]
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str]:
+        added = self._backend.get_added_tokens_decoder().values()
+        names = {self.eos_token} | {one.content for one in added if one.special}
+        longest_first = sorted(names, key=lambda name: (-len(name), name))
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def begins_with_prefix(self, text: str) -> bool:
         """Whether a text begins with the prefix's own name, as a chat template writes it."""

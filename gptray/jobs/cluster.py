@@ -118,6 +118,11 @@ def _ray_folder() -> Iterator[None]:
         elif shutil.disk_usage(folder).free < _RAY_NEEDS:
             # Ray's own processes died, and do not say why.
             failure = cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        elif "timed out during startup" in str(error):
+            raise RunFailed(
+                "Ray did not start in time: other processes keep this machine busy; run it again "
+                "when they are done"
+            ) from error
         else:
             raise
         message = f"Ray did not start: {failure}; RAY_TMPDIR names another folder"

@@ -16,7 +16,7 @@ from gptray.config import Config, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
 from gptray.files import absolute, expanded, is_uri
-from gptray.gguf_source import is_gguf
+from gptray.gguf_source import SUFFIX, is_gguf
 from gptray.hub import NotOnHub
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
@@ -159,7 +159,8 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
 
     reason: what the hub or its cache answered, see `NotOnHub`.
     """
-    place = "no such folder or file" if key == TOKENIZER else "no such folder"
+    takes_files = key == TOKENIZER or source.endswith(SUFFIX)
+    place = "no such folder or file" if takes_files else "no such folder"
     if is_uri(config.storage_path) and not _is_path(source):
         near = nearest(source, RemoteFolder(config.storage_path).folders())
         looked_at = f"no such run in {config.storage_path}, {place} here and {reason}"

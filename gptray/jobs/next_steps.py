@@ -11,7 +11,8 @@ from gptray.commands import typed
 from gptray.config import Config, differences
 from gptray.config.keys import shown
 from gptray.evaluation.model_commands import model_commands
-from gptray.files import is_uri
+from gptray.files import expanded, is_uri
+from gptray.gguf_source import is_gguf
 from gptray.jobs.models import has_model, storage_of
 from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import seen_at
@@ -67,9 +68,10 @@ def resumable(
 def of_model(folder: Path, source: str | None = None) -> dict[str, str]:
     """The commands that use the model of a run, a sweep or a model folder, by job.
 
-    source: what named it; a URI does so again.
+    source: what named it; a URI or a GGUF file does so again.
     """
-    name = source if source and is_uri(source) else short_name(folder)
+    again = source and (is_uri(source) or is_gguf(expanded(source)))
+    name = source if again else short_name(folder)
     return model_commands(folder, name, typed)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gptray.config import UserError
 from gptray.files import expanded, is_uri, sha256_of
-from gptray.gguf_source import is_gguf, opened_gguf
+from gptray.gguf_source import SUFFIX, is_gguf, opened_gguf
 from gptray.hub import download_model
 from gptray.model.hf_config import NetworkShape, read_config
 from gptray.model.usage import GENERATION, TEMPLATE
@@ -42,6 +42,9 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate
+    if folder.is_file():
+        what = f"a file, and no model: that is a folder, or a file with a name in {SUFFIX}"
+        raise UserError(f"{folder}: {what}")
     if folder.exists():
         raise UserError(f"{folder}: no config.json in it or in its model/, so this is no model")
     return _download(str(source), weights=weights)

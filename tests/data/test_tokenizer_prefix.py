@@ -106,6 +106,22 @@ def test_the_prefix_comes_once() -> None:
     assert both == [*bos, *rest]
 
 
+def test_names_of_special_tokens_are_these_where_they_are_parsed(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    def chat() -> tokenizers.Tokenizer:
+        made = llama3()
+        made.add_special_tokens(["<|im_start|>", "<|im|>", "<|im|>|>"])
+        return made
+
+    folder = stored(chat, tmp_path / "chat")
+    own = Tokenizer.load(folder)
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    text = "<|im_start|>user\nthe cat<|im|>|><|im|><|endoftext|>\n<|im_start|>"
+    assert own.prompt_ids(text, parse_special=True) == theirs(text).input_ids
+    assert own.prompt_ids(text) == [*own.prefix, *own.encode(text)]
+
+
 def test_a_prompt_that_is_cut_keeps_the_prefix() -> None:
     tokenizer = foreign.as_tokenizer(llama())
     ids = tokenizer.prompt_ids("the cat sees a dog and a bird")

@@ -117,6 +117,14 @@ def test_a_model_that_is_nowhere_is_named_with_the_nearest_run(storage: Path, ke
     assert refused(key, storage, f"{storage}/ko-p/") == f"{key}={storage}/ko-p/: {place}; {near}"
 
 
+def test_what_could_be_a_gguf_file_is_missed_as_a_file(storage: Path, tmp_path: Path) -> None:
+    key = "generate.model"
+    assert refused(key, storage, "./x.gguf") == f"{key}=./x.gguf: no such folder or file"
+    (tmp_path / "book.txt").write_text("text")
+    said = "a file, and no model: that is a folder, or a file with a name in .gguf"
+    assert refused(key, storage, f"{tmp_path}/book.txt").endswith(f"/book.txt: {said}")
+
+
 def test_a_misspelt_tokenizer_may_be_a_kind_or_a_run(storage: Path) -> None:
     assert refused("data.tokenizer", storage, "bpee").endswith("; did you mean bpe?")
     (storage / "ko-q").rename(storage / "chats")

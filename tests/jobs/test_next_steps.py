@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import load_config, override
-from gptray.jobs.next_steps import resumable, short_name, tell_run
+from gptray.jobs.next_steps import of_model, resumable, short_name, tell_run
 from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import resolve
 from gptray.jobs.serve.check import completion_command
@@ -118,3 +118,10 @@ def test_the_endpoints_command_asks_for_a_text(keys: list[str]) -> None:
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/completions"]
     assert json.loads(words[words.index("-d") + 1])["model"] == '\uc61b\'s "book"'
     assert ("Authorization: Bearer $KEY" in words) == bool(keys)
+
+
+def test_a_gguf_file_is_named_by_its_path_again(tmp_path: Path) -> None:
+    path = tmp_path / "book.gguf"
+    path.write_bytes(b"GGUF")
+    made = of_model(tmp_path / "cache" / "copied" / "0a1b", str(path))
+    assert made["serve"].endswith(f"serve.model={path}")

@@ -122,15 +122,21 @@ def _content(
         numbers = sum(math.prod(one.shape) for one in model.weights.values())
         return HfContent([*beside, *tokenizer_files(folder)], bytes_each * numbers)
     family, tokenizer = family_of(model), Tokenizer.load(folder)
-    template = Usage.of(folder).chat_template
+    usage = Usage.of(folder)
+    template = usage.chat_template
     fields = {
-        "general.name": Path(name).name,
+        "general.name": _called(name),
         **gguf_numbers(model.shape, family),
-        **gguf_vocabulary(tokenizer, rows=model.embedding.shape[0]),
+        **gguf_vocabulary(tokenizer, rows=model.embedding.shape[0], ends=usage.eos_ids),
         **({_TEMPLATE: template} if template else {}),
     }
     tensors = gguf_tensors(family, model, settings.precision)
     return GgufContent(family.architecture, fields, tensors, gguf_vectors(model.shape))
+
+
+def _called(name: str) -> str:
+    """A model's own name, from that of its run, folder or file."""
+    return Path(name).name.removesuffix(_SUFFIX)
 
 
 def _check_tokenizer(folder: Path, rows: int) -> None:
@@ -148,7 +154,7 @@ def _output(settings: ExportConfig, name: str) -> Path:
     """The path to write. Raises UserError for one that is taken or cannot be written."""
     key, given = "export.output_path", settings.output_path
     is_gguf = settings.format == "gguf"
-    example = f"{Path(name).name or 'model'}-{settings.precision}{_SUFFIX if is_gguf else ''}"
+    example = f"{_called(name) or 'model'}-{settings.precision}{_SUFFIX if is_gguf else ''}"
     what = "file" if is_gguf else "folder"
     if given is None:
         raise UserError(f"{key} is not set: name the {what} to write, such as {example}")
