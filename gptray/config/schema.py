@@ -228,9 +228,17 @@ def dump(config: Config) -> str:
 
 
 def differences(config: Config) -> dict[str, object]:
-    """The dotted keys that differ from the defaults, with their values."""
-    defaults = flatten(Config())
-    return {key: value for key, value in flatten(config).items() if value != defaults[key]}
+    """The dotted keys that differ from the defaults, with their values.
+
+    An adapter's learning rate has another default, so that one that is given is among them.
+    """
+    defaults, given = flatten(Config()), flatten(config, given=True)
+    rates = () if config.lora.rank is None else ("optim.lr", "optim.min_lr")
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if value != defaults[key] or (key in rates and key in given)
+    }
 
 
 def dump_differences(config: Config) -> str:

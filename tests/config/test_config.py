@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gptray.config import Config, ConfigError, dump, load_config, override
+from gptray.config import Config, ConfigError, differences, dump, load_config, override
 from gptray.config.keys import field_specs
 
 Write = Callable[[str], str]
@@ -362,3 +362,10 @@ def test_every_default_can_be_written_out(write: Write) -> None:
     assert load_config(write(text), []) == Config()
     for key in field_specs(Config):
         assert f"{key.rpartition('.')[2]}: " in text or f"{key.rpartition('.')[2]}:\n" in text
+
+
+def test_a_learning_rate_given_beside_an_adapter_is_shown_even_where_it_is_the_default() -> None:
+    adapter = ["lora.rank=4", "model.init_from=base"]
+    assert "optim.lr" not in differences(load_config(None, adapter))
+    assert differences(load_config(None, [*adapter, "optim.lr=2e-3"]))["optim.lr"] == 2e-3
+    assert differences(load_config(None, ["optim.lr=2e-3"])) == {}
