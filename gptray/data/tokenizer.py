@@ -124,17 +124,19 @@ class Tokenizer:
         """
         rest = text[len(self.prefix_name) :] if self.begins_with_prefix(text) else text
         ids = [*(self.prefix if add_prefix or rest is not text else [])]
-        parts = self._special_names.split(rest) if parse_special else [rest]
+        names = "|".join(map(re.escape, self._special_ids))
+        parts = re.split(f"({names})", rest) if parse_special else [rest]
         for number, part in enumerate(parts):  # every other one is a name
-            ids += [self._backend.token_to_id(part)] if number % 2 else self.encode(part)
+            ids += [self._special_ids[part]] if number % 2 else self.encode(part)
         return ids or [self.eos_id]
 
     @cached_property
-    def _special_names(self) -> re.Pattern[str]:
-        added = self._backend.get_added_tokens_decoder().values()
-        names = {self.eos_token} | {one.content for one in added if one.special}
-        longest_first = sorted(names, key=lambda name: (-len(name), name))
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+    def _special_ids(self) -> dict[str, int]:
+        """The special tokens by name, the longest name first."""
+        added = self._backend.get_added_tokens_decoder().items()
+        ids = {one.content: number for number, one in added if one.special}
+        ids[self.eos_token] = self.eos_id
+        return dict(sorted(ids.items(), key=lambda item: -len(item[0])))
 
     def begins_with_prefix(self, text: str) -> bool:
         """Whether a text begins with the prefix's own name, as a chat template writes it."""
