@@ -12,6 +12,7 @@ that, some more of them exist, asleep. Loops are shared out as ever: results kee
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import threading
@@ -40,25 +41,37 @@ class CoreSharing:
     def __init__(self, openmp: ctypes.CDLL) -> None:
         self._openmp = openmp
         self._sleepers: _Sleepers | None = None
-        threading.Thread(target=self._watch, name="core sharing", daemon=True).start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="core sharing", daemon=True)
+        self._thread.start()
+        # A thread that still runs as Python ends is torn down in the middle of what it does.
+        atexit.register(self._end)
 
     @property
     def is_shared(self) -> bool:
         """Whether others want the cores, so that waiting threads sleep."""
         return self._sleepers is not None
 
+    def _end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
     def _watch(self) -> None:
-        quiet, before, pause = 0, _queued_ns(), threading.Event()
-        while True:
-            pause.wait(LOOK_S)
+        quiet, before = 0, _queued_ns()
+        while not self._over.wait(LOOK_S):
             now = _queued_ns()
             quiet = 0 if now - before > SHARED_FROM * LOOK_S * 1e9 else quiet + 1
             before = now
             if quiet == 0 and self._sleepers is None:
                 self._sleepers = _Sleepers(self._openmp)
-            elif quiet == LOOKS and self._sleepers:
-                self._sleepers.end()
-                self._sleepers = None
+            elif quiet == LOOKS:
+                self._wake()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._sleepers:
+            self._sleepers.end()
+            self._sleepers = None
 
 
 class _Sleepers:
