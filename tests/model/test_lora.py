@@ -287,7 +287,7 @@ def test_a_head_that_left_its_embedding_is_refused(tmp_path: Path) -> None:
 def test_an_embedding_that_left_its_head_is_refused(tmp_path: Path) -> None:
     base = base_in(tmp_path / "base", "gpt2")
     theirs = peft_adapter(base, tmp_path / "adapter", modules_to_save=["wte"])
-    plain = AutoModelForCausalLM.from_pretrained(base.folder)
+    plain = AutoModelForCausalLM.from_pretrained(base.folder, trust_remote_code=False)
     assert torch.equal(
         theirs.get_parameter("base_model.model.lm_head.weight"), plain.lm_head.weight
     )
