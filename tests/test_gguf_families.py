@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -23,6 +22,7 @@ from gptray.model.shape import model_folder
 from gptray.model.unread import unread_network
 from tests.data import foreign
 from tests.generation.models import small_tokenizer
+from tests.gguf_copies import copying
 from tests.model.foreign_models import SHAPES, make_hf
 
 REFUSED = {
@@ -100,32 +100,12 @@ def test_numbers_that_are_not_finite_are_refused_when_they_are_read(tmp_path: Pa
 
 def changed(path: Path, fields: Mapping[str, object], rope: list[float] | None = None) -> Path:
     """The file with other fields, and perhaps a scaling of positions."""
-    reader, output = gguf.GGUFReader(path), path.with_name("changed.gguf")
-    writer = gguf.GGUFWriter(output, "llama")
-    for key, one in reader.fields.items():
-        if not key.startswith(("GGUF.", "general.architecture")) and key not in fields:
-            writer.add_key_value(key, one.contents(), one.types[0], one.types[-1])
-    for key, value in fields.items():
-        if value is not None:
-            match value:
-                case bool():
-                    writer.add_bool(key, value)
-                case int():
-                    writer.add_uint32(key, value)
-                case float():
-                    writer.add_float32(key, value)
-                case str():
-                    writer.add_string(key, value)
-                case list():
-                    writer.add_array(key, value)
-    if rope:
-        writer.add_tensor("rope_freqs.weight", np.array(rope, np.float32))
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    output = path.with_name("changed.gguf")
+    with copying(path, output, fields) as (reader, writer):
+        if rope:
+            writer.add_tensor("rope_freqs.weight", np.array(rope, np.float32))
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
     return output
 
 

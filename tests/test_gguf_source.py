@@ -23,6 +23,7 @@ from gptray.model.shape import model_folder
 from gptray.stored import Unreadable
 from tests.data import foreign
 from tests.generation.models import random_gpt, small_tokenizer
+from tests.gguf_copies import copying
 
 NOT_IN_GGUF = {"dropout", "initializer_range"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -81,21 +82,14 @@ def test_a_byte_level_tokenizer_comes_back(tmp_path: Path, make: Callable[[], To
 
 def requantized(path: Path, kind: gguf.GGMLQuantizationType) -> Path:
     """The file with its matrices in another type, as tools of llama.cpp write it."""
-    reader, output = gguf.GGUFReader(path), path.with_suffix(f".{kind.name}.gguf")
-    writer = gguf.GGUFWriter(output, "gpt2")
-    for key, one in reader.fields.items():
-        if not key.startswith(("GGUF.", "general.architecture")):
-            writer.add_key_value(key, one.contents(), one.types[0], one.types[-1])
-    for tensor in reader.tensors:
-        if tensor.data.ndim == 2 and tensor.name != "position_embd.weight":
-            data = gguf.quantize(tensor.data, kind)
-            writer.add_tensor(tensor.name, data, raw_dtype=kind)
-        else:
-            writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    output = path.with_suffix(f".{kind.name}.gguf")
+    with copying(path, output) as (reader, writer):
+        for tensor in reader.tensors:
+            if tensor.data.ndim == 2 and tensor.name != "position_embd.weight":
+                data = gguf.quantize(tensor.data, kind)
+                writer.add_tensor(tensor.name, data, raw_dtype=kind)
+            else:
+                writer.add_tensor(tensor.name, np.array(tensor.data))
     return output
 
 

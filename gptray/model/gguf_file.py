@@ -40,7 +40,7 @@ def write_gguf(
         if precision == "q8_0":
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in fields.items():
-            _add(writer, key, value)
+            add_field(writer, key, value)
         numbers = {name: np.array(vector, np.float32) for name, vector in vectors.items()}
         for name, vector in numbers.items():
             writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)
@@ -58,7 +58,8 @@ def write_gguf(
         writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
+def add_field(writer: gguf.GGUFWriter, key: str, value: object) -> None:
+    """Write a field of metadata, in the type of GGUF that its value has."""
     match value:
         case bool():
             writer.add_bool(key, value)
