@@ -77,6 +77,11 @@ class FieldSpec:
                 for name, limit in detail.get("ctx", {}).items()
             }
             return f"{_LIMITS[kind].format(**limits)}, got {shown(value)}"
+        entry = detail["loc"][-1]
+        if dict in self.kinds and isinstance(value, dict) and entry in value:
+            if value[entry] is None:
+                return f"{entry!r} has no value; a space follows the colon, as in {{name: value}}"
+            return f"{entry!r} cannot be {shown(value[entry])}"
         return f"expects {self._expected()}, got {shown(value)}"
 
     def _expected(self) -> str:
