@@ -11,12 +11,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.files import cache_folder, open_lock, remove, storing
+from gptray.files import cache_folder, expanded, open_lock, remove, storing
 from gptray.gguf_header import read_header
 from gptray.gguf_network import network_json
 from gptray.gguf_tensors import (
@@ -34,6 +35,7 @@ from gptray.stored import Unreadable
 log = logging.getLogger("gptray")
 
 SUFFIX = ".gguf"
+_WEIGHTS = "model.safetensors"
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -50,6 +52,23 @@ def opened_gguf(path: Path) -> Path:
     path = path.resolve()
     status = path.stat()
     return _opened(path, status.st_size, status.st_mtime_ns)
+
+
+@contextmanager
+def named_as_given(folder: Path, source: str | Path) -> Iterator[None]:
+    """Let what the block raises about a folder that was made of a GGUF file name that file.
+
+    folder: of the model that `source` names, of whatever kind it is. Raises UserError.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not is_gguf(expanded(source)):
+            raise
+        message = str(error)
+        for file in (f"{folder}/config.json", f"{folder}/{_WEIGHTS}", str(folder)):
+            message = message.replace(file, str(source))
+        raise UserError(message.replace("config.json", "its header")) from None
 
 
 @cache
@@ -82,7 +101,7 @@ def _make(folder: Path, path: Path, size: int) -> None:
             for file, content in files.items():
                 text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
                 (draft / file).write_text(text, "utf-8")
-            write_weights(draft / "model.safetensors", path, weights)
+            write_weights(draft / _WEIGHTS, path, weights)
             write_manifest(draft)
             remove(folder)  # damaged
             draft.rename(folder)

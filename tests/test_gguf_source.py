@@ -144,6 +144,33 @@ def test_what_cannot_be_read_is_one_line(
         assert f"{path}: " in err and said in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("job", "named"), [("generate", "generate.model"), ("train", "model.init_from")]
+)
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("gpt2.context_length", 1, "n_positions: Input should be greater than or equal to 2"),
+        ("gpt2.block_count", 3, "n_layer=3, but the weights have 2 layers"),
+        ("gpt2.feed_forward_length", 7, "c_fc.weight has shape [32, 64], but its header says"),
+        ("gpt2.attention.layer_norm_epsilon", -1.0, "epsilon: Input should be greater than 0"),
+    ],
+)
+def test_numbers_that_no_network_has_are_the_files_and_not_those_of_a_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    job: str, named: str, key: str, value: float, said: str,
+) -> None:  # fmt: skip
+    path = tmp_path / "impossible.gguf"
+    with copying(exported(tmp_path, small_tokenizer()), path, {key: value}) as (reader, writer):
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+    capsys.readouterr()
+    more = {"generate": ["sample.prompt=a"], "train": [f"storage_path={tmp_path}"]}
+    assert run(job, [f"{named}={path}", *more[job]]) == 2
+    err = capsys.readouterr().err
+    assert f"{named}: {path}: " in err and said in err and str(tmp_path / "cache") not in err
+
+
 def folder(root: Path, name: str) -> Path:
     (root / name).mkdir()
     return root / name

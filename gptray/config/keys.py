@@ -37,7 +37,10 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One key: the types it takes (`items`: inside a list of `size`, None for any), its words."""
+    """One key: the types it takes (`items`: inside a list of `size`, None for any), its words.
+
+    example: a value for who gives none.
+    """
 
     key: str
     kinds: tuple[type, ...]
@@ -45,6 +48,7 @@ class FieldSpec:
     size: int | None
     choices: tuple[str, ...]
     default: object
+    example: object
     description: str
 
     @property
@@ -186,6 +190,7 @@ def _spec(key: str, info: FieldInfo) -> FieldSpec:
         size=size,
         choices=tuple(choices),
         default=default,
+        example=info.examples[0] if info.examples else default,
         description=info.description or "",
     )
 

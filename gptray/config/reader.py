@@ -81,7 +81,9 @@ class Reader:
         if spec is None:
             self._unknown(key, COMMAND_LINE, argument)
         elif not equals or not text:
-            self._problem(COMMAND_LINE, f"{key} has no value, such as {key}={shown(spec.default)}")
+            # The shell takes a pair of quotes away.
+            example = "'\"\"'" if spec.example == "" else shown(spec.example)
+            self._problem(COMMAND_LINE, f"{key} has no value, such as {key}={example}")
         elif any("\ud800" <= character <= "\udfff" for character in text):
             self._problem(COMMAND_LINE, f"{key}: not UTF-8 text")
         else:

@@ -31,7 +31,9 @@ class SampleConfig(Section):
     """How text is continued; names and meaning are Hugging Face's GenerationConfig."""
 
     prompt: str | list[str] | None = Field(
-        None, description="prompts of the samples; null: the first words of validation text"
+        None,
+        description="prompts of the samples; null: the first words of validation text",
+        examples=[""],
     )
     max_new_tokens: Annotated[int, within("max_new_tokens", low=1)] = Field(
         64, description="most tokens to add; fewer if the model's context fills up"

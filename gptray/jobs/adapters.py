@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,8 @@ from gptray.stored import read_foreign
 
 # Sections with the keys `model` and `adapter`.
 WithAdapter = Literal["evaluate", "generate"]
+# What YAML takes in a mapping as it is.
+_PLAIN = re.compile(r"[\w./-]+")
 
 
 def with_adapter(config: Config, section: WithAdapter) -> Config:
@@ -62,8 +66,23 @@ def called_with(name: str, source: str | None) -> str:
     """What a model is called with an adapter, if there is one, after its run or folder."""
     if source is None:
         return name
+    return adapted_name(name, _name(source))
+
+
+def adapter_words(source: str) -> dict[str, str]:
+    """The word of a command that uses a model with an adapter, by job."""
+    pair = (one if _PLAIN.fullmatch(one) else json.dumps(one) for one in (_name(source), source))
+    return {
+        "evaluate": f"evaluate.adapter={source}",
+        "generate": f"generate.adapter={source}",
+        "serve": f"serve.adapters={{{': '.join(pair)}}}",
+    }
+
+
+def _name(source: str) -> str:
+    """That of an adapter's run or folder."""
     folder = Path(source)
-    return adapted_name(name, folder.parent.name if folder.name == ADAPTER else folder.name)
+    return folder.parent.name if folder.name == ADAPTER else folder.name
 
 
 def _base_of(folder: Path, *, key: str) -> str:

@@ -16,8 +16,9 @@ from gptray.config import Config, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
 from gptray.files import absolute, expanded, is_uri
-from gptray.gguf_source import SUFFIX, is_gguf
+from gptray.gguf_source import SUFFIX, is_gguf, named_as_given
 from gptray.hub import NotOnHub
+from gptray.model.adapter_folder import adapter_folder
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
@@ -38,15 +39,30 @@ def open_model(source: str | Path, *, key: str) -> Path:
     """
     try:
         folder = model_folder(source)
-        check_weights(folder, read_shape(folder))
-        Usage.of(folder)
+        with named_as_given(folder, source):
+            check_weights(folder, read_shape(folder))
+            Usage.of(folder)
     except NotOnHub:
         raise
     except UserError as error:
-        raise UserError(f"{key}: {error}") from None
+        raise UserError(f"{key}: {not_adapter(source, key=key) or error}") from None
     if not tokenizer_files(folder):
         raise UserError(f"{key}: {folder} holds no tokenizer (tokenizer.json)")
     return folder
+
+
+def not_adapter(source: str | Path, *, key: str) -> str | None:
+    """What to say of an adapter that is named as a model; None if it is none."""
+    try:
+        folder = adapter_folder(source)
+    except UserError:
+        return None
+    section = key.partition(".")[0]
+    if section in ("evaluate", "generate"):
+        return f"{folder} is an adapter, not a model; {section}.adapter={source} puts it on its own"
+    if section == "serve":
+        return f"{folder} is an adapter, not a model; serve.adapters={{name: {source}}} serves it"
+    return f"{folder} is an adapter, not a model; the model/ of its run has it merged in"
 
 
 def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from gptray.config.keys import shown
 from gptray.evaluation.model_commands import model_commands
 from gptray.files import expanded, is_uri
 from gptray.gguf_source import is_gguf
+from gptray.jobs.adapters import adapter_words
 from gptray.jobs.models import has_model, storage_of
 from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import seen_at
@@ -65,14 +67,19 @@ def resumable(
         raise
 
 
-def of_model(folder: Path, source: str | None = None) -> dict[str, str]:
+def of_model(
+    folder: Path, source: str | None = None, *, adapter: str | None = None
+) -> dict[str, str]:
     """The commands that use the model of a run, a sweep or a model folder, by job.
 
-    source: what named it; a URI or a GGUF file does so again.
+    source: what named it; a URI or a GGUF file does so again. adapter: the folder of one on it.
     """
     again = source and (is_uri(source) or is_gguf(expanded(source)))
     name = source if again else short_name(folder)
-    return model_commands(folder, name, typed)
+    uses = model_commands(folder, name, typed)
+    if adapter is None:
+        return uses
+    return {job: f"{uses[job]} {shlex.quote(word)}" for job, word in adapter_words(adapter).items()}
 
 
 def short_name(folder: Path) -> str:

@@ -19,9 +19,9 @@ from gptray.config.lora_section import LEARNING_RATE_FACTOR
 from gptray.config.names import label_of
 from gptray.evaluation.model_commands import home_of
 from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
-from gptray.gguf_source import is_gguf
+from gptray.gguf_source import is_gguf, named_as_given
 from gptray.hub import NotOnHub
-from gptray.jobs.models import locate, unknown, with_tokenizer
+from gptray.jobs.models import locate, not_adapter, unknown, with_tokenizer
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
@@ -53,6 +53,7 @@ SWEEP_FREE_KEYS = (
     "tune.retry_failed",
 )
 LOCK = ".driver.lock"
+INIT_FROM = "model.init_from"
 
 
 def resolve(config: Config, *, sweep: bool = False) -> Config:
@@ -175,16 +176,18 @@ def outcome(config: Config) -> dict[str, object]:
 
 
 def _shape_of(config: Config, init_from: str) -> dict[str, object]:
-    init_from = locate(config, init_from, key="model.init_from")
+    init_from = locate(config, init_from, key=INIT_FROM)
     try:
-        shape = read_shape(init_from)
+        folder = model_folder(init_from, weights=False)
+        with named_as_given(folder, init_from):
+            shape = read_shape(folder)
+            if is_uri(init_from) or expanded(init_from).exists():
+                check_weights(folder, shape)
+                Usage.of(folder)
     except NotOnHub as error:
-        raise unknown(config, init_from, error.reason, key="model.init_from") from None
+        raise unknown(config, init_from, error.reason, key=INIT_FROM) from None
     except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
-    if is_uri(init_from) or expanded(init_from).exists():
-        check_weights(model_folder(init_from), shape)
-        Usage.of(model_folder(init_from))
+        raise UserError(f"{INIT_FROM}: {not_adapter(init_from, key=INIT_FROM) or error}") from None
     if config.model.resize_vocab:
         del shape["vocab_size"]  # null: the tokenizer's, whichever that is
     given = config.model.model_fields_set

@@ -138,11 +138,13 @@ class _Routes:
         with self._endpoint.using(body.model) as served:
             check_name(served, body.model)
             # Clients look up the id of the token that /tokenizer_info names in this way.
-            is_end = body.prompt == served.tokenizer.eos_token
-            tokens = [served.tokenizer.eos_id] if is_end else []
-            if body.prompt and not is_end:
-                add = body.add_special_tokens
+            add, tokenizer = body.add_special_tokens, served.tokenizer
+            if body.prompt == tokenizer.eos_token:
+                tokens = [tokenizer.eos_id]
+            elif body.prompt:
                 tokens = await served.prompt_ids(body.prompt, add_prefix=add)
+            else:
+                tokens = tokenizer.prefix if add else []
             answer = {
                 "count": len(tokens),
                 "max_model_len": served.engine.n_positions,

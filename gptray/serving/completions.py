@@ -67,7 +67,7 @@ class Completion:
         self.body, self._served = body, served
         self._options = body.stream_options or StreamOptions()
         self._sequences = sequences
-        echoed = prompts if body.echo else [Echo("", 0) for _ in prompts]
+        echoed = prompts if body.echo else [Echo("") for _ in prompts]
         self._outputs = [
             _Output(index, prompt, body.logprobs is not None, served)
             for index, prompt in enumerate(one for one in echoed for _ in range(body.n))
@@ -161,9 +161,10 @@ class _Output:
 
     def __init__(self, index: int, prompt: Echo, logprobs: bool, served: Served) -> None:
         self._index, self._has_logprobs = index, logprobs
-        self._echoed, self._unseen = prompt
+        self._echoed, self._lead = prompt.text, list(prompt.lead)
+        self._led = 0  # characters of the lead that were told
         self._served = served
-        # Tells where in the text each token begins.
+        # Tells where in the text behind the lead each token begins.
         self._told = TextStream(served.tokenizer.decode)
 
     def take(self, update: Update) -> Choice:
@@ -193,14 +194,15 @@ class _Output:
 
     def _offset(self, token: int) -> int:
         """Where in the text the next token begins; part of a character: where that does."""
-        if self._unseen:
-            self._unseen -= 1
-            return 0
+        if self._lead:
+            before = self._led
+            self._led += len(self._lead.pop(0))
+            return before
         before, own = len(self._told.text), self._served.token_text(token)
         self._told.add(token)
         # What was held back may have come with it.
         whole = self._told.text.endswith(own)
-        return len(self._told.text) - len(own) if whole else before
+        return self._led + (len(self._told.text) - len(own) if whole else before)
 
     def _likeliest(self, drawn: Drawn) -> dict[str, float | None] | None:
         if drawn.logprob is None:

@@ -9,10 +9,13 @@ from gptray.serving.protocol import CompletionRequest, Prompt
 
 
 class Echo(NamedTuple):
-    """A prompt as an answer shows it. unseen: how many of its first tokens the text leaves out."""
+    """A prompt as an answer shows it.
+
+    lead: what the text shows of each token that the tokenizer puts before it: its name or nothing.
+    """
 
     text: str
-    unseen: int
+    lead: tuple[str, ...] = ()
 
 
 async def ids_of(prompt: Prompt, body: CompletionRequest, served: Served) -> list[int]:
@@ -26,6 +29,7 @@ def echo(prompt: Prompt, body: CompletionRequest, ids: list[int], served: Served
     """A prompt as it is shown: an empty one, and ids, as what was read."""
     tokenizer = served.tokenizer
     if not prompt or not isinstance(prompt, str):
-        return Echo(tokenizer.decode(ids), 0)
-    is_seen = not body.add_special_tokens or tokenizer.begins_with_prefix(prompt)
-    return Echo(prompt, 0 if is_seen else len(tokenizer.prefix))
+        return Echo(tokenizer.decode(ids))
+    if tokenizer.begins_with_prefix(prompt):
+        return Echo(prompt, tuple(tokenizer.names[number] for number in tokenizer.prefix))
+    return Echo(prompt, ("",) * len(tokenizer.prefix) if body.add_special_tokens else ())

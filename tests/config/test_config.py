@@ -149,6 +149,7 @@ def test_text_in_yaml_stays_as_written(write: Write) -> None:
         ("name=a/b", "letters or digits"),
         ("name=", "name has no value"),
         ("seed", "seed has no value, such as seed=1337"),
+        ("sample.prompt=", "sample.prompt has no value, such as sample.prompt='\"\"'"),
         ("optim=3", "optim is a section"),
         ("lr=3", "did you mean optim.lr?"),
         ("train.lr=3", "did you mean optim.lr?"),

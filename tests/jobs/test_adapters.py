@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,12 @@ import torch
 
 from gptray.config import LoraConfig, UserError, load_config
 from gptray.data.tokenizer import Tokenizer
+from gptray.doors import run
 from gptray.jobs.adapters import called_with
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.output_plan import job_identity
 from gptray.jobs.generate.run import generate
+from gptray.jobs.next_steps import of_model
 from gptray.jobs.serve.check import check as check_endpoint
 from gptray.jobs.serve.check import plan as plan_endpoint
 from gptray.jobs.train.check import check as check_training
@@ -105,6 +110,45 @@ def test_what_is_no_adapter_is_refused(word: str, told: str, model_dir: Path) ->
     given = [f"generate.model={model_dir}", "sample.prompt=x", word.format(model=model_dir)]
     with pytest.raises(UserError, match=told):
         generate(load_config(None, given))
+
+
+@pytest.mark.parametrize(
+    ("job", "named", "told"),
+    [
+        ("generate", "generate.model={run}", "generate.model: {run}/adapter is an adapter, not a "
+         "model; generate.adapter={run} puts it on its own"),
+        ("evaluate", "evaluate.model={run}/adapter", "evaluate.adapter={run}/adapter puts it on"),
+        ("serve", "serve.model={run}", "serve.adapters={{name: {run}}} serves it"),
+        ("export", "export.model={run}", "; the model/ of its run has it merged in"),
+        ("train", "model.init_from={run}", "model.init_from: {run}/adapter is an adapter, not a"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_is_named_as_a_model_is_told_its_key(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    job: str, named: str, told: str,
+) -> None:  # fmt: skip
+    words = [named.format(run=adapter.parent), f"storage_path={tmp_path}"]
+    more = {"generate": ["sample.prompt=x"], "export": [f"export.output_path={tmp_path}/x.gguf"]}
+    assert run(job, [*words, *more.get(job, [])]) == 2
+    assert told.format(run=adapter.parent) in capsys.readouterr().err
+
+
+def test_the_commands_that_come_next_use_the_adapter_too(
+    model_dir: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = tmp_path / "it's, {mine}"
+    shutil.copytree(adapter, moved)
+    for folder, name in ((adapter, "story"), (moved, moved.name)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "gptray"):
+            texts(f"generate.adapter={folder}")
+        command = shlex.split(caplog.messages[-1])
+        config = load_config(None, command[command.index("jobs/serve.py") + 1 :])
+        assert config.serve.model == str(model_dir)
+        assert config.serve.adapters == {name: str(folder)}
+    for job, key in (("evaluate", "evaluate.adapter"), ("generate", "generate.adapter")):
+        words = shlex.split(of_model(model_dir, adapter=str(adapter))[job])
+        assert words[-1] == f"{key}={adapter}"
 
 
 def test_a_dry_run_tells_what_is_trained(model_dir: Path, source: Path, tmp_path: Path) -> None:

@@ -325,3 +325,21 @@ def test_a_prompt_is_read_behind_what_the_tokenizer_puts_before_it() -> None:
             assert httpx.post(url, json=asked).json()["tokens"] == expected
         named_token = server.get("/tokenizer_info").json()["bos_token"]
         assert httpx.post(url, json={"prompt": named_token}).json()["tokens"] == bos
+        for add, expected in ((True, bos), (False, [])):
+            asked = {"prompt": "", "add_special_tokens": add}
+            assert httpx.post(url, json=asked).json()["tokens"] == expected
+
+
+def test_offsets_are_those_of_the_prompt_as_it_was_written() -> None:
+    tokenizer = foreign.as_tokenizer(foreign.beginning(foreign.llama(), "<s> $A"))
+    body: dict[str, Any] = {"max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 0}
+    with running(random_gpt(tokenizer), tokenizer=tokenizer) as server:
+        for prompt, begins in (("the cat", [0, 0, 4]), ("<s>the cat", [0, 3, 7])):
+            choice = server.post(prompt=prompt, **body).json()["choices"][0]
+            told = choice["logprobs"]
+            assert told["text_offset"][:3] == begins
+            # Decoding takes the space away with which a word's token begins.
+            words = ["<s>", "the", "cat"]
+            assert told["tokens"][:3] == words and choice["text"].startswith(prompt)
+            for word, at in list(zip(words, told["text_offset"], strict=False))[1:]:
+                assert choice["text"][at:].lstrip().startswith(word)

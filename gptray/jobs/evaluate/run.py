@@ -59,7 +59,8 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
     reporter = Reporter(checked.folder)
     reporter.write(running=False)
     if not checked.others:
-        uses = of_model(checked.run or checked.model_dir, checked.found.place)
+        named = checked.run or checked.model_dir
+        uses = of_model(named, checked.found.place, adapter=checked.config.evaluate.adapter)
         tell([uses["generate"], uses["serve"]])
     place, report = str(checked.folder), reporter.path
     if checked.home:

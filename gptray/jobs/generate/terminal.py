@@ -53,7 +53,7 @@ def generate_here(model: CheckedModel) -> dict[str, Any]:
         write_out("\n")
     seconds = time.monotonic() - began
     run = llm.folder.parent if llm.folder.name == "model" else llm.folder
-    tell([of_model(run, llm.name)["serve"]])
+    tell([of_model(run, llm.name, adapter=config.generate.adapter)["serve"]])
     outputs = [output_of(*one) for one in zip(prompts, sequences, strict=True)]
     tokens = sum(len(output.tokens) for output in outputs)
     return {
