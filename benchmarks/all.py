@@ -2,8 +2,8 @@
 
     python benchmarks/all.py [--quick] [--parts limits,backends,train,generate,contention] [--save]
 
-Systems take turns, each in a process of its own; figures are medians over rounds. transformers and
-CTranslate2 take part where they are installed. It takes about fifteen minutes, with --quick three.
+Systems take turns, each in a process of its own; figures are medians over rounds. transformers,
+CTranslate2 and llama.cpp take part where they are installed. It takes about fifteen minutes, with --quick three.
 --save writes a file for this kind of machine to benchmarks/results/.
 """
 
@@ -119,8 +119,8 @@ def training(say: Say, *, quick: bool) -> dict[str, Any]:
 
 
 def generation(say: Say, *, quick: bool) -> dict[str, Any]:
-    """GPT-2 124M's shape in int8 and bf16, beside transformers and CTranslate2."""
-    systems = ["hf-bf16"] * is_there("transformers") + ["ct2-int8"] * is_there("ctranslate2")
+    """GPT-2 124M's shape in int8 and bf16, beside transformers, CTranslate2 and llama.cpp."""
+    systems = generate.installed(["hf-bf16", "ct2-int8", "llama-q8_0"])
     systems += ["bf16", "bf16:native", "bf16:torch", "int8"]
     batches = [1, 32] if quick else [1, 8, 32, 64]
     found = {}

@@ -1,4 +1,4 @@
-"""Tokens per second of gptray's engine against transformers' generate and CTranslate2.
+"""Tokens per second of gptray's engine against transformers' generate, CTranslate2 and llama.cpp.
 
 Random weights of a GPT-2 or Llama shape, the same prompts of 32 tokens, 64 new tokens each, top-k
 50, reading of the prompts included. Every system has a process of its own, and they take turns, so
@@ -8,12 +8,15 @@ that a busy machine slows them alike; figures are medians over rounds.
         [--systems bf16,ct2-int8]
 
 CTranslate2 (pip install ctranslate2) runs with one sequence on all cores, with more on one core
-for each of two replicas, where it is fastest.
+for each of two replicas, where it is fastest. llama.cpp (pip install llama-cpp-python, which builds
+it for this processor) decodes all sequences as one batch on all cores. Peers that are not installed
+are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -42,7 +45,15 @@ N_POSITIONS = 1024
 WORDS = 49_000
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
 MAX_BATCH_SIZE = 64
-SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8")
+PEERS = {
+    "hf": ("transformers", ("fp32", "bf16")),
+    "ct2": ("ctranslate2", ("float32", "int8")),
+    "llama": ("llama_cpp", ("fp16", "q8_0")),
+}
+SYSTEMS = (
+    *(f"{peer}-{weights}" for peer, (_, kinds) in PEERS.items() for weights in kinds),
+    "fp32", "bf16", "int8",
+)  # fmt: skip
 # What generate.backend=auto chooses between.
 OF_BACKENDS = ("bf16:native", "bf16:torch", "int8:native", "int8:torch")
 
@@ -146,10 +157,27 @@ def ct2_run(model_dir: str, compute_type: str) -> Run:
     return run
 
 
+def llama_run(model_dir: str, precision: str) -> Run:
+    from llama_peer import open_llama, write_without_words
+
+    length = PROMPT_TOKENS + NEW_TOKENS
+    path = write_without_words(Path(model_dir), precision)
+    generate = open_llama(path, most=MAX_BATCH_SIZE, length=length, top_k=TOP_K)
+    return lambda batch, salt: generate(prompts(batch, salt), NEW_TOKENS)
+
+
+def installed(systems: list[str]) -> list[str]:
+    """Those of some systems whose package is there."""
+    packages = {system: PEERS.get(system.partition("-")[0], ("gptray",))[0] for system in systems}
+    return [one for one, package in packages.items() if importlib.util.find_spec(package)]
+
+
 def timed(system: str, model_dir: str) -> Callable[[int], float]:
     """Make a system; the function generates for a batch and returns its seconds."""
     kind, _, precision = system.rpartition("-")
-    run = {"": gptray_run, "hf": hf_run, "ct2": ct2_run}[kind](model_dir, precision)
+    run = {"": gptray_run, "hf": hf_run, "ct2": ct2_run, "llama": llama_run}[kind](
+        model_dir, precision
+    )
     salts = itertools.count()
 
     def seconds(batch: int) -> float:
@@ -220,7 +248,7 @@ def main() -> None:
         answer(lambda: timed(args.worker, args.model))
         return
     batches = [int(batch) for batch in args.batch.split(",")]
-    result = measure(args.shape, batches, args.systems.split(","), args.rounds)
+    result = measure(args.shape, batches, installed(args.systems.split(",")), args.rounds)
     for title in ("tokens_per_sec", "ms_per_step", "ratios"):
         print(f"{title:20}" + "".join(f"{f'B={b}':>10}" for b in batches))
         for name, row in result[title].items():

@@ -195,7 +195,7 @@ def verdict(diagnosis: Diagnosis) -> str:
         "none": "not evaluated yet",
         "single": "one evaluation only",
         "overfitting": f"overfits since step {turned}",
-        "unsure": "rose at the end, too little to tell",
+        "unsure": "rose at the end, too briefly to tell",
         "unstable": "unstable",
         "stuck": "has learnt next to nothing",
         "falling": "does not overfit, still falling",

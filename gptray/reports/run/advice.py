@@ -138,7 +138,7 @@ def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     if interval > 1:
         yield Advice(
             "more frequent evaluations",
-            f"train.eval_interval is {interval}; a turn needs three evaluations after it",
+            f"train.eval_interval is {interval}; a turn needs three well above it",
             3.0,
             {"train.eval_interval": -(-interval // 3)},
         )

@@ -90,8 +90,8 @@ def _unsure(diagnosis: Diagnosis, best: Point, last: Point) -> str:
     worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
     after = sum(point.step > best.step for point in diagnosis.points)
     text = (
-        f"{_best(diagnosis, best)} and {worse} higher {count(after, 'evaluation')} later, which "
-        "is too little to tell a turn from noise"
+        f"{_best(diagnosis, best)} and {worse} higher {count(after, 'evaluation')} later, too few "
+        "to tell a turn from noise"
     )
     return f"{text}; stopping there {_saved(diagnosis)}." if diagnosis.steps_saved else f"{text}."
 
