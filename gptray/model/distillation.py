@@ -2,7 +2,7 @@
 
 Hinton et al. 2015, Distilling the Knowledge in a Neural Network, at a temperature of 1; several
 teachers count as one by the average of their probabilities, as an ensemble is scored. In pieces of
-rows, as in `gptray.model.loss`: no more than one piece's logits exist, of the model and of a teacher.
+rows, as in `gptray.model.loss`: of the model and of a teacher, one piece's logits exist.
 """
 
 from __future__ import annotations

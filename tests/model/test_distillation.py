@@ -35,7 +35,7 @@ def test_pieces_equal_the_formula_of_whole_logits(
     )
     soft = SoftTargets(hidden, heads, share)
     losses = taught_cross_entropy(x, weight, targets, soft, valid=VALID)
-    (3 * losses[0]).backward()
+    (3 * losses[0]).backward()  # type: ignore[no-untyped-call]
     ours = [losses.detach(), x.grad, weight.grad]
 
     x.grad = weight.grad = None
@@ -44,7 +44,7 @@ def test_pieces_equal_the_formula_of_whole_logits(
     of_text = F.cross_entropy(logits, targets)
     of_teachers = F.cross_entropy(logits, torch.stack(each).mean(0))
     loss = (1 - share) * of_text + share * of_teachers
-    (3 * loss).backward()
+    (3 * loss).backward()  # type: ignore[no-untyped-call]
     theirs = [torch.stack([loss, of_text]).detach(), x.grad, weight.grad]
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
@@ -56,5 +56,5 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     x, weight = some(N, C, seed=0).requires_grad_(), some(V, C, seed=1)
     targets = torch.zeros(N, dtype=torch.int64)
     soft = SoftTargets([some(N, 8, seed=3)], [some(V, 8, seed=5)], 0.5)
-    taught_cross_entropy(x, weight, targets, soft, valid=V)[0].backward()
+    taught_cross_entropy(x, weight, targets, soft, valid=V)[0].backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None and bool(x.grad.abs().sum() > 0)

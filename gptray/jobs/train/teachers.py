@@ -1,4 +1,4 @@
-"""Whether the teachers of a run can teach it, and are those that it began with. No torch, no Ray."""
+"""Whether models can teach a run, and are those that it began with. No torch, no Ray."""
 
 from __future__ import annotations
 
