@@ -88,6 +88,7 @@ class Event(TypedDict, total=False):
     processor: str
     versions: dict[str, str]
     loses: str
+    teachers: dict[str, str]  # sha256 of the weights, by train.teachers
     text: dict[str, str]
     warnings: list[str]
 
@@ -181,6 +182,11 @@ def versions() -> dict[str, str]:
 def base_val_loss(events: Sequence[Event]) -> float | None:
     """The validation loss of the weights that a run began with; None if they were new ones."""
     return next((one["val_loss"] for one in reversed(events) if one["event"] == "base"), None)
+
+
+def teachers_of(events: Sequence[Event]) -> dict[str, str]:
+    """The sha256 of the weights of a run's teachers, by their names; none where it has none."""
+    return next((one["teachers"] for one in reversed(events) if one.get("teachers")), {})
 
 
 def seconds_trained(events: Sequence[Event]) -> float:

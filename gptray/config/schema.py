@@ -123,6 +123,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _is_taught_by_whole_models(self) -> Config:
+        if self.train.teachers and self.compute.strategy == "fsdp":
+            raise ValueError(
+                "train.teachers are whole on each worker, and do not go with compute.strategy=fsdp"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapts_a_model(self) -> Config:
         if self.lora.rank is None:
             return self

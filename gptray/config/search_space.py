@@ -35,6 +35,7 @@ NOT_TUNED = {
     "train.log_interval": _UNTRAINED,
     "train.async_validation": _UNTRAINED,
     "train.resume": _UNTRAINED,
+    "train.teachers": "all trials have the same teachers",
     **{
         f"{section}.": _UNTRAINED
         for section in (

@@ -149,6 +149,15 @@ class TrainConfig(Section):
         "at each evaluation next to the weights themselves; the better of the two counts; "
         "null: off",
     )
+    teachers: list[NonEmpty] = Field(
+        [],
+        description="trained models with the same tokenizer, such as three runs that differ in "
+        "their seed: besides the text, the model learns the average of their probabilities, and "
+        "may keep much of what they gain as an ensemble",
+    )
+    teacher_weight: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.5, description="share of the loss that is against train.teachers, the rest being the text"
+    )
     async_validation: bool = Field(
         False,
         description="an extra worker scores the checkpoints while training continues, to the same "

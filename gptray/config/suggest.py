@@ -91,6 +91,10 @@ ALIASES = {
     "train.patience": "early_stopping_patience early_stopping early_stop",
     "train.min_delta": "early_stopping_threshold delta",
     "train.ema": "ema_decay ema_beta weight_averaging model_ema averaging swa",
+    "train.teachers": "teacher teacher_model teacher_models teacher_model_name_or_path distill "
+    "distill_from distillation_teacher",
+    "train.teacher_weight": "distillation_weight distill_weight kd_weight kd_alpha distill_alpha "
+    "kd_ratio lmbda",
     "train.precision": "dtype mixed_precision amp fp16 bf16 fp32",
     "train.compile": "torch_compile compile_model",
     "train.deterministic": "use_deterministic_algorithms full_determinism reproducible "

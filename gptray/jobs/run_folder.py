@@ -26,7 +26,7 @@ from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
 from gptray.node_cache import storage_folder
-from gptray.record import METRICS, base_val_loss, read_events, read_metrics
+from gptray.record import METRICS, base_val_loss, read_events, read_metrics, teachers_of
 from gptray.remote_folder import RemoteFolder
 from gptray.stored import Unreadable, read_object
 from gptray.training.landing import landing_gain, why_stopped
@@ -74,6 +74,8 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
         values |= _shape_of(config, config.model.init_from)
     elif config.data.tokenizer is None:
         values["data.tokenizer"] = "bpe"
+    key = "train.teachers"
+    values[key] = [_whole(locate(config, one, key=key)) for one in config.train.teachers]
     values |= _adapters_rates(config)
     resolved = override(config, values)
     if resolved.name:
@@ -146,10 +148,10 @@ def outcome(config: Config) -> dict[str, object]:
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
     evaluation, and `base_val_loss` to the weights of model.init_from. `val_lost` is the share of
     the validation text that the tokenizer loses. `landed`: whether the model is from the cool-down;
-    `landing_gain`: see `gptray.training.landing`.
+    `landing_gain`: see `gptray.training.landing`. `teachers`: the sha256 of each one's weights.
     """
     folder = run_dir(config)
-    rows = read_metrics(folder)
+    rows, events = read_metrics(folder), read_events(folder)
     evaluations = [row for row in rows if "val_loss" in row]
     if not evaluations:
         raise RunFailed(f"{folder / METRICS} has no evaluation")
@@ -162,7 +164,7 @@ def outcome(config: Config) -> dict[str, object]:
         "best_step": best["step"],
         "train_loss": best["train_loss"],
         "val_loss": best["val_loss"],
-        "base_val_loss": base_val_loss(read_events(folder)),
+        "base_val_loss": base_val_loss(events),
         "val_ppl": best["val_ppl"],
         "val_bpb": best["val_bpb"],
         "val_lost": best.get("val_lost", 0.0),
@@ -171,6 +173,7 @@ def outcome(config: Config) -> dict[str, object]:
         "stopped": why_stopped(rows, config),
         "landed": best.get("phase") == "landing",
         "landing_gain": landing_gain(rows),
+        "teachers": teachers_of(events),
         "tokens_per_sec": rates[len(rates) // 2],
     }
 
@@ -203,15 +206,19 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
         raise UserError("; ".join(wrong))
     keys = {key: value for key, value in shape.items() if key not in free & given}
     values: dict[str, object] = {f"model.{key}": value for key, value in keys.items()}
-    if is_uri(init_from):
-        values["model.init_from"] = init_from
-    elif is_gguf(expanded(init_from)):
-        values["model.init_from"] = str(absolute(init_from))
-    elif expanded(init_from).exists():
-        values["model.init_from"] = str(model_folder(init_from).resolve())
+    values["model.init_from"] = _whole(init_from)
     if config.data.tokenizer is None:
-        values["data.tokenizer"] = values.get("model.init_from", init_from)
+        values["data.tokenizer"] = values["model.init_from"]
     return values
+
+
+def _whole(source: str) -> str:
+    """What names a model in any working folder: a URI, a path from the root on, or a hub id."""
+    if is_uri(source):
+        return source
+    if is_gguf(expanded(source)):
+        return str(absolute(source))
+    return str(model_folder(source).resolve()) if expanded(source).exists() else source
 
 
 def _adapters_rates(config: Config) -> dict[str, object]:

@@ -96,9 +96,13 @@ def check_shared(
 def check_shared_by_training(config: Config, folder: Path) -> None:
     """Refuse what the workers of a run or sweep would not see. Raises as `check_shared`."""
     init_from = config.model.init_from
+    read = {
+        "model.init_from": [expanded(init_from)] if init_from else [],
+        "train.teachers": [expanded(one) for one in config.train.teachers],
+    }
     check_shared(
         written=written_by_all(config, folder),
-        read={"model.init_from": [expanded(init_from)]} if init_from else None,
+        read={key: paths for key, paths in read.items() if paths},
         stores=stores_of(config),
         use_gpu=config.compute.use_gpu,
     )

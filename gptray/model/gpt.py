@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from gptray.config import ModelConfig, UserError
 from gptray.model import kernels
 from gptray.model.attention import causal_attention
+from gptray.model.distillation import SoftTargets, taught_cross_entropy
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, activation, dropout
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
 from gptray.model.rotary import Angles, Rotary, rotate
@@ -157,10 +158,8 @@ class Transformer(nn.Module):
         x = dropout(x.to(dtype), self.dropout if self.training else 0.0)
         for block in self.h:
             if self.recomputes and torch.is_grad_enabled():
-                keeps_random = self.dropout > 0
-                x = checkpoint(
-                    block, x, angles, use_reentrant=False, preserve_rng_state=keeps_random
-                )
+                keeps = self.dropout > 0
+                x = checkpoint(block, x, angles, use_reentrant=False, preserve_rng_state=keeps)
             else:
                 x = block(x, angles)
         normed: Tensor = self.ln_f(x)
@@ -265,33 +264,37 @@ class GPT(nn.Module):
         for weight in {self.transformer.wte.weight, self.head}:
             weight[self.valid_vocab_size :].zero_()
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, soft: SoftTargets | None = None
+    ) -> Tensor:
         """Logits (B, T, V) of idx (B, T), or with targets (B, T) the mean cross-entropy, fp32.
 
-        Padded entries have logits of -inf.
+        With what teachers make of idx, two losses, see `taught_cross_entropy`. Padded entries have
+        logits of -inf.
         """
-        x = self._hidden(idx)
-        weight = self.head
+        x, weight, valid = self.hidden(idx), self.head, self.valid_vocab_size
         if targets is not None:
-            x = x.flatten(0, 1)
-            return self.head_loss(x, weight, targets.flatten(), valid=self.valid_vocab_size)
+            rows = x.flatten(0, 1), weight, targets.flatten()
+            if soft:
+                return taught_cross_entropy(*rows, soft, valid=valid)
+            return self.head_loss(*rows, valid=valid)
         logits = F.linear(x, weight.to(x.dtype))
-        if self.valid_vocab_size < weight.size(0):
-            padded = torch.arange(weight.size(0), device=x.device) >= self.valid_vocab_size
+        if valid < weight.size(0):
+            padded = torch.arange(weight.size(0), device=x.device) >= valid
             logits = logits.masked_fill(padded, float("-inf"))
         return logits
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each target, (B, T) fp32, in nats; no gradient."""
-        x = self._hidden(idx).flatten(0, 1)
+        x = self.hidden(idx).flatten(0, 1)
         losses = token_cross_entropy(x, self.head, targets.flatten(), valid=self.valid_vocab_size)
         return losses.view(targets.shape)
 
-    def _hidden(self, idx: Tensor) -> Tensor:
-        if idx.size(1) > self.config.n_positions:
-            raise ValueError(
-                f"{idx.size(1)} tokens are more than model.n_positions={self.config.n_positions}"
-            )
+    def hidden(self, idx: Tensor) -> Tensor:
+        """What the head makes logits of, (B, T, C). Raises ValueError for too many tokens."""
+        most = self.config.n_positions
+        if idx.size(1) > most:
+            raise ValueError(f"{idx.size(1)} tokens are more than model.n_positions={most}")
         hidden: Tensor = self.transformer(idx, self.compute_dtype)
         return hidden

@@ -56,29 +56,35 @@ def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: in
     """-log softmax(x @ weight.T)[target] of each token, (N,) fp32; no gradient."""
     weight = weight.to(x.dtype)
     losses = [
-        -_log_probabilities(piece, weight, valid).gather(1, target).squeeze(1)
-        for piece, target in _pieces(x, weight, targets)
+        -log_probabilities(piece, weight, valid).gather(1, target).squeeze(1)
+        for piece, target in pieces_of(x, weight, targets)
     ]
     return losses[0] if len(losses) == 1 else torch.cat(losses)
 
 
-def _pieces(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of x with their targets (rows, 1)."""
+def pieces_of(
+    x: Tensor, weight: Tensor, targets: Tensor, *, copies: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of x with their targets (rows, 1).
+
+    copies: how many times as much of a piece there is at a time as `piece_rows` expects.
+    """
     on_gpu = x.device.type != "cpu"
-    logit_bytes = x.element_size() if torch.compiler.is_compiling() else 4
+    logit_bytes = copies * (x.element_size() if torch.compiler.is_compiling() else 4)
     rows = piece_rows(x.size(0), weight.size(0), on_gpu=on_gpu, logit_bytes=logit_bytes)
     return zip(torch.split(x, rows), torch.split(targets.unsqueeze(1), rows), strict=True)
 
 
-def _log_probabilities(x: Tensor, weight: Tensor, valid: int) -> Tensor:
+def log_probabilities(x: Tensor, weight: Tensor, valid: int) -> Tensor:
+    """log softmax(x @ weight.T), (rows, V) fp32, of the first `valid` entries; -inf of others."""
     logits = torch.mm(x, weight.t()).float()  # (rows, V)
     if valid < weight.size(0):
         logits[:, valid:] = float("-inf")
     return torch.log_softmax(logits, dim=-1)
 
 
-def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """total (V, C) += grad^T (V, rows) @ x (rows, C), the sum in fp32."""
+def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Add in place: total (V, C) += grad^T (V, rows) @ x (rows, C), the sum in fp32."""
     if x.device.type != "cpu":
         total += torch.mm(grad.t(), x)
         return
@@ -90,7 +96,7 @@ def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
 
 def scores(x: Tensor, weight: Tensor, target: Tensor, valid: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets (rows, 1) fp32, and the logits' gradient (rows, V)."""
-    log_p = _log_probabilities(x, weight, valid)
+    log_p = log_probabilities(x, weight, valid)
     picked = log_p.gather(1, target)
     # d sum / d logits = softmax - onehot
     return picked, log_p.exp_().scatter_(1, target, picked.expm1()).to(x.dtype)
@@ -119,12 +125,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_weights = ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight) if needs_weights else weight[:0]
         log_p, grad_x = [], []
-        for piece, target in _pieces(x, weight, targets):
+        for piece, target in pieces_of(x, weight, targets):
             picked, grad = score(piece, cast, target, valid)
             log_p.append(picked)
             grad_x.append(torch.mm(grad, cast))
             if needs_weights:
-                _add_product(grad_weight, grad, piece)
+                add_product(grad_weight, grad, piece)
         ctx.save_for_backward(grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x), grad_weight)
         return -torch.cat(log_p).mean()
 

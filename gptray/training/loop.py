@@ -215,11 +215,11 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
         idx, targets = run.micro_batch(micro % count)
         run.laps.end("data")
         with workers.reduces_gradients(run.loss_model, now=one == passes - 1):
-            loss = run.loss_model(idx, targets) / (count / workers.size)
+            loss, of_text = (one / (count / workers.size) for one in run.losses(idx, targets))
             if micro >= count:
-                loss = loss * 0.0
+                loss, of_text = loss * 0.0, of_text * 0.0
             loss.backward()
-        total += loss.detach()
+        total += of_text
         run.laps.end("forward_backward")
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
     if is_spread(norm):
@@ -246,8 +246,9 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
 def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr: float) -> Metrics:
     """The row of a logged step: `train_loss` is the mean since the row before, dropout on.
 
-    Like validation loss, it includes the charge for text that the tokenizer loses, as the training
-    split's mean. `mfu` is present on GPUs whose peak is known, `phase` where the run is to land.
+    It is the text's alone, teachers or not. Like validation loss, it includes the charge for text
+    that the tokenizer loses, as the training split's mean. `mfu` is present on GPUs whose peak is
+    known, `phase` where the run is to land.
     """
     return {
         "step": run.state.step,

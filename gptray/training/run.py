@@ -43,6 +43,7 @@ from gptray.training.optim import learning_rate, load_optimizer, make_optimizer
 from gptray.training.publishing import publish_best
 from gptray.training.sharding import ShardedWorkers, shard
 from gptray.training.stopping import Progress
+from gptray.training.teaching import Teachers
 from gptray.training.trainer_state import TrainerState
 from gptray.training.workers import Workers
 
@@ -71,6 +72,8 @@ class Run:
     average: Average | None
     # What lora.rank adapts.
     base: Base | None
+    # With train.teachers.
+    teachers: Teachers | None
     laps: Laps = field(default_factory=Laps)
     # Has a checkpoint on this worker's node.
     bring: Callable[[Path], None] = lambda checkpoint: None
@@ -104,6 +107,14 @@ class Run:
             replace_tokens(inputs, share, vocabulary, seed=self.config.seed, step=step, first=first)
         idx, next_idx = both.to(self.device, non_blocking=True)
         return idx, next_idx
+
+    def losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to minimise of a micro-batch (B, T), and that of the text alone, detached."""
+        if self.teachers is None:
+            loss: Tensor = self.loss_model(idx, targets)
+            return loss, loss.detach()
+        both: Tensor = self.loss_model(idx, targets, self.teachers.expect(idx))
+        return both[0], both[1].detach()
 
     def publish(self, checkpoint: Path, *, averaged: bool) -> None:
         """Make a checkpoint's model, or its average, the run's. Raises RunFailed."""
@@ -149,7 +160,7 @@ def start(
     state = TrainerState.load(folder) if folder else new
     step_model: nn.Module = model
     if is_compiled:
-        in_parts = workers.size > 1 or config.model.checkpoint_blocks
+        in_parts = workers.size > 1 or config.model.checkpoint_blocks or bool(config.train.teachers)
         step_model = compiled(model, device, tell, in_parts=in_parts)
     run = Run(
         config=config,
@@ -168,6 +179,7 @@ def start(
         ),
         average=workers.all_or_none(lambda: _average(model, config, folder)),
         base=workers.all_or_none(lambda: base_of(config)),
+        teachers=workers.all_or_none(lambda: _teachers(model, config, device)),
     )
 
     def begin() -> None:
@@ -201,6 +213,7 @@ def _write_start(run: Run, choice: Choice, *, compiled: bool) -> None:
         processor=processor_name(),
         versions=versions(),
         **({"loses": data.loses} if data.loses else {}),
+        **({"teachers": run.teachers.sha256} if run.teachers else {}),
         text=dict(split_rows(data.manifest)),
         warnings=data.manifest["warnings"],
         **({"until": run.state.landing.end} if run.state.landing else {}),
@@ -241,6 +254,13 @@ def _average(model: GPT, config: Config, checkpoint: Path | None) -> Average | N
     if checkpoint:
         average.load(model, checkpoint / AVERAGED)
     return average
+
+
+def _teachers(model: GPT, config: Config, device: torch.device) -> Teachers | None:
+    if not config.train.teachers:
+        return None
+    vocab_size, dtype = model.valid_vocab_size, model.compute_dtype
+    return Teachers(config.train, vocab_size=vocab_size, dtype=dtype, device=device)
 
 
 @contextmanager

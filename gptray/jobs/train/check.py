@@ -28,6 +28,7 @@ from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.adapter_plan import check_base, trained_parameters
 from gptray.jobs.train.embedding import check_vocabulary
+from gptray.jobs.train.teachers import check_same_tokenizer, check_teachers, teacher_bytes
 from gptray.model.families import FAMILIES
 from gptray.model.hf_config import family_of
 from gptray.model.parameters import parameter_count
@@ -88,8 +89,13 @@ def check(config: Config) -> CheckedTraining:
     check_not_landing(config, changes, state)
     check_records(folder, state, log_interval=config.train.log_interval)
     checked = CheckedTraining(config, folder, text, state, changes)
-    if text.data and not checked.is_finished:
+    if checked.is_finished:
+        return checked
+    check_teachers(config, folder)
+    if text.data:
         check_data(config, text.data, state)
+    elif text.tokenizer:
+        check_same_tokenizer(config, text.tokenizer)
     return checked
 
 
@@ -128,6 +134,7 @@ def check_data(config: Config, data: TokenData, state: TrainerState | None) -> N
     if len(data.val) < 2:
         raise UserError("the validation split has fewer than 2 tokens; change data.split")
     _check_prompts(config, data.tokenizer)
+    check_same_tokenizer(config, data.tokenizer)
     if state and state.data != data.fingerprint:
         raise UserError(
             f"the text or tokenizer of the run {config.name} has changed since it started "
@@ -160,6 +167,9 @@ def plan(checked: CheckedTraining) -> Plan:
                 f"{config.optim.cooldown_steps(stable):,} at most",
             )
         )
+    if teachers := config.train.teachers:
+        share = f"{config.train.teacher_weight:g} of the loss"
+        rows.append(("teachers", f"{share} is against {', '.join(teachers)}"))
     if checked.changes:
         rows.append(("changes", "; ".join(checked.changes)))
     if vocab_size:
@@ -171,8 +181,8 @@ def plan(checked: CheckedTraining) -> Plan:
                 ("trained", f"{trained:,} ({share}), an adapter of rank {config.lora.rank}")
             )
         rows.append(("saved as", _family(config)))
-        memory = _memory(config, count, vocab_size) / 2**30
-        rows.append(("memory per worker", f"about {memory:.1f} GiB"))
+        memory = _memory(config, count, vocab_size) + teacher_bytes(config)
+        rows.append(("memory per worker", f"about {memory / 2**30:.1f} GiB"))
     else:
         rows.append(("parameters", "known once the tokenizer is"))
     if data:

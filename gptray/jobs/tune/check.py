@@ -26,6 +26,7 @@ from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.adapter_plan import check_base
 from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
+from gptray.jobs.train.teachers import check_teachers
 from gptray.tuning.sweep_record import load_trials, rungs, samples_drawn
 from gptray.tuning.trial_plan import (
     FINALISTS,
@@ -98,6 +99,7 @@ def check(config: Config) -> CheckedSweep:
         )
     check_training(config)
     check_trackers(config.track)
+    check_teachers(config, folder)
     texts = {text_key(one): check_text(one) for one in all_texts(config, place, trials)}
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)

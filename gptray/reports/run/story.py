@@ -12,7 +12,7 @@ from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
 from gptray.evaluation.model_commands import home_of, model_commands, train_command
 from gptray.evaluation.result import Evaluation
-from gptray.record import Event, MetricsRow, base_val_loss, seconds_trained
+from gptray.record import Event, MetricsRow, base_val_loss, seconds_trained, teachers_of
 from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
 from gptray.reports.run.diagnosis import Diagnosis
@@ -181,6 +181,10 @@ def _of_the_run(run: RunRecord) -> Table:
     if base is not None:
         how = "validation loss of model.init_from's weights, before the first step"
         rows.append(Row("Loss of the base model", how, (f"{base:.4f}",)))
+    if taught := teachers_of(run.events):
+        names = ", ".join(f"{name} (sha256 {digest[:12]})" for name, digest in taught.items())
+        how = f"against their average is {config.train.teacher_weight:g} of the loss: {names}"
+        rows.append(Row("Teachers", how, (f"{len(taught)}",)))
     seconds = seconds_trained(run.events)
     if seconds:
         rows.append(

@@ -1,0 +1,62 @@
+"""Whether models can teach a run, and are those that it began with. No torch, no Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptray.config import Config, ModelConfig, UserError
+from gptray.data.tokenizer import Tokenizer
+from gptray.hub import NotOnHub
+from gptray.jobs.models import open_model, unknown
+from gptray.model.parameters import parameter_count
+from gptray.model.shape import model_folder, read_shape, weights_sha256
+from gptray.record import read_events, teachers_of
+
+KEY = "train.teachers"
+
+
+def check_teachers(config: Config, folder: Path) -> None:
+    """Refuse teachers that are no models, too short, or other ones than the run in `folder` had.
+
+    Raises UserError.
+    """
+    block_size = config.train.block_size
+    for one in config.train.teachers:
+        try:
+            shape = read_shape(open_model(one, key=KEY))
+        except NotOnHub as error:
+            raise unknown(config, one, error.reason, key=KEY) from None
+        if shape["n_positions"] < block_size:
+            raise UserError(
+                f"{KEY}: {one} reads {shape['n_positions']} tokens at most, fewer than "
+                f"train.block_size={block_size}"
+            )
+    for one, began in teachers_of(read_events(folder)).items():
+        now = weights_sha256(model_folder(one))
+        if now != began:
+            raise UserError(
+                f"{KEY}: the weights of {one} have changed since the run began (sha256 "
+                f"{began[:12]}, now {now[:12]}); restore them, or choose another name"
+            )
+
+
+def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuse teachers whose tokens are not the text's. Raises UserError."""
+    for one in config.train.teachers:
+        if Tokenizer.load(model_folder(one)).sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{KEY}: {one} has another tokenizer than the text; data.tokenizer={one} reads the "
+                "text with that of the teacher"
+            )
+
+
+def teacher_bytes(config: Config) -> int:
+    """Of the teachers' weights, which each worker keeps in the precision that it computes in."""
+    each = 2 if config.train.precision == "bf16" or config.compute.use_gpu else 4
+    return each * sum(_parameters(one) for one in config.train.teachers)
+
+
+def _parameters(source: str) -> int:
+    shape = read_shape(source)
+    rows = shape.pop("vocab_size")
+    return parameter_count(ModelConfig(**shape), rows)

@@ -1,0 +1,95 @@
+"""The head's loss against teachers: beside the text's tokens, what they expect there is a target.
+
+Hinton et al. 2015, Distilling the Knowledge in a Neural Network, at a temperature of 1; several
+teachers count as one by the average of their probabilities, as an ensemble is scored. In pieces of
+rows, as in `gptray.model.loss`: of the model and of a teacher, one piece's logits exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptray.model.autograd_context import Context
+from gptray.model.loss import add_product, log_probabilities, pieces_of
+
+# The model's logits and probabilities, and those of one teacher and of their average.
+COPIES = 2
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """What teachers make of the same N tokens, before their heads; no gradients.
+
+    hidden: of each teacher (N, C) in the dtype that is computed in. heads: the weights (V, C) of
+    theirs. share: of the loss that is against the teachers, above 0 and at most 1.
+    """
+
+    hidden: Sequence[Tensor]
+    heads: Sequence[Tensor]
+    share: float
+
+
+def taught_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets, *, valid: int
+) -> Tensor:
+    """The loss to minimise, and that of the text alone: (2,) fp32; only the first has a gradient.
+
+    The first is the mean over N tokens of the cross-entropy with the distribution
+    (1 - share) * onehot(target) + share * mean over teachers of softmax(hidden @ head.T), the
+    second that with the target. Arguments as `linear_cross_entropy`'s.
+    """
+    losses: Tensor = _TaughtCrossEntropy.apply(x, weight, targets, soft, valid)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def _teachers_probabilities(soft: SoftTargets, rows: slice, valid: int) -> Tensor:
+    """The average of the teachers' probabilities, (rows, valid) fp32."""
+    total: Tensor | None = None
+    for hidden, head in zip(soft.hidden, soft.heads, strict=True):
+        p = log_probabilities(hidden[rows], head, valid)[:, :valid].exp_()
+        total = p if total is None else total.add_(p)
+    assert total is not None
+    return total.div_(len(soft.hidden))
+
+
+class _TaughtCrossEntropy(torch.autograd.Function):
+    """The gradient is made in the forward pass, as that of `linear_cross_entropy` is."""
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets, valid: int
+    ) -> Tensor:
+        cast = weight.to(x.dtype)
+        needs_weights = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight) if needs_weights else weight[:0]
+        losses, grad_x, start = [], [], 0
+        for piece, target in pieces_of(x, weight, targets, copies=COPIES):
+            rows = slice(start, start + len(piece))
+            start = rows.stop
+            log_p = log_probabilities(piece, cast, valid)
+            q = _teachers_probabilities(soft, rows, valid)
+            of_text = -log_p.gather(1, target).squeeze(1)
+            of_teachers = -torch.linalg.vecdot(q, log_p[:, :valid])
+            losses.append(torch.stack([torch.lerp(of_text, of_teachers, soft.share), of_text]))
+            # d loss / d logits = softmax - the distribution that is the target
+            grad = log_p.exp_()
+            grad[:, :valid].sub_(q, alpha=soft.share)
+            grad.scatter_add_(1, target, grad.new_full(target.shape, soft.share - 1))
+            grad = grad.to(x.dtype)
+            grad_x.append(torch.mm(grad, cast))
+            if needs_weights:
+                add_product(grad_weight, grad, piece)
+        ctx.save_for_backward(torch.cat(grad_x), grad_weight)
+        return torch.cat(losses, dim=1).mean(1)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grads[0][0] / grad_x.size(0)
+        is_frozen = not ctx.needs_input_grad[1]
+        of_weight = None if is_frozen else grad_weight.mul_(scale)
+        return grad_x.mul_(scale), of_weight, None, None, None
