@@ -202,6 +202,7 @@ def _write_start(run: Run, choice: Choice, *, compiled: bool) -> None:
         versions=versions(),
         **({"loses": data.loses} if data.loses else {}),
         text=dict(split_rows(data.manifest)),
+        also_data={name: one.fingerprint for name, one in data.also.items()},
         warnings=data.manifest["warnings"],
         **({"until": run.state.landing.end} if run.state.landing else {}),
     )
