@@ -38,11 +38,19 @@ EVENT_FIELDS: RowFields = {
 }
 
 
+class TextScore(TypedDict):
+    """The score of a text: nats per token, and bits per byte."""
+
+    loss: float
+    bpb: float
+
+
 class MetricsRow(TypedDict, total=False):
     """A row of metrics.jsonl. Losses in nats per token; the fields from val_loss on only where
-    the step was evaluated, val_lost only where the tokenizer loses text. Steps count on through a
-    landing, whose epochs are those behind its weights. With train.ema val_loss, val_ppl, val_bpb
-    and gap are of the better of the weights (own) and their average (ema)."""
+    the step was evaluated, val_lost only where the tokenizer loses text, also with evaluate.also.
+    Steps count on through a landing, whose epochs are those behind its weights. With train.ema
+    val_loss, val_ppl, val_bpb, gap and also are of the better of the weights (own) and their
+    average (ema)."""
 
     step: Required[int]
     epoch: float
@@ -59,6 +67,7 @@ class MetricsRow(TypedDict, total=False):
     val_lost: float
     val_loss_own: float
     val_loss_ema: float
+    also: dict[str, TextScore]
 
 
 class Event(TypedDict, total=False):
@@ -71,7 +80,9 @@ class Event(TypedDict, total=False):
     back_to: int  # of a landing: the step whose weights it begins with
     until: int  # of a landing, and of a start in it: its last step
     stopped: Literal["max_steps", "patience", "non_finite"]  # of an end
-    val_loss: float  # of the weights that a run began with
+    val_loss: float  # of the weights that a run began with, as are the next two
+    val_bpb: float
+    also: dict[str, TextScore]
     best: bool  # of an evaluation, as is the next
     samples: list[list[str]]  # pairs of a prompt and its continuation
     workers: int  # of a start, as are the others
@@ -90,6 +101,7 @@ class Event(TypedDict, total=False):
     loses: str
     teachers: dict[str, str]  # sha256 of the weights, by train.teachers
     text: dict[str, str]
+    also_data: dict[str, str]  # the tokens of each text of evaluate.also, see TokenData.fingerprint
     warnings: list[str]
 
 
@@ -179,9 +191,28 @@ def versions() -> dict[str, str]:
     return found
 
 
+def base_event(events: Sequence[Event]) -> Event | None:
+    """What was scored before the first step; None if a run began with new weights."""
+    return next((one for one in reversed(events) if one["event"] == "base"), None)
+
+
 def base_val_loss(events: Sequence[Event]) -> float | None:
     """The validation loss of the weights that a run began with; None if they were new ones."""
-    return next((one["val_loss"] for one in reversed(events) if one["event"] == "base"), None)
+    base = base_event(events)
+    return base["val_loss"] if base else None
+
+
+def curves(row: MetricsRow) -> dict[str, float]:
+    """The numbers of a row that are drawn over its step, by name: `also/NAME/bpb` and so on."""
+    numbers: dict[str, float] = {}
+    for key, value in row.items():
+        if key == "also":
+            for name, score in row["also"].items():
+                numbers[f"also/{name}/loss"] = score["loss"]
+                numbers[f"also/{name}/bpb"] = score["bpb"]
+        elif key not in ("step", "phase"):
+            numbers[key] = cast(float, value)
+    return numbers
 
 
 def teachers_of(events: Sequence[Event]) -> dict[str, str]:

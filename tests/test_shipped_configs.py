@@ -86,6 +86,17 @@ def test_the_sweep_for_ones_own_text_trains_each_trial_on_all_of_it() -> None:
     assert len({str(trial.values) for trial in trials}) == 12 and min(steps) < max(steps) / 3
 
 
+def test_the_sweep_of_fine_tuning_trains_adapters_and_all_weights_at_rates_of_their_own() -> None:
+    config = load_config(str(FOLDER / "finetune_sweep.yaml"), ["optim.lr=0.02"])
+    trials = plan_trials(config, "/runs/finetune", drawn=[], known=[])
+    whole = [one for one in trials if one.config.lora.rank is None]
+    assert whole and all(one.config.optim.lr == pytest.approx(0.002) for one in whole)
+    assert all(set(one.values) == {"lora.rank"} for one in whole)
+    adapters = [one for one in trials if one not in whole and one.values]
+    assert {one.config.lora.rank for one in adapters} == {2, 8, 32}
+    assert len({one.config.optim.lr for one in adapters}) == len(adapters)
+
+
 def test_the_demonstration_trains_on_parts_of_the_text() -> None:
     config = load_config(str(FOLDER / "overfitting_demo.yaml"), [])
     trials = plan_trials(config, "/runs/demo", drawn=[], known=[])

@@ -82,6 +82,8 @@ class FieldSpec:
             }
             return f"{_LIMITS[kind].format(**limits)}, got {shown(value)}"
         entry = detail["loc"][-1]
+        if isinstance(value, dict) and entry not in value:  # the error is that of another type
+            entry = next((name for name, one in value.items() if not isinstance(one, str)), entry)
         if dict in self.kinds and isinstance(value, dict) and entry in value:
             if value[entry] is None:
                 return f"{entry!r} has no value; a space follows the colon, as in {{name: value}}"

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gptray.config.limits import within
+from gptray.config.named_texts import NamedTexts
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.config.values import (
     Backend,
@@ -177,6 +178,7 @@ class EvaluateConfig(Section):
         description="text to score as a whole instead of the splits, in any form of data.source; "
         "its loss is test_loss",
     )
+    also: NamedTexts = None
     stride: PositiveInt | None = Field(
         None,
         description="tokens from one window to the next; a smaller stride gives more context from "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
@@ -109,11 +109,15 @@ class TokenSplit:
 
 
 class TokenData:
-    """A prepared data folder: its splits, its tokenizer and its manifest."""
+    """A prepared data folder: its splits, its tokenizer and its manifest.
+
+    also: other texts that are scored, by name, each prepared as a whole with the same tokenizer.
+    """
 
     def __init__(self, data_dir: Path, manifest: DataManifest) -> None:
         self.data_dir = data_dir
         self.manifest = manifest
+        self.also: dict[str, TokenData] = {}
         self.splits = {
             name: TokenSplit(
                 data_dir,
@@ -127,14 +131,18 @@ class TokenData:
         self.eos_id = manifest["tokenizer"]["eos_token_id"]
 
     @classmethod
-    def open(cls, data_dir: str | Path) -> TokenData:
-        """Open a folder; raises DamagedData unless its file sizes are right (see `verify`)."""
+    def open(cls, data_dir: str | Path, *, also: Mapping[str, Path] | None = None) -> TokenData:
+        """Open a folder, and those of other texts by name.
+
+        Raises DamagedData unless their file sizes are right (see `verify`).
+        """
         folder = Path(data_dir)
         try:
             manifest = cast(DataManifest, read_object(folder / MANIFEST, most=None))
             if manifest["format"] != FORMAT_VERSION:
                 raise DamagedData(f"{folder} has format {manifest['format']}, not {FORMAT_VERSION}")
             data = cls(folder, manifest)
+            data.also = {name: cls.open(one) for name, one in (also or {}).items()}
             data._check()
         except DamagedData:
             raise
@@ -154,6 +162,12 @@ class TokenData:
     def test(self) -> TokenSplit | None:
         """The only split of a text that was prepared as a whole."""
         return self.splits.get("test")
+
+    @property
+    def scored(self) -> dict[str, TokenSplit]:
+        """All that an evaluation can score: the splits, and the other texts, as also/NAME."""
+        others = {f"also/{name}": one.splits["test"] for name, one in self.also.items()}
+        return {**self.splits, **others}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -85,6 +85,7 @@ class Evaluation(TextMeasures):
     stride: int
     splits: dict[str, SplitResult | None]  # train, val, test
     gap: float | None  # loss of val - loss of train
+    also: dict[str, SplitResult]  # the texts of evaluate.also, by name
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:
@@ -100,9 +101,10 @@ def load_evaluation(folder: Path) -> Evaluation | None:
     """What `evaluation.json` in a folder says; None without one. Raises UserError if damaged."""
     path = folder / EVALUATION
     try:
-        evaluation: object = read_object(path)
+        evaluation = read_object(path)
     except FileNotFoundError:
         return None
     except Unreadable as error:
         raise UserError(f"{path}: {error}; remove it and evaluate again") from None
-    return cast(Evaluation, evaluation)
+    # Evaluations from before there were other texts lack them.
+    return cast(Evaluation, {"also": {}, **evaluation})

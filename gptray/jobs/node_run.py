@@ -132,8 +132,7 @@ def _begun(task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: 
             sent = fetch_run(place, folder, needed_by_writer(place))
     elif fetches:
         _fetch_newest(place, folder, origin.call("newest", name))
-    data_dir = tokens_here(origin.storage_path, task.data_dir.name, fetches=fetches)
-    here = replace(task, run_dir=folder, data_dir=data_dir)
+    here = replace(_with_tokens(task, origin, fetches=fetches), run_dir=folder)
     publisher = NodePublisher(place, folder, sent) if is_writer else None
     return RunOnNode(here, publisher, place if fetches and not is_on_first_node else None)
 
@@ -155,16 +154,26 @@ def _fetch_newest(place: FolderAtDriver, folder: Path, checkpoint: object) -> No
         fetch_run(place, folder, [name for name in names if checkpoint_of(name) == checkpoint])
 
 
+def _with_tokens(task: TrainTask, origin: Origin, *, fetches: bool = True) -> TrainTask:
+    """The task with the run's tokens on this node. Raises UserError, RunFailed."""
+
+    def here(data_dir: Path) -> Path:
+        return tokens_here(origin.storage_path, data_dir.name, fetches=fetches)
+
+    also = {name: here(folder) for name, folder in task.also.items()}
+    return replace(task, data_dir=here(task.data_dir), also=also)
+
+
 @contextmanager
-def checkpoint_on_node(task: TrainTask, name: str) -> Iterator[tuple[Path, Path, Path]]:
+def checkpoint_on_node(task: TrainTask, name: str) -> Iterator[tuple[Path, TrainTask]]:
     """What it takes to score a checkpoint of a run on this node.
 
-    The checkpoint, a folder with the run's events, and the run's tokens. Raises UserError,
-    RunFailed.
+    The checkpoint, and the task with a folder that has the run's events, and with its tokens.
+    Raises UserError, RunFailed.
     """
     origin = task.origin
     if origin is None or origin.is_here:
-        yield task.run_dir / name, task.run_dir, task.data_dir
+        yield task.run_dir / name, task
         return
     run, folder = origin.name_of(task.run_dir), origin.folder_here(task.run_dir) / name
     is_here = folder.exists()  # where a worker is
@@ -175,7 +184,7 @@ def checkpoint_on_node(task: TrainTask, name: str) -> Iterator[tuple[Path, Path,
     events = folder.parent / ".scored"
     whole.download(EVENTS, events / EVENTS)
     try:
-        yield folder, events, tokens_here(origin.storage_path, task.data_dir.name)
+        yield folder, replace(_with_tokens(task, origin), run_dir=events)
     finally:
         if not is_here:
             remove(folder)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptray.config import Config, load_saved
+from gptray.config.named_texts import named_texts
 from gptray.data.sources import BUILTIN
 from gptray.data.tokenizer_files import KINDS
 from gptray.files import absolute, expanded
 from gptray.jobs.models import CONFIG
 from gptray.node_cache import storage_folder
 
+_OF_DATA = ("data.source", "data.val_source", "data.test_source")
 # Keys whose values are paths.
-SOURCES = ("data.source", "data.val_source", "data.test_source")
+SOURCES = (*_OF_DATA, "evaluate.also")
 
 
 def with_whole_paths(config: Config) -> Config:
@@ -26,7 +28,7 @@ def with_whole_paths(config: Config) -> Config:
         return config
     data = config.data
     changed: dict[str, object] = {}
-    for key in SOURCES:
+    for key in _OF_DATA:
         name = key.removeprefix("data.")
         value = getattr(data, name)
         if value is not None and (whole := _whole(value, key=key)) != value:
@@ -34,7 +36,12 @@ def with_whole_paths(config: Config) -> Config:
     tokenizer = data.tokenizer
     if tokenizer and tokenizer not in KINDS and expanded(tokenizer).exists():
         changed["tokenizer"] = _whole(tokenizer)
-    return config.model_copy(update={"data": data.model_copy(update=changed)})
+    also = {
+        name: _whole(source, key="evaluate.also")
+        for name, source in named_texts(config.evaluate.also).items()
+    }
+    evaluate = config.evaluate.model_copy(update={"also": also}) if also else config.evaluate
+    return config.model_copy(update={"data": data.model_copy(update=changed), "evaluate": evaluate})
 
 
 def is_same_place(before: object, now: object) -> bool:
@@ -46,6 +53,8 @@ def is_same_place(before: object, now: object) -> bool:
     if isinstance(before, str) and isinstance(now, str):
         ends = not os.path.isabs(now) and before.endswith(os.sep + os.path.normpath(now))
         return ends or _whole(before) == _whole(now)
+    if isinstance(before, Mapping) and isinstance(now, Mapping) and before.keys() == now.keys():
+        return all(is_same_place(before[name], now[name]) for name in before)
     if isinstance(before, Sequence) and isinstance(now, Sequence) and len(before) == len(now):
         return all(map(is_same_place, before, now))
     return bool(before == now)

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gptray.config import Config, RunFailed, UserError, flatten, override
+from gptray.config import Config, EvaluateConfig, RunFailed, UserError, flatten, override
 from gptray.config.keys import shown
 from gptray.config.lora_section import LEARNING_RATE_FACTOR
 from gptray.config.names import label_of
+from gptray.evaluation.forgetting import changes_of
 from gptray.evaluation.model_commands import home_of
 from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
 from gptray.gguf_source import is_gguf, named_as_given
@@ -26,7 +27,7 @@ from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
 from gptray.node_cache import storage_folder
-from gptray.record import METRICS, base_val_loss, read_events, read_metrics, teachers_of
+from gptray.record import METRICS, base_event, read_events, read_metrics, teachers_of
 from gptray.remote_folder import RemoteFolder
 from gptray.stored import Unreadable, read_object
 from gptray.training.landing import landing_gain, why_stopped
@@ -40,7 +41,8 @@ FREE_KEYS = (
     "track.",
     "sample.",
     "generate.",
-    "evaluate.",
+    # The texts of evaluate.also are scored before the first step, and at every evaluation.
+    *(f"evaluate.{name}" for name in EvaluateConfig.model_fields if name != "also"),
     "quantize.",
     "serve.",
     "export.",
@@ -146,9 +148,11 @@ def outcome(config: Config) -> dict[str, object]:
     """What the run has come to, from its metrics: the job's JSON line.
 
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
-    evaluation, and `base_val_loss` to the weights of model.init_from. `val_lost` is the share of
-    the validation text that the tokenizer loses. `landed`: whether the model is from the cool-down;
-    `landing_gain`: see `gptray.training.landing`. `teachers`: the sha256 of each one's weights.
+    evaluation, and `base_*` to the weights of model.init_from. `also` has bits per byte of the
+    texts of evaluate.also, by name, under those weights and under the model. `val_lost` is the
+    share of the validation text that the tokenizer loses. `landed`: whether the model is from the
+    cool-down; `landing_gain`: see `gptray.training.landing`. `teachers`: the sha256 of each one's
+    weights.
     """
     folder = run_dir(config)
     rows, events = read_metrics(folder), read_events(folder)
@@ -157,6 +161,7 @@ def outcome(config: Config) -> dict[str, object]:
         raise RunFailed(f"{folder / METRICS} has no evaluation")
     best, last = min(evaluations, key=lambda row: row["val_loss"]), evaluations[-1]
     rates = sorted(row["tokens_per_sec"] for row in rows)
+    base = base_event(events)
     return {
         "run_dir": seen_at(config),
         "model_dir": f"{seen_at(config)}/model",
@@ -164,7 +169,13 @@ def outcome(config: Config) -> dict[str, object]:
         "best_step": best["step"],
         "train_loss": best["train_loss"],
         "val_loss": best["val_loss"],
-        "base_val_loss": base_val_loss(events),
+        "base_val_loss": base and base["val_loss"],
+        "base_val_bpb": base and base.get("val_bpb"),
+        "also": {
+            one.name: {"base_bpb": one.before, "bpb": one.after}
+            for one in changes_of(rows, events)
+            if one.name
+        },
         "val_ppl": best["val_ppl"],
         "val_bpb": best["val_bpb"],
         "val_lost": best.get("val_lost", 0.0),

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from gptray.config import Config, UserError
+from gptray.config.named_texts import named_texts
 from gptray.files import absolute, check_writable
 from gptray.node_cache import storage_folder
 
@@ -22,6 +23,7 @@ def check_storage(config: Config) -> None:
     for key, sources in (
         ("data.source", config.data.source),
         ("evaluate.source", config.evaluate.source or []),
+        ("evaluate.also", list(named_texts(config.evaluate.also).values())),
     ):
         for source in [sources] if isinstance(sources, str) else sources:
             if "://" not in source and _reads(source, folder, key=key):

@@ -125,7 +125,7 @@ class _Wandb:
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
         # A late score comes after the rows of later steps, and W&B's own step never falls.
-        for name in ("val_*", "gap"):
+        for name in ("val_*", "gap", "also/*"):
             self._run.define_metric(name, step_metric="val_step")
         self.number = self._run.id
         step = self._run.summary.get("_step") if self._run.resumed else None

@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -22,7 +22,7 @@ from gptray.files import replacing
 from gptray.hub import first_line
 from gptray.jobs.models import CONFIG
 from gptray.jobs.trackers import Point, Session, TrackedRun, open_session
-from gptray.record import MetricsRow, read_metrics
+from gptray.record import MetricsRow, curves, read_metrics
 from gptray.stored import parse_json
 from gptray.tuning.sweep_record import load_trials, trial_dir
 
@@ -33,16 +33,8 @@ TRACKERS = "trackers.json"
 POLL_S, RETRY_S = 5.0, 30.0
 # For the last rows, at the end of a job and of one that is stopped.
 END_S, STOPPED_S = 60.0, 1.0
-# Fields of a row that come with its score, which may be later than the row.
-_OF_SCORE = (
-    "val_loss",
-    "val_ppl",
-    "val_bpb",
-    "gap",
-    "val_lost",
-    "val_loss_own",
-    "val_loss_ema",
-)
+# How the values begin that come with a row's score, which may be later than the row.
+_OF_SCORE = ("val_", "gap", "also/")
 
 
 @dataclass(frozen=True)
@@ -68,11 +60,9 @@ def new_points(rows: Sequence[MetricsRow], sent: Sent) -> list[Point]:
     """What is to be sent of a run's rows: new ones whole, and scores that have come late."""
     points: list[Point] = []
     for row in rows:
-        step, values = row["step"], dict(cast(Mapping[str, float], row))
-        for key in ("step", "phase"):
-            values.pop(key, None)
+        step, values = row["step"], curves(row)
         if step <= sent.step:
-            values = {key: values[key] for key in _OF_SCORE if key in values}
+            values = {key: values[key] for key in values if key.startswith(_OF_SCORE)}
             if step <= sent.scored:
                 continue
         if values:

@@ -19,6 +19,8 @@ from gptray.files import append, storing
 
 # What an events file begins with.
 VERSION = "brain.Event:2"
+# How the values of an evaluation begin.
+_OF_VAL = ("val_", "gap", "also/")
 
 
 class Boards:
@@ -34,7 +36,7 @@ class Boards:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Add a point to the curve of each value of a row of metrics."""
-        of_val = {key: value for key, value in values.items() if key.startswith(("val_", "gap"))}
+        of_val = {key: value for key, value in values.items() if key.startswith(_OF_VAL)}
         self._val.show(step, {key.removeprefix("val_"): value for key, value in of_val.items()})
         rest = {key: value for key, value in values.items() if key not in of_val}
         self._train.show(step, {key.removeprefix("train_"): rest[key] for key in rest})

@@ -157,17 +157,20 @@ Evaluations = BlockingEvaluation | AsyncEvaluation
 
 
 def evaluate_base(run: Run) -> None:
-    """Record the validation loss of other weights that a run is to begin with.
+    """Record what other weights score that a run is to begin with.
 
     Raises:
         NonFiniteLoss: on every worker: no step can come of them.
     """
     if run.config.model.init_from is None or run.state.step:
         return
-    score = score_weights(run.model, None, run.config, run.data, run.workers).own
-    if not score.is_finite:
-        raise NonFiniteLoss(f"validation loss {score.loss} before the first step")
-    run.workers.from_first(lambda: write_event(run.run_dir, "base", val_loss=score.loss))
+    scores = score_weights(run.model, None, run.config, run.data, run.workers)
+    for score in scores.all:
+        if not score.is_finite:
+            raise NonFiniteLoss(f"validation loss {score.loss} before the first step")
+    score = scores.own
+    fields = {"val_loss": score.loss, "val_bpb": score.bits_per_byte, **also_fields(scores)}
+    run.workers.from_first(lambda: write_event(run.run_dir, "base", **fields))
 
 
 def update_early_stopping(run: Run, step: int, scores: Scores) -> None:
@@ -207,7 +210,17 @@ def score_fields(scores: Scores, train_loss: float) -> Metrics:
             if scores.averaged
             else {}
         ),
+        **also_fields(scores),
     }
+
+
+def also_fields(scores: Scores) -> Metrics:
+    """The scores of evaluate.also's texts, if there are some; as `TextScore`."""
+    also = {
+        name: {"loss": score.loss, "bpb": score.bits_per_byte}
+        for name, score in scores.also.items()
+    }
+    return {"also": also} if also else {}
 
 
 def save(run: Run, journal: Journal) -> Path:

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 from gptray.config import RunFailed
 from gptray.files import append, replacing, storing
-from gptray.record import METRICS, read_rows
+from gptray.record import METRICS, MetricsRow, curves, read_rows
 from gptray.training.board import Boards
 
 
@@ -79,8 +80,7 @@ class Journal:
         self._pending = b""
 
     def _show(self, row: Mapping[str, float]) -> None:
-        values = {key: row[key] for key in row if key not in ("step", "phase")}
-        self._boards.show(int(row["step"]), values)
+        self._boards.show(int(row["step"]), curves(cast(MetricsRow, row)))
 
     def __enter__(self) -> Journal:
         return self

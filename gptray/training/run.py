@@ -215,6 +215,7 @@ def _write_start(run: Run, choice: Choice, *, compiled: bool) -> None:
         **({"loses": data.loses} if data.loses else {}),
         **({"teachers": run.teachers.sha256} if run.teachers else {}),
         text=dict(split_rows(data.manifest)),
+        also_data={name: one.fingerprint for name, one in data.also.items()},
         warnings=data.manifest["warnings"],
         **({"until": run.state.landing.end} if run.state.landing else {}),
     )

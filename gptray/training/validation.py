@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,15 +27,19 @@ log = logging.getLogger("gptray")
 
 @dataclass(frozen=True)
 class Scores:
-    """What validation says of a model's weights and, with train.ema, of their average."""
+    """What validation says of a model's weights and, with train.ema, of their average.
+
+    also: of the texts of evaluate.also by name, with the better of the two.
+    """
 
     own: Score
     averaged: Score | None = None
+    also: Mapping[str, Score] = field(default_factory=dict)
 
     @property
     def all(self) -> list[Score]:
-        """Both, or that of the weights alone."""
-        return [self.own, *([self.averaged] if self.averaged else [])]
+        """Of whatever weights and texts."""
+        return [self.own, *([self.averaged] if self.averaged else []), *self.also.values()]
 
     @property
     def is_averaged(self) -> bool:
@@ -72,20 +78,24 @@ def score_checkpoint(
 def score_weights(
     model: GPT, average: Average | None, config: Config, data: TokenData, workers: Workers
 ) -> Scores:
-    """Score the validation split by the weights and by their average, if there is one."""
+    """Score the validation split by the weights and by their average, if there is one.
+
+    Then the texts of evaluate.also, by the better of the two.
+    """
     score = partial(
         score_split,
         model,
-        data.val,
         block_size=config.train.block_size,
         batch_size=config.micro_batch_size,
         workers=workers,
     )
-    own = score()
-    if average is None:
-        return Scores(own)
-    with average.exchanged():
-        return Scores(own, score())
+    scores = Scores(score(data.val))
+    if average:
+        with average.exchanged():
+            scores = replace(scores, averaged=score(data.val))
+    with average.exchanged() if average and scores.is_averaged else nullcontext():
+        also = {name: score(one.splits["test"]) for name, one in data.also.items()}
+    return replace(scores, also=also)
 
 
 @torch.no_grad()

@@ -104,8 +104,9 @@ def value_text(value: object) -> str:
     """A setting's value as a config has it, without quotes; a tuple is several paths' values."""
     if isinstance(value, tuple):
         return ", ".join(map(value_text, value))
-    if isinstance(value, list):  # a split, for one
-        return ":".join(map(value_text, value))
+    if isinstance(value, list):  # a split, or names
+        words = list(map(value_text, value))
+        return ":".join(words) if all(map(_is_number, value)) else f"[{', '.join(words)}]"
     if isinstance(value, str):
         return value
     return f"{value:g}" if _is_number(value) else shown(value)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from gptray.config import Config, ConfigError, TuneConfig, UserError, flatten, override
 from gptray.config.keys import shown
+from gptray.config.lora_section import LEARNING_RATE_FACTOR
 from gptray.config.search_space import Entry, read_space
 from gptray.data.difference import percent
 from gptray.tuning.draws import draw
@@ -262,7 +263,18 @@ def _trial_config(config: Config, folder: str, name: str, values: Mapping[str, o
         # At a rung, the score of this very step decides.
         "train.async_validation": False,
     }
-    return override(config, {**tune, **own, **values})
+    return override(config, {**tune, **own, **_rates(config, values), **values})
+
+
+def _rates(config: Config, values: Mapping[str, object]) -> dict[str, object]:
+    """The learning rates of a trial that trains an adapter where the config does not, or the other
+    way round, unless the space has them."""
+    is_adapter = values.get("lora.rank", config.lora.rank) is not None
+    if "optim.lr" in values or is_adapter == (config.lora.rank is not None):
+        return {}
+    factor = LEARNING_RATE_FACTOR if is_adapter else 1 / LEARNING_RATE_FACTOR
+    optim = config.optim
+    return {"optim.lr": factor * optim.lr, "optim.min_lr": factor * optim.min_lr}
 
 
 def _as_text(values: Mapping[str, object]) -> str:

@@ -14,10 +14,19 @@ from gptray.data.tokens import FORMAT_VERSION, TokenData
 
 def prepared_here(folder: Path, tokenizer: Tokenizer, *, train: str, val: str) -> TokenData:
     """Each split is one document."""
+    return _prepared(folder, tokenizer, {"train": train, "val": val})
+
+
+def whole_here(folder: Path, tokenizer: Tokenizer, text: str) -> TokenData:
+    """A text that is not split, one document."""
+    return _prepared(folder, tokenizer, {"test": text})
+
+
+def _prepared(folder: Path, tokenizer: Tokenizer, texts: dict[str, str]) -> TokenData:
     tokenizer.save(folder / "tokenizer")
     encoder, parts = ShardEncoder(tokenizer), []
     splits: dict[str, SplitEntry] = {}
-    for name, text in (("train", train), ("val", val)):
+    for name, text in texts.items():
         with ShardWriter(folder / f"{name}-00000.bin", encoder) as writer:
             writer.add(text, begins=True, ends=True)
         assert writer.shard

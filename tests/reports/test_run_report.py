@@ -93,6 +93,14 @@ def test_report_of_a_run_has_the_diagnosis_the_numbers_and_the_pictures(tmp_path
     assert not list((tmp_path / "run").glob(".*tmp"))
 
 
+def test_what_other_texts_score_stands_in_the_report_of_an_evaluation(tmp_path: Path) -> None:
+    other = evaluation()["splits"]["test"] | {"bpb": 9.8765}
+    page = Page(write_report(with_evaluation(tmp_path / "old")))
+    assert "also kept" not in page.text
+    page = Page(write_report(with_evaluation(tmp_path / "new", also={"kept": other})))
+    assert "also kept" in page.text and "9.8765" in page.text
+
+
 def test_best_and_turn_stand_where_they_were_measured(tmp_path: Path) -> None:
     page = Page(write_report(overfitted(tmp_path / "run"), running=True))
     circles = [c for c in page.all("circle") if c["class"] in ("mark best", "mark turned")][:2]

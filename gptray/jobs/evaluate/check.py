@@ -31,6 +31,7 @@ from gptray.jobs.evaluate.evaluated_model import (
     sha256_of_models,
 )
 from gptray.jobs.models import for_workers, with_tokenizer
+from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.places import with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.storage import check_storage
@@ -48,7 +49,7 @@ class CheckedEvaluation:
     """An evaluation that can start: its model exists, and so do the files of its text.
 
     others: models whose probabilities are averaged with those of the first, `found`.
-    is_own_text: whether the run was trained on this text.
+    also: the texts of evaluate.also. is_own_text: whether the run was trained on this text.
     folder: where the results go. home: where they are published, if that is an object store.
     """
 
@@ -56,6 +57,7 @@ class CheckedEvaluation:
     found: FoundModel
     others: list[FoundModel]
     text: CheckedText
+    also: OtherTexts
     is_own_text: bool
     block_size: int
     stride: int
@@ -110,9 +112,9 @@ class CheckedEvaluation:
         return [source] if isinstance(source, str) else list(source)
 
     def windows(self, data: TokenData) -> dict[str, tuple[Windows, list[int]]]:
-        """The windows of each split that there is, and which of them to score."""
+        """The windows of each text to score, and which of them to score."""
         found = {}
-        for name, split in data.splits.items():
+        for name, split in data.scored.items():
             windows = Windows(len(split), self.block_size, self.stride)
             most = self.config.evaluate.train_tokens if name == "train" else windows.tokens
             found[name] = windows, windows.sample(most)
@@ -138,6 +140,7 @@ def check(config: Config) -> CheckedEvaluation:
         found=found,
         others=others,
         text=check_text(text, partial(_request, config.evaluate.source)),
+        also=check_also(config, text, trained_on=None),
         is_own_text=trained is not None and _is_own_text(config, text, trained),
         block_size=block_size,
         stride=stride,

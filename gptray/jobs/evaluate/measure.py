@@ -28,11 +28,11 @@ def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
 
     Raises UserError or RunFailed as `Scorers.run` does, RunFailed for a loss that is not finite.
     """
-    splits: dict[str, SplitResult | None] = dict.fromkeys(("train", "val", "test"))
     with Scorers(checked, data) as scorers:
-        splits |= score_splits(checked, data, scorers)
+        scores = score_splits(checked, data, scorers)
         texts = measure_texts(checked, data, scorers)
         precision = scorers.precision
+    splits = {name: scores.get(name) for name in ("train", "val", "test")}
     train, val = splits["train"], splits["val"]
     return {
         "model_dir": checked.model,
@@ -44,6 +44,7 @@ def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
         "block_size": checked.block_size,
         "stride": checked.stride,
         "splits": splits,
+        "also": {name: scores[f"also/{name}"] for name in data.also},
         "gap": val["loss"] - train["loss"] if train and val else None,
         **texts,
         "how": {"gap": "loss of val - loss of train, both with dropout off", **texts["how"]},
@@ -53,7 +54,7 @@ def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
 def score_splits(
     checked: CheckedEvaluation, data: TokenData, scorers: Scorers
 ) -> dict[str, SplitResult]:
-    """The losses of every split of the text; of the training split, of a sample."""
+    """The losses of every split of the text, of the training split of a sample, and of others."""
     results = {}
     call_tokens = GPU_CALL_TOKENS if checked.config.compute.use_gpu else CALL_TOKENS
     for name, (windows, numbers) in checked.windows(data).items():
@@ -63,7 +64,7 @@ def score_splits(
             Call("score", (name, windows, part), windows.stride * len(part)) for part in ranges
         ]
         parts: list[DocumentSums] = scorers.run(f"scoring {name}", calls)
-        result = split_result(DocumentSums.joined(parts), data.splits[name], windows, numbers)
+        result = split_result(DocumentSums.joined(parts), data.scored[name], windows, numbers)
         if not math.isfinite(result["loss"]):
             raise RunFailed(f"the loss of {checked.model} on {name} is {result['loss']}")
         log.info("%s", _line(name, result))
@@ -74,6 +75,7 @@ def score_splits(
 def _line(name: str, result: SplitResult) -> str:
     error = f" +- {result['stderr']:.4f}" if result["stderr"] is not None else ""
     ppl = perplexity(result["ppl"], places=2) if result["ppl"] is not None else "too large"
+    name = name.removeprefix("also/")
     return (
         f"{name:5}  loss {result['loss']:.4f}{error}  ppl {ppl}  bpb {result['bpb']:.4f}  "
         f"{result['tokens']:,} tokens"

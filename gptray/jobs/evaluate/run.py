@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config
+from gptray.data.tokens import TokenData
 from gptray.evaluation.result import EVALUATION, Evaluation, save_evaluation
 from gptray.files import storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, plan
 from gptray.jobs.next_steps import of_model, tell
+from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.prepare.run import stored_text
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.shared_storage import check_shared, stores_of, written_by_all
@@ -46,8 +48,10 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
             stores=stores_of(config),
             use_gpu=config.compute.use_gpu,
         )
-        data = stored_text(config, checked.text.request)
-        check_tokens(checked, data)
+        text = stored_text(config, checked.text.request)
+        check_tokens(checked, text)
+        also = prepared_also(checked.also, config, text)
+        data = TokenData.open(text.data_dir, also=also)
         from gptray.jobs.evaluate.measure import measure
 
         evaluation = measure(checked, data)
@@ -107,6 +111,10 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
     return {
         **line,
         "gap": evaluation["gap"],
+        "also": {
+            name: {key: split[key] for key in ("loss", "stderr", "ppl", "bpb")}
+            for name, split in evaluation["also"].items()
+        },
         "bleu": bleu and bleu["greedy"]["score"],
         "bleu_signature": bleu and bleu["greedy"]["signature"],
         "bleu_compares": bleu and evaluation["how"]["bleu_compares"],

@@ -37,6 +37,7 @@ class Scorers:
             config=checked.config,
             models=checked.models,
             data_dir=data.data_dir,
+            also={name: one.data_dir for name, one in data.also.items()},
             block_size=checked.block_size,
             threads=max(1, int(reserved["CPU"])),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from gptray.config import Config
 class EvaluationTask:
     """The models and the tokens that an actor works on, with so many threads.
 
-    models: folders that every node sees, or URIs.
+    models: folders that every node sees, or URIs. also: tokens of evaluate.also's texts, by name.
     """
 
     config: Config
     models: list[str]
     data_dir: Path
+    also: Mapping[str, Path]
     block_size: int
     threads: int
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Scorer:
 
     def score(self, name: str, windows: Windows, numbers: Sequence[int]) -> DocumentSums:
         """Score windows of a split, by the average of the models' probabilities."""
-        split, size = self._data.splits[name], self._config.evaluate.micro_batch_size
+        split, size = self._data.scored[name], self._config.evaluate.micro_batch_size
         if name not in self._ends:
             self._ends[name] = document_ends(split, self._data.eos_id)
         ends = self._ends[name]
@@ -110,7 +110,9 @@ class Scorer:
 
     @cached_property
     def _data(self) -> TokenData:
-        return TokenData.open(tokens_on_node(self._config, self._task.data_dir))
+        here = partial(tokens_on_node, self._config)
+        also = {name: here(folder) for name, folder in self._task.also.items()}
+        return TokenData.open(here(self._task.data_dir), also=also)
 
     @cached_property
     def _models(self) -> list[GPT]:

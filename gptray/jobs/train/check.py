@@ -15,6 +15,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_training
+from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
 from gptray.jobs.remote_run import bring_run
 from gptray.jobs.resuming import (
@@ -50,13 +51,14 @@ FILES = (
 class CheckedTraining:
     """A training that can start.
 
-    state: where its run stands; None before any checkpoint.
+    also: the texts of evaluate.also. state: where its run stands; None before any checkpoint.
     changes: a sentence for each key that changes in a run that exists.
     """
 
     config: Config
     folder: Path
     text: CheckedText
+    also: OtherTexts
     state: TrainerState | None
     changes: Sequence[str]
 
@@ -81,6 +83,7 @@ def check(config: Config) -> CheckedTraining:
     text = check_text(config)
     check_vocabulary(config)
     check_known_prompts(config, text)
+    also = check_also(config, config, trained_on=text.request)
     changes = check_resumable(config)
     check_free(folder)
     checkpoint, _ = newest_whole(folder)
@@ -88,7 +91,7 @@ def check(config: Config) -> CheckedTraining:
     check_base(config, checkpoint)
     check_not_landing(config, changes, state)
     check_records(folder, state, log_interval=config.train.log_interval)
-    checked = CheckedTraining(config, folder, text, state, changes)
+    checked = CheckedTraining(config, folder, text, also, state, changes)
     if checked.is_finished:
         return checked
     check_teachers(config, folder)
@@ -193,6 +196,8 @@ def plan(checked: CheckedTraining) -> Plan:
         rows.append(("epochs", f"{order.epoch(steps, batch):,.2f} at most"))
     else:
         rows.append(("token data", "to be prepared first"))
+    if checked.also:
+        rows.append(("scored too", ", ".join(checked.also)))
     rows.append(("files", FILES + (" adapter/" if config.lora.rank else "")))
     return rows
 

@@ -20,6 +20,7 @@ from gptray.jobs.cluster import ray_answers, ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.origin import reachable
+from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
 from gptray.jobs.remote_run import publishing
@@ -34,7 +35,7 @@ from gptray.jobs.train.adapter_plan import trained_facts
 from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
 from gptray.jobs.train.task import TrainTask
-from gptray.jobs.train.watch import show_samples, watching
+from gptray.jobs.train.watch import show_end, watching
 from gptray.record import try_event, write_event
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def run(checked: CheckedTraining) -> dict[str, Any]:
             reporter.write(running=False)
         else:
             facts = _train(checked, reporter, publish)
-        show_samples(folder)
+        show_end(folder)
         tell_run(config, folder)
     report = reporter.path and reporter.path.replace(str(folder), seen_at(config), 1)
     return {**outcome(config), **trained_facts(config), **facts, "report": report}
@@ -97,6 +98,8 @@ def _train(
         check_cluster(config.compute, spare=_spare(config))
         data = stored_text(config, checked.text.request)
         check_data(config, data, checked.state)
+        resumed = folder if checked.state else None
+        also = prepared_also(checked.also, config, data, resumed=resumed)
         _begin(checked)
 
         def show() -> None:
@@ -111,7 +114,7 @@ def _train(
                 tracking_run(config, folder),
                 watching(folder, config.train.max_steps, on_evaluation=show),
             ):
-                result = fit_on_ray(config, data.data_dir, folder)
+                result = fit_on_ray(config, data.data_dir, folder, also)
             write_event(folder, "end", stopped=result["stopped"])
         except (UserError, RunFailed) as error:
             try_event(folder, "failure", message=str(error))
@@ -129,14 +132,16 @@ def _train(
     return {"peak_memory_gib": peak}
 
 
-def fit_on_ray(config: Config, data_dir: Path, folder: Path) -> dict[str, Any]:
+def fit_on_ray(
+    config: Config, data_dir: Path, folder: Path, also: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
     """Train in Ray Train's workers, each with its share of the cluster, as `fit_in_workers`."""
     reserved = worker_resources(config.compute, spare=_spare(config), together=True)
     threads = max(1, int(reserved["CPU"]))
     with reachable(config, folder) as origin:
-        return fit_in_workers(
-            TrainTask(config, data_dir, folder, threads, not is_own_ray(), origin), reserved
-        )
+        lent = not is_own_ray()
+        task = TrainTask(config, data_dir, folder, threads, lent, origin, also or {})
+        return fit_in_workers(task, reserved)
 
 
 def fit_in_workers(

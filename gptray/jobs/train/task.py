@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptray.config import Config
+from gptray.data.tokens import TokenData
 from gptray.jobs.origin import Origin
 from gptray.record import write_event
 
@@ -16,7 +18,7 @@ class TrainTask:
 
     config: checked and resolved by the driver. may_lose_nodes: whether the cluster is not the
     job's own. origin: where workers on other nodes find the folders, which are the driver's; None
-    where all nodes see them.
+    where all nodes see them. also: tokens of the texts of evaluate.also, by name.
     """
 
     config: Config
@@ -25,6 +27,11 @@ class TrainTask:
     threads: int
     may_lose_nodes: bool = False
     origin: Origin | None = None
+    also: Mapping[str, Path] = field(default_factory=dict)
+
+    def tokens(self) -> TokenData:
+        """The run's tokens. Raises DamagedData."""
+        return TokenData.open(self.data_dir, also=self.also)
 
     @property
     def folder_here(self) -> Path:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import traceback
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch
 
 from gptray.config import Config, RunFailed
 from gptray.data.scoring import Score
-from gptray.data.tokens import TokenData
 from gptray.jobs.node_run import checkpoint_on_node
 from gptray.jobs.tasks import Failure, attempt
 from gptray.jobs.train.samples import sample_texts
@@ -46,11 +46,18 @@ def _scored(checkpoint: Path, task: TrainTask) -> dict[str, object]:
     config = task.config
     torch.set_num_threads(task.threads)
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
-    with checkpoint_on_node(task, checkpoint.name) as (folder, run_dir, data_dir):
-        data = TokenData.open(data_dir)
-        scores, model = score_checkpoint(config, data, folder, device, run_dir=run_dir)
+    with checkpoint_on_node(task, checkpoint.name) as (folder, here):
+        data = here.tokens()
+        scores, model = score_checkpoint(config, data, folder, device, run_dir=here.run_dir)
     samples = sample_texts(config, data, model)
-    return {"scores": [asdict(one) for one in scores.all], "samples": samples}
+    return {"scores": asdict(scores), "samples": samples}
+
+
+def _scores(fields: dict[str, Any]) -> Scores:
+    """What `asdict` has taken apart."""
+    averaged = fields["averaged"] and Score(**fields["averaged"])
+    also = {name: Score(**score) for name, score in fields["also"].items()}
+    return Scores(Score(**fields["own"]), averaged, also)
 
 
 class Validations:
@@ -72,8 +79,7 @@ class Validations:
         # A worker that died may have had the same checkpoint validated before.
         for result in results:
             if result.status == validated and "scores" in result.metrics:
-                scores = Scores(*(Score(**one) for one in result.metrics["scores"]))
-                return Validation(scores, result.metrics["samples"])
+                return Validation(_scores(result.metrics["scores"]), result.metrics["samples"])
         last = results[-1]
         failure = Failure(**last.metrics.get("failure", {"message": last.status.value}))
         if failure.is_mistake:

@@ -12,13 +12,14 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar, cast
 
 from rich.progress import Progress, TaskID
 
+from gptray.evaluation.forgetting import change_sentence, changes_of
 from gptray.jobs.bar import new_task, progress_bar
 from gptray.jobs.doing import following, so_far, telling
 from gptray.jobs.ray_metrics import Exporter
@@ -31,6 +32,7 @@ from gptray.record import (
     MetricsRow,
     parse_row,
     read_events,
+    read_metrics,
 )
 from gptray.stored import Unreadable
 from gptray.wording import perplexity
@@ -119,7 +121,7 @@ class _Watch:
             if event["event"] == "start":
                 self._start(event)
             elif event["event"] == "base":
-                log.info("validation loss before the first step: %.3f", event["val_loss"])
+                log.info("before the first step: %s", _base_text(event))
             elif event["event"] == "landing":
                 log.info("%s", event["message"])
                 self._end_at(event["until"])
@@ -221,9 +223,15 @@ def watching(
         yield
 
 
-def show_samples(run_dir: Path) -> None:
-    """Say what the run's best model writes."""
+def show_end(run_dir: Path) -> None:
+    """Say what the run's best model writes, and what it has learnt and forgotten."""
     events = read_events(run_dir)
+    _show_samples(events)
+    if changed := change_sentence(changes_of(read_metrics(run_dir), events)):
+        log.info("%s", changed)
+
+
+def _show_samples(events: Sequence[Event]) -> None:
     best = [event for event in events if event["event"] == "evaluated" and event["best"]]
     if not best or not best[-1]["samples"]:
         return
@@ -238,8 +246,19 @@ def _metrics_text(row: MetricsRow) -> str:
     if "val_loss" in row:
         ppl = perplexity(row["val_ppl"])
         text += f"  val {row['val_loss']:.3f}  ppl {ppl}  bpb {row['val_bpb']:.3f}"
+    for name, score in row.get("also", {}).items():
+        text += f"  {name} bpb {score['bpb']:.3f}"
     text += f"  {row['tokens_per_sec']:,.0f} tok/s"
     return f"{text}  MFU {row['mfu']:.0%}" if "mfu" in row else text
+
+
+def _base_text(event: Event) -> str:
+    text = f"validation loss {event['val_loss']:.3f}"
+    if "val_bpb" in event:
+        text += f"  bpb {event['val_bpb']:.3f}"
+    for name, score in event.get("also", {}).items():
+        text += f"  {name} bpb {score['bpb']:.3f}"
+    return text
 
 
 def _one_line(prompt: str, output: str) -> str:

@@ -88,7 +88,7 @@ def _opened(task: TrainTask) -> TokenData:
     if task.config.compute.use_gpu:
         check_gpu()
     try:
-        return TokenData.open(task.data_dir)
+        return task.tokens()
     except DamagedData as error:  # not a worker's death: no other attempt would find it whole
         raise RunFailed(f"{error}; the same command prepares the text again") from None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptray.config import Config, UserError, load_config, override
@@ -18,6 +18,7 @@ from gptray.data.tokens import TokenData
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_training
 from gptray.jobs.models import CONFIG
+from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.remote_run import bring_run
 from gptray.jobs.resuming import check_free, check_resumable, command
@@ -45,7 +46,7 @@ FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet optuna
 class CheckedSweep:
     """A sweep that can start. `trials`: those known by now.
 
-    texts: the texts that trials are trained on, by `text_key`.
+    texts: the texts that trials are trained on, by `text_key`. also: those of evaluate.also.
     changes: a sentence for each key that changes in a sweep that exists.
     """
 
@@ -54,6 +55,7 @@ class CheckedSweep:
     trials: Sequence[Planned]
     texts: Mapping[str, CheckedText]
     changes: Sequence[str] = ()
+    also: OtherTexts = field(default_factory=dict)
 
     @property
     def num_trials(self) -> int:
@@ -106,8 +108,9 @@ def check(config: Config) -> CheckedSweep:
         check_base(one, None)
         if one.sample.prompt:
             check_known_prompts(one, CheckedText(one, make_request(one)))
+    also = check_also(config, config, trained_on=make_request(config))
     _check_prepared(trials, texts)
-    return CheckedSweep(config, folder, trials, texts, changes)
+    return CheckedSweep(config, folder, trials, texts, changes, also)
 
 
 def how_to_extend(checked: CheckedSweep) -> str:

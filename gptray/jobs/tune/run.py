@@ -23,6 +23,7 @@ from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
 from gptray.jobs.origin import Origin, reachable
+from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
 from gptray.jobs.remote_run import publishing
@@ -113,6 +114,7 @@ def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None])
         texts = {key: stored_text(config, text.request) for key, text in checked.texts.items()}
         check_same_validation(texts.values())
         check_trials(checked, texts)
+        also = {key: prepared_also(checked.also, config, data) for key, data in texts.items()}
         record = opened(checked)
 
         def show() -> None:
@@ -121,7 +123,7 @@ def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None])
 
         try:
             with reachable(config, checked.folder) as origin:
-                _Sweep(checked, record, texts, publish, origin).run(on_change=show)
+                _Sweep(checked, record, texts, also, publish, origin).run(on_change=show)
         finally:
             reporter.write(running=False)
 
@@ -144,6 +146,7 @@ class _Sweep:
         checked: CheckedSweep,
         record: Record,
         texts: Mapping[str, TokenData],
+        also: Mapping[str, Mapping[str, Path]],
         publish: Callable[[], None],
         origin: Origin | None,
     ) -> None:
@@ -154,7 +157,7 @@ class _Sweep:
             trials=checked.num_trials,
             at_once=checked.config.tune.max_concurrent_trials,
         )
-        self._texts = texts
+        self._texts, self._also = texts, also
         self._suggestions: Suggestions | None = None
         self._waiting: deque[Planned] = deque()
         self.is_over = False
@@ -256,9 +259,16 @@ class _Sweep:
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder)
-        data_dir = self._texts[text_key(planned.config)].data_dir
-        threads = max(1, int(cores))
-        run = TrainTask(config, data_dir, folder, threads, not is_own_ray(), self._origin)
+        text = text_key(planned.config)
+        run = TrainTask(
+            config,
+            self._texts[text].data_dir,
+            folder,
+            threads=max(1, int(cores)),
+            may_lose_nodes=not is_own_ray(),
+            origin=self._origin,
+            also=self._also[text],
+        )
         is_cut = planned.replicate_of is None
         return TrialTask(planned.name, run, is_cut, self._reserved)
 

@@ -15,7 +15,7 @@ import ray.tune
 import torch
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.data.tokens import DamagedData, TokenData
+from gptray.data.tokens import DamagedData
 from gptray.jobs.cluster import TRAIN_ENV
 from gptray.jobs.node_run import RunOnNode, run_on_node
 from gptray.jobs.ray_metrics import Exporter, run_tag
@@ -54,7 +54,7 @@ def run_trial(task: TrialTask) -> dict[str, object]:
 
 def _train_here(run: RunOnNode) -> dict[str, object]:
     task, config = run.task, run.task.config
-    data = TokenData.open(task.data_dir)
+    data = task.tokens()
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
     _forget_trials_before(config, device)
     # Of this thread, and every trial has its own.

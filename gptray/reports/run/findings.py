@@ -65,7 +65,7 @@ def evaluation_view(evaluation: Evaluation) -> dict[str, object]:
 
 
 def _splits(evaluation: Evaluation) -> Table:
-    splits = {name: split for name, split in evaluation["splits"].items() if split}
+    splits = _scored(evaluation)
     measures: list[tuple[str, str, Callable[[SplitResult], str]]] = [
         ("Loss", "nats per token, dropout off", lambda split: f"{split['loss']:.4f}"),
         (
@@ -89,11 +89,16 @@ def _splits(evaluation: Evaluation) -> Table:
     return Table([LONG_NAMES.get(name, name) for name in splits], rows if splits else [])
 
 
+def _scored(evaluation: Evaluation) -> dict[str, SplitResult]:
+    """The splits that were scored, and the texts of evaluate.also."""
+    splits = {name: split for name, split in evaluation["splits"].items() if split}
+    return {**splits, **{f"also {name}": one for name, one in evaluation["also"].items()}}
+
+
 def _hows(evaluation: Evaluation) -> list[str]:
     lines = [
         f"{LONG_NAMES.get(name, name)}: {split['how']}"
-        for name, split in evaluation["splits"].items()
-        if split
+        for name, split in _scored(evaluation).items()
     ]
     if evaluation["gap"] is not None:
         how = evaluation["how"].get("gap", "validation loss - training loss")

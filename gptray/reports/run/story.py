@@ -10,11 +10,13 @@ from typing import Literal
 
 from gptray.config import Config, dump, flatten
 from gptray.data.split import LONG_NAMES
+from gptray.evaluation.forgetting import change_sentence, changes_of
 from gptray.evaluation.model_commands import home_of, model_commands, train_command
 from gptray.evaluation.result import Evaluation
 from gptray.record import Event, MetricsRow, base_val_loss, seconds_trained, teachers_of
 from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
+from gptray.reports.run.before_and_after import before_and_after
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.reports.run.findings import evaluation_tiles
 from gptray.reports.run.gap import Gap, gap_of
@@ -46,12 +48,14 @@ class RunRecord:
 
 def run_view(run: RunRecord) -> dict[str, object]:
     """The values of `run` in `run.html.j2` by name."""
-    advice = advise(run.diagnosis, run.config)
+    advice, changes = advise(run.diagnosis, run.config), changes_of(run.rows, run.events)
     loses = next((event["loses"] for event in reversed(run.events) if event.get("loses")), "")
     return {
         "sentence": sentence(run.diagnosis, run.config),
         "advice": [(item, _command(run, item)) for item in advice],
         "loses": f"{loses[:1].upper()}{loses[1:]}",
+        "changed": change_sentence(changes),
+        "before_and_after": before_and_after(changes),
         "tiles": _tiles(run),
         "commands": _next_commands(run),
         "at_three_steps": _at_three_steps(run),

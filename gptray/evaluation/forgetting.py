@@ -1,0 +1,59 @@
+"""What training has done to texts besides its own: bits per byte before and after, and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gptray.record import Event, MetricsRow, base_event
+
+# A text whose bits per byte have risen by more than this share is forgotten, by less is noise.
+NOTICED = 0.01
+
+
+@dataclass(frozen=True)
+class Change:
+    """Bits per byte of a text under the weights that a run began with, and under its best model.
+
+    name: as evaluate.also has it; "": the run's own validation text. before: None where the run
+    began with new weights.
+    """
+
+    name: str
+    before: float | None
+    after: float
+
+    @property
+    def is_forgotten(self) -> bool:
+        return self.before is not None and self.after > (1 + NOTICED) * self.before
+
+    @property
+    def words(self) -> str:
+        """Such as: on docs 2.20 -> 2.90: it forgot."""
+        where = f"on {self.name}" if self.name else "on your text"
+        if self.before is None:
+            return f"{where} {self.after:.2f}"
+        verdict = ": it forgot" if self.is_forgotten else ""
+        return f"{where} {self.before:.2f} -> {self.after:.2f}{verdict}"
+
+
+def changes_of(rows: Sequence[MetricsRow], events: Sequence[Event]) -> list[Change]:
+    """The run's own text, then those of evaluate.also; nothing without such texts or a score."""
+    scored = [row for row in rows if "val_loss" in row]
+    best = min(scored, key=lambda row: row["val_loss"], default=None)
+    if best is None or "also" not in best:
+        return []
+    base = base_event(events) or {"event": "", "time": 0.0}
+    before = {name: score["bpb"] for name, score in base.get("also", {}).items()}
+    own = Change("", base.get("val_bpb"), best["val_bpb"])
+    return [
+        own,
+        *(Change(name, before.get(name), score["bpb"]) for name, score in best["also"].items()),
+    ]
+
+
+def change_sentence(changes: Sequence[Change]) -> str:
+    """All changes in a sentence; "" without any."""
+    if not changes:
+        return ""
+    return f"Bits per byte: {'; '.join(change.words for change in changes)}."

@@ -1,0 +1,82 @@
+"""The texts of evaluate.also: found and checked before a job starts, then prepared as the run's is.
+
+Imports neither torch nor Ray before it prepares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from gptray.config import Config, UserError
+from gptray.config.named_texts import named_texts
+from gptray.data.request import Request, whole_request
+from gptray.data.tokens import TokenData
+from gptray.jobs.prepare.check import CheckedText, check_text
+from gptray.jobs.prepare.run import stored_text
+from gptray.record import read_events
+
+KEY = "evaluate.also"
+OtherTexts = Mapping[str, CheckedText]
+
+
+def check_also(config: Config, text: Config, *, trained_on: Request | None) -> OtherTexts:
+    """Find the texts of a config's evaluate.also, to be read as `text` is.
+
+    Raises UserError with all that is wrong with them, also where one is trained on.
+    """
+    found, problems = {}, []
+    for name, source in named_texts(config.evaluate.also).items():
+        try:
+            found[name] = check_text(text, partial(whole_request, source=source, key=KEY))
+            _check_held_out(name, found[name].request, trained_on)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return found
+
+
+def _check_held_out(name: str, request: Request, trained_on: Request | None) -> None:
+    if trained_on is None:
+        return
+    places = {file.place for file in trained_on.source.files}
+    shared = [file.name for file in request.source.files if file.place in places]
+    if not request.source.files and not places:
+        shared = ["builtin"]
+    if shared:
+        raise UserError(
+            f"{KEY}: {name} is no held-out text: {shared[0]} is part of "
+            f"{trained_on.source.key} too; leave it out of one"
+        )
+
+
+def prepared_also(
+    texts: OtherTexts, config: Config, data: TokenData, *, resumed: Path | None = None
+) -> dict[str, Path]:
+    """Have the texts prepared with the tokenizer of `data`; their folders, by name. Needs Ray.
+
+    resumed: a run that has scored them before. Raises UserError where they have changed since, or
+    one is too short, and as `stored_text`.
+    """
+    folders = {}
+    for name, text in texts.items():
+        own = str(data.data_dir / "tokenizer")
+        also = stored_text(config, replace(text.request, tokenizer=own, eos_token=None))
+        if len(also.splits["test"]) < 2:
+            raise UserError(f"{KEY}: {name} has fewer than 2 tokens; give more text")
+        if resumed and _scored_before(resumed).get(name) not in (None, also.fingerprint):
+            raise UserError(
+                f"{KEY}: the text {name} has changed since the run {resumed.name} started; choose "
+                "another name for the run"
+            )
+        folders[name] = also.data_dir
+    return folders
+
+
+def _scored_before(run_dir: Path) -> dict[str, str]:
+    """The fingerprints of the texts that a run has scored, by name."""
+    starts = [event for event in read_events(run_dir) if event["event"] == "start"]
+    return starts[-1].get("also_data", {}) if starts else {}
