@@ -106,6 +106,8 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
     return {
         **line,
         "gap": evaluation["gap"],
+        "weights": evaluation["weights"],
+        "quantized": evaluation["quantized"],
         "bleu": bleu and bleu["greedy"]["score"],
         "bleu_signature": bleu and bleu["greedy"]["signature"],
         "bleu_compares": bleu and evaluation["how"]["bleu_compares"],
