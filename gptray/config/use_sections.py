@@ -93,6 +93,10 @@ class SampleConfig(Section):
 ROW_SETTINGS = tuple(name for name in SampleConfig.model_fields if name not in _JOB_WIDE)
 
 
+# Kinds of weights in few bits.
+QUANTIZED = ("int8",)
+
+
 class QuantizeConfig(Section):
     weights: Literal["none", "int8"] = Field(
         "none",
@@ -192,6 +196,11 @@ class EvaluateConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 on GPUs that compute in it, else fp32"
     )
+    quantized: list[str] = Field(
+        [],
+        description="kinds of quantize.weights to compare with the full weights on the test text, "
+        "such as [int8, int4]: losses, greedy tokens that agree, bytes",
+    )
     train_tokens: PositiveInt = Field(
         100_000, description="tokens of the training split to score, spread evenly over it"
     )
@@ -203,6 +212,14 @@ class EvaluateConfig(Section):
         description="what BLEU counts, by sacrebleu's names; auto: char for text that is mostly "
         "Korean, Chinese, Japanese or the like, else 13a",
     )
+
+    @field_validator("quantized")
+    @classmethod
+    def _known_kinds(cls, value: list[str]) -> list[str]:
+        for kind in value:
+            if kind not in QUANTIZED:
+                raise ValueError(f"takes {' and '.join(QUANTIZED)}, not {kind}")
+        return list(dict.fromkeys(value))
 
 
 class ServeConfig(Section):

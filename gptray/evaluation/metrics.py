@@ -7,8 +7,9 @@ beyond rounding. Which windows there are is `gptray.data.scoring`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from gptray.data.difference import percent
 from gptray.data.scoring import Score, Windows
 from gptray.data.tokens import TokenSplit
 from gptray.evaluation.result import SplitResult
-from gptray.model.gpt import GPT
 from gptray.model.precision import pick_dtype
 
 # Tokens looked at together when document ends are searched.
@@ -91,9 +91,23 @@ def document_ends(split: TokenSplit, eos_id: int) -> NDArray[np.int64]:
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
-@torch.no_grad()
+class Scored(Protocol):
+    """A model that is scored: a `GPT`, or what reads as the engine does."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of targets (B, T) after idx (B, T), in nats; (B, T)."""
+
+
+# From inputs and targets, (B, T) each, to M numbers of each target, (M, B, T), in float64.
+Measure = Callable[[Tensor, Tensor], Tensor]
+
+
 def score_windows(
-    models: Sequence[GPT],
+    models: Sequence[Scored],
     split: TokenSplit,
     windows: Windows,
     numbers: Sequence[int],
@@ -101,32 +115,57 @@ def score_windows(
     ends: NDArray[np.int64],
     batch_size: int,
 ) -> DocumentSums:
-    """Score the targets that count in the windows of these numbers, ascending; dropout is off.
+    """Score the targets that count in the windows of these numbers, ascending.
 
-    Several models score by the average of their probabilities.
+    Several models score by the average of their probabilities. The rest as `sum_windows`.
+    """
+
+    def measure(idx: Tensor, targets: Tensor) -> Tensor:
+        return _losses(models, idx, targets)[None]
+
+    device = models[0].device
+    (sums,) = sum_windows(
+        measure, split, windows, numbers, ends=ends, batch_size=batch_size, device=device
+    )
+    return sums
+
+
+@torch.no_grad()
+def sum_windows(
+    measure: Measure,
+    split: TokenSplit,
+    windows: Windows,
+    numbers: Sequence[int],
+    *,
+    ends: NDArray[np.int64],
+    batch_size: int,
+    device: torch.device,
+) -> list[DocumentSums]:
+    """The sums of each of the M numbers of targets that count in the windows of these numbers.
+
     ends: `document_ends` of the split; an end of text belongs to the document that it closes. What
     a document begins with is read, but not scored.
     """
-    device = models[0].transformer.wte.weight.device
-    documents, nats = [], []
+    documents, found = [], []
     for batch, tokens in windows.batches(split, numbers, batch_size):
         read = torch.from_numpy(tokens).to(device)  # (B, T + 1)
-        losses = _losses(models, read[:, :-1], read[:, 1:]).cpu().numpy()  # (B, T)
-        for number, row, of_window in zip(batch, losses, tokens, strict=True):
+        values = measure(read[:, :-1], read[:, 1:]).cpu().numpy()  # (M, B, T)
+        for row, (number, of_window) in enumerate(zip(batch, tokens, strict=True)):
             places = np.array(windows.counted(number))
             is_scored = split.counts(of_window[len(of_window) - len(places) :])
-            nats.append(row[len(row) - len(places) :][is_scored])
+            found.append(values[:, row, values.shape[2] - len(places) :][:, is_scored])
             documents.append(np.searchsorted(ends, places[is_scored]))
-    flat = np.concatenate(nats)
-    return DocumentSums.of(np.concatenate(documents), flat, np.ones(len(flat), np.int64))
+    of = np.concatenate(documents)
+    ones = np.ones(len(of), np.int64)
+    return [DocumentSums.of(of, flat, ones) for flat in np.concatenate(found, axis=1)]
 
 
-def _losses(models: Sequence[GPT], idx: Tensor, targets: Tensor) -> Tensor:
+def _losses(models: Sequence[Scored], idx: Tensor, targets: Tensor) -> Tensor:
     """The losses (B, T), in float64, of the models' average probability of each target.
 
     -log(1/M sum_m exp(-loss_m)); of one model, its loss to the bit.
     """
-    each = torch.stack([model.eval().token_losses(idx, targets).double() for model in models])
+    each = torch.stack([model.token_losses(idx, targets).double() for model in models])
     return math.log(len(models)) - torch.logsumexp(-each, dim=0)
 
 

@@ -30,6 +30,18 @@ class SplitResult(TypedDict):
     how: str
 
 
+class QuantizedResult(TypedDict):
+    """What weights of one kind cost on a split's text, against the full ones, `none`."""
+
+    weights: str
+    loss: float  # as SplitResult's
+    bpb: float
+    loss_change: float  # against the full weights
+    change_stderr: float | None  # of that, documents as clusters
+    agreement: float  # share (0 to 1) of likeliest tokens that are the full weights' too
+    weight_bytes: int  # of the blocks' linear layers; full ones in bf16
+
+
 class TextScore(TypedDict):
     """A corpus score of sacrebleu's."""
 
@@ -83,9 +95,11 @@ class Evaluation(TextMeasures):
     precision: str  # fp32 or bf16: what the network computed in; losses are summed in float64
     block_size: int
     stride: int
+    weights: str  # what quantize.weights says
     splits: dict[str, SplitResult | None]  # train, val, test
     gap: float | None  # loss of val - loss of train
     also: dict[str, SplitResult]  # the texts of evaluate.also, by name
+    quantized: list[QuantizedResult]  # evaluate.quantized, after the full weights; or none
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:

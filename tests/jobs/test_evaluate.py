@@ -108,6 +108,28 @@ def test_neither_workers_nor_batch_size_change_a_number(
             assert again[key] == pytest.approx(value, abs=1e-6), key
 
 
+def test_weights_in_fewer_bits_are_compared_on_the_same_text(
+    trained: tuple[Path, dict[str, Any]], evaluated: dict[str, Any], tmp_path: Path
+) -> None:
+    storage = trained[0]
+    words = ("quantize.weights=int8", "evaluate.quantized=[int8]", "evaluate.passages=0")
+    result = evaluate(config_of(storage, f"evaluate.model={storage / 'run'}", *words))
+    full, int8 = result["quantized"]
+    assert full["loss"] == pytest.approx(evaluated["test_loss"], abs=1e-5)
+    assert int8["loss"] == pytest.approx(result["test_loss"], abs=1e-5)
+    assert 0 < abs(int8["loss"] - full["loss"]) < 0.01
+    assert int8["loss_change"] == pytest.approx(int8["loss"] - full["loss"], abs=1e-9)
+    assert (full["agreement"], full["loss_change"]) == (1.0, 0.0)
+    assert 0.9 < int8["agreement"] <= 1.0
+    assert int8["weight_bytes"] < 0.6 * full["weight_bytes"]
+    # The run keeps the evaluation of its own weights.
+    folder = Path(result["report"]).parent
+    assert folder != storage / "run" and "-int8-" in folder.name
+    assert "Greedy tokens that agree" in Path(result["report"]).read_text()
+    saved = json.loads((folder / "evaluation.json").read_text())
+    assert (saved["weights"], saved["quantized"]) == ("int8", result["quantized"])
+
+
 def scorers() -> set[int]:
     """The scorers of this test session's Ray, by process id."""
     found = set()

@@ -23,6 +23,7 @@ from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.adapters import adapter_sha256, check_adapter, with_adapter
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
+from gptray.jobs.engine_backend import check_engine_backend
 from gptray.jobs.evaluate.ensemble import check_goes_with
 from gptray.jobs.evaluate.evaluated_model import (
     FoundModel,
@@ -131,6 +132,9 @@ def check(config: Config) -> CheckedEvaluation:
     check_adapter(config.evaluate.adapter, model_dir, key="evaluate.adapter")
     if others and config.evaluate.adapter:
         raise UserError("evaluate.adapter goes with one model, but evaluate.model names several")
+    if others and config.evaluate.quantized:
+        raise UserError("evaluate.quantized goes with one model, but evaluate.model names several")
+    check_engine_backend(config)
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
     text = _text(config, trained, found)
@@ -159,11 +163,14 @@ def check(config: Config) -> CheckedEvaluation:
 def plan(checked: CheckedEvaluation) -> Plan:
     """What the job would do."""
     config, data = checked.config, checked.text.data
+    kinds = config.evaluate.quantized
     rows = [
         *(("model", model) for model in checked.models),
         *([("adapter", adapter)] if (adapter := config.evaluate.adapter) else []),
         ("text", ", ".join(checked.source)),
         ("windows", f"{checked.block_size} tokens, {checked.stride} apart"),
+        ("weights", config.quantize.weights),
+        *([("compared", f"full weights, {', '.join(kinds)}")] if kinds else []),
     ]
     if data:
         for name, (windows, numbers) in checked.windows(data).items():

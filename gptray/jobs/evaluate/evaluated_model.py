@@ -114,7 +114,8 @@ def results_folder(
     Raises UserError where that folder is something else's.
     """
     found = models[0]
-    is_own = len(models) == 1 and config.evaluate.adapter is None
+    kind = config.quantize.weights
+    is_own = len(models) == 1 and config.evaluate.adapter is None and kind == "none"
     if is_own and found.run and (found.home or found.run / "model" == found.folder):
         return found.run, found.home
     name = config.name or _name(config, models)
@@ -144,6 +145,8 @@ def _name(config: Config, models: Sequence[FoundModel]) -> str:
     label = called_with(label, config.evaluate.adapter).replace(":", "-")
     if others:
         label = f"ensemble-of-{len(models)}"
+    if config.quantize.weights != "none":
+        label = f"{label}-{config.quantize.weights}"
     digest = adapter_sha256(config.evaluate.adapter) or sha256_of_models(models)
     return f"{label_of(label, 40) or 'model'}-{digest[:6]}"
 

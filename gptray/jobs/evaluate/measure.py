@@ -6,14 +6,19 @@ import logging
 import math
 from datetime import UTC, datetime
 
-from gptray.config import RunFailed
+from gptray.config import ModelConfig, RunFailed
+from gptray.data.scoring import Windows
+from gptray.data.split import LONG_NAMES
 from gptray.data.tokens import TokenData
+from gptray.evaluation.agreement import quantized_results
 from gptray.evaluation.metrics import DocumentSums, split_result
-from gptray.evaluation.result import Evaluation, SplitResult
+from gptray.evaluation.result import Evaluation, QuantizedResult, SplitResult
 from gptray.jobs.evaluate.check import CheckedEvaluation
 from gptray.jobs.evaluate.continuations import measure_texts
 from gptray.jobs.evaluate.scorers import Scorers
 from gptray.jobs.evaluate.task import Call
+from gptray.model.shape import read_shape
+from gptray.model.weight_bytes import linear_bytes
 from gptray.wording import perplexity
 
 log = logging.getLogger("gptray")
@@ -30,6 +35,7 @@ def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
     """
     with Scorers(checked, data) as scorers:
         scores = score_splits(checked, data, scorers)
+        quantized = compare_weights(checked, data, scorers)
         texts = measure_texts(checked, data, scorers)
         precision = scorers.precision
     splits = {name: scores.get(name) for name in ("train", "val", "test")}
@@ -43,11 +49,17 @@ def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
         "precision": precision,
         "block_size": checked.block_size,
         "stride": checked.stride,
+        "weights": checked.config.quantize.weights,
         "splits": splits,
         "also": {name: scores[f"also/{name}"] for name in data.also},
         "gap": val["loss"] - train["loss"] if train and val else None,
+        "quantized": quantized,
         **texts,
-        "how": {"gap": "loss of val - loss of train, both with dropout off", **texts["how"]},
+        "how": {
+            "gap": "loss of val - loss of train, both with dropout off",
+            **({"quantized": _how_compared(data)} if quantized else {}),
+            **texts["how"],
+        },
     }
 
 
@@ -56,13 +68,8 @@ def score_splits(
 ) -> dict[str, SplitResult]:
     """The losses of every split of the text, of the training split of a sample, and of others."""
     results = {}
-    call_tokens = GPU_CALL_TOKENS if checked.config.compute.use_gpu else CALL_TOKENS
     for name, (windows, numbers) in checked.windows(data).items():
-        size = max(1, call_tokens // windows.block_size)
-        ranges = [numbers[first : first + size] for first in range(0, len(numbers), size)]
-        calls = [
-            Call("score", (name, windows, part), windows.stride * len(part)) for part in ranges
-        ]
+        calls = _calls("score", name, windows, numbers, checked)
         parts: list[DocumentSums] = scorers.run(f"scoring {name}", calls)
         result = split_result(DocumentSums.joined(parts), data.scored[name], windows, numbers)
         if not math.isfinite(result["loss"]):
@@ -70,6 +77,52 @@ def score_splits(
         log.info("%s", _line(name, result))
         results[name] = result
     return results
+
+
+def compare_weights(
+    checked: CheckedEvaluation, data: TokenData, scorers: Scorers
+) -> list[QuantizedResult]:
+    """What each kind of evaluate.quantized costs on the test split, or the validation split."""
+    others = checked.config.evaluate.quantized
+    if not others:
+        return []
+    name = _held_out(data)
+    windows, numbers = checked.windows(data)[name]
+    kinds = ["none", *others]
+    calls = _calls("compare", name, windows, numbers, checked)
+    parts: list[list[DocumentSums]] = scorers.run(f"comparing weights on {name}", calls)
+    sums = [DocumentSums.joined(each) for each in zip(*parts, strict=True)]
+    shape = ModelConfig(**read_shape(checked.model_dir))
+    sizes = [linear_bytes(shape, kind) for kind in kinds]
+    results = quantized_results(kinds, sums, sizes, data.splits[name], windows, numbers)
+    for result in results:
+        log.info("%s", _quantized_line(result))
+    return results
+
+
+def _held_out(data: TokenData) -> str:
+    return "test" if data.test else "val"
+
+
+def _how_compared(data: TokenData) -> str:
+    return (
+        f"every token of the {LONG_NAMES[_held_out(data)]} text, read as an engine reads a "
+        "prompt, with the full weights and with each kind"
+    )
+
+
+def _calls(
+    method: str,
+    name: str,
+    windows: Windows,
+    numbers: list[int],
+    checked: CheckedEvaluation,
+) -> list[Call]:
+    """Calls of a method that takes windows of a split, for all of these numbers."""
+    tokens = GPU_CALL_TOKENS if checked.config.compute.use_gpu else CALL_TOKENS
+    size = max(1, tokens // windows.block_size)
+    ranges = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    return [Call(method, (name, windows, part), windows.stride * len(part)) for part in ranges]
 
 
 def _line(name: str, result: SplitResult) -> str:
@@ -80,3 +133,11 @@ def _line(name: str, result: SplitResult) -> str:
         f"{name:5}  loss {result['loss']:.4f}{error}  ppl {ppl}  bpb {result['bpb']:.4f}  "
         f"{result['tokens']:,} tokens"
     )
+
+
+def _quantized_line(result: QuantizedResult) -> str:
+    size = f"{result['weight_bytes'] / 1e6:,.1f} MB"
+    line = f"{result['weights']:5}  loss {result['loss']:.4f}  bpb {result['bpb']:.4f}  {size}"
+    if result["weights"] == "none":
+        return f"weights {line}"
+    return f"weights {line}  {result['agreement']:.2%} of greedy tokens as with full weights"

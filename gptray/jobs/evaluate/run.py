@@ -115,6 +115,8 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
             name: {key: split[key] for key in ("loss", "stderr", "ppl", "bpb")}
             for name, split in evaluation["also"].items()
         },
+        "weights": evaluation["weights"],
+        "quantized": evaluation["quantized"],
         "bleu": bleu and bleu["greedy"]["score"],
         "bleu_signature": bleu and bleu["greedy"]["signature"],
         "bleu_compares": bleu and evaluation["how"]["bleu_compares"],

@@ -18,11 +18,20 @@ from numpy.typing import NDArray
 from gptray.config import RunFailed
 from gptray.data.scoring import Windows
 from gptray.data.tokens import TokenData
-from gptray.evaluation.metrics import DocumentSums, document_ends, score_windows, scoring_dtype
+from gptray.evaluation.agreement import compared
+from gptray.evaluation.metrics import (
+    DocumentSums,
+    Scored,
+    document_ends,
+    score_windows,
+    scoring_dtype,
+    sum_windows,
+)
 from gptray.evaluation.recitation import found_in
 from gptray.generation import sequence
 from gptray.generation.engine import Engine
 from gptray.generation.settings import Sampling
+from gptray.generation.window_reader import WindowReader
 from gptray.jobs.evaluate.task import Call, Continuation, EvaluationTask
 from gptray.jobs.remote_data import tokens_on_node
 from gptray.jobs.tasks import Failure, attempt
@@ -56,11 +65,19 @@ class Scorer:
     def score(self, name: str, windows: Windows, numbers: Sequence[int]) -> DocumentSums:
         """Score windows of a split, by the average of the models' probabilities."""
         split, size = self._data.scored[name], self._config.evaluate.micro_batch_size
-        if name not in self._ends:
-            self._ends[name] = document_ends(split, self._data.eos_id)
-        ends = self._ends[name]
+        ends = self._ends_of(name)
         with self._memory_told():
-            return score_windows(self._models, split, windows, numbers, ends=ends, batch_size=size)
+            return score_windows(self._scored, split, windows, numbers, ends=ends, batch_size=size)
+
+    def compare(self, name: str, windows: Windows, numbers: Sequence[int]) -> list[DocumentSums]:
+        """Read windows of a split with the full weights and with those of evaluate.quantized."""
+        split, size = self._data.splits[name], self._config.evaluate.micro_batch_size
+        measure, device = partial(compared, self._readers), self._models[0].device
+        ends = self._ends_of(name)
+        with self._memory_told():
+            return sum_windows(
+                measure, split, windows, numbers, ends=ends, batch_size=size, device=device
+            )
 
     def write(
         self, prompts: list[list[int]], lengths: list[int], sampling: Sampling, first: int
@@ -88,6 +105,11 @@ class Scorer:
     def find(self, start: int, stop: int, wanted: list[NDArray[Any]]) -> list[NDArray[Any]]:
         """Look for n-grams in a range of the training split."""
         return list(found_in(self._data.train, start, stop, wanted))
+
+    def _ends_of(self, name: str) -> NDArray[Any]:
+        if name not in self._ends:
+            self._ends[name] = document_ends(self._data.scored[name], self._data.eos_id)
+        return self._ends[name]
 
     @contextmanager
     def _memory_told(self) -> Iterator[None]:
@@ -132,6 +154,28 @@ class Scorer:
         return [model.to(device) for model in models]
 
     @cached_property
+    def _scored(self) -> Sequence[Scored]:
+        """What is scored: quantized weights as they generate."""
+        kind = self._config.quantize.weights
+        return self._models if kind == "none" else [self._reader(m, kind) for m in self._models]
+
+    @cached_property
+    def _readers(self) -> list[WindowReader]:
+        """Of the model with its full weights, and with those of evaluate.quantized."""
+        kinds = ("none", *self._config.evaluate.quantized)
+        return [self._reader(self._models[0], kind) for kind in kinds]
+
+    def _reader(self, model: GPT, kind: str) -> WindowReader:
+        return WindowReader(model, dtype=model.compute_dtype, quantize=kind, backend=self._backend)
+
+    @property
+    def _backend(self) -> str:
+        """The engine's: the same on every node, unless one is named."""
+        if self._config.compute.use_gpu:
+            return "graph"
+        return "native" if self._config.generate.backend == "native" else "torch"
+
+    @cached_property
     def _engine(self) -> Engine:
         batch_size = self._config.evaluate.micro_batch_size
         model = self._models[0]
@@ -140,5 +184,6 @@ class Scorer:
             self._data.tokenizer,
             max_batch_size=batch_size,
             dtype=model.compute_dtype,
-            backend="graph" if self._config.compute.use_gpu else "torch",
+            quantize=self._config.quantize.weights,
+            backend=self._backend,
         )

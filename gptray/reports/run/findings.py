@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from gptray.data.split import LONG_NAMES
-from gptray.evaluation.result import Evaluation, SplitResult
+from gptray.evaluation.result import Evaluation, QuantizedResult, SplitResult
 from gptray.reports.page import Row, Table
 from gptray.wording import perplexity
 
@@ -57,6 +57,7 @@ def evaluation_view(evaluation: Evaluation) -> dict[str, object]:
         "sentence": evaluation_sentence(evaluation),
         "splits": _splits(evaluation),
         "hows": _hows(evaluation),
+        "quantized": _quantized(evaluation),
         "text_scores": _text_scores(evaluation),
         "single_scores": _single_scores(evaluation),
         "samples": evaluation["samples"][:SHOWN],
@@ -106,6 +107,37 @@ def _hows(evaluation: Evaluation) -> list[str]:
     return lines
 
 
+def _quantized(evaluation: Evaluation) -> Table:
+    results = evaluation.get("quantized") or []  # older files have none
+    names = {"none": "full"}
+    measures: list[tuple[str, str, Callable[[QuantizedResult], str]]] = [
+        ("Loss", evaluation["how"].get("quantized", ""), lambda one: f"{one['loss']:.4f}"),
+        (
+            "Change",
+            "of the loss, with its standard error by document",
+            lambda one: f"{one['loss_change']:+.4f}{_error(one['change_stderr'])}",
+        ),
+        ("Bits per byte", "loss x tokens / (ln 2 x bytes)", lambda one: f"{one['bpb']:.4f}"),
+        (
+            "Greedy tokens that agree",
+            "the likeliest next token is that of the full weights",
+            lambda one: _percent(one["agreement"]),
+        ),
+        (
+            "Size",
+            "of the weights of the blocks' linear layers; full ones in bf16",
+            lambda one: f"{one['weight_bytes'] / 1e6:,.1f} MB",
+        ),
+    ]
+    rows = [Row(name, how, tuple(value(one) for one in results)) for name, how, value in measures]
+    kinds = [names.get(one["weights"], one["weights"]) for one in results]
+    return Table(kinds, rows if results else [])
+
+
+def _error(stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {stderr:.4f}"
+
+
 def _text_scores(evaluation: Evaluation) -> Table:
     rows = []
     for key, name in (("chrf", "chrF"), ("bleu", "BLEU")):
@@ -146,6 +178,7 @@ def _identity(evaluation: Evaluation) -> Table:
         Row("Tokenizer's sha256", "", (evaluation["tokenizer_sha256"],)),
         Row("Text", "", (", ".join(evaluation["source"]),)),
         Row("Window", "tokens that the model sees at once", (f"{evaluation['block_size']:,}",)),
+        Row("Weights", "none: not quantized", (evaluation.get("weights", "none"),)),
         Row("Stride", "tokens between two windows", (f"{evaluation['stride']:,}",)),
         Row("Time", "UTC", (evaluation["time"],)),
     ]

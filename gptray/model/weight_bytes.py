@@ -1,0 +1,27 @@
+"""Bytes of a network's linear layers by kind of weights, told before any is read; no torch here."""
+
+from __future__ import annotations
+
+from gptray.config import ModelConfig
+from gptray.model.parameters import block_modules
+
+# Of a full weight, in bf16; of a scale of `gptray.model.quantized`, fp16.
+_FULL, _SCALE = 2, 2
+# Inputs that share a scale in int4; in int8 all of a row do.
+_GROUP = 32
+
+
+def linear_bytes(config: ModelConfig, kind: str) -> int:
+    """Bytes of the weights of the linear layers in a network's blocks: none is bf16, int8, int4."""
+    linear = [module for module in block_modules(config) if len(module.inputs) == 1]
+    return config.n_layer * sum(
+        sum(module.parts) * _row_bytes(module.inputs[0], kind) for module in linear
+    )
+
+
+def _row_bytes(inputs: int, kind: str) -> int:
+    if kind == "none":
+        return _FULL * inputs
+    if kind == "int8":
+        return inputs + _SCALE
+    return -(-inputs // 2) + _SCALE * -(-inputs // _GROUP)

@@ -1,0 +1,57 @@
+"""Weights in int8 and int4: how close they are, what they hold, how many bytes they take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptray.model.quantized import QuantizedWeight, quantize
+
+
+def weights(outputs: int, inputs: int) -> torch.Tensor:
+    """Rows of different sizes, one of them of zeros."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(outputs, inputs, generator=random)
+    return rows * torch.logspace(-4, 2, outputs)[:, None] * (torch.arange(outputs) != 1)[:, None]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("int4", 0.1)])
+@pytest.mark.parametrize("inputs", [1, 32, 33, 96, 130])
+def test_a_quantized_weight_is_close_and_comes_back_to_the_bit(
+    kind: str, most: float, inputs: int
+) -> None:
+    weight = weights(5, inputs)
+    found = quantize(weight, kind).dequantize()
+    assert bool(((found - weight).norm(dim=1) <= most * weight.norm(dim=1)).all())
+    assert torch.equal(quantize(found, kind).dequantize(), found)
+
+
+def test_int4_is_what_its_documentation_says() -> None:
+    values, scale = torch.tensor([-8, 7, 0, 3, -1]), 0.25
+    found = quantize(values[None] * scale, "int4")
+    assert found.scales.tolist() == [[scale]] and found.scales.dtype == torch.float16
+    assert found.integers().tolist() == [values.tolist()]
+    assert found.values.tolist() == [[0 | 15 << 4, 8 | 11 << 4, 7 | 8 << 4]]
+
+
+def test_a_group_has_a_scale_of_its_own() -> None:
+    weight = torch.ones(1, 64)
+    weight[0, 32:] = 1e-3
+    error = (quantize(weight, "int4").dequantize() - weight).abs()
+    assert float(error[0, 32:].max()) < 1e-6
+
+
+def test_int4_takes_at_most_a_third_of_the_bytes_of_bf16_and_int8_about_half() -> None:
+    def share(kind: str) -> float:
+        return quantize(weights(64, 768), kind).nbytes / (64 * 768 * 2)
+
+    assert share("int4") <= 0.32 and share("int8") <= 0.55
+
+
+def test_rows_are_quantized_by_themselves() -> None:
+    weight = weights(9, 70)
+    whole = quantize(weight, "int4")
+    parts = [quantize(row[None], "int4") for row in weight]
+    values = torch.cat([part.values for part in parts])
+    together = QuantizedWeight("int4", 70, values, torch.cat([part.scales for part in parts]))
+    assert torch.equal(whole.dequantize(), together.dequantize())
