@@ -160,6 +160,7 @@ void sum_panel(const Words *panel, int words, float *sum, int columns) {
 void multiply_panels(const Words *left, const Words *right, int words, float *out, size_t stride,
                      int rows, int columns) {
   alignas(64) float sums[PANEL][PANEL];
+  const Floats zero = Bf16::zero();
   for (int first = 0; first < words; first += CHUNK) {
     const int count = std::min(CHUNK, words - first);
     const bool last = first + count == words;
@@ -167,7 +168,8 @@ void multiply_panels(const Words *left, const Words *right, int words, float *ou
       product<Bf16>(
           height, {(const int32_t *)(left + (size_t)first * BLOCKS) + row, 1, PANEL},
           right + (size_t)first * BLOCKS, count,
-          [&](int r, int b) { return load(sums[row + r] + b * LANES, first ? 0xFFFF : 0); },
+          // Not masked: where the stack has no page yet, even a load of no lanes takes long.
+          [&](int r, int b) { return first ? _mm512_load_ps(sums[row + r] + b * LANES) : zero; },
           [&](int r, int b, Floats sum) {
             const __mmask16 mask = lanes(columns - b * LANES);
             if (!last)
