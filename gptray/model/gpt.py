@@ -188,7 +188,7 @@ class GPT(nn.Module):
         # What goes along with the weights from folder to folder.
         self.usage = Usage()
         self.compute_dtype = torch.float32
-        self.head_loss = linear_cross_entropy
+        self.head_loss, self.native_head = linear_cross_entropy, False
         # Makes a whole tensor of a parameter that is spread over processes, or not read yet.
         self.whole: Callable[[Tensor], Tensor] = Tensor.detach
         self.transformer = Transformer(config, rows)
@@ -226,6 +226,7 @@ class GPT(nn.Module):
         """
         assert self.compute_dtype == torch.bfloat16
         width, inner = self.config.n_embd, self.config.inner
+        self.native_head = width % 2 == 0
         for module in self.modules():
             if isinstance(module, Attention):
                 module.native = module.head_width % 2 == 0
@@ -274,7 +275,8 @@ class GPT(nn.Module):
         weight = self.head
         if targets is not None:
             x = x.flatten(0, 1)
-            return self.head_loss(x, weight, targets.flatten(), valid=self.valid_vocab_size)
+            valid, native = self.valid_vocab_size, self.native_head
+            return self.head_loss(x, weight, targets.flatten(), valid=valid, native=native)
         logits = F.linear(x, weight.to(x.dtype))
         if self.valid_vocab_size < weight.size(0):
             padded = torch.arange(weight.size(0), device=x.device) >= self.valid_vocab_size
