@@ -187,7 +187,7 @@ class GPT(nn.Module):
         # What goes along with the weights from folder to folder.
         self.usage = Usage()
         self.compute_dtype = torch.float32
-        self.head_loss = linear_cross_entropy
+        self.head_loss, self.native_head = linear_cross_entropy, False
         # Makes a whole tensor of a parameter that is spread over processes, or not read yet.
         self.whole: Callable[[Tensor], Tensor] = Tensor.detach
         self.transformer = Transformer(config, rows)
@@ -225,6 +225,7 @@ class GPT(nn.Module):
         """
         assert self.compute_dtype == torch.bfloat16
         width, inner = self.config.n_embd, self.config.inner
+        self.native_head = width % 2 == 0
         for module in self.modules():
             if isinstance(module, Attention):
                 module.native = module.head_width % 2 == 0
@@ -277,7 +278,7 @@ class GPT(nn.Module):
             rows = x.flatten(0, 1), weight, targets.flatten()
             if soft:
                 return taught_cross_entropy(*rows, soft, valid=valid)
-            return self.head_loss(*rows, valid=valid)
+            return self.head_loss(*rows, valid=valid, native=self.native_head)
         logits = F.linear(x, weight.to(x.dtype))
         if valid < weight.size(0):
             padded = torch.arange(weight.size(0), device=x.device) >= valid

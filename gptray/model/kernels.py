@@ -77,6 +77,23 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return y
 
 
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, *, valid: int, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-log softmax(x W^T)[target] of each row, (M) fp32, and the gradients of their sum by x, bf16,
+    and by W, fp32, or None where it is not needed.
+
+    x (M, C) bf16, C even; W (V, C) fp32, of which the first `valid` rows are tokens; targets (M)
+    int64. No graph is made.
+    """
+    x, weight, targets = _whole([x, weight, targets])
+    losses, grad_x = torch.empty(len(x)), torch.empty_like(x)
+    grad_weight = torch.empty_like(weight) if needs_weight else None
+    made = losses, grad_x, grad_weight
+    _call("head_loss", x, weight, targets, *made, len(x), *weight.shape, valid)
+    return made
+
+
 def _call(name: str, *arguments: Tensor | float | None) -> None:
     """Call a function of the library with its tensors and sizes, see `gptray.native.abi`."""
     getattr(load_library(key=TRAIN_KEY), name)(*arguments, torch.get_num_threads())

@@ -1,5 +1,7 @@
 """The head and its cross-entropy in pieces of rows, so that no more than one piece's logits exist.
 
+bf16 on a CPU that is one for it: `gptray.model.kernels`.
+
 The gradient is made in the forward pass, while a piece's logits are at hand; the backward pass
 only scales it. Weights come as fp32 masters and their gradient is summed in fp32; frozen ones get
 none. On a CPU a piece stays in its caches; on a GPU it is large, since every piece reads and writes
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gptray.model import kernels
 from gptray.model.autograd_context import Context
 
 # Of one piece's logits in fp32: 128 rows of GPT-2's vocabulary. Below 32 MiB, above which glibc
@@ -39,15 +42,19 @@ def piece_rows(rows: int, vocab_size: int, *, on_gpu: bool, logit_bytes: int = 4
     return most // 32 * 32 if most >= 32 else max(most, 1)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: int) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, valid: int, native: bool = False
+) -> Tensor:
     """Mean over N tokens of -log softmax(x @ weight.T)[target], a fp32 scalar.
 
     x (N, C) in the dtype to compute in, weight (V, C) fp32, targets (N,) int64. Only the first
-    `valid` of the V rows are tokens: the others get no probability and no gradient.
+    `valid` of the V rows are tokens: the others get no probability and no gradient. native: in
+    eager mode with gradients by `gptray.model.kernels`, for bf16 on a CPU.
     """
     if not torch.is_grad_enabled():
         return token_cross_entropy(x, weight, targets, valid=valid).mean()
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, valid)  # type: ignore[no-untyped-call]
+    native = native and not torch.compiler.is_compiling()
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, valid, native)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -118,26 +125,38 @@ def fused_scores(x: Tensor, weight: Tensor, target: Tensor, valid: int) -> tuple
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor, targets: Tensor, valid: int) -> Tensor:
-        cast = weight.to(x.dtype)
-        fused = torch.compiler.is_compiling() and x.device.type != "cpu"
-        score = fused_scores if fused else scores
-        needs_weights = ctx.needs_input_grad[1]
-        grad_weight = torch.zeros_like(weight) if needs_weights else weight[:0]
-        log_p, grad_x = [], []
-        for piece, target in pieces_of(x, weight, targets):
-            picked, grad = score(piece, cast, target, valid)
-            log_p.append(picked)
-            grad_x.append(torch.mm(grad, cast))
-            if needs_weights:
-                add_product(grad_weight, grad, piece)
-        ctx.save_for_backward(grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x), grad_weight)
-        return -torch.cat(log_p).mean()
+    def forward(
+        ctx: Context, x: Tensor, weight: Tensor, targets: Tensor, valid: int, native: bool
+    ) -> Tensor:
+        needs_weight = ctx.needs_input_grad[1]
+        score = kernels.head_loss if native else _piecewise
+        losses, *grads = score(x, weight, targets, valid=valid, needs_weight=needs_weight)
+        ctx.save_for_backward(*grads)
+        return losses.mean()
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0] / grad_x.size(0)
         # In place: the gradient of a large head is too big to copy, and is used once.
-        is_frozen = not ctx.needs_input_grad[1]
-        return grad_x.mul_(scale), None if is_frozen else grad_weight.mul_(scale), None, None
+        scaled = grad_weight.mul_(scale) if ctx.needs_input_grad[1] else None
+        return grad_x.mul_(scale), scaled, None, None, None
+
+
+def _piecewise(
+    x: Tensor, weight: Tensor, targets: Tensor, *, valid: int, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `gptray.model.kernels.head_loss` gives, on every device."""
+    cast = weight.to(x.dtype)
+    fused = torch.compiler.is_compiling() and x.device.type != "cpu"
+    score = fused_scores if fused else scores
+    grad_weight = torch.zeros_like(weight) if needs_weight else None
+    log_p, grad_x = [], []
+    for piece, target in pieces_of(x, weight, targets):
+        picked, grad = score(piece, cast, target, valid)
+        log_p.append(picked)
+        grad_x.append(torch.mm(grad, cast))
+        if grad_weight is not None:
+            add_product(grad_weight, grad, piece)
+    whole = grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x)
+    return torch.cat(log_p).neg(), whole, grad_weight

@@ -184,6 +184,8 @@ FUNCTIONS: dict[str, Sequence[type]] = {
         *(Half, Half, Float, Float, Half, Half, Half, Float, Half, Float, Float),
         *(c_float, *_SIZES_OF_HEADS),
     ],
+    # x, weight, targets, losses, grad_x, grad_weight; M, V, C, valid
+    "head_loss": [Half, Float, Long, Float, Half, Float, *[c_int32] * 5],
     "decode_step": [POINTER(Model), POINTER(Cache), POINTER(Step), c_int32],
     # logits; rows, width, k; values, ids
     "top_candidates": [Float, c_int32, c_int32, c_int32, Float, Long, c_int32],

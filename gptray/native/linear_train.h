@@ -156,24 +156,30 @@ void sum_panel(const Words *panel, int words, float *sum, int columns) {
   }
 }
 
-// 64 rows and columns of left^T right, both panels of `words` words: out (rows, stride).
+// 64 rows and columns of left^T right, both panels of `words` words: written to out (rows, stride),
+// or added to it.
 void multiply_panels(const Words *left, const Words *right, int words, float *out, size_t stride,
-                     int rows, int columns) {
+                     int rows, int columns, bool adds) {
   alignas(64) float sums[PANEL][PANEL];
   for (int first = 0; first < words; first += CHUNK) {
     const int count = std::min(CHUNK, words - first);
     const bool last = first + count == words;
     in_tiles(0, rows, [&](int row, int height) {
+      const auto at = [&](int r, int b) { return out + (row + r) * stride + b * LANES; };
+      const auto mask = [&](int b) { return lanes(columns - b * LANES); };
       product<Bf16>(
           height, {(const int32_t *)(left + (size_t)first * BLOCKS) + row, 1, PANEL},
           right + (size_t)first * BLOCKS, count,
-          [&](int r, int b) { return load(sums[row + r] + b * LANES, first ? 0xFFFF : 0); },
+          [&](int r, int b) {
+            // No load of no lanes: it takes long where the stack has no page yet.
+            if (first) return _mm512_load_ps(sums[row + r] + b * LANES);
+            return adds ? load(at(r, b), mask(b)) : Bf16::zero();
+          },
           [&](int r, int b, Floats sum) {
-            const __mmask16 mask = lanes(columns - b * LANES);
             if (!last)
-              store(sums[row + r] + b * LANES, sum, 0xFFFF);
-            else if (mask)
-              store(out + (row + r) * stride + b * LANES, sum, mask);
+              _mm512_store_ps(sums[row + r] + b * LANES, sum);
+            else if (mask(b))
+              store(at(r, b), sum, mask(b));
           });
     });
   }
@@ -200,7 +206,8 @@ void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db
       const int n = (x_is_wider ? inner : outer) * PANEL, k = (x_is_wider ? outer : inner) * PANEL;
       const Words *left = x_is_wider ? all + inner * size : own;
       const Words *right = x_is_wider ? own : all + inner * size;
-      multiply_panels(left, right, words, dw + (size_t)n * K + k, K, std::min(PANEL, N - n), K - k);
+      multiply_panels(left, right, words, dw + (size_t)n * K + k, K, std::min(PANEL, N - n), K - k,
+                      false);
     }
   }
   if (db && x_is_wider)

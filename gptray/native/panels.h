@@ -103,17 +103,17 @@ void pack_gated_rows(const float *w, Words *panels, int N, int K) {
   }
 }
 
-// W (N, K) fp32 -> panels of 64 columns, words along N.
+// W (N, K) fp32 -> panels of 64 columns, words along N; a last row alone is paired with zeros.
 void pack_columns(const float *w, Words *panels, int N, int K) {
-  const int count = N / 2;
+  const int count = (N + 1) / 2;
 #pragma omp for collapse(2) schedule(static)
   for (int panel = 0; panel < panel_count(K); ++panel)
     for (int n = 0; n < count; ++n)
       for (int b = 0; b < BLOCKS; ++b) {
         const int column = panel * PANEL + b * LANES;
-        const __mmask16 mask = lanes(K - column);
+        const __mmask16 mask = lanes(K - column), odd = 2 * n + 1 < N ? mask : 0;
         const float *from = w + (size_t)2 * n * K + column;
-        const Words words = pair(load(from, mask), load(from + K, mask));
+        const Words words = pair(load(from, mask), load(from + K, odd));
         _mm512_store_si512(panels + ((size_t)panel * count + n) * BLOCKS + b, words);
       }
 }

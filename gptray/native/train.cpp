@@ -5,6 +5,7 @@
 // as many columns and words as each function says.
 
 #include "abi.h"
+#include "head_loss.h"
 #include "heads_train.h"
 #include "linear_train.h"
 #include "norm_train.h"
@@ -153,6 +154,20 @@ void attention_gradient(const uint16_t *grad, const uint16_t *qkv, const float *
   }
 }
 
+// The losses (M) of x (M, C) by w (V, C), -log softmax of the targets (M), and the gradients of
+// their sum: dx (M, C), dw (V, C), or nullptr for no dw. Only the first `valid` of V are tokens; C
+// even.
+void head_loss(const uint16_t *x, const float *w, const int64_t *targets, float *losses,
+               uint16_t *dx, float *dw, int M, int V, int C, int valid, int threads) {
+  const Head head = {w, V, C, valid};
+  const HeadRows rows = {x, targets, losses, dx};
+  thread_local Piece kept;
+  Piece &piece = kept;  // this thread's, also in the others
+  piece.fit(head, piece_rows(M, V));
+#pragma omp parallel num_threads(threads)
+  head_pass(head, rows, dw, piece, M);
+}
+
 const char *train_abi() {
   static const std::string text =
       ABI_CONSTANT(NORM_PARTS) + ABI_FUNCTION(linear) + ABI_FUNCTION(linear_gelu) +
@@ -160,7 +175,7 @@ const char *train_abi() {
       ABI_FUNCTION(input_gradient_gelu) + ABI_FUNCTION(input_gradient_swiglu) +
       ABI_FUNCTION(weight_gradients) + ABI_FUNCTION(layer_norm) +
       ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(attention) +
-      ABI_FUNCTION(attention_gradient);
+      ABI_FUNCTION(attention_gradient) + ABI_FUNCTION(head_loss);
   return text.c_str();
 }
 

@@ -24,8 +24,9 @@ _NOT_OF_A_BLOCK = {
 def faster_kernels(config: Config) -> Choice:
     """The faster backend for the blocks of a run in bf16 on this process's cores.
 
-    Embedding, head and optimizer are the same code in both. Measured without torch.compile, which
-    takes longer than a trial may. Random numbers are drawn as if nothing had been measured.
+    Embedding and optimizer are the same code in both, and a head is a linear layer. Measured
+    without torch.compile, which takes longer than a trial may. Random numbers are drawn as if
+    nothing had been measured.
     """
     model, T = config.model, config.train.block_size
     rows = max(1, min(config.micro_batch_size, TOKENS // T))

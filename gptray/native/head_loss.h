@@ -1,0 +1,201 @@
+// The head and its cross-entropy: x (M, C) by W (V, C) to logits (M, V), to -log softmax of the
+// targets, and the gradients of their sum.
+//
+// Logits and their gradient exist for a piece of the rows at a time, in bf16, the gradient in the
+// logits' place; sums are fp32. All threads of a parallel region call `head_pass`, and share its
+// loops. The same bits at any number of threads.
+
+#pragma once
+
+#include <cmath>
+
+#include "exp.h"
+#include "linear_train.h"
+
+namespace {
+
+// Columns of logits that lie together: as many words as `CHUNK`.
+constexpr int GROUP = 2 * CHUNK;
+// Rows of W that are packed at a time to make x's gradient.
+constexpr int PACKED_ROWS = 4 * GROUP;
+// Of one piece's logits: 680 rows of Llama's smallest vocabularies.
+constexpr size_t PIECE_BYTES = 64 << 20;
+
+struct Head {
+  const float *weight;  // (V, C)
+  int V, C, valid;      // tokens are the first `valid` of V
+};
+
+struct HeadRows {
+  const uint16_t *x;       // (M, C)
+  const int64_t *targets;  // (M)
+  float *losses;           // (M)
+  uint16_t *dx;            // (M, C)
+};
+
+// How many of M rows make a piece: as many in each, but for the last.
+inline int piece_rows(int M, int V) {
+  const size_t most = std::max<size_t>(1, PIECE_BYTES / ((size_t)V * sizeof(uint16_t)));
+  const size_t pieces = (M + most - 1) / most;
+  return (M + pieces - 1) / pieces;
+}
+
+// What there is of a piece of `rows` rows. Its memory is kept: fresh pages cost more than the
+// losses.
+struct Piece {
+  int rows = 0;
+  std::vector<Line> logits, x, weight, sums;
+  std::vector<float> log_sums;
+
+  void fit(const Head &head, int most) {
+    const size_t groups = (head.V + GROUP - 1) / GROUP, panels = panel_count(head.C);
+    rows = most;
+    room(logits, groups * rows * CHUNK / LANES);
+    room(x, panels * BLOCKS * ((rows + 1) / 2));
+    room(weight, panels * BLOCKS * PACKED_ROWS / 2);
+    room(sums, panels * BLOCKS * rows);
+    room(log_sums, rows);
+  }
+
+  // 16 logits, or their gradients: groups, rows, columns.
+  uint16_t *at(int row, int column) {
+    const size_t group = column / GROUP;
+    return (uint16_t *)logits.data() + (group * rows + row) * GROUP + column % GROUP;
+  }
+  // 16 sums of x's gradient: panels, rows, columns.
+  float *sum(int row, int column) {
+    const size_t panel = column / PANEL;
+    return (float *)sums.data() + (panel * rows + row) * PANEL + column % PANEL;
+  }
+};
+
+// Logits of `rows` rows, those beyond V of padding.
+void make_logits(const Head &head, const uint16_t *x, Piece &piece, int rows) {
+  const int words = head.C / 2;
+  thread_local std::vector<Line> packed;
+  Words *own = (Words *)room(packed, (size_t)words * BLOCKS);
+#pragma omp for schedule(dynamic)
+  for (int panel = 0; panel < panel_count(head.V); ++panel) {
+    for (int b = 0; b < BLOCKS; ++b) {
+      const int first = panel * PANEL + b * LANES;
+      pack_row_block(head.weight + (size_t)first * head.C, head.V - first, own, b, head.C);
+    }
+    in_tiles(0, rows, [&](int row, int height) {
+      product<Bf16>(height, {(const int32_t *)x + (size_t)row * words, (size_t)words, 1}, own,
+                    words, FromZero<Bf16>{}, [&](int r, int b, Floats sum) {
+                      store(piece.at(row + r, panel * PANEL + b * LANES), sum, 0xFFFF);
+                    });
+    });
+  }
+}
+
+// log sum e^z of a row of logits.
+float log_sum(const Head &head, Piece &piece, int row) {
+  Floats most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+  for (int column = 0; column < head.valid; column += LANES) {
+    const __mmask16 mask = lanes(head.valid - column);
+    most = _mm512_mask_max_ps(most, mask, most, load(piece.at(row, column), 0xFFFF));
+  }
+  most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  for (int column = 0; column < head.valid; column += LANES) {
+    const __mmask16 mask = lanes(head.valid - column);
+    const Floats z = _mm512_sub_ps(load(piece.at(row, column), 0xFFFF), most);
+    sum = _mm512_mask_add_ps(sum, mask, sum, exp(z));
+  }
+  return _mm512_cvtss_f32(most) + std::log(_mm512_reduce_add_ps(sum));
+}
+
+void make_losses(const Head &head, const HeadRows &all, Piece &piece, int first, int rows) {
+#pragma omp for schedule(static)
+  for (int row = 0; row < rows; ++row) {
+    const int target = all.targets[first + row], lane = target % LANES;
+    const Floats z = load(piece.at(row, target - lane), 0xFFFF);
+    piece.log_sums[row] = log_sum(head, piece, row);
+    all.losses[first + row] =
+        piece.log_sums[row] - _mm512_mask_reduce_add_ps((__mmask16)(1u << lane), z);
+  }
+}
+
+// A panel's logits -> d loss / dz = softmax - onehot, 0 for padding.
+void to_gradients(const Head &head, const int64_t *targets, Piece &piece, int panel, int rows) {
+  for (int row = 0; row < rows; ++row)
+    for (int b = 0; b < BLOCKS; ++b) {
+      const int column = panel * PANEL + b * LANES;
+      const int64_t lane = targets[row] - column;
+      const __mmask16 hit = lane >= 0 && lane < LANES ? 1u << lane : 0;
+      uint16_t *at = piece.at(row, column);
+      const Floats off = _mm512_sub_ps(load(at, 0xFFFF), _mm512_set1_ps(piece.log_sums[row]));
+      const Floats p = _mm512_maskz_mov_ps(lanes(head.valid - column), exp(off));
+      store(at, _mm512_mask_sub_ps(p, hit, p, _mm512_set1_ps(1.f)), 0xFFFF);
+    }
+}
+
+// Logits -> their gradient; and to dw (V, C), if it is asked for, its product with x is added, or
+// written, for the first piece.
+void make_gradients(const Head &head, const HeadRows &all, Piece &piece, int first, int rows,
+                    float *dw) {
+  const int words = (rows + 1) / 2, C = head.C;
+  const size_t size = (size_t)words * BLOCKS;
+  const Words *x = (const Words *)piece.x.data();
+  thread_local std::vector<Line> packed;
+  Words *own = (Words *)room(packed, size);
+#pragma omp for schedule(dynamic)
+  for (int panel = 0; panel < panel_count(head.V); ++panel) {
+    to_gradients(head, all.targets + first, piece, panel, rows);
+    if (!dw) continue;
+    const int v = panel * PANEL, height = std::min(PANEL, head.V - v);
+    pack_panel(piece.at(0, v), GROUP, own, rows, PANEL);
+    for (int k = 0; k < C; k += PANEL)
+      multiply_panels(own, x + k / PANEL * size, words, dw + (size_t)v * C + k, C, height, C - k,
+                      first > 0);
+  }
+}
+
+// dx = the gradient of the logits by W, in an order of sums that is always the same.
+void make_input_gradient(const Head &head, const HeadRows &all, Piece &piece, int first, int rows) {
+  const int panels = panel_count(head.C);
+  Words *weight = (Words *)piece.weight.data();
+  for (int v = 0; v < head.V; v += PACKED_ROWS) {
+    const int packed = std::min(PACKED_ROWS, head.V - v), words = (packed + 1) / 2;
+    pack_columns(head.weight + (size_t)v * head.C, weight, packed, head.C);
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int begin = 0; begin < rows; begin += ROW_BLOCK)
+      for (int panel = 0; panel < panels; ++panel)
+        for (int word = 0; word < words; word += CHUNK) {
+          const Words *w = weight + ((size_t)panel * words + word) * BLOCKS;
+          const int count = std::min(CHUNK, words - word);
+          const bool is_first = v + word == 0;
+          in_tiles(begin, std::min(begin + ROW_BLOCK, rows), [&](int row, int height) {
+            const int32_t *grads = (const int32_t *)piece.at(row, v + 2 * word);
+            const auto at = [&](int r, int b) {
+              return piece.sum(row + r, panel * PANEL + b * LANES);
+            };
+            product<Bf16>(
+                height, {grads, CHUNK, 1}, w, count,
+                [&](int r, int b) { return is_first ? Bf16::zero() : _mm512_load_ps(at(r, b)); },
+                [&](int r, int b, Floats sum) { _mm512_store_ps(at(r, b), sum); });
+          });
+        }
+  }
+#pragma omp for schedule(static)
+  for (int row = 0; row < rows; ++row)
+    for (int c = 0; c < head.C; c += LANES) {
+      uint16_t *to = all.dx + (size_t)(first + row) * head.C + c;
+      store(to, _mm512_load_ps(piece.sum(row, c)), lanes(head.C - c));
+    }
+}
+
+// The losses of M rows, the gradients of their sum by x, and by W (V, C), or nullptr for none.
+void head_pass(const Head &head, const HeadRows &all, float *dw, Piece &piece, int M) {
+  for (int first = 0; first < M; first += piece.rows) {
+    const int rows = std::min(piece.rows, M - first);
+    const uint16_t *x = all.x + (size_t)first * head.C;
+    if (dw) pack_panels(x, (Words *)piece.x.data(), rows, head.C);
+    make_logits(head, x, piece, rows);
+    make_losses(head, all, piece, first, rows);
+    make_gradients(head, all, piece, first, rows, dw);
+    make_input_gradient(head, all, piece, first, rows);
+  }
+}
+
+}  // namespace
