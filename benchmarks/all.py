@@ -3,8 +3,8 @@
     python benchmarks/all.py [--quick] [--parts limits,backends,train,generate,contention] [--save]
 
 Systems take turns, each in a process of its own; figures are medians over rounds. transformers,
-CTranslate2 and llama.cpp take part where they are installed. It takes about fifteen minutes, with --quick three.
---save writes a file for this kind of machine to benchmarks/results/.
+CTranslate2 and llama.cpp take part where they are installed. It takes about fifteen minutes, with
+--quick three. --save writes a file for this kind of machine to benchmarks/results/.
 """
 
 from __future__ import annotations
