@@ -13,6 +13,7 @@ from gptray.data.tokens import TokenData
 from tests.tiny import tiny_config, tiny_text
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark `ray` what uses the session's Ray; leave out `chaos` unless `-m` names it.
 

@@ -94,7 +94,8 @@ class ObjectStore(ThreadingHTTPServer):
 def object_store(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[ObjectStore]:
     """A running store, the environment that leads to it, and a cache of its own for the node."""
     with ObjectStore() as store:
-        thread = threading.Thread(target=store.serve_forever, daemon=True)
+        # Its end waits for the next look at whether it is asked to end.
+        thread = threading.Thread(target=store.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         for name, value in {
             "AWS_ENDPOINT_URL": store.url,

@@ -187,6 +187,7 @@ def test_copies_take_no_more_than_their_share_and_those_in_use_stay(
 @pytest.mark.parametrize("fault", ["busy", "slow"])
 def test_a_busy_or_slow_store_fails_nothing(store: ObjectStore, fault: str) -> None:
     setattr(store, f"{fault}_each", 4)
+    store.slow_s = 0.2
     check_model(load_config(None, [f"generate.model={BOOK}"]))
     store.objects["bucket/in/p.jsonl"] = Object(b'{"text": "a"}\n' * 9)
     store.objects["bucket/in/q.txt.gz"] = Object(gzip.compress(b"b" * 9))

@@ -167,7 +167,7 @@ def test_a_lease_that_is_kept_refuses_and_one_that_was_left_is_removed(
 ) -> None:
     place = RemoteFolder(OUT) / ".gptray"
     with (
-        leased(place, busy="busy") as lease,
+        leased(place, busy="busy", expires_s=6) as lease,  # renewed, so seen, after 1.5 s
         pytest.raises(
             UserError, match=f"another job is writing to {OUT} now .process {os.getpid()}"
         ),
