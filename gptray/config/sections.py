@@ -102,6 +102,11 @@ class OptimConfig(Section):
     betas: tuple[Probability, Probability] = Field((0.9, 0.99), description="AdamW's decay rates")
     eps: Positive = Field(1e-8, description="AdamW's epsilon")
     weight_decay: NonNegative = Field(0.1, description="AdamW's; none on biases and norms")
+    weight_decay_schedule: Literal["constant", "falling", "rising"] = Field(
+        "constant",
+        description="while lr falls after the warm-up (wsd: as the run lands), weight_decay falls "
+        "to 0, or rises to one and a half times itself",
+    )
     max_grad_norm: Positive | None = Field(1.0, description="clip the global norm here; null: off")
 
     @property

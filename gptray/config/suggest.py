@@ -75,6 +75,8 @@ ALIASES = {
     "optim.betas": "beta beta1 beta2 adam_beta1 adam_beta2",
     "optim.eps": "epsilon adam_eps adam_epsilon",
     "optim.weight_decay": "wd decay_weight l2",
+    "optim.weight_decay_schedule": "wd_schedule weight_decay_scheduler wd_scheduler "
+    "weight_decay_incr_style",
     "optim.max_grad_norm": "grad_clip clip clip_grad gradient_clip_val max_norm clip_grad_norm "
     "gradient_clipping grad_norm_clip",
     "train.max_steps": "steps iters max_iters iterations num_steps n_steps num_iterations epochs "

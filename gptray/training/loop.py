@@ -37,6 +37,7 @@ from gptray.training.evaluations import (
 from gptray.training.journal import Journal
 from gptray.training.laps import Timed
 from gptray.training.numbers import StepNumbers, Wish
+from gptray.training.optim import set_rates, weight_decay
 from gptray.training.rewind import begin_landing
 from gptray.training.run import Run, start, writing
 from gptray.training.sharding import is_spread
@@ -218,7 +219,7 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
             loss, of_text = (one / (count / workers.size) for one in run.losses(idx, targets))
             if micro >= count:
                 loss, of_text = loss * 0.0, of_text * 0.0
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         total += of_text
         run.laps.end("forward_backward")
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
@@ -232,8 +233,8 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
         numbers.read()
     else:
         run.spoilt.logical_or_(~of_step.isfinite().all())
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    decay = weight_decay(run.state.cooled(config), config.optim)
+    set_rates(run.optimizer, lr=lr, weight_decay=decay)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.state = replace(run.state, step=number)

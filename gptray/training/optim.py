@@ -29,10 +29,12 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         {
             "params": [parameter for parameter in parameters if parameter.dim() >= 2],
             "weight_decay": config.weight_decay,
+            "decays": True,
         },
         {
             "params": [parameter for parameter in parameters if parameter.dim() < 2],
             "weight_decay": 0.0,
+            "decays": False,
         },
     ]
     # fused: one kernel over all parameters, on CPU as on CUDA.
@@ -63,6 +65,24 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
     progress = min(1.0, since / max(1, max_steps - config.warmup_steps))
     left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + left * (config.lr - config.min_lr)
+
+
+def weight_decay(cooled: float, config: OptimConfig) -> float:
+    """The weight decay of an update, `cooled` of the way on which the learning rate falls.
+
+    falling: linearly to 0, as nanochat's; rising: to 1.5 times itself, as NanoGPT Slowrun's at its
+    end, whose learning rate falls too.
+    """
+    factors = {"constant": 1.0, "falling": 1.0 - cooled, "rising": 1.0 + 0.5 * cooled}
+    return config.weight_decay * factors[config.weight_decay_schedule]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+    """Give the next update its learning rate and the weight decay of what decays."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if group["decays"]:
+            group["weight_decay"] = weight_decay
 
 
 def save_optimizer(

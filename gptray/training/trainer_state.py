@@ -41,6 +41,19 @@ class TrainerState:
         """The last step of the phase, unless patience runs out before."""
         return self.landing.end if self.landing else config.stable_steps
 
+    def cooled(self, config: Config) -> float:
+        """How far along the way is on which the learning rate falls: 0 to 1, at the run's end.
+
+        It begins after the warm-up, of a run that lands with the landing.
+        """
+        if self.landing:
+            return (self.step - self.landing.start) / self.landing.steps
+        if config.optim.lands:
+            return 0.0
+        warmup = config.optim.warmup_steps
+        most = max(1, config.train.max_steps - warmup)
+        return min(1.0, max(0, self.step - warmup) / most)
+
     def why_stop(self, config: Config) -> Reason | None:
         """The reason to end the phase, a landing's being the stable part's; None to continue."""
         if self.step >= self.last_step(config):

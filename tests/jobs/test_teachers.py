@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptray.config import UserError
+from gptray.config import UserError, dump
 from gptray.data.tokenizer import char_tokenizer, train_bpe
 from gptray.data.tokens import TokenData
 from gptray.doors import run as run_job
@@ -64,6 +64,18 @@ def test_what_cannot_teach_is_refused(house: Path, words: tuple[str, ...], messa
     train_bpe([tiny_text(50)], vocab_size=257).save(other)
     with pytest.raises(UserError, match=message):
         checked(house, *(word.format(other=other) for word in words))
+
+
+def test_a_run_that_has_seen_the_validation_text_cannot_teach(house: Path) -> None:
+    shutil.copytree(house / "teacher", house / "other split")
+    words = ("train.max_steps=2", "data.seed=5")
+    theirs = dump(tiny_config(house / "text.txt", house, *words))
+    (house / "other split" / "config.yaml").write_text(theirs)
+    teacher = f"train.teachers=[{house / 'other split'}]"
+    with pytest.raises(UserError, match=r"other split was trained on another .*; data.seed=5 and"):
+        checked(house, teacher)
+    assert checked(house, teacher, "data.seed=5")
+    assert checked(house, teacher, "seed=5", "name=pupil-5")
 
 
 def test_a_tokenizer_that_is_made_first_is_compared_then(house: Path) -> None:

@@ -202,9 +202,14 @@ def test_one_evaluation_or_none_is_no_story() -> None:
 
 def test_advice_is_ordered_by_what_the_numbers_support() -> None:
     rows = rows_of(OVERFIT)  # half an epoch in 10 steps of 2,048 tokens: 40,960 tokens of text
-    assert changes(rows, "model.dropout=0", parameters=50_000)[0] == "dropout"
-    assert changes(rows, "model.dropout=0.3", parameters=9_000_000)[0] == "fewer parameters"
-    assert "fewer parameters" not in changes(rows, parameters=1_000)
+    assert changes(rows, "model.dropout=0")[:2] == ["token replacement", "dropout"]
+    assert changes(rows, "model.dropout=0.1")[0] == "token replacement"
+    tuned = changes(
+        rows, "model.dropout=0", "model.init_from=gpt2", "optim.min_lr=1e-5", "optim.lr=1e-5"
+    )
+    assert tuned[0] == "dropout" and "token replacement" not in tuned
+    noisy = changes(rows, "model.dropout=0", "data.token_replacement=0.1")
+    assert not {"token replacement", "dropout", "more dropout"} & set(noisy)
     assert changes(rows, "data.fraction=0.1")[0] == "all of the text"
     assert "weight decay" in changes(rows, "optim.weight_decay=0")
     assert "weight decay" not in changes(rows)

@@ -6,15 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from gptray.config import ModelConfig, OptimConfig
+from gptray.config import ModelConfig, OptimConfig, load_config
 from gptray.model.gpt import GPT
+from gptray.training.landing import Landing
 from gptray.training.optim import (
     learning_rate,
     load_optimizer,
     make_optimizer,
     save_optimizer,
+    set_rates,
+    weight_decay,
 )
+from gptray.training.stopping import Progress
+from gptray.training.trainer_state import TrainerState
 
 
 def rates(max_steps: int = 100, **settings: object) -> list[float]:
@@ -58,6 +64,34 @@ def test_no_warmup_starts_at_the_peak() -> None:
 
 def test_warmup_longer_than_the_run_never_divides_by_zero() -> None:
     assert rates(max_steps=5, schedule="cosine")[5] == pytest.approx(6 / 11)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [("constant", [3.2, 3.2, 3.2]), ("falling", [3.2, 1.6, 0.0]), ("rising", [3.2, 4.0, 4.8])],
+)
+def test_weight_decay_goes_as_its_schedule_says(schedule: str, values: list[float]) -> None:
+    given = {"weight_decay": 3.2, "weight_decay_schedule": schedule}
+    config = OptimConfig.model_validate(given)
+    assert [weight_decay(cooled, config) for cooled in (0.0, 0.5, 1.0)] == pytest.approx(values)
+    optimizer = make_optimizer(
+        [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], config
+    )
+    set_rates(optimizer, lr=0.25, weight_decay=values[1])
+    groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert groups == [(0.25, values[1]), (0.25, 0.0)]
+
+
+def test_the_way_on_which_the_learning_rate_falls_is_from_warm_up_to_end_or_the_landing() -> None:
+    def cooled(schedule: str, step: int, landing: Landing | None = None) -> float:
+        keys = [f"optim.schedule={schedule}", "optim.warmup_steps=10", "train.max_steps=110"]
+        state = TrainerState(step, Progress(), "", landing=landing)
+        return state.cooled(load_config(None, keys))
+
+    assert [cooled("cosine", step) for step in (0, 10, 60, 110, 120)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert cooled("wsd", 60) == 0.0
+    landing = Landing(start=60, back_to=40, steps=8, reason="patience")
+    assert [cooled("wsd", step, landing) for step in (62, 68)] == [0.25, 1.0]
 
 
 def test_weight_decay_spares_biases_and_norms() -> None:

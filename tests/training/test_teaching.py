@@ -63,7 +63,13 @@ def test_a_pupil_of_its_teachers_alone_comes_near_them(
 def test_a_taught_run_that_is_killed_ends_with_the_same_bits(
     text_file: Path, tiny_data: TokenData, tmp_path: Path, teachers: list[Path]
 ) -> None:
-    keys = ("train.micro_batch_size=4", "data.token_replacement=0.1", "optim.schedule=wsd")
+    keys = (
+        "train.micro_batch_size=4",
+        "data.token_replacement=0.1",
+        "optim.schedule=wsd",
+        "optim.weight_decay=3.2",
+        "optim.weight_decay_schedule=rising",
+    )
     config = taught(text_file, tmp_path, teachers, *keys)
     run(config, tiny_data, tmp_path / "whole")
     for step in (5, 15):

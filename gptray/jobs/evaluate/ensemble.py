@@ -37,7 +37,7 @@ def check_goes_with(
     if own_text is None or other.run is None:
         return
     trained = with_whole_paths(load_config(str(other.run / CONFIG), []))
-    if _held_out(trained) != _held_out(own_text):
+    if held_out(trained) != held_out(own_text):
         raise UserError(
             f"evaluate.model: {other.run} was trained on another text or split than {first.run}, "
             "so it may have seen this validation text; evaluate.source=... scores text that none "
@@ -45,7 +45,8 @@ def check_goes_with(
         )
 
 
-def _held_out(config: Config) -> dict[str, Any]:
+def held_out(config: Config) -> dict[str, Any]:
+    """What decides which text a run does not train on, by key; its paths from the root on."""
     flat = flatten(config)
     seed = config.seed if config.data.seed is None else config.data.seed
     return {"seed": seed, **{key: flat[f"data.{key}"] for key in _HOLD_OUT}}

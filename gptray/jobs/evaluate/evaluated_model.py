@@ -55,7 +55,7 @@ def _found(config: Config, named: str | None) -> FoundModel:
     if is_uri(storage) and place.startswith(f"{storage}/"):
         return _in_store(folder, RemoteFolder(place.removesuffix("/model")))
     folder = _trained(folder.resolve())
-    return FoundModel(folder, place, _run_of(folder))
+    return FoundModel(folder, place, run_of(folder))
 
 
 def _default(config: Config) -> str | None:
@@ -97,7 +97,7 @@ def _trained(model_dir: Path) -> Path:
     return winner / "model" if winner and model_dir.name == "model" else model_dir
 
 
-def _run_of(model_dir: Path) -> Path | None:
+def run_of(model_dir: Path) -> Path | None:
     """The run that a model folder belongs to: its best model's, or a checkpoint's."""
     home = model_dir.parent
     run = home.parent if checkpoint_step(home) is not None else home

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptray.config import Config, ModelConfig, UserError
+from gptray.config import Config, ModelConfig, UserError, load_config
 from gptray.data.tokenizer import Tokenizer
 from gptray.hub import NotOnHub
-from gptray.jobs.models import open_model, unknown
+from gptray.jobs.evaluate.ensemble import held_out
+from gptray.jobs.evaluate.evaluated_model import run_of
+from gptray.jobs.models import CONFIG, open_model, unknown
+from gptray.jobs.places import with_whole_paths
 from gptray.model.parameters import parameter_count
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 from gptray.record import read_events, teachers_of
@@ -16,7 +19,8 @@ KEY = "train.teachers"
 
 
 def check_teachers(config: Config, folder: Path) -> None:
-    """Refuse teachers that are no models, too short, or other ones than the run in `folder` had.
+    """Refuse teachers that are no models, too short, or other ones than the run in `folder` had,
+    and those that have seen its validation text.
 
     Raises UserError.
     """
@@ -31,6 +35,7 @@ def check_teachers(config: Config, folder: Path) -> None:
                 f"{KEY}: {one} reads {shape['n_positions']} tokens at most, fewer than "
                 f"train.block_size={block_size}"
             )
+        _check_split(config, one)
     for one, began in teachers_of(read_events(folder)).items():
         now = weights_sha256(model_folder(one))
         if now != began:
@@ -38,6 +43,20 @@ def check_teachers(config: Config, folder: Path) -> None:
                 f"{KEY}: the weights of {one} have changed since the run began (sha256 "
                 f"{began[:12]}, now {now[:12]}); restore them, or choose another name"
             )
+
+
+def _check_split(config: Config, teacher: str) -> None:
+    """Refuse a run on the same text that held out other parts of it. Raises UserError."""
+    run = run_of(model_folder(teacher))
+    if run is None:
+        return
+    its = held_out(with_whole_paths(load_config(str(run / CONFIG), [])))
+    ours = held_out(with_whole_paths(config))
+    if its["source"] == ours["source"] and its != ours:
+        raise UserError(
+            f"{KEY}: {run} was trained on another split of this text, so it has seen some of the "
+            f"validation text; data.seed={its['seed']} and the same data.split give its split"
+        )
 
 
 def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:

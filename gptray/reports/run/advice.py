@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 
 from gptray.config import Config
 from gptray.reports.run.diagnosis import Diagnosis
-from gptray.wording import count, magnitude
-
-# Tokens of text that one parameter can make use of (Hoffmann et al. 2022).
-TOKENS_PER_PARAMETER = 20
+from gptray.wording import count
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ def advise(diagnosis: Diagnosis, config: Config) -> tuple[Advice, ...]:
 
 def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     yield from _regularise(config)
-    yield from _size(diagnosis, config)
+    yield from _more_text(diagnosis)
     yield from _whole_text(config)
     if config.model.init_from and config.optim.lr > 1e-4:
         yield Advice(
@@ -65,13 +62,21 @@ def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advic
 
 
 def _regularise(config: Config) -> Iterator[Advice]:
-    dropout = config.model.dropout
-    if dropout == 0:
-        reason = "model.dropout is 0; 0.1 to 0.3 is usual for little text"
-        yield Advice("dropout", reason, 4.5, {"model.dropout": 0.1})
-    elif dropout < 0.4:
-        more = {"model.dropout": round(dropout + 0.1, 2)}
-        yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout, more)
+    """Noise in the input, or dropout, which adds nothing to it; weight decay where there is none.
+
+    Token replacement was compared with dropout in training from scratch only.
+    """
+    dropout, is_new = config.model.dropout, config.model.init_from is None
+    if config.data.token_replacement == 0:
+        if is_new:
+            reason = "data.token_replacement is 0; 0.1 does more than dropout for little text"
+            yield Advice("token replacement", reason, 4.5, {"data.token_replacement": 0.1})
+        if dropout == 0:
+            reason = "model.dropout is 0; 0.1 to 0.3 is usual for little text"
+            yield Advice("dropout", reason, 4.0, {"model.dropout": 0.1})
+        elif dropout < 0.4:
+            more = {"model.dropout": round(dropout + 0.1, 2)}
+            yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout, more)
     if config.optim.weight_decay == 0:
         reason = "optim.weight_decay is 0; 0.1 is usual"
         yield Advice("weight decay", reason, 2.2, {"optim.weight_decay": 0.1})
@@ -92,35 +97,9 @@ def _lr(config: Config, lr: float) -> dict[str, object]:
     }
 
 
-def _half(config: Config) -> dict[str, object]:
-    """The keys of a smaller network; none if its shape comes from model.init_from."""
-    model = config.model
-    if model.init_from:
-        return {}
-    heads = model.n_head * (1 if model.positions == "learned" else 2)  # rotated in pairs
-    if model.n_embd % (2 * heads) == 0:
-        return {"model.n_embd": model.n_embd // 2}
-    return {"model.n_layer": model.n_layer // 2} if model.n_layer > 1 else {}
-
-
-def _size(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
-    """Fewer parameters and more data, by how often the text was read and how little there is."""
-    facts = diagnosis.facts
-    if facts.parameters and facts.train_tokens:
-        per_parameter = facts.train_tokens / facts.parameters
-        if per_parameter < 1:
-            each = f"{1 / per_parameter:,.0f} parameters for each token"
-        else:
-            each = f"{per_parameter:.1f} tokens for each parameter"
-        if per_parameter < TOKENS_PER_PARAMETER:
-            yield Advice(
-                "fewer parameters",
-                f"{magnitude(facts.parameters)} parameters on {magnitude(facts.train_tokens)} "
-                f"tokens of training text: {each}",
-                4.0 - 2.5 * per_parameter / TOKENS_PER_PARAMETER,
-                _half(config),
-            )
-    epochs = facts.epochs_at_best
+def _more_text(diagnosis: Diagnosis) -> Iterator[Advice]:
+    """By how often the text was read."""
+    epochs = diagnosis.facts.epochs_at_best
     if epochs and epochs > 1:
         yield Advice(
             "more data",
