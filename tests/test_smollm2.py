@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gptray import LLM
 from gptray.config import load_config
 from gptray.data.tokenizer import Tokenizer
+from gptray.doors import run
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
@@ -65,3 +67,17 @@ def test_digits_stand_alone_as_in_its_own_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer.load(path)
     names = [tokenizer.names[number] for number in tokenizer.encode("in 2024")]
     assert names == ["in", "\u0120", "2", "0", "2", "4"]
+
+
+def test_llama_cpp_continues_what_is_exported_of_it_with_the_same_words(
+    path: Path, tmp_path: Path
+) -> None:
+    from tests.jobs.llama import Llama  # skips without llama.cpp
+
+    output = tmp_path / "a.gguf"
+    prompts = ["The capital of France is", "\uc11c\uc6b8\uc740", "1, 2, 3,"]
+    words = [f"export.model={path}", f"export.output_path={output}", "export.precision=fp32"]
+    assert run("export", words) == 0
+    llm, llama = LLM(str(output), precision="fp32"), Llama(output, context=64)
+    for one in llm.generate(prompts, temperature=0, max_new_tokens=12, utf8=False):
+        assert llama.greedy(llama.encode(one.prompt), 12)[1] == one.text
