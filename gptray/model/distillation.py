@@ -78,7 +78,7 @@ class _TaughtCrossEntropy(torch.autograd.Function):
             # d loss / d logits = softmax - the distribution that is the target
             grad = log_p.exp_()
             grad[:, :valid].sub_(q, alpha=soft.share)
-            grad.scatter_add_(1, target, grad.new_full(target.shape, soft.share - 1))
+            grad.scatter_(1, target, grad.gather(1, target) - (1 - soft.share))
             grad = grad.to(x.dtype)
             grad_x.append(torch.mm(grad, cast))
             if needs_weights:
