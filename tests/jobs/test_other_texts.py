@@ -59,7 +59,7 @@ def test_a_text_that_is_trained_on_or_missing_is_refused(model_dir: Path, tmp_pa
     text = tmp_path / "text.txt"
     for also, why in (
         (f"{{a: {text}, b: {tmp_path}/none.txt}}", "a is no held-out text: .*text.txt is part of"),
-        (f"{{a: {text}, b: {tmp_path}/none.txt}}", "evaluate.also: .*none.txt"),
+        (f"{{a: {text}, b: {tmp_path}/none.txt}}", "evaluate.also=.*none.txt"),
         (f"{tmp_path}", "lies in evaluate.also="),
     ):
         with pytest.raises(UserError, match=why):

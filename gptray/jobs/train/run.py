@@ -34,7 +34,7 @@ from gptray.jobs.tracking import tracking_run
 from gptray.jobs.train.adapter_plan import trained_facts
 from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
-from gptray.jobs.train.task import TrainTask
+from gptray.jobs.train.task import TrainTask, begin_validation, begin_worker
 from gptray.jobs.train.watch import show_end, watching
 from gptray.record import try_event, write_event
 
@@ -160,7 +160,7 @@ def fit_in_workers(
         set_ray_snapshot_aside(folder)  # it may name checkpoints that are pruned by now
         result: dict[str, object] = (
             DataParallelTrainer(
-                _train_worker,
+                begin_worker,
                 train_loop_config={"task": task, "ray_dir": folder},
                 # One worker needs no group, and Ray's backend for it costs seconds at the start.
                 backend_config=_nccl() if compute.use_gpu and workers > 1 else None,
@@ -212,7 +212,7 @@ def _validation_config(
     if not task.config.train.async_validation:
         return None
     return ValidationConfig(
-        fn=_validate,
+        fn=begin_validation,
         task_config=ValidationTaskConfig(fn_kwargs={"task": task}),
         ray_remote_kwargs={
             "num_cpus": reserved["CPU"],
@@ -281,20 +281,6 @@ def _failure_notes(task: TrainTask) -> Any:
                 task.note("failure", message=message)
 
     return FailureNotes()
-
-
-# Importing torch takes seconds, which driver and controller are spared: processes import what
-# they run.
-def _train_worker(given: dict[str, Any]) -> dict[str, Any]:
-    from gptray.jobs.train.worker import train_worker
-
-    return train_worker(**given)
-
-
-def _validate(checkpoint: ray.train.Checkpoint, *, task: TrainTask) -> dict[str, Any]:
-    from gptray.jobs.train.validate import validate
-
-    return validate(Path(checkpoint.path), task)
 
 
 JOB = Job(check, plan, run)

@@ -1,15 +1,23 @@
-"""What a process that trains is given."""
+"""What a process that trains is given, and where it begins.
+
+Importing torch takes seconds, which driver and controller are spared, and the driver's modules take
+some that workers are spared: each process imports what it runs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config
 from gptray.data.tokens import TokenData
 from gptray.jobs.origin import Origin
 from gptray.record import write_event
+
+if TYPE_CHECKING:
+    import ray.train
 
 
 @dataclass(frozen=True)
@@ -44,3 +52,17 @@ class TrainTask:
             write_event(self.run_dir, event, **fields)
         else:
             self.origin.call("note", self.origin.name_of(self.run_dir), event, fields)
+
+
+def begin_worker(given: dict[str, Any]) -> dict[str, Any]:
+    """A Ray Train worker: `train_worker` with what is given by name."""
+    from gptray.jobs.train.worker import train_worker
+
+    return train_worker(**given)
+
+
+def begin_validation(checkpoint: ray.train.Checkpoint, *, task: TrainTask) -> dict[str, Any]:
+    """A Ray task that scores a checkpoint: `validate`."""
+    from gptray.jobs.train.validate import validate
+
+    return validate(Path(checkpoint.path), task)
