@@ -22,6 +22,7 @@ from gptray.config.keys import EntriesError
 from gptray.config.lora_section import LoraConfig
 from gptray.config.model_section import ModelConfig
 from gptray.config.names import checked_name
+from gptray.config.quantize_section import QuantizeConfig
 from gptray.config.reader import Reader
 from gptray.config.search_space import space_problems
 from gptray.config.sections import (
@@ -34,7 +35,6 @@ from gptray.config.sections import (
 from gptray.config.use_sections import (
     EvaluateConfig,
     GenerateConfig,
-    QuantizeConfig,
     SampleConfig,
     ServeConfig,
 )

@@ -41,7 +41,6 @@ NOT_TUNED = {
             "compute",
             "track",
             "sample",
-            "quantize",
             "generate",
             "evaluate",
             "serve",

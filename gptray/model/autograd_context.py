@@ -15,11 +15,15 @@ class Context(Protocol):
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
 
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class LinearContext(Context, Protocol):
     has_bias: bool
+
+
+class FrozenContext(Context, Protocol):
+    inputs: int
 
 
 class AdaptedContext(Context, Protocol):

@@ -278,18 +278,22 @@ def _failure_notes(task: TrainTask) -> Any:
     return FailureNotes()
 
 
-# Importing torch takes seconds, which driver and controller are spared: processes import what
-# they run.
 def _train_worker(given: dict[str, Any]) -> dict[str, Any]:
-    from gptray.jobs.train.worker import train_worker
-
+    train_worker, _ = _run_by_workers()
     return train_worker(**given)
 
 
 def _validate(checkpoint: ray.train.Checkpoint, *, task: TrainTask) -> dict[str, Any]:
-    from gptray.jobs.train.validate import validate
-
+    _, validate = _run_by_workers()
     return validate(Path(checkpoint.path), task)
+
+
+def _run_by_workers() -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]:
+    """What processes run and import: importing torch takes seconds, which driver and controller
+    are spared."""
+    from gptray.jobs.train import validate, worker
+
+    return worker.train_worker, validate.validate
 
 
 JOB = Job(check, plan, run)
