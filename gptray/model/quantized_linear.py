@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from gptray.model.autograd_context import FrozenContext
 from gptray.model.quantized import QuantizedWeight, quantize
 
+# Weights that a CPU makes whole at a time: what is made of them meanwhile stays in its cache.
+_AT_ONCE = 1 << 17
+
 
 class QuantizedLinear(nn.Module):
     """x W^T + b with W (out, in) in `kind`, int8 or int4; it has no numbers until `put`.
@@ -57,7 +60,11 @@ def whole_weight(values: Tensor, scales: Tensor | None, inputs: int, dtype: torc
     if scales is None:
         return values
     kind = "int4" if values.dtype == torch.uint8 else "int8"
-    return QuantizedWeight(kind, inputs, values, scales).dequantize(dtype)
+    whole = values.new_empty(len(values), inputs, dtype=dtype)
+    step = max(1, _AT_ONCE // inputs) if values.device.type == "cpu" else len(values)
+    for rows in (slice(start, start + step) for start in range(0, len(values), step)):
+        whole[rows] = QuantizedWeight(kind, inputs, values[rows], scales[rows]).dequantize(dtype)
+    return whole
 
 
 class _Frozen(torch.autograd.Function):
