@@ -42,9 +42,9 @@ N_POSITIONS = 1024
 WORDS = 49_000
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
 MAX_BATCH_SIZE = 64
-SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8")
+SYSTEMS = ("hf-fp32", "hf-bf16", "ct2-float32", "ct2-int8", "fp32", "bf16", "int8", "int4")
 # What generate.backend=auto chooses between.
-OF_BACKENDS = ("bf16:native", "bf16:torch", "int8:native", "int8:torch")
+OF_BACKENDS = ("bf16:native", "bf16:torch", "int8:native", "int8:torch", "int4:native")
 
 # Generates for that many sequences; the argument makes each call's prompts others.
 Run = Callable[[int, int], None]
@@ -64,12 +64,12 @@ def gptray_run(model_dir: str, precision: str) -> Run:
     from gptray.generation.settings import Sampling
 
     weights, _, backend = precision.partition(":")  # such as int8:torch
-    is_int8 = weights == "int8"
+    is_quantized = weights in ("int8", "int4")
     asked = {
         "generate.max_batch_size": MAX_BATCH_SIZE,
-        "generate.precision": "bf16" if is_int8 else weights,
+        "generate.precision": "bf16" if is_quantized else weights,
         "generate.backend": backend or "auto",
-        "quantize.weights": "int8" if is_int8 else "none",
+        "quantize.weights": weights if is_quantized else "none",
     }
     engine, _ = open_engine(model_dir, override(Config(), asked))
 

@@ -145,12 +145,6 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _int8_on_cpus(self) -> Config:
-        if self.quantize.weights == "int8" and self.compute.use_gpu:
-            raise ValueError("quantize.weights=int8 is for CPUs, not with compute.use_gpu=true")
-        return self
-
-    @model_validator(mode="after")
     def _block_fits_positions(self) -> Config:
         if self.train.block_size > self.model.n_positions:
             raise ValueError(

@@ -75,7 +75,7 @@ def test_a_run_leaves_an_adapter_and_the_merged_model(
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["none", "int8"])
+@pytest.mark.parametrize("kind", ["none", "int4"])
 def test_a_killed_run_ends_with_the_same_bits(
     kind: str, tiny_data: TokenData, tmp_path: Path
 ) -> None:
