@@ -52,10 +52,10 @@ PEERS = {
 }
 SYSTEMS = (
     *(f"{peer}-{weights}" for peer, (_, kinds) in PEERS.items() for weights in kinds),
-    "fp32", "bf16", "int8",
+    "fp32", "bf16", "int8", "int4",
 )  # fmt: skip
 # What generate.backend=auto chooses between.
-OF_BACKENDS = ("bf16:native", "bf16:torch", "int8:native", "int8:torch")
+OF_BACKENDS = ("bf16:native", "bf16:torch", "int8:native", "int8:torch", "int4:native")
 
 # Generates for that many sequences; the argument makes each call's prompts others.
 Run = Callable[[int, int], None]
@@ -75,12 +75,12 @@ def gptray_run(model_dir: str, precision: str) -> Run:
     from gptray.generation.settings import Sampling
 
     weights, _, backend = precision.partition(":")  # such as int8:torch
-    is_int8 = weights == "int8"
+    is_quantized = weights in ("int8", "int4")
     asked = {
         "generate.max_batch_size": MAX_BATCH_SIZE,
-        "generate.precision": "bf16" if is_int8 else weights,
+        "generate.precision": "bf16" if is_quantized else weights,
         "generate.backend": backend or "auto",
-        "quantize.weights": "int8" if is_int8 else "none",
+        "quantize.weights": weights if is_quantized else "none",
     }
     engine, _ = open_engine(model_dir, override(Config(), asked))
 

@@ -8,6 +8,7 @@ from gptray.config.errors import ConfigError, RunFailed, UserError
 from gptray.config.export import ExportConfig
 from gptray.config.lora_section import LoraConfig
 from gptray.config.model_section import ModelConfig
+from gptray.config.quantize_section import QuantizeConfig
 from gptray.config.schema import (
     Config,
     differences,
@@ -28,7 +29,6 @@ from gptray.config.sections import (
 from gptray.config.use_sections import (
     EvaluateConfig,
     GenerateConfig,
-    QuantizeConfig,
     SampleConfig,
     ServeConfig,
 )

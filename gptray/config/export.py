@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from gptray.config.values import Section
 
+_PLAIN = ("fp32", "fp16", "bf16")
+# What each format has besides.
+_OWN = {"gguf": ("q8_0", "q4_0"), "hf": ("int8", "int4")}
+
 
 class ExportConfig(Section):
     model: str | None = Field(
@@ -18,10 +22,10 @@ class ExportConfig(Section):
     format: Literal["gguf", "hf"] = Field(
         "gguf", description="gguf: one file for llama.cpp; hf: a Hugging Face folder"
     )
-    precision: Literal["fp32", "fp16", "bf16", "q8_0"] = Field(
+    precision: Literal["fp32", "fp16", "bf16", "q8_0", "q4_0", "int8", "int4"] = Field(
         "fp16",
-        description="what weights are rounded to; q8_0: 8 bits, with a scale for every 32 weights, "
-        "for gguf only",
+        description="what weights are rounded to; for gguf also q8_0 and q4_0: 8 or 4 bits, with a "
+        "scale for every 32 weights; for hf int8 and int4, as compressed-tensors packs them",
     )
     output_path: str | None = Field(
         None, description="the file (.gguf) or folder (hf) to write; it must not exist yet"
@@ -29,9 +33,10 @@ class ExportConfig(Section):
 
     @model_validator(mode="after")
     def _format_has_precision(self) -> ExportConfig:
-        if self.format == "hf" and self.precision == "q8_0":
+        own = _OWN[self.format]
+        if self.precision not in (*_PLAIN, *own):
             raise ValueError(
-                "export.precision=q8_0 is for export.format=gguf; a Hugging Face folder takes "
-                "fp32, fp16 or bf16"
+                f"export.precision={self.precision} does not go with export.format={self.format}, "
+                f"which takes {', '.join(_PLAIN)}, {own[0]} or {own[1]}"
             )
         return self

@@ -22,6 +22,7 @@ from gptray.config.keys import EntriesError
 from gptray.config.lora_section import LoraConfig
 from gptray.config.model_section import ModelConfig
 from gptray.config.names import checked_name
+from gptray.config.quantize_section import QuantizeConfig
 from gptray.config.reader import Reader
 from gptray.config.search_space import space_problems
 from gptray.config.sections import (
@@ -34,7 +35,6 @@ from gptray.config.sections import (
 from gptray.config.use_sections import (
     EvaluateConfig,
     GenerateConfig,
-    QuantizeConfig,
     SampleConfig,
     ServeConfig,
 )
@@ -150,12 +150,6 @@ class Config(Section):
         problems = space_problems(self.tune.space, type(self))
         if problems:
             raise EntriesError("tune.space", problems)
-        return self
-
-    @model_validator(mode="after")
-    def _int8_on_cpus(self) -> Config:
-        if self.quantize.weights == "int8" and self.compute.use_gpu:
-            raise ValueError("quantize.weights=int8 is for CPUs, not with compute.use_gpu=true")
         return self
 
     @model_validator(mode="after")

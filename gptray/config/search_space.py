@@ -42,7 +42,6 @@ NOT_TUNED = {
             "compute",
             "track",
             "sample",
-            "quantize",
             "generate",
             "evaluate",
             "serve",

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gptray.config.limits import within
 from gptray.config.named_texts import NamedTexts
+from gptray.config.quantize_section import QUANTIZED
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.config.values import (
     Backend,
@@ -91,18 +92,6 @@ class SampleConfig(Section):
 
 # What a row of a batch job may set for itself, by a column of that name.
 ROW_SETTINGS = tuple(name for name in SampleConfig.model_fields if name not in _JOB_WIDE)
-
-
-# Kinds of weights in few bits.
-QUANTIZED = ("int8",)
-
-
-class QuantizeConfig(Section):
-    weights: Literal["none", "int8"] = Field(
-        "none",
-        description="weights of the model that generates; int8: faster with large models, "
-        "slightly less exact, on CPUs",
-    )
 
 
 class GenerateConfig(Section):

@@ -147,7 +147,7 @@ def _rounded(tokens: int) -> int:
 class Decoder:
     """The network in `dtype` for S = `slots` sequences, its weights packed once.
 
-    quantize: "int8" for the weights of all linear layers and of the head.
+    quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
     """
 
     prompt_tokens = PROMPT_TOKENS

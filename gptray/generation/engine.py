@@ -34,7 +34,7 @@ log = logging.getLogger("gptray")
 class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
-    dtype: what the network computes in. quantize: "none" or "int8" weights. backend: "native" for
+    dtype: what the network computes in. quantize: "none", "int8" or "int4" weights. backend: "native" for
     `gptray.generation.native_decoder`, "graph" for `gptray.generation.graphs` if its kernels
     compile, or "torch", which every network that is not GPT-2's takes. Memory: the cache takes up
     to 2 x n_layer x max_batch_size x n_positions numbers of `dtype` for each of the width of all
@@ -281,9 +281,8 @@ def make_decoder(
         log.info("generating through PyTorch, since %s", why)
         backend = "torch"
     if backend == "graph":
-        assert quantize == "none"
         try:
-            return GraphDecoder(model, slots, dtype=dtype)
+            return GraphDecoder(model, slots, dtype=dtype, quantize=quantize)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

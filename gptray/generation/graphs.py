@@ -32,15 +32,18 @@ PROMPT_ROWS = 1024
 class GraphDecoder:
     """The network in `dtype` for S = `slots` sequences, on the model's device.
 
+    quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
     Memory: keys and values take 2 x n_layer x (S + 1) x n_positions x n_embd numbers of `dtype`.
     """
 
     # The last piece that a step begins fits too.
     prompt_tokens = PROMPT_ROWS - PIECE_TOKENS
 
-    def __init__(self, model: GPT, slots: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
+    ) -> None:
         config = model.config
-        self._network = PackedGPT(model, dtype)
+        self._network = PackedGPT(model, dtype, quantize=quantize)
         device = self._network.device
         self._spare = slots  # where padding's keys and values go
         H, P = config.n_head, config.n_positions

@@ -29,7 +29,7 @@ class NativeDecoder:
     """The network for S = `slots` sequences, its weights packed once.
 
     dtype: fp32 or bf16, of the weights, keys and values; what lies between products is fp32.
-    quantize: "int8" for the weights of all linear layers and of the head.
+    quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
 
     Raises:
         RunFailed: the native library cannot be built.
@@ -43,7 +43,7 @@ class NativeDecoder:
         config = model.config
         self._library = load_library(key=GENERATE_KEY)
         kept = abi.BF16 if dtype == torch.bfloat16 else abi.FP32
-        weights = NativeWeights(model, abi.INT8 if quantize == "int8" else kept)
+        weights = NativeWeights(model, dtype, quantize)
         self._model, self._weights = weights.model(), weights
         self._vocab_size = model.valid_vocab_size
         # Numbers of a token: x, made, attended, scales, wide, words.

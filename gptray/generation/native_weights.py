@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from gptray.config import ModelConfig
 from gptray.model.gpt import GPT, Attention, Block
 from gptray.model.layers import RMSNorm
+from gptray.model.quantized import QuantizedWeight, head_kind, quantize
 from gptray.native import abi
-from gptray.native.abi import PANEL
+from gptray.native.abi import GROUP, LANES, PANEL
 
 DTYPES = {abi.FP32: torch.float32, abi.BF16: torch.bfloat16, abi.INT8: torch.int8}
+QUANTIZED = {"int8": abi.INT8, "int4": abi.INT4}
 # Weights lie side by side in pieces of memory of this size, which the system makes of large pages:
 # with small ones a step over many small layers takes a sixth to a third longer.
 ROOM_BYTES = 32 << 20
@@ -26,10 +28,13 @@ ACTIVATIONS = {"gelu_new": abi.GELU_TANH, "gelu": abi.GELU, "swiglu": abi.SWIGLU
 
 
 class NativeWeights:
-    """Packs weights as one kind of numbers, and keeps alive what the library points to."""
+    """Packs weights as one kind of numbers, and keeps alive what the library points to.
 
-    def __init__(self, model: GPT, kind: int) -> None:
-        self._model, self._kind = model, kind
+    dtype: fp32 or bf16, unless quantize says "int8" or "int4".
+    """
+
+    def __init__(self, model: GPT, dtype: torch.dtype, quantize: str) -> None:
+        self._model, self._dtype, self._quantize = model, dtype, quantize
         self.count = 0  # of all linear layers
         self._kept: list[Tensor] = []
         self._room = room((0,), torch.uint8)
@@ -49,7 +54,11 @@ class NativeWeights:
             (abi.Block * len(blocks))(*blocks),
             *map(self._floats, (self._whole(transformer.wte.weight), wpe, cos, sin)),
             self._norm(transformer.ln_f),
-            self._linear(self._whole(model.head)[: model.valid_vocab_size], None),
+            self._linear(
+                self._whole(model.head)[: model.valid_vocab_size],
+                None,
+                quantized=head_kind(self._quantize),
+            ),
             config.n_layer,
             config.n_embd,
             config.n_head,
@@ -102,20 +111,28 @@ class NativeWeights:
         weight = self._whole(module.weight) * scale
         return abi.Norm(self._floats(weight), self._floats(bias), module.eps)
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> abi.Linear:
-        """weight (out, in), packed as [panel][word][64 outputs][numbers of a word]."""
+    def _linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        factors: Tensor | None = None,
+        quantized: str | None = None,
+    ) -> abi.Linear:
+        """weight (out, in), its outputs times `factors` (out,); quantized: unless as all are."""
         outputs, inputs = weight.shape
         self.count += outputs * inputs
-        scale = zero = None
-        if self._kind == abi.INT8:
-            scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-            weight = (weight / scale[:, None]).round()
-            zero = (128 * weight.sum(1)).to(torch.int32)
-        dtype = DTYPES[self._kind]
-        word = 4 // dtype.itemsize
-        padded = F.pad(weight, (0, -inputs % word, 0, -outputs % PANEL)).to(dtype)
-        panels = padded.view(-1, PANEL, padded.size(1) // word, word).transpose(1, 2)
-        packed = self._place(panels.shape, dtype).copy_(panels)
+        kind, scale, zero = quantized or self._quantize, None, None
+        if kind == "none":
+            number = abi.BF16 if self._dtype == torch.bfloat16 else abi.FP32
+            packed = self._panels(weight if factors is None else weight * factors[:, None], number)
+        else:
+            number, made = QUANTIZED[kind], quantize(weight, kind).times(factors)
+            if number == abi.INT4:
+                packed = self._groups(made)
+            else:
+                packed, scale = self._panels(made.values, number), made.scales[:, 0].float()
+                zero = 128 * made.values.sum(1, dtype=torch.int32)
         return abi.Linear(
             packed.data_ptr(),
             self._floats(bias),
@@ -123,8 +140,29 @@ class NativeWeights:
             None if zero is None else abi.Int.from_param(self._keep(zero)),
             inputs,
             outputs,
-            self._kind,
+            number,
         )
+
+    def _panels(self, weight: Tensor, kind: int) -> Tensor:
+        """weight (out, in) as [panel][word][64 outputs][numbers of a word]."""
+        dtype = DTYPES[kind]
+        word = 4 // dtype.itemsize
+        padded = F.pad(weight, (0, -weight.size(1) % word, 0, -len(weight) % PANEL)).to(dtype)
+        panels = padded.view(-1, PANEL, padded.size(1) // word, word).transpose(1, 2)
+        return self._place(panels.shape, dtype).copy_(panels)
+
+    def _groups(self, weight: QuantizedWeight) -> Tensor:
+        """int4 weights as [panel][group] of int4_decode.h's PanelGroup, in bytes."""
+        below = -len(weight.values) % PANEL
+        values = F.pad(weight.integers(), (0, -weight.inputs % GROUP, 0, below)) + 8
+        # (panels, blocks, 16 outputs, groups, halves of a byte, words, numbers of a word)
+        halves = values.view(torch.uint8).view(-1, PANEL // LANES, LANES, values.size(1) // GROUP, 2, 4, 4)
+        pairs = (halves[..., 0, :, :] | halves[..., 1, :, :] << 4).permute(0, 3, 4, 1, 2, 5)
+        scales = F.pad(weight.scales, (0, 0, 0, below)).view(-1, PANEL, pairs.size(1))
+        both = pairs.flatten(2), scales.transpose(1, 2).contiguous().view(torch.uint8)
+        width = sum(part.size(2) for part in both)
+        placed = self._place((*pairs.shape[:2], width), torch.uint8)
+        return torch.cat(both, dim=2, out=placed)
 
     def _place(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for weights, behind those before."""
@@ -151,11 +189,11 @@ class NativeWeights:
     def _attention_input(self, attention: Attention, scale: float) -> abi.Linear:
         """c_attn, with its outputs that make q times `scale`."""
         layer = attention.c_attn
-        scales = torch.ones(layer.out_features)
-        scales[: attention.n_head * attention.head_width] = scale
+        factors = torch.ones(layer.out_features)
+        factors[: attention.n_head * attention.head_width] = scale
         bias = self._bias(layer.bias)
         return self._linear(
-            self._whole(layer.weight) * scales[:, None], None if bias is None else bias * scales
+            self._whole(layer.weight), None if bias is None else bias * factors, factors=factors
         )
 
 

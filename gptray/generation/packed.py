@@ -21,6 +21,7 @@ from gptray.generation.choosing import CHUNK
 from gptray.generation.products import Product, product
 from gptray.model.gpt import GPT, Block
 from gptray.model.layers import RMSNorm, activation, rms_norm
+from gptray.model.quantized import head_kind
 from gptray.model.rotary import Angles, rotate
 
 # Of an MLP, as torch calls them.
@@ -35,7 +36,7 @@ Whole = Callable[[Tensor], Tensor]
 class PackedGPT:
     """The network but for attention, which depends on where keys and values are kept.
 
-    quantize: "int8" for the weights of all linear layers and of the head.
+    quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, *, quantize: str = "none") -> None:
@@ -48,7 +49,7 @@ class PackedGPT:
         weight = wte if model.lm_head is None else whole(model.head)
         head = F.pad(weight[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
         self.logits_width = len(head)
-        self._head = product(head, None, dtype, quantize=quantize)
+        self._head = product(head, None, dtype, quantized=head_kind(quantize))
         del weight, head
         # A sum with positions is rounded once.
         self._wte = wte.to(dtype) if self._rotary else wte
@@ -179,7 +180,7 @@ def _block(
 
     def packed(layer: nn.Linear, gelu: str | None = None) -> Product:
         bias = None if layer.bias is None else whole(layer.bias)
-        return product(whole(layer.weight), bias, dtype, quantize=quantize, gelu=gelu)
+        return product(whole(layer.weight), bias, dtype, quantized=quantize, gelu=gelu)
 
     # The scores' scale is in the rows that make q, unless a norm comes after them.
     scale = 1.0 / math.sqrt(config.head_width)
@@ -220,4 +221,4 @@ def _scaled(
     scale = torch.ones(layer.out_features, 1, device=weight.device)
     scale[:rows] = by
     bias = None if layer.bias is None else whole(layer.bias) * scale[:, 0]
-    return product(weight * scale, bias, dtype, quantize=quantize)
+    return product(weight * scale, bias, dtype, quantized=quantize)

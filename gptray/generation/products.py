@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.model.precision import has_onednn_linear
+from gptray.model.quantized import QuantizedWeight, quantize
 
 # Up to this many inputs oneDNN sums a row in the same order whatever the number of rows.
 ONE_ROW_WIDTH = 1024
@@ -29,18 +30,25 @@ def product(
     bias: Tensor | None,
     dtype: torch.dtype,
     *,
-    quantize: str = "none",
+    quantized: str = "none",
     gelu: str | None = None,
 ) -> Product:
     """The product with weight (out, in) and bias (out,), fp32 masters, computed in `dtype`.
 
-    gelu: "tanh" for GPT-2's, "none" for the exact one, as torch calls its approximation. quantize
-    "int8" keeps the weight as int8 with a scale for each output; on a CPU only.
+    gelu: "tanh" for GPT-2's, "none" for the exact one, as torch calls its approximation. quantized:
+    "int8" or "int4" keeps the weight as `gptray.model.quantized` makes it.
     """
-    if quantize == "int8":
-        return _Int8(weight, bias, dtype, gelu=gelu)
-    weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    if quantized != "none":
+        kept = quantize(weight, quantized)
+        if quantized == "int8" and weight.device.type == "cpu":
+            return _Int8(kept, bias, dtype, gelu=gelu)
+        return _WeightOnly(kept, bias, dtype, gelu=gelu)
+    return _dense(weight.to(dtype), None if bias is None else bias.to(dtype), gelu=gelu)
+
+
+def _dense(weight: Tensor, bias: Tensor | None, *, gelu: str | None) -> Product:
+    """The product in the dtype of its weight."""
+    dtype = weight.dtype
     if weight.device.type == "cpu" and has_onednn_linear(dtype):
         return _Packed(weight, bias, gelu=gelu)
     return _Dense(weight, bias, gelu=gelu)
@@ -80,6 +88,19 @@ class _Packed:
         return y[:rows]
 
 
+class _WeightOnly:
+    """Weights in few bits, in `dtype` again for each product; x is not rounded."""
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, *, gelu: str | None
+    ) -> None:
+        self._weight, self._dtype, self._gelu = weight, dtype, gelu
+        self._bias = None if bias is None else bias.to(dtype)
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return _dense(self._weight.dequantize(self._dtype), self._bias, gelu=self._gelu)(x, add)
+
+
 class _Int8:
     """int8 weights by rows of x made int8, each with a scale of its own; sums are exact integers.
 
@@ -87,13 +108,13 @@ class _Int8:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: str | None
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, *, gelu: str | None
     ) -> None:
-        self._scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-        rounded = (weight / self._scale[:, None]).round().to(torch.int8)  # (out, in)
-        self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
-        self._zero = torch.zeros(weight.size(0), dtype=torch.int64)
-        self._bias = torch.zeros(weight.size(0)) if bias is None else bias.float()
+        self._scale = weight.scales[:, 0].float()
+        outputs = len(self._scale)
+        self._weight = torch.ops.onednn.qlinear_prepack(weight.values, None)
+        self._zero = torch.zeros(outputs, dtype=torch.int64)
+        self._bias = torch.zeros(outputs) if bias is None else bias.float()
         self._dtype, self._gelu = dtype, gelu
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:

@@ -11,6 +11,8 @@ from gptray.model.shape import read_shape
 # Of a process that has imported PyTorch and opened a tokenizer, as it was measured.
 PROCESS = 0.34e9
 _BYTES = {"fp32": 4, "bf16": 2}
+# Of a weight in the linear layers, scales included, and in the head.
+_QUANTIZED: dict[str, tuple[float, float]] = {"int8": (1, 1), "int4": (4.5 / 8, 1)}
 
 
 def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
@@ -23,11 +25,12 @@ def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
     assert rows is not None
     named: str = "bf16 (twice that in fp32)" if precision == "auto" else precision
     each = _BYTES.get(precision, 2)
-    weights = parameter_count(model, rows) * each
-    if config.quantize.weights == "int8":
-        weights, named = weights // each, "int8"
-    if model.tie_word_embeddings:
-        weights += rows * model.n_embd * each
+    embedding = rows * model.n_embd
+    layers = parameter_count(model, rows) - embedding * (1 if model.tie_word_embeddings else 2)
+    layer_bytes, head_bytes = _QUANTIZED.get(config.quantize.weights, (each, each))
+    if config.quantize.weights != "none":
+        named = config.quantize.weights
+    weights = layers * layer_bytes + embedding * (head_bytes + each)
     token = 2 * model.n_layer * model.kv_heads * model.head_width * each
     cache = sequences * model.n_positions * token
     return (

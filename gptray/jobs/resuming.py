@@ -20,7 +20,7 @@ from gptray.evaluation.model_commands import home_of
 from gptray.files import refuse_links, replacing, storing
 from gptray.jobs.models import CONFIG, TOKENIZER
 from gptray.jobs.places import SOURCES, is_same_place, with_whole_paths, words_for
-from gptray.jobs.run_folder import FREE_KEYS, LOCK, SWEEP_FREE_KEYS, run_dir, seen_at
+from gptray.jobs.run_folder import LOCK, free_keys, run_dir, seen_at
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
     WRITER_LOCK,
@@ -77,7 +77,7 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
             del changed[key]
     if "train.compile" in changed and compiles(saved) == compiles(config):
         del changed["train.compile"]
-    free, extends = (SWEEP_FREE_KEYS, MORE) if sweep else (FREE_KEYS, LONGER)
+    free, extends = free_keys(config, sweep=sweep), MORE if sweep else LONGER
     differing = [
         f"  {key}: {old!r} there, {new!r} now"
         for key, (old, new) in changed.items()

@@ -58,6 +58,15 @@ LOCK = ".driver.lock"
 INIT_FROM = "model.init_from"
 
 
+def free_keys(config: Config, *, sweep: bool = False) -> tuple[str, ...]:
+    """The keys under which a run, or a sweep, may resume with other values.
+
+    Under an adapter quantize.weights changes what is trained: the base.
+    """
+    keys = SWEEP_FREE_KEYS if sweep else FREE_KEYS
+    return keys if config.lora.rank is None else tuple(key for key in keys if key != "quantize.")
+
+
 def resolve(config: Config, *, sweep: bool = False) -> Config:
     """The config with nothing left to guess: shape, tokenizer, storage path and name.
 
@@ -255,7 +264,7 @@ def _free_name(config: Config, *, sweep: bool) -> str:
     """
     source = config.data.source if isinstance(config.data.source, str) else config.data.source[0]
     label = label_of(Path(source).stem, 24) or "run"
-    free = SWEEP_FREE_KEYS if sweep else FREE_KEYS
+    free = free_keys(config, sweep=sweep)
     defaults = flatten(Config())
     identity = {
         key: value

@@ -16,7 +16,7 @@ from gptray.config import LoraConfig, ModelConfig, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.model.families import Family
 from gptray.model.hf_config import family_in
-from gptray.model.parameters import HEAD, Part, stored_parts
+from gptray.model.parameters import HEAD, Part, is_of_block, stored_parts
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 
 # Of a run or a checkpoint.
@@ -25,7 +25,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Before a module's name; after it.
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # In the metadata of the weights' file.
-BASE_SHA256 = "base_sha256"
+BASE_SHA256, BASE_QUANTIZED = "base_sha256", "base_quantized"
 _NORMS = ("ln_1", "ln_2", "ln_f", "q_norm", "k_norm")
 _HEAD = HEAD.removesuffix(".weight")
 _EMBEDDINGS = ("wte", "wpe", _HEAD)
@@ -33,18 +33,23 @@ _EMBEDDINGS = ("wte", "wpe", _HEAD)
 
 @dataclass(frozen=True)
 class Base:
-    """A model that is adapted. source: what names it; folder: where it is here."""
+    """A model that is adapted. source: what names it; folder: where it is here.
+
+    quantized: what the weights of its linear layers are rounded to while an adapter is trained:
+    none, int8 or int4.
+    """
 
     source: str
     folder: Path
+    quantized: str = "none"
 
     @classmethod
-    def of(cls, source: str, *, weights: bool = True) -> Base:
+    def of(cls, source: str, *, weights: bool = True, quantized: str = "none") -> Base:
         """The model in a folder, or on the hub; without its weights where they are not needed.
 
         Raises UserError.
         """
-        return cls(source, model_folder(source, weights=weights))
+        return cls(source, model_folder(source, weights=weights), quantized)
 
     @cached_property
     def family(self) -> Family:
@@ -75,7 +80,7 @@ class Base:
     @property
     def linear(self) -> list[Part]:
         """The weights of the linear layers in its blocks."""
-        return [part for part in self.parts if _is_of_block(part) and len(part.dims) == 2]
+        return [part for part in self.parts if is_of_block(part) and len(part.dims) == 2]
 
 
 def adapted_name(model: str, adapter: str) -> str:
@@ -143,10 +148,6 @@ def peft_config(base: Base, lora: LoraConfig) -> dict[str, object]:
 def writes_copy(base: Base, lora: LoraConfig) -> bool:
     """Whether a folder has a copy of the embedding for a tied head: PEFT would untie it else."""
     return "embeddings" in lora.train and base.config.tie_word_embeddings
-
-
-def _is_of_block(part: Part) -> bool:
-    return part.parameter.startswith("transformer.h.")
 
 
 def is_named(module: str, names: Iterable[str]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from gptray.config import LoraConfig, ModelConfig, UserError
 from gptray.files import replacing
 from gptray.model.adapter import (
+    BASE_QUANTIZED,
     BASE_SHA256,
     CONFIG,
     PREFIX,
@@ -35,6 +36,7 @@ from gptray.model.gpt import GPT
 from gptray.model.hf import from_file, load_pretrained, load_weights, save_pretrained, to_file
 from gptray.model.lora import LoRALinear, add_adapters, freeze
 from gptray.model.parameters import HEAD, Part
+from gptray.model.quantized import quantize
 from gptray.model.rounding import read_weight
 from gptray.model.stored_weights import stored_model
 from gptray.model.tensor_file import write_tensors
@@ -64,7 +66,7 @@ def adapted_network(
     if native:
         model.use_kernels()
     # Before there are numbers: they are to arrive in the dtype that they are kept in.
-    freeze(model, replaced)
+    freeze(model, replaced, base.quantized)
     model.to_empty(device="cpu")
     model.valid_vocab_size = base.rows
     load_weights(model, base.folder)
@@ -88,7 +90,7 @@ def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None
     if writes_copy(base, lora):
         tensors[PREFIX + HEAD] = model.head.detach()
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    metadata = {"format": "pt", BASE_SHA256: base.sha256}
+    metadata = {"format": "pt", BASE_SHA256: base.sha256, BASE_QUANTIZED: base.quantized}
     with replacing(folder / WEIGHTS) as path:
         write_tensors(path, shapes, lambda name: tensors[name], metadata)
     with replacing(folder / CONFIG) as path:
@@ -97,8 +99,16 @@ def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None
 
 @torch.no_grad()
 def load_adapter(model: GPT, folder: Path, base: Base) -> None:
-    """Give a network's own adapter the weights that `save_adapter` wrote. Raises UserError."""
+    """Give a network's own adapter the weights that `save_adapter` wrote.
+
+    Raises UserError, also for a base that was quantized in another way.
+    """
     adapter, parameters = open_adapter(folder, base), dict(model.named_parameters())
+    if adapter.quantized != base.quantized:
+        raise UserError(
+            f"{folder} was trained beside a base in quantize.weights={adapter.quantized}, not "
+            f"{base.quantized}"
+        )
     stored = _tensors(adapter)
     for part in adapter.adapted:
         a, b = _pair(model, part)
@@ -110,9 +120,12 @@ def load_adapter(model: GPT, folder: Path, base: Base) -> None:
 
 
 def load_merged(base: Base, adapter: Adapter) -> GPT:
-    """The base with an adapter, as an ordinary network on the CPU, in fp32. Raises UserError."""
+    """The base with an adapter, as an ordinary network on the CPU, in fp32. Raises UserError.
+
+    A base that was quantized while the adapter was trained is rounded as it was then.
+    """
     model, stored = load_pretrained(base.folder), _tensors(adapter)
-    _merge(dict(model.named_parameters()), adapter, stored, model.config)
+    _merge(base, dict(model.named_parameters()), adapter, stored)
     head = stored.get(PREFIX + HEAD) if model.config.tie_word_embeddings else None
     if head is not None and not torch.equal(head.float(), model.head.float()):
         raise UserError(
@@ -148,7 +161,7 @@ def save_merged(
             if part.parameter == name:
                 rows = merged[part.start : part.start + part.rows]
                 rows.copy_(from_file(read_weight(weights[part.name]), part, base.config))
-        _merge({name: merged}, adapter, tensors, base.config)
+        _merge(base, {name: merged}, adapter, tensors)
         return merged
 
     model.whole = whole
@@ -181,12 +194,13 @@ def _rows(
 
 @torch.no_grad()
 def _merge(
-    parameters: Mapping[str, Tensor],
-    adapter: Adapter,
-    stored: Mapping[str, Tensor],
-    config: ModelConfig,
+    base: Base, parameters: Mapping[str, Tensor], adapter: Adapter, stored: Mapping[str, Tensor]
 ) -> None:
     """Change parameters of the base, by their names in the network, to what the adapter makes."""
+    config = base.config
+    if adapter.quantized != "none":
+        for _, weight in _own(base.linear, parameters):
+            weight.copy_(quantize(weight, adapter.quantized).dequantize())
     for part, weight in _own(adapter.adapted, parameters):
         name = PREFIX + module_of(part)
         b = _rows(stored[name + B], part, config, from_file)

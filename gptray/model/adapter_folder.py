@@ -15,6 +15,7 @@ from gptray.config import LoraConfig, UserError
 from gptray.files import expanded
 from gptray.model.adapter import (
     ADAPTER,
+    BASE_QUANTIZED,
     BASE_SHA256,
     CONFIG,
     PREFIX,
@@ -26,6 +27,7 @@ from gptray.model.adapter import (
     module_of,
 )
 from gptray.model.header import FLOATS, read_header
+from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import HEAD, WTE, Part
 from gptray.stored import is_whole, read_foreign
 
@@ -47,12 +49,13 @@ _BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 @dataclass(frozen=True)
 class Adapter:
     """A folder that fits a base. adapted: what it adds products to, scale times; replaced: what it
-    has in the place of the base's."""
+    has in the place of the base's; quantized: as the base was when it was trained."""
 
     folder: Path
     lora: LoraConfig
     adapted: tuple[Part, ...]
     replaced: tuple[Part, ...]
+    quantized: str = "none"
 
 
 def adapter_folder(source: str | Path) -> Path:
@@ -80,7 +83,7 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
         kind = " but pickled weights, which gptray does not open" if pickled else ""
         raise UserError(f"{folder}: no {WEIGHTS}{kind}")
     stored = read_header(path)
-    _check_base(path, base)
+    quantized = _check_base(path, base)
     _check_types(path, stored)
     parts = {module_of(part): part for part in base.linear}
     whole = {part.name: part for part in base.parts}
@@ -99,7 +102,7 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
             adapted[module] = parts[module]
         else:
             raise UserError(f"{path}: {module} is no linear layer in the blocks of {base.source}")
-    adapter = Adapter(folder, lora, tuple(adapted.values()), tuple(replaced))
+    adapter = Adapter(folder, lora, tuple(adapted.values()), tuple(replaced), quantized)
     _check_shapes(path, stored, adapter)
     _check_head(path, stored, base, adapter)
     _check_complete(path, raw, base, adapter)
@@ -130,18 +133,22 @@ def _lora_of(path: Path, raw: Mapping[str, object]) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=alpha, use_rslora=bool(raw.get("use_rslora", False)))
 
 
-def _check_base(path: Path, base: Base) -> None:
-    """Raise UserError for weights that say that they belong to another base."""
+def _check_base(path: Path, base: Base) -> str:
+    """How the weights say that their base was quantized. Raises UserError for another base."""
     try:
         with safe_open(path, framework="np") as file:
-            trained_on = (file.metadata() or {}).get(BASE_SHA256)
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
+    trained_on, quantized = metadata.get(BASE_SHA256), metadata.get(BASE_QUANTIZED, "none")
     if trained_on and trained_on != base.sha256:
         raise UserError(
             f"{path.parent} adapts another model than {base.source}: one whose weights have "
             f"sha256 {trained_on}, not {base.sha256}"
         )
+    if quantized != "none" and quantized not in PACKINGS:
+        raise UserError(f"{path}: its base was quantized to {quantized:.60}, which is not known")
+    return quantized
 
 
 def _check_types(path: Path, stored: Mapping[str, tuple[list[int], str]]) -> None:

@@ -22,6 +22,10 @@ class LinearContext(Context, Protocol):
     has_bias: bool
 
 
+class FrozenContext(Context, Protocol):
+    inputs: int
+
+
 class AdaptedContext(Context, Protocol):
     spans: tuple[slice, ...]
     scale: float

@@ -26,6 +26,7 @@ from gptray.model.attention import causal_attention
 from gptray.model.distillation import SoftTargets, taught_cross_entropy
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, activation, dropout
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
+from gptray.model.quantized_linear import QuantizedLinear
 from gptray.model.rotary import Angles, Rotary, rotate
 from gptray.model.usage import Usage
 
@@ -211,7 +212,8 @@ class GPT(nn.Module):
     @property
     def num_params(self) -> int:
         """Parameters, a tied head counted once."""
-        return sum(p.numel() for p in self.parameters())
+        held = [m.weight for m in self.modules() if isinstance(m, QuantizedLinear)]
+        return sum(p.numel() for p in [*self.parameters(), *held])
 
     @property
     def is_native(self) -> bool:

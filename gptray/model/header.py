@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gptray.config import ModelConfig, UserError
 from gptray.model.hf_config import NetworkShape, family_in
+from gptray.model.packed_weights import SCALES, SHAPE, VALUES, Packing, packing_of
 from gptray.model.parameters import HEAD, IGNORED, stored_name, stored_parts
 from gptray.model.shape import weight_files
 from gptray.stored import Unreadable, is_whole, open_stored, parse_json
@@ -39,6 +40,8 @@ def check_weights(folder: Path, shape: NetworkShape) -> None:
     for path in weight_files(folder):
         for name, (dims, dtype) in read_header(path).items():
             stored[stored_name(name, family)] = (path, dims, dtype)
+    if packing := packing_of(folder / "config.json"):
+        _join_packed(stored, packing)
     first = family.prefix + family.layers
     layer = re.compile(re.escape(first) + r"(\d{1,9})\.")
     found = {int(match[1]) for name in stored if (match := layer.match(name))}
@@ -55,6 +58,18 @@ def check_weights(folder: Path, shape: NetworkShape) -> None:
         # A tied head may have its copy; `gptray.model.hf` compares the two.
         if not (name.endswith(IGNORED) or (name == HEAD and shape["tie_word_embeddings"])):
             raise UserError(f"{path}: {name} is not a weight of this network")
+
+
+def _join_packed(stored: dict[str, Stored], packing: Packing) -> None:
+    """Put the weight that packed values and scales stand for in their place."""
+    for name in [name for name in stored if name.endswith(".weight" + VALUES)]:
+        weight = name.removesuffix(VALUES)
+        scales = stored.pop(weight + SCALES, None)
+        path, dims, _ = stored.pop(name)
+        stored.pop(weight + SHAPE, None)
+        if scales and len(dims) == len(scales[1]) == 2:
+            inputs = packing.inputs(dims[1], scales[1][1])
+            stored[weight] = (path, [dims[0], inputs], "F32")
 
 
 def _compare(folder: Path, name: str, stored: Stored | None, expected: list[int]) -> None:

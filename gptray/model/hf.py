@@ -7,12 +7,11 @@ Every file appears whole: it is written under another name and then renamed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptray.config import ModelConfig, UserError
@@ -22,7 +21,10 @@ from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf_config import family_in, family_of, hf_config
 from gptray.model.parameters import HEAD, IGNORED, WTE, Part, stored_name, stored_parts
-from gptray.model.shape import WEIGHTS, model_folder, read_shape, weight_files
+from gptray.model.quantized_linear import quantized_layers
+from gptray.model.rounding import read_weight
+from gptray.model.shape import WEIGHTS, model_folder, read_shape
+from gptray.model.stored_weights import stored_weights
 from gptray.model.tensor_file import write_tensors
 from gptray.model.usage import Usage
 
@@ -137,13 +139,15 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
     folder = Path(folder)
     family, config = family_in(folder), model.config
     model.usage = Usage.of(folder)
-    parameters = dict(model.named_parameters())
+    parameters, quantized = dict(model.named_parameters()), quantized_layers(model)
     valid = model.valid_vocab_size
     missing = {part.name: part for part in stored_parts(config, family, valid)}
     embedding = head = None
-    for path, key, tensor in _tensors(folder):
+    for stored in stored_weights(folder):
+        path, key = stored.path, stored.key
         if key.endswith(IGNORED):
             continue
+        tensor = read_weight(stored)
         name = stored_name(key, family)
         if name == HEAD and config.tie_word_embeddings:
             head = tensor
@@ -159,8 +163,11 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
             raise UserError(
                 f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {part.dims}"
             )
-        target = parameters[part.parameter][part.start : part.start + part.rows]
-        target.copy_(from_file(tensor, part, config))
+        place, weight = slice(part.start, part.start + part.rows), from_file(tensor, part, config)
+        if layer := quantized.get(part.parameter):
+            layer.put(place, weight)
+        else:
+            parameters[part.parameter][place].copy_(weight)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: {next(iter(missing))} is missing from the weights{more}")
@@ -186,17 +193,3 @@ def from_file(stored: Tensor, part: Part, config: ModelConfig) -> Tensor:
     if part.turned == "by_head":
         return stored.view(config.n_head, 3, -1).transpose(0, 1).reshape(stored.shape)
     return stored.t() if part.turned == "transposed" else stored
-
-
-def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """Every tensor of a folder's safetensors file or shards, one at a time, with its file."""
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                keys = list(file.keys())
-            for key in keys:
-                # Anew for each: what was read of a mapped file counts as memory until it is closed.
-                with safe_open(path, framework="pt") as file:
-                    yield path, key, file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged or incomplete: {error}") from None

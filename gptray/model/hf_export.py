@@ -3,35 +3,94 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gptray.model.rounding import dtype_of, rounded
+from gptray.model.packed_weights import (
+    KEY,
+    PACKINGS,
+    SCALES,
+    SHAPE,
+    VALUES,
+    packed_config,
+)
+from gptray.model.rounding import dtype_of, quantized, rounded
 from gptray.model.shape import WEIGHTS
 from gptray.model.stored_weights import StoredModel
 from gptray.model.tensor_file import write_tensors
 from gptray.stored import read_foreign
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _CONFIG = "config.json"
 
 
 def write_hf(source: Path, folder: Path, model: StoredModel, *, precision: str) -> None:
     """Write a model's config and its weights. Raises UserError as `rounded`, OSError."""
-    import torch
+    dtype, packing = dtype_of(precision), PACKINGS.get(precision)
+    packed = model.linear if packing else {}
+    shapes, dtypes = _layout(model, precision, packed)
 
-    dtype = dtype_of(precision)
-    weights = model.weights
-    shapes = {name: torch.Size(one.shape) for name, one in weights.items()}
-    write_tensors(
-        folder / WEIGHTS,
-        shapes,
-        lambda name: rounded(weights[name], dtype),
-        {"format": "pt"},
-        dtype=dtype,
-    )
+    @lru_cache(maxsize=1)  # its parts are asked for one after another
+    def parts(name: str) -> dict[str, Tensor]:
+        return _packed(model, name, precision)
+
+    def tensor(name: str) -> Tensor:
+        weight, end, kind = name.rpartition(".weight")
+        if weight + end in packed:
+            return parts(weight + end)[kind]
+        return rounded(model.weights[name], dtype)
+
+    write_tensors(folder / WEIGHTS, shapes, tensor, {"format": "pt"}, dtypes=dtypes)
     config = read_foreign(source / _CONFIG)
-    config.pop("torch_dtype", None)  # dtype's name in older files
+    for key in ("torch_dtype", KEY):  # dtype's name in older files; of weights that were packed
+        config.pop(key, None)
     config |= {
         "architectures": [model.family.architecture],
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if packing:
+        config[KEY] = packed_config(packing)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _layout(
+    model: StoredModel, precision: str, packed: Collection[str]
+) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
+    """The shape and the dtype of each tensor by its name."""
+    import torch
+
+    shapes, dtypes = dict[str, torch.Size](), dict[str, torch.dtype]()
+    for name, one in model.weights.items():
+        if name not in packed:
+            shapes[name], dtypes[name] = torch.Size(one.shape), dtype_of(precision)
+            continue
+        (rows, inputs), packing = one.shape, PACKINGS[precision]
+        shapes[name + VALUES] = torch.Size((rows, packing.words(inputs)))
+        shapes[name + SCALES] = torch.Size((rows, packing.groups(inputs)))
+        shapes[name + SHAPE] = torch.Size((2,))
+        kinds = torch.int32, torch.float16, torch.int64
+        dtypes |= {
+            name + end: kind for end, kind in zip((VALUES, SCALES, SHAPE), kinds, strict=True)
+        }
+    return shapes, dtypes
+
+
+def _packed(model: StoredModel, name: str, kind: str) -> dict[str, Tensor]:
+    """A weight's parts by the ends of their names."""
+    import torch
+
+    stored = model.weights[name]
+    held = quantized(stored, kind)
+    values = held.values
+    if kind == "int8":  # of int4 they are packed and without a sign already
+        values = (values.to(torch.int16) + 128).to(torch.uint8)
+    return {
+        VALUES: values.view(torch.int32),
+        SCALES: held.scales,
+        SHAPE: torch.tensor(stored.shape),
+    }

@@ -1,7 +1,8 @@
 """LoRA: a network whose linear layers are frozen, each with narrow matrices that learn beside it.
 
 Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models. Frozen weights are kept in the
-dtype that is computed in, an adapter as fp32 masters. Files are `gptray.model.adapter_files`'s.
+dtype that is computed in or in few bits, an adapter as fp32 masters. Files are
+`gptray.model.adapter_files`'s.
 Shapes: N tokens, P adapters of a layer, R rank.
 """
 
@@ -19,26 +20,41 @@ from gptray.model.autograd_context import AdaptedContext
 from gptray.model.gpt import GPT, MLP
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, dropout
 from gptray.model.parameters import Part
+from gptray.model.quantized_linear import QuantizedLinear, numbers_of, whole_weight
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer whose outputs get scale * B A x besides.
+    """A frozen linear layer, `base`, whose outputs get scale * B A x besides.
 
     Layers that lie side by side in it have an adapter each, for their own outputs. lora_A (P R,
     inputs) has their A below each other, since all read the same; lora_B (outputs that are adapted,
     R) their B.
     """
 
-    def __init__(self, linear: nn.Linear, parts: Sequence[Part], lora: LoraConfig) -> None:
+    def __init__(
+        self, base: nn.Linear | QuantizedLinear, parts: Sequence[Part], lora: LoraConfig
+    ) -> None:
         super().__init__()
         assert lora.rank
-        self.weight, self.bias = linear.weight, linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.spans = tuple(slice(part.start, part.start + part.rows) for part in parts)
         self.rank, self.scale, self.dropout = lora.rank, lora.scale, lora.dropout
         outputs = sum(part.rows for part in parts)
-        self.lora_A = nn.Parameter(torch.empty(len(parts) * lora.rank, linear.in_features))
+        self.lora_A = nn.Parameter(torch.empty(len(parts) * lora.rank, base.in_features))
         self.lora_B = nn.Parameter(torch.zeros(outputs, lora.rank))
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's, which `GPT.whole` makes whole and merged."""
+        weight: Tensor = self.base.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's."""
+        bias: Tensor | None = self.base.bias
+        return bias
 
     def pairs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Of each adapter: its outputs, A (R, inputs), B (outputs, R)."""
@@ -48,14 +64,14 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight that computes the same alone, in fp32."""
-        weight = self.weight.detach().float().clone()
+        weight = frozen_weight(self.base)
         for span, a, b in self.pairs():
             weight[span].addmm_(b, a, alpha=self.scale)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
         read = dropout(x, self.dropout if self.training else 0.0)
-        arguments = (x, read, self.weight, self.bias, self.lora_A, self.lora_B)
+        arguments = (x, read, *numbers_of(self.base), self.bias, self.lora_A, self.lora_B)
         y: Tensor = _Adapted.apply(*arguments, self.spans, self.scale)  # type: ignore[no-untyped-call]
         return y
 
@@ -71,7 +87,8 @@ class _Adapted(torch.autograd.Function):
         ctx: AdaptedContext,
         x: Tensor,
         read: Tensor,
-        weight: Tensor,
+        values: Tensor,
+        scales: Tensor | None,
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
@@ -79,7 +96,7 @@ class _Adapted(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         ctx.spans, ctx.scale, ctx.reads_all = spans, scale, read is x
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, whole_weight(values, scales, x.size(-1), x.dtype), bias)
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         narrow = F.linear(read.flatten(0, -2), a)  # (N, P R)
         rows, rank = y.view(-1, y.size(-1)), b.size(1)
@@ -87,12 +104,12 @@ class _Adapted(torch.autograd.Function):
             spans, torch.split(narrow, rank, 1), _split(b, spans), strict=True
         ):
             rows[:, span].addmm_(u, b_own.t(), alpha=scale)
-        ctx.save_for_backward(read, narrow, weight, lora_a, lora_b)
+        ctx.save_for_backward(read, narrow, values, scales, lora_a, lora_b)
         return y
 
     @staticmethod
     def backward(ctx: AdaptedContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        read, narrow, weight, lora_a, lora_b = ctx.saved_tensors
+        read, narrow, values, scales, lora_a, lora_b = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)  # (N, outputs)
         a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
         grad_narrow = torch.empty_like(narrow)
@@ -105,21 +122,29 @@ class _Adapted(torch.autograd.Function):
             grad_u.copy_(torch.mm(own, b_own).mul_(ctx.scale))
             to.copy_(torch.mm(own.t(), u).mul_(ctx.scale))
         grad_a = torch.mm(grad_narrow.t(), read.flatten(0, -2)).to(lora_a.dtype)
-        rest = (None, None, grad_a, grad_b, None, None)
+        rest = (None, None, None, grad_a, grad_b, None, None)
         if not ctx.needs_input_grad[0]:
             return None, None, *rest
-        grad_x = torch.mm(grad, weight)
+        grad_x = torch.mm(grad, whole_weight(values, scales, read.size(-1), grad.dtype))
         if ctx.reads_all:
             return grad_x.addmm_(grad_narrow, a).view(read.shape), None, *rest
         return grad_x.view(read.shape), torch.mm(grad_narrow, a).view(read.shape), *rest
+
+
+def frozen_weight(base: nn.Linear | QuantizedLinear) -> Tensor:
+    """A copy of a frozen layer's weight, in fp32."""
+    values, scales = numbers_of(base)
+    weight = whole_weight(values.detach(), scales, base.in_features, torch.float32)
+    return weight.float().clone() if scales is None else weight
 
 
 def _split(b: Tensor, spans: Sequence[slice]) -> tuple[Tensor, ...]:
     return torch.split(b, [span.stop - span.start for span in spans])
 
 
-def freeze(model: GPT, replaced: Sequence[Part]) -> None:
-    """Freeze all of a network but `replaced`, in the dtype that it computes in.
+def freeze(model: GPT, replaced: Sequence[Part], kind: str = "none") -> None:
+    """Freeze all of a network without numbers but `replaced`, in the dtype that it computes in, and
+    with a kind of `gptray.model.quantized` the weights of its blocks' linear layers in that.
 
     The kernels of linear layers and MLPs take fp32 masters, make their gradients and know no
     adapters, so these do without; others take norms' weights in fp32, which these then keep.
@@ -135,6 +160,10 @@ def freeze(model: GPT, replaced: Sequence[Part]) -> None:
                 parameter.requires_grad_(False)
                 if not takes_fp32:
                     parameter.data = parameter.data.to(model.compute_dtype)
+    if kind != "none":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear):
+                model.set_submodule(name, QuantizedLinear(module, kind))
 
 
 @torch.no_grad()
@@ -148,18 +177,23 @@ def add_adapters(model: GPT, lora: LoraConfig, adapted: Sequence[Part], *, seed:
     by_layer = dict[str, list[Part]]()
     for part in adapted:
         by_layer.setdefault(part.parameter.removesuffix(".weight"), []).append(part)
-    generator, layers = torch.Generator().manual_seed(seed), dict[int, LoRALinear]()
+    generator = torch.Generator().manual_seed(seed)
     for name, parts in by_layer.items():
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, nn.Linear | QuantizedLinear)
         layer = LoRALinear(linear, parts, lora)
         bound = 1 / math.sqrt(linear.in_features)
         layer.lora_A.uniform_(-bound, bound, generator=generator)
         model.set_submodule(name, layer)
-        layers[id(layer.weight)] = layer
+    # An adapted layer after its base, in whose place it stands.
+    held = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    layers: dict[int, QuantizedLinear | LoRALinear] = {id(layer.weight): layer for layer in held}
+    layers |= {id(m.weight): m for m in model.modules() if isinstance(m, LoRALinear)}
 
     def whole(weight: Tensor) -> Tensor:
         layer = layers.get(id(weight))
-        return layer.merged() if layer else weight.detach()
+        if layer is None:
+            return weight.detach()
+        return layer.merged() if isinstance(layer, LoRALinear) else frozen_weight(layer)
 
     model.whole = whole

@@ -109,6 +109,11 @@ def stored_parts(config: ModelConfig, family: Family, rows: int) -> Iterator[Par
         yield Part(HEAD, [rows, config.n_embd], HEAD, 0, rows)
 
 
+def is_of_block(part: Part) -> bool:
+    """Whether it belongs to one of the network's blocks."""
+    return part.parameter.startswith("transformer.h.")
+
+
 def stored_name(name: str, family: Family) -> str:
     """The name that a tensor of a file goes by; files of a network without a head lack a prefix."""
     if name in (HEAD, _OLD_HEAD):

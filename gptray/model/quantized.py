@@ -9,7 +9,7 @@ and the "pack-quantized" form of compressed-tensors, symmetric in groups, hold t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ _INT8_MOST = 127
 _INT4_MOST = (-8.0, -7.5, -7.0, 7.0, 7.5, -8.5)
 # Weights that are rounded at a time: what is made of them meanwhile stays near.
 _AT_ONCE = 1 << 18
+
+
+def head_kind(kind: str) -> str:
+    """What the head is kept in where the linear layers are in `kind`, or "none"."""
+    return "int8" if kind == "int4" else kind
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,12 @@ class QuantizedWeight:
         """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes
 
+    def times(self, factors: Tensor | None) -> QuantizedWeight:
+        """The weight with its outputs times `factors` (out,), in the same values."""
+        if factors is None:
+            return self
+        return replace(self, scales=(self.scales.float() * factors[:, None]).half())
+
     def integers(self) -> Tensor:
         """The values, one in a byte: int8 (out, in)."""
         if self.kind == "int8":
@@ -70,7 +81,7 @@ def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
     """
     assert kind in BITS, kind
     rows = max(1, _AT_ONCE // weight.size(1))
-    parts = [_quantized(part.float(), kind) for part in weight.split(rows)]
+    parts = [_quantized(part.float(), kind) for part in torch.split(weight, rows)]
     values, scales = (torch.cat(made) for made in zip(*parts, strict=True))
     return QuantizedWeight(kind, weight.size(1), values, scales)
 

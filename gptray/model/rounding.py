@@ -5,23 +5,29 @@ torch is imported where weights are read: to plan an export takes none.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from gptray.config import UserError
+from gptray.model.packed_weights import SCALES, VALUES, Packing
 from gptray.model.stored_weights import StoredModel, StoredWeight
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from gptray.model.quantized import QuantizedWeight
+
 
 def dtype_of(precision: str) -> torch.dtype:
-    """The dtype of a precision; of one that torch has not, such as q8_0, that of its input."""
+    """The dtype of a precision; of GGUF's own, such as q8_0, that of its input. In int8 and int4 it
+    is that of scales and of what is not quantized."""
     import torch
 
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    half = dict.fromkeys(("fp16", "int8", "int4"), torch.float16)
+    return {**half, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
 def rounded(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
@@ -46,6 +52,16 @@ def rounded(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
     )
 
 
+def quantized(stored: StoredWeight, kind: str, *, turned: bool = False) -> QuantizedWeight:
+    """A weight, transposed where `turned`, in int8 or int4. Raises UserError as `rounded`."""
+    import torch
+
+    from gptray.model.quantized import quantize
+
+    weight = rounded(stored, torch.float32)
+    return quantize(weight.t().contiguous() if turned else weight, kind)
+
+
 def check_tied(model: StoredModel) -> None:
     """Refuse a model whose copy of a tied head, if it has one, is not the embedding.
 
@@ -57,10 +73,31 @@ def check_tied(model: StoredModel) -> None:
 
 
 def read_weight(stored: StoredWeight) -> Tensor:
-    """A weight as it is stored. Raises UserError for a file that is damaged."""
+    """A weight as it is stored, a packed one in fp32. Raises UserError for a damaged file."""
+    if stored.packing is None:
+        return _read(stored.path, stored.key)
+    assert stored.scales
+    values = _read(stored.path, stored.key + VALUES)
+    return unpacked(values, _read(stored.scales, stored.key + SCALES), stored.packing)
+
+
+def _read(path: Path, key: str) -> Tensor:
+    # Opened anew: what was read of a mapped file counts as memory until it is closed.
     try:
-        with safe_open(stored.path, framework="pt") as file:
-            weight: Tensor = file.get_tensor(stored.key)
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{stored.path}: damaged or incomplete: {error}") from None
-    return weight
+        raise UserError(f"{path}: damaged or incomplete: {error}") from None
+    return tensor
+
+
+def unpacked(values: Tensor, scales: Tensor, packing: Packing) -> Tensor:
+    """The weight (out, in) in fp32 of values (out, words), int32, and scales (out, groups)."""
+    import torch
+
+    rows, inputs = len(values), packing.inputs(values.size(1), scales.size(1))
+    numbers = values.contiguous().view(torch.uint8)
+    if packing.bits == 4:
+        numbers = torch.stack((numbers & 15, numbers >> 4), dim=-1).flatten(1)
+    signed = numbers[:, :inputs].float() - 2 ** (packing.bits - 1)
+    return (signed.view(rows, scales.size(1), -1) * scales.float()[..., None]).view(rows, -1)

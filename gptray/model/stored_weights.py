@@ -10,20 +10,27 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from gptray.config import UserError
+from gptray.config import ModelConfig, UserError
 from gptray.model.families import FAMILIES, Family
 from gptray.model.hf_config import NetworkShape, read_config
-from gptray.model.parameters import HEAD, IGNORED, stored_name
+from gptray.model.packed_weights import SCALES, SHAPE, VALUES, Packing, packing_of
+from gptray.model.parameters import HEAD, IGNORED, is_of_block, stored_name, stored_parts
 from gptray.model.shape import weight_files
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A tensor in a safetensors file; `shape` as it is stored."""
+    """A tensor in a safetensors file; `shape` as it is stored.
+
+    packing, scales: of one that is packed, and the file of its scales; then shape is that of the
+    weight, and key its name.
+    """
 
     path: Path
     key: str
     shape: tuple[int, ...]
+    packing: Packing | None = None
+    scales: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,60 @@ class StoredModel:
         """The rows of the vocabulary."""
         return self.weights[f"{self.family.prefix}{self.family.modules['wte'][0]}.weight"]
 
+    @property
+    def linear(self) -> dict[str, StoredWeight]:
+        """The weights of the linear layers in its blocks."""
+        rows = self.embedding.shape[0]
+        parts = stored_parts(ModelConfig(**self.shape), self.family, rows)
+        names = [part.name for part in parts if is_of_block(part) and len(part.dims) == 2]
+        return {name: self.weights[name] for name in names}
+
+
+def stored_weights(folder: Path) -> list[StoredWeight]:
+    """All tensors of a folder, packed weights joined. Raises UserError for damaged files."""
+    found = list[StoredWeight]()
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    dims = tuple(file.get_slice(key).get_shape())
+                    found.append(StoredWeight(path, key, dims))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged or incomplete: {error}") from None
+    packing = packing_of(folder / "config.json")
+    return found if packing is None else _joined(found, packing)
+
+
+def _joined(found: list[StoredWeight], packing: Packing) -> list[StoredWeight]:
+    """The tensors with values and scales of a packed weight as one. Raises UserError."""
+    by_key = {one.key: one for one in found}
+    for one in found:
+        name = one.key.removesuffix(VALUES)
+        if name == one.key or not name.endswith(".weight"):
+            continue
+        scales = by_key.pop(name + SCALES, None)
+        if scales is None or len(one.shape) != 2 or len(scales.shape) != 2:
+            raise UserError(f"{one.path}: {one.key} has no {name + SCALES} that fits")
+        by_key.pop(name + SHAPE, None)
+        inputs = packing.inputs(one.shape[1], scales.shape[1])
+        expected = (one.shape[0], packing.groups(inputs)), packing.words(inputs)
+        if (scales.shape, one.shape[1]) != expected:
+            raise UserError(
+                f"{one.path}: {one.key} has shape {list(one.shape)}, and {name + SCALES} "
+                f"{list(scales.shape)}: they do not fit"
+            )
+        del by_key[one.key]
+        shape = one.shape[0], inputs
+        by_key[name] = StoredWeight(one.path, name, shape, packing, scales.path)
+    return list(by_key.values())
+
 
 def stored_model(folder: Path) -> StoredModel:
     """What a model folder stores. Raises UserError for what is damaged or no known network."""
     model_type, shape = read_config(folder / "config.json")
     family, found = FAMILIES[model_type], dict[str, StoredWeight]()
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    if not key.endswith(IGNORED):
-                        dims = tuple(file.get_slice(key).get_shape())
-                        found[stored_name(key, family)] = StoredWeight(path, key, dims)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged or incomplete: {error}") from None
+    for stored in stored_weights(folder):
+        if not stored.key.endswith(IGNORED):
+            found[stored_name(stored.key, family)] = stored
     copy = found.pop(HEAD, None) if shape["tie_word_embeddings"] else None
     return StoredModel(model_type, shape, found, copy)

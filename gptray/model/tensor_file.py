@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # safetensors' names.
-_NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_NAMES = {
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int32": "I32",
+    "torch.int64": "I64",
+}
 
 
 def write_tensors(
@@ -24,22 +30,22 @@ def write_tensors(
     tensor: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Write tensors of these shapes, byte for byte as safetensors' save_file does.
 
     tensor: gives a tensor by its name, on any device; called once for each, in order of the names.
-    dtype: of all of them; None: fp32. Raises OSError.
+    dtypes: of each of them; None: fp32. Raises OSError.
     """
     import torch
 
-    dtype = dtype or torch.float32
+    dtypes = dtypes or dict.fromkeys(shapes, torch.float32)
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, shape in sorted(shapes.items()):
-        start, end = end, end + dtype.itemsize * shape.numel()
+        start, end = end, end + dtypes[name].itemsize * shape.numel()
         header[name] = {
-            "dtype": _NAMES[str(dtype)],
+            "dtype": _NAMES[str(dtypes[name])],
             "shape": list(shape),
             "data_offsets": [start, end],
         }
@@ -49,5 +55,5 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in sorted(shapes.items()):
             whole = tensor(name)
-            assert whole.dtype == dtype and whole.shape == shape, name
+            assert whole.dtype == dtypes[name] and whole.shape == shape, name
             file.write(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

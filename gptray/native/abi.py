@@ -19,9 +19,11 @@ from gptray.native.build import build_library
 PANEL = 64
 # Words that a row of a product's input is written in at a time.
 LANES = 16
+# Inputs that share a scale of int4 weights.
+GROUP = 32
 # Parts that the rows of a layer norm's gradients are summed in.
 NORM_PARTS = 32
-FP32, BF16, INT8 = range(3)
+FP32, BF16, INT8, INT4 = range(4)
 NONE, GELU_TANH, GELU, SWIGLU = range(4)
 
 
@@ -149,7 +151,7 @@ class Step(Structure):
 
 CONSTANTS = {
     **{"LANES": LANES, "PANEL": PANEL, "NORM_PARTS": NORM_PARTS},
-    **{"FP32": FP32, "BF16": BF16, "INT8": INT8},
+    **{"FP32": FP32, "BF16": BF16, "INT8": INT8, "INT4": INT4, "GROUP": GROUP},
     **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "SWIGLU": SWIGLU},
 }
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, Block, Model, Cache, Step)

@@ -1,6 +1,7 @@
 // What the decoder is called with; gptray/native/abi.py mirrors it.
 //
-// Weights are packed as gemm.h reads them. Everything between the products is fp32.
+// Weights are packed as gemm.h reads them, those in int4 as int4_decode.h does. Everything between
+// the products is fp32.
 //
 // Shapes: N tokens of a step, C = n_embd, H heads of queries, K of keys and values, E = head width,
 // R the part of a head that is rotated.
@@ -9,7 +10,7 @@
 
 #include <cstdint>
 
-enum Kind : int32_t { FP32, BF16, INT8 };
+enum Kind : int32_t { FP32, BF16, INT8, INT4 };
 enum Activation : int32_t { NONE, GELU_TANH, GELU, SWIGLU };
 
 extern "C" {

@@ -98,11 +98,12 @@ inline void product(int rows, Rows x, const Words *panel, int count, const Begin
   }
 }
 
-// Call run(row, rows) for tiles of about the same height that make up rows first .. stop - 1.
+// Call run(row, rows) for tiles of about the same height, at most `most`, that make up rows first
+// .. stop - 1.
 template <typename Run>
-inline void in_tiles(int first, int stop, const Run &run) {
+inline void in_tiles(int first, int stop, const Run &run, int most = TILE) {
   for (int row = first, rows; row < stop; row += rows) {
-    const int left = (stop - row + TILE - 1) / TILE;
+    const int left = (stop - row + most - 1) / most;
     rows = (stop - row + left - 1) / left;
     run(row, rows);
   }

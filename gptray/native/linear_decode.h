@@ -6,11 +6,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "activation_decode.h"
 #include "decode.h"
 #include "gemm.h"
+#include "int4_decode.h"
 #include "norm.h"
 
 namespace {
@@ -18,13 +20,18 @@ namespace {
 // Up to so many rows each thread reads for itself: that takes less than to wait for another.
 constexpr int OWN_ROWS = 4;
 
+struct Int4 {  // see int4_decode.h
+  using Sum = Floats;
+};
+
 inline int word_count(const Linear &linear) {
   const int per_word = linear.kind == INT8 ? 4 : linear.kind == BF16 ? 2 : 1;
   return (linear.inputs + per_word - 1) / per_word;
 }
 
-// Words from one row to the next: a row is written 16 words at a time.
+// Words from one row to the next: a row is written 16 words at a time, of int4 a group.
 inline size_t row_words(const Linear &linear) {
+  if (linear.kind == INT4) return group_count(linear.inputs) * (sizeof(RowGroup) / 4);
   return (word_count(linear) + LANES - 1) / LANES * LANES;
 }
 
@@ -34,19 +41,18 @@ float to_words(const float *row, int size, int kind, int32_t *words) {
     std::memcpy(words, row, size * sizeof(float));
     return 1.f;
   }
+  if (kind == INT4) {
+    return to_groups(row, size, (RowGroup *)words);
+  }
   if (kind == BF16) {
     for (int i = 0; i < size; i += LANES)
       store((uint16_t *)words + i, load(row + i, lanes(size - i)), 0xFFFF);
     return 1.f;
   }
-  Floats most = _mm512_set1_ps(1e-12f);
-  for (int i = 0; i < size; i += LANES)
-    most = _mm512_max_ps(most, _mm512_abs_ps(load(row + i, lanes(size - i))));
-  const float scale = _mm512_reduce_max_ps(most) / 127.f;
+  const float scale = int8_scale(row, size);
   for (int i = 0; i < size; i += LANES) {
-    const Floats scaled = _mm512_div_ps(load(row + i, lanes(size - i)), _mm512_set1_ps(scale));
     // Unsigned, with 128 for zero: the dot product takes unsigned by signed.
-    const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128));
+    const Words whole = _mm512_add_epi32(to_int8(row + i, size - i, scale), _mm512_set1_epi32(128));
     _mm_storeu_si128((__m128i *)((uint8_t *)words + i), _mm512_cvtepi32_epi8(whole));
   }
   return scale;
@@ -75,7 +81,9 @@ struct Outputs {
   }
 
  private:
-  Floats number(Floats sum, float) const { return sum; }
+  Floats number(Floats sum, float row_scale) const {
+    return std::is_same_v<Kind, Int4> ? _mm512_mul_ps(sum, _mm512_set1_ps(row_scale)) : sum;
+  }
 
   Floats number(Words sum, float row_scale) const {
     const Floats both = _mm512_mul_ps(scale, _mm512_set1_ps(row_scale));
@@ -124,15 +132,24 @@ inline void finish(const typename Kind::Sum (*sums)[BLOCKS], const Linear &linea
 template <typename Kind>
 void multiply_panel(const Linear &linear, int panel, const Input &x, const Results &to, int first,
                     int stop) {
-  const int count = word_count(linear);
+  constexpr bool is_int4 = std::is_same_v<Kind, Int4>;
   const size_t width = row_words(linear);
-  const Words *weights = (const Words *)linear.weight + (size_t)panel * count * BLOCKS;
-  in_tiles(first, stop, [&](int row, int rows) {
+  const auto run = [&](int row, int rows) {
     typename Kind::Sum sums[TILE][BLOCKS];  // at rest, lest all that follows be unrolled
-    product<Kind>(rows, {x.words + row * width, width, 1}, weights, count, FromZero<Kind>{},
-                  [&](int r, int b, typename Kind::Sum sum) { sums[r][b] = sum; });
+    const int32_t *words = x.words + row * width;
+    if constexpr (is_int4) {
+      const int count = group_count(linear.inputs);
+      const auto *weights = (const PanelGroup *)linear.weight + (size_t)panel * count;
+      grouped_product(rows, (const RowGroup *)words, weights, count, sums);
+    } else {
+      const int count = word_count(linear);
+      const Words *weights = (const Words *)linear.weight + (size_t)panel * count * BLOCKS;
+      product<Kind>(rows, {words, width, 1}, weights, count, FromZero<Kind>{},
+                    [&](int r, int b, typename Kind::Sum sum) { sums[r][b] = sum; });
+    }
     finish<Kind>(sums, linear, panel, x.scales + row, to, row, rows);
-  });
+  };
+  in_tiles(first, stop, run, is_int4 ? INT4_TILE : TILE);
 }
 
 void multiply(const Linear &linear, const Input &x, int rows, const Results &to) {
@@ -141,7 +158,8 @@ void multiply(const Linear &linear, const Input &x, int rows, const Results &to)
   for (int first = 0; first < rows; first += ROW_BLOCK)
     for (int panel = 0; panel < panel_count(linear.outputs); ++panel) {
       const int stop = std::min(first + ROW_BLOCK, rows);
-      const auto run = linear.kind == INT8   ? multiply_panel<Int8>
+      const auto run = linear.kind == INT4   ? multiply_panel<Int4>
+                       : linear.kind == INT8 ? multiply_panel<Int8>
                        : linear.kind == BF16 ? multiply_panel<Bf16>
                                              : multiply_panel<Fp32>;
       run(linear, panel, x, to, first, stop);

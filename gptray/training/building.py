@@ -94,7 +94,7 @@ def base_of(config: Config) -> Base | None:
     if config.lora.rank is None:
         return None
     assert config.model.init_from
-    return Base.of(config.model.init_from)
+    return Base.of(config.model.init_from, quantized=config.quantize.weights)
 
 
 def _load_resized(

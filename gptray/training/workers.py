@@ -93,7 +93,10 @@ class Workers:
         """The model whose backward pass averages gradients over all workers, as fp32 or bf16."""
         if self.size == 1:
             return model
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # Buffers are the same on all workers, and stay so.
+        parallel = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
         if reduce_dtype == "bf16":
             # By its own name it is refused without CUDA.
             parallel.register_comm_hook(

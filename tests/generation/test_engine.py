@@ -17,6 +17,7 @@ from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
+from gptray.model.quantized import quantize as quantize_weight
 from gptray.model.hf import save_pretrained
 from gptray.model.precision import enable_fast_fp32
 from tests.generation.models import (
@@ -178,9 +179,11 @@ def as_after_training() -> Iterator[None]:
     [
         ("torch", torch.float32, "none"),
         ("torch", torch.float32, "int8"),
+        ("torch", torch.float32, "int4"),
         pytest.param("native", torch.float32, "none", marks=needs_native),
         pytest.param("native", torch.bfloat16, "none", marks=needs_native),
         pytest.param("native", torch.bfloat16, "int8", marks=needs_native),
+        pytest.param("native", torch.bfloat16, "int4", marks=needs_native),
     ],
 )
 @pytest.mark.parametrize("choices", [{}, MODERN], ids=["gpt2", "modern"])
@@ -209,7 +212,7 @@ def test_logits_are_bit_for_bit_those_of_a_row_alone(
 @needs_native
 @pytest.mark.parametrize(
     ("dtype", "quantize"),
-    [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")],
+    [(torch.float32, "none"), *((torch.bfloat16, kind) for kind in ("none", "int8", "int4"))],
 )
 @pytest.mark.parametrize("choices", [{}, MODERN], ids=["gpt2", "modern"])
 def test_native_logits_are_bit_for_bit_the_same_however_a_prompt_was_read(
@@ -397,12 +400,18 @@ def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("dtype", "quantize"),
-    [(torch.bfloat16, "none"), (torch.bfloat16, "int8"), (torch.float32, "int8")],
+    ("dtype", "quantize", "most"),
+    [
+        (torch.bfloat16, "none", 0.03),
+        (torch.bfloat16, "int8", 0.03),
+        (torch.float32, "int8", 0.03),
+        (torch.bfloat16, "int4", 0.15),
+        (torch.float32, "int4", 0.15),
+    ],
 )
 @pytest.mark.parametrize("rows", [1, 9])
-def test_bf16_and_int8_stay_close_to_fp32(
-    tokenizer: Tokenizer, backend: str, dtype: torch.dtype, quantize: str, rows: int
+def test_bf16_and_quantized_weights_stay_close_to_fp32(
+    tokenizer: Tokenizer, backend: str, dtype: torch.dtype, quantize: str, most: float, rows: int
 ) -> None:
     model: GPT = random_gpt(tokenizer, n_embd=64, initializer_range=0.1)
     prompts = [prompt_of(tokenizer, 20, seed=seed) for seed in range(rows)]
@@ -414,7 +423,28 @@ def test_bf16_and_int8_stay_close_to_fp32(
         return logits[:, : tokenizer.vocab_size]
 
     exact = next_logits("torch", torch.float32, "none")
-    if backend == "graph" and quantize == "int8":
-        pytest.skip("int8 is for CPUs")
     error = (next_logits(backend, dtype, quantize) - exact).norm() / exact.norm()
-    assert 0 < error < 0.03
+    assert 0 < error < most
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("choices", [{}, MODERN], ids=["gpt2", "modern"])
+def test_int4_computes_with_what_the_stored_weights_are(
+    tokenizer: Tokenizer, backend: str, choices: dict[str, Any]
+) -> None:
+    model = random_gpt(tokenizer, n_embd=48, n_head=3, initializer_range=0.1, **choices)
+    stored = random_gpt(tokenizer, n_embd=48, n_head=3, initializer_range=0.1, **choices)
+    with torch.no_grad():
+        for layer in stored.transformer.h.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.copy_(quantize_weight(layer.weight, "int4").dequantize())
+    prompt = prompt_of(tokenizer, 20, seed=1)
+
+    def logits_of(model: GPT, backend: str, quantize: str) -> torch.Tensor:
+        decoder = network(backend, model, 1, torch.float32, quantize)
+        return decoder.step([], [Piece(0, 0, prompt)])[:, : tokenizer.vocab_size].float()
+
+    exact = logits_of(stored, "torch", "none")
+    error = (logits_of(model, backend, "int4") - exact).norm() / exact.norm()
+    # Beside the weights only the head is rounded, and on some backends what meets weights.
+    assert error < 0.03

@@ -58,6 +58,7 @@ def test_prompts_are_scored_as_the_model_scores_them(tokenizer: Tokenizer, backe
         ("torch", torch.float32, "int8"),
         pytest.param("native", torch.float32, "none", marks=needs_native),
         pytest.param("native", torch.bfloat16, "int8", marks=needs_native),
+        pytest.param("native", torch.bfloat16, "int4", marks=needs_native),
     ],
 )
 def test_scores_have_the_same_bits_in_any_batch_and_change_no_neighbour(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,12 +26,13 @@ def test_full_weights_give_the_models_own_losses_and_greedy_tokens(backend: str)
     assert (likeliest == expected).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_native)])
-def test_quantized_weights_give_what_the_engine_says_of_a_prompt(backend: str) -> None:
+def test_quantized_weights_give_what_the_engine_says_of_a_prompt(backend: str, kind: str) -> None:
     tokenizer = small_tokenizer()
     model = random_gpt(tokenizer, n_positions=200)
     tokens = torch.randint(1, model.valid_vocab_size, (1, 180))
-    options = {"dtype": torch.float32, "quantize": "int8", "backend": backend}
+    options: dict[str, Any] = {"dtype": torch.float32, "quantize": kind, "backend": backend}
     losses = WindowReader(model, **options).token_losses(tokens[:, :-1], tokens[:, 1:])
     request = Sequence(tokens[0].tolist(), Sampling(max_new_tokens=0), prompt_logprobs=0)
     (read,) = run(Engine(model, tokenizer, **options), [request])

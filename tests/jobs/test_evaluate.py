@@ -112,9 +112,9 @@ def test_weights_in_fewer_bits_are_compared_on_the_same_text(
     trained: tuple[Path, dict[str, Any]], evaluated: dict[str, Any], tmp_path: Path
 ) -> None:
     storage = trained[0]
-    words = ("quantize.weights=int8", "evaluate.quantized=[int8]", "evaluate.passages=0")
+    words = ("quantize.weights=int8", "evaluate.quantized=[int8, int4]", "evaluate.passages=0")
     result = evaluate(config_of(storage, f"evaluate.model={storage / 'run'}", *words))
-    full, int8 = result["quantized"]
+    full, int8, int4 = result["quantized"]
     assert full["loss"] == pytest.approx(evaluated["test_loss"], abs=1e-5)
     assert int8["loss"] == pytest.approx(result["test_loss"], abs=1e-5)
     assert 0 < abs(int8["loss"] - full["loss"]) < 0.01
@@ -122,6 +122,9 @@ def test_weights_in_fewer_bits_are_compared_on_the_same_text(
     assert (full["agreement"], full["loss_change"]) == (1.0, 0.0)
     assert 0.9 < int8["agreement"] <= 1.0
     assert int8["weight_bytes"] < 0.6 * full["weight_bytes"]
+    assert int4["weight_bytes"] < 0.6 * int8["weight_bytes"]
+    assert int4["agreement"] < int8["agreement"]
+    assert 0 < abs(int4["loss_change"]) < 0.1
     # The run keeps the evaluation of its own weights.
     folder = Path(result["report"]).parent
     assert folder != storage / "run" and "-int8-" in folder.name

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gptray.data.tokenizer import Tokenizer, char_tokenizer
 from gptray.doors import run
 from gptray.model.hf import save_pretrained
+from gptray.model.quantized import quantize
 from tests.data import foreign
 from tests.full_disk import files_up_to
 from tests.generation.models import random_gpt, small_tokenizer
@@ -73,15 +74,17 @@ def expected(name: str, weight: Tensor, precision: str) -> tuple[str, Tensor]:
     if weight.ndim == 1 or name == "position_embd.weight":
         return "F32", weight
     turned = weight if name == "token_embd.weight" else weight.t()
-    if precision == "q8_0" and turned.size(1) % 32 == 0:
-        return "Q8_0", turned
-    dtype = torch.float16 if precision == "q8_0" else DTYPES[precision]
+    if precision in ("q8_0", "q4_0") and turned.size(1) % 32 == 0:
+        if precision == "q8_0" or name == "token_embd.weight":
+            return "Q8_0", turned
+        return "Q4_0", quantize(turned, "int4").dequantize()
+    dtype = DTYPES.get(precision, torch.float16)
     return {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}.get(precision, "F16"), turned.to(
         dtype
     ).float()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "q8_0"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "q8_0", "q4_0"])
 def test_a_gguf_file_has_every_weight_and_number(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
 ) -> None:
@@ -361,7 +364,7 @@ def test_an_output_that_cannot_be_is_refused_and_none_is_overwritten(
         ([f"export.output_path={tmp_path}/taken.gguf/a.gguf"], "is not a folder"),
         (["export.format=hf"], "name the folder to write, such as book-fp16"),
         (["export.format=hf", f"export.output_path={tmp_path}/folder"], "exists already"),
-        (["export.format=hf", "export.precision=q8_0"], "takes fp32, fp16 or bf16"),
+        (["export.format=hf", "export.precision=q8_0"], "takes fp32, fp16, bf16, int8 or int4"),
         (["export.dtype=bf16"], "did you mean export.precision?"),
     ]
     for words, said in cases:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gptray.config import load_config
+from gptray.config import UserError, load_config
 from gptray.jobs.train.check import check, plan
+from tests.generation.models import small_tokenizer
+from tests.model.foreign_models import make_hf
 
 GPT2_124M = (
     "model.n_layer=12",
@@ -43,3 +45,18 @@ def test_recomputed_blocks_need_less_memory(tmp_path: Path) -> None:
     kept = planned(tmp_path, *long)
     recomputed = planned(tmp_path, *long, "model.checkpoint_blocks=true")
     assert memory(recomputed) < memory(kept) / 2
+
+
+def test_a_base_in_few_bits_needs_less_memory(tmp_path: Path) -> None:
+    base = make_hf("llama", 300)
+    base.save_pretrained(tmp_path / "base")
+    small_tokenizer().save(tmp_path / "base")
+    words = [f"storage_path={tmp_path}", f"model.init_from={tmp_path / 'base'}", "lora.rank=2"]
+    config = load_config(None, [*words, "quantize.weights=int8", "train.block_size=16"])
+    rows = dict(plan(check(config)))
+    assert "GiB with the base's weights in full" in rows["memory per worker"]
+
+
+def test_weights_in_few_bits_are_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"quantize\.weights=int8: .*set lora\.rank"):
+        planned(tmp_path, SMALL, "quantize.weights=int8")

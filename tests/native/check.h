@@ -1,6 +1,8 @@
-// What the tests of the native library's headers share: checks, random numbers, bf16 by hand.
+// What the tests of the native library's headers share: checks, random numbers, bf16 and fp16.
 
 #pragma once
+
+#include <immintrin.h>
 
 #include <cmath>
 #include <cstdint>
@@ -49,6 +51,14 @@ inline std::vector<float> randoms(size_t count, unsigned seed) {
   std::vector<float> numbers(count);
   for (float &number : numbers) number = normal(generator);
   return numbers;
+}
+
+inline float from_fp16(uint16_t half) {
+  return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16(half)));
+}
+
+inline uint16_t fp16(float value) {
+  return _mm256_extract_epi16(_mm512_cvtps_ph(_mm512_set1_ps(value), 0), 0);
 }
 
 inline float from_bf16(uint16_t half) {

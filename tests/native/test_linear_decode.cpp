@@ -6,10 +6,16 @@ struct Packed {
   Linear linear = {};
   std::vector<float> weight, bias, scale;
   std::vector<int32_t> zero, words;
+  std::vector<PanelGroup> groups;
 
   Packed(int inputs, int outputs, int kind) : weight(randoms(inputs * outputs, 1)) {
     bias = randoms(outputs, 2), scale.resize(outputs, 1), zero.resize(outputs);
     linear.inputs = inputs, linear.outputs = outputs, linear.kind = kind;
+    linear.bias = bias.data();
+    if (kind == INT4) {
+      pack_groups();
+      return;
+    }
     const int per_word = kind == INT8 ? 4 : kind == BF16 ? 2 : 1, count = word_count(linear);
     words.resize((size_t)panel_count(outputs) * count * PANEL);
     for (int o = 0; o < outputs; ++o) {
@@ -27,13 +33,36 @@ struct Packed {
         if (kind == FP32) std::memcpy(to, &w, 4);
       }
     }
-    linear.weight = words.data(), linear.bias = bias.data();
+    linear.weight = words.data();
     linear.scale = scale.data(), linear.zero = zero.data();
+  }
+
+  void pack_groups() {
+    const int count = group_count(linear.inputs);
+    groups.resize((size_t)panel_count(linear.outputs) * count);
+    for (int o = 0; o < linear.outputs; ++o)
+      for (int g = 0; g < count; ++g) {
+        PanelGroup &group = groups[(size_t)(o / PANEL) * count + g];
+        const int from = g * GROUP, stop = std::min(from + GROUP, linear.inputs);
+        float most = 0, *row = &weight[o * linear.inputs];
+        for (int i = from; i < stop; ++i) most = std::max(most, std::fabs(row[i]));
+        const uint16_t half = fp16(most / 7);
+        const float scale = from_fp16(half);
+        group.scales[o % PANEL] = half;
+        for (int i = from; i < from + GROUP; ++i) {
+          const int whole = i < stop ? std::lrint(row[i] / scale) : 0;
+          if (i < stop) row[i] = whole * scale;
+          const int word = (i - from) / 4, at = o % LANES * 4 + i % 4;
+          uint8_t &both = group.values[word % (GROUP_WORDS / 2)][o % PANEL / LANES][at];
+          both |= (whole + 8) << (word < GROUP_WORDS / 2 ? 0 : 4);
+        }
+      }
+    linear.weight = groups.data();
   }
 };
 
 TEST(a_layer_is_a_loop_with_norm_and_gelu_and_residual) {
-  for (const int kind : {FP32, BF16, INT8})
+  for (const int kind : {FP32, BF16, INT8, INT4})
     for (const int rows : {1, 5, 100})
       for (const auto &[inputs, outputs] : {std::pair{1, 3}, std::pair{37, 130}}) {
         const Packed packed(inputs, outputs, kind);
@@ -63,7 +92,7 @@ TEST(a_layer_is_a_loop_with_norm_and_gelu_and_residual) {
 }
 
 TEST(gates_let_through_what_stands_half_a_panel_on) {
-  for (const int kind : {FP32, BF16, INT8})
+  for (const int kind : {FP32, BF16, INT8, INT4})
     for (const int inner : {1, 31, 70}) {
       const int rows = 7, inputs = 37, half = PANEL / 2;
       const Packed packed(inputs, (inner + half - 1) / half * PANEL, kind);
@@ -95,7 +124,7 @@ TEST(gates_let_through_what_stands_half_a_panel_on) {
 }
 
 TEST(a_row_has_the_same_bits_among_any_neighbours) {
-  for (const int kind : {FP32, BF16, INT8}) {
+  for (const int kind : {FP32, BF16, INT8, INT4}) {
     const int rows = 110, inputs = 37, outputs = 70;
     const Packed packed(inputs, outputs, kind);
     const std::vector<float> x = randoms(rows * inputs, 3);

@@ -12,6 +12,7 @@ from gptray.config import Config, UserError, load_config
 from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.jobs.run_folder import resolve
+from gptray.model.adapter_files import load_adapted
 from gptray.model.hf import load_pretrained
 from gptray.record import read_events
 from gptray.training.validation import score_checkpoint
@@ -74,8 +75,11 @@ def test_a_run_leaves_an_adapter_and_the_merged_model(
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
 
 
-def test_a_killed_run_ends_with_the_same_bits(tiny_data: TokenData, tmp_path: Path) -> None:
-    config = config_in(tmp_path, tiny_data)
+@pytest.mark.parametrize("kind", ["none", "int4"])
+def test_a_killed_run_ends_with_the_same_bits(
+    kind: str, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    config = config_in(tmp_path, tiny_data, f"quantize.weights={kind}")
     run(config, tiny_data, tmp_path / "whole")
     for step in (2, 4):
         with pytest.raises(Killed):
@@ -91,6 +95,24 @@ def test_a_killed_run_ends_with_the_same_bits(tiny_data: TokenData, tmp_path: Pa
     scores, _ = score_checkpoint(config, tiny_data, tmp_path / "whole" / last, CPU,
                                  run_dir=tmp_path / "whole")  # fmt: skip
     assert scores.own.loss == rows(tmp_path / "whole")[-1]["val_loss"]
+
+
+def test_an_adapter_of_a_quantized_base_is_merged_with_that(
+    tiny_data: TokenData, tmp_path: Path
+) -> None:
+    config = config_in(tmp_path, tiny_data, "quantize.weights=int8", family="llama")
+    run(config, tiny_data, tmp_path / "run")
+    losses = [row["val_loss"] for row in rows(tmp_path / "run") if "val_loss" in row]
+    assert losses[-1] < losses[0] - 0.01
+    both = load_adapted(tmp_path / "base", tmp_path / "run" / "adapter")
+    expected = logits(both)[..., : tiny_data.vocab_size]
+    assert torch.equal(logits(load_pretrained(tmp_path / "run")), expected)
+    # Its own run has another name than that of the same adapter beside full weights.
+    full, int8 = (
+        config_in(tmp_path, tiny_data, "name=null", f"quantize.weights={kind}").name
+        for kind in ("none", "int8")
+    )
+    assert full != int8
 
 
 def test_a_run_lands_from_its_best_adapter(tiny_data: TokenData, tmp_path: Path) -> None:

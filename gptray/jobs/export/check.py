@@ -23,6 +23,7 @@ from gptray.model.gguf_names import (
     gguf_vectors,
     own_network,
 )
+from gptray.model.packed_weights import PACKINGS
 from gptray.model.shape import WEIGHTS
 from gptray.model.stored_weights import StoredModel, stored_model
 from gptray.model.usage import GENERATION, TEMPLATE, Usage
@@ -30,6 +31,8 @@ from gptray.model.usage import GENERATION, TEMPLATE, Usage
 _SUFFIX = ".gguf"
 # What says how to use a model, beside its tokenizer.
 _USAGE = (GENERATION, TEMPLATE)
+# Weights that a row has a multiple of where it is packed.
+_PACKED_INPUTS = 32
 _TEMPLATE = "tokenizer.chat_template"
 
 
@@ -118,9 +121,11 @@ def _content(
             raise own_network(model)
         _check_tokenizer(folder, model.embedding.shape[0])
         beside = [folder / one for one in _USAGE if (folder / one).is_file()]
-        bytes_each, _ = BLOCKS[settings.precision]
-        numbers = sum(math.prod(one.shape) for one in model.weights.values())
-        return HfContent([*beside, *tokenizer_files(folder)], bytes_each * numbers)
+        size = _packed_bytes(model, settings.precision)
+        if size is None:
+            numbers = sum(math.prod(one.shape) for one in model.weights.values())
+            size = BLOCKS[settings.precision][0] * numbers
+        return HfContent([*beside, *tokenizer_files(folder)], size)
     family, tokenizer = family_of(model), Tokenizer.load(folder)
     usage = Usage.of(folder)
     template = usage.chat_template
@@ -132,6 +137,32 @@ def _content(
     }
     tensors = gguf_tensors(family, model, settings.precision)
     return GgufContent(family.architecture, fields, tensors, gguf_vectors(model.shape))
+
+
+def _packed_bytes(model: StoredModel, precision: str) -> int | None:
+    """Bytes of a model whose linear layers are packed; None for a precision that packs none.
+
+    Raises UserError for layers that compressed-tensors does not pack.
+    """
+    packing = PACKINGS.get(precision)
+    if packing is None:
+        return None
+    if model.family.transposed:
+        raise UserError(
+            f"compressed-tensors packs no layers of {model.model_type}, which are Conv1D in "
+            "transformers; export.format=gguf takes q8_0 and q4_0"
+        )
+    linear = model.linear
+    size = 2 * sum(math.prod(one.shape) for one in model.weights.values())
+    for name, one in linear.items():
+        rows, inputs = one.shape
+        if inputs % _PACKED_INPUTS:
+            raise UserError(
+                f"{name} has rows of {inputs} weights; export.precision={precision} takes "
+                f"multiples of {_PACKED_INPUTS}"
+            )
+        size += rows * (4 * packing.words(inputs) + 2 * packing.groups(inputs) - 2 * inputs)
+    return size
 
 
 def _called(name: str) -> str:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptray.config import Config
+from gptray.config import Config, UserError
 from gptray.model.adapter import ADAPTER, Base, adapted_parts, trained_count
 from gptray.model.adapter_folder import open_adapter
 
 
 def check_base(config: Config, checkpoint: Path | None) -> None:
-    """Refuse targets that the base has not, and another base than that of the run's checkpoint.
+    """Refuse targets that the base has not, and another base than that of the run's checkpoint;
+    without an adapter weights in few bits.
 
     Raises UserError.
     """
     if config.lora.rank is None:
+        if (kind := config.quantize.weights) != "none":
+            raise UserError(
+                f"quantize.weights={kind}: only weights that stay as they are can be trained on in "
+                "few bits; set lora.rank to train an adapter beside them, or leave "
+                "quantize.weights out"
+            )
         return
     base = _base(config, weights=checkpoint is not None)
     adapted_parts(base, config.lora.targets)
@@ -37,4 +44,4 @@ def trained_facts(config: Config) -> dict[str, int]:
 
 def _base(config: Config, *, weights: bool) -> Base:
     assert config.model.init_from
-    return Base.of(config.model.init_from, weights=weights)
+    return Base.of(config.model.init_from, weights=weights, quantized=config.quantize.weights)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptray.config import Config, UserError
+from gptray.config import Config, UserError, override
 from gptray.data.order import BatchOrder
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
@@ -33,6 +33,7 @@ from gptray.jobs.train.teachers import check_same_tokenizer, check_teachers, tea
 from gptray.model.families import FAMILIES
 from gptray.model.hf_config import family_of
 from gptray.model.parameters import parameter_count
+from gptray.model.weight_bytes import linear_bytes
 from gptray.training.checkpoint import newest_whole
 from gptray.training.trainer_state import TrainerState
 
@@ -184,8 +185,7 @@ def plan(checked: CheckedTraining) -> Plan:
                 ("trained", f"{trained:,} ({share}), an adapter of rank {config.lora.rank}")
             )
         rows.append(("saved as", _family(config)))
-        memory = _memory(config, count, vocab_size) + teacher_bytes(config)
-        rows.append(("memory per worker", f"about {memory / 2**30:.1f} GiB"))
+        rows.append(("memory per worker", _memory_told(config, count, vocab_size)))
     else:
         rows.append(("parameters", "known once the tokenizer is"))
     if data:
@@ -232,6 +232,17 @@ def _passes(config: Config) -> str:
     return f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"
 
 
+def _memory_told(config: Config, parameters: int, vocab_size: int) -> str:
+    """What a worker takes; and with the base's weights in full, where they are in few bits."""
+    taught = teacher_bytes(config)
+    told = f"about {(_memory(config, parameters, vocab_size) + taught) / 2**30:.2f} GiB"
+    if config.quantize.weights == "none":
+        return told
+    full = override(config, {"quantize.weights": "none"})
+    before = (_memory(full, parameters, vocab_size) + taught) / 2**30
+    return f"{told}, {before:.2f} GiB with the base's weights in full"
+
+
 def _memory(config: Config, parameters: int, vocab_size: int) -> float:
     """Bytes of one worker, roughly: states of its parameters, and activations of one pass.
 
@@ -264,7 +275,11 @@ def _states(config: Config, parameters: int, vocab_size: int) -> float:
     if not _is_sharded(config):
         if trained := trained_parameters(config):
             is_half = config.train.precision == "bf16" or config.compute.use_gpu
-            return (2 if is_half else 4) * parameters + BYTES_PER_PARAMETER * trained
+            frozen, kind = (2 if is_half else 4) * parameters, config.quantize.weights
+            if kind != "none":
+                full = linear_bytes(config.model, "none") * (1 if is_half else 2)
+                frozen += linear_bytes(config.model, kind) - full
+            return frozen + BYTES_PER_PARAMETER * trained
         each = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if config.train.ema else 0)
         return each * parameters
     embedding = vocab_size * config.model.n_embd * (1 if config.model.tie_word_embeddings else 2)

@@ -1,0 +1,117 @@
+"""Weights as compressed-tensors packs them ("pack-quantized"): whole numbers side by side in words
+of 32 bits, and scales. Which weights they are; no torch here.
+
+https://huggingface.co/docs/transformers/quantization/compressed_tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptray.config import UserError
+from gptray.stored import is_whole, read_foreign
+
+# After a weight's name.
+VALUES, SCALES, SHAPE = "_packed", "_scale", "_shape"
+# In config.json.
+KEY = "quantization_config"
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """bits: of a number, 4 or 8. group: inputs that share a scale; None: all of a row."""
+
+    bits: int
+    group: int | None
+
+    def words(self, inputs: int) -> int:
+        """Of a row."""
+        return -(-inputs * self.bits // 32)
+
+    def groups(self, inputs: int) -> int:
+        """Scales of a row."""
+        return 1 if self.group is None else -(-inputs // self.group)
+
+    def inputs(self, words: int, groups: int) -> int:
+        """Of a row with so many words and scales, where they are a multiple of 32."""
+        return words * 32 // self.bits if self.group is None else groups * self.group
+
+
+# By `gptray.model.quantized`'s names.
+PACKINGS = {"int8": Packing(8, None), "int4": Packing(4, 32)}
+
+
+def packed_config(packing: Packing) -> dict[str, object]:
+    """What config.json says of weights in this packing; embedding and head are not packed."""
+    weights = {
+        "num_bits": packing.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if packing.group is None else "group",
+        "group_size": packing.group,
+        "dynamic": False,
+    }
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def packing_of(config: Path) -> Packing | None:
+    """How the weights beside a config.json are packed; None: they are not.
+
+    Raises UserError for weights that are quantized in a way that is not read.
+    """
+    raw = read_foreign(config).get(KEY)
+    if raw is None:
+        return None
+    match raw:
+        case {"quant_method": str(method)} if method != METHOD:
+            raise _not_read(config, f"quant_method={method!r:.60}")
+        case {"format": str(form)} if form != FORMAT:
+            raise _not_read(config, f"format={form!r:.60}")
+        case {"format": str(), "config_groups": {**groups}} if len(groups) == 1:
+            (group,) = groups.values()
+            return _packing(config, group)
+    raise _not_read(config, "it has not one group of layers")
+
+
+def _packing(config: Path, group: object) -> Packing:
+    if isinstance(group, Mapping) and group.get("input_activations"):
+        raise _not_read(config, "it quantizes activations too")
+    match group:
+        case {
+            "weights": {
+                "num_bits": (4 | 8) as bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": str(strategy),
+                **rest,
+            }
+        } if not rest.get("actorder"):
+            size = rest.get("group_size")
+            if strategy == "channel":
+                return Packing(bits, None)
+            if strategy == "group" and is_whole(size, least=1):
+                return Packing(bits, size)
+    raise _not_read(config, "its weights are not 4 or 8 bits, symmetric, by row or by group")
+
+
+def _not_read(config: Path, what: str) -> UserError:
+    return UserError(
+        f"{config}: {KEY}: {what}; of quantized weights only {METHOD}' {FORMAT} are read, and "
+        "GGUF files"
+    )

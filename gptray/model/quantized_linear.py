@@ -1,0 +1,85 @@
+"""Frozen linear layers whose weights are held in few bits, and made whole one at a time.
+
+Dettmers et al. 2023, QLoRA: gradients pass through such a layer to the adapters beside it and
+before it; none is made of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptray.model.autograd_context import FrozenContext
+from gptray.model.quantized import QuantizedWeight, quantize
+
+# Weights that a CPU makes whole at a time: what is made of them meanwhile stays in its cache.
+_AT_ONCE = 1 << 17
+
+
+class QuantizedLinear(nn.Module):
+    """x W^T + b with W (out, in) in `kind`, int8 or int4; it has no numbers until `put`.
+
+    weight: on the meta device for good, what `GPT.whole` knows the layer's weight by.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.kind, self.bias = kind, linear.bias
+        self.weight = torch.empty(linear.weight.shape, device="meta")
+        held = quantize(self.weight, kind)  # of the same shapes
+        self.register_buffer("values", held.values)
+        self.register_buffer("scales", held.scales)
+
+    def put(self, rows: slice, weight: Tensor) -> None:
+        """Hold these numbers as the weight's rows."""
+        held = quantize(weight, self.kind)
+        self.values[rows], self.scales[rows] = held.values, held.scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Frozen.apply(x, *numbers_of(self), self.bias)  # type: ignore[no-untyped-call]
+        return y
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The layers of a network that hold their weights in few bits, by their weights' names."""
+    layers = model.named_modules()
+    return {f"{name}.weight": one for name, one in layers if isinstance(one, QuantizedLinear)}
+
+
+def numbers_of(linear: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor | None]:
+    """What a frozen layer holds: its weight, or values and scales."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.values, linear.scales
+    return linear.weight, None
+
+
+def whole_weight(values: Tensor, scales: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
+    """The weight (out, inputs) of what `numbers_of` gave; in `dtype`, if it is quantized."""
+    if scales is None:
+        return values
+    kind = "int4" if values.dtype == torch.uint8 else "int8"
+    whole = values.new_empty(len(values), inputs, dtype=dtype)
+    step = max(1, _AT_ONCE // inputs) if values.device.type == "cpu" else len(values)
+    for rows in (slice(start, start + step) for start in range(0, len(values), step)):
+        whole[rows] = QuantizedWeight(kind, inputs, values[rows], scales[rows]).dequantize(dtype)
+    return whole
+
+
+class _Frozen(torch.autograd.Function):
+    """The weight is made whole again in the backward pass, not kept for it."""
+
+    @staticmethod
+    def forward(
+        ctx: FrozenContext, x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(values, scales)
+        ctx.inputs = x.size(-1)
+        return F.linear(x, whole_weight(values, scales, ctx.inputs, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: FrozenContext, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        values, scales = ctx.saved_tensors
+        weight = whole_weight(values, scales, ctx.inputs, grads[0].dtype)
+        return torch.matmul(grads[0], weight), None, None, None
