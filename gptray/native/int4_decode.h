@@ -1,7 +1,7 @@
 // Products of a decoding step with int4 weights: a scale for each 32 inputs of an output.
 //
-// A row of x becomes int8. The sum over a group of inputs is exact; it is multiplied by the group's
-// scale and added to a sum in fp32, group after group: a row's bits depend on that row alone.
+// A row of x becomes int8 by groups of 32 too. The sum over a group is exact; it is multiplied by
+// both scales and added to a sum in fp32, group after group: a row's bits depend on that row alone.
 //
 // Dettmers and Zettlemoyer 2023, The case for 4-bit precision; the form is GGUF's Q4_0.
 
@@ -18,6 +18,7 @@ constexpr int GROUPS_AHEAD = 4;  // that memory is asked for
 // A group of a row of x.
 struct RowGroup {
   int32_t words[GROUP_WORDS];  // int8
+  float scale;
   int32_t offset;              // -8 x the sum of the numbers: weights are stored with 8 added
 };
 
@@ -31,30 +32,20 @@ struct PanelGroup {
 
 inline int group_count(int inputs) { return (inputs + GROUP - 1) / GROUP; }
 
-// What the largest number of a row is 127 of.
-inline float int8_scale(const float *row, int size) {
-  Floats most = _mm512_set1_ps(1e-12f);
-  for (int i = 0; i < size; i += LANES)
-    most = _mm512_max_ps(most, _mm512_abs_ps(load(row + i, lanes(size - i))));
-  return _mm512_reduce_max_ps(most) / 127.f;
-}
-
-// The first numbers of `left` as multiples of a scale; 0 beyond them.
-inline Words to_int8(const float *row, int left, float scale) {
-  return _mm512_cvtps_epi32(_mm512_div_ps(load(row, lanes(left)), _mm512_set1_ps(scale)));
-}
-
-// A row of numbers in groups, the last of which is filled up with zeros. Returns the row's scale.
-float to_groups(const float *row, int size, RowGroup *to) {
-  const float scale = int8_scale(row, size);
+// A row of numbers in groups, the last of which is filled up with zeros.
+void to_groups(const float *row, int size, RowGroup *to) {
   for (int i = 0; i < size; i += GROUP, ++to) {
-    const Words low = to_int8(row + i, size - i, scale);
-    const Words high = to_int8(row + i + LANES, size - i - LANES, scale);
-    _mm_storeu_si128((__m128i *)to->words, _mm512_cvtepi32_epi8(low));
-    _mm_storeu_si128((__m128i *)to->words + 1, _mm512_cvtepi32_epi8(high));
-    to->offset = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+    const Floats low = load(row + i, lanes(size - i));
+    const Floats high = load(row + i + LANES, lanes(size - i - LANES));
+    const Floats most = _mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high));
+    to->scale = _mm512_reduce_max_ps(_mm512_max_ps(most, _mm512_set1_ps(1e-12f))) / 127.f;
+    const Floats scale = _mm512_set1_ps(to->scale);
+    const Words first = _mm512_cvtps_epi32(_mm512_div_ps(low, scale));
+    const Words second = _mm512_cvtps_epi32(_mm512_div_ps(high, scale));
+    _mm_storeu_si128((__m128i *)to->words, _mm512_cvtepi32_epi8(first));
+    _mm_storeu_si128((__m128i *)to->words + 1, _mm512_cvtepi32_epi8(second));
+    to->offset = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
   }
-  return scale;
 }
 
 // Add to totals the sums of ROWS rows, `stride` groups apart, by a group of a panel.
@@ -91,8 +82,10 @@ inline void add_group(const RowGroup *x, size_t stride, const PanelGroup &panel,
     const auto *scales = (const __m256i *)(panel.scales + b * LANES);
     const Floats scale = _mm512_cvtph_ps(_mm256_loadu_si256(scales));
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-      totals[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][b]), scale, totals[r][b]);
+    for (int r = 0; r < ROWS; ++r) {
+      const Floats both = _mm512_mul_ps(scale, _mm512_set1_ps(x[r * stride].scale));
+      totals[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][b]), both, totals[r][b]);
+    }
   }
 }
 
@@ -115,7 +108,7 @@ void grouped_tile(const RowGroup *x, const PanelGroup *panel, int count, Floats 
     for (int b = 0; b < BLOCKS; ++b) totals[r][b] = own[r][b];
 }
 
-// Up to INT4_TILE rows by a panel, of `count` groups each; totals are without the rows' scales.
+// Up to INT4_TILE rows by a panel, of `count` groups each -> totals.
 inline void grouped_product(int rows, const RowGroup *x, const PanelGroup *panel, int count,
                             Floats (*totals)[BLOCKS]) {
   switch (rows) {

@@ -42,17 +42,22 @@ float to_words(const float *row, int size, int kind, int32_t *words) {
     return 1.f;
   }
   if (kind == INT4) {
-    return to_groups(row, size, (RowGroup *)words);
+    to_groups(row, size, (RowGroup *)words);
+    return 1.f;
   }
   if (kind == BF16) {
     for (int i = 0; i < size; i += LANES)
       store((uint16_t *)words + i, load(row + i, lanes(size - i)), 0xFFFF);
     return 1.f;
   }
-  const float scale = int8_scale(row, size);
+  Floats most = _mm512_set1_ps(1e-12f);
+  for (int i = 0; i < size; i += LANES)
+    most = _mm512_max_ps(most, _mm512_abs_ps(load(row + i, lanes(size - i))));
+  const float scale = _mm512_reduce_max_ps(most) / 127.f;
   for (int i = 0; i < size; i += LANES) {
+    const Floats scaled = _mm512_div_ps(load(row + i, lanes(size - i)), _mm512_set1_ps(scale));
     // Unsigned, with 128 for zero: the dot product takes unsigned by signed.
-    const Words whole = _mm512_add_epi32(to_int8(row + i, size - i, scale), _mm512_set1_epi32(128));
+    const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128));
     _mm_storeu_si128((__m128i *)((uint8_t *)words + i), _mm512_cvtepi32_epi8(whole));
   }
   return scale;
@@ -81,9 +86,7 @@ struct Outputs {
   }
 
  private:
-  Floats number(Floats sum, float row_scale) const {
-    return std::is_same_v<Kind, Int4> ? _mm512_mul_ps(sum, _mm512_set1_ps(row_scale)) : sum;
-  }
+  Floats number(Floats sum, float) const { return sum; }
 
   Floats number(Words sum, float row_scale) const {
     const Floats both = _mm512_mul_ps(scale, _mm512_set1_ps(row_scale));
