@@ -432,8 +432,8 @@ def test_bf16_and_quantized_weights_stay_close_to_fp32(
 def test_int4_computes_with_what_the_stored_weights_are(
     tokenizer: Tokenizer, backend: str, choices: dict[str, Any]
 ) -> None:
-    model = random_gpt(tokenizer, n_embd=48, n_head=3, initializer_range=0.1, **choices)
-    stored = random_gpt(tokenizer, n_embd=48, n_head=3, initializer_range=0.1, **choices)
+    model = random_gpt(tokenizer, n_embd=40, n_head=2, initializer_range=0.1, **choices)
+    stored = random_gpt(tokenizer, n_embd=40, n_head=2, initializer_range=0.1, **choices)
     with torch.no_grad():
         for layer in stored.transformer.h.modules():
             if isinstance(layer, torch.nn.Linear):
