@@ -18,7 +18,7 @@ from gptray.generation.native_weights import DTYPES, NativeWeights, room
 from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.gpt import GPT
 from gptray.native import abi
-from gptray.native.abi import LANES, PANEL, load_library
+from gptray.native.abi import INT8_GROUP, PANEL, load_library
 from gptray.native.backend import GENERATE_KEY
 
 # Multiplications of a step below which one more thread costs more than it brings.
@@ -46,10 +46,10 @@ class NativeDecoder:
         weights = NativeWeights(model, dtype, quantize)
         self._model, self._weights = weights.model(), weights
         self._vocab_size = model.valid_vocab_size
-        # Numbers of a token: x, made, attended, scales, wide, words.
+        # Numbers of a token: x, made, attended, wide, words.
         H, K, E, C = config.n_head, config.kv_heads, config.head_width, config.n_embd
-        widest = _rounded(max(C, H * E, config.inner), LANES)
-        self._widths = C, C, H * E, 1, max((H + 2 * K) * E, config.inner), widest
+        widest = _rounded(max(C, H * E, config.inner), INT8_GROUP)
+        self._widths = C, C, H * E, max((H + 2 * K) * E, config.inner), widest
         self._cache = _Cache((config.n_layer, slots, K, config.n_positions, E), kept)
         self._scratch = torch.empty(0)
 
@@ -109,7 +109,7 @@ class NativeDecoder:
         self._cache.move(source, target, tokens)
 
     def _scratch_for(self, rows: int) -> list[int]:
-        """Where a step's x, made, attended, scales, wide and words are."""
+        """Where a step's x, made, attended, wide and words are."""
         sizes = [rows * numbers for numbers in self._widths]
         if self._scratch.numel() < sum(sizes):
             self._scratch = torch.empty(sum(sizes))

@@ -17,7 +17,7 @@ from gptray.model.quantized import QuantizedWeight, head_kind, quantize
 from gptray.native import abi
 from gptray.native.abi import GROUP, LANES, PANEL
 
-DTYPES = {abi.FP32: torch.float32, abi.BF16: torch.bfloat16, abi.INT8: torch.int8}
+DTYPES = {abi.FP32: torch.float32, abi.BF16: torch.bfloat16, abi.INT8: torch.uint8}
 QUANTIZED = {"int8": abi.INT8, "int4": abi.INT4}
 # Weights lie side by side in pieces of memory of this size, which the system makes of large pages:
 # with small ones a step over many small layers takes a sixth to a third longer.
@@ -122,7 +122,7 @@ class NativeWeights:
         """weight (out, in), its outputs times `factors` (out,); quantized: unless as all are."""
         outputs, inputs = weight.shape
         self.count += outputs * inputs
-        kind, scale, zero = quantized or self._quantize, None, None
+        kind, scale = quantized or self._quantize, None
         if kind == "none":
             number = abi.BF16 if self._dtype == torch.bfloat16 else abi.FP32
             packed = self._panels(weight if factors is None else weight * factors[:, None], number)
@@ -131,13 +131,12 @@ class NativeWeights:
             if number == abi.INT4:
                 packed = self._groups(made)
             else:
-                packed, scale = self._panels(made.values, number), made.scales[:, 0].float()
-                zero = 128 * made.values.sum(1, dtype=torch.int32)
+                packed = self._panels(made.values.view(torch.uint8) ^ 128, number)  # unsigned
+                scale = made.scales[:, 0].float()
         return abi.Linear(
             packed.data_ptr(),
             self._floats(bias),
             self._floats(scale),
-            None if zero is None else abi.Int.from_param(self._keep(zero)),
             inputs,
             outputs,
             number,
@@ -156,7 +155,8 @@ class NativeWeights:
         below = -len(weight.values) % PANEL
         values = F.pad(weight.integers(), (0, -weight.inputs % GROUP, 0, below)) + 8
         # (panels, blocks, 16 outputs, groups, halves of a byte, words, numbers of a word)
-        halves = values.view(torch.uint8).view(-1, PANEL // LANES, LANES, values.size(1) // GROUP, 2, 4, 4)
+        blocks = values.view(torch.uint8).view(-1, PANEL // LANES, LANES, values.size(1))
+        halves = blocks.unflatten(-1, (-1, 2, GROUP // 8, 4))
         pairs = (halves[..., 0, :, :] | halves[..., 1, :, :] << 4).permute(0, 3, 4, 1, 2, 5)
         scales = F.pad(weight.scales, (0, 0, 0, below)).view(-1, PANEL, pairs.size(1))
         both = pairs.flatten(2), scales.transpose(1, 2).contiguous().view(torch.uint8)

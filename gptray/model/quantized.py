@@ -19,10 +19,9 @@ from torch.nn import functional as F
 GROUP = 32
 # Bits of a value.
 BITS = {"int8": 8, "int4": 4}
-# The largest value that a scale is chosen for: for int4 the greatest weight of a group becomes -8
-# or 7, or a little less than fits where that rounds the others better.
 _INT8_MOST = 127
-_INT4_MOST = (-8.0, -7.5, -7.0, 7.0, 7.5, -8.5)
+# What the greatest weight of an int4 group becomes: whichever of them rounds the others best.
+_INT4_MOST = (-8.0, -7.0, 7.0)
 # Weights that are rounded at a time: what is made of them meanwhile stays near.
 _AT_ONCE = 1 << 18
 

@@ -19,8 +19,8 @@ from gptray.native.build import build_library
 PANEL = 64
 # Words that a row of a product's input is written in at a time.
 LANES = 16
-# Inputs that share a scale of int4 weights.
-GROUP = 32
+# Inputs that share a scale: of int4 weights, and of a row that int8 weights are multiplied by.
+GROUP, INT8_GROUP = 32, 128
 # Parts that the rows of a layer norm's gradients are summed in.
 NORM_PARTS = 32
 FP32, BF16, INT8, INT4 = range(4)
@@ -77,7 +77,6 @@ class Linear(Structure):
         ("weight", c_void_p),
         ("bias", Float),
         ("scale", Float),
-        ("zero", Int),
         ("inputs", c_int32),
         ("outputs", c_int32),
         ("kind", c_int32),
@@ -141,7 +140,6 @@ class Step(Structure):
         ("x", Float),
         ("made", Float),
         ("attended", Float),
-        ("scales", Float),
         ("wide", Float),
         ("words", Int),
         ("logits", Float),
@@ -152,6 +150,7 @@ class Step(Structure):
 CONSTANTS = {
     **{"LANES": LANES, "PANEL": PANEL, "NORM_PARTS": NORM_PARTS},
     **{"FP32": FP32, "BF16": BF16, "INT8": INT8, "INT4": INT4, "GROUP": GROUP},
+    "INT8_GROUP": INT8_GROUP,
     **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "SWIGLU": SWIGLU},
 }
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, Block, Model, Cache, Step)

@@ -1,7 +1,7 @@
 // What the decoder is called with; gptray/native/abi.py mirrors it.
 //
-// Weights are packed as gemm.h reads them, those in int4 as int4_decode.h does. Everything between
-// the products is fp32.
+// Weights are packed as gemm.h reads them, those in int4 as grouped_decode.h does. Everything
+// between the products is fp32.
 //
 // Shapes: N tokens of a step, C = n_embd, H heads of queries, K of keys and values, E = head width,
 // R the part of a head that is rotated.
@@ -24,9 +24,8 @@ struct Norm {
 // what they let through.
 struct Linear {
   const void *weight;
-  const float *bias;    // or null
-  const float *scale;   // int8: of each output
-  const int32_t *zero;  // int8: 128 x the sum of each output's weights
+  const float *bias;   // or null
+  const float *scale;  // int8: of each output, else null
   int32_t inputs, outputs, kind;
 };
 
@@ -56,12 +55,12 @@ struct Step {
   const int32_t *tokens, *slots, *positions;  // (N)
   const int32_t *asked;                       // the rows whose logits are asked for
   int32_t rows, asked_rows;
-  int32_t apart;             // no two rows have one slot
-  float *x, *made;           // (N, C); made: what a norm takes before it is added to x
-  float *attended, *scales;  // (N, H E), (N)
-  float *wide;               // (N, (H + 2 K) E) or (N, inner)
-  int32_t *words;            // N rows as a product reads them, of the most words that one has
-  float *logits;             // (asked_rows, logits_stride)
+  int32_t apart;    // no two rows have one slot
+  float *x, *made;  // (N, C); made: what a norm takes before it is added to x
+  float *attended;  // (N, H E)
+  float *wide;      // (N, (H + 2 K) E) or (N, inner)
+  int32_t *words;   // N rows as a product reads them, of the most words that one has
+  float *logits;    // (asked_rows, logits_stride)
   int32_t logits_stride;
 };
 

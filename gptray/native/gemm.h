@@ -34,12 +34,12 @@ struct Bf16 {
   }
 };
 
-struct Int8 {  // x is unsigned, w is signed
+struct Int8 {  // x is signed, w is unsigned
   using Sum = Words;
   static Sum zero() { return _mm512_setzero_si512(); }
   static Sum add(Sum sum, Words x, Words w) {
     // Around the intrinsic GCC 12 moves every sum to memory and back, at half the speed.
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
   }
 };

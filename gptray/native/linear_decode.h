@@ -12,7 +12,7 @@
 #include "activation_decode.h"
 #include "decode.h"
 #include "gemm.h"
-#include "int4_decode.h"
+#include "grouped_decode.h"
 #include "norm.h"
 
 namespace {
@@ -20,74 +20,47 @@ namespace {
 // Up to so many rows each thread reads for itself: that takes less than to wait for another.
 constexpr int OWN_ROWS = 4;
 
-struct Int4 {  // see int4_decode.h
-  using Sum = Floats;
-};
-
 inline int word_count(const Linear &linear) {
   const int per_word = linear.kind == INT8 ? 4 : linear.kind == BF16 ? 2 : 1;
   return (linear.inputs + per_word - 1) / per_word;
 }
 
-// Words from one row to the next: a row is written 16 words at a time, of int4 a group.
+// Words from one row to the next: a row is written 16 words at a time, or group by group.
 inline size_t row_words(const Linear &linear) {
-  if (linear.kind == INT4) return group_count(linear.inputs) * (sizeof(RowGroup) / 4);
+  if (linear.kind == INT4) return group_count(linear.inputs, GROUP) * sizeof(RowGroup<GROUP>) / 4;
+  if (linear.kind == INT8)
+    return group_count(linear.inputs, INT8_GROUP) * sizeof(RowGroup<INT8_GROUP>) / 4;
   return (word_count(linear) + LANES - 1) / LANES * LANES;
 }
 
-// A row of numbers as words; those beyond it meet weights of 0. Returns the row's scale.
-float to_words(const float *row, int size, int kind, int32_t *words) {
-  if (kind == FP32) {
-    std::memcpy(words, row, size * sizeof(float));
-    return 1.f;
+// A row of numbers as words; those beyond it meet weights of 0 or are 0.
+void to_words(const float *row, int size, int kind, int32_t *words) {
+  switch (kind) {
+    case FP32: std::memcpy(words, row, size * sizeof(float)); break;
+    case BF16:
+      for (int i = 0; i < size; i += LANES)
+        store((uint16_t *)words + i, load(row + i, lanes(size - i)), 0xFFFF);
+      break;
+    case INT8: to_groups(row, size, 128, (RowGroup<INT8_GROUP> *)words); break;
+    default: to_groups(row, size, 8, (RowGroup<GROUP> *)words);
   }
-  if (kind == INT4) {
-    return to_groups(row, size, (RowGroup *)words);
-  }
-  if (kind == BF16) {
-    for (int i = 0; i < size; i += LANES)
-      store((uint16_t *)words + i, load(row + i, lanes(size - i)), 0xFFFF);
-    return 1.f;
-  }
-  const float scale = int8_scale(row, size);
-  for (int i = 0; i < size; i += LANES) {
-    // Unsigned, with 128 for zero: the dot product takes unsigned by signed.
-    const Words whole = _mm512_add_epi32(to_int8(row + i, size - i, scale), _mm512_set1_epi32(128));
-    _mm_storeu_si128((__m128i *)((uint8_t *)words + i), _mm512_cvtepi32_epi8(whole));
-  }
-  return scale;
 }
 
-// 16 outputs from a column on: how their sums become numbers.
-template <typename Kind>
+// 16 outputs from a column on: what becomes of their sums.
 struct Outputs {
   __mmask16 mask;
-  bool has_bias;
+  bool has_bias, has_scale;
   Floats bias, scale;
-  Words zero;
 
   Outputs(const Linear &linear, int column)
-      : mask(lanes(linear.outputs - column)), has_bias(linear.bias) {
+      : mask(lanes(linear.outputs - column)), has_bias(linear.bias), has_scale(linear.scale) {
     if (has_bias) bias = load(linear.bias + column, mask);
-    if (linear.kind != INT8) return;
-    scale = load(linear.scale + column, mask);
-    zero = _mm512_maskz_loadu_epi32(mask, linear.zero + column);
+    if (has_scale) scale = load(linear.scale + column, mask);
   }
 
-  // row_scale: of the row's words.
-  Floats operator()(typename Kind::Sum sum, float row_scale) const {
-    const Floats y = number(sum, row_scale);
-    return has_bias ? _mm512_add_ps(y, bias) : y;
-  }
-
- private:
-  Floats number(Floats sum, float row_scale) const {
-    return std::is_same_v<Kind, Int4> ? _mm512_mul_ps(sum, _mm512_set1_ps(row_scale)) : sum;
-  }
-
-  Floats number(Words sum, float row_scale) const {
-    const Floats both = _mm512_mul_ps(scale, _mm512_set1_ps(row_scale));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, zero)), both);
+  Floats operator()(Floats sum) const {
+    if (has_scale) sum = _mm512_mul_ps(sum, scale);
+    return has_bias ? _mm512_add_ps(sum, bias) : sum;
   }
 };
 
@@ -98,28 +71,22 @@ struct Results {
   int activation = NONE;
 };
 
-struct Input {  // rows as words, and their scales
-  const int32_t *words;
-  const float *scales;
-};
-
 // The sums of a tile's rows by one panel -> results from `row` on.
-template <typename Kind>
-inline void finish(const typename Kind::Sum (*sums)[BLOCKS], const Linear &linear, int panel,
-                   const float *scales, const Results &to, int row, int rows) {
+inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel, const Results &to,
+                   int row, int rows) {
   const bool is_gated = to.activation == SWIGLU;
   const int blocks = is_gated ? BLOCKS / 2 : BLOCKS, end = is_gated ? to.stride : linear.outputs;
   for (int b = 0; b < blocks; ++b) {
     const int from = panel * PANEL + b * LANES, column = (panel * blocks + b) * LANES;
     if (column >= end) break;
     const __mmask16 mask = lanes(end - column);
-    const Outputs<Kind> outputs(linear, from);
-    const Outputs<Kind> gated(linear, is_gated ? from + PANEL / 2 : from);
+    const Outputs outputs(linear, from);
+    const Outputs gated(linear, is_gated ? from + PANEL / 2 : from);
     for (int r = 0; r < rows; ++r) {
       const size_t at = (size_t)(row + r) * to.stride + column;
-      Floats y = outputs(sums[r][b], scales[r]);
+      Floats y = outputs(sums[r][b]);
       if (is_gated)
-        y = _mm512_mul_ps(silu(y), gated(sums[r][b + BLOCKS / 2], scales[r]));
+        y = _mm512_mul_ps(silu(y), gated(sums[r][b + BLOCKS / 2]));
       else
         y = activate(to.activation, y);
       if (to.add) y = _mm512_add_ps(y, load(to.add + at, mask));
@@ -128,42 +95,47 @@ inline void finish(const typename Kind::Sum (*sums)[BLOCKS], const Linear &linea
   }
 }
 
-// Rows first .. stop - 1 by one panel.
-template <typename Kind>
-void multiply_panel(const Linear &linear, int panel, const Input &x, const Results &to, int first,
-                    int stop) {
-  constexpr bool is_int4 = std::is_same_v<Kind, Int4>;
-  const size_t width = row_words(linear);
-  const auto run = [&](int row, int rows) {
-    typename Kind::Sum sums[TILE][BLOCKS];  // at rest, lest all that follows be unrolled
-    const int32_t *words = x.words + row * width;
-    if constexpr (is_int4) {
-      const int count = group_count(linear.inputs);
-      const auto *weights = (const PanelGroup *)linear.weight + (size_t)panel * count;
-      grouped_product(rows, (const RowGroup *)words, weights, count, sums);
+// Up to TILE rows of words by one panel.
+template <int KIND>
+inline void multiply_tile(const Linear &linear, int panel, const int32_t *words, int rows,
+                          Floats (*sums)[BLOCKS]) {
+  if constexpr (KIND == INT4) {
+    const int count = group_count(linear.inputs, GROUP);
+    const auto *weights = (const PanelGroup *)linear.weight + (size_t)panel * count;
+    int4_product(rows, (const RowGroup<GROUP> *)words, weights, count, sums);
+  } else {
+    const int count = word_count(linear);
+    const Words *weights = (const Words *)linear.weight + (size_t)panel * count * BLOCKS;
+    if constexpr (KIND == INT8) {
+      int8_product(rows, (const RowGroup<INT8_GROUP> *)words, weights, count, sums);
     } else {
-      const int count = word_count(linear);
-      const Words *weights = (const Words *)linear.weight + (size_t)panel * count * BLOCKS;
-      product<Kind>(rows, {words, width, 1}, weights, count, FromZero<Kind>{},
-                    [&](int r, int b, typename Kind::Sum sum) { sums[r][b] = sum; });
+      using Number = std::conditional_t<KIND == BF16, Bf16, Fp32>;
+      product<Number>(rows, {words, row_words(linear), 1}, weights, count, FromZero<Number>{},
+                      [&](int r, int b, Floats sum) { sums[r][b] = sum; });
     }
-    finish<Kind>(sums, linear, panel, x.scales + row, to, row, rows);
-  };
-  in_tiles(first, stop, run, is_int4 ? INT4_TILE : TILE);
+  }
 }
 
-void multiply(const Linear &linear, const Input &x, int rows, const Results &to) {
+// Rows first .. stop - 1 by one panel.
+template <int KIND>
+void multiply_panel(const Linear &linear, int panel, const int32_t *x, const Results &to, int first,
+                    int stop) {
+  const auto run = [&](int row, int rows) {
+    Floats sums[TILE][BLOCKS];  // at rest, lest all that follows be unrolled
+    multiply_tile<KIND>(linear, panel, x + row * row_words(linear), rows, sums);
+    finish(sums, linear, panel, to, row, rows);
+  };
+  in_tiles(first, stop, run, KIND == INT4 ? INT4_TILE : TILE);
+}
+
+void multiply(const Linear &linear, const int32_t *x, int rows, const Results &to) {
+  constexpr void (*runs[])(const Linear &, int, const int32_t *, const Results &, int, int) = {
+      multiply_panel<FP32>, multiply_panel<BF16>, multiply_panel<INT8>, multiply_panel<INT4>};
   // Cores are seldom equally fast: others' work and other machines' take from each in turn.
 #pragma omp for collapse(2) schedule(dynamic)
   for (int first = 0; first < rows; first += ROW_BLOCK)
-    for (int panel = 0; panel < panel_count(linear.outputs); ++panel) {
-      const int stop = std::min(first + ROW_BLOCK, rows);
-      const auto run = linear.kind == INT4   ? multiply_panel<Int4>
-                       : linear.kind == INT8 ? multiply_panel<Int8>
-                       : linear.kind == BF16 ? multiply_panel<Bf16>
-                                             : multiply_panel<Fp32>;
-      run(linear, panel, x, to, first, stop);
-    }
+    for (int panel = 0; panel < panel_count(linear.outputs); ++panel)
+      runs[linear.kind](linear, panel, x, to, first, std::min(first + ROW_BLOCK, rows));
 }
 
 // x (N, inputs), or the rows of it that `chosen` names, through `norm` if there is one.
@@ -177,18 +149,17 @@ void linear(const Linear &linear, const Step &step, const float *x, const Norm *
       normalise(from, norm->weight, norm->bias, normed.data(), norm->eps, linear.inputs);
       from = normed.data();
     }
-    return to_words(from, linear.inputs, linear.kind, words + row * row_words(linear));
+    to_words(from, linear.inputs, linear.kind, words + row * row_words(linear));
   };
   if (rows <= OWN_ROWS) {
     thread_local std::vector<int32_t> words;
     words.resize(std::max(words.size(), rows * row_words(linear)));
-    float scales[OWN_ROWS];
-    for (int row = 0; row < rows; ++row) scales[row] = read(row, words.data());
-    multiply(linear, {words.data(), scales}, rows, to);
+    for (int row = 0; row < rows; ++row) read(row, words.data());
+    multiply(linear, words.data(), rows, to);
   } else {
 #pragma omp for schedule(static)
-    for (int row = 0; row < rows; ++row) step.scales[row] = read(row, step.words);
-    multiply(linear, {step.words, step.scales}, rows, to);
+    for (int row = 0; row < rows; ++row) read(row, step.words);
+    multiply(linear, step.words, rows, to);
   }
 }
 

@@ -68,8 +68,8 @@ TEST(a_tile_of_int8_is_a_loop_over_fours) {
         int32_t sum = 0;
         for (int k = 0; k < words; ++k)
           for (int o = 0; o < 4; ++o)
-            sum += ((const uint8_t *)&x[r * words + k])[o] *
-                   ((const int8_t *)&panel[k * PANEL + c])[o];
+            sum += ((const int8_t *)&x[r * words + k])[o] *
+                   ((const uint8_t *)&panel[k * PANEL + c])[o];
         CHECK(out[r * PANEL + c] == sum);
       }
   }
