@@ -43,6 +43,8 @@ class NativeWeights:
         """The whole network. Raises UserError for weights that cannot be read."""
         model = self._model
         config, transformer = model.config, model.transformer
+        # The largest first: while it is packed, memory holds it more than once.
+        wte, head = self._embedding_and_head()
         blocks = [self._block(block, config, layer) for layer, block in enumerate(transformer.h)]
         wpe = cos = sin = None
         if transformer.rotary:
@@ -52,13 +54,9 @@ class NativeWeights:
             wpe = self._whole(transformer.wpe.weight)
         return abi.Model(
             (abi.Block * len(blocks))(*blocks),
-            *map(self._floats, (self._whole(transformer.wte.weight), wpe, cos, sin)),
+            *map(self._floats, (wte, wpe, cos, sin)),
             self._norm(transformer.ln_f),
-            self._linear(
-                self._whole(model.head)[: model.valid_vocab_size],
-                None,
-                quantized=head_kind(self._quantize),
-            ),
+            head,
             config.n_layer,
             config.n_embd,
             config.n_head,
@@ -69,6 +67,19 @@ class NativeWeights:
             config.parallel_residual,
             config.post_norm,
         )
+
+    def _embedding_and_head(self) -> tuple[Tensor | None, abi.Linear]:
+        """The embedding, or None where a tied head's panels hold the same numbers; and the head."""
+        model = self._model
+        wte = self._whole(model.transformer.wte.weight)
+        weight = wte if model.lm_head is None else self._whole(model.head)
+        head = self._linear(
+            weight[: model.valid_vocab_size], None, quantized=head_kind(self._quantize)
+        )
+        is_there = self._quantize == "none" and model.lm_head is None
+        if is_there and wte.to(self._dtype).float().equal(wte):
+            return None, head
+        return wte, head
 
     def _whole(self, parameter: Tensor) -> Tensor:
         """A parameter's numbers, which may still lie in a file."""

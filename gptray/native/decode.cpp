@@ -18,9 +18,12 @@ void embed(const Model &model, const Step &step) {
   const int C = model.n_embd;
 #pragma omp for schedule(static)
   for (int row = 0; row < step.rows; ++row) {
-    const float *token = model.wte + (size_t)step.tokens[row] * C;
+    const size_t token = step.tokens[row];
     float *x = step.x + (size_t)row * C;
-    std::copy(token, token + C, x);
+    if (model.wte)
+      std::copy_n(model.wte + token * C, C, x);
+    else
+      read_row(model.head, token, x);
     if (!model.wpe) continue;
     const float *position = model.wpe + (size_t)step.positions[row] * C;
     for (int i = 0; i < C; ++i) x[i] += position[i];

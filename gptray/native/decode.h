@@ -38,7 +38,7 @@ struct Block {
 
 struct Model {
   const Block *blocks;
-  const float *wte, *wpe;  // (V, C), (P, C) or null
+  const float *wte, *wpe;  // (V, C), or null for rows of head, fp32 or bf16; (P, C) or null
   const float *cos, *sin;  // (P, R / 2), or null
   Norm ln_f;
   Linear head;

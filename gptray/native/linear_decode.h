@@ -33,6 +33,18 @@ inline size_t row_words(const Linear &linear) {
   return (word_count(linear) + LANES - 1) / LANES * LANES;
 }
 
+// The weights (inputs) of one output, of a layer in fp32 or bf16.
+inline void read_row(const Linear &linear, size_t output, float *to) {
+  const int words = word_count(linear), per_word = linear.kind == BF16 ? 2 : 1;
+  const uint32_t *from =
+      (const uint32_t *)linear.weight + output / PANEL * words * PANEL + output % PANEL;
+  for (int i = 0; i < linear.inputs; ++i) {
+    uint32_t bits = from[(size_t)(i / per_word) * PANEL];
+    if (linear.kind == BF16) bits = i % 2 ? bits & 0xFFFF0000 : bits << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
 // A row of numbers as words; those beyond it meet weights of 0 or are 0.
 void to_words(const float *row, int size, int kind, int32_t *words) {
   switch (kind) {

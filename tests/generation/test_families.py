@@ -156,3 +156,18 @@ def test_what_no_cuda_graph_computes_is_computed_by_pytorch(tokenizer: Tokenizer
     model = random_gpt(tokenizer, norm="rmsnorm")
     decoder = network("graph", model, 1, torch.float32)
     assert isinstance(decoder, Decoder) and not isinstance(decoder, NativeDecoder)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_tied_embedding_is_that_of_an_own_head_of_the_same_numbers(
+    tokenizer: Tokenizer, dtype: torch.dtype, positions: str
+) -> None:
+    shape = {"n_embd": 36, "n_head": 2, "positions": positions}
+    tied = random_gpt(tokenizer, **shape).bfloat16().float()  # bf16 holds its weights exactly
+    own = random_gpt(tokenizer, **shape, tie_word_embeddings=False)
+    own.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.head})
+    prompt = Piece(0, 0, range(0, tokenizer.vocab_size, 9), scored=True)
+    logits = [NativeDecoder(model, 1, dtype=dtype).step([], [prompt]) for model in (tied, own)]
+    assert torch.equal(*logits)

@@ -61,6 +61,18 @@ struct Packed {
   }
 };
 
+TEST(an_outputs_weights_are_read_from_its_panel) {
+  for (const int kind : {FP32, BF16})
+    for (const auto &[inputs, outputs] : {std::pair{1, 3}, std::pair{37, 130}}) {
+      const Packed packed(inputs, outputs, kind);
+      for (int o = 0; o < outputs; ++o) {
+        std::vector<float> row(inputs);
+        read_row(packed.linear, o, row.data());
+        for (int i = 0; i < inputs; ++i) CHECK(row[i] == packed.weight[o * inputs + i]);
+      }
+    }
+}
+
 TEST(a_layer_is_a_loop_with_norm_and_gelu_and_residual) {
   for (const int kind : {FP32, BF16, INT8, INT4})
     for (const int rows : {1, 5, 100})
