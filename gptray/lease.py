@@ -82,11 +82,12 @@ class Lease:
 
 
 @contextmanager
-def leased(place: RemoteFolder, *, busy: str, expires_s: float = EXPIRES_S) -> Iterator[Lease]:
-    """Hold the right to write to a folder, in which leases are kept.
+def leased(place: RemoteFolder, *, busy: str, expires_s: float | None = None) -> Iterator[Lease]:
+    """Hold the right to write to a folder, in which leases are kept. expires_s: or EXPIRES_S.
 
     Raises UserError: another process holds it, as `busy` says, or the folder cannot be written.
     """
+    expires_s = expires_s or EXPIRES_S
     lease = Lease(place, expires_s)
     try:
         _take(lease, place, busy, expires_s)

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 from gptray.data.tokens import TokenData
 from tests.tiny import tiny_config, tiny_text
 
+# Whatever the environment says: each process of -n, and each run, would rewrite all asserts anew.
+sys.dont_write_bytecode = False
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups
+
+@cache
+def group_of(path: Path) -> str:
+    """The group that a file's tests are marked with, or ""."""
+    found = re.search(r'xdist_group\("(\w+)"\)', path.read_text("utf-8"))
+    return found[1] if found else ""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With `-n`, give a file to one process as a whole, since its tests share what it made.
+
+    All files of a group go to one too. xdist's own loadgroup keeps neither together under pytest
+    9.2, where a test cannot be renamed by its group.
+    """
+    scheduler = LoadFileScheduling(config, log)
+
+    def process_of(nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return group_of(config.rootpath / file) or file
+
+    scheduler._split_scope = process_of
+    return scheduler
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark `ray` what uses the session's Ray; leave out `chaos` unless `-m` names it.
 
-    With `-n`, a file goes to one process as a whole, since its tests share what it made; files
-    that start Ray come first, being the longest.
+    Files that start Ray come first, being the longest.
     """
     asked = "chaos" in config.option.markexpr
     left_out = [item for item in items if item.get_closest_marker("chaos") and not asked]
@@ -29,8 +58,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("chaos"):
             item.add_marker(pytest.mark.timeout(3600))
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
         if item.get_closest_marker("ray"):

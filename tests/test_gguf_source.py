@@ -20,10 +20,12 @@ from gptray.gguf_header import read_header
 from gptray.jobs.run_folder import resolve
 from gptray.model.hf import load_pretrained, save_pretrained
 from gptray.model.shape import model_folder
+from gptray.native.backend import why_not_native
 from gptray.stored import Unreadable
 from tests.data import foreign
 from tests.generation.models import random_gpt, small_tokenizer
 from tests.gguf_copies import copying
+from tests.native.cache import own_cache
 
 NOT_IN_GGUF = {"dropout", "initializer_range"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,7 +33,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if why_not_native(use_gpu=False) is None:
+        own_cache(tmp_path / "cache", monkeypatch)  # has the native library
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def exported(folder: Path, tokenizer: Tokenizer, precision: str = "fp32") -> Path:

@@ -15,10 +15,10 @@ KEYS = list(field_specs(Config))
 
 
 def typos(key: str, rng: random.Random) -> set[str]:
-    """Return single-edit typos of a key: three each of a letter lost, swapped, changed, added."""
+    """Return single-edit typos of a key: two each of a letter lost, swapped, changed, added."""
     found = set()
     letters = string.ascii_lowercase + "_"
-    for place in rng.sample(range(len(key)), 3):
+    for place in rng.sample(range(len(key)), 2):
         found.add(key[:place] + key[place + 1 :])
         found.add(key[:place] + key[place + 1 : place + 2] + key[place] + key[place + 2 :])
         found.add(key[:place] + rng.choice(letters) + key[place + 1 :])

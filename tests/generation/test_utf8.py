@@ -79,17 +79,17 @@ def test_no_output_has_a_broken_character_though_the_weights_are_random(
 ) -> None:
     tokenizer = make()
     engine = Engine(random_gpt(tokenizer), tokenizer, max_batch_size=16, backend=backend)
-    requests = requests_of_all_kinds(tokenizer, 60)
+    requests = requests_of_all_kinds(tokenizer, 32)
     assert broken(run(engine, requests)) == 0
     free = [replace(one, sampling=replace(one.sampling, utf8=False)) for one in requests]
-    assert broken(run(engine, free)) > 20
+    assert broken(run(engine, free)) > 10
 
 
 def test_every_text_can_be_written_and_no_other_bytes() -> None:
     tokenizer = byte_tokenizer()
     guard, rng = automaton(tokenizer), random.Random(2)
     token = dict(zip(pieces(tokenizer), range(tokenizer.vocab_size), strict=True))
-    for number in [*range(0, 0x11_0000, 97), 0xD7FF, 0xE000, 0xFFFC, 0xFFFE, 0x10_FFFF]:
+    for number in [*range(0, 0x11_0000, 397), 0xD7FF, 0xE000, 0xFFFC, 0xFFFE, 0x10_FFFF]:
         if number in range(0xD800, 0xE000) or chr(number) == BROKEN:
             continue
         state = START
@@ -97,7 +97,7 @@ def test_every_text_can_be_written_and_no_other_bytes() -> None:
             state = guard.next(state, token[bytes([byte])])
             assert state != INVALID, hex(number)
         assert state == START
-    for _ in range(20_000):
+    for _ in range(8000):
         state, written = START, b""
         while state != INVALID and len(written) < 6:
             one = bytes([rng.choice((rng.randrange(256), rng.randrange(0x80, 0x100)))])
@@ -160,8 +160,8 @@ def test_a_prompt_that_stops_inside_a_character_is_continued_from_there(
 def test_a_row_inside_a_character_does_not_depend_on_its_neighbours() -> None:
     tokenizer = small_tokenizer()
     model = random_gpt(tokenizer)
-    requests = requests_of_all_kinds(tokenizer, 40)
-    together = run(Engine(model, tokenizer, max_batch_size=40), requests)
+    requests = requests_of_all_kinds(tokenizer, 16)
+    together = run(Engine(model, tokenizer, max_batch_size=16), requests)
     alone = [run(Engine(model, tokenizer, max_batch_size=1), [one])[0] for one in requests]
     assert [one.tokens for one in together] == [one.tokens for one in alone]
 

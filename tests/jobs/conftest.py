@@ -42,3 +42,9 @@ def source(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.txt"
     path.write_text(tiny_text(300))
     return path
+
+
+@pytest.fixture
+def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases that are renewed, so that a holder is seen to run, each 1.5 s rather than each 7.5."""
+    monkeypatch.setattr("gptray.lease.EXPIRES_S", 6.0)

@@ -56,7 +56,10 @@ def test_auto_is_the_ray_of_this_machine(
 
 
 @pytest.mark.parametrize("answer", [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
-def test_what_listens_and_is_not_ray_is_told(answer: bytes | None) -> None:
+def test_what_listens_and_is_not_ray_is_told(
+    answer: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptray.jobs.address.WAIT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         place = f"127.0.0.1:{listening.getsockname()[1]}"
 

@@ -129,6 +129,7 @@ def test_what_only_this_machine_has_is_not_taken_for_the_run(
     assert told.startswith(f"train.max_steps raised from {STEPS} to {STEPS + 2}")
 
 
+@pytest.mark.usefixtures("short_leases")
 def test_another_machine_is_kept_out_while_a_run_is_trained(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,7 @@ def test_a_sweep_resumes_on_another_machine_and_trains_nothing_twice(
     assert (own.storage_path, own.name) == (f"{SWEEP}/trials", "0001")
 
 
+@pytest.mark.usefixtures("short_leases")
 def test_another_machine_is_kept_out_of_a_sweep_that_runs(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
