@@ -23,6 +23,9 @@ class QuantizedLinear(nn.Module):
     weight: on the meta device for good, what `GPT.whole` knows the layer's weight by.
     """
 
+    values: Tensor
+    scales: Tensor
+
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features

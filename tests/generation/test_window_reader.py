@@ -36,7 +36,7 @@ def test_quantized_weights_give_what_the_engine_says_of_a_prompt(backend: str, k
     losses = WindowReader(model, **options).token_losses(tokens[:, :-1], tokens[:, 1:])
     request = Sequence(tokens[0].tolist(), Sampling(max_new_tokens=0), prompt_logprobs=0)
     (read,) = run(Engine(model, tokenizer, **options), [request])
-    expected = torch.tensor([-one.logprob for one in read.scored[1:]])
+    expected = torch.tensor([-(one.logprob or 0.0) for one in read.scored[1:]])
     torch.testing.assert_close(losses[0], expected, rtol=0, atol=1e-5)
     full = WindowReader(model, dtype=torch.float32, backend=backend)
     assert not torch.equal(losses, full.token_losses(tokens[:, :-1], tokens[:, 1:]))

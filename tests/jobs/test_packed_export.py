@@ -78,7 +78,8 @@ def test_transformers_computes_the_same_with_packed_weights(
     changes = WIDE | ({"head_dim": 16, "num_key_value_heads": 2} if "biases" in name else {})
     model, output = model_in(tmp_path / "model", name, **changes), tmp_path / "packed"
     assert export(model, output, "export.format=hf", f"export.precision={kind}") == 0
-    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    theirs.train(False)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         expected = load_pretrained(output).eval()(ids)

@@ -13,7 +13,7 @@ from gptray.config import LoraConfig, UserError
 from gptray.model.adapter import Base
 from gptray.model.adapter_files import load_adapter, load_merged, save_adapter
 from gptray.model.adapter_folder import open_adapter
-from gptray.model.gpt import GPT
+from gptray.model.gpt import GPT, Block
 from gptray.model.hf import load_pretrained, save_pretrained
 from gptray.model.quantized import quantize
 from gptray.model.quantized_linear import quantized_layers
@@ -84,8 +84,10 @@ def test_merged_it_is_what_was_trained(
     # The adapter says itself how its base was rounded.
     merged = load_merged(plain, open_adapter(tmp_path / "adapter", plain))
     torch.testing.assert_close(logits_of(merged), logits_of(model), rtol=0, atol=1e-4)
-    weight = model.transformer.h[0].attn.c_attn.weight
-    torch.testing.assert_close(model.whole(weight), merged.transformer.h[0].attn.c_attn.weight)
+    ours, other = model.transformer.h[0], merged.transformer.h[0]
+    assert isinstance(ours, Block) and isinstance(other, Block)
+    whole = model.whole(ours.attn.c_attn.weight)
+    torch.testing.assert_close(whole, other.attn.c_attn.weight)
     again = adapted(base, lora)
     load_adapter(again, tmp_path / "adapter", base)
     assert torch.equal(logits_of(again), logits_of(model))
