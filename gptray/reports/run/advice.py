@@ -69,7 +69,7 @@ def _regularise(config: Config) -> Iterator[Advice]:
     dropout, is_new = config.model.dropout, config.model.init_from is None
     if config.data.token_replacement == 0:
         if is_new:
-            reason = "data.token_replacement is 0; 0.1 does more than dropout for little text"
+            reason = "data.token_replacement is 0; 0.1 did more than dropout on two little texts"
             yield Advice("token replacement", reason, 4.5, {"data.token_replacement": 0.1})
         if dropout == 0:
             reason = "model.dropout is 0; 0.1 to 0.3 is usual for little text"
