@@ -37,7 +37,7 @@ def test_the_library_describes_every_constant_structure_and_function(description
         lambda text: text.replace("Norm 24", "Norm 32"),
         lambda text: text.replace("eps f32 16", "eps f32 20"),
         lambda text: text.replace("weight f32* 0, bias f32* 8", "bias f32* 0, weight f32* 8"),
-        lambda text: text.replace("inputs i32 32", "in i32 32"),
+        lambda text: text.replace("inputs i32 24", "in i32 24"),
         lambda text: text.replace("attention(bf16*, f32*", "attention(f32*, bf16*"),
         lambda text: text.replace("decode_step(", "step("),
         lambda text: text[: text.rindex("\n", 0, -1)],
