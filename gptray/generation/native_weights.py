@@ -162,12 +162,12 @@ class NativeWeights:
         return self._place(panels.shape, dtype).copy_(panels)
 
     def _groups(self, weight: QuantizedWeight) -> Tensor:
-        """int4 weights as [panel][group] of int4_decode.h's PanelGroup, in bytes."""
+        """int4 weights as [panel][group] of grouped_decode.h's PanelGroup, in bytes."""
         below = -len(weight.values) % PANEL
         values = F.pad(weight.integers(), (0, -weight.inputs % GROUP, 0, below)) + 8
         # (panels, blocks, 16 outputs, groups, halves of a byte, words, numbers of a word)
         blocks = values.view(torch.uint8).view(-1, PANEL // LANES, LANES, values.size(1))
-        halves = blocks.unflatten(-1, (-1, 2, GROUP // 8, 4))
+        halves = blocks.view(*blocks.shape[:-1], -1, 2, GROUP // 8, 4)
         pairs = (halves[..., 0, :, :] | halves[..., 1, :, :] << 4).permute(0, 3, 4, 1, 2, 5)
         scales = F.pad(weight.scales, (0, 0, 0, below)).view(-1, PANEL, pairs.size(1))
         both = pairs.flatten(2), scales.transpose(1, 2).contiguous().view(torch.uint8)

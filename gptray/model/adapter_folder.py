@@ -140,7 +140,8 @@ def _check_base(path: Path, base: Base) -> str:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
-    trained_on, quantized = metadata.get(BASE_SHA256), metadata.get(BASE_QUANTIZED, "none")
+    trained_on = metadata.get(BASE_SHA256)
+    quantized: str = metadata.get(BASE_QUANTIZED, "none")
     if trained_on and trained_on != base.sha256:
         raise UserError(
             f"{path.parent} adapts another model than {base.source}: one whose weights have "

@@ -239,8 +239,7 @@ class GPT(nn.Module):
                 module.native = width % 2 == 0
 
     def compile_parts(self) -> None:
-        """Compile each block and the head by itself: gradients come block by block, so that they
-        can be reduced while the backward pass goes on, and blocks can be computed again."""
+        """Compile each block by itself, and the head: blocks can be reduced and recomputed."""
         for block in self.transformer.h:
             assert isinstance(block, Block)
             block.compiled = torch.compile(block.compute)
@@ -272,8 +271,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of idx (B, T), or with targets (B, T) the mean cross-entropy, fp32.
 
-        With what teachers make of idx, two losses, see `taught_cross_entropy`. Padded entries have
-        logits of -inf.
+        With `soft` targets two losses, see `taught_cross_entropy`. Padding has logits of -inf.
         """
         x, weight, valid = self.hidden(idx), self.head, self.valid_vocab_size
         if targets is not None:
@@ -283,8 +281,7 @@ class GPT(nn.Module):
             return self.head_loss(*rows, valid=valid, native=self.native_head)
         logits = F.linear(x, weight.to(x.dtype))
         if valid < weight.size(0):
-            padded = torch.arange(weight.size(0), device=x.device) >= valid
-            logits = logits.masked_fill(padded, float("-inf"))
+            logits[..., valid:] = float("-inf")
         return logits
 
     @torch.no_grad()

@@ -100,4 +100,5 @@ def unpacked(values: Tensor, scales: Tensor, packing: Packing) -> Tensor:
     if packing.bits == 4:
         numbers = torch.stack((numbers & 15, numbers >> 4), dim=-1).flatten(1)
     signed = numbers[:, :inputs].float() - 2 ** (packing.bits - 1)
-    return (signed.view(rows, scales.size(1), -1) * scales.float()[..., None]).view(rows, -1)
+    groups: Tensor = signed.view(rows, scales.size(1), -1) * scales.float()[..., None]
+    return groups.view(rows, -1)

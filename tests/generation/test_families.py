@@ -164,7 +164,7 @@ def test_what_no_cuda_graph_computes_is_computed_by_pytorch(tokenizer: Tokenizer
 def test_a_tied_embedding_is_that_of_an_own_head_of_the_same_numbers(
     tokenizer: Tokenizer, dtype: torch.dtype, positions: str
 ) -> None:
-    shape = {"n_embd": 36, "n_head": 2, "positions": positions}
+    shape: dict[str, Any] = {"n_embd": 36, "n_head": 2, "positions": positions}
     tied = random_gpt(tokenizer, **shape).bfloat16().float()  # bf16 holds its weights exactly
     own = random_gpt(tokenizer, **shape, tie_word_embeddings=False)
     own.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.head})

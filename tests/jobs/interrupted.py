@@ -18,7 +18,7 @@ from gptray.files import sha256_of
 from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import held, outcome, resolve, set_ray_snapshot_aside
 from gptray.jobs.train.check import check
-from gptray.jobs.train.watch import show_samples, watching
+from gptray.jobs.train.watch import show_end, watching
 from gptray.record import read_rows
 from gptray.training.loop import fit
 from tests.damage import Damage, fields
@@ -64,7 +64,7 @@ def job(config: Config, *, kill_at: int | None = None) -> dict[str, Any]:
                 checked.config, data, folder, report=report, sample=lambda model: [("p", "o")],
                 device=torch.device("cpu"),
             )  # fmt: skip
-        show_samples(folder)
+        show_end(folder)
     if result["stopped"] == "failed":
         raise (UserError if result["mistake"] else RunFailed)(result["message"])
     if result["stopped"] == "non_finite":

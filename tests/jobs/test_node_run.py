@@ -261,7 +261,7 @@ def test_an_evaluation_has_its_tokens_on_a_node_that_had_none(
     config, data_dir = published(source)
     tokens = TokenData.open(data_dir).train.slice(0, 100)
     wanted = [ngram_hashes(tokens, length) for length in LENGTHS]
-    task = EvaluationTask(config, [], data_dir, block_size=32, threads=1)
+    task = EvaluationTask(config, [], data_dir, also={}, block_size=32, threads=1)
     here = result_of(Scorer(task).answer(Call("find", (0, 100, wanted), 0)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other node"))
     shutil.rmtree(data_dir)

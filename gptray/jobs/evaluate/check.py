@@ -130,10 +130,9 @@ def check(config: Config) -> CheckedEvaluation:
     found, *others = models_to_evaluate(config)
     model_dir, run = found.folder, found.run
     check_adapter(config.evaluate.adapter, model_dir, key="evaluate.adapter")
-    if others and config.evaluate.adapter:
-        raise UserError("evaluate.adapter goes with one model, but evaluate.model names several")
-    if others and config.evaluate.quantized:
-        raise UserError("evaluate.quantized goes with one model, but evaluate.model names several")
+    for key in ("adapter", "quantized"):
+        if others and getattr(config.evaluate, key):
+            raise UserError(f"evaluate.{key} goes with one model, but evaluate.model names several")
     check_engine_backend(config)
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, model_dir)
@@ -162,8 +161,7 @@ def check(config: Config) -> CheckedEvaluation:
 
 def plan(checked: CheckedEvaluation) -> Plan:
     """What the job would do."""
-    config, data = checked.config, checked.text.data
-    kinds = config.evaluate.quantized
+    config, data, kinds = checked.config, checked.text.data, checked.config.evaluate.quantized
     rows = [
         *(("model", model) for model in checked.models),
         *([("adapter", adapter)] if (adapter := config.evaluate.adapter) else []),
@@ -179,11 +177,10 @@ def plan(checked: CheckedEvaluation) -> Plan:
             rows.append((name, f"{tokens:,} tokens in {len(numbers):,}{of} windows"))
     else:
         rows.append(("token data", "to be prepared first"))
-    kind = "GPU" if config.compute.use_gpu else "CPU"
     return [
         *rows,
         ("passages", f"{0 if checked.others else config.evaluate.passages} to continue"),
-        ("workers", f"{config.compute.max_workers} ({kind})"),
+        ("workers", f"{config.compute.max_workers} ({'GPU' if config.compute.use_gpu else 'CPU'})"),
         ("files", f"{checked.home or checked.folder}/: evaluation.json report.html and its PNGs"),
     ]
 
