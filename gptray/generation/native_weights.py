@@ -25,6 +25,21 @@ ALIGNMENT = 64
 ACTIVATIONS = {"gelu_new": abi.GELU_TANH, "gelu": abi.GELU, "swiglu": abi.SWIGLU}
 
 
+class Rooms:
+    """Memory for weights that are read one after another, side by side."""
+
+    def __init__(self) -> None:
+        self._room = room((0,), torch.uint8)
+
+    def place(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory behind that given before; a room lasts as long as anything in it."""
+        size = math.prod(shape) * dtype.itemsize
+        if len(self._room) < size:
+            self._room = room((max(size, ROOM_BYTES),), torch.uint8)
+        place, self._room = self._room[:size], self._room[-(-size // ALIGNMENT) * ALIGNMENT :]
+        return place.view(dtype).view(*shape)
+
+
 class NativeWeights:
     """Packs weights as one kind of numbers, and keeps alive what the library points to."""
 
@@ -32,7 +47,7 @@ class NativeWeights:
         self._model, self._kind = model, kind
         self.count = 0  # of all linear layers
         self._kept: list[Tensor] = []
-        self._room = room((0,), torch.uint8)
+        self._rooms = Rooms()
 
     def model(self) -> abi.Model:
         """The whole network. Raises UserError for weights that cannot be read."""
@@ -81,15 +96,20 @@ class NativeWeights:
         pack = self._gated if config.mlp == "swiglu" else self._linear
         # The scores' scale is in the rows that make q, unless a norm comes after them.
         scale: float = config.head_width**-0.5
+        linear = (
+            self._attention_input(attention, 1.0 if config.qk_norm else scale),
+            self._layer(attention.c_proj),
+            pack(self._whole(c_fc.weight), self._bias(c_fc.bias)),
+            self._layer(block.mlp.c_proj),
+        )
+        for number, one in enumerate(linear, start=layer * len(linear)):
+            one.number = number
         return abi.Block(
             self._norm(block.ln_1),
             self._norm(block.ln_2),
             self._norm(attention.q_norm, scale),
             self._norm(attention.k_norm),
-            self._attention_input(attention, 1.0 if config.qk_norm else scale),
-            self._layer(attention.c_proj),
-            pack(self._whole(c_fc.weight), self._bias(c_fc.bias)),
-            self._layer(block.mlp.c_proj),
+            *linear,
             config.window(layer) or config.n_positions,
             config.rotary_width if config.rotates(layer) else 0,
         )
@@ -115,7 +135,7 @@ class NativeWeights:
         word = 4 // dtype.itemsize
         padded = F.pad(weight, (0, -inputs % word, 0, -outputs % PANEL)).to(dtype)
         panels = padded.view(-1, PANEL, padded.size(1) // word, word).transpose(1, 2)
-        packed = self._place(panels.shape, dtype).copy_(panels)
+        packed = self._keep(self._rooms.place(panels.shape, dtype).copy_(panels))
         return abi.Linear(
             packed.data_ptr(),
             self._floats(bias),
@@ -124,25 +144,11 @@ class NativeWeights:
             inputs,
             outputs,
             self._kind,
+            -1,
         )
 
-    def _place(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory for weights, behind those before."""
-        size = math.prod(shape) * dtype.itemsize
-        if len(self._room) < size:
-            self._room = self._keep(room((max(size, ROOM_BYTES),), torch.uint8))
-        place, self._room = self._room[:size], self._room[-(-size // ALIGNMENT) * ALIGNMENT :]
-        return place.view(dtype).view(*shape)
-
     def _gated(self, weight: Tensor, bias: Tensor | None) -> abi.Linear:
-        """A layer of gates and what they let through, half a panel of each in every panel."""
-
-        def woven(both: Tensor) -> Tensor:
-            inner = len(both) // 2
-            halves = F.pad(both.view(2, inner, -1), (0, 0, 0, -inner % (PANEL // 2)))
-            blocks = halves.view(2, -1, PANEL // 2, halves.size(2))
-            return blocks.transpose(0, 1).flatten(0, 2)
-
+        """A layer of gates and what they let through."""
         return self._linear(woven(weight), None if bias is None else woven(bias).flatten())
 
     def _layer(self, layer: nn.Linear) -> abi.Linear:
@@ -157,6 +163,14 @@ class NativeWeights:
         return self._linear(
             self._whole(layer.weight) * scales[:, None], None if bias is None else bias * scales
         )
+
+
+def woven(both: Tensor) -> Tensor:
+    """Rows of gates and then of what they let through, half a panel of each in every panel."""
+    inner = len(both) // 2
+    halves = F.pad(both.view(2, inner, -1), (0, 0, 0, -inner % (PANEL // 2)))
+    blocks = halves.view(2, -1, PANEL // 2, halves.size(2))
+    return blocks.transpose(0, 1).flatten(0, 2)
 
 
 def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

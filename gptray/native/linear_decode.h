@@ -11,6 +11,7 @@
 #include "activation_decode.h"
 #include "decode.h"
 #include "gemm.h"
+#include "low_rank_decode.h"
 #include "norm.h"
 
 namespace {
@@ -90,15 +91,16 @@ struct Results {
   int activation = NONE;
 };
 
-struct Input {  // rows as words, and their scales
+struct Input {  // rows as words, their scales, and what adapters add to their products
   const int32_t *words;
   const float *scales;
+  Added added;
 };
 
 // The sums of a tile's rows by one panel -> results from `row` on.
 template <typename Kind>
 inline void finish(const typename Kind::Sum (*sums)[BLOCKS], const Linear &linear, int panel,
-                   const float *scales, const Results &to, int row, int rows) {
+                   const Input &x, const Results &to, int first, int rows) {
   const bool is_gated = to.activation == SWIGLU;
   const int blocks = is_gated ? BLOCKS / 2 : BLOCKS, end = is_gated ? to.stride : linear.outputs;
   for (int b = 0; b < blocks; ++b) {
@@ -106,14 +108,18 @@ inline void finish(const typename Kind::Sum (*sums)[BLOCKS], const Linear &linea
     if (column >= end) break;
     const __mmask16 mask = lanes(end - column);
     const Outputs<Kind> outputs(linear, from);
-    const Outputs<Kind> gated(linear, is_gated ? from + PANEL / 2 : from);
+    const int let_through = is_gated ? from + PANEL / 2 : from;
+    const Outputs<Kind> gated(linear, let_through);
     for (int r = 0; r < rows; ++r) {
-      const size_t at = (size_t)(row + r) * to.stride + column;
-      Floats y = outputs(sums[r][b], scales[r]);
-      if (is_gated)
-        y = _mm512_mul_ps(silu(y), gated(sums[r][b + BLOCKS / 2], scales[r]));
-      else
+      const int row = first + r;
+      const size_t at = (size_t)row * to.stride + column;
+      Floats y = expand(x.added, row, from, outputs(sums[r][b], x.scales[row]));
+      if (is_gated) {
+        const Floats inner = gated(sums[r][b + BLOCKS / 2], x.scales[row]);
+        y = _mm512_mul_ps(silu(y), expand(x.added, row, let_through, inner));
+      } else {
         y = activate(to.activation, y);
+      }
       if (to.add) y = _mm512_add_ps(y, load(to.add + at, mask));
       store(to.rows + at, y, mask);
     }
@@ -128,10 +134,11 @@ void multiply_panel(const Linear &linear, int panel, const Input &x, const Resul
   const size_t width = row_words(linear);
   const Words *weights = (const Words *)linear.weight + (size_t)panel * count * BLOCKS;
   in_tiles(first, stop, [&](int row, int rows) {
+    fetch(x.added, panel, panel_count(linear.outputs), row, row + rows);
     typename Kind::Sum sums[TILE][BLOCKS];  // at rest, lest all that follows be unrolled
     product<Kind>(rows, {x.words + row * width, width, 1}, weights, count, FromZero<Kind>{},
                   [&](int r, int b, typename Kind::Sum sum) { sums[r][b] = sum; });
-    finish<Kind>(sums, linear, panel, x.scales + row, to, row, rows);
+    finish<Kind>(sums, linear, panel, x, to, row, rows);
   });
 }
 
@@ -151,6 +158,7 @@ void multiply(const Linear &linear, const Input &x, int rows, const Results &to)
 // x (N, inputs), or the rows of it that `chosen` names, through `norm` if there is one.
 void linear(const Linear &linear, const Step &step, const float *x, const Norm *norm,
             const int32_t *chosen, int rows, const Results &to) {
+  Added added{step.adapters, linear.number, step.narrow, step.most_rank};
   const auto read = [&](int row, int32_t *words) {
     const float *from = x + (size_t)(chosen ? chosen[row] : row) * linear.inputs;
     thread_local std::vector<float> normed;
@@ -159,18 +167,22 @@ void linear(const Linear &linear, const Step &step, const float *x, const Norm *
       normalise(from, norm->weight, norm->bias, normed.data(), norm->eps, linear.inputs);
       from = normed.data();
     }
+    shrink(added, row, from, linear.inputs);
     return to_words(from, linear.inputs, linear.kind, words + row * row_words(linear));
   };
   if (rows <= OWN_ROWS) {
     thread_local std::vector<int32_t> words;
     words.resize(std::max(words.size(), rows * row_words(linear)));
+    thread_local std::vector<float> narrow;
+    narrow.resize(std::max<size_t>(narrow.size(), rows * added.stride));
+    added.narrow = narrow.data();
     float scales[OWN_ROWS];
     for (int row = 0; row < rows; ++row) scales[row] = read(row, words.data());
-    multiply(linear, {words.data(), scales}, rows, to);
+    multiply(linear, {words.data(), scales, added}, rows, to);
   } else {
 #pragma omp for schedule(static)
     for (int row = 0; row < rows; ++row) step.scales[row] = read(row, step.words);
-    multiply(linear, {step.words, step.scales}, rows, to);
+    multiply(linear, {step.words, step.scales, added}, rows, to);
   }
 }
 
