@@ -25,12 +25,12 @@ from gptray.config.sections import (
     TrainConfig,
     TuneConfig,
 )
+from gptray.config.serve_section import ServeConfig
 from gptray.config.use_sections import (
     EvaluateConfig,
     GenerateConfig,
     QuantizeConfig,
     SampleConfig,
-    ServeConfig,
 )
 
 __all__ = [

@@ -14,7 +14,7 @@ def argument_node(text: str, spec: FieldSpec) -> yaml.Node:
     """Return the node of a value typed on the command line.
 
     For a key that takes text the shell's word is the text, so that *.txt, a: b or # c mean
-    themselves; only null, a quoted text and a list are read as YAML there.
+    themselves; only null, a quoted text, a list and a map in braces are read as YAML there.
     """
     literal = yaml.ScalarNode("tag:yaml.org,2002:str", text)
     takes_text = _takes_text(spec.kinds)
@@ -28,7 +28,9 @@ def argument_node(text: str, spec: FieldSpec) -> yaml.Node:
         return literal
     if node is None:
         return literal
-    if not takes_text or (isinstance(node, yaml.SequenceNode) and node.flow_style and spec.items):
+    is_list = isinstance(node, yaml.SequenceNode) and bool(spec.items)
+    is_map = isinstance(node, yaml.MappingNode) and dict in spec.kinds
+    if not takes_text or ((is_list or is_map) and node.flow_style):
         return node
     whole = node.end_mark.index == len(text) and node.start_mark.index == 0
     quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
