@@ -28,10 +28,11 @@ def argument_node(text: str, spec: FieldSpec) -> yaml.Node:
         return literal
     if node is None:
         return literal
-    is_list = isinstance(node, yaml.SequenceNode) and bool(spec.items)
-    is_map = isinstance(node, yaml.MappingNode) and dict in spec.kinds
-    if not takes_text or ((is_list or is_map) and node.flow_style):
+    if not takes_text:
         return node
+    if isinstance(node, yaml.CollectionNode) and node.flow_style:
+        is_wanted = bool(spec.items) if node.id == "sequence" else dict in spec.kinds
+        return node if is_wanted else literal
     whole = node.end_mark.index == len(text) and node.start_mark.index == 0
     quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
     return node if whole and (quoted or is_null(node)) else literal
