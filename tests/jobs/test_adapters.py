@@ -116,7 +116,8 @@ def test_rows_of_a_batch_name_their_adapters(
     write_part(part, tmp_path / "staged")
     task = GenerateTask(job.config, 1, job.model, job.called, str(tmp_path), {})
     worker = EngineWorker(task)
-    assert worker.feed(0, str(tmp_path / "staged")) == [] and worker.finish() == [0]
+    fed = worker.feed(0, str(tmp_path / "staged"))
+    assert fed == [] and worker.finish() == [0], fed
     made = pq.read_table(tmp_path / part_name(0)).to_pylist()
     alone = texts(f"generate.adapter={adapter}", "sample.max_new_tokens=9")[0]
     plain = texts(f"generate.model={model_dir}", "sample.max_new_tokens=9")[0]
@@ -126,7 +127,7 @@ def test_rows_of_a_batch_name_their_adapters(
     assert made[3]["error"] == "the adapter 'news' is none of generate.adapters (tales)"
     assert [row["style"] for row in made] == ["tales", "", None, "news"]
     other = [word.replace("column=style", "column=styl") for word in words]
-    with pytest.raises(UserError, match=r"generate.adapter_column.*styl"):
+    with pytest.raises(UserError, match=r"'styl'; columns: style.*generate.adapter_column"):
         check_batch(load_config(None, other))
     with pytest.raises(UserError, match="adapters and adapter_column go together"):
         load_config(None, ["generate.adapter_column=style"])
