@@ -7,6 +7,8 @@ that a busy machine slows them alike; figures are medians over rounds.
     python benchmarks/generate.py [--shape 124m|llama-135m|10m] [--batch 1,8,32,64]
         [--systems bf16,ct2-int8]
 
+bf16+adapters and int8+adapters give each sequence one of 32 adapters of rank 8 on all layers.
+
 CTranslate2 (pip install ctranslate2) runs with one sequence on all cores, with more on one core
 for each of two replicas, where it is fastest. llama.cpp (pip install llama-cpp-python, which builds
 it for this processor) decodes all sequences as one batch on all cores. Peers that are not installed
@@ -54,6 +56,9 @@ SYSTEMS = (
     *(f"{peer}-{weights}" for peer, (_, kinds) in PEERS.items() for weights in kinds),
     "fp32", "bf16", "int8", "int4",
 )  # fmt: skip
+OF_ADAPTERS = ("bf16+adapters", "int8+adapters")
+ADAPTED = "+adapters"
+ADAPTERS, RANK = 32, 8
 # What generate.backend=auto chooses between.
 OF_BACKENDS = ("bf16:native", "bf16:torch", "int8:native", "int8:torch", "int4:native")
 
@@ -74,7 +79,8 @@ def gptray_run(model_dir: str, precision: str) -> Run:
     from gptray.generation.sequence import Sequence
     from gptray.generation.settings import Sampling
 
-    weights, _, backend = precision.partition(":")  # such as int8:torch
+    kind, adapted, _ = precision.partition(ADAPTED)
+    weights, _, backend = kind.partition(":")  # such as int8:torch
     is_quantized = weights in ("int8", "int4")
     asked = {
         "generate.max_batch_size": MAX_BATCH_SIZE,
@@ -82,14 +88,41 @@ def gptray_run(model_dir: str, precision: str) -> Run:
         "generate.backend": backend or "auto",
         "quantize.weights": weights if is_quantized else "none",
     }
-    engine, _ = open_engine(model_dir, override(Config(), asked))
+    engine, _ = open_engine(model_dir, override(Config(), asked), takes_adapters=bool(adapted))
+    adapters = random_adapters(engine, model_dir) if adapted else [None]
 
     def run(batch: int, salt: int) -> None:
         sampling = Sampling(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, top_k=TOP_K)
-        generations = engine.run([Sequence(ids, sampling) for ids in prompts(batch, salt)])
+        generations = engine.run(
+            [
+                Sequence(ids, sampling, adapter=adapters[row % len(adapters)])
+                for row, ids in enumerate(prompts(batch, salt))
+            ]
+        )
         assert all(len(generation.tokens) == NEW_TOKENS for generation in generations)
 
     return run
+
+
+def random_adapters(engine: Any, model_dir: str) -> list[Any]:
+    import torch
+
+    from gptray.model.adapter import Base
+    from gptray.model.adapter_files import LowRank
+
+    sizes: dict[str, list[int]] = {}  # of parameters: outputs, inputs
+    for part in Base.of(model_dir).linear:
+        turned = part.dims[::-1] if part.turned == "transposed" else part.dims
+        sizes.setdefault(part.parameter, [0, turned[1]])[0] += part.rows
+    return [
+        engine.pack(
+            {
+                name: LowRank(torch.randn(RANK, inputs), 0.01 * torch.randn(outputs, RANK))
+                for name, (outputs, inputs) in sizes.items()
+            }
+        )
+        for _ in range(ADAPTERS)
+    ]
 
 
 def hf_generate(model: Any, ids: Any, new_tokens: int) -> Any:
@@ -230,7 +263,9 @@ def measure(shape: str, batches: list[int], systems: list[str], rounds: int) -> 
             f"{one}/{other}": {
                 b: median_ratio(seconds[b][one], seconds[b][other]) for b in batches
             }
-            for one in ours for other in peers
+            for one in ours
+            for other in [*peers, one.removesuffix(ADAPTED)]
+            if one != other and other in systems
         },
     }  # fmt: skip
 
@@ -239,9 +274,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="124m")
     parser.add_argument("--batch", default="1,8,32,64")
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="of " + " ".join(SYSTEMS))
+    every = SYSTEMS + OF_ADAPTERS
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="of " + " ".join(every))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", choices=SYSTEMS + OF_BACKENDS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=every + OF_BACKENDS, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -26,11 +26,11 @@ from gptray.config.sections import (
     TrainConfig,
     TuneConfig,
 )
+from gptray.config.serve_section import ServeConfig
 from gptray.config.use_sections import (
     EvaluateConfig,
     GenerateConfig,
     SampleConfig,
-    ServeConfig,
 )
 
 __all__ = [

@@ -14,8 +14,7 @@ def argument_node(text: str, spec: FieldSpec) -> yaml.Node:
     """Return the node of a value typed on the command line.
 
     For a key that takes text the shell's word is the text, so that *.txt, a: b or # c mean
-    themselves; only null, a quoted text and what the key takes besides, a list or a map in braces,
-    are read as YAML there.
+    themselves; only null, a quoted text, a list and a map in braces are read as YAML there.
     """
     literal = yaml.ScalarNode("tag:yaml.org,2002:str", text)
     takes_text = _takes_text(spec.kinds)
@@ -33,9 +32,9 @@ def argument_node(text: str, spec: FieldSpec) -> yaml.Node:
         return literal
     if not takes_text:
         return node
-    taken = spec.items if isinstance(node, yaml.SequenceNode) else dict in spec.kinds
-    if isinstance(node, yaml.CollectionNode) and node.flow_style and taken:
-        return node
+    if isinstance(node, yaml.CollectionNode) and node.flow_style:
+        is_wanted = bool(spec.items) if isinstance(node, yaml.SequenceNode) else dict in spec.kinds
+        return node if is_wanted else literal
     whole = node.end_mark.index == len(text) and node.start_mark.index == 0
     quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
     return node if whole and (quoted or is_null(node)) else literal

@@ -142,7 +142,9 @@ class Reader:
         before = self.given.get(key)
         if before and (before.where == COMMAND_LINE) == (where == COMMAND_LINE):
             self._problem(where, f"{key} is given twice")
-        value = self._plain(node, where) if dict in (*spec.kinds, *spec.items) else None
+        is_text = isinstance(node, yaml.ScalarNode) and str in spec.kinds
+        has_keys = dict in (*spec.kinds, *spec.items) and not is_text
+        value = self._plain(node, where) if has_keys else None
         self.given[key] = Given(key, where, value or node_value(node, spec.kinds, spec.items), node)
 
     def _plain(self, node: yaml.Node, where: str) -> Plain:

@@ -1,8 +1,8 @@
 """The one typed config tree of every job: how its sections join, and the rules across them.
 
-The sections are in `sections` and `use_sections`; `reader` reads YAML and the command line. Rules
-that need the world (files, GPUs, a tokenizer) stand where that world is used. A field has the name
-of the API that finally receives it (HF, torch, Ray).
+The sections are in `sections`, `use_sections` and `serve_section`; `reader` reads YAML and the
+command line. Rules that need the world (files, GPUs, a tokenizer) stand where that world is used. A
+field has the name of the API that finally receives it (HF, torch, Ray).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from gptray.config.sections import (
     TrainConfig,
     TuneConfig,
 )
+from gptray.config.serve_section import ServeConfig
 from gptray.config.use_sections import (
     EvaluateConfig,
     GenerateConfig,
     SampleConfig,
-    ServeConfig,
 )
 from gptray.config.values import Section
 from gptray.config.yaml_text import read_written, write_yaml

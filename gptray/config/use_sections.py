@@ -1,12 +1,11 @@
-"""The config's sections of what is done with a trained model: generate, evaluate, serve.
+"""The config's sections of what is done with a trained model: generate, evaluate.
 
 Joined into one tree in `gptray.config`, from where everybody imports them.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,14 +16,11 @@ from gptray.config.suggest import did_you_mean, nearest
 from gptray.config.values import (
     Backend,
     NonEmpty,
-    NonNegative,
-    Positive,
     PositiveInt,
     Precision,
     Section,
 )
 
-_HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:]+\]")
 # The sample section's keys that hold for all rows of a batch job.
 _JOB_WIDE = ("prompt", "parse_special")
 
@@ -105,6 +101,16 @@ class GenerateConfig(Section):
         description="adapter to put on the model: a folder of PEFT's (LoRA), or a run that trained "
         "one; where no model is named, it is the one that the adapter was trained on",
     )
+    adapters: dict[str, str] | None = Field(
+        None,
+        description="adapters for the rows of a batch job by name, {tales: folder}, as "
+        "serve.adapters; generate.adapter_column says which row has which",
+    )
+    adapter_column: str | None = Field(
+        None,
+        description="column that names each row's adapter among generate.adapters; null or empty "
+        "text in it: the model itself",
+    )
     input_path: str | list[str] | None = Field(
         None,
         description="prompts: files, folders or globs of .parquet .jsonl .ndjson .json .csv .tsv "
@@ -145,6 +151,14 @@ class GenerateConfig(Section):
         "compiler in some seconds; auto: that or PyTorch (torch), whichever is faster where the "
         "engines run; on GPUs CUDA graphs and Triton",
     )
+
+    @model_validator(mode="after")
+    def _adapters_by_column(self) -> Self:
+        if (self.adapters is None) != (self.adapter_column is None):
+            raise ValueError("adapters and adapter_column go together; one alone is adapter")
+        if self.adapters is not None and self.adapter is not None:
+            raise ValueError("adapter is for all rows, adapters for some; give one of them")
+        return self
 
     @field_validator("settings_from_columns")
     @classmethod
@@ -209,96 +223,3 @@ class EvaluateConfig(Section):
             if kind not in QUANTIZED:
                 raise ValueError(f"takes {' and '.join(QUANTIZED)}, not {kind}")
         return list(dict.fromkeys(value))
-
-
-class ServeConfig(Section):
-    """The HTTP endpoint: what it serves, where, and what a client may ask for."""
-
-    model: str | None = Field(
-        None,
-        description="model to serve: a run by name or folder, a model folder or a hub id; "
-        "null: the run called name, else the newest in storage_path",
-    )
-    adapters: dict[str, str] | None = Field(
-        None,
-        description="adapters of the model that are served beside it, by name: {tales: folder} is "
-        "what clients call model:tales; folders of PEFT's (LoRA), or runs that trained one",
-    )
-    served_model_name: NonEmpty | None = Field(
-        None, description="what clients call the model; null: the name of its run or folder"
-    )
-    host: NonEmpty = Field(
-        "127.0.0.1", description="address to listen on; 0.0.0.0: all of the machine's"
-    )
-    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
-    api_key_file: str | None = Field(
-        None,
-        description="file of keys, one per line, of which clients must send one (Authorization: "
-        "Bearer); null: no key needed",
-    )
-    allowed_hosts: str | list[str] | None = Field(
-        None,
-        description="Host names accepted besides the machine's own, such as api.example.com or "
-        "*.example.com; *: any; null: none, or any if host is 0.0.0.0 or ::",
-    )
-    allowed_origins: str | list[str] | None = Field(
-        None,
-        description="web pages that may call from a browser, such as https://example.com; *: any "
-        "(CORS)",
-    )
-    num_replicas: PositiveInt = Field(
-        1, description="engines, each with its share of the cluster (Ray Serve)"
-    )
-    max_replicas: PositiveInt | None = Field(
-        None, description="replicas to grow to under load; null: always num_replicas"
-    )
-    max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
-    max_waiting: PositiveInt = Field(
-        128, description="sequences that may wait for an engine; beyond that the answer is 429"
-    )
-    max_body_bytes: PositiveInt = Field(1 << 20, description="longest body of a request")
-    max_prompts: PositiveInt = Field(
-        64, description="prompts of one request in the engine or its queue at a time; others follow"
-    )
-    max_n: PositiveInt = Field(16, description="outputs for one prompt")
-    max_outputs: PositiveInt = Field(
-        2048, description="outputs for one request, all prompts together"
-    )
-    max_output_tokens: PositiveInt | None = Field(
-        None,
-        description="most tokens for one output, whatever max_tokens asks for; null: as many as "
-        "the model's context holds",
-    )
-    max_stop: PositiveInt = Field(16, description="stop strings of one request")
-    max_logprobs: Annotated[int, Field(ge=0)] = Field(
-        20, description="most log-probabilities to return at each position"
-    )
-    body_timeout_s: Positive = Field(
-        20.0, description="seconds within which the body of a request must arrive"
-    )
-    request_timeout_s: Positive = Field(
-        300.0, description="seconds that one request may take, including its wait"
-    )
-    drain_timeout_s: NonNegative = Field(
-        30.0, description="seconds for running requests to finish when the server stops"
-    )
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _are_names(cls, given: str | list[str] | None) -> str | list[str] | None:
-        for name in [given] if isinstance(given, str) else given or []:
-            if not _HOST_NAME.fullmatch(name):
-                raise ValueError(
-                    f"{name!r} must be a name without scheme, port or path, such as "
-                    "api.example.com, *.example.com or *"
-                )
-        return given
-
-    @model_validator(mode="after")
-    def _replicas_grow(self) -> ServeConfig:
-        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
-            raise ValueError(
-                f"serve.max_replicas={self.max_replicas} must not be below "
-                f"serve.num_replicas={self.num_replicas}"
-            )
-        return self

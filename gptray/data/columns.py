@@ -33,6 +33,7 @@ class InputColumns:
     prompt_column: str | None  # None: prompts come from requests
     prompt_field: pa.Field
     settings: list[str]
+    adapter_column: str | None
     passed: list[tuple[pa.Field, str]]  # a column of the input, its name in the output
     metadata: dict[bytes, bytes]
     notes: list[str]  # what to tell, a line each
@@ -115,6 +116,9 @@ class FoundColumns:
     def check_names(self) -> None:
         """Raise UserError for names that clash with the job's own and types Parquet cannot hold."""
         passed_names(self.names, self._config, self.id_column, self.prompt_column)
+        adapter = self._config.adapter_column
+        if adapter is not None and adapter not in self.names:
+            raise UserError(no_column(adapter, self.names, key="generate.adapter_column"))
         for name in self._shapes:
             if not is_utf8(name):
                 raise UserError(
@@ -151,6 +155,7 @@ class FoundColumns:
             self.prompt_column,
             _own_field("prompt", self._prompt_field(fields), pa.string()),
             settings,
+            config.adapter_column,
             [(fields[name], new) for name, new in passed.items()],
             self._common_metadata(renamed=any(name != new for name, new in passed.items())),
             notes,

@@ -30,6 +30,8 @@ ReadRequest = Callable[[Values], RowRequest]
 # A staged part's own columns, in this order, before those that pass through: what the row sets for
 # itself (JSON), why it cannot run, its id, its prompt.
 SETTINGS, ERROR, ID, PROMPT = range(4)
+# Among a row's settings: the name of its adapter.
+ADAPTER = "adapter"
 STAGED = ("gptray.settings", "gptray.error", "id", "prompt")
 
 _OWN = {
@@ -103,6 +105,10 @@ def _declared(
 ) -> tuple[GenerateConfig, FoundColumns]:
     """The files' columns as far as the files themselves say, and the settings for such files."""
     requests = holds_requests(files, settings)
+    if requests and settings.adapter_column is not None:
+        raise UserError(
+            "generate.adapter_column does not go with OpenAI batch files, which have no columns"
+        )
     if requests and settings.id_column is None:
         settings = settings.model_copy(update={"id_column": ID_KEY})
     columns = FoundColumns(settings, None if requests else settings.prompt_column)
@@ -167,6 +173,13 @@ def output_schema(
     )
 
 
+def _with_adapter(request: RowRequest, adapter: object) -> RowRequest:
+    """A row with the adapter that its column names; whether there is one, the engine knows."""
+    if adapter in (None, ""):
+        return request
+    return request._replace(settings={**request.settings, ADAPTER: str(adapter)})
+
+
 def prompt_problem(value: object) -> str | None:
     """Why a prompt cannot run, if it cannot."""
     if value is None:
@@ -192,6 +205,9 @@ def _staged_batch(
             RowRequest(prompt, *read_settings({name: given[name][row] for name in given}))
             for row, prompt in enumerate(batch.values(columns.prompt_column))
         ]
+        if columns.adapter_column is not None:
+            adapters = batch.values(columns.adapter_column)
+            requests = list(map(_with_adapter, requests, adapters))
     errors = [request.error or prompt_problem(request.prompt) for request in requests]
     own = [
         pa.array([json.dumps(r.settings) if r.settings else None for r in requests], pa.string()),

@@ -18,11 +18,13 @@ import pyarrow as pa
 from gptray.config import SampleConfig, UserError
 from gptray.config.limits import SEEDS
 from gptray.data.parts import part_name, read_whole, write_part
-from gptray.data.prompts import ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
+from gptray.data.prompts import ADAPTER, ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
 from gptray.data.tokenizer import Tokenizer
+from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling, derived_seed, numbered_seed
+from gptray.model.adapter import adapted_name
 
 
 @dataclass
@@ -47,6 +49,7 @@ class _Row:
     """A row of the output: its sequence on the way, or what is wrong with it."""
 
     seed: int
+    adapter: str | None = None
     error: str | None = None
     prompt_tokens: int = 0
     sequence: Sequence | None = None
@@ -76,7 +79,7 @@ class PartWriter:
     """Runs staged parts (`gptray.data.prompts`) and writes their outputs into `output_dir`.
 
     num_samples: outputs of each row of a part. metadata goes into every file. model is the name in
-    the column of that name.
+    the column of that name. adapters: by the names that rows call them.
     """
 
     def __init__(
@@ -89,11 +92,13 @@ class PartWriter:
         num_samples: int,
         model: str,
         metadata: Mapping[str, str],
+        adapters: Mapping[str, PackedAdapter] | None = None,
     ) -> None:
         self.progress = Progress()
         self._engine, self._tokenizer, self._defaults = engine, tokenizer, defaults
         self._output_dir, self._num_samples = output_dir, num_samples
         self._model, self._metadata = model, dict(metadata)
+        self._adapters = adapters or {}
         self._parts: list[_Part] = []
 
     def feed(self, number: int, staged: Path) -> list[int]:
@@ -114,7 +119,12 @@ class PartWriter:
         """The rows of the output that a row of the input gives, their sequences under way."""
         own: dict[str, Any] = json.loads(settings) if settings else {}
         first: int = own.pop("seed", derived_seed(self._defaults.seed, name))
-        rows = [_Row(numbered_seed(first, sample), error) for sample in range(self._num_samples)]
+        adapter: str | None = own.pop(ADAPTER, None)
+        if adapter is not None and adapter not in self._adapters:
+            known = ", ".join(self._adapters)
+            error = error or f"the adapter {adapter!r} is none of generate.adapters ({known})"
+        seeds = [numbered_seed(first, sample) for sample in range(self._num_samples)]
+        rows = [_Row(seed, adapter, error) for seed in seeds]
         if error is not None:
             return rows
         try:
@@ -126,7 +136,9 @@ class PartWriter:
             row.prompt_tokens = len(tokens)
             try:
                 sampling = Sampling.of(self._defaults, seed=row.seed, **own)
-                row.sequence = self._engine.submit(Sequence(tokens, sampling))
+                row.sequence = self._engine.submit(
+                    Sequence(tokens, sampling, adapter=self._adapters.get(adapter or ""))
+                )
             except ValueError as problem:
                 row.error = str(problem)
         return rows
@@ -173,7 +185,10 @@ class PartWriter:
             "output_tokens": [len(one.drawn) if one else 0 for one in done],
             "seed": [_storable(row.seed) for row in rows],
             "error": [row.problem for row in rows],
-            "model": [self._model] * len(rows),
+            "model": [
+                adapted_name(self._model, row.adapter) if row.adapter else self._model
+                for row in rows
+            ],
         }
         given = {"id": staged.column(ID), "prompt": staged.column(PROMPT)}
         passed = [staged.column(place) for place in range(len(STAGED), staged.num_columns)]

@@ -11,46 +11,55 @@ values, E = head width.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gptray.generation.adapted_rows import AdaptedRows, PackedAdapter, Products
+from gptray.generation.cache import Cache
 from gptray.generation.choosing import top_candidates
 from gptray.generation.packed import PackedGPT
 from gptray.generation.sampling import Drawn, Row, draw
+from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 from gptray.model.precision import own_fp32
 
-# Keys are read up to a multiple of this: sums over them then group in the same way at any length.
-LENGTH_STEP = 32
 # Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any load.
 PIECE_TOKENS = 128
 # What `Network.prompt_tokens` is on a CPU.
 PROMPT_TOKENS = 512
-# Of each sequence, for which a cache takes memory at once.
-FIRST_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Piece:
     """A part of a prompt: its tokens stand at `start` and on, in the cache's `slot`.
 
-    scored: the logits after each of its tokens are asked for, not only after the last.
+    scored: the logits after each of its tokens are asked for, not only after the last. adapter: of
+    its text.
     """
 
     slot: int
     start: int
     tokens: Sequence[int]
     scored: bool = False
+    adapter: PackedAdapter | None = None
 
     @property
     def logits(self) -> int:
         """How many rows of logits are asked for."""
         return len(self.tokens) if self.scored else 1
+
+
+def adapters_of(
+    decoding: Sequence[object], pieces: Sequence[Piece], adapters: Sequence[PackedAdapter | None]
+) -> list[PackedAdapter | None]:
+    """Of every row of a step, see `Network.step`."""
+    own = list(adapters) or [None] * len(decoding)
+    assert len(own) == len(decoding), adapters
+    return own + [piece.adapter for piece in pieces for _ in piece.tokens]
 
 
 class Network(Protocol):
@@ -64,14 +73,19 @@ class Network(Protocol):
         decoding: Sequence[tuple[int, int]],
         pieces: Sequence[Piece],
         *,
+        adapters: Sequence[PackedAdapter | None] = (),
         alone: bool = False,
     ) -> Tensor:
         """Logits, fp32, after each decoding token and what each piece asks for, in this order.
 
         (D + the pieces' `logits`, V), valid until the next step; V is the vocabulary, padded with
         -inf. decoding: (token, position) of slots 0 .. D - 1. The step's keys and values are kept,
-        and what lower slots hold; alone: what all other slots hold.
+        and what lower slots hold; alone: what all other slots hold. adapters: of the decoding
+        sequences, as `pack` gave them; empty: none has one.
         """
+
+    def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
+        """An adapter of the network for its steps. Any thread may, but one at a time."""
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
         """See `gptray.generation.sampling.draw`."""
@@ -81,67 +95,6 @@ class Network(Protocol):
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy what is kept of the first `tokens` positions of one slot over another's."""
-
-
-class _Cache:
-    """Keys and values of every layer for S sequences of up to P tokens, in memory taken once.
-
-    Products are several times faster over keys that lie side by side than over slices of longer
-    rows. So each layer's memory is seen as (S, K, length, E) with the least `length` that holds
-    the longest sequence, and is laid out anew when that changes: once in LENGTH_STEP tokens. The
-    memory holds FIRST_TOKENS a sequence, and twice as many when that is too little.
-    """
-
-    def __init__(self, model: GPT, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        config = model.config
-        self._shape = slots, config.kv_heads, config.head_width
-        self._most = _rounded(config.n_positions)
-        self._room = min(self._most, FIRST_TOKENS)
-        self._memory = [
-            tuple(torch.zeros(self._numbers(), dtype=dtype, device=device) for _ in range(2))
-            for _ in range(config.n_layer)
-        ]
-        self.length = LENGTH_STEP
-        self.layers = [self._views(memory) for memory in self._memory]
-
-    def _numbers(self) -> int:
-        return math.prod(self._shape) * self._room
-
-    def fit(self, tokens: int, used: int) -> None:
-        """Make room for sequences of `tokens`, keeping what slots 0 .. used - 1 hold."""
-        length = _rounded(tokens)
-        # A sequence that ends often makes way for one as long: do not shrink for a little.
-        if self.length // 2 < length <= self.length:
-            return
-        kept = min(length, self.length)
-        self.length = length
-        while self._room < length:
-            self._room = min(2 * self._room, self._most)
-        for layer, (old_k, old_v) in enumerate(self.layers):
-            old = old_k[:used, :, :kept].clone(), old_v[:used, :, :kept].clone()
-            if self._memory[layer][0].numel() < self._numbers():
-                self._memory[layer] = tuple(old_k.new_zeros(self._numbers()) for _ in range(2))
-            keys, values = self.layers[layer] = self._views(self._memory[layer])
-            keys[:used, :, :kept], values[:used, :, :kept] = old
-
-    def grow(self, tokens: int) -> None:
-        """Make room for a sequence of `tokens`, keeping all that all slots hold."""
-        self.fit(max(tokens, self.length), self._shape[0])
-
-    def move(self, source: int, target: int, tokens: int) -> None:
-        for keys, values in self.layers:
-            keys[target, :, :tokens] = keys[source, :, :tokens]
-            values[target, :, :tokens] = values[source, :, :tokens]
-
-    def _views(self, memory: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        slots, heads, width = self._shape
-        shape = slots, heads, self.length, width
-        keys, values = (one[: math.prod(shape)].view(shape) for one in memory)
-        return keys, values
-
-
-def _rounded(tokens: int) -> int:
-    return -(-tokens // LENGTH_STEP) * LENGTH_STEP
 
 
 class Decoder:
@@ -155,9 +108,10 @@ class Decoder:
     def __init__(
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
+        self._config = model.config
         self._packed = PackedGPT(model, dtype, quantize=quantize)
         self._device = self._packed.device
-        self._cache = _Cache(model, slots, dtype=dtype, device=self._device)
+        self._cache = Cache(model, slots, dtype=dtype, device=self._device)
         self._heads = model.config.n_head + 2 * model.config.kv_heads
         self._windows = [model.config.window(layer) for layer in range(model.config.n_layer)]
 
@@ -168,6 +122,7 @@ class Decoder:
         decoding: Sequence[tuple[int, int]],
         pieces: Sequence[Piece],
         *,
+        adapters: Sequence[PackedAdapter | None] = (),
         alone: bool = False,
     ) -> Tensor:
         """See `Network`."""
@@ -191,8 +146,13 @@ class Decoder:
             heads = qkv.view(len(qkv), self._heads, -1)
             return plan.attend(heads, *self._cache.layers[layer], self._windows[layer])
 
-        x = self._packed.hidden(ids, place, attend)
+        rows = AdaptedRows(adapters_of(decoding, pieces, adapters), self._device)
+        x = self._packed.hidden(ids, place, attend, rows.run)
         return self._packed.logits(x if len(asked) == len(x) else x[asked])
+
+    def pack(self, layers: Mapping[str, LowRank]) -> Products:
+        """See `Network`."""
+        return Products(layers, self._config, self._packed.dtype, self._device)
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
         """See `Network`."""

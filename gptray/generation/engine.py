@@ -12,12 +12,13 @@ from __future__ import annotations
 import gc
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from gptray.data.tokenizer import Tokenizer
+from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.decoder import Decoder, Network, Piece
 from gptray.generation.graphs import GraphDecoder
 from gptray.generation.native_decoder import NativeDecoder
@@ -25,6 +26,7 @@ from gptray.generation.sampling import Drawn
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import check_context
 from gptray.generation.utf8 import Utf8
+from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 from gptray.model.no_graphs import why_no_graphs
 
@@ -80,6 +82,10 @@ class Engine:
     def waiting(self) -> int:
         """Sequences without a slot yet."""
         return len(self._waiting)
+
+    def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
+        """An adapter for sequences here, see `Network.pack`; not with the backend "graph"."""
+        return self._network.pack(layers)
 
     def check(self, sequence: Sequence) -> None:
         """Raise ValueError if a sequence can never run, naming what is wrong. Any thread may.
@@ -149,7 +155,8 @@ class Engine:
         if not decoding and not reading:
             return []
         try:
-            logits = self._network.step(decoding, [piece for _, piece in reading])
+            own = [sequence.adapter for sequence in self._decoding]
+            logits = self._network.step(decoding, [piece for _, piece in reading], adapters=own)
         except Exception as error:
             return self._end_guilty(error, reading)
         logits = self._take_prompts(logits, reading)
@@ -215,10 +222,7 @@ class Engine:
         """
         if isinstance(error, MemoryError):
             raise error
-        last = [
-            (sequence, Piece(slot, len(sequence.history) - 1, sequence.history[-1:]))
-            for slot, sequence in enumerate(self._decoding)
-        ]
+        last = [(one, one.last_piece(slot)) for slot, one in enumerate(self._decoding)]
         guilty = [
             (sequence, piece, fault)
             for sequence, piece in last + reading

@@ -11,11 +11,12 @@ Shapes: S slots, N rows of a pass, H heads, E = head width, P positions, V padde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.choosing import top_candidates
 from gptray.generation.decoder import PIECE_TOKENS, Piece
 from gptray.generation.gpu_kernels import attend
@@ -23,6 +24,7 @@ from gptray.generation.graph_sampler import GraphSampler
 from gptray.generation.packed import PackedGPT
 from gptray.generation.recording import Graphs, Mirror
 from gptray.generation.sampling import Drawn, Row
+from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 
 # Rows of the pass that reads prompts.
@@ -71,9 +73,11 @@ class GraphDecoder:
         decoding: Sequence[tuple[int, int]],
         pieces: Sequence[Piece],
         *,
+        adapters: Sequence[PackedAdapter | None] = (),
         alone: bool = False,
     ) -> Tensor:
         """See `gptray.generation.decoder.Network`; slots never disturb each other here."""
+        assert not any(adapters), "graphs take no adapters"
         tokens = [token for token, _ in decoding]
         positions = [position for _, position in decoding]
         slots = list(range(len(decoding)))
@@ -110,6 +114,10 @@ class GraphDecoder:
             parts.append(logits[row : row + 1])
             read += count
         return torch.cat(parts)
+
+    def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
+        """Not here: an engine with adapters runs another decoder."""
+        raise AssertionError("graphs take no adapters")
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
         """See `gptray.generation.decoder.Network`."""

@@ -9,9 +9,12 @@ import torch
 
 from gptray.config import Config, ModelConfig, UserError
 from gptray.data.tokenizer import Tokenizer
+from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.engine import Engine
 from gptray.generation.step_timing import faster_decoder
-from gptray.model.adapter_files import load_adapted
+from gptray.model.adapter import Base
+from gptray.model.adapter_files import load_adapted, load_low_rank
+from gptray.model.adapter_folder import open_adapter
 from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu
 from gptray.model.memory import keep_freed_memory
@@ -25,14 +28,18 @@ log = logging.getLogger("gptray")
 
 
 def open_engine(
-    folder: str | Path, config: Config, *, max_batch_size: int | None = None
+    folder: str | Path,
+    config: Config,
+    *,
+    max_batch_size: int | None = None,
+    takes_adapters: bool = False,
 ) -> tuple[Engine, Tokenizer]:
     """The engine of a model folder, by the config's generate and quantize sections; its tokenizer.
 
     generate.adapter is merged into the model.
 
     max_batch_size: sequences at a time; None: generate.max_batch_size. On a GPU where
-    compute.use_gpu says so.
+    compute.use_gpu says so. takes_adapters: see `pack_adapter`; on GPUs PyTorch then generates.
     Raises UserError naming what is wrong with the folder, or why there is no such backend or GPU.
     """
     generate, device = config.generate, "cuda" if config.compute.use_gpu else "cpu"
@@ -47,7 +54,9 @@ def open_engine(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding "
             f"only {shape['vocab_size']:,} rows"
         )
-    picked = decoder_backend(config, ModelConfig(**shape), max_batch_size=slots)
+    picked = decoder_backend(
+        config, ModelConfig(**shape), max_batch_size=slots, takes_adapters=takes_adapters
+    )
     if device == "cpu" and generate.adapter is None:
         model = unread_network(folder)
     else:
@@ -61,13 +70,20 @@ def open_engine(
         max_batch_size=slots,
         dtype=pick_dtype(generate.precision, device, key="generate.precision"),
         quantize=config.quantize.weights,
-        backend="graph" if picked == "auto" else picked,
+        backend=picked if picked != "auto" else "torch" if takes_adapters else "graph",
     )
     keep_freed_memory()  # from now on: what packing the weights has freed goes back
     return engine, tokenizer
 
 
-def decoder_backend(config: Config, shape: ModelConfig, *, max_batch_size: int) -> str:
+def pack_adapter(engine: Engine, base: Base, source: str | Path) -> PackedAdapter:
+    """The adapter in a folder for sequences of an engine of its base. Raises UserError."""
+    return engine.pack(load_low_rank(base, open_adapter(source, base)))
+
+
+def decoder_backend(
+    config: Config, shape: ModelConfig, *, max_batch_size: int, takes_adapters: bool = False
+) -> str:
     """What `generate.backend` means here: native, torch, or auto on GPUs, where there is one kind.
 
     Says why, where it is chosen: see `faster_decoder`, also for the arguments. Raises UserError
@@ -79,7 +95,9 @@ def decoder_backend(config: Config, shape: ModelConfig, *, max_batch_size: int) 
         return config.generate.backend
     if use_gpu:
         return "auto"
-    choice = faster_decoder(config, shape, max_batch_size=max_batch_size)
+    choice = faster_decoder(
+        config, shape, max_batch_size=max_batch_size, takes_adapters=takes_adapters
+    )
     log.info("%s", choice.why)
     return choice.backend
 

@@ -6,16 +6,20 @@ Does what `gptray.generation.decoder` does with PyTorch, on some processors abou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_void_p
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gptray.generation.decoder import FIRST_TOKENS, PROMPT_TOKENS, Piece
-from gptray.generation.native_weights import DTYPES, NativeWeights, room
+from gptray.generation.adapted_rows import PackedAdapter
+from gptray.generation.cache import FIRST_TOKENS
+from gptray.generation.decoder import PROMPT_TOKENS, Piece, adapters_of
+from gptray.generation.native_adapter import NativeAdapter, tables
+from gptray.generation.native_weights import DTYPES, NativeWeights, Rooms, room
 from gptray.generation.sampling import Drawn, Row, draw
+from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 from gptray.native import abi
 from gptray.native.abi import INT8_GROUP, PANEL, load_library
@@ -40,16 +44,17 @@ class NativeDecoder:
     def __init__(
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
-        config = model.config
+        self._config = config = model.config
         self._library = load_library(key=GENERATE_KEY)
         kept = abi.BF16 if dtype == torch.bfloat16 else abi.FP32
+        self._kept, self._rooms = kept, Rooms()
         weights = NativeWeights(model, dtype, quantize)
         self._model, self._weights = weights.model(), weights
         self._vocab_size = model.valid_vocab_size
-        # Numbers of a token: x, made, attended, wide, words.
+        # Numbers of a token: x, made, attended; wide, words.
         H, K, E, C = config.n_head, config.kv_heads, config.head_width, config.n_embd
         widest = _rounded(max(C, H * E, config.inner), INT8_GROUP)
-        self._widths = C, C, H * E, max((H + 2 * K) * E, config.inner), widest
+        self._widths = (C, C, H * E), (max((H + 2 * K) * E, config.inner), widest)
         self._cache = _Cache((config.n_layer, slots, K, config.n_positions, E), kept)
         self._scratch = torch.empty(0)
 
@@ -59,6 +64,7 @@ class NativeDecoder:
         decoding: Sequence[tuple[int, int]],
         pieces: Sequence[Piece],
         *,
+        adapters: Sequence[PackedAdapter | None] = (),
         alone: bool = False,
     ) -> Tensor:
         """See `gptray.generation.decoder.Network`; slots never disturb each other here."""
@@ -78,12 +84,15 @@ class NativeDecoder:
         rows = [np.array(numbers, np.int32) for numbers in (tokens, slots, positions, asked)]
         logits = torch.empty(len(asked), _rounded(self._vocab_size, PANEL))
         logits[:, self._vocab_size :] = float("-inf")
+        own, most_rank = tables(adapters_of(decoding, pieces, adapters))
         step = abi.Step(
             *(numbers.ctypes.data for numbers in rows),
+            own,
             len(tokens),
             len(asked),
             len(set(slots)) == len(slots),
-            *self._scratch_for(len(tokens)),
+            most_rank,
+            *self._scratch_for(len(tokens), most_rank),
             abi.Float.from_param(logits),
             logits.size(1),
         )
@@ -108,9 +117,14 @@ class NativeDecoder:
         """See `gptray.generation.decoder.Network`."""
         self._cache.move(source, target, tokens)
 
-    def _scratch_for(self, rows: int) -> list[int]:
-        """Where a step's x, made, attended, wide and words are."""
-        sizes = [rows * numbers for numbers in self._widths]
+    def pack(self, layers: Mapping[str, LowRank]) -> NativeAdapter:
+        """See `gptray.generation.decoder.Network`."""
+        return NativeAdapter(layers, self._config, self._kept, self._rooms)
+
+    def _scratch_for(self, rows: int, most_rank: int) -> list[int]:
+        """Where a step's x, made, attended, narrow, wide and words are."""
+        before, after = self._widths
+        sizes = [rows * numbers for numbers in (*before, most_rank, *after)]
         if self._scratch.numel() < sum(sizes):
             self._scratch = torch.empty(sum(sizes))
         starts = np.cumsum([0, *sizes[:-1]]) * self._scratch.element_size()

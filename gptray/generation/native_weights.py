@@ -27,6 +27,21 @@ ALIGNMENT = 64
 ACTIVATIONS = {"gelu_new": abi.GELU_TANH, "gelu": abi.GELU, "swiglu": abi.SWIGLU}
 
 
+class Rooms:
+    """Memory for weights that are read one after another, side by side."""
+
+    def __init__(self) -> None:
+        self._room = room((0,), torch.uint8)
+
+    def place(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory behind that given before; a room lasts as long as anything in it."""
+        size = math.prod(shape) * dtype.itemsize
+        if len(self._room) < size:
+            self._room = room((max(size, ROOM_BYTES),), torch.uint8)
+        place, self._room = self._room[:size], self._room[-(-size // ALIGNMENT) * ALIGNMENT :]
+        return place.view(dtype).view(*shape)
+
+
 class NativeWeights:
     """Packs weights as one kind of numbers, and keeps alive what the library points to.
 
@@ -37,7 +52,7 @@ class NativeWeights:
         self._model, self._dtype, self._quantize = model, dtype, quantize
         self.count = 0  # of all linear layers
         self._kept: list[Tensor] = []
-        self._room = room((0,), torch.uint8)
+        self._rooms = Rooms()
 
     def model(self) -> abi.Model:
         """The whole network. Raises UserError for weights that cannot be read."""
@@ -101,15 +116,20 @@ class NativeWeights:
         pack = self._gated if config.mlp == "swiglu" else self._linear
         # The scores' scale is in the rows that make q, unless a norm comes after them.
         scale: float = config.head_width**-0.5
+        linear = (
+            self._attention_input(attention, 1.0 if config.qk_norm else scale),
+            self._layer(attention.c_proj),
+            pack(self._whole(c_fc.weight), self._bias(c_fc.bias)),
+            self._layer(block.mlp.c_proj),
+        )
+        for number, one in enumerate(linear, start=layer * len(linear)):
+            one.number = number
         return abi.Block(
             self._norm(block.ln_1),
             self._norm(block.ln_2),
             self._norm(attention.q_norm, scale),
             self._norm(attention.k_norm),
-            self._attention_input(attention, 1.0 if config.qk_norm else scale),
-            self._layer(attention.c_proj),
-            pack(self._whole(c_fc.weight), self._bias(c_fc.bias)),
-            self._layer(block.mlp.c_proj),
+            *linear,
             config.window(layer) or config.n_positions,
             config.rotary_width if config.rotates(layer) else 0,
         )
@@ -151,6 +171,7 @@ class NativeWeights:
             inputs,
             outputs,
             number,
+            -1,
         )
 
     def _panels(self, weight: Tensor, kind: int) -> Tensor:
@@ -159,7 +180,7 @@ class NativeWeights:
         word = 4 // dtype.itemsize
         padded = F.pad(weight, (0, -weight.size(1) % word, 0, -len(weight) % PANEL)).to(dtype)
         panels = padded.view(-1, PANEL, padded.size(1) // word, word).transpose(1, 2)
-        return self._place(panels.shape, dtype).copy_(panels)
+        return self._keep(self._rooms.place(panels.shape, dtype).copy_(panels))
 
     def _groups(self, weight: QuantizedWeight) -> Tensor:
         """int4 weights as [panel][group] of grouped_decode.h's PanelGroup, in bytes."""
@@ -172,26 +193,11 @@ class NativeWeights:
         scales = F.pad(weight.scales, (0, 0, 0, below)).view(-1, PANEL, pairs.size(1))
         both = pairs.flatten(2), scales.transpose(1, 2).contiguous().view(torch.uint8)
         width = sum(part.size(2) for part in both)
-        placed = self._place((*pairs.shape[:2], width), torch.uint8)
-        return torch.cat(both, dim=2, out=placed)
-
-    def _place(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory for weights, behind those before."""
-        size = math.prod(shape) * dtype.itemsize
-        if len(self._room) < size:
-            self._room = self._keep(room((max(size, ROOM_BYTES),), torch.uint8))
-        place, self._room = self._room[:size], self._room[-(-size // ALIGNMENT) * ALIGNMENT :]
-        return place.view(dtype).view(*shape)
+        placed = self._rooms.place((*pairs.shape[:2], width), torch.uint8)
+        return self._keep(torch.cat(both, dim=2, out=placed))
 
     def _gated(self, weight: Tensor, bias: Tensor | None) -> abi.Linear:
-        """A layer of gates and what they let through, half a panel of each in every panel."""
-
-        def woven(both: Tensor) -> Tensor:
-            inner = len(both) // 2
-            halves = F.pad(both.view(2, inner, -1), (0, 0, 0, -inner % (PANEL // 2)))
-            blocks = halves.view(2, -1, PANEL // 2, halves.size(2))
-            return blocks.transpose(0, 1).flatten(0, 2)
-
+        """A layer of gates and what they let through."""
         return self._linear(woven(weight), None if bias is None else woven(bias).flatten())
 
     def _layer(self, layer: nn.Linear) -> abi.Linear:
@@ -206,6 +212,14 @@ class NativeWeights:
         return self._linear(
             self._whole(layer.weight), None if bias is None else bias * factors, factors=factors
         )
+
+
+def woven(both: Tensor) -> Tensor:
+    """Rows of gates and then of what they let through, half a panel of each in every panel."""
+    inner = len(both) // 2
+    halves = F.pad(both.view(2, inner, -1), (0, 0, 0, -inner % (PANEL // 2)))
+    blocks = halves.view(2, -1, PANEL // 2, halves.size(2))
+    return blocks.transpose(0, 1).flatten(0, 2)
 
 
 def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptray.config import ModelConfig
+from gptray.generation.adapted_rows import LAYERS, Layer, Run, run_plain
 from gptray.generation.choosing import CHUNK
 from gptray.generation.products import Product, product
 from gptray.model.gpt import GPT, Block
@@ -56,7 +58,8 @@ class PackedGPT:
         self._wpe = None if self._rotary else whole(transformer.wpe.weight)
         del wte
         self._blocks = [
-            _block(cast(Block, block), config, whole, dtype, quantize) for block in transformer.h
+            _block(cast(Block, block), layer, config, whole, dtype, quantize)
+            for layer, block in enumerate(transformer.h)
         ]
         self._ln_f = _norm(transformer.ln_f, whole, dtype)
 
@@ -65,7 +68,9 @@ class PackedGPT:
         """Where the weights are."""
         return self._wte.device
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, run: Run = run_plain
+    ) -> Tensor:
         """What the last block gives for N tokens at their positions, (N, C)."""
         x, angles = F.embedding(tokens, self._wte), None
         if self._rotary:
@@ -74,7 +79,7 @@ class PackedGPT:
             x = x + F.embedding(positions, self._wpe)
         x = x.to(self.dtype)
         for layer, block in enumerate(self._blocks):
-            x = block(x, angles, partial(attend, layer))
+            x = block(x, angles, partial(attend, layer), run)
         return x
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -129,34 +134,33 @@ class _Queries:
 @dataclass(frozen=True)
 class _Block:
     ln_1: _Norm
-    c_attn: Product
+    c_attn: Layer
     queries: _Queries
-    attn_proj: Product
+    attn_proj: Layer
     ln_2: _Norm
-    c_fc: Product
-    mlp_proj: Product
+    c_fc: Layer
+    mlp_proj: Layer
     is_gated: bool
     residual: bool
     parallel: bool
     post_norm: bool
 
     def __call__(
-        self, x: Tensor, angles: Angles | None, attend: Callable[[Tensor], Tensor]
+        self, x: Tensor, angles: Angles | None, attend: Callable[[Tensor], Tensor], run: Run
     ) -> Tensor:
         first, second = (_same, _same) if self.post_norm else (self.ln_1, self.ln_2)
-        qkv = self.queries(self.c_attn(first(x)), angles)
-        y = self._add(self.attn_proj, attend(qkv), self.ln_1, x if self.residual else None)
-        inner = self.c_fc(second(x if self.parallel else y))
+        qkv = self.queries(run(self.c_attn, first(x)), angles)
+        y = self._add(run, self.attn_proj, attend(qkv), self.ln_1, x if self.residual else None)
+        inner = run(self.c_fc, second(x if self.parallel else y))
         if self.is_gated:
             inner = activation(inner, "swiglu")
-        return self._add(
-            self.mlp_proj, inner, self.ln_2, y if self.residual or self.parallel else None
-        )
+        to = y if self.residual or self.parallel else None
+        return self._add(run, self.mlp_proj, inner, self.ln_2, to)
 
-    def _add(self, proj: Product, inner: Tensor, norm: _Norm, to: Tensor | None) -> Tensor:
+    def _add(self, run: Run, proj: Layer, inner: Tensor, norm: _Norm, to: Tensor | None) -> Tensor:
         if not self.post_norm:
-            return proj(inner, to)
-        made = norm(proj(inner))
+            return run(proj, inner, to)
+        made = norm(run(proj, inner))
         return made if to is None else to + made
 
 
@@ -174,13 +178,15 @@ def _norm(module: nn.Module | None, whole: Whole, dtype: torch.dtype, scale: flo
 
 
 def _block(
-    block: Block, config: ModelConfig, whole: Whole, dtype: torch.dtype, quantize: str
+    block: Block, layer: int, config: ModelConfig, whole: Whole, dtype: torch.dtype, quantize: str
 ) -> _Block:
     attention = block.attn
+    numbers = count(layer * len(LAYERS))
 
-    def packed(layer: nn.Linear, gelu: str | None = None) -> Product:
+    def packed(layer: nn.Linear, gelu: str | None = None) -> Layer:
         bias = None if layer.bias is None else whole(layer.bias)
-        return product(whole(layer.weight), bias, dtype, quantized=quantize, gelu=gelu)
+        made = product(whole(layer.weight), bias, dtype, quantized=quantize, gelu=gelu)
+        return Layer(next(numbers), made)
 
     # The scores' scale is in the rows that make q, unless a norm comes after them.
     scale = 1.0 / math.sqrt(config.head_width)
@@ -197,8 +203,12 @@ def _block(
         c_attn=(
             packed(attention.c_attn)
             if config.qk_norm
-            else _scaled(
-                attention.c_attn, config.n_head * config.head_width, scale, whole, dtype, quantize
+            else Layer(
+                next(numbers),
+                _scaled(
+                    *(attention.c_attn, config.n_head * config.head_width, scale),
+                    *(whole, dtype, quantize),
+                ),
             )
         ),
         queries=queries,

@@ -20,7 +20,7 @@ ONE_ROW_WIDTH = 1024
 
 
 class Product(Protocol):
-    """x (N, in) -> x W^T + b (N, out), through a GELU or plus `add` (N, out)."""
+    """x (N, in) -> x W^T + b (N, out), plus `add` (N, out), through a GELU if it has one."""
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor: ...
 
@@ -60,9 +60,9 @@ class _Dense:
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         y = F.linear(x, self._weight, self._bias)
-        if self._gelu:
-            y = F.gelu(y, approximate=self._gelu)
-        return y if add is None else y + add
+        if add is not None:
+            y = y + add
+        return F.gelu(y, approximate=self._gelu) if self._gelu else y
 
 
 class _Packed:
@@ -81,6 +81,7 @@ class _Packed:
         y: Tensor
         if add is not None:
             y = torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
+            y = F.gelu(y, approximate=self._gelu) if self._gelu else y
         elif self._gelu:
             y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], self._gelu)
         else:
@@ -139,6 +140,8 @@ class _Int8:
             "",
         )
         y = torch.addcmul(self._bias, y, scale)
+        if add is not None:
+            y = y + add
         if self._gelu:
             y = F.gelu(y, approximate=self._gelu)
-        return (y if add is None else y + add).to(self._dtype)
+        return y.to(self._dtype)

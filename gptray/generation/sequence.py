@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from gptray.data.tokenizer import Tokenizer
+from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.choosing import Top
 from gptray.generation.decoder import PIECE_TOKENS, Piece
 from gptray.generation.detokenize import Decode, TextStream, decode_after
@@ -30,6 +31,7 @@ class Sequence:
     live_text: keep `text` up to date at every token, not only at the end.
     prompt_logprobs: how many of the likeliest tokens to report at each of the prompt's; None
     reports none. With it `sampling.max_new_tokens` may be 0: the prompt is read, no more.
+    adapter: of the engine's model, packed by the engine.
 
     scored: with `prompt_logprobs` the prompt's tokens, complete as soon as there is a new one; the
     first has no log-probability. drawn: the new tokens. end: the end-of-text token if that ended
@@ -42,6 +44,7 @@ class Sequence:
     row: int = 0
     live_text: bool = False
     prompt_logprobs: int | None = None
+    adapter: PackedAdapter | None = None
 
     scored: list[Drawn] = field(init=False, default_factory=list)
     drawn: list[Drawn] = field(init=False, default_factory=list)
@@ -111,7 +114,12 @@ class Sequence:
         start = self.read
         part = self.history[start : start + PIECE_TOKENS]
         self.read += len(part)
-        return Piece(slot, start, part, scored=self.prompt_logprobs is not None)
+        scored = self.prompt_logprobs is not None
+        return Piece(slot, start, part, scored=scored, adapter=self.adapter)
+
+    def last_piece(self, slot: int) -> Piece:
+        """The last token alone, after which the next is drawn."""
+        return Piece(slot, len(self.history) - 1, self.history[-1:], adapter=self.adapter)
 
     def score(self, piece: Piece, logits: Tensor, top: Top) -> None:
         """Take in the log-probabilities of the prompt's tokens after each of a piece's."""

@@ -24,13 +24,18 @@ POSITIONS = 256
 TOP_K = 50
 
 
-def faster_decoder(config: Config, shape: ModelConfig, *, max_batch_size: int) -> Choice:
+def faster_decoder(
+    config: Config, shape: ModelConfig, *, max_batch_size: int, takes_adapters: bool = False
+) -> Choice:
     """What `generate.backend` auto means on this process's cores, for a network of a shape.
 
     shape: its vocab_size is the rows of the embedding. max_batch_size: sequences of a step.
+    takes_adapters: PyTorch calls several functions a layer for each adapter, and is not timed.
     """
     if missing := why_not_native(use_gpu=False, look_at_cache=True):
         return pytorch_since(GENERATE_KEY, missing)
+    if takes_adapters:
+        return Choice("native", f"{GENERATE_KEY}: native, the faster one with adapters")
     dtype = pick_dtype(config.generate.precision, "cpu", key="generate.precision")
     work = {
         "of": "decoding",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -11,13 +13,15 @@ from gptray.config import Config, UserError
 from gptray.files import absolute, is_uri, sha256_of
 from gptray.jobs.models import run_named
 from gptray.model.adapter import ADAPTER, CONFIG, WEIGHTS, Base, adapted_name
-from gptray.model.adapter_folder import adapter_folder, open_adapter
+from gptray.model.adapter_folder import Adapter, adapter_folder, check_products, open_adapter
 from gptray.stored import read_foreign
 
 # Sections with the keys `model` and `adapter`.
 WithAdapter = Literal["evaluate", "generate"]
 # What YAML takes in a mapping as it is.
 _PLAIN = re.compile(r"[\w./-]+")
+# Those with `adapters`.
+WithAdapters = Literal["generate", "serve"]
 
 
 def with_adapter(config: Config, section: WithAdapter) -> Config:
@@ -35,26 +39,41 @@ def with_adapter(config: Config, section: WithAdapter) -> Config:
     return config.model_copy(update={section: used.model_copy(update=change)})
 
 
-def with_adapters(config: Config) -> Config:
-    """As `with_adapter`, of serve.adapters."""
-    serve = config.serve
-    if not serve.adapters:
+def with_adapters(config: Config, section: WithAdapters) -> Config:
+    """As `with_adapter`, of the section's `adapters`: by their names, or all in a folder."""
+    used = getattr(config, section)
+    if not used.adapters:
         return config
-    key = "serve.adapters"
-    found = {name: _found(config, one, key=key) for name, one in serve.adapters.items()}
-    model = serve.model or _base_of(next(iter(found.values())), key=key)
-    change = {"adapters": {name: str(folder) for name, folder in found.items()}, "model": model}
-    return config.model_copy(update={"serve": serve.model_copy(update=change)})
+    key, adapters = f"{section}.adapters", used.adapters
+    if isinstance(adapters, str):
+        folder = _folder_of_adapters(adapters, key=key)
+        first, adapters = next(_adapters_in(folder), None), str(folder)
+    else:
+        found = {name: _found(config, one, key=key) for name, one in adapters.items()}
+        first, adapters = next(iter(found.values())), {k: str(one) for k, one in found.items()}
+    model = used.model or (first and _base_of(first, key=key))
+    change = {"adapters": adapters, "model": model}
+    return config.model_copy(update={section: used.model_copy(update=change)})
 
 
 def check_adapter(source: str | None, model: Path, *, key: str) -> None:
     """Refuse an adapter that does not fit the model in a folder. Raises UserError with the key."""
-    if source is None:
-        return
-    try:
-        open_adapter(source, Base(str(model), model))
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
+    if source is not None:
+        _opened(source, Base(str(model), model), key=key)
+
+
+def check_adapters(sources: Mapping[str, str] | str | None, model: Path, *, key: str) -> None:
+    """As `check_adapter`, of adapters that run beside the model, by their names.
+
+    Those in a folder are looked at by whoever serves them.
+    """
+    base = Base(str(model), model)
+    for source in sources.values() if isinstance(sources, Mapping) else ():
+        adapter = _opened(source, base, key=key)
+        try:
+            check_products(adapter)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 def adapter_sha256(source: str | None) -> str | None:
@@ -83,6 +102,34 @@ def _name(source: str) -> str:
     """That of an adapter's run or folder."""
     folder = Path(source)
     return folder.parent.name if folder.name == ADAPTER else folder.name
+
+
+def _opened(source: str, base: Base, *, key: str) -> Adapter:
+    try:
+        return open_adapter(source, base)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def _folder_of_adapters(source: str, *, key: str) -> Path:
+    """A folder that has adapters in it, now or later. Raises UserError."""
+    if is_uri(source):
+        raise UserError(f"{key}={source}: adapters are taken from a folder, not from a URI")
+    folder = absolute(source, key=key)
+    if not folder.is_dir():
+        raise UserError(f"{key}: {folder}: no such folder")
+    if (folder / CONFIG).is_file():
+        raise UserError(
+            f"{key}: {folder} is an adapter, not a folder of them; to serve it alone, name it: "
+            f"'{key}={{{folder.name}: {source}}}'"
+        )
+    return folder
+
+
+def _adapters_in(folder: Path) -> Iterator[Path]:
+    for place in sorted(folder.iterdir()):
+        with suppress(UserError):  # something else
+            yield adapter_folder(place)
 
 
 def _base_of(folder: Path, *, key: str) -> str:

@@ -6,7 +6,9 @@ What a folder must be is `gptray.model.adapter`'s.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ from gptray.model.adapter import (
     replaced_parts,
     writes_copy,
 )
-from gptray.model.adapter_folder import Adapter, open_adapter
+from gptray.model.adapter_folder import Adapter, check_products, open_adapter
 from gptray.model.gpt import GPT
 from gptray.model.hf import from_file, load_pretrained, load_weights, save_pretrained, to_file
 from gptray.model.lora import LoRALinear, add_adapters, freeze
@@ -166,6 +168,45 @@ def save_merged(
 
     model.whole = whole
     save_pretrained(model, folder, eos_token_id=eos_token_id, bos_token_id=bos_token_id)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a linear layer: x A^T B^T, a (R, inputs) and b (outputs, R), fp32.
+
+    Its scale is in B. Of layers that lie side by side in the network, R is the sum of their ranks.
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+def load_low_rank(base: Base, adapter: Adapter) -> dict[str, LowRank]:
+    """What an adapter adds to parameters of the base, by their names in the network.
+
+    Raises UserError for files that are damaged, numbers that are not finite, and an adapter that
+    replaces weights: see `gptray.model.adapter_folder.check_products`.
+    """
+    check_products(adapter)
+    path, stored = adapter.folder / WEIGHTS, _tensors(adapter)
+    parts = dict[str, list[Part]]()
+    for part in adapter.adapted:
+        parts.setdefault(part.parameter, []).append(part)
+    outputs = Counter[str]()
+    for part in base.parts:
+        outputs[part.parameter] += part.rows
+    found = {}
+    for parameter, own in parts.items():
+        each = [stored[PREFIX + module_of(part) + A].float() for part in own]
+        a, b = torch.cat(each), torch.zeros(outputs[parameter], sum(map(len, each)))
+        for part, ranks in zip(own, torch.split(b, list(map(len, each)), 1), strict=True):
+            narrow = stored[PREFIX + module_of(part) + B].float()
+            rows = _rows(narrow, part, base.config, from_file)
+            ranks[part.start : part.start + part.rows] = adapter.lora.scale * rows
+        if not bool((a.sum() + b.sum()).isfinite()):
+            raise UserError(f"{path}: the numbers for {module_of(own[0])} are not finite")
+        found[parameter] = LowRank(a, b)
+    return found
 
 
 def load_adapted(source: str | Path, adapter: str | Path | None) -> GPT:

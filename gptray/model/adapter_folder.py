@@ -109,6 +109,19 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
     return adapter
 
 
+def check_products(adapter: Adapter) -> None:
+    """Refuse an adapter that replaces weights: it cannot share them with its base.
+
+    Raises UserError.
+    """
+    if adapter.replaced:
+        names = ", ".join(sorted({module_of(part) for part in adapter.replaced})[:3])
+        raise UserError(
+            f"{adapter.folder}: it replaces weights of its base ({names}), so it cannot run beside "
+            "it; name the merged model instead, which its run has in model/"
+        )
+
+
 def _lora_of(path: Path, raw: Mapping[str, object]) -> LoraConfig:
     """Raises UserError for what is not LoRA, or more than that."""
     if raw.get("peft_type") != "LORA":

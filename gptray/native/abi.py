@@ -21,6 +21,8 @@ PANEL = 64
 LANES = 16
 # Inputs that share a scale: of int4 weights, and of a row that int8 weights are multiplied by.
 GROUP, INT8_GROUP = 32, 128
+# Sums of an adapter that are made side by side.
+RANK_STEP = 4
 # Parts that the rows of a layer norm's gradients are summed in.
 NORM_PARTS = 32
 FP32, BF16, INT8, INT4 = range(4)
@@ -80,6 +82,17 @@ class Linear(Structure):
         ("inputs", c_int32),
         ("outputs", c_int32),
         ("kind", c_int32),
+        ("number", c_int32),
+    )
+
+
+class LowRank(Structure):
+    _fields_ = (
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("rank", c_int32),
+        ("kind", c_int32),
+        ("inputs", c_int32),
     )
 
 
@@ -134,12 +147,15 @@ class Step(Structure):
         ("slots", Int),
         ("positions", Int),
         ("asked", Int),
+        ("adapters", POINTER(POINTER(LowRank))),
         ("rows", c_int32),
         ("asked_rows", c_int32),
         ("apart", c_int32),
+        ("most_rank", c_int32),
         ("x", Float),
         ("made", Float),
         ("attended", Float),
+        ("narrow", Float),
         ("wide", Float),
         ("words", Int),
         ("logits", Float),
@@ -148,12 +164,12 @@ class Step(Structure):
 
 
 CONSTANTS = {
-    **{"LANES": LANES, "PANEL": PANEL, "NORM_PARTS": NORM_PARTS},
+    **{"LANES": LANES, "PANEL": PANEL, "RANK_STEP": RANK_STEP, "NORM_PARTS": NORM_PARTS},
     **{"FP32": FP32, "BF16": BF16, "INT8": INT8, "INT4": INT4, "GROUP": GROUP},
     "INT8_GROUP": INT8_GROUP,
     **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "SWIGLU": SWIGLU},
 }
-STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, Block, Model, Cache, Step)
+STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, LowRank, Block, Model, Cache, Step)
 _SIZES_OF_3, _SIZES_OF_HEADS = [c_int32] * 4, [c_int32] * 7  # and the number of threads
 # Parameters in their order; none returns anything.
 FUNCTIONS: dict[str, Sequence[type]] = {

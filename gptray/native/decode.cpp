@@ -64,6 +64,7 @@ void block(const Model &model, const Step &step, const Cache &cache, int number)
 
 ABI_TYPE(Norm, "Norm")
 ABI_TYPE(Linear, "Linear")
+ABI_TYPE(LowRank, "LowRank")
 ABI_TYPE(Block, "Block")
 ABI_TYPE(Model, "Model")
 ABI_TYPE(Cache, "Cache")
@@ -94,13 +95,16 @@ extern "C" void decode_step(const Model *model, const Cache *cache, const Step *
 
 extern "C" const char *decode_abi() {
   static const std::string text =
-      ABI_CONSTANT(LANES) + ABI_CONSTANT(PANEL) + ABI_CONSTANT(FP32) + ABI_CONSTANT(BF16) +
-      ABI_CONSTANT(INT8) + ABI_CONSTANT(INT4) + ABI_CONSTANT(GROUP) + ABI_CONSTANT(INT8_GROUP) +
-      ABI_CONSTANT(NONE) + ABI_CONSTANT(GELU_TANH) + ABI_CONSTANT(GELU) + ABI_CONSTANT(SWIGLU) +
+      ABI_CONSTANT(LANES) + ABI_CONSTANT(PANEL) + ABI_CONSTANT(RANK_STEP) + ABI_CONSTANT(FP32) +
+      ABI_CONSTANT(BF16) + ABI_CONSTANT(INT8) + ABI_CONSTANT(INT4) + ABI_CONSTANT(GROUP) +
+      ABI_CONSTANT(INT8_GROUP) + ABI_CONSTANT(NONE) + ABI_CONSTANT(GELU_TANH) + ABI_CONSTANT(GELU) +
+      ABI_CONSTANT(SWIGLU) +
       ABI_STRUCT(Norm, ABI_FIELD(Norm, weight), ABI_FIELD(Norm, bias), ABI_FIELD(Norm, eps)) +
       ABI_STRUCT(Linear, ABI_FIELD(Linear, weight), ABI_FIELD(Linear, bias),
                  ABI_FIELD(Linear, scale), ABI_FIELD(Linear, inputs), ABI_FIELD(Linear, outputs),
-                 ABI_FIELD(Linear, kind)) +
+                 ABI_FIELD(Linear, kind), ABI_FIELD(Linear, number)) +
+      ABI_STRUCT(LowRank, ABI_FIELD(LowRank, a), ABI_FIELD(LowRank, b), ABI_FIELD(LowRank, rank),
+                 ABI_FIELD(LowRank, kind), ABI_FIELD(LowRank, inputs)) +
       ABI_STRUCT(Block, ABI_FIELD(Block, ln_1), ABI_FIELD(Block, ln_2), ABI_FIELD(Block, q_norm),
                  ABI_FIELD(Block, k_norm), ABI_FIELD(Block, c_attn), ABI_FIELD(Block, attn_proj),
                  ABI_FIELD(Block, c_fc), ABI_FIELD(Block, mlp_proj), ABI_FIELD(Block, window),
@@ -114,9 +118,10 @@ extern "C" const char *decode_abi() {
       ABI_STRUCT(Cache, ABI_FIELD(Cache, keys), ABI_FIELD(Cache, values), ABI_FIELD(Cache, length),
                  ABI_FIELD(Cache, kind)) +
       ABI_STRUCT(Step, ABI_FIELD(Step, tokens), ABI_FIELD(Step, slots), ABI_FIELD(Step, positions),
-                 ABI_FIELD(Step, asked), ABI_FIELD(Step, rows), ABI_FIELD(Step, asked_rows),
-                 ABI_FIELD(Step, apart), ABI_FIELD(Step, x), ABI_FIELD(Step, made),
-                 ABI_FIELD(Step, attended), ABI_FIELD(Step, wide), ABI_FIELD(Step, words),
+                 ABI_FIELD(Step, asked), ABI_FIELD(Step, adapters), ABI_FIELD(Step, rows),
+                 ABI_FIELD(Step, asked_rows), ABI_FIELD(Step, apart), ABI_FIELD(Step, most_rank),
+                 ABI_FIELD(Step, x), ABI_FIELD(Step, made), ABI_FIELD(Step, attended),
+                 ABI_FIELD(Step, narrow), ABI_FIELD(Step, wide), ABI_FIELD(Step, words),
                  ABI_FIELD(Step, logits), ABI_FIELD(Step, logits_stride)) +
       ABI_FUNCTION(decode_step) + ABI_FUNCTION(top_candidates);
   return text.c_str();

@@ -27,6 +27,15 @@ struct Linear {
   const float *bias;   // or null
   const float *scale;  // int8: of each output, else null
   int32_t inputs, outputs, kind;
+  int32_t number;  // which of an adapter's `LowRank` is added to it; none: -1
+};
+
+// x -> x A^T B^T, which an adapter adds to a linear layer.
+struct LowRank {
+  const void *a;       // A as [rank / RANK_STEP][16 inputs][RANK_STEP][16]
+  const void *b;       // B^T as the layer's outputs are packed: [panel][rank][64 outputs]
+  int32_t rank, kind;  // a whole number of RANK_STEP, or 0; FP32 or BF16
+  int32_t inputs;      // of A, a whole number of 16
 };
 
 struct Block {
@@ -54,13 +63,16 @@ struct Cache {  // keys and values of each layer: (slots, K, length, E), fp32 or
 struct Step {
   const int32_t *tokens, *slots, *positions;  // (N)
   const int32_t *asked;                       // the rows whose logits are asked for
+  const LowRank *const *adapters;             // (N), each of all layers and an empty one; or null
   int32_t rows, asked_rows;
-  int32_t apart;    // no two rows have one slot
-  float *x, *made;  // (N, C); made: what a norm takes before it is added to x
-  float *attended;  // (N, H E)
-  float *wide;      // (N, (H + 2 K) E) or (N, inner)
-  int32_t *words;   // N rows as a product reads them, of the most words that one has
-  float *logits;    // (asked_rows, logits_stride)
+  int32_t apart;      // no two rows have one slot
+  int32_t most_rank;  // of the adapters
+  float *x, *made;    // (N, C); made: what a norm takes before it is added to x
+  float *attended;    // (N, H E)
+  float *narrow;      // (N, most_rank): a layer's input times A^T
+  float *wide;        // (N, (H + 2 K) E) or (N, inner)
+  int32_t *words;     // N rows as a product reads them, of the most words that one has
+  float *logits;      // (asked_rows, logits_stride)
   int32_t logits_stride;
 };
 

@@ -13,6 +13,7 @@
 #include "decode.h"
 #include "gemm.h"
 #include "grouped_decode.h"
+#include "low_rank_decode.h"
 #include "norm.h"
 
 namespace {
@@ -83,9 +84,14 @@ struct Results {
   int activation = NONE;
 };
 
-// The sums of a tile's rows by one panel -> results from `row` on.
-inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel, const Results &to,
-                   int row, int rows) {
+struct Input {  // rows as words, and what adapters add to their products
+  const int32_t *words;
+  Added added;
+};
+
+// The sums of a tile's rows by one panel -> results from `first` on.
+inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel, const Input &x,
+                   const Results &to, int first, int rows) {
   const bool is_gated = to.activation == SWIGLU;
   const int blocks = is_gated ? BLOCKS / 2 : BLOCKS, end = is_gated ? to.stride : linear.outputs;
   for (int b = 0; b < blocks; ++b) {
@@ -93,14 +99,18 @@ inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel
     if (column >= end) break;
     const __mmask16 mask = lanes(end - column);
     const Outputs outputs(linear, from);
-    const Outputs gated(linear, is_gated ? from + PANEL / 2 : from);
+    const int let_through = is_gated ? from + PANEL / 2 : from;
+    const Outputs gated(linear, let_through);
     for (int r = 0; r < rows; ++r) {
-      const size_t at = (size_t)(row + r) * to.stride + column;
-      Floats y = outputs(sums[r][b]);
-      if (is_gated)
-        y = _mm512_mul_ps(silu(y), gated(sums[r][b + BLOCKS / 2]));
-      else
+      const int row = first + r;
+      const size_t at = (size_t)row * to.stride + column;
+      Floats y = expand(x.added, row, from, outputs(sums[r][b]));
+      if (is_gated) {
+        const Floats inner = gated(sums[r][b + BLOCKS / 2]);
+        y = _mm512_mul_ps(silu(y), expand(x.added, row, let_through, inner));
+      } else {
         y = activate(to.activation, y);
+      }
       if (to.add) y = _mm512_add_ps(y, load(to.add + at, mask));
       store(to.rows + at, y, mask);
     }
@@ -130,18 +140,19 @@ inline void multiply_tile(const Linear &linear, int panel, const int32_t *words,
 
 // Rows first .. stop - 1 by one panel.
 template <int KIND>
-void multiply_panel(const Linear &linear, int panel, const int32_t *x, const Results &to, int first,
+void multiply_panel(const Linear &linear, int panel, const Input &x, const Results &to, int first,
                     int stop) {
   const auto run = [&](int row, int rows) {
+    fetch(x.added, panel, panel_count(linear.outputs), row, row + rows);
     Floats sums[TILE][BLOCKS];  // at rest, lest all that follows be unrolled
-    multiply_tile<KIND>(linear, panel, x + row * row_words(linear), rows, sums);
-    finish(sums, linear, panel, to, row, rows);
+    multiply_tile<KIND>(linear, panel, x.words + row * row_words(linear), rows, sums);
+    finish(sums, linear, panel, x, to, row, rows);
   };
   in_tiles(first, stop, run, KIND == INT4 ? INT4_TILE : TILE);
 }
 
-void multiply(const Linear &linear, const int32_t *x, int rows, const Results &to) {
-  constexpr void (*runs[])(const Linear &, int, const int32_t *, const Results &, int, int) = {
+void multiply(const Linear &linear, const Input &x, int rows, const Results &to) {
+  constexpr void (*runs[])(const Linear &, int, const Input &, const Results &, int, int) = {
       multiply_panel<FP32>, multiply_panel<BF16>, multiply_panel<INT8>, multiply_panel<INT4>};
   // Cores are seldom equally fast: others' work and other machines' take from each in turn.
 #pragma omp for collapse(2) schedule(dynamic)
@@ -153,6 +164,7 @@ void multiply(const Linear &linear, const int32_t *x, int rows, const Results &t
 // x (N, inputs), or the rows of it that `chosen` names, through `norm` if there is one.
 void linear(const Linear &linear, const Step &step, const float *x, const Norm *norm,
             const int32_t *chosen, int rows, const Results &to) {
+  Added added{step.adapters, linear.number, step.narrow, step.most_rank};
   const auto read = [&](int row, int32_t *words) {
     const float *from = x + (size_t)(chosen ? chosen[row] : row) * linear.inputs;
     thread_local std::vector<float> normed;
@@ -161,17 +173,21 @@ void linear(const Linear &linear, const Step &step, const float *x, const Norm *
       normalise(from, norm->weight, norm->bias, normed.data(), norm->eps, linear.inputs);
       from = normed.data();
     }
+    shrink(added, row, from, linear.inputs);
     to_words(from, linear.inputs, linear.kind, words + row * row_words(linear));
   };
   if (rows <= OWN_ROWS) {
     thread_local std::vector<int32_t> words;
     words.resize(std::max(words.size(), rows * row_words(linear)));
+    thread_local std::vector<float> narrow;
+    narrow.resize(std::max<size_t>(narrow.size(), rows * added.stride));
+    added.narrow = narrow.data();
     for (int row = 0; row < rows; ++row) read(row, words.data());
-    multiply(linear, words.data(), rows, to);
+    multiply(linear, {words.data(), added}, rows, to);
   } else {
 #pragma omp for schedule(static)
     for (int row = 0; row < rows; ++row) read(row, step.words);
-    multiply(linear, step.words, rows, to);
+    multiply(linear, {step.words, added}, rows, to);
   }
 }
 

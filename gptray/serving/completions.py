@@ -88,6 +88,7 @@ class Completion:
                 ids = await ids_of(prompt, body, served)
                 outputs = _outputs_of(body, sampling, ids, number)
                 for sequence in outputs:
+                    sequence.adapter = served.adapter
                     served.engine.check(sequence)
             except ValueError as error:
                 raise ApiError(400, f"{place}{error}") from None

@@ -1,8 +1,8 @@
 """What the routes serve: one model at a time, replaced as a whole while requests are in flight.
 
 A request keeps the model that it began with; a model that was replaced is closed after its last
-request. Beside the model its adapters may be served, each merged into it and with an engine of its
-own. Knows nothing of HTTP.
+request. Beside the model its adapters are served, by the same engine; they come and go meanwhile,
+and a request keeps the one that it began with too. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing, contextmanager, suppress
+from copy import copy
 from functools import partial
 from pathlib import Path
 
-from gptray.config import Config, override
+from gptray.config import Config
 from gptray.data.tokenizer import Tokenizer
+from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.detokenize import REPLACEMENT
 from gptray.generation.engine import Engine
-from gptray.generation.loading import open_engine
+from gptray.generation.loading import open_engine, pack_adapter
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
-from gptray.model.adapter import adapted_name
+from gptray.model.adapter import Base, adapted_name
 from gptray.model.example import load_example
 from gptray.serving.engine_thread import EngineThread, Overloaded
 from gptray.serving.streams import EngineStopped
@@ -36,7 +38,7 @@ LONG_TEXT = 4096
 class Served:
     """A model with its tokenizer and the engine that runs in a thread of its own.
 
-    adapters: the same model with adapters, each a model like this one.
+    all: itself, and itself with each of its adapters, under other names.
     """
 
     def __init__(
@@ -49,30 +51,36 @@ class Served:
         parse_special: bool = False,
         utf8: bool = True,
         example_prompt: str | None = None,
-        adapters: Iterable[Served] = (),
     ) -> None:
         """parse_special (see `Tokenizer.prompt_ids`), utf8 (see `Sampling`): for all prompts."""
         self.name, self.engine, self.tokenizer = name, engine, tokenizer
         self._parse_special, self.utf8 = parse_special, utf8
-        self.example_prompt, self.all = example_prompt, [self, *adapters]
+        self.example_prompt = example_prompt
         self.created = int(time.time())
+        self.adapter: PackedAdapter | None = None
+        # By the adapters' names; never changed in place, since other threads read it.
+        self._adapted: dict[str, Served] = {}
         self.thread = EngineThread(engine, max_waiting=max_waiting)
         self.thread.start()
         self._token_texts: dict[int, str] = {}
 
     @classmethod
     def load(cls, folder: str | Path, name: str, config: Config) -> Served:
-        """Open a model folder as the config says, with its adapters.
+        """Open a model folder as the config says, with the adapters that it names.
 
         Raises UserError naming what is wrong with it.
         """
         serve = config.serve
-        adapters = [
-            cls.load(folder, adapted_name(name, one), override(config, _only(path)))
-            for one, path in (serve.adapters or {}).items()
-        ]
-        engine, tokenizer = open_engine(folder, config, max_batch_size=serve.max_batch_size)
-        return cls(
+        engine, tokenizer = open_engine(
+            folder,
+            config,
+            max_batch_size=serve.max_batch_size,
+            takes_adapters=serve.adapters is not None,
+        )
+        named = serve.adapters if isinstance(serve.adapters, dict) else {}
+        base = Base.of(str(folder))
+        packed = {one: pack_adapter(engine, base, source) for one, source in named.items()}
+        served = cls(
             name,
             engine,
             tokenizer,
@@ -80,17 +88,33 @@ class Served:
             parse_special=config.sample.parse_special,
             utf8=config.sample.utf8,
             example_prompt=load_example(Path(folder)),
-            adapters=adapters,
         )
+        for one, adapter in packed.items():
+            served.put(one, adapter)
+        return served
+
+    @property
+    def all(self) -> list[Served]:
+        return [self, *self._adapted.values()]
+
+    def put(self, name: str, adapter: PackedAdapter) -> None:
+        """Serve the model with an adapter from now on, in the place of one of that name."""
+        adapted = copy(self)
+        adapted.name, adapted.adapter = adapted_name(self.name, name), adapter
+        adapted.created, adapted._adapted = int(time.time()), {}
+        self._adapted = dict(sorted({**self._adapted, name: adapted}.items()))
+
+    def drop(self, name: str) -> None:
+        """Serve an adapter no more; its requests in flight go on, and then its memory is free."""
+        self._adapted = {other: one for other, one in self._adapted.items() if other != name}
 
     def called(self, name: str | None) -> Served:
         """The one with that name of this model and its adapters; this one if there is none."""
         return next((one for one in self.all if one.name == name), self)
 
     def close(self) -> None:
-        """Stop the engines, after the step in which they are."""
-        for one in self.all:
-            one.thread.close()
+        """Stop the engine, after the step in which it is."""
+        self.thread.close()
 
     def token_text(self, token: int) -> str:
         """A token as people see it; one that is part of a character by its number."""
@@ -180,7 +204,7 @@ class Endpoint:
         if self.served is None:
             return False
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(_all_healthy(self.served))
+            self._probe = asyncio.create_task(self.served.healthy())
         return await asyncio.shield(self._probe)
 
     async def drain(self, timeout_s: float) -> int:
@@ -198,12 +222,3 @@ class Endpoint:
             del self._users[served]
             # It waits for a step of the engine, which the event loop must not.
             asyncio.get_running_loop().run_in_executor(None, served.close)
-
-
-async def _all_healthy(served: Served) -> bool:
-    return all(await asyncio.gather(*(one.healthy() for one in served.all)))
-
-
-def _only(adapter: str) -> dict[str, object]:
-    """The keys of a model that is served with an adapter."""
-    return {"generate.adapter": adapter, "serve.adapters": None}

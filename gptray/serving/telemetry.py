@@ -100,7 +100,7 @@ class Stopwatch:
 
 
 class _EngineCounters(Collector):
-    """The counters of the current engines, added; they start again with another model."""
+    """The counters of the current engine; they start again with another model."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -109,18 +109,15 @@ class _EngineCounters(Collector):
         served = self._endpoint.served
         if served is None:
             return
-        threads = [one.thread for one in served.all]
-        running, waiting = sum(one.running for one in threads), sum(one.waiting for one in threads)
-        steps, rows = sum(one.steps for one in threads), sum(one.rows for one in threads)
-        most = sum(one.engine.max_batch_size for one in served.all)
+        thread = served.thread
         for name, what, value in (
-            ("gptray_sequences_running", "sequences in the batch", running),
-            ("gptray_sequences_waiting", "sequences in line", waiting),
-            ("gptray_batch_size", "sequences that fit in a batch", most),
+            ("gptray_sequences_running", "sequences in the batch", thread.running),
+            ("gptray_sequences_waiting", "sequences in line", thread.waiting),
+            ("gptray_batch_size", "sequences that fit in a batch", served.engine.max_batch_size),
         ):
             yield GaugeMetricFamily(name, what, value)
-        yield CounterMetricFamily("gptray_steps", "steps of the engine", steps)
+        yield CounterMetricFamily("gptray_steps", "steps of the engine", thread.steps)
         # Occupancy: rate(gptray_step_sequences) / rate(gptray_steps) / gptray_batch_size.
         yield CounterMetricFamily(
-            "gptray_step_sequences", "sequences that got a token, over all steps", rows
+            "gptray_step_sequences", "sequences that got a token, over all steps", thread.rows
         )

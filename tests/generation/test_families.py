@@ -10,7 +10,8 @@ import torch
 
 from gptray.config import UserError, load_config
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.decoder import FIRST_TOKENS, Decoder, Piece
+from gptray.generation.cache import FIRST_TOKENS
+from gptray.generation.decoder import Decoder, Piece
 from gptray.generation.engine import Engine
 from gptray.generation.loading import open_engine
 from gptray.generation.native_decoder import NativeDecoder

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from gptray.config import LoraConfig, UserError, load_config
+from gptray.data.batch_requests import RowRequest
+from gptray.data.parts import part_name, write_part
+from gptray.data.prompts import scan, staged
 from gptray.data.tokenizer import Tokenizer
 from gptray.doors import run
 from gptray.jobs.adapters import called_with
 from gptray.jobs.evaluate.check import check as check_evaluation
+from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.output_plan import job_identity
 from gptray.jobs.generate.run import generate
+from gptray.jobs.generate.task import GenerateTask
+from gptray.jobs.generate.worker import EngineWorker
 from gptray.jobs.next_steps import of_model
 from gptray.jobs.serve.check import check as check_endpoint
 from gptray.jobs.serve.check import plan as plan_endpoint
@@ -84,8 +92,50 @@ def test_an_endpoint_finds_its_adapters_and_their_base(adapter: Path, model_dir:
     assert checked.config.serve.adapters == {"one": str(adapter), "two": str(adapter)}
     told = dict(plan_endpoint(checked))["with adapters"]
     assert told == f"{model_dir.name}:one, {model_dir.name}:two"
+    folder = adapter.parent.parent
+    checked = check_endpoint(load_config(None, [f"serve.adapters={folder}", *words[1:]]))
+    assert dict(plan_endpoint(checked))["with adapters"].startswith(f"those in {folder}, ")
+    with pytest.raises(UserError, match=r"is an adapter, not a folder of them; .*{adapter:"):
+        check_endpoint(load_config(None, [f"serve.adapters={adapter}"]))
     with pytest.raises(UserError, match="serve.adapters: .*nowhere: no such folder"):
         check_endpoint(load_config(None, ["serve.adapters={one: nowhere}"]))
+
+
+def test_rows_of_a_batch_name_their_adapters(
+    model_dir: Path, adapter: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "the cat", "style": style} for style in ("tales", "", None, "news")]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        f"generate.model={model_dir}", f"generate.input_path={source}",
+        f"generate.adapters={{tales: {adapter}}}", "generate.adapter_column=style",
+        "generate.backend=torch", "generate.precision=fp32", "sample.temperature=0",
+        "sample.max_new_tokens=9",
+        f"generate.output_path={tmp_path / 'out'}",
+    ]  # fmt: skip
+    job = check_batch(load_config(None, words))
+    generate = job.config.generate
+    found = scan(job.files, generate)
+    (part,) = staged(job.files, found, 9, lambda _: RowRequest("", {}, None))
+    write_part(part, tmp_path / "staged")
+    task = GenerateTask(job.config, 1, job.model, job.called, str(tmp_path), {})
+    worker = EngineWorker(task)
+    fed = worker.feed(0, str(tmp_path / "staged"))
+    assert fed == [] and worker.finish() == [0], fed
+    made = pq.read_table(tmp_path / part_name(0)).to_pylist()
+    alone = texts(f"generate.adapter={adapter}", "sample.max_new_tokens=9")[0]
+    plain = texts(f"generate.model={model_dir}", "sample.max_new_tokens=9")[0]
+    assert [row["output"] for row in made] == [alone, plain, plain, None]
+    name = job.called
+    assert [row["model"] for row in made] == [f"{name}:tales", name, name, f"{name}:news"]
+    assert made[3]["error"] == "the adapter 'news' is none of generate.adapters (tales)"
+    assert [row["style"] for row in made] == ["tales", "", None, "news"]
+    other = [word.replace("column=style", "column=styl") for word in words]
+    with pytest.raises(UserError, match=r"'styl'; columns: style.*generate.adapter_column"):
+        check_batch(load_config(None, other))
+    with pytest.raises(UserError, match="adapters and adapter_column go together"):
+        load_config(None, ["generate.adapter_column=style"])
 
 
 def test_results_with_an_adapter_have_a_folder_of_their_own(

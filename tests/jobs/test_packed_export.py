@@ -78,7 +78,9 @@ def test_transformers_computes_the_same_with_packed_weights(
     changes = WIDE | ({"head_dim": 16, "num_key_value_heads": 2} if "biases" in name else {})
     model, output = model_in(tmp_path / "model", name, **changes), tmp_path / "packed"
     assert export(model, output, "export.format=hf", f"export.precision={kind}") == 0
-    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        output, dtype=torch.float32, trust_remote_code=False
+    )
     theirs.train(False)
     ids = torch.arange(20)[None]
     with torch.no_grad():

@@ -152,3 +152,47 @@ TEST(a_row_has_the_same_bits_among_any_neighbours) {
     }
   }
 }
+
+TEST(rows_of_adapters_get_their_products_too) {
+  for (const int kind : {FP32, BF16, INT8})
+    for (const int rows : {3, 20}) {
+      const int inputs = 37, outputs = 130, padded = 48, most = 8;
+      Packed packed(inputs, outputs, kind);
+      packed.linear.number = 1;
+      const std::vector<float> x = randoms(rows * inputs, 3);
+      std::vector<float> plain(rows * outputs), y(rows * outputs), scales(rows);
+      std::vector<float> narrow(rows * most);
+      std::vector<int32_t> words(rows * row_words(packed.linear));
+      // Ranks 4 and 8; their A as [rank / 4][inputs / 16][4][16], B as [panel][rank][64].
+      std::vector<float> a[2], b[2];
+      LowRank layers[2][3] = {};
+      for (int one = 0; one < 2; ++one) {
+        const int rank = 4 * (one + 1);
+        a[one] = randoms(rank * padded, 5 + one), b[one] = randoms(rank * 3 * PANEL, 7 + one);
+        layers[one][1] = {a[one].data(), b[one].data(), rank, FP32, padded};
+      }
+      std::vector<const LowRank *> each(rows);
+      for (int r = 0; r < rows; ++r) each[r] = r % 3 < 2 ? layers[r % 3] : nullptr;
+      Step step = {};
+      step.scales = scales.data(), step.words = words.data(), step.narrow = narrow.data();
+      step.most_rank = most;
+      linear(packed.linear, step, x.data(), nullptr, nullptr, rows,
+             {plain.data(), nullptr, outputs});
+      step.adapters = each.data();
+#pragma omp parallel num_threads(2)
+      linear(packed.linear, step, x.data(), nullptr, nullptr, rows, {y.data(), nullptr, outputs});
+      for (int r = 0; r < rows; ++r)
+        for (int o = 0; o < outputs; ++o) {
+          double sum = plain[r * outputs + o];
+          const int one = r % 3, rank = 4 * (one + 1);
+          for (int k = 0; one < 2 && k < rank; ++k) {
+            double product = 0;
+            for (int i = 0; i < inputs; ++i)
+              product += (double)x[r * inputs + i] *
+                         a[one][((k / 4 * padded / 16 + i / 16) * 4 + k % 4) * 16 + i % 16];
+            sum += product * b[one][(o / PANEL * rank + k) * PANEL + o % PANEL];
+          }
+          CHECK_CLOSE(y[r * outputs + o], sum, 1e-4);
+        }
+    }
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,6 @@ def served(
     utf8: bool = True,
     example_prompt: str | None = None,
     tokenizer: Tokenizer = TOKENIZER,
-    adapters: Iterable[Served] = (),
 ) -> Served:
     engine = Engine(model, tokenizer, max_batch_size=limits.max_batch_size)
     return Served(
@@ -49,7 +48,6 @@ def served(
         parse_special=parse_special,
         utf8=utf8,
         example_prompt=example_prompt,
-        adapters=adapters,
     )
 
 

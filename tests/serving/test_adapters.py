@@ -1,59 +1,135 @@
-"""Adapters beside their model: each is asked for by name, and answers as it does alone."""
+"""Adapters beside their model: asked for by name, answered as each alone; they come and go."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+import httpx
+import pytest
 
-from gptray.config import LoraConfig, load_config
+from gptray.config import load_config
+from gptray.generation.loading import pack_adapter
 from gptray.model.adapter import Base
-from gptray.model.adapter_files import adapted_network, save_adapter
-from gptray.model.hf import save_pretrained
+from gptray.serving.adapter_watch import AdapterWatch
 from gptray.serving.endpoint import Served
-from tests.serving.servers import TOKENIZER, running, served, tiny
+from tests.generation.adapted import save_base, write_adapter
+from tests.serving.servers import TOKENIZER, Server, running, tiny
 
-GREEDY = {"prompt": "the cat", "max_tokens": 12, "temperature": 0}
+NAMES = ("tiny", "tiny:one", "tiny:two")
 
 
-def test_a_request_names_the_model_or_one_of_its_adapters() -> None:
-    alone = []
-    for seed in (0, 1):
-        with running(tiny(seed)) as server:
-            alone.append(server.post(**GREEDY).json()["choices"][0]["text"])
-    assert alone[0] != alone[1]
-    with running(tiny(0)) as server:
-        adapter = served(tiny(1), server.limits, "tiny:one")
-        model = served(tiny(0), server.limits, "tiny", adapters=[adapter])
-        server.loop.call_soon_threadsafe(server.endpoint.serve, model)
-        names = ["tiny", "tiny:one"] * 4
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda name: server.post(**GREEDY, model=name).json(), names))
-        assert [one["choices"][0]["text"] for one in answers] == alone * 4
-        assert [one["model"] for one in answers] == names
-        assert server.post(**GREEDY).json()["model"] == "tiny"
-        assert [one["id"] for one in server.get("/v1/models").json()["data"]] == names[:2]
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """With adapters one and two beside its folder."""
+    base = save_base(tiny(n_positions=256), tmp_path_factory.mktemp("models") / "base", TOKENIZER)
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(base, base.folder.parent / name, seed=seed)
+    return base
+
+
+def text(server: Server, name: str | None, tokens: int = 12) -> str:
+    body = {"prompt": "the cat", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    answer = server.post(**body, model=name).json()
+    assert answer["model"] == (name or "tiny")
+    answered: str = answer["choices"][0]["text"]
+    return answered
+
+
+def told(line: str) -> str:
+    answered: str = json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+    return answered
+
+
+def names_at(server: Server) -> list[str]:
+    return [one["id"] for one in server.get("/v1/models").json()["data"]]
+
+
+def test_a_request_names_the_model_or_one_of_its_adapters(base: Base) -> None:
+    with running(tiny(n_positions=256)) as server:
+        model = server.endpoint.served
+        assert model is not None
+        for name in ("one", "two"):
+            model.put(name, pack_adapter(model.engine, base, base.folder.parent / name))
+        alone = [text(server, name) for name in NAMES]
+        assert len(set(alone)) == 3 and text(server, None) == alone[0]
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(lambda name: text(server, name), NAMES * 4)) == alone * 4
+        assert names_at(server) == list(NAMES)
         assert server.get("/v1/models/tiny:one").json()["id"] == "tiny:one"
-        assert server.post(**GREEDY, model="tiny:two").status_code == 404
+        assert server.post(prompt="x", model="tiny:three").status_code == 404
         assert server.get("/health").status_code == 200
-        assert server.metric("gptray_batch_size") == 2 * server.limits.max_batch_size
+        assert server.metric("gptray_batch_size") == server.limits.max_batch_size
 
 
-def test_a_model_is_opened_with_its_adapters(tmp_path: Path) -> None:
-    save_pretrained(tiny(0), tmp_path / "base", eos_token_id=TOKENIZER.eos_id)
-    TOKENIZER.save(tmp_path / "base")
-    base, lora = Base.of(str(tmp_path / "base")), LoraConfig(rank=2)
-    network = adapted_network(base, lora, base.config, vocab_size=base.rows, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.fill_(0.3)
-    save_adapter(network, tmp_path / "adapter", base, lora)
-    words = [f"serve.adapters={{one: {tmp_path / 'adapter'}}}", "generate.backend=torch"]
-    model = Served.load(tmp_path / "base", "base", load_config(None, words))
+def test_requests_end_on_an_adapter_that_has_left(base: Base) -> None:
+    with running(tiny(n_positions=256)) as server:
+        model = server.endpoint.served
+        assert model is not None
+        adapter = pack_adapter(model.engine, base, base.folder.parent / "one")
+        model.put("one", adapter)
+        expected = text(server, "tiny:one", 200)
+        body = {"prompt": "the cat", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+        body |= {"stream": True, "model": "tiny:one"}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = (line for line in answer.iter_lines() if line.startswith("data: {"))
+            whole = told(next(lines))
+            model.drop("one")
+            assert names_at(server) == ["tiny"]
+            assert server.post(prompt="x", model="tiny:one").status_code == 404
+            whole += "".join(map(told, lines))
+        assert whole == expected
+
+
+def test_adapters_of_a_folder_come_change_and_leave(base: Base, tmp_path: Path) -> None:
+    one, two = (base.folder.parent / name for name in ("one", "two"))
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    (folder / "notes").mkdir()
+    shutil.copytree(one, folder / "tales")
+    with running(tiny(n_positions=256)) as server:
+        model = server.endpoint.served
+        assert model is not None
+        watch = AdapterWatch(folder, model, base)
+        assert watch.scan() == ["tiny:tales is served"]
+        assert watch.scan() == [] and names_at(server) == ["tiny", "tiny:tales"]
+        first = text(server, "tiny:tales")
+        # A new one may be on its way: it is taken when it is still.
+        shutil.copytree(two, folder / "news")
+        assert watch.scan() == []
+        assert watch.scan() == ["tiny:news is served"]
+        (folder / "news" / "adapter_config.json").write_text("{}")
+        watch.scan()
+        (line,) = watch.scan()
+        assert line.startswith("tiny:news is not served: ") and line.endswith(
+            "the one before stays"
+        )
+        assert watch.scan() == [] and "\n" not in line
+        assert names_at(server) == ["tiny", "tiny:news", "tiny:tales"]
+        shutil.copy(two / "adapter_model.safetensors", folder / "tales")
+        watch.scan()
+        assert watch.scan() == ["tiny:tales is served"]
+        assert text(server, "tiny:tales") != first
+        shutil.rmtree(folder / "tales")
+        shutil.rmtree(folder / "news")
+        assert watch.scan() == ["tiny:news is served no more", "tiny:tales is served no more"]
+        assert names_at(server) == ["tiny"]
+        shutil.rmtree(folder)
+        (line,) = watch.scan()
+        assert line.startswith(f"serve.adapters={folder}: ") and watch.scan() == []
+
+
+@pytest.mark.parametrize("given", ["{{one: {0}}}", "{1}"])
+def test_a_model_is_opened_with_the_adapters_that_are_named(base: Base, given: str) -> None:
+    folder = base.folder.parent
+    given = given.format(folder / "one", folder)
+    words = [f"serve.adapters={given}", "generate.backend=torch"]
+    model = Served.load(base.folder, "tiny", load_config(None, words))
     try:
-        assert [one.name for one in model.all] == ["base", "base:one"]
-        assert model.called("base:one") is model.all[1] and model.called(None) is model
+        named = ["tiny:one"] if "{" in given else []
+        assert [one.name for one in model.all] == ["tiny", *named]
+        assert model.called(None) is model and model.called("tiny:x") is model
     finally:
         model.close()

@@ -10,7 +10,13 @@ from gptray.config import ComputeConfig, Config, UserError
 from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import absolute, cache_folder, is_uri
-from gptray.jobs.adapters import called_with, check_adapter, with_adapter
+from gptray.jobs.adapters import (
+    called_with,
+    check_adapter,
+    check_adapters,
+    with_adapter,
+    with_adapters,
+)
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend
 from gptray.jobs.generate.output_plan import overlap
@@ -33,6 +39,10 @@ class CheckedModel:
 def check_model(config: Config) -> CheckedModel:
     """Find generate.model. Raises UserError if it is not there, or this machine cannot run it."""
     check_resources(config.compute)
+    if config.generate.adapters is not None:
+        raise UserError(
+            "generate.adapters go with generate.input_path; for sample.prompt give generate.adapter"
+        )
     config = with_adapter(config, "generate")
     folder, name = find_model(config, config.generate.model, key="generate.model")
     check_adapter(config.generate.adapter, folder, key="generate.adapter")
@@ -75,9 +85,10 @@ def check_batch(config: Config) -> CheckedBatch:
     files: list[SourceFile] = []
     model_dir, name = Path(), ""
     try:
-        config = with_adapter(config, "generate")
+        config = with_adapters(with_adapter(config, "generate"), "generate")
         model_dir, name = find_model(config, config.generate.model, key="generate.model")
         check_adapter(config.generate.adapter, model_dir, key="generate.adapter")
+        check_adapters(config.generate.adapters, model_dir, key="generate.adapters")
     except UserError as error:
         problems.append(str(error))
     if settings.input_path is None:

@@ -44,7 +44,10 @@ class Chooser:
         torch.set_num_threads(threads)
         try:
             size = config.generate.max_batch_size
-            return attempt(lambda: faster_decoder(config, shape, max_batch_size=size))
+            adapts = config.generate.adapters is not None
+            return attempt(
+                lambda: faster_decoder(config, shape, max_batch_size=size, takes_adapters=adapts)
+            )
         finally:
             torch.set_num_threads(before)
 

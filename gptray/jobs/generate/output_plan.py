@@ -59,6 +59,8 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
     return {
         "generate.model": f"sha256 {digest.hexdigest()[:16]}",
         "generate.adapter": adapter_sha256(settings.adapter),
+        "generate.adapters": settings.adapters
+        and {name: adapter_sha256(source) for name, source in settings.adapters.items()},
         "generate.input_path": f"sha256 {hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}",
         "data.encoding": codec_of(config.data.encoding),
         **{f"generate.{key}": getattr(settings, key) for key in _GENERATE_KEYS},
@@ -69,8 +71,8 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
 
 
 _GENERATE_KEYS = (
-    "prompt_column", "id_column", "settings_from_columns", "prefix", "num_samples",
-    "rows_per_file", "precision",
+    "prompt_column", "id_column", "adapter_column", "settings_from_columns", "prefix",
+    "num_samples", "rows_per_file", "precision",
 )  # fmt: skip
 
 

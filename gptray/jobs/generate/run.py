@@ -67,9 +67,10 @@ def _run_batch(job: CheckedBatch) -> dict[str, Any]:
                 from gptray.jobs.generate.engines import Engines  # loads Ray and torch
 
                 shared = {} if is_uri(job.output) else {f"generate.output_path={folder}": folder}
+                adapters = [Path(one) for one in (job.config.generate.adapters or {}).values()]
                 check_shared(
                     written=shared,
-                    read={"generate.model": [Path(job.model)]},
+                    read={"generate.model": [Path(job.model)], "generate.adapters": adapters},
                     use_gpu=job.config.compute.use_gpu,
                 )
                 speed = Engines(job.config, output, missing).run()

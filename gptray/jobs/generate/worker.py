@@ -11,10 +11,11 @@ import torch
 
 from gptray.files import is_uri, storing
 from gptray.generation.batch import PartWriter, Progress
-from gptray.generation.loading import open_engine
+from gptray.generation.loading import open_engine, pack_adapter
 from gptray.jobs.generate.remote_output import publish_part
 from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.tasks import Failure, attempt
+from gptray.model.adapter import Base
 from gptray.model.shape import model_folder
 from gptray.remote_folder import RemoteFolder
 
@@ -73,7 +74,9 @@ class EngineWorker:
 
 def _writer(task: GenerateTask, folder: Path) -> PartWriter:
     torch.set_num_threads(task.threads)
-    engine, tokenizer = open_engine(model_folder(task.model), task.config)
+    folder, named = model_folder(task.model), task.config.generate.adapters or {}
+    engine, tokenizer = open_engine(folder, task.config, takes_adapters=bool(named))
+    base = Base.of(str(folder))
     return PartWriter(
         engine,
         tokenizer,
@@ -82,4 +85,5 @@ def _writer(task: GenerateTask, folder: Path) -> PartWriter:
         num_samples=task.config.generate.num_samples,
         model=task.model_name,
         metadata=task.metadata,
+        adapters={name: pack_adapter(engine, base, source) for name, source in named.items()},
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from starlette.types import ASGIApp
@@ -13,8 +14,10 @@ from starlette.types import ASGIApp
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.jobs.models import find_model
-from gptray.jobs.serve.check import USER_CONFIG, name_of
+from gptray.jobs.serve.check import USER_CONFIG, WATCH_S, name_of
 from gptray.jobs.serve.task import ReplicaTask
+from gptray.model.adapter import Base
+from gptray.serving.adapter_watch import AdapterWatch
 from gptray.serving.api_keys import Keys
 from gptray.serving.app import make_app
 from gptray.serving.endpoint import Endpoint, Served
@@ -22,6 +25,8 @@ from gptray.serving.telemetry import Telemetry, side_by_side
 
 # Serve keeps what replicas log here.
 log = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 
 class Answering:
@@ -33,6 +38,7 @@ class Answering:
         self._endpoint = Endpoint()
         self._telemetry = Telemetry(self._endpoint, on_first_token=on_first_token)
         self._model: Mapping[str, str] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     def app(self, metrics: Callable[[], Awaitable[bytes]]) -> ASGIApp:
         """The routes. metrics: what /metrics answers, that of all replicas."""
@@ -54,24 +60,28 @@ class Answering:
         if model == self._model:
             return
         try:
-            # In a thread that ends: OpenMP counts the threads of one that stays, finds more than
-            # there are cores, and from then on the engine's fall asleep wherever they meet.
-            with ThreadPoolExecutor(1) as passing:
-                loop = asyncio.get_running_loop()
-                served = await loop.run_in_executor(passing, self._load, model)
+            served, watch = await _in_passing_thread(lambda: self._load(model))
         except UserError as error:
             if self._model is None:
                 raise
             log.error("%s stays: %s", self._model["model"], error)
             return
+        if self._watching:
+            self._watching.cancel()
         self._endpoint.serve(served)
         self._model = model
+        self._watching = asyncio.create_task(_keep_scanning(watch)) if watch else None
 
-    def _load(self, model: Mapping[str, str]) -> Served:
+    def _load(self, model: Mapping[str, str]) -> tuple[Served, AdapterWatch | None]:
         _check_keys(model)
         folder, place = find_model(self._config, model["model"], key="user_config: model")
         name = model.get("served_model_name") or name_of(place)
-        return Served.load(folder, name, self._config)
+        served, adapters = Served.load(folder, name, self._config), self._config.serve.adapters
+        if not isinstance(adapters, str):
+            return served, None
+        watch = AdapterWatch(adapters, served, Base.of(str(folder)))
+        _tell(watch.scan())
+        return served, watch
 
     @property
     def model_name(self) -> str | None:
@@ -94,12 +104,35 @@ class Answering:
     def check_health(self) -> None:
         """Raise RuntimeError if the engine has stopped."""
         served = self._endpoint.served
-        if served is not None and not all(one.thread.alive for one in served.all):
+        if served is not None and not served.thread.alive:
             raise RuntimeError("the engine has stopped")
+        if self._watching and self._watching.done() and not self._watching.cancelled():
+            raise RuntimeError("serve.adapters is not watched") from self._watching.exception()
 
     async def drain(self, timeout_s: float) -> int:
         """Take no more requests and wait for those in flight; how many did not end in time."""
         return await self._endpoint.drain(timeout_s)
+
+
+async def _keep_scanning(watch: AdapterWatch) -> None:
+    while True:
+        await asyncio.sleep(WATCH_S)
+        _tell(await _in_passing_thread(watch.scan))
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        log.warning("%s", line)
+
+
+async def _in_passing_thread(work: Callable[[], T]) -> T:
+    """What some work gives, in a thread that ends.
+
+    OpenMP counts the threads of one that stays, finds more than there are cores, and from then on
+    the engine's fall asleep wherever they meet.
+    """
+    with ThreadPoolExecutor(1) as passing:
+        return await asyncio.get_running_loop().run_in_executor(passing, work)
 
 
 def _check_keys(model: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded, is_uri
-from gptray.jobs.adapters import check_adapter, with_adapters
+from gptray.jobs.adapters import check_adapters, with_adapters
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend, planned_backend
@@ -23,6 +23,8 @@ from gptray.model.shape import model_folder, read_shape
 from gptray.serving.api_keys import read_keys
 from gptray.serving.hosts import WILDCARDS
 
+# A folder of adapters is looked at so often.
+WATCH_S = 2.0
 # The keys of a deployment's user_config.
 USER_CONFIG = ("model", "served_model_name")
 
@@ -46,7 +48,7 @@ def check(config: Config) -> CheckedEndpoint:
     problems = []
     model = dict[str, str]()
     try:
-        config = with_adapters(config)
+        config = with_adapters(config, "serve")
         model = user_config(config)
     except UserError as error:
         problems.append(str(error))
@@ -70,11 +72,10 @@ def plan(checked: CheckedEndpoint) -> Plan:
     settings = config.serve
     least, most = settings.num_replicas, settings.max_replicas
     replicas = f"{least} to {most}" if most else str(least)
-    adapters = [adapted_name(model["served_model_name"], name) for name in settings.adapters or ()]
     folder = model_folder(model["model"])
     return [
         ("model", f"{model['model']}, called {model['served_model_name']}"),
-        *([("with adapters", ", ".join(adapters))] if adapters else []),
+        *([("with adapters", _adapters(checked))] if settings.adapters else []),
         ("url", endpoint_url(config)),
         ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
         ("backend", planned_backend(config, folder)),
@@ -82,6 +83,13 @@ def plan(checked: CheckedEndpoint) -> Plan:
         ("hosts", _hosts(config)),
         ("api key", "needed" if settings.api_key_file else "not needed"),
     ]
+
+
+def _adapters(checked: CheckedEndpoint) -> str:
+    adapters = checked.config.serve.adapters or {}
+    if isinstance(adapters, str):
+        return f"those in {adapters}, looked at every {WATCH_S:g} s"
+    return ", ".join(adapted_name(checked.model["served_model_name"], name) for name in adapters)
 
 
 def _hosts(config: Config) -> str:
@@ -131,8 +139,7 @@ def user_config(config: Config) -> dict[str, str]:
     Raises UserError for a model that is not there, or whose context is too short.
     """
     found, source = find_model(config, config.serve.model, key="serve.model")
-    for adapter in (config.serve.adapters or {}).values():
-        check_adapter(adapter, found, key="serve.adapters")
+    check_adapters(config.serve.adapters, found, key="serve.adapters")
     n_positions, most = read_shape(found)["n_positions"], config.serve.max_output_tokens
     if most is not None and most > n_positions:
         raise UserError(

@@ -93,7 +93,9 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
     """
     from ray import serve
 
-    read = {"serve.model": [Path(model["model"])]}
+    adapters = config.serve.adapters or {}
+    places = [adapters] if isinstance(adapters, str) else list(adapters.values())
+    read = {"serve.model": [Path(model["model"])], "serve.adapters": list(map(Path, places))}
     check_shared(read=read, use_gpu=config.compute.use_gpu)
     if not log.isEnabledFor(logging.DEBUG):
         logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -6,7 +6,7 @@ some that workers are spared: each process imports what it runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,13 +56,18 @@ class TrainTask:
 
 def begin_worker(given: dict[str, Any]) -> dict[str, Any]:
     """A Ray Train worker: `train_worker` with what is given by name."""
-    from gptray.jobs.train.worker import train_worker
-
+    train_worker, _ = _run_by_workers()
     return train_worker(**given)
 
 
 def begin_validation(checkpoint: ray.train.Checkpoint, *, task: TrainTask) -> dict[str, Any]:
     """A Ray task that scores a checkpoint: `validate`."""
-    from gptray.jobs.train.validate import validate
-
+    _, validate = _run_by_workers()
     return validate(Path(checkpoint.path), task)
+
+
+def _run_by_workers() -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]:
+    """What imports torch, which takes seconds that driver and controller are spared."""
+    from gptray.jobs.train import validate, worker
+
+    return worker.train_worker, validate.validate

@@ -1,0 +1,112 @@
+"""The config's `serve` section: the HTTP endpoint."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from gptray.config.values import (
+    NonEmpty,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Section,
+)
+
+_HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:]+\]")
+
+
+class ServeConfig(Section):
+    """The HTTP endpoint: what it serves, where, and what a client may ask for."""
+
+    model: str | None = Field(
+        None,
+        description="model to serve: a run by name or folder, a model folder or a hub id; "
+        "null: the run called name, else the newest in storage_path",
+    )
+    adapters: dict[str, str] | str | None = Field(
+        None,
+        description="adapters of the model that are served beside it, by name: {tales: folder} is "
+        "what clients call model:tales; folders of PEFT's (LoRA), or runs that trained one; or a "
+        "folder of such folders, which come and go while it serves",
+    )
+    served_model_name: NonEmpty | None = Field(
+        None, description="what clients call the model; null: the name of its run or folder"
+    )
+    host: NonEmpty = Field(
+        "127.0.0.1", description="address to listen on; 0.0.0.0: all of the machine's"
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
+    api_key_file: str | None = Field(
+        None,
+        description="file of keys, one per line, of which clients must send one (Authorization: "
+        "Bearer); null: no key needed",
+    )
+    allowed_hosts: str | list[str] | None = Field(
+        None,
+        description="Host names accepted besides the machine's own, such as api.example.com or "
+        "*.example.com; *: any; null: none, or any if host is 0.0.0.0 or ::",
+    )
+    allowed_origins: str | list[str] | None = Field(
+        None,
+        description="web pages that may call from a browser, such as https://example.com; *: any "
+        "(CORS)",
+    )
+    num_replicas: PositiveInt = Field(
+        1, description="engines, each with its share of the cluster (Ray Serve)"
+    )
+    max_replicas: PositiveInt | None = Field(
+        None, description="replicas to grow to under load; null: always num_replicas"
+    )
+    max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
+    max_waiting: PositiveInt = Field(
+        128, description="sequences that may wait for an engine; beyond that the answer is 429"
+    )
+    max_body_bytes: PositiveInt = Field(1 << 20, description="longest body of a request")
+    max_prompts: PositiveInt = Field(
+        64, description="prompts of one request in the engine or its queue at a time; others follow"
+    )
+    max_n: PositiveInt = Field(16, description="outputs for one prompt")
+    max_outputs: PositiveInt = Field(
+        2048, description="outputs for one request, all prompts together"
+    )
+    max_output_tokens: PositiveInt | None = Field(
+        None,
+        description="most tokens for one output, whatever max_tokens asks for; null: as many as "
+        "the model's context holds",
+    )
+    max_stop: PositiveInt = Field(16, description="stop strings of one request")
+    max_logprobs: Annotated[int, Field(ge=0)] = Field(
+        20, description="most log-probabilities to return at each position"
+    )
+    body_timeout_s: Positive = Field(
+        20.0, description="seconds within which the body of a request must arrive"
+    )
+    request_timeout_s: Positive = Field(
+        300.0, description="seconds that one request may take, including its wait"
+    )
+    drain_timeout_s: NonNegative = Field(
+        30.0, description="seconds for running requests to finish when the server stops"
+    )
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, given: str | list[str] | None) -> str | list[str] | None:
+        for name in [given] if isinstance(given, str) else given or []:
+            if not _HOST_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} must be a name without scheme, port or path, such as "
+                    "api.example.com, *.example.com or *"
+                )
+        return given
+
+    @model_validator(mode="after")
+    def _replicas_grow(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"serve.max_replicas={self.max_replicas} must not be below "
+                f"serve.num_replicas={self.num_replicas}"
+            )
+        return self

@@ -1,0 +1,76 @@
+"""Keys and values of a decoder that PyTorch runs; shapes as in `gptray.generation.decoder`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gptray.model.gpt import GPT
+
+# Keys are read up to a multiple of this: sums over them then group in the same way at any length.
+LENGTH_STEP = 32
+# Of each sequence, for which a cache takes memory at once.
+FIRST_TOKENS = 1024
+
+
+class Cache:
+    """Keys and values of every layer for S sequences of up to P tokens, in memory taken once.
+
+    Products are several times faster over keys that lie side by side than over slices of longer
+    rows. So each layer's memory is seen as (S, K, length, E) with the least `length` that holds
+    the longest sequence, and is laid out anew when that changes: once in LENGTH_STEP tokens. The
+    memory holds FIRST_TOKENS a sequence, and twice as many when that is too little.
+    """
+
+    def __init__(self, model: GPT, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        config = model.config
+        self._shape = slots, config.kv_heads, config.head_width
+        self._most = _rounded(config.n_positions)
+        self._room = min(self._most, FIRST_TOKENS)
+        self._memory = [
+            tuple(torch.zeros(self._numbers(), dtype=dtype, device=device) for _ in range(2))
+            for _ in range(config.n_layer)
+        ]
+        self.length = LENGTH_STEP
+        self.layers = [self._views(memory) for memory in self._memory]
+
+    def _numbers(self) -> int:
+        return math.prod(self._shape) * self._room
+
+    def fit(self, tokens: int, used: int) -> None:
+        """Make room for sequences of `tokens`, keeping what slots 0 .. used - 1 hold."""
+        length = _rounded(tokens)
+        # A sequence that ends often makes way for one as long: do not shrink for a little.
+        if self.length // 2 < length <= self.length:
+            return
+        kept = min(length, self.length)
+        self.length = length
+        while self._room < length:
+            self._room = min(2 * self._room, self._most)
+        for layer, (old_k, old_v) in enumerate(self.layers):
+            old = old_k[:used, :, :kept].clone(), old_v[:used, :, :kept].clone()
+            if self._memory[layer][0].numel() < self._numbers():
+                self._memory[layer] = tuple(old_k.new_zeros(self._numbers()) for _ in range(2))
+            keys, values = self.layers[layer] = self._views(self._memory[layer])
+            keys[:used, :, :kept], values[:used, :, :kept] = old
+
+    def grow(self, tokens: int) -> None:
+        """Make room for a sequence of `tokens`, keeping all that all slots hold."""
+        self.fit(max(tokens, self.length), self._shape[0])
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        for keys, values in self.layers:
+            keys[target, :, :tokens] = keys[source, :, :tokens]
+            values[target, :, :tokens] = values[source, :, :tokens]
+
+    def _views(self, memory: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        slots, heads, width = self._shape
+        shape = slots, heads, self.length, width
+        keys, values = (one[: math.prod(shape)].view(shape) for one in memory)
+        return keys, values
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // LENGTH_STEP) * LENGTH_STEP

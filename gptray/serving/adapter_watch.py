@@ -1,0 +1,80 @@
+"""A folder of adapters beside a model that is served: they appear, change and leave with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptray.config import UserError
+from gptray.files import expanded
+from gptray.generation.loading import pack_adapter
+from gptray.model.adapter import CONFIG, WEIGHTS, Base, adapted_name
+from gptray.model.adapter_folder import adapter_folder
+from gptray.serving.endpoint import Served
+
+# Sizes and times of change of an adapter's files; None: not there.
+State = tuple[tuple[int, int] | None, ...]
+
+
+class AdapterWatch:
+    """The folders of adapters in a folder, each served under its own folder's name."""
+
+    def __init__(self, folder: str | Path, served: Served, base: Base) -> None:
+        self._folder, self._served, self._base = expanded(folder), served, base
+        self._before: dict[str, State] | None = None  # as last seen
+        self._done: dict[str, State] = {}  # as served, or refused
+        self._names: set[str] = set()  # that are served
+        self._unread = ""  # why the folder could not be read
+
+    def scan(self) -> list[str]:
+        """Serve what the folder holds now. Returns what has changed, a line each.
+
+        Files that change are left until they are as they were at the scan before: they may be on
+        their way. What cannot be served is told once.
+        """
+        try:
+            found = dict(self._found())
+        except OSError as error:
+            before, self._unread = self._unread, f"serve.adapters={self._folder}: {error.strerror}"
+            return [self._unread] if self._unread != before else []
+        self._unread, told = "", []
+        for name in sorted(self._names - found.keys()):
+            self._served.drop(name)
+            self._names.remove(name)
+            told.append(f"{adapted_name(self._served.name, name)} is served no more")
+        last, self._before = self._before, found
+        self._done = {name: state for name, state in self._done.items() if name in found}
+        for name, state in sorted(found.items()):
+            is_still = last is None or last.get(name) == state
+            if is_still and self._done.get(name) != state:
+                self._done[name] = state
+                told.append(self._take(name))
+        return told
+
+    def _found(self) -> Iterator[tuple[str, State]]:
+        for place in self._folder.iterdir():
+            try:
+                folder = adapter_folder(place)
+            except UserError:
+                continue  # something else
+            yield place.name, (_state(folder / CONFIG), _state(folder / WEIGHTS))
+
+    def _take(self, name: str) -> str:
+        """Serve an adapter, or go on with the one before. Returns what to tell."""
+        adapted = adapted_name(self._served.name, name)
+        try:
+            packed = pack_adapter(self._served.engine, self._base, self._folder / name)
+        except (UserError, OSError) as error:
+            stays = "; the one before stays" if name in self._names else ""
+            return f"{adapted} is not served: {error}{stays}"
+        self._served.put(name, packed)
+        self._names.add(name)
+        return f"{adapted} is served"
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
