@@ -154,13 +154,13 @@ TEST(a_row_has_the_same_bits_among_any_neighbours) {
 }
 
 TEST(rows_of_adapters_get_their_products_too) {
-  for (const int kind : {FP32, BF16, INT8})
+  for (const int kind : {FP32, BF16, INT8, INT4})
     for (const int rows : {3, 20}) {
       const int inputs = 37, outputs = 130, padded = 48, most = 8;
       Packed packed(inputs, outputs, kind);
       packed.linear.number = 1;
       const std::vector<float> x = randoms(rows * inputs, 3);
-      std::vector<float> plain(rows * outputs), y(rows * outputs), scales(rows);
+      std::vector<float> plain(rows * outputs), y(rows * outputs);
       std::vector<float> narrow(rows * most);
       std::vector<int32_t> words(rows * row_words(packed.linear));
       // Ranks 4 and 8; their A as [rank / 4][inputs / 16][4][16], B as [panel][rank][64].
@@ -174,7 +174,7 @@ TEST(rows_of_adapters_get_their_products_too) {
       std::vector<const LowRank *> each(rows);
       for (int r = 0; r < rows; ++r) each[r] = r % 3 < 2 ? layers[r % 3] : nullptr;
       Step step = {};
-      step.scales = scales.data(), step.words = words.data(), step.narrow = narrow.data();
+      step.words = words.data(), step.narrow = narrow.data();
       step.most_rank = most;
       linear(packed.linear, step, x.data(), nullptr, nullptr, rows,
              {plain.data(), nullptr, outputs});
