@@ -239,7 +239,7 @@ class GPT(nn.Module):
                 module.native = width % 2 == 0
 
     def compile_parts(self) -> None:
-        """Compile each block by itself, and the head: blocks can be reduced and recomputed."""
+        """Compile each block by itself, and the head: gradients then come block by block."""
         for block in self.transformer.h:
             assert isinstance(block, Block)
             block.compiled = torch.compile(block.compute)

@@ -1,4 +1,5 @@
-"""A block's work in bf16 on a CPU by `gptray.native`: linear layers, MLP, attention, norms.
+"""A network's work in bf16 on a CPU by `gptray.native`: linear layers, MLP, attention, norms, and
+the head with its loss.
 
 For processors with AVX-512's bf16 dot product. Weights and their gradients are fp32. The same bits
 at any number of threads. Attention keeps no probabilities: the backward pass recomputes them (Dao
@@ -84,7 +85,7 @@ def head_loss(
     and by W, fp32, or None where it is not needed.
 
     x (M, C) bf16, C even; W (V, C) fp32, of which the first `valid` rows are tokens; targets (M)
-    int64. No graph is made.
+    int64. Autograd records nothing.
     """
     x, weight, targets = _whole([x, weight, targets])
     losses, grad_x = torch.empty(len(x)), torch.empty_like(x)

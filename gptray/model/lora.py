@@ -143,8 +143,8 @@ def _split(b: Tensor, spans: Sequence[slice]) -> tuple[Tensor, ...]:
 
 
 def freeze(model: GPT, replaced: Sequence[Part], kind: str = "none") -> None:
-    """Freeze all of a network without numbers but `replaced`, in the dtype that it computes in, and
-    with a kind of `gptray.model.quantized` the weights of its blocks' linear layers in that.
+    """Freeze all of a network on the meta device but `replaced`, in the dtype that it computes in;
+    with a kind of `gptray.model.quantized` its blocks' linear layers hold their weights in that.
 
     The kernels of linear layers and MLPs take fp32 masters, make their gradients and know no
     adapters, so these do without; others take norms' weights in fp32, which these then keep.

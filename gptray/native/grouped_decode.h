@@ -17,7 +17,7 @@ namespace {
 constexpr int INT8_GROUP = 128;            // inputs of a group of x that meets int8 weights
 constexpr int GROUP = 32;                  // inputs that share a scale of x and of int4 weights
 constexpr int INT4_TILE = 4;               // rows at once: 16 sums, 8 weights, a word and a mask
-constexpr int GROUPS_AHEAD = 4;            // that memory is asked for
+constexpr int GROUPS_AHEAD = 4;            // that are prefetched
 constexpr int HALF_WORDS = GROUP / 4 / 2;  // of an int4 group
 
 // A group of a row of x.
@@ -25,7 +25,7 @@ template <int INPUTS>
 struct RowGroup {
   int32_t words[INPUTS / 4];  // int8
   float scale;
-  int32_t offset;  // what the numbers' sum by unsigned weights has too much, negated
+  int32_t offset;  // takes away what `added` in the weights adds to the sum
 };
 
 // A group of a panel of int4 weights.
@@ -38,7 +38,8 @@ struct PanelGroup {
 
 inline int group_count(int inputs, int group) { return (inputs + group - 1) / group; }
 
-// A row of numbers in groups, the last of which is filled up with zeros. added: to each weight.
+// A row of numbers in groups, the last of which is filled up with zeros. added: what makes weights
+// unsigned.
 template <int INPUTS>
 void to_groups(const float *row, int size, int added, RowGroup<INPUTS> *to) {
   for (int left = size; left > 0; left -= INPUTS, row += INPUTS, ++to) {

@@ -15,10 +15,10 @@
 namespace {
 
 // Columns of logits that lie together: as many words as `CHUNK`.
-constexpr int GROUP = 2 * CHUNK;
+constexpr int COLUMN_GROUP = 2 * CHUNK;
 // Rows of W that are packed at a time to make x's gradient.
-constexpr int PACKED_ROWS = 4 * GROUP;
-// Of one piece's logits: 680 rows of Llama's smallest vocabularies.
+constexpr int PACKED_ROWS = 4 * COLUMN_GROUP;
+// Of one piece's logits: 680 rows of SmolLM2's vocabulary.
 constexpr size_t PIECE_BYTES = 64 << 20;
 
 struct Head {
@@ -40,15 +40,14 @@ inline int piece_rows(int M, int V) {
   return (M + pieces - 1) / pieces;
 }
 
-// What there is of a piece of `rows` rows. Its memory is kept: fresh pages cost more than the
-// losses.
+// What a piece of `rows` rows needs. Its memory is kept: fresh pages cost more than the losses.
 struct Piece {
   int rows = 0;
   std::vector<Line> logits, x, weight, sums;
   std::vector<float> log_sums;
 
   void fit(const Head &head, int most) {
-    const size_t groups = (head.V + GROUP - 1) / GROUP, panels = panel_count(head.C);
+    const size_t groups = (head.V + COLUMN_GROUP - 1) / COLUMN_GROUP, panels = panel_count(head.C);
     rows = most;
     room(logits, groups * rows * CHUNK / LANES);
     room(x, panels * BLOCKS * ((rows + 1) / 2));
@@ -59,8 +58,8 @@ struct Piece {
 
   // 16 logits, or their gradients: groups, rows, columns.
   uint16_t *at(int row, int column) {
-    const size_t group = column / GROUP;
-    return (uint16_t *)logits.data() + (group * rows + row) * GROUP + column % GROUP;
+    const size_t group = column / COLUMN_GROUP, at = column % COLUMN_GROUP;
+    return (uint16_t *)logits.data() + (group * rows + row) * COLUMN_GROUP + at;
   }
   // 16 sums of x's gradient: panels, rows, columns.
   float *sum(int row, int column) {
@@ -144,7 +143,7 @@ void make_gradients(const Head &head, const HeadRows &all, Piece &piece, int fir
     to_gradients(head, all.targets + first, piece, panel, rows);
     if (!dw) continue;
     const int v = panel * PANEL, height = std::min(PANEL, head.V - v);
-    pack_panel(piece.at(0, v), GROUP, own, rows, PANEL);
+    pack_panel(piece.at(0, v), COLUMN_GROUP, own, rows, PANEL);
     for (int k = 0; k < C; k += PANEL)
       multiply_panels(own, x + k / PANEL * size, words, dw + (size_t)v * C + k, C, height, C - k,
                       first > 0);

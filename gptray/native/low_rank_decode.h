@@ -2,7 +2,7 @@
 //
 // Hu et al. 2022, LoRA; many adapters over one base: Chen et al. 2023, Punica, and Sheng et al.
 // 2023, S-LoRA. `shrink` makes x A^T where a row is read, `expand` adds its product with B^T to the
-// sums of a panel, whose part of B^T was asked for before the panel was multiplied. Both use a
+// sums of a panel, whose part of B^T was prefetched before the panel was multiplied. Both use a
 // row's own numbers alone, in one fixed order.
 
 #pragma once
@@ -14,7 +14,7 @@ namespace {
 
 // Sums that `shrink` makes side by side; a rank is a whole number of them.
 constexpr int RANK_STEP = 4;
-// Numbers of A from those that are read to those that are asked for.
+// How far ahead of the numbers that are read A is prefetched.
 constexpr int AHEAD = 1024;
 
 struct Added {  // to a layer's outputs
@@ -84,8 +84,8 @@ inline void fetch(const LowRank &low, int panel, int panels) {
   if (next.rank) fetch((const Number *)next.a + panel * share, share);
 }
 
-// Ask for what rows first .. stop - 1 add to a panel, and for a share of what the layer that comes
-// next reads of A: memory is slow, and the product of the panel comes before both.
+// Prefetch what rows first .. stop - 1 add to a panel, and a share of what the next layer reads of
+// A: memory is slow, and the product of the panel comes before both.
 inline void fetch(const Added &added, int panel, int panels, int first, int stop) {
   for (int row = first; row < stop; ++row) {
     const LowRank *low = added.of(row);
