@@ -177,6 +177,8 @@ def plan(checked: CheckedEvaluation) -> Plan:
             rows.append((name, f"{tokens:,} tokens in {len(numbers):,}{of} windows"))
     else:
         rows.append(("token data", "to be prepared first"))
+    if checked.also:
+        rows.append(("scored too", ", ".join(checked.also)))
     return [
         *rows,
         ("passages", f"{0 if checked.others else config.evaluate.passages} to continue"),
