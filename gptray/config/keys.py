@@ -140,7 +140,8 @@ def shown(value: object) -> str:
     elif isinstance(value, bool) or value is None:
         text = {True: "true", False: "false", None: "null"}[value]
     elif isinstance(value, dict):
-        return "keys of its own"
+        text = f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
+        text = text if value else "keys of its own"  # of a key that takes none, they are not read
     elif isinstance(value, (list, tuple)):
         text = f"[{', '.join(shown(item) for item in value)}]"
     else:

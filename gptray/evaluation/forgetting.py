@@ -52,6 +52,11 @@ def changes_of(rows: Sequence[MetricsRow], events: Sequence[Event]) -> list[Chan
     ]
 
 
+def also_scores(changes: Sequence[Change]) -> dict[str, dict[str, float | None]]:
+    """Bits per byte of the texts of evaluate.also, as a JSON line has them: before, and after."""
+    return {one.name: {"base_bpb": one.before, "bpb": one.after} for one in changes if one.name}
+
+
 def change_sentence(changes: Sequence[Change]) -> str:
     """All changes in a sentence; "" without any."""
     if not changes:

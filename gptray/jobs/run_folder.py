@@ -17,7 +17,7 @@ from gptray.config import Config, EvaluateConfig, RunFailed, UserError, flatten,
 from gptray.config.keys import shown
 from gptray.config.lora_section import LEARNING_RATE_FACTOR
 from gptray.config.names import label_of
-from gptray.evaluation.forgetting import changes_of
+from gptray.evaluation.forgetting import also_scores, changes_of
 from gptray.evaluation.model_commands import home_of
 from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
 from gptray.gguf_source import is_gguf, named_as_given
@@ -180,11 +180,7 @@ def outcome(config: Config) -> dict[str, object]:
         "val_loss": best["val_loss"],
         "base_val_loss": base and base["val_loss"],
         "base_val_bpb": base and base.get("val_bpb"),
-        "also": {
-            one.name: {"base_bpb": one.before, "bpb": one.after}
-            for one in changes_of(rows, events)
-            if one.name
-        },
+        "also": also_scores(changes_of(rows, events)),
         "val_ppl": best["val_ppl"],
         "val_bpb": best["val_bpb"],
         "val_lost": best.get("val_lost", 0.0),

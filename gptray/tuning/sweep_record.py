@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from gptray.config import Config, RunFailed, load_config
+from gptray.evaluation.forgetting import Change, changes_of
 from gptray.files import append, storing
-from gptray.record import MetricsRow, RowFields, read_metrics, read_rows
+from gptray.record import MetricsRow, RowFields, read_events, read_metrics, read_rows
 
 TRIALS = "trials.jsonl"
 # How a trial ends: at max_steps, by its own early stopping, cut at a rung, with a number that is
@@ -111,6 +112,11 @@ class Sweep:
 def trial_dir(folder: Path, name: str) -> Path:
     """The run folder of a sweep's trial."""
     return folder / "trials" / name
+
+
+def trial_changes(folder: Path, trial: Trial) -> list[Change]:
+    """What a sweep's trial did to its text and to those of evaluate.also; nothing without such."""
+    return changes_of(trial.rows, read_events(trial_dir(folder, trial.name)))
 
 
 def trial_events(folder: Path) -> list[TrialEvent]:

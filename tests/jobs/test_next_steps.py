@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from gptray.config import load_config, override
-from gptray.jobs.next_steps import of_model, resumable, short_name, tell_run
+from gptray.jobs.next_steps import (
+    differing,
+    of_model,
+    resumable,
+    settings_of,
+    short_name,
+    tell_run,
+)
 from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import resolve
 from gptray.jobs.serve.check import completion_command
@@ -96,6 +103,11 @@ def test_an_interrupted_batch_says_where_its_files_are(
         with pytest.raises(SystemExit), resumable(out, lambda: "the command", begun=out):
             raise SystemExit(143)
     assert caplog.messages == [f"stopped; results so far: {out}\nresume:\n  the command"]
+
+
+def test_settings_show_texts_with_their_names() -> None:
+    config = load_config(None, ["evaluate.also={old: old.txt}"])
+    assert settings_of(differing(config)) == "evaluate.also={old: 'old.txt'}"
 
 
 def test_a_run_in_the_default_storage_path_goes_by_its_name(

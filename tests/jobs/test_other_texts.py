@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, UserError, load_config, override
+from gptray.jobs.base import find_job
 from gptray.jobs.evaluate.run import evaluate
 from gptray.jobs.resuming import check_resumable, save_config
 from gptray.jobs.run_folder import resolve, run_dir
-from gptray.jobs.train.check import check, plan
+from gptray.jobs.train.check import check
 from gptray.jobs.train.run import train
 from tests.reports.pages import Page
 from tests.tiny import tiny_text
@@ -64,8 +65,15 @@ def test_a_text_that_is_trained_on_or_missing_is_refused(model_dir: Path, tmp_pa
     ):
         with pytest.raises(UserError, match=why):
             check(config_of(model_dir, tmp_path, f"evaluate.also={also}"))
-    config = config_of(model_dir, tmp_path, f"evaluate.also={tmp_path / 'other.txt'}")
-    assert ("scored too", "other.txt") in plan(check(config))
+
+
+def test_each_jobs_plan_names_the_other_texts(model_dir: Path, tmp_path: Path) -> None:
+    config = config_of(
+        model_dir, tmp_path, f"evaluate.also={tmp_path / 'other.txt'}",
+        f"evaluate.model={model_dir}", "tune.space=[{path: optim.lr, choice: [1e-3, 2e-3]}]",
+    )  # fmt: skip
+    for job in (find_job(name) for name in ("train", "evaluate", "tune")):
+        assert ("scored too", "other.txt") in job.plan(job.check(config))
 
 
 def test_other_texts_are_what_a_run_was_started_with(model_dir: Path, tmp_path: Path) -> None:

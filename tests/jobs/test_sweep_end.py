@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import pytest
 
 from gptray.config import dump, load_config, override
 from gptray.jobs.tune.end import outcome, tell_winner
+from gptray.record import EVENTS, METRICS
 from gptray.reports.sweep.report import write_sweep_report
 from gptray.tuning.sweep_record import load_sweep
 from tests.reports.pages import Page
@@ -41,6 +43,28 @@ def test_json_and_headline_say_what_the_winner_has_seen(tmp_path: Path) -> None:
     page = Page(write_sweep_report(folder))
     assert " % of the training text (data.fraction)" in page.text
     assert f"in {step} steps of {step * 2048:,} tokens in all." in page.text
+
+
+def test_what_trials_forget_is_in_line_report_and_terminal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gptray")
+    folder = swept(tmp_path / "forgets")
+    for number, trial in enumerate(sorted((folder / "trials").iterdir())):
+        rows = [json.loads(row) for row in (trial / METRICS).read_text().splitlines()]
+        scored = [{**row, "also": {"old": {"loss": 2.0, "bpb": 2.5 + number}}} for row in rows]
+        (trial / METRICS).write_text("".join(f"{json.dumps(row)}\n" for row in scored))
+        base = {"event": "base", "time": 1.0, "val_loss": 9.0, "val_bpb": 8.0}
+        base["also"] = {"old": {"loss": 2.0, "bpb": 3.0}}
+        (trial / EVENTS).write_text(f"{json.dumps(base)}\n")
+    sweep = load_sweep(folder)
+    line: dict[str, Any] = outcome(sweep, str(folder))
+    after = 2.5 + int(line["best_trial"])
+    assert line["also"] == {"old": {"base_bpb": 3.0, "bpb": after}}
+    tell_winner(sweep, str(folder))
+    assert any(f"; on old 3.00 -> {after:.2f}" in message for message in caplog.messages)
+    page = Page(write_sweep_report(folder))
+    assert "on old 3.00 -> 2.50" in page.text and "on old 3.00 -> 5.50: it forgot" in page.text
 
 
 @pytest.mark.parametrize("fraction", [0.05, 1.0])

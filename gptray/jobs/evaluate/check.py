@@ -170,15 +170,15 @@ def plan(checked: CheckedEvaluation) -> Plan:
         ("weights", config.quantize.weights),
         *([("compared", f"full weights, {', '.join(kinds)}")] if kinds else []),
     ]
-    if data:
-        for name, (windows, numbers) in checked.windows(data).items():
-            tokens = sum(len(windows.counted(number)) for number in numbers)
-            of = f" of {len(windows):,}" if len(numbers) < len(windows) else ""
-            rows.append((name, f"{tokens:,} tokens in {len(numbers):,}{of} windows"))
-    else:
+    if not data:
         rows.append(("token data", "to be prepared first"))
+    for name, (windows, numbers) in (checked.windows(data) if data else {}).items():
+        tokens = sum(len(windows.counted(number)) for number in numbers)
+        of = f" of {len(windows):,}" if len(numbers) < len(windows) else ""
+        rows.append((name, f"{tokens:,} tokens in {len(numbers):,}{of} windows"))
     return [
         *rows,
+        *([("scored too", ", ".join(checked.also))] if checked.also else []),
         ("passages", f"{0 if checked.others else config.evaluate.passages} to continue"),
         ("workers", f"{config.compute.max_workers} ({'GPU' if config.compute.use_gpu else 'CPU'})"),
         ("files", f"{checked.home or checked.folder}/: evaluation.json report.html and its PNGs"),

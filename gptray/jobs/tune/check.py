@@ -174,6 +174,8 @@ def plan(checked: CheckedSweep) -> Plan:
         ("texts to train on", f"{len(checked.texts)}, {len(ready)} of them ready"),
         *(("lost", f"{data.loses} ({data.data_dir})") for data in ready if data.loses),
     ]
+    if checked.also:
+        rows.append(("scored too", ", ".join(checked.also)))
     if checked.changes:
         rows.append(("changes", "; ".join(checked.changes)))
     if ended:

@@ -7,9 +7,10 @@ import logging
 
 from gptray.commands import typed
 from gptray.config import load_saved
+from gptray.evaluation.forgetting import also_scores, change_sentence
 from gptray.jobs.next_steps import of_model, tell
 from gptray.tuning.seen import Seen
-from gptray.tuning.sweep_record import OUTCOMES, Sweep, Trial
+from gptray.tuning.sweep_record import OUTCOMES, Sweep, Trial, trial_changes
 from gptray.tuning.trial_plan import loses_text, lossy_ahead, score
 
 log = logging.getLogger("gptray")
@@ -31,6 +32,8 @@ def tell_winner(sweep: Sweep, place: str) -> None:
     seen = Seen.of(winner, sweep.config)
     bpb = f"{score(winner):.4f} bits per byte"
     log.info("winner: trial %s with %s; it has seen %s", winner.name, bpb, seen.words)
+    if changed := change_sentence(trial_changes(sweep.folder, winner)):
+        log.info("%s", changed)
     longer = [f"train.max_steps={LONGER * winner.max_steps}", f"name={folder.name}-long"]
     if seen.fraction < 1:
         longer.insert(0, "data.fraction=1")
@@ -50,6 +53,7 @@ def _winner(sweep: Sweep) -> Trial:
 def outcome(sweep: Sweep, place: str) -> dict[str, object]:
     """The result of a finished sweep, which others find at `place`: the job's JSON line.
 
+    `also` has bits per byte of the texts of evaluate.also, before the first step and of the model.
     `best_*` are the winner's, at its lowest validation loss: `best_lost` the share of the text that
     its tokenizer loses, `best_tokens` those it was trained on, counted each time they were read,
     `best_epochs` how often it read its share of the text, `best_text_share` how much of all
@@ -72,6 +76,7 @@ def outcome(sweep: Sweep, place: str) -> dict[str, object]:
         "best_tokens": seen.tokens,
         "best_epochs": round(seen.epochs, 3),
         "best_text_share": round(seen.share, 4),
+        "also": also_scores(trial_changes(sweep.folder, winner)),
         "baseline_val_bpb": baseline.best["val_bpb"] if baseline and baseline.best else None,
         "model_dir": f"{place}/model",
         "trials": len(sweep.trials),

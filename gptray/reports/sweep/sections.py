@@ -13,7 +13,7 @@ from gptray.reports.sweep.panels import panel_figures
 from gptray.tuning.effects import ENOUGH_GONE_ON, Interval, gap_bits
 from gptray.tuning.levels import assignment
 from gptray.tuning.ranking import Ranking, is_wrong
-from gptray.tuning.sweep_record import Trial
+from gptray.tuning.sweep_record import Trial, trial_changes
 from gptray.tuning.trial_plan import mean_score, score
 from gptray.wording import count
 
@@ -124,7 +124,9 @@ def _trial_row(number: int, trial: Trial, standing: Ranking) -> Row:
         if trial.name in setting.values
     )
     lost = f"its tokenizer loses {percent(trial.lost)} of the text" if trial.lost else ""
-    notes = [note for note in (_note(trial, standing), trial.message or "", lost, values) if note]
+    also = "; ".join(one.words for one in trial_changes(standing.sweep.folder, trial) if one.name)
+    parts = (_note(trial, standing), trial.message or "", lost, values, also)
+    notes = [note for note in parts if note]
     numbers = ("-", "-", "-")
     if best:
         numbers = (f"{best['val_bpb']:.4f}", f"{best['step']:,}", f"{gap_bits(best):+.3f}")
