@@ -116,9 +116,8 @@ class FoundColumns:
     def check_names(self) -> None:
         """Raise UserError for names that clash with the job's own and types Parquet cannot hold."""
         passed_names(self.names, self._config, self.id_column, self.prompt_column)
-        adapter = self._config.adapter_column
-        if adapter is not None and adapter not in self.names:
-            raise UserError(no_column(adapter, self.names, key="generate.adapter_column"))
+        if not self._shapes:  # a row of JSON need not have every key
+            self._check_adapter_column()
         for name in self._shapes:
             if not is_utf8(name):
                 raise UserError(
@@ -131,6 +130,7 @@ class FoundColumns:
     def resolve(self) -> InputColumns:
         """Decide the field of every column, once all rows were examined. Raises UserError."""
         self.check_names()
+        self._check_adapter_column()
         ids, config = self.id_column, self._config
         passed = passed_names(self.names, config, ids, self.prompt_column)
         fields, notes = self._all_fields(), []
@@ -160,6 +160,11 @@ class FoundColumns:
             self._common_metadata(renamed=any(name != new for name, new in passed.items())),
             notes,
         )
+
+    def _check_adapter_column(self) -> None:
+        adapter = self._config.adapter_column
+        if adapter is not None and adapter not in self.names:
+            raise UserError(no_column(adapter, self.names, key="generate.adapter_column"))
 
     def _first_row(self, file: SourceFile) -> None:
         self._json_file = self._json_file or file.name

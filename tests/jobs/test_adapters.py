@@ -104,7 +104,8 @@ def test_an_endpoint_finds_its_adapters_and_their_base(adapter: Path, model_dir:
 def test_rows_of_a_batch_name_their_adapters(
     model_dir: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    rows = [{"prompt": "the cat", "style": style} for style in ("tales", "", None, "news")]
+    rows: list[dict[str, str | None]] = [{"prompt": "the cat"}]  # without the key
+    rows += [{"prompt": "the cat", "style": style} for style in ("tales", "", None, "news")]
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [
@@ -126,14 +127,14 @@ def test_rows_of_a_batch_name_their_adapters(
     made = pq.read_table(tmp_path / part_name(0)).to_pylist()
     alone = texts(f"generate.adapter={adapter}", "sample.max_new_tokens=9")[0]
     plain = texts(f"generate.model={model_dir}", "sample.max_new_tokens=9")[0]
-    assert [row["output"] for row in made] == [alone, plain, plain, None]
+    assert [row["output"] for row in made] == [plain, alone, plain, plain, None]
     name = job.called
-    assert [row["model"] for row in made] == [f"{name}:tales", name, name, f"{name}:news"]
-    assert made[3]["error"] == "the adapter 'news' is none of generate.adapters (tales)"
-    assert [row["style"] for row in made] == ["tales", "", None, "news"]
+    assert [row["model"] for row in made] == [name, f"{name}:tales", name, name, f"{name}:news"]
+    assert made[4]["error"] == "the adapter 'news' is none of generate.adapters (tales)"
+    assert [row["style"] for row in made] == [None, "tales", "", None, "news"]
     other = [word.replace("column=style", "column=styl") for word in words]
     with pytest.raises(UserError, match=r"'styl'; columns: style.*generate.adapter_column"):
-        check_batch(load_config(None, other))
+        scan(job.files, load_config(None, other).generate)
     with pytest.raises(UserError, match="adapters and adapter_column go together"):
         load_config(None, ["generate.adapter_column=style"])
 

@@ -74,9 +74,9 @@ class EngineWorker:
 
 def _writer(task: GenerateTask, folder: Path) -> PartWriter:
     torch.set_num_threads(task.threads)
-    folder, named = model_folder(task.model), task.config.generate.adapters or {}
-    engine, tokenizer = open_engine(folder, task.config, takes_adapters=bool(named))
-    base = Base.of(str(folder))
+    model, named = model_folder(task.model), task.config.generate.adapters or {}
+    engine, tokenizer = open_engine(model, task.config, takes_adapters=bool(named))
+    base = Base.of(str(model))
     return PartWriter(
         engine,
         tokenizer,
