@@ -167,7 +167,7 @@ def plan(checked: CheckedEvaluation) -> Plan:
         *([("adapter", adapter)] if (adapter := config.evaluate.adapter) else []),
         ("text", ", ".join(checked.source)),
         ("windows", f"{checked.block_size} tokens, {checked.stride} apart"),
-        ("weights", config.quantize.weights),
+        ("weights", config.quantize.weights.replace("none", "full")),
         *([("compared", f"full weights, {', '.join(kinds)}")] if kinds else []),
     ]
     if not data:
