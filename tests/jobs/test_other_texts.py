@@ -17,14 +17,14 @@ from tests.reports.pages import Page
 from tests.tiny import tiny_text
 
 
-def config_of(model_dir: Path, tmp_path: Path, *words: str) -> Config:
+def config_of(model_dir: Path, tmp_path: Path, *words: str, max_steps: int = 4) -> Config:
     (tmp_path / "text.txt").write_text(tiny_text(300))
     (tmp_path / "other.txt").write_text(tiny_text(40, seed=3)[::-1])
     settings = [
         f"storage_path={tmp_path / 'runs'}", "name=run", f"model.init_from={model_dir}",
-        f"data.source={tmp_path / 'text.txt'}", "train.block_size=16", "train.max_steps=4",
-        "train.eval_interval=2", "train.precision=fp32", "sample.max_new_tokens=2",
-        "compute.cpus_per_worker=1",
+        f"data.source={tmp_path / 'text.txt'}", "train.block_size=16",
+        f"train.max_steps={max_steps}", "train.eval_interval=2", "train.precision=fp32",
+        "sample.max_new_tokens=2", "compute.cpus_per_worker=1",
     ]  # fmt: skip
     return load_config(None, [*settings, *words])
 
@@ -51,9 +51,10 @@ def test_what_a_run_forgets_is_in_line_report_and_evaluation(
         assert found["also"]["other.txt"]["bpb"] == pytest.approx(
             result["also"]["kept"][key], abs=1e-4
         )
+    longer = config_of(model_dir, tmp_path, f"evaluate.also={{kept: {other}}}", max_steps=6)
     other.write_text(tiny_text(40, seed=4))
     with pytest.raises(UserError, match="the text kept has changed since the run run started"):
-        train(override(config, {"train.max_steps": 6}))
+        train(longer)
 
 
 def test_a_text_that_is_trained_on_or_missing_is_refused(model_dir: Path, tmp_path: Path) -> None:
