@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -13,15 +13,15 @@ from gptray.config import Config, UserError
 from gptray.files import absolute, is_uri, sha256_of
 from gptray.jobs.models import run_named
 from gptray.model.adapter import ADAPTER, CONFIG, WEIGHTS, Base, adapted_name
-from gptray.model.adapter_folder import Adapter, adapter_folder, check_products, open_adapter
+from gptray.model.adapter_folder import adapter_folder, check_products, open_adapter
 from gptray.stored import read_foreign
 
 # Sections with the keys `model` and `adapter`.
 WithAdapter = Literal["evaluate", "generate"]
-# What YAML takes in a mapping as it is.
-_PLAIN = re.compile(r"[\w./-]+")
 # Those with `adapters`.
 WithAdapters = Literal["generate", "serve"]
+# What YAML takes in a mapping as it is.
+_PLAIN = re.compile(r"[\w./-]+")
 
 
 def with_adapter(config: Config, section: WithAdapter) -> Config:
@@ -59,7 +59,8 @@ def with_adapters(config: Config, section: WithAdapters) -> Config:
 def check_adapter(source: str | None, model: Path, *, key: str) -> None:
     """Refuse an adapter that does not fit the model in a folder. Raises UserError with the key."""
     if source is not None:
-        _opened(source, Base(str(model), model), key=key)
+        with _named(key):
+            open_adapter(source, Base(str(model), model))
 
 
 def check_adapters(sources: Mapping[str, str] | str | None, model: Path, *, key: str) -> None:
@@ -69,11 +70,8 @@ def check_adapters(sources: Mapping[str, str] | str | None, model: Path, *, key:
     """
     base = Base(str(model), model)
     for source in sources.values() if isinstance(sources, Mapping) else ():
-        adapter = _opened(source, base, key=key)
-        try:
-            check_products(adapter)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
+        with _named(key):
+            check_products(open_adapter(source, base))
 
 
 def adapter_sha256(source: str | None) -> str | None:
@@ -104,9 +102,11 @@ def _name(source: str) -> str:
     return folder.parent.name if folder.name == ADAPTER else folder.name
 
 
-def _opened(source: str, base: Base, *, key: str) -> Adapter:
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Begin what is wrong with the key."""
     try:
-        return open_adapter(source, base)
+        yield
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 
@@ -149,7 +149,5 @@ def _found(config: Config, source: str, *, key: str) -> Path:
     run = None if is_uri(config.storage_path) else run_named(config, source)
     if run and not place.exists() and (run / ADAPTER / CONFIG).is_file():
         place = run
-    try:
+    with _named(key):
         return adapter_folder(place)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None

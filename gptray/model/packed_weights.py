@@ -40,8 +40,10 @@ class Packing:
         return words * 32 // self.bits if self.group is None else groups * self.group
 
 
-# By `gptray.model.quantized`'s names.
-PACKINGS = {"int8": Packing(8, None), "int4": Packing(4, 32)}
+# Inputs that share a scale in int4.
+GROUP = 32
+# Those of `gptray.model.quantized`, by name.
+PACKINGS = {"int8": Packing(8, None), "int4": Packing(4, GROUP)}
 
 
 def packed_config(packing: Packing) -> dict[str, object]:

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Inputs of an int4 weight that share a scale.
-GROUP = 32
-# Bits of a value.
-BITS = {"int8": 8, "int4": 4}
+from gptray.model.packed_weights import GROUP, PACKINGS
+
 _INT8_MOST = 127
 # What the greatest weight of an int4 group becomes: whichever of them rounds the others best.
 _INT4_MOST = (-8.0, -7.0, 7.0)
@@ -78,7 +76,7 @@ def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
 
     What `dequantize` gives in fp32 comes back to the bit.
     """
-    assert kind in BITS, kind
+    assert kind in PACKINGS, kind
     rows = max(1, _AT_ONCE // weight.size(1))
     parts = [_quantized(part.float(), kind) for part in torch.split(weight, rows)]
     values, scales = (torch.cat(made) for made in zip(*parts, strict=True))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from gptray.config import ModelConfig
+from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import block_modules
 
 # Of a full weight, in bf16; of a scale of `gptray.model.quantized`, fp16.
 _FULL, _SCALE = 2, 2
-# Inputs that share a scale in int4; in int8 all of a row do.
-_GROUP = 32
 
 
 def linear_bytes(config: ModelConfig, kind: str) -> int:
@@ -22,6 +21,5 @@ def linear_bytes(config: ModelConfig, kind: str) -> int:
 def _row_bytes(inputs: int, kind: str) -> int:
     if kind == "none":
         return _FULL * inputs
-    if kind == "int8":
-        return inputs + _SCALE
-    return -(-inputs // 2) + _SCALE * -(-inputs // _GROUP)
+    packing = PACKINGS[kind]
+    return -(-inputs * packing.bits // 8) + _SCALE * packing.groups(inputs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from gptray.config import Config
@@ -37,6 +38,14 @@ def run(
             raise Killed
 
     return fit(config, data, run_dir, report=report, sample=sample, device=device, bring=bring)
+
+
+def killed_run(config: Config, data: TokenData, run_dir: Path, *, at: Sequence[int]) -> Any:
+    """A run that is killed at these steps, resumed each time, and ends."""
+    for step in at:
+        with pytest.raises(Killed):
+            run(config, data, run_dir, kill_at=step)
+    return run(config, data, run_dir)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from gptray.training.checkpoint import checkpoint_folder, find_checkpoints
 from gptray.training.trainer_state import TrainerState
 from gptray.training.validation import Scores, score_checkpoint
 from tests.tiny import tiny_config
-from tests.training.runs import CPU, Killed, rows, run
+from tests.training.runs import CPU, killed_run, rows, run
 from tests.training.test_evaluations import digest, timeless
 
 NOISY = ("optim.schedule=constant", "optim.lr=0.05", "optim.min_lr=0.01", "train.eval_interval=5")
@@ -70,10 +70,7 @@ def test_averaging_changes_nothing_of_the_weights_and_survives_a_kill(
     config = tiny_config(text_file, tmp_path, *NOISY, "model.dropout=0.1", "train.ema=0.8")
     run(plain, tiny_data, tmp_path / "plain")
     run(config, tiny_data, tmp_path / "whole")
-    for step in (5, 15):
-        with pytest.raises(Killed):
-            run(config, tiny_data, tmp_path / "killed", kill_at=step)
-    run(config, tiny_data, tmp_path / "killed")
+    killed_run(config, tiny_data, tmp_path / "killed", at=(5, 15))
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
     for name in ("averaged/model.safetensors", "model/model.safetensors"):
         ours = tmp_path / "killed" / "checkpoint_000020" / name

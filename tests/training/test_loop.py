@@ -19,7 +19,7 @@ from gptray.record import EVENTS, read_rows
 from gptray.training.checkpoint import newest_whole
 from tests.generation.models import needs_native
 from tests.tiny import tiny_config
-from tests.training.runs import Killed, rows, run
+from tests.training.runs import Killed, killed_run, rows, run
 from tests.two_workers import two_workers
 
 CPU = torch.device("cpu")
@@ -111,10 +111,7 @@ def test_killed_run_ends_with_the_same_bits(
         f"train.precision={precision}",
     )
     run(config, tiny_data, tmp_path / "whole")
-    for step in (10, 20):
-        with pytest.raises(Killed):
-            run(config, tiny_data, tmp_path / "killed", kill_at=step)
-    run(config, tiny_data, tmp_path / "killed")
+    killed_run(config, tiny_data, tmp_path / "killed", at=(10, 20))
     assert same_bits(tmp_path / "whole", tmp_path / "killed", 30)
     timeless = [
         [{k: v for k, v in row.items() if k != "tokens_per_sec"} for row in rows(tmp_path / name)]
@@ -242,10 +239,7 @@ def test_patience_survives_a_kill(text_file: Path, tiny_data: TokenData, tmp_pat
         "train.patience=4",
     )
     assert run(config, tiny_data, tmp_path / "whole")["step"] == 10
-    for step in (4, 8):
-        with pytest.raises(Killed):
-            run(config, tiny_data, tmp_path / "killed", kill_at=step)
-    assert run(config, tiny_data, tmp_path / "killed")["step"] == 10
+    assert killed_run(config, tiny_data, tmp_path / "killed", at=(4, 8))["step"] == 10
 
 
 @pytest.mark.parametrize("eval_interval", [1, 10])

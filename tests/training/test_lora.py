@@ -19,7 +19,7 @@ from gptray.training.validation import score_checkpoint
 from tests.generation.models import needs_native
 from tests.model.foreign_models import make_hf
 from tests.model.test_lora import opened_by_peft
-from tests.training.runs import CPU, Killed, rows, run
+from tests.training.runs import CPU, Killed, killed_run, rows, run
 from tests.training.test_evaluations import digest, timeless
 
 # PEFT's.
@@ -81,10 +81,7 @@ def test_a_killed_run_ends_with_the_same_bits(
 ) -> None:
     config = config_in(tmp_path, tiny_data, f"quantize.weights={kind}")
     run(config, tiny_data, tmp_path / "whole")
-    for step in (2, 4):
-        with pytest.raises(Killed):
-            run(config, tiny_data, tmp_path / "killed", kill_at=step)
-    run(config, tiny_data, tmp_path / "killed")
+    killed_run(config, tiny_data, tmp_path / "killed", at=(2, 4))
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
     last = "checkpoint_000006"
     for name in (

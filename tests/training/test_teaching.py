@@ -14,7 +14,7 @@ from gptray.model.hf import load_pretrained
 from gptray.model.shape import weights_sha256
 from gptray.record import read_events, teachers_of
 from tests.tiny import tiny_config
-from tests.training.runs import Killed, rows, run
+from tests.training.runs import killed_run, rows, run
 from tests.training.test_evaluations import digest, timeless
 from tests.two_workers import two_workers
 
@@ -72,10 +72,7 @@ def test_a_taught_run_that_is_killed_ends_with_the_same_bits(
     )
     config = taught(text_file, tmp_path, teachers, *keys)
     run(config, tiny_data, tmp_path / "whole")
-    for step in (5, 15):
-        with pytest.raises(Killed):
-            run(config, tiny_data, tmp_path / "killed", kill_at=step)
-    run(config, tiny_data, tmp_path / "killed")
+    killed_run(config, tiny_data, tmp_path / "killed", at=(5, 15))
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
     for name in ("optimizer.safetensors", "model/model.safetensors"):
         ours = tmp_path / "killed" / "checkpoint_000020" / name
