@@ -18,9 +18,8 @@ def check_base(config: Config, checkpoint: Path | None) -> None:
     if config.lora.rank is None:
         if (kind := config.quantize.weights) != "none":
             raise UserError(
-                f"quantize.weights={kind}: only weights that stay as they are can be trained on in "
-                "few bits; set lora.rank to train an adapter beside them, or leave "
-                "quantize.weights out"
+                f"quantize.weights={kind}: only frozen weights can be quantized in training; set "
+                "lora.rank to train an adapter beside them, or leave quantize.weights out"
             )
         return
     base = _base(config, weights=checkpoint is not None)
