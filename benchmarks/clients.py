@@ -7,7 +7,7 @@ Tries litellm, langchain-openai, llama-index, llm and openai if one of the Pytho
 (--python: virtual environments; by default this one), and npm's openai and Vercel AI SDK if a
 folder with node_modules is given (--node). Each client's calls are in benchmarks/client_scripts/.
 Without --url an endpoint is started on a tiny model. Prints a table of clients and calls: `ok`,
-`refused` if a completions endpoint has no such thing and its answer says what to call instead, or
+`refused` if there is no such thing here and its answer says what to call instead, or
 what went wrong. Prints, last, one JSON line; exit code 1 if a call failed or no client is
 installed.
 """
@@ -40,6 +40,7 @@ PYTHON = {
 }
 NODE = {"openai": ("openai",), "vercel": ("ai", "@ai-sdk/openai", "@ai-sdk/openai-compatible")}
 TIMEOUT_S = 180
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 def commands(pythons: Sequence[str], node: str | None) -> dict[str, list[str]]:
@@ -101,6 +102,7 @@ def endpoint(url: str | None, model: str | None) -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as runs:
         folder = Path(runs, "tiny")
         make_tiny_model(folder)
+        folder.joinpath("chat_template.jinja").write_text(TEMPLATE, "utf-8")
         with running_server("gptray", str(folder)) as port:
             yield f"http://127.0.0.1:{port}/v1", folder.name
 

@@ -55,7 +55,7 @@ python jobs/generate.py generate.input_path=prompts.jsonl generate.output_path=o
 python jobs/generate.py ... generate.model=gpt2 generate.num_workers=4
 """,
     "serve": """\
-Serve a model over HTTP, on Ray Serve, to any client that speaks OpenAI's completions.
+Serve a model over HTTP, on Ray Serve, to any client that speaks OpenAI's API.
 
 python jobs/serve.py                                     the newest run, http://127.0.0.1:8000
 python jobs/serve.py serve.model=<run, model folder or hub id> serve.port=8080

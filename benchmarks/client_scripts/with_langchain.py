@@ -2,12 +2,16 @@
 
 from typing import Any
 
-from calls import MODEL, PROMPT, PROMPTS, URL, counted, refused, report, same, without
+from calls import MODEL, PROMPT, PROMPTS, URL, counted, report, same, without
 from langchain_openai import ChatOpenAI, OpenAI
 
 
 def model(**more: Any) -> Any:
     return OpenAI(base_url=URL, api_key="none", model=MODEL, max_retries=0, **more)
+
+
+def chat() -> Any:
+    return ChatOpenAI(base_url=URL, api_key="none", model=MODEL, max_retries=0)
 
 
 report(
@@ -23,10 +27,7 @@ report(
         ),
         "seed": lambda: same(model(seed=7).invoke(PROMPT), model(seed=7).invoke(PROMPT)),
         "n": lambda: counted(2, model(n=2, best_of=2).generate([PROMPT]).generations[0]),
-        "chat": lambda: refused(
-            lambda: ChatOpenAI(base_url=URL, api_key="none", model=MODEL, max_retries=0).invoke(
-                PROMPT
-            )
-        ),
+        "chat": lambda: chat().invoke(PROMPT).content,
+        "chat stream": lambda: [part.content for part in chat().stream(PROMPT)],
     }
 )

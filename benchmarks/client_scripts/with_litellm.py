@@ -1,9 +1,9 @@
-"""litellm: the provider text-completion-openai."""
+"""litellm: the providers text-completion-openai and openai."""
 
 from typing import Any
 
 import litellm
-from calls import MODEL, PROMPT, PROMPTS, URL, counted, refused, report, same, without
+from calls import MODEL, PROMPT, PROMPTS, URL, counted, report, same, without
 
 litellm.suppress_debug_info = True
 ENDPOINT: dict[str, Any] = {"api_base": URL, "api_key": "none", "num_retries": 0}
@@ -19,6 +19,12 @@ def stream(**more: Any) -> list[str]:
     return [chunk.choices[0].text or "" for chunk in chunks if chunk.choices]
 
 
+def chat(model: str) -> Any:
+    messages = [{"role": "user", "content": PROMPT}]
+    answer = litellm.completion(model=model, messages=messages, **ENDPOINT)
+    return answer.choices[0].message.content
+
+
 report(
     {
         "default": lambda: complete().choices[0].text,
@@ -30,19 +36,7 @@ report(
         "logprobs": lambda: complete(logprobs=2).choices[0].logprobs,
         "seed": lambda: same(complete(seed=7).choices[0].text, complete(seed=7).choices[0].text),
         "n": lambda: counted(2, complete(n=2).choices),
-        "chat by text": lambda: (
-            litellm.completion(
-                model=f"text-completion-openai/{MODEL}",
-                messages=[{"role": "user", "content": PROMPT}],
-                **ENDPOINT,
-            )
-            .choices[0]
-            .message.content
-        ),
-        "chat": lambda: refused(
-            lambda: litellm.completion(
-                model=f"openai/{MODEL}", messages=[{"role": "user", "content": PROMPT}], **ENDPOINT
-            )
-        ),
+        "chat by text": lambda: chat(f"text-completion-openai/{MODEL}"),
+        "chat": lambda: chat(f"openai/{MODEL}"),
     }
 )

@@ -1,5 +1,7 @@
 """openai (PyPI)."""
 
+from typing import Any
+
 from calls import MODEL, PROMPT, PROMPTS, URL, counted, refused, report, same, without
 from openai import OpenAI
 
@@ -14,6 +16,11 @@ def stream(**more: object) -> list[str]:
     ]
 
 
+def chat(**more: object) -> Any:
+    messages = [{"role": "user", "content": PROMPT}]
+    return client.chat.completions.create(model=MODEL, messages=messages, **more)  # type: ignore
+
+
 report(
     {
         "default": lambda: create(model=MODEL, prompt=PROMPT).choices[0].text,
@@ -26,11 +33,8 @@ report(
         "seed": lambda: same(*(create(model=MODEL, prompt=PROMPT, seed=7).choices for _ in "12")),
         "n": lambda: counted(2, create(model=MODEL, prompt=PROMPT, n=2).choices),
         "models": lambda: [model.id for model in client.models.list()],
-        "chat": lambda: refused(
-            lambda: client.chat.completions.create(
-                model=MODEL, messages=[{"role": "user", "content": PROMPT}]
-            )
-        ),
+        "chat": lambda: chat().choices[0].message.content,
+        "chat stream": lambda: [chunk.choices[0].delta.content for chunk in chat(stream=True)],
         "responses": lambda: refused(lambda: client.responses.create(model=MODEL, input=PROMPT)),
         "embeddings": lambda: refused(lambda: client.embeddings.create(model=MODEL, input=PROMPT)),
     }

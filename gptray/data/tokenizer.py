@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +16,13 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gptray.config import UserError
 from gptray.data.boundary import chunks
 from gptray.data.tokenizer_files import END_OF_TEXT, end_of_text, open_tokenizer
 from gptray.data.tokenizer_parts import TokenizerParts
 from gptray.data.tokenizer_prefix import check_prefix, text_prefix
 from gptray.data.trust import panics_as_errors
+from gptray.data.unreadable import UnreadableText, unreadable
+from gptray.data.written_names import WrittenNames
 
 _PROBES = (
     "one two",
@@ -33,18 +33,6 @@ _PROBES = (
     "\u4e00\u3002\n\u4e8c",
 )
 _ANY_CHARACTER = tokenizers.Regex(r"[\s\S]")
-_SHOWN = 40  # characters of a text that cannot be read
-
-
-class UnreadableText(UserError):
-    """Text that a tokenizer cannot encode and has no unknown token for; it contains `piece`."""
-
-    def __init__(self, message: str, piece: str) -> None:
-        super().__init__(message)
-        self.piece = piece
-
-    def __reduce__(self) -> tuple[type[UnreadableText], tuple[str, str]]:
-        return type(self), (str(self), self.piece)
 
 
 class Tokenizer:
@@ -87,6 +75,11 @@ class Tokenizer:
         return names
 
     @property
+    def special_names(self) -> dict[str, str]:
+        """The names of its special tokens by what they are for, `eos_token` among them."""
+        return dict(self._special)
+
+    @property
     def special_ids(self) -> dict[str, int]:
         """The ids of its special tokens by what they are for, `eos_token` among them."""
         ids = {role: self._backend.token_to_id(name) for role, name in self._special.items()}
@@ -124,19 +117,31 @@ class Tokenizer:
         """
         rest = text[len(self.prefix_name) :] if self.begins_with_prefix(text) else text
         ids = [*(self.prefix if add_prefix or rest is not text else [])]
-        names = "|".join(map(re.escape, self._special_ids))
-        parts = re.split(f"({names})", rest) if parse_special else [rest]
-        for number, part in enumerate(parts):  # every other one is a name
-            ids += [self._special_ids[part]] if number % 2 else self.encode(part)
+        ids += self._encode_parts(self.written_names.parts(rest) if parse_special else [rest])
         return ids or [self.eos_id]
 
+    def chat_ids(self, chat: str) -> list[int]:
+        """Token ids of a chat as its template writes it, special tokens by their names.
+
+        Names that were taken apart (see `WrittenNames`) are text. Raises UserError as `encode`.
+        """
+        put_together = self.written_names.put_together
+        parts = self.written_names.parts(chat)
+        return self._encode_parts(
+            put_together(part) if isinstance(part, str) else part for part in parts
+        )
+
+    def _encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Token ids of pieces of text, and of tokens as they are."""
+        encoded = ([part] if isinstance(part, int) else self.encode(part) for part in parts)
+        return [number for ids in encoded for number in ids]
+
     @cached_property
-    def _special_ids(self) -> dict[str, int]:
-        """The special tokens by name, the longest name first."""
+    def written_names(self) -> WrittenNames:
+        """The special tokens as texts spell them."""
         added = self._backend.get_added_tokens_decoder().items()
         ids = {one.content: number for number, one in added if one.special}
-        ids[self.eos_token] = self.eos_id
-        return dict(sorted(ids.items(), key=lambda item: -len(item[0])))
+        return WrittenNames(ids | {self.eos_token: self.eos_id})
 
     def begins_with_prefix(self, text: str) -> bool:
         """Whether a text begins with the prefix's own name, as a chat template writes it."""
@@ -165,7 +170,7 @@ class Tokenizer:
             with panics_as_errors():
                 encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # tokenizers raises nothing narrower
-            raise self._unreadable(texts, error) from None
+            raise unreadable(self._backend, texts, error) from None
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -226,30 +231,6 @@ class Tokenizer:
                 "it was not in the text that the tokenizer was made from",
                 character,
             ) from None
-
-    def _unreadable(self, texts: Sequence[str], error: Exception) -> UnreadableText:
-        """Find what the model, which has no unknown token, could not encode."""
-        text = next(text for text in texts if not self._can_read(text))
-        words = (word for word in text.split() if not self._can_read(word))
-        word = next(words, text)
-        piece = next((one for one in word if not self._can_read(one)), word)
-        kind = type(self._backend.model).__name__
-        if kind == "WordLevel":
-            piece = word
-        return UnreadableText(
-            f"the tokenizer ({kind}) does not know {piece[:_SHOWN]!r} and has no unknown token "
-            f"({str(error).strip()}); give it one (unk_token), or choose data.tokenizer=bpe, which "
-            "reads any text",
-            piece,
-        )
-
-    def _can_read(self, text: str) -> bool:
-        try:
-            with panics_as_errors():
-                self._backend.encode(text, add_special_tokens=False)
-        except Exception:  # tokenizers raises nothing narrower
-            return False
-        return True
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -26,7 +26,8 @@ from gptray.data.shards import Shard, ShardEncoder, ShardWriter
 from gptray.data.sources import file_sha256
 from gptray.data.split import SPLITS, TRAIN, UNUSED, Region
 from gptray.data.split_plan import PiecePlan, PieceScan
-from gptray.data.tokenizer import Tokenizer, UnreadableText
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.unreadable import UnreadableText
 
 SAMPLE_CHARACTERS = 1 << 16
 # What separates documents in other people's files. As text, a model learns to write it.

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's completions, what clients ask around them, health, metrics and a page.
+"""The routes: OpenAI's completions and chats, what clients ask around them, health, metrics, page.
 
 `make_app` gives an ASGI application that any server can run.
 """
@@ -23,6 +23,7 @@ from gptray.serving.api_error import ApiError, ClientGone
 from gptray.serving.api_keys import Keys
 from gptray.serving.arrival import Arrival
 from gptray.serving.body import read_json
+from gptray.serving.chat import ChatCompletion, ChatRequest
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.engine_thread import Overloaded
@@ -32,6 +33,7 @@ from gptray.serving.no_path import no_path
 from gptray.serving.protocol import (
     CompletionRequest,
     DetokenizeRequest,
+    GenerationRequest,
     TokenizeRequest,
     parse_request,
 )
@@ -41,6 +43,8 @@ from gptray.serving.told import told
 from gptray.serving.try_page import page
 
 T = TypeVar("T")
+Asked = TypeVar("Asked", bound=GenerationRequest)
+Check = Callable[[Asked, Served, ServeConfig], Coroutine[object, object, Completion]]
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -72,6 +76,7 @@ def make_app(
         ("GET", "/v1/models", routes.models),
         ("GET", "/v1/models/{name:path}", routes.model),
         ("POST", "/v1/completions", routes.completions),
+        ("POST", "/v1/chat/completions", routes.chat),
         ("POST", "/tokenize", routes.tokenize),
         ("POST", "/detokenize", routes.detokenize),
         ("GET", "/tokenizer_info", routes.tokenizer_info),
@@ -119,12 +124,18 @@ class _Routes:
         self._arrival = Arrival(limits.max_body_bytes, limits.body_timeout_s)
 
     async def completions(self, request: Request) -> Response:
+        return await self._complete(request, CompletionRequest, Completion.of)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._complete(request, ChatRequest, ChatCompletion.of_chat)
+
+    async def _complete(self, request: Request, kind: type[Asked], check: Check[Asked]) -> Response:
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
         watch = Stopwatch(self._telemetry)
-        body = await self._body(request, CompletionRequest)
+        body = await self._body(request, kind)
         with ExitStack() as stack:
             served = stack.enter_context(self._endpoint.using(body.model))
-            completion = await Completion.of(body, served, self._limits)
+            completion = await check(body, served, self._limits)
             self._telemetry.tokens_in.inc(completion.prompt_tokens)
             accepted = stack.enter_context(completion.accept(self._limits))
             parts = completion.run(accepted, deadline, watch.take)

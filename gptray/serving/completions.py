@@ -1,8 +1,7 @@
-"""From a completion request to the engine's sequences, and from its updates to choices and chunks.
+"""From a completion request to the engine's sequences, and from its choices to the answer.
 
 Outputs are independent draws. With a seed, choice i draws from row i of that seed, so the first is
-the text that `jobs/generate.py` gives; without one, each prompt gets a fresh seed. Logprobs cover
-every generated token, the end-of-text token too, though it is no part of the text.
+the text that `jobs/generate.py` gives; without one, each prompt gets a fresh seed.
 """
 
 from __future__ import annotations
@@ -12,48 +11,28 @@ import secrets
 import time
 import uuid
 from collections import abc, defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TypedDict
+from typing import Self
 
 from gptray.config import ServeConfig
 from gptray.config.limits import SEEDS
-from gptray.generation.detokenize import TextStream
-from gptray.generation.sampling import Drawn
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.serving.api_error import ApiError
+from gptray.serving.choices import Choice, Output, joined
 from gptray.serving.echo import Echo, echo, ids_of
 from gptray.serving.endpoint import Served
 from gptray.serving.engine_thread import Accepted
 from gptray.serving.protocol import CompletionRequest, StreamOptions
 from gptray.serving.streams import Update
 
-# Replaces a log-probability that JSON cannot hold.
-LEAST_LOGPROB = -9999.0
-
-
-class Logprobs(TypedDict):
-    """A list of what each token has; null for the first of a prompt."""
-
-    text_offset: list[int]
-    token_logprobs: list[float | None]
-    tokens: list[str]
-    top_logprobs: list[dict[str, float | None] | None]
-
-
-class Choice(TypedDict):
-    """What an update adds to one of the answer's choices."""
-
-    index: int
-    text: str
-    logprobs: Logprobs | None
-    finish_reason: str | None
-
 
 class Completion:
     """A completion request with the model that answers it: what to run, what came of it."""
+
+    id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
     def __init__(
         self,
@@ -63,20 +42,20 @@ class Completion:
         sequences: list[Sequence],
     ) -> None:
         """sequences: checked, `body.n` for each of the prompts."""
-        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = f"{self.id_prefix}{uuid.uuid4().hex}", int(time.time())
         self.body, self._served = body, served
         self._options = body.stream_options or StreamOptions()
         self._sequences = sequences
         echoed = prompts if body.echo else [Echo("") for _ in prompts]
         self._outputs = [
-            _Output(index, prompt, body.logprobs is not None, served)
+            Output(index, prompt, body.logprobs is not None, served)
             for index, prompt in enumerate(one for one in echoed for _ in range(body.n))
         ]
         self.prompt_tokens = sum(one.prompt_tokens for one in sequences[:: body.n])
         self.completion_tokens = 0
 
     @classmethod
-    async def of(cls, body: CompletionRequest, served: Served, limits: ServeConfig) -> Completion:
+    async def of(cls, body: CompletionRequest, served: Served, limits: ServeConfig) -> Self:
         """Check a request against the model and the limits. Raises ApiError."""
         _check_limits(body, served, limits)
         sampling = _sampling(body, served, limits)
@@ -126,12 +105,13 @@ class Completion:
         of_choice = defaultdict(list)
         for part in parts:
             of_choice[part["index"]].append(part)
-        choices = [_joined(of_choice[index]) for index in range(len(self._sequences))]
-        return {**self._head(), "choices": choices, "usage": self.usage()}
+        whole = (joined(of_choice[index]) for index in range(len(self._sequences)))
+        choices = [self.whole_choice(choice) for choice in whole]
+        return {**self._head(self.kind), "choices": choices, "usage": self.usage()}
 
     def chunk(self, choice: Choice) -> dict[str, object]:
         """One event of the answer as a stream."""
-        chunk = {**self._head(), "choices": [choice]}
+        chunk = {**self._head(self.chunk_kind), "choices": [self.chunk_choice(choice)]}
         if self._options.include_usage:
             chunk["usage"] = self.usage() if self._options.continuous_usage_stats else None
         return chunk
@@ -139,7 +119,15 @@ class Completion:
     def last_chunks(self) -> Iterator[dict[str, object]]:
         """What comes after the last choice's end."""
         if self._options.include_usage:
-            yield {**self._head(), "choices": [], "usage": self.usage()}
+            yield {**self._head(self.chunk_kind), "choices": [], "usage": self.usage()}
+
+    def whole_choice(self, choice: Choice) -> Mapping[str, object]:
+        """A choice as the answer in one piece has it."""
+        return choice
+
+    def chunk_choice(self, choice: Choice) -> Mapping[str, object]:
+        """What an event adds to a choice."""
+        return choice
 
     def usage(self) -> dict[str, int]:
         return {
@@ -148,87 +136,13 @@ class Completion:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
 
-    def _head(self) -> dict[str, object]:
+    def _head(self, kind: str) -> dict[str, object]:
         return {
             "id": self.id,
-            "object": "text_completion",
+            "object": kind,
             "created": self.created,
             "model": self._served.name,
         }
-
-
-class _Output:
-    """One choice as its updates come."""
-
-    def __init__(self, index: int, prompt: Echo, logprobs: bool, served: Served) -> None:
-        self._index, self._has_logprobs = index, logprobs
-        self._echoed, self._lead = prompt.text, list(prompt.lead)
-        self._led = 0  # characters of the lead that were told
-        self._served = served
-        # Tells where in the text behind the lead each token begins.
-        self._told = TextStream(served.tokenizer.decode)
-
-    def take(self, update: Update) -> Choice:
-        """What the update adds."""
-        echoed, self._echoed = self._echoed, ""
-        logprobs = None
-        if self._has_logprobs:
-            end = (update.end,) if update.end else ()
-            logprobs = self._logprobs(update.prompt + update.drawn + end)
-        return {
-            "index": self._index,
-            "text": echoed + update.text,
-            "logprobs": logprobs,
-            "finish_reason": update.finish_reason,
-        }
-
-    def _logprobs(self, tokens: abc.Sequence[Drawn]) -> Logprobs:
-        told: Logprobs = {
-            "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
-        }  # fmt: skip
-        for drawn in tokens:
-            told["tokens"].append(self._served.token_text(drawn.token))
-            told["token_logprobs"].append(_finite(drawn.logprob))
-            told["top_logprobs"].append(self._likeliest(drawn))
-            told["text_offset"].append(self._offset(drawn.token))
-        return told
-
-    def _offset(self, token: int) -> int:
-        """Where in the text the next token begins; part of a character: where that does."""
-        if self._lead:
-            before = self._led
-            self._led += len(self._lead.pop(0))
-            return before
-        before, own = len(self._told.text), self._served.token_text(token)
-        self._told.add(token)
-        # What was held back may have come with it.
-        whole = self._told.text.endswith(own)
-        return self._led + (len(self._told.text) - len(own) if whole else before)
-
-    def _likeliest(self, drawn: Drawn) -> dict[str, float | None] | None:
-        if drawn.logprob is None:
-            return None
-        found: dict[str, float | None] = {}
-        for token, logprob in (*drawn.top, (drawn.token, drawn.logprob)):
-            found.setdefault(self._served.token_text(token), _finite(logprob))
-        return found
-
-
-def _joined(parts: abc.Sequence[Choice]) -> Choice:
-    """A choice whole, from what its updates added."""
-    last = parts[-1]
-    told = [part["logprobs"] for part in parts if part["logprobs"]]
-    logprobs: Logprobs | None = last["logprobs"] and {
-        "text_offset": [one for part in told for one in part["text_offset"]],
-        "token_logprobs": [one for part in told for one in part["token_logprobs"]],
-        "tokens": [one for part in told for one in part["tokens"]],
-        "top_logprobs": [one for part in told for one in part["top_logprobs"]],
-    }
-    return {**last, "text": "".join(part["text"] for part in parts), "logprobs": logprobs}
-
-
-def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 def check_name(served: Served, name: str | None) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from gptray.config import Config
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
+from gptray.generation.chat_template import ChatTemplate
 from gptray.generation.detokenize import REPLACEMENT
 from gptray.generation.engine import Engine
 from gptray.generation.loading import open_engine, pack_adapter
@@ -26,6 +27,7 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.adapter import Base, adapted_name
 from gptray.model.example import load_example
+from gptray.model.usage import Usage
 from gptray.serving.engine_thread import EngineThread, Overloaded
 from gptray.serving.streams import EngineStopped
 
@@ -33,6 +35,8 @@ from gptray.serving.streams import EngineStopped
 HEALTH_S, HEALTH_POLL_S = 5.0, 0.02
 # Texts of at least this many characters are encoded outside the event loop.
 LONG_TEXT = 4096
+# Begins the name of a token that is part of a character.
+NO_TEXT = "token_id:"
 
 
 class Served:
@@ -51,11 +55,13 @@ class Served:
         parse_special: bool = False,
         utf8: bool = True,
         example_prompt: str | None = None,
+        chat_template: str | None = None,
     ) -> None:
         """parse_special (see `Tokenizer.prompt_ids`), utf8 (see `Sampling`): for all prompts."""
         self.name, self.engine, self.tokenizer = name, engine, tokenizer
         self._parse_special, self.utf8 = parse_special, utf8
         self.example_prompt = example_prompt
+        self.chat = ChatTemplate(chat_template, tokenizer) if chat_template else None
         self.created = int(time.time())
         self.adapter: PackedAdapter | None = None
         # By the adapters' names; never changed in place, since other threads read it.
@@ -88,6 +94,7 @@ class Served:
             parse_special=config.sample.parse_special,
             utf8=config.sample.utf8,
             example_prompt=load_example(Path(folder)),
+            chat_template=Usage.of(Path(folder)).chat_template,
         )
         for one, adapter in packed.items():
             served.put(one, adapter)
@@ -120,7 +127,7 @@ class Served:
         """A token as people see it; one that is part of a character by its number."""
         if token not in self._token_texts:
             text = self.tokenizer.decode([token])
-            self._token_texts[token] = f"token_id:{token}" if REPLACEMENT in text else text
+            self._token_texts[token] = f"{NO_TEXT}{token}" if REPLACEMENT in text else text
         return self._token_texts[token]
 
     async def prompt_ids(self, text: str, *, add_prefix: bool = True) -> list[int]:

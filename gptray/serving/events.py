@@ -10,7 +10,8 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gptray.serving.api_error import ApiError
-from gptray.serving.completions import Choice, Completion
+from gptray.serving.choices import Choice
+from gptray.serving.completions import Completion
 from gptray.serving.streams import EngineStopped
 from gptray.serving.told import told
 

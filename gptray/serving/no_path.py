@@ -9,8 +9,7 @@ from gptray.config.suggest import did_you_mean, nearest
 INSTEAD = "call POST /v1/completions, with `prompt`"
 # What clients of OpenAI and others call besides completions, by the end of the path.
 ENDS = {
-    "/chat/completions": f"there is no chat here: {INSTEAD} instead of `messages`",
-    "/messages": f"there is no chat here: {INSTEAD} instead of `messages`",
+    "/messages": "there is no such API here: call POST /v1/chat/completions, with `messages`",
     "/responses": f"there is no responses API here: {INSTEAD} instead of `input`",
     "/embeddings": "there are no embeddings here, only text: call POST /v1/completions",
 }

@@ -44,6 +44,7 @@ ALIASES = {
     "stop_strings": "stop",
     "stop_sequences": "stop",
     "messages": "prompt",
+    "prompt": "messages",
     "input": "prompt",
     "top_logprobs": "logprobs",
 }
@@ -137,46 +138,54 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class CompletionRequest(BaseModel):
-    """The keys of POST /v1/completions. Numbers that a model or server limits are checked later."""
+class GenerationRequest(BaseModel):
+    """What completions and chats have in common: how outputs are drawn and sent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
     model: str | None = None
-    max_tokens: Annotated[int, within("max_new_tokens")] = 16
     min_tokens: Annotated[int, within("min_new_tokens")] = 0
     temperature: Annotated[float, within("temperature")] = 1.0
     top_p: Annotated[float, within("top_p")] = 1.0
     top_k: Annotated[int, within("top_k", low=-1)] = -1
     min_p: Annotated[float, within("min_p")] = 0.0
     n: Annotated[int, Field(ge=1)] = 1
-    best_of: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     seed: Annotated[int, within("seed"), BeforeValidator(_seed)] | None = None
-    echo: bool = False
-    logprobs: Annotated[int, within("logprobs")] | None = None
     presence_penalty: Annotated[float, within("presence_penalty")] = 0.0
     frequency_penalty: Annotated[float, within("frequency_penalty")] = 0.0
     repetition_penalty: Annotated[float, within("repetition_penalty")] = 1.0
     logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_bias)] = ()
     ignore_eos: bool = False
-    # Whether what the tokenizer puts before a text comes before a prompt.
-    add_special_tokens: bool = True
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
 
+
+class CompletionRequest(GenerationRequest):
+    """The keys of POST /v1/completions. Numbers that a model or server limits are checked later."""
+
+    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
+    max_tokens: Annotated[int, within("max_new_tokens")] = 16
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, within("logprobs")] | None = None
+    # Whether what the tokenizer puts before a text comes before a prompt.
+    add_special_tokens: bool = True
+
     @model_validator(mode="after")
     def _keys_agree(self) -> CompletionRequest:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens={self.min_tokens} must not be above max_tokens={self.max_tokens}"
-            )
+        check_min_tokens(self.min_tokens, self.max_tokens)
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 asks for nothing without echo=true")
         if self.best_of not in (None, self.n):
             raise ValueError(f"best_of={self.best_of} must be n={self.n}: all outputs are returned")
         return self
+
+
+def check_min_tokens(min_tokens: int, max_tokens: int) -> None:
+    """Raises ValueError for fewer tokens than the least."""
+    if min_tokens > max_tokens:
+        raise ValueError(f"min_tokens={min_tokens} must not be above max_tokens={max_tokens}")
 
 
 class TokenizeRequest(BaseModel):

@@ -10,8 +10,9 @@ import pytest
 from tokenizers import AddedToken
 
 from gptray.config import UserError
-from gptray.data.tokenizer import Tokenizer, UnreadableText
+from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import tokenizer_path, tokenizer_sha256
+from gptray.data.unreadable import UnreadableText
 from tests.data import foreign
 
 TEXT = "the cat sees a dog. \ud55c\uad6d\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,22 @@ def test_every_public_name_is_there_and_typed() -> None:
         "storage_path", "precision", "quantize", "use_gpu", "backend", "max_batch_size",
     }  # fmt: skip
     assert Output("a", "b", "length", 1, [2], 3).error is None
+
+
+def test_a_chat_is_what_its_template_writes(model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "talker"
+    shutil.copytree(model_dir, folder)
+    with pytest.raises(UserError, match="talker has no chat template; call generate"):
+        LLM(folder).chat([{"role": "user", "content": "the cat"}])
+    template = "{% for one in messages %}{{ one.content }} sees{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    talker = LLM(folder, precision="fp32")
+    chats = [[{"role": "user", "content": text}] for text in ("the cat", "a dog")]
+    outputs = talker.chat(chats, **SETTINGS)
+    assert [output.prompt for output in outputs] == ["the cat sees", "a dog sees"]
+    assert outputs == talker.generate(["the cat sees", "a dog sees"], **SETTINGS)
+    assert talker.chat(chats[0], **SETTINGS) == outputs[:1]
+    with pytest.raises(UserError, match=r"messages\[0\].content must be text"):
+        talker.chat([{"role": "user"}])
+    with pytest.raises(UserError, match="expects a list of messages"):
+        talker.chat([])

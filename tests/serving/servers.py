@@ -37,6 +37,7 @@ def served(
     parse_special: bool = False,
     utf8: bool = True,
     example_prompt: str | None = None,
+    chat_template: str | None = None,
     tokenizer: Tokenizer = TOKENIZER,
 ) -> Served:
     engine = Engine(model, tokenizer, max_batch_size=limits.max_batch_size)
@@ -48,6 +49,7 @@ def served(
         parse_special=parse_special,
         utf8=utf8,
         example_prompt=example_prompt,
+        chat_template=chat_template,
     )
 
 
@@ -84,6 +86,7 @@ def running(
     parse_special: bool = False,
     utf8: bool = True,
     example_prompt: str | None = None,
+    chat_template: str | None = None,
     tokenizer: Tokenizer = TOKENIZER,
     **settings: Any,
 ) -> Iterator[Server]:
@@ -102,6 +105,7 @@ def running(
             parse_special=parse_special,
             utf8=utf8,
             example_prompt=example_prompt,
+            chat_template=chat_template,
             tokenizer=tokenizer,
         )
         endpoint.serve(loaded)

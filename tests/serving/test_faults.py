@@ -141,8 +141,8 @@ def test_other_ways_of_asking_wrongly(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("/v1/chat/completions", "there is no chat here: call POST /v1/completions, with `prompt`"),
-        ("/chat/completions", "there is no chat here: call POST /v1/completions, with `prompt`"),
+        ("/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/v1/messages", "call POST /v1/chat/completions, with `messages`"),
         ("/v1/responses", "call POST /v1/completions, with `prompt` instead of `input`"),
         ("/v1/embeddings", "only text: call POST /v1/completions"),
         ("/completions", "did you mean /v1/completions?"),

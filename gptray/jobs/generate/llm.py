@@ -11,11 +11,13 @@ from typing import Any, TypedDict, Unpack
 from gptray.config import Config, RunFailed, SampleConfig, UserError, override
 from gptray.config.suggest import did_you_mean, nearest_keys
 from gptray.config.use_sections import ROW_SETTINGS
+from gptray.generation.chat_template import ChatTemplate, Message, messages_of
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed
 from gptray.jobs.doing import doing
 from gptray.jobs.generate.check import CheckedModel, check_model
+from gptray.model.usage import Usage
 
 # The keywords of `LLM` and the config's keys that they set.
 _OPTIONS = {
@@ -125,19 +127,30 @@ class LLM:
         """
         sample, given = self._sample(settings), _texts(prompts)
         rows = [self._sequence(prompt, sample, i) for i, prompt in enumerate(given)]
-        running = [self._engine.submit(row) for row in rows if isinstance(row, Sequence)]
+        return self._run(given, rows, sample)
+
+    def chat(
+        self,
+        messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]],
+        **settings: Unpack[Settings],
+    ) -> list[Output]:
+        """Answer a chat, or several, in the form that the model's chat template gives them.
+
+        messages: each with `role` and `content`. settings and outputs: as `generate`; the prompt
+        is what the template has written. Raises UserError also for a model without a chat
+        template, for messages that it refuses and for what is not a message.
+        """
+        sample, chats = self._sample(settings), _chats(messages)
+        template = Usage.of(self.folder).chat_template
+        if template is None:
+            raise UserError(f"{self.name} has no chat template; call generate")
+        write = ChatTemplate(template, self._tokenizer).prompt
         try:
-            while not all(sequence.ended for sequence in running):
-                self._engine.step()
-        finally:
-            for sequence in running:
-                self._engine.cancel(sequence)
-        return [
-            output_of(prompt, row)
-            if isinstance(row, Sequence)
-            else Output(prompt, "", "error", 0, [], numbered_seed(sample.seed, i), row)
-            for i, (prompt, row) in enumerate(zip(given, rows, strict=True))
-        ]
+            prompts = [write(messages_of(chat)) for chat in chats]
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        rows = [self._row(ids, sample, i) for i, (_, ids) in enumerate(prompts)]
+        return self._run([text for text, _ in prompts], rows, sample)
 
     def stream(self, prompt: str, **settings: Unpack[Settings]) -> Iterator[str]:
         """Continue a prompt; yield pieces of whole characters, together `Output.text`.
@@ -168,6 +181,24 @@ class LLM:
         if sequence.error is not None:
             raise RunFailed(sequence.error)
 
+    def _run(
+        self, prompts: list[str], rows: list[Sequence | str], sample: SampleConfig
+    ) -> list[Output]:
+        """Run those that can; the others' outputs have the reason that is their row."""
+        running = [self._engine.submit(row) for row in rows if isinstance(row, Sequence)]
+        try:
+            while not all(sequence.ended for sequence in running):
+                self._engine.step()
+        finally:
+            for sequence in running:
+                self._engine.cancel(sequence)
+        return [
+            output_of(prompt, row)
+            if isinstance(row, Sequence)
+            else Output(prompt, "", "error", 0, [], numbered_seed(sample.seed, i), row)
+            for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+        ]
+
     def _pieces(self, sequence: Sequence) -> Iterator[str]:
         """Queue a sequence and yield its text; whoever leaves early cancels it."""
         try:
@@ -185,9 +216,17 @@ class LLM:
         self, prompt: str, sample: SampleConfig, number: int, *, live_text: bool = False
     ) -> Sequence | str:
         """Draw `number` of several, or why it cannot run."""
-        sampling = Sampling.of(sample, seed=numbered_seed(sample.seed, number))
         try:
             ids = self._tokenizer.prompt_ids(prompt, parse_special=sample.parse_special)
+        except ValueError as error:
+            return str(error)
+        return self._row(ids, sample, number, live_text=live_text)
+
+    def _row(
+        self, ids: list[int], sample: SampleConfig, number: int, *, live_text: bool = False
+    ) -> Sequence | str:
+        sampling = Sampling.of(sample, seed=numbered_seed(sample.seed, number))
+        try:
             sequence = Sequence(ids, sampling, live_text=live_text)
             self._engine.check(sequence)
         except ValueError as error:
@@ -235,3 +274,12 @@ def _texts(prompts: str | abc.Sequence[str]) -> list[str]:
         if not isinstance(prompt, str):
             raise UserError(f"prompts[{number}] must be a string, got {type(prompt).__name__}")
     return given
+
+
+def _chats(
+    messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]],
+) -> list[object]:
+    """One chat or several as several."""
+    if not messages or isinstance(messages[0], Mapping):
+        return [messages]
+    return [*messages]

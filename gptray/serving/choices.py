@@ -1,0 +1,110 @@
+"""The choices of an answer, from the engine's updates.
+
+Logprobs cover every generated token, the end-of-text token too, though it is no part of the text.
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from typing import TypedDict
+
+from gptray.generation.detokenize import TextStream
+from gptray.generation.sampling import Drawn
+from gptray.serving.echo import Echo
+from gptray.serving.endpoint import Served
+from gptray.serving.streams import Update
+
+# Replaces a log-probability that JSON cannot hold.
+LEAST_LOGPROB = -9999.0
+
+
+class Logprobs(TypedDict):
+    """A list of what each token has; null for the first of a prompt."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float | None] | None]
+
+
+class Choice(TypedDict):
+    """What an update adds to one of the answer's choices."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: str | None
+
+
+class Output:
+    """One choice as its updates come."""
+
+    def __init__(self, index: int, prompt: Echo, logprobs: bool, served: Served) -> None:
+        self._index, self._has_logprobs = index, logprobs
+        self._echoed, self._lead = prompt.text, list(prompt.lead)
+        self._led = 0  # characters of the lead that were told
+        self._served = served
+        # Tells where in the text behind the lead each token begins.
+        self._told = TextStream(served.tokenizer.decode)
+
+    def take(self, update: Update) -> Choice:
+        """What the update adds."""
+        echoed, self._echoed = self._echoed, ""
+        logprobs = None
+        if self._has_logprobs:
+            end = (update.end,) if update.end else ()
+            logprobs = self._logprobs(update.prompt + update.drawn + end)
+        return {
+            "index": self._index,
+            "text": echoed + update.text,
+            "logprobs": logprobs,
+            "finish_reason": update.finish_reason,
+        }
+
+    def _logprobs(self, tokens: abc.Sequence[Drawn]) -> Logprobs:
+        told: Logprobs = {
+            "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
+        }  # fmt: skip
+        for drawn in tokens:
+            told["tokens"].append(self._served.token_text(drawn.token))
+            told["token_logprobs"].append(_finite(drawn.logprob))
+            told["top_logprobs"].append(self._likeliest(drawn))
+            told["text_offset"].append(self._offset(drawn.token))
+        return told
+
+    def _offset(self, token: int) -> int:
+        """Where in the text the next token begins; part of a character: where that does."""
+        if self._lead:
+            before = self._led
+            self._led += len(self._lead.pop(0))
+            return before
+        before, own = len(self._told.text), self._served.token_text(token)
+        self._told.add(token)
+        # What was held back may have come with it.
+        whole = self._told.text.endswith(own)
+        return self._led + (len(self._told.text) - len(own) if whole else before)
+
+    def _likeliest(self, drawn: Drawn) -> dict[str, float | None] | None:
+        if drawn.logprob is None:
+            return None
+        found: dict[str, float | None] = {}
+        for token, logprob in (*drawn.top, (drawn.token, drawn.logprob)):
+            found.setdefault(self._served.token_text(token), _finite(logprob))
+        return found
+
+
+def joined(parts: abc.Sequence[Choice]) -> Choice:
+    """A choice whole, from what its updates added."""
+    last = parts[-1]
+    told = [part["logprobs"] for part in parts if part["logprobs"]]
+    logprobs: Logprobs | None = last["logprobs"] and {
+        "text_offset": [one for part in told for one in part["text_offset"]],
+        "token_logprobs": [one for part in told for one in part["token_logprobs"]],
+        "tokens": [one for part in told for one in part["tokens"]],
+        "top_logprobs": [one for part in told for one in part["top_logprobs"]],
+    }
+    return {**last, "text": "".join(part["text"] for part in parts), "logprobs": logprobs}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
