@@ -32,6 +32,8 @@ from gptray.serving.streams import Update
 
 # Replaces a log-probability that JSON cannot hold.
 LEAST_LOGPROB = -9999.0
+# Models that an answer names.
+NAMED = 10
 
 
 class Logprobs(TypedDict):
@@ -163,7 +165,9 @@ class _Output:
     def __init__(self, index: int, prompt: Echo, logprobs: bool, served: Served) -> None:
         self._index, self._has_logprobs = index, logprobs
         self._echoed, self._lead = prompt.text, list(prompt.lead)
-        self._led = 0  # characters of the lead that were told
+        self._led = 0  # characters before the text that is told
+        # Where the new tokens begin; None once they have begun.
+        self._new: int | None = len(prompt.text)
         self._served = served
         # Tells where in the text behind the lead each token begins.
         self._told = TextStream(served.tokenizer.decode)
@@ -173,8 +177,14 @@ class _Output:
         echoed, self._echoed = self._echoed, ""
         logprobs = None
         if self._has_logprobs:
-            end = (update.end,) if update.end else ()
-            logprobs = self._logprobs(update.prompt + update.drawn + end)
+            logprobs = self._logprobs(update.prompt)
+            drawn = (*update.drawn, *((update.end,) if update.end else ()))
+            if drawn and self._new is not None:
+                # Their text is decoded by itself, and has no space where a prompt's would.
+                self._told = TextStream(self._served.tokenizer.decode)
+                self._led, self._new, self._lead = self._new, None, []
+            for key, values in self._logprobs(drawn).items():
+                logprobs[key] += values
         return {
             "index": self._index,
             "text": echoed + update.text,
@@ -234,7 +244,11 @@ def _finite(logprob: float | None) -> float | None:
 def check_name(served: Served, name: str | None) -> None:
     """Raises ApiError(404) for a model that is not the one that is served."""
     if name not in (None, served.name):
-        message = f"the model {str(name)[:100]!r} is not served here, {served.name!r} is"
+        names = [one.name for one in served.all]
+        known = ", ".join(names[:NAMED])
+        if len(names) > NAMED:
+            known += f" and {len(names) - NAMED:,} more (GET /v1/models)"
+        message = f"The model `{str(name)[:100]}` does not exist. Served here: {known}."
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
