@@ -86,14 +86,15 @@ def test_the_sweep_for_ones_own_text_trains_each_trial_on_all_of_it() -> None:
 
 
 def test_the_sweep_of_fine_tuning_trains_adapters_and_all_weights_at_rates_of_their_own() -> None:
-    config = load_config(str(FOLDER / "finetune_sweep.yaml"), ["optim.lr=0.02"])
-    trials = plan_trials(config, "/runs/finetune", drawn=[], known=[])
+    config = load_config(str(FOLDER / "finetune_sweep.yaml"), [])
+    baseline, *trials = plan_trials(config, "/runs/finetune", drawn=[], known=[])
+    assert not baseline.values and len(trials) == config.tune.num_samples
     whole = [one for one in trials if one.config.lora.rank is None]
-    assert whole and all(one.config.optim.lr == pytest.approx(0.002) for one in whole)
-    assert all(set(one.values) == {"lora.rank"} for one in whole)
-    adapters = [one for one in trials if one not in whole and one.values]
+    assert len(whole) >= len(trials) // 4
+    assert all(set(one.values) == {"lora.rank", "optim.lr"} for one in whole)
+    adapters = [one for one in trials if one not in whole]
     assert {one.config.lora.rank for one in adapters} == {2, 8, 32}
-    assert len({one.config.optim.lr for one in adapters}) == len(adapters)
+    assert len({one.config.optim.lr for one in trials}) == len(trials)
 
 
 def test_the_demonstration_trains_on_parts_of_the_text() -> None:

@@ -125,5 +125,6 @@ class Score:
 
 
 def charge_per_token(split: TokenSplit) -> float:
-    """Nats by which a split's lost bytes raise its loss: 8 bits each, shared by its tokens."""
-    return NATS_PER_LOST_BYTE * split.lost_bytes / split.tokens
+    """Nats by which a split's lost bytes raise its loss: 8 bits each, shared by what counts."""
+    tokens = split.tokens - split.documents * len(split.document_prefix)
+    return NATS_PER_LOST_BYTE * split.lost_bytes / tokens

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from gptray.model.autograd_context import Context
-from gptray.model.loss import add_product, log_probabilities, pieces_of
+from gptray.model.loss import (
+    add_product,
+    how_many_count,
+    log_probabilities,
+    mean_of_counted,
+    pieces_of,
+    without_uncounted,
+)
 
 # The model's logits and probabilities, and those of one teacher and of their average.
 COPIES = 2
@@ -38,7 +45,7 @@ def taught_cross_entropy(
 ) -> Tensor:
     """The loss to minimise, and that of the text alone: (2,) fp32; only the first has a gradient.
 
-    The first is the mean over N tokens of the cross-entropy with the distribution
+    The first is the mean over the tokens that count of the cross-entropy with the distribution
     (1 - share) * onehot(target) + share * mean over teachers of softmax(hidden @ head.T), the
     second that with the target. Arguments as `linear_cross_entropy`'s.
     """
@@ -67,7 +74,8 @@ class _TaughtCrossEntropy(torch.autograd.Function):
         needs_weights = ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight) if needs_weights else weight[:0]
         losses, grad_x, start = [], [], 0
-        for piece, target in pieces_of(x, weight, targets, copies=COPIES):
+        counted, real = without_uncounted(x, targets), targets.clamp(min=0)
+        for piece, target in pieces_of(counted, weight, real, copies=COPIES):
             rows = slice(start, start + len(piece))
             start = rows.stop
             log_p = log_probabilities(piece, cast, valid)
@@ -83,13 +91,14 @@ class _TaughtCrossEntropy(torch.autograd.Function):
             grad_x.append(torch.mm(grad, cast))
             if needs_weights:
                 add_product(grad_weight, grad, piece)
-        ctx.save_for_backward(torch.cat(grad_x), grad_weight)
-        return torch.cat(losses, dim=1).mean(1)
+        of_x = without_uncounted(torch.cat(grad_x), targets)
+        ctx.save_for_backward(of_x, grad_weight, how_many_count(targets))
+        return mean_of_counted(torch.cat(losses, dim=1), targets)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        grad_x, grad_weight = ctx.saved_tensors
-        scale = grads[0][0] / grad_x.size(0)
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale = grads[0][0] / count
         is_frozen = not ctx.needs_input_grad[1]
         of_weight = None if is_frozen else grad_weight.mul_(scale)
         return grad_x.mul_(scale), of_weight, None, None, None

@@ -26,6 +26,8 @@ CPU_BYTES = 28 * 2**20
 GPU_BYTES = 2 * 2**30
 # Rows of the head's gradient that are made and summed at a time, so that they stay in cache.
 GRAD_ROWS = 4096
+# A target that does not count: any number below 0.
+UNCOUNTED = -1
 
 
 def piece_rows(rows: int, vocab_size: int, *, on_gpu: bool, logit_bytes: int = 4) -> int:
@@ -45,14 +47,16 @@ def piece_rows(rows: int, vocab_size: int, *, on_gpu: bool, logit_bytes: int = 4
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, valid: int, native: bool = False
 ) -> Tensor:
-    """Mean over N tokens of -log softmax(x @ weight.T)[target], a fp32 scalar.
+    """Mean over the tokens that count of -log softmax(x @ weight.T)[target], a fp32 scalar.
 
-    x (N, C) in the dtype to compute in, weight (V, C) fp32, targets (N,) int64. Only the first
-    `valid` of the V rows are tokens: the others get no probability and no gradient. native: in
-    eager mode with gradients by `gptray.model.kernels`, for x in bf16 and weight in fp32 on a CPU.
+    x (N, C) in the dtype to compute in, weight (V, C) fp32, targets (N,) int64; those below 0 do
+    not count, and where none does the loss is 0. Only the first `valid` of the V rows are tokens:
+    the others get no probability and no gradient. native: in eager mode with gradients by
+    `gptray.model.kernels`, for x in bf16 and weight in fp32 on a CPU.
     """
     if not torch.is_grad_enabled():
-        return token_cross_entropy(x, weight, targets, valid=valid).mean()
+        losses = token_cross_entropy(x, weight, targets.clamp(min=0), valid=valid)
+        return mean_of_counted(losses, targets)
     native = native and weight.dtype == torch.float32 and not torch.compiler.is_compiling()
     loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, valid, native)  # type: ignore[no-untyped-call]
     return loss
@@ -67,6 +71,24 @@ def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: in
         for piece, target in pieces_of(x, weight, targets)
     ]
     return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+
+def mean_of_counted(losses: Tensor, targets: Tensor) -> Tensor:
+    """The mean of losses (..., N) over the targets (N,) that count, (...)."""
+    return losses.masked_fill(targets < 0, 0.0).sum(-1) / how_many_count(targets)
+
+
+def how_many_count(targets: Tensor) -> Tensor:
+    """A number to divide by: 1 where none does."""
+    return (targets >= 0).sum().clamp(min=1)
+
+
+def without_uncounted(rows: Tensor, targets: Tensor) -> Tensor:
+    """Rows (N, C), zero where the target (N,) does not count.
+
+    Of the head's input this keeps a row out of the weight's gradient.
+    """
+    return rows.masked_fill((targets < 0).unsqueeze(1), 0.0)
 
 
 def pieces_of(
@@ -130,14 +152,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_weight = ctx.needs_input_grad[1]
         score = kernels.head_loss if native else _piecewise
-        losses, *grads = score(x, weight, targets, valid=valid, needs_weight=needs_weight)
-        ctx.save_for_backward(*grads)
-        return losses.mean()
+        counted, real = without_uncounted(x, targets), targets.clamp(min=0)
+        losses, grad_x, grad = score(counted, weight, real, valid=valid, needs_weight=needs_weight)
+        ctx.save_for_backward(without_uncounted(grad_x, targets), grad, how_many_count(targets))
+        return mean_of_counted(losses, targets)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        grad_x, grad_weight = ctx.saved_tensors
-        scale = grads[0] / grad_x.size(0)
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale = grads[0] / count
         # In place: the gradient of a large head is too big to copy, and is used once.
         scaled = grad_weight.mul_(scale) if ctx.needs_input_grad[1] else None
         return grad_x.mul_(scale), scaled, None, None, None
@@ -159,4 +182,4 @@ def _piecewise(
         if grad_weight is not None:
             add_product(grad_weight, grad, piece)
     whole = grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x)
-    return torch.cat(log_p).neg(), whole, grad_weight
+    return torch.cat(log_p).neg().squeeze(1), whole, grad_weight

@@ -42,7 +42,9 @@ class Output:
     def __init__(self, index: int, prompt: Echo, logprobs: bool, served: Served) -> None:
         self._index, self._has_logprobs = index, logprobs
         self._echoed, self._lead = prompt.text, list(prompt.lead)
-        self._led = 0  # characters of the lead that were told
+        self._led = 0  # characters before the text that is told
+        # Where the new tokens begin; None once they have begun.
+        self._new: int | None = len(prompt.text)
         self._served = served
         # Tells where in the text behind the lead each token begins.
         self._told = TextStream(served.tokenizer.decode)
@@ -52,8 +54,14 @@ class Output:
         echoed, self._echoed = self._echoed, ""
         logprobs = None
         if self._has_logprobs:
-            end = (update.end,) if update.end else ()
-            logprobs = self._logprobs(update.prompt + update.drawn + end)
+            logprobs = self._logprobs(update.prompt)
+            drawn = (*update.drawn, *((update.end,) if update.end else ()))
+            if drawn and self._new is not None:
+                # Their text is decoded by itself, and has no space where a prompt's would.
+                self._told = TextStream(self._served.tokenizer.decode)
+                self._led, self._new, self._lead = self._new, None, []
+            for key, values in self._logprobs(drawn).items():
+                logprobs[key] += values
         return {
             "index": self._index,
             "text": echoed + update.text,

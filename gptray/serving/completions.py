@@ -28,6 +28,9 @@ from gptray.serving.engine_thread import Accepted
 from gptray.serving.protocol import CompletionRequest, StreamOptions
 from gptray.serving.streams import Update
 
+# Models that an answer names.
+NAMED = 10
+
 
 class Completion:
     """A completion request with the model that answers it: what to run, what came of it."""
@@ -148,7 +151,11 @@ class Completion:
 def check_name(served: Served, name: str | None) -> None:
     """Raises ApiError(404) for a model that is not the one that is served."""
     if name not in (None, served.name):
-        message = f"the model {str(name)[:100]!r} is not served here, {served.name!r} is"
+        names = [one.name for one in served.all]
+        known = ", ".join(names[:NAMED])
+        if len(names) > NAMED:
+            known += f" and {len(names) - NAMED:,} more (GET /v1/models)"
+        message = f"The model `{str(name)[:100]}` does not exist. Served here: {known}."
         raise ApiError(404, message, param="model", code="model_not_found")
 
 

@@ -204,20 +204,24 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
     Raises:
         NonFiniteLoss: on a CPU; on a GPU the numbers raise it when they are read.
     """
-    config, number = run.config, run.state.step + 1
+    config, step = run.config, run.state.step + 1
     lr = run.learning_rate
     run.model.train()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    workers, count = run.workers, config.micro_batches
-    passes = math.ceil(count / workers.size)
+    workers, batch = run.workers, run.batch
+    counts = batch.counts()
+    passes = math.ceil(len(counts) / workers.size)
     for one in range(passes):
-        micro = one * workers.size + workers.rank
-        run.seed_dropout(micro % count)
-        idx, targets = run.micro_batch(micro % count)
+        number = one * workers.size + workers.rank
+        micro = number % len(counts)
+        run.seed_dropout(micro)
+        idx, targets = batch.micro_batch(micro, run.device)
+        # As many like this one would be a worker's: a step's loss is the mean of its targets.
+        parts = max(sum(counts), 1) / (max(counts[micro], 1) * workers.size)
         run.laps.end("data")
         with workers.reduces_gradients(run.loss_model, now=one == passes - 1):
-            loss, of_text = (one / (count / workers.size) for one in run.losses(idx, targets))
-            if micro >= count:
+            loss, of_text = (loss / parts for loss in run.losses(idx, targets))
+            if number >= len(counts):
                 loss, of_text = loss * 0.0, of_text * 0.0
             loss.backward()  # type: ignore[no-untyped-call]
         total += of_text
@@ -228,7 +232,7 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
     wishes = [total.new_full((), float(wish is one)) for one in (Wish.SAVE, Wish.LEAVE)]
     sums = workers.sum(torch.stack([total, *wishes]))
     of_step = torch.stack([sums[0] / workers.size, norm.double(), *sums[1:]])
-    numbers = StepNumbers.send(number, lr, of_step)
+    numbers = StepNumbers.send(step, lr, of_step)
     if run.spoilt is None:
         numbers.read()
     else:
@@ -237,7 +241,7 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
     set_rates(run.optimizer, lr=lr, weight_decay=decay)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    run.state = replace(run.state, step=number)
+    run.state = replace(run.state, step=step)
     if run.average:
         run.average.update(run.state.position)
     run.laps.end("update")

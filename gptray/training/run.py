@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from gptray.config import Config, RunFailed
 from gptray.data.order import BatchOrder
-from gptray.data.replacement import replace_tokens
 from gptray.data.shares import split_rows
 from gptray.data.tokens import TokenData
 from gptray.files import open_lock, storing
@@ -36,6 +35,7 @@ from gptray.training.checkpoint import (
     newest_whole,
 )
 from gptray.training.device import compiled, compiles, device_name, guard_updates, use_device
+from gptray.training.global_batch import GlobalBatch
 from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.laps import Laps
 from gptray.training.mfu import tokens_per_sec_at_peak
@@ -89,24 +89,10 @@ class Run:
         # In the warm-up it may be below min_lr.
         return landing.learning_rate(self.state.step, lr=lr, min_lr=min(lr, optim.min_lr))
 
-    def micro_batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """A part of the step's global batch by its number: inputs and targets, (B, T) each."""
-        size, block_size = self.config.micro_batch_size, self.config.train.block_size
-        step, share = self.state.position, self.config.data.token_replacement
-        starts = self.order.batch(step, self.config.train.global_batch_size)
-        first = number * size
-        # From pinned memory the GPU copies while the host continues.
-        is_pinned = self.device.type == "cuda"
-        both = torch.empty(2, size, block_size, dtype=torch.int64, pin_memory=is_pinned)
-        inputs, targets = both.numpy()
-        for row, start in enumerate(starts[first : first + size].tolist()):
-            tokens = self.data.train.slice(start, start + block_size + 1)
-            inputs[row], targets[row] = tokens[:-1], tokens[1:]
-        if share:
-            vocabulary = self.data.vocab_size
-            replace_tokens(inputs, share, vocabulary, seed=self.config.seed, step=step, first=first)
-        idx, next_idx = both.to(self.device, non_blocking=True)
-        return idx, next_idx
+    @property
+    def batch(self) -> GlobalBatch:
+        """That of the next update."""
+        return GlobalBatch(self.config, self.data, self.order, self.state.position)
 
     def losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss to minimise of a micro-batch (B, T), and that of the text alone, detached."""

@@ -57,13 +57,27 @@ def test_a_runs_name_is_its_model_and_the_plan_tells_of_it(house: Path) -> None:
             r"train.teachers: .*/teacher/model reads 32 tokens at most, fewer than .*=64",
         ),
         (("data.tokenizer={other}",), r"train.teachers: .* has another tokenizer than the text"),
+        # Of that which would be trained, it is not known, but for the most that it can have.
+        (
+            ("data.tokenizer=bpe", "data.vocab_size=257", "train.teachers=[{wide}]"),
+            r"train.teachers: .*wide/model has another tokenizer than the text",
+        ),
+        (
+            ("train.teachers=[teacher, {house}/teacher/model]",),
+            r"teacher/model is named twice; nam",
+        ),
+        (("train.teachers=[teacher, {wide}]",), r"wide/model has another tokenizer than .*teacher"),
     ],
 )
 def test_what_cannot_teach_is_refused(house: Path, words: tuple[str, ...], message: str) -> None:
     other = house / "other"
     train_bpe([tiny_text(50)], vocab_size=257).save(other)
+    wide = house / "wide"
+    if not wide.exists():
+        shutil.copytree(house / "teacher", wide)
+        train_bpe([tiny_text(50)], vocab_size=258).save(wide / "model")
     with pytest.raises(UserError, match=message):
-        checked(house, *(word.format(other=other) for word in words))
+        checked(house, *(word.format(house=house, other=other, wide=wide) for word in words))
 
 
 def test_a_run_that_has_seen_the_validation_text_cannot_teach(house: Path) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gptray.model import loss as module
 from gptray.model.distillation import SoftTargets, taught_cross_entropy
-from gptray.model.loss import linear_cross_entropy
+from gptray.model.loss import UNCOUNTED, linear_cross_entropy
 
 N, C, V, VALID = 23, 16, 31, 29
 
@@ -25,6 +25,8 @@ def test_pieces_equal_the_formula_of_whole_logits(
     monkeypatch.setattr(module, "piece_rows", lambda *_, **__: rows)
     x, weight = some(N, C, seed=0).requires_grad_(), some(V, C, seed=1).requires_grad_()
     targets = torch.randint(VALID, (N,), generator=torch.Generator().manual_seed(2))
+    targets[[0, 9]] = UNCOUNTED
+    counts = targets >= 0
     # The teachers have other widths, and one has rows that are no tokens.
     hidden, heads = (
         [some(N, 8, seed=3), some(N, 24, seed=4)],
@@ -40,9 +42,9 @@ def test_pieces_equal_the_formula_of_whole_logits(
 
     x.grad = weight.grad = None
     each = [(h @ head.T)[:, :VALID].softmax(-1) for h, head in zip(hidden, heads, strict=True)]
-    logits = (x @ weight.T)[:, :VALID]
-    of_text = F.cross_entropy(logits, targets)
-    of_teachers = F.cross_entropy(logits, torch.stack(each).mean(0))
+    logits = (x @ weight.T)[counts, :VALID]
+    of_text = F.cross_entropy(logits, targets[counts])
+    of_teachers = F.cross_entropy(logits, torch.stack(each).mean(0)[counts])
     loss = (1 - share) * of_text + share * of_teachers
     (3 * loss).backward()  # type: ignore[no-untyped-call]
     theirs = [torch.stack([loss, of_text]).detach(), x.grad, weight.grad]

@@ -14,6 +14,7 @@ from gptray.config import ModelConfig
 from gptray.model import kernels
 from gptray.model.gpt import GPT
 from gptray.model.layers import activation
+from gptray.model.loss import UNCOUNTED
 from gptray.model.rotary import Angles, rotate
 from tests.generation.models import needs_native
 
@@ -249,7 +250,9 @@ def small_gpt(fields: dict[str, object] | None = None) -> GPT:
 def loss_and_gradients(model: GPT, run: Callable[..., Tensor] | None = None) -> list[Tensor]:
     """run: what computes in place of the model."""
     ids = torch.randint(50, (3, 71), generator=torch.Generator().manual_seed(0))
-    loss = (model if run is None else run)(ids[:, :-1], ids[:, 1:])
+    targets = ids[:, 1:].clone()
+    targets[0, 5:9] = UNCOUNTED
+    loss = (model if run is None else run)(ids[:, :-1], targets)
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]

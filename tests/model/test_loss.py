@@ -18,6 +18,7 @@ from gptray.model import loss as module
 from gptray.model.gpt import GPT
 from gptray.model.loss import (
     GPU_BYTES,
+    UNCOUNTED,
     fused_scores,
     linear_cross_entropy,
     piece_rows,
@@ -101,21 +102,27 @@ def test_a_gpus_compiled_formulas_equal_the_others(valid: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 8, 13, 40])
+@pytest.mark.parametrize("uncounted", [[], [0, 7, 8, 39]])
 def test_pieces_equal_the_whole(
-    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype, uncounted: list[int]
 ) -> None:
     monkeypatch.setattr(module, "piece_rows", lambda *_, **__: rows)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(31, 16, generator=generator, requires_grad=True)
     x = torch.randn(40, 16, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(29, (40,), generator=generator)
+    every = F.cross_entropy(F.linear(x.float(), weight.to(dtype).float())[:, :29], targets)
+    tokens = token_cross_entropy(x, weight, targets, valid=29)
+    targets[uncounted] = UNCOUNTED
     loss = linear_cross_entropy(x, weight, targets, valid=29)
     logits = F.linear(x.float(), weight.to(dtype).float())[:, :29]
-    expected = F.cross_entropy(logits, targets)
+    expected = F.cross_entropy(logits, targets, ignore_index=UNCOUNTED)
     atol, rtol = (1e-5, 1e-5) if dtype == torch.float32 else (5e-3, 3e-2)
     torch.testing.assert_close(loss, expected, atol=atol, rtol=rtol)
-    tokens = token_cross_entropy(x, weight, targets, valid=29)
-    torch.testing.assert_close(tokens.mean(), expected, atol=atol, rtol=rtol)
+    torch.testing.assert_close(tokens.mean(), every, atol=atol, rtol=rtol)
+    with torch.no_grad():
+        same = linear_cross_entropy(x, weight, targets, valid=29)
+    torch.testing.assert_close(same, expected, atol=atol, rtol=rtol)
     for ours, theirs in zip(
         torch.autograd.grad(3 * loss, (x, weight)),
         torch.autograd.grad(3 * expected, (x, weight)),

@@ -59,7 +59,9 @@ def test_a_request_names_the_model_or_one_of_its_adapters(base: Base) -> None:
             assert list(pool.map(lambda name: text(server, name), NAMES * 4)) == alone * 4
         assert names_at(server) == list(NAMES)
         assert server.get("/v1/models/tiny:one").json()["id"] == "tiny:one"
-        assert server.post(prompt="x", model="tiny:three").status_code == 404
+        unknown = server.post(prompt="x", model="tiny:three")
+        assert unknown.status_code == 404
+        assert f"Served here: {', '.join(NAMES)}." in unknown.json()["error"]["message"]
         assert server.get("/health").status_code == 200
         assert server.metric("gptray_batch_size") == server.limits.max_batch_size
 

@@ -182,7 +182,7 @@ def test_wrong_keys_say_what_is_meant(client: OpenAI, server: Server) -> None:
     assert "chat_template_kwargs.tools is not the template's own" in refused(client, extra_body=own)
     answer = post(server, model="tiny", prompt="the cat")
     assert answer.status_code == 400 and "did you mean messages?" in answer.text
-    with pytest.raises(NotFoundError, match="is not served here"):
+    with pytest.raises(NotFoundError, match="does not exist. Served here: tiny"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
 
 

@@ -279,7 +279,8 @@ def test_tokens_to_and_fro(server: Server) -> None:
 def test_errors_reach_the_openai_package_as_its_own(client: OpenAI) -> None:
     with pytest.raises(NotFoundError) as unknown:
         client.completions.create(model="gpt-4", prompt="the")
-    assert unknown.value.code == "model_not_found" and "'tiny'" in unknown.value.message
+    assert unknown.value.code == "model_not_found"
+    assert "The model `gpt-4` does not exist. Served here: tiny." in unknown.value.message
     with pytest.raises(BadRequestError) as wrong:
         client.completions.create(model="tiny", prompt="the", extra_body={"max_new_tokens": 5})
     assert "did you mean max_tokens?" in wrong.value.message
@@ -343,3 +344,17 @@ def test_offsets_are_those_of_the_prompt_as_it_was_written() -> None:
             assert told["tokens"][:3] == words and choice["text"].startswith(prompt)
             for word, at in list(zip(words, told["text_offset"], strict=False))[1:]:
                 assert choice["text"][at:].lstrip().startswith(word)
+
+
+@pytest.mark.parametrize("prompt", ["", "the cat", [1], "<s>the cat"])
+def test_offsets_of_new_tokens_are_those_of_their_text(prompt: str | list[int]) -> None:
+    """A word's token begins with a space, and the text of a completion without one."""
+    tokenizer = foreign.as_tokenizer(foreign.beginning(foreign.llama(), "<s> $A"))
+    (dog,) = tokenizer.encode("dog")
+    body: dict[str, Any] = {"max_tokens": 3, "logit_bias": {str(dog): 100}, "logprobs": 0}
+    with running(random_gpt(tokenizer), tokenizer=tokenizer) as server:
+        for echo in (True, False):
+            choice = server.post(prompt=prompt, echo=echo, **body).json()["choices"][0]
+            told = choice["logprobs"]
+            assert told["tokens"][-3:] == ["dog"] * 3
+            assert all(choice["text"][at:].startswith("dog") for at in told["text_offset"][-3:])

@@ -45,7 +45,7 @@ def _worker(rank: int, config: Config, data_dir: Path, run_dir: Path) -> None:
     run.loss_model.register_comm_hook(None, reduce)
     for _ in range(2):  # from the second step on, buckets are in the order of the gradients
         happened.clear()
-        loss = run.loss_model(*run.micro_batch(0))
+        loss = run.loss_model(*run.batch.micro_batch(0, device))
         last = compiled_parts(loss)[-1]
         last.register_prehook(lambda grads: happened.append("last part"))
         loss.backward()

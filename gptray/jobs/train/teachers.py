@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptray.config import Config, ModelConfig, UserError, load_config
+from gptray.data.request import tokenizer_name
 from gptray.data.tokenizer import Tokenizer
 from gptray.hub import NotOnHub
 from gptray.jobs.evaluate.ensemble import held_out
@@ -19,23 +20,29 @@ KEY = "train.teachers"
 
 
 def check_teachers(config: Config, folder: Path) -> None:
-    """Refuse teachers that are no models, too short, or other ones than the run in `folder` had,
-    and those that have seen its validation text.
+    """Refuse teachers that are no models, named twice, of tokens that the text cannot have, too
+    short, or other ones than the run in `folder` had, and those that have seen its validation text.
 
     Raises UserError.
     """
     block_size = config.train.block_size
+    folders = list[Path]()
     for one in config.train.teachers:
         try:
-            shape = read_shape(open_model(one, key=KEY))
+            opened = open_model(one, key=KEY).resolve()
         except NotOnHub as error:
             raise unknown(config, one, error.reason, key=KEY) from None
+        if opened in folders:
+            raise UserError(f"{KEY}: {one} is named twice; name it once")
+        folders.append(opened)
+        shape = read_shape(opened)
         if shape["n_positions"] < block_size:
             raise UserError(
                 f"{KEY}: {one} reads {shape['n_positions']} tokens at most, fewer than "
                 f"train.block_size={block_size}"
             )
         _check_split(config, one)
+    _check_tokens(config)
     for one, began in teachers_of(read_events(folder)).items():
         now = weights_sha256(model_folder(one))
         if now != began:
@@ -59,14 +66,35 @@ def _check_split(config: Config, teacher: str) -> None:
         )
 
 
+def _check_tokens(config: Config) -> None:
+    """Refuse teachers of different tokenizers, and of more tokens than the text's will have.
+
+    Raises UserError.
+    """
+    first, *others = config.train.teachers or [None]
+    if first is None:
+        return
+    tokenizer = Tokenizer.load(model_folder(first))
+    for one in others:
+        if Tokenizer.load(model_folder(one)).sha256 != tokenizer.sha256:
+            raise UserError(f"{KEY}: {one} has another tokenizer than {first}")
+    is_made = tokenizer_name(config) == "bpe"
+    if is_made and tokenizer.vocab_size > config.data.vocab_size:
+        raise _of_other_tokens(first)
+
+
 def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
     """Refuse teachers whose tokens are not the text's. Raises UserError."""
     for one in config.train.teachers:
         if Tokenizer.load(model_folder(one)).sha256 != tokenizer.sha256:
-            raise UserError(
-                f"{KEY}: {one} has another tokenizer than the text; data.tokenizer={one} reads the "
-                "text with that of the teacher"
-            )
+            raise _of_other_tokens(one)
+
+
+def _of_other_tokens(teacher: str) -> UserError:
+    return UserError(
+        f"{KEY}: {teacher} has another tokenizer than the text; data.tokenizer={teacher} reads the "
+        "text with that of the teacher"
+    )
 
 
 def teacher_bytes(config: Config) -> int:
