@@ -11,8 +11,7 @@
 
 namespace {
 
-// Queries whose gradients are summed at once. No tile of them but the last ends where a panel of
-// keys does, so that all words that are read were written.
+// Queries whose gradients are summed at once, in whole tiles and panels.
 constexpr int QUERIES = 192;
 static_assert(QUERIES % TILE == 0 && QUERIES % PANEL == 0);
 
@@ -226,7 +225,9 @@ void score_gradients(const Backward &w, const Queries &of, int t, int rows, int3
 // them.
 void add_to_keys(const Backward &w, int p, int first, int last) {
   const size_t width = w.size.width();
-  in_tiles(0, last, [&](int k, int rows) {
+  // As the tiles of queries are, so that all words that are read were written.
+  for (int k = 0; k < last; k += TILE) {
+    const int rows = std::min(TILE, last - k);
     const int skip = std::max(k - first, 0) / 2;  // queries before these keys
     const int words = (last - first + 1) / 2 - skip;
     const size_t at = skip * width + k;
@@ -239,7 +240,7 @@ void add_to_keys(const Backward &w, int p, int first, int last) {
           [&](int r, int b) { return load(to + r * PANEL + b * LANES, 0xFFFF); },
           [&](int r, int b, Floats sum) { store(to + r * PANEL + b * LANES, sum, 0xFFFF); });
     }
-  });
+  }
 }
 
 // The gradient of a head of queries; adds to those of its keys and values.

@@ -186,6 +186,7 @@ void make_input_gradient(const Head &head, const HeadRows &all, Piece &piece, in
 
 // The losses of M rows, the gradients of their sum by x, and by W (V, C), or nullptr for none.
 void head_pass(const Head &head, const HeadRows &all, float *dw, Piece &piece, int M) {
+  const TileUse tiles;
   for (int first = 0; first < M; first += piece.rows) {
     const int rows = std::min(piece.rows, M - first);
     const uint16_t *x = all.x + (size_t)first * head.C;

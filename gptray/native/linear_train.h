@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int CHUNK = 256;  // words of two panels that are near together
+constexpr int CHUNK = TURNED_WORDS;  // words of two panels that are near together
 
 // Results (M, N) in bf16. Sums start from a bias (N), or without one from 0. Where a tile will be
 // written is fetched before its products are made.
@@ -119,6 +119,7 @@ struct WithSwiglu : Resting {
 // them, 16 at a time, and is told where a tile of them begins and ends.
 template <typename Output>
 void multiply(const int32_t *x, const Words *panels, int M, int count, Output to) {
+  const TileUse tiles;
   const int panel_count = to.panels();
 #pragma omp for collapse(2) schedule(static)
   for (int first = 0; first < M; first += ROW_BLOCK)
@@ -189,6 +190,7 @@ void multiply_panels(const Words *left, const Words *right, int words, float *ou
 // packed a panel at a time, by whoever uses it, and stays near; the other one as a whole.
 void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db, Words *all, int M,
                      int N, int K) {
+  const TileUse tiles;
   const int words = (M + 1) / 2;
   const size_t size = (size_t)words * BLOCKS;
   const bool x_is_wider = K > N;
