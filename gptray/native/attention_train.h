@@ -34,7 +34,7 @@ struct Size {
   float scale() const { return 1.f / std::sqrt((float)D); }
   int panels() const { return panel_count(D); }  // along D
   size_t row_panels() const { return (size_t)panel_count(T) * D / 2 * BLOCKS; }
-  size_t column_panel() const { return (size_t)(T + 1) / 2 * BLOCKS; }
+  size_t column_panel() const { return (size_t)column_words(T) * BLOCKS; }
   size_t column_panels() const { return panels() * column_panel(); }
   // From row to row of scores: no power of 2, lest all rows be kept in few places of the cache.
   size_t width() const { return (size_t)panel_count(T) * PANEL + LANES; }

@@ -143,7 +143,7 @@ struct Rest {
   }
 };
 
-constexpr int TURNED_WORDS = 256;  // that a row has at most which stands in a column
+constexpr int TURNED_WORDS = 96;  // that a row has at most which stands in a column
 
 // Rows that stand in columns, turned: [16 words][row][word].
 inline Rows turned(int rows, Rows x, int count) {
