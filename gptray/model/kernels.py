@@ -18,7 +18,7 @@ from torch import Tensor
 from gptray.model.autograd_context import NormContext
 from gptray.model.operator import Operator
 from gptray.model.rotary import Angles
-from gptray.native.abi import NORM_PARTS, PANEL, load_library
+from gptray.native.abi import LANES, NORM_PARTS, PANEL, load_library
 from gptray.native.backend import TRAIN_KEY
 
 # The library's functions for an MLP's first layer, and for the gradient of what that gives.
@@ -204,7 +204,8 @@ def _layer_gradients(
     """Those of a linear layer's weight and bias."""
     M, N, K = _sizes(x, weight)
     grads = [torch.empty_like(weight), None if bias is None else torch.empty_like(bias)]
-    _call("weight_gradients", grad, x, *grads, _panels(min(N, K), (M + 1) // 2), M, N, K)
+    room = _panels(min(N, K), -(-M // (2 * LANES)) * LANES)
+    _call("weight_gradients", grad, x, *grads, room, M, N, K)
     return [one for one in grads if one is not None]
 
 

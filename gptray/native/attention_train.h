@@ -11,8 +11,7 @@
 
 namespace {
 
-// Queries whose gradients are summed at once. No tile of them but the last ends where a panel of
-// keys does, so that all words that are read were written.
+// Queries whose gradients are summed at once, in whole tiles and panels.
 constexpr int QUERIES = 192;
 static_assert(QUERIES % TILE == 0 && QUERIES % PANEL == 0);
 
@@ -35,7 +34,7 @@ struct Size {
   float scale() const { return 1.f / std::sqrt((float)D); }
   int panels() const { return panel_count(D); }  // along D
   size_t row_panels() const { return (size_t)panel_count(T) * D / 2 * BLOCKS; }
-  size_t column_panel() const { return (size_t)(T + 1) / 2 * BLOCKS; }
+  size_t column_panel() const { return (size_t)column_words(T) * BLOCKS; }
   size_t column_panels() const { return panels() * column_panel(); }
   // From row to row of scores: no power of 2, lest all rows be kept in few places of the cache.
   size_t width() const { return (size_t)panel_count(T) * PANEL + LANES; }
@@ -226,7 +225,9 @@ void score_gradients(const Backward &w, const Queries &of, int t, int rows, int3
 // them.
 void add_to_keys(const Backward &w, int p, int first, int last) {
   const size_t width = w.size.width();
-  in_tiles(0, last, [&](int k, int rows) {
+  // As the tiles of queries are, so that all words that are read were written.
+  for (int k = 0; k < last; k += TILE) {
+    const int rows = std::min(TILE, last - k);
     const int skip = std::max(k - first, 0) / 2;  // queries before these keys
     const int words = (last - first + 1) / 2 - skip;
     const size_t at = skip * width + k;
@@ -239,7 +240,7 @@ void add_to_keys(const Backward &w, int p, int first, int last) {
           [&](int r, int b) { return load(to + r * PANEL + b * LANES, 0xFFFF); },
           [&](int r, int b, Floats sum) { store(to + r * PANEL + b * LANES, sum, 0xFFFF); });
     }
-  });
+  }
 }
 
 // The gradient of a head of queries; adds to those of its keys and values.

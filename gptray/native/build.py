@@ -23,7 +23,7 @@ from pathlib import Path
 
 from gptray.config import RunFailed, UserError
 from gptray.files import cache_folder, cannot_write, check_writable, remove, sha256_of
-from gptray.native.compiler import OPTIONS, compiler, compiler_version, run_compiler
+from gptray.native.compiler import compiler, compiler_version, options, run_compiler
 from gptray.native.processor import processor_flags, why_not_here
 
 log = logging.getLogger("gptray")
@@ -112,7 +112,7 @@ def library_name() -> str:
     """
     parts = [*_SOURCES, *sorted(_FOLDER.glob("*.h"))]
     text = b"".join(part.read_bytes() for part in parts)
-    text += repr((compiler(), compiler_version(), OPTIONS, sorted(processor_flags()))).encode()
+    text += repr((compiler(), compiler_version(), options(), sorted(processor_flags()))).encode()
     return f"native-{hashlib.sha256(text).hexdigest()[:16]}"
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from gptray.config import RunFailed, UserError
-from gptray.native.processor import INSTRUCTIONS
+from gptray.native.processor import INSTRUCTIONS, TILES, may_use_tiles
+
+log = logging.getLogger("gptray")
 
 # OpenMP's runtime is the one that PyTorch has loaded: both share one set of threads.
-OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *INSTRUCTIONS.values())
+_OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *INSTRUCTIONS.values())
 
 
 def compiler() -> list[str]:
@@ -25,6 +29,32 @@ def compiler() -> list[str]:
         return shlex.split(given) or ["g++"]
     except ValueError as error:
         raise UserError(f"CXX={given}: {error}") from None
+
+
+def options() -> tuple[str, ...]:
+    """The compiler's options for the native library on this machine, with its tiles if it may."""
+    if not may_use_tiles():
+        return _OPTIONS
+    with_tiles = (*_OPTIONS, *TILES.values())
+    return with_tiles if _has_tiles(tuple(compiler()), with_tiles) else _OPTIONS
+
+
+@cache
+def _has_tiles(command: tuple[str, ...], with_tiles: tuple[str, ...]) -> bool:
+    if _knows(command, with_tiles):
+        return True
+    log.warning(
+        "the native library does without this processor's AMX: the compiler %s does not know %s",
+        shlex.join(command),
+        " ".join(TILES.values()),
+    )
+    return False
+
+
+def _knows(command: Sequence[str], asked: Sequence[str]) -> bool:
+    """Whether a compiler takes options."""
+    line = [*command, *asked, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(line, capture_output=True, check=False).returncode == 0
 
 
 def compiler_version() -> str:
@@ -37,9 +67,8 @@ def why_no_library() -> str | None:
     command = compiler()
     if shutil.which(command[0]) is None:
         return f"there is no C++ compiler {command[0]} on this machine"
-    asked = [*command, *OPTIONS, "-E", "-x", "c++", os.devnull]
-    if subprocess.run(asked, capture_output=True, check=False).returncode:
-        return f"the compiler {shlex.join(command)} does not know {' '.join(OPTIONS)}"
+    if not _knows(command, _OPTIONS):
+        return f"the compiler {shlex.join(command)} does not know {' '.join(_OPTIONS)}"
     return None
 
 
@@ -49,7 +78,7 @@ def run_compiler(*arguments: str | Path, remedy: str) -> None:
     Raises:
         RunFailed: the compiler fails; with the first lines of what it says.
     """
-    command = [*compiler(), *OPTIONS, *map(str, arguments)]
+    command = [*compiler(), *options(), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         words = "\n".join(done.stderr.splitlines()[:5])

@@ -1,24 +1,29 @@
-// Products of rows by panels, in tiles of up to 6 rows by 64 columns.
+// Products of rows by panels, up to TILE rows by 64 columns at once: in vector registers, or where
+// the processor has them in tiles.
 //
 // One side of a product gives a word to all lanes, for each row of a tile; the other side is packed
 // into panels: [panel of 64 columns][word][64 columns]. Each sum runs in one fixed order.
 
 #pragma once
 
+#include <cassert>
 #include <cstddef>
 
-#include "simd.h"
+#include "tiles.h"
 
 namespace {
 
 constexpr int BLOCKS = 4, PANEL = LANES * BLOCKS;
-constexpr int TILE = 6;        // rows at once: 24 sums, 4 weights and a word in 32 registers
+constexpr int IN_REGISTERS = 6;  // rows at once: 24 sums, 4 weights and a word in 32 registers
+constexpr int TILE = HAS_TILES ? 2 * LANES : IN_REGISTERS;
 constexpr int ROW_BLOCK = 96;  // rows that use a panel while it is near
 
 inline int panel_count(int columns) { return (columns + PANEL - 1) / PANEL; }
 
-// How a word is multiplied by another and added to a sum, for each kind of numbers.
+// How a word is multiplied by another and added to a sum, for each kind of numbers, and from how
+// many rows on tiles do it.
 struct Fp32 {
+  static constexpr int TILED_FROM = 0;  // never
   using Sum = Floats;
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum add(Sum sum, Words x, Words w) {
@@ -27,20 +32,36 @@ struct Fp32 {
 };
 
 struct Bf16 {
+  static constexpr int TILED_FROM = 1;  // tiles round otherwise: a row's bits are one or the other
   using Sum = Floats;
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum add(Sum sum, Words x, Words w) {
     return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
   }
+  static Sum plus(Sum sum, const int32_t *words) {
+    return _mm512_add_ps(sum, _mm512_load_ps(words));
+  }
+  template <int C, int A, int B>
+  static void add_tiles() {
+    multiply_bf16_tiles<C, A, B>();
+  }
 };
 
-struct Int8 {  // x is signed, w is unsigned
+struct Int8 {                                          // x is signed, w is unsigned
+  static constexpr int TILED_FROM = IN_REGISTERS + 1;  // sums are exact either way
   using Sum = Words;
   static Sum zero() { return _mm512_setzero_si512(); }
   static Sum add(Sum sum, Words x, Words w) {
     // Around the intrinsic GCC 12 moves every sum to memory and back, at half the speed.
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
+  }
+  static Sum plus(Sum sum, const int32_t *words) {
+    return _mm512_add_epi32(sum, _mm512_load_si512(words));
+  }
+  template <int C, int A, int B>
+  static void add_tiles() {
+    multiply_int8_tiles<C, A, B>();
   }
 };
 
@@ -86,15 +107,15 @@ inline void tile(Rows x, const Words *panel, int count, const Begin &begin, cons
 }
 
 template <typename Kind, typename Begin, typename End>
-inline void product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
-                    const End &end) {
+inline void register_product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
+                             const End &end) {
   switch (rows) {
     case 1: return tile<Kind, 1>(x, panel, count, begin, end);
     case 2: return tile<Kind, 2>(x, panel, count, begin, end);
     case 3: return tile<Kind, 3>(x, panel, count, begin, end);
     case 4: return tile<Kind, 4>(x, panel, count, begin, end);
     case 5: return tile<Kind, 5>(x, panel, count, begin, end);
-    default: return tile<Kind, TILE>(x, panel, count, begin, end);
+    default: return tile<Kind, IN_REGISTERS>(x, panel, count, begin, end);
   }
 }
 
@@ -106,6 +127,103 @@ inline void in_tiles(int first, int stop, const Run &run, int most = TILE) {
     const int left = (stop - row + most - 1) / most;
     rows = (stop - row + left - 1) / left;
     run(row, rows);
+  }
+}
+
+// The last words of rows and of a panel, fewer than 16, filled up with zeros.
+struct Rest {
+  alignas(64) int32_t x[TILE][LANES];
+  Words w[LANES * BLOCKS];
+
+  Rest(int rows, Rows from, const Words *panel, int count) {
+    for (int r = 0; r < rows; ++r)
+      _mm512_store_si512(x[r], _mm512_maskz_loadu_epi32(lanes(count), from.words + r * from.row));
+    for (int i = 0; i < LANES * BLOCKS; ++i)
+      w[i] = i < count * BLOCKS ? panel[i] : _mm512_setzero_si512();
+  }
+};
+
+constexpr int TURNED_WORDS = 96;  // that a row has at most which stands in a column
+
+// Rows that stand in columns, turned: [16 words][row][word].
+inline Rows turned(int rows, Rows x, int count) {
+  alignas(64) thread_local int32_t to[TURNED_WORDS / LANES][TILE][LANES];
+  assert(x.row == 1 && count <= TURNED_WORDS);
+  for (int k = 0; k < count; k += LANES)
+    for (int row = 0; row < rows; row += LANES) {
+      Words square[LANES];
+      for (int i = 0; i < LANES; ++i)
+        square[i] = _mm512_maskz_loadu_epi32(k + i < count ? lanes(rows - row) : 0,
+                                             x.words + (k + i) * x.place + row);
+      transpose(square);
+      for (int r = 0; r < LANES; ++r) _mm512_store_si512(to[k / LANES][row + r], square[r]);
+    }
+  return {to[0][0], LANES, TILE};
+}
+
+// Make the sums of tiles from 0 on: add(x, row, w) adds the products of 16 words.
+template <typename Add>
+inline void add_words(int rows, Rows x, const Words *panel, int count, const Add &add) {
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+  for (; count >= LANES; count -= LANES, x.words += LANES * x.place, panel += LANES * BLOCKS)
+    add(x.words, x.row, panel);
+  if (!count) return;
+  const Rest rest(rows, x, panel, count);
+  add(rest.x[0], LANES, rest.w);
+}
+
+// As `register_product`, in tiles.
+template <typename Kind, typename Begin, typename End>
+inline void tile_product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
+                         const End &end) {
+  constexpr size_t WORD = sizeof(int32_t), COLUMNS = BLOCKS * sizeof(Words), SUMS = PANEL * WORD;
+  alignas(64) int32_t sums[TILE][PANEL];
+  if (x.row == 1) x = turned(rows, x, count);
+  shape_tiles(rows);
+  if (rows <= LANES) {
+    add_words(rows, x, panel, count, [](const int32_t *x, size_t row, const Words *w) {
+      load_tile<4>(x, row * WORD), load_tile<6>(w, COLUMNS), load_tile<7>(w + 1, COLUMNS);
+      Kind::template add_tiles<0, 4, 6>(), Kind::template add_tiles<1, 4, 7>();
+      load_tile<6>(w + 2, COLUMNS), load_tile<7>(w + 3, COLUMNS);
+      Kind::template add_tiles<2, 4, 6>(), Kind::template add_tiles<3, 4, 7>();
+    });
+    int32_t *to = sums[0];
+    store_tile<0>(to, SUMS), store_tile<1>(to + LANES, SUMS);
+    store_tile<2>(to + 2 * LANES, SUMS), store_tile<3>(to + 3 * LANES, SUMS);
+  } else {
+    for (int half = 0; half < 2; ++half) {
+      add_words(rows, x, panel, count, [half](const int32_t *x, size_t row, const Words *w) {
+        w += 2 * half;
+        load_tile<4>(x, row * WORD), load_tile<6>(w, COLUMNS), load_tile<7>(w + 1, COLUMNS);
+        Kind::template add_tiles<0, 4, 6>(), Kind::template add_tiles<1, 4, 7>();
+        load_tile<5>(x + LANES * row, row * WORD);
+        Kind::template add_tiles<2, 5, 6>(), Kind::template add_tiles<3, 5, 7>();
+      });
+      int32_t *upper = sums[0] + 2 * half * LANES, *lower = upper + LANES * PANEL;
+      store_tile<0>(upper, SUMS), store_tile<1>(upper + LANES, SUMS);
+      store_tile<2>(lower, SUMS), store_tile<3>(lower + LANES, SUMS);
+    }
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int b = 0; b < BLOCKS; ++b) end(r, b, Kind::plus(begin(r, b), sums[r] + b * LANES));
+}
+
+// Up to TILE rows by a panel of `count` words; see `tile` for begin and end.
+template <typename Kind, typename Begin, typename End>
+inline void product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
+                    const End &end) {
+  if constexpr (!HAS_TILES) {
+    register_product<Kind>(rows, x, panel, count, begin, end);
+  } else {
+    if constexpr (Kind::TILED_FROM > 0)
+      if (rows >= Kind::TILED_FROM) return tile_product<Kind>(rows, x, panel, count, begin, end);
+    const auto run = [&](int first, int height) {
+      register_product<Kind>(
+          height, {x.words + first * x.row, x.row, x.place}, panel, count,
+          [&](int r, int b) { return begin(first + r, b); },
+          [&](int r, int b, typename Kind::Sum sum) { end(first + r, b, sum); });
+    };
+    in_tiles(0, rows, run, IN_REGISTERS);
   }
 }
 

@@ -50,7 +50,7 @@ struct Piece {
     const size_t groups = (head.V + COLUMN_GROUP - 1) / COLUMN_GROUP, panels = panel_count(head.C);
     rows = most;
     room(logits, groups * rows * CHUNK / LANES);
-    room(x, panels * BLOCKS * ((rows + 1) / 2));
+    room(x, panels * BLOCKS * column_words(rows));
     room(weight, panels * BLOCKS * PACKED_ROWS / 2);
     room(sums, panels * BLOCKS * rows);
     room(log_sums, rows);
@@ -133,7 +133,7 @@ void to_gradients(const Head &head, const int64_t *targets, Piece &piece, int pa
 // written, for the first piece.
 void make_gradients(const Head &head, const HeadRows &all, Piece &piece, int first, int rows,
                     float *dw) {
-  const int words = (rows + 1) / 2, C = head.C;
+  const int words = column_words(rows), C = head.C;
   const size_t size = (size_t)words * BLOCKS;
   const Words *x = (const Words *)piece.x.data();
   thread_local std::vector<Line> packed;
@@ -144,6 +144,7 @@ void make_gradients(const Head &head, const HeadRows &all, Piece &piece, int fir
     if (!dw) continue;
     const int v = panel * PANEL, height = std::min(PANEL, head.V - v);
     pack_panel(piece.at(0, v), COLUMN_GROUP, own, rows, PANEL);
+    turn_left(own, words);
     for (int k = 0; k < C; k += PANEL)
       multiply_panels(own, x + k / PANEL * size, words, dw + (size_t)v * C + k, C, height, C - k,
                       first > 0);
@@ -186,6 +187,7 @@ void make_input_gradient(const Head &head, const HeadRows &all, Piece &piece, in
 
 // The losses of M rows, the gradients of their sum by x, and by W (V, C), or nullptr for none.
 void head_pass(const Head &head, const HeadRows &all, float *dw, Piece &piece, int M) {
+  const TileUse tiles;
   for (int first = 0; first < M; first += piece.rows) {
     const int rows = std::min(piece.rows, M - first);
     const uint16_t *x = all.x + (size_t)first * head.C;

@@ -83,6 +83,7 @@ void write_prepared(const Preparation &how, To grad, From x, Size size, To dx, f
 // One head of queries of sequence b.
 void attend_head(const Heads &heads, const Preparation &queries, const Preparation &keys,
                  const uint16_t *qkv, uint16_t *out, float *log_sums, int b, int h) {
+  const TileUse tiles;
   thread_local std::vector<uint16_t> query_rows, key_rows;
   const Size size = {heads.T, heads.D};
   const int key = heads.H + h / heads.group();
@@ -103,6 +104,7 @@ struct Pass {
 // Adds to those of the norms' weights, weight_sums (2, D).
 void group_gradient(const Heads &heads, const Preparation &queries, const Preparation &keys,
                     const Pass &pass, float *weight_sums, int b, int g) {
+  const TileUse tiles;
   thread_local std::vector<uint16_t> query_rows, key_rows, rows;
   const Size size = {heads.T, heads.D};
   const int key = heads.H + g;

@@ -152,6 +152,7 @@ void multiply_panel(const Linear &linear, int panel, const Input &x, const Resul
 }
 
 void multiply(const Linear &linear, const Input &x, int rows, const Results &to) {
+  const TileUse tiles;
   constexpr void (*runs[])(const Linear &, int, const Input &, const Results &, int, int) = {
       multiply_panel<FP32>, multiply_panel<BF16>, multiply_panel<INT8>, multiply_panel<INT4>};
   // Cores are seldom equally fast: others' work and other machines' take from each in turn.

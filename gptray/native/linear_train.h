@@ -119,6 +119,7 @@ struct WithSwiglu : Resting {
 // them, 16 at a time, and is told where a tile of them begins and ends.
 template <typename Output>
 void multiply(const int32_t *x, const Words *panels, int M, int count, Output to) {
+  const TileUse tiles;
   const int panel_count = to.panels();
 #pragma omp for collapse(2) schedule(static)
   for (int first = 0; first < M; first += ROW_BLOCK)
@@ -156,8 +157,8 @@ void sum_panel(const Words *panel, int words, float *sum, int columns) {
   }
 }
 
-// 64 rows and columns of left^T right, both panels of `words` words: written to out (rows, stride),
-// or added to it.
+// 64 rows and columns of left^T right, both panels of `words` words, left turned: written to out
+// (rows, stride), or added to it.
 void multiply_panels(const Words *left, const Words *right, int words, float *out, size_t stride,
                      int rows, int columns, bool adds) {
   alignas(64) float sums[PANEL][PANEL];
@@ -168,7 +169,8 @@ void multiply_panels(const Words *left, const Words *right, int words, float *ou
       const auto at = [&](int r, int b) { return out + (row + r) * stride + b * LANES; };
       const auto mask = [&](int b) { return lanes(columns - b * LANES); };
       product<Bf16>(
-          height, {(const int32_t *)(left + (size_t)first * BLOCKS) + row, 1, PANEL},
+          height,
+          {(const int32_t *)(left + (size_t)first * BLOCKS) + row * LEFT_STEP, LEFT_STEP, PANEL},
           right + (size_t)first * BLOCKS, count,
           [&](int r, int b) {
             // No load of no lanes: it takes long where the stack has no page yet.
@@ -189,19 +191,29 @@ void multiply_panels(const Words *left, const Words *right, int words, float *ou
 // packed a panel at a time, by whoever uses it, and stays near; the other one as a whole.
 void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db, Words *all, int M,
                      int N, int K) {
-  const int words = (M + 1) / 2;
+  const TileUse tiles;
+  const int words = column_words(M);
   const size_t size = (size_t)words * BLOCKS;
   const bool x_is_wider = K > N;
   thread_local std::vector<Line> packed;
   Words *own = (Words *)room(packed, size);
   pack_panels(x_is_wider ? dy : x, all, M, x_is_wider ? N : K);
   const int n_panels = panel_count(N), k_panels = panel_count(K);
+  if (x_is_wider && (db || HAS_TILES))
+#pragma omp for schedule(static)
+    for (int panel = 0; panel < n_panels; ++panel) {
+      if (db) sum_panel(all + panel * size, words, db + panel * PANEL, N - panel * PANEL);
+      turn_left(all + panel * size, words);
+    }
 #pragma omp for schedule(static)
   for (int outer = 0; outer < std::max(n_panels, k_panels); ++outer) {
     const uint16_t *wider = x_is_wider ? x : dy;
     const int width = x_is_wider ? K : N;
     pack_panel(wider + outer * PANEL, width, own, M, width - outer * PANEL);
-    if (db && !x_is_wider) sum_panel(own, words, db + outer * PANEL, N - outer * PANEL);
+    if (!x_is_wider) {
+      if (db) sum_panel(own, words, db + outer * PANEL, N - outer * PANEL);
+      turn_left(own, words);
+    }
     for (int inner = 0; inner < std::min(n_panels, k_panels); ++inner) {
       const int n = (x_is_wider ? inner : outer) * PANEL, k = (x_is_wider ? outer : inner) * PANEL;
       const Words *left = x_is_wider ? all + inner * size : own;
@@ -210,10 +222,6 @@ void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db
                       false);
     }
   }
-  if (db && x_is_wider)
-#pragma omp for schedule(static)
-    for (int panel = 0; panel < n_panels; ++panel)
-      sum_panel(all + panel * size, words, db + panel * PANEL, N - panel * PANEL);
 }
 
 }  // namespace

@@ -22,34 +22,6 @@ T *room(std::vector<T> &vector, size_t size) {
   return vector.data();
 }
 
-// 16 rows of 16 words <-> 16 columns of them.
-inline void transpose(Words (&w)[LANES]) {
-  Words t[LANES];
-#pragma GCC unroll 8
-  for (int i = 0; i < LANES; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < LANES; i += 4)  // w[i + c]: columns c, c + 4, c + 8, c + 12 of 4 rows
-#pragma GCC unroll 2
-    for (int c = 0; c < 4; c += 2) {
-      w[i + c] = _mm512_unpacklo_epi64(t[i + c / 2], t[i + 2 + c / 2]);
-      w[i + c + 1] = _mm512_unpackhi_epi64(t[i + c / 2], t[i + 2 + c / 2]);
-    }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const Words even = _mm512_shuffle_i32x4(w[c], w[c + 4], 0x88);
-    const Words even_2 = _mm512_shuffle_i32x4(w[c + 8], w[c + 12], 0x88);
-    const Words odd = _mm512_shuffle_i32x4(w[c], w[c + 4], 0xDD);
-    const Words odd_2 = _mm512_shuffle_i32x4(w[c + 8], w[c + 12], 0xDD);
-    w[c] = _mm512_shuffle_i32x4(even, even_2, 0x88);
-    w[c + 4] = _mm512_shuffle_i32x4(odd, odd_2, 0x88);
-    w[c + 8] = _mm512_shuffle_i32x4(even, even_2, 0xDD);
-    w[c + 12] = _mm512_shuffle_i32x4(odd, odd_2, 0xDD);
-  }
-}
-
 // Rows of `count` words -> block `block` of their panels; words(r, k) gives 16 words of the
 // block's row r from word k on.
 template <typename Get>
@@ -118,6 +90,12 @@ void pack_columns(const float *w, Words *panels, int N, int K) {
       }
 }
 
+// Words of a column of M rows: whole tiles of them where there are tiles.
+inline int column_words(int M) {
+  constexpr int whole = HAS_TILES ? LANES : 1;
+  return ((M + 1) / 2 + whole - 1) / whole * whole;
+}
+
 // `columns` <= 64 columns of rows (M, stride) bf16 -> a panel of them, words along M.
 void pack_panel(const uint16_t *x, size_t stride, Words *panel, int M, int columns) {
   for (int m = 0; m < M; m += 2, x += 2 * stride)
@@ -126,11 +104,29 @@ void pack_panel(const uint16_t *x, size_t stride, Words *panel, int M, int colum
       const uint16_t *from = x + b * LANES;
       _mm512_store_si512(panel++, pair(halves(from, mask), halves(from + stride, odd)));
     }
+  for (int fill = ((M + 1) / 2 - column_words(M)) * BLOCKS; fill < 0; ++fill)
+    _mm512_store_si512(panel++, _mm512_setzero_si512());
+}
+
+// Where words of a packed panel's columns meet another panel's: one by one as they stand, and in
+// tiles once they are turned, to [16 words][64 columns][16 words].
+constexpr int LEFT_STEP = HAS_TILES ? LANES : 1;  // from column to column
+
+void turn_left(Words *panel, int words) {
+  if (!HAS_TILES) return;
+  for (int k = 0; k < words; k += LANES, panel += LANES * BLOCKS) {
+    Words squares[BLOCKS][LANES];
+    for (int i = 0; i < LANES * BLOCKS; ++i) squares[i % BLOCKS][i / BLOCKS] = panel[i];
+    for (int b = 0; b < BLOCKS; ++b) {
+      transpose(squares[b]);
+      std::copy_n(squares[b], LANES, panel + b * LANES);
+    }
+  }
 }
 
 // Rows (M, K) bf16 -> panels of 64 columns, words along M.
 void pack_panels(const uint16_t *x, Words *panels, int M, int K) {
-  const size_t size = (size_t)(M + 1) / 2 * BLOCKS;
+  const size_t size = (size_t)column_words(M) * BLOCKS;
 #pragma omp for schedule(static)
   for (int panel = 0; panel < panel_count(K); ++panel)
     pack_panel(x + panel * PANEL, K, panels + panel * size, M, K - panel * PANEL);

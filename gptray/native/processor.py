@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from pathlib import Path
 
@@ -15,6 +16,10 @@ INSTRUCTIONS = {
     "avx512_vnni": "-mavx512vnni",
     "avx512_bf16": "-mavx512bf16",
 }
+# Matrix tiles (Intel's AMX), which are used where the processor has all of this.
+TILES = {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16", "amx_int8": "-mamx-int8"}
+# Linux gives a process tiles when it asks for them: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+_ARCH_PRCTL, _ASK_FOR, _TILE_DATA = 158, 0x1023, 18
 
 
 def why_not_here() -> str | None:
@@ -23,6 +28,13 @@ def why_not_here() -> str | None:
         return "the native code is for Linux on x86-64"
     lacks = sorted(INSTRUCTIONS.keys() - processor_flags())
     return f"this processor has no {', '.join(lacks)}" if lacks else None
+
+
+def may_use_tiles() -> bool:
+    """Whether the processor has tiles and Linux, which is asked here, gives this process them."""
+    if not TILES.keys() <= processor_flags():
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR, _TILE_DATA) == 0
 
 
 def processor_flags() -> set[str]:

@@ -69,4 +69,32 @@ inline Words pair(Floats even, Floats odd) {
   return pair(_mm512_cvtepu16_epi32(to_bf16(even)), _mm512_cvtepu16_epi32(to_bf16(odd)));
 }
 
+// 16 rows of 16 words <-> 16 columns of them.
+inline void transpose(Words (&w)[LANES]) {
+  Words t[LANES];
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4)  // w[i + c]: columns c, c + 4, c + 8, c + 12 of 4 rows
+#pragma GCC unroll 2
+    for (int c = 0; c < 4; c += 2) {
+      w[i + c] = _mm512_unpacklo_epi64(t[i + c / 2], t[i + 2 + c / 2]);
+      w[i + c + 1] = _mm512_unpackhi_epi64(t[i + c / 2], t[i + 2 + c / 2]);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const Words even = _mm512_shuffle_i32x4(w[c], w[c + 4], 0x88);
+    const Words even_2 = _mm512_shuffle_i32x4(w[c + 8], w[c + 12], 0x88);
+    const Words odd = _mm512_shuffle_i32x4(w[c], w[c + 4], 0xDD);
+    const Words odd_2 = _mm512_shuffle_i32x4(w[c + 8], w[c + 12], 0xDD);
+    w[c] = _mm512_shuffle_i32x4(even, even_2, 0x88);
+    w[c + 4] = _mm512_shuffle_i32x4(odd, odd_2, 0x88);
+    w[c + 8] = _mm512_shuffle_i32x4(even, even_2, 0xDD);
+    w[c + 12] = _mm512_shuffle_i32x4(odd, odd_2, 0xDD);
+  }
+}
+
 }  // namespace

@@ -96,7 +96,7 @@ void input_gradient_swiglu(const uint16_t *dy, const float *w, const uint16_t *s
 }
 
 // dw (N, K) = dy (M, N)^T x (M, K), db (N) = sums of dy, or nullptr for no db.
-// work: min(N, K) columns, M / 2 words, rounded up.
+// work: min(N, K) columns, M / 2 words, rounded up to LANES.
 void weight_gradients(const uint16_t *dy, const uint16_t *x, float *dw, float *db, Line *work,
                       int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from gptray.native.compiler import compiler
-from gptray.native.processor import INSTRUCTIONS
+from gptray.native.processor import INSTRUCTIONS, TILES, may_use_tiles
 from tests.generation.models import needs_native
 
 pytestmark = needs_native
@@ -24,7 +25,14 @@ WARNINGS = [
 ]
 # Not optimised, so that all of it is compiled in some seconds.
 OPTIONS = ["-O0", "-g1", "-std=c++17", "-fopenmp", f"-I{NATIVE}", *INSTRUCTIONS.values()]
+# With the processor's own tiles if it has any, and with scalar loops in place of them.
+KINDS = {"": list(TILES.values()) if may_use_tiles() else [], "tiles": ["-DEMULATED_TILES"]}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+NAMES = sorted(path.stem[5:] for path in HERE.glob("test_*.cpp"))
+# Of those, the ones that multiply by panels.
+TILED = ["attention_train", "gemm", "grouped_decode", "head_loss", "heads_train"]
+TILED += ["linear_decode", "linear_train", "panels", "tiles"]
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,8 +48,8 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All tests in C++, in one program with sanitizers."""
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tests in C++ for each of KINDS, in one program with sanitizers."""
     folder = tmp_path_factory.mktemp("native")
     (folder / "empty.cpp").write_text("int main() {}\n")
     empty: list[str | Path] = [
@@ -54,32 +62,55 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if run(*empty).returncode or run(folder / "empty").returncode:
         pytest.skip("this compiler has no sanitizers")
 
-    def build(source: Path) -> Path:
-        made = folder / f"{source.stem}.o"
-        options = [*OPTIONS, *WARNINGS, "-Wno-unused-function", *SANITIZERS]
+    def build(kind: str, source: Path) -> Path:
+        made = folder / f"{source.stem}{kind}.o"
+        options = [*OPTIONS, *KINDS[kind], *WARNINGS, "-Wno-unused-function", *SANITIZERS]
         done = run(*compiler(), *options, "-c", "-o", made, source)
         assert done.returncode == 0, done.stdout
         return made
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(build, sorted(HERE.glob("*.cpp"))))
-    linked = run(*compiler(), "-fopenmp", *SANITIZERS, "-o", folder / "main", *parts)
-    assert linked.returncode == 0, linked.stdout
-    return folder / "main"
+    made = {}
+    for kind in KINDS:
+        names = TILED if kind else NAMES
+        sources = [HERE / "main.cpp", *(HERE / f"test_{name}.cpp" for name in names)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = list(pool.map(partial(build, kind), sources))
+        made[kind] = folder / f"main{kind}"
+        linked = run(*compiler(), "-fopenmp", *SANITIZERS, "-o", made[kind], *parts)
+        assert linked.returncode == 0, linked.stdout
+    return made
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.stem[5:] for path in HERE.glob("test_*.cpp")))
-def test_a_header_computes_what_scalar_loops_compute(program: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"), [("", name) for name in NAMES] + [("tiles", name) for name in TILED]
+)
+def test_a_header_computes_what_scalar_loops_compute(
+    programs: dict[str, Path], kind: str, name: str
+) -> None:
     # PyTorch's allocator may be preloaded around the tests; leaks are not looked for under ptrace.
-    done = run(program, name, ASAN_OPTIONS="verify_asan_link_order=0:detect_leaks=0")
+    done = run(programs[kind], name, ASAN_OPTIONS="verify_asan_link_order=0:detect_leaks=0")
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name", ["decode.cpp", "train.cpp"])
-def test_a_source_compiles_without_a_warning(name: str) -> None:
-    done = run(*compiler(), *OPTIONS, *WARNINGS, "-fsyntax-only", NATIVE / name)
+@pytest.mark.parametrize("tiles", [[], list(TILES.values())])
+def test_a_source_compiles_without_a_warning(name: str, tiles: list[str]) -> None:
+    done = run(*compiler(), *OPTIONS, *tiles, *WARNINGS, "-fsyntax-only", NATIVE / name)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_library_has_the_instructions_for_tiles(tmp_path: Path) -> None:
+    for name, instructions in (
+        ("decode", ("tdpbf16ps", "tdpbsud")),
+        ("train", ("tdpbf16ps",)),
+    ):
+        written = tmp_path / f"{name}.s"
+        asked = [*OPTIONS, *TILES.values(), "-S", "-o", written, NATIVE / f"{name}.cpp"]
+        done = run(*compiler(), *asked)
+        assert done.returncode == 0, done.stdout
+        for instruction in ("ldtilecfg", "tileloadd", "tilestored", "tilerelease", *instructions):
+            assert f"\t{instruction}" in written.read_text()
 
 
 def test_every_header_is_tested_or_described_by_the_library() -> None:

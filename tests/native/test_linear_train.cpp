@@ -110,7 +110,7 @@ TEST(gradients_of_weight_and_bias_are_sums_over_rows) {
     for (const auto &[N, K] : {std::pair{66, 10}, std::pair{10, 130}}) {
       const auto dy = bf16(randoms((size_t)M * N, 1)), x = bf16(randoms((size_t)M * K, 2));
       std::vector<float> dw(N * K), db(N);
-      std::vector<Line> work((size_t)panel_count(std::min(N, K)) * BLOCKS * ((M + 1) / 2));
+      std::vector<Line> work((size_t)panel_count(std::min(N, K)) * BLOCKS * column_words(M));
 #pragma omp parallel num_threads(2)
       weight_gradient(dy.data(), x.data(), dw.data(), db.data(), (Words *)work.data(), M, N, K);
       for (int n = 0; n < N; ++n) {

@@ -30,7 +30,7 @@ TEST(rows_of_bf16_are_packed_with_a_zero_beside_the_last_odd_one) {
   for (const int M : {1, 2, 7})
     for (const int K : {2, 64, 70}) {
       const auto x = bf16(randoms((size_t)M * K, M + K));
-      const int words = (M + 1) / 2;
+      const int words = column_words(M);
       std::vector<Line> panels((size_t)panel_count(K) * words * BLOCKS);
       pack_panels(x.data(), (Words *)panels.data(), M, K);
       for (int k = 0; k < panel_count(K) * PANEL; ++k)
@@ -49,4 +49,19 @@ TEST(a_square_is_turned_over) {
   for (int r = 0; r < LANES; ++r) _mm512_storeu_si512(numbers[r], square[r]);
   for (int r = 0; r < LANES; ++r)
     for (int c = 0; c < LANES; ++c) CHECK(numbers[r][c] == 100 * c + r);
+}
+
+TEST(a_left_panel_is_turned_where_there_are_tiles) {
+  const int words = 48;
+  std::vector<Line> panel(words * BLOCKS);
+  int32_t *numbers = (int32_t *)panel.data();
+  for (int k = 0; k < words; ++k)
+    for (int c = 0; c < PANEL; ++c) numbers[k * PANEL + c] = 100 * k + c;
+  turn_left((Words *)panel.data(), words);
+  const Rows left = {numbers, LEFT_STEP, PANEL};
+  for (int k = 0; k < words; ++k)
+    for (int c = 0; c < PANEL; ++c) {
+      const int group = HAS_TILES ? k / LANES * LANES : k;
+      CHECK(left.words[group * left.place + c * left.row + (k - group)] == 100 * k + c);
+    }
 }
