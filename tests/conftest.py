@@ -72,22 +72,14 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The session's Ray: two CPUs on this machine."""
-    import ray
-
+    """The session's Ray: two CPUs on this machine, started and ended as a job's own."""
     from gptray.jobs.cluster import OWN_TRAIN_ENV, TRAIN_ENV
+    from gptray.jobs.own_ray import own_ray
 
     # Tiny runs report in quick succession: do not have each report wait for the next poll.
     os.environ.update(TRAIN_ENV | OWN_TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
+    with own_ray({}, num_cpus=2, log_to_driver=False, logging_level="ERROR"):
+        yield
 
 
 @pytest.fixture(scope="session")

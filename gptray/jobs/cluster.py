@@ -41,6 +41,9 @@ OWN_TRAIN_ENV = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+# Ray starts a worker for each core before it is asked for one. Ray Train's have an environment of
+# their own, so that none of these is for them.
+NO_SPARE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
 # Read by Ray Serve's controller and proxy where the cluster is the job's own. The controller looks
 # ten times a second by itself, which takes 3 % of a core. By gRPC an update of a stream costs the
 # proxy and the replica a fifth less than by Ray's own way between them. Around Serve's proxy is

@@ -65,7 +65,8 @@ def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]
         _is_starting = True
         before = _children()
         try:
-            ray.init(address="local", include_dashboard=False, **options)
+            with _lean(told=bool(options.get("log_to_driver"))):
+                ray.init(address="local", include_dashboard=False, **options)
         finally:
             _is_starting = False
         _tell_open_ports(ray.util.get_node_ip_address())
@@ -113,6 +114,30 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+@contextmanager
+def _lean(*, told: bool) -> Iterator[None]:
+    """Have ray.init leave out what only a cluster of many jobs has a use for: two of its seconds.
+
+    That is the autoscaler, the server of the dashboard, of which only the count of usage is left,
+    what brings the workers' logs unless they are told, and a look for packages that `ray[default]`
+    has.
+    """
+    import ray
+
+    node = ray._private.node.Node
+    left_out = [(node, "start_monitor"), (node, "start_api_server")]
+    left_out += [(ray._private.utils, "get_dashboard_dependency_error")]
+    left_out += [] if told else [(node, "start_log_monitor")]
+    before = [getattr(*one) for one in left_out]
+    for owner, name in left_out:
+        setattr(owner, name, lambda *given, **named: None)
+    try:
+        yield
+    finally:
+        for (owner, name), function in zip(left_out, before, strict=True):
+            setattr(owner, name, function)
 
 
 def shut_down() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +17,17 @@ from gptray.training.sharding import placed_as
 
 # AdamW's state for each parameter: a count, and two tensors of its shape.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class _AdamW(torch.optim.AdamW):
+    """torch's, without its decorators: torch._dynamo takes a second to import.
+
+    They keep torch.compile out of these methods, which no compiled code calls.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -38,7 +50,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         },
     ]
     # fused: one kernel over all parameters, on CPU as on CUDA.
-    return torch.optim.AdamW(
+    return _AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=config.betas,

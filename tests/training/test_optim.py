@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,42 @@ def test_stored_moments_come_back_each_to_its_parameter(tmp_path: Path) -> None:
     step(other, fresh)
     for ours, theirs in zip(layer.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def updated(optimizer: torch.optim.Optimizer, layer: torch.nn.Module) -> list[torch.Tensor]:
+    """The weights after three updates."""
+    for scale in (1.0, -2.0, 0.5):
+        optimizer.zero_grad(set_to_none=True)
+        layer(scale * torch.arange(6.0).view(2, 3)).square().sum().backward()
+        optimizer.step()
+    return [parameter.detach() for parameter in layer.parameters()]
+
+
+def test_updates_are_those_of_torchs_adamw() -> None:
+    torch.manual_seed(0)
+    layer, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    other.load_state_dict(layer.state_dict())
+    config = OptimConfig(lr=0.1, weight_decay=0.2, betas=(0.8, 0.9), eps=1e-6)
+    groups = [
+        {"params": [other.weight], "weight_decay": 0.2},
+        {"params": [other.bias], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9), eps=1e-6, fused=True)
+    ours = updated(make_optimizer(layer.parameters(), config), layer)
+    for one, two in zip(ours, updated(theirs, other), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_an_update_spares_the_seconds_of_importing_torch_dynamo() -> None:
+    code = """
+import sys, torch
+from gptray.config import OptimConfig
+from gptray.training.optim import make_optimizer
+layer = torch.nn.Linear(3, 2)
+optimizer = make_optimizer(layer.parameters(), OptimConfig())
+layer(torch.ones(3)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

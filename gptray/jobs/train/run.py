@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import cannot_write, is_of_files, storing
 from gptray.jobs.base import Job
-from gptray.jobs.cluster import ray_answers, ray_cluster
+from gptray.jobs.cluster import NO_SPARE_WORKERS, ray_answers, ray_cluster
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.origin import reachable
@@ -93,7 +93,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train; return what only the process that trained can know."""
     config, folder = checked.config, checked.folder
-    with ray_cluster(wait_s=config.compute.wait_s):
+    with ray_cluster(NO_SPARE_WORKERS, wait_s=config.compute.wait_s):
         check_shared_by_training(config, folder)
         check_cluster(config.compute, spare=_spare(config))
         data = stored_text(config, checked.text.request)
@@ -152,14 +152,15 @@ def fit_in_workers(
     Raises UserError or RunFailed as `ray_failures` does.
     """
     import ray.train
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from gptray.jobs.train.trainer import Trainer
 
     config, folder, compute = task.config, task.folder_here, task.config.compute
 
     def fit(workers: int) -> dict[str, object]:
         set_ray_snapshot_aside(folder)  # it may name checkpoints that are pruned by now
         result: dict[str, object] = (
-            DataParallelTrainer(
+            Trainer(
                 begin_worker,
                 train_loop_config={"task": task, "ray_dir": folder},
                 # One worker needs no group, and Ray's backend for it costs seconds at the start.

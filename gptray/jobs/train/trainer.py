@@ -1,0 +1,39 @@
+"""Ray Train's trainer, without the actors that a run here has no use for.
+
+Each actor is a process, which takes a second of two cores at every start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from gptray.jobs.own_ray import is_own_ray
+
+# Hands out Ray Data's datasets, of which there are none here: workers open their tokens themselves.
+DATASETS = "DatasetsCallback"
+# Gives back a dead controller's placement group, for the jobs after it. It asks the dashboard
+# whether the controller lives, and without one takes ten seconds to end.
+CLEANER = "PlacementGroupCleanerCallback"
+
+
+class Trainer(DataParallelTrainer):  # type: ignore[misc]
+    """`DataParallelTrainer` as it is on a cluster of others; leaner on the job's own Ray."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = {DATASETS, CLEANER} if is_own_ray() else {DATASETS}
+        callbacks = super()._create_default_callbacks()
+        return [one for one in callbacks if type(one).__name__ not in unused]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        if is_own_ray():
+            # There is no autoscaler to tell what the workers need.
+            vars(given["scaling_policy"]).update(
+                after_controller_start=_nothing, _maybe_send_resource_request=_nothing
+            )
+        return super()._initialize_and_run_controller(**given)
+
+
+def _nothing(*given: object) -> None:
+    pass
