@@ -91,9 +91,7 @@ class ChatCompletion(Completion):
         """Check a chat against the model and the limits. Raises ApiError."""
         check_name(served, body.model)
         if served.chat is None:
-            message = (
-                f"{served.name!r} has no chat template: call POST /v1/completions"
-            )
+            message = f"{served.name!r} has no chat template: call POST /v1/completions"
             raise ApiError(400, message, param="messages", code="no_chat_template")
         try:
             ids = await _prompt_ids(body, served)

@@ -54,14 +54,13 @@ class Output:
         echoed, self._echoed = self._echoed, ""
         logprobs = None
         if self._has_logprobs:
-            logprobs = self._logprobs(update.prompt)
+            prompt = self._logprobs(update.prompt)
             drawn = (*update.drawn, *((update.end,) if update.end else ()))
             if drawn and self._new is not None:
                 # Their text is decoded by itself, and has no space where a prompt's would.
                 self._told = TextStream(self._served.tokenizer.decode)
                 self._led, self._new, self._lead = self._new, None, []
-            for key, values in self._logprobs(drawn).items():
-                logprobs[key] += values
+            logprobs = _one_after_another([prompt, self._logprobs(drawn)])
         return {
             "index": self._index,
             "text": echoed + update.text,
@@ -105,14 +104,18 @@ def joined(parts: abc.Sequence[Choice]) -> Choice:
     """A choice whole, from what its updates added."""
     last = parts[-1]
     told = [part["logprobs"] for part in parts if part["logprobs"]]
-    logprobs: Logprobs | None = last["logprobs"] and {
-        "text_offset": [one for part in told for one in part["text_offset"]],
-        "token_logprobs": [one for part in told for one in part["token_logprobs"]],
-        "tokens": [one for part in told for one in part["tokens"]],
-        "top_logprobs": [one for part in told for one in part["top_logprobs"]],
-    }
+    logprobs = last["logprobs"] and _one_after_another(told)
     return {**last, "text": "".join(part["text"] for part in parts), "logprobs": logprobs}
 
 
 def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+def _one_after_another(told: abc.Sequence[Logprobs]) -> Logprobs:
+    return {
+        "text_offset": [one for part in told for one in part["text_offset"]],
+        "token_logprobs": [one for part in told for one in part["token_logprobs"]],
+        "tokens": [one for part in told for one in part["tokens"]],
+        "top_logprobs": [one for part in told for one in part["top_logprobs"]],
+    }
