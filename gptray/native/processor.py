@@ -34,7 +34,7 @@ def may_use_tiles() -> bool:
     """Whether the processor has tiles and Linux, which is asked here, gives this process them."""
     if not TILES.keys() <= processor_flags():
         return False
-    return ctypes.CDLL(None).syscall(ARCH_PRCTL, _ASK_FOR, _TILE_DATA) == 0
+    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, _ASK_FOR, _TILE_DATA) == 0)
 
 
 def processor_flags() -> set[str]:
