@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from gptray.native.compiler import uses_tiles
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -23,6 +25,7 @@ def describe(device: torch.device) -> dict[str, str]:
         if on_gpu
         else "",
         "processor": f"{_processor()} x {cores}",
+        "AMX": "in the native kernels" if uses_tiles() else "",
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "gptray": _answer("git", "-C", str(ROOT), "describe", "--always", "--dirty"),

@@ -33,15 +33,17 @@ def compiler() -> list[str]:
 
 def options() -> tuple[str, ...]:
     """The compiler's options for the native library on this machine, with its tiles if it may."""
-    if not may_use_tiles():
-        return _OPTIONS
-    with_tiles = (*_OPTIONS, *TILES.values())
-    return with_tiles if _has_tiles(tuple(compiler()), with_tiles) else _OPTIONS
+    return (*_OPTIONS, *TILES.values()) if uses_tiles() else _OPTIONS
+
+
+def uses_tiles() -> bool:
+    """Whether the native library multiplies in tiles: processor, Linux and compiler have them."""
+    return may_use_tiles() and _knows_tiles(tuple(compiler()))
 
 
 @cache
-def _has_tiles(command: tuple[str, ...], with_tiles: tuple[str, ...]) -> bool:
-    if _knows(command, with_tiles):
+def _knows_tiles(command: tuple[str, ...]) -> bool:
+    if _knows(command, (*_OPTIONS, *TILES.values())):
         return True
     log.warning(
         "the native library does without this processor's AMX: the compiler %s does not know %s",

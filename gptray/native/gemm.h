@@ -139,7 +139,7 @@ struct Rest {
     for (int r = 0; r < rows; ++r)
       _mm512_store_si512(x[r], _mm512_maskz_loadu_epi32(lanes(count), from.words + r * from.row));
     for (int i = 0; i < LANES * BLOCKS; ++i)
-      w[i] = i < count * BLOCKS ? panel[i] : _mm512_setzero_si512();
+      w[i] = i < count * BLOCKS ? _mm512_loadu_si512(panel + i) : _mm512_setzero_si512();
   }
 };
 

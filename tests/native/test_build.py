@@ -16,8 +16,9 @@ from gptray.jobs.engine_backend import build_engine_backend
 from gptray.native import processor
 from gptray.native.abi import load_library
 from gptray.native.backend import GENERATE_KEY, TRAIN_KEY, check_native, why_not_native
-from gptray.native.build import build_library
+from gptray.native.build import build_library, library_name
 from gptray.native.build import kept as kept_library
+from gptray.native.compiler import options, why_no_library
 from tests.generation.models import needs_native
 
 
@@ -293,6 +294,51 @@ def test_compilers_with_other_flags_have_libraries_of_their_own(
     monkeypatch.setenv("CXX", f"{os.environ['CXX']} -DNOTHING")
     assert build_library(key=GENERATE_KEY) != kept
     assert len([*kept.parent.glob("*.so")]) == 2
+
+
+# System calls that always fail, and never.
+FAILS, NEVER_FAILS = 10_000, 24  # none has that number; sched_yield
+
+
+@pytest.fixture
+def with_tiles(cpuinfo: Callable[[Callable[[str], str]], None]) -> None:
+    """A processor that has tiles, as Linux tells of it."""
+    tiles = " ".join(processor.TILES)
+    cpuinfo(lambda text: text.replace(" avx512_bf16", f" avx512_bf16 {tiles}"))
+
+
+@needs_native
+@pytest.mark.usefixtures("with_tiles")
+def test_tiles_are_used_where_processor_and_linux_give_them(
+    monkeypatch: pytest.MonkeyPatch, cpuinfo: Callable[[Callable[[str], str]], None]
+) -> None:
+    tiles, names = set(processor.TILES.values()), set()
+    for call, used in ((NEVER_FAILS, tiles), (FAILS, set())):
+        monkeypatch.setattr(processor, "ARCH_PRCTL", call)
+        assert processor.may_use_tiles() == bool(used)
+        assert tiles & set(options()) == used
+        names.add(library_name())
+    assert len(names) == 2, "each has a library of its own"
+    monkeypatch.setattr(processor, "ARCH_PRCTL", NEVER_FAILS)
+    cpuinfo(lambda text: text.replace("amx_int8", ""))
+    assert not tiles & set(options()), "all of them or none"
+
+
+@needs_native
+@pytest.mark.usefixtures("with_tiles")
+def test_a_compiler_that_knows_no_tiles_is_named_and_builds_without_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = tmp_path / "old-g++"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec g++ "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setattr(processor, "ARCH_PRCTL", NEVER_FAILS)
+    monkeypatch.setenv("CXX", str(old))
+    assert why_no_library() is None and not set(processor.TILES.values()) & set(options())
+    assert caplog.messages == [
+        f"the native library does without this processor's AMX: the compiler {old} does not know "
+        "-mamx-tile -mamx-bf16 -mamx-int8"
+    ]
 
 
 @needs_native

@@ -106,8 +106,8 @@ def test_the_library_has_the_instructions_for_tiles(tmp_path: Path) -> None:
         ("train", ("tdpbf16ps",)),
     ):
         written = tmp_path / f"{name}.s"
-        asked = [*OPTIONS, *TILES.values(), "-S", "-o", written, NATIVE / f"{name}.cpp"]
-        done = run(*compiler(), *asked)
+        asked = [*OPTIONS, *TILES.values(), "-S", "-o"]
+        done = run(*compiler(), *asked, written, NATIVE / f"{name}.cpp")
         assert done.returncode == 0, done.stdout
         for instruction in ("ldtilecfg", "tileloadd", "tilestored", "tilerelease", *instructions):
             assert f"\t{instruction}" in written.read_text()
