@@ -20,6 +20,10 @@ from tests.tiny import tiny_config, tiny_text
 sys.dont_write_bytecode = False
 
 
+# That of the session's Ray, for other processes that connect to it.
+RAY_TOKEN = {"RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+
+
 @cache
 def group_of(path: Path) -> str:
     """The group that a file's tests are marked with, or ""."""
@@ -78,7 +82,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     # Tiny runs report in quick succession: do not have each report wait for the next poll.
     os.environ.update(TRAIN_ENV | OWN_TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
-    with own_ray({}, num_cpus=2, log_to_driver=False, logging_level="ERROR"):
+    with own_ray(RAY_TOKEN, num_cpus=2, log_to_driver=False, logging_level="ERROR"):
         yield
 
 

@@ -101,8 +101,6 @@ def publishing(
             raise RunFailed(f"another job has just changed {home}; run the same command again")
         set_published(folder, False)
         following = _Following(kind(home, folder, brought.sent), lease)
-        thread = threading.Thread(target=following.follow, name="publisher", daemon=True)
-        thread.start()
         try:
             yield following.wake
         except BaseException:
@@ -122,16 +120,20 @@ class _Following:
     def __init__(self, publisher: RunPublisher | SweepPublisher, lease: Lease) -> None:
         self._publisher, self._lease = publisher, lease
         self._guard, self._wanted, self._ended = threading.Lock(), threading.Event(), False
+        self._thread = threading.Thread(target=self._follow, name="publisher", daemon=True)
+        self._thread.start()
 
     def wake(self) -> None:
         """Publish soon."""
         self._wanted.set()
 
     def end(self) -> None:
+        """Stop before the lease is given back: what is published later could be another job's."""
         self._ended = True
         self._wanted.set()
+        self._thread.join()
 
-    def follow(self) -> None:
+    def _follow(self) -> None:
         while True:
             self._wanted.wait()
             self._wanted.clear()
@@ -141,6 +143,8 @@ class _Following:
                 self.publish()
             except RunFailed as error:
                 log.warning("not published yet: %s", error)
+            except FileNotFoundError as error:  # replaced or pruned meanwhile
+                log.debug("not published yet: %s", error)
 
     def publish(self) -> None:
         """Publish all that has changed. Raises RunFailed."""

@@ -129,6 +129,24 @@ def test_what_only_this_machine_has_is_not_taken_for_the_run(
     assert told.startswith(f"train.max_steps raised from {STEPS} to {STEPS + 2}")
 
 
+def test_a_file_that_goes_while_it_is_published_holds_up_no_later_one(
+    store: ObjectStore, source: Path
+) -> None:
+    config = config_at(source)
+    prepare(config)
+    checked = check(config)
+    folder = checked.folder
+    with held(folder), publishing(checked.config, folder) as publish:
+        (folder / "model").mkdir()
+        (folder / "model/config.json").symlink_to("gone.json")
+        for name in ("first.yaml", "second.yaml"):
+            (folder / name).write_text("{}")
+            publish()
+            store.await_name(f"bucket/runs/r/{name}", timeout_s=20)
+        (folder / "model/gone.json").write_text("{}")
+    assert "model/config.json" in store.names("bucket/runs/r")
+
+
 @pytest.mark.usefixtures("short_leases")
 def test_another_machine_is_kept_out_while_a_run_is_trained(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ from gptray.jobs.tune.run import tune
 from gptray.record import EVENTS, read_rows
 from gptray.training.loop import fit
 from gptray.tuning.sweep_record import TRIALS, Record, Trial, load_sweep, load_trials, trial_dir
+from tests.conftest import RAY_TOKEN
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +217,8 @@ def environment(ray_cluster: None) -> dict[str, str]:
     """The session's Ray, for a driver of its own."""
     import ray
 
-    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    address = ray.get_runtime_context().gcs_address
+    return {**os.environ, **RAY_TOKEN, "RAY_ADDRESS": address}
 
 
 @pytest.mark.chaos

@@ -35,6 +35,7 @@ from gptray.jobs.train.adapter_plan import trained_facts
 from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
 from gptray.jobs.train.task import TrainTask, begin_validation, begin_worker
+from gptray.jobs.train.trainer import fitted
 from gptray.jobs.train.watch import show_end, watching
 from gptray.record import try_event, write_event
 
@@ -153,39 +154,33 @@ def fit_in_workers(
     """
     import ray.train
 
-    from gptray.jobs.train.trainer import Trainer
-
     config, folder, compute = task.config, task.folder_here, task.config.compute
 
     def fit(workers: int) -> dict[str, object]:
         set_ray_snapshot_aside(folder)  # it may name checkpoints that are pruned by now
-        result: dict[str, object] = (
-            Trainer(
-                begin_worker,
-                train_loop_config={"task": task, "ray_dir": folder},
-                # One worker needs no group, and Ray's backend for it costs seconds at the start.
-                backend_config=_nccl() if compute.use_gpu and workers > 1 else None,
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=workers,
-                    use_gpu=compute.use_gpu,
-                    resources_per_worker=dict(reserved),
-                    label_selector=compute.selector or None,
+        result: dict[str, object] = fitted(
+            begin_worker,
+            train_loop_config={"task": task, "ray_dir": folder},
+            # One worker needs no group, and Ray's backend for it costs seconds at the start.
+            backend_config=_nccl() if compute.use_gpu and workers > 1 else None,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers,
+                use_gpu=compute.use_gpu,
+                resources_per_worker=dict(reserved),
+                label_selector=compute.selector or None,
+            ),
+            run_config=ray.train.RunConfig(
+                name=folder.name,
+                storage_path=str(folder.parent),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=0 if compute.is_elastic else compute.max_failures,
+                    max_preemption_failures=0 if compute.is_elastic else -1,
+                    controller_failure_limit=0 if compute.is_elastic else -1,
                 ),
-                run_config=ray.train.RunConfig(
-                    name=folder.name,
-                    storage_path=str(folder.parent),
-                    failure_config=ray.train.FailureConfig(
-                        max_failures=0 if compute.is_elastic else compute.max_failures,
-                        max_preemption_failures=0 if compute.is_elastic else -1,
-                        controller_failure_limit=0 if compute.is_elastic else -1,
-                    ),
-                    callbacks=[_failure_notes(task), *callbacks],
-                ),
-                validation_config=_validation_config(task, reserved),
-            )
-            .fit()
-            .return_value
-        )
+                callbacks=[_failure_notes(task), *callbacks],
+            ),
+            validation_config=_validation_config(task, reserved),
+        ).return_value
         return result
 
     with ray_failures(config, folder):

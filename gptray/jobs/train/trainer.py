@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
 from gptray.jobs.own_ray import is_own_ray
 
 # Hands out Ray Data's datasets, of which there are none here: workers open their tokens themselves.
@@ -18,21 +16,25 @@ DATASETS = "DatasetsCallback"
 CLEANER = "PlacementGroupCleanerCallback"
 
 
-class Trainer(DataParallelTrainer):  # type: ignore[misc]
-    """`DataParallelTrainer` as it is on a cluster of others; leaner on the job's own Ray."""
+def fitted(*given: Any, **named: Any) -> Any:
+    """`DataParallelTrainer(...).fit()` without datasets; leaner still on the job's own Ray."""
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    def _create_default_callbacks(self) -> list[Any]:
-        unused = {DATASETS, CLEANER} if is_own_ray() else {DATASETS}
-        callbacks = super()._create_default_callbacks()
-        return [one for one in callbacks if type(one).__name__ not in unused]
+    class Trainer(DataParallelTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            unused = {DATASETS, CLEANER} if is_own_ray() else {DATASETS}
+            callbacks = super()._create_default_callbacks()
+            return [one for one in callbacks if type(one).__name__ not in unused]
 
-    def _initialize_and_run_controller(self, **given: Any) -> Any:
-        if is_own_ray():
-            # There is no autoscaler to tell what the workers need.
-            vars(given["scaling_policy"]).update(
-                after_controller_start=_nothing, _maybe_send_resource_request=_nothing
-            )
-        return super()._initialize_and_run_controller(**given)
+        def _initialize_and_run_controller(self, **given: Any) -> Any:
+            if is_own_ray():
+                # There is no autoscaler to tell what the workers need.
+                vars(given["scaling_policy"]).update(
+                    after_controller_start=_nothing, _maybe_send_resource_request=_nothing
+                )
+            return super()._initialize_and_run_controller(**given)
+
+    return Trainer(*given, **named).fit()
 
 
 def _nothing(*given: object) -> None:
