@@ -23,7 +23,7 @@ from gptray.generation.detokenize import TextStream
 from gptray.generation.sampling import Drawn
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
-from gptray.serving.api_error import ApiError
+from gptray.serving.api_error import ApiError, unknown_model
 from gptray.serving.echo import Echo, echo, ids_of
 from gptray.serving.endpoint import Served
 from gptray.serving.engine_thread import Accepted
@@ -32,8 +32,6 @@ from gptray.serving.streams import Update
 
 # Replaces a log-probability that JSON cannot hold.
 LEAST_LOGPROB = -9999.0
-# Models that an answer names.
-NAMED = 10
 
 
 class Logprobs(TypedDict):
@@ -166,8 +164,7 @@ class _Output:
         self._index, self._has_logprobs = index, logprobs
         self._echoed, self._lead = prompt.text, list(prompt.lead)
         self._led = 0  # characters before the text that is told
-        # Where the new tokens begin; None once they have begun.
-        self._new: int | None = len(prompt.text)
+        self._new: int | None = len(prompt.text)  # where new tokens begin, until they have
         self._served = served
         # Tells where in the text behind the lead each token begins.
         self._told = TextStream(served.tokenizer.decode)
@@ -177,14 +174,7 @@ class _Output:
         echoed, self._echoed = self._echoed, ""
         logprobs = None
         if self._has_logprobs:
-            logprobs = self._logprobs(update.prompt)
-            drawn = (*update.drawn, *((update.end,) if update.end else ()))
-            if drawn and self._new is not None:
-                # Their text is decoded by itself, and has no space where a prompt's would.
-                self._told = TextStream(self._served.tokenizer.decode)
-                self._led, self._new, self._lead = self._new, None, []
-            for key, values in self._logprobs(drawn).items():
-                logprobs[key] += values
+            logprobs = self._logprobs(update.prompt, [*update.drawn, *filter(None, [update.end])])
         return {
             "index": self._index,
             "text": echoed + update.text,
@@ -192,11 +182,15 @@ class _Output:
             "finish_reason": update.finish_reason,
         }
 
-    def _logprobs(self, tokens: abc.Sequence[Drawn]) -> Logprobs:
+    def _logprobs(self, prompt: abc.Sequence[Drawn], new: abc.Sequence[Drawn]) -> Logprobs:
         told: Logprobs = {
             "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
         }  # fmt: skip
-        for drawn in tokens:
+        for number, drawn in enumerate((*prompt, *new)):
+            if number == len(prompt) and self._new is not None:
+                # Their text is decoded by itself, and has no space where a prompt's would.
+                self._told = TextStream(self._served.tokenizer.decode)
+                self._led, self._new, self._lead = self._new, None, []
             told["tokens"].append(self._served.token_text(drawn.token))
             told["token_logprobs"].append(_finite(drawn.logprob))
             told["top_logprobs"].append(self._likeliest(drawn))
@@ -244,12 +238,7 @@ def _finite(logprob: float | None) -> float | None:
 def check_name(served: Served, name: str | None) -> None:
     """Raises ApiError(404) for a model that is not the one that is served."""
     if name not in (None, served.name):
-        names = [one.name for one in served.all]
-        known = ", ".join(names[:NAMED])
-        if len(names) > NAMED:
-            known += f" and {len(names) - NAMED:,} more (GET /v1/models)"
-        message = f"The model `{str(name)[:100]}` does not exist. Served here: {known}."
-        raise ApiError(404, message, param="model", code="model_not_found")
+        raise unknown_model(str(name), [one.name for one in served.all])
 
 
 def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) -> None:
