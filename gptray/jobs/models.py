@@ -59,7 +59,9 @@ def not_adapter(source: str | Path, *, key: str) -> str | None:
         return None
     section = key.partition(".")[0]
     if section in ("evaluate", "generate"):
-        return f"{folder} is an adapter, not a model; {section}.adapter={source} puts it on its own"
+        return (
+            f"{folder} is an adapter, not a model; {section}.adapter={source} adds it to its base"
+        )
     if section == "serve":
         return f"{folder} is an adapter, not a model; serve.adapters={{name: {source}}} serves it"
     return f"{folder} is an adapter, not a model; the model/ of its run has it merged in"

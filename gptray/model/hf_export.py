@@ -32,7 +32,7 @@ _CONFIG = "config.json"
 def write_hf(source: Path, folder: Path, model: StoredModel, *, precision: str) -> None:
     """Write a model's config and its weights. Raises UserError as `rounded`, OSError."""
     dtype, packing = dtype_of(precision), PACKINGS.get(precision)
-    packed = model.linear if packing else {}
+    packed = model.packable if packing else {}
     shapes, dtypes = _layout(model, precision, packed)
 
     @lru_cache(maxsize=1)  # its parts are asked for one after another
@@ -54,7 +54,8 @@ def write_hf(source: Path, folder: Path, model: StoredModel, *, precision: str) 
         "dtype": str(dtype).removeprefix("torch."),
     }
     if packing:
-        config[KEY] = packed_config(packing)
+        others = [name.removesuffix(".weight") for name in model.linear if name not in packed]
+        config[KEY] = packed_config(packing, others=others)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

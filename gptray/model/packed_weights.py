@@ -6,7 +6,7 @@ https://huggingface.co/docs/transformers/quantization/compressed_tensors
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,9 @@ GROUP = 32
 PACKINGS = {"int8": Packing(8, None), "int4": Packing(4, GROUP)}
 
 
-def packed_config(packing: Packing) -> dict[str, object]:
-    """What config.json says of weights in this packing; embedding and head are not packed."""
+def packed_config(packing: Packing, *, others: Sequence[str]) -> dict[str, object]:
+    """What config.json says of weights in this packing; embedding and head are not packed, nor the
+    layers whose names are `others`."""
     weights = {
         "num_bits": packing.bits,
         "type": "int",
@@ -68,7 +69,7 @@ def packed_config(packing: Packing) -> dict[str, object]:
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *others],
     }
 
 

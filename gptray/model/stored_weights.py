@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from gptray.config import ModelConfig, UserError
 from gptray.model.families import FAMILIES, Family
 from gptray.model.hf_config import NetworkShape, read_config
-from gptray.model.packed_weights import SCALES, SHAPE, VALUES, Packing, packing_of
+from gptray.model.packed_weights import GROUP, SCALES, SHAPE, VALUES, Packing, packing_of
 from gptray.model.parameters import HEAD, IGNORED, is_of_block, stored_name, stored_parts
 from gptray.model.shape import weight_files
 
@@ -62,6 +62,11 @@ class StoredModel:
         parts = stored_parts(ModelConfig(**self.shape), self.family, rows)
         names = [part.name for part in parts if is_of_block(part) and len(part.dims) == 2]
         return {name: self.weights[name] for name in names}
+
+    @property
+    def packable(self) -> dict[str, StoredWeight]:
+        """Those of them whose rows are whole groups."""
+        return {name: one for name, one in self.linear.items() if one.shape[1] % GROUP == 0}
 
 
 def stored_weights(folder: Path) -> list[StoredWeight]:

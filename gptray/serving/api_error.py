@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastapi.responses import JSONResponse
 
@@ -13,6 +13,8 @@ TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+# Models that an answer names.
+NAMED = 10
 
 
 class ApiError(Exception):
@@ -47,6 +49,15 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def unknown_model(name: str, served: Sequence[str]) -> ApiError:
+    """The answer to who names another model than those that are served."""
+    known = ", ".join(served[:NAMED])
+    if len(served) > NAMED:
+        known += f" and {len(served) - NAMED:,} more (GET /v1/models)"
+    message = f"The model `{name[:100]}` does not exist. Served here: {known}."
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 class ClientGone(Exception):

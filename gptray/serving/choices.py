@@ -43,8 +43,7 @@ class Output:
         self._index, self._has_logprobs = index, logprobs
         self._echoed, self._lead = prompt.text, list(prompt.lead)
         self._led = 0  # characters before the text that is told
-        # Where the new tokens begin; None once they have begun.
-        self._new: int | None = len(prompt.text)
+        self._new: int | None = len(prompt.text)  # where new tokens begin, until they have
         self._served = served
         # Tells where in the text behind the lead each token begins.
         self._told = TextStream(served.tokenizer.decode)
@@ -54,13 +53,7 @@ class Output:
         echoed, self._echoed = self._echoed, ""
         logprobs = None
         if self._has_logprobs:
-            prompt = self._logprobs(update.prompt)
-            drawn = (*update.drawn, *((update.end,) if update.end else ()))
-            if drawn and self._new is not None:
-                # Their text is decoded by itself, and has no space where a prompt's would.
-                self._told = TextStream(self._served.tokenizer.decode)
-                self._led, self._new, self._lead = self._new, None, []
-            logprobs = _one_after_another([prompt, self._logprobs(drawn)])
+            logprobs = self._logprobs(update.prompt, [*update.drawn, *filter(None, [update.end])])
         return {
             "index": self._index,
             "text": echoed + update.text,
@@ -68,11 +61,15 @@ class Output:
             "finish_reason": update.finish_reason,
         }
 
-    def _logprobs(self, tokens: abc.Sequence[Drawn]) -> Logprobs:
+    def _logprobs(self, prompt: abc.Sequence[Drawn], new: abc.Sequence[Drawn]) -> Logprobs:
         told: Logprobs = {
             "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
         }  # fmt: skip
-        for drawn in tokens:
+        for number, drawn in enumerate((*prompt, *new)):
+            if number == len(prompt) and self._new is not None:
+                # Their text is decoded by itself, and has no space where a prompt's would.
+                self._told = TextStream(self._served.tokenizer.decode)
+                self._led, self._new, self._lead = self._new, None, []
             told["tokens"].append(self._served.token_text(drawn.token))
             told["token_logprobs"].append(_finite(drawn.logprob))
             told["top_logprobs"].append(self._likeliest(drawn))
@@ -104,18 +101,14 @@ def joined(parts: abc.Sequence[Choice]) -> Choice:
     """A choice whole, from what its updates added."""
     last = parts[-1]
     told = [part["logprobs"] for part in parts if part["logprobs"]]
-    logprobs = last["logprobs"] and _one_after_another(told)
-    return {**last, "text": "".join(part["text"] for part in parts), "logprobs": logprobs}
-
-
-def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
-
-
-def _one_after_another(told: abc.Sequence[Logprobs]) -> Logprobs:
-    return {
+    logprobs: Logprobs | None = last["logprobs"] and {
         "text_offset": [one for part in told for one in part["text_offset"]],
         "token_logprobs": [one for part in told for one in part["token_logprobs"]],
         "tokens": [one for part in told for one in part["tokens"]],
         "top_logprobs": [one for part in told for one in part["top_logprobs"]],
     }
+    return {**last, "text": "".join(part["text"] for part in parts), "logprobs": logprobs}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)

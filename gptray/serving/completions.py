@@ -20,16 +20,13 @@ from gptray.config import ServeConfig
 from gptray.config.limits import SEEDS
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
-from gptray.serving.api_error import ApiError
+from gptray.serving.api_error import ApiError, unknown_model
 from gptray.serving.choices import Choice, Output, joined
 from gptray.serving.echo import Echo, echo, ids_of
 from gptray.serving.endpoint import Served
 from gptray.serving.engine_thread import Accepted
 from gptray.serving.protocol import CompletionRequest, StreamOptions
 from gptray.serving.streams import Update
-
-# Models that an answer names.
-NAMED = 10
 
 
 class Completion:
@@ -151,12 +148,7 @@ class Completion:
 def check_name(served: Served, name: str | None) -> None:
     """Raises ApiError(404) for a model that is not the one that is served."""
     if name not in (None, served.name):
-        names = [one.name for one in served.all]
-        known = ", ".join(names[:NAMED])
-        if len(names) > NAMED:
-            known += f" and {len(names) - NAMED:,} more (GET /v1/models)"
-        message = f"The model `{str(name)[:100]}` does not exist. Served here: {known}."
-        raise ApiError(404, message, param="model", code="model_not_found")
+        raise unknown_model(str(name), [one.name for one in served.all])
 
 
 def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) -> None:

@@ -167,8 +167,8 @@ def test_what_is_no_adapter_is_refused(word: str, told: str, model_dir: Path) ->
     ("job", "named", "told"),
     [
         ("generate", "generate.model={run}", "generate.model: {run}/adapter is an adapter, not a "
-         "model; generate.adapter={run} puts it on its own"),
-        ("evaluate", "evaluate.model={run}/adapter", "evaluate.adapter={run}/adapter puts it on"),
+         "model; generate.adapter={run} adds it to its base"),
+        ("evaluate", "evaluate.model={run}/adapter", "evaluate.adapter={run}/adapter adds it"),
         ("serve", "serve.model={run}", "serve.adapters={{name: {run}}} serves it"),
         ("export", "export.model={run}", "; the model/ of its run has it merged in"),
         ("train", "model.init_from={run}", "model.init_from: {run}/adapter is an adapter, not a"),

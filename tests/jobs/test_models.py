@@ -69,6 +69,16 @@ def test_a_runs_name_is_taken_wherever_a_model_is_named(storage: Path) -> None:
     assert plan["tokenizer"] == str(run)
 
 
+def test_a_run_is_evaluated_in_few_bits_by_its_name(storage: Path, text_file: Path) -> None:
+    words = [f"evaluate.source={text_file}", "quantize.weights=int4"]
+    named, alone = (
+        check_evaluation(config_of(storage, *words, word))
+        for word in ("evaluate.model=ko-q", "name=ko-q")
+    )
+    assert alone.model_dir == named.model_dir and alone.folder == named.folder
+    assert alone.folder != alone.run
+
+
 def test_a_runs_name_is_evaluated(storage: Path, text_file: Path) -> None:
     overrides = [f"evaluate.source={text_file}", "evaluate.model=ko-q"]
     assert check_evaluation(config_of(storage, *overrides)).model_dir == storage / "ko-q" / "model"

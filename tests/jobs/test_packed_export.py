@@ -21,6 +21,7 @@ from tests.model.foreign_models import make_hf
 
 # Rows of whole groups.
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+NARROW_DOWN = WIDE | {"intermediate_size": 80}
 NAMES = ("llama with biases", "qwen3", "gpt_neox")
 
 
@@ -66,16 +67,41 @@ def test_packed_weights_are_read_here_to_the_bit(
     assert all(torch.equal(one, own.get_parameter(key)) for key, one in again.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("hf", "int8"), "2 of 14 matrices stay in fp16: model.layers.0.mlp.down_proj.weight, "),
+        (("hf", "int4"), "2 of 14 matrices stay in fp16: model.layers.0.mlp.down_proj.weight, "),
+        (("gguf", "q4_0"), "2 of 16 matrices stay in fp16: blk.0.ffn_down.weight, blk.1.ffn_down"),
+    ],
+)
+def test_rows_that_are_not_whole_groups_stay_in_fp16(
+    words: tuple[str, str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_in(tmp_path / "model", "llama", **NARROW_DOWN)
+    output = tmp_path / "packed.gguf"
+    given = [f"export.format={words[0]}", f"export.precision={words[1]}"]
+    for more in (["--dry-run"], []):
+        assert export(model, output, *given, *more) == 0
+        output_and_log = capsys.readouterr()
+        assert told in output_and_log.out + output_and_log.err
+    own = load_pretrained(output)
+    for key, weight in load_pretrained(model).named_parameters():
+        if key.endswith("mlp.c_proj.weight"):
+            assert torch.equal(own.get_parameter(key), weight.detach().half().float())
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is missing"
 )
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, "llama"))
 def test_transformers_computes_the_same_with_packed_weights(
     name: str, kind: str, tmp_path: Path
 ) -> None:
-    changes = WIDE | ({"head_dim": 16, "num_key_value_heads": 2} if "biases" in name else {})
+    wide = NARROW_DOWN if name == "llama" else WIDE
+    changes = wide | ({"head_dim": 16, "num_key_value_heads": 2} if "biases" in name else {})
     model, output = model_in(tmp_path / "model", name, **changes), tmp_path / "packed"
     assert export(model, output, "export.format=hf", f"export.precision={kind}") == 0
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -92,7 +118,16 @@ def test_transformers_computes_the_same_with_packed_weights(
     ("name", "words", "told"),
     [
         ("gpt2", ("hf", "int4"), "packs no layers of gpt2, which are Conv1D in transformers"),
-        ("llama", ("hf", "int8"), "has rows of 48 weights; export.precision=int8 takes multiples"),
+        (
+            "llama",
+            ("hf", "int8"),
+            "no matrix has rows of a multiple of 32 weights, which export.pr",
+        ),
+        (
+            "llama",
+            ("gguf", "q8_0"),
+            "no matrix has rows of a multiple of 32 weights, which export.",
+        ),
         ("llama", ("hf", "q4_0"), "does not go with export.format=hf, which takes fp32, fp16"),
         ("llama", ("gguf", "int4"), "does not go with export.format=gguf, which takes fp32"),
     ],

@@ -135,7 +135,7 @@ def check(config: Config) -> CheckedEvaluation:
             raise UserError(f"evaluate.{key} goes with one model, but evaluate.model names several")
     check_engine_backend(config)
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
-    block_size, stride = _window(config, trained, model_dir)
+    block_size, stride = _window(config, trained, found)
     text = _text(config, trained, found)
     folder, home = results_folder(config, [found, *others])
     checked = CheckedEvaluation(
@@ -192,10 +192,10 @@ def _request(source: str | Sequence[str] | None, text: Config) -> Request:
     return whole_request(text, source, key="evaluate.source")
 
 
-def _window(config: Config, trained: Config | None, model_dir: Path) -> tuple[int, int]:
+def _window(config: Config, trained: Config | None, found: FoundModel) -> tuple[int, int]:
     """Tokens of a window and between two: as set, else the run's, else all that the model takes,
     at most LONGEST_WINDOW."""
-    n_positions: int = read_shape(model_dir)["n_positions"]
+    n_positions: int = read_shape(found.folder)["n_positions"]
     block_size = min(n_positions, LONGEST_WINDOW)
     if "block_size" in config.train.model_fields_set:
         block_size = config.train.block_size
@@ -204,7 +204,7 @@ def _window(config: Config, trained: Config | None, model_dir: Path) -> tuple[in
     if block_size > n_positions:
         raise UserError(
             f"train.block_size={block_size} is more than the {n_positions} positions of the model "
-            f"{model_dir}"
+            f"{found.place}"
         )
     stride = config.evaluate.stride or block_size
     if stride > block_size:

@@ -118,7 +118,8 @@ def results_folder(
     is_own = len(models) == 1 and config.evaluate.adapter is None and kind == "none"
     if is_own and found.run and (found.home or found.run / "model" == found.folder):
         return found.run, found.home
-    name = config.name or _name(config, models)
+    # Where no model is named, the name is that of the run to evaluate.
+    name = (config.evaluate.model and config.name) or _name(config, models)
     if is_uri(config.storage_path):
         home = RemoteFolder(config.storage_path) / name
         _check_own(str(home), models, home.files())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from gptray.model.gguf_names import (
     gguf_vectors,
     own_network,
 )
-from gptray.model.packed_weights import PACKINGS
+from gptray.model.packed_weights import GROUP, PACKINGS
 from gptray.model.shape import WEIGHTS
 from gptray.model.stored_weights import StoredModel, stored_model
 from gptray.model.usage import GENERATION, TEMPLATE, Usage
@@ -31,19 +32,21 @@ from gptray.model.usage import GENERATION, TEMPLATE, Usage
 _SUFFIX = ".gguf"
 # What says how to use a model, beside its tokenizer.
 _USAGE = (GENERATION, TEMPLATE)
-# Weights that a row has a multiple of where it is packed.
-_PACKED_INPUTS = 32
+# Matrices that a sentence names.
+_NAMED = 3
 _TEMPLATE = "tokenizer.chat_template"
 
 
 @dataclass(frozen=True)
 class GgufContent:
-    """What a GGUF file will hold."""
+    """What a GGUF file will hold. kept: a sentence on matrices that are not quantized, though the
+    precision is."""
 
     architecture: str
     fields: dict[str, object]
     tensors: list[GgufTensor]
     vectors: dict[str, list[float]]
+    kept: str | None = None
 
     @property
     def size(self) -> int:
@@ -60,10 +63,12 @@ class GgufContent:
 
 @dataclass(frozen=True)
 class HfContent:
-    """What a Hugging Face folder will hold besides weights: files copied as they are."""
+    """What a Hugging Face folder will hold besides weights: files copied as they are; kept as
+    `GgufContent`'s."""
 
     copied: list[Path]
     weight_bytes: int
+    kept: str | None = None
 
     @property
     def size(self) -> int:
@@ -125,7 +130,10 @@ def _content(
         if size is None:
             numbers = sum(math.prod(one.shape) for one in model.weights.values())
             size = BLOCKS[settings.precision][0] * numbers
-        return HfContent([*beside, *tokenizer_files(folder)], size)
+        kept = None
+        if settings.precision in PACKINGS:
+            kept = _kept(settings, set(model.linear) - set(model.packable), len(model.linear))
+        return HfContent([*beside, *tokenizer_files(folder)], size, kept)
     family, tokenizer = family_of(model), Tokenizer.load(folder)
     usage = Usage.of(folder)
     template = usage.chat_template
@@ -136,7 +144,25 @@ def _content(
         **({_TEMPLATE: template} if template else {}),
     }
     tensors = gguf_tensors(family, model, settings.precision)
-    return GgufContent(family.architecture, fields, tensors, gguf_vectors(model.shape))
+    kept = None
+    if BLOCKS[settings.precision][1] > 1:
+        matrices = [one for one in tensors if one.precision != "fp32"]
+        kept = _kept(
+            settings, {one.name for one in matrices if one.precision == "fp16"}, len(matrices)
+        )
+    return GgufContent(family.architecture, fields, tensors, gguf_vectors(model.shape), kept)
+
+
+def _kept(settings: ExportConfig, names: Collection[str], total: int) -> str | None:
+    """What to say of matrices whose rows are not whole groups. Raises UserError if none's are."""
+    if not names:
+        return None
+    rows = f"a multiple of {GROUP} weights, which export.precision={settings.precision} takes"
+    if len(names) == total:
+        raise UserError(f"no matrix has rows of {rows}; export.precision=fp16 takes any")
+    shown, more = sorted(names)[:_NAMED], len(names) - _NAMED
+    listed = ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
+    return f"{len(names):,} of {total:,} matrices stay in fp16: {listed}; their rows are not {rows}"
 
 
 def _packed_bytes(model: StoredModel, precision: str) -> int | None:
@@ -152,15 +178,9 @@ def _packed_bytes(model: StoredModel, precision: str) -> int | None:
             f"compressed-tensors packs no layers of {model.model_type}, which are Conv1D in "
             "transformers; export.format=gguf takes q8_0 and q4_0"
         )
-    linear = model.linear
     size = 2 * sum(math.prod(one.shape) for one in model.weights.values())
-    for name, one in linear.items():
+    for one in model.packable.values():
         rows, inputs = one.shape
-        if inputs % _PACKED_INPUTS:
-            raise UserError(
-                f"{name} has rows of {inputs} weights; export.precision={precision} takes "
-                f"multiples of {_PACKED_INPUTS}"
-            )
         size += rows * (4 * packing.words(inputs) + 2 * packing.groups(inputs) - 2 * inputs)
     return size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
@@ -19,6 +20,8 @@ from gptray.model.gguf_file import write_gguf
 from gptray.model.hf_export import write_hf
 from gptray.model.rounding import check_tied
 
+log = logging.getLogger("gptray")
+
 
 def plan(checked: CheckedExport) -> Plan:
     """What the job would write."""
@@ -28,6 +31,7 @@ def plan(checked: CheckedExport) -> Plan:
         ("model", str(checked.folder)),
         ("format", _format(content)),
         ("precision", checked.settings.precision),
+        *([("kept", content.kept)] if content.kept else []),
         ("output", str(checked.output)),
         ("files", " ".join(names)),
         ("size", f"{content.size / 1e6:,.1f} MB"),
@@ -41,6 +45,8 @@ def run(checked: CheckedExport) -> dict[str, object]:
     disk takes no more.
     """
     output, settings = checked.output, checked.settings
+    if checked.content.kept:
+        log.info("%s", checked.content.kept)
     with storing(output), no_empty_folders(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
         with doing(f"writing {output}"):

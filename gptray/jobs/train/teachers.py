@@ -71,9 +71,9 @@ def _check_tokens(config: Config) -> None:
 
     Raises UserError.
     """
-    first, *others = config.train.teachers or [None]
-    if first is None:
+    if not config.train.teachers:
         return
+    first, *others = config.train.teachers
     tokenizer = Tokenizer.load(model_folder(first))
     for one in others:
         if Tokenizer.load(model_folder(one)).sha256 != tokenizer.sha256:
