@@ -49,11 +49,12 @@ def linear_cross_entropy(
 
     x (N, C) in the dtype to compute in, weight (V, C) fp32, targets (N,) int64. Only the first
     `valid` of the V rows are tokens: the others get no probability and no gradient. native: in
-    eager mode with gradients by `gptray.model.kernels`, for x in bf16 and weight in fp32 on a CPU.
+    eager mode with gradients by `gptray.model.kernels`, for x in bf16 and weight in fp32, or frozen
+    in bf16, on a CPU.
     """
     if not torch.is_grad_enabled():
         return token_cross_entropy(x, weight, targets, valid=valid).mean()
-    native = native and weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+    native = native and not torch.compiler.is_compiling()
     loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, valid, native)  # type: ignore[no-untyped-call]
     return loss
 
