@@ -6,7 +6,9 @@ process of its own; ratios are medians over rounds.
     python benchmarks/train.py [--shape c] [--compile] [--systems hf-fp32,hf-bf16,bf16]
 
 ray-bf16 is the step in a Ray Train worker: its ratio to bf16 is what Ray costs. bf16 trains with
-what train.backend=auto chooses; bf16:native and bf16:torch name the backend.
+what train.backend=auto chooses; bf16:native and bf16:torch name the backend. With --rank gptray's
+systems train an adapter of all linear layers, and so does hf-peft, beside a frozen network in bf16.
+Prints a table with the peak memory of each process and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 import argparse
 import atexit
 import json
+import resource
 import socket
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +33,24 @@ from torch import nn
 from turns import answer, median_ratio, take_turns
 
 from gptray.config import Config
+from gptray.model.shape import read_shape
 from gptray.training.loop import train_step
 from gptray.training.run import start
 from gptray.training.workers import Workers
 
 # What one system does in a step, in the order of its training.
 Step = Callable[[], None]
-# Runs a few steps and returns the mean seconds of one.
+# Does a job: runs a few steps and returns the mean seconds of one, or tells its peak memory in MB.
 Timed = Callable[[int], float]
+STEPS, PEAK = range(2)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adapter of all linear layers, and the folder of the model that it adapts."""
+
+    rank: int
+    base: str
 
 
 @dataclass(frozen=True)
@@ -78,15 +91,23 @@ SHAPES = {
     "smollm2": Shape(30, 9, 576, 256, 4, 49152, n_kv_head=3, n_inner=1536),
 }
 SYSTEMS = ("hf-fp32", "hf-bf16", "fp32", "bf16", "ray-bf16")
+OF_ADAPTERS = ("hf-peft", "bf16")
 OF_BACKENDS = ("bf16:native", "bf16:torch")
 
 
-def gptray_step(shape: Shape, system: str, *, compiled: bool, device: torch.device) -> Step:
+def gptray_step(
+    shape: Shape, system: str, adapted: Adapted | None, *, compiled: bool, device: torch.device
+) -> Step:
     """gptray's own training step, batches and dropout seeds included."""
     precision, _, backend = system.partition(":")
+    network, adapter = shape.network, dict[str, object]()
+    if adapted:
+        network = read_shape(Path(adapted.base)) | {"init_from": adapted.base}
+        adapter = {"rank": adapted.rank}
     config = Config.model_validate(
         {
-            "model": shape.network | {"dropout": 0.0},
+            "model": network | {"dropout": 0.0},
+            "lora": adapter,
             "train": {
                 "global_batch_size": shape.batch_size,
                 "block_size": shape.block_size,
@@ -151,19 +172,47 @@ def hf_llama(shape: Shape) -> nn.Module:
     return model
 
 
-def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
-    """The step that people write around transformers: autocast, clipping, fused AdamW."""
+def hf_network(shape: Shape) -> nn.Module:
+    """transformers' network of a shape."""
     fields = shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size
-    model = hf_llama(shape) if shape.n_kv_head else hf_gpt2(*fields)
+    return hf_llama(shape) if shape.n_kv_head else hf_gpt2(*fields)
+
+
+def save_base(shape: Shape, folder: str) -> None:
+    """Write a network to adapt."""
+    from transformers import PreTrainedModel
+
+    network = hf_network(shape)
+    assert isinstance(network, PreTrainedModel)
+    network.save_pretrained(folder)
+
+
+def peft_network(adapted: Adapted) -> nn.Module:
+    """A network frozen in bf16 and an adapter of PEFT's, fp32, beside it."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(adapted.base, dtype=torch.bfloat16)
+    lora = peft.LoraConfig(
+        r=adapted.rank, lora_alpha=16, use_rslora=True, target_modules="all-linear"
+    )
+    model: nn.Module = peft.get_peft_model(base, lora)
+    return model
+
+
+def hf_step(shape: Shape, kind: str, adapted: Adapted | None, *, device: torch.device) -> Step:
+    """The step that people write around transformers: autocast, clipping, fused AdamW."""
+    model = peft_network(adapted) if adapted else hf_network(shape)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    learns = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(learns, lr=1e-3, fused=True)
     batch = torch.randint(shape.vocab_size, (shape.batch_size, shape.block_size), device=device)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(batch, labels=batch).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=kind != "fp32"):
+            loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(learns, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item(), norm.item()
@@ -171,14 +220,25 @@ def hf_step(shape: Shape, precision: str, *, device: torch.device) -> Step:
     return step
 
 
-def timed(system: str, shape: Shape, steps: int, *, compiled: bool, device: str) -> Timed:
-    """Make a system; the function runs it and returns the mean seconds of a step."""
+def timed(
+    system: str,
+    shape: Shape,
+    steps: int,
+    adapted: Adapted | None,
+    *,
+    compiled: bool,
+    device: str,
+) -> Timed:
+    """Make a system; the function does its jobs."""
+    on = torch.device(device)
     if system.startswith("hf-"):
-        step = hf_step(shape, system.removeprefix("hf-"), device=torch.device(device))
+        step = hf_step(shape, system.removeprefix("hf-"), adapted, device=on)
     else:
-        step = gptray_step(shape, system, compiled=compiled, device=torch.device(device))
+        step = gptray_step(shape, system, adapted, compiled=compiled, device=on)
 
     def run(job: int) -> float:
+        if job == PEAK:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         step()  # finds cold caches
         begin = time.perf_counter()
         for _ in range(steps):
@@ -188,7 +248,15 @@ def timed(system: str, shape: Shape, steps: int, *, compiled: bool, device: str)
     return run
 
 
-def timed_on_ray(system: str, shape: Shape, steps: int, *, compiled: bool, device: str) -> Timed:
+def timed_on_ray(
+    system: str,
+    shape: Shape,
+    steps: int,
+    adapted: Adapted | None,
+    *,
+    compiled: bool,
+    device: str,
+) -> Timed:
     """The same in a Ray Train worker, with the controller and all that looks after it.
 
     Turns and times go through a socket: any actor more would cost what is to be measured.
@@ -206,7 +274,7 @@ def timed_on_ray(system: str, shape: Shape, steps: int, *, compiled: bool, devic
 
     def worker() -> None:
         torch.set_num_threads(threads)
-        run = timed(system, shape, steps, compiled=compiled, device=device)
+        run = timed(system, shape, steps, adapted, compiled=compiled, device=device)
         with socket.create_connection(address) as connection, connection.makefile("rw") as turns:
             for job in turns:
                 print(run(int(job)), file=turns, flush=True)
@@ -227,13 +295,18 @@ def timed_on_ray(system: str, shape: Shape, steps: int, *, compiled: bool, devic
 
 
 def result(
-    shape_name: str, seconds: dict[str, list[float]], *, compiled: bool, rounds: int
+    shape_name: str,
+    shape: Shape,
+    seconds: dict[str, list[float]],
+    *,
+    compiled: bool,
+    rounds: int,
 ) -> dict[str, Any]:
     """Tokens per second (medians) of each system and the ratio of ours to each of HF's."""
-    shape = SHAPES[shape_name]
     tokens = shape.batch_size * shape.block_size
     return {
         "shape": shape_name,
+        "batch": [shape.batch_size, shape.block_size],
         "compile": compiled,
         "threads": torch.get_num_threads(),
         "rounds": rounds,
@@ -252,25 +325,46 @@ def result(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="b16")
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="of " + " ".join(SYSTEMS))
+    every = dict.fromkeys(SYSTEMS + OF_BACKENDS + OF_ADAPTERS)
+    parser.add_argument("--systems", help="of " + " ".join(every))
     parser.add_argument("--compile", action="store_true", help="compile gptray's model")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a system per round")
+    parser.add_argument("--rank", type=int, help="train an adapter, gptray's and PEFT's")
+    parser.add_argument("--batch-size", type=int, help="sequences, in place of the shape's")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--worker", choices=SYSTEMS + OF_BACKENDS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=every, help=argparse.SUPPRESS)
+    parser.add_argument("--base", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    shape = replace(shape, batch_size=args.batch_size or shape.batch_size)
     if args.worker:
         make = timed_on_ray if args.worker.startswith("ray-") else timed
-        system, shape = args.worker.removeprefix("ray-"), SHAPES[args.shape]
-        answer(lambda: make(system, shape, args.steps, compiled=args.compile, device=args.device))
+        system = args.worker.removeprefix("ray-")
+        adapted = Adapted(args.rank, args.base) if args.rank else None
+        given = system, shape, args.steps, adapted
+        answer(lambda: make(*given, compiled=args.compile, device=args.device))
         return
     arguments = ["--shape", args.shape, "--steps", str(args.steps), "--device", args.device]
+    arguments += ["--batch-size", str(shape.batch_size)]
     arguments += ["--compile"] if args.compile else []
-    seconds = take_turns(__file__, args.systems.split(","), arguments, [0], args.rounds)[0]
-    summary = result(args.shape, seconds, compiled=args.compile, rounds=args.rounds)
-    print(f"{'system':24}{'tokens/s':>10}")
+    with tempfile.TemporaryDirectory() as base:
+        if args.rank:
+            save_base(shape, base)
+            arguments += ["--rank", str(args.rank), "--base", base]
+        systems = OF_ADAPTERS if args.rank else SYSTEMS
+        systems = args.systems.split(",") if args.systems else systems
+        answers = take_turns(__file__, systems, arguments, [STEPS, PEAK], args.rounds)
+    seconds, peaks = answers[STEPS], answers[PEAK]
+    summary = result(args.shape, shape, seconds, compiled=args.compile, rounds=args.rounds)
+    summary |= {
+        "rank": args.rank,
+        "peak_mb": {name: round(most[-1]) for name, most in peaks.items()},
+    }
+    print(f"{'system':24}{'tokens/s':>10}{'peak MB':>10}")
     for name, rate in summary["tokens_per_sec"].items():
-        print(f"{name if name.startswith('hf-') else 'gptray ' + name:24}{rate:>10,}")
+        shown = name if name.startswith("hf-") else f"gptray {name}"
+        print(f"{shown:24}{rate:>10,}{summary['peak_mb'][name]:>10,}")
     for pair, ratio in summary["ratios"].items():
         print(f"{pair:24}{ratio:>9.2f}x")
     print(json.dumps(summary))

@@ -58,8 +58,8 @@ def adapted_network(
     """The base, frozen, with a new adapter; on the CPU, to compute in `dtype`.
 
     config: the base's network, its dropout and context maybe other ones. vocab_size: rows of the
-    embedding that stand for tokens. native: by the project's kernels, but for the layers that are
-    adapted. Raises UserError for targets that the base has not, and as `load_weights`.
+    embedding that stand for tokens. native: by the project's kernels. Raises UserError for targets
+    that the base has not, and as `load_weights`.
     """
     adapted, replaced = adapted_parts(base, lora.targets), replaced_parts(base, lora.train)
     with torch.device("meta"):

@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 
 from gptray.model.autograd_context import NormContext
+from gptray.model.kernel_calls import (
+    call,
+    gated_columns,
+    input_gradient,
+    panels,
+    product,
+    sizes,
+    weight_gradients,
+    whole,
+)
 from gptray.model.operator import Operator
 from gptray.model.rotary import Angles
-from gptray.native.abi import LANES, NORM_PARTS, PANEL, load_library
-from gptray.native.backend import TRAIN_KEY
+from gptray.native.abi import NORM_PARTS
 
 # The library's functions for an MLP's first layer, and for the gradient of what that gives.
 _MLPS = {
@@ -84,29 +93,16 @@ def head_loss(
     """-log softmax(x W^T)[target] of each row, (M) fp32, and the gradients of their sum by x, bf16,
     and by W, fp32, or None where it is not needed.
 
-    x (M, C) bf16, C even; W (V, C) fp32, of which the first `valid` rows are tokens; targets (M)
-    int64. Autograd records nothing.
+    x (M, C) bf16, C even; W (V, C) fp32, or bf16 where it is frozen, of which the first `valid`
+    rows are tokens; targets (M) int64. Autograd records nothing.
     """
-    x, weight, targets = _whole([x, weight, targets])
+    x, weight, targets = whole([x, weight, targets])
     losses, grad_x = torch.empty(len(x)), torch.empty_like(x)
     grad_weight = torch.empty_like(weight) if needs_weight else None
     made = losses, grad_x, grad_weight
-    _call("head_loss", x, weight, targets, *made, len(x), *weight.shape, valid)
+    either = (None, weight) if weight.dtype == x.dtype else (weight, None)
+    call("head_loss", x, *either, targets, *made, len(x), *weight.shape, valid)
     return made
-
-
-def _call(name: str, *arguments: Tensor | float | None) -> None:
-    """Call a function of the library with its tensors and sizes, see `gptray.native.abi`."""
-    getattr(load_library(key=TRAIN_KEY), name)(*arguments, torch.get_num_threads())
-
-
-def _panels(columns: int, words: int) -> Tensor:
-    """Room for packed numbers; PyTorch aligns it to 64 bytes."""
-    return torch.empty(-(-columns // PANEL) * PANEL * words, dtype=torch.int32)
-
-
-def _whole(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
 
 
 def _or_none(tensors: Sequence[Tensor], count: int) -> list[Tensor | None]:
@@ -122,15 +118,15 @@ def _layer(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
 
 
 def _linear(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
-    x, *layer = _whole(inputs)
-    return [_product(x, *layer)]
+    x, *layer = whole(inputs)
+    return [product(x, *layer)]
 
 
 def _linear_backward(
     grad: Tensor, inputs: list[Tensor], _: list[Tensor], kept: list[Tensor], numbers: list[float]
 ) -> list[Tensor]:
-    grad, x, *layer = _whole([grad, *inputs])
-    return [_input_gradient(grad, layer[0]), *_layer_gradients(grad, x, *layer)]
+    grad, x, *layer = whole([grad, *inputs])
+    return [input_gradient(grad, layer[0]), *_layer_gradients(grad, x, *layer)]
 
 
 def _linear_shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
@@ -141,29 +137,28 @@ def _linear_shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) 
 def _mlp(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
     """The output, and for the backward pass the activation's values (..., N) and its slopes, as
     wide as its argument."""
-    x, *layers = _whole(inputs)
+    x, *layers = whole(inputs)
     (weight, *bias), out = _both(layers)
-    (M, rows, K), N = _sizes(x, weight), out[0].size(1)
+    (M, rows, K), N = sizes(x, weight), out[0].size(1)
     inner, slopes = (x.new_empty(*x.shape[:-1], width) for width in (N, rows))
-    # A panel of gates and inputs has a half for each.
-    room = _panels(N if rows == N else -(-N // (PANEL // 2)) * PANEL, K // 2)
+    room = panels(N if rows == N else gated_columns(N), K // 2)
     made = inner, slopes, room
-    _call(_functions(numbers)[0], x, weight, *_or_none(bias, 1), *made, M, N, K)
-    return [_product(inner, *out), inner, slopes]
+    call(_functions(numbers)[0], x, weight, *_or_none(bias, 1), *made, M, N, K)
+    return [product(inner, *out), inner, slopes]
 
 
 def _mlp_backward(
     grad: Tensor, inputs: list[Tensor], _: list[Tensor], kept: list[Tensor], numbers: list[float]
 ) -> list[Tensor]:
-    grad, x, *layers = _whole([grad, *inputs])
+    grad, x, *layers = whole([grad, *inputs])
     layer, out = _both(layers)
     inner, slopes = kept
     grads_out = _layer_gradients(grad, inner, *out)
     (N, K), grad_inner = out[0].shape, torch.empty_like(slopes)
-    tensors = grad, out[0], slopes, grad_inner, _panels(K, N // 2)
-    _call(_functions(numbers)[1], *tensors, *_sizes(inner, out[0]))
+    tensors = grad, out[0], slopes, grad_inner, panels(K, N // 2)
+    call(_functions(numbers)[1], *tensors, *sizes(inner, out[0]))
     grads = _layer_gradients(grad_inner, x, *layer)
-    return [_input_gradient(grad_inner, layer[0]), *grads, *grads_out]
+    return [input_gradient(grad_inner, layer[0]), *grads, *grads_out]
 
 
 def _mlp_shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
@@ -183,36 +178,11 @@ def _functions(numbers: list[float]) -> tuple[str, str]:
     return list(_MLPS.values())[int(numbers[0])]
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    M, N, K = _sizes(x, weight)
-    y = x.new_empty(*x.shape[:-1], N)
-    _call("linear", x, weight, bias, y, _panels(N, K // 2), M, N, K)
-    return y
-
-
-def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad W."""
-    N, K = weight.shape
-    grad_x = grad.new_empty(*grad.shape[:-1], K)
-    _call("input_gradient", grad, weight, grad_x, _panels(K, N // 2), *_sizes(grad_x, weight))
-    return grad_x
-
-
 def _layer_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> list[Tensor]:
     """Those of a linear layer's weight and bias."""
-    M, N, K = _sizes(x, weight)
-    grads = [torch.empty_like(weight), None if bias is None else torch.empty_like(bias)]
-    room = _panels(min(N, K), -(-M // (2 * LANES)) * LANES)
-    _call("weight_gradients", grad, x, *grads, room, M, N, K)
-    return [one for one in grads if one is not None]
-
-
-def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
-    """M, N and K of x (..., K), M rows, and W (N, K)."""
-    N, K = weight.shape
-    return x.numel() // K, N, K
+    return weight_gradients(grad, x, has_bias=bias is not None)
 
 
 _LINEAR = Operator("linear", _linear, _linear_backward, _linear_shapes)
@@ -226,7 +196,7 @@ def _attend(inputs: list[Tensor], angles: list[Tensor], numbers: list[float]) ->
     """The output (B, T, H D), and of each query the logarithm of its sum of exponentials."""
     prepared, sizes = _preparation(inputs, angles), _head_sizes(inputs[0], angles, numbers)
     out, log_sums = _attention_shapes(inputs, angles, numbers)
-    _call("attention", *prepared, out, log_sums, numbers[2], *sizes)
+    call("attention", *prepared, out, log_sums, numbers[2], *sizes)
     return [out, log_sums]
 
 
@@ -241,7 +211,7 @@ def _attend_backward(
     B, _, _, G, D, _ = sizes
     weights, sums = torch.empty(2, D), torch.empty(B, G, 2, D)
     made = [inputs[0].new_empty(inputs[0].shape), weights, sums]
-    _call("attention_gradient", grad.contiguous(), *prepared, *kept, *made, numbers[2], *sizes)
+    call("attention_gradient", grad.contiguous(), *prepared, *kept, *made, numbers[2], *sizes)
     # Not parts of one tensor: an operator's results share no memory.
     return [made[0], *(part.clone() for part in weights[: len(inputs) - 1])]
 
@@ -256,8 +226,8 @@ def _attention_shapes(
 
 def _preparation(inputs: list[Tensor], angles: list[Tensor]) -> list[Tensor | None]:
     """qkv, the norms' weights and the angles, or None for what there is not."""
-    qkv, *norms = _whole(inputs)
-    return [qkv, *_or_none(norms, 2), *_or_none(_whole(angles), 2)]
+    qkv, *norms = whole(inputs)
+    return [qkv, *_or_none(norms, 2), *_or_none(whole(angles), 2)]
 
 
 def _head_sizes(
@@ -280,11 +250,11 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: NormContext, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
     ) -> Tensor:
-        x, weight = _whole([x, weight])
+        x, weight = whole([x, weight])
         ctx.eps, ctx.has_bias = eps, bias is not None
         ctx.save_for_backward(x, weight)
         y, C = torch.empty_like(x), x.size(-1)
-        _call("layer_norm", x, weight, bias, y, eps, x.numel() // C, C)
+        call("layer_norm", x, weight, bias, y, eps, x.numel() // C, C)
         return y
 
     @staticmethod
@@ -295,5 +265,5 @@ class _Norm(torch.autograd.Function):
         grad_bias = torch.empty_like(weight) if ctx.has_bias else None
         sums = weight.new_empty(NORM_PARTS, 2, C)
         tensors = [grad, x, weight, grad_x, grad_weight, grad_bias, sums]
-        _call("layer_norm_gradients", *tensors, ctx.eps, x.numel() // C, C)
+        call("layer_norm_gradients", *tensors, ctx.eps, x.numel() // C, C)
         return grad_x, grad_weight, grad_bias, None

@@ -8,28 +8,38 @@ words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptray.model import kernels
+from gptray.model import frozen_kernels, kernels
 from gptray.model.autograd_context import Context, LinearContext, NormContext
+from gptray.model.frozen_layer import FrozenLayer
 from gptray.model.precision import has_onednn_linear
 
 
 class Linear(nn.Linear):
     """A linear layer that computes in its input's dtype; `GPT.initialise` sets its weights.
 
-    native: whether by `gptray.model.kernels`, for bf16 on a CPU.
+    native: whether by `gptray.model.kernels`, for bf16 on a CPU; if its weight is frozen, and in
+    bf16, by `gptray.model.frozen_kernels`.
     """
 
     native = False
+
+    def frozen_layer(self, rows: torch.Size) -> FrozenLayer:
+        """What the kernels of a frozen one take for x (*rows, inputs)."""
+        return FrozenLayer(self.weight, None, self.bias)
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
+            if self.native:
+                return frozen_kernels.linear(x, self.frozen_layer(x.shape[:-1]))
             return F.linear(x, self.weight, self.bias)
         if self.native:
             return kernels.linear(x, self.weight, self.bias)
@@ -239,6 +249,13 @@ def dropout(x: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     return x * dropout_mask(x, p)
+
+
+def drawn_mask(shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
+    """What `dropout` multiplies x of a shape by on a CPU."""
+    if torch.compiler.is_compiling():
+        return F.dropout(torch.ones(shape, dtype=dtype), p)
+    return dropout_mask(torch.empty(shape, dtype=dtype), p)
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptray.config import LoraConfig
+from gptray.model import frozen_kernels
 from gptray.model.autograd_context import AdaptedContext
+from gptray.model.frozen_layer import Adapters, FrozenLayer, whole_weight
 from gptray.model.gpt import GPT, MLP
-from gptray.model.layers import LayerNorm, Linear, RMSNorm, dropout
+from gptray.model.layers import LayerNorm, Linear, RMSNorm, drawn_mask, dropout
 from gptray.model.parameters import Part
-from gptray.model.quantized_linear import QuantizedLinear, numbers_of, whole_weight
+from gptray.model.quantized_linear import QuantizedLinear, numbers_of
 
 
 class LoRALinear(nn.Module):
@@ -32,11 +35,11 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Linear | QuantizedLinear, parts: Sequence[Part], lora: LoraConfig
+        self, base: Linear | QuantizedLinear, parts: Sequence[Part], lora: LoraConfig
     ) -> None:
         super().__init__()
         assert lora.rank
-        self.base = base
+        self.base, self.native = base, base.native
         self.in_features, self.out_features = base.in_features, base.out_features
         self.spans = tuple(slice(part.start, part.start + part.rows) for part in parts)
         self.rank, self.scale, self.dropout = lora.rank, lora.scale, lora.dropout
@@ -69,11 +72,38 @@ class LoRALinear(nn.Module):
             weight[span].addmm_(b, a, alpha=self.scale)
         return weight
 
+    def frozen_layer(self, rows: torch.Size) -> FrozenLayer:
+        """What the kernels of its base take for x (*rows, inputs), with the adapters."""
+        mask = None
+        if self.training and self.dropout:
+            mask = drawn_mask((*rows, self.in_features), self.dropout, torch.bfloat16)
+        adapters = Adapters(self.lora_A, self.lora_B, self.spans, self.scale, mask)
+        return replace(self.base.frozen_layer(rows), adapters=adapters)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.native:
+            return frozen_kernels.linear(x, self.frozen_layer(x.shape[:-1]))
         read = dropout(x, self.dropout if self.training else 0.0)
         arguments = (x, read, *numbers_of(self.base), self.bias, self.lora_A, self.lora_B)
         y: Tensor = _Adapted.apply(*arguments, self.spans, self.scale)  # type: ignore[no-untyped-call]
         return y
+
+
+class FrozenMLP(nn.Module):
+    """An MLP whose layers are frozen, with or without adapters, by
+    `gptray.model.frozen_kernels`."""
+
+    native = True
+
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        self.dropout, self.kind = mlp.dropout, mlp.kind
+        self.c_fc, self.c_proj = mlp.c_fc, mlp.c_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (one.frozen_layer(x.shape[:-1]) for one in (self.c_fc, self.c_proj))
+        y = frozen_kernels.mlp(x, first, second, kind=self.kind)
+        return dropout(y, self.dropout if self.training else 0.0)
 
 
 class _Adapted(torch.autograd.Function):
@@ -146,24 +176,22 @@ def freeze(model: GPT, replaced: Sequence[Part], kind: str = "none") -> None:
     """Freeze all of a network on the meta device but `replaced`, in the dtype that it computes in;
     with a kind of `gptray.model.quantized` its blocks' linear layers hold their weights in that.
 
-    The kernels of linear layers and MLPs take fp32 masters, make their gradients and know no
-    adapters, so these do without; others take norms' weights in fp32, which these then keep.
+    Kernels take norms' weights and biases in fp32, which these then keep.
     """
     learns = {part.parameter for part in replaced}
     is_native = model.is_native
-    for name, module in model.named_modules():
-        if isinstance(module, (Linear, MLP)):
-            module.native = False
-        takes_fp32 = is_native and isinstance(module, (LayerNorm, RMSNorm))
+    for name, module in list(model.named_modules()):
+        is_norm = isinstance(module, (LayerNorm, RMSNorm))
         for own, parameter in module.named_parameters(recurse=False):
             if f"{name}.{own}" not in learns:
                 parameter.requires_grad_(False)
-                if not takes_fp32:
+                if not (is_native and (is_norm or own == "bias")):
                     parameter.data = parameter.data.to(model.compute_dtype)
-    if kind != "none":
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Linear):
-                model.set_submodule(name, QuantizedLinear(module, kind))
+        if isinstance(module, Linear) and kind != "none":
+            model.set_submodule(name, QuantizedLinear(module, kind))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MLP) and module.native:
+            model.set_submodule(name, FrozenMLP(module))
 
 
 @torch.no_grad()
@@ -180,7 +208,7 @@ def add_adapters(model: GPT, lora: LoraConfig, adapted: Sequence[Part], *, seed:
     generator = torch.Generator().manual_seed(seed)
     for name, parts in by_layer.items():
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear | QuantizedLinear)
+        assert isinstance(linear, Linear | QuantizedLinear)
         layer = LoRALinear(linear, parts, lora)
         bound = 1 / math.sqrt(linear.in_features)
         layer.lora_A.uniform_(-bound, bound, generator=generator)

@@ -52,12 +52,12 @@ def linear_cross_entropy(
     x (N, C) in the dtype to compute in, weight (V, C) fp32, targets (N,) int64; those below 0 do
     not count, and where none does the loss is 0. Only the first `valid` of the V rows are tokens:
     the others get no probability and no gradient. native: in eager mode with gradients by
-    `gptray.model.kernels`, for x in bf16 and weight in fp32 on a CPU.
+    `gptray.model.kernels`, for x in bf16 and weight in fp32, or frozen in bf16, on a CPU.
     """
     if not torch.is_grad_enabled():
         losses = token_cross_entropy(x, weight, targets.clamp(min=0), valid=valid)
         return mean_of_counted(losses, targets)
-    native = native and weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+    native = native and not torch.compiler.is_compiling()
     loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, valid, native)  # type: ignore[no-untyped-call]
     return loss
 

@@ -10,26 +10,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptray.model import frozen_kernels
 from gptray.model.autograd_context import FrozenContext
-from gptray.model.quantized import QuantizedWeight, quantize
-
-# Weights that a CPU makes whole at a time: what is made of them meanwhile stays in its cache.
-_AT_ONCE = 1 << 17
+from gptray.model.frozen_layer import FrozenLayer, whole_weight
+from gptray.model.layers import Linear
+from gptray.model.quantized import quantize
 
 
 class QuantizedLinear(nn.Module):
     """x W^T + b with W (out, in) in `kind`, int8 or int4; it has no numbers until `put`.
 
-    weight: on the meta device for good, what `GPT.whole` knows the layer's weight by.
+    weight: on the meta device for good, what `GPT.whole` knows the layer's weight by. native: as
+    `Linear`'s.
     """
 
     values: Tensor
     scales: Tensor
 
-    def __init__(self, linear: nn.Linear, kind: str) -> None:
+    def __init__(self, linear: Linear, kind: str) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.kind, self.bias = kind, linear.bias
+        self.kind, self.bias, self.native = kind, linear.bias, linear.native
         self.weight = torch.empty(linear.weight.shape, device="meta")
         held = quantize(self.weight, kind)  # of the same shapes
         self.register_buffer("values", held.values)
@@ -40,7 +41,13 @@ class QuantizedLinear(nn.Module):
         held = quantize(weight, self.kind)
         self.values[rows], self.scales[rows] = held.values, held.scales
 
+    def frozen_layer(self, rows: torch.Size) -> FrozenLayer:
+        """As `Linear`'s."""
+        return FrozenLayer(self.values, self.scales, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.native:
+            return frozen_kernels.linear(x, self.frozen_layer(x.shape[:-1]))
         y: Tensor = _Frozen.apply(x, *numbers_of(self), self.bias)  # type: ignore[no-untyped-call]
         return y
 
@@ -56,18 +63,6 @@ def numbers_of(linear: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor | No
     if isinstance(linear, QuantizedLinear):
         return linear.values, linear.scales
     return linear.weight, None
-
-
-def whole_weight(values: Tensor, scales: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
-    """The weight (out, inputs) of what `numbers_of` gave; in `dtype`, if it is quantized."""
-    if scales is None:
-        return values
-    kind = "int4" if values.dtype == torch.uint8 else "int8"
-    whole = values.new_empty(len(values), inputs, dtype=dtype)
-    step = max(1, _AT_ONCE // inputs) if values.device.type == "cpu" else len(values)
-    for rows in (slice(start, start + step) for start in range(0, len(values), step)):
-        whole[rows] = QuantizedWeight(kind, inputs, values[rows], scales[rows]).dequantize(dtype)
-    return whole
 
 
 class _Frozen(torch.autograd.Function):

@@ -186,6 +186,16 @@ FUNCTIONS: dict[str, Sequence[type]] = {
     "input_gradient_swiglu": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
     # grad, x, grad_weight, grad_bias, work; M, N, K
     "weight_gradients": [Half, Half, Float, Float, Words, *_SIZES_OF_3],
+    # x, weight, bias, u, up, y, slopes, work; M, N, K, R, activation
+    "frozen_linear": [
+        *(Half, Half, Float, Half, Float, Half, Half, Words),
+        *[c_int32] * 6,
+    ],
+    # grad, weight, grad_u, down, mask, slopes, grad_x, work; M, N, K, R, activation
+    "frozen_input_gradient": [
+        *(Half, Half, Half, Float, Half, Half, Half, Words),
+        *[c_int32] * 6,
+    ],
     # x, weight, bias, y; eps; M, C
     "layer_norm": [Half, Float, Float, Half, c_float, c_int32, c_int32, c_int32],
     # grad, x, weight, grad_x, grad_weight, grad_bias, sums; eps; M, C
@@ -201,8 +211,8 @@ FUNCTIONS: dict[str, Sequence[type]] = {
         *(Half, Half, Float, Float, Half, Half, Half, Float, Half, Float, Float),
         *(c_float, *_SIZES_OF_HEADS),
     ],
-    # x, weight, targets, losses, grad_x, grad_weight; M, V, C, valid
-    "head_loss": [Half, Float, Long, Float, Half, Float, *[c_int32] * 5],
+    # x, weight, frozen, targets, losses, grad_x, grad_weight; M, V, C, valid
+    "head_loss": [Half, Float, Half, Long, Float, Half, Float, *[c_int32] * 5],
     "decode_step": [POINTER(Model), POINTER(Cache), POINTER(Step), c_int32],
     # logits; rows, width, k; values, ids
     "top_candidates": [Float, c_int32, c_int32, c_int32, Float, Long, c_int32],

@@ -8,10 +8,9 @@
 
 #pragma once
 
-#include <cstdint>
+#include "activation.h"
 
 enum Kind : int32_t { FP32, BF16, INT8, INT4 };
-enum Activation : int32_t { NONE, GELU_TANH, GELU, SWIGLU };
 
 extern "C" {
 

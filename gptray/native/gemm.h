@@ -16,7 +16,13 @@ namespace {
 constexpr int BLOCKS = 4, PANEL = LANES * BLOCKS;
 constexpr int IN_REGISTERS = 6;  // rows at once: 24 sums, 4 weights and a word in 32 registers
 constexpr int TILE = HAS_TILES ? 2 * LANES : IN_REGISTERS;
-constexpr int ROW_BLOCK = 96;  // rows that use a panel while it is near
+constexpr int ROW_BLOCK = 96;  // most rows that use a panel while it is near
+
+// Blocks of about the same height, so that threads share them evenly: how many there are of M rows,
+// and the first row of each.
+inline int row_blocks(int M) { return (M + ROW_BLOCK - 1) / ROW_BLOCK; }
+
+inline int block_start(int block, int M) { return (int64_t)M * block / row_blocks(M); }
 
 inline int panel_count(int columns) { return (columns + PANEL - 1) / PANEL; }
 

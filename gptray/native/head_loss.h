@@ -22,8 +22,26 @@ constexpr int PACKED_ROWS = 4 * COLUMN_GROUP;
 constexpr size_t PIECE_BYTES = 64 << 20;
 
 struct Head {
-  const float *weight;  // (V, C)
-  int V, C, valid;      // tokens are the first `valid` of V
+  const float *weight;               // (V, C)
+  int V, C, valid;                   // tokens are the first `valid` of V
+  const uint16_t *frozen = nullptr;  // in the weight's place, in bf16
+
+  // 16 rows from `first` on, words along C.
+  void pack_rows(int first, Words *panels, int block) const {
+    const size_t at = (size_t)first * C;
+    if (frozen)
+      pack_row_block(frozen + at, V - first, panels, block, C);
+    else
+      pack_row_block(weight + at, V - first, panels, block, C);
+  }
+  // `rows` rows from `first` on, words along them.
+  void pack_columns(int first, Words *panels, int rows) const {
+    const size_t at = (size_t)first * C;
+    if (frozen)
+      ::pack_columns(frozen + at, panels, rows, C);
+    else
+      ::pack_columns(weight + at, panels, rows, C);
+  }
 };
 
 struct HeadRows {
@@ -75,10 +93,7 @@ void make_logits(const Head &head, const uint16_t *x, Piece &piece, int rows) {
   Words *own = (Words *)room(packed, (size_t)words * BLOCKS);
 #pragma omp for schedule(dynamic)
   for (int panel = 0; panel < panel_count(head.V); ++panel) {
-    for (int b = 0; b < BLOCKS; ++b) {
-      const int first = panel * PANEL + b * LANES;
-      pack_row_block(head.weight + (size_t)first * head.C, head.V - first, own, b, head.C);
-    }
+    for (int b = 0; b < BLOCKS; ++b) head.pack_rows(panel * PANEL + b * LANES, own, b);
     in_tiles(0, rows, [&](int row, int height) {
       product<Bf16>(height, {(const int32_t *)x + (size_t)row * words, (size_t)words, 1}, own,
                     words, FromZero<Bf16>{}, [&](int r, int b, Floats sum) {
@@ -157,7 +172,7 @@ void make_input_gradient(const Head &head, const HeadRows &all, Piece &piece, in
   Words *weight = (Words *)piece.weight.data();
   for (int v = 0; v < head.V; v += PACKED_ROWS) {
     const int packed = std::min(PACKED_ROWS, head.V - v), words = (packed + 1) / 2;
-    pack_columns(head.weight + (size_t)v * head.C, weight, packed, head.C);
+    head.pack_columns(v, weight, packed);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int begin = 0; begin < rows; begin += ROW_BLOCK)
       for (int panel = 0; panel < panels; ++panel)

@@ -115,24 +115,47 @@ struct WithSwiglu : Resting {
   }
 };
 
+// What is added to a product's sums: rows (M) of `count` words by panels, as the product's own, and
+// if there is one, times a mask of the sums' shape.
+struct Added {
+  const int32_t *rows;
+  const Words *panels;
+  int count;  // 0: nothing is added
+  const uint16_t *mask;
+};
+
 // Rows (M) of `count` words by panels. `to` says how many these are and where sums start, takes
 // them, 16 at a time, and is told where a tile of them begins and ends.
 template <typename Output>
-void multiply(const int32_t *x, const Words *panels, int M, int count, Output to) {
+void multiply(const int32_t *x, const Words *panels, int M, int count, Output to,
+              const Added &low = {}) {
   const TileUse tiles;
-  const int panel_count = to.panels();
+  const int panel_count = to.panels(), blocks = row_blocks(M);
 #pragma omp for collapse(2) schedule(static)
-  for (int first = 0; first < M; first += ROW_BLOCK)
+  for (int block = 0; block < blocks; ++block)
     for (int panel = 0; panel < panel_count; ++panel) {
       const int column = panel * PANEL;
       const Words *w = panels + (size_t)panel * count * BLOCKS;
       Floats start[BLOCKS];
       for (int b = 0; b < BLOCKS; ++b) start[b] = to.start(column + b * LANES);
-      in_tiles(first, std::min(first + ROW_BLOCK, M), [&](int row, int rows) {
+      in_tiles(block_start(block, M), block_start(block + 1, M), [&](int row, int rows) {
         to.begin(row, rows, column);
+        alignas(64) float begun[TILE][PANEL];
+        if (low.count)
+          product<Bf16>(rows, {low.rows + (size_t)row * low.count, (size_t)low.count, 1},
+                        low.panels + (size_t)panel * low.count * BLOCKS, low.count,
+                        FromZero<Bf16>{}, [&](int r, int b, Floats sum) {
+                          const int at = column + b * LANES;
+                          if (low.mask && to.mask(at))
+                            sum = _mm512_mul_ps(sum,
+                                                load(low.mask + to.at(row + r, at), to.mask(at)));
+                          _mm512_store_ps(begun[r] + b * LANES, _mm512_add_ps(start[b], sum));
+                        });
         product<Bf16>(
             rows, {x + (size_t)row * count, (size_t)count, 1}, w, count,
-            [&](int, int b) { return start[b]; },
+            [&](int r, int b) {
+              return low.count ? _mm512_load_ps(begun[r] + b * LANES) : start[b];
+            },
             [&](int r, int b, Floats sum) {
               const __mmask16 mask = to.mask(column + b * LANES);
               if (mask) to.take(row + r, column + b * LANES, sum, mask);

@@ -36,20 +36,26 @@ inline void pack_block(const Get &words, Words *panels, int block, int count) {
   }
 }
 
-// `rows` rows of K fp32 numbers -> block `block` of their panels, words along K.
-void pack_row_block(const float *w, int rows, Words *panels, int block, int K) {
+// The first `count` of 32 numbers as 16 words, the others as 0; count even.
+inline Words words_of(const float *from, int count) {
+  const Floats low = load(from, lanes(count)), high = load(from + LANES, lanes(count - LANES));
+  return (Words)_mm512_cvtne2ps_pbh(high, low);
+}
+inline Words words_of(const uint16_t *from, int count) {
+  return _mm512_maskz_loadu_epi32(lanes(count / 2), from);
+}
+
+// `rows` rows of K numbers, fp32 or bf16, -> block `block` of their panels, words along K.
+template <typename Number>
+void pack_row_block(const Number *w, int rows, Words *panels, int block, int K) {
   pack_block(
-      [&](int r, int k) {
-        const int left = r < rows ? K - 2 * k : 0;
-        const float *from = w + (size_t)r * K + 2 * k;
-        const Floats low = load(from, lanes(left)), high = load(from + LANES, lanes(left - LANES));
-        return (Words)_mm512_cvtne2ps_pbh(high, low);
-      },
+      [&](int r, int k) { return words_of(w + (size_t)r * K + 2 * k, r < rows ? K - 2 * k : 0); },
       panels, block, K / 2);
 }
 
-// W (N, K) fp32 -> panels of 64 rows, words along K.
-void pack_rows(const float *w, Words *panels, int N, int K) {
+// W (N, K), fp32 or bf16, -> panels of 64 rows, words along K.
+template <typename Number>
+void pack_rows(const Number *w, Words *panels, int N, int K) {
 #pragma omp for schedule(static)
   for (int block = 0; block < panel_count(N) * BLOCKS; ++block)
     pack_row_block(w + (size_t)block * LANES * K, N - block * LANES, panels, block, K);
@@ -65,18 +71,30 @@ inline int gate_of(int column) { return column / PANEL * GATES + column % GATES;
 
 inline bool is_gate(int column) { return column % PANEL < GATES; }
 
-// W (2 N, K) fp32 -> panels of gates and inputs, words along K.
-void pack_gated_rows(const float *w, Words *panels, int N, int K) {
+// W (2 N, K), fp32 or bf16, -> panels of gates and inputs, words along K.
+template <typename Number>
+void pack_gated_rows(const Number *w, Words *panels, int N, int K) {
 #pragma omp for schedule(static)
   for (int block = 0; block < gated_panel_count(N) * BLOCKS; ++block) {
     const int column = block * LANES, row = gate_of(column);
-    const float *from = w + (size_t)(is_gate(column) ? row : N + row) * K;
+    const Number *from = w + (size_t)(is_gate(column) ? row : N + row) * K;
     pack_row_block(from, N - row, panels, block, K);
   }
 }
 
-// W (N, K) fp32 -> panels of 64 columns, words along N; a last row alone is paired with zeros.
-void pack_columns(const float *w, Words *panels, int N, int K) {
+// Words of two rows' numbers; masks say how many there are.
+inline Words pair_of(const float *even, const float *odd, __mmask16 mask, __mmask16 odd_mask) {
+  return pair(load(even, mask), load(odd, odd_mask));
+}
+inline Words pair_of(const uint16_t *even, const uint16_t *odd, __mmask16 mask,
+                     __mmask16 odd_mask) {
+  return pair(halves(even, mask), halves(odd, odd_mask));
+}
+
+// W (N, K), fp32 or bf16, -> panels of 64 columns, words along N; a last row alone is paired with
+// zeros.
+template <typename Number>
+void pack_columns(const Number *w, Words *panels, int N, int K) {
   const int count = (N + 1) / 2;
 #pragma omp for collapse(2) schedule(static)
   for (int panel = 0; panel < panel_count(K); ++panel)
@@ -84,8 +102,8 @@ void pack_columns(const float *w, Words *panels, int N, int K) {
       for (int b = 0; b < BLOCKS; ++b) {
         const int column = panel * PANEL + b * LANES;
         const __mmask16 mask = lanes(K - column), odd = 2 * n + 1 < N ? mask : 0;
-        const float *from = w + (size_t)2 * n * K + column;
-        const Words words = pair(load(from, mask), load(from + K, odd));
+        const Number *from = w + (size_t)2 * n * K + column;
+        const Words words = pair_of(from, from + K, mask, odd);
         _mm512_store_si512(panels + ((size_t)panel * count + n) * BLOCKS + b, words);
       }
 }
@@ -102,7 +120,7 @@ void pack_panel(const uint16_t *x, size_t stride, Words *panel, int M, int colum
     for (int b = 0; b < BLOCKS; ++b) {
       const __mmask16 mask = lanes(columns - b * LANES), odd = m + 1 < M ? mask : 0;
       const uint16_t *from = x + b * LANES;
-      _mm512_store_si512(panel++, pair(halves(from, mask), halves(from + stride, odd)));
+      _mm512_store_si512(panel++, pair_of(from, from + stride, mask, odd));
     }
   for (int fill = ((M + 1) / 2 - column_words(M)) * BLOCKS; fill < 0; ++fill)
     _mm512_store_si512(panel++, _mm512_setzero_si512());

@@ -5,6 +5,7 @@
 // as many columns and words as each function says.
 
 #include "abi.h"
+#include "frozen_train.h"
 #include "head_loss.h"
 #include "heads_train.h"
 #include "linear_train.h"
@@ -25,7 +26,7 @@ void linear(const uint16_t *x, const float *w, const float *b, uint16_t *y, Line
 #pragma omp parallel num_threads(threads)
   {
     pack_rows(w, (Words *)work, N, K);
-    multiply((const int32_t *)x, (Words *)work, M, K / 2, Output{y, N, b});
+    multiply_any(x, (Words *)work, M, K / 2, Output{y, N, b});
   }
 }
 
@@ -71,7 +72,7 @@ void input_gradient(const uint16_t *dy, const float *w, uint16_t *dx, Line *work
 #pragma omp parallel num_threads(threads)
   {
     pack_columns(w, (Words *)work, N, K);
-    multiply((const int32_t *)dy, (Words *)work, M, N / 2, Output{dx, K, nullptr});
+    multiply_any(dy, (Words *)work, M, N / 2, Output{dx, K, nullptr});
   }
 }
 
@@ -101,6 +102,29 @@ void weight_gradients(const uint16_t *dy, const uint16_t *x, float *dw, float *d
                       int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   weight_gradient(dy, x, dw, db, (Words *)work, M, N, K);
+}
+
+// y (M, N) = a(x (M, K) w (N, K)^T + b (N) + u (M, R) up (N, R)^T), a being an `Activation`, of
+// which slopes are kept, (M, N), as `linear_gelu` and `linear_swiglu` do; K and R even. nullptr for
+// no b, no slopes, and with R 0 for no u and up. work: columns as those say, (K + R) / 2 words.
+void frozen_linear(const uint16_t *x, const uint16_t *w, const float *b, const uint16_t *u,
+                   const float *up, uint16_t *y, uint16_t *slopes, Line *work, int M, int N, int K,
+                   int R, int activation, int threads) {
+#pragma omp parallel num_threads(threads)
+  frozen_layer(x, w, b, {u, up, R, nullptr}, y, slopes, (Words *)work, M, N, K,
+               (Activation)activation);
+}
+
+// dx = dy (M, N) w (N, K) + mask (M, K) times du (M, R) down (R, K), times the slopes of an
+// `Activation`, as `input_gradient_gelu` and `input_gradient_swiglu` do; N and R even. nullptr for
+// no mask, no slopes, and with R 0 for no du and down. work: K columns, (N + R) / 2 words.
+void frozen_input_gradient(const uint16_t *dy, const uint16_t *w, const uint16_t *du,
+                           const float *down, const uint16_t *mask, const uint16_t *slopes,
+                           uint16_t *dx, Line *work, int M, int N, int K, int R, int activation,
+                           int threads) {
+#pragma omp parallel num_threads(threads)
+  frozen_gradient(dy, w, {du, down, R, mask}, slopes, dx, (Words *)work, M, N, K,
+                  (Activation)activation);
 }
 
 // y (M, C) = layer norm of x (M, C); without bias, nullptr, its RMSNorm.
@@ -155,11 +179,12 @@ void attention_gradient(const uint16_t *grad, const uint16_t *qkv, const float *
 }
 
 // The losses (M) of x (M, C) by w (V, C), -log softmax of the targets (M), and the gradients of
-// their sum: dx (M, C), dw (V, C), or nullptr for no dw. Only the first `valid` of V are tokens; C
-// even.
-void head_loss(const uint16_t *x, const float *w, const int64_t *targets, float *losses,
-               uint16_t *dx, float *dw, int M, int V, int C, int valid, int threads) {
-  const Head head = {w, V, C, valid};
+// their sum: dx (M, C), dw (V, C), or nullptr for no dw. With w nullptr `frozen` is in its place.
+// Only the first `valid` of V are tokens; C even.
+void head_loss(const uint16_t *x, const float *w, const uint16_t *frozen, const int64_t *targets,
+               float *losses, uint16_t *dx, float *dw, int M, int V, int C, int valid,
+               int threads) {
+  const Head head = {w, V, C, valid, frozen};
   const HeadRows rows = {x, targets, losses, dx};
   thread_local Piece kept;
   Piece &piece = kept;  // this thread's, also in the others
@@ -174,7 +199,8 @@ const char *train_abi() {
       ABI_FUNCTION(linear_exact_gelu) + ABI_FUNCTION(linear_swiglu) + ABI_FUNCTION(input_gradient) +
       ABI_FUNCTION(input_gradient_gelu) + ABI_FUNCTION(input_gradient_swiglu) +
       ABI_FUNCTION(weight_gradients) + ABI_FUNCTION(layer_norm) +
-      ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(attention) +
+      ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(frozen_linear) +
+      ABI_FUNCTION(frozen_input_gradient) + ABI_FUNCTION(attention) +
       ABI_FUNCTION(attention_gradient) + ABI_FUNCTION(head_loss);
   return text.c_str();
 }

@@ -7,10 +7,15 @@ from collections.abc import Callable
 import torch
 
 from gptray.config import Config
+from gptray.model.adapter import adapted_parts, replaced_parts
 from gptray.model.families import SHAPE
 from gptray.model.gpt import GPT
+from gptray.model.lora import add_adapters, freeze
+from gptray.model.parameters import Part
+from gptray.model.quantized_linear import quantized_layers
 from gptray.native.backend import TRAIN_KEY
 from gptray.native.measured import Choice, Step, faster
+from gptray.training.building import base_of
 
 # Tokens beyond which a GEMM's speed no longer changes.
 TOKENS = 2048
@@ -36,6 +41,7 @@ def faster_kernels(config: Config) -> Choice:
         "shape": {name: getattr(model, name) for name in SHAPE if name not in _NOT_OF_A_BLOCK},
         "batch": [rows, T],
         "dropout": model.dropout > 0,
+        **_adapter(config),
     }
 
     def maker(*, native: bool) -> Callable[[], Step]:
@@ -47,18 +53,23 @@ def faster_kernels(config: Config) -> Choice:
         return faster(TRAIN_KEY, what, work, makers)
 
 
+def _adapter(config: Config) -> dict[str, object]:
+    """What an adapted block's speed depends on besides."""
+    lora = config.lora
+    if not lora.rank:
+        return {}
+    adapter = {"rank": lora.rank, "targets": lora.targets, "norms": "norms" in lora.train}
+    return adapter | {"adapter_dropout": lora.dropout > 0, "quantized": config.quantize.weights}
+
+
 def _block_step(config: Config, rows: int, *, native: bool) -> Step:
     """A block of the run's shape in training, ready to run over `rows` sequences."""
-    shape = config.model.model_copy(update={"n_layer": 1, "vocab_size": None})
-    model = GPT(shape, vocab_size=2)
-    model.compute_dtype = torch.bfloat16
-    if native:
-        model.use_kernels()
+    model = _network(config, native=native)
     block, angles = model.transformer.h[0], None
     if rotary := model.transformer.rotary:
         angles = rotary.at(torch.arange(config.train.block_size), torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    size = (rows, config.train.block_size, shape.n_embd)
+    size = (rows, config.train.block_size, config.model.n_embd)
     x = torch.randn(size, generator=generator).to(torch.bfloat16).requires_grad_()
     grad = torch.randn(size, generator=generator).to(torch.bfloat16)
 
@@ -68,3 +79,28 @@ def _block_step(config: Config, rows: int, *, native: bool) -> Step:
         block.zero_grad(set_to_none=True)
 
     return step
+
+
+def _network(config: Config, *, native: bool) -> GPT:
+    """The run's network with one block and random weights, frozen beside adapters where it is."""
+    shape = config.model.model_copy(update={"n_layer": 1, "vocab_size": None})
+    with torch.device("meta"):
+        model = GPT(shape, vocab_size=2)
+    model.compute_dtype = torch.bfloat16
+    if native:
+        model.use_kernels()
+    base = base_of(config)
+    if base:
+        freeze(model, replaced_parts(base, config.lora.train), base.quantized)
+    model.to_empty(device="cpu").initialise(0)
+    if base:
+        for layer in quantized_layers(model).values():
+            layer.put(slice(None), torch.randn(layer.weight.shape))
+        adapted = adapted_parts(base, config.lora.targets)
+        add_adapters(model, config.lora, [one for one in adapted if _is_first(one)], seed=0)
+    return model
+
+
+def _is_first(part: Part) -> bool:
+    """Whether a weight is of the first block."""
+    return part.parameter.startswith("transformer.h.0.")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from gptray.config import Config, override
+from gptray.config import Config, load_config, override
 from gptray.data.tokens import TokenData
+from gptray.jobs.run_folder import resolve
 from gptray.record import Event, read_events
 from gptray.training.block_timing import faster_kernels
 from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.workers import Workers
 from tests.generation.models import needs_native
+from tests.model.foreign_models import make_hf
 from tests.native.cache import another_model, become, own_cache, remember
 from tests.tiny import tiny_config
 from tests.training.runs import CPU, Killed, run
@@ -58,6 +61,19 @@ def test_a_measurement_disturbs_no_random_numbers_and_happens_where_there_is_a_c
     agree_on_backend(config, tmp_path, Workers(0, 1), CPU, print)
     assert len(list(folder.glob("*.json"))) == 1
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("quantized", ["none", "int8"])
+def test_a_block_is_timed_as_it_is_trained(
+    quantized: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_hf("gpt2", 41).save_pretrained(tmp_path / "base")
+    words = [f"model.init_from={tmp_path / 'base'}", "lora.rank=2", f"quantize.weights={quantized}"]
+    adapted = resolve(load_config(None, [*words, "train.precision=bf16", "train.block_size=16"]))
+    folder = own_cache(tmp_path / "cache", monkeypatch)
+    assert "failed in a trial" not in faster_kernels(adapted).why
+    (record,) = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    assert (record["work"]["rank"], record["work"]["quantized"]) == (2, quantized)
 
 
 @pytest.mark.parametrize(("first", "seconds"), [("torch", (2.0, 1.0)), ("native", (1.0, 2.0))])

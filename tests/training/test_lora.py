@@ -75,11 +75,15 @@ def test_a_run_leaves_an_adapter_and_the_merged_model(
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["none", "int4"])
+@pytest.mark.parametrize("words", [
+    ["quantize.weights=none"],
+    ["quantize.weights=int4"],
+    pytest.param(["train.precision=bf16", "train.backend=native"], marks=needs_native),
+])  # fmt: skip
 def test_a_killed_run_ends_with_the_same_bits(
-    kind: str, tiny_data: TokenData, tmp_path: Path
+    words: list[str], tiny_data: TokenData, tmp_path: Path
 ) -> None:
-    config = config_in(tmp_path, tiny_data, f"quantize.weights={kind}")
+    config = config_in(tmp_path, tiny_data, *words)
     run(config, tiny_data, tmp_path / "whole")
     killed_run(config, tiny_data, tmp_path / "killed", at=(2, 4))
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")

@@ -1,0 +1,216 @@
+"""Frozen linear layers and MLPs with adapters beside them, in bf16 on a CPU by `gptray.native`.
+
+Hu et al. 2022, LoRA: y = x W^T + b + scale (x A^T) B^T. The kernels' sums run through W and B at
+once, and those of x's gradient through W and A; W, in bf16 or made whole of fewer bits (Dettmers et
+al. 2023, QLoRA), is packed each time, and gets no gradient. The same bits at any number of threads.
+
+Shapes: M rows, K inputs, N outputs, R numbers of all adapters of a layer, one more where R is odd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptray.model.frozen_layer import Adapters, FrozenLayer, whole_weight
+from gptray.model.kernel_calls import (
+    call,
+    gated_columns,
+    input_gradient,
+    panels,
+    product,
+    weight_gradients,
+    whole,
+)
+from gptray.model.operator import Operator
+from gptray.native.abi import GELU, GELU_TANH, NONE, SWIGLU
+
+_ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "swiglu": SWIGLU}
+
+
+def linear(x: Tensor, layer: FrozenLayer) -> Tensor:
+    """What a layer with its adapters makes of x (..., K) bf16; K and N even."""
+    return _LINEAR([x, *layer.tensors], layer.constants, layer.numbers)
+
+
+def mlp(x: Tensor, first: FrozenLayer, second: FrozenLayer, *, kind: str) -> Tensor:
+    """What two layers make of x, with `gptray.model.layers.activation` of a kind between them."""
+    tensors, constants = first.tensors + second.tensors, first.constants + second.constants
+    numbers = [float(_ACTIVATIONS[kind]), *first.numbers, *second.numbers]
+    return _MLP([x, *tensors], constants, numbers)
+
+
+# --- a layer's parts
+
+
+def _forward(
+    x: Tensor, layer: FrozenLayer, activation: int = NONE
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The output, with an activation its slopes, and u (..., R), what the adapters make of x."""
+    weight, u, up = _weight(layer, x), x.new_empty(*x.shape[:-1], 0), None
+    if layer.adapters:
+        u, up = product(_read(x, layer.adapters), _down(layer.adapters)), _up(layer)
+    rows, K = weight.shape
+    N, M = rows // 2 if activation == SWIGLU else rows, x.numel() // K
+    y, slopes = x.new_empty(*x.shape[:-1], N), None
+    if activation != NONE:
+        slopes = x.new_empty(*x.shape[:-1], rows)
+    R = u.size(-1)
+    room = panels(gated_columns(N) if activation == SWIGLU else N, (K + R) // 2)
+    call("frozen_linear", x, weight, layer.bias, u, up, y, slopes, room, M, N, K, R, activation)
+    return y, slopes, u
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    layer: FrozenLayer,
+    slopes: Tensor | None = None,
+    activation: int = NONE,
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of x, times the slopes of the activation that x came from, and those of A and B
+    if there are any."""
+    weight, adapters = _weight(layer, x), layer.adapters
+    grad_u = mask = down = None
+    grads = list[Tensor]()
+    if adapters:
+        grad_u, down, mask = input_gradient(grad, _up(layer)), _down(adapters), adapters.mask
+        (grad_a,) = weight_gradients(grad_u, _read(x, adapters), has_bias=False)
+        (grad_b,) = weight_gradients(u, grad, has_bias=False)
+        grads = [grad_a[: len(adapters.a)], _adapted(grad_b, adapters)]
+    (N, K), R = weight.shape, u.size(-1)
+    grad_x = torch.empty_like(x if slopes is None else slopes)
+    made = grad_u, down, mask, slopes, grad_x, panels(K, (N + R) // 2)
+    call("frozen_input_gradient", grad, weight, *made, x.numel() // K, N, K, R, activation)
+    return grad_x, grads
+
+
+def _weight(layer: FrozenLayer, x: Tensor) -> Tensor:
+    """W (N, K) bf16, for x (..., K)."""
+    return whole_weight(layer.values, layer.scales, x.size(-1), x.dtype).contiguous()
+
+
+def _read(x: Tensor, adapters: Adapters) -> Tensor:
+    return x if adapters.mask is None else x * adapters.mask
+
+
+def _down(adapters: Adapters) -> Tensor:
+    """A (R, K)."""
+    return F.pad(adapters.a, (0, 0, 0, 1)) if len(adapters.a) % 2 else adapters.a.contiguous()
+
+
+def _up(layer: FrozenLayer) -> Tensor:
+    """scale B (N, R), each adapter's B in its own rows and columns, the rest 0."""
+    adapters = layer.adapters
+    assert adapters
+    count, rank = len(adapters.a), adapters.b.size(1)
+    up = adapters.b.new_zeros(len(layer.values), count + count % 2)
+    for number, (span, b) in enumerate(_pairs(adapters)):
+        up[span, number * rank : (number + 1) * rank] = b
+    return up.mul_(adapters.scale)
+
+
+def _adapted(grad: Tensor, adapters: Adapters) -> Tensor:
+    """The gradient of B, of that of `_up`'s, transposed, (R, N), without its scale."""
+    rank, found = adapters.b.size(1), torch.empty_like(adapters.b)
+    parts = torch.split(found, [span.stop - span.start for span in adapters.spans])
+    for number, (span, part) in enumerate(zip(adapters.spans, parts, strict=True)):
+        own = grad[number * rank : (number + 1) * rank, span]
+        torch.mul(own.t(), adapters.scale, out=part)
+    return found
+
+
+def _pairs(adapters: Adapters) -> Iterator[tuple[slice, Tensor]]:
+    """Of each adapter its outputs and its B."""
+    widths = [span.stop - span.start for span in adapters.spans]
+    yield from zip(adapters.spans, torch.split(adapters.b, widths), strict=True)
+
+
+# --- operators
+
+
+def _linear(inputs: list[Tensor], constants: list[Tensor], numbers: list[float]) -> list[Tensor]:
+    """The output, and u."""
+    x, *tensors = whole(inputs)
+    y, _, u = _forward(x, FrozenLayer.read(iter(tensors), iter(constants), iter(numbers)))
+    return [y, u]
+
+
+def _linear_backward(
+    grad: Tensor,
+    inputs: list[Tensor],
+    constants: list[Tensor],
+    kept: list[Tensor],
+    numbers: list[float],
+) -> list[Tensor]:
+    grad, x, *tensors = whole([grad, *inputs])
+    layer = FrozenLayer.read(iter(tensors), iter(constants), iter(numbers))
+    grad_x, grads = _backward(grad, x, kept[0], layer)
+    return [grad_x, *grads]
+
+
+def _linear_shapes(
+    inputs: list[Tensor], constants: list[Tensor], numbers: list[float]
+) -> list[Tensor]:
+    x, *tensors = inputs
+    layer = FrozenLayer.read(iter(tensors), iter(constants), iter(numbers))
+    return [x.new_empty(*x.shape[:-1], len(layer.values)), _narrow(x, layer)]
+
+
+def _narrow(x: Tensor, layer: FrozenLayer) -> Tensor:
+    """Of u's shape."""
+    count = len(layer.adapters.a) if layer.adapters else 0
+    return x.new_empty(*x.shape[:-1], count + count % 2)
+
+
+def _layers(
+    tensors: list[Tensor], constants: list[Tensor], numbers: list[float]
+) -> tuple[int, FrozenLayer, FrozenLayer]:
+    """An MLP's activation and its layers."""
+    rest = iter(tensors), iter(constants), iter(numbers)
+    activation = int(next(rest[2]))
+    return activation, FrozenLayer.read(*rest), FrozenLayer.read(*rest)
+
+
+def _mlp(inputs: list[Tensor], constants: list[Tensor], numbers: list[float]) -> list[Tensor]:
+    """The output, and for the backward pass the activation's values and slopes, and u of both."""
+    x, *tensors = whole(inputs)
+    activation, first, second = _layers(tensors, constants, numbers)
+    inner, slopes, u = _forward(x, first, activation)
+    assert slopes is not None
+    y, _, second_u = _forward(inner, second)
+    return [y, inner, slopes, u, second_u]
+
+
+def _mlp_backward(
+    grad: Tensor,
+    inputs: list[Tensor],
+    constants: list[Tensor],
+    kept: list[Tensor],
+    numbers: list[float],
+) -> list[Tensor]:
+    grad, x, *tensors = whole([grad, *inputs])
+    activation, first, second = _layers(tensors, constants, numbers)
+    inner, slopes, u, second_u = kept
+    grad_inner, second_grads = _backward(grad, inner, second_u, second, slopes, activation)
+    grad_x, grads = _backward(grad_inner, x, u, first)
+    return [grad_x, *grads, *second_grads]
+
+
+def _mlp_shapes(
+    inputs: list[Tensor], constants: list[Tensor], numbers: list[float]
+) -> list[Tensor]:
+    x, *tensors = inputs
+    activation, first, second = _layers(tensors, constants, numbers)
+    rows = len(first.values)
+    inner = x.new_empty(*x.shape[:-1], rows // 2 if activation == SWIGLU else rows)
+    y, slopes = (x.new_empty(*x.shape[:-1], width) for width in (len(second.values), rows))
+    return [y, inner, slopes, _narrow(x, first), _narrow(x, second)]
+
+
+_LINEAR = Operator("frozen_linear", _linear, _linear_backward, _linear_shapes)
+_MLP = Operator("frozen_mlp", _mlp, _mlp_backward, _mlp_shapes)

@@ -1,0 +1,91 @@
+"""What a frozen linear layer computes with: its weight, whole or in few bits, and adapters.
+
+`gptray.model.frozen_kernels` computes. Shapes: K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptray.model.quantized import QuantizedWeight
+
+# Weights that a CPU makes whole at a time: what is made of them meanwhile stays in its cache.
+_AT_ONCE = 1 << 17
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What is added to a layer's outputs, each span of them by an adapter of its own.
+
+    a: (P r, K) of P adapters of rank r, below each other; b: (outputs that are adapted, r); fp32.
+    mask: dropout's of x, (..., K) bf16, or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    spans: tuple[slice, ...]
+    scale: float
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """A weight, whole in bf16 or the values and scales of a `QuantizedWeight`; a bias, fp32; and
+    adapters."""
+
+    values: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    adapters: Adapters | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that get gradients."""
+        return [self.adapters.a, self.adapters.b] if self.adapters else []
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """The others."""
+        mask = self.adapters.mask if self.adapters else None
+        return [one for one in (self.values, self.scales, self.bias, mask) if one is not None]
+
+    @property
+    def numbers(self) -> list[float]:
+        """What `read` needs besides."""
+        has = [float(one is not None) for one in (self.scales, self.bias)]
+        if not self.adapters:
+            return [*has, 0.0]
+        bounds = [float(at) for span in self.adapters.spans for at in (span.start, span.stop)]
+        is_masked = float(self.adapters.mask is not None)
+        return [*has, float(len(self.adapters.spans)), *bounds, self.adapters.scale, is_masked]
+
+    @classmethod
+    def read(
+        cls, tensors: Iterator[Tensor], constants: Iterator[Tensor], numbers: Iterator[float]
+    ) -> FrozenLayer:
+        """The layer whose `tensors`, `constants` and `numbers` come next."""
+        values = next(constants)
+        scales, bias = (next(constants) if next(numbers) else None for _ in range(2))
+        count = int(next(numbers))
+        if not count:
+            return cls(values, scales, bias)
+        spans = tuple(slice(int(next(numbers)), int(next(numbers))) for _ in range(count))
+        a, b, scale = next(tensors), next(tensors), next(numbers)
+        mask = next(constants) if next(numbers) else None
+        return cls(values, scales, bias, Adapters(a, b, spans, scale, mask))
+
+
+def whole_weight(values: Tensor, scales: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
+    """The weight (out, inputs) of what `numbers_of` gave; in `dtype`, if it is quantized."""
+    if scales is None:
+        return values
+    kind = "int4" if values.dtype == torch.uint8 else "int8"
+    whole = values.new_empty(len(values), inputs, dtype=dtype)
+    step = max(1, _AT_ONCE // inputs) if values.device.type == "cpu" else len(values)
+    for rows in (slice(start, start + step) for start in range(0, len(values), step)):
+        whole[rows] = QuantizedWeight(kind, inputs, values[rows], scales[rows]).dequantize(dtype)
+    return whole

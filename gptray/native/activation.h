@@ -1,0 +1,7 @@
+// What an MLP does between its layers; gptray/native/abi.py mirrors it.
+
+#pragma once
+
+#include <cstdint>
+
+enum Activation : int32_t { NONE, GELU_TANH, GELU, SWIGLU };

@@ -1,0 +1,119 @@
+// Linear layers whose W (N, K) is frozen, in bf16, with what an adapter adds: y = x W^T + b + u
+// B^T, u (M, R) being x A^T (Hu et al. 2022, LoRA), and dx = dy W + (du A) times a mask. In each, W
+// and the narrow matrix are packed side by side, and a sum runs through both. All threads of a
+// parallel region call these functions and share their loops.
+
+#pragma once
+
+#include "activation.h"
+#include "linear_train.h"
+
+namespace {
+
+// R numbers of each row, and the matrix that they are multiplied by; R 0 for none.
+struct Adapter {
+  const uint16_t *rows;  // (M, R)
+  const float *matrix;   // B (N, R), or for a gradient A (R, K)
+  int R;                 // even
+  const uint16_t *mask;  // of what is added, or nullptr
+};
+
+// By its matrix, packed.
+inline Added added(const Adapter &adapter, const Words *panels) {
+  return {(const int32_t *)adapter.rows, panels, adapter.R / 2, adapter.mask};
+}
+
+// y (M, N), and of an activation the slopes; of SWIGLU W has 2 N rows.
+void frozen_layer(const uint16_t *x, const uint16_t *w, const float *b, const Adapter &adapter,
+                  uint16_t *y, uint16_t *slopes, Words *work, int M, int N, int K,
+                  Activation activation) {
+  const bool is_gated = activation == SWIGLU;
+  const int columns = is_gated ? gated_panel_count(N) : panel_count(N);
+  Words *narrow = work + (size_t)columns * BLOCKS * (K / 2);
+  const Added low = added(adapter, narrow);
+  if (is_gated)
+    pack_gated_rows(w, work, N, K), pack_gated_rows(adapter.matrix, narrow, N, adapter.R);
+  else
+    pack_rows(w, work, N, K), pack_rows(adapter.matrix, narrow, N, adapter.R);
+  const Output to = {y, N, b};
+  const auto run = [&](auto out) { multiply((const int32_t *)x, work, M, K / 2, out, low); };
+  switch (activation) {
+    case NONE: return run(to);
+    case GELU_TANH: run(WithGelu<gelu_and_slope>{{to, slopes, {}}}); break;
+    case GELU: run(WithGelu<exact_gelu_and_slope>{{to, slopes, {}}}); break;
+    case SWIGLU: run(WithSwiglu{{to, slopes, {}}}); break;
+  }
+  _mm_sfence();  // after store_far
+}
+
+// dx (M, K), times the slopes of the activation that gave x, if it is not NONE; of SWIGLU these
+// and dx are (M, 2 K).
+void frozen_gradient(const uint16_t *dy, const uint16_t *w, const Adapter &adapter,
+                     const uint16_t *slopes, uint16_t *dx, Words *work, int M, int N, int K,
+                     Activation activation) {
+  Words *narrow = work + (size_t)panel_count(K) * BLOCKS * (N / 2);
+  const Added low = added(adapter, narrow);
+  pack_columns(w, work, N, K);
+  pack_columns(adapter.matrix, narrow, adapter.R, K);
+  const Output to = {dx, K, nullptr};
+  const auto run = [&](auto out) { multiply((const int32_t *)dy, work, M, N / 2, out, low); };
+  switch (activation) {
+    case NONE: return run(to);
+    case SWIGLU: return run(Gates{to, slopes});
+    default: return run(Sloped{to, slopes});
+  }
+}
+
+// Rows at once of a product whose columns fill one block, or two: as many sums as it takes to wait
+// for none.
+constexpr int NARROW_TILE = 12;
+
+// ROWS rows by the first USED blocks of a panel of `count` words.
+template <int ROWS, int USED>
+inline void narrow_tile(const int32_t *x, const Words *panel, int count, const Output &to,
+                        int row) {
+  Floats sums[ROWS][USED];
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int b = 0; b < USED; ++b) sums[r][b] = Bf16::zero();
+  for (int k = 0; k < count; ++k, panel += BLOCKS) {
+    Words first = _mm512_loadu_si512(panel), last = _mm512_loadu_si512(panel + USED - 1);
+    asm("" : "+v"(first), "+v"(last));  // or each row loads them again
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      const Words word = _mm512_set1_epi32(x[(size_t)r * count + k]);
+      sums[r][0] = Bf16::add(sums[r][0], word, first);
+      if (USED > 1) sums[r][USED - 1] = Bf16::add(sums[r][USED - 1], word, last);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int b = 0; b < USED; ++b) to.take(row + r, b * LANES, sums[r][b], to.mask(b * LANES));
+}
+
+template <int USED>
+void narrow_product(const int32_t *x, const Words *panel, int M, int count, const Output &to) {
+  const auto run = [&](int row, int rows) {
+    const int32_t *from = x + (size_t)row * count;
+    if (rows == NARROW_TILE) return narrow_tile<NARROW_TILE, USED>(from, panel, count, to, row);
+    for (int r = 0; r < rows; ++r)
+      narrow_tile<1, USED>(from + (size_t)r * count, panel, count, to, row + r);
+  };
+#pragma omp for schedule(static)
+  for (int row = 0; row < M; row += NARROW_TILE) run(row, std::min(NARROW_TILE, M - row));
+}
+
+// What `multiply` gives, in the form that is fastest for few columns too.
+void multiply_any(const uint16_t *x, const Words *panels, int M, int count, const Output &to) {
+  const int32_t *words = (const int32_t *)x;
+  if (to.bias || to.N > 2 * LANES)
+    multiply(words, panels, M, count, to);
+  else if (to.N > LANES)
+    narrow_product<2>(words, panels, M, count, to);
+  else
+    narrow_product<1>(words, panels, M, count, to);
+}
+
+}  // namespace
