@@ -1,4 +1,4 @@
-"""Prepared data that a benchmark makes for itself, without Ray: random ids, or a small text."""
+"""Prepared data that a benchmark makes for itself, without Ray: random ids, or text."""
 
 from __future__ import annotations
 
@@ -51,12 +51,17 @@ def text_tokens(folder: Path, *, sentences: int = 4000) -> TokenData:
     lines = tiny_text(sentences).splitlines(keepends=True)
     cut = len(lines) * 9 // 10
     tokenizer = train_bpe(lines[:cut], 300)
+    return split_tokens(folder, tokenizer, train="".join(lines[:cut]), val="".join(lines[cut:]))
+
+
+def split_tokens(folder: Path, tokenizer: Tokenizer, *, train: str, val: str) -> TokenData:
+    """Each split is one document."""
     encoder, entries = ShardEncoder(tokenizer), {}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", lines[:cut]), ("val", lines[cut:])):
+    for name, text in (("train", train), ("val", val)):
         file = f"{name}-00000.bin"
         with ShardWriter(folder / file, encoder) as writer:
-            writer.add("".join(part), begins=True, ends=True)
+            writer.add(text, begins=True, ends=True)
         assert writer.shard
         entries[name] = writer.shard.entry(file)
     return _data(folder, tokenizer, entries)
