@@ -15,6 +15,8 @@ import os
 import shlex
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +25,26 @@ from pathlib import Path
 
 from gptray.config import RunFailed, UserError
 from gptray.files import cache_folder, cannot_write, check_writable, remove, sha256_of
-from gptray.native.compiler import compiler, compiler_version, options, run_compiler
-from gptray.native.processor import processor_flags, why_not_here
+from gptray.native.compiler import (
+    compiler,
+    compiler_version,
+    options,
+    run_compiler,
+    uses_tiles,
+)
+from gptray.native.processor import ARCH_PRCTL, ASK_FOR, TILE_DATA, processor_flags, why_not_here
 
 log = logging.getLogger("gptray")
 
 _FOLDER = Path(__file__).parent
 _SOURCES = (_FOLDER / "decode.cpp", _FOLDER / "train.cpp")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+# A program that ends with 0 if the library that it is given works here.
+_TRIAL = f"""
+import ctypes, sys
+ctypes.CDLL(None).syscall({ARCH_PRCTL}, {ASK_FOR}, {TILE_DATA})
+sys.exit(ctypes.CDLL(sys.argv[1]).works_here() != 1)
+"""
 # Room that a library needs at most.
 _LIBRARY_BYTES = 4 << 20
 
@@ -75,18 +89,37 @@ def build_library(*, key: str) -> Path:
 
 
 def _compile(folder: Path, key: str) -> Path:
+    """Make the library in a folder, with this processor's tiles if they work."""
+    if uses_tiles():
+        library = _compile_parts(folder, key, tiles=True)
+        if _works(library):
+            return library
+        log.warning(
+            "the native library does without this processor's AMX: a trial of it crashed, or its "
+            "products were wrong"
+        )
+    return _compile_parts(folder, key, tiles=False)
+
+
+def _works(library: Path) -> bool:
+    """Whether a library says so; asked in a process of its own, which may crash."""
+    command = [sys.executable, "-c", _TRIAL, str(library)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _compile_parts(folder: Path, key: str, *, tiles: bool) -> Path:
     """Make the library in a folder, its sources side by side."""
     remedy = f"{key}=torch does without it"
 
     def compile_one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
-        run_compiler("-c", "-o", made, source, remedy=remedy)
+        run_compiler("-c", "-o", made, source, tiles=tiles, remedy=remedy)
         return made
 
     with ThreadPoolExecutor() as pool:
         parts = list(pool.map(compile_one, _SOURCES))
     library = folder / "library.so"
-    run_compiler("-o", library, *parts, remedy=remedy)
+    run_compiler("-o", library, *parts, tiles=tiles, remedy=remedy)
     if not _is_library(library):
         wrote = f"the compiler {shlex.join(compiler())} wrote no library"
         raise RunFailed(f"{wrote}; set CXX to another, or {key}=torch to do without it")
@@ -112,7 +145,8 @@ def library_name() -> str:
     """
     parts = [*_SOURCES, *sorted(_FOLDER.glob("*.h"))]
     text = b"".join(part.read_bytes() for part in parts)
-    text += repr((compiler(), compiler_version(), options(), sorted(processor_flags()))).encode()
+    command = (compiler(), compiler_version(), options(tiles=uses_tiles()))
+    text += repr((*command, sorted(processor_flags()))).encode()
     return f"native-{hashlib.sha256(text).hexdigest()[:16]}"
 
 

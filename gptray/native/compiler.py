@@ -31,19 +31,19 @@ def compiler() -> list[str]:
         raise UserError(f"CXX={given}: {error}") from None
 
 
-def options() -> tuple[str, ...]:
-    """The compiler's options for the native library on this machine, with its tiles if it may."""
-    return (*_OPTIONS, *TILES.values()) if uses_tiles() else _OPTIONS
+def options(*, tiles: bool) -> tuple[str, ...]:
+    """The compiler's options for the native library. tiles: whether it multiplies in tiles."""
+    return (*_OPTIONS, *TILES.values()) if tiles else _OPTIONS
 
 
 def uses_tiles() -> bool:
-    """Whether the native library multiplies in tiles: processor, Linux and compiler have them."""
+    """Whether the native library may multiply in tiles: processor, Linux, compiler have them."""
     return may_use_tiles() and _knows_tiles(tuple(compiler()))
 
 
 @cache
 def _knows_tiles(command: tuple[str, ...]) -> bool:
-    if _knows(command, (*_OPTIONS, *TILES.values())):
+    if _knows(command, options(tiles=True)):
         return True
     log.warning(
         "the native library does without this processor's AMX: the compiler %s does not know %s",
@@ -74,13 +74,13 @@ def why_no_library() -> str | None:
     return None
 
 
-def run_compiler(*arguments: str | Path, remedy: str) -> None:
+def run_compiler(*arguments: str | Path, tiles: bool, remedy: str) -> None:
     """Compile or link; the last argument is what the message names.
 
     Raises:
         RunFailed: the compiler fails; with the first lines of what it says.
     """
-    command = [*compiler(), *options(), *map(str, arguments)]
+    command = [*compiler(), *options(tiles=tiles), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         words = "\n".join(done.stderr.splitlines()[:5])

@@ -9,6 +9,7 @@
 #include "attention_decode.h"
 #include "candidates.h"
 #include "linear_decode.h"
+#include "tile_check.h"
 
 namespace {
 
@@ -91,6 +92,12 @@ extern "C" void decode_step(const Model *model, const Cache *cache, const Step *
     linear(model->head, *step, step->x, &model->ln_f, step->asked, step->asked_rows,
            {step->logits, nullptr, step->logits_stride});
   }
+}
+
+// For `gptray.native.build`: whether this library may be used here.
+extern "C" int32_t works_here() {
+  if constexpr (HAS_TILES) return tiles_are_right();
+  return true;
 }
 
 extern "C" const char *decode_abi() {

@@ -19,7 +19,7 @@ INSTRUCTIONS = {
 # Matrix tiles (Intel's AMX), which are used where the processor has all of this.
 TILES = {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16", "amx_int8": "-mamx-int8"}
 # Linux gives a process tiles when it asks for them: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
-ARCH_PRCTL, _ASK_FOR, _TILE_DATA = 158, 0x1023, 18
+ARCH_PRCTL, ASK_FOR, TILE_DATA = 158, 0x1023, 18
 
 
 def why_not_here() -> str | None:
@@ -34,7 +34,7 @@ def may_use_tiles() -> bool:
     """Whether the processor has tiles and Linux, which is asked here, gives this process them."""
     if not TILES.keys() <= processor_flags():
         return False
-    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, _ASK_FOR, _TILE_DATA) == 0)
+    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, ASK_FOR, TILE_DATA) == 0)
 
 
 def processor_flags() -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from gptray.native.abi import load_library
 from gptray.native.backend import GENERATE_KEY, TRAIN_KEY, check_native, why_not_native
 from gptray.native.build import build_library, library_name
 from gptray.native.build import kept as kept_library
-from gptray.native.compiler import options, why_no_library
+from gptray.native.compiler import options, uses_tiles, why_no_library
 from tests.generation.models import needs_native
 
 
@@ -316,12 +317,12 @@ def test_tiles_are_used_where_processor_and_linux_give_them(
     for call, used in ((NEVER_FAILS, tiles), (FAILS, set())):
         monkeypatch.setattr(processor, "ARCH_PRCTL", call)
         assert processor.may_use_tiles() == bool(used)
-        assert tiles & set(options()) == used
+        assert tiles & set(options(tiles=uses_tiles())) == used
         names.add(library_name())
     assert len(names) == 2, "each has a library of its own"
     monkeypatch.setattr(processor, "ARCH_PRCTL", NEVER_FAILS)
     cpuinfo(lambda text: text.replace("amx_int8", ""))
-    assert not tiles & set(options()), "all of them or none"
+    assert not uses_tiles(), "all of them or none"
 
 
 @needs_native
@@ -334,11 +335,29 @@ def test_a_compiler_that_knows_no_tiles_is_named_and_builds_without_them(
     old.chmod(0o755)
     monkeypatch.setattr(processor, "ARCH_PRCTL", NEVER_FAILS)
     monkeypatch.setenv("CXX", str(old))
-    assert why_no_library() is None and not set(processor.TILES.values()) & set(options())
+    assert why_no_library() is None and not uses_tiles()
     assert caplog.messages == [
         f"the native library does without this processor's AMX: the compiler {old} does not know "
         "-mamx-tile -mamx-bf16 -mamx-int8"
     ]
+
+
+@needs_native
+@pytest.mark.usefixtures("with_tiles")
+@pytest.mark.skipif(
+    processor.TILES.keys() <= processor.processor_flags(), reason="this processor has tiles"
+)
+def test_tiles_that_crash_in_a_trial_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(processor, "ARCH_PRCTL", NEVER_FAILS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = ctypes.CDLL(str(build_library(key=TRAIN_KEY)))
+    assert caplog.messages[-1] == (
+        "the native library does without this processor's AMX: a trial of it crashed, or its "
+        "products were wrong"
+    )
+    assert library.works_here() == 1, "it has no tiles"
 
 
 @needs_native

@@ -1,5 +1,6 @@
 #include "check.h"
 #include "gemm.h"
+#include "tile_check.h"
 #include "tiles.h"
 
 // Sums of `rows` rows by a panel of `count` words, each from `start` on: (rows, 64).
@@ -90,4 +91,9 @@ TEST(rows_that_stand_in_columns_are_turned) {
     const auto out = sums<Bf16>(rows, {&columns[first], 1, width}, panel, words, 0.f);
     CHECK(out == sums<Bf16>(rows, {x.data(), (size_t)words, 1}, panel, words, 0.f));
   }
+}
+
+TEST(the_trial_of_tiles_ends_well) {
+  if (!HAS_TILES) return;
+  CHECK(tiles_are_right());
 }
