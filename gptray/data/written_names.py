@@ -13,14 +13,14 @@ class WrittenNames:
     """Finds the names of special tokens in texts. ids: of the tokens by their names."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
-        self._ids = ids
+        self.ids = ids
         longest_first = sorted(ids, key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def parts(self, text: str) -> list[str | int]:
         """A text in pieces: the ids of tokens that it names, and the text between them."""
         found = self._pattern.split(text)  # every other one is a name
-        return [self._ids[part] if i % 2 else part for i, part in enumerate(found)]
+        return [self.ids[part] if i % 2 else part for i, part in enumerate(found)]
 
     def taken_apart(self, text: str) -> str:
         """A text in which `parts` finds no name, until it is put together again."""

@@ -9,13 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from gptray.data.tokenizer import Tokenizer
+
 Decode = Callable[[Sequence[int]], str]
 # How decoders show bytes that are no character, or none yet.
 REPLACEMENT = "\ufffd"
 
 
+def left_context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The prompt's last token, if what follows continues its text.
+
+    Of Llama's kind of tokens the first in a text loses the space that it begins with.
+    """
+    last = list(prompt[-1:])
+    is_special = not last or last[0] in tokenizer.written_names.ids.values()
+    return [] if is_special or tokenizer.decode(last).endswith(REPLACEMENT) else last
+
+
 def decode_after(decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens; a character that begins in `lead`, the tokens before, is whole."""
+    """The text of tokens behind `lead`, those before; a character that begins there is whole."""
     if not lead or not tokens:
         return decode(tokens)
     return decode([*lead, *tokens])[len(decode(lead).rstrip(REPLACEMENT)) :]
@@ -24,7 +36,8 @@ def decode_after(decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> 
 class TextStream:
     """The text of one sequence as its tokens arrive.
 
-    lead: tokens before these that end inside a character, which is passed on whole.
+    lead: tokens before these, see `left_context`; a character that begins in them is passed on
+    whole.
     """
 
     def __init__(

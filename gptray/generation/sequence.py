@@ -12,7 +12,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.choosing import Top
 from gptray.generation.decoder import PIECE_TOKENS, Piece
-from gptray.generation.detokenize import Decode, TextStream, decode_after
+from gptray.generation.detokenize import Decode, TextStream, decode_after, left_context
 from gptray.generation.sampling import Drawn, score
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import INVALID, START, Mask, Utf8
@@ -87,6 +87,7 @@ class Sequence:
             # The end of a prompt that stops inside a character.
             self._lead = self._utf8.open_end(self.prompt)
             self._state = self._utf8.state_after(self._lead)
+        self._lead = self._lead or left_context(tokenizer, self.prompt)
         if self.live_text or sampling.stop:
             self._stream = TextStream(self._decode, sampling.stop, lead=self._lead)
 

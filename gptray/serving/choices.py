@@ -39,11 +39,15 @@ class Choice(TypedDict):
 class Output:
     """One choice as its updates come."""
 
-    def __init__(self, index: int, prompt: Echo, logprobs: bool, served: Served) -> None:
+    def __init__(
+        self, index: int, prompt: Echo, context: list[int], logprobs: bool, served: Served
+    ) -> None:
+        """context: what the engine's texts continue, see `left_context`."""
         self._index, self._has_logprobs = index, logprobs
         self._echoed, self._lead = prompt.text, list(prompt.lead)
         self._led = 0  # characters before the text that is told
         self._new: int | None = len(prompt.text)  # where new tokens begin, until they have
+        self._context = context
         self._served = served
         # Tells where in the text behind the lead each token begins.
         self._told = TextStream(served.tokenizer.decode)
@@ -67,8 +71,8 @@ class Output:
         }  # fmt: skip
         for number, drawn in enumerate((*prompt, *new)):
             if number == len(prompt) and self._new is not None:
-                # Their text is decoded by itself, and has no space where a prompt's would.
-                self._told = TextStream(self._served.tokenizer.decode)
+                # The engine's text of them begins behind the prompt as it was written.
+                self._told = TextStream(self._served.tokenizer.decode, lead=self._context)
                 self._led, self._new, self._lead = self._new, None, []
             told["tokens"].append(self._served.token_text(drawn.token))
             told["token_logprobs"].append(_finite(drawn.logprob))

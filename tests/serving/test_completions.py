@@ -348,7 +348,7 @@ def test_offsets_are_those_of_the_prompt_as_it_was_written() -> None:
 
 @pytest.mark.parametrize("prompt", ["", "the cat", [1], "<s>the cat"])
 def test_offsets_of_new_tokens_are_those_of_their_text(prompt: str | list[int]) -> None:
-    """A word's token begins with a space, and the text of a completion without one."""
+    """A word's token begins with a space, which its name does not show."""
     tokenizer = foreign.as_tokenizer(foreign.beginning(foreign.llama(), "<s> $A"))
     (dog,) = tokenizer.encode("dog")
     body: dict[str, Any] = {"max_tokens": 3, "logit_bias": {str(dog): 100}, "logprobs": 0}
@@ -358,3 +358,5 @@ def test_offsets_of_new_tokens_are_those_of_their_text(prompt: str | list[int]) 
             told = choice["logprobs"]
             assert told["tokens"][-3:] == ["dog"] * 3
             assert all(choice["text"][at:].startswith("dog") for at in told["text_offset"][-3:])
+            begins = " dog" if prompt in ("the cat", "<s>the cat") else "dog"
+            assert choice["text"].endswith(f"{begins} dog dog"), "a new text begins without a space"
