@@ -54,7 +54,7 @@ PEERS = {
 }
 SYSTEMS = (
     *(f"{peer}-{weights}" for peer, (_, kinds) in PEERS.items() for weights in kinds),
-    "fp32", "bf16", "int8", "int4",
+    "fp32", "bf16", "int8", "int4", "iq4_nl",
 )  # fmt: skip
 OF_ADAPTERS = ("bf16+adapters", "int8+adapters")
 ADAPTED = "+adapters"
@@ -81,7 +81,7 @@ def gptray_run(model_dir: str, precision: str) -> Run:
 
     kind, adapted, _ = precision.partition(ADAPTED)
     weights, _, backend = kind.partition(":")  # such as int8:torch
-    is_quantized = weights in ("int8", "int4")
+    is_quantized = weights in ("int8", "int4", "iq4_nl")
     asked = {
         "generate.max_batch_size": MAX_BATCH_SIZE,
         "generate.precision": "bf16" if is_quantized else weights,

@@ -221,5 +221,5 @@ class EvaluateConfig(Section):
     def _known_kinds(cls, value: list[str]) -> list[str]:
         for kind in value:
             if kind not in QUANTIZED:
-                raise ValueError(f"takes {' and '.join(QUANTIZED)}, not {kind}")
+                raise ValueError(f"takes {', '.join(QUANTIZED)}, not {kind}")
         return list(dict.fromkeys(value))

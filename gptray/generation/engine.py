@@ -36,7 +36,7 @@ log = logging.getLogger("gptray")
 class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
-    dtype: what the network computes in. quantize: "none", "int8" or "int4" weights. backend:
+    dtype: what the network computes in. quantize: "none" or a kind of weights. backend:
     "native" for `gptray.generation.native_decoder`, "graph" for `gptray.generation.graphs` if its
     kernels compile, or "torch", which every network that is not GPT-2's takes. Memory: the cache
     takes up to 2 x n_layer x max_batch_size x n_positions numbers of `dtype` for each of the width

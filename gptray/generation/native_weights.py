@@ -18,7 +18,7 @@ from gptray.native import abi
 from gptray.native.abi import GROUP, LANES, PANEL
 
 DTYPES = {abi.FP32: torch.float32, abi.BF16: torch.bfloat16, abi.INT8: torch.uint8}
-QUANTIZED = {"int8": abi.INT8, "int4": abi.INT4}
+QUANTIZED = {"int8": abi.INT8, "int4": abi.INT4, "iq4_nl": abi.IQ4_NL}
 # Weights lie side by side in pieces of memory of this size, which the system makes of large pages:
 # with small ones a step over many small layers takes a sixth to a third longer.
 ROOM_BYTES = 32 << 20
@@ -45,7 +45,7 @@ class Rooms:
 class NativeWeights:
     """Packs weights as one kind of numbers, and keeps alive what the library points to.
 
-    dtype: fp32 or bf16, unless quantize says "int8" or "int4".
+    dtype: fp32 or bf16, unless quantize names a kind of QUANTIZED.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, quantize: str) -> None:
@@ -159,7 +159,7 @@ class NativeWeights:
             packed = self._panels(weight if factors is None else weight * factors[:, None], number)
         else:
             number, made = QUANTIZED[kind], quantize(weight, kind).times(factors)
-            if number == abi.INT4:
+            if number != abi.INT8:
                 packed = self._groups(made)
             else:
                 packed = self._panels(made.values.view(torch.uint8) ^ 128, number)  # unsigned
@@ -183,11 +183,11 @@ class NativeWeights:
         return self._keep(self._rooms.place(panels.shape, dtype).copy_(panels))
 
     def _groups(self, weight: QuantizedWeight) -> Tensor:
-        """int4 weights as [panel][group] of grouped_decode.h's PanelGroup, in bytes."""
+        """Weights of 4 bits as [panel][group] of grouped_decode.h's PanelGroup, in bytes."""
         below = -len(weight.values) % PANEL
-        values = F.pad(weight.integers(), (0, -weight.inputs % GROUP, 0, below)) + 8
+        codes = F.pad(weight.codes(), (0, -weight.inputs % GROUP, 0, below))
         # (panels, blocks, 16 outputs, groups, halves of a byte, words, numbers of a word)
-        blocks = values.view(torch.uint8).view(-1, PANEL // LANES, LANES, values.size(1))
+        blocks = codes.view(-1, PANEL // LANES, LANES, codes.size(1))
         halves = blocks.view(*blocks.shape[:-1], -1, 2, GROUP // 8, 4)
         pairs = (halves[..., 0, :, :] | halves[..., 1, :, :] << 4).permute(0, 3, 4, 1, 2, 5)
         scales = F.pad(weight.scales, (0, 0, 0, below)).view(-1, PANEL, pairs.size(1))

@@ -36,7 +36,7 @@ def product(
     """The product with weight (out, in) and bias (out,), fp32 masters, computed in `dtype`.
 
     gelu: "tanh" for GPT-2's, "none" for the exact one, as torch calls its approximation. quantized:
-    "int8" or "int4" keeps the weight as `gptray.model.quantized` makes it.
+    another kind keeps the weight as `gptray.model.quantized` makes it.
     """
     if quantized != "none":
         kept = quantize(weight, quantized)

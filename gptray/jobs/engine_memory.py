@@ -12,7 +12,11 @@ from gptray.model.shape import read_shape
 PROCESS = 0.34e9
 _BYTES = {"fp32": 4, "bf16": 2}
 # Of a weight in the linear layers, scales included, and in the head.
-_QUANTIZED: dict[str, tuple[float, float]] = {"int8": (1, 1), "int4": (4.5 / 8, 1)}
+_QUANTIZED: dict[str, tuple[float, float]] = {
+    "int8": (1, 1),
+    "int4": (4.5 / 8, 1),
+    "iq4_nl": (4.5 / 8, 1),
+}
 
 
 def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:

@@ -36,7 +36,7 @@ class Base:
     """A model that is adapted. source: what names it; folder: where it is here.
 
     quantized: what the weights of its linear layers are rounded to while an adapter is trained:
-    none, int8 or int4.
+    none, int8, int4 or iq4_nl.
     """
 
     source: str

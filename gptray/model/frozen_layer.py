@@ -83,9 +83,16 @@ def whole_weight(values: Tensor, scales: Tensor | None, inputs: int, dtype: torc
     """The weight (out, inputs) of what `numbers_of` gave; in `dtype`, if it is quantized."""
     if scales is None:
         return values
-    kind = "int4" if values.dtype == torch.uint8 else "int8"
+    kind = _kind_of(values, inputs)
     whole = values.new_empty(len(values), inputs, dtype=dtype)
     step = max(1, _AT_ONCE // inputs) if values.device.type == "cpu" else len(values)
     for rows in (slice(start, start + step) for start in range(0, len(values), step)):
         whole[rows] = QuantizedWeight(kind, inputs, values[rows], scales[rows]).dequantize(dtype)
     return whole
+
+
+def _kind_of(values: Tensor, inputs: int) -> str:
+    """What values of rows of `inputs` are; see `QuantizedWeight`."""
+    if values.dtype == torch.uint8:
+        return "int4"
+    return "int8" if values.size(1) == inputs else "iq4_nl"

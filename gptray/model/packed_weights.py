@@ -40,10 +40,10 @@ class Packing:
         return words * 32 // self.bits if self.group is None else groups * self.group
 
 
-# Inputs that share a scale in int4.
+# Inputs that share a scale in 4 bits.
 GROUP = 32
-# Those of `gptray.model.quantized`, by name.
-PACKINGS = {"int8": Packing(8, None), "int4": Packing(4, GROUP)}
+# Those of `gptray.model.quantized`, by name; compressed-tensors has no iq4_nl.
+PACKINGS = {"int8": Packing(8, None), "int4": Packing(4, GROUP), "iq4_nl": Packing(4, GROUP)}
 
 
 def packed_config(packing: Packing, *, others: Sequence[str]) -> dict[str, object]:

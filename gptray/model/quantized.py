@@ -2,9 +2,11 @@
 
     weight[o, i] = value[o, i] x scale[o, group of i]
 
-int8: values -127 .. 127, one group a row. int4: values -8 .. 7, groups of GROUP inputs. Scales are
-fp16, and those of int4 may be negative. Nothing is added to a product, so that GGUF's Q8_0 and Q4_0
-and the "pack-quantized" form of compressed-tensors, symmetric in groups, hold the same numbers.
+int8: values -127 .. 127, one group a row. int4: values -8 .. 7, groups of GROUP inputs. iq4_nl: as
+many groups, and values that lie the closer the nearer they are to 0, as weights do. Scales are
+fp16, and those of 4 bits may be negative. Nothing is added to a product, so that GGUF's Q8_0, Q4_0
+and IQ4_NL hold the same numbers, and of int8 and int4 the "pack-quantized" form of
+compressed-tensors, symmetric in groups.
 """
 
 from __future__ import annotations
@@ -20,21 +22,26 @@ from gptray.model.packed_weights import GROUP, PACKINGS
 _INT8_MOST = 127
 # What the greatest weight of an int4 group becomes: whichever of them rounds the others best.
 _INT4_MOST = (-8.0, -7.0, 7.0)
+# The values of iq4_nl; those of GGUF's IQ4_NL.
+CODES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# A scale is mended so often: the values that it gives have a better one.
+_MENDED = 2
 # Weights that are rounded at a time: what is made of them meanwhile stays near.
 _AT_ONCE = 1 << 18
 
 
 def head_kind(kind: str) -> str:
     """What the head is kept in where the linear layers are in `kind`, or "none"."""
-    return "int8" if kind == "int4" else kind
+    return "int8" if kind in ("int4", "iq4_nl") else kind
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight (out, in) in `kind`, int8 or int4.
+    """A weight (out, in) in `kind`, int8, int4 or iq4_nl.
 
-    values: int8 (out, in); of int4 uint8 (out, in / 2, rounded up), two values in a byte, each
-    plus 8, the first in the lower half. scales: fp16 (out, groups); the last group may be short.
+    values: int8 (out, in). Of 4 bits (out, in / 2, rounded up), two codes in a byte, the first in
+    the lower half: of int4 uint8, each a value plus 8; of iq4_nl int8, each a place in CODES.
+    scales: fp16 (out, groups); the last group may be short.
     """
 
     kind: str
@@ -45,7 +52,7 @@ class QuantizedWeight:
     @property
     def group(self) -> int:
         """Inputs that share a scale."""
-        return GROUP if self.kind == "int4" else self.inputs
+        return self.inputs if self.kind == "int8" else GROUP
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +69,15 @@ class QuantizedWeight:
         """The values, one in a byte: int8 (out, in)."""
         if self.kind == "int8":
             return self.values
-        both = torch.stack((self.values & 15, self.values >> 4), dim=-1).flatten(1)
-        return both[:, : self.inputs].view(torch.int8) - 8
+        codes = self.codes()
+        if self.kind == "int4":
+            return codes.view(torch.int8) - 8
+        return torch.tensor(CODES, dtype=torch.int8, device=codes.device)[codes.int()]
+
+    def codes(self) -> Tensor:
+        """The codes of 4 bits, one in a byte: uint8 (out, in)."""
+        both = self.values.view(torch.uint8)
+        return torch.stack((both & 15, both >> 4), dim=-1).flatten(1)[:, : self.inputs]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out, in), computed in fp32, which holds it exactly, and rounded once."""
@@ -72,9 +86,9 @@ class QuantizedWeight:
 
 
 def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
-    """A weight (out, in) in int8 or int4: the nearest values for the best scale that is tried.
+    """A weight (out, in) in a kind of PACKINGS: the nearest values for the best scale tried.
 
-    What `dequantize` gives in fp32 comes back to the bit.
+    What `dequantize` gives in fp32 comes back to the bit, but for iq4_nl.
     """
     assert kind in PACKINGS, kind
     rows = max(1, _AT_ONCE // weight.size(1))
@@ -90,10 +104,56 @@ def _quantized(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         scales = (weight.abs().amax(1, keepdim=True) / _INT8_MOST).half()
         return _nearest(weight, scales, -_INT8_MOST, _INT8_MOST).to(torch.int8), scales
     groups = _grouped(weight, GROUP)
+    if kind == "iq4_nl":
+        scales = _mended_scales(groups)
+        codes = _nearest_codes(groups, scales)
+        return _packed(codes, inputs).view(torch.int8), scales[..., 0]
     scales = _best_scales(groups)
-    whole = _nearest(groups, scales[..., None], -8, 7).flatten(1)[:, :inputs]
-    pairs = F.pad(whole, (0, inputs % 2)).add_(8).to(torch.uint8).view(len(weight), -1, 2)
-    return pairs[..., 0] | pairs[..., 1] << 4, scales
+    whole = _nearest(groups, scales[..., None], -8, 7)
+    return _packed(whole.add_(8).to(torch.uint8), inputs), scales
+
+
+def _packed(codes: Tensor, inputs: int) -> Tensor:
+    """Codes (out, groups, GROUP) of rows of `inputs`, two in a byte."""
+    filled = F.pad(codes.flatten(1)[:, :inputs], (0, inputs % 2), value=8)
+    pairs = filled.view(len(codes), -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4
+
+
+def _mended_scales(groups: Tensor) -> Tensor:
+    """For groups (out, groups, GROUP) scales of iq4_nl (out, groups, 1) with a small squared error.
+
+    From the greatest weight at either end of CODES on, values for a scale and the best scale for
+    those values take turns (Lloyd 1982). Sums are in fp64: their order must not show in fp16.
+    """
+    values = torch.tensor(CODES, dtype=torch.float32, device=groups.device)
+    at = groups.abs().argmax(-1, keepdim=True)
+    greatest = groups.gather(-1, at)
+    best = least = torch.empty(0)
+    for end in (CODES[0], CODES[-1]):
+        scales = (greatest / end).half()
+        for turn in range(_MENDED + 1):
+            near = values[_nearest_codes(groups, scales).int()]
+            error = (near * scales - groups).square_().sum(-1, True, dtype=torch.float64)
+            better = error < least if len(best) else torch.ones_like(error, dtype=torch.bool)
+            best = torch.where(better, scales, best) if len(best) else scales
+            least = torch.where(better, error, least) if len(least) else error
+            if turn < _MENDED:
+                both = (near * groups).sum(-1, True, dtype=torch.float64)
+                scales = (both / near.square().sum(-1, True, dtype=torch.float64)).half()
+    return best
+
+
+def _nearest_codes(numbers: Tensor, scales: Tensor) -> Tensor:
+    """Places in CODES, uint8, whose values times the scales are nearest."""
+    # Between neighbours, in halves, which are whole numbers; a table of all of them.
+    borders = [first + second for first, second in zip(CODES, CODES[1:], strict=False)]
+    least, most = 2 * CODES[0], 2 * CODES[-1]
+    table = torch.bucketize(torch.arange(least, most + 1), torch.tensor(borders), right=True)
+    scales = scales.float()
+    twice = torch.where(scales == 0, scales, 2 * scales.reciprocal())
+    place = (numbers * twice).floor_().clamp_(least, most).sub_(least).int()
+    return table.to(device=numbers.device, dtype=torch.uint8)[place]
 
 
 def _best_scales(groups: Tensor) -> Tensor:

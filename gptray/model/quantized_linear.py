@@ -18,7 +18,7 @@ from gptray.model.quantized import quantize
 
 
 class QuantizedLinear(nn.Module):
-    """x W^T + b with W (out, in) in `kind`, int8 or int4; it has no numbers until `put`.
+    """x W^T + b with W (out, in) in `kind`; it has no numbers until `put`.
 
     weight: on the meta device for good, what `GPT.whole` knows the layer's weight by. native: as
     `Linear`'s.

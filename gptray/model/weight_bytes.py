@@ -11,7 +11,7 @@ _FULL, _SCALE = 2, 2
 
 
 def linear_bytes(config: ModelConfig, kind: str) -> int:
-    """Bytes of the weights of the linear layers in a network's blocks: none is bf16, int8, int4."""
+    """Bytes of the weights of the linear layers in a network's blocks: none is bf16."""
     linear = [module for module in block_modules(config) if len(module.inputs) == 1]
     return config.n_layer * sum(
         sum(module.parts) * _row_bytes(module.inputs[0], kind) for module in linear

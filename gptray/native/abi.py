@@ -19,13 +19,13 @@ from gptray.native.build import build_library
 PANEL = 64
 # Words that a row of a product's input is written in at a time.
 LANES = 16
-# Inputs that share a scale: of int4 weights, and of a row that int8 weights are multiplied by.
+# Inputs that share a scale: of weights of 4 bits, and of a row that int8 weights are multiplied by.
 GROUP, INT8_GROUP = 32, 128
 # Sums of an adapter that are made side by side.
 RANK_STEP = 4
 # Parts that the rows of a layer norm's gradients are summed in.
 NORM_PARTS = 32
-FP32, BF16, INT8, INT4 = range(4)
+FP32, BF16, INT8, INT4, IQ4_NL = range(5)
 NONE, GELU_TANH, GELU, SWIGLU = range(4)
 
 
@@ -165,8 +165,8 @@ class Step(Structure):
 
 CONSTANTS = {
     **{"LANES": LANES, "PANEL": PANEL, "RANK_STEP": RANK_STEP, "NORM_PARTS": NORM_PARTS},
-    **{"FP32": FP32, "BF16": BF16, "INT8": INT8, "INT4": INT4, "GROUP": GROUP},
-    "INT8_GROUP": INT8_GROUP,
+    **{"FP32": FP32, "BF16": BF16, "INT8": INT8, "INT4": INT4, "IQ4_NL": IQ4_NL},
+    **{"GROUP": GROUP, "INT8_GROUP": INT8_GROUP},
     **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "SWIGLU": SWIGLU},
 }
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, LowRank, Block, Model, Cache, Step)

@@ -103,9 +103,9 @@ extern "C" int32_t works_here() {
 extern "C" const char *decode_abi() {
   static const std::string text =
       ABI_CONSTANT(LANES) + ABI_CONSTANT(PANEL) + ABI_CONSTANT(RANK_STEP) + ABI_CONSTANT(FP32) +
-      ABI_CONSTANT(BF16) + ABI_CONSTANT(INT8) + ABI_CONSTANT(INT4) + ABI_CONSTANT(GROUP) +
-      ABI_CONSTANT(INT8_GROUP) + ABI_CONSTANT(NONE) + ABI_CONSTANT(GELU_TANH) + ABI_CONSTANT(GELU) +
-      ABI_CONSTANT(SWIGLU) +
+      ABI_CONSTANT(BF16) + ABI_CONSTANT(INT8) + ABI_CONSTANT(INT4) + ABI_CONSTANT(IQ4_NL) +
+      ABI_CONSTANT(GROUP) + ABI_CONSTANT(INT8_GROUP) + ABI_CONSTANT(NONE) +
+      ABI_CONSTANT(GELU_TANH) + ABI_CONSTANT(GELU) + ABI_CONSTANT(SWIGLU) +
       ABI_STRUCT(Norm, ABI_FIELD(Norm, weight), ABI_FIELD(Norm, bias), ABI_FIELD(Norm, eps)) +
       ABI_STRUCT(Linear, ABI_FIELD(Linear, weight), ABI_FIELD(Linear, bias),
                  ABI_FIELD(Linear, scale), ABI_FIELD(Linear, inputs), ABI_FIELD(Linear, outputs),

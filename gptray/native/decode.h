@@ -1,6 +1,6 @@
 // What the decoder is called with; gptray/native/abi.py mirrors it.
 //
-// Weights are packed as gemm.h reads them, those in int4 as grouped_decode.h does. Everything
+// Weights are packed as gemm.h reads them, those of 4 bits as grouped_decode.h does. Everything
 // between the products is fp32.
 //
 // Shapes: N tokens of a step, C = n_embd, H heads of queries, K of keys and values, E = head width,
@@ -10,7 +10,7 @@
 
 #include "activation.h"
 
-enum Kind : int32_t { FP32, BF16, INT8, INT4 };
+enum Kind : int32_t { FP32, BF16, INT8, INT4, IQ4_NL };
 
 extern "C" {
 

@@ -1,10 +1,10 @@
-// Products of a decoding step with weights in int8 and int4.
+// Products of a decoding step with weights in int8, int4 and iq4_nl.
 //
 // A row of x becomes int8 by groups of inputs, each with a scale, so that an outlier spoils its own
 // group. The sum over a group is exact; times the scales it is added to a sum in fp32, group after
-// group: a row's bits depend on that row alone. Weights are stored unsigned, with 128 or 8 added.
+// group: a row's bits depend on that row alone. Weights are unsigned, with 128 or 8 added.
 //
-// Dettmers et al. 2022, LLM.int8(); int4 weights have the form of GGUF's Q4_0.
+// Dettmers et al. 2022, LLM.int8(); weights of 4 bits have the forms of GGUF's Q4_0 and IQ4_NL.
 
 #pragma once
 
@@ -14,11 +14,11 @@
 
 namespace {
 
-constexpr int INT8_GROUP = 128;            // inputs of a group of x that meets int8 weights
-constexpr int GROUP = 32;                  // inputs that share a scale of x and of int4 weights
-constexpr int INT4_TILE = 4;               // rows at once: 16 sums, 8 weights, a word and a mask
-constexpr int GROUPS_AHEAD = 4;            // that are prefetched
-constexpr int HALF_WORDS = GROUP / 4 / 2;  // of an int4 group
+constexpr int INT8_GROUP = 128;  // inputs of a group of x that meets int8 weights
+constexpr int GROUP = 32;        // inputs that share a scale of x and of weights of 4 bits
+constexpr int INT4_TILE = 4;     // rows at once: 16 sums, 8 weights, a word and a mask
+constexpr int GROUPS_AHEAD = 4;  // that are prefetched
+constexpr int HALF_WORDS = GROUP / 4 / 2;  // of a group of 4 bits
 
 // A group of a row of x.
 template <int INPUTS>
@@ -28,12 +28,26 @@ struct RowGroup {
   int32_t offset;  // takes away what `added` in the weights adds to the sum
 };
 
-// A group of a panel of int4 weights.
+// A group of a panel of weights of 4 bits.
 struct PanelGroup {
   // Of 16 outputs a word of numbers in the lower halves of bytes, and in the upper halves the word
   // that comes HALF_WORDS later.
   uint8_t values[HALF_WORDS][BLOCKS][4 * LANES];
   uint16_t scales[PANEL];  // fp16
+};
+
+// How a byte's lower half, a code, becomes an unsigned weight.
+struct Int4 {
+  static constexpr int added = 8;
+  Words operator()(Words codes) const { return codes; }
+};
+
+struct Iq4 {
+  static constexpr int added = 128;
+  const Words values = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, (char)129, (char)141, (char)153, (char)166,
+                    (char)181, (char)197, (char)217, (char)241));
+  Words operator()(Words codes) const { return _mm512_shuffle_epi8(values, codes); }
 };
 
 inline int group_count(int inputs, int group) { return (inputs + group - 1) / group; }
@@ -78,9 +92,9 @@ void int8_product(int rows, const RowGroup<INT8_GROUP> *x, const Words *panel, i
 }
 
 // Add to totals the sums of ROWS rows, `stride` groups apart, by a group of a panel.
-template <int ROWS>
-inline void add_int4_group(const RowGroup<GROUP> *x, size_t stride, const PanelGroup &panel,
-                           Floats (*totals)[BLOCKS]) {
+template <typename Kind, int ROWS>
+inline void add_group(const Kind &weights, const RowGroup<GROUP> *x, size_t stride,
+                      const PanelGroup &panel, Floats (*totals)[BLOCKS]) {
   Words sums[ROWS][BLOCKS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
@@ -96,8 +110,8 @@ inline void add_int4_group(const RowGroup<GROUP> *x, size_t stride, const PanelG
       Words w[BLOCKS];
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b)
-        w[b] =
-            _mm512_and_si512(half ? _mm512_srli_epi16(both[b], 4) : both[b], _mm512_set1_epi8(15));
+        w[b] = weights(
+            _mm512_and_si512(half ? _mm512_srli_epi16(both[b], 4) : both[b], _mm512_set1_epi8(15)));
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         const Words word = _mm512_set1_epi32(x[r * stride].words[k + half * HALF_WORDS]);
@@ -118,10 +132,11 @@ inline void add_int4_group(const RowGroup<GROUP> *x, size_t stride, const PanelG
   }
 }
 
-// ROWS rows by a panel of int4, of `count` groups each -> totals.
-template <int ROWS>
-void int4_tile(const RowGroup<GROUP> *x, const PanelGroup *panel, int count,
-               Floats (*totals)[BLOCKS]) {
+// ROWS rows by a panel of 4 bits, of `count` groups each -> totals.
+template <typename Kind, int ROWS>
+void tile_of_groups(const RowGroup<GROUP> *x, const PanelGroup *panel, int count,
+                    Floats (*totals)[BLOCKS]) {
+  const Kind weights;
   Floats own[ROWS][BLOCKS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
@@ -130,7 +145,7 @@ void int4_tile(const RowGroup<GROUP> *x, const PanelGroup *panel, int count,
   for (int g = 0; g < count; ++g) {
     // With one row the processor runs ahead of its own accord.
     if (ROWS > 1) fetch((const char *)(panel + g + GROUPS_AHEAD), sizeof(PanelGroup));
-    add_int4_group<ROWS>(x + g, count, panel[g], own);
+    add_group<Kind, ROWS>(weights, x + g, count, panel[g], own);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
@@ -138,14 +153,15 @@ void int4_tile(const RowGroup<GROUP> *x, const PanelGroup *panel, int count,
     for (int b = 0; b < BLOCKS; ++b) totals[r][b] = own[r][b];
 }
 
-// Up to INT4_TILE rows by a panel of int4, of `count` groups each -> totals.
-inline void int4_product(int rows, const RowGroup<GROUP> *x, const PanelGroup *panel, int count,
-                         Floats (*totals)[BLOCKS]) {
+// Up to INT4_TILE rows by a panel of 4 bits, of `count` groups each -> totals.
+template <typename Kind>
+inline void grouped_product(int rows, const RowGroup<GROUP> *x, const PanelGroup *panel, int count,
+                            Floats (*totals)[BLOCKS]) {
   switch (rows) {
-    case 1: return int4_tile<1>(x, panel, count, totals);
-    case 2: return int4_tile<2>(x, panel, count, totals);
-    case 3: return int4_tile<3>(x, panel, count, totals);
-    default: return int4_tile<INT4_TILE>(x, panel, count, totals);
+    case 1: return tile_of_groups<Kind, 1>(x, panel, count, totals);
+    case 2: return tile_of_groups<Kind, 2>(x, panel, count, totals);
+    case 3: return tile_of_groups<Kind, 3>(x, panel, count, totals);
+    default: return tile_of_groups<Kind, INT4_TILE>(x, panel, count, totals);
   }
 }
 

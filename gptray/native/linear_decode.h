@@ -28,7 +28,7 @@ inline int word_count(const Linear &linear) {
 
 // Words from one row to the next: a row is written 16 words at a time, or group by group.
 inline size_t row_words(const Linear &linear) {
-  if (linear.kind == INT4) return group_count(linear.inputs, GROUP) * sizeof(RowGroup<GROUP>) / 4;
+  if (linear.kind >= INT4) return group_count(linear.inputs, GROUP) * sizeof(RowGroup<GROUP>) / 4;
   if (linear.kind == INT8)
     return group_count(linear.inputs, INT8_GROUP) * sizeof(RowGroup<INT8_GROUP>) / 4;
   return (word_count(linear) + LANES - 1) / LANES * LANES;
@@ -55,7 +55,8 @@ void to_words(const float *row, int size, int kind, int32_t *words) {
         store((uint16_t *)words + i, load(row + i, lanes(size - i)), 0xFFFF);
       break;
     case INT8: to_groups(row, size, 128, (RowGroup<INT8_GROUP> *)words); break;
-    default: to_groups(row, size, 8, (RowGroup<GROUP> *)words);
+    case INT4: to_groups(row, size, Int4::added, (RowGroup<GROUP> *)words); break;
+    default: to_groups(row, size, Iq4::added, (RowGroup<GROUP> *)words);
   }
 }
 
@@ -121,10 +122,11 @@ inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel
 template <int KIND>
 inline void multiply_tile(const Linear &linear, int panel, const int32_t *words, int rows,
                           Floats (*sums)[BLOCKS]) {
-  if constexpr (KIND == INT4) {
+  if constexpr (KIND >= INT4) {
+    using Weights = std::conditional_t<KIND == INT4, Int4, Iq4>;
     const int count = group_count(linear.inputs, GROUP);
     const auto *weights = (const PanelGroup *)linear.weight + (size_t)panel * count;
-    int4_product(rows, (const RowGroup<GROUP> *)words, weights, count, sums);
+    grouped_product<Weights>(rows, (const RowGroup<GROUP> *)words, weights, count, sums);
   } else {
     const int count = word_count(linear);
     const Words *weights = (const Words *)linear.weight + (size_t)panel * count * BLOCKS;
@@ -148,13 +150,14 @@ void multiply_panel(const Linear &linear, int panel, const Input &x, const Resul
     multiply_tile<KIND>(linear, panel, x.words + row * row_words(linear), rows, sums);
     finish(sums, linear, panel, x, to, row, rows);
   };
-  in_tiles(first, stop, run, KIND == INT4 ? INT4_TILE : TILE);
+  in_tiles(first, stop, run, KIND >= INT4 ? INT4_TILE : TILE);
 }
 
 void multiply(const Linear &linear, const Input &x, int rows, const Results &to) {
   const TileUse tiles;
   constexpr void (*runs[])(const Linear &, int, const Input &, const Results &, int, int) = {
-      multiply_panel<FP32>, multiply_panel<BF16>, multiply_panel<INT8>, multiply_panel<INT4>};
+      multiply_panel<FP32>, multiply_panel<BF16>, multiply_panel<INT8>, multiply_panel<INT4>,
+      multiply_panel<IQ4_NL>};
   // Cores are seldom equally fast: others' work and other machines' take from each in turn.
 #pragma omp for collapse(2) schedule(dynamic)
   for (int first = 0; first < rows; first += ROW_BLOCK)

@@ -184,6 +184,7 @@ def as_after_training() -> Iterator[None]:
         pytest.param("native", torch.bfloat16, "none", marks=needs_native),
         pytest.param("native", torch.bfloat16, "int8", marks=needs_native),
         pytest.param("native", torch.bfloat16, "int4", marks=needs_native),
+        pytest.param("native", torch.bfloat16, "iq4_nl", marks=needs_native),
     ],
 )
 @pytest.mark.parametrize("choices", [{}, MODERN], ids=["gpt2", "modern"])
@@ -407,6 +408,7 @@ def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) 
         (torch.float32, "int8", 0.03),
         (torch.bfloat16, "int4", 0.25),
         (torch.float32, "int4", 0.25),
+        (torch.bfloat16, "iq4_nl", 0.2),
     ],
 )
 @pytest.mark.parametrize("rows", [1, 9])
@@ -429,15 +431,16 @@ def test_bf16_and_quantized_weights_stay_close_to_fp32(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("choices", [{}, MODERN], ids=["gpt2", "modern"])
-def test_int4_computes_with_what_the_stored_weights_are(
-    tokenizer: Tokenizer, backend: str, choices: dict[str, Any]
+@pytest.mark.parametrize("kind", ["int4", "iq4_nl"])
+def test_4_bits_compute_with_what_the_stored_weights_are(
+    tokenizer: Tokenizer, backend: str, choices: dict[str, Any], kind: str
 ) -> None:
     model = random_gpt(tokenizer, n_embd=40, n_head=2, initializer_range=0.1, **choices)
     stored = random_gpt(tokenizer, n_embd=40, n_head=2, initializer_range=0.1, **choices)
     with torch.no_grad():
         for layer in stored.transformer.h.modules():
             if isinstance(layer, torch.nn.Linear):
-                layer.weight.copy_(quantize_weight(layer.weight, "int4").dequantize())
+                layer.weight.copy_(quantize_weight(layer.weight, kind).dequantize())
     prompt = prompt_of(tokenizer, 20, seed=1)
 
     def logits_of(model: GPT, backend: str, quantize: str) -> torch.Tensor:
@@ -445,6 +448,6 @@ def test_int4_computes_with_what_the_stored_weights_are(
         return decoder.step([], [Piece(0, 0, prompt)])[:, : tokenizer.vocab_size].float()
 
     exact = logits_of(stored, "torch", "none")
-    error = (logits_of(model, backend, "int4") - exact).norm() / exact.norm()
+    error = (logits_of(model, backend, kind) - exact).norm() / exact.norm()
     # Beside the weights only the head is rounded, and on some backends what meets weights.
     assert error < 0.03

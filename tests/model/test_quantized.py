@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import pytest
 import torch
 
@@ -34,6 +35,30 @@ def test_int4_is_what_its_documentation_says() -> None:
     assert found.values.tolist() == [[0 | 15 << 4, 8 | 11 << 4, 7 | 8 << 4]]
 
 
+def test_iq4_nl_is_what_gguf_reads_and_nearer_to_weights_than_int4() -> None:
+    weight = weights(5, 96)
+    found = quantize(weight, "iq4_nl")
+    codes = found.codes().view(5, 3, 2, 16)
+    blocks = torch.cat(
+        (found.scales[..., None].view(torch.uint8), codes[:, :, 0] | codes[:, :, 1] << 4), dim=-1
+    )
+    read = gguf.dequantize(blocks.flatten(1).numpy(), gguf.GGMLQuantizationType.IQ4_NL)
+    assert torch.equal(torch.from_numpy(read), found.dequantize())
+    error = (found.dequantize() - weight).norm(dim=1)
+    assert bool((error <= 0.09 * weight.norm(dim=1)).all())
+    assert float(error.sum()) < 0.95 * float(
+        (quantize(weight, "int4").dequantize() - weight).norm(dim=1).sum()
+    )
+
+
+def test_a_row_of_iq4_nl_is_rounded_by_itself_whatever_its_length() -> None:
+    for inputs in (1, 33, 70):
+        weight = weights(9, inputs)
+        whole = quantize(weight, "iq4_nl").dequantize()
+        rows = [quantize(row[None], "iq4_nl").dequantize() for row in weight]
+        assert torch.equal(whole, torch.cat(rows))
+
+
 def test_a_group_has_a_scale_of_its_own() -> None:
     weight = torch.ones(1, 64)
     weight[0, 32:] = 1e-3
@@ -45,7 +70,7 @@ def test_int4_takes_at_most_a_third_of_the_bytes_of_bf16_and_int8_about_half() -
     def share(kind: str) -> float:
         return quantize(weights(64, 768), kind).nbytes / (64 * 768 * 2)
 
-    assert share("int4") <= 0.32 and share("int8") <= 0.55
+    assert share("int4") == share("iq4_nl") <= 0.32 and share("int8") <= 0.55
 
 
 def test_rows_are_quantized_by_themselves() -> None:

@@ -31,7 +31,7 @@ from tests.model.test_lora import (
 
 # PEFT's.
 pytestmark = pytest.mark.filterwarnings("ignore")
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "iq4_nl")
 
 
 @torch.no_grad()

@@ -69,7 +69,9 @@ TEST(a_product_with_int8_is_a_loop_over_groups) {
   }
 }
 
-TEST(a_product_with_int4_is_a_loop_over_groups) {
+// value(code): of a weight.
+template <typename Kind, typename Value>
+static void check_codes(const Value &value) {
   const int count = 3;
   std::mt19937 generator(5);
   std::vector<PanelGroup> panel(count);
@@ -82,9 +84,9 @@ TEST(a_product_with_int4_is_a_loop_over_groups) {
     const std::vector<float> x = randoms(rows * count * GROUP, rows);
     std::vector<RowGroup<GROUP>> groups(rows * count);
     for (int r = 0; r < rows; ++r)
-      to_groups(&x[r * count * GROUP], count * GROUP, 8, &groups[r * count]);
+      to_groups(&x[r * count * GROUP], count * GROUP, Kind::added, &groups[r * count]);
     Floats totals[INT4_TILE][BLOCKS];
-    int4_product(rows, groups.data(), panel.data(), count, totals);
+    grouped_product<Kind>(rows, groups.data(), panel.data(), count, totals);
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < PANEL; ++c) {
         float total = 0;
@@ -95,7 +97,7 @@ TEST(a_product_with_int4_is_a_loop_over_groups) {
             const int word = i / 4, half = word / (HALF_WORDS);
             const int at = c % LANES * 4 + i % 4;
             const uint8_t both = panel[g].values[word % (HALF_WORDS)][c / LANES][at];
-            sum += ((both >> 4 * half & 15) - 8) * ((const int8_t *)group.words)[i];
+            sum += value(both >> 4 * half & 15) * ((const int8_t *)group.words)[i];
           }
           const float both = from_fp16(panel[g].scales[c]) * group.scale;
           total = std::fma((float)sum, both, total);
@@ -103,4 +105,15 @@ TEST(a_product_with_int4_is_a_loop_over_groups) {
         CHECK(((const float *)totals[r])[c] == total);
       }
   }
+}
+
+TEST(a_product_with_int4_is_a_loop_over_groups) {
+  check_codes<Int4>([](int code) { return code - 8; });
+}
+
+TEST(a_product_with_iq4_nl_is_a_loop_over_groups) {
+  // Those of the format.
+  constexpr int values[] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                            1,    13,   25,  38,  53,  69,  89,  113};
+  check_codes<Iq4>([&](int code) { return values[code]; });
 }

@@ -36,9 +36,9 @@ class Options(TypedDict, total=False):
     """How a model is opened; `--help` of a job says more of each key named here.
 
     storage_path: folder of the runs that a name is looked up in. precision (generate.precision):
-    auto, fp32 or bf16. quantize (quantize.weights): none, int8 or int4. use_gpu (compute.use_gpu).
-    backend (generate.backend): auto, native or torch. max_batch_size (generate.max_batch_size):
-    prompts that run at a time.
+    auto, fp32 or bf16. quantize (quantize.weights): none, int8, int4 or iq4_nl. use_gpu
+    (compute.use_gpu). backend (generate.backend): auto, native or torch. max_batch_size
+    (generate.max_batch_size): prompts that run at a time.
     """
 
     storage_path: str
