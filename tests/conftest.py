@@ -82,7 +82,11 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     # Tiny runs report in quick succession: do not have each report wait for the next poll.
     os.environ.update(TRAIN_ENV | OWN_TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
+    before = dict(os.environ)
     with own_ray(RAY_TOKEN, num_cpus=2, log_to_driver=False, logging_level="ERROR"):
+        # What keeps this Ray to itself is not for clusters that tests start.
+        for name in os.environ.keys() - before.keys() - RAY_TOKEN.keys():
+            del os.environ[name]
         yield
 
 
