@@ -85,7 +85,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = dict(os.environ)
     with own_ray(RAY_TOKEN, num_cpus=2, log_to_driver=False, logging_level="ERROR"):
         # What keeps this Ray to itself is not for clusters that tests start.
-        for name in os.environ.keys() - before.keys() - RAY_TOKEN.keys():
+        for name in os.environ.keys() - before.keys():
             del os.environ[name]
         yield
 
