@@ -261,7 +261,7 @@ def _complaint(
     if key == "body":
         return str(detail["ctx"]["error"])
     reason = str(detail.get("ctx", {}).get("error", ""))
-    if reason.startswith(f"{key}["):  # names the place itself
+    if reason.startswith((f"{key}[", f"{key} ")):  # names the place itself
         return reason
     if detail["type"] == "missing":
         return f"{key} is missing"

@@ -169,6 +169,8 @@ def test_a_wrong_message_is_named_once(server: Server) -> None:
     error = post(server, messages=[{"content": "a"}]).json()["error"]
     assert error["message"] == "messages[0].role must be text, such as user"
     assert error["param"] == "messages"
+    error = post(server, messages="the cat").json()["error"]
+    assert error["message"].startswith("messages expects a list of messages, each with a role")
 
 
 @pytest.mark.parametrize(
