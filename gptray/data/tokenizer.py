@@ -115,10 +115,14 @@ class Tokenizer:
         add_prefix: whether a text that does not begin with the prefix gets it.
         Raises UserError as `encode`.
         """
+        if parse_special:
+            ids = self.chat_ids(text)
+            if add_prefix and ids[: len(self.prefix)] != self.prefix:
+                ids = self.prefix + ids
+            return ids or [self.eos_id]
         rest = text[len(self.prefix_name) :] if self.begins_with_prefix(text) else text
-        ids = [*(self.prefix if add_prefix or rest is not text else [])]
-        ids += self._encode_parts(self.written_names.parts(rest) if parse_special else [rest])
-        return ids or [self.eos_id]
+        prefix = self.prefix if add_prefix or rest is not text else []
+        return prefix + self.encode(rest) or [self.eos_id]
 
     def chat_ids(self, chat: str) -> list[int]:
         """Token ids of a chat as its template writes it, special tokens by their names.
@@ -126,15 +130,22 @@ class Tokenizer:
         Names that were taken apart (see `WrittenNames`) are text. Raises UserError as `encode`.
         """
         put_together = self.written_names.put_together
-        parts = self.written_names.parts(chat)
-        return self._encode_parts(
-            put_together(part) if isinstance(part, str) else part for part in parts
+        if self._characters is None and put_together(chat) == chat:
+            # As transformers does: whether a piece begins the text, and spaces beside names, count.
+            return self._encode_by(self._names_reader, [chat])[0]
+        encoded = (
+            [part] if isinstance(part, int) else self.encode(put_together(part))
+            for part in self.written_names.parts(chat)
         )
-
-    def _encode_parts(self, parts: Iterable[str | int]) -> list[int]:
-        """Token ids of pieces of text, and of tokens as they are."""
-        encoded = ([part] if isinstance(part, int) else self.encode(part) for part in parts)
         return [number for ids in encoded for number in ids]
+
+    @cached_property
+    def _names_reader(self) -> tokenizers.Tokenizer:
+        """A copy that reads the names of special tokens."""
+        reader = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        if self.eos_id not in reader.get_added_tokens_decoder():
+            reader.add_special_tokens([self.eos_token])
+        return reader
 
     @cached_property
     def written_names(self) -> WrittenNames:
@@ -166,12 +177,7 @@ class Tokenizer:
         """
         if self._characters is not None:
             return [self._encode_characters(text, self._characters) for text in texts]
-        try:
-            with panics_as_errors():
-                encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise unreadable(self._backend, texts, error) from None
-        return [encoding.ids for encoding in encodings]
+        return self._encode_by(self._backend, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens show as their names."""
@@ -219,6 +225,15 @@ class Tokenizer:
 
     def _json(self) -> bytes:
         return self._backend.to_str().encode()
+
+    @staticmethod
+    def _encode_by(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            with panics_as_errors():
+                encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise unreadable(backend, texts, error) from None
+        return [encoding.ids for encoding in encodings]
 
     @staticmethod
     def _encode_characters(text: str, ids: dict[str, int]) -> list[int]:

@@ -22,7 +22,7 @@ def messages_of(value: object) -> list[dict[str, str]]:
     as left out.
     """
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError("expects a list of messages, each with a role and content")
+        raise ValueError("messages expects a list of messages, each with a role and content")
     return [_message(one, f"messages[{number}]") for number, one in enumerate(value)]
 
 

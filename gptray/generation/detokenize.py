@@ -14,16 +14,20 @@ from gptray.data.tokenizer import Tokenizer
 Decode = Callable[[Sequence[int]], str]
 # How decoders show bytes that are no character, or none yet.
 REPLACEMENT = "\ufffd"
+# The most bytes of a character.
+UTF8_BYTES = 4
 
 
 def left_context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """The prompt's last token, if what follows continues its text.
+    """The prompt's last token, or character of byte tokens, if what follows continues its text.
 
     Of Llama's kind of tokens the first in a text loses the space that it begins with.
     """
-    last = list(prompt[-1:])
-    is_special = not last or last[0] in tokenizer.written_names.ids.values()
-    return [] if is_special or tokenizer.decode(last).endswith(REPLACEMENT) else last
+    if not prompt or prompt[-1] in tokenizer.written_names.ids.values():
+        return []
+    ends = (list(prompt[-count:]) for count in range(1, UTF8_BYTES + 1))
+    whole = (end for end in ends if not tokenizer.decode(end).endswith(REPLACEMENT))
+    return next(whole, [])
 
 
 def decode_after(decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from gptray.serving.api_error import ApiError
 from gptray.serving.choices import Choice, Logprobs
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.echo import Echo
-from gptray.serving.endpoint import LONG_TEXT, NO_TEXT, Served
+from gptray.serving.endpoint import NO_TEXT, Served
 from gptray.serving.protocol import CompletionRequest, GenerationRequest, check_min_tokens
 
 # Clients ask for at most so many; a server's own limit may be lower.
@@ -140,8 +140,8 @@ async def _prompt_ids(body: ChatRequest, served: Served) -> list[int]:
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
     )
-    is_long = sum(len(message["content"]) for message in body.messages) >= LONG_TEXT
-    _, ids = await asyncio.to_thread(render) if is_long else render()
+    # In a thread: the first takes a second, and a template may take long.
+    _, ids = await asyncio.to_thread(render)
     return ids
 
 

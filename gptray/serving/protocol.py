@@ -260,6 +260,9 @@ def _complaint(
 ) -> str:
     if key == "body":
         return str(detail["ctx"]["error"])
+    reason = str(detail.get("ctx", {}).get("error", ""))
+    if reason.startswith((f"{key}[", f"{key} ")):  # names the place itself
+        return reason
     if detail["type"] == "missing":
         return f"{key} is missing"
     if detail["type"] == "extra_forbidden":

@@ -92,6 +92,16 @@ def llama() -> tokenizers.Tokenizer:
     return backend
 
 
+def llama_first() -> tokenizers.Tokenizer:
+    """Mistral's: only a text's own start gets a space; bytes are no special tokens."""
+    parts = json.loads(llama().to_str())
+    parts["added_tokens"] = [one for one in parts["added_tokens"] if "<0x" not in one["content"]]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return backend
+
+
 def byte_level(*, prefix: bool = False, composed: bool = False) -> tokenizers.Tokenizer:
     """GPT-2's; `prefix`: a space before every text; `composed`: Qwen's, in Unicode's NFC."""
     backend = tokenizers.Tokenizer(models.BPE())

@@ -10,7 +10,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
-from gptray.generation.detokenize import TextStream
+from gptray.generation.detokenize import TextStream, decode_after, left_context
+from tests.data import foreign
 
 TEXT = (
     "Once upon a time, \uc61b\ub0a0 \uc61b\uc801\uc5d0 \ud638\ub791\uc774\uac00 "
@@ -129,3 +130,12 @@ def test_a_stop_string_holds_though_the_text_is_cut_inside_a_character() -> None
     cut = Tokenizer(joined, {"eos_token": "<|endoftext|>"})
     assert "".join(streamed(cut, [1, 0], ["nd"])) == "ae"
     assert "".join(streamed(cut, [1, 0])) == "aend\ufffd"
+
+
+@pytest.mark.parametrize("prompt", ["the cat", "the 가", "the 😀"])
+def test_a_continuation_keeps_its_space_behind_a_character_of_byte_tokens(prompt: str) -> None:
+    tokenizer = foreign.as_tokenizer(foreign.llama_first())
+    ids, dog = tokenizer.encode(prompt), tokenizer.encode("dog")
+    lead = left_context(tokenizer, ids)
+    assert decode_after(tokenizer.decode, lead, dog) == " dog"
+    assert left_context(tokenizer, [*ids, tokenizer.eos_id]) == []

@@ -9,9 +9,11 @@ from typing import Any
 import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from gptray.generation.chat_template import ChatTemplate
+from tests.data import foreign
 from tests.serving.servers import TOKENIZER, Server, running, tiny
 
 TEMPLATE = (
@@ -144,6 +146,31 @@ def test_what_a_message_says_is_never_a_special_token(tmp_path: Path) -> None:
     text, ids = ours.prompt(sly)
     assert ids.count(TOKENIZER.eos_id) == 1
     assert TOKENIZER.decode(ids) == text and sly[0]["content"] in text
+
+
+def test_pieces_between_special_tokens_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    """Only a text's own start gets a space, and <|user|> takes the spaces behind it."""
+    backend = foreign.llama_first()
+    user = AddedToken("<|user|>", special=True, normalized=False, rstrip=True)
+    backend.add_special_tokens([user])
+    ours = foreign.as_tokenizer(backend)
+    ours.save(tmp_path)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    theirs.chat_template = (
+        "<s>{% for one in messages %}<|user|>\n{{ one.content }}</s>a dog{% endfor %}"
+    )
+    expected = theirs.apply_chat_template(ASK, return_dict=False)
+    text, ids = ChatTemplate(theirs.chat_template, ours).prompt(ASK)
+    assert ids == expected
+    assert ours.prompt_ids(text, parse_special=True) == expected
+
+
+def test_a_wrong_message_is_named_once(server: Server) -> None:
+    error = post(server, messages=[{"content": "a"}]).json()["error"]
+    assert error["message"] == "messages[0].role must be text, such as user"
+    assert error["param"] == "messages"
+    error = post(server, messages="the cat").json()["error"]
+    assert error["message"].startswith("messages expects a list of messages, each with a role")
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,7 @@ def _chats(
     messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]],
 ) -> list[object]:
     """One chat or several as several."""
-    if not messages or isinstance(messages[0], Mapping):
+    several = isinstance(messages, abc.Sequence) and messages
+    if not several or isinstance(messages[0], Mapping):
         return [messages]
     return [*messages]
