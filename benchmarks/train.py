@@ -192,7 +192,9 @@ def peft_network(adapted: Adapted) -> nn.Module:
     import peft
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(adapted.base, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        adapted.base, dtype=torch.bfloat16, trust_remote_code=False
+    )
     lora = peft.LoraConfig(
         r=adapted.rank, lora_alpha=16, use_rslora=True, target_modules="all-linear"
     )

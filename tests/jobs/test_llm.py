@@ -172,6 +172,7 @@ def test_a_chat_is_what_its_template_writes(model_dir: Path, tmp_path: Path) -> 
     assert talker.chat(chats[0], **SETTINGS) == outputs[:1]
     with pytest.raises(UserError, match=r"messages\[0\].content must be text"):
         talker.chat([{"role": "user"}])
-    for wrong in ([], {"role": "user", "content": "the cat"}, "the cat", None):
+    wrong: list[Any] = [[], {"role": "user", "content": "the cat"}, "the cat", None]
+    for messages in wrong:
         with pytest.raises(UserError, match="^messages expects a list of messages"):
-            talker.chat(wrong)  # type: ignore[arg-type]
+            talker.chat(messages)
