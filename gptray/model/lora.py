@@ -176,16 +176,18 @@ def freeze(model: GPT, replaced: Sequence[Part], kind: str = "none") -> None:
     """Freeze all of a network on the meta device but `replaced`, in the dtype that it computes in;
     with a kind of `gptray.model.quantized` its blocks' linear layers hold their weights in that.
 
-    Kernels take norms' weights and biases in fp32, which these then keep.
+    Kernels take norms and biases in fp32, which stay that: norms of a network that has kernels, for
+    attention reads theirs, and biases of layers that are computed by them.
     """
     learns = {part.parameter for part in replaced}
     is_native = model.is_native
     for name, module in list(model.named_modules()):
         is_norm = isinstance(module, (LayerNorm, RMSNorm))
+        keeps_bias = getattr(module, "native", False)
         for own, parameter in module.named_parameters(recurse=False):
             if f"{name}.{own}" not in learns:
                 parameter.requires_grad_(False)
-                if not (is_native and (is_norm or own == "bias")):
+                if not (is_native and is_norm or keeps_bias and own == "bias"):
                     parameter.data = parameter.data.to(model.compute_dtype)
         if isinstance(module, Linear) and kind != "none":
             model.set_submodule(name, QuantizedLinear(module, kind))

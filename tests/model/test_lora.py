@@ -209,6 +209,25 @@ def test_an_adapter_learns_the_same_by_kernels_and_in_fp32(
     assert torch.cosine_similarity(native_grad, grad, dim=0) > 0.98
 
 
+@needs_native
+@pytest.mark.parametrize("quantized", ["none", "int4"])
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_fc", "mlp.c_proj"]])
+def test_layers_of_odd_widths_that_no_kernel_takes_learn_beside_the_others(
+    targets: list[str], quantized: str, tmp_path: Path
+) -> None:
+    make_hf("gpt2", VOCAB_SIZE, n_inner=33).save_pretrained(tmp_path)
+    base = Base.of(str(tmp_path), quantized=quantized)
+    lora = LoraConfig.model_validate({"rank": 3, "targets": targets})
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = adapted(base, lora, dtype, native=dtype == torch.bfloat16)
+        loss = model(tokens(), tokens())
+        loss.backward()
+        losses.append(loss.detach())
+    assert model.is_native
+    assert abs(losses[1] - losses[0]) < 0.02 * losses[0]
+
+
 def edit_config(**values: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "adapter_config.json"
