@@ -31,7 +31,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 NAMES = sorted(path.stem[5:] for path in HERE.glob("test_*.cpp"))
 # Of those, the ones that multiply by panels.
-TILED = ["attention_train", "gemm", "grouped_decode", "head_loss", "heads_train"]
+TILED = ["attention_train", "frozen_train", "gemm", "grouped_decode", "head_loss", "heads_train"]
 TILED += ["linear_decode", "linear_train", "panels", "tiles"]
 
 
