@@ -129,15 +129,14 @@ def _mended_scales(groups: Tensor) -> Tensor:
     values = torch.tensor(CODES, dtype=torch.float32, device=groups.device)
     at = groups.abs().argmax(-1, keepdim=True)
     greatest = groups.gather(-1, at)
-    best = least = torch.empty(0)
+    best = (greatest / CODES[0]).half()
+    least = torch.full_like(greatest, torch.inf, dtype=torch.float64)
     for end in (CODES[0], CODES[-1]):
         scales = (greatest / end).half()
         for turn in range(_MENDED + 1):
             near = values[_nearest_codes(groups, scales).int()]
             error = (near * scales - groups).square_().sum(-1, True, dtype=torch.float64)
-            better = error < least if len(best) else torch.ones_like(error, dtype=torch.bool)
-            best = torch.where(better, scales, best) if len(best) else scales
-            least = torch.where(better, error, least) if len(least) else error
+            best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
             if turn < _MENDED:
                 both = (near * groups).sum(-1, True, dtype=torch.float64)
                 scales = (both / near.square().sum(-1, True, dtype=torch.float64)).half()
@@ -152,7 +151,9 @@ def _nearest_codes(numbers: Tensor, scales: Tensor) -> Tensor:
     table = torch.bucketize(torch.arange(least, most + 1), torch.tensor(borders), right=True)
     scales = scales.float()
     twice = torch.where(scales == 0, scales, 2 * scales.reciprocal())
-    place = (numbers * twice).floor_().clamp_(least, most).sub_(least).int()
+    place = (numbers * twice).floor_().clamp_(least, most).sub_(least)
+    # Of what is not finite any code does: its scale is not finite either.
+    place = place.nan_to_num_(nan=0.0).int()
     return table.to(device=numbers.device, dtype=torch.uint8)[place]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import gguf
 import pytest
 import torch
 
+from gptray.model.packed_weights import PACKINGS
 from gptray.model.quantized import QuantizedWeight, quantize
 
 
@@ -80,3 +83,16 @@ def test_rows_are_quantized_by_themselves() -> None:
     values = torch.cat([part.values for part in parts])
     together = QuantizedWeight("int4", 70, values, torch.cat([part.scales for part in parts]))
     assert torch.equal(whole.dequantize(), together.dequantize())
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_stays_so_and_spoils_no_other_row(
+    kind: str, bad: float
+) -> None:
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    whole = quantize(weight, kind).dequantize()
+    weight[1, 3] = bad
+    spoilt = quantize(weight, kind).dequantize()
+    assert not spoilt[1].isfinite().all()
+    assert torch.equal(spoilt[[0, 2]], whole[[0, 2]])
