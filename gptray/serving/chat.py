@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Annotated, TypedDict
 
@@ -12,11 +12,9 @@ from pydantic import Field, PlainValidator, model_validator
 from gptray.config import ServeConfig
 from gptray.config.limits import within
 from gptray.generation.chat_template import messages_of
-from gptray.generation.sequence import Sequence
 from gptray.serving.api_error import ApiError
 from gptray.serving.choices import Choice, Logprobs
 from gptray.serving.completions import Completion, check_name
-from gptray.serving.echo import Echo
 from gptray.serving.endpoint import NO_TEXT, Served
 from gptray.serving.protocol import CompletionRequest, GenerationRequest, check_min_tokens
 
@@ -100,15 +98,10 @@ class ChatCompletion(Completion):
         longest = served.engine.n_positions
         return await cls.of(body.completion(ids, longest=longest), served, limits)
 
-    def __init__(
-        self,
-        body: CompletionRequest,
-        served: Served,
-        prompts: list[Echo],
-        sequences: list[Sequence],
-    ) -> None:
-        super().__init__(body, served, prompts, sequences)
-        self._begun: set[int] = set()  # choices whose role was told
+    @cached_property
+    def _begun(self) -> set[int]:
+        """The choices whose role was told."""
+        return set()
 
     def whole_choice(self, choice: Choice) -> dict[str, object]:
         message = {"role": "assistant", "content": choice["text"], "refusal": None}

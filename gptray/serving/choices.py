@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import abc
 from typing import TypedDict
 
-from gptray.generation.detokenize import TextStream
+from gptray.generation.detokenize import TextStream, left_context
 from gptray.generation.sampling import Drawn
 from gptray.serving.echo import Echo
 from gptray.serving.endpoint import Served
@@ -40,15 +40,14 @@ class Output:
     """One choice as its updates come."""
 
     def __init__(
-        self, index: int, prompt: Echo, context: list[int], logprobs: bool, served: Served
+        self, index: int, prompt: Echo, ids: abc.Sequence[int], logprobs: bool, served: Served
     ) -> None:
-        """context: what the engine's texts continue, see `left_context`."""
+        """prompt: as the text begins with it. ids: those of the prompt, which it continues."""
         self._index, self._has_logprobs = index, logprobs
         self._echoed, self._lead = prompt.text, list(prompt.lead)
         self._led = 0  # characters before the text that is told
         self._new: int | None = len(prompt.text)  # where new tokens begin, until they have
-        self._context = context
-        self._served = served
+        self._ids, self._served = ids, served
         # Tells where in the text behind the lead each token begins.
         self._told = TextStream(served.tokenizer.decode)
 
@@ -72,7 +71,9 @@ class Output:
         for number, drawn in enumerate((*prompt, *new)):
             if number == len(prompt) and self._new is not None:
                 # The engine's text of them begins behind the prompt as it was written.
-                self._told = TextStream(self._served.tokenizer.decode, lead=self._context)
+                tokenizer = self._served.tokenizer
+                lead = left_context(tokenizer, self._ids)
+                self._told = TextStream(tokenizer.decode, lead=lead)
                 self._led, self._new, self._lead = self._new, None, []
             told["tokens"].append(self._served.token_text(drawn.token))
             told["token_logprobs"].append(_finite(drawn.logprob))

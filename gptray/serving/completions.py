@@ -18,7 +18,6 @@ from typing import Self
 
 from gptray.config import ServeConfig
 from gptray.config.limits import SEEDS
-from gptray.generation.detokenize import left_context
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.serving.api_error import ApiError, unknown_model
@@ -49,16 +48,8 @@ class Completion:
         self._sequences = sequences
         echoed = prompts if body.echo else [Echo("") for _ in prompts]
         self._outputs = [
-            Output(
-                index,
-                prompt,
-                left_context(served.tokenizer, sequence.prompt),
-                body.logprobs is not None,
-                served,
-            )
-            for index, (prompt, sequence) in enumerate(
-                zip((one for one in echoed for _ in range(body.n)), sequences, strict=True)
-            )
+            Output(index, echoed[index // body.n], one.prompt, body.logprobs is not None, served)
+            for index, one in enumerate(sequences)
         ]
         self.prompt_tokens = sum(one.prompt_tokens for one in sequences[:: body.n])
         self.completion_tokens = 0
