@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptray.config import Config, ModelConfig
+from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import parameter_count
 from gptray.model.shape import read_shape
 
 # Of a process that has imported PyTorch and opened a tokenizer, as it was measured.
 PROCESS = 0.34e9
 _BYTES = {"fp32": 4, "bf16": 2}
-# Of a weight in the linear layers, scales included, and in the head.
-_QUANTIZED: dict[str, tuple[float, float]] = {
-    "int8": (1, 1),
-    "int4": (4.5 / 8, 1),
-    "iq4_nl": (4.5 / 8, 1),
-}
+# Of a scale of quantized weights, and of a weight in a quantized head.
+_SCALE, _HEAD = 2, 1
 
 
 def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
@@ -31,9 +28,10 @@ def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
     each = _BYTES.get(precision, 2)
     embedding = rows * model.n_embd
     layers = parameter_count(model, rows) - embedding * (1 if model.tie_word_embeddings else 2)
-    layer_bytes, head_bytes = _QUANTIZED.get(config.quantize.weights, (each, each))
-    if config.quantize.weights != "none":
-        named = config.quantize.weights
+    layer_bytes, head_bytes = float(each), each
+    if packing := PACKINGS.get(config.quantize.weights):
+        named, head_bytes = config.quantize.weights, _HEAD
+        layer_bytes = packing.bits / 8 + (_SCALE / packing.group if packing.group else 0)
     weights = layers * layer_bytes + embedding * (head_bytes + each)
     token = 2 * model.n_layer * model.kv_heads * model.head_width * each
     cache = sequences * model.n_positions * token

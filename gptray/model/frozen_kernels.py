@@ -107,27 +107,26 @@ def _up(layer: FrozenLayer) -> Tensor:
     """scale B (N, R), each adapter's B in its own rows and columns, the rest 0."""
     adapters = layer.adapters
     assert adapters
-    count, rank = len(adapters.a), adapters.b.size(1)
+    count = len(adapters.a)
     up = adapters.b.new_zeros(len(layer.values), count + count % 2)
-    for number, (span, b) in enumerate(_pairs(adapters)):
-        up[span, number * rank : (number + 1) * rank] = b
+    for span, columns, b in _each(adapters, adapters.b):
+        up[span, columns] = b
     return up.mul_(adapters.scale)
 
 
 def _adapted(grad: Tensor, adapters: Adapters) -> Tensor:
     """The gradient of B, of that of `_up`'s, transposed, (R, N), without its scale."""
-    rank, found = adapters.b.size(1), torch.empty_like(adapters.b)
-    parts = torch.split(found, [span.stop - span.start for span in adapters.spans])
-    for number, (span, part) in enumerate(zip(adapters.spans, parts, strict=True)):
-        own = grad[number * rank : (number + 1) * rank, span]
-        torch.mul(own.t(), adapters.scale, out=part)
+    found = torch.empty_like(adapters.b)
+    for span, columns, part in _each(adapters, found):
+        torch.mul(grad[columns, span].t(), adapters.scale, out=part)
     return found
 
 
-def _pairs(adapters: Adapters) -> Iterator[tuple[slice, Tensor]]:
-    """Of each adapter its outputs and its B."""
-    widths = [span.stop - span.start for span in adapters.spans]
-    yield from zip(adapters.spans, torch.split(adapters.b, widths), strict=True)
+def _each(adapters: Adapters, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Of each adapter its outputs, its numbers of u, and its part of what has B's shape."""
+    rank, widths = b.size(1), [span.stop - span.start for span in adapters.spans]
+    for number, (span, part) in enumerate(zip(adapters.spans, torch.split(b, widths), strict=True)):
+        yield span, slice(number * rank, (number + 1) * rank), part
 
 
 # --- operators

@@ -126,7 +126,7 @@ def _linear_backward(
     grad: Tensor, inputs: list[Tensor], _: list[Tensor], kept: list[Tensor], numbers: list[float]
 ) -> list[Tensor]:
     grad, x, *layer = whole([grad, *inputs])
-    return [input_gradient(grad, layer[0]), *_layer_gradients(grad, x, *layer)]
+    return [input_gradient(grad, layer[0]), *weight_gradients(grad, x, has_bias=len(layer) == 2)]
 
 
 def _linear_shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
@@ -153,11 +153,11 @@ def _mlp_backward(
     grad, x, *layers = whole([grad, *inputs])
     layer, out = _both(layers)
     inner, slopes = kept
-    grads_out = _layer_gradients(grad, inner, *out)
+    grads_out = weight_gradients(grad, inner, has_bias=len(out) == 2)
     (N, K), grad_inner = out[0].shape, torch.empty_like(slopes)
     tensors = grad, out[0], slopes, grad_inner, panels(K, N // 2)
     call(_functions(numbers)[1], *tensors, *sizes(inner, out[0]))
-    grads = _layer_gradients(grad_inner, x, *layer)
+    grads = weight_gradients(grad_inner, x, has_bias=len(layer) == 2)
     return [input_gradient(grad_inner, layer[0]), *grads, *grads_out]
 
 
@@ -176,13 +176,6 @@ def _both(layers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _functions(numbers: list[float]) -> tuple[str, str]:
     return list(_MLPS.values())[int(numbers[0])]
-
-
-def _layer_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> list[Tensor]:
-    """Those of a linear layer's weight and bias."""
-    return weight_gradients(grad, x, has_bias=bias is not None)
 
 
 _LINEAR = Operator("linear", _linear, _linear_backward, _linear_shapes)

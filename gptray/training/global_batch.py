@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class GlobalBatch:
         is_pinned = device.type == "cuda"
         both = torch.empty(2, size, block_size, dtype=torch.int64, pin_memory=is_pinned)
         inputs, targets = both.numpy()
-        for row, start in enumerate(self._starts()[first : first + size].tolist()):
+        for row, start in enumerate(self._starts[first : first + size].tolist()):
             tokens = self.data.train.slice(start, start + block_size + 1)
             inputs[row], targets[row] = tokens[:-1], tokens[1:]
         if self.data.train.document_prefix:
@@ -52,9 +53,10 @@ class GlobalBatch:
             return [size * block_size] * self.config.micro_batches
         of_rows = [
             int(split.counts(split.slice(start + 1, start + 1 + block_size)).sum())
-            for start in self._starts().tolist()
+            for start in self._starts.tolist()
         ]
         return [sum(of_rows[row : row + size]) for row in range(0, len(of_rows), size)]
 
+    @cached_property
     def _starts(self) -> NDArray[np.int64]:
         return self.order.batch(self.position, self.config.train.global_batch_size)

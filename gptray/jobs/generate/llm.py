@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -141,12 +142,10 @@ class LLM:
         template, for messages that it refuses and for what is not a message.
         """
         sample, chats = self._sample(settings), _chats(messages)
-        template = Usage.of(self.folder).chat_template
-        if template is None:
+        if self._template is None:
             raise UserError(f"{self.name} has no chat template; call generate")
-        write = ChatTemplate(template, self._tokenizer).prompt
         try:
-            prompts = [write(messages_of(chat)) for chat in chats]
+            prompts = [self._template.prompt(messages_of(chat)) for chat in chats]
         except ValueError as error:
             raise UserError(str(error)) from None
         rows = [self._row(ids, sample, i) for i, (_, ids) in enumerate(prompts)]
@@ -180,6 +179,11 @@ class LLM:
             yield piece
         if sequence.error is not None:
             raise RunFailed(sequence.error)
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        source = Usage.of(self.folder).chat_template
+        return ChatTemplate(source, self._tokenizer) if source else None
 
     def _run(
         self, prompts: list[str], rows: list[Sequence | str], sample: SampleConfig
