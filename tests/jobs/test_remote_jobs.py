@@ -83,6 +83,10 @@ class Jobs:
         line: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
         return line
 
+    def left(self, pattern: str) -> int:
+        """How many files and folders the caches of all machines hold of a kind."""
+        return len(list(self._folder.glob(f"machine*/cache/gptray/{pattern}")))
+
     @contextmanager
     def serving(self) -> Iterator[tuple[subprocess.Popen[str], str]]:
         """The endpoint, and what it completes."""
@@ -157,6 +161,7 @@ def test_every_job_killed_and_run_again_leaves_what_an_undisturbed_one_does(
     filesystem, path = fs.FileSystem.from_uri("s3://bucket/out")
     ids = parquet.read_table(path, filesystem=filesystem)["id"].to_pylist()
     assert sorted(ids) == list(range(ROWS))
+    assert jobs.left("engines/*/") == 1  # by the kill: a node's cache removes it one day
 
     texts = []
     for _ in range(2):  # the first is killed, as is the second at the end

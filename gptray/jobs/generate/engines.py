@@ -100,7 +100,7 @@ class Engines:
                 self._take_back(crew.take_back())
                 counted = [engine.progress for engine in crew.running if engine.progress]
                 bar.show(self._done, counted, sum(engine.ahead for engine in crew.running))
-            counts = [engine.actor.progress.remote() for engine in crew.running]
+            counts = [engine.actor.end.remote() for engine in crew.running]
             return _speed(answers_in(END_S, counts))
 
     def _feed(self, engine: Engine) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 import threading
+import uuid
 from pathlib import Path
 
 import torch
 
-from gptray.files import is_uri, storing
+from gptray.files import cache_folder, is_uri, storing
 from gptray.generation.batch import PartWriter, Progress
 from gptray.generation.loading import open_engine, pack_adapter
 from gptray.jobs.generate.remote_output import publish_part
@@ -17,6 +18,7 @@ from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.tasks import Failure, attempt
 from gptray.model.adapter import Base
 from gptray.model.shape import model_folder
+from gptray.node_cache import hold
 from gptray.remote_folder import RemoteFolder
 
 
@@ -32,7 +34,7 @@ class EngineWorker:
         self._writer: PartWriter | None = None
         # Files for an object store are written to a folder here first.
         self._place = RemoteFolder(task.output) if is_uri(task.output) else None
-        self._folder = Path(tempfile.mkdtemp(prefix="gptray-") if self._place else task.output)
+        self._folder = _scratch() if self._place else Path(task.output)
 
     def feed(self, number: int, staged: str | bytes) -> list[int] | Failure:
         """Take on a part; return the numbers of the parts that were written meanwhile.
@@ -67,9 +69,23 @@ class EngineWorker:
         """Counters so far; answers while the engine runs."""
         return self._writer.progress if self._writer else None
 
+    def end(self) -> Progress | None:
+        """Remove what is only here; return the counters."""
+        if self._place:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return self.progress()
+
     def process(self) -> int:
         """Its process id."""
         return os.getpid()
+
+
+def _scratch() -> Path:
+    """An empty folder in this node's cache, which removes it one day if a kill leaves it."""
+    folder = cache_folder() / "engines" / uuid.uuid4().hex
+    hold(folder)
+    folder.mkdir()
+    return folder
 
 
 def _writer(task: GenerateTask, folder: Path) -> PartWriter:
