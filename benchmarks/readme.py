@@ -1,12 +1,13 @@
-"""Type README's commands, block by block, in a fresh clone with a fresh HOME.
+"""Type the commands of README and docs/, block by block, in a fresh clone with a fresh HOME.
 
   python benchmarks/readme.py                     all of them; about an hour on two cores
   python benchmarks/readme.py --skip pytest       all but the commands that hold this word
   python benchmarks/readme.py --keep FOLDER       the clone, HOME and outputs stay there
 
-One bash types every line of every bash block as written, and feeds Python blocks to `python`. Files
-that README takes as the reader's own (book.txt, prompts.jsonl ...) are written beforehand. Models
-that README takes from the hub are small folders of the same name, unless --hub is given. A server
+One bash types every line of every bash block as written, and feeds Python blocks to `python`:
+README's, then those of the pages that it links to, in that order. Files that they take as the
+reader's own (book.txt, prompts.jsonl ...) are written beforehand. Models that they take from the
+hub are small folders of the same name, unless --hub is given. A server
 stays until the next command that is not Python. Ray's ports must be free. Prints a table with each
 command's time and, last, one JSON line; exit code 1 if any command failed.
 """
@@ -74,9 +75,9 @@ Qwen3ForCausalLM(config).save_pretrained("Qwen/Qwen3-0.6B")
 
 @dataclass(frozen=True)
 class Command:
-    """One command of README as a reader types it. line: where it stands there."""
+    """One command as a reader types it. place: its page and line."""
 
-    line: int
+    place: str
     language: str
     text: str
 
@@ -98,18 +99,26 @@ class Outcome:
     reason: str
 
 
-def commands(readme: str) -> Iterator[Command]:
-    """The commands of a Markdown text's bash and python blocks, in order."""
-    for block in re.finditer(r"^```(bash|python)\n(.*?)^```$", readme, re.M | re.S):
+def pages(clone: Path) -> list[Path]:
+    """README and what it links to of docs/, in that order."""
+    readme = clone / "README.md"
+    linked = re.findall(r"\]\((docs/\w+\.md)\)", readme.read_text("utf-8"))
+    return [readme, *(clone / name for name in dict.fromkeys(linked))]
+
+
+def commands(page: Path) -> Iterator[Command]:
+    """The commands of a Markdown page's bash and python blocks, in order."""
+    page_text = page.read_text("utf-8")
+    for block in re.finditer(r"^```(bash|python)\n(.*?)^```$", page_text, re.M | re.S):
         language, text = block.groups()
-        number = readme.count("\n", 0, block.start(2)) + 1
+        number = page_text.count("\n", 0, block.start(2)) + 1
         if language == "python":
-            yield Command(number, language, text.rstrip())
+            yield Command(f"{page.name}:{number}", language, text.rstrip())
             continue
         for command in re.finditer(r"(?:.*\\\n)*.*\n", text):
             if command[0].strip() and not command[0].startswith("#"):
                 line = number + text.count("\n", 0, command.start())
-                yield Command(line, language, command[0].rstrip())
+                yield Command(f"{page.name}:{line}", language, command[0].rstrip())
 
 
 class Shell:
@@ -175,7 +184,7 @@ def type_all(shell: Shell, todo: list[Command]) -> Iterator[Outcome]:
         if server and command.language == "bash":
             yield _outcome(server, shell.stop, shell, "server-stop")
             server = None
-        print(f"README.md:{command.line}: {command.text.splitlines()[0]}", file=sys.stderr)
+        print(f"{command.place}: {command.text.splitlines()[0]}", file=sys.stderr)
         name = f"{number:02}"
         run = partial(shell.start if command.is_server else shell.run, command.typed, name)
         outcome = _outcome(command, run, shell, name)
@@ -193,7 +202,7 @@ def _outcome(command: Command, run: Callable[[], int], shell: Shell, name: str) 
 
 
 def write_files(folder: Path) -> None:
-    """Write what README takes as the reader's own files, from text that every Python carries."""
+    """Write what the pages take as the reader's own files, from text that every Python carries."""
     text = "\n\n".join(topics.values()).encode("ascii", "ignore").decode()
     lengths = {"book": 200_000, "train": 120_000, "val": 20_000, "other": 20_000}
     for name, length in (lengths | {"the-verdict": 20_000}).items():
@@ -245,7 +254,7 @@ def terminal(work: Path) -> Iterator[tuple[Shell, Path]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Type README's commands in a fresh clone.")
+    parser = argparse.ArgumentParser(description="Type the commands of README and docs/.")
     parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="commands to skip")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder to work in")
     parser.add_argument("--hub", action="store_true", help="take GPT-2 from the hub")
@@ -259,18 +268,18 @@ def main() -> int:
     outcomes: list[Outcome] = []
     place = tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep)
     with place as folder, terminal(Path(folder).resolve()) as (shell, clone):
-        found = list(commands((clone / "README.md").read_text("utf-8")))
+        found = [command for page in pages(clone) for command in commands(page)]
         todo = [one for one in found if not any(word in one.text for word in args.skip)]
         made = PARQUET if args.hub else PARQUET + SMALL_MODELS
-        todo.insert(1, Command(0, "bash", f".venv/bin/python - <<'END'{made}END"))
+        todo.insert(1, Command("made", "bash", f".venv/bin/python - <<'END'{made}END"))
         outcomes += type_all(shell, todo)
     for outcome in outcomes:
         first = outcome.command.text.splitlines()[0]
         said = outcome.reason or "ok"
-        print(f"{outcome.command.line:4} {outcome.seconds:7.1f} s  {said:30.200}  {first:.90}")
-    failed = [outcome.command.line for outcome in outcomes if outcome.reason]
+        print(f"{outcome.command.place:20} {outcome.seconds:7.1f} s  {said:30.200}  {first:.90}")
+    failed = [outcome.command.place for outcome in outcomes if outcome.reason]
     passed, seconds = len(outcomes) - len(failed), time.monotonic() - begin
-    print(json.dumps({"passed": passed, "failed_lines": failed, "seconds": round(seconds, 1)}))
+    print(json.dumps({"passed": passed, "failed": failed, "seconds": round(seconds, 1)}))
     return 1 if failed else 0
 
 

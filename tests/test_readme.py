@@ -1,4 +1,4 @@
-"""README's commands: their keys hold; in the long tests they are typed, each as it stands."""
+"""Commands of README and docs/: their keys hold; in the long tests they are typed as they stand."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from gptray.cli import parse_arguments
 from gptray.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.M | re.S)
 
 
 def job_commands() -> list[str]:
-    """What follows `python` in README's bash blocks where it is one of the jobs."""
+    """What follows `python` in the pages' bash blocks where it is one of the jobs."""
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     return [found[1] for line in lines if (found := re.search(r"python (jobs/\w+\.py.*)", line))]
 
@@ -46,9 +47,19 @@ def test_every_block_of_yaml_is_a_config(tmp_path: Path) -> None:
         load_config(str(tmp_path / "block.yaml"), [])
 
 
+def test_every_page_is_linked_from_readme_and_every_link_leads_somewhere() -> None:
+    linked = set()
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+            if page == PAGES[0]:
+                linked.add(ROOT / target)
+    assert linked >= set(PAGES[1:])
+
+
 @pytest.mark.chaos
 def test_commands_work_as_typed_in_a_fresh_clone() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "readme.py")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stdout
-    assert json.loads(done.stdout.splitlines()[-1])["failed_lines"] == []
+    assert json.loads(done.stdout.splitlines()[-1])["failed"] == []
