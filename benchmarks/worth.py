@@ -4,8 +4,8 @@
 
 A quarter of each text is trained on by configs/little_text.yaml: one model, an ensemble of three,
 and one model that they teach. The old recipe, cosine with dropout and early stopping, gets an
-eighth, a quarter, half and all of it, each time with the best of four settings by the first seed
-(dropout 0.1 or 0.25, a third of the steps or all). Its loss over the logarithm of the fraction
+eighth, a quarter, half and all of it, each time with the best of six settings by the first seed
+(dropout 0, 0.1 or 0.25, a third of the steps or all). Its loss over the logarithm of the fraction
 tells which fraction it needs for the recipe's losses. Three seeds each, with intervals of 95 %.
 
 All of a text is 240,000 characters; the last 30,000 validate. Of a .csv the first two columns are
@@ -44,7 +44,7 @@ SHARED = [
 COSINE = ["optim.schedule=cosine", "optim.min_lr=4e-4"]
 OLD = {
     f"dropout {dropout}, {1 / part:.0%} of the steps": (dropout, part)
-    for dropout, part in product((0.1, 0.25), (3, 1))
+    for dropout, part in product((0.0, 0.1, 0.25), (3, 1))
 }
 # The recipe, each half of it alone, and what may be added. Keys beyond the recipe's.
 WAYS = {

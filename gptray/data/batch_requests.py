@@ -11,7 +11,7 @@ from gptray.data.sources import SourceFile
 
 ID_KEY = "custom_id"
 KEYS = (ID_KEY, "method", "url", "body")
-COMPLETIONS_URL = "/v1/completions"
+COMPLETIONS_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 
 
 class RowRequest(NamedTuple):
@@ -42,13 +42,19 @@ def holds_requests(files: Sequence[SourceFile], settings: GenerateConfig) -> boo
 
 
 def check_urls(files: Sequence[SourceFile], urls: Collection[str]) -> None:
-    """Raise UserError if no row of OpenAI batch files asks for a completion."""
-    if COMPLETIONS_URL not in urls:
+    """Raise UserError if no row of OpenAI batch files asks for a text or an answer."""
+    if not {COMPLETIONS_URL, CHAT_URL} & {*urls}:
         listed = ", ".join(sorted(urls)[:3])
         raise UserError(
             f"{files[0].name}: every request is for {listed}; a batch job runs requests for "
-            f"{COMPLETIONS_URL}, with a body that has a prompt"
+            f"{COMPLETIONS_URL} and {CHAT_URL}"
         )
+
+
+def begins_with_chat(file: SourceFile) -> bool:
+    """Whether the first row of an OpenAI batch file asks for an answer to a chat."""
+    first = first_row(file) if is_json(file) else None
+    return first is not None and first[1].get("url") == CHAT_URL
 
 
 def _is_requests(file: SourceFile, prompt_column: str) -> bool | None:

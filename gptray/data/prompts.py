@@ -30,8 +30,8 @@ ReadRequest = Callable[[Values], RowRequest]
 # A staged part's own columns, in this order, before those that pass through: what the row sets for
 # itself (JSON), why it cannot run, its id, its prompt.
 SETTINGS, ERROR, ID, PROMPT = range(4)
-# Among a row's settings: the name of its adapter.
-ADAPTER = "adapter"
+# Among a row's settings: the name of its adapter, and a chat as its template writes it.
+ADAPTER, CHAT = "adapter", "chat"
 STAGED = ("gptray.settings", "gptray.error", "id", "prompt")
 
 _OWN = {

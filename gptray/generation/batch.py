@@ -18,7 +18,7 @@ import pyarrow as pa
 from gptray.config import SampleConfig, UserError
 from gptray.config.limits import SEEDS
 from gptray.data.parts import part_name, read_whole, write_part
-from gptray.data.prompts import ADAPTER, ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
+from gptray.data.prompts import ADAPTER, CHAT, ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.engine import Engine
@@ -120,6 +120,7 @@ class PartWriter:
         own: dict[str, Any] = json.loads(settings) if settings else {}
         first: int = own.pop("seed", derived_seed(self._defaults.seed, name))
         adapter: str | None = own.pop(ADAPTER, None)
+        chat: str | None = own.pop(CHAT, None)
         if adapter is not None and adapter not in self._adapters:
             known = ", ".join(self._adapters)
             error = error or f"the adapter {adapter!r} is none of generate.adapters ({known})"
@@ -129,7 +130,11 @@ class PartWriter:
             return rows
         try:
             special = self._defaults.parse_special
-            tokens = self._tokenizer.prompt_ids(prompt, parse_special=special)
+            tokens = (
+                self._tokenizer.prompt_ids(prompt, parse_special=special)
+                if chat is None
+                else self._tokenizer.chat_ids(chat)
+            )
         except UserError as problem:
             return [replace(row, error=str(problem)) for row in rows]
         for row in rows:

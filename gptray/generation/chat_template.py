@@ -60,16 +60,26 @@ class ChatTemplate:
     source: str
     tokenizer: Tokenizer
 
-    def prompt(
+    def prompt(self, messages: Sequence[Message], **options: Any) -> tuple[str, list[int]]:
+        """The prompt that a chat is, as text and as token ids. options, errors: as `write`."""
+        chat = self.write(messages, **options)
+        return self.shown(chat), self.tokenizer.chat_ids(chat)
+
+    def shown(self, chat: str) -> str:
+        """What `write` gave, as it is read by people."""
+        return self.tokenizer.written_names.put_together(chat)
+
+    def write(
         self,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
-    ) -> tuple[str, list[int]]:
-        """The prompt that a chat is, as text and as token ids.
+    ) -> str:
+        """The text that `Tokenizer.chat_ids` reads as a chat's prompt.
 
+        Names of special tokens within messages are taken apart in it.
         add_generation_prompt: whether it ends where the model's next message begins.
         continue_final_message: whether it ends within the last message instead. variables: the
         template's own, such as enable_thinking. Raises ValueError where the template refuses or
@@ -80,13 +90,12 @@ class ChatTemplate:
         given = variables or {}
         if own := sorted({*inspect.signature(render_jinja_template).parameters} & {*given}):
             raise ValueError(f"chat_template_kwargs.{own[0]} is not the template's own")
-        names = self.tokenizer.written_names
+        take_apart = self.tokenizer.written_names.taken_apart
         quoted = [
-            {key: names.taken_apart(value) for key, value in message.items()}
-            for message in messages
+            {key: take_apart(value) for key, value in message.items()} for message in messages
         ]
         try:
-            chat = render_jinja_template(
+            chat: str = render_jinja_template(
                 [quoted],
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
@@ -95,4 +104,4 @@ class ChatTemplate:
             )[0][0]
         except Exception as error:  # whatever a template's own code raises
             raise ValueError(f"the model's chat template: {error}") from None
-        return names.put_together(chat), self.tokenizer.chat_ids(chat)
+        return chat

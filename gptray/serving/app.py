@@ -23,7 +23,8 @@ from gptray.serving.api_error import ApiError, ClientGone
 from gptray.serving.api_keys import Keys
 from gptray.serving.arrival import Arrival
 from gptray.serving.body import read_json
-from gptray.serving.chat import ChatCompletion, ChatRequest
+from gptray.serving.chat import ChatCompletion
+from gptray.serving.chat_request import ChatRequest
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.engine_thread import Overloaded

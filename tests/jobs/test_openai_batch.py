@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,40 @@ import pytest
 from gptray.config import UserError, load_config
 from gptray.data.prompts import check_input, scan
 from gptray.data.sources import find_files
+from gptray.data.tokenizer import Tokenizer
+from gptray.generation.chat_template import ChatTemplate
 from gptray.generation.engine import Engine
-from gptray.jobs.generate.openai_batch import read_request
+from gptray.jobs.generate.check import check_batch
+from gptray.jobs.generate.openai_batch import RequestReader
+from gptray.model.hf import save_pretrained
 from tests.generation.batches import Batch, jsonl
 from tests.generation.models import random_gpt, small_tokenizer
 
 SETTINGS = load_config(None, []).generate
 
 
+CHAT = "/v1/chat/completions"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     tokenizer = small_tokenizer()
     return Engine(random_gpt(tokenizer), tokenizer, max_batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def model_dir(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model that has a template for chats."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = small_tokenizer()
+    save_pretrained(random_gpt(tokenizer), folder)
+    tokenizer.save(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
 
 
 def line(name: str, *, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:
@@ -47,7 +70,9 @@ def test_a_body_sets_its_row_and_the_line_passes_through(engine: Engine, tmp_pat
     ]
     lines = [line(f"r{i}", **body) for i, body in enumerate(bodies)]
     batch = Batch(engine, small_tokenizer(), tmp_path)
-    table = batch(jsonl(tmp_path, *lines), "sample.temperature=1", read_request=read_request)
+    table = batch(
+        jsonl(tmp_path, *lines), "sample.temperature=1", read_request=RequestReader(tmp_path)
+    )
     assert table["error"].null_count == 4
     assert table["id"].to_pylist() == table["custom_id"].to_pylist() == ["r0", "r1", "r2", "r3"]
     assert table["prompt"].to_pylist() == ["the cat", "a dog", "", "the"]
@@ -75,27 +100,78 @@ def test_a_body_sets_its_row_and_the_line_passes_through(engine: Engine, tmp_pat
         ({"prompt": "x", "stream": True}, "stream=True is for the endpoint"),
         ({"prompt": ["x", "y"]}, "prompt must be one text"),
         ({"prompt": [1, 2]}, "prompt must be one text"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages.*did you mean prompt"),
         ({"prompt": "x", "temprature": 1}, "temprature.*did you mean temperature"),
         ({"prompt": "x", "temperature": "hot"}, "temperature"),
         ({"prompt": "x", "temperature": "hot\ud800"}, r"temperature.*hot\\ud800"),
         ({}, "prompt is missing"),
     ],
 )
-def test_what_a_batch_row_cannot_have_is_its_error(body: dict[str, Any], problem: str) -> None:
-    request = read_request(line("r", **body))
+def test_what_a_batch_row_cannot_have_is_its_error(
+    body: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    request = RequestReader(tmp_path)(line("r", **body))
     assert re.search(problem, request.error or "")
 
 
 def test_a_line_for_another_door_is_its_rows_error(tmp_path: Path) -> None:
-    assert "url must be /v1/completions" in str(read_request(line("r", url="/v1/x")).error)
-    assert "method must be POST" in str(read_request({**line("r"), "method": "GET"}).error)
-    assert "body must be an object" in str(read_request({**line("r"), "body": 1}).error)
+    read = RequestReader(tmp_path)
+    assert "url must be /v1/completions or /v1/chat" in str(read(line("r", url="/v1/x")).error)
+    assert "method must be POST" in str(read({**line("r"), "method": "GET"}).error)
+    assert "body must be an object" in str(read({**line("r"), "body": 1}).error)
 
 
-def test_a_file_of_chat_alone_is_refused_once(tmp_path: Path) -> None:
-    chat = [line(f"r{i}", url="/v1/chat/completions", messages=[]) for i in range(3)]
-    assert "every request is for /v1/chat/completions" in refused(jsonl(tmp_path, *chat))
+def test_a_file_for_another_door_alone_is_refused_once(tmp_path: Path) -> None:
+    lines = [line(f"r{i}", url="/v1/embeddings", input="x") for i in range(3)]
+    assert "every request is for /v1/embeddings" in refused(jsonl(tmp_path, *lines))
+
+
+def test_a_chat_is_answered_as_the_models_template_asks(
+    engine: Engine, model_dir: Path, tmp_path: Path
+) -> None:
+    eos = small_tokenizer().eos_token
+    bodies: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "the cat"}], "max_completion_tokens": 4},
+        {"messages": [{"role": "user", "content": f"say {eos}"}], "max_tokens": 2, "seed": 7},
+        {"messages": []},
+        {"messages": [{"role": "user", "content": "x"}], "logprobs": True},
+    ]
+    lines = [line(f"r{i}", url=CHAT, **body) for i, body in enumerate(bodies)]
+    lines.append(line("text", prompt="the cat", max_tokens=3))
+    batch = Batch(engine, small_tokenizer(), tmp_path)
+    reader = RequestReader(model_dir)
+    rows = batch(jsonl(tmp_path, *lines), "sample.temperature=0", read_request=reader).to_pylist()
+    assert [row["prompt"] for row in rows[:2]] == [
+        f"user: the cat{eos}assistant:", f"user: say {eos}{eos}assistant:",
+    ]  # fmt: skip
+    assert [row["error"] and row["error"][:8] for row in rows] == [
+        None, None, "messages", "logprobs", None,
+    ]  # fmt: skip
+    # The name in a message is text, and so more tokens than the one that the template writes.
+    template = ChatTemplate(TEMPLATE, Tokenizer.load(model_dir))
+    for row, body in zip(rows, bodies[:2], strict=False):
+        assert row["prompt_tokens"] == len(template.prompt(body["messages"])[1])
+        assert row["output_tokens"] <= 4
+    assert rows[1]["prompt_tokens"] > len(small_tokenizer().chat_ids(rows[1]["prompt"]))
+    given = {"prompt": rows[0]["prompt"], "max_tokens": 4}
+    again = batch(
+        jsonl(tmp_path, line("r", **given)), "sample.temperature=0", "sample.parse_special=true",
+        read_request=reader,
+    )  # fmt: skip
+    assert again["output"].to_pylist() == [rows[0]["output"]]
+
+
+def test_chats_for_a_model_without_a_template_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dir, bare, ignore=shutil.ignore_patterns("*.jinja"))
+    chat = line("r", url=CHAT, messages=[{"role": "user", "content": "x"}])
+    words = [
+        f"generate.model={bare}", f"generate.input_path={jsonl(tmp_path, chat)}",
+        f"generate.output_path={tmp_path}/out",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="bare has no chat template; name a model that has one"):
+        check_batch(load_config(None, words))
+    assert "no chat template" in str(RequestReader(bare)(chat).error)
 
 
 def test_a_name_twice_and_another_kind_of_file_are_refused(tmp_path: Path) -> None:

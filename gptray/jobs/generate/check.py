@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import ComputeConfig, Config, UserError
+from gptray.data.batch_requests import CHAT_URL, COMPLETIONS_URL, begins_with_chat
 from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import absolute, cache_folder, is_uri
@@ -21,6 +22,7 @@ from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend
 from gptray.jobs.generate.output_plan import overlap
 from gptray.jobs.models import find_model, for_workers
+from gptray.model.usage import Usage
 from gptray.store_access import why_not_written
 
 
@@ -102,6 +104,8 @@ def check_batch(config: Config) -> CheckedBatch:
                 settings.input_path, key="generate.input_path", encoding=config.data.encoding
             )
             check_input(files, settings)
+            if not problems:
+                _check_template(files, model_dir, name)
         except UserError as error:
             problems.append(str(error))
     if settings.output_path is None:
@@ -121,6 +125,16 @@ def check_batch(config: Config) -> CheckedBatch:
         raise UserError("\n".join(problems))
     check_resources(engine_compute(config))
     return CheckedBatch(config, model_dir, name, tuple(files), output, folder)
+
+
+def _check_template(files: list[SourceFile], model_dir: Path, name: str) -> None:
+    """Raise UserError for a file of chats beside a model that has no template for them."""
+    chats = next((file.name for file in files if begins_with_chat(file)), None)
+    if chats and Usage.of(model_dir).chat_template is None:
+        raise UserError(
+            f"{chats}: a request is for {CHAT_URL}, but {name} has no chat template; name a model "
+            f"that has one, or ask for {COMPLETIONS_URL}"
+        )
 
 
 def _output_of(path: str) -> tuple[str, Path]:

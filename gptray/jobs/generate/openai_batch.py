@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from gptray.data.batch_requests import COMPLETIONS_URL, RowRequest
+from gptray.data.batch_requests import CHAT_URL, COMPLETIONS_URL, RowRequest
 from gptray.data.batches import Values
+from gptray.data.prompts import CHAT
+from gptray.data.tokenizer import Tokenizer
+from gptray.generation.chat_template import ChatTemplate
+from gptray.model.usage import Usage
 from gptray.serving.api_error import ApiError
-from gptray.serving.protocol import CompletionRequest, parse_request
+from gptray.serving.chat_request import ChatRequest
+from gptray.serving.protocol import CompletionRequest, GenerationRequest, parse_request
 
 # The request's keys that set how its row is sampled, and the sampler's names for them. What a
 # request leaves out is the job's, as in every other row.
 SETTINGS = {
     "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
     "temperature": "temperature",
     "top_p": "top_p",
@@ -30,41 +39,72 @@ SETTINGS = {
 _ONLY_HTTP = ("stream", "echo", "logprobs")
 
 
-def read_request(row: Values) -> RowRequest:
-    """What a line with method, url and body asks for; what it cannot have is its error."""
-    method, url, body = row["method"], row["url"], row["body"]
-    prompt = body.get("prompt") if isinstance(body, dict) else None
-    if method != "POST":
-        return RowRequest(prompt, {}, f"method must be POST, got {method!r}")
-    if url != COMPLETIONS_URL:
-        return RowRequest(prompt, {}, f"url must be {COMPLETIONS_URL}, got {url!r}")
-    if not isinstance(body, dict):
-        return RowRequest(prompt, {}, f"body must be an object, got {body!r}")
-    try:
-        request = parse_request(CompletionRequest, body)
-    except ApiError as error:
-        # A value that it shows may hold half a surrogate pair.
-        problem = error.message.encode("utf-8", "backslashreplace").decode()
-        return RowRequest(prompt, {}, problem)
-    if len(request.prompt) == 1 and isinstance(request.prompt[0], str):
-        prompt = request.prompt[0]
-    given = request.model_fields_set & SETTINGS.keys()
-    settings = {SETTINGS[key]: _value(request, key) for key in sorted(given)}
-    return RowRequest(prompt, settings, _too_much(request, prompt))
+@dataclass(frozen=True)
+class RequestReader:
+    """Reads rows for a model, whose template writes the prompts of chats."""
+
+    model_dir: Path
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        source = Usage.of(self.model_dir).chat_template
+        return ChatTemplate(source, Tokenizer.load(self.model_dir)) if source else None
+
+    def __call__(self, row: Values) -> RowRequest:
+        """What a line with method, url and body asks for; what it cannot have is its error."""
+        body = row["body"]
+        prompt = body.get("prompt") if isinstance(body, dict) else None
+        try:
+            return self._read(row)
+        except (ApiError, ValueError) as error:
+            problem = error.message if isinstance(error, ApiError) else str(error)
+            # A value that it shows may hold half a surrogate pair.
+            return RowRequest(prompt, {}, problem.encode("utf-8", "backslashreplace").decode())
+
+    def _read(self, row: Values) -> RowRequest:
+        method, url, body = row["method"], row["url"], row["body"]
+        if method != "POST":
+            raise ValueError(f"method must be POST, got {method!r}")
+        if url not in (COMPLETIONS_URL, CHAT_URL):
+            raise ValueError(f"url must be {COMPLETIONS_URL} or {CHAT_URL}, got {url!r}")
+        if not isinstance(body, dict):
+            raise ValueError(f"body must be an object, got {body!r}")
+        if url == CHAT_URL:
+            chat = parse_request(ChatRequest, body)
+            _check(chat)
+            return self._answer(chat)
+        text = parse_request(CompletionRequest, body)
+        _check(text)
+        if len(text.prompt) != 1 or not isinstance(text.prompt[0], str):
+            raise ValueError("prompt must be one text; give each prompt a request of its own")
+        return RowRequest(text.prompt[0], _settings(text), None)
+
+    def _answer(self, request: ChatRequest) -> RowRequest:
+        """The row of a chat. Raises ValueError."""
+        if self._template is None:
+            raise ValueError(f"the model has no chat template: ask {COMPLETIONS_URL}")
+        chat = self._template.write(request.messages, **request.writing)
+        return RowRequest(self._template.shown(chat), {**_settings(request), CHAT: chat}, None)
 
 
-def _value(request: CompletionRequest, key: str) -> Any:
+def _settings(request: GenerationRequest) -> dict[str, object]:
+    """What the row sets for itself, as the sampler takes it."""
+    given = request.model_fields_set
+    return {name: _value(request, key) for key, name in SETTINGS.items() if key in given}
+
+
+def _value(request: GenerationRequest, key: str) -> Any:
     """The setting as the sampler takes it: off is null."""
     value = getattr(request, key)
     return None if key == "top_k" and value < 1 else value
 
 
-def _too_much(request: CompletionRequest, prompt: Any) -> str | None:
+def _check(request: GenerationRequest) -> None:
+    """Raise ValueError for what a batch row cannot have."""
     if request.n > 1:
-        return f"n={request.n}: a batch row has one output; set generate.num_samples for more"
+        raise ValueError(
+            f"n={request.n}: a batch row has one output; set generate.num_samples for more"
+        )
     for key in _ONLY_HTTP:
-        if (value := getattr(request, key)) not in (False, None):
-            return f"{key}={value} is for the endpoint, not for a batch job"
-    if isinstance(prompt, list):
-        return "prompt must be one text; give each prompt a request of its own"
-    return None
+        if (value := getattr(request, key, None)) not in (False, None):
+            raise ValueError(f"{key}={value} is for the endpoint, not for a batch job")

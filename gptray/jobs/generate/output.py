@@ -177,10 +177,11 @@ class Output:
 
     def _stage(self, found: InputScan) -> None:
         """Write the input in parts that engines can open; plan.json comes last."""
-        from gptray.jobs.generate.openai_batch import read_request
+        from gptray.jobs.generate.openai_batch import RequestReader
 
         rows = self._plan["rows_per_file"]
-        for part, table in enumerate(staged(self.job.files, found, rows, read_request)):
+        read = RequestReader(self.job.model_dir)
+        for part, table in enumerate(staged(self.job.files, found, rows, read)):
             write_part(table, self.staged(part))
         self.record()
 

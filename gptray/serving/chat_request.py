@@ -1,0 +1,66 @@
+"""Requests for chats: every key checked, as `gptray.serving.protocol` checks those of texts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PlainValidator, model_validator
+
+from gptray.config.limits import within
+from gptray.generation.chat_template import messages_of
+from gptray.serving.protocol import CompletionRequest, GenerationRequest, check_min_tokens
+
+# Clients ask for at most so many; a server's own limit may be lower.
+MAX_TOP_LOGPROBS = 20
+
+
+class ChatRequest(GenerationRequest):
+    """The keys of POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, str]], PlainValidator(messages_of)]
+    # None: to the end of the context.
+    max_tokens: Annotated[int, within("max_new_tokens", low=1)] | None = None
+    max_completion_tokens: Annotated[int, within("max_new_tokens", low=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    add_generation_prompt: bool = True
+    # Whether the last message is continued, not answered.
+    continue_final_message: bool = False
+    # The template's own variables, such as enable_thinking.
+    chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> ChatRequest:
+        if self.longest is not None:
+            check_min_tokens(self.min_tokens, self.longest)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("continue_final_message needs add_generation_prompt=false")
+        return self
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of an answer; None: what fits."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
+    @property
+    def writing(self) -> dict[str, object]:
+        """How the template writes it: options of `ChatTemplate.write`."""
+        return {
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+            "variables": self.chat_template_kwargs,
+        }
+
+    def completion(self, prompt: list[int], *, longest: int) -> CompletionRequest:
+        """The same request about a prompt. longest: tokens of an answer where it names no limit."""
+        common = {key: getattr(self, key) for key in GenerationRequest.model_fields}
+        return CompletionRequest.model_construct(
+            **common,
+            prompt=[prompt],
+            max_tokens=longest if self.longest is None else self.longest,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
