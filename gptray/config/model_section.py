@@ -137,6 +137,12 @@ class ModelConfig(Section):
     )
 
     @property
+    def rows(self) -> int:
+        """Rows of the embedding, where they are known, as those of a network in a file."""
+        assert self.vocab_size
+        return self.vocab_size
+
+    @property
     def head_width(self) -> int:
         return self.head_dim or self.n_embd // self.n_head
 

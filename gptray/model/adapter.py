@@ -59,13 +59,7 @@ class Base:
     @cached_property
     def config(self) -> ModelConfig:
         """Its network."""
-        return ModelConfig(**read_shape(self.folder))
-
-    @property
-    def rows(self) -> int:
-        """Of its embedding."""
-        assert self.config.vocab_size
-        return self.config.vocab_size
+        return read_shape(self.folder)
 
     @cached_property
     def sha256(self) -> str:
@@ -75,7 +69,7 @@ class Base:
     @cached_property
     def parts(self) -> list[Part]:
         """All of its weights."""
-        return list(stored_parts(self.config, self.family, self.rows))
+        return list(stored_parts(self.config, self.family, self.config.rows))
 
     @property
     def linear(self) -> list[Part]:

@@ -70,7 +70,7 @@ def adapted_network(
     # Before there are numbers: they are to arrive in the dtype that they are kept in.
     freeze(model, replaced, base.quantized)
     model.to_empty(device="cpu")
-    model.valid_vocab_size = base.rows
+    model.valid_vocab_size = base.config.rows
     load_weights(model, base.folder)
     model.valid_vocab_size = vocab_size
     add_adapters(model, lora, adapted, seed=seed)

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from gptray.config import ModelConfig, UserError
-from gptray.model.hf_config import NetworkShape, family_in
+from gptray.model.hf_config import family_in
 from gptray.model.packed_weights import SCALES, SHAPE, VALUES, Packing, packing_of
 from gptray.model.parameters import HEAD, IGNORED, stored_name, stored_parts
 from gptray.model.shape import weight_files
@@ -27,10 +27,10 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 Stored = tuple[Path, list[int], str]
 
 
-def check_weights(folder: Path, shape: NetworkShape) -> None:
-    """Refuse a folder whose weight files are damaged or do not fit the network `shape`.
+def check_weights(folder: Path, shape: ModelConfig) -> None:
+    """Refuse a folder whose weight files are damaged or do not fit its network, see `read_shape`.
 
-    Reads only headers. shape: ModelConfig's fields, as `read_shape` gives them.
+    Reads only headers.
 
     Raises:
         UserError: names the file, and the first weight that is missing, misshapen or strange.
@@ -45,18 +45,18 @@ def check_weights(folder: Path, shape: NetworkShape) -> None:
     first = family.prefix + family.layers
     layer = re.compile(re.escape(first) + r"(\d{1,9})\.")
     found = {int(match[1]) for name in stored if (match := layer.match(name))}
-    if found and len(found) != shape["n_layer"]:
+    if found and len(found) != shape.n_layer:
         raise UserError(
-            f"{folder / 'config.json'}: {family.keys['n_layer'].name}={shape['n_layer']}, but the "
+            f"{folder / 'config.json'}: {family.keys['n_layer'].name}={shape.n_layer}, but the "
             f"weights have {len(found)} layer{'s' if len(found) > 1 else ''}"
         )
-    if not found and shape["n_layer"]:
+    if not found and shape.n_layer:
         raise UserError(f"{folder}: {first}0 is missing from the weights")
-    for part in stored_parts(ModelConfig(**shape), family, shape["vocab_size"]):
+    for part in stored_parts(shape, family, shape.rows):
         _compare(folder, part.name, stored.pop(part.name, None), part.dims)
     for name, (path, _, _) in stored.items():
         # A tied head may have its copy; `gptray.model.hf` compares the two.
-        if not (name.endswith(IGNORED) or (name == HEAD and shape["tie_word_embeddings"])):
+        if not (name.endswith(IGNORED) or (name == HEAD and shape.tie_word_embeddings)):
             raise UserError(f"{path}: {name} is not a weight of this network")
 
 

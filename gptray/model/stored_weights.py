@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from gptray.config import ModelConfig, UserError
 from gptray.model.families import FAMILIES, Family
-from gptray.model.hf_config import NetworkShape, read_config
+from gptray.model.hf_config import read_config
 from gptray.model.packed_weights import GROUP, SCALES, SHAPE, VALUES, Packing, packing_of
 from gptray.model.parameters import HEAD, IGNORED, is_of_block, stored_name, stored_parts
 from gptray.model.shape import weight_files
@@ -41,7 +41,7 @@ class StoredModel:
     """
 
     model_type: str
-    shape: NetworkShape
+    shape: ModelConfig
     weights: dict[str, StoredWeight]
     copy: StoredWeight | None
 
@@ -59,7 +59,7 @@ class StoredModel:
     def linear(self) -> dict[str, StoredWeight]:
         """The weights of the linear layers in its blocks."""
         rows = self.embedding.shape[0]
-        parts = stored_parts(ModelConfig(**self.shape), self.family, rows)
+        parts = stored_parts(self.shape, self.family, rows)
         names = [part.name for part in parts if is_of_block(part) and len(part.dims) == 2]
         return {name: self.weights[name] for name in names}
 
@@ -115,5 +115,5 @@ def stored_model(folder: Path) -> StoredModel:
     for stored in stored_weights(folder):
         if not stored.key.endswith(IGNORED):
             found[stored_name(stored.key, family)] = stored
-    copy = found.pop(HEAD, None) if shape["tie_word_embeddings"] else None
+    copy = found.pop(HEAD, None) if shape.tie_word_embeddings else None
     return StoredModel(model_type, shape, found, copy)
