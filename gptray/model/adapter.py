@@ -95,10 +95,10 @@ def adapted_parts(base: Base, targets: Sequence[str] | None) -> list[Part]:
     for target in targets:
         if not any(is_named(module, [target]) for module in modules):
             names = _last_names(base.linear)
-            near = nearest(target, names)
+            near = did_you_mean(nearest(target, names))
             raise UserError(
-                f"lora.targets: {base.source} has no linear layer {target} in its blocks"
-                f"{did_you_mean([near] if near else [])} (layers: {' '.join(names)})"
+                f"lora.targets: {base.source} has no linear layer {target} in its blocks{near} "
+                f"(layers: {' '.join(names)})"
             )
     return [part for part in base.linear if is_named(module_of(part), targets)]
 
