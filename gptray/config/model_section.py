@@ -13,7 +13,7 @@ from gptray.config.values import Positive, PositiveInt, Probability, Section
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-# By rope_type: the keys that a scaling needs beside it, and those that it may have.
+# By rope_type: the other keys that a scaling needs, and those that it may have.
 ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "llama3": (

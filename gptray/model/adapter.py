@@ -16,7 +16,7 @@ from gptray.config import LoraConfig, ModelConfig, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.model.families import Family
 from gptray.model.hf_config import family_in
-from gptray.model.parameters import HEAD, Part, is_of_block, stored_parts
+from gptray.model.parameters import HEAD, Part, stored_parts
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 
 # Of a run or a checkpoint.
@@ -74,7 +74,7 @@ class Base:
     @property
     def linear(self) -> list[Part]:
         """The weights of the linear layers in its blocks."""
-        return [part for part in self.parts if is_of_block(part) and len(part.dims) == 2]
+        return [part for part in self.parts if part.is_linear]
 
 
 def adapted_name(model: str, adapter: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether a folder of PEFT's is an adapter that fits a model; no torch, so that a job knows soon.
+"""Whether a folder of PEFT's is an adapter that fits a model; no torch, so that jobs can ask early.
 
 What is not plain LoRA is refused by name: what it would add is not computed here.
 """
@@ -29,7 +29,7 @@ from gptray.model.parameters import HEAD, WTE, Part
 from gptray.model.tensor_file import FLOATS, read_header
 from gptray.stored import is_whole, read_foreign
 
-# Keys of adapter_config.json that change nothing of what an adapter computes once it is trained.
+# Keys of adapter_config.json that do not change what a trained adapter computes.
 _READ = {
     "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "peft_type",
     "base_model_name_or_path", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -121,7 +121,7 @@ def check_products(adapter: Adapter) -> None:
 
 
 def _lora_of(path: Path, raw: Mapping[str, object]) -> LoraConfig:
-    """Raises UserError for what is not LoRA, or more than that."""
+    """Raises UserError for anything but plain LoRA."""
     if raw.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type={raw.get('peft_type')!r:.60} is not supported, only LORA"

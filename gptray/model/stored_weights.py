@@ -12,7 +12,7 @@ from gptray.config import ModelConfig, UserError
 from gptray.model.families import FAMILIES, Family
 from gptray.model.hf_config import read_config
 from gptray.model.packed_weights import GROUP, SCALES, SHAPE, VALUES, Packing, packing_of
-from gptray.model.parameters import HEAD, IGNORED, is_of_block, stored_name, stored_parts
+from gptray.model.parameters import HEAD, IGNORED, stored_name, stored_parts
 from gptray.model.shape import weight_files
 from gptray.model.tensor_file import read_header
 
@@ -60,8 +60,7 @@ class StoredModel:
         """The weights of the linear layers in its blocks."""
         rows = self.embedding.shape[0]
         parts = stored_parts(self.shape, self.family, rows)
-        names = [part.name for part in parts if is_of_block(part) and len(part.dims) == 2]
-        return {name: self.weights[name] for name in names}
+        return {part.name: self.weights[part.name] for part in parts if part.is_linear}
 
     @property
     def packable(self) -> dict[str, StoredWeight]:
