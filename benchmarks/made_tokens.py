@@ -63,7 +63,7 @@ def split_tokens(folder: Path, tokenizer: Tokenizer, *, train: str, val: str) ->
         with ShardWriter(folder / file, encoder) as writer:
             writer.add(text, begins=True, ends=True)
         assert writer.shard
-        entries[name] = writer.shard.entry(file)
+        entries[name] = writer.shard.entry
     return _data(folder, tokenizer, entries)
 
 

@@ -102,7 +102,7 @@ def gptray_step(
     precision, _, backend = system.partition(":")
     network, adapter = shape.network, dict[str, object]()
     if adapted:
-        network = read_shape(Path(adapted.base)) | {"init_from": adapted.base}
+        network = read_shape(Path(adapted.base)).model_dump() | {"init_from": adapted.base}
         adapter = {"rank": adapted.rank}
     config = Config.model_validate(
         {

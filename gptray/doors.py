@@ -116,5 +116,5 @@ def _no_job(name: str) -> str:
     if name.startswith("-") or "=" in name:
         return f"gptray: name the job first, as in gptray train {name}; jobs: {', '.join(DOCS)}"
     close = nearest(name, DOCS)
-    what_there_is = did_you_mean([close]) if close else f"; jobs: {', '.join(DOCS)}"
+    what_there_is = did_you_mean(close) if close else f"; jobs: {', '.join(DOCS)}"
     return f"gptray: unknown job {name}{what_there_is}"

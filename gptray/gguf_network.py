@@ -35,7 +35,7 @@ def network_json(
 ) -> dict[str, object]:
     """What config.json says of the network.
 
-    tied: there is no head beside the embedding. factors: of the rotary positions, as
+    tied: there is no head besides the embedding. factors: of the rotary positions, as
     `gptray.gguf_rotary` has them. Raises UserError for what is missing or no known network.
     """
     family = family_of_file(fields)

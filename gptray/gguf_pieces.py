@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gptray.config import UserError
 
-# U+2581, as which SentencePiece writes a space.
+# U+2581, which SentencePiece writes for a space.
 MARK = "\u2581"
 # Characters of a piece; SentencePiece makes them of 16.
 _LONGEST = 128

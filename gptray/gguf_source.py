@@ -6,18 +6,16 @@ nor Ray, so that a job can check a model before it starts.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.files import cache_folder, expanded, open_lock, remove, storing
+from gptray.files import cache_folder, expanded, storing
 from gptray.gguf_header import read_header
 from gptray.gguf_network import network_json
 from gptray.gguf_tensors import (
@@ -28,8 +26,7 @@ from gptray.gguf_tensors import (
     write_weights,
 )
 from gptray.gguf_tokenizer import end_ids, special_ids, special_tokens, tokenizer_json
-from gptray.manifest import files_damage, write_manifest
-from gptray.node_cache import hold, make_room
+from gptray.node_cache import made_once, make_room
 from gptray.stored import Unreadable
 
 log = logging.getLogger("gptray")
@@ -51,7 +48,9 @@ def opened_gguf(path: Path) -> Path:
     """
     path = path.resolve()
     status = path.stat()
-    return _opened(path, status.st_size, status.st_mtime_ns)
+    state = repr((str(path), status.st_size, status.st_mtime_ns))
+    folder = cache_folder() / "copied" / hashlib.sha256(state.encode()).hexdigest()[:24]
+    return made_once(folder, lambda draft: _fill(draft, path, status.st_size), what=str(path))
 
 
 @contextmanager
@@ -71,22 +70,9 @@ def named_as_given(folder: Path, source: str | Path) -> Iterator[None]:
         raise UserError(message.replace("config.json", "its header")) from None
 
 
-@cache
-def _opened(path: Path, size: int, modified: int) -> Path:
-    """`opened_gguf`, once in a process for each state of the file."""
-    name = hashlib.sha256(repr((str(path), size, modified)).encode()).hexdigest()[:24]
-    folder = cache_folder() / "copied" / name
-    hold(folder)
-    with open_lock(folder.with_name(f"{name}.lock")) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the node makes it
-        if not folder.is_dir() or files_damage(folder, needed=()):
-            _make(folder, path, size)
-    return folder
-
-
-def _make(folder: Path, path: Path, size: int) -> None:
+def _fill(draft: Path, path: Path, size: int) -> None:
+    """Write the model in a GGUF file of `size` bytes to a folder. Raises as `opened_gguf`."""
     log.info("reading %s", path)
-    draft = folder.with_suffix(".draft")
     try:
         fields, entries = read_header(path)
         check_entries(entries, size)
@@ -94,17 +80,12 @@ def _make(folder: Path, path: Path, size: int) -> None:
         network = network_json(fields, entries, tied=tied, factors=factors)
         weights = weights_of(fields, entries, network)
         files = _files(fields, network)
-        with storing(folder):
+        with storing(draft):
             make_room(sum(weight.size for weight in weights.values()))
-            remove(draft)  # left by a kill
-            draft.mkdir()
             for file, content in files.items():
                 text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
                 (draft / file).write_text(text, "utf-8")
             write_weights(draft / _WEIGHTS, path, weights)
-            write_manifest(draft)
-            remove(folder)  # damaged
-            draft.rename(folder)
     except (UserError, Unreadable) as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -92,7 +92,7 @@ def weights_of(
 
 
 def has_own_head(path: Path, entries: Sequence[Entry]) -> bool:
-    """Whether a file has a head that is not its embedding once more."""
+    """Whether a file has a head that is not a copy of its embedding."""
     import numpy as np
 
     named = {entry.name: entry for entry in entries}

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptray.config import UserError
@@ -51,26 +51,55 @@ def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = 
     """
     listed = place.files()
     files = [file for name, file in sorted(listed.items()) if wanted.fullmatch(name)]
-    cache = cache_folder() / "fetched"
-    folder = cache / hashlib.sha256(repr((place.uri, files)).encode()).hexdigest()[:24]
+    name = hashlib.sha256(repr((place.uri, files)).encode()).hexdigest()[:24]
+
+    def fetch(draft: Path) -> None:
+        size = sum(file.size for file in files)
+        make_room(size, most)
+        log.info("fetching %s (%.1f MB)", place, size / 1e6)
+        _fetch(place, files, draft, has_manifest=MANIFEST in listed)
+
+    return made_once(cache_folder() / "fetched" / name, fetch, what=str(place))
+
+
+def made_once(folder: Path, make: Callable[[Path], None], *, what: str) -> Path:
+    """A folder of the cache, whole, and kept for as long as this process lives.
+
+    make: fills a draft of it where it is not there yet or is damaged; one process of the node does,
+    while the others wait. what: what it is a copy of. Raises RunFailed without room, and as `make`.
+    """
     with _guard:
         if folder in _used:
             return folder
-        with storing(cache):
-            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with storing(folder):
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock, used = (open_lock(_beside(folder, end)) for end in ("lock", "used"))
         with lock, used:
             fcntl.flock(lock, fcntl.LOCK_EX)
             fcntl.flock(used, fcntl.LOCK_SH)
             problem = files_damage(folder, needed=()) if folder.is_dir() else None
             if problem:
-                log.warning("the copy of %s is damaged (%s): fetching it again", place, problem)
+                log.warning("the copy of %s is damaged (%s): making it again", what, problem)
             if problem or not folder.is_dir():
-                make_room(sum(file.size for file in files), most)
-                _fetch(place, files, folder, has_manifest=MANIFEST in listed)
+                _make(folder, make)
             os.utime(folder)
             _used[folder] = os.dup(used.fileno())
     return folder
+
+
+def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    draft = folder.with_name(folder.name + _DRAFT)
+    with storing(folder):
+        remove(draft)  # left by a kill
+        draft.mkdir()
+    try:
+        make(draft)
+        with storing(folder):
+            write_manifest(draft)
+            remove(folder)  # damaged
+            os.rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def storage_folder(storage_path: str) -> Path:
@@ -116,32 +145,19 @@ def fetched_holder(
 
 
 def _fetch(
-    place: RemoteFolder, files: Sequence[StoredFile], folder: Path, *, has_manifest: bool
+    place: RemoteFolder, files: Sequence[StoredFile], draft: Path, *, has_manifest: bool
 ) -> None:
-    """Copy files to a folder, which appears whole. Raises as `fetched`."""
-    size = sum(file.size for file in files)
-    log.info("fetching %s (%.1f MB)", place, size / 1e6)
-    draft = folder.with_suffix(_DRAFT)
-    with storing(folder):
-        remove(draft)  # left by a kill
-        draft.mkdir()
-    try:
-        names = [file.name for file in files]
-        for name in names + [MANIFEST] * has_manifest:
-            _download(place, name, draft)
-        problem = files_damage(draft, needed=names, others=False) if has_manifest else None
-        for file in files:
-            if (draft / file.name).stat().st_size != file.size:
-                problem = f"{file.name} changed while it was read"
-        if problem:
-            raise UserError(f"{place}: damaged or incomplete: {problem}")
-        with storing(folder):
-            (draft / MANIFEST).unlink(missing_ok=True)
-            write_manifest(draft)
-            remove(folder)
-            os.rename(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    """Copy files to a folder, and compare them with their own manifest. Raises as `fetched`."""
+    names = [file.name for file in files]
+    for name in names + [MANIFEST] * has_manifest:
+        _download(place, name, draft)
+    problem = files_damage(draft, needed=names, others=False) if has_manifest else None
+    for file in files:
+        if (draft / file.name).stat().st_size != file.size:
+            problem = f"{file.name} changed while it was read"
+    if problem:
+        raise UserError(f"{place}: damaged or incomplete: {problem}")
+    (draft / MANIFEST).unlink(missing_ok=True)
 
 
 def _download(place: RemoteFolder, name: str, draft: Path) -> None:
@@ -205,7 +221,7 @@ def _beside(folder: Path, what: str) -> Path:
 
 
 def _is_elsewhere(folder: Path) -> bool:
-    """Whether all of a folder is to be had again."""
+    """Whether all of a folder can be fetched or made again."""
     kind = folder.relative_to(cache_folder()).parts[0]
     if kind == "outputs":
         return not any(folder.rglob("part-*.parquet"))

@@ -169,5 +169,5 @@ class RemoteFolder:
 def no_such_folder(place: RemoteFolder) -> UserError:
     """The error for a folder that is not there; names the nearest one next to it."""
     near = nearest(place.name, place.parent.folders()) if place.parent else None
-    known = [str(place.parent / near)] if place.parent and near else []
+    known = str(place.parent / near) if place.parent and near else None
     return UserError(f"{place}: no such folder{did_you_mean(known)}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +130,13 @@ def test_a_folder_is_made_once_for_each_state_of_a_file(tmp_path: Path) -> None:
         "model.safetensors",
         "tokenizer.json",
     }
+    os.utime(first, (0, 0))
+    code = (
+        "import sys; from gptray.model.shape import model_folder; print(model_folder(sys.argv[1]))"
+    )
+    again = subprocess.run([sys.executable, "-c", code, path], capture_output=True, check=True)
+    assert again.stdout.decode().strip() == str(first)
+    assert first.stat().st_mtime > 0, "what is used is not the first to be removed"
     path.unlink()
     exported_again = tmp_path / "again"
     exported_again.mkdir()

@@ -75,7 +75,7 @@ class ComputeConfig(Section):
 
     @property
     def min_workers(self) -> int:
-        """The fewest workers with which training goes on."""
+        """The fewest workers that training continues with."""
         return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
 
     @property

@@ -72,9 +72,9 @@ class FieldSpec:
         if kind == "value_error":
             return f"{detail['ctx']['error']}, got {shown(value)}"
         if self.choices:
-            close = nearest(str(value), self.choices)
             options = f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
-            return f"expects {options}, got {shown(value)}{did_you_mean([close] if close else [])}"
+            close = did_you_mean(nearest(str(value), self.choices))
+            return f"expects {options}, got {shown(value)}{close}"
         if kind in _LIMITS:
             limits = {
                 name: f"{limit:.10g}" if isinstance(limit, float) else str(limit)

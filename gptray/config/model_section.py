@@ -13,7 +13,7 @@ from gptray.config.values import Positive, PositiveInt, Probability, Section
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-# By rope_type: the keys that a scaling needs beside it, and those that it may have.
+# By rope_type: the other keys that a scaling needs, and those that it may have.
 ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "llama3": (
@@ -135,6 +135,12 @@ class ModelConfig(Section):
         description="keep only the input of each block and compute the block again in the backward "
         "pass: less memory for about a third more arithmetic, the same numbers",
     )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding, where they are known, as those of a network in a file."""
+        assert self.vocab_size
+        return self.vocab_size
 
     @property
     def head_width(self) -> int:

@@ -113,7 +113,7 @@ class Reader:
         close = nearest(name, self.sections)
         if name in self.specs or not isinstance(value, yaml.MappingNode):
             return None
-        self._problem(where, f"unknown section {name}{did_you_mean([close] if close else [])}")
+        self._problem(where, f"unknown section {name}{did_you_mean(close)}")
         # The keys below are checked as the section's that was probably meant.
         return close or name
 
@@ -166,8 +166,8 @@ class Reader:
             inside = next(name for name in self.specs if name.startswith(f"{key}."))
             self._problem(where, f"{key} is a section; set one of its keys, such as {inside}=...")
             return
-        names = nearest_keys(key, list(self.specs))
-        self._problem(where, f"unknown key {key}{did_you_mean(names)}")
+        names = did_you_mean(*nearest_keys(key, list(self.specs)))
+        self._problem(where, f"unknown key {key}{names}")
 
     def _problem(self, where: str, message: str) -> None:
         line = re.search(r":(\d+)(,|$)", where)
@@ -265,7 +265,7 @@ def _unreadable(path: str, error: OSError) -> str:
     }
     close = nearest(Path(path).name, found)
     if close:
-        return f"no such file{did_you_mean([found[close]])}"
+        return f"no such file{did_you_mean(found[close])}"
     if not folder.is_dir():
         return f"no such file; there is no folder {folder}"
     listed = [name for name, item in found.items() if Path(item).parent == folder]

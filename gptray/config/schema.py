@@ -114,17 +114,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _averages_whole_weights(self) -> Config:
-        if self.train.ema is not None and self.compute.strategy == "fsdp":
+    def _has_whole_weights(self) -> Config:
+        if self.compute.strategy == "ddp":
+            return self
+        if self.train.ema is not None:
             raise ValueError(
                 "train.ema averages weights that each worker has whole, not with "
                 "compute.strategy=fsdp"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _is_taught_by_whole_models(self) -> Config:
-        if self.train.teachers and self.compute.strategy == "fsdp":
+        if self.train.teachers:
             raise ValueError(
                 "train.teachers are whole on each worker, and do not go with compute.strategy=fsdp"
             )

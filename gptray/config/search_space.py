@@ -127,8 +127,8 @@ class _Reading:
         self._number, before = number, len(self.problems)
         for word in raw:
             if word not in WORDS:
-                close = nearest(word, WORDS, cutoff=0.5)
-                self._problem(word, f"unknown word {word}{did_you_mean([close] if close else [])}")
+                close = did_you_mean(nearest(word, WORDS, cutoff=0.5))
+                self._problem(word, f"unknown word {word}{close}")
         paths = self._paths(raw)
         kind = self._kind(raw)
         entry = self._values(paths, kind, raw[kind]) if paths and kind else None
@@ -160,7 +160,7 @@ class _Reading:
 
     def _path_problems(self, path: object) -> Iterator[str]:
         if not isinstance(path, str) or path not in self._specs:
-            yield f"unknown path {path}{did_you_mean(nearest_keys(str(path), list(self._specs)))}"
+            yield f"unknown path {path}{did_you_mean(*nearest_keys(str(path), list(self._specs)))}"
             return
         for prefix, why in NOT_TUNED.items():
             if path == prefix or (prefix.endswith(".") and path.startswith(prefix)):
@@ -244,8 +244,7 @@ class _Reading:
     def _condition(self, path: str, value: object, *, is_grid: bool) -> Sequence[object]:
         """The values of another entry's path with which this entry counts."""
         if path not in self._seen:
-            close = nearest(path, self._seen)
-            names = did_you_mean([close] if close else [])
+            names = did_you_mean(nearest(path, self._seen))
             self._problem("when", f"when: no entry before this one varies {path}{names}")
             return ()
         entry = self._seen[path][1]
@@ -259,8 +258,7 @@ class _Reading:
             if not entry.can_be(path, one):
                 place = entry.paths.index(path)
                 texts = [str(option[place]) for option in entry.options]
-                close = nearest(str(one), texts)
-                names = did_you_mean([close] if close else [])
+                names = did_you_mean(nearest(str(one), texts))
                 self._problem("when", f"when: {path} is never {shown(one)} here{names}")
         return any_of
 

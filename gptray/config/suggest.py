@@ -205,6 +205,7 @@ def _ratio(one: str, other: str, *, above: float) -> float:
     return matcher.ratio() if matcher.quick_ratio() > above else 0.0
 
 
-def did_you_mean(names: Sequence[str]) -> str:
+def did_you_mean(*names: str | None) -> str:
     """Return "; did you mean a or b?", or nothing if there is no name to offer."""
-    return f"; did you mean {' or '.join(names)}?" if names else ""
+    known = [name for name in names if name]
+    return f"; did you mean {' or '.join(known)}?" if known else ""

@@ -165,10 +165,9 @@ class GenerateConfig(Section):
     def _known_settings(cls, value: bool | list[str]) -> bool | list[str]:
         for name in value if isinstance(value, list) else []:
             if name not in ROW_SETTINGS:
-                near = nearest(name, ROW_SETTINGS)
+                near = did_you_mean(nearest(name, ROW_SETTINGS))
                 raise ValueError(
-                    f"{name} is not a setting of a row{did_you_mean([near] if near else [])} "
-                    f"(settings: {' '.join(ROW_SETTINGS)})"
+                    f"{name} is not a setting of a row{near} (settings: {' '.join(ROW_SETTINGS)})"
                 )
         return value
 

@@ -57,7 +57,5 @@ def known_codec(value: str | None) -> str | None:
     except (LookupError, ValueError):
         pass
     spelled = value.lower().replace("-", "_")
-    near = nearest(spelled, sorted({*aliases, *aliases.values()} - {spelled}))
-    raise ValueError(
-        f"unknown encoding{did_you_mean([near] if near else [])} (such as cp949, utf-16, cp1252)"
-    )
+    near = did_you_mean(nearest(spelled, sorted({*aliases, *aliases.values()} - {spelled})))
+    raise ValueError(f"unknown encoding{near} (such as cp949, utf-16, cp1252)")

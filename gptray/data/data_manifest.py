@@ -39,27 +39,28 @@ class TokenizerEntry(TypedDict):
     lost: LostEntry
 
 
-class ShardEntry(TypedDict):
-    """One file of tokens; data that was prepared without counting lacks the two counts."""
+class Counts(TypedDict):
+    """Of some text and its tokens. End-of-text tokens are not in `bytes`, the UTF-8 bytes; data
+    that was prepared without counting lacks the last two."""
 
-    file: str
     tokens: int
     bytes: int
     lost_bytes: int
     characters: NotRequired[int]
-    fallback_tokens: NotRequired[int]
+    fallback_tokens: NotRequired[int]  # that stand for parts of characters or unknown ones
+
+
+class ShardEntry(Counts):
+    """One file of tokens."""
+
+    file: str
     sha256: str
 
 
-class SplitEntry(TypedDict):
+class SplitEntry(Counts):
     """One split, as the sum of its shards."""
 
     documents: int
-    tokens: int
-    bytes: int
-    lost_bytes: int
-    characters: NotRequired[int]
-    fallback_tokens: NotRequired[int]
     shards: list[ShardEntry]
 
 

@@ -14,9 +14,10 @@ from tokenizers import pre_tokenizers
 
 from gptray.config import UserError
 from gptray.data.roundtrip import is_byte_token, unknown_name
-from gptray.data.sentencepiece_fields import MARK, bpe_fields, unigram_fields
+from gptray.data.sentencepiece_fields import bpe_fields, unigram_fields
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_parts import ModelPart, Step, TokenizerParts
+from gptray.gguf_pieces import MARK
 from gptray.gguf_tokenizer import (
     BYTE,
     CONTROL,
@@ -53,7 +54,7 @@ def gguf_vocabulary(
 ) -> dict[str, object]:
     """The fields of a tokenizer. rows: of the embedding; those without a token are named [PADn].
 
-    ends: tokens that end a text beside the tokenizer's own end of text.
+    ends: tokens that end a text besides the tokenizer's own end of text.
     Raises UserError, one sentence, for what llama.cpp cannot express.
     """
     names = tokenizer.names

@@ -85,5 +85,5 @@ def near_misses(names: Sequence[str], settings: GenerateConfig) -> list[str]:
     for name in names:
         meant = _MEANT.get(name.lower()) or nearest(name.lower(), ROW_SETTINGS, cutoff=0.8)
         if name not in known and meant:
-            told.append(f"column {name!r} is passed through{did_you_mean([meant])}")
+            told.append(f"column {name!r} is passed through{did_you_mean(meant)}")
     return told

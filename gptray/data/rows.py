@@ -1,4 +1,4 @@
-"""Rows of text files: lines, JSON objects, CSV fields, and what is said of those that are none.
+"""Rows of text files: lines, JSON objects, CSV fields, and messages for what is none of these.
 
 Text is decoded as its file's `encoding` says.
 """

@@ -9,11 +9,10 @@ from itertools import pairwise
 
 from gptray.config import UserError
 from gptray.data.tokenizer_parts import Step, TokenizerParts
+from gptray.gguf_pieces import MARK
 
 log = logging.getLogger("gptray")
 
-# U+2581, as which SentencePiece writes a space.
-MARK = "\u2581"
 _MARKS: Step = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
 _PREPENDS: Step = {"type": "Prepend", "prepend": MARK}
 

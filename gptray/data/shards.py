@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 
 from gptray.data.boundary import chunks, last_boundary
-from gptray.data.data_manifest import ShardEntry
+from gptray.data.data_manifest import ShardEntry, SplitEntry
 from gptray.data.difference import Lost, Tally
 from gptray.data.fallback import fallback_tokens
 from gptray.data.roundtrip import RoundTrip
@@ -26,27 +26,23 @@ _REMEMBERED = 1 << 23  # characters of chunks
 
 @dataclass(frozen=True)
 class Shard:
-    """One written file."""
+    """One written file as manifests list it, and what is lost of its text."""
 
-    file: str
-    tokens: int
-    bytes: int  # UTF-8 bytes of the text in it, end-of-text tokens not counted
-    sha256: str
-    lost: Lost  # of the text in it
-    characters: int
-    fallback_tokens: int  # that stand for parts of characters or unknown ones
+    entry: ShardEntry
+    lost: Lost
 
-    def entry(self, name: str) -> ShardEntry:
-        """Its place in a manifest, under the name that it has there."""
-        return {
-            "file": name,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "lost_bytes": min(self.lost.bytes, self.bytes),
-            "characters": self.characters,
-            "fallback_tokens": self.fallback_tokens,
-            "sha256": self.sha256,
-        }
+
+def split_entry(documents: int, shards: list[ShardEntry]) -> SplitEntry:
+    """A split of so many documents in these shards."""
+    return {
+        "documents": documents,
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "lost_bytes": sum(shard["lost_bytes"] for shard in shards),
+        "characters": sum(shard["characters"] for shard in shards),
+        "fallback_tokens": sum(shard["fallback_tokens"] for shard in shards),
+        "shards": shards,
+    }
 
 
 def shard_dtype(vocab_size: int) -> str:
@@ -127,8 +123,11 @@ class ShardWriter:
         self._batch: list[tuple[str, bool, bool]] = []
         self._batched = 0  # characters
         self._digest = hashlib.sha256()
-        self._tokens = self._bytes = self._characters = self._fallback = 0
         self._tally = Tally()
+        self._entry: ShardEntry = {
+            "file": path.name, "tokens": 0, "bytes": 0, "lost_bytes": 0, "characters": 0,
+            "fallback_tokens": 0, "sha256": "",
+        }  # fmt: skip
 
     def __enter__(self) -> ShardWriter:
         self._stream = self._path.open("wb")
@@ -143,24 +142,18 @@ class ShardWriter:
                 self._flush()
         finally:
             self._stream.close()
-        if not self._tokens and not self._bytes:
+        if self.shard is None:
             self._path.unlink()
 
     @property
     def shard(self) -> Shard | None:
         """What was written; None when nothing was."""
-        if not self._tokens and not self._bytes:
+        entry, lost = self._entry, self._tally.lost
+        if not entry["tokens"] and not entry["bytes"]:
             return None
-        digest = self._digest.hexdigest()
-        return Shard(
-            self._path.name,
-            self._tokens,
-            self._bytes,
-            digest,
-            self._tally.lost,
-            self._characters,
-            self._fallback,
-        )
+        entry["lost_bytes"] = min(lost.bytes, entry["bytes"])
+        entry["sha256"] = self._digest.hexdigest()
+        return Shard(entry, lost)
 
     def add(self, text: str, *, begins: bool, ends: bool) -> None:
         """Append a run of a document's text, and what marks where the document begins and ends."""
@@ -195,16 +188,16 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        encoder = self._encoder
+        encoder, entry = self._encoder, self._entry
         encoded = encoder.encode([text for text, *_ in self._batch])
         for ids, (text, begins, ends) in zip(encoded, self._batch, strict=True):
             block = encoder.start_of_text + ids if begins else ids
             block += encoder.end_of_text if ends else b""
             self._stream.write(block)
             self._digest.update(block)
-            self._tokens += len(block) // encoder.dtype.itemsize
-            self._bytes += len(text.encode())
-            self._characters += len(text)
-            self._fallback += encoder.count_fallback(ids)
+            entry["tokens"] += len(block) // encoder.dtype.itemsize
+            entry["bytes"] += len(text.encode())
+            entry["characters"] += len(text)
+            entry["fallback_tokens"] += encoder.count_fallback(ids)
             encoder.check(text, ids, self._tally)
         self._batch, self._batched = [], 0

@@ -9,6 +9,7 @@ from gptray.data.data_manifest import DataManifest, SplitEntry
 from gptray.data.sources import SourceFile
 from gptray.data.split import LONG_NAMES
 from gptray.data.split_plan import PiecePlan, PieceScan
+from gptray.wording import count
 
 # A share that is off by more than this part of what was asked for is worth a warning.
 _TOLERANCE = 0.2
@@ -22,13 +23,12 @@ def split_rows(manifest: DataManifest) -> list[tuple[str, str]]:
 
 def share_words(split: SplitEntry, total: int) -> str:
     """The `documents`, `bytes` and `tokens` of a split; `total`: bytes of all text."""
-    documents = f"{split['documents']:,} document{'' if split['documents'] == 1 else 's'}"
-    share = split["bytes"] / max(total, 1)
+    documents, share = count(split["documents"], "document"), split["bytes"] / max(total, 1)
     return f"{documents}, {_size(split['bytes'])} ({share:.1%}), {split['tokens']:,} tokens"
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.1f} kB"
 
 
 def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> list[str]:
@@ -61,15 +61,14 @@ def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | No
     counts: Counter[str] = Counter()
     documents: Counter[str] = Counter()
     for scan in scans:
-        for marker, (count, within) in scan.markers.items():
-            counts[marker] += count
+        for marker, (times, within) in scan.markers.items():
+            counts[marker] += times
             documents[marker] += within
     if not counts:
         return None
     found = ", ".join(
-        f"{marker} {count:,} times in {documents[marker]:,} document"
-        f"{'' if documents[marker] == 1 else 's'}"
-        for marker, count in counts.most_common()
+        f"{marker} {times:,} times in {count(documents[marker], 'document')}"
+        for marker, times in counts.most_common()
     )
     likeliest = counts.most_common(1)[0][0]
     cure = f"; data.separator='{likeliest}' splits .txt files there" if splits_text else ""

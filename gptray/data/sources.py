@@ -162,12 +162,6 @@ def file_sha256(file: SourceFile) -> str:
     return digest.hexdigest()
 
 
-def hint(word: str, choices: Sequence[str]) -> str:
-    """Return "; did you mean X?", or nothing when no choice is near."""
-    near = nearest(word, choices)
-    return did_you_mean([near] if near else [])
-
-
 def _format(path: str) -> str | None:
     name = path.rpartition("/")[2].lower().lstrip(".")
     suffixes = [f".{suffix}" for suffix in name.split(".")[1:]]
@@ -250,7 +244,7 @@ def _readable(entry: str, files: Sequence[SourceFile]) -> list[SourceFile]:
     for file in files:
         if _format(file.path) is None:
             suffix = PurePosixPath(file.path).suffix
-            near = hint(suffix, list(FORMATS)) if suffix not in COMPRESSIONS else ""
+            near = did_you_mean(nearest(suffix, FORMATS)) if suffix not in COMPRESSIONS else ""
             raise UserError(
                 f"{file.name}: cannot read {shown(suffix) or 'a name without extension'}"
                 f"{near} ({_extensions()})"
@@ -267,4 +261,4 @@ def _nearby(path: str) -> str:
     folder, name = os.path.split(path)
     if not os.path.isdir(folder):
         return f" ({folder} is not a folder)"
-    return hint(name, os.listdir(folder))
+    return did_you_mean(nearest(name, os.listdir(folder)))

@@ -18,7 +18,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
-from gptray.data.sources import hint
 from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
 from gptray.files import expanded, is_uri
 from gptray.gguf_source import is_gguf, opened_gguf
@@ -115,7 +114,7 @@ def hub_tokenizer(hub_id: str) -> Path:
     try:
         folder = download_model(hub_id, [*_HUB_FILES])
     except NotOnHub as error:
-        near = hint(hub_id.lower(), KINDS)
+        near = did_you_mean(nearest(hub_id.lower(), KINDS))
         raise NotOnHub(f"data.tokenizer={error}{near}", error.reason) from None
     if not tokenizer_files(folder):
         raise UserError(f"data.tokenizer={hub_id}: this hub repository has no tokenizer")
@@ -185,7 +184,7 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
             near = nearest(asked, backend.get_vocab(with_added_tokens=True))
             raise UserError(
                 f"data.eos_token={asked!r} is not in the vocabulary of {source}"
-                f"{did_you_mean([repr(near)] if near else _candidates(backend))}"
+                f"{did_you_mean(*([repr(near)] if near else _candidates(backend)))}"
             )
         backend.add_special_tokens([asked])  # keeps its id; its name in text is plain text
         return asked

@@ -49,14 +49,12 @@ def open_engine(
         share_cores()
     slots = max_batch_size or generate.max_batch_size
     tokenizer, shape = Tokenizer.load(folder), read_shape(folder)
-    if tokenizer.vocab_size > shape["vocab_size"]:
+    if tokenizer.vocab_size > shape.rows:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding "
-            f"only {shape['vocab_size']:,} rows"
+            f"only {shape.rows:,} rows"
         )
-    picked = decoder_backend(
-        config, ModelConfig(**shape), max_batch_size=slots, takes_adapters=takes_adapters
-    )
+    picked = decoder_backend(config, shape, max_batch_size=slots, takes_adapters=takes_adapters)
     if device == "cpu" and generate.adapter is None:
         model = unread_network(folder)
     else:

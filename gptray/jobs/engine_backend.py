@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptray.config import Config, ModelConfig
+from gptray.config import Config
 from gptray.jobs.doing import doing
 from gptray.model.no_graphs import why_no_graphs
 from gptray.model.shape import read_shape
@@ -30,7 +30,7 @@ def planned_backend(config: Config, model_dir: Path) -> str:
     if config.generate.backend != "auto":
         return config.generate.backend
     if config.compute.use_gpu:
-        if why := why_no_graphs(ModelConfig(**read_shape(model_dir))):
+        if why := why_no_graphs(read_shape(model_dir)):
             return f"torch, since {why}"
         return "auto: CUDA graphs, if their kernels compile"
     return "auto: native or PyTorch, whichever is faster where the engines run"

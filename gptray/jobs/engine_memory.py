@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptray.config import Config, ModelConfig
+from gptray.config import Config
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import parameter_count
 from gptray.model.shape import read_shape
@@ -21,7 +21,7 @@ def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
 
     The embedding is kept twice: to look up tokens, and packed as the head where that is tied.
     """
-    model = ModelConfig(**read_shape(model_dir))
+    model = read_shape(model_dir)
     rows, precision = model.vocab_size, config.generate.precision
     assert rows is not None
     named: str = "bf16 (twice that in fp32)" if precision == "auto" else precision

@@ -157,8 +157,7 @@ def _own_remote_run(config: Config, storage: RemoteFolder, *, key: str) -> Remot
         return run
     if CONFIG in run.files():
         raise UserError(f"name={config.name}: {_without_model(run)}")
-    near = nearest(config.name, storage.folders())
-    known = did_you_mean([near] if near else [])
+    known = did_you_mean(nearest(config.name, storage.folders()))
     raise UserError(f"name={config.name}: no such run in {storage}{known}")
 
 
@@ -182,7 +181,7 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
     if is_uri(config.storage_path) and not _is_path(source):
         near = nearest(source, RemoteFolder(config.storage_path).folders())
         looked_at = f"no such run in {config.storage_path}, {place} here and {reason}"
-        return UserError(f"{key}={source}: {looked_at}{did_you_mean([near] if near else [])}")
+        return UserError(f"{key}={source}: {looked_at}{did_you_mean(near)}")
     storage = storage_of(config)
     if _is_path(source):
         path = source.rstrip(os.sep)
@@ -226,7 +225,7 @@ def _nearest_run(storage: Path, name: str, others: Sequence[str] = (), *, prefix
     """A suggestion of the run, or one of `others`, with the nearest name, if one is near."""
     names = {one.lower(): one for one in (*_names_of_runs(storage), *others)}
     close = nearest(unicodedata.normalize("NFC", name).lower(), names)
-    return did_you_mean([prefix + names[close]] if close else [])
+    return did_you_mean(prefix + names[close] if close else None)
 
 
 def _how_to_list(storage: Path) -> str:

@@ -23,6 +23,7 @@ from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock
 from gptray.gguf_source import is_gguf, named_as_given
 from gptray.hub import NotOnHub
 from gptray.jobs.models import locate, not_adapter, unknown, with_tokenizer
+from gptray.model.families import SHAPE
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
@@ -199,19 +200,19 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
     try:
         folder = model_folder(init_from, weights=False)
         with named_as_given(folder, init_from):
-            shape = read_shape(folder)
+            network = read_shape(folder)
             if is_uri(init_from) or expanded(init_from).exists():
-                check_weights(folder, shape)
+                check_weights(folder, network)
                 Usage.of(folder)
     except NotOnHub as error:
         raise unknown(config, init_from, error.reason, key=INIT_FROM) from None
     except UserError as error:
         raise UserError(f"{INIT_FROM}: {not_adapter(init_from, key=INIT_FROM) or error}") from None
-    if config.model.resize_vocab:
-        del shape["vocab_size"]  # null: the tokenizer's, whichever that is
+    rows = set() if config.model.resize_vocab else {"vocab_size"}  # null: the tokenizer's
+    shape = network.model_dump(include={*SHAPE} | rows)
     given = config.model.model_fields_set
     free = {"dropout"}
-    if shape["positions"] == "rotary" and config.model.n_positions <= shape["n_positions"]:
+    if network.positions == "rotary" and config.model.n_positions <= network.n_positions:
         free.add("n_positions")  # of angles, fewer will do
     wrong = [
         f"model.{key}={_bare(getattr(config.model, key))} but {init_from} has {_bare(value)}"

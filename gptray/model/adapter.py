@@ -16,7 +16,7 @@ from gptray.config import LoraConfig, ModelConfig, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.model.families import Family
 from gptray.model.hf_config import family_in
-from gptray.model.parameters import HEAD, Part, is_of_block, stored_parts
+from gptray.model.parameters import HEAD, Part, stored_parts
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 
 # Of a run or a checkpoint.
@@ -59,13 +59,7 @@ class Base:
     @cached_property
     def config(self) -> ModelConfig:
         """Its network."""
-        return ModelConfig(**read_shape(self.folder))
-
-    @property
-    def rows(self) -> int:
-        """Of its embedding."""
-        assert self.config.vocab_size
-        return self.config.vocab_size
+        return read_shape(self.folder)
 
     @cached_property
     def sha256(self) -> str:
@@ -75,12 +69,12 @@ class Base:
     @cached_property
     def parts(self) -> list[Part]:
         """All of its weights."""
-        return list(stored_parts(self.config, self.family, self.rows))
+        return list(stored_parts(self.config, self.family, self.config.rows))
 
     @property
     def linear(self) -> list[Part]:
         """The weights of the linear layers in its blocks."""
-        return [part for part in self.parts if is_of_block(part) and len(part.dims) == 2]
+        return [part for part in self.parts if part.is_linear]
 
 
 def adapted_name(model: str, adapter: str) -> str:
@@ -101,10 +95,10 @@ def adapted_parts(base: Base, targets: Sequence[str] | None) -> list[Part]:
     for target in targets:
         if not any(is_named(module, [target]) for module in modules):
             names = _last_names(base.linear)
-            near = nearest(target, names)
+            near = did_you_mean(nearest(target, names))
             raise UserError(
-                f"lora.targets: {base.source} has no linear layer {target} in its blocks"
-                f"{did_you_mean([near] if near else [])} (layers: {' '.join(names)})"
+                f"lora.targets: {base.source} has no linear layer {target} in its blocks{near} "
+                f"(layers: {' '.join(names)})"
             )
     return [part for part in base.linear if is_named(module_of(part), targets)]
 

@@ -39,10 +39,8 @@ from gptray.model.hf import from_file, load_pretrained, load_weights, save_pretr
 from gptray.model.lora import LoRALinear, add_adapters, freeze
 from gptray.model.parameters import HEAD, Part
 from gptray.model.quantized import quantize
-from gptray.model.rounding import read_weight
-from gptray.model.stored_weights import stored_model
 from gptray.model.tensor_file import write_tensors
-from gptray.model.usage import Usage
+from gptray.model.unread import unread_network
 
 
 def adapted_network(
@@ -70,7 +68,7 @@ def adapted_network(
     # Before there are numbers: they are to arrive in the dtype that they are kept in.
     freeze(model, replaced, base.quantized)
     model.to_empty(device="cpu")
-    model.valid_vocab_size = base.rows
+    model.valid_vocab_size = base.config.rows
     load_weights(model, base.folder)
     model.valid_vocab_size = vocab_size
     add_adapters(model, lora, adapted, seed=seed)
@@ -150,20 +148,14 @@ def save_merged(
     vocab_size: rows of the embedding that stand for tokens; the others are left out.
     Raises UserError for files that are damaged.
     """
-    with torch.device("meta"):
-        model = GPT(base.config, vocab_size=vocab_size)
-    model.usage = Usage.of(base.folder)
+    model = unread_network(base.folder)
+    model.valid_vocab_size = vocab_size
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    weights, tensors = stored_model(base.folder).weights, _tensors(adapter)
+    read, tensors = model.whole, _tensors(adapter)
 
     def whole(parameter: Tensor) -> Tensor:
-        name = names[id(parameter)]
-        merged = torch.empty(parameter.shape)
-        for part in base.parts:
-            if part.parameter == name:
-                rows = merged[part.start : part.start + part.rows]
-                rows.copy_(from_file(read_weight(weights[part.name]), part, base.config))
-        _merge(base, {name: merged}, adapter, tensors)
+        merged = read(parameter)
+        _merge(base, {names[id(parameter)]: merged}, adapter, tensors)
         return merged
 
     model.whole = whole

@@ -1,4 +1,4 @@
-"""Whether a folder of PEFT's is an adapter that fits a model; no torch, so that a job knows soon.
+"""Whether a folder of PEFT's is an adapter that fits a model; no torch, so that jobs can ask early.
 
 What is not plain LoRA is refused by name: what it would add is not computed here.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from gptray.config import LoraConfig, UserError
 from gptray.files import expanded
@@ -26,12 +24,12 @@ from gptray.model.adapter import (
     is_named,
     module_of,
 )
-from gptray.model.header import FLOATS, read_header
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import HEAD, WTE, Part
+from gptray.model.tensor_file import FLOATS, read_header
 from gptray.stored import is_whole, read_foreign
 
-# Keys of adapter_config.json that change nothing of what an adapter computes once it is trained.
+# Keys of adapter_config.json that do not change what a trained adapter computes.
 _READ = {
     "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "peft_type",
     "base_model_name_or_path", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -82,8 +80,8 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         kind = " but pickled weights, which gptray does not open" if pickled else ""
         raise UserError(f"{folder}: no {WEIGHTS}{kind}")
-    stored = read_header(path)
-    quantized = _check_base(path, base)
+    stored, metadata = read_header(path)
+    quantized = _check_base(path, metadata, base)
     _check_types(path, stored)
     parts = {module_of(part): part for part in base.linear}
     whole = {part.name: part for part in base.parts}
@@ -123,7 +121,7 @@ def check_products(adapter: Adapter) -> None:
 
 
 def _lora_of(path: Path, raw: Mapping[str, object]) -> LoraConfig:
-    """Raises UserError for what is not LoRA, or more than that."""
+    """Raises UserError for anything but plain LoRA."""
     if raw.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type={raw.get('peft_type')!r:.60} is not supported, only LORA"
@@ -146,15 +144,10 @@ def _lora_of(path: Path, raw: Mapping[str, object]) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=alpha, use_rslora=bool(raw.get("use_rslora", False)))
 
 
-def _check_base(path: Path, base: Base) -> str:
+def _check_base(path: Path, metadata: Mapping[str, str], base: Base) -> str:
     """How the weights say that their base was quantized. Raises UserError for another base."""
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or incomplete: {error}") from None
     trained_on = metadata.get(BASE_SHA256)
-    quantized: str = metadata.get(BASE_QUANTIZED, "none")
+    quantized = metadata.get(BASE_QUANTIZED, "none")
     if trained_on and trained_on != base.sha256:
         raise UserError(
             f"{path.parent} adapts another model than {base.source}: one whose weights have "

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptray.model.autograd_context import AttentionContext
 from gptray.model.layers import dropout_mask
+from gptray.model.operator import Operator
 
 QUERY_BLOCK = 128
 
@@ -32,12 +32,7 @@ def causal_attention(
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     back = window if window is not None and window < T else 0
     if qkv.device.type == "cpu" and (qkv.dtype == torch.bfloat16 or dropout):
-        y: Tensor
-        if torch.compiler.is_compiling():
-            y = _blocked_op(qkv, n_head, dropout, back)[0]
-        else:
-            y = _BlockedAttention.apply(qkv, n_head, dropout, back)  # type: ignore[no-untyped-call]
-        return y
+        return _BLOCKED([qkv], numbers=[n_head, dropout, back])
     # In this order the gradients of q, k and v, (B, T, H, D) in memory, join by one copy.
     q, k, v = (part.transpose(1, 2) for part in qkv.view(B, T, 3, n_head, C // n_head).unbind(2))
     if back:
@@ -51,7 +46,7 @@ def causal_attention(
 def _heads(qkv: Tensor, n_head: int) -> Tensor:
     """(B, T, 3C) -> (3, B*H, T, D), a copy."""
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    heads = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
+    heads = qkv.reshape(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
     copy = heads.clone(memory_format=torch.contiguous_format)  # even of a single token
     return copy.view(3, B * n_head, T, C // n_head)
 
@@ -77,9 +72,10 @@ def _mask(scores: Tensor, start: int, first: int, window: int) -> None:
         scores.add_(hidden.tril(start - first - window))
 
 
-def _forward(qkv: Tensor, n_head: int, dropout: float, window: int) -> list[Tensor]:
+def _forward(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
     """The output (B, T, C), and for the backward pass the heads, then each block's probabilities
     and, with dropout, its mask."""
+    (qkv,), (n_head, dropout, window) = inputs, _read(numbers)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     heads = _heads(qkv, n_head)
     q, k, v = heads.unbind(0)
@@ -100,13 +96,13 @@ def _forward(qkv: Tensor, n_head: int, dropout: float, window: int) -> list[Tens
 
 
 def _backward(
-    grad: Tensor, saved: list[Tensor], n_head: int, has_dropout: bool, window: int
-) -> Tensor:
+    grad: Tensor, _: list[Tensor], __: list[Tensor], saved: list[Tensor], numbers: list[float]
+) -> list[Tensor]:
     """The gradient of qkv (B, T, 3C): four GEMMs a block, none of them to make scores again."""
-    heads, *kept = saved
+    (heads, *kept), (H, dropout, window) = saved, _read(numbers)
     q, k, v = heads.unbind(0)
-    B, H, T, D = grad.size(0), n_head, q.size(1), q.size(2)
-    grad = grad.view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
+    B, T, D = grad.size(0), q.size(1), q.size(2)
+    grad = grad.reshape(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
     grad_qkv = grad.new_empty(B, T, 3, H, D)
     grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
     blocks = iter(kept)
@@ -114,7 +110,7 @@ def _backward(
         probabilities = dropped = next(blocks)
         part = grad[:, start:stop]
         grad_p = torch.bmm(part, v[:, first:stop].transpose(1, 2))
-        if has_dropout:
+        if dropout:
             mask = next(blocks)
             dropped = probabilities * mask
             grad_p.mul_(mask)
@@ -125,34 +121,11 @@ def _backward(
         grad_qkv[:, start:stop, 0] = grad_q.view(B, H, stop - start, D).transpose(1, 2)
     grad_qkv[:, :, 1] = grad_k.view(B, H, T, D).transpose(1, 2)
     grad_qkv[:, :, 2] = grad_v.view(B, H, T, D).transpose(1, 2)
-    return grad_qkv.view(B, T, 3 * H * D)
+    return [grad_qkv.view(B, T, 3 * H * D)]
 
 
-class _BlockedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: AttentionContext, qkv: Tensor, n_head: int, dropout: float, window: int
-    ) -> Tensor:
-        out, *saved = _forward(qkv, n_head, dropout, window)
-        ctx.n_head, ctx.has_dropout, ctx.window = n_head, bool(dropout), window
-        ctx.save_for_backward(*saved)
-        return out
-
-    @staticmethod
-    def backward(ctx: AttentionContext, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        saved, of = list(ctx.saved_tensors), (ctx.n_head, ctx.has_dropout, ctx.window)
-        return _backward(grads[0].contiguous(), saved, *of), None, None, None
-
-
-# The same two functions as operators that torch.compile calls and does not look into: the softmax
-# that inductor would make of them is several times slower than PyTorch's.
-@torch.library.custom_op("gptray::blocked_attention", mutates_args=())
-def _blocked_op(qkv: Tensor, n_head: int, dropout: float, window: int) -> list[Tensor]:
-    return _forward(qkv.contiguous(), n_head, dropout, window)
-
-
-@_blocked_op.register_fake
-def _(qkv: Tensor, n_head: int, dropout: float, window: int) -> list[Tensor]:
+def _shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
+    (qkv,), (n_head, dropout, window) = inputs, _read(numbers)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     blocks = _blocks(T, window)
     shapes = [(B * n_head, stop - start, stop - first) for start, stop, first in blocks]
@@ -160,28 +133,12 @@ def _(qkv: Tensor, n_head: int, dropout: float, window: int) -> list[Tensor]:
     return [qkv.new_empty(B, T, C), qkv.new_empty(3, B * n_head, T, C // n_head), *kept]
 
 
-@torch.library.custom_op("gptray::blocked_attention_backward", mutates_args=())
-def _blocked_backward_op(
-    grad: Tensor, saved: list[Tensor], n_head: int, has_dropout: bool, window: int
-) -> Tensor:
-    return _backward(grad.contiguous(), saved, n_head, has_dropout, window)
+def _read(numbers: list[float]) -> tuple[int, float, int]:
+    """The number of heads, dropout, and the window or 0."""
+    n_head, dropout, window = numbers
+    return int(n_head), dropout, int(window)
 
 
-@_blocked_backward_op.register_fake
-def _(grad: Tensor, saved: list[Tensor], n_head: int, has_dropout: bool, window: int) -> Tensor:
-    return grad.new_empty(grad.size(0), grad.size(1), 3 * grad.size(2))
-
-
-def _keep(
-    ctx: AttentionContext, inputs: tuple[Tensor, int, float, int], output: list[Tensor]
-) -> None:
-    ctx.n_head, ctx.has_dropout, ctx.window = inputs[1], bool(inputs[2]), inputs[3]
-    ctx.save_for_backward(*output[1:])
-
-
-def _differentiate(ctx: AttentionContext, grads: list[Tensor]) -> tuple[Tensor, None, None, None]:
-    saved, of = list(ctx.saved_tensors), (ctx.n_head, ctx.has_dropout, ctx.window)
-    return _blocked_backward_op(grads[0], saved, *of), None, None, None
-
-
-_blocked_op.register_autograd(_differentiate, setup_context=_keep)
+# torch.compile does not look into it: the softmax that inductor would make is several times slower
+# than PyTorch's.
+_BLOCKED = Operator("blocked_attention", _forward, _backward, _shapes, keeps_inputs=False)

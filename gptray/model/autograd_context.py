@@ -37,12 +37,6 @@ class NormContext(Context, Protocol):
     has_bias: bool
 
 
-class AttentionContext(Context, Protocol):
-    n_head: int
-    has_dropout: bool
-    window: int
-
-
 class OperatorContext(Context, Protocol):
     """Of a function of `count` tensors, `constant_count` without a gradient, and numbers."""
 

@@ -1,4 +1,4 @@
-"""The head's loss against teachers: beside the text's tokens, what they expect there is a target.
+"""The head's loss against teachers: their predictions are targets, besides the text's own tokens.
 
 Hinton et al. 2015, Distilling the Knowledge in a Neural Network, at a temperature of 1; several
 teachers count as one by the average of their probabilities, as an ensemble is scored. In pieces of

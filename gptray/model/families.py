@@ -59,6 +59,11 @@ class Family:
 
 _GELU = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
 
+# GPT-2's names are those of `gptray.model.parameters`.
+_MODULES = (
+    "wte", "wpe", "ln_f", "ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj",
+)  # fmt: skip
+
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
     keys={
@@ -80,17 +85,7 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
-    modules={
-        "wte": ("wte",),
-        "wpe": ("wpe",),
-        "ln_f": ("ln_f",),
-        "ln_1": ("ln_1",),
-        "ln_2": ("ln_2",),
-        "attn.c_attn": ("attn.c_attn",),
-        "attn.c_proj": ("attn.c_proj",),
-        "mlp.c_fc": ("mlp.c_fc",),
-        "mlp.c_proj": ("mlp.c_proj",),
-    },
+    modules={name: (name,) for name in _MODULES},
     prefix="transformer.",
     layers="h.",
     transposed=True,
@@ -259,7 +254,7 @@ _OWN = Family(
     keys={"vocab_size": Key("vocab_size", None)}
     | {name: Key(name, ModelConfig.model_fields[name].default) for name in SHAPE},
     always={},
-    modules={name: (name,) for name in (*GPT2.modules, "attn.q_norm", "attn.k_norm")},
+    modules={name: (name,) for name in (*_MODULES, "attn.q_norm", "attn.k_norm")},
     prefix="transformer.",
     layers="h.",
 )

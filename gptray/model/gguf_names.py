@@ -9,7 +9,7 @@ from gptray.config import ModelConfig, UserError
 from gptray.gguf_families import EMBEDDING, FAMILIES, HEAD, Family
 from gptray.gguf_rotary import FACTORS, llama3_factors, rotary_fields
 from gptray.model.families import KNOWN
-from gptray.model.hf_config import NetworkShape, network_json
+from gptray.model.hf_config import network_json
 from gptray.model.stored_weights import StoredModel, StoredWeight
 
 # Bytes of so many weights: Q8_0 has a scale of two bytes for 32 of one byte, Q4_0 for
@@ -44,7 +44,7 @@ def family_of(model: StoredModel) -> Family:
         raise own_network(model)
     for family in FAMILIES:
         if family.model_type == model.model_type:
-            _check_computed(ModelConfig(**model.shape), family)
+            _check_computed(model.shape, family)
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
     raise UserError(
@@ -75,9 +75,8 @@ def own_network(model: StoredModel) -> UserError:
     )
 
 
-def gguf_numbers(shape: NetworkShape, family: Family) -> dict[str, object]:
+def gguf_numbers(config: ModelConfig, family: Family) -> dict[str, object]:
     """The numbers of a network under GGUF's keys. Raises UserError as `rotary_fields`."""
-    config = ModelConfig(**shape)
     numbers = network_json(config, family.model_type)
     fields = {key: numbers[name] for name, key in family.numbers.items()}
     if config.n_inner is None:
@@ -97,7 +96,7 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
     which the loss depends on most, are q8_0. Raises UserError for a bias that the
     family has not.
     """
-    numbers = network_json(ModelConfig(**model.shape), family.model_type)
+    numbers = network_json(model.shape, family.model_type)
     tensors = []
     for name, stored in sorted(model.weights.items()):
         gguf_name, part = family.gguf_name(name)
@@ -120,9 +119,9 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
     return tensors
 
 
-def gguf_vectors(shape: NetworkShape) -> dict[str, list[float]]:
+def gguf_vectors(config: ModelConfig) -> dict[str, list[float]]:
     """What a GGUF file has as tensors and Hugging Face as numbers: Llama 3's scaling."""
-    config, scaling = ModelConfig(**shape), shape["rope_scaling"]
+    scaling = config.rope_scaling
     if not scaling or scaling["rope_type"] != "llama3":
         return {}
     return {FACTORS: llama3_factors(config.rope_theta, config.rotary_width, scaling)}

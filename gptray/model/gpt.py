@@ -170,8 +170,8 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """The network of `config` for a tokenizer of `vocab_size` entries.
 
-    `config.vocab_size` may be larger: the rows beyond `valid_vocab_size` are padding, zero from
-    the start and for ever, without probability in the loss or in the logits.
+    `config.vocab_size` may be larger: the rows beyond `valid_vocab_size` are padding: always zero,
+    and without probability in the loss or in the logits.
     initialised: whether weights have numbers yet; on the meta device they never do.
     Raises UserError if `config.vocab_size` is smaller than the tokenizer.
     """

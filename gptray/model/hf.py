@@ -73,29 +73,27 @@ def save_pretrained(
     usage.save(folder, bos_id=bos_token_id, eos_ids=ends)
 
 
-def load_pretrained(source: str | Path, *, dropout: float | None = None) -> GPT:
+def load_pretrained(source: str | Path) -> GPT:
     """The network in a model folder, a run folder or on the hub; on the CPU, in fp32.
 
-    `dropout` replaces the file's. Raises UserError naming the file and what is wrong with it.
+    Raises UserError naming the file and what is wrong with it.
     """
     folder = model_folder(source)
-    model = network_of(folder, device="cpu", dropout=dropout)
+    model = network_of(folder, device="cpu")
     load_weights(model, folder)
     return model
 
 
-def network_of(folder: Path, *, device: str, dropout: float | None = None) -> GPT:
+def network_of(folder: Path, *, device: str) -> GPT:
     """The network in a model folder, its weights checked but not read; on "meta" they take no room.
 
     Raises UserError as `load_pretrained`.
     """
     shape = read_shape(folder)
     check_weights(folder, shape)
-    rows = shape.pop("vocab_size")
-    if dropout is not None:
-        shape["dropout"] = dropout
     with torch.device(device):
-        return GPT(ModelConfig(**shape), vocab_size=rows, initialised=False)
+        config = shape.model_copy(update={"vocab_size": None})
+        return GPT(config, vocab_size=shape.rows, initialised=False)
 
 
 @dataclass(frozen=True)

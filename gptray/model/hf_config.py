@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict, cast
 
 from pydantic import ValidationError
 
@@ -26,41 +25,8 @@ _THETA, _WINDOW, _WINDOWS_FROM, _PATTERN = 10000.0, 4096, 28, 4
 Raw = Mapping[str, object]
 
 
-class NetworkShape(TypedDict):
-    """ModelConfig's fields that shape a network; vocab_size: rows of the embedding."""
-
-    n_layer: int
-    n_head: int
-    n_kv_head: int | None
-    head_dim: int | None
-    n_embd: int
-    n_inner: int | None
-    n_positions: int
-    vocab_size: NotRequired[int]
-    dropout: float
-    norm: Literal["layernorm", "rmsnorm", "none"]
-    post_norm: bool
-    residual: bool
-    parallel_residual: bool
-    layer_norm_epsilon: float
-    positions: Literal["learned", "rotary"]
-    rope_theta: float
-    partial_rotary_factor: float
-    rope_scaling: dict[str, str | bool | int | float] | None
-    mlp: Literal["gelu_new", "gelu", "swiglu"]
-    qkv_bias: bool
-    attn_out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    sliding_window: int | None
-    layer_types: list[str] | None
-    global_rope: bool
-    tie_word_embeddings: bool
-    initializer_range: float
-
-
-def read_config(path: Path) -> tuple[str, NetworkShape]:
-    """The model_type of a config.json, and every field that shapes its network.
+def read_config(path: Path) -> tuple[str, ModelConfig]:
+    """The model_type of a config.json, and its network; `rows`: of the embedding.
 
     Raises UserError naming the file and what of it this network cannot be.
     """
@@ -91,7 +57,7 @@ def family_of(config: ModelConfig) -> str:
     for model_type, family in FAMILIES.items():
         try:
             written = {**_written(config, family), "vocab_size": 1}
-            read = ModelConfig(**_fields(written, family))
+            read = _fields(written, family)
         except (ValidationError, _Unlike):
             continue
         if family.even_heads and config.n_embd % config.n_head:
@@ -127,7 +93,7 @@ class _Unlike(ValueError):
     """What a file says and no network here does."""
 
 
-def _fields(raw: Raw, family: Family) -> NetworkShape:
+def _fields(raw: Raw, family: Family) -> ModelConfig:
     """Raises _Unlike and ValidationError."""
     for name, allowed in family.fixed.items():
         if raw.get(name, allowed[0]) not in allowed:  # a list or an object is simply not in it
@@ -148,8 +114,7 @@ def _fields(raw: Raw, family: Family) -> NetworkShape:
     if family.always.get("positions") == "rotary":
         values |= _rope(raw, family, values)
     values |= _windows(raw, family, values["n_layer"])
-    network = ModelConfig.model_validate(values, strict=True)
-    return cast(NetworkShape, network.model_dump(include={*SHAPE, "vocab_size"}))
+    return ModelConfig.model_validate(values, strict=True)
 
 
 def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, object]:

@@ -11,6 +11,8 @@ from gptray.model.autograd_context import OperatorContext
 
 # Tensors, constants and numbers.
 _Arguments = tuple[list[Tensor], list[Tensor], list[float]]
+_Forward = Callable[[list[Tensor], list[Tensor], list[float]], list[Tensor]]
+_Backward = Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], list[float]], list[Tensor]]
 
 
 class Operator:
@@ -18,23 +20,29 @@ class Operator:
 
     forward: takes tensors, constants and numbers, and gives the result and what else the backward
     pass needs. backward: takes the result's gradient, the tensors, the constants, that (with
-    keeps_result the result before it), and the numbers, and gives the tensors' gradients. In eager
-    mode they are called as they are; torch.compile gets operators that it calls and does not look
-    into, and learns from `shapes` what forward gives.
+    keeps_result the result before it), and the numbers, and gives the tensors' gradients. Without
+    keeps_inputs it gets no tensors and is plain PyTorch, which says by itself what it gives. In
+    eager mode they are called as they are; torch.compile gets operators that it calls and does not
+    look into, and learns from `shapes` what forward gives.
     """
 
     def __init__(
         self,
         name: str,
-        forward: Callable[[list[Tensor], list[Tensor], list[float]], list[Tensor]],
-        backward: Callable[
-            [Tensor, list[Tensor], list[Tensor], list[Tensor], list[float]], list[Tensor]
-        ],
-        shapes: Callable[[list[Tensor], list[Tensor], list[float]], list[Tensor]],
+        forward: _Forward,
+        backward: _Backward,
+        shapes: _Forward,
         *,
+        keeps_inputs: bool = True,
         keeps_result: bool = False,
     ) -> None:
         first_kept = 0 if keeps_result else 1
+
+        def keep(ctx: OperatorContext, inputs: _Arguments, output: list[Tensor]) -> None:
+            tensors, constants, ctx.numbers = inputs
+            tensors = tensors if keeps_inputs else []
+            ctx.count, ctx.constant_count = len(tensors), len(constants)
+            ctx.save_for_backward(*tensors, *constants, *output[first_kept:])
 
         class Eager(torch.autograd.Function):
             @staticmethod
@@ -43,7 +51,7 @@ class Operator:
             ) -> Tensor:
                 inputs, constants = list(tensors[:count]), list(tensors[count:])
                 outputs = forward(inputs, constants, numbers)
-                _keep(ctx, (inputs, constants, numbers), outputs[first_kept:])
+                keep(ctx, (inputs, constants, numbers), outputs)
                 return outputs[0]
 
             @staticmethod
@@ -75,13 +83,8 @@ class Operator:
             return found, [None] * ctx.constant_count, None if ctx.numbers else []
 
         compiled.register_fake(shapes)
-        compiled_backward.register_fake(
-            lambda grad, inputs, constants, kept, numbers: [x.new_empty(x.shape) for x in inputs]
-        )
-        compiled.register_autograd(
-            differentiate,
-            setup_context=lambda ctx, inputs, output: _keep(ctx, inputs, output[first_kept:]),
-        )
+        compiled_backward.register_fake(_like_inputs if keeps_inputs else backward)
+        compiled.register_autograd(differentiate, setup_context=keep)
         self._eager, self._compiled = Eager, compiled
 
     def __call__(
@@ -97,10 +100,14 @@ class Operator:
         return y
 
 
-def _keep(ctx: OperatorContext, arguments: _Arguments, kept: list[Tensor]) -> None:
-    inputs, constants, numbers = arguments
-    ctx.count, ctx.constant_count, ctx.numbers = len(inputs), len(constants), numbers
-    ctx.save_for_backward(*inputs, *constants, *kept)
+def _like_inputs(
+    grad: Tensor,
+    inputs: list[Tensor],
+    constants: list[Tensor],
+    kept: list[Tensor],
+    numbers: list[float],
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in inputs]
 
 
 def _kept(ctx: OperatorContext) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

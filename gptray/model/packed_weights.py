@@ -74,7 +74,7 @@ def packed_config(packing: Packing, *, others: Sequence[str]) -> dict[str, objec
 
 
 def packing_of(config: Path) -> Packing | None:
-    """How the weights beside a config.json are packed; None: they are not.
+    """How the weights next to a config.json are packed; None: they are not.
 
     Raises UserError for weights that are quantized in a way that is not read.
     """

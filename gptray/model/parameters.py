@@ -40,6 +40,11 @@ class Part:
     rows: int
     turned: Literal["", "transposed", "by_head"] = ""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a linear layer in a block."""
+        return self.parameter.startswith("transformer.h.") and len(self.dims) == 2
+
 
 @dataclass(frozen=True)
 class Module:
@@ -69,7 +74,7 @@ def block_modules(config: ModelConfig) -> list[Module]:
 
 
 def outer_modules(config: ModelConfig, rows: int) -> list[Module]:
-    """The modules beside the blocks, but for the head; rows: of the embedding."""
+    """The modules outside the blocks, without the head; rows: of the embedding."""
     width = config.n_embd
     learned = config.positions == "learned"
     return [
@@ -107,11 +112,6 @@ def stored_parts(config: ModelConfig, family: Family, rows: int) -> Iterator[Par
             yield from _parts(module, config, family, f"{layer}.")
     if not config.tie_word_embeddings:
         yield Part(HEAD, [rows, config.n_embd], HEAD, 0, rows)
-
-
-def is_of_block(part: Part) -> bool:
-    """Whether it belongs to one of the network's blocks."""
-    return part.parameter.startswith("transformer.h.")
 
 
 def stored_name(name: str, family: Family) -> str:

@@ -9,11 +9,11 @@ import hashlib
 import re
 from pathlib import Path
 
-from gptray.config import UserError
+from gptray.config import ModelConfig, UserError
 from gptray.files import expanded, is_uri, sha256_of
 from gptray.gguf_source import SUFFIX, is_gguf, opened_gguf
 from gptray.hub import download_model
-from gptray.model.hf_config import NetworkShape, read_config
+from gptray.model.hf_config import read_config
 from gptray.model.usage import GENERATION, TEMPLATE
 from gptray.node_cache import fetched_holder
 from gptray.stored import read_foreign
@@ -62,13 +62,13 @@ def _download(hub_id: str, *, weights: bool) -> Path:
     return folder
 
 
-def read_shape(source: str | Path, *, weights: bool = False) -> NetworkShape:
-    """ModelConfig's fields of the network in a folder or on the hub, from its config.json alone.
+def read_shape(source: str | Path) -> ModelConfig:
+    """The network in a folder or on the hub, from its config.json alone.
 
-    Every field that shapes a network is there; vocab_size is the number of rows in the file.
-    Raises UserError for a file that is no network of a family that is known.
+    Its vocab_size is the number of rows in the file. Raises UserError for a file that is no network
+    of a known family.
     """
-    return read_config(model_folder(source, weights=weights) / "config.json")[1]
+    return read_config(model_folder(source, weights=False) / "config.json")[1]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """What a model folder stores, without the numbers: its network, and where each weight lies.
 
-No torch here. `gptray.model.header` has compared the weights with config.json before.
+No torch here. `gptray.model.header` compares the weights with config.json.
 """
 
 from __future__ import annotations
@@ -8,27 +8,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from gptray.config import ModelConfig, UserError
 from gptray.model.families import FAMILIES, Family
-from gptray.model.hf_config import NetworkShape, read_config
+from gptray.model.hf_config import read_config
 from gptray.model.packed_weights import GROUP, SCALES, SHAPE, VALUES, Packing, packing_of
-from gptray.model.parameters import HEAD, IGNORED, is_of_block, stored_name, stored_parts
+from gptray.model.parameters import HEAD, IGNORED, stored_name, stored_parts
 from gptray.model.shape import weight_files
+from gptray.model.tensor_file import read_header
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A tensor in a safetensors file; `shape` as it is stored.
+    """A tensor in a safetensors file; `shape` and `dtype` as it is stored.
 
-    packing, scales: of one that is packed, and the file of its scales; then shape is that of the
-    weight, and key its name.
+    packing, scales: of one that is packed, and the file of its scales; then shape and dtype are
+    those of the weight, and key its name.
     """
 
     path: Path
     key: str
     shape: tuple[int, ...]
+    dtype: str
     packing: Packing | None = None
     scales: Path | None = None
 
@@ -41,7 +41,7 @@ class StoredModel:
     """
 
     model_type: str
-    shape: NetworkShape
+    shape: ModelConfig
     weights: dict[str, StoredWeight]
     copy: StoredWeight | None
 
@@ -59,9 +59,8 @@ class StoredModel:
     def linear(self) -> dict[str, StoredWeight]:
         """The weights of the linear layers in its blocks."""
         rows = self.embedding.shape[0]
-        parts = stored_parts(ModelConfig(**self.shape), self.family, rows)
-        names = [part.name for part in parts if is_of_block(part) and len(part.dims) == 2]
-        return {name: self.weights[name] for name in names}
+        parts = stored_parts(self.shape, self.family, rows)
+        return {part.name: self.weights[part.name] for part in parts if part.is_linear}
 
     @property
     def packable(self) -> dict[str, StoredWeight]:
@@ -73,13 +72,8 @@ def stored_weights(folder: Path) -> list[StoredWeight]:
     """All tensors of a folder, packed weights joined. Raises UserError for damaged files."""
     found = list[StoredWeight]()
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    dims = tuple(file.get_slice(key).get_shape())
-                    found.append(StoredWeight(path, key, dims))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged or incomplete: {error}") from None
+        tensors = read_header(path).tensors.items()
+        found += [StoredWeight(path, key, tuple(dims), dtype) for key, (dims, dtype) in tensors]
     packing = packing_of(folder / "config.json")
     return found if packing is None else _joined(found, packing)
 
@@ -104,7 +98,7 @@ def _joined(found: list[StoredWeight], packing: Packing) -> list[StoredWeight]:
             )
         del by_key[one.key]
         shape = one.shape[0], inputs
-        by_key[name] = StoredWeight(one.path, name, shape, packing, scales.path)
+        by_key[name] = StoredWeight(one.path, name, shape, "F32", packing, scales.path)
     return list(by_key.values())
 
 
@@ -115,5 +109,5 @@ def stored_model(folder: Path) -> StoredModel:
     for stored in stored_weights(folder):
         if not stored.key.endswith(IGNORED):
             found[stored_name(stored.key, family)] = stored
-    copy = found.pop(HEAD, None) if shape["tie_word_embeddings"] else None
+    copy = found.pop(HEAD, None) if shape.tie_word_embeddings else None
     return StoredModel(model_type, shape, found, copy)

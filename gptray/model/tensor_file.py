@@ -1,19 +1,30 @@
-"""Write safetensors one tensor at a time: a checkpoint needs no second copy of what is in memory.
+"""Safetensors files: their headers, read without torch, and files written one tensor at a time.
 
+So a checkpoint needs no second copy of what is in memory.
 https://huggingface.co/docs/safetensors, "Format": the length of the header, the header, the bytes.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from gptray.config import UserError
+from gptray.stored import Unreadable, is_whole, open_stored, parse_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# A header has some 200 bytes for each tensor; GPT-2 XL has 580 tensors.
+_MAX_HEADER_BYTES = 32 << 20
+_MOST_DIMENSIONS = 8
+# Bytes of each number. Other types would be rounded, or are not weights.
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 # safetensors' names.
 _NAMES = {
     "torch.float32": "F32",
@@ -22,6 +33,54 @@ _NAMES = {
     "torch.int32": "I32",
     "torch.int64": "I64",
 }
+
+
+class Header(NamedTuple):
+    """What a file says of itself. tensors: shape and type of each, by its name."""
+
+    tensors: dict[str, tuple[list[int], str]]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file. Raises UserError if it is damaged."""
+    try:
+        with open_stored(path) as file:
+            room = os.fstat(file.fileno()).st_size - 8
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise Unreadable(f"its header of {length:,} bytes is too large")
+            if length > room:
+                raise Unreadable("it ends within its header")
+            entries = parse_json(file.read(length))
+        if not isinstance(entries, dict):
+            raise Unreadable("its header is not a JSON object")
+        metadata = entries.pop("__metadata__", None) or {}
+        if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+            raise Unreadable("its metadata is not text")
+        return Header(_tensors(entries, room - length), metadata)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (Unreadable, OSError) as error:
+        raise UserError(f"{path}: damaged or incomplete: {error}") from None
+
+
+def _tensors(entries: Mapping[str, object], room: int) -> dict[str, tuple[list[int], str]]:
+    """The checked entries of a header; `room`: bytes of data after it."""
+    tensors = {}
+    for name, entry in entries.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": list(dims), "data_offsets": [start, end]}:
+                whole = all(is_whole(number) for number in (*dims, start, end))
+                if not whole or len(dims) > _MOST_DIMENSIONS or not start <= end <= room:
+                    raise Unreadable(f"{name} is outside the file")
+                # A shape that is not in the file would be given memory before it is read.
+                if dtype in FLOATS and end - start != math.prod(dims) * FLOATS[dtype]:
+                    raise Unreadable(f"{name} has {end - start:,} bytes, not shape {dims}")
+                tensors[name] = (dims, dtype)
+            case _:
+                raise Unreadable(f"its header does not describe {name}")
+    return tensors
 
 
 def write_tensors(

@@ -1,4 +1,4 @@
-"""How a model is used, as its folder says beside weights and tokenizer: it goes where they go.
+"""How a model is used, as its folder says: it is copied with weights and tokenizer.
 
 No torch here, so that a job can look at it before it starts.
 """

@@ -55,7 +55,7 @@ def build_library(*, key: str) -> Path:
     key: what to set to torch to do without it.
 
     Raises:
-        RunFailed: this machine's processor or compiler is none for it; or the cache folder cannot
+        RunFailed: this machine's processor or compiler cannot do it; or the cache folder cannot
             be written, or others can write to it and that cannot be changed.
     """
     if why := why_not_here():

@@ -32,7 +32,7 @@ def share_cores() -> CoreSharing | None:
     None where there is no GNU OpenMP or no Linux that counts.
     """
     path = _openmp_path()
-    return CoreSharing(ctypes.CDLL(path)) if path and _queued_ns() else None
+    return CoreSharing(ctypes.CDLL(path)) if path and queued_ns() else None
 
 
 class CoreSharing:
@@ -57,9 +57,9 @@ class CoreSharing:
         self._thread.join()
 
     def _watch(self) -> None:
-        quiet, before = 0, _queued_ns()
+        quiet, before = 0, queued_ns()
         while not self._over.wait(LOOK_S):
-            now = _queued_ns()
+            now = queued_ns()
             quiet = 0 if now - before > SHARED_FROM * LOOK_S * 1e9 else quiet + 1
             before = now
             if quiet == 0 and self._sleepers is None:
@@ -96,7 +96,7 @@ class _Sleepers:
         self._thread.join()
 
 
-def _queued_ns() -> int:
+def queued_ns() -> int:
     """Nanoseconds for which threads of this process were ready to run and had no core; 0 where
     the system does not say.
     """

@@ -14,13 +14,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from gptray.files import cache_folder, open_lock, replacing
 from gptray.native.build import library_name
+from gptray.native.core_sharing import queued_ns
 from gptray.native.processor import processor_identity, processor_name
 from gptray.stored import Unreadable, read_object
 
@@ -37,8 +38,6 @@ BUSY, BUSY_S = 0.1, 3600.0
 ROUNDS, MEASURE_S = 20, 1.5
 # Seconds to wait for another process that measures.
 WAIT_S, POLL_S = 10.0, 0.05
-
-TASKS = Path("/proc/self/task")
 
 Step = Callable[[], object]
 
@@ -128,19 +127,10 @@ def _measure(key: str, makers: Mapping[str, Callable[[], Step]]) -> Measured:
 
 def _timed(step: Step) -> tuple[bool, float]:
     """Whether threads waited for cores during a step, and its seconds: the least is the best."""
-    waited, began = _waited_s(), time.perf_counter()
+    queued, began = queued_ns(), time.perf_counter()
     step()
     seconds = time.perf_counter() - began
-    return _waited_s() - waited > BUSY * seconds, seconds
-
-
-def _waited_s() -> float:
-    """Seconds that threads of this process were ready and had no core; 0 if Linux does not tell."""
-    total = 0
-    for path in TASKS.glob("*/schedstat"):
-        with suppress(OSError):  # a thread that has ended
-            total += int(path.read_text("ascii").split()[1])  # nanoseconds
-    return total / 1e9
+    return queued_ns() - queued > BUSY * seconds * 1e9, seconds
 
 
 def _versions() -> list[str]:

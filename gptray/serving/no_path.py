@@ -21,5 +21,5 @@ def no_path(path: str, paths: Sequence[str]) -> str:
         if path.rstrip("/").endswith(end):
             return sentence
     near = nearest(path, paths)
-    meant = did_you_mean([near]) if near else f"; to complete text, {INSTEAD}"
+    meant = did_you_mean(near) if near else f"; to complete text, {INSTEAD}"
     return f"there is no {path[:100]} here{meant}"

@@ -224,7 +224,8 @@ def parse_request(kind: type[T], given: Mapping[str, object]) -> T:
                 problems[key] = "... and more keys that are unknown"
                 break
             near = ALIASES.get(key) or nearest(key, specs)
-            problems[key] = f"unknown key {key[:60]!r}{_meant(near if near in specs else None)}"
+            meant = did_you_mean(near if near in specs else None)
+            problems[key] = f"unknown key {key[:60]!r}{meant}"
         elif (harmless := WITHOUT_EFFECT[key]) is not None and value not in harmless:
             problems[key] = f"{key} is not supported"
     try:
@@ -251,10 +252,6 @@ def _whole_number(value: object) -> object:
     return value
 
 
-def _meant(name: str | None) -> str:
-    return did_you_mean([name] if name else [])
-
-
 def _complaint(
     key: str, specs: Mapping[str, FieldSpec], known: Mapping[str, object], detail: ErrorDetails
 ) -> str:
@@ -268,5 +265,5 @@ def _complaint(
     if detail["type"] == "extra_forbidden":
         inner = str(detail["loc"][-1])
         near = nearest(inner, StreamOptions.model_fields)
-        return f"unknown key {key}.{inner[:60]}{_meant(near)}"
+        return f"unknown key {key}.{inner[:60]}{did_you_mean(near)}"
     return f"{key} {specs[key].complaint(known[key], detail)}"

@@ -104,7 +104,7 @@ def _load_resized(
     own = Tokenizer.load(source)
     kept = kept_rows(own, data.tokenizer)
     folder = model_folder(source)
-    rows = read_shape(folder)["vocab_size"]
+    rows = read_shape(folder).rows
     kept = [row if row < rows else -1 for row in kept]
     load_weights(model, folder, rows=Rows(kept, min(rows, own.vocab_size), config.seed))
     if differing_ids(own, data.tokenizer):

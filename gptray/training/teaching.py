@@ -45,7 +45,7 @@ class Teachers:
 
 def _frozen(source: str, *, vocab_size: int, dtype: torch.dtype) -> GPT:
     folder = model_folder(source)
-    model = network_of(folder, device="meta", dropout=0.0)
+    model = network_of(folder, device="meta")
     model.compute_dtype = dtype
     freeze(model, ())
     model.to_empty(device="cpu")

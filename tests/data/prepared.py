@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptray.data.data_manifest import SplitEntry
 from gptray.data.difference import Lost
-from gptray.data.shards import ShardEncoder, ShardWriter, shard_dtype
+from gptray.data.shards import ShardEncoder, ShardWriter, shard_dtype, split_entry
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import FORMAT_VERSION, TokenData
 
@@ -30,15 +30,8 @@ def _prepared(folder: Path, tokenizer: Tokenizer, texts: dict[str, str]) -> Toke
         with ShardWriter(folder / f"{name}-00000.bin", encoder) as writer:
             writer.add(text, begins=True, ends=True)
         assert writer.shard
-        entry = writer.shard.entry(f"{name}-00000.bin")
         parts.append(writer.shard.lost)
-        splits[name] = {
-            "documents": 1,
-            "tokens": entry["tokens"],
-            "bytes": entry["bytes"],
-            "lost_bytes": entry["lost_bytes"],
-            "shards": [entry],
-        }
+        splits[name] = split_entry(1, [writer.shard.entry])
     manifest = {
         "format": FORMAT_VERSION,
         "bytes": sum(entry["bytes"] for entry in splits.values()),

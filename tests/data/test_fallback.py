@@ -24,8 +24,8 @@ def manifest_of(tokenizer: Tokenizer, text: str, folder: Path) -> DataManifest:
         for line in text.splitlines():
             writer.add(line, begins=True, ends=True)
     assert writer.shard
-    entry = writer.shard.entry("train-00000.bin")
-    manifest = {"splits": {"train": entry}, "tokenizer": {"vocab_size": tokenizer.vocab_size}}
+    splits = {"train": writer.shard.entry}
+    manifest = {"splits": splits, "tokenizer": {"vocab_size": tokenizer.vocab_size}}
     return cast(DataManifest, manifest)
 
 

@@ -145,9 +145,10 @@ def test_writer_describes_what_it_wrote(tokenizer: Tokenizer, tmp_path: Path) ->
     ids = [i for text in DOCUMENTS for i in [*tokenizer.encode(text), tokenizer.eos_id]]
     assert np.fromfile(path, dtype="<u2").tolist() == ids
     assert writer.shard is not None
-    assert (writer.shard.file, writer.shard.tokens) == ("x.part", len(ids))
-    assert writer.shard.bytes == len("".join(DOCUMENTS).encode())
-    assert writer.shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    entry = writer.shard.entry
+    assert (entry["file"], entry["tokens"]) == ("x.part", len(ids))
+    assert entry["bytes"] == len("".join(DOCUMENTS).encode())
+    assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_writer_without_tokens_leaves_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from gptray.config import UserError
-from gptray.data.data_manifest import SplitEntry
 from gptray.data.pieces import Reading, plan_pieces
 from gptray.data.roundtrip import RoundTrip
-from gptray.data.shards import ShardEncoder, ShardWriter
+from gptray.data.shards import ShardEncoder, ShardWriter, split_entry
 from gptray.data.sources import find_files
 from gptray.data.split_plan import PiecePlan, ScannedText, SplitPlan, plan_split
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
@@ -49,8 +48,8 @@ def tokenised(plan: SplitPlan, tokenizer: Tokenizer, folder: Path) -> dict[str, 
     tokens: dict[str, list[int]] = {name: [] for name in NAMES[: len(plan.documents)]}
     for number, unit in enumerate(plan.units):
         for label, shard in tokenise(unit, folder=folder, number=number).items():
-            ids = np.fromfile(folder / shard.file, dtype="<u2")
-            assert len(ids) == shard.tokens
+            ids = np.fromfile(folder / shard.entry["file"], dtype="<u2")
+            assert len(ids) == shard.entry["tokens"]
             tokens[NAMES[label]] += ids.tolist()
     return tokens
 
@@ -184,7 +183,7 @@ def test_shards_count_what_their_documents_lose(tmp_path: Path, kind: str) -> No
         for shard in tokenise(unit, folder=tmp_path, number=number).values()
     ]
     assert sum(shard.lost.bytes for shard in shards) == sum(one.bytes for one in expected if one)
-    assert sum(shard.entry("x")["lost_bytes"] for shard in shards) > 0 or kind == "llama"
+    assert sum(shard.entry["lost_bytes"] for shard in shards) > 0 or kind == "llama"
 
 
 def test_text_that_the_tokenizer_cannot_read_names_its_file(tmp_path: Path) -> None:
@@ -207,17 +206,10 @@ def test_a_unit_of_which_nothing_is_kept_counts_as_lost(tmp_path: Path) -> None:
         with ShardWriter(tmp_path / f"{number}.bin", encoder) as writer:
             writer.add(text, begins=False, ends=False)
         assert writer.shard
-        shards.append(writer.shard.entry(f"{number}.bin"))
+        shards.append(writer.shard.entry)
     assert shards[0]["tokens"] == 0
     assert shards[0]["lost_bytes"] == shards[0]["bytes"] == len(korean.encode())
-    entry: SplitEntry = {
-        "documents": 1,
-        "tokens": sum(shard["tokens"] for shard in shards),
-        "bytes": sum(shard["bytes"] for shard in shards),
-        "lost_bytes": sum(shard["lost_bytes"] for shard in shards),
-        "shards": shards,
-    }
-    split = TokenSplit(tmp_path, "uint16", entry)
+    split = TokenSplit(tmp_path, "uint16", split_entry(1, shards))
     split.check()
     assert {path: sha256_of(path) for path in split.sha256} == split.sha256
     assert split.slice(0, 2).tolist() == tokenizer.encode("the cat")

@@ -44,7 +44,7 @@ def hf_model(
     model.train(False)
     folder = tmp_path_factory.mktemp("hf")
     model.save_pretrained(folder)
-    return model, load_pretrained(folder, dropout=0.3).eval()
+    return model, load_pretrained(folder).eval()
 
 
 @pytest.fixture

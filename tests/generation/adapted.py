@@ -33,7 +33,9 @@ def write_adapter(
 ) -> Path:
     """An adapter with random numbers in PEFT's form."""
     lora = LoraConfig.model_validate({"rank": rank, "targets": targets, "train": list(train)})
-    network = adapted_network(base, lora, base.config, vocab_size=base.rows, dtype=torch.float32)
+    network = adapted_network(
+        base, lora, base.config, vocab_size=base.config.rows, dtype=torch.float32
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -41,7 +41,7 @@ def adapter(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of a run called story."""
     folder = tmp_path_factory.mktemp("runs") / "story" / "adapter"
     base, lora = Base.of(str(model_dir)), LoraConfig(rank=2)
-    rows = base.rows
+    rows = base.config.rows
     model = adapted_network(base, lora, base.config, vocab_size=rows, dtype=torch.float32)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -100,10 +100,10 @@ def test_files_of_older_releases_open(tmp_path: Path) -> None:
 def test_rope_scaling_is_read_from_the_older_keys(name: str, tmp_path: Path) -> None:
     make_hf(name, VOCAB_SIZE).save_pretrained(tmp_path)
     shape = read_shape(tmp_path)
-    assert shape["rope_scaling"]
-    old = dict(shape["rope_scaling"])
+    assert shape.rope_scaling
+    old = dict(shape.rope_scaling)
     kind = old.pop("rope_type")
-    edit(tmp_path, rope_parameters=None, rope_theta=shape["rope_theta"])
+    edit(tmp_path, rope_parameters=None, rope_theta=shape.rope_theta)
     edit(tmp_path, rope_scaling={"type": kind, **old})
     assert read_shape(tmp_path) == shape
 

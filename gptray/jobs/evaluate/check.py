@@ -195,7 +195,7 @@ def _request(source: str | Sequence[str] | None, text: Config) -> Request:
 def _window(config: Config, trained: Config | None, found: FoundModel) -> tuple[int, int]:
     """Tokens of a window and between two: as set, else the run's, else all that the model takes,
     at most LONGEST_WINDOW."""
-    n_positions: int = read_shape(found.folder)["n_positions"]
+    n_positions = read_shape(found.folder).n_positions
     block_size = min(n_positions, LONGEST_WINDOW)
     if "block_size" in config.train.model_fields_set:
         block_size = config.train.block_size
@@ -276,7 +276,7 @@ def _check_tokenizer(checked: CheckedEvaluation) -> None:
     More rows than tokens are no mistake: many models pad their vocabulary.
     """
     folder, own = checked.model_dir, checked.tokenizer
-    rows = read_shape(folder)["vocab_size"]
+    rows = read_shape(folder).rows
     if rows < own.vocab_size:
         raise UserError(
             f"{folder}: model and tokenizer do not belong together: the weights (sha256 "

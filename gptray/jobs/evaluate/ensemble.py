@@ -28,7 +28,7 @@ def check_goes_with(
             f"evaluate.model: {first.folder} and {other.folder} have different tokenizers; only "
             "models with the same one can be averaged"
         )
-    n_positions: int = read_shape(other.folder)["n_positions"]
+    n_positions = read_shape(other.folder).n_positions
     if n_positions < block_size:
         raise UserError(
             f"evaluate.model: {other.folder} has {n_positions} positions, fewer than the "

@@ -6,7 +6,7 @@ import logging
 import math
 from datetime import UTC, datetime
 
-from gptray.config import ModelConfig, RunFailed
+from gptray.config import RunFailed
 from gptray.data.scoring import Windows
 from gptray.data.split import LONG_NAMES
 from gptray.data.tokens import TokenData
@@ -92,7 +92,7 @@ def compare_weights(
     calls = _calls("compare", name, windows, numbers, checked)
     parts: list[list[DocumentSums]] = scorers.run(f"comparing weights on {name}", calls)
     sums = [DocumentSums.joined(each) for each in zip(*parts, strict=True)]
-    shape = ModelConfig(**read_shape(checked.model_dir))
+    shape = read_shape(checked.model_dir)
     sizes = [linear_bytes(shape, kind) for kind in kinds]
     results = quantized_results(kinds, sums, sizes, data.splits[name], windows, numbers)
     for result in results:

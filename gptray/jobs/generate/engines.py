@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from gptray.config import Config, ModelConfig, override
+from gptray.config import Config, override
 from gptray.generation.batch import Progress
 from gptray.jobs.actors import Crew, Member, Ref, answers_in
 from gptray.jobs.generate.check import engine_compute
@@ -81,7 +81,7 @@ class Engines:
         """The config with the backend that the job began with, or begins with now."""
         output = self._output
         if output.backend == UNDECIDED:
-            shape = ModelConfig(**read_shape(output.job.model_dir))
+            shape = read_shape(output.job.model_dir)
             output.decide(chosen_backend(config, shape, self._reserved))
         return override(config, {"generate.backend": output.backend})
 

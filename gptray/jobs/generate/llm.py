@@ -261,7 +261,7 @@ def _values(given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]
         if name not in keys:
             keywords = {key: keyword for keyword, key in keys.items()}
             near = [keywords[key] for key in nearest_keys(name, list(keywords))]
-            raise UserError(f"unknown keyword {name}{did_you_mean(near)}")
+            raise UserError(f"unknown keyword {name}{did_you_mean(*near)}")
     return {keys[name]: _plain(value) for name, value in given.items()}
 
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from gptray.config import ModelConfig, RunFailed, UserError, override
+from gptray.config import RunFailed, UserError, override
 from gptray.generation.loading import decoder_backend
 from gptray.jobs.generate.check import CheckedModel
 from gptray.jobs.generate.llm import LLM, output_of
@@ -31,7 +31,7 @@ def generate_here(model: CheckedModel) -> dict[str, Any]:
     prompts = [given] if isinstance(given, str) else list(given or [])
     prompts = [prompt for prompt in prompts for _ in samples]
     size = config.generate.max_batch_size
-    shape = ModelConfig(**read_shape(model.folder))
+    shape = read_shape(model.folder)
     change = {
         # As a job of many prompts decides: the same text here as there.
         "generate.backend": decoder_backend(config, shape, max_batch_size=size),

@@ -28,7 +28,7 @@ from gptray.data.difference import Lost
 from gptray.data.fallback import fallback_warning, token_measures, token_words
 from gptray.data.publish import building
 from gptray.data.request import Request, make_request
-from gptray.data.shards import Shard, shard_dtype
+from gptray.data.shards import Shard, shard_dtype, split_entry
 from gptray.data.shares import split_rows
 from gptray.data.sources import BUILTIN, Source, SourceFile
 from gptray.data.split_plan import SplitPlan
@@ -246,17 +246,9 @@ def _number_shards(
         entries: list[ShardEntry] = []
         for shard in (unit[label] for unit in units if label in unit):
             name = f"{names[label]}-{len(entries):05d}.bin"
-            (folder / shard.file).rename(folder / name)
-            entries.append(shard.entry(name))
-        splits[names[label]] = {
-            "documents": documents,
-            "tokens": sum(entry["tokens"] for entry in entries),
-            "bytes": sum(entry["bytes"] for entry in entries),
-            "lost_bytes": sum(entry["lost_bytes"] for entry in entries),
-            "characters": sum(entry["characters"] for entry in entries),
-            "fallback_tokens": sum(entry["fallback_tokens"] for entry in entries),
-            "shards": entries,
-        }
+            (folder / shard.entry["file"]).rename(folder / name)
+            entries.append({**shard.entry, "file": name})
+        splits[names[label]] = split_entry(documents, entries)
     return splits
 
 

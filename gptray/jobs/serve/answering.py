@@ -139,6 +139,6 @@ def _check_keys(model: Mapping[str, str]) -> None:
     """Raise UserError for a user_config that is not what `user_config` makes."""
     for key in model.keys() - set(USER_CONFIG):
         near = nearest(key, USER_CONFIG)
-        raise UserError(f"user_config: unknown key {key}{did_you_mean([near] if near else [])}")
+        raise UserError(f"user_config: unknown key {key}{did_you_mean(near)}")
     if "model" not in model:
         raise UserError("user_config: model is missing")

@@ -140,7 +140,7 @@ def user_config(config: Config) -> dict[str, str]:
     """
     found, source = find_model(config, config.serve.model, key="serve.model")
     check_adapters(config.serve.adapters, found, key="serve.adapters")
-    n_positions, most = read_shape(found)["n_positions"], config.serve.max_output_tokens
+    n_positions, most = read_shape(found).n_positions, config.serve.max_output_tokens
     if most is not None and most > n_positions:
         raise UserError(
             f"serve.max_output_tokens={most} is more than the model's context of {n_positions} "

@@ -42,7 +42,7 @@ def check_vocabulary(config: Config) -> None:
                 f"{source}; leave data.tokenizer out, or {_CURE}"
             )
         return
-    rows, path = read_shape(source)["vocab_size"], tokenizer_path(name)
+    rows, path = read_shape(source).rows, tokenizer_path(name)
     is_own = name == source or (path is not None and path == tokenizer_path(source))
     if is_own and (path is None or not opens_at_once(path)):
         return

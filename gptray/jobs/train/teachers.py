@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptray.config import Config, ModelConfig, UserError, load_config
+from gptray.config import Config, UserError, load_config
 from gptray.data.request import tokenizer_name
 from gptray.data.tokenizer import Tokenizer
 from gptray.hub import NotOnHub
@@ -35,10 +35,10 @@ def check_teachers(config: Config, folder: Path) -> None:
         if opened in folders:
             raise UserError(f"{KEY}: {one} is named twice; name it once")
         folders.append(opened)
-        shape = read_shape(opened)
-        if shape["n_positions"] < block_size:
+        n_positions = read_shape(opened).n_positions
+        if n_positions < block_size:
             raise UserError(
-                f"{KEY}: {one} reads {shape['n_positions']} tokens at most, fewer than "
+                f"{KEY}: {one} reads {n_positions} tokens at most, fewer than "
                 f"train.block_size={block_size}"
             )
         _check_split(config, one)
@@ -105,5 +105,4 @@ def teacher_bytes(config: Config) -> int:
 
 def _parameters(source: str) -> int:
     shape = read_shape(source)
-    rows = shape.pop("vocab_size")
-    return parameter_count(ModelConfig(**shape), rows)
+    return parameter_count(shape, shape.rows)
