@@ -145,7 +145,7 @@ class Completion:
 
 
 def check_name(served: Served, name: str | None) -> None:
-    """Raises ApiError(404) for a model that is not the one that is served."""
+    """Raises ApiError(404) for a model that is not served."""
     if name not in (None, served.name):
         raise unknown_model(str(name), [one.name for one in served.all])
 
