@@ -11,9 +11,9 @@ values, E = head width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,21 +53,41 @@ class Piece:
         return len(self.tokens) if self.scored else 1
 
 
-def adapters_of(
-    decoding: Sequence[object], pieces: Sequence[Piece], adapters: Sequence[PackedAdapter | None]
-) -> list[PackedAdapter | None]:
-    """Of every row of a step, see `Network.step`."""
-    own = list(adapters) or [None] * len(decoding)
-    assert len(own) == len(decoding), adapters
-    return own + [piece.adapter for piece in pieces for _ in piece.tokens]
+class StepRows:
+    """A step's N tokens, a row each: the decoding sequences' first, then those of each piece.
+
+    The arguments are those of `Network.step`. asked: the rows whose logits are asked for.
+    """
+
+    def __init__(
+        self,
+        decoding: Sequence[tuple[int, int]],
+        pieces: Sequence[Piece],
+        adapters: Sequence[PackedAdapter | None],
+    ) -> None:
+        self.decoding, self.pieces = len(decoding), pieces
+        self.tokens = [token for token, _ in decoding]
+        self.positions = [position for _, position in decoding]
+        self.slots = list(range(len(decoding)))
+        self.adapters = list(adapters) or [None] * len(decoding)
+        assert len(self.adapters) == len(decoding), adapters
+        self.asked = self.slots.copy()
+        for piece in pieces:
+            count = len(piece.tokens)
+            self.tokens += piece.tokens
+            self.positions += range(piece.start, piece.start + count)
+            self.slots += [piece.slot] * count
+            self.adapters += [piece.adapter] * count
+            self.asked += range(len(self.tokens) - piece.logits, len(self.tokens))
 
 
-class Network(Protocol):
+class Network(ABC):
     """What an engine needs of a decoder: the network, and memory for S sequences in slots."""
 
     # A step begins no further piece after so many tokens of prompts, so that decoding never stalls.
-    prompt_tokens: int
+    prompt_tokens = PROMPT_TOKENS
 
+    @abstractmethod
     def step(
         self,
         decoding: Sequence[tuple[int, int]],
@@ -84,26 +104,28 @@ class Network(Protocol):
         sequences, as `pack` gave them; empty: none has one.
         """
 
+    @abstractmethod
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
         """An adapter of the network for its steps. Any thread may, but one at a time."""
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
         """See `gptray.generation.sampling.draw`."""
+        return draw(logits, rows, self.top)
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `gptray.generation.sampling.top_candidates`."""
+        """See `gptray.generation.choosing.top_candidates`."""
+        return top_candidates(logits, k)
 
+    @abstractmethod
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy what is kept of the first `tokens` positions of one slot over another's."""
 
 
-class Decoder:
+class Decoder(Network):
     """The network in `dtype` for S = `slots` sequences, its weights packed once.
 
     quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
     """
-
-    prompt_tokens = PROMPT_TOKENS
 
     def __init__(
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
@@ -125,73 +147,48 @@ class Decoder:
         adapters: Sequence[PackedAdapter | None] = (),
         alone: bool = False,
     ) -> Tensor:
-        """See `Network`."""
-        tokens = [token for token, _ in decoding]
-        positions = [position for _, position in decoding]
-        asked = list(range(len(tokens)))
-        for piece in pieces:
-            tokens += piece.tokens
-            positions += range(piece.start, piece.start + len(piece.tokens))
-            asked += range(len(tokens) - piece.logits, len(tokens))
-        ids, place = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
-        if alone:
-            self._cache.grow(max(positions) + 1)
-        else:
-            self._cache.fit(max(positions) + 1, len(decoding) + len(pieces))
-        plan = _AttentionPlan(
-            positions[: len(decoding)], pieces, self._cache.length, self._packed.dtype, self._device
+        rows = StepRows(decoding, pieces, adapters)
+        tokens, positions = (
+            torch.tensor(numbers, device=self._device) for numbers in (rows.tokens, rows.positions)
         )
+        length = max(rows.positions) + 1
+        if alone:
+            self._cache.grow(length)
+        else:
+            self._cache.fit(length, len(decoding) + len(pieces))
+        plan = _AttentionPlan(positions[: len(decoding)], pieces, self._cache)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            heads = qkv.view(len(qkv), self._heads, -1)
-            return plan.attend(heads, *self._cache.layers[layer], self._windows[layer])
+            return plan.attend(layer, qkv.view(len(qkv), self._heads, -1), self._windows[layer])
 
-        rows = AdaptedRows(adapters_of(decoding, pieces, adapters), self._device)
-        x = self._packed.hidden(ids, place, attend, rows.run)
-        return self._packed.logits(x if len(asked) == len(x) else x[asked])
+        adapted = AdaptedRows(rows.adapters, self._device)
+        x = self._packed.hidden(tokens, positions, attend, adapted.run)
+        return self._packed.logits(x if len(rows.asked) == len(x) else x[rows.asked])
 
     def pack(self, layers: Mapping[str, LowRank]) -> Products:
-        """See `Network`."""
         return Products(layers, self._config, self._packed.dtype, self._device)
 
-    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
-        """See `Network`."""
-        return draw(logits, rows)
-
-    def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `Network`."""
-        return top_candidates(logits, k)
-
     def move(self, source: int, target: int, tokens: int) -> None:
-        """See `Network`."""
         self._cache.move(source, target, tokens)
 
 
 class _AttentionPlan:
     """What attention of a step needs in every layer, made once: places, masks, pieces."""
 
-    def __init__(
-        self,
-        positions: Sequence[int],
-        pieces: Sequence[Piece],
-        length: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._decoding = len(positions)
-        self._slots = torch.arange(self._decoding, device=device)
-        self._positions = torch.tensor(positions, dtype=torch.int64, device=device)
-        self._places = torch.arange(length, device=device)
-        self._dtype = dtype
+    def __init__(self, positions: Tensor, pieces: Sequence[Piece], cache: Cache) -> None:
+        """positions: of the decoding sequences, (D,)."""
+        self._positions, self._pieces, self._cache = positions, pieces, cache
+        self._slots = torch.arange(len(positions), device=positions.device)
+        self._places = torch.arange(cache.length, device=positions.device)
         self._masks: dict[int | None, Tensor] = {}
-        self._pieces = pieces
 
-    def attend(self, heads: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    def attend(self, layer: int, heads: Tensor, window: int | None) -> Tensor:
         """Store the step's keys and values; attend, back over `window` tokens.
 
-        heads: q, k, v (N, H + 2 K, E); keys and values (S, K, length, E). Returns (N, H E).
+        heads: q, k, v (N, H + 2 K, E). Returns (N, H E).
         """
-        D, parts, K = self._decoding, [], keys.size(1)
+        keys, values = self._cache.layers[layer]  # (S, K, length, E)
+        D, parts, K = len(self._positions), [], keys.size(1)
         q, k, v = torch.split(heads, [heads.size(1) - 2 * K, K, K], dim=1)
         q = q.reshape(len(q), K, -1, q.size(2))  # (N, K, H / K, E)
         if D:
@@ -213,17 +210,17 @@ class _AttentionPlan:
         values[self._slots, :, self._positions] = v
         past, carried = keys[:D].flatten(0, 1), values[:D].flatten(0, 1)  # (D*K, length, E)
         scores = torch.bmm(q.reshape(D * K, G, E), past.transpose(1, 2)).view(D, K * G, -1)
-        weights = torch.softmax(scores.add_(self._mask(window)), dim=-1)
+        weights = torch.softmax(scores.add_(self._mask(window, scores.dtype)), dim=-1)
         return torch.bmm(weights.view(D * K, G, -1), carried).view(D, K * G * E)
 
-    def _mask(self, window: int | None) -> Tensor:
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """-inf for what a decoding sequence does not see, (D, 1, length)."""
         if window not in self._masks:
             own = self._positions[:, None]
             hidden = self._places > own
             if window is not None:
                 hidden |= self._places <= own - window
-            mask = torch.zeros(hidden.shape, dtype=self._dtype, device=own.device)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=own.device)
             self._masks[window] = mask.masked_fill_(hidden, float("-inf")).unsqueeze_(1)
         return self._masks[window]
 

@@ -90,7 +90,7 @@ class Engine:
     def check(self, sequence: Sequence) -> None:
         """Raise ValueError if a sequence can never run, naming what is wrong. Any thread may.
 
-        What was checked here is not looked at again when it is submitted.
+        A sequence that passes is not checked again when it is submitted.
         """
         sampling, prompt = sequence.sampling, sequence.prompt
         check_context(prompt, sampling, self.n_positions)
@@ -201,7 +201,7 @@ class Engine:
         return taken
 
     def _take_prompts(self, logits: Tensor, reading: list[tuple[Sequence, Piece]]) -> Tensor:
-        """Take in what a step says of prompts. Returns the rows that draw a token."""
+        """Score the prompts that ask for it. Returns the rows of logits that draw a token."""
         drawing, row = list(range(len(self._decoding))), len(self._decoding)
         for sequence, piece in reading:
             if piece.scored:
@@ -291,8 +291,8 @@ def make_decoder(
             raise
         except Exception as error:
             # Triton, which comes with PyTorch for most GPUs, needs a C compiler and Python's
-            # headers; its errors have no base that is there without it.
+            # headers; its exceptions have no base class outside Triton.
             log.warning("generating without CUDA graphs, which is slower: %s", error)
-        gc.collect()  # what was made of the decoder refers to itself, and holds a whole cache
+        gc.collect()  # a reference cycle keeps the unfinished decoder and its cache
     decoder = NativeDecoder if backend == "native" else Decoder
     return decoder(model, slots, dtype=dtype, quantize=quantize)

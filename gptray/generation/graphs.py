@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from gptray.generation.adapted_rows import PackedAdapter
-from gptray.generation.choosing import top_candidates
-from gptray.generation.decoder import PIECE_TOKENS, Piece
+from gptray.generation.decoder import PIECE_TOKENS, Network, Piece
 from gptray.generation.gpu_kernels import attend
 from gptray.generation.graph_sampler import GraphSampler
 from gptray.generation.packed import PackedGPT
@@ -31,7 +30,7 @@ from gptray.model.gpt import GPT
 PROMPT_ROWS = 1024
 
 
-class GraphDecoder:
+class GraphDecoder(Network):
     """The network in `dtype` for S = `slots` sequences, on the model's device.
 
     quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
@@ -76,7 +75,7 @@ class GraphDecoder:
         adapters: Sequence[PackedAdapter | None] = (),
         alone: bool = False,
     ) -> Tensor:
-        """See `gptray.generation.decoder.Network`; slots never disturb each other here."""
+        """See `Network`; slots never disturb each other here."""
         assert not any(adapters), "graphs take no adapters"
         tokens = [token for token, _ in decoding]
         positions = [position for _, position in decoding]
@@ -120,7 +119,6 @@ class GraphDecoder:
         raise AssertionError("graphs take no adapters")
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
-        """See `gptray.generation.decoder.Network`."""
         self._begun = False
         drawn = self._sampler.draw(logits, rows, self._begin_next if self._is_steady else None)
         if self._begun:
@@ -128,12 +126,7 @@ class GraphDecoder:
             self._ahead = tokens, [position + 1 for position in self._positions]
         return drawn
 
-    def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `gptray.generation.decoder.Network`."""
-        return top_candidates(logits, k)
-
     def move(self, source: int, target: int, tokens: int) -> None:
-        """See `gptray.generation.decoder.Network`."""
         for memory in (self._keys, self._values):
             memory[:, target, :, :tokens] = memory[:, source, :, :tokens]
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.cache import FIRST_TOKENS
-from gptray.generation.decoder import PROMPT_TOKENS, Piece, adapters_of
+from gptray.generation.decoder import Network, Piece, StepRows
 from gptray.generation.native_adapter import NativeAdapter, tables
 from gptray.generation.native_weights import DTYPES, NativeWeights, Rooms, room
-from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 from gptray.native import abi
@@ -29,7 +28,7 @@ from gptray.native.backend import GENERATE_KEY
 THREAD_WORK = 2_000_000
 
 
-class NativeDecoder:
+class NativeDecoder(Network):
     """The network for S = `slots` sequences, its weights packed once.
 
     dtype: fp32 or bf16, of the weights, keys and values; what lies between products is fp32.
@@ -38,8 +37,6 @@ class NativeDecoder:
     Raises:
         RunFailed: the native library cannot be built.
     """
-
-    prompt_tokens = PROMPT_TOKENS
 
     def __init__(
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
@@ -67,29 +64,24 @@ class NativeDecoder:
         adapters: Sequence[PackedAdapter | None] = (),
         alone: bool = False,
     ) -> Tensor:
-        """See `gptray.generation.decoder.Network`; slots never disturb each other here."""
-        tokens = [token for token, _ in decoding]
-        positions = [position for _, position in decoding]
-        slots = list(range(len(tokens)))
-        asked = slots.copy()
-        for piece in pieces:
-            tokens += piece.tokens
-            positions += range(piece.start, piece.start + len(piece.tokens))
-            slots += [piece.slot] * len(piece.tokens)
-            asked += range(len(tokens) - piece.logits, len(tokens))
+        """See `Network`; slots never disturb each other here."""
+        of_step = StepRows(decoding, pieces, adapters)
+        tokens, positions, slots = of_step.tokens, of_step.positions, of_step.slots
         # The C++ trusts its caller.
         assert min(tokens) >= 0 and max(tokens) < self._vocab_size, tokens
         assert min(positions) >= 0 and max(positions) < self._cache.most, positions
         assert min(slots) >= 0 and max(slots) < self._cache.slots, slots
-        rows = [np.array(numbers, np.int32) for numbers in (tokens, slots, positions, asked)]
-        logits = torch.empty(len(asked), _rounded(self._vocab_size, PANEL))
+        rows = [
+            np.array(numbers, np.int32) for numbers in (tokens, slots, positions, of_step.asked)
+        ]
+        logits = torch.empty(len(of_step.asked), _rounded(self._vocab_size, PANEL))
         logits[:, self._vocab_size :] = float("-inf")
-        own, most_rank = tables(adapters_of(decoding, pieces, adapters))
+        own, most_rank = tables(of_step.adapters)
         step = abi.Step(
             *(numbers.ctypes.data for numbers in rows),
             own,
             len(tokens),
-            len(asked),
+            len(logits),
             len(set(slots)) == len(slots),
             most_rank,
             *self._scratch_for(len(tokens), most_rank),
@@ -105,20 +97,13 @@ class NativeDecoder:
         )
         return logits
 
-    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
-        """See `gptray.generation.decoder.Network`."""
-        return draw(logits, rows, self.top)
-
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `gptray.generation.decoder.Network`."""
         return top_candidates(logits, k)
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        """See `gptray.generation.decoder.Network`."""
         self._cache.move(source, target, tokens)
 
     def pack(self, layers: Mapping[str, LowRank]) -> NativeAdapter:
-        """See `gptray.generation.decoder.Network`."""
         return NativeAdapter(layers, self._config, self._kept, self._rooms)
 
     def _scratch_for(self, rows: int, most_rank: int) -> list[int]:
@@ -168,7 +153,7 @@ class _Cache:
 
 
 def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What `gptray.generation.sampling.top_candidates` gives for fp32 logits, faster."""
+    """What `gptray.generation.choosing.top_candidates` gives for fp32 logits, faster."""
     B, V = logits.shape
     k = min(k, V)
     logits = logits.contiguous()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from gptray.config import ModelConfig
 from gptray.generation.adapted_rows import LAYERS, Layer, Run, run_plain
 from gptray.generation.choosing import CHUNK
-from gptray.generation.products import Product, product
+from gptray.generation.products import product
 from gptray.model.gpt import GPT, Block
 from gptray.model.layers import RMSNorm, activation, rms_norm
 from gptray.model.quantized import head_kind
@@ -183,13 +183,19 @@ def _block(
     attention = block.attn
     numbers = count(layer * len(LAYERS))
 
-    def packed(layer: nn.Linear, gelu: str | None = None) -> Layer:
-        bias = None if layer.bias is None else whole(layer.bias)
-        made = product(whole(layer.weight), bias, dtype, quantized=quantize, gelu=gelu)
+    def packed(layer: nn.Linear, gelu: str | None = None, factors: Tensor | None = None) -> Layer:
+        """The next layer, its outputs times `factors` (out,)."""
+        weight, bias = whole(layer.weight), None if layer.bias is None else whole(layer.bias)
+        if factors is not None:
+            factors = factors.to(weight.device)
+            weight, bias = weight * factors[:, None], None if bias is None else bias * factors
+        made = product(weight, bias, dtype, quantized=quantize, gelu=gelu)
         return Layer(next(numbers), made)
 
     # The scores' scale is in the rows that make q, unless a norm comes after them.
     scale = 1.0 / math.sqrt(config.head_width)
+    factors = torch.ones(attention.c_attn.out_features)
+    factors[: config.n_head * config.head_width] = scale
     queries = _Queries(
         config.n_head,
         config.kv_heads,
@@ -200,17 +206,7 @@ def _block(
     )
     return _Block(
         ln_1=_norm(block.ln_1, whole, dtype),
-        c_attn=(
-            packed(attention.c_attn)
-            if config.qk_norm
-            else Layer(
-                next(numbers),
-                _scaled(
-                    *(attention.c_attn, config.n_head * config.head_width, scale),
-                    *(whole, dtype, quantize),
-                ),
-            )
-        ),
+        c_attn=packed(attention.c_attn, factors=None if config.qk_norm else factors),
         queries=queries,
         attn_proj=packed(attention.c_proj),
         ln_2=_norm(block.ln_2, whole, dtype),
@@ -221,14 +217,3 @@ def _block(
         parallel=config.parallel_residual,
         post_norm=config.post_norm,
     )
-
-
-def _scaled(
-    layer: nn.Linear, rows: int, by: float, whole: Whole, dtype: torch.dtype, quantize: str
-) -> Product:
-    """A layer with its first `rows` outputs times `by`."""
-    weight = whole(layer.weight)
-    scale = torch.ones(layer.out_features, 1, device=weight.device)
-    scale[:rows] = by
-    bias = None if layer.bias is None else whole(layer.bias) * scale[:, 0]
-    return product(weight * scale, bias, dtype, quantized=quantize)

@@ -125,19 +125,9 @@ class _Int8:
         rounded = (x / scale).round_().add_(128).to(torch.uint8)
         weight, zero = self._weight, self._zero
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rounded,
-            1.0,
-            128,
-            weight,
-            self._scale,
-            zero,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
+            *(rounded, 1.0, 128),  # with its scale and zero
+            *(weight, self._scale, zero, None),
+            *(1.0, 0, torch.float32, "none", [], ""),  # of the output
         )
         y = torch.addcmul(self._bias, y, scale)
         if add is not None:

@@ -74,7 +74,7 @@ class Sequence:
     def begin(
         self, tokenizer: Tokenizer, n_positions: int, utf8: Utf8 | None, eos_ids: abc.Sequence[int]
     ) -> None:
-        """Get ready for an engine whose context has n_positions tokens; eos_ids: end the text."""
+        """Get ready for an engine whose context has n_positions tokens; eos_ids end the text."""
         assert not self.history, "an engine takes a sequence once"
         sampling = self.sampling
         self.history = list(self.prompt)
@@ -141,7 +141,7 @@ class Sequence:
             self.mask = self._utf8.mask(self._state, left)
 
     def take(self, drawn: Drawn | None) -> None:
-        """Add a token and end the text where it is to end; None: none could be drawn."""
+        """Add a token and end the text if it is complete; None: no token could be drawn."""
         if self.ended:
             return
         if drawn is None:

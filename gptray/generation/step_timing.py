@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from gptray.config import Config, ModelConfig
-from gptray.generation.decoder import Decoder, Network
+from gptray.generation.decoder import Decoder
 from gptray.generation.native_decoder import NativeDecoder
 from gptray.model.families import SHAPE
 from gptray.model.gpt import GPT
@@ -46,15 +46,17 @@ def faster_decoder(
         "weights": [str(dtype), config.quantize.weights],
     }
 
-    def maker(kind: type[NativeDecoder] | type[Decoder]) -> Callable[[], Step]:
-        def make() -> Step:
-            part = part_of(shape)
-            decoder = kind(part, max_batch_size, dtype=dtype, quantize=config.quantize.weights)
-            return _decoding_step(decoder, max_batch_size, part.config.n_positions // 2)
+    def decoding_step(kind: type[NativeDecoder] | type[Decoder]) -> Step:
+        """A token more for each sequence, candidates for the next one included."""
+        part = part_of(shape)
+        decoder = kind(part, max_batch_size, dtype=dtype, quantize=config.quantize.weights)
+        decoding = [(0, part.config.n_positions // 2)] * max_batch_size
+        return lambda: decoder.top(decoder.step(decoding, []), TOP_K)
 
-        return make
-
-    makers = {"native": maker(NativeDecoder), "torch": maker(Decoder)}
+    makers = {
+        "native": partial(decoding_step, NativeDecoder),
+        "torch": partial(decoding_step, Decoder),
+    }
     what = f"part of a step of {count(max_batch_size, 'sequence')}"
     return faster(GENERATE_KEY, what, work, makers)
 
@@ -80,9 +82,3 @@ def part_of(shape: ModelConfig) -> GPT:
         for weight in part.parameters():
             weight.copy_(torch.linspace(-0.05, 0.05, weight.numel()).view_as(weight))
     return part
-
-
-def _decoding_step(decoder: Network, sequences: int, position: int) -> Step:
-    """A token more for each sequence, candidates for the next one included."""
-    decoding = [(0, position)] * sequences
-    return lambda: decoder.top(decoder.step(decoding, []), TOP_K)

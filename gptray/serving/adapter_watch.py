@@ -1,4 +1,4 @@
-"""A folder of adapters beside a model that is served: they appear, change and leave with it."""
+"""A folder of adapters for the served model: what is put there, changed or removed takes effect."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class AdapterWatch:
     def scan(self) -> list[str]:
         """Serve what the folder holds now. Returns what has changed, a line each.
 
-        Files that change are left until they are as they were at the scan before: they may be on
-        their way. What cannot be served is told once.
+        Files that have changed since the previous scan wait for the next: they may still be being
+        copied. What cannot be served is reported once.
         """
         try:
             found = dict(self._found())
@@ -60,7 +60,7 @@ class AdapterWatch:
             yield place.name, (_state(folder / CONFIG), _state(folder / WEIGHTS))
 
     def _take(self, name: str) -> str:
-        """Serve an adapter, or go on with the one before. Returns what to tell."""
+        """Serve an adapter, or keep the previous one. Returns what to log."""
         adapted = adapted_name(self._served.name, name)
         try:
             packed = pack_adapter(self._served.engine, self._base, self._folder / name)

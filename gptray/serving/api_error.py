@@ -18,7 +18,7 @@ NAMED = 10
 
 
 class ApiError(Exception):
-    """An answer that is no success. param: the key of the request that is wrong, if one is."""
+    """An answer other than success. param: the key of the request that is wrong, if one is."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
 
 def unknown_model(name: str, served: Sequence[str]) -> ApiError:
-    """The answer to who names another model than those that are served."""
+    """The answer to a request for a model that is not served."""
     known = ", ".join(served[:NAMED])
     if len(served) > NAMED:
         known += f" and {len(served) - NAMED:,} more (GET /v1/models)"

@@ -137,8 +137,8 @@ class _Routes:
         with ExitStack() as stack:
             served = stack.enter_context(self._endpoint.using(body.model))
             completion = await check(body, served, self._limits)
-            self._telemetry.tokens_in.inc(completion.prompt_tokens)
             accepted = stack.enter_context(completion.accept(self._limits))
+            self._telemetry.tokens_in.inc(completion.prompt_tokens)
             parts = completion.run(accepted, deadline, watch.take)
             if body.stream:
                 return EventStream(completion, parts, stack.pop_all())

@@ -1,6 +1,6 @@
 """The choices of an answer, from the engine's updates.
 
-Logprobs cover every generated token, the end-of-text token too, though it is no part of the text.
+Logprobs cover every generated token, the end-of-text token too, though it is not part of the text.
 """
 
 from __future__ import annotations

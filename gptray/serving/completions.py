@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import abc, defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import replace
 from typing import Self
 
@@ -24,9 +24,8 @@ from gptray.serving.api_error import ApiError, unknown_model
 from gptray.serving.choices import Choice, Output, joined
 from gptray.serving.echo import Echo, echo, ids_of
 from gptray.serving.endpoint import Served
-from gptray.serving.engine_thread import Accepted
 from gptray.serving.protocol import CompletionRequest, StreamOptions
-from gptray.serving.streams import Update
+from gptray.serving.streams import Stream, Update
 
 
 class Completion:
@@ -76,19 +75,19 @@ class Completion:
             await asyncio.sleep(0)  # lets other requests run between many prompts
         return cls(body, served, prompts, sequences)
 
-    def accept(self, limits: ServeConfig) -> Accepted:
+    def accept(self, limits: ServeConfig) -> AbstractContextManager[Stream]:
         """Put the outputs in the engine's queue. Raises as `EngineThread.accept`."""
         at_once = limits.max_prompts * self.body.n
         return self._served.thread.accept(self._sequences, at_once=at_once)
 
     async def run(
-        self, accepted: Accepted, deadline: float, seen: Callable[[Update], None]
+        self, stream: Stream, deadline: float, seen: Callable[[Update], None]
     ) -> AsyncGenerator[Choice, None]:
         """What each update adds to its choice. Raises EngineStopped, ApiError and TimeoutError.
 
         deadline: on the event loop's clock. seen: is given every update.
         """
-        async with aclosing(accepted.updates()) as updates:
+        async with aclosing(stream.updates()) as updates:
             while True:
                 async with asyncio.timeout_at(deadline):
                     update = await anext(updates, None)
@@ -146,7 +145,7 @@ class Completion:
 
 
 def check_name(served: Served, name: str | None) -> None:
-    """Raises ApiError(404) for a model that is not the one that is served."""
+    """Raises ApiError(404) for a model that is not served."""
     if name not in (None, served.name):
         raise unknown_model(str(name), [one.name for one in served.all])
 

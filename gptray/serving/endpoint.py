@@ -1,8 +1,8 @@
 """What the routes serve: one model at a time, replaced as a whole while requests are in flight.
 
 A request keeps the model that it began with; a model that was replaced is closed after its last
-request. Beside the model its adapters are served, by the same engine; they come and go meanwhile,
-and a request keeps the one that it began with too. Knows nothing of HTTP.
+request. The model's adapters run in the same engine; they may come and go, and a request keeps its
+own until it ends. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -105,18 +105,18 @@ class Served:
         return [self, *self._adapted.values()]
 
     def put(self, name: str, adapter: PackedAdapter) -> None:
-        """Serve the model with an adapter from now on, in the place of one of that name."""
+        """Serve the model with an adapter from now on; it replaces one of the same name."""
         adapted = copy(self)
         adapted.name, adapted.adapter = adapted_name(self.name, name), adapter
         adapted.created, adapted._adapted = int(time.time()), {}
         self._adapted = dict(sorted({**self._adapted, name: adapted}.items()))
 
     def drop(self, name: str) -> None:
-        """Serve an adapter no more; its requests in flight go on, and then its memory is free."""
+        """Stop serving an adapter; its memory is freed after its last request in flight."""
         self._adapted = {other: one for other, one in self._adapted.items() if other != name}
 
     def called(self, name: str | None) -> Served:
-        """The one with that name of this model and its adapters; this one if there is none."""
+        """This model or one of its adapters, by its name; this model if there is none."""
         return next((one for one in self.all if one.name == name), self)
 
     def close(self) -> None:
@@ -190,9 +190,9 @@ class Endpoint:
 
     @contextmanager
     def using(self, name: str | None = None) -> Iterator[Served]:
-        """The model for one request, there until that is through. Raises EngineStopped.
+        """The model for one request, kept open until that ends. Raises EngineStopped.
 
-        name: what the request calls it, by which it gets one of the adapters.
+        name: what the request calls it; an adapter's name gets that adapter.
         """
         served = self.served
         if served is None:
@@ -207,7 +207,7 @@ class Endpoint:
                 self._idle.set()
 
     async def healthy(self) -> bool:
-        """Whether the model generates. Who asks meanwhile gets the same answer."""
+        """Whether the model generates. Calls at the same time share one answer."""
         if self.served is None:
             return False
         if self._probe is None or self._probe.done():
@@ -215,7 +215,7 @@ class Endpoint:
         return await asyncio.shield(self._probe)
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no more requests and wait for those in flight; how many had not ended in time."""
+        """Take no more requests and wait for those in flight; return how many were cut off."""
         self.draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):

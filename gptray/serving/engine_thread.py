@@ -12,7 +12,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import contextmanager
 
 from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
@@ -92,10 +93,14 @@ class EngineThread:
             later = sum(len(stream.later) for stream in self._partial)
             return max(0, len(self._unfinished) + later - self.running)
 
-    def accept(self, sequences: Iterable[Sequence], *, at_once: int | None = None) -> Accepted:
+    @contextmanager
+    def accept(
+        self, sequences: Iterable[Sequence], *, at_once: int | None = None
+    ) -> Iterator[Stream]:
         """Run sequences side by side: all of them, or as many as fit and then the next.
 
-        at_once: how many may be under way at a time. The result belongs to the calling event loop.
+        at_once: how many may be under way at a time. The stream belongs to the calling event loop;
+        leaving the context cancels what has not ended: its slots are free within two steps.
 
         Raises:
             ValueError: a sequence that was not checked can never run.
@@ -108,6 +113,7 @@ class EngineThread:
             if not order.sequence.is_checked:
                 self._engine.check(order.sequence)
         stream.later.extend(orders)
+        stream.unfinished = len(orders)
         with self._news:
             if not self.alive:
                 raise self._stopped()
@@ -120,23 +126,19 @@ class EngineThread:
             if stream.later:
                 self._partial.append(stream)
             self._news.notify()
-        return Accepted(self, stream, len(orders))
+        try:
+            yield stream
+        finally:
+            with self._news:
+                stream.later.clear()
+                self._left += self._unfinished.intersection(stream.under_way)
+                self._news.notify()
 
     async def stream(self, sequences: Iterable[Sequence]) -> AsyncGenerator[Update, None]:
-        """Accept sequences and yield their updates. Raises as `accept`, and EngineStopped.
-
-        Leaving early cancels those that have not ended.
-        """
+        """Accept sequences and yield their updates. Raises as `accept`, and EngineStopped."""
         with self.accept(sequences) as accepted:
             async for update in accepted.updates():
                 yield update
-
-    def leave(self, stream: Stream) -> None:
-        """Cancel what has not ended: its slots are free within two steps."""
-        with self._news:
-            stream.later.clear()
-            self._left += self._unfinished.intersection(stream.under_way)
-            self._news.notify()
 
     def _feed(self, stream: Stream, places: int) -> None:
         """Begin sequences of a stream while it may have more and fewer than `places` are taken."""
@@ -237,23 +239,3 @@ class EngineThread:
                 if order.stream.later:
                     self._begin_next(order.stream)
         tell([(order.stream, update) for order, update in zip(due, updates, strict=True)])
-
-
-class Accepted:
-    """Sequences under way. Leaving the context cancels those that have not ended."""
-
-    def __init__(self, thread: EngineThread, stream: Stream, sequences: int) -> None:
-        self._thread, self._stream, self._unfinished = thread, stream, sequences
-
-    def __enter__(self) -> Accepted:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.leave(self._stream)
-
-    async def updates(self) -> AsyncGenerator[Update, None]:
-        """Updates of each sequence, merged if they are taken slowly. Raises EngineStopped."""
-        while self._unfinished:
-            for update in await self._stream.take():
-                self._unfinished -= update.finish_reason is not None
-                yield update

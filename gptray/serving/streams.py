@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from gptray.generation.sampling import Drawn
@@ -46,14 +46,14 @@ class Update:
 
 
 class Stream:
-    """Where an event loop waits for updates of its sequences; only it calls `put` and `take`.
+    """Where an event loop waits for updates of its sequences; only it calls `put` and `updates`.
 
     later: sequences without a place in the engine's queue; under_way: those with one, at most
-    `at_once`. The thread's lock guards both.
+    `at_once`. The thread's lock guards both. unfinished: how many the loop has not seen end.
     """
 
     def __init__(self, at_once: int) -> None:
-        self.at_once = at_once
+        self.at_once, self.unfinished = at_once, 0
         self.later: deque[Order] = deque()
         self.under_way: set[Order] = set()
         self.loop = asyncio.get_running_loop()
@@ -70,14 +70,17 @@ class Stream:
             self._updates[news.index] = news
         self._has_news.set()
 
-    async def take(self) -> Iterable[Update]:
-        """Wait for news: one update of each sequence that has any. Raises EngineStopped."""
-        await self._has_news.wait()
-        self._has_news.clear()
-        if self._stopped is not None:
-            raise self._stopped
-        updates, self._updates = self._updates, {}
-        return updates.values()
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        """Updates of each sequence, merged if they are taken slowly. Raises EngineStopped."""
+        while self.unfinished:
+            await self._has_news.wait()
+            self._has_news.clear()
+            if self._stopped is not None:
+                raise self._stopped
+            updates, self._updates = self._updates, {}
+            for update in updates.values():
+                self.unfinished -= update.finish_reason is not None
+                yield update
 
 
 @dataclass(eq=False)

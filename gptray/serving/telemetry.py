@@ -24,7 +24,7 @@ class Telemetry:
     def __init__(
         self, endpoint: Endpoint, *, on_first_token: Callable[[float], None] | None = None
     ) -> None:
-        """on_first_token: is told, of each request, the seconds to its first token."""
+        """on_first_token: receives the seconds to the first token of each request."""
         self.on_first_token = on_first_token
         self._registry = registry = CollectorRegistry()
         registry.register(_EngineCounters(endpoint))

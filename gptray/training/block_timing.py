@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -14,7 +14,7 @@ from gptray.model.lora import add_adapters, freeze
 from gptray.model.parameters import Part
 from gptray.model.quantized_linear import quantized_layers
 from gptray.native.backend import TRAIN_KEY
-from gptray.native.measured import Choice, Step, faster
+from gptray.native.measured import NAMES, Choice, Step, faster
 from gptray.training.building import base_of
 
 # Tokens beyond which a GEMM's speed no longer changes.
@@ -44,10 +44,7 @@ def faster_kernels(config: Config) -> Choice:
         **_adapter(config),
     }
 
-    def maker(*, native: bool) -> Callable[[], Step]:
-        return lambda: _block_step(config, rows, native=native)
-
-    makers = {"native": maker(native=True), "torch": maker(native=False)}
+    makers = {name: partial(_block_step, config, rows, native=name == "native") for name in NAMES}
     what = f"a block's forward and backward pass over {rows} x {T} tokens"
     with torch.random.fork_rng(devices=[]):
         return faster(TRAIN_KEY, what, work, makers)

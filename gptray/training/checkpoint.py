@@ -12,7 +12,6 @@ inspect checkpoints at once.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -141,7 +140,7 @@ def save_checkpoint(
             remove(draft)  # left by a killed attempt, never visible to a reader
             draft.mkdir(parents=True)
             write_tensors(draft)
-            (draft / "trainer.json").write_text(json.dumps(state.to_json(), indent=1), "utf-8")
+            (draft / "trainer.json").write_text(state.to_json(), "utf-8")
             (draft / "config.yaml").write_text(config_yaml, "utf-8")
             write_manifest(draft)
             if os.path.lexists(final):  # a damaged one that this run has just replaced

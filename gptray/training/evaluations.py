@@ -157,7 +157,7 @@ Evaluations = BlockingEvaluation | AsyncEvaluation
 
 
 def evaluate_base(run: Run) -> None:
-    """Record what other weights score that a run is to begin with.
+    """Record the score of the weights that a run starts from, if they are not random.
 
     Raises:
         NonFiniteLoss: on every worker: no step can come of them.

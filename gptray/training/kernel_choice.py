@@ -30,8 +30,8 @@ def agree_on_backend(
 ) -> Choice:
     """What `train.backend` means for a run; every worker calls this, and all get the same backend.
 
-    A run goes on with what it began with, so that its bits stay the same. tell: receives notices,
-    of kernels that fail to build, and of a run that resumes on another processor.
+    A run keeps the backend that it began with, so that its bits stay the same. tell: receives
+    notices of kernels that fail to build and of a run that resumes on another processor.
 
     Raises:
         UserError: native was asked for, and the machine of a worker cannot run it.

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
+
+from pydantic import PositiveInt
 
 from gptray.config import Config
 from gptray.record import MetricsRow
@@ -30,8 +32,8 @@ class Landing:
     """
 
     start: int
-    back_to: int
-    steps: int
+    back_to: PositiveInt
+    steps: PositiveInt
     reason: Reason
 
     @property
@@ -49,23 +51,6 @@ class Landing:
         The shape is Haegele et al. 2024's (arXiv 2405.18392), which beat linear and cosine ones.
         """
         return min_lr + (lr - min_lr) * (1 - math.sqrt((step - self.start) / self.steps))
-
-    def to_json(self) -> dict[str, object]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, given: object) -> Landing:
-        """The inverse of `to_json`. Raises ValueError for anything else."""
-        match given:
-            case {
-                "start": int(start),
-                "back_to": int(back_to),
-                "steps": int(steps),
-                "reason": "max_steps" | "patience" as reason,
-            } if 0 < back_to <= start and steps > 0:
-                return cls(start, back_to, steps, reason)
-        raise ValueError("it holds no landing of a run")
 
 
 def rows_of(phase: Phase, rows: Sequence[MetricsRow]) -> list[MetricsRow]:

@@ -65,15 +65,16 @@ def fit(
     Resumes from the newest intact checkpoint of `run_dir`. Every worker calls this; only the first
     writes, samples and passes `report` a checkpoint. Training waits for its evaluations, unless
     `validated` is given: then the receiver of a report scores its checkpoint, and every worker
-    calls `validated(step)` to wait for the result. `timed` is told where the time goes, at every
-    logged row. `wish()` is asked at every step, and what one worker wishes all do after it: save
-    the run, or save it and leave. `bring` is called by every worker before a checkpoint is read
-    that it may not have: where workers' nodes share no disk, it fetches that from the first one's.
-    Returns the metrics of the last logged step and `stopped`: what
-    ended training, or the stable part of a run that has landed: max_steps, patience, left,
-    non_finite with a `message`, or failed with a `message` and whether it is the user's `mistake`.
-    A failure is shared by all workers and returned rather than raised, since Ray Train would take
-    an exception for a dead worker and restart it.
+    calls `validated(step)` to wait for the result. `timed` receives where the time went, at every
+    logged row. `wish()` is called at every step; if one worker wishes to save the run, or to save
+    it and leave, all do. `bring` fetches a checkpoint to this worker's node before it is read,
+    where nodes share no disk.
+
+    Returns the metrics of the last logged step and `stopped`: what ended training, or the stable
+    part of a run that has landed: max_steps, patience, left, non_finite with a `message`, or failed
+    with a `message` and whether it is the user's `mistake`. A failure is shared by all workers and
+    returned rather than raised, since Ray Train would take an exception for a dead worker and
+    restart it.
     """
     workers = Workers.current()
     step = 0

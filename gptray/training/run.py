@@ -75,7 +75,7 @@ class Run:
     # With train.teachers.
     teachers: Teachers | None
     laps: Laps = field(default_factory=Laps)
-    # Has a checkpoint on this worker's node.
+    # Fetches a checkpoint to this worker's node.
     bring: Callable[[Path], None] = lambda checkpoint: None
 
     @property

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Annotated
 
-from gptray.stored import is_whole
+from pydantic import BeforeValidator, ConfigDict, NonNegativeInt
+
+# Infinite where there was no evaluation yet: null in JSON.
+Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -18,14 +21,16 @@ class Progress:
     """What the evaluations so far say. Losses are in nats per token.
 
     `best_*` is the lowest validation loss of all, `averaged` whether averaged weights have it.
-    `bad_evals` counts the evaluations since one
-    was lower than `bar` by `min_delta` or more; it is what `patience` bounds (Prechelt 1998).
+    `bad_evals` counts the evaluations since one was lower than `bar` by `min_delta` or more; it is
+    what `patience` bounds (Prechelt 1998).
     """
 
-    best_step: int = 0
-    best_val_loss: float = math.inf
-    bar: float = math.inf
-    bad_evals: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    best_step: NonNegativeInt = 0
+    best_val_loss: Loss = math.inf
+    bar: Loss = math.inf
+    bad_evals: NonNegativeInt = 0
     averaged: bool = False
 
     def after(
@@ -45,27 +50,3 @@ class Progress:
     def exhausted(self, patience: int | None) -> bool:
         """Whether the run has gone `patience` evaluations without getting better."""
         return patience is not None and self.bad_evals >= patience
-
-    def to_json(self) -> dict[str, object]:
-        """Plain JSON values; infinities (no evaluation yet) become null."""
-        return {key: None if value == math.inf else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, state: Mapping[str, object]) -> Progress:
-        """The inverse of `to_json`. Raises ValueError for anything else."""
-        # Checkpoints from before there were averages lack the last.
-        match {"averaged": False, **state}:
-            case {
-                "best_step": best,
-                "best_val_loss": loss,
-                "bar": bar,
-                "bad_evals": bad,
-                "averaged": bool(averaged),
-                **others,
-            }:
-                loss, bar = (math.inf if value is None else value for value in (loss, bar))
-                if not isinstance(loss, (int, float)) or not isinstance(bar, (int, float)):
-                    raise ValueError("it holds no progress of a run")
-                if not others and is_whole(best) and is_whole(bad):
-                    return cls(best, loss, bar, bad, averaged)
-        raise ValueError("it holds no progress of a run")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
+
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from gptray.config import Config
 from gptray.manifest import FORMAT
-from gptray.stored import is_whole, read_object
+from gptray.stored import read_object
 from gptray.training.landing import Landing, Phase, Reason
 from gptray.training.stopping import Progress
 
@@ -20,10 +24,10 @@ class TrainerState:
     since the last row of metrics.jsonl. landing: None in the stable part.
     """
 
-    step: int
+    step: NonNegativeInt
     progress: Progress
     data: str
-    evaluated: int = 0
+    evaluated: NonNegativeInt = 0
     losses: tuple[float, ...] = ()
     landing: Landing | None = None
 
@@ -67,41 +71,31 @@ class TrainerState:
         has_landed = self.landing is not None or not config.optim.lands
         return has_landed and self.why_stop(config) is not None
 
-    def to_json(self) -> dict[str, object]:
-        """Plain JSON values."""
-        return {
-            "format": FORMAT,
-            "step": self.step,
-            "progress": self.progress.to_json(),
-            "data": self.data,
-            "evaluated": self.evaluated,
-            "losses": list(self.losses),
-            **({"landing": self.landing.to_json()} if self.landing else {}),
-        }
+    def to_json(self) -> str:
+        """The text of `trainer.json`."""
+        fields = json.loads(_STATE.dump_json(self, exclude_none=True))
+        return json.dumps({"format": FORMAT, **fields}, indent=1)
 
     @classmethod
     def load(cls, folder: Path) -> TrainerState:
         """Read `trainer.json` of a checkpoint. Raises ValueError if it holds no valid state."""
         given = read_object(folder / "trainer.json")
-        # Checkpoints from before there were any between evaluations lack the first two.
-        match {"evaluated": given.get("step"), "losses": [], "landing": None, **given}:
-            case {
-                "step": int(step),
-                "progress": dict(values),
-                "data": str(data),
-                "evaluated": int(evaluated),
-                "losses": list(losses),
-                "landing": landing,
-            } if is_whole(step) and is_whole(evaluated):
-                landing = None if landing is None else Landing.from_json(landing)
-                progress = Progress.from_json(values)
-                state = cls(step, progress, data, evaluated, tuple(losses), landing)
-            case _:
-                raise ValueError("it holds no state of a run")
-        if not all(isinstance(loss, float) for loss in losses):
-            raise ValueError("it holds no losses of a run")
-        if max(state.progress.best_step, state.progress.bad_evals, evaluated) > step:
+        # Checkpoints from before there were any between evaluations do not say it.
+        given = {"evaluated": given.get("step"), **given}
+        try:
+            state = _STATE.validate_json(json.dumps(given), strict=True)
+        except ValidationError:
+            raise ValueError("it holds no state of a run") from None
+        progress, landing = state.progress, state.landing
+        # Checkpoints from before there were averages lack that field.
+        said = cast(dict[str, object], given["progress"])
+        if set(asdict(progress)) - said.keys() - {"averaged"}:
+            raise ValueError("it holds no progress of a run")
+        if max(progress.best_step, progress.bad_evals, state.evaluated) > state.step:
             raise ValueError("it names later steps than its own")
-        if landing and not landing.start < step <= landing.end:
+        if landing and not landing.back_to <= landing.start < state.step <= landing.end:
             raise ValueError("its step is not one of its landing")
         return state
+
+
+_STATE = TypeAdapter(TrainerState)

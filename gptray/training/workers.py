@@ -63,7 +63,7 @@ class Workers:
         return cast(list[T], found)
 
     def agree(self, failure: UserError | RunFailed | None) -> None:
-        """Raise on every worker what any of them met: all leave together, and none waits for one.
+        """Raise on every worker the failure of any: all leave together, and none waits for another.
 
         The workers call this at the same place, each with its own failure or None.
         """

@@ -23,6 +23,7 @@ from gptray.serving.endpoint import Endpoint, Served
 from tests.generation.models import random_gpt, small_tokenizer
 
 TOKENIZER = small_tokenizer()
+OF_MODEL = ("parse_special", "utf8", "example_prompt", "chat_template")
 
 
 def tiny(seed: int = 0, **shape: object) -> GPT:
@@ -34,23 +35,11 @@ def served(
     limits: ServeConfig,
     name: str = "tiny",
     *,
-    parse_special: bool = False,
-    utf8: bool = True,
-    example_prompt: str | None = None,
-    chat_template: str | None = None,
     tokenizer: Tokenizer = TOKENIZER,
+    **of_model: Any,
 ) -> Served:
     engine = Engine(model, tokenizer, max_batch_size=limits.max_batch_size)
-    return Served(
-        name,
-        engine,
-        tokenizer,
-        limits.max_waiting,
-        parse_special=parse_special,
-        utf8=utf8,
-        example_prompt=example_prompt,
-        chat_template=chat_template,
-    )
+    return Served(name, engine, tokenizer, limits.max_waiting, **of_model)
 
 
 @dataclass
@@ -83,14 +72,11 @@ def running(
     model: GPT | None = None,
     *,
     keys: Keys | None = None,
-    parse_special: bool = False,
-    utf8: bool = True,
-    example_prompt: str | None = None,
-    chat_template: str | None = None,
     tokenizer: Tokenizer = TOKENIZER,
     **settings: Any,
 ) -> Iterator[Server]:
-    """A server in a thread of its own. settings: of the serve section."""
+    """A server in a thread of its own. settings: of the serve section, and of `Served`."""
+    of_model = {key: settings.pop(key) for key in OF_MODEL if key in settings}
     limits = ServeConfig(**settings)
     endpoint = Endpoint()
     app = make_app(endpoint, limits, keys=keys)
@@ -99,16 +85,7 @@ def running(
 
     async def main() -> None:
         network = tiny() if model is None else model
-        loaded = served(
-            network,
-            limits,
-            parse_special=parse_special,
-            utf8=utf8,
-            example_prompt=example_prompt,
-            chat_template=chat_template,
-            tokenizer=tokenizer,
-        )
-        endpoint.serve(loaded)
+        endpoint.serve(served(network, limits, tokenizer=tokenizer, **of_model))
         # Named as TCP, or asyncio leaves its delays on.
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.bind(("127.0.0.1", 0))

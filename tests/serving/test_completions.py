@@ -92,14 +92,6 @@ def test_stop_strings_end_the_text_before_them(client: OpenAI) -> None:
     assert cut.choices[0].finish_reason == "stop"
 
 
-def test_a_seed_left_out_is_drawn_anew(client: OpenAI) -> None:
-    def ask() -> str:
-        done = client.completions.create(model="tiny", prompt="the", max_tokens=30)
-        return done.choices[0].text
-
-    assert ask() != ask()
-
-
 @pytest.mark.parametrize("seed", [None, 5])
 def test_prompts_of_one_request_are_independent_draws(server: Server, seed: int | None) -> None:
     body = {"prompt": ["the cat"] * 20, "max_tokens": 8, "n": 2, "seed": seed}
@@ -107,13 +99,6 @@ def test_prompts_of_one_request_are_independent_draws(server: Server, seed: int 
     assert len({choice["text"] for choice in choices}) >= 38
     again = server.post(**body).json()["choices"]
     assert (again == choices) == (seed is not None)
-
-
-def test_the_first_choice_under_a_seed_is_the_single_requests(server: Server) -> None:
-    body = {"max_tokens": 12, "seed": 9}
-    several = server.post(prompt=["the cat", "a dog"], n=2, **body).json()["choices"]
-    alone = server.post(prompt="the cat", **body).json()["choices"]
-    assert several[0]["text"] == alone[0]["text"]
 
 
 def test_an_empty_prompt_starts_a_fresh_document(server: Server) -> None:

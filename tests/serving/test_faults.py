@@ -205,6 +205,8 @@ def test_a_full_line_says_so_with_a_status_also_to_who_asks_for_a_stream() -> No
             refused = server.post(prompt="a", **wanted)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
+        read = 4 * len(TOKENIZER.encode("the"))
+        assert server.metric("gptray_prompt_tokens_total") == read, "what is refused is not read"
         assert server.get("/health").status_code == 200
         open_ones.close()
         until(server, "gptray_sequences_running", 0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
+from gptray.training.landing import Landing
 from gptray.training.stopping import Progress
+from gptray.training.trainer_state import TrainerState
 
 
 def after(losses: list[float], *, min_delta: float = 0.0) -> Progress:
@@ -42,6 +44,11 @@ def test_small_steps_that_add_up_to_min_delta_are_better() -> None:
     assert not after([2.0, 1.95, 1.9], min_delta=0.1).exhausted(1)
 
 
-def test_state_survives_json() -> None:
-    for progress in (Progress(), after([3.0, 2.0, 2.1])):
-        assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
+def test_state_survives_json(tmp_path: Path) -> None:
+    landing = Landing(start=30, back_to=20, steps=15, reason="patience")
+    for state in (
+        TrainerState(0, Progress(), "d"),
+        TrainerState(40, after([3.0, 2.0, 2.1]), "d", 30, (0.1, 1e-7), landing),
+    ):
+        (tmp_path / "trainer.json").write_text(state.to_json())
+        assert TrainerState.load(tmp_path) == state
