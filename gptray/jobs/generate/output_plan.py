@@ -7,7 +7,6 @@ folder holds plan.json and the staged input.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ from gptray.files import (
     storing,
 )
 from gptray.jobs.adapters import adapter_sha256
-from gptray.jobs.run_folder import LOCK
+from gptray.jobs.run_folder import LOCK, is_held
 from gptray.stored import Unreadable, read_object
 
 # What a plan, a manifest or a summary holds.
@@ -182,13 +181,8 @@ def check_overlap(output: str, entries: Sequence[str], files: Sequence[SourceFil
 def check_place(folder: Path) -> None:
     """Raise UserError if a folder cannot be made or written, or another job writes there now."""
     check_writable(folder, key="generate.output_path")
-    lock = folder / SCRATCH / LOCK
-    if lock.is_file():
-        with lock.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(busy(str(folder))) from None
+    if is_held(folder / SCRATCH):
+        raise UserError(busy(str(folder)))
 
 
 def busy(folder: str) -> str:
