@@ -129,9 +129,10 @@ def _check_tokenizer(config: Config, request: Request | None) -> None:
 
     Raises UserError.
     """
-    name, is_prepared = tokenizer_name(config), request is not None and request.data_dir.exists()
+    name = tokenizer_name(config)
     try:
         tokenizer_at_once(config)
+        is_prepared = request is not None and request.data_dir.exists()
         if name not in KINDS and not is_prepared and tokenizer_path(name) is None:
             hub_tokenizer(name)
     except NotOnHub as error:
