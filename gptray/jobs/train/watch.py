@@ -13,7 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar, cast
 
@@ -219,7 +219,7 @@ def watching(
     `on_evaluation` is called, from a thread, once training has begun and after each evaluation.
     """
     watch = _Watch(run_dir, max_steps, on_evaluation)
-    with following(watch.look, watch.close, every_s=POLL_S), telling(watch.line):
+    with closing(watch), following(watch.look, every_s=POLL_S), telling(watch.line):
         yield
 
 
