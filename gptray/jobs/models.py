@@ -233,7 +233,7 @@ def _how_to_list(storage: Place) -> str:
 def _names_of_runs(storage: Place) -> list[str]:
     if isinstance(storage, RemoteFolder):
         return storage.folders()
-    return [config.parent.name for config in storage.glob(f"*/{CONFIG}")]
+    return [config.parent.name for config in storage.glob(f"[!.]*/{CONFIG}")]
 
 
 @cache
@@ -248,7 +248,7 @@ def newest_run(storage: Place) -> Place | None:
         files = storage.files(deep=True).items()
         found = [(one.modified, name) for name, one in files if _RUN_MODEL.fullmatch(name)]
         return storage / max(found)[1].partition("/")[0] if found else None
-    models = storage.glob("*/model/config.json")
+    models = storage.glob("[!.]*/model/config.json")
     newest = max(models, key=lambda path: path.stat().st_mtime, default=None)
     return newest and newest.parents[1]
 
