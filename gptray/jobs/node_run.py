@@ -38,7 +38,7 @@ SEND_S = 1.0
 class RunOnNode:
     """A run that this worker trains. task: with the folders as they are on this node.
 
-    fetches_from: of the worker that fetches for a node which has not the writer's folder.
+    fetches_from: of the worker that fetches for a node that does not have the writer's folder.
     """
 
     def __init__(

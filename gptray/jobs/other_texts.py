@@ -46,7 +46,7 @@ def _check_held_out(name: str, request: Request, trained_on: Request | None) -> 
         shared = ["builtin"]
     if shared:
         raise UserError(
-            f"{KEY}: {name} is no held-out text: {shared[0]} is part of "
+            f"{KEY}: {name} is not held-out text: {shared[0]} is part of "
             f"{trained_on.source.key} too; leave it out of one"
         )
 

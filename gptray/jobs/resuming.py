@@ -137,7 +137,7 @@ def check_not_landing(config: Config, changes: Sequence[str], state: TrainerStat
     if changes and state and state.landing:
         raise UserError(
             f"{'; '.join(changes)}: the run {seen_at(config)} has begun to land "
-            f"after step {state.landing.start:,}, and its stable part cannot go on; {_ANEW}"
+            f"after step {state.landing.start:,}, and its stable part cannot continue; {_ANEW}"
         )
 
 

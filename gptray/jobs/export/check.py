@@ -31,7 +31,7 @@ from gptray.model.stored_weights import StoredModel, stored_model
 from gptray.model.usage import GENERATION, TEMPLATE, Usage
 
 _SUFFIX = ".gguf"
-# What says how to use a model, beside its tokenizer.
+# Besides the tokenizer, what says how to use a model.
 _USAGE = (GENERATION, TEMPLATE)
 # Matrices that a sentence names.
 _NAMED = 3
