@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 import ray
 
@@ -80,7 +80,7 @@ class Crew(Generic[M]):
         self._lost: list[M] = []
         self.members = [start() for _ in range(number)]
 
-    def __enter__(self) -> Crew[M]:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

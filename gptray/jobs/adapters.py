@@ -142,7 +142,7 @@ def _base_of(folder: Path, *, key: str) -> str:
 
 
 def _found(config: Config, source: str, *, key: str) -> Path:
-    """The folder of an adapter, or of that of a run by name."""
+    """The folder of an adapter, or of the one that a run of this name has."""
     if is_uri(source):
         raise UserError(f"{key}={source}: an adapter is taken from a folder, not from a URI")
     place = absolute(source, key=key)

@@ -7,8 +7,15 @@ import time
 from contextlib import ExitStack
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.progress_bar import ProgressBar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -26,7 +33,7 @@ def progress_bar(console: Console | None = None) -> Progress:
     console = console or Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
-        *([_Drawn()] if console.width >= WIDE else []),
+        *([BarColumn(BAR)] if console.width >= WIDE else []),
         MofNCompleteColumn(),
         _Eta(),
         _Figures(console),
@@ -37,11 +44,6 @@ def progress_bar(console: Console | None = None) -> Progress:
 def new_task(bar: Progress, doing: str, *, total: int, done: int = 0) -> TaskID:
     """A task whose `metrics` and `eta` are shown after its counts."""
     return bar.add_task(doing, total=total, completed=done, metrics="", eta="")
-
-
-class _Drawn(ProgressColumn):
-    def render(self, task: Task) -> ProgressBar:
-        return ProgressBar(total=task.total, completed=task.completed, width=BAR)
 
 
 class _Eta(ProgressColumn):

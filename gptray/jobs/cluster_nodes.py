@@ -99,28 +99,31 @@ def total(all_resources: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def nodes_words(nodes: Iterable[Node]) -> str:
-    """The nodes by what they have: "10.0.0.1 has 16 cores; 10.0.0.2, 10.0.0.3 have 8 cores"."""
-    alike: dict[str, list[str]] = {}
-    for node in nodes:
-        alike.setdefault(amount_words(node.resources), []).append(node.address)
-    return "; ".join(
-        f"{_names(addresses)} {'has' if len(addresses) == 1 else 'have'} {words}"
-        + ("" if len(addresses) == 1 else " each")
-        for words, addresses in alike.items()
-    )
+    """The nodes by what they have: "10.0.0.1 has 16 cores; 10.0.0.2, 10.0.0.3 have 8 each"."""
+    told = ((node.address, amount_words(node.resources)) for node in nodes)
+    return _alike(told, each=" each")
 
 
 def labels_words(nodes: Iterable[Node]) -> str:
     """The nodes by their labels: "10.0.0.1 has zone=a; 10.0.0.2, 10.0.0.3 have none"."""
+    return _alike((node.address, _labels(node)) for node in nodes)
+
+
+def _labels(node: Node) -> str:
+    names = sorted(node.labels.keys() - {_ID_LABEL})
+    return ", ".join(f"{name}={node.labels[name]}" for name in names) or "none"
+
+
+def _alike(told: Iterable[tuple[str, str]], *, each: str = "") -> str:
+    """What addresses have, those that have the same together; each: after that of several."""
     alike: dict[str, list[str]] = {}
-    for node in nodes:
-        labels = [
-            f"{name}={node.labels[name]}" for name in sorted(node.labels) if name != _ID_LABEL
-        ]
-        alike.setdefault(", ".join(labels) or "none", []).append(node.address)
+    for address, words in told:
+        alike.setdefault(words, []).append(address)
     return "; ".join(
-        f"{_names(addresses)} {'has' if len(addresses) == 1 else 'have'} {labels}"
-        for labels, addresses in alike.items()
+        f"{_names(addresses)} has {words}"
+        if len(addresses) == 1
+        else f"{_names(addresses)} have {words}{each}"
+        for words, addresses in alike.items()
     )
 
 

@@ -63,7 +63,7 @@ def telling(line: Callable[[], str | None]) -> Iterator[None]:
     log.addFilter(heard)
     _blocks.append(heard)
     try:
-        with following(look, lambda: None, every_s=POLL_S):
+        with following(look, every_s=POLL_S):
             yield
     finally:
         _blocks.remove(heard)
@@ -71,10 +71,8 @@ def telling(line: Callable[[], str | None]) -> Iterator[None]:
 
 
 @contextmanager
-def following(
-    look: Callable[[], None], close: Callable[[], None], *, every_s: float
-) -> Iterator[None]:
-    """Call `look` every so many seconds, from a thread, while the block runs; then `close`."""
+def following(look: Callable[[], None], *, every_s: float) -> Iterator[None]:
+    """Call `look` every so many seconds, from a thread, while the block runs."""
     done = threading.Event()
 
     def follow() -> None:
@@ -88,4 +86,3 @@ def following(
     finally:
         done.set()
         thread.join()
-        close()

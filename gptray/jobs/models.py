@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 from gptray.commands import typed
 from gptray.config import Config, UserError
@@ -28,6 +29,8 @@ from gptray.tuning.sweep_record import TRIALS
 log = logging.getLogger("gptray")
 CONFIG = "config.yaml"
 TOKENIZER = "data.tokenizer"
+# A folder on this machine, or in an object store.
+Place: TypeAlias = Path | RemoteFolder
 _RUN_MODEL = re.compile(r"[^/.][^/]*/model/config\.json")
 
 
@@ -100,9 +103,9 @@ def locate(config: Config, source: str, *, key: str) -> str:
     holds, what = (has_tokenizer, "tokenizer") if key == TOKENIZER else (has_model, "model")
     if is_uri(config.storage_path):
         remote = RemoteFolder(config.storage_path) / source
-        if holds_model(remote):
+        if has_model(remote):
             return str(remote)
-        if CONFIG in remote.files():
+        if _has(remote, CONFIG):
             raise UserError(f"{key}={source}: the run {_without_model(remote)}")
         return source
     here, run = Path(source), run_named(config, source)
@@ -113,7 +116,7 @@ def locate(config: Config, source: str, *, key: str) -> str:
         _tell(f"{key}={source} is the folder {here.absolute()}; {word} is the run")
         return source
     if not has_model(run):
-        raise UserError(f"{key}={source}: the run {run} has no model yet; {_how_to_train(run)}")
+        raise UserError(f"{key}={source}: the run {_without_model(run)}")
     if here.exists():
         _tell(f"{key}={source} is the run {run}; the folder {here.absolute()} has no {what}")
     return str(run)
@@ -121,9 +124,7 @@ def locate(config: Config, source: str, *, key: str) -> str:
 
 def own_run(config: Config, *, key: str) -> str:
     """The run called `name` in `storage_path`; without a name the newest one. Raises UserError."""
-    if is_uri(config.storage_path):
-        return str(_own_remote_run(config, RemoteFolder(config.storage_path), key=key))
-    storage = storage_of(config)
+    storage = all_runs(config)
     if config.name is None:
         newest = newest_run(storage)
         if newest is None:
@@ -135,39 +136,14 @@ def own_run(config: Config, *, key: str) -> str:
     run = storage / config.name
     if has_model(run):
         return str(run)
-    if (run / CONFIG).is_file():
-        raise UserError(f"name={config.name}: {run} has no model yet; {_how_to_train(run)}")
+    if _has(run, CONFIG):
+        raise UserError(f"name={config.name}: {_without_model(run)}")
     what_to_do = _nearest_run(storage, config.name) or _how_to_list(storage)
     raise UserError(f"name={config.name}: no such run in {storage}{what_to_do}")
 
 
-def _own_remote_run(config: Config, storage: RemoteFolder, *, key: str) -> RemoteFolder:
-    """`own_run` in an object store."""
-    if config.name is None:
-        files = storage.files(deep=True).items()
-        models = [(one.modified, name) for name, one in files if _RUN_MODEL.fullmatch(name)]
-        if not models:
-            raise UserError(
-                f"{key} is not set and {storage} has no run with a model; name a run, a model "
-                "folder or a hub id"
-            )
-        return storage / max(models)[1].partition("/")[0]
-    run = storage / config.name
-    if holds_model(run):
-        return run
-    if CONFIG in run.files():
-        raise UserError(f"name={config.name}: {_without_model(run)}")
-    known = did_you_mean(nearest(config.name, storage.folders()))
-    raise UserError(f"name={config.name}: no such run in {storage}{known}")
-
-
-def holds_model(run: RemoteFolder) -> bool:
-    """Whether a run in an object store has a model. Raises UserError."""
-    return "config.json" in (run / "model").files()
-
-
-def _without_model(run: RemoteFolder) -> str:
-    job = "tune" if TRIALS in run.files() else "train"
+def _without_model(run: Place) -> str:
+    job = "tune" if _has(run, TRIALS) else "train"
     return f"{run} has no model yet; {typed(job, '--config', f'{run}/{CONFIG}')} resumes it"
 
 
@@ -178,17 +154,13 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
     """
     takes_files = key == TOKENIZER or source.endswith(SUFFIX)
     place = "no such folder or file" if takes_files else "no such folder"
-    if is_uri(config.storage_path) and not _is_path(source):
-        near = nearest(source, RemoteFolder(config.storage_path).folders())
-        looked_at = f"no such run in {config.storage_path}, {place} here and {reason}"
-        return UserError(f"{key}={source}: {looked_at}{did_you_mean(near)}")
-    storage = storage_of(config)
+    storage = all_runs(config)
     if _is_path(source):
         path = source.rstrip(os.sep)
         name = os.path.basename(path)
         looked = [f"{place} here" if reason else place]
         what_to_do = _nearest_run(expanded(path).parent, name, prefix=path.removesuffix(name))
-    elif has_model(run := run_named(config, source)):  # else `locate` had found it
+    elif has_model(run := storage / _composed(source)):  # else `locate` had found it
         return UserError(
             f"{key}={source}: a search space takes a run's folder, {run}, not its name"
         )
@@ -202,6 +174,12 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
     return UserError(f"{key}={source}: {told}{what_to_do}")
 
 
+def all_runs(config: Config) -> Place:
+    """The folder of all runs, here or in an object store. Raises UserError as `storage_of`."""
+    remote = is_uri(config.storage_path)
+    return RemoteFolder(config.storage_path) if remote else storage_of(config)
+
+
 def storage_of(config: Config) -> Path:
     """The folder of all runs, which is no URI. Raises UserError for an unknown home folder."""
     return expanded(config.storage_path, key="storage_path").absolute()
@@ -209,11 +187,27 @@ def storage_of(config: Config) -> Path:
 
 def run_named(config: Config, name: str) -> Path:
     """The folder that a run of this name has; names are stored composed, see `checked_name`."""
-    return storage_of(config) / unicodedata.normalize("NFC", name)
+    return storage_of(config) / _composed(name)
 
 
-def has_model(folder: Path) -> bool:
-    """Whether a folder is a model, or a run with one."""
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _has(folder: Place, name: str) -> bool:
+    """Whether a folder has a file. Raises UserError for a store that cannot be read."""
+    if isinstance(folder, RemoteFolder):
+        return name in folder.files()
+    return (folder / name).is_file()
+
+
+def has_model(folder: Place) -> bool:
+    """Whether a folder is a model, or a run with one; of one in a store the latter.
+
+    Raises UserError for a store that cannot be read.
+    """
+    if isinstance(folder, RemoteFolder):
+        return _has(folder / "model", "config.json")
     return any((place / "config.json").is_file() for place in (folder, folder / "model"))
 
 
@@ -221,14 +215,14 @@ def _is_path(source: str) -> bool:
     return os.sep in source or source.startswith(("~", "."))
 
 
-def _nearest_run(storage: Path, name: str, others: Sequence[str] = (), *, prefix: str = "") -> str:
+def _nearest_run(storage: Place, name: str, others: Sequence[str] = (), *, prefix: str = "") -> str:
     """A suggestion of the run, or one of `others`, with the nearest name, if one is near."""
     names = {one.lower(): one for one in (*_names_of_runs(storage), *others)}
-    close = nearest(unicodedata.normalize("NFC", name).lower(), names)
+    close = nearest(_composed(name).lower(), names)
     return did_you_mean(prefix + names[close] if close else None)
 
 
-def _how_to_list(storage: Path) -> str:
+def _how_to_list(storage: Place) -> str:
     """What lists the runs in a storage path, if there are any."""
     if not _names_of_runs(storage):
         return ""
@@ -236,13 +230,10 @@ def _how_to_list(storage: Path) -> str:
     return f"; {typed('runs', *place)} lists all runs"
 
 
-def _names_of_runs(storage: Path) -> list[str]:
-    return [config.parent.name for config in storage.glob(f"*/{CONFIG}")]
-
-
-def _how_to_train(run: Path) -> str:
-    job = "tune" if (run / TRIALS).is_file() else "train"
-    return f"{typed(job, '--config', str(run / CONFIG))} resumes it"
+def _names_of_runs(storage: Place) -> list[str]:
+    if isinstance(storage, RemoteFolder):
+        return storage.folders()
+    return [config.parent.name for config in storage.glob(f"[!.]*/{CONFIG}")]
 
 
 @cache
@@ -251,9 +242,13 @@ def _tell(message: str) -> None:
     log.info("%s", message)
 
 
-def newest_run(storage: Path) -> Path | None:
-    """The run in a storage path whose model is the newest."""
-    models = storage.glob("*/model/config.json")
+def newest_run(storage: Place) -> Place | None:
+    """The run in a storage path whose model is the newest. Raises UserError as `has_model`."""
+    if isinstance(storage, RemoteFolder):
+        files = storage.files(deep=True).items()
+        found = [(one.modified, name) for name, one in files if _RUN_MODEL.fullmatch(name)]
+        return storage / max(found)[1].partition("/")[0] if found else None
+    models = storage.glob("[!.]*/model/config.json")
     newest = max(models, key=lambda path: path.stat().st_mtime, default=None)
     return newest and newest.parents[1]
 

@@ -11,12 +11,13 @@ import hashlib
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from gptray.config import RunFailed
 from gptray.files import remove
+from gptray.jobs.doing import following
 from gptray.jobs.driver_folder import BLOCK_BYTES
 from gptray.jobs.fetching import checkpoint_of, fetch_checkpoint, fetch_run
 from gptray.jobs.origin import FolderAtDriver, Origin
@@ -37,7 +38,7 @@ SEND_S = 1.0
 class RunOnNode:
     """A run that this worker trains. task: with the folders as they are on this node.
 
-    fetches_from: of the worker that fetches for a node which has not the writer's folder.
+    fetches_from: of the worker that fetches for a node that does not have the writer's folder.
     """
 
     def __init__(
@@ -72,26 +73,20 @@ class RunOnNode:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Send in the block what is new every second, and at its end. Raises RunFailed."""
-        ended = threading.Event()
-        if self._publisher:
-            threading.Thread(target=self._follow, args=(ended,), name="sender", daemon=True).start()
         try:
-            yield
+            with following(self._look, every_s=SEND_S) if self._publisher else nullcontext():
+                yield
         except BaseException:
             with suppress(RunFailed):
                 self.publish()
             raise
-        else:
-            self.publish()
-        finally:
-            ended.set()
+        self.publish()
 
-    def _follow(self, ended: threading.Event) -> None:
-        while not ended.wait(SEND_S):
-            try:
-                self.publish()
-            except RunFailed as error:
-                log.warning("not sent to the driver yet: %s", error)
+    def _look(self) -> None:
+        try:
+            self.publish()
+        except RunFailed as error:
+            log.warning("not sent to the driver yet: %s", error)
 
 
 @contextmanager
@@ -217,15 +212,10 @@ class NodePublisher(RunPublisher):
         return events[: events.rfind(b"\n") + 1]
 
     def _send(self, *paths: Path) -> None:
-        for path in paths:
-            with suppress(FileNotFoundError):
-                version = version_of(path)
-                # The driver's file of events has others too.
-                if path.name != EVENTS and self._sent.files.get(path) != version:
-                    self._send_new(path)
-                    self._sent.files[path] = version
+        # The driver's file of events has others too.
+        super()._send(*(path for path in paths if path.name != EVENTS))
 
-    def _send_new(self, path: Path) -> None:
+    def _write(self, path: Path) -> None:
         """Send what was added to a file; all of it if that is not all that has changed."""
         content, name = path.read_bytes(), self._name(path)
         size, digest = self._grown.get(path, (0, b""))

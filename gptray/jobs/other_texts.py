@@ -14,6 +14,7 @@ from gptray.config import Config, UserError
 from gptray.config.named_texts import named_texts
 from gptray.data.request import Request, whole_request
 from gptray.data.tokens import TokenData
+from gptray.jobs.mistakes import Mistakes
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.prepare.run import stored_text
 from gptray.record import read_events
@@ -27,15 +28,12 @@ def check_also(config: Config, text: Config, *, trained_on: Request | None) -> O
 
     Raises UserError with all that is wrong with them, also where one is trained on.
     """
-    found, problems = {}, []
+    found, mistakes = {}, Mistakes()
     for name, source in named_texts(config.evaluate.also).items():
-        try:
+        with mistakes:
             found[name] = check_text(text, partial(whole_request, source=source, key=KEY))
             _check_held_out(name, found[name].request, trained_on)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+    mistakes.tell()
     return found
 
 
@@ -48,7 +46,7 @@ def _check_held_out(name: str, request: Request, trained_on: Request | None) -> 
         shared = ["builtin"]
     if shared:
         raise UserError(
-            f"{KEY}: {name} is no held-out text: {shared[0]} is part of "
+            f"{KEY}: {name} is not held-out text: {shared[0]} is part of "
             f"{trained_on.source.key} too; leave it out of one"
         )
 

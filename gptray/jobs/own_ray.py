@@ -56,7 +56,7 @@ def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]
     environment: what its processes find in theirs in addition to this process's.
 
     Raises:
-        RunFailed: one of its processes died; replaces what the block raised because of that.
+        RunFailed: one of its processes died; replaces what the block raised because of it.
     """
     global _is_starting, _is_running
     with _environment(environment):
@@ -120,9 +120,9 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
 def _lean(*, told: bool) -> Iterator[None]:
     """Have ray.init leave out what only a cluster of many jobs has a use for: two of its seconds.
 
-    That is the autoscaler, the server of the dashboard, of which only the count of usage is left,
-    what brings the workers' logs unless they are told, and a look for packages that `ray[default]`
-    has.
+    Left out are the autoscaler, the dashboard's server (all that would be left of it is the count
+    of usage), the process that brings the workers' logs unless they are told, and a look for the
+    packages of `ray[default]`.
     """
     import ray
 

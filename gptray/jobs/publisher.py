@@ -79,8 +79,11 @@ class _Folder:
             with suppress(FileNotFoundError):
                 version = version_of(path)
                 if self._sent.files.get(path) != version:
-                    self._home.write(self._name(path), path.read_bytes())
+                    self._write(path)
                     self._sent.files[path] = version
+
+    def _write(self, path: Path) -> None:
+        self._home.write(self._name(path), path.read_bytes())
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()

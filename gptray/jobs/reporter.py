@@ -13,20 +13,13 @@ from gptray.reports.run.report import write_report
 log = logging.getLogger("gptray")
 
 
-def write_run_report(folder: Path, running: bool) -> Path:
-    """Write the report.html of a run."""
-    return write_report(folder, running=running)
-
-
 class Reporter:
     """Writes the report of one folder; `path` is that of the last one written, None before.
 
     An error is logged in one line, once for each message, and does not end the job.
     """
 
-    def __init__(
-        self, folder: Path, write: Callable[[Path, bool], Path] = write_run_report
-    ) -> None:
+    def __init__(self, folder: Path, write: Callable[..., Path] = write_report) -> None:
         self._folder, self._write = folder, write
         self.path: str | None = None
         self._told: set[str] = set()
@@ -35,7 +28,7 @@ class Reporter:
         """Write the report, whatever state the run is in."""
         try:
             with storing(self._folder / "report.html"):
-                self.path = str(self._write(self._folder, running))
+                self.path = str(self._write(self._folder, running=running))
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             if isinstance(error, (RunFailed, UserError)):

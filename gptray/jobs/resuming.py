@@ -5,7 +5,6 @@ Imports neither torch nor Ray: every mistake is reported before anything expensi
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import logging
 import shutil
@@ -20,7 +19,7 @@ from gptray.evaluation.model_commands import home_of
 from gptray.files import refuse_links, replacing, storing
 from gptray.jobs.models import CONFIG, TOKENIZER
 from gptray.jobs.places import SOURCES, is_same_place, with_whole_paths, words_for
-from gptray.jobs.run_folder import LOCK, free_keys, run_dir, seen_at
+from gptray.jobs.run_folder import LOCK, free_keys, is_held, run_dir, seen_at
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
     WRITER_LOCK,
@@ -138,7 +137,7 @@ def check_not_landing(config: Config, changes: Sequence[str], state: TrainerStat
     if changes and state and state.landing:
         raise UserError(
             f"{'; '.join(changes)}: the run {seen_at(config)} has begun to land "
-            f"after step {state.landing.start:,}, and its stable part cannot go on; {_ANEW}"
+            f"after step {state.landing.start:,}, and its stable part cannot continue; {_ANEW}"
         )
 
 
@@ -163,14 +162,8 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> 
 
 def check_free(folder: Path, *, busy: str | None = None) -> None:
     """Refuse a folder that another driver holds, without holding it. Raises UserError as held."""
-    lock = folder / LOCK
-    if not lock.is_file():
-        return
-    with lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy or f"another process is training the run {folder}") from None
+    if is_held(folder):
+        raise UserError(busy or f"another process is training the run {folder}")
 
 
 def check_records(folder: Path, state: TrainerState | None, *, log_interval: int) -> None:

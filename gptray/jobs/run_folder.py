@@ -135,6 +135,18 @@ def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
                         lock.unlink()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a driver is at work in a folder; does not hold it."""
+    if not (folder / LOCK).is_file():
+        return False
+    with (folder / LOCK).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def set_ray_snapshot_aside(folder: Path) -> str | None:
     """Move Ray Train's own record of a run out of its way; a line if it was torn.
 

@@ -64,7 +64,7 @@ def telling_waits(wait_s: float | None) -> Iterator[None]:
     watch = _Watch(wait_s)
     _Watch.is_watching = True
     try:
-        with following(watch.look, lambda: None, every_s=POLL_S):
+        with following(watch.look, every_s=POLL_S):
             yield
     except BaseException:
         if watch.gave_up:

@@ -141,6 +141,15 @@ def test_a_misspelt_tokenizer_may_be_a_kind_or_a_run(storage: Path) -> None:
     assert refused("data.tokenizer", storage, "chat").endswith("; did you mean chats?")
 
 
+def test_a_hidden_folder_is_no_run(storage: Path) -> None:
+    shutil.copytree(storage / "ko-q", storage / ".ko-p")
+    os.utime(storage / "ko-q" / "model" / "config.json", (0, 0))
+    newest, _ = find_model(config_of(storage), None, key="generate.model")
+    assert newest == storage / "ko-q" / "model"
+    with pytest.raises(UserError, match=r"did you mean ko-q\?$"):
+        found(storage, "ko-p")
+
+
 def test_a_search_space_takes_the_folder_of_a_run(storage: Path) -> None:
     space = "[{path: data.tokenizer, choice: [%s, bpe]}]"
     keys = ["train.block_size=64", "compute.cpus_per_worker=1"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
@@ -26,33 +26,26 @@ from gptray.wording import count
 log = logging.getLogger("gptray")
 
 
-@dataclass(frozen=True)
-class CheckedVisit:
-    """What the doctor looks at, besides the cluster."""
-
-    storage_path: Path
-
-
-def check(config: Config) -> CheckedVisit:
-    """Find the storage path. Raises UserError for one in an object store or of an unknown user."""
+def check(config: Config) -> Path:
+    """Find storage_path. Raises UserError for one in an object store or of an unknown user."""
     if is_uri(config.storage_path):
         raise UserError(
             f"storage_path={config.storage_path}: the doctor looks at a folder that nodes share; "
             "leave storage_path out for a look at all else"
         )
-    return CheckedVisit(storage_of(config))
+    return storage_of(config)
 
 
-def plan(checked: CheckedVisit) -> Plan:
+def plan(storage_path: Path) -> Plan:
     """What the job would do."""
-    return [("looks at", f"every node, and {checked.storage_path}; it changes nothing")]
+    return [("looks at", f"every node, and {storage_path}; it changes nothing")]
 
 
-def run(checked: CheckedVisit) -> None:
+def run(storage_path: Path) -> None:
     """Print a line for each check, and the JSON line. Raises RunFailed unless all is well."""
     print_line = line_printer()
     with ray_cluster():
-        facts = look(checked.storage_path)
+        facts = look(storage_path)
     findings = judge(facts)
     for finding in findings:
         log.info("%s", finding.line)

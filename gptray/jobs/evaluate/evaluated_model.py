@@ -14,14 +14,13 @@ from gptray.files import absolute, is_uri
 from gptray.jobs.adapters import adapter_sha256, called_with
 from gptray.jobs.models import (
     CONFIG,
+    all_runs,
     find_model,
     has_model,
-    holds_model,
     newest_run,
-    storage_of,
 )
 from gptray.jobs.remote_records import fetch_records, records_folder
-from gptray.jobs.run_folder import resolve, run_dir, seen_at
+from gptray.jobs.run_folder import resolve, seen_at
 from gptray.model.shape import model_folder, weights_sha256
 from gptray.node_cache import hold
 from gptray.remote_folder import RemoteFolder
@@ -63,13 +62,10 @@ def _default(config: Config) -> str | None:
     if config.name is not None:
         return None
     resolved = resolve(config)
-    run, other = seen_at(resolved), ""
-    if is_uri(config.storage_path):
-        is_there = holds_model(RemoteFolder(run))
-    elif not (is_there := has_model(run_dir(resolved))):
-        newest = newest_run(storage_of(config))
+    run = seen_at(resolved)
+    if not has_model(RemoteFolder(run) if is_uri(run) else Path(run)):
+        newest = newest_run(all_runs(config))
         other = f", such as name={newest.name}" if newest else ""
-    if not is_there:
         raise UserError(
             f"evaluate.model is not set and {run} has no trained model: train it first, or "
             f"name a run, a model folder or a hub id{other}"

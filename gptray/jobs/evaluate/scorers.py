@@ -26,7 +26,7 @@ POLL_S = 0.25
 IN_LINE = 1
 
 
-class Scorers:
+class Scorers(Crew[Member]):
     """The actors of a job. They load the model at the first call."""
 
     def __init__(self, checked: CheckedEvaluation, data: TokenData) -> None:
@@ -46,24 +46,17 @@ class Scorers:
             num_gpus=reserved.get("GPU", 0),
             label_selector=compute.selector,
         )
-        self._crew = Crew(
+        super().__init__(
             lambda: Member(actor.remote(task)),
             compute.max_workers,
             name="worker",
             most_deaths=compute.max_failures,
         )
 
-    def __enter__(self) -> Scorers:
-        self._crew.__enter__()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._crew.__exit__(kind, error, trace)
-
     @property
     def precision(self) -> str:
         """What the networks of all actors compute in: fp32 or bf16."""
-        ((_, precision),) = self._answers([Call("precision", (), 0)])
+        ((_, precision),) = self._answered([Call("precision", (), 0)])
         return str(precision)
 
     def run(self, doing: str, calls: Sequence[Call]) -> list[Any]:
@@ -74,12 +67,12 @@ class Scorers:
         answers = {}
         total = sum(call.tokens for call in calls)
         with closing(_Progress(doing, total, self._exporter)) as progress:
-            for number, answer in self._answers(calls):
+            for number, answer in self._answered(calls):
                 answers[number] = answer
                 progress.add(calls[number].tokens)
         return [answers[number] for number in range(len(calls))]
 
-    def _answers(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
+    def _answered(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
         """The number and the answer of each call, in the order in which they come."""
         queue = collections.deque(range(len(calls)))
 
@@ -88,13 +81,13 @@ class Scorers:
                 number = queue.popleft()
                 member.call(member.actor.answer.remote(calls[number]), number)
 
-        while queue or self._crew.is_busy:
-            self._crew.each(feed)
-            for member, number, answer in self._crew.answers(POLL_S):
+        while queue or self.is_busy:
+            self.each(feed)
+            for member, number, answer in self.answers(POLL_S):
                 assert number is not None
                 member.held.remove(number)
                 yield number, result_of(answer)
-            queue.extendleft(reversed(self._crew.take_back()))
+            queue.extendleft(reversed(self.take_back()))
 
 
 class _Progress:

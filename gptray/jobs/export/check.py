@@ -14,6 +14,7 @@ from gptray.data.gguf_vocabulary import gguf_vocabulary
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import open_tokenizer, tokenizer_files
 from gptray.files import absolute, check_writable, is_uri
+from gptray.jobs.mistakes import Mistakes
 from gptray.jobs.models import find_model
 from gptray.model.gguf_names import (
     BLOCKS,
@@ -30,7 +31,7 @@ from gptray.model.stored_weights import StoredModel, stored_model
 from gptray.model.usage import GENERATION, TEMPLATE, Usage
 
 _SUFFIX = ".gguf"
-# What says how to use a model, beside its tokenizer.
+# Besides the tokenizer, what says how to use a model.
 _USAGE = (GENERATION, TEMPLATE)
 # Matrices that a sentence names.
 _NAMED = 3
@@ -95,25 +96,19 @@ class CheckedExport:
 
 def check(config: Config) -> CheckedExport:
     """Find every mistake. Raises UserError with all of them, one line each."""
-    settings, problems = config.export, []
+    settings, mistakes = config.export, Mistakes()
     name, folder = "model", Path()
     model, content = None, None
-    try:
+    with mistakes:
         folder, name = find_model(config, settings.model, key="export.model")
-    except UserError as error:
-        problems.append(str(error))
-    else:
         try:
             model = stored_model(folder)
             content = _content(settings, folder, name, model)
         except UserError as error:
-            problems.append(f"export.model={name}: {error}")
-    try:
+            raise UserError(f"export.model={name}: {error}") from None
+    with mistakes:
         output = _output(settings, name)
-    except UserError as error:
-        problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+    mistakes.tell()
     assert model and content
     return CheckedExport(settings, folder, name, output, model, content)
 

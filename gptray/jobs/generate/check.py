@@ -20,7 +20,8 @@ from gptray.jobs.adapters import (
 )
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend
-from gptray.jobs.generate.output_plan import overlap
+from gptray.jobs.generate.output_plan import check_overlap
+from gptray.jobs.mistakes import Mistakes
 from gptray.jobs.models import find_model, for_workers
 from gptray.model.usage import Usage
 from gptray.store_access import why_not_written
@@ -83,46 +84,39 @@ def check_batch(config: Config) -> CheckedBatch:
 
     Raises UserError with all that is wrong, one line each.
     """
-    settings, problems = config.generate, []
+    settings, mistakes = config.generate, Mistakes()
     files: list[SourceFile] = []
     model_dir, name = Path(), ""
-    try:
+    with mistakes:
         config = with_adapters(with_adapter(config, "generate"), "generate")
         model_dir, name = find_model(config, config.generate.model, key="generate.model")
         check_adapter(config.generate.adapter, model_dir, key="generate.adapter")
         check_adapters(config.generate.adapters, model_dir, key="generate.adapters")
-    except UserError as error:
-        problems.append(str(error))
     if settings.input_path is None:
-        problems.append(
+        mistakes.add(
             "generate.input_path is not set: name a file of prompts, or give sample.prompt=... to "
             "see the answer here"
         )
     else:
-        try:
+        with mistakes:
             files = find_files(
                 settings.input_path, key="generate.input_path", encoding=config.data.encoding
             )
             check_input(files, settings)
-            if not problems:
+            if name:
                 _check_template(files, model_dir, name)
-        except UserError as error:
-            problems.append(str(error))
     if settings.output_path is None:
-        problems.append("generate.output_path is not set: name a folder for the Parquet files")
+        mistakes.add("generate.output_path is not set: name a folder for the Parquet files")
     elif is_uri(settings.output_path) and (why := why_not_written(settings.output_path)):
-        problems.append(f"generate.output_path={settings.output_path}: {why}")
-    try:
+        mistakes.add(f"generate.output_path={settings.output_path}: {why}")
+    with mistakes:
         check_engine_backend(config)
-    except UserError as error:
-        problems.append(str(error))
     output, folder = _output_of(settings.output_path or "")
     given = settings.input_path or []
     if settings.output_path:
-        problem = overlap(output, [given] if isinstance(given, str) else given, files)
-        problems += [f"generate.output_path: {problem}"] if problem else []
-    if problems:
-        raise UserError("\n".join(problems))
+        with mistakes:
+            check_overlap(output, [given] if isinstance(given, str) else given, files)
+    mistakes.tell()
     check_resources(engine_compute(config))
     return CheckedBatch(config, model_dir, name, tuple(files), output, folder)
 

@@ -23,18 +23,14 @@ SETTINGS = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "logit_bias": "logit_bias",
-    "ignore_eos": "ignore_eos",
-    "seed": "seed",
-    "stop": "stop",
-}
+    **{
+        name: name
+        for name in (
+            "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty", "logit_bias", "ignore_eos", "seed", "stop",
+        )
+    },
+}  # fmt: skip
 # What a batch row has no place for.
 _ONLY_HTTP = ("stream", "echo", "logprobs")
 

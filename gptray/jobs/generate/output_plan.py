@@ -7,7 +7,6 @@ folder holds plan.json and the staged input.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ from gptray.files import (
     storing,
 )
 from gptray.jobs.adapters import adapter_sha256
-from gptray.jobs.run_folder import LOCK
+from gptray.jobs.run_folder import LOCK, is_held
 from gptray.stored import Unreadable, read_object
 
 # What a plan, a manifest or a summary holds.
@@ -149,16 +148,19 @@ def write_json(path: Path, content: Record) -> None:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def overlap(output: str, entries: Sequence[str], files: Sequence[SourceFile]) -> str | None:
-    """Why a folder cannot take the output: input is in it, or the output would become input.
+def check_overlap(output: str, entries: Sequence[str], files: Sequence[SourceFile]) -> None:
+    """Refuse an output folder that holds input, or whose files would become input.
 
-    output: its path from the root on, or its URI.
+    output: its path from the root on, or its URI. Raises UserError.
     """
     place = output if is_uri(output) else os.path.realpath(output)
     for file in files:
         name = file.name if file.uri else os.path.realpath(file.path)
         if _is_inside(name, place):
-            return f"{output} holds {name} of generate.input_path; choose another folder"
+            raise UserError(
+                f"generate.output_path: {output} holds {name} of generate.input_path; choose "
+                "another folder"
+            )
     for entry in entries:
         if is_uri(entry):
             pattern = entry.partition("?")[0].rstrip("/")
@@ -170,23 +172,17 @@ def overlap(output: str, entries: Sequence[str], files: Sequence[SourceFile]) ->
         else:
             caught = _matches(f"{output}/{part_name(0)}", path)
         if caught:
-            return (
-                f"{output} is inside generate.input_path={entry}, where the output would be read "
-                "as input; choose another folder"
+            raise UserError(
+                f"generate.output_path: {output} is inside generate.input_path={entry}, where the "
+                "output would be read as input; choose another folder"
             )
-    return None
 
 
 def check_place(folder: Path) -> None:
     """Raise UserError if a folder cannot be made or written, or another job writes there now."""
     check_writable(folder, key="generate.output_path")
-    lock = folder / SCRATCH / LOCK
-    if lock.is_file():
-        with lock.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(busy(str(folder))) from None
+    if is_held(folder / SCRATCH):
+        raise UserError(busy(str(folder)))
 
 
 def busy(folder: str) -> str:

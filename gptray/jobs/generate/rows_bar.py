@@ -27,7 +27,7 @@ class RowsBar:
         self._bar.close()
 
     def show(self, written: int, engines: Sequence[Progress], ahead: int) -> None:
-        """`written` rows are in files; `ahead` have ended besides; engines are their counters."""
+        """`written` rows are in files; `ahead` more have ended; engines: their counters."""
         running = [engine for engine in engines if engine.first is not None]
         if not running:
             self._began = time.monotonic()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from gptray.config import Config, UserError, override
+from gptray.config import Config, override
 from gptray.data.corpus import first_look
 from gptray.data.fallback import token_words
 from gptray.data.request import Request, make_request, tokenizer_name
@@ -23,6 +23,7 @@ from gptray.data.tokenizer_files import KINDS, hub_tokenizer, opens_at_once, tok
 from gptray.data.tokens import DamagedData, TokenData
 from gptray.hub import NotOnHub
 from gptray.jobs.base import Plan
+from gptray.jobs.mistakes import Mistakes
 from gptray.jobs.models import TOKENIZER, locate, unknown, with_tokenizer
 from gptray.jobs.storage import check_storage
 from gptray.wording import count
@@ -107,55 +108,47 @@ def check_text(config: Config, find: FindSources = make_request) -> CheckedText:
 
     Logs what the user should know about the files. Raises UserError with all that is wrong.
     """
-    problems, request = [], None
-    try:
+    mistakes, request = Mistakes(), None
+    with mistakes:
         request = find(config)
         for warning in request.warnings:
             _warn(warning)
-        problems += _first_looks(request)
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        tokenizer_at_once(config)
-        _check_hub(tokenizer_name(config), request)
-    except NotOnHub as error:
-        key = TOKENIZER if config.data.tokenizer else "model.init_from"
-        problems.append(str(unknown(config, tokenizer_name(config), error.reason, key=key)))
-    except UserError as error:
-        problems.append(str(error))
-    try:
+        _look_at_files(request, mistakes)
+    with mistakes:
+        _check_tokenizer(config, request)
+    with mistakes:
         check_storage(config)
-    except UserError as error:
-        problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+    mistakes.tell()
     assert request
     # Anew, since what identifies a hub's tokenizer is another thing once it is downloaded.
     return CheckedText(config, replace(request))
 
 
-def _check_hub(name: str, request: Request | None) -> None:
-    """Refuse a hub tokenizer that fails to download; None: the text is not known.
+def _check_tokenizer(config: Config, request: Request | None) -> None:
+    """Refuse a tokenizer that cannot be opened or downloaded; None: the text is not known.
 
-    Raises NotOnHub, UserError.
+    Raises UserError.
     """
-    is_prepared = request is not None and request.data_dir.exists()
-    if name not in KINDS and not is_prepared and tokenizer_path(name) is None:
-        hub_tokenizer(name)
+    name = tokenizer_name(config)
+    try:
+        tokenizer_at_once(config)
+        is_prepared = request is not None and request.data_dir.exists()
+        if name not in KINDS and not is_prepared and tokenizer_path(name) is None:
+            hub_tokenizer(name)
+    except NotOnHub as error:
+        key = TOKENIZER if config.data.tokenizer else "model.init_from"
+        raise unknown(config, name, error.reason, key=key) from None
 
 
-def _first_looks(request: Request) -> list[str]:
-    problems, left = [], _LOOKED_BYTES
+def _look_at_files(request: Request, mistakes: Mistakes) -> None:
+    left = _LOOKED_BYTES
     files = [file for source, _ in request.sources for file in source.files]
     for file in files[:_CHECKED_FILES]:
         # A row too wide may come anywhere in a CSV file, and a small file is read in a moment.
         whole = file.format == "csv" and file.compression is None and file.size <= left
         left -= file.size if whole else 0
-        try:
+        with mistakes:
             first_look(file, request.reading, whole=whole)
-        except UserError as error:
-            problems.append(str(error))
-    return problems
 
 
 @lru_cache

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.evaluation.result import EVALUATION, load_evaluation
@@ -50,19 +49,6 @@ class Listed:
         return asdict(self)
 
 
-class Facts(TypedDict, total=False):
-    """What a folder's own files tell: fields of `Listed`."""
-
-    state: str
-    verdict: str
-    step: int | None
-    val_loss: float | None
-    val_bpb: float | None
-    parameters: int | None
-    next: str
-    problem: str
-
-
 def listed(config: Config) -> list[Listed]:
     """Everything in `storage_path` but prepared text and hidden folders, newest first.
 
@@ -73,21 +59,25 @@ def listed(config: Config) -> list[Listed]:
 
 
 def _listed(place: RecordPlace) -> Listed:
-    kind = _kind(place.folder)
-    name, path = place.folder.name, place.path
-    if place.problem:
-        return Listed(name, path, kind, problem=place.problem)
-    facts: Facts = {}
+    known = Listed(
+        place.folder.name,
+        place.path,
+        _kind(place.folder),
+        bytes=place.bytes,
+        changed=place.changed,
+        problem=place.problem,
+    )
+    if known.problem:
+        return known
     try:
-        facts = _READERS[kind](place)
+        return _READERS[known.kind](place, known)
     except (UserError, RunFailed) as error:
-        problem = str(error).splitlines()[0]
-        facts["problem"] = problem.replace(str(place.folder), place.path)
+        problem = str(error).splitlines()[0].replace(str(place.folder), place.path)
     except OSError as error:
-        facts["problem"] = f"cannot be read: {error.strerror}"
+        problem = f"cannot be read: {error.strerror}"
     except Exception as error:  # a record may be damaged in any way
-        facts["problem"] = f"its record is damaged: {type(error).__name__}: {error}"
-    return Listed(name, path, kind, bytes=place.bytes, changed=place.changed, **facts)
+        problem = f"its record is damaged: {type(error).__name__}: {error}"
+    return replace(known, problem=problem)
 
 
 def _kind(folder: Path) -> str:
@@ -97,7 +87,7 @@ def _kind(folder: Path) -> str:
     return "other"
 
 
-def _run(place: RecordPlace) -> Facts:
+def _run(place: RecordPlace, known: Listed) -> Listed:
     folder, config = place.folder, place.config()
     rows, events = read_metrics(folder), read_events(folder)
     diagnosis = diagnose(rows, config, events)
@@ -112,64 +102,60 @@ def _run(place: RecordPlace) -> Facts:
         if diagnosis.verdict == "falling" and not diagnosis.landed:
             longer = f"train.max_steps={2 * config.train.max_steps}"
             follows = place.command("train", config, longer)
-    return {
-        "state": state,
-        "verdict": verdict(diagnosis),
-        "step": diagnosis.last_step,
-        "val_loss": best and _finite(best["val_loss"]),
-        "val_bpb": best and _finite(best["val_bpb"]),
-        "parameters": diagnosis.facts.parameters,
-        "next": follows,
-    }
+    return replace(
+        known,
+        state=state,
+        verdict=verdict(diagnosis),
+        step=diagnosis.last_step,
+        val_loss=best and _finite(best["val_loss"]),
+        val_bpb=best and _finite(best["val_bpb"]),
+        parameters=diagnosis.facts.parameters,
+        next=follows,
+    )
 
 
-def _sweep(place: RecordPlace) -> Facts:
+def _sweep(place: RecordPlace, known: Listed) -> Listed:
     folder = place.folder
     trials, winner = load_trials(folder), winner_dir(folder)
-    ended = sum(trial.outcome is not None for trial in trials)
-    facts: Facts = {"next": place.command("tune", place.config())}
-    if place.is_held:
-        facts["state"] = f"running, {ended} of {len(trials)} trials"
-        facts["next"] = ""
-    elif winner is None:
-        facts["state"] = f"interrupted, {ended} of {len(trials)} trials"
-    else:
-        facts["state"] = f"finished, {len(trials)} trials"
+    follows = "" if place.is_held else place.command("tune", place.config())
     scored = [trial for trial in trials if trial.best]
     if winner or scored:
         best = winner or trial_dir(folder, min(scored, key=_best_bpb).name)
-        of_best = _run(RecordPlace(best, f"{place.path}/trials/{best.name}"))
+        known = _run(RecordPlace(best, f"{place.path}/trials/{best.name}"), known)
         word = "trial" if winner is None else "winner"
-        facts["step"], facts["parameters"] = of_best["step"], of_best["parameters"]
-        facts["val_loss"], facts["val_bpb"] = of_best["val_loss"], of_best["val_bpb"]
-        facts["verdict"] = f"{word} {best.name} {of_best['verdict']}"
+        known = replace(known, verdict=f"{word} {best.name} {known.verdict}")
     if winner and has_model(folder):
-        facts["next"] = of_model(folder, place.path)["generate"]
-    return facts
+        follows = of_model(folder, place.path)["generate"]
+    if winner and not place.is_held:
+        state = f"finished, {len(trials)} trials"
+    else:
+        ended = sum(trial.outcome is not None for trial in trials)
+        state = f"{'running' if place.is_held else 'interrupted'}, {ended} of {len(trials)} trials"
+    return replace(known, state=state, next=follows)
 
 
-def _evaluation(place: RecordPlace) -> Facts:
+def _evaluation(place: RecordPlace, known: Listed) -> Listed:
     evaluation = load_evaluation(place.folder)
     assert evaluation
     split = evaluation["splits"]["val"] or evaluation["splits"]["test"]
-    return {
-        "state": "finished",
-        "verdict": f"of {evaluation['model_dir']}",
-        "val_loss": split and _finite(split["loss"]),
-        "val_bpb": split and _finite(split["bpb"]),
-    }
+    return replace(
+        known,
+        state="finished",
+        verdict=f"of {evaluation['model_dir']}",
+        val_loss=split and _finite(split["loss"]),
+        val_bpb=split and _finite(split["bpb"]),
+    )
 
 
-def _other(place: RecordPlace) -> Facts:
-    folder = place.folder
-    if (folder / METRICS).exists():
-        return {"problem": f"a run without its {CONFIG}"}
-    if has_model(folder):
-        return {"state": "a model", "next": of_model(folder, place.path)["generate"]}
-    return {"problem": f"not a run: it has no {CONFIG}"}
+def _other(place: RecordPlace, known: Listed) -> Listed:
+    if (place.folder / METRICS).exists():
+        return replace(known, problem=f"a run without its {CONFIG}")
+    if has_model(place.folder):
+        return replace(known, state="a model", next=of_model(place.folder, place.path)["generate"])
+    return replace(known, problem=f"not a run: it has no {CONFIG}")
 
 
-_READERS: dict[str, Callable[[RecordPlace], Facts]] = {
+_READERS: dict[str, Callable[[RecordPlace, Listed], Listed]] = {
     "run": _run,
     "sweep": _sweep,
     "evaluation": _evaluation,

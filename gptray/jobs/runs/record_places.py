@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 import time
@@ -18,7 +17,7 @@ from gptray.files import is_uri
 from gptray.jobs.models import CONFIG, storage_of
 from gptray.jobs.remote_records import fetch_records
 from gptray.jobs.resuming import command
-from gptray.jobs.run_folder import LOCK
+from gptray.jobs.run_folder import is_held
 from gptray.lease import EXPIRES_S, PREFIX
 from gptray.remote_folder import RemoteFolder, StoredFile
 
@@ -73,7 +72,7 @@ def record_places(config: Config) -> Iterator[list[RecordPlace]]:
 def _here(folder: Path) -> RecordPlace:
     try:
         size, changed = _size(folder)
-        return RecordPlace(folder, str(folder), _is_held(folder), size, changed)
+        return RecordPlace(folder, str(folder), is_held(folder), size, changed)
     except OSError as error:
         return RecordPlace(folder, str(folder), problem=f"cannot be read: {error.strerror}")
 
@@ -106,18 +105,6 @@ def _size(folder: Path) -> tuple[int, float]:
             if place == str(folder):
                 changed = max(changed, status.st_mtime)
     return size, changed
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether a driver is at work in the folder now."""
-    try:
-        with (folder / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _is_leased(files: Mapping[str, StoredFile]) -> bool:

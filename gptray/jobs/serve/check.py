@@ -16,6 +16,7 @@ from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend, planned_backend
 from gptray.jobs.engine_memory import planned_memory
+from gptray.jobs.mistakes import Mistakes
 from gptray.jobs.models import find_model
 from gptray.model.adapter import adapted_name
 from gptray.model.example import FALLBACK
@@ -45,24 +46,19 @@ def check(config: Config) -> CheckedEndpoint:
 
     Raises UserError with all that is wrong, one line each.
     """
-    problems = []
-    model = dict[str, str]()
-    try:
+    mistakes, model = Mistakes(), dict[str, str]()
+    with mistakes:
         config = with_adapters(config, "serve")
         model = user_config(config)
-    except UserError as error:
-        problems.append(str(error))
-    for part in (_check_address, api_keys, _check_compute):
-        try:
-            part(config)
-        except UserError as error:
-            problems.append(str(error))
-    try:
+    with mistakes:
+        _check_address(config)
+    with mistakes:
+        api_keys(config)
+    with mistakes:
+        check_resources(replicas_compute(config))
+    with mistakes:
         check_engine_backend(config)
-    except UserError as error:
-        problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+    mistakes.tell()
     return CheckedEndpoint(config, model)
 
 
@@ -121,10 +117,6 @@ def _check_address(config: Config) -> None:
 def api_keys(config: Config) -> list[str]:
     """Digests of the accepted keys, as the file has them now. Raises UserError if unreadable."""
     return read_keys(config.serve.api_key_file) if config.serve.api_key_file else []
-
-
-def _check_compute(config: Config) -> None:
-    check_resources(replicas_compute(config))
 
 
 def replicas_compute(config: Config) -> ComputeConfig:

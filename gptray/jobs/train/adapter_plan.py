@@ -10,8 +10,8 @@ from gptray.model.adapter_folder import open_adapter
 
 
 def check_base(config: Config, checkpoint: Path | None) -> None:
-    """Refuse targets that the base has not, and another base than that of the run's checkpoint;
-    without an adapter weights in few bits.
+    """Refuse targets that the base does not have, and a base that is not the checkpoint's; without
+    an adapter, weights in few bits.
 
     Raises UserError.
     """

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("gptray")
 
 POLL_S = 1.0
-# Seconds to spare when training goes on until a node is taken, besides twice the longest step.
+# Seconds to spare on top of twice the longest step, where training continues until a node is taken.
 SPARE_S = 5.0
 # Seconds for which there is the same room for more workers before all start again for it.
 GROW_S = 10.0

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar, cast
 
@@ -35,7 +35,7 @@ from gptray.record import (
     read_metrics,
 )
 from gptray.stored import Unreadable
-from gptray.wording import perplexity
+from gptray.wording import count, perplexity
 
 log = logging.getLogger("gptray")
 POLL_S = 0.2
@@ -155,7 +155,7 @@ class _Watch:
                 self._show(row, is_best)
 
     def line(self) -> str | None:
-        """What goes on while neither rows, as they usually come, nor a bar show it."""
+        """What is being done, unless a bar or rows at their usual pace show it."""
         words, since = self._doing
         is_usual = words == TRAINING and time.monotonic() - since < 2 * self._row_s
         return None if self._bar or is_usual else so_far(words, since)
@@ -168,7 +168,7 @@ class _Watch:
             self._bar.stop()
 
     def _start(self, event: Event) -> None:
-        workers = f"{event['workers']} worker" + ("s" if event["workers"] > 1 else "")
+        workers = count(event["workers"], "worker")
         begins = f"resuming after step {event['step']:,}" if event["step"] else "training"
         log.info("%s: %s parameters, %s, %s", begins, _parameters(event), workers, event["dtype"])
         if chosen := event.get("chosen"):
@@ -219,7 +219,7 @@ def watching(
     `on_evaluation` is called, from a thread, once training has begun and after each evaluation.
     """
     watch = _Watch(run_dir, max_steps, on_evaluation)
-    with following(watch.look, watch.close, every_s=POLL_S), telling(watch.line):
+    with closing(watch), following(watch.look, every_s=POLL_S), telling(watch.line):
         yield
 
 

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -159,7 +159,7 @@ def watching_sweep(
     `on_change` is called now and then, from a thread, when trials have something new.
     """
     watch = _Watch(folder, num_trials, on_change)
-    with following(watch.look, watch.close, every_s=POLL_S), telling(watch.line):
+    with closing(watch), following(watch.look, every_s=POLL_S), telling(watch.line):
         yield
 
 

@@ -44,8 +44,9 @@ class Diagnosis:
     `turned` is the evaluation since which validation loss has been higher for good (the rule is
     `turning_point`'s), None where it has not turned or too little follows to tell. `noise` is the
     standard deviation of validation loss around its own trend, in nats. `pace` is seconds per
-    step, evaluations included where the run's events tell. `ended` is None for a run that goes on
-    or was cut off. `landed` is None without a landing, and before its first evaluation.
+    step, evaluations included where the run's events tell. `ended` is None for a run that is
+    still training or was cut off. `landed` is None without a landing, and before its first
+    evaluation.
     """
 
     verdict: Verdict
@@ -207,9 +208,9 @@ def _is_stuck(rows: Sequence[MetricsRow], best: Point) -> bool:
 
 
 def _is_falling(points: Sequence[Point]) -> bool:
-    """Whether the last quarter's mean is below the quarter's before by more than noise explains.
+    """Whether the last quarter's mean is below that of the one before by more than noise explains.
 
-    And whether that goes on: a quarter that ends no lower than it began has become level.
+    A last quarter that ends no lower than it began has become level.
     """
     tail = [point.val_loss for point in points[len(points) // 2 :]]
     if len(tail) < 2:

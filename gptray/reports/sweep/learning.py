@@ -76,14 +76,18 @@ def _series(trial: Trial, standing: Ranking) -> Series:
 
 def hint(trial: Trial, standing: Ranking) -> str:
     """A trial's tooltip: its name, lowest loss and settings."""
-    values = ", ".join(
+    best = trial.best
+    reached = f" {best['val_bpb']:.4f} at step {best['step']:,}" if best else ""
+    return f"{trial.name}{reached}: {settings_words(trial, standing)}"
+
+
+def settings_words(trial: Trial, standing: Ranking) -> str:
+    """A trial's value of each setting that it has."""
+    return ", ".join(
         assignment(setting, trial.name)
         for setting in standing.settings
         if trial.name in setting.values
     )
-    best = trial.best
-    reached = f" {best['val_bpb']:.4f} at step {best['step']:,}" if best else ""
-    return f"{trial.name}{reached}: {values}"
 
 
 def _range(series: Sequence[Series]) -> XY:

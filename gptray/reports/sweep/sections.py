@@ -9,9 +9,9 @@ from gptray.data.difference import percent
 from gptray.reports.page import Row, Table
 from gptray.reports.picture import Figure
 from gptray.reports.sweep.headline import findings, headline, losses_line, too_few
+from gptray.reports.sweep.learning import settings_words
 from gptray.reports.sweep.panels import panel_figures
 from gptray.tuning.effects import ENOUGH_GONE_ON, Interval, gap_bits
-from gptray.tuning.levels import assignment
 from gptray.tuning.ranking import Ranking, is_wrong
 from gptray.tuning.sweep_record import Trial, trial_changes
 from gptray.tuning.trial_plan import mean_score, score
@@ -118,13 +118,9 @@ def _interval(found: Interval) -> str:
 
 def _trial_row(number: int, trial: Trial, standing: Ranking) -> Row:
     best = trial.best
-    values = ", ".join(
-        assignment(setting, trial.name)
-        for setting in standing.settings
-        if trial.name in setting.values
-    )
     lost = f"its tokenizer loses {percent(trial.lost)} of the text" if trial.lost else ""
     also = "; ".join(one.words for one in trial_changes(standing.sweep.folder, trial) if one.name)
+    values = settings_words(trial, standing)
     parts = (_note(trial, standing), trial.message or "", lost, values, also)
     notes = [note for note in parts if note]
     numbers = ("-", "-", "-")
