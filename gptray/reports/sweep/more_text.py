@@ -141,8 +141,8 @@ def text_figure(found: TextShares) -> Figure | None:
     """Validation loss over the share of the text; None where there is no curve to fit."""
     if found.plain is None:
         return None
-    legend = [("whole", "each run"), ("winner", "where twice the text leads")]
-    legend[1:] = legend[1:] if found.curve.fall.low > 0 else []
+    runs = "plain runs" + "; hollow: where twice the text leads" * (found.curve.fall.low > 0)
+    legend = [("whole", runs)]
     legend += [
         (_role(number), recipe.differs(found.plain)) for number, recipe in enumerate(found.others)
     ]
@@ -200,7 +200,7 @@ def _ahead(ahead: Interval, share: float, x: Scale, y: Scale) -> list[Shape]:
     place, hint = x.at(share), f"{ahead.middle:.4f}, {ahead.low:.4f} to {ahead.high:.4f}"
     ends = [(place, y.at(ahead.low)), (place, y.at(ahead.high))]
     middle = (place, y.at(ahead.middle))
-    return [line("reach winner", ends, hint), dot("dot winner hollow", middle, 4.5, hint)]
+    return [line("reach whole", ends, hint), dot("dot whole hollow", middle, 4.5, hint)]
 
 
 def _dots(recipe: Recipe, role: str, x: Scale, y: Scale, named: str) -> list[Shape]:
