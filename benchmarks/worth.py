@@ -5,8 +5,9 @@
 A quarter of each text is trained on by configs/little_text.yaml: one model, an ensemble of three,
 and one model that they teach. The old recipe, cosine with dropout and early stopping, gets an
 eighth, a quarter, half and all of it, each time with the best of six settings by the first seed
-(dropout 0, 0.1 or 0.25, a third of the steps or all). Its loss over the logarithm of the fraction
-tells which fraction it needs for the recipe's losses. Three seeds each, with intervals of 95 %.
+(dropout 0, 0.1 or 0.25, a third of the steps or all). A curve through its losses
+(gptray.tuning.text_curve) tells which fraction it needs for the recipe's losses, as far as it goes.
+Three seeds each, with intervals of 95 %.
 
 All of a text is 240,000 characters; the last 30,000 validate. Of a .csv the first two columns are
 read, rows shuffled; builtin is read by BPE, all else by characters. A model has two layers of
@@ -71,7 +72,7 @@ class Size:
         return [seed + len(self.seeds) for seed in self.seeds]
 
 
-QUICK = Size(12_000, 3000, steps=15, fractions=(QUARTER, 1.0), seeds=(1, 2), eval_interval=10)
+QUICK = Size(12_000, 3000, steps=15, fractions=(QUARTER, 0.5, 1.0), seeds=(1, 2), eval_interval=10)
 
 
 @dataclass(frozen=True)

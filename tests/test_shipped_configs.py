@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,17 @@ def test_the_sweep_of_fine_tuning_trains_adapters_and_all_weights_at_rates_of_th
     adapters = [one for one in trials if one not in whole]
     assert {one.config.lora.rank for one in adapters} == {2, 8, 32}
     assert len({one.config.optim.lr for one in trials}) == len(trials)
+
+
+def test_the_sweep_over_the_amount_of_text_measures_settings_where_the_curve_goes_on() -> None:
+    config = load_config(str(FOLDER / "data_sweep.yaml"), ["data.source=book.txt"])
+    trials = plan_trials(config, "/runs/book-data", drawn=[], known=[])
+    assert rungs(config) == [] and config.optim.lands and config.train.patience
+    noisy = [one for one in trials if one.config.data.token_replacement or one.config.model.dropout]
+    plain = Counter(one.config.data.fraction for one in trials if one not in noisy)
+    assert set(plain.values()) == {3} and len({one.config.seed for one in trials}) == 3
+    shares = {one.config.data.fraction for one in noisy}
+    assert len(plain) == 4 and min(plain) < min(shares) <= max(shares) < max(plain) == 1
 
 
 def test_the_demonstration_trains_on_parts_of_the_text() -> None:

@@ -49,7 +49,7 @@ class Ranking:
             sweep=sweep,
             space=space,
             settings=tuple(settings),
-            effects=effects_of(sweep, settings),
+            effects=effects_of(sweep, [one for one in settings if one.name != "seed"]),
             trials=(*able, *(trial for trial in first if trial.name not in able_names)),
             repetitions=tuple(trial for trial in sweep.trials if trial.replicate_of),
             best=by_name.get(sweep.winner or "", able[0] if able else None),

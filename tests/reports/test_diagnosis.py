@@ -202,12 +202,15 @@ def test_one_evaluation_or_none_is_no_story() -> None:
 
 def test_advice_is_ordered_by_what_the_numbers_support() -> None:
     rows = rows_of(OVERFIT)  # half an epoch in 10 steps of 2,048 tokens: 40,960 tokens of text
-    assert changes(rows, "model.dropout=0")[:2] == ["token replacement", "dropout"]
+    plain = changes(rows, "model.dropout=0")
+    assert plain[:3] == ["token replacement", "a landing", "dropout"] and "several seeds" in plain
     assert changes(rows, "model.dropout=0.1")[0] == "token replacement"
+    landing = ["optim.schedule=wsd", "train.teachers=[a,b]"]
+    assert not {"a landing", "several seeds"} & set(changes(rows, *landing))
     tuned = changes(
         rows, "model.dropout=0", "model.init_from=gpt2", "optim.min_lr=1e-5", "optim.lr=1e-5"
     )
-    assert tuned[0] == "dropout" and "token replacement" not in tuned
+    assert not {"token replacement", "several seeds"} & set(tuned)
     noisy = changes(rows, "model.dropout=0", "data.token_replacement=0.1")
     assert not {"token replacement", "dropout", "more dropout"} & set(noisy)
     assert changes(rows, "data.fraction=0.1")[0] == "all of the text"

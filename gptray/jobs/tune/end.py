@@ -9,8 +9,10 @@ from gptray.commands import typed
 from gptray.config import load_saved
 from gptray.evaluation.forgetting import also_scores, change_sentence
 from gptray.jobs.next_steps import of_model, tell
+from gptray.reports.sweep.more_text import text_lines
 from gptray.tuning.seen import Seen
 from gptray.tuning.sweep_record import OUTCOMES, Sweep, Trial, trial_changes
+from gptray.tuning.text_shares import TextShares
 from gptray.tuning.trial_plan import loses_text, lossy_ahead, score
 
 log = logging.getLogger("gptray")
@@ -23,6 +25,8 @@ LONGER = 4
 def tell_winner(sweep: Sweep, place: str) -> None:
     """Log the winner, how much text it has seen, its settings, and the commands that come next.
 
+    Of a sweep over the amount of text also what more of it would bring.
+
     First, a warning for each better trial whose tokenizer loses text. place: where others find the
     sweep.
     """
@@ -32,6 +36,9 @@ def tell_winner(sweep: Sweep, place: str) -> None:
     seen = Seen.of(winner, sweep.config)
     bpb = f"{score(winner):.4f} bits per byte"
     log.info("winner: trial %s with %s; it has seen %s", winner.name, bpb, seen.words)
+    if shares := TextShares.of(sweep):
+        for lead, text in text_lines(shares):
+            log.info("%s%s", lead, text)
     if changed := change_sentence(trial_changes(sweep.folder, winner)):
         log.info("%s", changed)
     longer = [f"train.max_steps={LONGER * winner.max_steps}", f"name={folder.name}-long"]

@@ -43,6 +43,8 @@ def advise(diagnosis: Diagnosis, config: Config) -> tuple[Advice, ...]:
 
 def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     yield from _regularise(config)
+    yield from _land(config)
+    yield from _average_seeds(config)
     yield from _more_text(diagnosis)
     yield from _whole_text(config)
     if config.model.init_from and config.optim.lr > 1e-4:
@@ -78,8 +80,29 @@ def _regularise(config: Config) -> Iterator[Advice]:
             more = {"model.dropout": round(dropout + 0.1, 2)}
             yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout, more)
     if config.optim.weight_decay == 0:
-        reason = "optim.weight_decay is 0; 0.1 is usual"
+        reason = "optim.weight_decay is 0; a published overfitting model gained by 0.1 and more"
         yield Advice("weight decay", reason, 2.2, {"optim.weight_decay": 0.1})
+
+
+def _land(config: Config) -> Iterator[Advice]:
+    """A schedule that falls by max_steps is far from its end where a run is best."""
+    schedule = config.optim.schedule
+    if schedule in ("linear", "cosine"):
+        reason = (
+            f"optim.schedule is {schedule}: at the best step the learning rate was still high; wsd "
+            "goes back there and cools down"
+        )
+        yield Advice("a landing", reason, 4.2, {"optim.schedule": "wsd"})
+
+
+def _average_seeds(config: Config) -> Iterator[Advice]:
+    """Measured in training from scratch only."""
+    if config.model.init_from is None and not config.train.teachers:
+        reason = (
+            "three runs that differ in their seed predict better together (evaluate.model), and "
+            "teach one model most of that (train.teachers)"
+        )
+        yield Advice("several seeds", reason, 2.8)
 
 
 def _whole_text(config: Config) -> Iterator[Advice]:
@@ -186,6 +209,7 @@ def _to_get_lower(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
         )
     else:
         yield from _regularise(config)
+        yield from _average_seeds(config)
         yield from _whole_text(config)
         yield Advice(
             "more data",

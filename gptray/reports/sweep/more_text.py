@@ -1,0 +1,222 @@
+"""What more text would bring, and what settings are worth in text: sentences and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gptray.reports.curves import LEFT, NARROW, RIGHT, TALL, TICK_ROOM, TOP, WIDE
+from gptray.reports.picture import Figure, Picture, Shape, dot, line, words
+from gptray.reports.scale import Scale
+from gptray.tuning.effects import Interval
+from gptray.tuning.text_curve import ENOUGH_SEEDS, ENOUGH_SHARES
+from gptray.tuning.text_shares import SHARE, Recipe, TextShares
+from gptray.tuning.trial_plan import score
+from gptray.wording import decimals
+
+# What counts as done against overfitting; other settings are only named.
+AGAINST_OVERFITTING = (
+    "data.token_replacement", "model.dropout", "optim.weight_decay", "optim.weight_decay_schedule",
+    "optim.schedule", "optim.decay_fraction", "train.ema", "train.patience", "lora.dropout",
+)  # fmt: skip
+# The colours of the other recipes; from the fourth on they share the last.
+ROLES = ("better", "own", "single")
+BOTTOM = 42
+CURVE_POINTS = 60
+
+_Lines = list[tuple[str, str]]  # how each sentence begins, and its rest
+
+
+def text_lines(found: TextShares) -> _Lines:
+    """What the runs tell of more text; where they tell nothing, why."""
+    if found.plain is None:
+        return [
+            (
+                "Not enough trials",
+                f" to say what more text would bring: it takes {ENOUGH_SHARES} values of {SHARE}, "
+                f"each with {ENOUGH_SEEDS} seeds or more and all other settings the same.",
+            )
+        ]
+    curve = found.curve
+    fall, (first, *_, last) = curve.fall, curve.shares
+    if fall.low <= 0:
+        return [
+            (
+                "More text did not help",
+                f" as far as these trials tell: from {SHARE}={first:g} to {last:g} validation loss "
+                f"changed by {-fall.middle:+.3f} bits per byte (95 %: {-fall.high:+.3f} to "
+                f"{-fall.low:+.3f}). So they cannot tell what still more text would bring, nor "
+                "what other settings are worth in text.",
+            )
+        ]
+    lines = [_doubled(found), _fit(found)]
+    lines += [_worth(found, recipe, share) for recipe, share in _compared(found)]
+    return [*lines, *_untold(found), *_cut_off(found)]
+
+
+def _doubled(found: TextShares) -> tuple[str, str]:
+    curve = found.curve
+    last = curve.shares[-1]
+    now, then = curve.at(last), curve.at(2 * last)
+    places = max(2, decimals(now.middle - then.middle))
+    lead = "Twice the text" if last == 1 else f"Twice the text of {SHARE}={last:g}"
+    return (
+        f"{lead}:",
+        f" {then.middle:.{places}f} bits per byte instead of {now.middle:.{places}f} "
+        f"(95 %: {then.low:.{places}f} to {then.high:.{places}f}).",
+    )
+
+
+def _fit(found: TextShares) -> tuple[str, str]:
+    if found.curve.is_straight:
+        return "Fitted:", " a straight line over the logarithm of the share; no floor is in sight."
+    floor = found.curve.floor
+    return (
+        "Fitted:",
+        f" a power law of the share with a floor at {floor.middle:.2f} bits per byte "
+        f"(95 %: {floor.low:.2f} to {floor.high:.2f}).",
+    )
+
+
+def _compared(found: TextShares) -> Iterator[tuple[Recipe, float]]:
+    """The other recipes with each share on the curve, but for its end: beyond lies no text."""
+    for recipe in found.others:
+        for share in recipe.losses:
+            if found.curve.shares[0] <= share < found.curve.shares[-1]:
+                yield recipe, share
+
+
+def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
+    assert found.plain
+    changes, curve = recipe.differs(found.plain), found.curve
+    paths = [path for path, value in recipe.values.items() if value != found.plain.values[path]]
+    if all(path in AGAINST_OVERFITTING for path in paths):
+        lead = f"What you did against overfitting ({changes})"
+    else:
+        lead = changes
+    share_of = curve.needed(recipe.losses[share])
+    low, middle, high = (one / share for one in (share_of.low, share_of.middle, share_of.high))
+    least, most = curve.shares[0] / share, curve.shares[-1] / share
+    on = f", with {SHARE}={share:g}"
+    if middle > 0.99 * most:
+        low_end = f" (95 %: more than {low:.1f})" if low < 0.99 * most else ""
+        return lead, f" was worth more than {most:.1f} times the text{low_end}{on}."
+    if middle < 1.01 * least:
+        return lead, f" was worth less than {least:.1f} times the text{on}: it did harm."
+    start = "less than " * (low < 1.01 * least)
+    end = "more than " * (high > 0.99 * most)
+    times = f"{middle:.1f} times the text (95 %: {start}{low:.1f} to {end}{high:.1f}){on}"
+    if low <= 1 <= high:
+        return lead, f" was worth {times}, which cannot be told from nothing."
+    if high < 1:
+        return lead, f" was worth {times}: it did harm."
+    return lead, f" was worth as much as {times}."
+
+
+def _untold(found: TextShares) -> _Lines:
+    """Recipes that were run with all of the text only."""
+    assert found.plain
+    told = [recipe for recipe, _ in _compared(found)]
+    untold = [recipe.differs(found.plain) for recipe in found.others if recipe not in told]
+    if not untold:
+        return []
+    rest = f" were run with {SHARE}={found.curve.shares[-1]:g} only, where the curve ends; to tell "
+    return [("; ".join(untold), f"{rest}what they are worth in text, run them with less of it.")]
+
+
+def _cut_off(found: TextShares) -> _Lines:
+    assert found.plain
+    shares = ", ".join(f"{share:g}" for share in found.plain.cut_off)
+    if not shares:
+        return []
+    return [
+        (
+            "Cut off by train.max_steps:",
+            f" runs with {SHARE}={shares}. They might have got lower with more steps, and the "
+            "curve's end with them.",
+        )
+    ]
+
+
+def text_figure(found: TextShares) -> Figure | None:
+    """Validation loss over the share of the text; None where there is no curve to fit."""
+    if found.plain is None:
+        return None
+    runs = "plain runs" + "; hollow: where twice the text leads" * (found.curve.fall.low > 0)
+    legend = [("whole", runs)]
+    legend += [
+        (_role(number), recipe.differs(found.plain)) for number, recipe in enumerate(found.others)
+    ]
+    unit = "bits per byte, over the share of the text; bar: 95 %"
+    wide, narrow = _picture(found, WIDE), _picture(found, NARROW)
+    return Figure("text", "Validation loss by amount of text", unit, legend, wide, narrow)
+
+
+def _picture(found: TextShares, width: int) -> Picture:
+    assert found.plain
+    curve, doubled = found.curve, found.curve.fall.low > 0
+    first, last = curve.shares[0], curve.shares[-1] * (2 if doubled else 1)
+    x = Scale(first / 1.1, last * 1.1, LEFT, width - RIGHT, is_log=True)
+    recipes = [found.plain, *found.others]
+    shown = [score(trial) for one in recipes for of in one.trials.values() for trial in of]
+    ahead = curve.at(last)
+    shown += [ahead.low, ahead.high] if doubled else []
+    room = 0.08 * ((max(shown) - min(shown)) or 1.0)
+    y = Scale(min(shown) - room, max(shown) + room, TALL - BOTTOM, TOP)
+    shapes = _axes(found, x, y, last)
+    curves = [line("curve whole", _points(found, first, curve.shares[-1], x, y))]
+    if doubled:
+        shapes += _ahead(ahead, last, x, y)
+        curves.append(line("rung", _points(found, curve.shares[-1], last, x, y)))
+    for number, recipe in enumerate(found.others):
+        shapes += _dots(recipe, _role(number), x, y, recipe.differs(found.plain))
+    shapes += _dots(found.plain, "whole", x, y, "")
+    spoken = f"Validation loss of runs with {first:g} to {curve.shares[-1]:g} of the text"
+    return Picture(width, TALL, spoken, shapes, curves, (), (x.start, y.end, x.end, y.start))
+
+
+def _axes(found: TextShares, x: Scale, y: Scale, last: float) -> list[Shape]:
+    shapes = []
+    for _, place, text in y.ticks(6):
+        shapes.append(line("grid", [(x.start, place), (x.end, place)]))
+        shapes.append(words("y", (x.start - 6, place + 4), text))
+    free = 0.0
+    for share in sorted({*found.curve.shares, last}):
+        if x.at(share) > free:
+            shapes.append(words("x", (x.at(share), y.start + 18), f"{share:g}"))
+            free = x.at(share) + TICK_ROOM
+    shapes.append(words("x", ((x.start + x.end) / 2, y.start + 36), SHARE))
+    return [*shapes, line("axis", [(x.start, y.start), (x.end, y.start)])]
+
+
+def _points(
+    found: TextShares, first: float, last: float, x: Scale, y: Scale
+) -> list[tuple[float, float]]:
+    shares = [first * (last / first) ** (n / CURVE_POINTS) for n in range(CURVE_POINTS + 1)]
+    return [(x.at(share), y.at(found.curve.at(share).middle)) for share in shares]
+
+
+def _ahead(ahead: Interval, share: float, x: Scale, y: Scale) -> list[Shape]:
+    """Where twice the text leads, with its interval."""
+    place, hint = x.at(share), f"{ahead.middle:.4f}, {ahead.low:.4f} to {ahead.high:.4f}"
+    ends = [(place, y.at(ahead.low)), (place, y.at(ahead.high))]
+    middle = (place, y.at(ahead.middle))
+    return [line("reach whole", ends, hint), dot("dot whole hollow", middle, 4.5, hint)]
+
+
+def _dots(recipe: Recipe, role: str, x: Scale, y: Scale, named: str) -> list[Shape]:
+    """A dot for each run; those beyond the curve's shares are left out."""
+    return [
+        dot(
+            f"dot {role}",
+            (x.at(share), y.at(score(one))),
+            4,
+            f"{one.name} {score(one):.4f} {named}",
+        )
+        for share, trials in recipe.trials.items()
+        if x.low <= share <= x.high
+        for one in trials
+    ]
+
+
+def _role(number: int) -> str:
+    return ROLES[min(number, len(ROLES) - 1)]

@@ -1,0 +1,119 @@
+"""What text is worth: validation loss over the share of the text, and other losses measured by it.
+
+It knows losses of runs that differ in their share of the text and in their seed, and nothing of
+sweeps. Intervals hold 95 % and are over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from gptray.tuning.effects import TAILS, Interval
+from gptray.tuning.regression import Floats
+
+# Shares of the text at least, and runs with each, for a curve to be fitted.
+ENOUGH_SHARES, ENOUGH_SEEDS = 3, 2
+# The straight line's share of the prior, and the exponents that share the rest.
+STRAIGHT = 0.5
+EXPONENTS = np.linspace(0.0, 2.0, 41)
+STRAIGHTEST = 1e-9  # an exponent with which the power law is as good as a line
+DRAWS = 4000
+
+Losses = Mapping[float, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class TextCurve:
+    """The curve through the losses of runs by their share of the text, drawn from its posterior.
+
+    loss(s) = end + drop g(s), where g falls from 1 at the smallest share to 0 at the largest as
+    (s^-a - 1) / a does: a power law with a floor (Hestness et al. 2017, Hoffmann et al. 2022), or
+    for a = 0 a straight line in log s. Half of the prior is on the line, the rest spread over
+    `EXPONENTS`; it is flat on end, drop and the logarithm of the runs' deviation.
+
+    shares: ascending. exponents, ends, drops: (draws,), as are the deviations of a single run.
+    """
+
+    shares: tuple[float, ...]
+    exponents: Floats
+    ends: Floats
+    drops: Floats
+    deviations: Floats
+
+    @classmethod
+    def fitted(cls, losses: Losses, *, seed: int = 0) -> TextCurve:
+        """From the losses of at least three shares, with two or more runs each."""
+        shares = tuple(sorted(losses))
+        assert len(shares) >= ENOUGH_SHARES
+        runs = [(share, loss) for share in shares for loss in losses[share]]
+        x, y = np.array(runs).T
+        freedom = len(runs) - 2
+        design = np.stack([_ramp(x, EXPONENTS, shares), np.ones((len(EXPONENTS), len(x)))], axis=2)
+        across = design.transpose(0, 2, 1) @ design  # (exponents, 2, 2)
+        found = np.linalg.solve(across, design.transpose(0, 2, 1) @ y[:, None])[:, :, 0]
+        rest = ((y - (design @ found[:, :, None])[:, :, 0]) ** 2).sum(1)
+        rest = np.maximum(rest, 1e-12 * y.var() + 1e-18)  # runs that agree to the last digit
+        prior = np.full(len(EXPONENTS), (1 - STRAIGHT) / (len(EXPONENTS) - 1))
+        prior[0] = STRAIGHT
+        # The likelihood with end, drop and the deviation integrated out.
+        fit = np.log(prior) - np.linalg.slogdet(across)[1] / 2 - freedom / 2 * np.log(rest)
+        weights = np.exp(fit - fit.max())
+        rng = np.random.default_rng(seed)
+        drawn = rng.choice(len(EXPONENTS), DRAWS, p=weights / weights.sum())
+        deviations = np.sqrt(rest[drawn] / rng.chisquare(freedom, DRAWS))
+        spread = np.linalg.cholesky(np.linalg.inv(across))[drawn]
+        noise = (spread @ rng.standard_normal((DRAWS, 2, 1)))[:, :, 0] * deviations[:, None]
+        drops, ends = (found[drawn] + noise).T
+        return cls(shares, EXPONENTS[drawn], ends, drops, deviations)
+
+    @property
+    def fall(self) -> Interval:
+        """The fall of the loss from the smallest share to the largest."""
+        return _interval(self.drops)
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether the runs support the line in log s at least as well as power laws."""
+        return bool((self.exponents == 0).mean() >= STRAIGHT)
+
+    @property
+    def floor(self) -> Interval:
+        """What the loss falls towards with endless text, by the power laws alone."""
+        is_law = self.exponents > 0
+        ratio = (self.shares[0] / self.shares[-1]) ** -self.exponents[is_law]
+        return _interval(self.ends[is_law] - self.drops[is_law] / (ratio - 1))
+
+    def at(self, share: float) -> Interval:
+        """The mean loss of runs with a share of the text, which may be more than all of it."""
+        ramp = _ramp(np.array([share]), self.exponents, self.shares)[:, 0]
+        return _interval(self.ends + self.drops * ramp)
+
+    def needed(self, losses: Sequence[float], *, seed: int = 0) -> Interval:
+        """The share of the text that runs of the curve need for the mean of these losses.
+
+        It stays within `shares`: at an end it says no more than so much, or so little.
+        """
+        rng = np.random.default_rng(seed)
+        noise = self.deviations / len(losses) ** 0.5 * rng.standard_normal(DRAWS)
+        ramp = (fmean(losses) + noise - self.ends) / np.maximum(self.drops, 1e-12)
+        a = np.maximum(self.exponents, STRAIGHTEST)
+        steepest = np.expm1(a * np.log(self.shares[-1] / self.shares[0]))
+        logs = np.log1p(np.clip(ramp, 0, 1) * steepest) / a
+        return _interval(self.shares[-1] * np.exp(-logs))
+
+
+def _ramp(share: Floats, exponents: Floats, shares: Sequence[float]) -> Floats:
+    """g of each share for each exponent: (exponents, shares)."""
+    logs = -np.log(np.array([*share, shares[0]]) / shares[-1])
+    bent = np.expm1(np.maximum(exponents, STRAIGHTEST)[:, None] * logs)
+    ramp: Floats = bent[:, :-1] / bent[:, -1:]
+    return ramp
+
+
+def _interval(draws: Floats) -> Interval:
+    middle, low, high = np.quantile(draws, (0.5, *TAILS)).tolist()
+    return Interval(low, middle, high)

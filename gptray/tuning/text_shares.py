@@ -1,0 +1,120 @@
+"""A sweep over the amount of text: its runs by their share of it and by their other settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from gptray.config import Config, flatten, override
+from gptray.tuning.levels import value_text
+from gptray.tuning.sweep_record import Sweep, Trial
+from gptray.tuning.text_curve import ENOUGH_SEEDS, ENOUGH_SHARES, Losses, TextCurve
+from gptray.tuning.trial_plan import entries_of, score
+
+SHARE, SEED = "data.fraction", "seed"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Runs to their own ends that differ in nothing but their share of the text and their seed.
+
+    trials: by share, ascending. cut_off: shares of which a run ended by train.max_steps, so that
+    it may not have got to its lowest loss.
+    """
+
+    values: Mapping[str, object]
+    trials: Mapping[float, Sequence[Trial]]
+
+    @property
+    def losses(self) -> Losses:
+        """In bits per byte, of the shares with enough seeds."""
+        return {
+            share: [score(trial) for trial in trials]
+            for share, trials in self.trials.items()
+            if len(trials) >= ENOUGH_SEEDS
+        }
+
+    @property
+    def cut_off(self) -> list[float]:
+        return [
+            share
+            for share, trials in self.trials.items()
+            if any(trial.outcome == "finished" for trial in trials)
+        ]
+
+    def differs(self, other: Recipe) -> str:
+        """The settings that it has differently, as on the command line."""
+        return " and ".join(
+            f"{path}={value_text(value)}"
+            for path, value in self.values.items()
+            if value != other.values[path]
+        )
+
+
+@dataclass(frozen=True)
+class TextShares:
+    """What a sweep over data.fraction has run to its end.
+
+    plain: the recipe whose losses make the curve: that of the config as it is or, where that has
+    too few shares, the one with the most. None where no recipe has enough.
+    others: recipes with enough seeds of a share that lies on the curve, in the sweep's order.
+    """
+
+    plain: Recipe | None
+    others: tuple[Recipe, ...]
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> TextShares | None:
+        """None for a sweep in which all trials have the same share of the text."""
+        if SHARE not in (path for entry in entries_of(sweep.config) for path in entry.paths):
+            return None
+        bare = override(sweep.config, {"tune.space": []})  # not to be checked with every trial
+        own = _key(_settings(bare, sweep, {}))
+        found: dict[str, Recipe] = {_key(one.values): one for one in _recipes(bare, sweep)}
+        able = [one for one in found.values() if len(one.losses) >= ENOUGH_SHARES]
+        if found.get(own) in able:
+            plain = found[own]
+        else:
+            plain = max(able, key=lambda one: len(one.losses), default=None)
+        if plain is None:
+            return cls(None, ())
+        low, *_, high = plain.losses
+        others = [
+            one
+            for one in found.values()
+            if one is not plain and any(low <= share <= high for share in one.losses)
+        ]
+        return cls(plain, tuple(others))
+
+    @cached_property
+    def curve(self) -> TextCurve:
+        """Of the plain recipe, which there must be."""
+        assert self.plain
+        return TextCurve.fitted(self.plain.losses)
+
+
+def _recipes(bare: Config, sweep: Sweep) -> list[Recipe]:
+    """In the order of their first trials."""
+    values: dict[str, Mapping[str, object]] = {}
+    trials: dict[str, dict[float, list[Trial]]] = {}
+    for trial in sweep.trials:
+        if trial.outcome in ("finished", "patience") and trial.best:
+            settings = _settings(bare, sweep, trial.values)
+            share = override(bare, trial.values).data.fraction
+            key = _key(settings)
+            values[key] = settings
+            trials.setdefault(key, {}).setdefault(share, []).append(trial)
+    return [Recipe(values[key], dict(sorted(by.items()))) for key, by in trials.items()]
+
+
+def _settings(bare: Config, sweep: Sweep, values: Mapping[str, object]) -> dict[str, object]:
+    """What a trial has for each path of the space but share and seed, varied in it or not."""
+    config = flatten(override(bare, values))
+    paths = [path for entry in entries_of(sweep.config) for path in entry.paths]
+    return {path: config[path] for path in paths if path not in (SHARE, SEED)}
+
+
+def _key(values: Mapping[str, object]) -> str:
+    return json.dumps(values, default=list)
