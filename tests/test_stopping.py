@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gptray.files import sha256_of
+from gptray.files import cache_folder, sha256_of
 from gptray.record import EVENTS, METRICS, read_rows
 from tests.processes import listening, marked
 from tests.test_jobs import ROOT, TINY
@@ -34,6 +34,11 @@ def before_long(happened: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+def environment(home: Path) -> dict[str, str]:
+    """That of a job with another home, and with the native library of this one."""
+    return {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(cache_folder().parent)}
+
+
 @contextmanager
 def training(command: list[str], home: Path, *, step: int) -> Iterator[subprocess.Popen[str]]:
     """A training in a process group of its own that has logged this step."""
@@ -42,7 +47,7 @@ def training(command: list[str], home: Path, *, step: int) -> Iterator[subproces
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "HOME": str(home)},
+        env=environment(home),
         start_new_session=True,
     )
     deadline = threading.Timer(180, driver.kill)
@@ -117,8 +122,9 @@ def undisturbed(
     """Two workers' run, left alone: its folder, and what the command printed."""
     home = tmp_path_factory.mktemp("storage") / "home"
     command = command_of(text_file, home, "undisturbed", *WORKERS)
-    environment = {**os.environ, "HOME": str(home)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(home), timeout=300
+    )
     return home.parent / "undisturbed", done
 
 

@@ -153,8 +153,8 @@ def test_greedy_is_hugging_faces_generate(
 def test_a_prompt_gets_the_same_tokens_alone_and_among_63_others(
     tokenizer: Tokenizer, backend: str
 ) -> None:
-    model = random_gpt(tokenizer, n_embd=64, n_positions=200)
-    requests = mixed_requests(tokenizer, 64, 200)
+    model = random_gpt(tokenizer, n_embd=64, n_positions=150)
+    requests = mixed_requests(tokenizer, 64, 150)
     together = run(Engine(model, tokenizer, max_batch_size=64, backend=backend), requests)
     few_at_a_time = run(
         Engine(model, tokenizer, max_batch_size=3, backend=backend), requests[::-1]

@@ -238,8 +238,9 @@ def test_dropout_follows_torchs_seed_and_ends_with_training(dtype: torch.dtype) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fields", [{}, EXAONE], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "fields"), [(torch.float32, {}), (torch.bfloat16, EXAONE)], ids=str
+)
 def test_compiled_equals_eager(dtype: torch.dtype, fields: dict[str, object]) -> None:
     model = rough(small(n_layer=1, vocab_size=64, **fields))
     model.compute_dtype = dtype

@@ -29,6 +29,7 @@ OPTIONS = ["-O0", "-g1", "-std=c++17", "-fopenmp", f"-I{NATIVE}", *INSTRUCTIONS.
 KINDS = {"": list(TILES.values()) if may_use_tiles() else [], "tiles": ["-DEMULATED_TILES"]}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
+SYSTEM = ["immintrin.h", "algorithm", "cmath", "cstring", "functional", "random", "vector"]
 NAMES = sorted(path.stem[5:] for path in HERE.glob("test_*.cpp"))
 # Of those, the ones that multiply by panels.
 TILED = ["attention_train", "frozen_train", "gemm", "grouped_decode", "head_loss", "heads_train"]
@@ -65,12 +66,14 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     def build(kind: str, source: Path) -> Path:
         made = folder / f"{source.stem}{kind}.o"
         options = [*OPTIONS, *KINDS[kind], *WARNINGS, "-Wno-unused-function", *SANITIZERS]
+        options += ["-include", str(folder / f"system{kind}.h")]
         done = run(*compiler(), *options, "-c", "-o", made, source)
         assert done.returncode == 0, done.stdout
         return made
 
     made = {}
     for kind in KINDS:
+        precompile(folder / f"system{kind}.h", [*OPTIONS, *KINDS[kind], *WARNINGS, *SANITIZERS])
         names = TILED if kind else NAMES
         sources = [HERE / "main.cpp", *(HERE / f"test_{name}.cpp" for name in names)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -79,6 +82,13 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         linked = run(*compiler(), "-fopenmp", *SANITIZERS, "-o", made[kind], *parts)
         assert linked.returncode == 0, linked.stdout
     return made
+
+
+def precompile(path: Path, options: list[str]) -> None:
+    """Write the system's headers that the tests include, read once for all of them."""
+    path.write_text("".join(f"#include <{name}>\n" for name in SYSTEM))
+    done = run(*compiler(), *options, "-x", "c++-header", "-o", f"{path}.gch", path)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
