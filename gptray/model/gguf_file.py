@@ -97,8 +97,8 @@ def _encoded(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
 
 
 def _four_bits(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-    """A kind of `gptray.model.quantized` in GGUF's blocks: a scale, and 16 bytes that hold the codes
-    of the group's first half in their lower bits, those of the second in the upper ones."""
+    """A kind of `gptray.model.quantized` in GGUF's blocks: a scale, and 16 bytes that hold the
+    codes of the group's first half in their lower bits, those of the second in the upper ones."""
     held = quantized(tensor.stored, FOUR_BITS[tensor.precision], turned=tensor.turned)
     codes = held.codes().numpy().reshape(len(held.scales), -1, 2, 16)
     values = codes[:, :, 0] | codes[:, :, 1] << 4

@@ -32,12 +32,13 @@ void embed(const Model &model, const Step &step) {
 }
 
 // x + what a layer makes of rows, or that alone; a norm that comes after the layer is between them.
-void into_x(Team &team, const Model &model, const Step &step, const Linear &layer, const float *rows,
-            const Norm &norm, bool adds) {
+void into_x(Team &team, const Model &model, const Step &step, const Linear &layer,
+            const float *rows, const Norm &norm, bool adds) {
   const int C = model.n_embd;
   const bool is_normed = model.post_norm && norm.weight;
   const float *add = adds ? step.x : nullptr;
-  if (!is_normed) return linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.x, add, C});
+  if (!is_normed)
+    return linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.x, add, C});
   linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.made, nullptr, C});
 #pragma omp for schedule(static)
   for (int row = 0; row < step.rows; ++row) {

@@ -18,8 +18,8 @@ class Team {
  public:
   explicit Team(int threads) : members(threads) {}
 
-  // Call run(round, part) for all of `rounds` x `parts`. All threads of a parallel region call this,
-  // and leave it together.
+  // Call run(round, part) for all of `rounds` x `parts`. All threads of a parallel region call
+  // this, and leave it together.
   template <typename Run>
   void share(int rounds, int parts, const Run &run) {
     const int threads = omp_get_num_threads(), own = omp_get_thread_num();

@@ -147,7 +147,8 @@ TEST(a_row_has_the_same_bits_among_any_neighbours) {
     std::vector<int32_t> words(rows * row_words(packed.linear));
     Step step = {};
     step.words = words.data();
-    linear(team, packed.linear, step, x.data(), nullptr, nullptr, rows, {all.data(), nullptr, outputs});
+    linear(team, packed.linear, step, x.data(), nullptr, nullptr, rows,
+           {all.data(), nullptr, outputs});
     for (const int32_t row : {0, 50, 109}) {
       linear(team, packed.linear, step, x.data(), nullptr, &row, 1, {one.data(), nullptr, outputs});
       CHECK(!std::memcmp(one.data(), &all[row * outputs], outputs * sizeof(float)));
@@ -182,7 +183,8 @@ TEST(rows_of_adapters_get_their_products_too) {
              {plain.data(), nullptr, outputs});
       step.adapters = each.data();
 #pragma omp parallel num_threads(2)
-      linear(team, packed.linear, step, x.data(), nullptr, nullptr, rows, {y.data(), nullptr, outputs});
+      linear(team, packed.linear, step, x.data(), nullptr, nullptr, rows,
+             {y.data(), nullptr, outputs});
       for (int r = 0; r < rows; ++r)
         for (int o = 0; o < outputs; ++o) {
           double sum = plain[r * outputs + o];
