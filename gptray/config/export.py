@@ -25,8 +25,8 @@ class ExportConfig(Section):
     precision: Literal["fp32", "fp16", "bf16", "q8_0", "q4_0", "iq4_nl", "int8", "int4"] = Field(
         "fp16",
         description="what weights are rounded to; for gguf also q8_0, q4_0 and iq4_nl: 8 or 4 "
-        "bits, with a scale for every 32 weights; for hf int8 and int4, as compressed-tensors packs "
-        "them",
+        "bits, with a scale for every 32 weights; for hf int8 and int4, as compressed-tensors "
+        "packs them",
     )
     output_path: str | None = Field(
         None, description="the file (.gguf) or folder (hf) to write; it must not exist yet"
