@@ -14,7 +14,7 @@
 
 namespace {
 
-class Team {
+class Team {  // of the threads of one parallel region
  public:
   explicit Team(int threads) : members(threads) {}
 

@@ -1,7 +1,7 @@
 #include "check.h"
 #include "linear_decode.h"
 
-static Team team(2);
+static Team team(2), alone(1);
 
 // Weights (outputs, inputs) as the decoder packs them in Python: [panel][word][64 outputs].
 struct Packed {
@@ -147,10 +147,10 @@ TEST(a_row_has_the_same_bits_among_any_neighbours) {
     std::vector<int32_t> words(rows * row_words(packed.linear));
     Step step = {};
     step.words = words.data();
-    linear(team, packed.linear, step, x.data(), nullptr, nullptr, rows,
+    linear(alone, packed.linear, step, x.data(), nullptr, nullptr, rows,
            {all.data(), nullptr, outputs});
     for (const int32_t row : {0, 50, 109}) {
-      linear(team, packed.linear, step, x.data(), nullptr, &row, 1, {one.data(), nullptr, outputs});
+      linear(alone, packed.linear, step, x.data(), nullptr, &row, 1, {one.data(), nullptr, outputs});
       CHECK(!std::memcmp(one.data(), &all[row * outputs], outputs * sizeof(float)));
     }
   }
@@ -179,7 +179,7 @@ TEST(rows_of_adapters_get_their_products_too) {
       Step step = {};
       step.words = words.data(), step.narrow = narrow.data();
       step.most_rank = most;
-      linear(team, packed.linear, step, x.data(), nullptr, nullptr, rows,
+      linear(alone, packed.linear, step, x.data(), nullptr, nullptr, rows,
              {plain.data(), nullptr, outputs});
       step.adapters = each.data();
 #pragma omp parallel num_threads(2)
