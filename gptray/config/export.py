@@ -10,7 +10,7 @@ from gptray.config.values import Section
 
 _PLAIN = ("fp32", "fp16", "bf16")
 # What each format has besides.
-_OWN = {"gguf": ("q8_0", "q4_0"), "hf": ("int8", "int4")}
+_OWN = {"gguf": ("q8_0", "q4_0", "iq4_nl"), "hf": ("int8", "int4")}
 
 
 class ExportConfig(Section):
@@ -22,10 +22,11 @@ class ExportConfig(Section):
     format: Literal["gguf", "hf"] = Field(
         "gguf", description="gguf: one file for llama.cpp; hf: a Hugging Face folder"
     )
-    precision: Literal["fp32", "fp16", "bf16", "q8_0", "q4_0", "int8", "int4"] = Field(
+    precision: Literal["fp32", "fp16", "bf16", "q8_0", "q4_0", "iq4_nl", "int8", "int4"] = Field(
         "fp16",
-        description="what weights are rounded to; for gguf also q8_0 and q4_0: 8 or 4 bits, with a "
-        "scale for every 32 weights; for hf int8 and int4, as compressed-tensors packs them",
+        description="what weights are rounded to; for gguf also q8_0, q4_0 and iq4_nl: 8 or 4 "
+        "bits, with a scale for every 32 weights; for hf int8 and int4, as compressed-tensors "
+        "packs them",
     )
     output_path: str | None = Field(
         None, description="the file (.gguf) or folder (hf) to write; it must not exist yet"
@@ -37,6 +38,6 @@ class ExportConfig(Section):
         if self.precision not in (*_PLAIN, *own):
             raise ValueError(
                 f"export.precision={self.precision} does not go with export.format={self.format}, "
-                f"which takes {', '.join(_PLAIN)}, {own[0]} or {own[1]}"
+                f"which takes {', '.join((*_PLAIN, *own[:-1]))} or {own[-1]}"
             )
         return self

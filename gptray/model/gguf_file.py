@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from gptray.model.gguf_names import GgufTensor
+from gptray.model.gguf_names import FOUR_BITS, GgufTensor
 from gptray.model.rounding import dtype_of, quantized, rounded
 
 _KINDS = {
@@ -18,6 +18,7 @@ _KINDS = {
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+    "iq4_nl": (gguf.GGMLQuantizationType.IQ4_NL, gguf.LlamaFileType.MOSTLY_IQ4_NL),
 }
 
 
@@ -38,7 +39,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, architecture)
     try:
         writer.add_file_type(_KINDS[precision][1])
-        if precision in ("q8_0", "q4_0"):
+        if precision == "q8_0" or precision in FOUR_BITS:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in fields.items():
             add_field(writer, key, value)
@@ -80,8 +81,8 @@ def _encoded(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
     """A tensor's bytes as they are in the file, for NumPy has no bf16."""
     import torch
 
-    if tensor.precision == "q4_0":
-        return _q4_0(tensor)
+    if tensor.precision in FOUR_BITS:
+        return _four_bits(tensor)
     weight = rounded(tensor.stored, dtype_of(tensor.precision))
     weight = (weight.t() if tensor.turned else weight).contiguous()
     if tensor.order:
@@ -95,12 +96,12 @@ def _encoded(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
     return weight.view(torch.uint8).numpy()
 
 
-def _q4_0(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-    """int4 of `gptray.model.quantized` in GGUF's blocks: a scale, and 16 bytes that hold the values
-    of the group's first half in their lower bits, those of the second in the upper ones."""
-    held = quantized(tensor.stored, "int4", turned=tensor.turned)
-    numbers = (held.integers().numpy() + 8).view(np.uint8).reshape(len(held.scales), -1, 2, 16)
-    values = numbers[:, :, 0] | numbers[:, :, 1] << 4
+def _four_bits(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+    """A kind of `gptray.model.quantized` in GGUF's blocks: a scale, and 16 bytes that hold the
+    codes of the group's first half in their lower bits, those of the second in the upper ones."""
+    held = quantized(tensor.stored, FOUR_BITS[tensor.precision], turned=tensor.turned)
+    codes = held.codes().numpy().reshape(len(held.scales), -1, 2, 16)
+    values = codes[:, :, 0] | codes[:, :, 1] << 4
     scales = held.scales.numpy()[..., None].view(np.uint8)
-    blocks = np.concatenate((scales, values), axis=-1).reshape(len(numbers), -1)
+    blocks = np.concatenate((scales, values), axis=-1).reshape(len(codes), -1)
     return blocks[tensor.order] if tensor.order else blocks

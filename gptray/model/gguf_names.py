@@ -12,9 +12,14 @@ from gptray.model.families import KNOWN
 from gptray.model.hf_config import network_json
 from gptray.model.stored_weights import StoredModel, StoredWeight
 
-# Bytes of so many weights: Q8_0 has a scale of two bytes for 32 of one byte, Q4_0 for
+# Of 4 bits: the kind of `gptray.model.quantized` that each holds.
+FOUR_BITS = {"q4_0": "int4", "iq4_nl": "iq4_nl"}
+# Bytes of so many weights: Q8_0 has a scale of two bytes for 32 of one byte, those of 4 bits for
 # 32 of half a byte.
-BLOCKS = {"fp32": (4, 1), "fp16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}
+BLOCKS = {
+    **{"fp32": (4, 1), "fp16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32)},
+    **dict.fromkeys(FOUR_BITS, (18, 32)),
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,10 @@ def gguf_numbers(config: ModelConfig, family: Family) -> dict[str, object]:
 def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[GgufTensor]:
     """The tensors of a network's GGUF file, but for Llama 3's scaling of positions.
 
-    Vectors and position tables stay in fp32. q8_0 and q4_0 need rows of a multiple of 32 weights;
-    other matrices are fp16 then, as in llama.cpp's own converters. Beside q4_0 embedding and head,
-    which the loss depends on most, are q8_0. Raises UserError for a bias that the
-    family has not.
+    Vectors and position tables stay in fp32. q8_0, q4_0 and iq4_nl need rows of a multiple of 32
+    weights; other matrices are fp16 then, as in llama.cpp's own converters. Beside 4 bits embedding
+    and head, which the loss depends on most, are q8_0. Raises UserError for a bias that the family
+    has not.
     """
     numbers = network_json(model.shape, family.model_type)
     tensors = []
@@ -109,7 +114,7 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
             own = "fp32"
         elif shape[-1] % BLOCKS[precision][1]:
             own = "fp16"
-        elif precision == "q4_0" and gguf_name in (EMBEDDING, HEAD):
+        elif precision in FOUR_BITS and gguf_name in (EMBEDDING, HEAD):
             own = "q8_0"
         order = family.row_order(part, shape[0], numbers)
         tensors.append(GgufTensor(gguf_name, stored, shape, own, turned, order))

@@ -53,7 +53,7 @@ def rounded(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
 
 
 def quantized(stored: StoredWeight, kind: str, *, turned: bool = False) -> QuantizedWeight:
-    """A weight, transposed where `turned`, in int8 or int4. Raises UserError as `rounded`."""
+    """A weight, transposed where `turned`, in few bits. Raises UserError as `rounded`."""
     import torch
 
     from gptray.model.quantized import quantize

@@ -13,6 +13,7 @@
 #include "exp.h"
 #include "gemm.h"
 #include "norm.h"
+#include "team.h"
 
 namespace {
 
@@ -163,7 +164,7 @@ struct Layer {
 
 // step.wide (N, (H + 2 K) E) -> step.attended (N, H E).
 template <typename T>
-void attention(const Model &model, const Step &step, const Cache &cache, int number) {
+void attention(Team &team, const Model &model, const Step &step, const Cache &cache, int number) {
   const Layer<T> layer = {model,
                           model.blocks[number],
                           step,
@@ -176,12 +177,11 @@ void attention(const Model &model, const Step &step, const Cache &cache, int num
     for (int row = 0; row < step.rows; ++row)
       for (int group = 0; group < layer.K; ++group) layer.keep(row, group);
   }
-#pragma omp for collapse(2) schedule(dynamic, std::max(1, QUERIES / layer.G))
-  for (int row = 0; row < step.rows; ++row)
-    for (int group = 0; group < layer.K; ++group) {
-      if (step.apart) layer.keep(row, group);
-      layer.attend(row, group);
-    }
+  team.share(1, step.rows * layer.K, [&](int, int part) {
+    const int row = part / layer.K, group = part % layer.K;
+    if (step.apart) layer.keep(row, group);
+    layer.attend(row, group);
+  });
 }
 
 }  // namespace

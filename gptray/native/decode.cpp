@@ -32,13 +32,14 @@ void embed(const Model &model, const Step &step) {
 }
 
 // x + what a layer makes of rows, or that alone; a norm that comes after the layer is between them.
-void into_x(const Model &model, const Step &step, const Linear &layer, const float *rows,
-            const Norm &norm, bool adds) {
+void into_x(Team &team, const Model &model, const Step &step, const Linear &layer,
+            const float *rows, const Norm &norm, bool adds) {
   const int C = model.n_embd;
   const bool is_normed = model.post_norm && norm.weight;
   const float *add = adds ? step.x : nullptr;
-  if (!is_normed) return linear(layer, step, rows, nullptr, nullptr, step.rows, {step.x, add, C});
-  linear(layer, step, rows, nullptr, nullptr, step.rows, {step.made, nullptr, C});
+  if (!is_normed)
+    return linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.x, add, C});
+  linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.made, nullptr, C});
 #pragma omp for schedule(static)
   for (int row = 0; row < step.rows; ++row) {
     float *x = step.x + (size_t)row * C, *made = step.made + (size_t)row * C;
@@ -47,20 +48,20 @@ void into_x(const Model &model, const Step &step, const Linear &layer, const flo
   }
 }
 
-void block(const Model &model, const Step &step, const Cache &cache, int number) {
+void block(Team &team, const Model &model, const Step &step, const Cache &cache, int number) {
   const Block &b = model.blocks[number];
   const Norm *before[] = {model.post_norm ? nullptr : &b.ln_1, model.post_norm ? nullptr : &b.ln_2};
   const auto add_attended = [&] {
-    into_x(model, step, b.attn_proj, step.attended, b.ln_1, model.residual);
+    into_x(team, model, step, b.attn_proj, step.attended, b.ln_1, model.residual);
   };
-  linear(b.c_attn, step, step.x, before[0], nullptr, step.rows,
+  linear(team, b.c_attn, step, step.x, before[0], nullptr, step.rows,
          {step.wide, nullptr, b.c_attn.outputs});
-  (cache.kind == BF16 ? attention<uint16_t> : attention<float>)(model, step, cache, number);
+  (cache.kind == BF16 ? attention<uint16_t> : attention<float>)(team, model, step, cache, number);
   if (!model.parallel) add_attended();
-  linear(b.c_fc, step, step.x, before[1], nullptr, step.rows,
+  linear(team, b.c_fc, step, step.x, before[1], nullptr, step.rows,
          {step.wide, nullptr, b.mlp_proj.inputs, model.activation});
   if (model.parallel) add_attended();
-  into_x(model, step, b.mlp_proj, step.wide, b.ln_2, model.residual || model.parallel);
+  into_x(team, model, step, b.mlp_proj, step.wide, b.ln_2, model.residual || model.parallel);
 }
 
 ABI_TYPE(Norm, "Norm")
@@ -85,11 +86,12 @@ extern "C" void top_candidates(const float *logits, int32_t rows, int32_t width,
 
 extern "C" void decode_step(const Model *model, const Cache *cache, const Step *step,
                             int32_t threads) {
+  Team team(threads);
 #pragma omp parallel num_threads(threads)
   {
     embed(*model, *step);
-    for (int layer = 0; layer < model->n_layer; ++layer) block(*model, *step, *cache, layer);
-    linear(model->head, *step, step->x, &model->ln_f, step->asked, step->asked_rows,
+    for (int layer = 0; layer < model->n_layer; ++layer) block(team, *model, *step, *cache, layer);
+    linear(team, model->head, *step, step->x, &model->ln_f, step->asked, step->asked_rows,
            {step->logits, nullptr, step->logits_stride});
   }
 }

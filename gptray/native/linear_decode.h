@@ -15,6 +15,7 @@
 #include "grouped_decode.h"
 #include "low_rank_decode.h"
 #include "norm.h"
+#include "team.h"
 
 namespace {
 
@@ -153,20 +154,20 @@ void multiply_panel(const Linear &linear, int panel, const Input &x, const Resul
   in_tiles(first, stop, run, KIND >= INT4 ? INT4_TILE : TILE);
 }
 
-void multiply(const Linear &linear, const Input &x, int rows, const Results &to) {
+void multiply(Team &team, const Linear &linear, const Input &x, int rows, const Results &to) {
   const TileUse tiles;
   constexpr void (*runs[])(const Linear &, int, const Input &, const Results &, int, int) = {
       multiply_panel<FP32>, multiply_panel<BF16>, multiply_panel<INT8>, multiply_panel<INT4>,
       multiply_panel<IQ4_NL>};
-  // Cores are seldom equally fast: others' work and other machines' take from each in turn.
-#pragma omp for collapse(2) schedule(dynamic)
-  for (int first = 0; first < rows; first += ROW_BLOCK)
-    for (int panel = 0; panel < panel_count(linear.outputs); ++panel)
-      runs[linear.kind](linear, panel, x, to, first, std::min(first + ROW_BLOCK, rows));
+  const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+  team.share(blocks, panel_count(linear.outputs), [&](int block, int panel) {
+    const int first = block * ROW_BLOCK;
+    runs[linear.kind](linear, panel, x, to, first, std::min(first + ROW_BLOCK, rows));
+  });
 }
 
 // x (N, inputs), or the rows of it that `chosen` names, through `norm` if there is one.
-void linear(const Linear &linear, const Step &step, const float *x, const Norm *norm,
+void linear(Team &team, const Linear &linear, const Step &step, const float *x, const Norm *norm,
             const int32_t *chosen, int rows, const Results &to) {
   Added added{step.adapters, linear.number, step.narrow, step.most_rank};
   const auto read = [&](int row, int32_t *words) {
@@ -187,11 +188,11 @@ void linear(const Linear &linear, const Step &step, const float *x, const Norm *
     narrow.resize(std::max<size_t>(narrow.size(), rows * added.stride));
     added.narrow = narrow.data();
     for (int row = 0; row < rows; ++row) read(row, words.data());
-    multiply(linear, {words.data(), added}, rows, to);
+    multiply(team, linear, {words.data(), added}, rows, to);
   } else {
 #pragma omp for schedule(static)
     for (int row = 0; row < rows; ++row) read(row, step.words);
-    multiply(linear, {step.words, added}, rows, to);
+    multiply(team, linear, {step.words, added}, rows, to);
   }
 }
 

@@ -74,17 +74,18 @@ def expected(name: str, weight: Tensor, precision: str) -> tuple[str, Tensor]:
     if weight.ndim == 1 or name == "position_embd.weight":
         return "F32", weight
     turned = weight if name == "token_embd.weight" else weight.t()
-    if precision in ("q8_0", "q4_0") and turned.size(1) % 32 == 0:
+    if precision in ("q8_0", "q4_0", "iq4_nl") and turned.size(1) % 32 == 0:
         if precision == "q8_0" or name == "token_embd.weight":
             return "Q8_0", turned
-        return "Q4_0", quantize(turned, "int4").dequantize()
+        kind = "int4" if precision == "q4_0" else precision
+        return precision.upper(), quantize(turned, kind).dequantize()
     dtype = DTYPES.get(precision, torch.float16)
     return {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}.get(precision, "F16"), turned.to(
         dtype
     ).float()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "q8_0", "q4_0", "iq4_nl"])
 def test_a_gguf_file_has_every_weight_and_number(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
 ) -> None:

@@ -61,11 +61,12 @@ static void check_a_step(int before, int E, const Choice &choice, bool apart, do
   Model model = {};
   model.blocks = &block, model.cos = cos.data(), model.sin = sin.data();
   model.n_head = H, model.kv_heads = K, model.head_width = E;
+  Team team(2);
   Step step = {};
   step.slots = slots, step.positions = positions, step.rows = rows, step.apart = apart;
   step.wide = wide.data(), step.attended = attended.data();
 #pragma omp parallel num_threads(2)
-  attention<T>(model, step, cache, 0);
+  attention<T>(team, model, step, cache, 0);
   for (int row = 0; row < rows; ++row)
     for (int h = 0; h < H; ++h) {
       const int group = h / (H / K), position = positions[row];

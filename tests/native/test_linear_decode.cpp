@@ -1,6 +1,8 @@
 #include "check.h"
 #include "linear_decode.h"
 
+static Team team(2), alone(1);
+
 // Weights (outputs, inputs) as the decoder packs them in Python: [panel][word][64 outputs].
 struct Packed {
   Linear linear = {};
@@ -87,7 +89,7 @@ TEST(a_layer_is_a_loop_with_norm_and_gelu_and_residual) {
         step.words = words.data();
         const Norm norm = {ones.data(), none.data(), 1e-5f};
 #pragma omp parallel num_threads(2)
-        linear(packed.linear, step, x.data(), &norm, nullptr, rows,
+        linear(team, packed.linear, step, x.data(), &norm, nullptr, rows,
                {y.data(), add.data(), outputs, GELU_TANH});
         const double off = kind == FP32 ? 1e-5 : kind == BF16 ? 0.02 : 0.06;
         std::vector<float> normed(inputs);
@@ -116,7 +118,7 @@ TEST(gates_let_through_what_stands_half_a_panel_on) {
       step.words = words.data();
       const Norm norm = {ones.data(), nullptr, 1e-5f};
 #pragma omp parallel num_threads(2)
-      linear(packed.linear, step, x.data(), &norm, nullptr, rows,
+      linear(team, packed.linear, step, x.data(), &norm, nullptr, rows,
              {y.data(), nullptr, inner, SWIGLU});
       const double off = kind == FP32 ? 1e-4 : kind == BF16 ? 0.1 : 0.3;
       for (int r = 0; r < rows; ++r) {
@@ -145,9 +147,10 @@ TEST(a_row_has_the_same_bits_among_any_neighbours) {
     std::vector<int32_t> words(rows * row_words(packed.linear));
     Step step = {};
     step.words = words.data();
-    linear(packed.linear, step, x.data(), nullptr, nullptr, rows, {all.data(), nullptr, outputs});
+    linear(alone, packed.linear, step, x.data(), nullptr, nullptr, rows,
+           {all.data(), nullptr, outputs});
     for (const int32_t row : {0, 50, 109}) {
-      linear(packed.linear, step, x.data(), nullptr, &row, 1, {one.data(), nullptr, outputs});
+      linear(alone, packed.linear, step, x.data(), nullptr, &row, 1, {one.data(), nullptr, outputs});
       CHECK(!std::memcmp(one.data(), &all[row * outputs], outputs * sizeof(float)));
     }
   }
@@ -176,11 +179,12 @@ TEST(rows_of_adapters_get_their_products_too) {
       Step step = {};
       step.words = words.data(), step.narrow = narrow.data();
       step.most_rank = most;
-      linear(packed.linear, step, x.data(), nullptr, nullptr, rows,
+      linear(alone, packed.linear, step, x.data(), nullptr, nullptr, rows,
              {plain.data(), nullptr, outputs});
       step.adapters = each.data();
 #pragma omp parallel num_threads(2)
-      linear(packed.linear, step, x.data(), nullptr, nullptr, rows, {y.data(), nullptr, outputs});
+      linear(team, packed.linear, step, x.data(), nullptr, nullptr, rows,
+             {y.data(), nullptr, outputs});
       for (int r = 0; r < rows; ++r)
         for (int o = 0; o < outputs; ++o) {
           double sum = plain[r * outputs + o];

@@ -171,7 +171,7 @@ def _packed_bytes(model: StoredModel, precision: str) -> int | None:
     if model.family.transposed:
         raise UserError(
             f"compressed-tensors packs no layers of {model.model_type}, which are Conv1D in "
-            "transformers; export.format=gguf takes q8_0 and q4_0"
+            "transformers; export.format=gguf takes q8_0, q4_0 and iq4_nl"
         )
     size = 2 * sum(math.prod(one.shape) for one in model.weights.values())
     for one in model.packable.values():
