@@ -150,7 +150,8 @@ TEST(a_row_has_the_same_bits_among_any_neighbours) {
     linear(alone, packed.linear, step, x.data(), nullptr, nullptr, rows,
            {all.data(), nullptr, outputs});
     for (const int32_t row : {0, 50, 109}) {
-      linear(alone, packed.linear, step, x.data(), nullptr, &row, 1, {one.data(), nullptr, outputs});
+      linear(alone, packed.linear, step, x.data(), nullptr, &row, 1,
+             {one.data(), nullptr, outputs});
       CHECK(!std::memcmp(one.data(), &all[row * outputs], outputs * sizeof(float)));
     }
   }
