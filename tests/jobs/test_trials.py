@@ -1,9 +1,10 @@
-"""What Optuna is told of trials; how a machine is shared out among them."""
+"""What Tune is told at a rung, and Optuna of trials; how a machine is shared out among them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import pytest
 from gptray.config import Config, dump, override
 from gptray.jobs.resources import trial_resources
 from gptray.jobs.train.task import TrainTask
+from gptray.jobs.tune.rungs import Rungs
 from gptray.jobs.tune.suggestions import Suggestions
 from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.worker import run_trial
 from gptray.record import METRICS
+from gptray.tuning.halving import Halving
 from gptray.tuning.sweep_record import Record, load_trials, trial_dir
 
 
@@ -99,6 +102,23 @@ def test_trials_share_two_cores_out(
     compute = override(Config(), {**keys, "train.global_batch_size": 16}).compute
     number, reserved = trial_resources(compute, trials=trials, at_once=at_once)
     assert (number, reserved["CPU"]) == expected
+
+
+def test_tune_stops_what_waits_at_a_rung_but_no_repetition() -> None:
+    config = override(Config(), {"train.max_steps": 60, "train.eval_interval": 10})
+    rungs = Rungs(Halving(config))  # at steps 10 and 30
+
+    def decision(name: str, row: dict[str, object], *, is_cut: bool = True) -> str:
+        run = TrainTask(config, Path(), Path(), threads=1)
+        trial = SimpleNamespace(config={"task": TrialTask(name, run, is_cut, reserved={})})
+        return rungs.on_trial_result(None, trial, row)
+
+    assert decision("0000", {"step": 5, "train_loss": 1.0}) == "CONTINUE"
+    assert decision("0000", {"step": 10, "val_bpb": 2.0}) == "STOP"
+    assert decision("0001", {"step": 10, "val_bpb": 3.0}) == "STOP"
+    assert decision("0002", {"step": 10, "val_bpb": 1.0}) == "CONTINUE"
+    assert decision("0003", {"step": 10, "val_bpb": 9.0}, is_cut=False) == "CONTINUE"
+    assert decision("0002", {"outcome": "finished", "last_step": 60}) == "CONTINUE"
 
 
 def test_a_trial_whose_text_is_gone_may_run_again(tmp_path: Path) -> None:
