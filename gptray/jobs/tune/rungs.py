@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from gptray.jobs.tune.task import TrialTask
+from gptray.record import MetricsRow
 from gptray.tuning.halving import Halving
 
 
@@ -39,5 +40,5 @@ class Rungs(FIFOScheduler):  # type: ignore[misc]
         if not task.is_cut or "step" not in result:
             return str(TrialScheduler.CONTINUE)
         most = task.run.config.train.max_steps
-        goes_on = self._halving.goes_on(task.name, result, max_steps=most)
+        goes_on = self._halving.goes_on(task.name, cast(MetricsRow, result), max_steps=most)
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
