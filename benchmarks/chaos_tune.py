@@ -4,7 +4,7 @@
 
 A sweep runs once undisturbed and once under fire: SIGKILL for the driver at random moments, then
 the same command again. Passed when both have the same trials, each ended once, with every logged
-step once; when whatever both measured is equal to the bit (how far ASHA lets a trial go depends on
+step once; when whatever both measured is equal to the bit (how far rungs let a trial go depends on
 who came first); and when there are a winner, its model, its config and the report. Prints what
 happened and, last, one JSON line.
 """
@@ -105,9 +105,13 @@ def disturb(arguments: list[str], sweep: Path, moments: list[int], rng: random.R
 
 
 def is_whole(sweep: Path) -> bool:
-    """Whether every trial ended once, with each step once, and the sweep left what it should."""
+    """Whether every trial ended once, with each step once, and the sweep left what it should.
+
+    What a trial's promotion undoes is no end.
+    """
     events = read_rows(sweep / TRIALS)
     ends = collections.Counter(e["trial"] for e in events if e["event"] == "ended")
+    ends.subtract(e["trial"] for e in events if e["event"] == "promoted")
     plans = collections.Counter(e["trial"] for e in events if e["event"] == "planned")
     trials = load_trials(sweep)
     steps = [[row["step"] for row in trial.rows] for trial in trials]

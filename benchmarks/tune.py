@@ -1,12 +1,17 @@
-"""What ASHA saves and what it costs: a sweep against the same trials, all run to their end.
+"""What rungs save and what they cost: sweeps against the same trials, all run to their end.
 
   python benchmarks/tune.py
+  python benchmarks/tune.py --config configs/overfitting_sweep.yaml --seeds 1 2 3 --folder runs/tune
 
-Runs configs/overfitting_demo.yaml as it is, then once more with no rungs and without early
-stopping inside the trials, so that each makes all its steps. Prints both rankings, the time that a
-trial takes beyond its own training loop (from the end of one to the first step of the next in the
-same process) and, last, one JSON line. Further arguments are keys of the config, such as
-train.max_steps=300, for both.
+For each seed it runs configs/overfitting_demo.yaml, or another config, as it is, then once more
+with no rungs and without early stopping inside the trials, so that each makes all its steps. Prints
+both rankings and, last, one JSON line. There `behind` is how far the winner is above the best of
+all, as a share of its loss; `rank_correlation` is Spearman's, over all trials, of the loss at the
+first rung and the lowest of all steps; `overhead_s` the time that a trial takes beyond its own
+training loop (from the end of one to the first step of the next in the same process).
+
+Further arguments are keys of the config, such as train.max_steps=300, for all sweeps. What FOLDER
+has of them is not run again.
 """
 
 from __future__ import annotations
@@ -21,19 +26,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptray.config import load_config
-from gptray.record import EVENTS, read_rows
-from gptray.tuning.sweep_record import Trial, load_trials, trial_dir
+from gptray.record import EVENTS, MetricsRow, read_rows
+from gptray.tuning.sweep_record import Trial, load_trials, rungs, trial_dir
 from gptray.tuning.trial_plan import ranked, score
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "overfitting_demo.yaml"
 
 
-def sweep(storage: Path, name: str, keys: list[str]) -> tuple[list[Trial], dict[str, Any], float]:
+def sweep(
+    storage: Path, config: Path, name: str, keys: list[str]
+) -> tuple[list[Trial], dict[str, Any], float]:
     """Run a sweep; return its trials, its JSON line and its seconds."""
     began = time.monotonic()
-    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), f"--config={CONFIG}"]
+    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), f"--config={config}"]
     command += [f"storage_path={storage}", f"name={name}", *keys]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -68,53 +77,75 @@ def overheads(storage: Path, name: str, trials: list[Trial]) -> list[float]:
     ]
 
 
+def rank_correlation(full: list[Trial], rung: int) -> float:
+    """Spearman's, of what all trials had at a step and what they came to; ties are none."""
+    reached = [trial for trial in full if any(row["step"] >= rung for row in scored(trial))]
+    there = [next(row["val_bpb"] for row in scored(one) if row["step"] >= rung) for one in reached]
+    ranks = [np.argsort(np.argsort(values)) for values in (there, [score(one) for one in reached])]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def scored(trial: Trial) -> list[MetricsRow]:
+    """The evaluations before any cool-down."""
+    return [row for row in trial.rows if "val_bpb" in row and row.get("phase") != "landing"]
+
+
 def table(cut: list[Trial], full: list[Trial]) -> None:
     """Print all trials in the order of the full sweep."""
     by_name = {trial.name: trial for trial in cut}
-    print(f"{'rank':>4}  {'trial':5}  {'best of all steps':>17}  {'with ASHA':>9}  {'steps':>5}")
+    print(
+        f"{'rank':>4}  {'trial':5}  {'best of all steps':>17}  {'in the sweep':>12}  {'steps':>5}"
+    )
     for rank, trial in enumerate(ranked(full), start=1):
         other = by_name[trial.name]
         print(
-            f"{rank:4}  {trial.name:5}  {score(trial):17.4f}  {score(other):9.4f}  "
+            f"{rank:4}  {trial.name:5}  {score(trial):17.4f}  {score(other):12.4f}  "
             f"{other.step:5} {other.outcome}"
         )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("keys", nargs="*", help="section.field=value")
-    options = parser.parse_args()
-    config = load_config(str(CONFIG), options.keys)
+def compare(storage: Path, options: argparse.Namespace, seed: int) -> dict[str, float]:
+    """Run a seed's two sweeps; return the figures."""
+    keys = [*options.keys, f"seed={seed}"]
+    config = load_config(str(options.config), keys)
     evaluations = -(-config.train.max_steps // config.train.eval_interval)
     unstopped = [
-        *options.keys,
+        *keys,
         f"tune.grace_period={evaluations}",
         f"tune.space={json.dumps(to_the_end(config.tune.space))}",
     ]
-    with tempfile.TemporaryDirectory(prefix="gptray-tune-") as name:
-        storage = Path(name)
-        cut, result, seconds = sweep(storage, "asha", options.keys)
-        full, full_result, full_seconds = sweep(storage, "full", unstopped)
-        beyond = overheads(storage, "full", full)
+    cut, result, seconds = sweep(storage, options.config, f"rungs-{seed}", keys)
+    full, full_result, full_seconds = sweep(storage, options.config, f"full-{seed}", unstopped)
     table(cut, full)
+    beyond = overheads(storage, f"full-{seed}", full)
     ranking = [trial.name for trial in ranked(full)]
-    steps = sum(trial.step for trial in full)
-    print(
-        json.dumps(
-            {
-                "trials": result["trials"],
-                "steps_share": round(result["steps_run"] / steps, 3),
-                "winner_rank": ranking.index(result["best_trial"]) + 1,
-                "best_val_bpb": result["best_val_bpb"],
-                "full_best_val_bpb": full_result["best_val_bpb"],
-                "baseline_val_bpb": full_result["baseline_val_bpb"],
-                "seconds": round(seconds, 1),
-                "full_seconds": round(full_seconds, 1),
-                "overhead_s": round(statistics.median(beyond), 2),
-                "overhead_most_s": round(max(beyond), 2),
-            }
-        )
-    )
+    return {
+        "seed": seed,
+        "trials": result["trials"],
+        "steps_share": round(result["steps_run"] / sum(trial.step for trial in full), 3),
+        "winner_rank": ranking.index(result["best_trial"]) + 1,
+        "best_val_bpb": result["best_val_bpb"],
+        "full_best_val_bpb": full_result["best_val_bpb"],
+        "behind": round(result["best_val_bpb"] / full_result["best_val_bpb"] - 1, 5),
+        "rank_correlation": round(rank_correlation(full, rungs(config)[0]), 3),
+        "baseline_val_bpb": full_result["baseline_val_bpb"],
+        "seconds": round(seconds, 1),
+        "full_seconds": round(full_seconds, 1),
+        "overhead_s": round(statistics.median(beyond), 2),
+        "overhead_most_s": round(max(beyond), 2),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
+    parser.add_argument("--folder", type=Path, help="for the sweeps, which stay there")
+    parser.add_argument("keys", nargs="*", help="section.field=value")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="gptray-tune-") as name:
+        storage = (options.folder or Path(name)).resolve()
+        print(json.dumps([compare(storage, options, seed) for seed in options.seeds]))
     return 0
 
 

@@ -247,14 +247,14 @@ class TuneConfig(Section):
         "bring nodes (TuneConfig)",
     )
     grace_period: PositiveInt = Field(
-        1, description="evaluations before a trial may be stopped (ASHAScheduler)"
+        1, description="evaluations before the first rung, where trials are compared (ASHA)"
     )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
-        3, description="the best 1 in this many trials survives a rung (ASHAScheduler)"
+        3,
+        description="the best 1 in this many trials goes on from a rung, at once or later; the "
+        "next rung is at this many times the steps (ASHA)",
     )
-    brackets: PositiveInt = Field(
-        1, description="groups of trials, each with a later first rung (ASHAScheduler)"
-    )
+    brackets: PositiveInt = Field(1, description="groups of trials, each with a later first rung")
 
     @model_validator(mode="after")
     def _optuna_has_no_grid(self) -> TuneConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, model_validator
 
@@ -47,7 +47,7 @@ class ChatRequest(GenerationRequest):
         return self.max_tokens
 
     @property
-    def writing(self) -> dict[str, object]:
+    def writing(self) -> dict[str, Any]:
         """How the template writes it: options of `ChatTemplate.write`."""
         return {
             "add_generation_prompt": self.add_generation_prompt,

@@ -22,6 +22,7 @@ from tensorboardX.summary import scalar
 
 from gptray.config import load_config
 from gptray.files import replacing, storing
+from gptray.record import METRICS
 from gptray.training.board import VERSION, record
 from gptray.tuning.levels import Space, value_text
 from gptray.tuning.sweep_record import Trial, load_trials, trial_dir
@@ -32,7 +33,7 @@ START, END = "events.out.tfevents.0000000001.hparams", "events.out.tfevents.0000
 
 
 def write_hparams(folder: Path) -> None:
-    """Write what is missing of a sweep's HParams; an end, again, where a trial has been retried."""
+    """Write what is missing of a sweep's HParams; an end, again, where a trial has gone on."""
     space = Space.of(load_config(str(folder / "config.yaml"), []))
     for trial in load_trials(folder):
         if not trial.started:
@@ -40,10 +41,11 @@ def write_hparams(folder: Path) -> None:
         session = trial_dir(folder, trial.name) / "tensorboard" / trial.name
         values = {**space.values(trial), **trial.values}
         _write(session / START, _summary("session_start_info", session_start_info=_start(values)))
+        rows = trial_dir(folder, trial.name) / METRICS
+        if not trial.outcome or _is_newer(rows, session / END):
+            (session / END).unlink(missing_ok=True)
         if trial.outcome:
             _write(session / END, *_end(trial))
-        else:
-            (session / END).unlink(missing_ok=True)
 
 
 def _start(values: Mapping[str, object]) -> SessionStartInfo:
@@ -76,6 +78,10 @@ def _summary(tag: str, **content: object) -> Summary:
     plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN, content=data)
     value = Summary.Value(tag=f"_hparams_/{tag}", metadata=SummaryMetadata(plugin_data=plugin))
     return Summary(value=[value])
+
+
+def _is_newer(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and path.stat().st_mtime >= other.stat().st_mtime
 
 
 def _write(path: Path, *summaries: Summary) -> None:

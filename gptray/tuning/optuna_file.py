@@ -31,9 +31,10 @@ Json: TypeAlias = "str | int | float | bool | None | Sequence[Json] | Mapping[st
 def write_optuna_file(folder: Path) -> Path:
     """Bring `optuna.log` of a sweep's folder up to date; return its path.
 
-    Its objective is the lowest validation loss in bits per byte; a trial that is cut is pruned, and
-    one that is run again after a failure is a new one. Evaluations are there once a trial is over:
-    so lines are only ever added, and a dashboard that is open follows.
+    Its objective is the lowest validation loss in bits per byte; a trial that is stopped at a rung
+    is pruned once the sweep is over, and one that is run again after a failure is a new one.
+    Evaluations are there once a trial is over: so lines are only ever added, and a dashboard that
+    is open follows.
     """
     path = folder / OPTUNA
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in _lines(folder))
@@ -60,15 +61,24 @@ def _lines(folder: Path) -> Iterator[dict[str, Json]]:
     yield _line(_STUDY_SYSTEM, study_id=0, system_attr={"study:metric_names": ["val_bpb"]})
     numbers: dict[str, int] = {}
     count = 0
+    stopped: dict[str, TrialEvent] = {}  # those that may be promoted
     for event in trial_events(folder):
+        if event["event"] == "winner":
+            for name, end in stopped.items():
+                yield from _ended(numbers[name], trials[name], end)
+            stopped.clear()
+            continue
         trial = trials.get(event.get("trial", ""))
         if trial is None:
             continue
-        if event["event"] in ("planned", "retried"):
+        is_back = event["event"] == "promoted" and not stopped.pop(trial.name, None)
+        if is_back or event["event"] in ("planned", "retried"):
             numbers[trial.name], count = count, count + 1
             yield _created(trial, space.values(trial), distributions)
         elif event["event"] == "started":
             yield _state(numbers[trial.name], _RUNNING, datetime_start=_time(event))
+        elif event.get("outcome") == "stopped":
+            stopped[trial.name] = event
         elif event["event"] == "ended":
             yield from _ended(numbers[trial.name], trial, event)
 

@@ -20,8 +20,8 @@ from gptray.files import append, storing
 from gptray.record import MetricsRow, RowFields, read_events, read_metrics, read_rows
 
 TRIALS = "trials.jsonl"
-# How a trial ends: at max_steps, by its own early stopping, cut at a rung, with a number that is
-# not finite, with an exception.
+# How a trial ends: at max_steps, by its own early stopping, at a rung unless it is promoted, with a
+# number that is not finite, with an exception.
 OUTCOMES = ("finished", "patience", "stopped", "diverged", "failed")
 # Of a trial that has not ended, and of one that has.
 STATES = ("waiting", "running", *OUTCOMES)
@@ -31,6 +31,7 @@ _FIELDS: RowFields = {
     "planned": {"trial": str, "values": dict, "max_steps": int},
     "started": {"trial": str},
     "ended": {"trial": str, "outcome": str, "step": int},
+    "promoted": {"trial": str},
     "retried": {"trial": str},
     "winner": {"trial": str},
 }
@@ -129,13 +130,14 @@ def trial_events(folder: Path) -> list[TrialEvent]:
 
 
 def rungs(config: Config) -> list[int]:
-    """The steps at which ASHA compares trials and stops the worse ones, rising, below max_steps.
+    """The steps at which trials are compared and the worse ones wait, rising, below max_steps.
 
-    Of the first bracket; a later bracket leaves out the first ones.
+    Where they land, it is before that. Of the first bracket; a later one leaves out the first ones.
     """
+    end = config.stable_steps + 1 if config.optim.lands else config.train.max_steps
     step = config.tune.grace_period * config.train.eval_interval
     found = []
-    while step < config.train.max_steps:
+    while step < end:
         found.append(step)
         step *= config.tune.reduction_factor
     return found
@@ -179,7 +181,7 @@ def load_trials(folder: Path) -> list[Trial]:
             continue
         events = by_trial.setdefault(event["trial"], {})
         events[event["event"]] = event
-        if event["event"] == "retried":
+        if event["event"] in ("promoted", "retried"):
             events.pop("ended", None)
     return [_trial(folder, events) for events in by_trial.values() if "planned" in events]
 
@@ -252,6 +254,10 @@ class Record:
         assert outcome in OUTCOMES, outcome
         more = {"passing": True} if passing else {}
         self._write("ended", trial=trial, outcome=outcome, step=step, message=message, **more)
+
+    def promoted(self, trial: str) -> None:
+        """The trial, which was stopped at a rung, goes on from there."""
+        self._write("promoted", trial=trial)
 
     def retried(self, trial: str) -> None:
         """The trial, which had failed, is to run again from its checkpoints."""

@@ -74,9 +74,8 @@ class TextShares:
         own = _key(_settings(bare, sweep, {}))
         found: dict[str, Recipe] = {_key(one.values): one for one in _recipes(bare, sweep)}
         able = [one for one in found.values() if len(one.losses) >= ENOUGH_SHARES]
-        if found.get(own) in able:
-            plain = found[own]
-        else:
+        plain = found.get(own)
+        if plain not in able:
             plain = max(able, key=lambda one: len(one.losses), default=None)
         if plain is None:
             return cls(None, ())

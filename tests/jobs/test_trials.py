@@ -1,4 +1,4 @@
-"""Who is cut at a rung, also after a restart; what Optuna is told; how a machine is shared out."""
+"""What Tune is told at a rung, and Optuna of trials; how a machine is shared out among them."""
 
 from __future__ import annotations
 
@@ -16,96 +16,9 @@ from gptray.jobs.tune.rungs import Rungs
 from gptray.jobs.tune.suggestions import Suggestions
 from gptray.jobs.tune.task import TrialTask
 from gptray.jobs.tune.worker import run_trial
-from gptray.record import METRICS, MetricsRow
-from gptray.tuning.sweep_record import Record, Trial, load_trials, trial_dir
-from gptray.tuning.trial_plan import Planned
-
-# Rungs at steps 10 and 30.
-CONFIG = override(
-    Config(), {"train.max_steps": 60, "train.eval_interval": 5, "tune.grace_period": 2}
-)
-
-
-def past(
-    name: str, *scores: float, outcome: str | None = "finished", of: str | None = None
-) -> Trial:
-    rows: list[MetricsRow] = [
-        {"step": 5 * n, "val_bpb": score} for n, score in enumerate(scores, start=1)
-    ]
-    return Trial(name, {}, 60, of, outcome, True, 5 * len(rows), None, rows)
-
-
-def live(rungs: Rungs, name: str, *, is_cut: bool = True) -> SimpleNamespace:
-    run = TrainTask(CONFIG, Path(), Path(), threads=1)
-    task = TrialTask(name, run, is_cut, reserved={})
-    trial = SimpleNamespace(trial_id=f"ray-{name}", config={"task": task})
-    rungs.on_trial_add(None, trial)
-    return trial
-
-
-def decisions(rungs: Rungs, trial: Any, *scores: float, since: int = 0) -> list[str]:
-    rows = [{"step": since + 5 * n, "val_bpb": score} for n, score in enumerate(scores, start=1)]
-    return [rungs.on_trial_result(None, trial, row) for row in rows]
-
-
-ENDED = [past("0000", 3.0, 2.0, 2.0), past("0001", 3.0, 2.2, outcome="stopped"), past("0002", 9.0)]
-
-
-def test_a_new_trial_is_compared_with_what_ended_before_the_start() -> None:
-    rungs = Rungs(CONFIG, ENDED)
-    assert decisions(rungs, live(rungs, "0003"), 9.0, 1.9) == ["CONTINUE", "CONTINUE"]
-    assert decisions(rungs, live(rungs, "0004"), 1.0, 2.1) == ["CONTINUE", "STOP"]
-    alone = Rungs(CONFIG, [])
-    assert decisions(alone, live(alone, "0003"), 9.0, 9.0, 9.0) == ["CONTINUE"] * 3
-
-
-def test_a_trial_that_goes_on_is_not_judged_again_at_a_rung_behind_it() -> None:
-    rungs = Rungs(CONFIG, [*ENDED, past("0003", 3.0, 8.0, 7.0, outcome=None)])
-    trial = live(rungs, "0003")
-    assert decisions(rungs, trial, 7.0, 7.0, since=15) == ["CONTINUE", "CONTINUE"]
-    # And what it had at that rung counts for others: 1.9 is among the best third of four.
-    assert decisions(rungs, live(rungs, "0004"), 9.0, 1.9) == ["CONTINUE", "CONTINUE"]
-
-
-@pytest.mark.parametrize(
-    ("name", "scores", "step"),
-    [
-        ("0003", (9.0, 3.0), 10),  # reported to a rung at 10, and worse than the third that stays
-        ("0003", (9.0, 1.9), None),
-        ("0003", (9.0, 3.0, 3.0), None),  # it was let past the rung
-        ("0003", (9.0,), None),
-        ("0003", (9.0,) * 12, None),  # at its end
-        ("0004", (9.0, 3.0), None),  # has no past
-    ],
-)
-def test_a_trial_whose_cut_a_kill_came_before_is_not_run_on(
-    name: str, scores: tuple[float, ...], step: int | None
-) -> None:
-    rungs = Rungs(CONFIG, [*ENDED, past("0003", *scores, outcome=None)])
-    assert rungs.cut_before(Planned(name, {}, CONFIG)) == step
-    assert rungs.cut_before(Planned(name, {}, CONFIG)) == step  # to ask changes nothing
-
-
-def test_the_last_step_and_repetitions_are_not_cut() -> None:
-    rungs = Rungs(CONFIG, [past("0000", *[1.0] * 12), past("0001", 0.1, 0.1, of="0000")])
-    assert decisions(rungs, live(rungs, "0002", is_cut=False), *[9.0] * 12) == ["CONTINUE"] * 12
-    trial = live(rungs, "0003")
-    assert decisions(rungs, trial, 9.0, since=55) == ["CONTINUE"]
-    # The repetition's 0.1 is on no rung.
-    assert decisions(rungs, live(rungs, "0004"), 9.0, 0.9) == ["CONTINUE", "CONTINUE"]
-
-
-def test_a_trial_stays_in_its_bracket() -> None:
-    config = override(CONFIG, {"tune.brackets": 2})
-    cut = []
-    for number in range(20):
-        rungs = Rungs(config, [past("best", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)])
-        again = Rungs(config, [past("best", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)])
-        name = f"{number:04d}"
-        first = decisions(rungs, live(rungs, name), *[9.0] * 7)
-        assert first == decisions(again, live(again, name), *[9.0] * 7)
-        cut.append(first.index("STOP") if "STOP" in first else None)
-    assert len(set(cut)) > 1
+from gptray.record import METRICS
+from gptray.tuning.halving import Halving
+from gptray.tuning.sweep_record import Record, load_trials, trial_dir
 
 
 @pytest.fixture
@@ -144,6 +57,7 @@ def test_optuna_suggests_what_goes_together_and_learns_on(
     while following := suggestions.suggest():
         planned.append(following)
         finish(following.name, suggestions, record)
+    suggestions.over(planned[-1].name)  # it has gone on from a rung, and ended again
     trials = load_trials(tmp_path)
     assert (
         len(trials) == 10 and [(one.values, one.point) for one in trials][: len(before)] == before
@@ -190,8 +104,25 @@ def test_trials_share_two_cores_out(
     assert (number, reserved["CPU"]) == expected
 
 
+def test_tune_stops_what_waits_at_a_rung_but_no_repetition() -> None:
+    config = override(Config(), {"train.max_steps": 60, "train.eval_interval": 10})
+    rungs = Rungs(Halving(config))  # at steps 10 and 30
+
+    def decision(name: str, row: dict[str, object], *, is_cut: bool = True) -> str:
+        run = TrainTask(config, Path(), Path(), threads=1)
+        trial = SimpleNamespace(config={"task": TrialTask(name, run, is_cut, reserved={})})
+        return rungs.on_trial_result(None, trial, row)
+
+    assert decision("0000", {"step": 5, "train_loss": 1.0}) == "CONTINUE"
+    assert decision("0000", {"step": 10, "val_bpb": 2.0}) == "STOP"
+    assert decision("0001", {"step": 10, "val_bpb": 3.0}) == "STOP"
+    assert decision("0002", {"step": 10, "val_bpb": 1.0}) == "CONTINUE"
+    assert decision("0003", {"step": 10, "val_bpb": 9.0}, is_cut=False) == "CONTINUE"
+    assert decision("0002", {"outcome": "finished", "last_step": 60}) == "CONTINUE"
+
+
 def test_a_trial_whose_text_is_gone_may_run_again(tmp_path: Path) -> None:
-    run = TrainTask(CONFIG, tmp_path / "gone", tmp_path, threads=1)
+    run = TrainTask(Config(), tmp_path / "gone", tmp_path, threads=1)
     result = run_trial(TrialTask("0000", run, is_cut=True, reserved={}))
     assert (result["outcome"], result["passing"]) == ("failed", True)
     assert "manifest.json cannot be read" in str(result["message"])

@@ -28,7 +28,7 @@ SECTION = "What more text would bring"
 def by_text(values: Values) -> float:
     """0.15 bits per byte for each doubling; token replacement takes 0.12 off."""
     share, replaced = values.get("data.fraction", 1.0), values.get("data.token_replacement", 0.0)
-    return 2.6 - 0.15 * math.log2(share) - 1.2 * replaced
+    return float(2.6 - 0.15 * math.log2(share) - 1.2 * replaced)
 
 
 def page_of(
@@ -40,7 +40,7 @@ def page_of(
     config = sweep_config(space, "tune.num_samples=1", "tune.baseline=false", "seed=1")
     made = []
     for number, values in enumerate(draw(read_space(config.tune.space, Config), 1, seed=1)):
-        level = loss(values) + 0.01 * (values.get("seed", 2) - 2)
+        level = loss(values) + 0.01 * (int(str(values.get("seed", 2))) - 2)
         made.append(Made(f"{number:04d}", values, [(level, 0.1)] * 12, outcome))
     return Page(write_sweep_report(write_sweep(folder, config, made), running=True))
 

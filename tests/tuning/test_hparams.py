@@ -12,7 +12,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from gptray.tuning.hparams import write_hparams
 from gptray.tuning.sweep_record import Record
-from tests.tuning.sweeps import Made, sweep_config, write_sweep
+from tests.tuning.sweeps import Made, sweep_config, write_metrics, write_sweep
 
 SPACE: list[dict[str, Any]] = [
     {"path": "model.dropout", "uniform": [0.05, 0.3]},
@@ -84,6 +84,17 @@ def test_nothing_is_told_twice_and_a_retried_trial_ends_anew(folder: Path) -> No
     write_hparams(folder)
     (_, end), scalars = session(folder, "0001")
     assert end.session_end_info.status == 1 and scalars["best_bpb"] == 2.25
+
+
+def test_a_trial_that_went_on_from_a_rung_has_its_last_end(folder: Path) -> None:
+    record = Record(folder)
+    record.ended("0001", "stopped", step=30)
+    write_hparams(folder)
+    record.promoted("0001")
+    write_metrics(folder, sweep_config(SPACE), Made("0001", VALUES, [*CURVE, (2.0, 0.5)]))
+    record.ended("0001", "finished", step=40)
+    write_hparams(folder)
+    assert session(folder, "0001")[1]["best_bpb"] == 2.0
 
 
 def test_tensorboard_lists_the_sessions(folder: Path) -> None:

@@ -57,8 +57,8 @@ def test_every_trial_has_its_settings_curve_and_end(tmp_path: Path) -> None:
         Made("0005", {**VALUES, "seed": 7}, CURVE, "patience", replicate_of="0001"),
         Made("0006", VALUES, [], "failed", "no room"),
     ]
-    path = write_optuna_file(write_sweep(tmp_path / "sweep", sweep_config(SPACE), made))
-    trials = studied(path)
+    folder = write_sweep(tmp_path / "sweep", sweep_config(SPACE), made, winner="0000")
+    trials = studied(write_optuna_file(folder))
     assert [trial.state for trial in trials] == [
         TrialState.COMPLETE,
         TrialState.PRUNED,
@@ -99,6 +99,26 @@ def test_lines_are_only_added_while_the_sweep_goes_on(tmp_path: Path) -> None:
     states = [trial.state for trial in follower.get_all_trials(0)]
     assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
     assert follower.get_all_trials(0)[1].intermediate_values == {10: 2.5}
+
+
+def test_a_trial_that_waits_at_a_rung_is_pruned_when_the_sweep_is_over(tmp_path: Path) -> None:
+    made = [Made(f"{n:04d}", VALUES, CURVE[:1], "stopped") for n in range(2)]
+    folder = write_sweep(tmp_path / "sweep", config := sweep_config(SPACE), made)
+    path = write_optuna_file(folder)
+    before = path.read_bytes()
+    assert [trial.state for trial in studied(path)] == [TrialState.RUNNING] * 2
+    record = Record(folder)
+    record.promoted("0000")
+    record.started("0000")
+    write_metrics(folder, config, Made("0000", VALUES, CURVE))
+    record.ended("0000", "finished", step=30)
+    record.winner("0000")
+    assert write_optuna_file(folder).read_bytes().startswith(before)
+    assert [trial.state for trial in studied(path)] == [TrialState.COMPLETE, TrialState.PRUNED]
+    record.reopened()  # more samples, and what was pruned is promoted
+    record.promoted("0001")
+    assert write_optuna_file(folder).read_bytes().startswith(before)
+    assert [trial.state for trial in studied(path)][2:] == [TrialState.WAITING]
 
 
 def test_a_file_that_is_something_else_is_written_anew(tmp_path: Path) -> None:

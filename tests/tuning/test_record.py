@@ -80,6 +80,18 @@ def test_a_trial_that_is_retried_waits_again(folder: Path) -> None:
     assert (trial.outcome, trial.step) == ("finished", 40)
 
 
+def test_a_trial_that_is_promoted_goes_on(folder: Path) -> None:
+    record = Record(folder)
+    record.planned("0000", {}, max_steps=40)
+    record.started("0000")
+    record.ended("0000", "stopped", step=10)
+    record.promoted("0000")
+    (trial,) = load_sweep(folder).trials
+    assert (trial.outcome, trial.state) == (None, "running")
+    record.ended("0000", "finished", step=40)
+    assert [one.outcome for one in load_sweep(folder).trials] == ["finished"]
+
+
 def test_a_record_without_room_says_so_and_keeps_whole_lines(folder: Path) -> None:
     record = Record(folder)
     record.planned("0000", {}, max_steps=40)
@@ -98,3 +110,6 @@ def test_rungs_rise_by_the_factor_and_stay_below_the_end() -> None:
     assert rungs(override(Config(), keys)) == [40, 120]
     assert rungs(override(Config(), {**keys, "tune.reduction_factor": 2})) == [40, 80, 160, 320]
     assert rungs(override(Config(), {**keys, "tune.grace_period": 18})) == []
+    landing = {**keys, "optim.schedule": "wsd", "tune.grace_period": 5}  # from step 300 on
+    assert rungs(override(Config(), landing)) == [100, 300]
+    assert rungs(override(Config(), {**landing, "tune.grace_period": 16})) == []

@@ -15,11 +15,11 @@ SHARES = (0.125, 0.25, 0.5, 1.0)
 
 
 def line(share: float) -> float:
-    return 2.7 - 0.15 * math.log2(share)
+    return float(2.7 - 0.15 * math.log2(share))
 
 
 def power_law(share: float) -> float:
-    return 2.4 + 0.05 * share**-1.2
+    return float(2.4 + 0.05 * share**-1.2)
 
 
 def runs(law: Law, share: float, rng: random.Random, noise: float = 0.01) -> list[float]:

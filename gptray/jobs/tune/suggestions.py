@@ -75,8 +75,10 @@ class Suggestions:
         """Tell Optuna what a trial has come to."""
         (trial,) = (one for one in load_trials(self._folder) if one.name == name)
         if name not in self._asked:
-            self._tell_again(trial)
-        elif trial.best:
+            self._tell_again(trial)  # also what has gone on from a rung
+            return
+        self._asked.remove(name)
+        if trial.best:
             self._search.on_trial_complete(name, {METRIC: score(trial)})
         else:
             self._search.on_trial_complete(name, error=True)

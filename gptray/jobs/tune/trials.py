@@ -1,8 +1,7 @@
-"""A sweep's trials on Ray Tune: which comes next, which is cut at a rung, what the record says.
+"""A sweep's trials on Ray Tune: those of a queue, stopped at rungs, their ends told to the queue.
 
-Tune's own state is pickled and would not rebuild ASHA's rungs, so nothing of it is ever loaded:
-each start is a new experiment of what is still to do, in a scratch folder, and the rungs are filled
-anew from what the trials have measured.
+Tune's own state is pickled, so nothing of it is ever loaded: each start is a new experiment of what
+is still to do, in a scratch folder. A trial that is promoted from a rung is a new one to Tune, too.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from gptray.config import Config, RunFailed
 from gptray.files import storing
 from gptray.jobs.tune.rungs import Rungs, name_of
 from gptray.jobs.tune.task import TrialTask
-from gptray.tuning.sweep_record import Trial
+from gptray.tuning.halving import Halving
 from gptray.tuning.trial_plan import Planned
 
 TUNE_ENV = {
@@ -46,6 +45,9 @@ class Queue(Protocol):
 
     is_over: bool
     failure: RunFailed | None
+    halving: Halving
+    at_once: int
+    reserved: dict[str, float]
 
     def next(self) -> Planned | None:
         """The next trial; None while that depends on running ones, or when `is_over`."""
@@ -62,26 +64,16 @@ class Queue(Protocol):
         """A trial has come to an end; `passing`: it failed for a reason that may pass."""
 
 
-def run_trials(
-    config: Config,
-    folder: Path,
-    queue: Queue,
-    past: Sequence[Trial],
-    *,
-    at_once: int,
-    reserved: dict[str, float],
-) -> None:
+def run_trials(config: Config, folder: Path, queue: Queue) -> None:
     """Run the queue's trials, `at_once` at a time, each worker with what is `reserved`.
-
-    past: all trials so far, with what they have measured.
 
     A RunFailed of the queue's is put into its `failure`, and all trials are stopped.
     """
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
-    is_here, rungs = config.compute.num_workers == 1, Rungs(config, past)
+    is_here = config.compute.num_workers == 1
     # A trial of several workers only waits for them; Tune refuses a trial that needs nothing.
-    bundle = reserved if is_here else {"memory": 64.0 * 2**20}
+    bundle = queue.reserved if is_here else {"memory": 64.0 * 2**20}
     labels = [config.compute.selector] if config.compute.selector else None
     resources = ray.tune.PlacementGroupFactory([bundle], bundle_label_selector=labels)
     with storing(folder), _scratch(folder) as scratch, _quiet():
@@ -89,9 +81,9 @@ def run_trials(
             ray.tune.with_resources(_run_trial, resources),
             tune_config=ray.tune.TuneConfig(
                 num_samples=-1,
-                max_concurrent_trials=at_once,
-                search_alg=_Searcher(queue, rungs),
-                scheduler=rungs,
+                max_concurrent_trials=queue.at_once,
+                search_alg=_Searcher(queue),
+                scheduler=Rungs(queue.halving),
                 # The workers of a trial that is cut end with the actor that waits for them.
                 reuse_actors=is_here,
                 trial_name_creator=name_of,
@@ -142,20 +134,17 @@ def _quiet() -> Iterator[None]:
 class _Searcher(Searcher):  # type: ignore[misc]
     """Gives Tune the queue's trials in their order."""
 
-    def __init__(self, queue: Queue, rungs: Rungs) -> None:
+    def __init__(self, queue: Queue) -> None:
         super().__init__()
-        self._queue, self._rungs = queue, rungs
+        self._queue = queue
 
     def set_search_properties(self, *args: Any, **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         with _kept(self._queue):
-            while planned := self._queue.next():
-                step = self._rungs.cut_before(planned)
-                if step is None:
-                    return {"task": self._queue.task(planned)}
-                self._queue.ended(planned.name, "stopped", step=step, message=None, passing=False)
+            if planned := self._queue.next():
+                return {"task": self._queue.task(planned)}
         is_over = self._queue.is_over or self._queue.failure
         return str(Searcher.FINISHED) if is_over else None
 

@@ -52,8 +52,8 @@ class _Watch:
         trials = load_trials(self._folder)
         for trial in trials:
             if trial.outcome and trial.name not in self._told:
-                self._told.add(trial.name)
                 log.info("%s", self._line(trial, trials))
+        self._told = {trial.name for trial in trials if trial.outcome}
         self._export(trials)
         if self._live:
             self._live.update(self._table(trials), refresh=True)
@@ -174,5 +174,5 @@ def _steps(trials: Sequence[Trial]) -> int:
 def _state(trial: Trial) -> str:
     if trial.outcome is None:
         return "runs" if trial.started else "waits"
-    words = {"patience": "stopped by patience", "stopped": "cut"}
+    words = {"patience": "stopped by patience", "stopped": "stopped at a rung"}
     return words.get(trial.outcome, trial.outcome)

@@ -1,0 +1,168 @@
+"""The trials of a sweep that runs: which comes next, what its process is given, how it ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptray.config import RunFailed, override
+from gptray.data.tokens import TokenData
+from gptray.files import storing
+from gptray.jobs.origin import Origin
+from gptray.jobs.own_ray import is_own_ray
+from gptray.jobs.resources import trial_resources
+from gptray.jobs.resuming import save_config
+from gptray.jobs.run_folder import seen_at
+from gptray.jobs.train.task import TrainTask
+from gptray.jobs.tune.check import CheckedSweep
+from gptray.jobs.tune.start import failed_trials
+from gptray.jobs.tune.task import TrialTask
+from gptray.tuning.halving import Halving
+from gptray.tuning.sweep_record import Record, Trial, load_trials, trial_dir
+from gptray.tuning.trial_plan import Planned, plan_trial, replicates, text_key
+
+if TYPE_CHECKING:
+    from gptray.jobs.tune.suggestions import Suggestions
+
+
+class SweepQueue:
+    """The trials of a sweep whose texts are prepared, for `gptray.jobs.tune.trials` to run."""
+
+    def __init__(
+        self,
+        checked: CheckedSweep,
+        record: Record,
+        texts: Mapping[str, TokenData],
+        also: Mapping[str, Mapping[str, Path]],
+        publish: Callable[[], None],
+        origin: Origin | None,
+    ) -> None:
+        """Write the planned trials down, and put those first that an earlier start had begun."""
+        self._config, self._folder, self._checked = checked.config, checked.folder, checked
+        self._record, self._publish, self._origin = record, publish, origin
+        self.at_once, self.reserved = trial_resources(
+            checked.config.compute,
+            trials=checked.num_trials,
+            at_once=checked.config.tune.max_concurrent_trials,
+        )
+        self._texts, self._also = texts, also
+        self._suggestions: Suggestions | None = None
+        self.is_over = False
+        self.failure: RunFailed | None = None
+        self._write_down(checked.trials)
+        if self._config.tune.search_alg == "optuna":
+            from gptray.jobs.tune.suggestions import Suggestions
+
+            self._suggestions = Suggestions(
+                self._config, self._folder, record, num_trials=checked.num_trials
+            )
+        past = load_trials(self._folder)
+        self.halving = Halving(self._config, past)
+        # Stopped at a rung, from which they may go on. A kill may have come before that was told.
+        self._stopped = {trial.name for trial in past if trial.outcome == "stopped"}
+        for trial in past:
+            if trial.outcome is None and self.halving.waits(trial.name):
+                self.ended(trial.name, "stopped", step=trial.step)
+        waiting = [trial for trial in load_trials(self._folder) if not trial.outcome]
+        waiting.sort(key=lambda trial: not trial.started)
+        self._waiting = deque(self._planned(trial) for trial in waiting)
+
+    def next(self) -> Planned | None:
+        """The next trial to run; None while that depends on running ones, or when `is_over`."""
+        if self.failure:
+            self.is_over = True
+            return None
+        if promoted := self._promoted():
+            return promoted
+        if not self._waiting and self._suggestions:
+            suggested = self._suggestions.suggest()
+            self._waiting.extend([suggested] if suggested else [])
+        return self._waiting.popleft() if self._waiting else self._at_the_end()
+
+    def _at_the_end(self) -> Planned | None:
+        """What is to run once there are no more trials: the best of each rung, repetitions."""
+        trials = load_trials(self._folder)
+        if any(trial.outcome is None for trial in trials):
+            return None
+        # The best are known once those have run again that failed for a passing reason.
+        if not failed_trials(self._config, self._folder):
+            if promoted := self._promoted(last=True):
+                return promoted
+            repeated = replicates(self._config, seen_at(self._config), trials)
+            self._waiting.extend(self._write_down(repeated))
+        self.is_over = not self._waiting
+        return self._waiting.popleft() if self._waiting else None
+
+    def _promoted(self, *, last: bool = False) -> Planned | None:
+        """A trial that was stopped at a rung and goes on from there, written down."""
+        name = self.halving.promote(self._stopped, last=last)
+        if name is None:
+            return None
+        self._stopped.remove(name)
+        self._record.promoted(name)
+        (trial,) = (one for one in load_trials(self._folder) if one.name == name)
+        return self._planned(trial)
+
+    def started(self, name: str) -> None:
+        """A trial's process has begun with it."""
+        self._record.started(name)
+
+    def ended(
+        self,
+        name: str,
+        outcome: str,
+        *,
+        step: int,
+        message: str | None = None,
+        passing: bool = False,
+    ) -> None:
+        """A trial has come to an end, or waits at a rung."""
+        self._record.ended(name, outcome, step=step, message=message, passing=passing)
+        if outcome == "stopped":
+            self._stopped.add(name)
+        self._publish()
+        if self._suggestions:
+            self._suggestions.over(name)
+
+    def _write_down(self, trials: Sequence[Planned]) -> list[Planned]:
+        """Put those into the record that are not there; return them."""
+        known = {trial.name for trial in load_trials(self._folder)}
+        new = [planned for planned in trials if planned.name not in known]
+        for planned in new:
+            self._record.planned(
+                planned.name,
+                planned.values,
+                max_steps=planned.config.train.max_steps,
+                replicate_of=planned.replicate_of,
+            )
+        return new
+
+    def _planned(self, trial: Trial) -> Planned:
+        planned = plan_trial(self._config, seen_at(self._config), trial.name, trial.values)
+        return replace(planned, replicate_of=trial.replicate_of)
+
+    def task(self, planned: Planned) -> TrialTask:
+        """What a trial's process is given; makes its run folder."""
+        config, cores = planned.config, self.reserved["CPU"]
+        if cores.is_integer():
+            # Sums over threads depend on their number, so a trial's config names it.
+            config = override(config, {"compute.cpus_per_worker": int(cores)})
+        folder = trial_dir(self._folder, planned.name)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder)
+        text = text_key(planned.config)
+        run = TrainTask(
+            config,
+            self._texts[text].data_dir,
+            folder,
+            threads=max(1, int(cores)),
+            may_lose_nodes=not is_own_ray(),
+            origin=self._origin,
+            also=self._also[text],
+        )
+        is_cut = planned.replicate_of is None
+        return TrialTask(planned.name, run, is_cut, self.reserved)

@@ -1,0 +1,91 @@
+"""Successive halving by promotion: which trials of a sweep wait at a rung, and which go on.
+
+It is ASHA as published (Li et al. 2018, arXiv 1810.05934, algorithm 2): a trial waits at each rung
+until it is among the best 1 in `reduction_factor` of those that have come there, be it at once or
+once more have come. A function of what trials have measured, so a sweep that was killed knows it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gptray.config import Config
+from gptray.record import MetricsRow
+from gptray.tuning.sweep_record import Trial, rungs
+
+
+@dataclass
+class _Rung:
+    """Trials that have come to a step: at which evaluation, and their score there."""
+
+    step: int
+    came: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
+
+    def promotable(self, one_in: int, *, at_least: int = 0) -> list[str]:
+        """The best of the trials here, without those that have left."""
+        number = max(at_least, len(self.scores) // one_in)
+        order = sorted(self.scores, key=lambda name: (self.scores[name], name))
+        return [name for name in order[:number] if name not in self.left]
+
+
+class Halving:
+    """The rungs of a sweep, filled by what its trials report."""
+
+    def __init__(self, config: Config, past: Iterable[Trial] = ()) -> None:
+        """past: trials with what they have measured; repetitions are not compared."""
+        self._seed, self._one_in = config.seed, config.tune.reduction_factor
+        steps = rungs(config)
+        number = min(config.tune.brackets, max(1, len(steps)))
+        # A later bracket leaves out the first rungs.
+        self._brackets = [[_Rung(step) for step in steps[first:]] for first in range(number)]
+        for trial in past:
+            if trial.replicate_of is None:
+                for row in trial.rows:
+                    self._take_in(trial.name, row, max_steps=trial.max_steps)
+
+    def goes_on(self, name: str, row: MetricsRow, *, max_steps: int) -> bool:
+        """Take in a row that a trial reports; whether it is to go on, rather than wait."""
+        self._take_in(name, row, max_steps=max_steps)
+        for rung in self._of(name):
+            if name in rung.promotable(self._one_in):
+                rung.left.add(name)
+        return not self.waits(name)
+
+    def waits(self, name: str) -> bool:
+        """Whether a trial has come to a rung and not left it."""
+        return any(name in rung.came and name not in rung.left for rung in self._of(name))
+
+    def promote(self, waiting: Collection[str], *, last: bool = False) -> str | None:
+        """One of the waiting trials that is to go on, of the highest rung; None if none is.
+
+        last: no trial is to come any more, so the best of each rung goes on, however few there are.
+        """
+        found = [rung for bracket in self._brackets for rung in bracket]
+        for rung in sorted(found, key=lambda rung: -rung.step):
+            for name in rung.promotable(self._one_in, at_least=int(last)):
+                if name in waiting:
+                    rung.left.add(name)
+                    return name
+        return None
+
+    def _take_in(self, name: str, row: MetricsRow, *, max_steps: int) -> None:
+        """A landing cools down, which no other trial at a rung has done: it is not compared."""
+        step, is_compared = row["step"], row.get("phase") != "landing" and "val_bpb" in row
+        reached = [rung for rung in self._of(name) if rung.step <= step]
+        if is_compared and reached and name not in reached[-1].came:
+            reached[-1].came[name], reached[-1].scores[name] = step, row["val_bpb"]
+        for rung in reached:
+            if step >= max_steps or step > rung.came.get(name, step):
+                rung.left.add(name)
+
+    def _of(self, name: str) -> list[_Rung]:
+        """The rungs of a trial's bracket, which stays its own; those with more have more trials."""
+        chances = np.exp([float(len(bracket)) for bracket in self._brackets])
+        rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
+        return self._brackets[rng.choice(len(chances), p=chances / chances.sum())]
