@@ -82,7 +82,7 @@ def rank_correlation(full: list[Trial], rung: int) -> float:
     reached = [trial for trial in full if any(row["step"] >= rung for row in scored(trial))]
     there = [next(row["val_bpb"] for row in scored(one) if row["step"] >= rung) for one in reached]
     ranks = [np.argsort(np.argsort(values)) for values in (there, [score(one) for one in reached])]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
 
 
 def scored(trial: Trial) -> list[MetricsRow]:
