@@ -81,8 +81,11 @@ def rank_correlation(full: list[Trial], rung: int) -> float:
     """Spearman's, of what all trials had at a step and what they came to; ties are none."""
     reached = [trial for trial in full if any(row["step"] >= rung for row in scored(trial))]
     there = [next(row["val_bpb"] for row in scored(one) if row["step"] >= rung) for one in reached]
-    ranks = [np.argsort(np.argsort(values)) for values in (there, [score(one) for one in reached])]
-    return float(np.corrcoef(np.stack(ranks))[0, 1])
+    ranks = [
+        np.argsort(np.argsort(values)).tolist()
+        for values in (there, [score(one) for one in reached])
+    ]
+    return statistics.correlation(*ranks)
 
 
 def scored(trial: Trial) -> list[MetricsRow]:
