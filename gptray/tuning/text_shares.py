@@ -68,6 +68,8 @@ class TextShares:
         if SHARE not in (path for entry in entries_of(sweep.config) for path in entry.paths):
             return None
         bare = override(sweep.config, {"tune.space": []})  # not to be checked with every trial
+        if len({trial.values.get(SHARE, bare.data.fraction) for trial in sweep.trials}) < 2:
+            return None
         own = _key(_settings(bare, sweep, {}))
         found: dict[str, Recipe] = {_key(one.values): one for one in _recipes(bare, sweep)}
         able = [one for one in found.values() if len(one.losses) >= ENOUGH_SHARES]
