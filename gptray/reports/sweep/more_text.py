@@ -33,7 +33,8 @@ def text_lines(found: TextShares) -> _Lines:
             (
                 "Not enough trials",
                 f" to say what more text would bring: it takes {ENOUGH_SHARES} values of {SHARE}, "
-                f"each with {ENOUGH_SEEDS} seeds or more and all other settings the same.",
+                f"each with {ENOUGH_SEEDS} seeds or more, run to their ends, and all other "
+                "settings the same.",
             )
         ]
     curve = found.curve
