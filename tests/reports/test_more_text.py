@@ -86,6 +86,22 @@ def test_settings_that_do_harm_or_nothing_are_told_as_such(tmp_path: Path) -> No
     assert "which cannot be told from nothing" in page.text
 
 
+def test_settings_of_the_smallest_share_are_told_from_nothing_only_if_they_did_more(
+    tmp_path: Path,
+) -> None:
+    def with_lr(change: float) -> Callable[[Values], float]:
+        return lambda values: by_text(values) + change * (values.get("optim.lr") == 1e-3)
+
+    entry = {"path": "optim.lr", "grid": [2e-3, 1e-3], "when": {"data.fraction": 0.125}}
+    for change in (-0.002, 0.002):
+        page = page_of(tmp_path / f"{change}", [FRACTIONS, SEEDS, entry], with_lr(change))
+        assert "which cannot be told from nothing" in page.text and "harm" not in page.text
+    page = page_of(tmp_path / "worse", [FRACTIONS, SEEDS, entry], with_lr(0.1))
+    assert "was worth less than 1.0 times the text, with data.fraction=0.125: it did" in page.text
+    page = page_of(tmp_path / "better", [FRACTIONS, SEEDS, entry], with_lr(-0.1))
+    assert "was worth as much as 1." in page.text
+
+
 def test_nothing_is_said_where_text_did_not_help(tmp_path: Path) -> None:
     page = page_of(tmp_path, [FRACTIONS, SEEDS, MEASURED], lambda values: 2.6)
     assert (
