@@ -111,6 +111,8 @@ def compare(storage: Path, options: argparse.Namespace, seed: int) -> dict[str, 
     """Run a seed's two sweeps; return the figures."""
     keys = [*options.keys, f"seed={seed}"]
     config = load_config(str(options.config), keys)
+    if not rungs(config):
+        raise SystemExit(f"{options.config} has no rungs: lower tune.grace_period")
     evaluations = -(-config.train.max_steps // config.train.eval_interval)
     unstopped = [
         *keys,

@@ -46,7 +46,8 @@ _brought: dict[Path, _Brought] = {}
 def bring_run(config: Config, *, busy: str | None = None) -> None:
     """Make the folder of a resolved config's run equal to its home, if that is an object store.
 
-    The checkpoints of a sweep's trials that have ended stay in the store. busy: as in `held`.
+    The checkpoints of a sweep's trials that have ended stay in the store, but for those that wait
+    at a rung. busy: as in `held`.
 
     Raises:
         UserError: the store cannot be read, or a process here trains the run.
@@ -74,8 +75,8 @@ def _listed(home: RemoteFolder) -> dict[str, StoredFile]:
 
 def _ended(folder: Path) -> set[Path]:
     """The trials of a sweep that are not trained any more. Raises RunFailed."""
-    ended = [one.name for one in load_trials(folder) if one.outcome and not one.passing]
-    return {trial_dir(folder, name) for name in ended}
+    trials = [one for one in load_trials(folder) if one.outcome not in (None, "stopped")]
+    return {trial_dir(folder, one.name) for one in trials if not one.passing}
 
 
 @contextmanager

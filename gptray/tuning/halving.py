@@ -7,6 +7,7 @@ once more have come. A function of what trials have measured, so a sweep that wa
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Halving:
             if trial.replicate_of is None:
                 for row in trial.rows:
                     self._take_in(trial.name, row, max_steps=trial.max_steps)
+                self.ended(trial.name, trial.outcome)
 
     def goes_on(self, name: str, row: MetricsRow, *, max_steps: int) -> bool:
         """Take in a row that a trial reports; whether it is to go on, rather than wait."""
@@ -56,6 +58,16 @@ class Halving:
             if name in rung.promotable(self._one_in):
                 rung.left.add(name)
         return not self.waits(name)
+
+    def ended(self, name: str, outcome: str | None) -> None:
+        """Take in how a trial ended: if it went wrong, its place at each rung is another's."""
+        came = [rung for rung in self._of(name) if name in rung.came]
+        if outcome in ("diverged", "failed"):
+            for rung in came:
+                rung.scores[name] = math.inf
+        elif outcome == "stopped" and came:
+            # Several workers may train some steps further before they are stopped.
+            came[-1].left.discard(name)
 
     def waits(self, name: str) -> bool:
         """Whether a trial has come to a rung and not left it."""

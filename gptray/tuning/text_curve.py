@@ -85,12 +85,13 @@ class TextCurve:
         """What the loss falls towards with endless text, by the power laws alone."""
         is_law = self.exponents > 0
         ratio = (self.shares[0] / self.shares[-1]) ** -self.exponents[is_law]
-        return _interval(self.ends[is_law] - self.drops[is_law] / (ratio - 1))
+        floors = self.ends[is_law] - self.drops[is_law] / (ratio - 1)
+        return _interval(np.maximum(floors, 0))  # no loss is below 0
 
     def at(self, share: float) -> Interval:
         """The mean loss of runs with a share of the text, which may be more than all of it."""
         ramp = _ramp(np.array([share]), self.exponents, self.shares)[:, 0]
-        return _interval(self.ends + self.drops * ramp)
+        return _interval(np.maximum(self.ends + self.drops * ramp, 0))
 
     def needed(self, losses: Sequence[float], *, seed: int = 0) -> Interval:
         """The share of the text that runs of the curve need for the mean of these losses.

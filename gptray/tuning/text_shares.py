@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gptray.config import Config, flatten, override
+from gptray.training.landing import rows_of
 from gptray.tuning.levels import value_text
 from gptray.tuning.sweep_record import Sweep, Trial
 from gptray.tuning.text_curve import ENOUGH_SEEDS, ENOUGH_SHARES, Losses, TextCurve
@@ -20,8 +21,8 @@ SHARE, SEED = "data.fraction", "seed"
 class Recipe:
     """Runs to their own ends that differ in nothing but their share of the text and their seed.
 
-    trials: by share, ascending. cut_off: shares of which a run ended by train.max_steps, so that
-    it may not have got to its lowest loss.
+    trials: by share, ascending. cut_off: shares of which train.max_steps ended a run whose loss may
+    still have been falling.
     """
 
     values: Mapping[str, object]
@@ -38,11 +39,7 @@ class Recipe:
 
     @property
     def cut_off(self) -> list[float]:
-        return [
-            share
-            for share, trials in self.trials.items()
-            if any(trial.outcome == "finished" for trial in trials)
-        ]
+        return [share for share, trials in self.trials.items() if any(map(_is_cut_off, trials))]
 
     def differs(self, other: Recipe) -> str:
         """The settings that it has differently, as on the command line."""
@@ -71,6 +68,8 @@ class TextShares:
         if SHARE not in (path for entry in entries_of(sweep.config) for path in entry.paths):
             return None
         bare = override(sweep.config, {"tune.space": []})  # not to be checked with every trial
+        if len({trial.values.get(SHARE, bare.data.fraction) for trial in sweep.trials}) < 2:
+            return None
         own = _key(_settings(bare, sweep, {}))
         found: dict[str, Recipe] = {_key(one.values): one for one in _recipes(bare, sweep)}
         able = [one for one in found.values() if len(one.losses) >= ENOUGH_SHARES]
@@ -92,6 +91,13 @@ class TextShares:
         """Of the plain recipe, which there must be."""
         assert self.plain
         return TextCurve.fitted(self.plain.losses)
+
+
+def _is_cut_off(trial: Trial) -> bool:
+    """Whether train.max_steps ended it, and its stable part was lowest in its last quarter."""
+    rows = [row for row in rows_of("stable", trial.rows) if "val_bpb" in row]
+    best = min(rows, key=lambda row: row["val_bpb"])
+    return trial.outcome == "finished" and 4 * best["step"] >= 3 * rows[-1]["step"]
 
 
 def _recipes(bare: Config, sweep: Sweep) -> list[Recipe]:

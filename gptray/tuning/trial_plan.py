@@ -24,6 +24,8 @@ FINALISTS = 3
 # Draws that are tried out where the values themselves come later, one after the other.
 REHEARSED = 64
 _SHOWN_PROBLEMS = 12
+# The key of data that leaves text and tokens as they are: it is for batches.
+NOISE = "token_replacement"
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _names(known: Sequence[Trial]) -> Iterator[str]:
 
 def text_key(config: Config) -> str:
     """Equal for configs of a sweep whose text, split and tokens are the same."""
-    return config.data.model_dump_json()
+    return config.data.model_dump_json(exclude={NOISE})
 
 
 def all_texts(config: Config, folder: str, trials: Sequence[Planned]) -> list[Config]:
@@ -95,7 +97,7 @@ def all_texts(config: Config, folder: str, trials: Sequence[Planned]) -> list[Co
 
 
 def _is_of_text(path: str) -> bool:
-    return path.startswith("data.")
+    return path.startswith("data.") and path != f"data.{NOISE}"
 
 
 def _combinations(entries: Sequence[Entry]) -> list[dict[str, object]]:

@@ -133,6 +133,22 @@ def test_a_sweep_resumes_on_another_machine_and_trains_nothing_twice(
     assert (own.storage_path, own.name) == (f"{SWEEP}/trials", "0001")
 
 
+def test_a_trial_that_waits_at_a_rung_may_go_on_on_another_machine(
+    store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sweep_at(source)
+    prepare(config)
+    job(config)
+    checked = check(config)
+    with held(checked.folder), publishing(checked.config, checked.folder, sweep=True) as publish:
+        Record(checked.folder).ended("0000", "stopped", step=6)
+        publish()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))
+    there = check(config).folder
+    assert [*trial_dir(there, "0000").glob("checkpoint_*/manifest.json")]
+    assert not [*trial_dir(there, "0001").glob("checkpoint_*")]
+
+
 @pytest.mark.usefixtures("short_leases")
 def test_another_machine_is_kept_out_of_a_sweep_that_runs(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

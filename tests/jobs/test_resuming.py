@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gptray.config import Config, RunFailed, UserError, load_config
+from gptray.data.tokenizer import char_tokenizer
 from gptray.jobs.resuming import (
     check_free,
     check_resumable,
@@ -21,10 +22,15 @@ from gptray.jobs.run_folder import held, resolve, run_dir
 from gptray.jobs.storage import check_storage
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.jobs.tune.check import how_to_extend
+from gptray.jobs.tune.start import check_trials
 from gptray.record import METRICS, write_event
 from gptray.training.stopping import Progress
 from gptray.training.trainer_state import TrainerState
 from gptray.tuning.sweep_record import Record, crowned_dir, load_sweep, load_trials, trial_dir
+from gptray.tuning.trial_plan import text_key
+from tests.data.prepared import prepared_here
+from tests.tiny import tiny_config, tiny_text
+from tests.training.runs import run
 
 SPACE = "tune.space=[{path: optim.lr, loguniform: [1e-3, 1e-2]}]"
 
@@ -209,6 +215,30 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     assert third.trials[:8] == more.trials and len(third.trials) == 10
     with pytest.raises(UserError, match=r"tune.num_samples=6: .* has drawn 7 already"):
         sweep_of(tmp_path, "tune.num_samples=6")
+
+
+@pytest.mark.parametrize("outcome", ["finished", "stopped", None])
+def test_more_trials_on_a_text_that_has_changed_are_refused(
+    tmp_path: Path, outcome: str | None
+) -> None:
+    text = tiny_text(300)
+    (tmp_path / "text.txt").write_text(text)
+    keys = ("train.max_steps=2", "train.eval_interval=2", f"name=sweep{outcome}", SPACE)
+    checked = check_sweep(tiny_config(tmp_path / "text.txt", tmp_path, *keys))
+    before, now = (
+        prepared_here(tmp_path / name, char_tokenizer(text), train=text, val=val)
+        for name, val in (("before", text[:900]), ("now", text[:600]))
+    )
+    first = checked.trials[0]
+    run(first.config, before, trial_dir(checked.folder, first.name))
+    record = Record(checked.folder)
+    record.planned(first.name, first.values, max_steps=2)
+    if outcome:
+        record.ended(first.name, outcome, step=2)
+    key = text_key(first.config)
+    check_trials(checked, {key: before})
+    with pytest.raises(UserError, match="trial 0000: the text or tokenizer of the run 0000 has ch"):
+        check_trials(checked, {key: now})
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,15 @@ def page_of(
     space: list[dict[str, Any]],
     loss: Callable[[Values], float] = by_text,
     outcome: str = "patience",
+    rise: float = -0.001,
 ) -> Page:
+    """rise: how much the loss of each run rises, or falls, from an evaluation to the next."""
     config = sweep_config(space, "tune.num_samples=1", "tune.baseline=false", "seed=1")
     made = []
     for number, values in enumerate(draw(read_space(config.tune.space, Config), 1, seed=1)):
         level = loss(values) + 0.01 * (int(str(values.get("seed", 2))) - 2)
-        made.append(Made(f"{number:04d}", values, [(level, 0.1)] * 12, outcome))
+        curve = [(level + max(rise * n, -rise * (11 - n)), 0.1) for n in range(12)]
+        made.append(Made(f"{number:04d}", values, curve, outcome))
     return Page(write_sweep_report(write_sweep(folder, config, made), running=True))
 
 
@@ -83,6 +86,22 @@ def test_settings_that_do_harm_or_nothing_are_told_as_such(tmp_path: Path) -> No
     assert "which cannot be told from nothing" in page.text
 
 
+def test_settings_of_the_smallest_share_are_told_from_nothing_only_if_they_did_more(
+    tmp_path: Path,
+) -> None:
+    def with_lr(change: float) -> Callable[[Values], float]:
+        return lambda values: by_text(values) + change * (values.get("optim.lr") == 1e-3)
+
+    entry = {"path": "optim.lr", "grid": [2e-3, 1e-3], "when": {"data.fraction": 0.125}}
+    for change in (-0.002, 0.002):
+        page = page_of(tmp_path / f"{change}", [FRACTIONS, SEEDS, entry], with_lr(change))
+        assert "which cannot be told from nothing" in page.text and "harm" not in page.text
+    page = page_of(tmp_path / "worse", [FRACTIONS, SEEDS, entry], with_lr(0.1))
+    assert "was worth less than 1.0 times the text, with data.fraction=0.125: it did" in page.text
+    page = page_of(tmp_path / "better", [FRACTIONS, SEEDS, entry], with_lr(-0.1))
+    assert "was worth as much as 1." in page.text
+
+
 def test_nothing_is_said_where_text_did_not_help(tmp_path: Path) -> None:
     page = page_of(tmp_path, [FRACTIONS, SEEDS, MEASURED], lambda values: 2.6)
     assert (
@@ -104,6 +123,11 @@ def test_runs_that_were_cut_off_and_runs_of_the_whole_text_are_named(tmp_path: P
     page = page_of(tmp_path, [FRACTIONS, SEEDS, whole], outcome="finished")
     assert "Cut off by train.max_steps: runs with data.fraction=0.125, 0.25, 0.5, 1." in page.text
     assert "data.token_replacement=0.1 were run with data.fraction=1 only" in page.text
+
+
+def test_runs_that_were_lowest_long_before_their_end_were_not_cut_off(tmp_path: Path) -> None:
+    page = page_of(tmp_path, [FRACTIONS, SEEDS], outcome="finished", rise=0.01)
+    assert "Twice the text:" in page.text and "Cut off by" not in page.text
 
 
 def test_a_sweep_of_one_amount_of_text_says_nothing_of_it(tmp_path: Path) -> None:

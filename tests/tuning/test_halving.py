@@ -68,6 +68,26 @@ def test_at_the_end_the_best_of_each_rung_goes_on() -> None:
     assert halving.promote({"0000"}, last=True) is None
 
 
+@pytest.mark.parametrize("outcome", ["diverged", "failed"])
+def test_a_trial_that_goes_wrong_leaves_its_place_to_the_next(outcome: str) -> None:
+    halving = Halving(CONFIG)
+    for name, score in (("0000", 2.0), ("0001", 3.0), ("0002", 4.0)):
+        assert not come(halving, name, score)
+    assert halving.promote({"0000", "0001", "0002"}) == "0000"
+    assert halving.promote({"0001", "0002"}, last=True) is None
+    halving.ended("0000", outcome)
+    assert halving.promote({"0001", "0002"}) == "0001"
+    restarted = Halving(CONFIG, [past("0000", 3.0, 2.0, outcome=outcome), past("0001", 3.0, 3.0)])
+    assert restarted.promote({"0001"}) is None
+    assert restarted.promote({"0001"}, last=True) == "0001"
+
+
+def test_a_trial_whose_workers_ran_past_the_rung_still_waits_after_a_restart() -> None:
+    ahead = past("0000", 3.0, 2.0, 1.9)
+    halving = Halving(CONFIG, [ahead, past("0001", 3.0, 3.0), past("0002", 3.0, 4.0)])
+    assert halving.waits("0000") and halving.promote({"0000", "0001", "0002"}) == "0000"
+
+
 def test_a_landing_the_end_and_repetitions_are_not_compared() -> None:
     repeated = past("0004", 0.1, 0.1, of="0000")
     halving = Halving(CONFIG, [past("0000", 3.0, 3.0), past("0001", 4.0, 4.0), repeated])

@@ -121,6 +121,15 @@ def test_every_text_is_known_before() -> None:
         plan_trials(endless, "/s/a")
 
 
+def test_noise_in_batches_makes_no_text() -> None:
+    noisy = sweep({"path": "data.token_replacement", "uniform": [0.0, 0.2]})
+    trials = plan_trials(noisy, "/s/a")
+    assert len({one.config.data.token_replacement for one in trials}) == len(trials) > 2
+    assert len(all_texts(noisy, "/s/a", trials)) == 1
+    suggested = override(noisy, {"tune.search_alg": "optuna"})
+    assert len(all_texts(suggested, "/s/a", plan_trials(suggested, "/s/a"))) == 1
+
+
 def test_the_best_sound_trial_wins() -> None:
     trials = [
         trial("0000", 3.0, 2.0, 2.5, outcome="patience"),

@@ -68,3 +68,12 @@ def test_runs_that_agree_to_the_last_digit_have_a_curve() -> None:
     assert found.needed([line(0.5)] * 2).middle == pytest.approx(0.5, abs=1e-3)
     level = TextCurve.fitted(dict.fromkeys(SHARES, [2.0, 2.0]))
     assert level.at(2).middle == pytest.approx(2.0)
+
+
+def test_no_loss_to_come_is_below_zero() -> None:
+    steep = TextCurve.fitted({share: [line(share) - 2.5, line(share) - 2.4] for share in SHARES})
+    assert steep.at(16).low == 0 and steep.fall.low > 0
+    rng = random.Random(1)
+    bent = {share: runs(lambda s: 0.05 / s, share, rng, 0.02) for share in SHARES}
+    floor = TextCurve.fitted(bent).floor
+    assert floor.low == 0 < floor.middle < floor.high

@@ -121,6 +121,7 @@ class SweepQueue:
     ) -> None:
         """A trial has come to an end, or waits at a rung."""
         self._record.ended(name, outcome, step=step, message=message, passing=passing)
+        self.halving.ended(name, outcome)
         if outcome == "stopped":
             self._stopped.add(name)
         self._publish()

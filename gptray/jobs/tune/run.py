@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gptray.config import Config, RunFailed, dump, load_config, override
 from gptray.files import replacing, storing
@@ -52,12 +51,7 @@ from gptray.tuning.sweep_record import (
     winner_dir,
 )
 from gptray.tuning.table import write_trials_parquet
-from gptray.tuning.trial_plan import (
-    choose_winner,
-)
-
-if TYPE_CHECKING:
-    pass
+from gptray.tuning.trial_plan import choose_winner
 
 log = logging.getLogger("gptray")
 

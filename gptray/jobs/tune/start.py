@@ -62,19 +62,27 @@ def failed_trials(config: Config, folder: Path) -> list[Trial]:
 
 
 def check_trials(checked: CheckedSweep, texts: Mapping[str, TokenData]) -> None:
-    """Refuse texts that a trial cannot be trained on. Raises UserError with all of them."""
+    """Refuse texts that a trial cannot be trained on. Raises UserError with all of them.
+
+    Trials that are over were trained on the texts that others are compared by: of each, one tells.
+    """
     problems: dict[str, str] = {}
     known = {one.name: one for one in load_trials(checked.folder)}
     planned = [one for one in checked.trials if one.name not in known]
     planned += [
         plan_trial(checked.config, seen_at(checked.config), one.name, one.values)
         for one in known.values()
-        if one.outcome is None
+        if one.outcome not in ("diverged", "failed")
     ]
+    compared: set[str] = set()
     for one in planned:
+        text = text_key(one.config)
+        if one.name in known and known[one.name].outcome and text in compared:
+            continue
         try:
             state = _state(trial_dir(checked.folder, one.name))
-            check_data(one.config, texts[text_key(one.config)], state)
+            compared |= {text} if state else set()
+            check_data(one.config, texts[text], state)
         except UserError as error:
             problems.setdefault(str(error), one.name)
     if problems:

@@ -33,7 +33,8 @@ def text_lines(found: TextShares) -> _Lines:
             (
                 "Not enough trials",
                 f" to say what more text would bring: it takes {ENOUGH_SHARES} values of {SHARE}, "
-                f"each with {ENOUGH_SEEDS} seeds or more and all other settings the same.",
+                f"each with {ENOUGH_SEEDS} seeds or more, run to their ends, and all other "
+                "settings the same.",
             )
         ]
     curve = found.curve
@@ -97,16 +98,18 @@ def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
     low, middle, high = (one / share for one in (share_of.low, share_of.middle, share_of.high))
     least, most = curve.shares[0] / share, curve.shares[-1] / share
     on = f", with {SHARE}={share:g}"
+    start = "less than " * (low < 1.01 * least)
+    end = "more than " * (high > 0.99 * most)
+    about = "more than " * (middle > 0.99 * most) or "less than " * (middle < 1.01 * least)
+    times = f"{middle:.1f} times the text (95 %: {start}{low:.1f} to {end}{high:.1f}){on}"
+    # At its smallest share the curve's end is all that there is of less.
+    if low <= max(1.0, 1.01 * least) <= high:
+        return lead, f" was worth {about}{times}, which cannot be told from nothing."
     if middle > 0.99 * most:
         low_end = f" (95 %: more than {low:.1f})" if low < 0.99 * most else ""
         return lead, f" was worth more than {most:.1f} times the text{low_end}{on}."
     if middle < 1.01 * least:
         return lead, f" was worth less than {least:.1f} times the text{on}: it did harm."
-    start = "less than " * (low < 1.01 * least)
-    end = "more than " * (high > 0.99 * most)
-    times = f"{middle:.1f} times the text (95 %: {start}{low:.1f} to {end}{high:.1f}){on}"
-    if low <= 1 <= high:
-        return lead, f" was worth {times}, which cannot be told from nothing."
     if high < 1:
         return lead, f" was worth {times}: it did harm."
     return lead, f" was worth as much as {times}."
