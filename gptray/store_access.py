@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
 
 from gptray.config import UserError
 
@@ -24,6 +25,8 @@ log = logging.getLogger("gptray")
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 # Stores in which a file is not seen before it is whole.
 WRITABLE = ("s3", "gs", "gcs", "abfs", "abfss")
+# What a URI may hold besides letters and digits; a percent sign quotes already.
+_OF_URIS = "%:/?#[]@!$&'()*+,;=~"
 # What stores say of credentials that are missing, wrong or not enough.
 _DENIED = ("ACCESS_DENIED", "Forbidden", "403", "credential", "INVALID_ACCESS_KEY", "SIGNATURE")
 # Between the tries of a call, and when the wait is told.
@@ -49,6 +52,7 @@ def file_system(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme == "s3" and "allow_delayed_open" not in uri:  # a small file is one call, not three
         opened += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
     try:
+        opened = quote(opened, safe=_OF_URIS)  # pyarrow takes letters of ASCII alone
         filesystem, path = persistently(lambda: FileSystem.from_uri(opened))
     except (OSError, ValueError) as error:
         raise UserError(f"{uri}: cannot be opened: {reason(error)}") from None

@@ -51,10 +51,10 @@ def check_urls(files: Sequence[SourceFile], urls: Collection[str]) -> None:
         )
 
 
-def begins_with_chat(file: SourceFile) -> bool:
-    """Whether the first row of an OpenAI batch file asks for an answer to a chat."""
-    first = first_row(file) if is_json(file) else None
-    return first is not None and first[1].get("url") == CHAT_URL
+def begins_with_chat(file: SourceFile, prompt_column: str) -> bool:
+    """Whether it is an OpenAI batch file whose first row asks for an answer to a chat."""
+    first = first_row(file) if _is_requests(file, prompt_column) else None
+    return first is not None and first[1]["url"] == CHAT_URL
 
 
 def _is_requests(file: SourceFile, prompt_column: str) -> bool | None:

@@ -13,6 +13,8 @@ Message = Mapping[str, str]
 
 # What a message may have beside its role and content.
 _NAME = "name"
+# What transformers and jinja2 give a template themselves.
+_RENDERED = ("messages", "self")
 
 
 def messages_of(value: object) -> list[dict[str, str]]:
@@ -88,7 +90,8 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template  # takes a second
 
         given = variables or {}
-        if own := sorted({*inspect.signature(render_jinja_template).parameters} & {*given}):
+        taken = {*inspect.signature(render_jinja_template).parameters, *_RENDERED}
+        if own := sorted(taken & {*given}):
             raise ValueError(f"chat_template_kwargs.{own[0]} is not the template's own")
         take_apart = self.tokenizer.written_names.taken_apart
         quoted = [

@@ -102,7 +102,7 @@ def locate(config: Config, source: str, *, key: str) -> str:
         return source
     holds, what = (has_tokenizer, "tokenizer") if key == TOKENIZER else (has_model, "model")
     if is_uri(config.storage_path):
-        remote = RemoteFolder(config.storage_path) / source
+        remote = RemoteFolder(config.storage_path) / _composed(source)
         if has_model(remote):
             return str(remote)
         if _has(remote, CONFIG):

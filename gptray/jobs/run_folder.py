@@ -139,11 +139,13 @@ def is_held(folder: Path) -> bool:
     """Whether a driver is at work in a folder; does not hold it."""
     if not (folder / LOCK).is_file():
         return False
-    with (folder / LOCK).open("rb") as file:
-        try:
+    try:
+        with (folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except FileNotFoundError:  # its driver ended just now, and left nothing else in the folder
+        return False
+    except BlockingIOError:
+        return True
     return False
 
 

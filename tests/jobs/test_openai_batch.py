@@ -12,12 +12,13 @@ import pytest
 
 from gptray.config import UserError, load_config
 from gptray.data.prompts import check_input, scan
-from gptray.data.sources import find_files
+from gptray.data.sources import SourceFile, find_files
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.chat_template import ChatTemplate
 from gptray.generation.engine import Engine
 from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.openai_batch import RequestReader
+from gptray.jobs.generate.output_plan import job_identity
 from gptray.model.hf import save_pretrained
 from tests.generation.batches import Batch, jsonl
 from tests.generation.models import random_gpt, small_tokenizer
@@ -172,6 +173,44 @@ def test_chats_for_a_model_without_a_template_are_refused(model_dir: Path, tmp_p
     with pytest.raises(UserError, match="bare has no chat template; name a model that has one"):
         check_batch(load_config(None, words))
     assert "no chat template" in str(RequestReader(bare)(chat).error)
+
+
+def test_prompts_with_a_column_url_are_no_chats(model_dir: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dir, bare, ignore=shutil.ignore_patterns("*.jinja"))
+    words = [
+        f"generate.model={bare}", f"generate.output_path={tmp_path}/out",
+        f"generate.input_path={jsonl(tmp_path, {'prompt': 'x', 'url': CHAT})}",
+    ]  # fmt: skip
+    assert check_batch(load_config(None, words)).model_dir == bare
+
+
+def test_a_tokenizer_that_cannot_be_read_is_no_rows_error(model_dir: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model_dir, damaged)
+    (damaged / "tokenizer.json").write_text("{")
+    chat = line("r", url=CHAT, messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        RequestReader(damaged)(chat)
+
+
+def test_what_writes_and_ends_a_text_is_part_of_the_job(model_dir: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(model_dir, changed)
+    chat = line("r", url=CHAT, messages=[{"role": "user", "content": "x"}])
+    chats = find_files(str(jsonl(tmp_path, chat)))
+    (tmp_path / "texts.jsonl").write_text('{"prompt": "x"}\n')
+    texts = find_files(str(tmp_path / "texts.jsonl"))
+
+    def differ(files: list[SourceFile]) -> bool:
+        config = load_config(None, [])
+        return job_identity(config, model_dir, files) != job_identity(config, changed, files)
+
+    assert not differ(chats) and not differ(texts)
+    (changed / "chat_template.jinja").write_text(TEMPLATE + " ")
+    assert differ(chats) and not differ(texts)
+    (changed / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    assert differ(texts)
 
 
 def test_a_name_twice_and_another_kind_of_file_are_refused(tmp_path: Path) -> None:

@@ -224,7 +224,9 @@ def test_a_run_without_a_model_or_with_another_name_is_told(store: ObjectStore) 
     message = "generate.model=boook: no such run in s3://bucket/runs, .*; did you mean book"
     with pytest.raises(UserError, match=message):
         check_model(load_config(None, [*words, "generate.model=boook"]))
-    for name, told in (("BOOOK", r"did you mean book\?"), ("unlike", ".* lists all runs")):
+    for name, told in (
+        ("BOOOK", r"did you mean book\?"), ("\ucc45", ".* lists all runs"), ("my run", ".*"),
+    ):  # fmt: skip
         message = f"generate.model={name}: no such run in s3://bucket/runs.* here[^;]*; {told}$"
         with pytest.raises(UserError, match=message):
             check_model(load_config(None, [*words, f"generate.model={name}"]))
@@ -234,3 +236,7 @@ def test_a_run_without_a_model_or_with_another_name_is_told(store: ObjectStore) 
             check_model(load_config(None, [*words, named]))
     with pytest.raises(UserError, match="generate.model is not set and .* has no run with a model"):
         check_model(load_config(None, words))
+    store.objects["bucket/runs/\uac00/config.yaml"] = Object(b"")
+    for name in ("\uac00", "\u1100\u1161"):  # composed, and in parts
+        with pytest.raises(UserError, match=f"{HOME}/\uac00 has no model yet"):
+            check_model(load_config(None, [*words, f"generate.model={name}"]))

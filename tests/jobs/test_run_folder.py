@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from gptray.config import ModelConfig, UserError, load_config
 from gptray.jobs.resuming import check_resumable
-from gptray.jobs.run_folder import held, resolve, run_dir, seen_at, set_ray_snapshot_aside
+from gptray.jobs.run_folder import (
+    LOCK,
+    held,
+    is_held,
+    resolve,
+    run_dir,
+    seen_at,
+    set_ray_snapshot_aside,
+)
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
 
@@ -82,6 +92,23 @@ def test_second_driver_of_a_run_is_refused(tmp_path: Path) -> None:
         pass
     with held(tmp_path):
         pass
+
+
+def test_a_driver_that_ends_just_now_holds_nothing(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def start_and_end() -> None:
+        while not over.is_set():
+            (tmp_path / LOCK).touch()
+            (tmp_path / LOCK).unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        driver = pool.submit(start_and_end)
+        try:
+            assert not any([is_held(tmp_path) for _ in range(3000)])
+        finally:
+            over.set()
+        driver.result()
 
 
 @pytest.mark.parametrize(

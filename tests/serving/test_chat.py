@@ -205,8 +205,10 @@ def test_wrong_keys_say_what_is_meant(client: OpenAI, server: Server) -> None:
         client, max_completion_tokens=2, extra_body={"min_tokens": 5}
     )
     assert "logprobs=6, more than 5" in refused(client, logprobs=True, top_logprobs=6)
-    own: dict[str, Any] = {"chat_template_kwargs": {"tools": []}}
-    assert "chat_template_kwargs.tools is not the template's own" in refused(client, extra_body=own)
+    for name in ("tools", "messages"):
+        own: dict[str, Any] = {"chat_template_kwargs": {name: []}}
+        told = refused(client, extra_body=own)
+        assert f"chat_template_kwargs.{name} is not the template's own" in told
     answer = post(server, model="tiny", prompt="the cat")
     assert answer.status_code == 400 and "did you mean messages?" in answer.text
     with pytest.raises(NotFoundError, match="does not exist. Served here: tiny"):

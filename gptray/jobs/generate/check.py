@@ -104,7 +104,7 @@ def check_batch(config: Config) -> CheckedBatch:
             )
             check_input(files, settings)
             if name:
-                _check_template(files, model_dir, name)
+                _check_template(files, settings.prompt_column, model_dir, name)
     if settings.output_path is None:
         mistakes.add("generate.output_path is not set: name a folder for the Parquet files")
     elif is_uri(settings.output_path) and (why := why_not_written(settings.output_path)):
@@ -121,9 +121,11 @@ def check_batch(config: Config) -> CheckedBatch:
     return CheckedBatch(config, model_dir, name, tuple(files), output, folder)
 
 
-def _check_template(files: list[SourceFile], model_dir: Path, name: str) -> None:
+def _check_template(
+    files: list[SourceFile], prompt_column: str, model_dir: Path, name: str
+) -> None:
     """Raise UserError for a file of chats beside a model that has no template for them."""
-    chats = next((file.name for file in files if begins_with_chat(file)), None)
+    chats = next((file.name for file in files if begins_with_chat(file, prompt_column)), None)
     if chats and Usage.of(model_dir).chat_template is None:
         raise UserError(
             f"{chats}: a request is for {CHAT_URL}, but {name} has no chat template; name a model "

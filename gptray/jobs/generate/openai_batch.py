@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gptray.config import UserError
 from gptray.data.batch_requests import CHAT_URL, COMPLETIONS_URL, RowRequest
 from gptray.data.batches import Values
 from gptray.data.prompts import CHAT
@@ -47,11 +48,16 @@ class RequestReader:
         return ChatTemplate(source, Tokenizer.load(self.model_dir)) if source else None
 
     def __call__(self, row: Values) -> RowRequest:
-        """What a line with method, url and body asks for; what it cannot have is its error."""
+        """What a line with method, url and body asks for; what it cannot have is its error.
+
+        Raises UserError for a model whose template or tokenizer cannot be read.
+        """
         body = row["body"]
         prompt = body.get("prompt") if isinstance(body, dict) else None
         try:
             return self._read(row)
+        except UserError:  # no row's fault
+            raise
         except (ApiError, ValueError) as error:
             problem = error.message if isinstance(error, ApiError) else str(error)
             # A value that it shows may hold half a surrogate pair.

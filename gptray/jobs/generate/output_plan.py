@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, UserError
+from gptray.data.batch_requests import holds_requests
 from gptray.data.encoding import codec_of
 from gptray.data.folders import glob_regex
 from gptray.data.parts import SCRATCH, part_name
@@ -33,6 +34,7 @@ from gptray.files import (
 )
 from gptray.jobs.adapters import adapter_sha256
 from gptray.jobs.run_folder import LOCK, is_held
+from gptray.model.usage import Usage
 from gptray.stored import Unreadable, read_object
 
 # What a plan, a manifest or a summary holds.
@@ -54,6 +56,9 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
     model_files = [*sorted(model_dir.glob(MODEL_FILES)), model_dir / "config.json"]
     for path in [*model_files, *tokenizer_files(model_dir)]:
         digest.update(bytes.fromhex(sha256_of(path)))
+    usage = Usage.of(model_dir)
+    template = usage.chat_template if holds_requests(files, settings) else None
+    digest.update(repr((usage.eos_ids, template)).encode())
     inputs = [(file.format, file_sha256(file)) for file in files]
     return {
         "generate.model": f"sha256 {digest.hexdigest()[:16]}",
