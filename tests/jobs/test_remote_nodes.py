@@ -111,7 +111,8 @@ def test_a_run_of_two_nodes_that_is_killed_ends_with_the_bits_of_one_node(nodes:
 
 def test_a_sweep_trains_on_a_node_without_its_folder(nodes: Nodes) -> None:
     words = [
-        *TRAINED, "name=s", "train.max_steps=20", "tune.baseline=false", ON_SECOND,
+        *TRAINED, "name=s", "train.max_steps=20", "tune.baseline=false", "tune.grace_period=4",
+        ON_SECOND,
         "tune.space=[{path: optim.lr, grid: [1e-3, 1e-2]}]",
     ]  # fmt: skip
     swept = nodes.done("tune", *words)
