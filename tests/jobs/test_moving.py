@@ -94,6 +94,7 @@ def test_a_node_that_is_about_to_be_taken_and_a_sigterm_cost_no_step_and_no_fail
     with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as (nodes, (_, second)):
         with job("train", *asked, "compute.num_workers=2") as process:
             line_with("step   5/", process)
+            assert actors("RayTrainWorker") and not actors("PlacementGroupCleaner"), "no dashboard"
             nodes.add(1)
             nodes.drain(second, 600)
             line_with("to resume with 2 workers: node", process)
