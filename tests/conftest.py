@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -18,6 +19,8 @@ from tests.tiny import tiny_config, tiny_text
 
 # Whatever the environment says: each process of -n, and each run, would rewrite all asserts anew.
 sys.dont_write_bytecode = False
+# Nor the jobs that tests start: a shell has what it runs in the background ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # That of the session's Ray, for other processes that connect to it.
