@@ -126,12 +126,7 @@ class RunPublisher(_Folder):
 
     def publish(self) -> None:
         """Publish all that has changed. Raises CannotWrite; UserError for a store not read."""
-        checkpoints = find_checkpoints(self._folder)
-        new = {
-            one: manifest
-            for one in sorted(checkpoints)
-            if (manifest := self._send_checkpoint(one)) is not None
-        }
+        new = self._send_checkpoints()
         self._send(*sorted(self._folder.glob("*.yaml")), self._folder / METRICS)
         self._send(self._folder / EVENTS)
         for one, manifest in new.items():
@@ -139,7 +134,28 @@ class RunPublisher(_Folder):
             self._sent.checkpoints[one] = manifest
         self._send_model()
         self._send_rest({_MODEL})
-        for one in [one for one in self._sent.checkpoints if one.parent == self._folder]:
+        self._remove_pruned()
+
+    def _send_checkpoints(self) -> dict[Path, bytes]:
+        """Upload new checkpoints but for their manifests, which are returned.
+
+        Of those that are all pruned meanwhile the next ones: no row is to be there without any.
+        """
+        while checkpoints := sorted(find_checkpoints(self._folder)):
+            sent = {one: self._send_checkpoint(one) for one in checkpoints}
+            new = {one: manifest for one, manifest in sent.items() if manifest is not None}
+            if new or any(one.exists() for one in checkpoints):
+                return new
+        return {}
+
+    def _remove_pruned(self) -> None:
+        """Remove from the home what is pruned here, once there is a whole one that is not."""
+        own = {
+            one: sent for one, sent in self._sent.checkpoints.items() if one.parent == self._folder
+        }
+        if not any(one.exists() for one, manifest in own.items() if manifest):
+            return
+        for one in own:
             if not one.exists():
                 (self._home / one.name).remove(MANIFEST)
                 (self._home / one.name).remove_all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from gptray.doors import run as dry_run
 from gptray.files import sha256_of
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_model
+from gptray.jobs.publisher import RunPublisher, Sent
 from gptray.jobs.remote_data import bring_data, publish_data
 from gptray.jobs.remote_run import publishing
 from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import held, outcome
 from gptray.jobs.runs.run import check as check_runs
 from gptray.jobs.train.check import check
+from gptray.manifest import write_manifest
 from gptray.node_cache import hold, make_room, set_published, storage_folder
 from gptray.remote_folder import RemoteFolder
 from gptray.training.loop import fit
@@ -145,6 +148,42 @@ def test_a_file_that_goes_while_it_is_published_holds_up_no_later_one(
             store.await_name(f"bucket/runs/r/{name}", timeout_s=20)
         (folder / "model/gone.json").write_text("{}")
     assert "model/config.json" in store.names("bucket/runs/r")
+
+
+def test_rows_are_never_there_without_a_checkpoint_however_fast_they_are_pruned(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, keep = tmp_path / "r", store.keep
+    moves = {"checkpoint_000002/a": (2, 4), "metrics.jsonl": (4, 6)}  # stored: pruned, made
+
+    def made(step: int) -> None:
+        place = folder / f"checkpoint_{step:06}"
+        place.mkdir(parents=True)
+        for name in ("a", "b"):
+            (place / name).write_text(f"{step}")
+        write_manifest(place)
+
+    def keep_and_train(name: str, one: Object) -> None:
+        keep(name, one)
+        if move := moves.pop(name.removeprefix("bucket/runs/r/"), None):
+            shutil.rmtree(folder / f"checkpoint_{move[0]:06}")
+            made(move[1])
+
+    def whole() -> list[str]:
+        names = store.names("bucket/runs/r")
+        return [name.partition("/")[0] for name in names if name.endswith("manifest.json")]
+
+    monkeypatch.setattr(store, "keep", keep_and_train)
+    made(2)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    publisher = RunPublisher(RemoteFolder(f"{HOME}/r"), folder, Sent())
+    publisher.publish()
+    assert not moves and whole() == ["checkpoint_000004"]
+    publisher.publish()
+    assert whole() == ["checkpoint_000006"]
+    assert not [
+        name for name in store.names("bucket/runs/r") if "000002" in name or "000004" in name
+    ]
 
 
 @pytest.mark.usefixtures("short_leases")
