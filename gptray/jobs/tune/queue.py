@@ -41,7 +41,7 @@ class SweepQueue:
         origin: Origin | None,
     ) -> None:
         """Write the planned trials down, and put those first that an earlier start had begun."""
-        self._config, self._folder, self._checked = checked.config, checked.folder, checked
+        self._config, self._folder = checked.config, checked.folder
         self._record, self._publish, self._origin = record, publish, origin
         self.at_once, self.reserved = trial_resources(
             checked.config.compute,
@@ -66,7 +66,7 @@ class SweepQueue:
         for trial in past:
             if trial.outcome is None and self.halving.waits(trial.name):
                 self.ended(trial.name, "stopped", step=trial.step)
-        waiting = [trial for trial in load_trials(self._folder) if not trial.outcome]
+        waiting = [one for one in past if not one.outcome and one.name not in self._stopped]
         waiting.sort(key=lambda trial: not trial.started)
         self._waiting = deque(self._planned(trial) for trial in waiting)
 
@@ -107,7 +107,7 @@ class SweepQueue:
         return self._planned(trial)
 
     def started(self, name: str) -> None:
-        """A trial's process has begun with it."""
+        """A trial's process has begun with it, for the first time or again."""
         self._record.started(name)
 
     def ended(
@@ -119,7 +119,7 @@ class SweepQueue:
         message: str | None = None,
         passing: bool = False,
     ) -> None:
-        """A trial has come to an end, or waits at a rung."""
+        """A trial is over, or waits at a rung; `passing`: it failed for a reason that may pass."""
         self._record.ended(name, outcome, step=step, message=message, passing=passing)
         self.halving.ended(name, outcome)
         if outcome == "stopped":

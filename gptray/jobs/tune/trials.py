@@ -12,17 +12,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray.tune
 from ray.tune.search import Searcher
 
 from gptray.config import Config, RunFailed
 from gptray.files import storing
+from gptray.jobs.tune.queue import SweepQueue
 from gptray.jobs.tune.rungs import Rungs, name_of
 from gptray.jobs.tune.task import TrialTask
-from gptray.tuning.halving import Halving
-from gptray.tuning.trial_plan import Planned
 
 TUNE_ENV = {
     # metrics.jsonl and TensorBoard files are the runs' own.
@@ -40,31 +39,7 @@ SCRATCH = ".ray"
 _NEVER_LOADED: tuple[type, tuple[()]] = (object, ())
 
 
-class Queue(Protocol):
-    """What to run, and whom to tell what became of it."""
-
-    is_over: bool
-    failure: RunFailed | None
-    halving: Halving
-    at_once: int
-    reserved: dict[str, float]
-
-    def next(self) -> Planned | None:
-        """The next trial; None while that depends on running ones, or when `is_over`."""
-
-    def task(self, planned: Planned) -> TrialTask:
-        """What the process of a trial is given."""
-
-    def started(self, name: str) -> None:
-        """A trial's process has begun with it, for the first time or again."""
-
-    def ended(
-        self, name: str, outcome: str, *, step: int, message: str | None, passing: bool
-    ) -> None:
-        """A trial has come to an end; `passing`: it failed for a reason that may pass."""
-
-
-def run_trials(config: Config, folder: Path, queue: Queue) -> None:
+def run_trials(config: Config, folder: Path, queue: SweepQueue) -> None:
     """Run the queue's trials, `at_once` at a time, each worker with what is `reserved`.
 
     A RunFailed of the queue's is put into its `failure`, and all trials are stopped.
@@ -134,7 +109,7 @@ def _quiet() -> Iterator[None]:
 class _Searcher(Searcher):  # type: ignore[misc]
     """Gives Tune the queue's trials in their order."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: SweepQueue) -> None:
         super().__init__()
         self._queue = queue
 
@@ -159,7 +134,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
 
 
 @contextmanager
-def _kept(queue: Queue) -> Iterator[None]:
+def _kept(queue: SweepQueue) -> Iterator[None]:
     """Keep what the queue cannot store: Tune would take it for a fault of the trial at hand."""
     try:
         yield
@@ -170,7 +145,7 @@ def _kept(queue: Queue) -> Iterator[None]:
 class _Brake(ray.tune.Stopper):  # type: ignore[misc]
     """Stops all trials once the sweep's own record cannot be kept."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: SweepQueue) -> None:
         self._queue = queue
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -186,7 +161,7 @@ class _Brake(ray.tune.Stopper):  # type: ignore[misc]
 class _Log(ray.tune.Callback):  # type: ignore[misc]
     """Writes down what becomes of each trial, in the driver."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: SweepQueue) -> None:
         self._queue = queue
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
