@@ -206,6 +206,14 @@ def hold(folder: Path) -> None:
             _used[folder] = os.dup(used.fileno())
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder of the cache that only this process uses, and its lock."""
+    with _guard:
+        shutil.rmtree(folder, ignore_errors=True)
+        _beside(folder, "used").unlink(missing_ok=True)
+        os.close(_used.pop(folder))
+
+
 def set_published(folder: Path, is_published: bool) -> None:
     """Note whether the store has all of a folder that was made here. Raises RunFailed."""
     mark = _beside(folder, "published")

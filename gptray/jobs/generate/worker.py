@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import uuid
 from pathlib import Path
@@ -18,7 +17,7 @@ from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.tasks import Failure, attempt
 from gptray.model.adapter import Base
 from gptray.model.shape import model_folder
-from gptray.node_cache import hold
+from gptray.node_cache import discard, hold
 from gptray.remote_folder import RemoteFolder
 
 
@@ -72,7 +71,7 @@ class EngineWorker:
     def end(self) -> Progress | None:
         """Remove what is only here; return the counters."""
         if self._place:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            discard(self._folder)
         return self.progress()
 
     def process(self) -> int:
