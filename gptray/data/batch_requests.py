@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from gptray.config import GenerateConfig, UserError
-from gptray.data.batches import first_row, is_json
+from gptray.data.batches import Values, first_row, is_json
 from gptray.data.sources import SourceFile
 
 ID_KEY = "custom_id"
@@ -53,8 +53,10 @@ def check_urls(files: Sequence[SourceFile], urls: Collection[str]) -> None:
 
 def begins_with_chat(file: SourceFile, prompt_column: str) -> bool:
     """Whether it is an OpenAI batch file whose first row asks for an answer to a chat."""
-    first = first_row(file) if _is_requests(file, prompt_column) else None
-    return first is not None and first[1]["url"] == CHAT_URL
+    first = first_row(file) if is_json(file) else None
+    return (
+        first is not None and _is_request(first[1], prompt_column) and first[1]["url"] == CHAT_URL
+    )
 
 
 def _is_requests(file: SourceFile, prompt_column: str) -> bool | None:
@@ -62,7 +64,8 @@ def _is_requests(file: SourceFile, prompt_column: str) -> bool | None:
     if not is_json(file):
         return False
     first = first_row(file)
-    if first is None:
-        return None
-    keys = first[1].keys()
-    return set(KEYS) <= keys and prompt_column not in keys
+    return None if first is None else _is_request(first[1], prompt_column)
+
+
+def _is_request(row: Values, prompt_column: str) -> bool:
+    return set(KEYS) <= row.keys() and prompt_column not in row
