@@ -251,8 +251,8 @@ class TuneConfig(Section):
     )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
         3,
-        description="the best 1 in this many trials goes on from a rung, at once or later; the "
-        "next rung is at this many times the steps (ASHA)",
+        description="the best 1 in this many trials continues from a rung, at once or later; "
+        "the next rung is at this many times the steps (ASHA)",
     )
     brackets: PositiveInt = Field(1, description="groups of trials, each with a later first rung")
 

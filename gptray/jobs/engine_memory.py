@@ -22,8 +22,7 @@ def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
     The embedding is kept twice: to look up tokens, and packed as the head where that is tied.
     """
     model = read_shape(model_dir)
-    rows, precision = model.vocab_size, config.generate.precision
-    assert rows is not None
+    rows, precision = model.rows, config.generate.precision
     named: str = "bf16 (twice that in fp32)" if precision == "auto" else precision
     each = _BYTES.get(precision, 2)
     embedding = rows * model.n_embd

@@ -80,7 +80,7 @@ def _regularise(config: Config) -> Iterator[Advice]:
             more = {"model.dropout": round(dropout + 0.1, 2)}
             yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout, more)
     if config.optim.weight_decay == 0:
-        reason = "optim.weight_decay is 0; a published overfitting model gained by 0.1 and more"
+        reason = "optim.weight_decay is 0; models that overfit are known to gain from 0.1 and more"
         yield Advice("weight decay", reason, 2.2, {"optim.weight_decay": 0.1})
 
 
