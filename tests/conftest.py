@@ -23,8 +23,10 @@ sys.dont_write_bytecode = False
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# That of the session's Ray, for other processes that connect to it.
 RAY_TOKEN = {"RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+# What other processes need to connect to the session's Ray: without the last, Ray looks for it at
+# this machine's address in the network.
+RAY_ACCESS = RAY_TOKEN | {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @cache
