@@ -24,9 +24,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 RAY_TOKEN = {"RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-# What other processes need to connect to the session's Ray: without the last, Ray looks for it at
-# this machine's address in the network.
-RAY_ACCESS = RAY_TOKEN | {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# What other processes need to connect to the session's Ray.
+RAY_ACCESS = RAY_TOKEN | {"RAY_AUTH_MODE": "token"}
 
 
 @cache
@@ -81,7 +80,14 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The session's Ray: two CPUs on this machine, started and ended as a job's own."""
+    """The session's Ray: two CPUs on this machine, started and ended as a job's own.
+
+    Except for its address. A Ray that is imported before takes the machine's in the network: on the
+    loopback address, to which a job's own is confined, neither other processes would find it nor
+    jobs the clusters that tests start.
+    """
+    import ray  # noqa: F401
+
     from gptray.jobs.cluster import OWN_TRAIN_ENV, TRAIN_ENV
     from gptray.jobs.own_ray import own_ray
 
