@@ -87,7 +87,7 @@ def ray_cluster(
     options = {"log_to_driver": verbose, "logging_level": level}
     # Ray prints what it has to say of processes that died, and stdout is for a job's result.
     with redirect_stdout(sys.stderr), ExitStack() as stack:
-        with warnings.catch_warnings(), sigterm_kept():
+        with warnings.catch_warnings(), _sigterm_kept():
             warnings.simplefilter("default" if verbose else "ignore")
             if of_others:
                 import ray
@@ -146,7 +146,7 @@ def ray_answers() -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_kept() -> Iterator[None]:
+def _sigterm_kept() -> Iterator[None]:
     """Keep the process's SIGTERM handler: Ray's own aborts the process after three seconds."""
     handler = signal.getsignal(signal.SIGTERM)
     yield

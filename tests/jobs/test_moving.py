@@ -94,7 +94,7 @@ def test_a_node_that_is_about_to_be_taken_and_a_sigterm_cost_no_step_and_no_fail
     with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as (nodes, (_, second)):
         with job("train", *asked, "compute.num_workers=2") as process:
             line_with("step   5/", process)
-            assert actors("RayTrainWorker") and not actors("PlacementGroupCleaner"), "no dashboard"
+            assert len(actors("Cleaner")) == 1 and not actors("PlacementGroupCleaner")
             nodes.add(1)
             nodes.drain(second, 600)
             line_with("to resume with 2 workers: node", process)
@@ -103,6 +103,7 @@ def test_a_node_that_is_about_to_be_taken_and_a_sigterm_cost_no_step_and_no_fail
             line_with("a worker got SIGTERM", process)
             out, told = process.communicate(timeout=2 * LIMIT_S)
         assert process.returncode == 0, told
+        assert not actors("Cleaner"), "it outlives its controller, but not the run"
     first, second, third = starts(run_dir)
     assert [first[1], second[1], third[1]] == [2, 2, 2]
     assert saved(run_dir) == [second[0], third[0]], "steps were done twice"

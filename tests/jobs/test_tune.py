@@ -29,7 +29,7 @@ from gptray.jobs.tune.run import tune
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.loop import fit
 from gptray.tuning.sweep_record import TRIALS, Record, Trial, load_sweep, load_trials, trial_dir
-from tests.conftest import RAY_TOKEN
+from tests.conftest import RAY_ACCESS
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,19 +210,26 @@ def test_trials_that_could_not_write_run_again_before_anything_wins(
     assert load_sweep(folder).winner == more["best_trial"]
 
 
-@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("grace_period", "workers"),
+    # With a rung, it stops there and resumes: for its workers there is room again.
+    [pytest.param(2, [2], marks=pytest.mark.chaos), (1, [2, 2])],
+)
 def test_a_trial_of_two_workers_runs_to_its_end(
-    tiny_data: TokenData, text_file: Path, data_root: Path
+    tiny_data: TokenData, text_file: Path, data_root: Path, grace_period: int, workers: list[int]
 ) -> None:
     space = [{"path": "model.dropout", "choice": [0.2]}]
-    keys = ("compute.num_workers=2", "train.max_steps=10")
-    config = sweep_config(text_file, data_root, "two", *keys, space=space, baseline=False)
+    keys = (
+        "compute.num_workers=2", "train.max_steps=10", f"tune.grace_period={grace_period}",
+    )  # fmt: skip
+    name = f"two-{grace_period}"
+    config = sweep_config(text_file, data_root, name, *keys, space=space, baseline=False)
     done: dict[str, Any] = tune(config)
     assert done["outcomes"]["finished"] == 1
-    folder = data_root / "two"
+    folder = data_root / name
     (trial,) = load_trials(folder)
     assert trial.step == 10
-    assert [event["workers"] for event in starts(folder, [trial])] == [2]
+    assert [event["workers"] for event in starts(folder, [trial])] == workers
 
 
 @pytest.fixture
@@ -231,7 +238,7 @@ def environment(ray_cluster: None) -> dict[str, str]:
     import ray
 
     address = ray.get_runtime_context().gcs_address
-    return {**os.environ, **RAY_TOKEN, "RAY_ADDRESS": address}
+    return {**os.environ, **RAY_ACCESS, "RAY_ADDRESS": address}
 
 
 @pytest.mark.chaos

@@ -1,33 +1,52 @@
-"""Ray Train's trainer, without the actors that a run here has no use for.
+"""Ray Train without the actors that a run here has no use for, and with a cleaner that works.
 
 Each actor is a process, which takes a second of two cores at every start.
 """
 
 from __future__ import annotations
 
-import logging
+import threading
+import time
 from typing import Any
 
-from gptray.jobs.cluster import sigterm_kept
 from gptray.jobs.own_ray import is_own_ray
 
 # Hands out Ray Data's datasets, of which there are none here: workers open their tokens themselves.
 DATASETS = "DatasetsCallback"
-# Gives back a dead controller's placement group, for the jobs after it. It asks the dashboard
-# whether the controller lives: without one it gives back nothing, and takes ten seconds to end.
-CLEANER = "PlacementGroupCleanerCallback"
+POLL_S = 0.5
 
 
 def fitted(*given: Any, **named: Any) -> Any:
-    """`DataParallelTrainer(...).fit()` without what this cluster has no use for."""
+    """`DataParallelTrainer(...).fit()` without datasets; leaner still on the job's own Ray."""
+    import ray
+    from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    class OwnCleaner(PlacementGroupCleanerCallback):  # type: ignore[misc]
+        def after_controller_start(self, train_run_context: object) -> None:
+            context = ray.get_runtime_context()
+            self._controller_actor_id = context.get_actor_id()
+            actor = ray.remote(num_cpus=0)(Cleaner).options(
+                lifetime="detached",  # it is to outlive the controller, and the trial's own group
+                resources={HEAD_NODE_RESOURCE_NAME: 0.001},
+                scheduling_strategy="DEFAULT",
+            )
+            self._cleaner = actor.remote(context.current_actor)
+            self._cleaner.start_monitoring.remote()
 
     class Trainer(DataParallelTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            is_lean = is_own_ray() or not _has_dashboard()
-            unused = {DATASETS, CLEANER} if is_lean else {DATASETS}
-            callbacks = super()._create_default_callbacks()
-            return [one for one in callbacks if type(one).__name__ not in unused]
+            callbacks = [
+                one
+                for one in super()._create_default_callbacks()
+                if type(one).__name__ != DATASETS
+                and not isinstance(one, PlacementGroupCleanerCallback)
+            ]
+            # The job's own Ray ends with it; a trial of a sweep does not.
+            return callbacks if is_own_ray() else [*callbacks, OwnCleaner()]
 
         def _initialize_and_run_controller(self, **given: Any) -> Any:
             if is_own_ray():
@@ -40,15 +59,43 @@ def fitted(*given: Any, **named: Any) -> Any:
     return Trainer(*given, **named).fit()
 
 
-def _has_dashboard() -> bool:
-    """Whether the cluster that this process is connected to has one; true for a Ray client."""
-    import ray
+class Cleaner:
+    """An actor that gives the workers' placement group back once their controller is gone.
 
-    if ray.util.client.ray.is_connected():  # ray.init would start another
-        return True
-    with sigterm_kept():
-        context = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
-    return bool(context.dashboard_url)
+    Without it the group is held until the job ends. Ray's own, in whose place it is called, asks
+    the dashboard whether the controller lives; where none runs it gives nothing back, and its end
+    takes ten seconds.
+    """
+
+    def __init__(self, controller: Any) -> None:
+        self._controller, self._group = controller, None
+
+    def start_monitoring(self) -> None:
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def register_placement_group(self, group: Any) -> None:
+        """The group of the workers that the controller has now."""
+        self._group = group
+
+    def stop(self) -> None:
+        """End, for the controller gives its group back itself."""
+        import ray
+
+        ray.actor.exit_actor()
+
+    def _watch(self) -> None:
+        import ray
+
+        own = ray.get_runtime_context().current_actor
+        try:
+            while True:
+                ray.get(self._controller.__ray_ready__.remote())
+                time.sleep(POLL_S)
+        except ray.exceptions.RayActorError:
+            if self._group is not None:
+                ray.util.remove_placement_group(self._group)
+        finally:
+            ray.kill(own)
 
 
 def _nothing(*given: object) -> None:
