@@ -136,9 +136,8 @@ class FoundColumns:
         fields, notes = self._all_fields(), []
         told = [name for name in passed if name in self._shapes and holds_json(fields[name])]
         if told:
-            notes.append(
-                f"columns without one type in common are carried as JSON text: {', '.join(told)}"
-            )
+            listed = ", ".join(told)
+            notes.append(f"columns whose values fit no single type are carried as JSON text: {listed}")
         if ids in self._shapes and holds_json(fields[ids]):
             notes.append(f"the ids in column {ids!r} are carried as text")
         settings = setting_columns(self.names, config) if self.prompt_column else []
