@@ -156,8 +156,6 @@ def test_a_job_that_is_refused_while_its_input_is_cut_leaves_nothing(
     with pytest.raises(UserError, match="column 'kind' has more values"):
         job(config.model_copy(update={"generate": whole}), feed)
     assert store.names("bucket/out") == []
-    summary = job(config, feed)
-    assert summary and summary["rows"] == 200
 
 
 def test_an_output_among_the_input_is_refused(
