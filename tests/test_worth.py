@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.damage import deadline
+
 ROOT = Path(__file__).resolve().parent.parent
 CURVE = [(0.25, 3.0), (0.5, 2.8), (1.0, 2.7)]
 
@@ -38,13 +40,18 @@ def test_benchmark_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The number {n} follows {n - 1}.\n" for n in range(700)))
 
+    command = [sys.executable, str(ROOT / "benchmarks" / "worth.py"), str(text), "--quick"]
+    command += ["--folder", str(tmp_path)]
+
     def quick() -> tuple[list[str], dict[str, Any]]:
-        command = [sys.executable, str(ROOT / "benchmarks" / "worth.py"), str(text), "--quick"]
-        command += ["--folder", str(tmp_path)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
         return rows.read_text().splitlines(), json.loads(done.stdout.splitlines()[-1])
 
     rows = tmp_path / "quick" / "results.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as killed, deadline():
+        assert killed.stdout and killed.stdout.readline()  # the first run's row
+        killed.kill()
+        killed.stdout.read()  # until the last process that could write has ended
     first, found = quick()
     assert set(found["text"]["worth"]) >= {"recipe", "ensemble", "pupil"}
     kept = [line for line in first if json.loads(line)["way"] not in ("with ema", "pupil")]

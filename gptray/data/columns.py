@@ -136,8 +136,9 @@ class FoundColumns:
         fields, notes = self._all_fields(), []
         told = [name for name in passed if name in self._shapes and holds_json(fields[name])]
         if told:
+            names = ", ".join(told)
             notes.append(
-                f"columns without one type in common are carried as JSON text: {', '.join(told)}"
+                f"columns whose values fit no single type are carried as JSON text: {names}"
             )
         if ids in self._shapes and holds_json(fields[ids]):
             notes.append(f"the ids in column {ids!r} are carried as text")
@@ -146,6 +147,11 @@ class FoundColumns:
         for name in wanted if isinstance(wanted, list) and self.prompt_column else []:
             if name not in settings:
                 raise UserError(no_column(name, self.names, key="generate.settings_from_columns"))
+        if settings and wanted is True:
+            notes.append(
+                f"columns that set how their row is sampled: {', '.join(settings)}; they only pass "
+                "through with generate.settings_from_columns=false"
+            )
         if "seed" in settings and "seed" not in passed and "seed" not in self._csv_columns:
             source = self._sources.get("seed", [self._json_file])[0]
             check_seed_type(fields["seed"], source)

@@ -12,12 +12,13 @@ Shapes: S slots, N rows of a pass, H heads, E = head width, P positions, V padde
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gptray.generation.adapted_rows import PackedAdapter
-from gptray.generation.decoder import PIECE_TOKENS, Network, Piece
+from gptray.generation.decoder import PIECE_TOKENS, Network, Piece, StepRows
 from gptray.generation.gpu_kernels import attend
 from gptray.generation.graph_sampler import GraphSampler
 from gptray.generation.packed import PackedGPT
@@ -77,41 +78,28 @@ class GraphDecoder(Network):
     ) -> Tensor:
         """See `Network`; slots never disturb each other here."""
         assert not any(adapters), "graphs take no adapters"
-        tokens = [token for token, _ in decoding]
-        positions = [position for _, position in decoding]
-        slots = list(range(len(decoding)))
-        read_tokens: list[int] = []
-        read_positions: list[int] = []
-        read_slots: list[int] = []
-        for piece in pieces:
-            *first, last = piece.tokens
-            stop = piece.start + len(first)
-            read_tokens += first
-            read_positions += range(piece.start, stop)
-            read_slots += [piece.slot] * len(first)
-            tokens.append(last)
-            positions.append(stop)
-            slots.append(piece.slot)
+        read = StepRows([], [replace(piece, tokens=piece.tokens[:-1]) for piece in pieces], ())
+        rows = StepRows(decoding, [_last(piece) for piece in pieces], ())
         ahead, self._ahead = self._ahead, None
-        if read_tokens:
-            self._reading.fill(read_tokens, read_positions, read_slots)
+        if read.tokens:
+            self._reading.fill(read)
             hidden = self._read()
-        if pieces or ahead != (tokens, positions):
-            self._decoding.fill(tokens, positions, slots)
+        if pieces or ahead != (rows.tokens, rows.positions):
+            self._decoding.fill(rows)
             self._decode()
-        self._is_steady = not pieces and len(positions) == len(self._positions)
-        self._positions = positions
-        logits = self._logits[: len(tokens)]
+        self._is_steady = not pieces and len(rows.positions) == len(self._positions)
+        self._positions = rows.positions
+        logits = self._logits[: len(rows.tokens)]
         if not any(piece.scored for piece in pieces):
             return logits
         # Of a scored piece also the logits after the tokens before its last.
-        parts, read = [logits[: len(decoding)]], 0
+        parts, start = [logits[: len(decoding)]], 0
         for row, piece in enumerate(pieces, start=len(decoding)):
             count = len(piece.tokens) - 1
             if piece.scored and count:
-                parts.append(self._network.logits(hidden[read : read + count]))
+                parts.append(self._network.logits(hidden[start : start + count]))
             parts.append(logits[row : row + 1])
-            read += count
+            start += count
         return torch.cat(parts)
 
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
@@ -149,6 +137,11 @@ class GraphDecoder(Network):
         )
 
 
+def _last(piece: Piece) -> Piece:
+    """The part of a piece that has its last token alone."""
+    return replace(piece, start=piece.start + len(piece.tokens) - 1, tokens=piece.tokens[-1:])
+
+
 class _Rows:
     """The tokens, positions and slots that a pass reads, (3, N); padding is in slot `spare`."""
 
@@ -158,11 +151,11 @@ class _Rows:
         self._mirror.send()
         self.columns = self._mirror.sent
 
-    def fill(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> None:
+    def fill(self, rows: StepRows) -> None:
         """Have the next pass read these rows; the rest is padding."""
-        N = len(tokens)
+        N, columns = len(rows.tokens), (rows.tokens, rows.positions, rows.slots)
         self._mirror.wait()
         self._mirror.numbers[:, N:] = [[0], [0], [self._spare]]
-        for column, numbers in zip(self._mirror.numbers, (tokens, positions, slots), strict=True):
+        for column, numbers in zip(self._mirror.numbers, columns, strict=True):
             column[:N] = numbers
         self._mirror.send()

@@ -12,11 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from gptray.config import TrackConfig, UserError
 
 EXPERIMENT = "gptray"
+# killed: stopped from outside, to go on later.
+Ending = Literal["finished", "failed", "killed"]
+_MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+# 255 is what W&B itself says of a run that was interrupted.
+_WANDB_EXIT_CODE = {"finished": 0, "failed": 1, "killed": 255}
 # What one call of MLflow takes.
 _MLFLOW_METRICS, _MLFLOW_PARAMS = 1000, 100
 
@@ -25,14 +30,14 @@ _MLFLOW_METRICS, _MLFLOW_PARAMS = 1000, 100
 class TrackedRun:
     """A run as trackers are to have it. group: the sweep of a trial.
 
-    outcome: how a trial has ended; None while it runs, and for a single run.
+    ending: how a trial has ended; None while it runs, and for a single run.
     """
 
     folder: Path
     name: str
     settings: Mapping[str, object]
     group: str | None = None
-    outcome: str | None = None
+    ending: Ending | None = None
 
 
 # A step and what was measured at it.
@@ -49,7 +54,7 @@ class Session(Protocol):
     def log(self, points: Sequence[Point]) -> None:
         """Add points."""
 
-    def close(self, *, failed: bool) -> None:
+    def close(self, ending: Ending) -> None:
         """No more come, for now."""
 
 
@@ -103,8 +108,8 @@ class _MLflow:
             some = metrics[first : first + _MLFLOW_METRICS]
             self._client.log_batch(self.number, metrics=some)
 
-    def close(self, *, failed: bool) -> None:
-        self._client.set_terminated(self.number, "FAILED" if failed else "FINISHED")
+    def close(self, ending: Ending) -> None:
+        self._client.set_terminated(self.number, _MLFLOW_STATUS[ending])
 
 
 class _Wandb:
@@ -137,8 +142,8 @@ class _Wandb:
             is_late = "train_loss" not in values
             self._run.log({**values, **scored}, step=None if is_late else step)
 
-    def close(self, *, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+    def close(self, ending: Ending) -> None:
+        self._run.finish(exit_code=_WANDB_EXIT_CODE[ending])
 
 
 class _Trackio:
@@ -164,8 +169,8 @@ class _Trackio:
         for step, values in points:
             self._run.log(dict(values), step=step)
 
-    def close(self, *, failed: bool) -> None:
-        self._run.finish()
+    def close(self, ending: Ending) -> None:
+        self._run.finish()  # Trackio keeps no ending
 
 
 _TRACKERS: dict[str, Callable[[str, TrackedRun, str | None], Session]] = {

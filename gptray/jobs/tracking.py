@@ -15,16 +15,17 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 from gptray.config import Config, TrackConfig, flatten, load_config
 from gptray.files import replacing
 from gptray.hub import first_line
 from gptray.jobs.models import CONFIG
-from gptray.jobs.trackers import Point, Session, TrackedRun, open_session
+from gptray.jobs.trackers import Ending, Point, Session, TrackedRun, open_session
 from gptray.record import MetricsRow, curves, read_metrics
+from gptray.signals import failure
 from gptray.stored import parse_json
-from gptray.tuning.sweep_record import load_trials, trial_dir
+from gptray.tuning.sweep_record import Trial, load_trials, trial_dir
 
 log = logging.getLogger("gptray")
 
@@ -39,12 +40,13 @@ _OF_SCORE = ("val_", "gap", "also/")
 
 @dataclass(frozen=True)
 class Sent:
-    """What a tracker has got of a run: up to which step, and up to which score."""
+    """What a tracker has got of a run: up to which step and which score, and how it ended."""
 
     where: str
     number: str | None = None
     step: int = -1
     scored: int = -1
+    ending: Ending | None = None
 
 
 class SentFields(TypedDict):
@@ -54,6 +56,7 @@ class SentFields(TypedDict):
     number: str | None
     step: int
     scored: int
+    ending: NotRequired[Ending | None]
 
 
 def new_points(rows: Sequence[MetricsRow], sent: Sent) -> list[Point]:
@@ -76,14 +79,15 @@ class _Follower:
     def __init__(self, tracker: str, where: str, runs: Callable[[], list[TrackedRun]]) -> None:
         self._tracker, self._where, self._runs = tracker, where, runs
         self._sessions: dict[Path, tuple[Session, Sent]] = {}
-        self._has_failed = self._failed = self._is_stopped = False
+        self._has_failed = self._is_stopped = False
+        self._ending: Ending | None = None  # of the runs that have none of their own
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name=tracker, daemon=True)
         self._thread.start()
 
-    def finish(self, *, failed: bool, stopped: bool) -> None:
+    def finish(self, ending: Ending, *, stopped: bool) -> None:
         """Send what is left, and close. stopped: the rest is sent when the run is resumed."""
-        self._failed, self._is_stopped = failed, stopped
+        self._ending, self._is_stopped = ending, stopped
         self._done.set()
 
     def join(self, until: float) -> None:
@@ -97,8 +101,9 @@ class _Follower:
         while not self._done.wait(pause):
             pause = POLL_S if self._send_all() else RETRY_S
         self._send_all()
-        for session, _ in self._sessions.values():
-            self._try(partial(session.close, failed=self._failed))
+        assert self._ending
+        for session, _ in self._sessions.values():  # not all was taken
+            self._try(partial(session.close, self._ending))
 
     def _try(self, do: Callable[[], None]) -> bool:
         """Whether it went well; what goes wrong is told once."""
@@ -127,6 +132,7 @@ class _Follower:
     def _send(self, run: TrackedRun) -> None:
         rows = read_metrics(run.folder)
         _, sent = self._sessions.get(run.folder) or (None, self._sent_before(run))
+        ending = run.ending or self._ending
         if new_points(rows, sent):
             session, sent = self._sessions.get(run.folder) or self._opened(run, sent)
             session.log(new_points(rows, sent))
@@ -134,9 +140,11 @@ class _Follower:
             sent = replace(sent, step=max(sent.step, rows[-1]["step"]), scored=max([*scored, -1]))
             self._sessions[run.folder] = session, sent
             _save(run.folder, self._tracker, sent)
-        if run.outcome and run.folder in self._sessions:
-            session, _ = self._sessions.pop(run.folder)
-            session.close(failed=run.outcome in ("failed", "diverged"))
+        if ending and sent.number and sent.ending != ending:
+            session, sent = self._sessions.get(run.folder) or self._opened(run, sent)
+            del self._sessions[run.folder]
+            session.close(ending)
+            _save(run.folder, self._tracker, replace(sent, ending=ending))
 
     def _sent_before(self, run: TrackedRun) -> Sent:
         before = _load(run.folder).get(self._tracker)
@@ -147,7 +155,7 @@ class _Follower:
         session = open_session(self._tracker, self._where, run, sent.number)
         if session.last is not None:  # it was killed before it could say what it had sent
             sent = replace(sent, step=session.last, scored=max(sent.scored, session.last))
-        sent = replace(sent, number=session.number)
+        sent = replace(sent, number=session.number, ending=None)
         self._sessions[run.folder] = session, sent
         _save(run.folder, self._tracker, sent)
         return session, sent
@@ -174,19 +182,26 @@ def _save(folder: Path, tracker: str, sent: Sent) -> None:
 def tracking(track: TrackConfig, runs: Callable[[], list[TrackedRun]]) -> Iterator[None]:
     """Send runs to the trackers of a config while the block runs."""
     followers = [_Follower(name, where, runs) for name, where in track if where is not None]
-    failed, patience = True, END_S
+    ending: Ending = "failed"
+    patience = END_S
     try:
         yield
-        failed = False
-    except KeyboardInterrupt:
-        patience = STOPPED_S
+        ending = "finished"
+    except (KeyboardInterrupt, SystemExit):  # Ray's SIGTERM handler exits
+        ending, patience = "failed" if failure() else "killed", STOPPED_S
         raise
     finally:
         until = time.monotonic() + patience
         for follower in followers:
-            follower.finish(failed=failed, stopped=patience == STOPPED_S)
+            follower.finish(ending, stopped=patience == STOPPED_S)
         for follower in followers:
             follower.join(until)
+
+
+def _ending_of(trial: Trial) -> Ending | None:
+    if trial.outcome is None:
+        return None
+    return "failed" if trial.outcome in ("failed", "diverged") else "finished"
 
 
 def tracking_run(config: Config, folder: Path) -> AbstractContextManager[None]:
@@ -209,7 +224,7 @@ def tracking_sweep(config: Config, folder: Path) -> AbstractContextManager[None]
             if trial.rows:
                 name = f"{folder.name}-{trial.name}"
                 own = settings(path / CONFIG)
-                found.append(TrackedRun(path, name, own, folder.name, trial.outcome))
+                found.append(TrackedRun(path, name, own, folder.name, _ending_of(trial)))
         return found
 
     return tracking(config.track, runs)

@@ -23,10 +23,12 @@ class LinearContext(Context, Protocol):
 
 
 class FrozenContext(Context, Protocol):
+    kind: str
     inputs: int
 
 
 class AdaptedContext(Context, Protocol):
+    kind: str
     spans: tuple[slice, ...]
     scale: float
     reads_all: bool

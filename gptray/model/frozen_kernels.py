@@ -91,7 +91,8 @@ def _backward(
 
 def _weight(layer: FrozenLayer, x: Tensor) -> Tensor:
     """W (N, K) bf16, for x (..., K)."""
-    return whole_weight(layer.values, layer.scales, x.size(-1), x.dtype).contiguous()
+    whole = whole_weight(layer.values, layer.scales, layer.kind, x.size(-1), x.dtype)
+    return whole.contiguous()
 
 
 def _read(x: Tensor, adapters: Adapters) -> Tensor:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptray.model.packed_weights import PACKINGS
 from gptray.model.quantized import QuantizedWeight
 
 # Weights that a CPU makes whole at a time: what is made of them meanwhile stays in its cache.
 _AT_ONCE = 1 << 17
+_KINDS = ("none", *PACKINGS)
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,12 @@ class Adapters:
 @dataclass(frozen=True)
 class FrozenLayer:
     """A weight, whole in bf16 or the values and scales of a `QuantizedWeight`; a bias, fp32; and
-    adapters."""
+    adapters. kind: what the weight is in, "none" where it is whole."""
 
     values: Tensor
     scales: Tensor | None
     bias: Tensor | None
+    kind: str = "none"
     adapters: Adapters | None = None
 
     @property
@@ -56,7 +59,7 @@ class FrozenLayer:
     @property
     def numbers(self) -> list[float]:
         """What `read` needs besides."""
-        has = [float(one is not None) for one in (self.scales, self.bias)]
+        has = [float(_KINDS.index(self.kind)), float(self.bias is not None)]
         if not self.adapters:
             return [*has, 0.0]
         bounds = [float(at) for span in self.adapters.spans for at in (span.start, span.stop)]
@@ -68,31 +71,26 @@ class FrozenLayer:
         cls, tensors: Iterator[Tensor], constants: Iterator[Tensor], numbers: Iterator[float]
     ) -> FrozenLayer:
         """The layer whose `tensors`, `constants` and `numbers` come next."""
-        values = next(constants)
-        scales, bias = (next(constants) if next(numbers) else None for _ in range(2))
+        values, kind = next(constants), _KINDS[int(next(numbers))]
+        scales = None if kind == "none" else next(constants)
+        bias = next(constants) if next(numbers) else None
         count = int(next(numbers))
         if not count:
-            return cls(values, scales, bias)
+            return cls(values, scales, bias, kind)
         spans = tuple(slice(int(next(numbers)), int(next(numbers))) for _ in range(count))
         a, b, scale = next(tensors), next(tensors), next(numbers)
         mask = next(constants) if next(numbers) else None
-        return cls(values, scales, bias, Adapters(a, b, spans, scale, mask))
+        return cls(values, scales, bias, kind, Adapters(a, b, spans, scale, mask))
 
 
-def whole_weight(values: Tensor, scales: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
+def whole_weight(
+    values: Tensor, scales: Tensor | None, kind: str, inputs: int, dtype: torch.dtype
+) -> Tensor:
     """The weight (out, inputs) of what `numbers_of` gave; in `dtype`, if it is quantized."""
     if scales is None:
         return values
-    kind = _kind_of(values, inputs)
     whole = values.new_empty(len(values), inputs, dtype=dtype)
     step = max(1, _AT_ONCE // inputs) if values.device.type == "cpu" else len(values)
     for rows in (slice(start, start + step) for start in range(0, len(values), step)):
         whole[rows] = QuantizedWeight(kind, inputs, values[rows], scales[rows]).dequantize(dtype)
     return whole
-
-
-def _kind_of(values: Tensor, inputs: int) -> str:
-    """What values of rows of `inputs` are; see `QuantizedWeight`."""
-    if values.dtype == torch.uint8:
-        return "int4"
-    return "int8" if values.size(1) == inputs else "iq4_nl"

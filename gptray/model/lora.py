@@ -119,14 +119,15 @@ class _Adapted(torch.autograd.Function):
         read: Tensor,
         values: Tensor,
         scales: Tensor | None,
+        kind: str,
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
         spans: tuple[slice, ...],
         scale: float,
     ) -> Tensor:
-        ctx.spans, ctx.scale, ctx.reads_all = spans, scale, read is x
-        y = F.linear(x, whole_weight(values, scales, x.size(-1), x.dtype), bias)
+        ctx.kind, ctx.spans, ctx.scale, ctx.reads_all = kind, spans, scale, read is x
+        y = F.linear(x, whole_weight(values, scales, kind, x.size(-1), x.dtype), bias)
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         narrow = F.linear(read.flatten(0, -2), a)  # (N, P R)
         rows, rank = y.view(-1, y.size(-1)), b.size(1)
@@ -152,10 +153,11 @@ class _Adapted(torch.autograd.Function):
             grad_u.copy_(torch.mm(own, b_own).mul_(ctx.scale))
             to.copy_(torch.mm(own.t(), u).mul_(ctx.scale))
         grad_a = torch.mm(grad_narrow.t(), read.flatten(0, -2)).to(lora_a.dtype)
-        rest = (None, None, None, grad_a, grad_b, None, None)
+        rest = (None, None, None, None, grad_a, grad_b, None, None)
         if not ctx.needs_input_grad[0]:
             return None, None, *rest
-        grad_x = torch.mm(grad, whole_weight(values, scales, read.size(-1), grad.dtype))
+        weight = whole_weight(values, scales, ctx.kind, read.size(-1), grad.dtype)
+        grad_x = torch.mm(grad, weight)
         if ctx.reads_all:
             return grad_x.addmm_(grad_narrow, a).view(read.shape), None, *rest
         return grad_x.view(read.shape), torch.mm(grad_narrow, a).view(read.shape), *rest
@@ -163,8 +165,8 @@ class _Adapted(torch.autograd.Function):
 
 def frozen_weight(base: nn.Linear | QuantizedLinear) -> Tensor:
     """A copy of a frozen layer's weight, in fp32."""
-    values, scales = numbers_of(base)
-    weight = whole_weight(values.detach(), scales, base.in_features, torch.float32)
+    values, scales, kind = numbers_of(base)
+    weight = whole_weight(values.detach(), scales, kind, base.in_features, torch.float32)
     return weight.float().clone() if scales is None else weight
 
 

@@ -43,7 +43,7 @@ class QuantizedLinear(nn.Module):
 
     def frozen_layer(self, rows: torch.Size) -> FrozenLayer:
         """As `Linear`'s."""
-        return FrozenLayer(self.values, self.scales, self.bias)
+        return FrozenLayer(self.values, self.scales, self.bias, self.kind)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.native:
@@ -58,11 +58,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {f"{name}.weight": one for name, one in layers if isinstance(one, QuantizedLinear)}
 
 
-def numbers_of(linear: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor | None]:
-    """What a frozen layer holds: its weight, or values and scales."""
+def numbers_of(linear: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor | None, str]:
+    """What a frozen layer holds, as `FrozenLayer` has it: values, scales and kind."""
     if isinstance(linear, QuantizedLinear):
-        return linear.values, linear.scales
-    return linear.weight, None
+        return linear.values, linear.scales, linear.kind
+    return linear.weight, None, "none"
 
 
 class _Frozen(torch.autograd.Function):
@@ -70,14 +70,19 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FrozenContext, x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | None
+        ctx: FrozenContext,
+        x: Tensor,
+        values: Tensor,
+        scales: Tensor | None,
+        kind: str,
+        bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(values, scales)
-        ctx.inputs = x.size(-1)
-        return F.linear(x, whole_weight(values, scales, ctx.inputs, x.dtype), bias)
+        ctx.kind, ctx.inputs = kind, x.size(-1)
+        return F.linear(x, whole_weight(values, scales, kind, ctx.inputs, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: FrozenContext, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: FrozenContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, scales = ctx.saved_tensors
-        weight = whole_weight(values, scales, ctx.inputs, grads[0].dtype)
-        return torch.matmul(grads[0], weight), None, None, None
+        weight = whole_weight(values, scales, ctx.kind, ctx.inputs, grads[0].dtype)
+        return torch.matmul(grads[0], weight), None, None, None, None

@@ -115,7 +115,7 @@ def test_the_whole_of_it_is_told_once_by_name(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = scan(find_files(str(tmp_path / "p.jsonl")), load_config(None, []).generate)
     assert found.columns.notes == [
-        "columns without one type in common are carried as JSON text: a",
+        "columns whose values fit no single type are carried as JSON text: a",
         "the ids in column 'id' are carried as text",
     ]
 

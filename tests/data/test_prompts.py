@@ -161,6 +161,9 @@ def test_numbers_in_text_are_plain_decimals(tmp_path: Path, name: str) -> None:
 def test_settings_are_read_only_where_the_config_says_so(tmp_path: Path) -> None:
     rows = [{"prompt": "x", "temperature": 21.5, "stop": "Main St", "seed": 3}]
     path = write(tmp_path / "p.jsonl", rows)
+    (told,) = notes(path, "prefix=in_")
+    assert told.startswith("columns that set how their row is sampled: temperature, stop, seed; ")
+    assert notes(path, "settings_from_columns=[seed]") == []
     none = through(path, "settings_from_columns=false", "prefix=in_")
     assert own_settings(none) == [None]
     assert none.select(["temperature", "stop", "in_seed"]).to_pylist() == [

@@ -10,6 +10,7 @@ import pytest
 from gptray.model.hf import save_pretrained
 from tests.damage import deadline
 from tests.generation.models import random_gpt, small_tokenizer
+from tests.jobs.tracker import installed
 from tests.object_store import ObjectStore, object_store
 from tests.tiny import tiny_text
 
@@ -48,3 +49,9 @@ def source(tmp_path: Path) -> Path:
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases that are renewed, so that a holder is seen to run, each 1.5 s rather than each 7.5."""
     monkeypatch.setattr("gptray.lease.EXPIRES_S", 6.0)
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that a stand-in for the tracker W&B writes its calls to."""
+    return installed(tmp_path, monkeypatch)

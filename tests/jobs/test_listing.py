@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def test_each_run_has_its_state_verdict_losses_and_next_command(tmp_path: Path) 
     made(tmp_path / "cut", FALLING[:4], model=False)
     made(tmp_path / "diverged", FALLING, {**END, "stopped": "non_finite"})
     made(tmp_path / "broken", FALLING[:2], {"event": "failure", "time": 5.0, "message": "disk"})
+    made(tmp_path / "unsaved", FALLING, {"event": "failure", "time": 5.0, "message": "disk"})
     # Fewer steps than max_steps: cut off.
     for name in ("cut", "broken"):
         config = config_of(rows_of(FALLING), "train.patience=5")
@@ -61,6 +63,7 @@ def test_each_run_has_its_state_verdict_losses_and_next_command(tmp_path: Path) 
         "cut": ("interrupted at step 40", "does not overfit, still falling"),
         "diverged": ("failed", "unstable"),
         "broken": ("failed at step 20", "does not overfit, still falling"),
+        "unsaved": ("failed at step 80", "does not overfit, still falling"),
     }
     assert (runs["best"].val_loss, runs["best"].step) == (2.0, 120)
     assert runs["best"].parameters == 1_000_000 and runs["best"].bytes > 1000
@@ -70,6 +73,7 @@ def test_each_run_has_its_state_verdict_losses_and_next_command(tmp_path: Path) 
     assert words["short"][-1] == "train.max_steps=160"
     assert words["cut"][-1] == str(tmp_path / "cut" / "config.yaml")
     load_config(words["cut"][-1], [])
+    assert words["unsaved"][-1] == str(tmp_path / "unsaved" / "config.yaml")
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -105,6 +109,9 @@ def test_a_sweep_tells_its_winner(tmp_path: Path) -> None:
     for trial in trials:
         write_config(folder / "trials" / trial.name, config)
     assert by_name(tmp_path)["sweep"].state == "interrupted, 6 of 6 trials"
+    failed = [replace(one, outcome="failed", curve=[]) for one in trials]
+    write_sweep(tmp_path / "failed", config, failed)
+    assert by_name(tmp_path)["failed"].state == "failed, 6 of 6 trials"
     write_sweep(tmp_path / "sweep", config, trials, winner=best.name)
     one = by_name(tmp_path)["sweep"]
     assert (one.kind, one.state) == ("sweep", "finished, 6 trials")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pyarrow import fs, parquet
 
@@ -33,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 OUT, ROWS = "s3://bucket/out", 25
 PARTS = [part_name(number) for number in range(4)]
 LEASE = "lease-other.json"
+DICTIONARY = pa.dictionary(pa.int8(), pa.string())
 Feed = Callable[[Output, int], None]
 
 
@@ -140,6 +142,20 @@ def test_what_others_wrote_is_never_taken_for_the_jobs(
     store.objects["bucket/out/.gptray/plan.json"] = Object(b"{}")
     with pytest.raises(UserError, match=r"out/.gptray/plan\.json is damaged or was not written by"):
         planned(config)
+
+
+def test_a_job_that_is_refused_while_its_input_is_cut_leaves_nothing(
+    store: ObjectStore, model_dir: Path, tmp_path: Path, feed: Feed
+) -> None:
+    for first in (0, 100):  # together more values than the type can number
+        kinds = pa.array([f"kind {first + number}" for number in range(100)])
+        table = pa.table({"prompt": ["x"] * 100, "kind": kinds.cast(DICTIONARY)})
+        parquet.write_table(table, tmp_path / f"{first}.parquet")
+    config = config_at(model_dir, tmp_path / "*.parquet")
+    whole = config.generate.model_copy(update={"rows_per_file": 200})
+    with pytest.raises(UserError, match="column 'kind' has more values"):
+        job(config.model_copy(update={"generate": whole}), feed)
+    assert store.names("bucket/out") == []
 
 
 def test_an_output_among_the_input_is_refused(

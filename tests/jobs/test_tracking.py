@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import json
 import logging
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptray.config import TrackConfig, UserError
+from gptray.config import RunFailed, TrackConfig, UserError
 from gptray.jobs.trackers import TrackedRun, check_trackers
 from gptray.jobs.tracking import Sent, new_points, tracking
 from gptray.record import MetricsRow
+from tests.jobs.tracker import calls, exits
 
 # What the trackers' packages warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,6 +67,32 @@ def run(tmp_path: Path) -> TrackedRun:
     return TrackedRun(tmp_path / "book", "book", {"optim.lr": 0.002, "data.split": [0.9, 0.1]})
 
 
+def end(runs: Sequence[TrackedRun], error: BaseException | None, **where: str) -> None:
+    """What a job sends that trains no further step and ends by an error."""
+    with suppress(RunFailed, KeyboardInterrupt), tracking(TrackConfig(**where), lambda: [*runs]):
+        if error:
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(None, 0), (RunFailed("lost"), 1), (KeyboardInterrupt(), 255)]
+)
+def test_a_tracker_is_told_how_a_run_ended_even_if_it_had_all_steps_before(
+    run: TrackedRun, tmp_path: Path, wandb: Path, error: BaseException | None, code: int
+) -> None:
+    diverged = TrackedRun(tmp_path / "other", "other", {}, group="sweep", ending="failed")
+    for one in (run, diverged):
+        write(one, [5, 10])
+    end([run, diverged], error, wandb="books")
+    told = {"log": 2, "finish": 1}
+    assert exits(wandb) == {"book": [code], "other": [1]}
+    assert collections.Counter(call[0] for call in calls(wandb, "book")) == {"init": 1, **told}
+    send(run, [5, 10], wandb="books")  # resumed after a kill, to do no more than end
+    assert exits(wandb)["book"] == ([0] if code == 0 else [code, 0])
+    send(run, [5, 10], wandb="books")
+    assert exits(wandb)["book"][-1] == 0 and len(exits(wandb)["book"]) == 1 + (code != 0)
+
+
 def test_only_what_is_new_is_sent_and_a_late_score_by_itself() -> None:
     rows = rows_of([5, 10, 15, 20])
     sent = Sent("somewhere", step=15, scored=-1)
@@ -107,10 +136,14 @@ def test_mlflow_has_every_step_once_after_kills(run: TrackedRun, tmp_path: Path)
     send(run, range(5, 35, 5), mlflow=uri)
     before["mlflow"]["step"] = before["mlflow"]["scored"] = 10  # as a kill leaves it
     state.write_text(json.dumps(before))
-    send(run, range(5, 45, 5), mlflow=uri)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("gptray")
     assert experiment
+    for error, status in ((KeyboardInterrupt(), "KILLED"), (RunFailed("lost"), "FAILED")):
+        end([run], error, mlflow=uri)
+        (found,) = client.search_runs([experiment.experiment_id])
+        assert found.info.status == status
+    send(run, range(5, 45, 5), mlflow=uri)
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED" and found.data.params["optim.lr"] == "0.002"
     history = client.get_metric_history(found.info.run_id, "train_loss")
@@ -160,7 +193,7 @@ def test_trackio_has_every_step_once_in_one_run(run: TrackedRun, tmp_path: Path)
     needs("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    other = TrackedRun(tmp_path / "other", "other", {}, group="sweep", outcome="finished")
+    other = TrackedRun(tmp_path / "other", "other", {}, group="sweep", ending="finished")
     write(other, [5])
     write(run, range(5, 25, 5))
     with tracking(TrackConfig(trackio="books"), lambda: [run, other]):  # as trials of a sweep

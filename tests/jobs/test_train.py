@@ -16,6 +16,7 @@ from gptray.config import Config, RunFailed, UserError, load_config, override
 from gptray.jobs.train.check import check
 from gptray.jobs.train.run import train
 from gptray.record import EVENTS, read_rows
+from tests.jobs.tracker import exits
 from tests.tiny import tiny_config, tiny_text
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -188,14 +189,14 @@ def test_all_checkpoints_damaged_stops_before_training(copy: Config) -> None:
         train(copy)
 
 
-def test_diverging_run_fails_with_advice(text_file: Path, tmp_path: Path) -> None:
-    config = named(
-        text_file, tmp_path, "run", "optim.lr=1e20", "optim.max_grad_norm=null", "optim.min_lr=0"
-    )
+def test_diverging_run_fails_with_advice(text_file: Path, tmp_path: Path, wandb: Path) -> None:
+    keys = ["optim.lr=1e20", "optim.max_grad_norm=null", "optim.min_lr=0", "track.wandb=books"]
+    config = named(text_file, tmp_path, "run", *keys)
     with pytest.raises(RunFailed, match=r"(?s)non-finite.*optim\.lr"):
         train(config)
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "<b>failed</b> after step" in page and "a lower learning rate" in page
+    assert exits(wandb) == {"run": [1]}
 
 
 def test_fine_tuning_starts_from_a_finished_run(

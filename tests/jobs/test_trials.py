@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,30 +36,35 @@ def suggesting(tmp_path: Path) -> Config:
     return config
 
 
+def finish(
+    folder: Path, name: str, suggestions: Suggestions, record: Record, *losses: float
+) -> None:
+    """End a trial that was evaluated at each tenth step."""
+    run, losses = trial_dir(folder, name), losses or (2.0,)
+    run.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"step": 10 * place, "train_loss": 1.0, "val_bpb": loss}
+        for place, loss in enumerate(losses, start=1)
+    ]
+    (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record.ended(name, "finished" if len(losses) > 1 else "stopped", step=rows[-1]["step"])
+    suggestions.over(name)
+
+
 def test_optuna_suggests_what_goes_together_and_learns_on(
     suggesting: Config, tmp_path: Path
 ) -> None:
-    def finish(name: str, suggestions: Suggestions, record: Record) -> None:
-        run = trial_dir(tmp_path, name)
-        run.mkdir(parents=True)
-        (run / METRICS).write_text(
-            json.dumps({"step": 10, "train_loss": 1.0, "val_bpb": 2.0}) + "\n"
-        )
-        record.ended(name, "finished", step=10)
-        suggestions.over(name)
-
     record = Record(tmp_path)
     suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
     planned = [one for one in (suggestions.suggest() for _ in range(3)) if one]
     for plan in planned:
-        finish(plan.name, suggestions, record)
+        finish(tmp_path, plan.name, suggestions, record)
     before = [(one.values, one.point) for one in load_trials(tmp_path)]
     record = Record(tmp_path)
     suggestions = Suggestions(suggesting, tmp_path, record, num_trials=10)
     while following := suggestions.suggest():
         planned.append(following)
-        finish(following.name, suggestions, record)
-    suggestions.over(planned[-1].name)  # it has gone on from a rung, and ended again
+        finish(tmp_path, following.name, suggestions, record)
     trials = load_trials(tmp_path)
     assert (
         len(trials) == 10 and [(one.values, one.point) for one in trials][: len(before)] == before
@@ -76,6 +83,29 @@ def test_optuna_suggests_what_goes_together_and_learns_on(
     suggestions = Suggestions(suggesting, tmp_path, record, num_trials=11)
     suggestions.suggest()
     assert [one.name for one in load_trials(tmp_path)][-2:] == ["0010", "0011"]
+
+
+def test_optuna_knows_one_value_of_a_trial_that_has_gone_on(tmp_path: Path) -> None:
+    folder, copy = tmp_path / "a", tmp_path / "copy"
+    space = [{"path": "optim.lr", "loguniform": [1e-4, 1e-1]}]
+    keys = {"name": "a", "tune.space": space, "tune.search_alg": "optuna"}
+    config = override(Config(), {**keys, "storage_path": str(tmp_path)})
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump(config))
+    record = Record(folder)
+    suggestions = Suggestions(config, folder, record, num_trials=30)
+    planned = [one for one in (suggestions.suggest() for _ in range(14)) if one]
+    losses = {one.name: 2 + abs(math.log10(one.config.optim.lr) + 2.5) for one in planned[:-1]}
+    for name, loss in losses.items():  # the last one runs
+        finish(folder, name, suggestions, record, loss)
+    for name in ("0000", "0005"):
+        record.promoted(name)
+        finish(folder, name, suggestions, record, losses[name], 1.5)
+    shutil.copytree(folder, copy)
+    after_kill = Suggestions(config, copy, Record(copy), num_trials=30)
+    assert suggestions.suggest() and after_kill.suggest()
+    assert load_trials(folder)[-1].point == load_trials(copy)[-1].point
+    finish(copy, "0013", after_kill, Record(copy), 2.5)
 
 
 @pytest.mark.parametrize(

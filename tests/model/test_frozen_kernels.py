@@ -58,7 +58,8 @@ def taught(layer: FrozenLayer, pair: list[Tensor]) -> FrozenLayer:
 
 
 def formula(x: Tensor, layer: FrozenLayer) -> Tensor:
-    weight = whole_weight(layer.values, layer.scales, x.size(-1), torch.float32).float()
+    held = layer.values, layer.scales, layer.kind
+    weight = whole_weight(*held, x.size(-1), torch.float32).float()
     y = F.linear(x, weight, layer.bias)
     if not layer.adapters:
         return y
@@ -142,11 +143,11 @@ def test_a_frozen_mlp_is_that_of_fp32(
     assert_close(ours, expected, off=0.015)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "iq4_nl"])
 def test_a_layer_in_few_bits_computes_as_when_it_is_whole(kind: str) -> None:
     layer, x = frozen(66, 40, (slice(0, 40),)), randn(9, 66).bfloat16()
     held = quantize(layer.values.float(), kind)
-    few = replace(layer, values=held.values, scales=held.scales)
+    few = replace(layer, values=held.values, scales=held.scales, kind=kind)
     whole = replace(layer, values=held.dequantize(torch.bfloat16))
     upstream = randn(9, 40, seed=1)
     results = [
@@ -158,6 +159,14 @@ def test_a_layer_in_few_bits_computes_as_when_it_is_whole(kind: str) -> None:
         for one in (few, whole)
     ]
     assert all(torch.equal(mine, other) for mine, other in zip(*results, strict=True))
+
+
+def test_a_weight_of_one_input_is_made_whole_of_any_kind() -> None:
+    weight = randn(6, 1)
+    for kind in ("int8", "int4", "iq4_nl"):
+        held = quantize(weight, kind)
+        whole = whole_weight(held.values, held.scales, kind, 1, torch.float32)
+        assert torch.equal(whole, held.dequantize())
 
 
 def test_a_frozen_layer_has_the_same_bits_at_any_number_of_threads() -> None:

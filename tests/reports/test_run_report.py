@@ -299,6 +299,17 @@ def test_a_resumed_run_shows_each_evaluation_once_and_says_that_it_went_on(tmp_p
     assert "resumed after step 10" in page.text and "worker 0 failed: <gone>" in page.text
 
 
+def test_a_run_that_failed_at_its_last_step_has_not_finished(tmp_path: Path) -> None:
+    rows = rows_of([4.0, 3.0, 2.5])
+    failure: Event = {"event": "failure", "time": 9.0, "message": "cannot write checkpoint_000030"}
+    folder = write_run(tmp_path / "run", rows, [started(), failure], config_of(rows))
+    page = Page(write_report(folder))
+    assert "failed after step 30 of 30; the same command resumes it" in page.text
+    assert "cannot write checkpoint_000030" in page.text
+    write_run(folder, rows, [started(), failure, started(20)], config_of(rows))
+    assert "finished after 30 steps" in Page(write_report(folder)).text
+
+
 def test_a_run_that_has_hardly_begun_has_a_report(tmp_path: Path) -> None:
     config = config_of([])
     folder = write_run(tmp_path / "new", [], [started()], config)

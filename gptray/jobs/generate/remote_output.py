@@ -79,15 +79,11 @@ class RemoteOutput(Output):
                     f"generate.output_path: {self._place / name} was not written by this job, but "
                     "readers of the folder would read it too; remove it, or choose another folder"
                 )
-        self._publish_plan()
         if not is_whole:
             self._place.remove(SUCCESS)
 
-    def decide(self, backend: str) -> None:
-        super().decide(backend)
-        self._publish_plan()
-
-    def _publish_plan(self) -> None:
+    def record(self) -> None:
+        super().record()
         (self._place / SCRATCH).write(PLAN, _json(self._plan))
 
     @contextmanager

@@ -17,8 +17,9 @@ from gptray.jobs.models import CONFIG, has_model
 from gptray.jobs.next_steps import of_model
 from gptray.jobs.runs.record_places import RecordPlace, record_places
 from gptray.record import METRICS, Event, MetricsRow, read_events, read_metrics
-from gptray.reports.run.diagnosis import Diagnosis, diagnose
+from gptray.reports.run.diagnosis import Diagnosis, diagnose, has_failed
 from gptray.tuning.sweep_record import TRIALS, Trial, load_trials, trial_dir, winner_dir
+from gptray.tuning.trial_plan import choose_winner
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,9 @@ def _sweep(place: RecordPlace, known: Listed) -> Listed:
         state = f"finished, {len(trials)} trials"
     else:
         ended = sum(trial.outcome is not None for trial in trials)
-        state = f"{'running' if place.is_held else 'interrupted'}, {ended} of {len(trials)} trials"
+        has_none = bool(trials) and ended == len(trials) and choose_winner(trials) is None
+        word = "running" if place.is_held else "failed" if has_none else "interrupted"
+        state = f"{word}, {ended} of {len(trials)} trials"
     return replace(known, state=state, next=follows)
 
 
@@ -167,8 +170,8 @@ def _state(place: RecordPlace, diagnosis: Diagnosis, events: Sequence[Event]) ->
     if place.is_held:
         return "training"
     if diagnosis.ended is None:
-        failed = bool(events) and events[-1]["event"] == "failure"
-        return f"{'failed' if failed else 'interrupted'} at step {diagnosis.last_step:,}"
+        word = "failed" if has_failed(events) else "interrupted"
+        return f"{word} at step {diagnosis.last_step:,}"
     return {"max_steps": "finished", "patience": "early stopped", "non_finite": "failed"}[
         diagnosis.ended
     ]

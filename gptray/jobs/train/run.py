@@ -110,27 +110,29 @@ def _train(
         torn = set_ray_snapshot_aside(folder)
         if torn:
             log.warning("%s", torn)
-        try:
-            with (
-                tracking_run(config, folder),
-                watching(folder, config.train.max_steps, on_evaluation=show),
-            ):
-                result = fit_on_ray(config, data.data_dir, folder, also)
-            write_event(folder, "end", stopped=result["stopped"])
-        except (UserError, RunFailed) as error:
-            try_event(folder, "failure", message=str(error))
-            raise
-        finally:
-            reporter.write(running=False)
-    if result["stopped"] == "non_finite":
-        raise RunFailed(
-            f"stopped before an update with a non-finite number ({result['message']}). The best "
-            f"model so far and the last good checkpoint are in {folder}. Try a lower optim.lr, "
-            "a longer optim.warmup_steps or a lower optim.max_grad_norm"
-        )
+        with tracking_run(config, folder):
+            try:
+                with watching(folder, config.train.max_steps, on_evaluation=show):
+                    result = fit_on_ray(config, data.data_dir, folder, also)
+                write_event(folder, "end", stopped=result["stopped"])
+            except (UserError, RunFailed) as error:
+                try_event(folder, "failure", message=str(error))
+                raise
+            finally:
+                reporter.write(running=False)
+            if result["stopped"] == "non_finite":
+                raise _diverged(config, result["message"])
     peak = round(result["peak_memory_bytes"] / 2**30, 3)
     log.info("peak memory of a worker: %.2f GiB", peak)
     return {"peak_memory_gib": peak}
+
+
+def _diverged(config: Config, message: str) -> RunFailed:
+    return RunFailed(
+        f"stopped before an update with a non-finite number ({message}). The best model so far and "
+        f"the last good checkpoint are in {seen_at(config)}. Try a lower optim.lr, a longer "
+        "optim.warmup_steps or a lower optim.max_grad_norm"
+    )
 
 
 def fit_on_ray(

@@ -125,8 +125,8 @@ def _run_queue(checked: CheckedSweep, queue: SweepQueue, *, on_change: Callable[
         watching_sweep(folder, num_trials, on_change=on_change),
     ):
         run_trials(config, folder, queue)
-    if queue.failure:
-        raise queue.failure
+        if queue.failure:
+            raise queue.failure
 
 
 def _write_report(folder: Path, running: bool) -> Path:

@@ -12,7 +12,7 @@ from ray.tune.search.optuna import OptunaSearch
 from gptray.config import Config, ConfigError
 from gptray.config.search_space import Entry
 from gptray.jobs.run_folder import seen_at
-from gptray.tuning.sweep_record import Record, Trial, load_trials
+from gptray.tuning.sweep_record import Record, load_trials
 from gptray.tuning.trial_plan import Planned, entries_of, plan_trial, score, trial_name
 
 METRIC = "val_bpb"
@@ -30,19 +30,10 @@ class Suggestions:
         self._config, self._folder, self._record = config, folder, record
         self._num_trials = num_trials
         self._entries = entries_of(config)
-        past = load_trials(folder)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # Random draws at the start are a function of the seed, which is not to give them again.
-        self._search = OptunaSearch(
-            _distributions(self._entries),
-            metric=METRIC,
-            mode="min",
-            seed=(config.seed + len(past)) % 2**32,
-        )
-        self._asked: set[str] = set()
-        for trial in past:
-            if trial.outcome:
-                self._tell_again(trial)
+        # What Optuna was told of: each trial as it was then.
+        self._told = {trial.name: trial for trial in load_trials(folder) if trial.outcome}
+        self._search = self._informed()
 
     def suggest(self) -> Planned | None:
         """The next trial, written down; None once there are enough.
@@ -55,7 +46,6 @@ class Suggestions:
                 return None
             name = trial_name(len(trials))
             point = self._search.suggest(name)
-            self._asked.add(name)
             values = _values(self._entries, point)
             try:
                 planned = plan_trial(self._config, seen_at(self._config), name, values)
@@ -72,23 +62,37 @@ class Suggestions:
             return planned
 
     def over(self, name: str) -> None:
-        """Tell Optuna what a trial has come to."""
+        """Tell Optuna what a trial has come to, in the place of what it was told before."""
         (trial,) = (one for one in load_trials(self._folder) if one.name == name)
-        if name not in self._asked:
-            self._tell_again(trial)  # also what has gone on from a rung
-            return
-        self._asked.remove(name)
-        if trial.best:
+        if trial.point is None:
+            return  # not one of Optuna's
+        is_known, self._told[name] = name in self._told, trial
+        if is_known:  # it has gone on from a rung, and a study takes no second value
+            self._search = self._informed()
+        elif trial.best:
             self._search.on_trial_complete(name, {METRIC: score(trial)})
         else:
             self._search.on_trial_complete(name, error=True)
 
-    def _tell_again(self, trial: Trial) -> None:
-        """A trial that an earlier start had asked for."""
-        if trial.point is not None:
-            self._search.add_evaluated_point(
-                dict(trial.point), score(trial), error=trial.best is None
-            )
+    def _informed(self) -> OptunaSearch:
+        """A search that was told of all that are over, and has asked for those that are not."""
+        trials = load_trials(self._folder)
+        points = {trial.name: dict(trial.point) for trial in trials if trial.point is not None}
+        running = [name for name in points if name not in self._told]
+        search = OptunaSearch(
+            _distributions(self._entries),
+            metric=METRIC,
+            mode="min",
+            points_to_evaluate=[points[name] for name in running] or None,
+            # Random draws at the start are a function of the seed, which is not to give them again.
+            seed=(self._config.seed + len(trials)) % 2**32,
+        )
+        for name in running:
+            search.suggest(name)  # its point
+        for name, point in points.items():
+            if told := self._told.get(name):
+                search.add_evaluated_point(point, score(told), error=told.best is None)
+        return search
 
 
 def _distributions(

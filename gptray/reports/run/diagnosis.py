@@ -230,9 +230,11 @@ def _ended(
     events: Sequence[Event],
 ) -> Ended | None:
     """How the run ended; from the event where there is one, as patience may count otherwise."""
-    told = [event for event in events if event["event"] in ("start", "end")][-1:]
-    if told and told[0]["event"] == "end":
-        return told[0]["stopped"]
+    told = _last_of(events)
+    if told and told["event"] == "end":
+        return told["stopped"]
+    if has_failed(events):
+        return None
     if config.optim.lands:
         begun = begun_landing(events)
         if begun and rows_of("landing", rows) and rows[-1]["step"] >= begun["until"]:
@@ -245,6 +247,18 @@ def _ended(
     if patience and losses and len(losses) - 1 - losses.index(min(losses)) >= patience:
         return "patience"
     return None
+
+
+def has_failed(events: Sequence[Event]) -> bool:
+    """Whether the last that is known of a run is a failure: not even its last step may be saved."""
+    told = _last_of(events)
+    return told is not None and told["event"] == "failure"
+
+
+def _last_of(events: Sequence[Event]) -> Event | None:
+    """The last event that tells how a run stands."""
+    telling = ("start", "end", "failure")
+    return next((event for event in reversed(events) if event["event"] in telling), None)
 
 
 def _pace(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event]) -> float | None:

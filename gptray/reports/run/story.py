@@ -17,7 +17,7 @@ from gptray.record import Event, MetricsRow, base_val_loss, seconds_trained, tea
 from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
 from gptray.reports.run.before_and_after import before_and_after
-from gptray.reports.run.diagnosis import Diagnosis
+from gptray.reports.run.diagnosis import Diagnosis, has_failed
 from gptray.reports.run.findings import evaluation_tiles
 from gptray.reports.run.gap import Gap, gap_of
 from gptray.reports.run.samples import samples_of
@@ -82,7 +82,8 @@ def run_state(run: RunRecord, *, running: bool) -> tuple[str, str]:
         return "stopped early", f"{how} at {of_all}"
     if diagnosis.ended == "non_finite":
         return "failed", f" after {of_all}"
-    return "interrupted", f" after {of_all}; the same command resumes it"
+    word = "failed" if has_failed(run.events) else "interrupted"
+    return word, f" after {of_all}; the same command resumes it"
 
 
 def _command(run: RunRecord, advice: Advice) -> str | None:
