@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -31,6 +29,7 @@ from gptray.model.layers import Linear, dropout
 from gptray.model.lora import LoRALinear
 from gptray.model.parameters import Part
 from tests.generation.models import needs_native
+from tests.model.damaged_adapters import edit_config, edit_weights, only_pickle
 from tests.model.foreign_models import FAMILIES, make_hf
 
 # PEFT's.
@@ -256,28 +255,6 @@ def test_layers_of_odd_widths_that_no_kernel_takes_learn_beside_the_others(
         losses.append(loss.detach())
     assert model.is_native
     assert abs(losses[1] - losses[0]) < 0.02 * losses[0]
-
-
-def edit_config(**values: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return change
-
-
-def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-
-    return edit
-
-
-def only_pickle(folder: Path) -> None:
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
 ATTN, WTE = "base_model.model.transformer.h.1.attn.c_attn", "base_model.model.transformer.wte"
