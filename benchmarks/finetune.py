@@ -1,24 +1,39 @@
-"""What fine-tuning gains on a text and loses on another: an adapter, all weights, from scratch.
+"""What fine-tuning gains on texts and loses on another: an adapter, all weights, from scratch.
 
-    python benchmarks/finetune.py MODEL TEXT OTHER [--ways adapter,full,scratch]
+    python benchmarks/finetune.py MODEL TEXT... [--other FILE] [--folder runs/finetune] [--save]
 
-MODEL is what model.init_from takes, TEXT what is trained on, OTHER what the model is good at. The
-adapter has rank 16 and ten times the learning rate of training all weights; both take 24 steps of 4
-x 128 tokens. From scratch, the quick start's model with a vocabulary of 512 takes 500 of 16 x 128.
-Prints a table of bits per byte of TEXT's last tenth and of OTHER and, last, one JSON line.
+MODEL is what model.init_from takes. The first 100 kB of each TEXT are trained on, but for the last
+tenth of them, which is scored; so are 8 kB of documentation that no run has seen: README.md, or
+FILE. The adapter has rank 16 and ten times the learning rate of training all weights; both take 24
+steps of 4 x 128 tokens. From scratch, the quick start's model with a vocabulary of 512 takes 500 of
+16 x 128. Runs are kept in FOLDER, and no run that has ended there is run again, so a benchmark that
+was stopped goes on. Prints a table of bits per byte and, last, one JSON line; --save writes both to
+benchmarks/results/finetune.txt.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
+
+import torch
+from gpu_parts.machine import describe
+from made_tokens import split_tokens
+
+from gptray.config import Config, load_config
+from gptray.data.tokenizer import Tokenizer, train_bpe
+from gptray.data.tokens import TokenData
+from gptray.evaluation.forgetting import changes_of
+from gptray.jobs.run_folder import resolve
+from gptray.model.shape import model_folder
+from gptray.record import read_events, read_metrics
+from gptray.training.loop import fit
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "finetune.txt"
+TEXT_BYTES, OTHER_BYTES = 100_000, 8_000
 TUNED = [
     "model.n_positions=256", "train.block_size=128", "train.global_batch_size=4",
     "train.micro_batch_size=2", "train.max_steps=24", "train.eval_interval=12",
@@ -31,40 +46,103 @@ WAYS = {
         "data.vocab_size=512", "model.dropout=0.2", "train.max_steps=500", "train.eval_interval=50",
     ],
 }  # fmt: skip
-
-
-def trained(way: str, given: argparse.Namespace, storage: Path) -> dict[str, Any]:
-    """The JSON line of a run."""
-    command = [sys.executable, str(ROOT / "jobs" / "train.py"), *WAYS[way]]
-    command += [f"storage_path={storage}", f"name={way}", f"data.source={given.text}"]
-    command.append(f"evaluate.also={{other: {given.other}}}")
-    if way != "scratch":
-        command.append(f"model.init_from={given.model}")
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{way} failed")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+# A file in the folder of a run that needs no more steps.
+ENDED = "ended"
+# Bits per byte: of the text that is tuned on, of the other one.
+Scores = dict[str, dict[str, float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name in ("model", "text", "other"):
-        parser.add_argument(name)
-    parser.add_argument("--ways", default=",".join(WAYS), type=lambda names: names.split(","))
-    given = parser.parse_args()
-    scores: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as storage:
-        for way in given.ways:
-            result = trained(way, given, Path(storage))
-            other = result["also"]["other"]
-            if way != "scratch":
-                scores["zero-shot"] = {"text": result["base_val_bpb"], "other": other["base_bpb"]}
-            scores[way] = {"text": result["val_bpb"], "other": other["bpb"]}
-    print(f"{'bits per byte':14} {'text':>6} {'other':>6}")
-    for way, of in scores.items():
-        print(f"{way:14} {of['text']:6.3f} {of['other']:6.3f}")
-    print(json.dumps(scores))
+    given = arguments()
+    folder: Path = given.folder.absolute()
+    other = beginning(given.other, OTHER_BYTES)
+    scores = {}
+    for text in given.texts:
+        own = {way: folder / f"{text.stem}-{way}" for way in WAYS}
+        for way, place in own.items():
+            train(way, given.model, beginning(text, TEXT_BYTES), other, place)
+        scores[text.stem] = scores_of(own)
+    lines = [
+        *table(scores),
+        json.dumps({"machine": describe(torch.device("cpu")), "bits_per_byte": scores}),
+    ]
+    if given.save:
+        RESULTS.write_text("\n".join([heading(given), *lines]) + "\n", encoding="utf-8")
+    print(*lines, sep="\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("model")
+    parser.add_argument("texts", nargs="+", type=Path, metavar="text")
+    parser.add_argument("--other", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--folder", type=Path, default=Path("runs/finetune"))
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
+    return parser.parse_args()
+
+
+def beginning(text: Path, most: int) -> str:
+    """At most so many bytes of a text, in whole characters."""
+    return text.read_bytes()[:most].decode("utf-8", errors="ignore")
+
+
+def train(way: str, model: str, text: str, other: str, folder: Path) -> None:
+    """One run in the loop that jobs/train.py has, without Ray; it goes on where it was stopped."""
+    if (folder / ENDED).is_file():
+        return
+    words = [*WAYS[way], f"storage_path={folder.parent}", f"name={folder.name}"]
+    if way != "scratch":
+        words.append(f"model.init_from={model}")
+    config = resolve(load_config(None, words))
+    result = fit(
+        config, tokens(config, text, other, folder / "tokens"), folder,
+        report=lambda metrics, checkpoint: print(f"{folder.name}: {metrics}", file=sys.stderr),
+        sample=lambda model: [], device=torch.device("cpu"),
+    )  # fmt: skip
+    if result["stopped"] not in ("max_steps", "patience"):
+        raise SystemExit(f"{folder.name}: {result}")
+    (folder / ENDED).touch()
+
+
+def tokens(config: Config, text: str, other: str, folder: Path) -> TokenData:
+    """The text, its last tenth for validation, and the other one, by the model's tokenizer."""
+    cut = text.index("\n", len(text) * 9 // 10)
+    source = config.data.tokenizer
+    if config.model.init_from:
+        tokenizer = Tokenizer.load(model_folder(str(source), weights=False))
+    else:
+        tokenizer = train_bpe([text[:cut]], config.data.vocab_size)
+    split_tokens(folder / "other", tokenizer, test=other)
+    split_tokens(folder, tokenizer, train=text[:cut], val=text[cut:])
+    return TokenData.open(folder, also={"other": folder / "other"})
+
+
+def scores_of(runs: dict[str, Path]) -> Scores:
+    """Of the best model of each way, and of the model as it came."""
+    scores: Scores = {}
+    for way, folder in runs.items():
+        own, other = changes_of(read_metrics(folder), read_events(folder))
+        scores[way] = {"text": own.after, "other": other.after}
+        if own.before and other.before:
+            scores["zero-shot"] = {"text": own.before, "other": other.before}
+    return {way: scores[way] for way in ("zero-shot", *WAYS)}
+
+
+def table(scores: dict[str, Scores]) -> list[str]:
+    """A line for each way, and one for how much better than from scratch an adapter is."""
+    lines = [f"{'bits per byte':14}" + "".join(f"{name:>16}   other" for name in scores)]
+    for way in ("zero-shot", *WAYS):
+        pairs = [f"{of[way]['text']:16.3f} {of[way]['other']:7.3f}" for of in scores.values()]
+        lines.append(f"{way:14}" + "".join(pairs))
+    gains = [1 - of["adapter"]["text"] / of["scratch"]["text"] for of in scores.values()]
+    lines.append("adapter's gain" + "".join(f"{gain:16.0%}        " for gain in gains).rstrip())
+    return lines
+
+
+def heading(given: argparse.Namespace) -> str:
+    """The command, with the names of its files."""
+    names = [Path(given.model).name, *(text.name for text in given.texts)]
+    return f"python benchmarks/finetune.py {' '.join(names)} --other {given.other.name}"
 
 
 if __name__ == "__main__":

@@ -54,11 +54,11 @@ def text_tokens(folder: Path, *, sentences: int = 4000) -> TokenData:
     return split_tokens(folder, tokenizer, train="".join(lines[:cut]), val="".join(lines[cut:]))
 
 
-def split_tokens(folder: Path, tokenizer: Tokenizer, *, train: str, val: str) -> TokenData:
-    """Each split is one document."""
+def split_tokens(folder: Path, tokenizer: Tokenizer, **splits: str) -> TokenData:
+    """Each split, such as train and val, is one document; a text that is not split is `test`."""
     encoder, entries = ShardEncoder(tokenizer), {}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("train", train), ("val", val)):
+    for name, text in splits.items():
         file = f"{name}-00000.bin"
         with ShardWriter(folder / file, encoder) as writer:
             writer.add(text, begins=True, ends=True)
@@ -89,6 +89,7 @@ def _data(folder: Path, tokenizer: Tokenizer, entries: Mapping[str, ShardEntry])
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
             "eos_token_id": tokenizer.eos_id,
+            "document_prefix": tokenizer.document_prefix,
             "lost": Lost().entry(),
         },
     }

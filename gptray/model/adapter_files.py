@@ -176,11 +176,11 @@ class LowRank:
 def load_low_rank(base: Base, adapter: Adapter) -> dict[str, LowRank]:
     """What an adapter adds to parameters of the base, by their names in the network.
 
-    Raises UserError for files that are damaged, numbers that are not finite, and an adapter that
-    replaces weights: see `gptray.model.adapter_folder.check_products`.
+    Raises UserError for files that are damaged or not finite, and for an adapter that replaces
+    weights: see `gptray.model.adapter_folder.check_products`.
     """
     check_products(adapter)
-    path, stored = adapter.folder / WEIGHTS, _tensors(adapter)
+    stored = _tensors(adapter)
     parts = dict[str, list[Part]]()
     for part in adapter.adapted:
         parts.setdefault(part.parameter, []).append(part)
@@ -195,8 +195,6 @@ def load_low_rank(base: Base, adapter: Adapter) -> dict[str, LowRank]:
             narrow = stored[PREFIX + module_of(part) + B].float()
             rows = _rows(narrow, part, base.config, from_file)
             ranks[part.start : part.start + part.rows] = adapter.lora.scale * rows
-        if not bool((a.sum() + b.sum()).isfinite()):
-            raise UserError(f"{path}: the numbers for {module_of(own[0])} are not finite")
         found[parameter] = LowRank(a, b)
     return found
 
@@ -250,9 +248,13 @@ def _own(parts: Iterable[Part], parameters: Mapping[str, Tensor]) -> Iterator[tu
 
 
 def _tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """What the file of weights holds. Raises UserError if it is damaged."""
+    """What the file of weights holds. Raises UserError if it is damaged or not finite."""
     path = adapter.folder / WEIGHTS
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
+    for name, tensor in tensors.items():
+        if not bool(tensor.float().sum().isfinite()):
+            raise UserError(f"{path}: the numbers of {name} are not finite")
+    return tensors

@@ -5,7 +5,8 @@ What is not plain LoRA is refused by name: what it would add is not computed her
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,10 @@ _WITHOUT_EFFECT = {
     "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
+# Keys that leave out some of target_modules.
+_EXCEPTIONS = ("exclude_modules", "layers_to_transform")
+# The end of a name, after the layer's, in folders of all kinds of adapters.
+_PIECE = re.compile(r"\.(?:base_layer|lora_\w+)(?:\.weight)?$")
 # Ways to begin that leave the model's own weights as they are.
 _BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -92,18 +97,16 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
             continue  # where the weights are read, it is compared with the embedding
         bare = name.removeprefix(PREFIX)
         module = bare.removesuffix(A).removesuffix(B)
-        if bare == name or (module == bare and bare not in whole):
-            raise UserError(f"{path}: {name} is not a weight of an adapter of {base.source}")
+        if bare == name or not (bare in whole or (module != bare and module in parts)):
+            raise _unknown(path, name, base)
         if module == bare:
             replaced.append(whole[bare])
-        elif module in parts:
-            adapted[module] = parts[module]
         else:
-            raise UserError(f"{path}: {module} is no linear layer in the blocks of {base.source}")
+            adapted[module] = parts[module]
     adapter = Adapter(folder, lora, tuple(adapted.values()), tuple(replaced), quantized)
     _check_shapes(path, stored, adapter)
     _check_head(path, stored, base, adapter)
-    _check_complete(path, raw, base, adapter)
+    _check_named(path, raw, base, adapter)
     return adapter
 
 
@@ -164,6 +167,14 @@ def _check_types(path: Path, stored: Mapping[str, tuple[list[int], str]]) -> Non
             raise UserError(f"{path}: {name} is stored as {dtype}; weights are {', '.join(FLOATS)}")
 
 
+def _unknown(path: Path, name: str, base: Base) -> UserError:
+    """For a weight that is no adapter's of this base's linear layers."""
+    module, pieces = _PIECE.subn("", name.removeprefix(PREFIX))
+    if pieces and module not in map(module_of, base.linear):
+        return UserError(f"{path}: {module} is no linear layer in the blocks of {base.source}")
+    return UserError(f"{path}: {name} is not a weight of an adapter of {base.source}")
+
+
 def _check_shapes(
     path: Path, stored: Mapping[str, tuple[list[int], str]], adapter: Adapter
 ) -> None:
@@ -198,22 +209,45 @@ def _check_head(
             )
 
 
-def _check_complete(path: Path, raw: Mapping[str, object], base: Base, adapter: Adapter) -> None:
-    """Raise UserError where layers that the config names have no weights."""
-    targets, saved = raw.get("target_modules"), raw.get("modules_to_save") or []
-    some = any(raw.get(key) for key in ("exclude_modules", "layers_to_transform"))
-    expected = []
-    if targets == "all-linear":
-        expected = base.linear
-    elif isinstance(targets, list) and not some:
-        names = [name for name in targets if isinstance(name, str)]
-        expected = [part for part in base.linear if is_named(module_of(part), names)]
-    if isinstance(saved, list):
-        names = [name for name in saved if isinstance(name, str)]
-        expected = expected + [part for part in base.parts if is_named(module_of(part), names)]
-    have = {part.name for part in (*adapter.adapted, *adapter.replaced)}
+def _check_named(path: Path, raw: Mapping[str, object], base: Base, adapter: Adapter) -> None:
+    """Raise UserError where layers that the config names have no weights, or others have some."""
+    config = path.parent / CONFIG
+    targets = raw.get("target_modules")
+    is_target = _pattern(config, targets) if isinstance(targets, str) else None
+    names = [] if is_target else _names(config, "target_modules", targets)
+    saved = _names(config, "modules_to_save", raw.get("modules_to_save") or [])
+    adapted = {part.name for part in adapter.adapted}
+    have = adapted | {part.name for part in adapter.replaced}
+    with_exceptions = any(raw.get(key) not in (None, [], "") for key in _EXCEPTIONS)
+    expected = [part for part in base.parts if is_named(module_of(part), saved)]
+    for part in base.linear:
+        module = module_of(part)
+        if is_target(module) if is_target else is_named(module, names):
+            expected += [] if with_exceptions else [part]
+        elif part.name in adapted:
+            raise UserError(f"{path}: {module} has weights, but {CONFIG} does not name it")
     for part in expected:
         if part.name not in have:
             raise UserError(f"{path}: nothing for {module_of(part)}, which {CONFIG} names")
     if not have:
         raise UserError(f"{path}: it holds no weights")
+
+
+def _pattern(config: Path, targets: str) -> Callable[[str], object]:
+    """Whether target_modules means a module, where it is one word: as PEFT, a regular expression.
+
+    Raises UserError.
+    """
+    if targets == "all-linear":
+        return lambda module: True
+    try:
+        return re.compile(targets).fullmatch
+    except re.error as error:
+        raise UserError(f"{config}: target_modules={targets!r:.60}: {error}") from None
+
+
+def _names(config: Path, key: str, given: object) -> list[str]:
+    """Names of modules. Raises UserError."""
+    if isinstance(given, list) and all(isinstance(name, str) for name in given):
+        return given
+    raise UserError(f"{config}: {key}={given!r:.60} is no list of names")

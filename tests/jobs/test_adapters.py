@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gptray.config import LoraConfig, UserError, load_config
 from gptray.data.batch_requests import RowRequest
@@ -30,10 +33,11 @@ from gptray.jobs.serve.check import check as check_endpoint
 from gptray.jobs.serve.check import plan as plan_endpoint
 from gptray.jobs.train.check import check as check_training
 from gptray.jobs.train.check import plan
-from gptray.model.adapter import Base
+from gptray.model.adapter import CONFIG, WEIGHTS, Base
 from gptray.model.adapter_files import adapted_network, load_merged, save_adapter
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.hf import save_pretrained
+from tests.model.damaged_adapters import edit_config, edit_weights, only_pickle
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,52 @@ def test_what_is_no_adapter_is_refused(word: str, told: str, model_dir: Path) ->
     given = [f"generate.model={model_dir}", "sample.prompt=x", word.format(model=model_dir)]
     with pytest.raises(UserError, match=told):
         generate(load_config(None, given))
+
+
+QUERIES = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+
+
+def of_another_base(folder: Path) -> None:
+    path = folder / WEIGHTS
+    save_file(load_file(path), path, {"base_sha256": "0" * 64})
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (of_another_base, "adapts another model than {model}: one whose weights have sha256 000"),
+        (edit_config(r=9), "lora_A.weight has shape [2, "),
+        (edit_config(rank_pattern={"c_attn": 9}), "rank_pattern={{'c_attn': 9}} is not supported"),
+        (edit_config(use_dora=True), "use_dora=True is not supported, only plain LoRA"),
+        (edit_config(bias="all"), "bias='all' is not supported, only 'none'"),
+        (edit_config(peft_type="IA3"), "peft_type='IA3' is not supported, only LORA"),
+        (edit_config(target_modules=3), "target_modules=3 is no list of names"),
+        (edit_weights(lambda x: x.pop(QUERIES)), f"{QUERIES} is missing"),
+        (
+            edit_weights(lambda x: x.update({QUERIES: x[QUERIES].to(torch.int32)})),
+            f"{QUERIES} is stored as I32; weights are F64, F32, F16",
+        ),
+        (only_pickle, "no adapter_model.safetensors but pickled weights"),
+        (lambda folder: os.truncate(folder / WEIGHTS, 900), "adapter_model.safetensors: damaged"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "adapter_config.json: cannot be read"),
+    ],
+)
+def test_a_wrong_adapter_is_one_line_and_exit_code_2_in_every_job(
+    damage: Callable[[Path], object], told: str, model_dir: Path, adapter: Path, source: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    wrong = tmp_path / "wrong"
+    shutil.copytree(adapter, wrong)
+    damage(wrong)
+    for job, words in {
+        "generate": [f"generate.adapter={wrong}", "sample.prompt=x"],
+        "evaluate": [f"evaluate.adapter={wrong}", f"evaluate.source={source}"],
+        "serve": [f"serve.adapters={{one: {wrong}}}"],
+    }.items():
+        given = [f"{job}.model={model_dir}", f"storage_path={tmp_path}", *words]
+        assert run(job, given) == 2, job
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(wrong) in line and told.format(model=model_dir) in line
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,26 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from gptray.config import LoraConfig, UserError
 from gptray.model.adapter import Base, trained_count
-from gptray.model.adapter_files import adapted_network, load_adapter, load_merged, save_adapter
-from gptray.model.adapter_folder import open_adapter
+from gptray.model.adapter_files import (
+    adapted_network,
+    load_adapter,
+    load_low_rank,
+    load_merged,
+    save_adapter,
+)
+from gptray.model.adapter_folder import Adapter, open_adapter
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
 from gptray.model.layers import Linear, dropout
 from gptray.model.lora import LoRALinear
 from gptray.model.parameters import Part
 from tests.generation.models import needs_native
+from tests.model.damaged_adapters import edit_config, edit_weights, only_pickle
 from tests.model.foreign_models import FAMILIES, make_hf
 
 # PEFT's.
@@ -106,6 +112,29 @@ def test_an_adapter_of_pefts_computes_the_same_here(
     theirs = peft_adapter(base, tmp_path / "adapter", use_rslora=use_rslora)
     ours = load_merged(base, open_adapter(tmp_path / "adapter", base))
     torch.testing.assert_close(logits_of(ours), logits_of(theirs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gpt2", {"target_modules": r".*\.h\.\d+\.attn\.c_attn"}),
+        ("llama", {"exclude_modules": ".*mlp.*"}),
+        ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 0}),
+        ("llama", {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
+        ("gpt_neox", {"target_modules": ["dense"], "modules_to_save": ["query_key_value"]}),
+        ("qwen2", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_layers_that_peft_chooses_in_its_own_ways_arrive(
+    name: str, settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = base_in(tmp_path / "base", name)
+    peft_adapter(base, tmp_path / "adapter", **settings)
+    edit_weights(lambda x: x.update({k: v.to(dtype) for k, v in x.items()}))(tmp_path / "adapter")
+    expected = logits_of(opened_by_peft(base.folder, tmp_path / "adapter"))
+    ours = load_merged(base, open_adapter(tmp_path / "adapter", base))
+    torch.testing.assert_close(logits_of(ours), expected, rtol=0, atol=1e-4)
 
 
 def opened_by_peft(base: Path, adapter: Path) -> nn.Module:
@@ -228,29 +257,7 @@ def test_layers_of_odd_widths_that_no_kernel_takes_learn_beside_the_others(
     assert abs(losses[1] - losses[0]) < 0.02 * losses[0]
 
 
-def edit_config(**values: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return change
-
-
-def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-
-    return edit
-
-
-def only_pickle(folder: Path) -> None:
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-
-
-ATTN = "base_model.model.transformer.h.1.attn.c_attn"
+ATTN, WTE = "base_model.model.transformer.h.1.attn.c_attn", "base_model.model.transformer.wte"
 
 
 @pytest.mark.parametrize(
@@ -263,6 +270,13 @@ ATTN = "base_model.model.transformer.h.1.attn.c_attn"
         (edit_config(bias="all"), "bias='all' is not supported"),
         (edit_config(r=8), r"lora_A.weight has shape \[4, 48\]; with r=8 .* it is \[8, 48\]"),
         (edit_config(r="four"), "r='four' is no rank"),
+        (edit_config(target_modules=None), "target_modules=None is no list of names"),
+        (edit_config(target_modules="("), r"target_modules='\(': missing \)"),
+        (edit_config(modules_to_save="wte"), "modules_to_save='wte' is no list of names"),
+        (
+            edit_config(target_modules=["c_fc", "c_proj"]),
+            "h.0.attn.c_attn has weights, but adapter_config.json does not name it",
+        ),
         (only_pickle, "no adapter_model.safetensors but pickled weights"),
         (
             edit_weights(lambda x: x.pop(f"{ATTN}.lora_B.weight")),
@@ -280,6 +294,10 @@ ATTN = "base_model.model.transformer.h.1.attn.c_attn"
             edit_weights(lambda x: x.update({"base_model.model.other.weight": torch.ones(2)})),
             "base_model.model.other.weight is not a weight of an adapter",
         ),
+        (
+            edit_weights(lambda x: x.update({f"{WTE}.lora_embedding_A": torch.ones(4, 41)})),
+            "transformer.wte is no linear layer in the blocks of",
+        ),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"{"), "damaged"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "cannot be read"),
@@ -295,6 +313,27 @@ def test_a_wrong_adapter_is_refused_in_one_line(
     with pytest.raises(UserError, match=told) as caught:
         open_adapter(tmp_path / "adapter", base)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_layer_that_a_pattern_names_and_that_has_no_weights_is_told(tmp_path: Path) -> None:
+    base = base_in(tmp_path / "base", "gpt2")
+    peft_adapter(base, tmp_path / "adapter", target_modules=".*c_attn")
+    edit_weights(lambda x: [x.pop(f"{ATTN}.lora_{one}.weight") for one in "AB"])(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(UserError, match=r"nothing for transformer\.h\.1\.attn\.c_attn, which"):
+        open_adapter(tmp_path / "adapter", base)
+
+
+@pytest.mark.parametrize("load", [load_merged, load_low_rank])
+def test_numbers_that_are_not_finite_are_refused(
+    load: Callable[[Base, Adapter], object], tmp_path: Path
+) -> None:
+    base = base_in(tmp_path / "base", "gpt2")
+    peft_adapter(base, tmp_path / "adapter")
+    edit_weights(lambda x: x[f"{ATTN}.lora_A.weight"][0].fill_(math.nan))(tmp_path / "adapter")
+    with pytest.raises(UserError, match=rf"the numbers of {ATTN}\.lora_A\.weight are not finite"):
+        load(base, open_adapter(tmp_path / "adapter", base))
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
