@@ -48,9 +48,8 @@ def draw_limited(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     return tokens, best
 
 
-def _draw(row: Row) -> tuple[float | int | None, ...]:
-    """A row's `abi.Draw`."""
+def _draw(row: Row) -> abi.Draw:
     asked = row.sampling
     top_p = 1.0 if asked.top_p is None else asked.top_p
     reals = asked.temperature, top_p, asked.min_p or 0.0
-    return *reals, asked.seed, row.row, row.new_tokens, asked.top_k
+    return abi.Draw(*reals, asked.seed, row.row, row.new_tokens, asked.top_k)

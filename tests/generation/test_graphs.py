@@ -21,11 +21,11 @@ Call = tuple[torch._ops.OpOverload, Sequence[Any]]
 NO_KERNELS = (torch.ops.aten._to_copy.default, torch.ops.aten._unsafe_view.default)
 
 
-class Recorded(TorchDispatchMode):
+class Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The operators that run in the block, with their arguments."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
 
     def __torch_dispatch__(
@@ -40,7 +40,8 @@ class Recorded(TorchDispatchMode):
 
 
 def recorded(work: Callable[[], object]) -> list[Call]:
-    with Recorded() as record:
+    record = Recorded()
+    with record:
         work()
     return record.calls
 
@@ -84,7 +85,7 @@ def test_a_micro_step_of_gpt2_asks_for_few_kernels() -> None:
         model = GPT(shape, vocab_size=50304)
         model.compute_dtype = torch.bfloat16
         idx = torch.zeros(32, 1024, dtype=torch.int64)
-        calls = recorded(lambda: model(idx, idx).backward())  # type: ignore[no-untyped-call]
+        calls = recorded(lambda: model(idx, idx).backward())
     kernels = [
         operator
         for operator, _ in calls
