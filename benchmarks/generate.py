@@ -60,7 +60,10 @@ OF_ADAPTERS = ("bf16+adapters", "int8+adapters")
 ADAPTED = "+adapters"
 ADAPTERS, RANK = 32, 8
 # What generate.backend=auto chooses between.
-OF_BACKENDS = ("bf16:native", "bf16:torch", "int8:native", "int8:torch", "int4:native")
+OF_BACKENDS = (
+    *("fp32:native", "fp32:torch", "bf16:native", "bf16:torch"),
+    *("int8:native", "int8:torch", "int4:native"),
+)
 
 # Generates for that many sequences; the argument makes each call's prompts others.
 Run = Callable[[int, int], None]

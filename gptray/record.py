@@ -31,6 +31,7 @@ EVENT_FIELDS: RowFields = {
     "base": {"val_loss": (int, float)},
     "evaluated": {"step": int, "best": bool, "samples": list},
     "notice": {"message": str},
+    "building": {"message": str},
     "landing": {"step": int, "back_to": int, "until": int, "message": str},
     "damaged": {"message": str},
     "failure": {"message": str},
@@ -76,7 +77,7 @@ class Event(TypedDict, total=False):
     event: Required[str]
     time: Required[float]
     step: int
-    message: str  # of a notice, a landing, a damaged checkpoint, a failure, a wait
+    message: str  # of a notice, a build, a landing, a damaged checkpoint, a failure, a wait
     back_to: int  # of a landing: the step whose weights it begins with
     until: int  # of a landing, and of a start in it: its last step
     stopped: Literal["max_steps", "patience", "non_finite"]  # of an end

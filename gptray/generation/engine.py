@@ -202,6 +202,8 @@ class Engine:
 
     def _take_prompts(self, logits: Tensor, reading: list[tuple[Sequence, Piece]]) -> Tensor:
         """Score the prompts that ask for it. Returns the rows of logits that draw a token."""
+        if not reading:
+            return logits
         drawing, row = list(range(len(self._decoding))), len(self._decoding)
         for sequence, piece in reading:
             if piece.scored:

@@ -17,7 +17,9 @@ from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.cache import FIRST_TOKENS
 from gptray.generation.decoder import Network, Piece, StepRows
 from gptray.generation.native_adapter import NativeAdapter, tables
+from gptray.generation.native_sampling import draw_limited, top_candidates
 from gptray.generation.native_weights import DTYPES, NativeWeights, Rooms, room
+from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 from gptray.native import abi
@@ -53,7 +55,9 @@ class NativeDecoder(Network):
         widest = _rounded(max(C, H * E, config.inner), INT8_GROUP)
         self._widths = (C, C, H * E), (max((H + 2 * K) * E, config.inner), widest)
         self._cache = _Cache((config.n_layer, slots, K, config.n_positions, E), kept)
-        self._scratch = torch.empty(0)
+        # Room for what lies between products, and where a step of `_asked` rows and rank has it.
+        self._scratch, self._places = torch.empty(0), list[int]()
+        self._asked = 0, 0
 
     @torch.no_grad()
     def step(
@@ -75,7 +79,6 @@ class NativeDecoder(Network):
             np.array(numbers, np.int32) for numbers in (tokens, slots, positions, of_step.asked)
         ]
         logits = torch.empty(len(of_step.asked), _rounded(self._vocab_size, PANEL))
-        logits[:, self._vocab_size :] = float("-inf")
         own, most_rank = tables(of_step.adapters)
         step = abi.Step(
             *(numbers.ctypes.data for numbers in rows),
@@ -97,6 +100,9 @@ class NativeDecoder(Network):
         )
         return logits
 
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
+        return draw(logits, rows, top_candidates, draw_limited)
+
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return top_candidates(logits, k)
 
@@ -108,12 +114,15 @@ class NativeDecoder(Network):
 
     def _scratch_for(self, rows: int, most_rank: int) -> list[int]:
         """Where a step's x, made, attended, narrow, wide and words are."""
-        before, after = self._widths
-        sizes = [rows * numbers for numbers in (*before, most_rank, *after)]
-        if self._scratch.numel() < sum(sizes):
-            self._scratch = torch.empty(sum(sizes))
-        starts = np.cumsum([0, *sizes[:-1]]) * self._scratch.element_size()
-        return [self._scratch.data_ptr() + int(start) for start in starts]
+        if self._asked != (rows, most_rank):
+            before, after = self._widths
+            sizes = [rows * numbers for numbers in (*before, most_rank, *after)]
+            if self._scratch.numel() < sum(sizes):
+                self._scratch = torch.empty(sum(sizes))
+            starts = np.cumsum([0, *sizes[:-1]]) * self._scratch.element_size()
+            self._places = [self._scratch.data_ptr() + int(start) for start in starts]
+            self._asked = rows, most_rank
+        return self._places
 
 
 class _Cache:
@@ -150,18 +159,6 @@ class _Cache:
 
     def _seen(self) -> abi.Cache:
         return abi.Cache(*map(_addresses, self._memory), self._length, self._kind)
-
-
-def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What `gptray.generation.choosing.top_candidates` gives for fp32 logits, faster."""
-    B, V = logits.shape
-    k = min(k, V)
-    logits = logits.contiguous()
-    assert logits.dtype == torch.float32
-    values, ids = torch.empty(B, k), torch.empty(B, k, dtype=torch.int64)
-    threads = min(B, torch.get_num_threads())
-    load_library(key=GENERATE_KEY).top_candidates(logits, B, V, k, values, ids, threads)
-    return values, ids
 
 
 def _addresses(layers: Sequence[Tensor]) -> object:

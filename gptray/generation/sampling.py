@@ -10,7 +10,8 @@ Shapes: B rows of the batch, V entries of the vocabulary, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -29,6 +30,9 @@ from gptray.generation.choosing import (
 from gptray.generation.philox import uniform
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import Mask
+
+# Draws a token of each row from logits (B, V).
+Choose = Callable[[Tensor, Sequence["Row"]], Chosen]
 
 
 class Row(Protocol):
@@ -63,36 +67,36 @@ class Drawn(NamedTuple):
 
 
 @torch.no_grad()
-def draw(logits: Tensor, rows: Sequence[Row], top: Top | None = None) -> list[Drawn | None]:
+def draw(
+    logits: Tensor, rows: Sequence[Row], top: Top | None = None, limited: Choose | None = None
+) -> list[Drawn | None]:
     """Draw the next token of each row from logits (B, V), fp32, which are overwritten.
 
     None for a row whose logits are not a distribution (NaN, infinity, or nothing eligible).
-    top: a faster `top_candidates`, to the same effect.
+    top, limited: a faster `top_candidates` and a faster `draw_limited`, to the same effect.
     """
     assert logits.size(0) == len(rows)
     top = top or top_candidates
+    limited = limited or partial(draw_limited, top)
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
-    logprobs = _log_softmax(logits, asked)
+    logprobs = _log_softmax(logits, asked) if asked else logits
     _shape(logits, rows)
-    tokens, sound = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows)).bool()
+    drawn: list[Drawn | None] = [None] * len(rows)
     for members, choose in (
         ([i for i, r in enumerate(rows) if r.sampling.is_greedy], _greedy),
-        ([i for i, r in enumerate(rows) if is_ranked(r.sampling)], partial(_draw_ranked, top)),
+        ([i for i, r in enumerate(rows) if is_ranked(r.sampling)], limited),
         ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
     ):
         if members:
             part = logits if len(members) == len(rows) else logits[members]
-            chosen, best = choose(part, [rows[i] for i in members])
-            tokens[members], sound[members] = chosen.cpu(), torch.isfinite(best).cpu()
-    drawn = [
-        Drawn(token) if is_sound else None
-        for token, is_sound in zip(tokens.tolist(), sound.tolist(), strict=True)
-    ]
+            tokens, best = choose(part, [rows[i] for i in members])
+            for i, token, most in zip(members, tokens.tolist(), best.tolist(), strict=True):
+                drawn[i] = Drawn(token) if math.isfinite(most) else None
     if asked:
         counts = [rows[i].sampling.logprobs or 0 for i in asked]
-        scored = _report(logprobs, tokens[asked].tolist(), counts, top)
-        for i, with_logprobs in zip(asked, scored, strict=True):
-            drawn[i] = drawn[i] and with_logprobs
+        own = [one.token if (one := drawn[i]) else 0 for i in asked]
+        for i, scored in zip(asked, _report(logprobs, own, counts, top), strict=True):
+            drawn[i] = drawn[i] and scored
     return drawn
 
 
@@ -176,7 +180,7 @@ def _greedy(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     return tokens, best
 
 
-def _draw_ranked(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
+def draw_limited(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
     """Draw from the first of the ranked candidates, as many as top_k, top_p and min_p leave."""
     V = logits.size(1)
     ranks = min(max(row.sampling.top_k or FIRST_RANKS for row in rows), V)

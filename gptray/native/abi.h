@@ -33,6 +33,7 @@ struct TypeName<const T> : TypeName<T> {};
 
 ABI_TYPE(void, "void")
 ABI_TYPE(float, "f32")
+ABI_TYPE(double, "f64")
 ABI_TYPE(int32_t, "i32")
 ABI_TYPE(int64_t, "i64")
 ABI_TYPE(uint16_t, "bf16")

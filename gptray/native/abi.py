@@ -1,15 +1,15 @@
 """How Python calls the native library: its structures and functions, compared when it is loaded.
 
-The structures mirror decode.h, which says what they mean, and the functions those of decode.cpp and
-train.cpp. Tensors are passed as they are: each parameter takes one of its type without gaps, or
-None for nullptr.
+The structures mirror decode.h and draw.h, which say what they mean, and the functions those of
+decode.cpp and train.cpp. Tensors are passed as they are: each parameter takes one of its type
+without gaps, or None for nullptr.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any, ClassVar, Self
 
@@ -50,6 +50,10 @@ class _Pointer(c_void_p):
 
 class Float(_Pointer):
     text, dtype = "f32*", "torch.float32"
+
+
+class Double(_Pointer):
+    text, dtype = "f64*", "torch.float64"
 
 
 class Half(_Pointer):
@@ -163,13 +167,25 @@ class Step(Structure):
     )
 
 
+class Draw(Structure):
+    _fields_ = (
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("seed", c_int64),
+        ("row", c_int64),
+        ("position", c_int64),
+        ("top_k", c_int64),
+    )
+
+
 CONSTANTS = {
     **{"LANES": LANES, "PANEL": PANEL, "RANK_STEP": RANK_STEP, "NORM_PARTS": NORM_PARTS},
     **{"FP32": FP32, "BF16": BF16, "INT8": INT8, "INT4": INT4, "IQ4_NL": IQ4_NL},
     **{"GROUP": GROUP, "INT8_GROUP": INT8_GROUP},
     **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "SWIGLU": SWIGLU},
 }
-STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, LowRank, Block, Model, Cache, Step)
+STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, LowRank, Block, Model, Cache, Step, Draw)
 _SIZES_OF_3, _SIZES_OF_HEADS = [c_int32] * 4, [c_int32] * 7  # and the number of threads
 # Parameters in their order; none returns anything.
 FUNCTIONS: dict[str, Sequence[type]] = {
@@ -216,8 +232,15 @@ FUNCTIONS: dict[str, Sequence[type]] = {
     "decode_step": [POINTER(Model), POINTER(Cache), POINTER(Step), c_int32],
     # logits; rows, width, k; values, ids
     "top_candidates": [Float, c_int32, c_int32, c_int32, Float, Long, c_int32],
+    # logits; rows, width, k; draws, best, ids, logs
+    "rank_rows": [Float, *[c_int32] * 3, POINTER(Draw), Float, Long, Double, c_int32],
+    # weights, ids; rows, k; draws, tokens
+    "draw_rows": [Double, Long, c_int32, c_int32, POINTER(Draw), Long],
 }
-_TEXTS: dict[type, str] = {c_void_p: "void*", c_float: "f32", c_int32: "i32", c_int64: "i64"}
+_TEXTS: dict[type, str] = {
+    **{c_void_p: "void*", c_float: "f32", c_double: "f64"},
+    **{c_int32: "i32", c_int64: "i64"},
+}
 
 
 @cache

@@ -1,4 +1,4 @@
-// A step of a decoder in one call, and a row's likeliest tokens.
+// A step of a decoder in one call, a row's likeliest tokens, and drawing from them.
 //
 // Every sum runs over a row's own numbers in one fixed order. So what a token gets has the same
 // bits alone or among any neighbours, whether its prompt was read at once or token by token.
@@ -8,6 +8,7 @@
 #include "abi.h"
 #include "attention_decode.h"
 #include "candidates.h"
+#include "draw.h"
 #include "linear_decode.h"
 #include "tile_check.h"
 
@@ -71,6 +72,7 @@ ABI_TYPE(Block, "Block")
 ABI_TYPE(Model, "Model")
 ABI_TYPE(Cache, "Cache")
 ABI_TYPE(Step, "Step")
+ABI_TYPE(Draw, "Draw")
 
 }  // namespace
 
@@ -84,6 +86,30 @@ extern "C" void top_candidates(const float *logits, int32_t rows, int32_t width,
   }
 }
 
+// The k likeliest of each row of logits (rows, width) to draw from: the likeliest one's logit,
+// (rows), and the ids and logarithms of weights, (rows, k) each.
+extern "C" void rank_rows(const float *logits, int32_t rows, int32_t width, int32_t k,
+                          const Draw *draws, float *best, int64_t *ids, double *logs,
+                          int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int row = 0; row < rows; ++row) {
+    const size_t at = (size_t)row * k;
+    std::vector<float> values(k);
+    top_of_row(logits + (size_t)row * width, width, k, values.data(), ids + at);
+    best[row] = values[0];
+    log_weights(values.data(), k, draws[row].temperature, logs + at);
+  }
+}
+
+// What each row draws of k candidates, by their weights (rows, k).
+extern "C" void draw_rows(const double *weights, const int64_t *ids, int32_t rows, int32_t k,
+                          const Draw *draws, int64_t *tokens) {
+  for (int row = 0; row < rows; ++row) {
+    const size_t at = (size_t)row * k;
+    tokens[row] = ids[at + draw_place(weights + at, k, draws[row])];
+  }
+}
+
 extern "C" void decode_step(const Model *model, const Cache *cache, const Step *step,
                             int32_t threads) {
   Team team(threads);
@@ -93,6 +119,10 @@ extern "C" void decode_step(const Model *model, const Cache *cache, const Step *
     for (int layer = 0; layer < model->n_layer; ++layer) block(team, *model, *step, *cache, layer);
     linear(team, model->head, *step, step->x, &model->ln_f, step->asked, step->asked_rows,
            {step->logits, nullptr, step->logits_stride});
+  }
+  for (int row = 0; row < step->asked_rows; ++row) {
+    float *logits = step->logits + (size_t)row * step->logits_stride;
+    std::fill(logits + model->head.outputs, logits + step->logits_stride, -INFINITY);
   }
 }
 
@@ -132,6 +162,10 @@ extern "C" const char *decode_abi() {
                  ABI_FIELD(Step, x), ABI_FIELD(Step, made), ABI_FIELD(Step, attended),
                  ABI_FIELD(Step, narrow), ABI_FIELD(Step, wide), ABI_FIELD(Step, words),
                  ABI_FIELD(Step, logits), ABI_FIELD(Step, logits_stride)) +
-      ABI_FUNCTION(decode_step) + ABI_FUNCTION(top_candidates);
+      ABI_STRUCT(Draw, ABI_FIELD(Draw, temperature), ABI_FIELD(Draw, top_p), ABI_FIELD(Draw, min_p),
+                 ABI_FIELD(Draw, seed), ABI_FIELD(Draw, row), ABI_FIELD(Draw, position),
+                 ABI_FIELD(Draw, top_k)) +
+      ABI_FUNCTION(decode_step) + ABI_FUNCTION(top_candidates) + ABI_FUNCTION(rank_rows) +
+      ABI_FUNCTION(draw_rows);
   return text.c_str();
 }

@@ -71,7 +71,7 @@ struct Step {
   float *narrow;      // (N, most_rank): a layer's input times A^T
   float *wide;        // (N, (H + 2 K) E) or (N, inner)
   int32_t *words;     // N rows as a product reads them, of the most words that one has
-  float *logits;      // (asked_rows, logits_stride)
+  float *logits;      // (asked_rows, logits_stride), -inf beyond the vocabulary
   int32_t logits_stride;
 };
 

@@ -14,9 +14,10 @@ from gptray.config import Config, RunFailed
 from gptray.model.precision import pick_dtype
 from gptray.native.abi import load_library
 from gptray.native.backend import TRAIN_KEY, check_native, why_not_native
+from gptray.native.build import kept, library_name
 from gptray.native.measured import NAMES, Choice, pytorch_since
 from gptray.native.processor import processor_name
-from gptray.record import Event, read_events
+from gptray.record import Event, read_events, write_event
 from gptray.training.block_timing import faster_kernels
 from gptray.training.workers import Workers
 
@@ -43,7 +44,7 @@ def agree_on_backend(
     on_gpu = device.type != "cpu"
     if asked == "torch" or dtype != torch.bfloat16 or (on_gpu and asked == "auto"):
         return Choice("torch", "")
-    missing = workers.all_or_none(lambda: _why_not(config, tell, on_gpu=on_gpu))
+    missing = workers.all_or_none(lambda: _why_not(config, run_dir, workers, tell, on_gpu=on_gpu))
     reasons = [reason for reason in workers.gather(missing) if reason]
     if asked == "native":
         return Choice("native", "")
@@ -54,12 +55,17 @@ def agree_on_backend(
     return choice or Choice("native" if is_native else "torch", "")
 
 
-def _why_not(config: Config, tell: Callable[[str], None], *, on_gpu: bool) -> str | None:
+def _why_not(
+    config: Config, run_dir: Path, workers: Workers, tell: Callable[[str], None], *, on_gpu: bool
+) -> str | None:
     """Why this worker cannot use the kernels, which are built; None if it can."""
     asked = config.train.backend
     check_native(TRAIN_KEY, asked, use_gpu=on_gpu)
     if missing := why_not_native(use_gpu=on_gpu):
         return missing
+    if workers.is_first and kept(library_name()) is None:
+        message = "building the C++ kernels, once for this processor"
+        write_event(run_dir, "building", message=message)
     try:
         load_library(key=TRAIN_KEY)
     except RunFailed as error:

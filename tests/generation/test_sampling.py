@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from gptray.generation.choosing import top_candidates
-from gptray.generation.native_decoder import top_candidates as native_top_candidates
+from gptray.generation.native_sampling import draw_limited as native_draw_limited
+from gptray.generation.native_sampling import top_candidates as native_top_candidates
 from gptray.generation.philox import uniform
 from gptray.generation.sampling import draw
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
-from tests.generation.models import BACKENDS, drawing
+from tests.generation.models import BACKENDS, drawing, needs_native
 
 V = 200
 
@@ -258,12 +259,41 @@ def test_logprobs_are_the_models_own() -> None:
 def test_only_the_row_whose_logits_are_not_finite_draws_nothing(
     backend: str, sampling: Sampling, value: float
 ) -> None:
-    top = native_top_candidates if backend == "native" else top_candidates
+    faster = (native_top_candidates, native_draw_limited) if backend == "native" else ()
     logits = some_logits(3, 3000)
-    expected = draw(logits.clone(), rows_of(sampling, 3), top)
+    expected = draw(logits.clone(), rows_of(sampling, 3), *faster)
     logits[1] = value
-    got = draw(logits, rows_of(sampling, 3), top)
+    got = draw(logits, rows_of(sampling, 3), *faster)
     assert got == [expected[0], None, expected[2]]
+
+
+@needs_native
+@pytest.mark.parametrize("entries", [V, 5000])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {}, {"top_p": 0.9}, {"top_p": 1e-320}, {"min_p": 0.05}, {"min_p": 1.0},
+        {"temperature": 1e-5}, {"temperature": 100.0, "top_p": 0.999, "min_p": 0.01},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_native_library_draws_the_same_tokens(limits: dict[str, float], entries: int) -> None:
+    ks, seeds = (1, 2, 50, 300, 2**31 - 1), (0, 1, 2**63 - 1)
+    rows = [
+        drawing(Sampling(top_k=k, seed=seed, **limits), 2, [1] * (2 + k % 7), 0, 2**40 + seed % 5)  # type: ignore[arg-type]
+        for k in ks
+        for seed in seeds
+    ]
+    logits = some_logits(len(rows), entries).bfloat16().float()  # with many ties
+    logits[::2, 1::2], logits[7, :] = float("-inf"), 0.0
+    top = native_top_candidates
+    expected = [draw(one[None].clone(), [row], top) for one, row in zip(logits, rows, strict=True)]
+    assert draw(logits, rows, top, native_draw_limited) == [one for (one,) in expected]
+    # A row without a top_k takes PyTorch's way for all of them.
+    mixed = [*rows, drawing(Sampling(top_p=0.9), 2, [1, 2], 0)]
+    more = torch.cat([logits, logits[:1]])
+    drawn = draw(more.clone(), mixed, top, native_draw_limited)
+    assert drawn == draw(more, mixed, top)
 
 
 @pytest.mark.parametrize(

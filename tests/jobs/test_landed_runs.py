@@ -127,6 +127,16 @@ def test_the_terminal_tells_of_the_landing(
     assert any(one.startswith("step 68/68  landing  train 2.000") for one in caplog.messages)
 
 
+def test_the_terminal_tells_that_kernels_are_built(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gptray")
+    folder = made(config_of(tmp_path), row(1, 2.0))
+    with watching(folder, 100, on_evaluation=lambda: None):
+        write_event(folder, "building", message="building the C++ kernels")
+    assert caplog.messages == ["building the C++ kernels"]
+
+
 def test_trackers_get_numbers_only(tmp_path: Path) -> None:
     folder = made(config_of(tmp_path), row(68, 1.75, "landing"))
     rows: list[MetricsRow] = read_metrics(folder)

@@ -11,6 +11,7 @@ import torch
 from gptray.config import Config, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.jobs.run_folder import resolve
+from gptray.native.abi import load_library
 from gptray.record import Event, read_events
 from gptray.training.block_timing import faster_kernels
 from gptray.training.kernel_choice import agree_on_backend
@@ -23,6 +24,7 @@ from tests.training.runs import CPU, Killed, run
 from tests.two_workers import two_workers
 
 pytestmark = needs_native
+ALONE = Workers(0, 1)
 
 
 @pytest.fixture
@@ -136,6 +138,22 @@ def test_a_processor_without_the_instructions_goes_on_through_pytorch_and_says_s
     assert [event["backend"] for event in starts(tmp_path / "run")] == ["native", "torch"]
     (told,) = notices(tmp_path / "run")
     assert "PyTorch, since this processor has no avx512_bf16: the run began with" in told
+
+
+def test_a_run_says_that_it_builds_the_kernels_and_goes_on_where_that_fails(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agree_on_backend(override(config, {"train.backend": "native"}), tmp_path, ALONE, CPU, print)
+    assert not read_events(tmp_path)  # they are there already
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("CXX", "true")  # knows all options, and writes nothing
+    load_library.cache_clear()
+    told: list[str] = []
+    assert agree_on_backend(config, tmp_path, ALONE, CPU, told.append).backend == "torch"
+    load_library.cache_clear()
+    (event,) = read_events(tmp_path)
+    assert event["message"] == "building the C++ kernels, once for this processor"
+    assert "wrote no library" in told[0]
 
 
 def _worker(rank: int, config: Config, folder: Path) -> None:

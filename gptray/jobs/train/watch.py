@@ -122,6 +122,8 @@ class _Watch:
                 self._start(event)
             elif event["event"] == "base":
                 log.info("before the first step: %s", _base_text(event))
+            elif event["event"] == "building":
+                self._build(event["message"])
             elif event["event"] == "landing":
                 log.info("%s", event["message"])
                 self._end_at(event["until"])
@@ -166,6 +168,12 @@ class _Watch:
         self._events.close()
         if self._bar:
             self._bar.stop()
+
+    def _build(self, what: str) -> None:
+        log.info("%s", what)
+        self._doing = (what, time.monotonic())
+        if self._bar:
+            self._bar.update(self._task, description="building kernels")
 
     def _start(self, event: Event) -> None:
         workers = count(event["workers"], "worker")

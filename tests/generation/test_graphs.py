@@ -1,0 +1,94 @@
+"""What a step asks of a GPU and its host, seen without a GPU by the operators that PyTorch runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gptray.config import ModelConfig
+from gptray.generation import sequence as texts
+from gptray.generation.engine import Engine
+from gptray.generation.settings import Sampling
+from gptray.model.gpt import GPT
+from tests.generation.models import random_gpt, small_tokenizer
+
+Call = tuple[torch._ops.OpOverload, Sequence[Any]]
+# A cast, which a compiler fuses into what reads it, as it does all that works number by number; and
+# what is a view in all but name.
+NO_KERNELS = (torch.ops.aten._to_copy.default, torch.ops.aten._unsafe_view.default)
+
+
+class Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The operators that run in the block, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded(work: Callable[[], object]) -> list[Call]:
+    record = Recorded()
+    with record:
+        work()
+    return record.calls
+
+
+def needs_the_host(call: Call) -> bool:
+    """Whether a GPU's numbers decide what the host does next; a CUDA graph cannot hold that."""
+    operator, args = call
+    if torch.Tag.data_dependent_output in operator.tags:
+        return True
+    indices = args[1] if operator is torch.ops.aten.index_put_.default else ()
+    if operator is torch.ops.aten.index.Tensor:
+        indices = args[1]
+    elif torch.Tag.dynamic_output_shape in operator.tags:
+        return True
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+def test_a_step_fits_into_graphs_and_is_copied_to_the_host_once() -> None:
+    tokenizer = small_tokenizer()
+    slots = 5
+    engine = Engine(random_gpt(tokenizer), tokenizer, backend="graph", max_batch_size=slots)
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.05}, {},
+    ]  # fmt: skip
+    for one in settings:
+        sampling = Sampling(max_new_tokens=30, min_new_tokens=30, **one)
+        engine.submit(texts.Sequence([3, 4, 5], sampling))
+    engine.step()
+    calls = recorded(engine.step)
+    assert any(operator is torch.ops.aten.searchsorted.Tensor for operator, _ in calls)
+    assert not [operator for operator, args in calls if needs_the_host((operator, args))]
+    copies = [args[0] for operator, args in calls if operator is torch.ops.aten.copy_.default]
+    assert [copy.shape for copy in copies if copy.dtype == torch.int64 and copy.dim() == 1] == [
+        (slots,)
+    ]
+
+
+def test_a_micro_step_of_gpt2_asks_for_few_kernels() -> None:
+    with torch.device("meta"):
+        shape = ModelConfig(n_layer=12, n_head=12, n_embd=768, n_positions=1024, dropout=0.0)
+        model = GPT(shape, vocab_size=50304)
+        model.compute_dtype = torch.bfloat16
+        idx = torch.zeros(32, 1024, dtype=torch.int64)
+        calls = recorded(lambda: model(idx, idx).backward())
+    kernels = [
+        operator
+        for operator, _ in calls
+        if not (operator.is_view or operator in NO_KERNELS or torch.Tag.pointwise in operator.tags)
+    ]
+    assert 200 < len(kernels) <= 500
