@@ -37,10 +37,22 @@ def test_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     assert figures["gen: decode step, B=8"]["operators"] > 0
 
 
-def test_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
-    done = benchmark(*TINY, "--parts", "right,facts", "--data", str(tmp_path / "missing"))
-    assert done.returncode == 1
-    figures = json.loads(done.stdout.splitlines()[-1])
+def in_this_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """Run it without another import of torch; return its exit code."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"), run_name="__main__")
+    return ended.value.code
+
+
+def test_part_that_fails_does_not_stop_the_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "missing")
+    code = in_this_process(monkeypatch, *TINY, "--parts", "right,facts", "--data", missing)
+    assert code == 1
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "missing" in figures["right"]["failed"]
     assert "facts: bf16 GEMM, TFLOP/s" in figures
 
@@ -62,9 +74,5 @@ def test_what_cannot_run_is_refused(
     arguments: tuple[str, ...],
     words: str,
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"), run_name="__main__")
-    assert ended.value.code == 2
+    assert in_this_process(monkeypatch, *arguments) == 2
     assert words in capsys.readouterr().err

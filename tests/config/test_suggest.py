@@ -15,14 +15,15 @@ KEYS = list(field_specs(Config))
 
 
 def typos(key: str, rng: random.Random) -> set[str]:
-    """Return single-edit typos of a key: two each of a letter lost, swapped, changed, added."""
-    found = set()
+    """Return single-edit typos of a key: one each of a letter lost, swapped, changed, added."""
     letters = string.ascii_lowercase + "_"
-    for place in rng.sample(range(len(key)), 2):
-        found.add(key[:place] + key[place + 1 :])
-        found.add(key[:place] + key[place + 1 : place + 2] + key[place] + key[place + 2 :])
-        found.add(key[:place] + rng.choice(letters) + key[place + 1 :])
-        found.add(key[:place] + rng.choice(letters) + key[place:])
+    place = rng.randrange(len(key))
+    found = {
+        key[:place] + key[place + 1 :],
+        key[:place] + key[place + 1 : place + 2] + key[place] + key[place + 2 :],
+        key[:place] + rng.choice(letters) + key[place + 1 :],
+        key[:place] + rng.choice(letters) + key[place:],
+    }
     return found.difference(KEYS)
 
 
