@@ -31,8 +31,8 @@ log = logging.getLogger("gptray")
 _MOST_OF_DISK = 0.25
 # What is removed as a whole.
 _KEPT = (
-    "fetched/*", "records/*", "copied/*", "engines/*", "outputs/*", "nodes/*", "storage/*/*",
-    "storage/*/data/*",
+    "fetched/*", "records/*", "copied/*", "frozen/*", "engines/*", "outputs/*", "nodes/*",
+    "storage/*/*", "storage/*/data/*",
 )  # fmt: skip
 _DRAFT = ".draft"
 _guard = threading.Lock()
