@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gptray.files import CannotWrite, cache_folder
+from gptray.files import CannotWrite, cache_folder, storing
 from gptray.model.adapter import Base
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_weights
@@ -71,20 +71,20 @@ def _digest(model: nn.Module, base: Base) -> str:
 
 
 def _write(model: GPT, base: Base, draft: Path) -> None:
-    """Make the file in a folder. Raises UserError as `load_weights`, OSError without room."""
+    """Make the file in a folder. Raises UserError as `load_weights`, CannotWrite without room."""
     size = sum(map(_room, model.state_dict().values()))
     make_room(size)
     log.info("writing the frozen weights of %s, once (%.1f MB)", base.source, size / 1e6)
     memory = mmap.mmap(-1, size)  # goes back to the system at once, unlike what is allocated
     _place(model, memory)
     load_weights(model, base.folder)
-    with (draft / _FILE).open("wb") as file:
+    with storing(draft.parent), (draft / _FILE).open("wb") as file:
         file.write(memory)
 
 
 def _place(model: nn.Module, memory: mmap.mmap) -> None:
     """Have the tensors of a network in this memory, one after the other."""
-    tensors, at = {}, 0
+    tensors, at = dict[str, Tensor](), 0
     for name, like in model.state_dict().items():
         flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=at)
         tensors[name] = flat.view(like.shape)
@@ -92,6 +92,6 @@ def _place(model: nn.Module, memory: mmap.mmap) -> None:
     model.load_state_dict(tensors, assign=True)
 
 
-def _room(tensor: torch.Tensor) -> int:
+def _room(tensor: Tensor) -> int:
     """Bytes of a tensor up to the place of the next."""
     return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT

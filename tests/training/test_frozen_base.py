@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptray.config import Config
+from gptray.config import Config, dump
 from gptray.data.tokens import TokenData
 from gptray.files import cache_folder, sha256_of
 from gptray.model.adapter import Base
@@ -23,6 +23,7 @@ from gptray.model.gpt import GPT
 from gptray.native.build import library_name
 from gptray.node_cache import make_room
 from gptray.training.building import build_model
+from gptray.training.loop import fit
 from tests.full_disk import files_up_to
 from tests.generation.models import needs_native
 from tests.training.runs import CPU, rows, run
@@ -106,15 +107,17 @@ def test_what_is_frozen_is_mapped_and_what_is_trained_is_not(
     ),
 ])  # fmt: skip
 def test_a_run_writes_to_no_page_that_it_shares(
-    words: list[str], tiny_data: TokenData, tmp_path: Path, cache: Path
+    words: list[str], tiny_data: TokenData, tmp_path: Path
 ) -> None:
     config = config_in(tmp_path, tiny_data, *words)
-    kept = network(config, tiny_data)  # so that the mappings outlive the run
-    (file,) = cache.glob("*/frozen.bin")
-    before, seen = sha256_of(file), list[dict[str, int]]()
-    run(config, tiny_data, tmp_path / "run", sample=lambda model: seen.extend(mapped()) or [])
+    seen = list[dict[str, int]]()
+
+    def look(model: GPT) -> list[tuple[str, str]]:
+        seen.extend(mapped())
+        return []
+
+    run(config, tiny_data, tmp_path / "run", sample=look)
     assert len(seen) > 2 and all(one["Rss"] and not one["Private_Dirty"] for one in seen)
-    assert sha256_of(file) == before and kept.num_params
 
 
 def test_bases_that_differ_have_files_of_their_own(
@@ -142,19 +145,16 @@ def test_a_full_disk_is_told_once_and_changes_nothing(
     tiny_data: TokenData, tmp_path: Path, cache: Path
 ) -> None:
     config = config_in(tmp_path, tiny_data)
-    run(config, tiny_data, tmp_path / "run")
-    shutil.rmtree(cache)
     told = list[str]()
-    with files_up_to(20_000):
+    with files_up_to(1000):
         model = build_model(config, tiny_data, None, CPU, tell=told.append)
     (line,) = told
-    folder = re.escape(str(cache))
-    expected = rf"this process holds a copy of {tmp_path}/base of its own: cannot write {folder}/"
-    assert re.fullmatch(rf"{expected}\w+: File too large \([0-9,]+ bytes free\)", line), line
+    expected = f"this process holds a copy of {tmp_path}/base of its own: cannot write {cache}: "
+    assert re.fullmatch(re.escape(expected) + r"File too large \([0-9,]+ bytes free\)", line), line
     assert not any(map(is_in_file, model.state_dict().values()))
+    assert not list(cache.glob("*/"))
     theirs = network(config, tiny_data).state_dict()
     assert all(torch.equal(one, theirs[name]) for name, one in model.state_dict().items())
-    assert [one for one in cache.iterdir() if one.is_dir()] == [next(cache.glob("*/")).absolute()]
 
 
 def test_a_damaged_file_is_made_again(tiny_data: TokenData, tmp_path: Path, cache: Path) -> None:
@@ -174,8 +174,6 @@ def train_elsewhere(
     config: Config, data: TokenData, run_dir: Path, *, ends: bool = True
 ) -> subprocess.Popen[str]:
     """A process that trains; without `ends` it waits at step 2, and says so."""
-    from gptray.config import dump
-
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     config_file = run_dir.with_suffix(".yaml")
     config_file.write_text(dump(config), "utf-8")
@@ -245,8 +243,6 @@ def _worker(rank: int, config: Config, data_dir: Path, folder: Path, cache_home:
 
     def report(metrics: object, checkpoint: Path | None) -> None:
         seen.extend(mapped())
-
-    from gptray.training.loop import fit
 
     data = TokenData.open(data_dir)
     fit(config, data, folder / "run", report=report, sample=lambda model: [], device=CPU)
