@@ -158,8 +158,9 @@ def test_a_full_disk_is_told_once_and_changes_nothing(
 
 def test_a_damaged_file_is_made_again(tiny_data: TokenData, tmp_path: Path, cache: Path) -> None:
     config = config_in(tmp_path, tiny_data)
-    answer = train_elsewhere(config, tiny_data, tmp_path / "first")
-    assert answer.wait(timeout=400) == 0
+    other = train_elsewhere(config, tiny_data, tmp_path / "first")
+    other.communicate(timeout=400)
+    assert other.returncode == 0
     (file,) = cache.glob("*/frozen.bin")
     before = sha256_of(file)
     with file.open("r+b") as damaged:
