@@ -1,4 +1,4 @@
-"""This node's cache: copies of folders that URIs name, and what is made here for object stores.
+"""This node's cache: copies of folders that URIs name, and what is made here.
 
 A copy is kept under a hash of what the folder held, so that a changed one is fetched anew. It
 appears by rename, after its files were compared with the folder's own manifest where it has one,
@@ -31,8 +31,8 @@ log = logging.getLogger("gptray")
 _MOST_OF_DISK = 0.25
 # What is removed as a whole.
 _KEPT = (
-    "fetched/*", "records/*", "copied/*", "engines/*", "outputs/*", "nodes/*", "storage/*/*",
-    "storage/*/data/*",
+    "fetched/*", "records/*", "copied/*", "frozen/*", "engines/*", "outputs/*", "nodes/*",
+    "storage/*/*", "storage/*/data/*",
 )  # fmt: skip
 _DRAFT = ".draft"
 _guard = threading.Lock()

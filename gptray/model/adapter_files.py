@@ -34,8 +34,9 @@ from gptray.model.adapter import (
     writes_copy,
 )
 from gptray.model.adapter_folder import Adapter, check_products, open_adapter
+from gptray.model.frozen_base import load_base
 from gptray.model.gpt import GPT
-from gptray.model.hf import from_file, load_pretrained, load_weights, save_pretrained, to_file
+from gptray.model.hf import from_file, load_pretrained, save_pretrained, to_file
 from gptray.model.lora import LoRALinear, add_adapters, freeze
 from gptray.model.parameters import HEAD, Part
 from gptray.model.quantized import quantize
@@ -52,12 +53,14 @@ def adapted_network(
     dtype: torch.dtype,
     native: bool = False,
     seed: int = 0,
+    load: Callable[[GPT, Base], None] = load_base,
 ) -> GPT:
     """The base, frozen, with a new adapter; on the CPU, to compute in `dtype`.
 
     config: the base's network, its dropout and context maybe other ones. vocab_size: rows of the
-    embedding that stand for tokens. native: by the project's kernels. Raises UserError for targets
-    that the base has not, and as `load_weights`.
+    embedding that stand for tokens. native: by the project's kernels. load: one of
+    `gptray.model.frozen_base`. Raises UserError for targets that the base has not, and as
+    `load_weights`.
     """
     adapted, replaced = adapted_parts(base, lora.targets), replaced_parts(base, lora.train)
     with torch.device("meta"):
@@ -67,9 +70,8 @@ def adapted_network(
         model.use_kernels()
     # Before there are numbers: they are to arrive in the dtype that they are kept in.
     freeze(model, replaced, base.quantized)
-    model.to_empty(device="cpu")
     model.valid_vocab_size = base.config.rows
-    load_weights(model, base.folder)
+    load(model, base)
     model.valid_vocab_size = vocab_size
     add_adapters(model, lora, adapted, seed=seed)
     return model

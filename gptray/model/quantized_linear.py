@@ -32,9 +32,9 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.kind, self.bias, self.native = kind, linear.bias, linear.native
         self.weight = torch.empty(linear.weight.shape, device="meta")
-        held = quantize(self.weight, kind)  # of the same shapes
-        self.register_buffer("values", held.values)
-        self.register_buffer("scales", held.scales)
+        row = quantize(self.weight[:1], kind)  # as long as all of them
+        self.register_buffer("values", row.values.repeat(self.out_features, 1))
+        self.register_buffer("scales", row.scales.repeat(self.out_features, 1))
 
     def put(self, rows: slice, weight: Tensor) -> None:
         """Hold these numbers as the weight's rows."""

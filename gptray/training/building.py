@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from gptray.config import Config
+from gptray.config import Config, UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.data.vocabulary import differing_ids, kept_rows
 from gptray.model.adapter import ADAPTER, Base
 from gptray.model.adapter_files import adapted_network, load_adapter
+from gptray.model.frozen_base import load_base, map_base
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
 from gptray.model.hf import Rows, load_weights
@@ -21,6 +23,7 @@ from gptray.model.precision import computes_bf16, pick_dtype
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
 from gptray.training.device import device_name
+from gptray.training.workers import Workers
 
 log = logging.getLogger("gptray")
 
@@ -47,7 +50,9 @@ def build_model(
     if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
         tell(f"training in fp32: {device_name(device)} does not compute in bf16")
     if base := base_of(config):
-        return _adapted(config, data, base, checkpoint, dtype, native=native)
+        # On a GPU each process has a copy of its own in any case.
+        load = partial(map_base, tell=tell) if device.type == "cpu" else load_base
+        return _adapted(config, data, base, checkpoint, dtype, native=native, load=load)
     model = GPT(config.model, vocab_size=data.vocab_size)
     if checkpoint:
         load_weights(model, checkpoint / "model")
@@ -73,6 +78,7 @@ def _adapted(
     dtype: torch.dtype,
     *,
     native: bool,
+    load: Callable[[GPT, Base], None],
 ) -> GPT:
     """The base with the checkpoint's adapter, or a new one."""
     model = adapted_network(
@@ -83,6 +89,7 @@ def _adapted(
         dtype=dtype,
         native=native,
         seed=config.seed,
+        load=load,
     )
     if checkpoint:
         load_adapter(model, checkpoint / ADAPTER, base)
@@ -95,6 +102,22 @@ def base_of(config: Config) -> Base | None:
         return None
     assert config.model.init_from
     return Base.of(config.model.init_from, quantized=config.quantize.weights)
+
+
+def agreed_base(config: Config, workers: Workers, device: torch.device) -> Base | None:
+    """As `base_of`; on CPUs the same weights for all workers, or UserError on every one.
+
+    On GPUs the first worker gives the others its own.
+    """
+    base = workers.all_or_none(lambda: base_of(config))
+    if base and workers.size > 1 and device.type == "cpu":
+        digests = workers.gather(workers.all_or_none(lambda: base.sha256))
+        if len(set(digests)) > 1:
+            raise UserError(
+                f"model.init_from={base.source}: workers read different weights there (sha256 "
+                f"{', '.join(sorted(set(digests)))}); give all nodes the same model"
+            )
+    return base
 
 
 def _load_resized(

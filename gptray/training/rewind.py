@@ -75,7 +75,8 @@ def _load(run: Run, checkpoint: Path) -> None:
         )
         weights = zip(run.model.parameters(), stored.parameters(), strict=True)
         for weight, whole in weights:
-            weight.copy_(placed_as(weight, whole))
+            if weight.requires_grad:  # the others are the same, and memory that processes share
+                weight.copy_(placed_as(weight, whole))
         load_optimizer(checkpoint / "optimizer.safetensors", run.model, run.optimizer)
         if run.average:
             run.average.load(run.model, checkpoint / AVERAGED)

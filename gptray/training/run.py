@@ -25,7 +25,7 @@ from gptray.native.measured import Choice
 from gptray.native.processor import processor_name
 from gptray.record import versions, write_event
 from gptray.training.averaging import Average
-from gptray.training.building import base_of, build_model
+from gptray.training.building import agreed_base, build_model
 from gptray.training.checkpoint import (
     AVERAGED,
     WRITER_LOCK,
@@ -164,7 +164,7 @@ def start(
             config, model.num_params, model.compute_dtype, device_name(device), workers=workers.size
         ),
         average=workers.all_or_none(lambda: _average(model, config, folder)),
-        base=workers.all_or_none(lambda: base_of(config)),
+        base=agreed_base(config, workers, device),
         teachers=workers.all_or_none(lambda: _teachers(model, config, device)),
     )
 

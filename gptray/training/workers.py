@@ -93,9 +93,17 @@ class Workers:
         """The model whose backward pass averages gradients over all workers, as fp32 or bf16."""
         if self.size == 1:
             return model
+        # What is frozen on a CPU is memory that processes share, which no broadcast may write to;
+        # what is trained beside it all have drawn from the same seed, or read.
+        is_shared = any(
+            one.device.type == "cpu" and not one.requires_grad for one in model.parameters()
+        )
         # Buffers are the same on all workers, and stay so.
         parallel = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
+            model,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            init_sync=not is_shared,
         )
         if reduce_dtype == "bf16":
             # By its own name it is refused without CUDA.

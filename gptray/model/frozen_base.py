@@ -1,0 +1,97 @@
+"""The numbers of a frozen base, one copy for all processes of a machine that train adapters of it.
+
+They are in a file of the node's cache as training holds them, rounded or in few bits, which each
+process maps: the pages are the kernel's, and all share them. A mapping is private, so that no write
+reaches the file; nothing is written to, for what is trained is copied out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gptray.files import CannotWrite, cache_folder, storing
+from gptray.model.adapter import Base
+from gptray.model.gpt import GPT
+from gptray.model.hf import load_weights
+from gptray.model.usage import Usage
+from gptray.node_cache import made_once, make_room
+from gptray.record import versions
+
+log = logging.getLogger("gptray")
+
+_FILE = "frozen.bin"
+# Bytes of which the place of each tensor in the file is a multiple, as PyTorch's own are.
+_ALIGNMENT = 64
+
+
+def load_base(model: GPT, base: Base) -> None:
+    """Give a frozen network on the meta device its base's numbers, in memory of this process.
+
+    Raises UserError as `load_weights`.
+    """
+    model.to_empty(device="cpu")
+    load_weights(model, base.folder)
+
+
+def map_base(model: GPT, base: Base, *, tell: Callable[[str], None] = log.warning) -> None:
+    """As `load_base`, in memory that other processes share.
+
+    Where the cache cannot be written the numbers are in this process's own, as `tell` is told.
+    """
+    folder = cache_folder() / "frozen" / _digest(model, base)
+    write = partial(_write, model, base)
+    try:
+        made_once(folder, write, what=f"the frozen weights of {base.source}")
+    except CannotWrite as error:
+        why = str(error).partition(";")[0]
+        tell(f"this process holds a copy of {base.source} of its own: {why}")
+        load_base(model, base)
+        return
+    with (folder / _FILE).open("rb") as file:
+        _place(model, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.detach().clone()
+    model.usage = Usage.of(base.folder)
+
+
+def _digest(model: nn.Module, base: Base) -> str:
+    """Of all that the file depends on."""
+    layout = [(name, one.dtype, list(one.shape)) for name, one in model.state_dict().items()]
+    text = repr((base.sha256, base.family, base.config, base.quantized, layout, versions()))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _write(model: GPT, base: Base, draft: Path) -> None:
+    """Make the file in a folder. Raises UserError as `load_weights`, CannotWrite without room."""
+    size = sum(map(_room, model.state_dict().values()))
+    make_room(size)
+    log.info("writing the frozen weights of %s, once (%.1f MB)", base.source, size / 1e6)
+    memory = mmap.mmap(-1, size)  # goes back to the system at once, unlike what is allocated
+    _place(model, memory)
+    load_weights(model, base.folder)
+    with storing(draft.parent), (draft / _FILE).open("wb") as file:
+        file.write(memory)
+
+
+def _place(model: nn.Module, memory: mmap.mmap) -> None:
+    """Have the tensors of a network in this memory, one after the other."""
+    tensors, at = dict[str, Tensor](), 0
+    for name, like in model.state_dict().items():
+        flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=at)
+        tensors[name] = flat.view(like.shape)
+        at += _room(like)
+    model.load_state_dict(tensors, assign=True)
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes of a tensor up to the place of the next."""
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
