@@ -36,8 +36,7 @@ from tune_grid import Curve, Grids, Text, jobs_of, prepare
 from tune_replay import CLOSE, figures
 
 from gptray.config import Config, load_config
-from gptray.record import EVENTS, read_rows
-from gptray.tuning.sweep_record import Trial, load_trials, rungs, trial_dir
+from gptray.tuning.sweep_record import Trial, load_trials, rungs
 from gptray.tuning.trial_plan import score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,7 +158,6 @@ def really(sweep: Sweep, path: Path, grids: Grids, folder: Path) -> Figures:
     result = json.loads(kept.read_text(encoding="utf-8"))
     trials = load_trials(folder / "sweeps" / name)
     curves = grids.curves(jobs_of(sweep.text, sweep.config))
-    between = overheads(folder / "sweeps" / name, trials)
     best = min(score(curve.trial) for curve in curves)
     found = {
         "text": sweep.text.name,
@@ -169,8 +167,6 @@ def really(sweep: Sweep, path: Path, grids: Grids, folder: Path) -> Figures:
         "winner": result["best_trial"],
         "behind": round(result["best_val_bpb"] / best - 1, 5),
         "curve_difference": round(curve_difference(trials, curves), 5),
-        "overhead_s": round(statistics.median(between), 2),
-        "overhead_most_s": round(max(between), 2),
     }
     print(
         f"{sweep.text.name}, seed {sweep.seed}, on Ray: {found['seconds']} s, {found['share']:.0%} "
@@ -206,23 +202,6 @@ def curve_difference(trials: list[Trial], curves: list[Curve]) -> float:
         for row in trial.rows
         if "val_bpb" in row
     )
-
-
-def overheads(folder: Path, trials: list[Trial]) -> list[float]:
-    """Seconds from the end of a trial's loop to the beginning of the next one's, by process."""
-    spans: dict[int, list[tuple[float, float]]] = {}
-    for trial in trials:
-        begun: tuple[int, float] | None = None
-        for event in read_rows(trial_dir(folder, trial.name) / EVENTS):
-            if event["event"] == "start":
-                begun = event["pid"], event["time"]
-            elif event["event"] == "end" and begun:
-                spans.setdefault(begun[0], []).append((begun[1], event["time"]))
-    return [
-        later[0] - earlier[1]
-        for found in spans.values()
-        for earlier, later in zip(sorted(found), sorted(found)[1:], strict=False)
-    ]
 
 
 if __name__ == "__main__":
