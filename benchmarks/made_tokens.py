@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from tiny import tiny_text
 
+from gptray.data.builtin import builtin_documents
 from gptray.data.data_manifest import ShardEntry
 from gptray.data.difference import Lost
 from gptray.data.shards import ShardEncoder, ShardWriter, shard_dtype
@@ -52,6 +55,23 @@ def text_tokens(folder: Path, *, sentences: int = 4000) -> TokenData:
     cut = len(lines) * 9 // 10
     tokenizer = train_bpe(lines[:cut], 300)
     return split_tokens(folder, tokenizer, train="".join(lines[:cut]), val="".join(lines[cut:]))
+
+
+def whole_text(name: str) -> str:
+    """A file's text, of a .csv the first two columns; builtin: Python's documentation.
+
+    Rows and documents are shuffled, the same way in every call.
+    """
+    if name == "builtin":
+        documents = builtin_documents()
+        random.Random(0).shuffle(documents)
+        return "\n\n".join(documents)
+    if not name.endswith(".csv"):
+        return Path(name).read_text(encoding="utf-8")
+    with open(name, encoding="utf-8", newline="") as file:
+        rows = [f"{row[0]}\n{row[1]}\n\n" for row in list(csv.reader(file))[1:]]
+    random.Random(0).shuffle(rows)
+    return "".join(rows)
 
 
 def split_tokens(folder: Path, tokenizer: Tokenizer, **splits: str) -> TokenData:

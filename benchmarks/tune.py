@@ -1,17 +1,22 @@
-"""What rungs save and what they cost: sweeps against the same trials, all run to their end.
+"""What a sweep's rungs save and what they cost, against the same trials all run to their end.
 
-  python benchmarks/tune.py
-  python benchmarks/tune.py --config configs/overfitting_sweep.yaml --seeds 1 2 3 --folder runs/tune
+    python benchmarks/tune.py shakespeare.txt chat.csv [--small] [--sweep] [--folder runs/tune]
+    python benchmarks/tune.py book.txt --seeds 1 2 tune.grace_period=2
 
-For each seed it runs configs/overfitting_demo.yaml, or another config, as it is, then once more
-with no rungs and without early stopping inside the trials, so that each makes all its steps. Prints
-both rankings and, last, one JSON line. There `behind` is how far the winner is above the best of
-all, as a share of its loss; `rank_correlation` is Spearman's, over all trials, of the loss at the
-first rung and the lowest of all steps; `overhead_s` the time that a trial takes beyond its own
-training loop (from the end of one to the first step of the next in the same process).
+For each text and seed, all trials of configs/overfitting_sweep.yaml, or of another config, run
+without rungs. Then the sweep is replayed on their curves: in the order in which the seed draws
+the trials, and in 50 random ones. With --sweep the sweep of the first seed runs for real, too.
 
-Further arguments are keys of the config, such as train.max_steps=300, for all sweeps. What FOLDER
-has of them is not run again.
+Of a text the first --characters are read, of which the last validate, as data.split says; of a .csv
+the first two columns, rows shuffled. Each trial has one core, as many run at once as there are:
+the five grids of a text take about an hour on two cores, with --small (half the width, blocks of
+64, a vocabulary of 1,024) a quarter of that. What FOLDER has curves of is not run again, so a
+benchmark that was stopped goes on. Further arguments are keys of the config for all trials and
+sweeps; rungs and tune.num_samples may differ from one call to the next at no cost.
+
+Prints a table and, last, one JSON line. `share`: steps of the sweep, of the grid's. `behind`: how
+far the winner is above the grid's best, as a share of its loss. `rank_correlation`: Spearman's, of
+all trials' losses at a rung and their lowest of all steps.
 """
 
 from __future__ import annotations
@@ -21,137 +26,182 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-import numpy as np
+from tune_grid import Curve, Grids, Text, jobs_of, prepare
+from tune_replay import CLOSE, figures
 
-from gptray.config import load_config
-from gptray.record import EVENTS, MetricsRow, read_rows
-from gptray.tuning.sweep_record import Trial, load_trials, rungs, trial_dir
-from gptray.tuning.trial_plan import ranked, score
+from gptray.config import Config, load_config
+from gptray.tuning.sweep_record import Trial, load_trials, rungs
+from gptray.tuning.trial_plan import score
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "overfitting_demo.yaml"
+CONFIG = ROOT / "configs" / "overfitting_sweep.yaml"
+ORDERS = 50
+
+Figures = Mapping[str, object]
 
 
-def sweep(
-    storage: Path, config: Path, name: str, keys: list[str]
-) -> tuple[list[Trial], dict[str, Any], float]:
-    """Run a sweep; return its trials, its JSON line and its seconds."""
-    began = time.monotonic()
-    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), f"--config={config}"]
-    command += [f"storage_path={storage}", f"name={name}", *keys]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"the sweep {name} failed")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return load_trials(storage / name), result, time.monotonic() - began
+@dataclass(frozen=True)
+class Sweep:
+    """A text, a seed, the keys that both add to the config, and what it resolves to."""
 
-
-def to_the_end(space: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The space in which no trial stops early by itself."""
-    return [
-        {**entry, "choice": [None for _ in entry["choice"]]}
-        if entry.get("path") == "train.patience"
-        else entry
-        for entry in space
-    ]
-
-
-def overheads(storage: Path, name: str, trials: list[Trial]) -> list[float]:
-    """Seconds from the end of a trial's loop to the beginning of the next one's, by process."""
-    spans: dict[int, list[tuple[float, float]]] = {}
-    for trial in trials:
-        events = read_rows(trial_dir(storage / name, trial.name) / EVENTS)
-        begins = [event for event in events if event["event"] == "start"]
-        ends = [event for event in events if event["event"] == "end"]
-        if begins and ends:
-            spans.setdefault(begins[0]["pid"], []).append((begins[0]["time"], ends[-1]["time"]))
-    return [
-        later[0] - earlier[1]
-        for found in spans.values()
-        for earlier, later in zip(sorted(found), sorted(found)[1:], strict=False)
-    ]
-
-
-def rank_correlation(full: list[Trial], rung: int) -> float:
-    """Spearman's, of what all trials had at a step and what they came to; ties are none."""
-    reached = [trial for trial in full if any(row["step"] >= rung for row in scored(trial))]
-    there = [next(row["val_bpb"] for row in scored(one) if row["step"] >= rung) for one in reached]
-    ranks = [
-        np.argsort(np.argsort(values)).tolist()
-        for values in (there, [score(one) for one in reached])
-    ]
-    return statistics.correlation(*ranks)
-
-
-def scored(trial: Trial) -> list[MetricsRow]:
-    """The evaluations before any cool-down."""
-    return [row for row in trial.rows if "val_bpb" in row and row.get("phase") != "landing"]
-
-
-def table(cut: list[Trial], full: list[Trial]) -> None:
-    """Print all trials in the order of the full sweep."""
-    by_name = {trial.name: trial for trial in cut}
-    print(
-        f"{'rank':>4}  {'trial':5}  {'best of all steps':>17}  {'in the sweep':>12}  {'steps':>5}"
-    )
-    for rank, trial in enumerate(ranked(full), start=1):
-        other = by_name[trial.name]
-        print(
-            f"{rank:4}  {trial.name:5}  {score(trial):17.4f}  {score(other):12.4f}  "
-            f"{other.step:5} {other.outcome}"
-        )
-
-
-def compare(storage: Path, options: argparse.Namespace, seed: int) -> dict[str, float]:
-    """Run a seed's two sweeps; return the figures."""
-    keys = [*options.keys, f"seed={seed}"]
-    config = load_config(str(options.config), keys)
-    if not rungs(config):
-        raise SystemExit(f"{options.config} has no rungs: lower tune.grace_period")
-    evaluations = -(-config.train.max_steps // config.train.eval_interval)
-    unstopped = [
-        *keys,
-        f"tune.grace_period={evaluations}",
-        f"tune.space={json.dumps(to_the_end(config.tune.space))}",
-    ]
-    cut, result, seconds = sweep(storage, options.config, f"rungs-{seed}", keys)
-    full, full_result, full_seconds = sweep(storage, options.config, f"full-{seed}", unstopped)
-    table(cut, full)
-    beyond = overheads(storage, f"full-{seed}", full)
-    ranking = [trial.name for trial in ranked(full)]
-    return {
-        "seed": seed,
-        "trials": result["trials"],
-        "steps_share": round(result["steps_run"] / sum(trial.step for trial in full), 3),
-        "winner_rank": ranking.index(result["best_trial"]) + 1,
-        "best_val_bpb": result["best_val_bpb"],
-        "full_best_val_bpb": full_result["best_val_bpb"],
-        "behind": round(result["best_val_bpb"] / full_result["best_val_bpb"] - 1, 5),
-        "rank_correlation": round(rank_correlation(full, rungs(config)[0]), 3),
-        "baseline_val_bpb": full_result["baseline_val_bpb"],
-        "seconds": round(seconds, 1),
-        "full_seconds": round(full_seconds, 1),
-        "overhead_s": round(statistics.median(beyond), 2),
-        "overhead_most_s": round(max(beyond), 2),
-    }
+    text: Text
+    seed: int
+    keys: list[str]
+    config: Config
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a file, or builtin; or a key")
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
-    parser.add_argument("--folder", type=Path, help="for the sweeps, which stay there")
-    parser.add_argument("keys", nargs="*", help="section.field=value")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="gptray-tune-") as name:
-        storage = (options.folder or Path(name)).resolve()
-        print(json.dumps([compare(storage, options, seed) for seed in options.seeds]))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "tune")
+    parser.add_argument("--characters", type=int, default=100_000, help="of a text")
+    parser.add_argument("--small", action="store_true", help="a quarter of the work")
+    parser.add_argument("--sweep", action="store_true", help="run the first seed's, too, on Ray")
+    given = parser.parse_args()
+    keys = [one for one in given.texts if "=" in one]
+    texts = [one for one in given.texts if "=" not in one]
+    if given.small:
+        keys = small(load_config(str(given.config), ["data.source=builtin"])) + keys
+    folder = given.folder.resolve()
+    sweeps = [sweep_of(text, seed, given, keys) for seed in given.seeds for text in texts]
+    grids = Grids(folder)
+    grids.run(job for sweep in sweeps for job in jobs_of(sweep.text, sweep.config))
+    found = [measure(sweep, grids) for sweep in sweeps]
+    show(found)
+    real = [
+        really(sweep, given.config, grids, folder)
+        for sweep in sweeps
+        if given.sweep and sweep.seed == given.seeds[0]
+    ]
+    print(json.dumps({"replays": found, "summary": summary(found), "sweeps": real}))
     return 0
+
+
+def small(config: Config) -> list[str]:
+    """Keys that make a config's trials smaller: half the width, in the space as well."""
+    space = [dict(entry) for entry in config.tune.space]
+    for entry in space:
+        paths = cast(list[str], entry.get("paths", []))
+        if "model.n_embd" in paths:
+            at = paths.index("model.n_embd")
+            options = cast(list[list[int]], entry["choice"])
+            entry["choice"] = [[*one[:at], one[at] // 2, *one[at + 1 :]] for one in options]
+    return [
+        f"model.n_embd={config.model.n_embd // 2}",
+        "model.n_positions=64",
+        "train.block_size=64",
+        "data.vocab_size=1024",
+        f"tune.space={json.dumps(space)}",
+    ]
+
+
+def sweep_of(source: str, seed: int, given: argparse.Namespace, keys: list[str]) -> Sweep:
+    keys = [*keys, f"seed={seed}"]
+    config = load_config(str(given.config), ["data.source=builtin", *keys])
+    if not rungs(config):
+        raise SystemExit(f"{given.config} has no rungs: lower tune.grace_period")
+    text = prepare(source, config, given.folder.resolve(), characters=given.characters)
+    return Sweep(text, seed, keys, config)
+
+
+def measure(sweep: Sweep, grids: Grids) -> Figures:
+    curves = grids.curves(jobs_of(sweep.text, sweep.config))
+    own = figures(sweep.config, curves, orders=ORDERS)
+    return {"text": sweep.text.name, "seed": sweep.seed, **own}
+
+
+def show(found: list[Figures]) -> None:
+    """Print a row for each text and seed."""
+    print("text             seed  rank correlation  steps  in other orders  rank  behind  close in")
+    for row in found:
+        correlation = cast(Mapping[str, float], row["rank_correlation"])
+        least, mean, most = cast(list[float], row["shares"])
+        print(
+            f"{row['text']:15.15}  {row['seed']:4}  "
+            f"{' '.join(f'{one:.2f}' for one in correlation.values()):>16}  "
+            f"{row['share']:5.0%}  {mean:5.0%} ({least:.0%}-{most:.0%})"
+            f"  {row['rank']:6}  {row['behind']:6.2%}  {row['close']:8.0%}"
+        )
+
+
+def summary(found: list[Figures]) -> Figures:
+    """The promises, over all texts and seeds."""
+    behind = [cast(float, row["behind"]) for row in found]
+    first = [
+        next(iter(cast(Mapping[str, float], row["rank_correlation"]).values())) for row in found
+    ]
+    return {
+        "share": round(statistics.fmean(cast(float, row["share"]) for row in found), 3),
+        "most_share": max(cast(float, row["share"]) for row in found),
+        "close": f"{sum(one <= CLOSE for one in behind)} of {len(behind)}",
+        "most_behind": max(behind),
+        "first_rank_correlation": round(statistics.fmean(first), 3),
+        "least_first_rank_correlation": min(first),
+    }
+
+
+def really(sweep: Sweep, path: Path, grids: Grids, folder: Path) -> Figures:
+    """Run a sweep on Ray, unless that was done; compare it with its grid."""
+    name = f"{sweep.text.folder.name}-{sweep.seed}"
+    kept = folder / "sweeps" / f"{name}.json"
+    if not kept.exists():
+        result, seconds = run_sweep(sweep, path, folder / "sweeps", name)
+        kept.write_text(json.dumps({"seconds": round(seconds, 1), **result}), encoding="utf-8")
+    result = json.loads(kept.read_text(encoding="utf-8"))
+    trials = load_trials(folder / "sweeps" / name)
+    curves = grids.curves(jobs_of(sweep.text, sweep.config))
+    best = min(score(curve.trial) for curve in curves)
+    found = {
+        "text": sweep.text.name,
+        "seed": sweep.seed,
+        "seconds": result["seconds"],
+        "share": round(result["steps_run"] / sum(one.trial.step for one in curves), 3),
+        "winner": result["best_trial"],
+        "behind": round(result["best_val_bpb"] / best - 1, 5),
+        "curve_difference": round(curve_difference(trials, curves), 5),
+    }
+    print(
+        f"{sweep.text.name}, seed {sweep.seed}, on Ray: {found['seconds']} s, {found['share']:.0%} "
+        f"of the steps, the winner {found['behind']:.2%} behind"
+    )
+    return found
+
+
+def run_sweep(
+    sweep: Sweep, path: Path, storage: Path, name: str
+) -> tuple[dict[str, object], float]:
+    """Run jobs/tune.py; return its JSON line and its seconds."""
+    began = time.monotonic()
+    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), f"--config={path}"]
+    command += [*sweep.keys, *sweep.text.keys, f"storage_path={storage}", f"name={name}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"the sweep {name} failed")
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return result, time.monotonic() - began
+
+
+def curve_difference(trials: list[Trial], curves: list[Curve]) -> float:
+    """The most that an evaluation of a sweep's trial and of the same one in the grid differ."""
+    full = {
+        (curve.trial.name, row["step"]): row["val_bpb"]
+        for curve in curves
+        for row in curve.trial.rows
+    }
+    return max(
+        abs(row["val_bpb"] - full[trial.name, row["step"]])
+        for trial in trials
+        for row in trial.rows
+        if "val_bpb" in row
+    )
 
 
 if __name__ == "__main__":

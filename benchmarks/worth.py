@@ -19,11 +19,9 @@ Prints a table and, last, one JSON line.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import threading
 import time
@@ -33,7 +31,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from made_tokens import split_tokens
+from made_tokens import split_tokens, whole_text
 from worth_table import show, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,21 +116,9 @@ def main() -> None:
 
 def prepare(text: str, size: Size, folder: Path) -> str:
     """Write each fraction's tokens, with the same tokenizer and validation; return the name."""
-    from gptray.data.builtin import builtin_documents
     from gptray.data.tokenizer import char_tokenizer, train_bpe
 
-    name = Path(text).stem
-    if text == "builtin":
-        documents = builtin_documents()
-        random.Random(0).shuffle(documents)
-        whole = "\n\n".join(documents)
-    elif text.endswith(".csv"):
-        with open(text, encoding="utf-8", newline="") as file:
-            lines = [f"{row[0]}\n{row[1]}\n\n" for row in list(csv.reader(file))[1:]]
-        random.Random(0).shuffle(lines)
-        whole = "".join(lines)
-    else:
-        whole = Path(text).read_text(encoding="utf-8")
+    name, whole = Path(text).stem, whole_text(text)
     train, val = whole[: size.characters], whole[-size.validation :]
     if len(whole) < size.characters + size.validation:
         raise SystemExit(f"{text} has {len(whole):,} characters, fewer than training takes")

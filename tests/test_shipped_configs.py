@@ -84,6 +84,8 @@ def test_the_sweep_for_ones_own_text_trains_each_trial_on_all_of_it() -> None:
     assert texts == {(1.0, config.data.split)}
     steps = [config.train.max_steps, *rungs(config)]
     assert len({str(trial.values) for trial in trials}) == 12 and min(steps) < max(steps) / 3
+    # Or a trial would be compared at a rung while it still warms up, with some that do no more.
+    assert len({one.config.optim.warmup_steps for one in trials}) == 1
 
 
 def test_the_sweep_of_fine_tuning_trains_adapters_and_all_weights_at_rates_of_their_own() -> None:

@@ -34,8 +34,8 @@ def _picture(chart: Chart, width: int) -> Picture:
     marks = [
         shape for row, mark in enumerate(chart.marks) for shape in _mark(mark, row, x, y, width)
     ]
-    # Leaves room for half of the last dot.
-    plot = (x.start, y.end, x.end + 3, y.start)
+    # Leaves room for half of the first and the last dot.
+    plot = (x.start - 3, y.end, x.end + 3, y.start)
     return Picture(width, height, _spoken(chart), shapes, curves, marks, plot)
 
 

@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from gptray.reports.chart import Chart, Series
 from gptray.reports.colours import DARK, LIGHT, PRINT
+from gptray.reports.curves import curves_figure
 from gptray.reports.page import render
 from gptray.reports.picture import Figure, Picture, dot, line, words
 from gptray.reports.png import save_png
@@ -66,6 +68,18 @@ def test_a_scale_maps_values_and_clamps_those_beyond_it(is_log: bool) -> None:
     assert scale.at(10) == pytest.approx(100 if is_log else 200 * 9 / 99)
     assert scale.clamped(1000) == 200 and scale.clamped(0.5) == 0 and scale.at(1000) > 200
     assert Scale(5, 5, 0, 200).at(5) == 0  # one value
+
+
+def test_the_dot_of_a_trial_that_stopped_at_the_first_step_is_whole() -> None:
+    stopped = Series("stopped at a rung", "cut", ((75, 3.0),))
+    best = Series("the best trial", "winner", ((75, 2.9), (600, 2.5)))
+    figure = curves_figure(
+        Chart("trials", "Loss", "", (stopped, best), last=600, low=2.4, high=3.2, first=75)
+    )
+    for picture in (figure.wide, figure.narrow):
+        assert picture
+        (one,) = (shape for shape in picture.curves if shape.css == "dot cut")
+        assert picture.plot[0] <= float(one.at["cx"]) - float(one.at["r"])
 
 
 def test_options_that_differ_at_their_ends_are_told_apart_below_a_panel(tmp_path: Path) -> None:
