@@ -255,6 +255,11 @@ class TuneConfig(Section):
         "the next rung is at this many times the steps (ASHA)",
     )
     brackets: PositiveInt = Field(1, description="groups of trials, each with a later first rung")
+    min_gain: Annotated[float, Field(ge=0)] = Field(
+        0.01,
+        description="start no more trials once ten more would improve the best by less than this "
+        "with a probability of 95 %, in bits per byte; 0: run all, as with a grid and Optuna",
+    )
 
     @model_validator(mode="after")
     def _optuna_has_no_grid(self) -> TuneConfig:

@@ -124,6 +124,7 @@ ALIASES = {
     "tune.search_alg": "searcher algorithm",
     "tune.max_concurrent_trials": "concurrency max_concurrent parallel_trials concurrent_trials",
     "tune.reduction_factor": "eta",
+    "tune.min_gain": "min_improvement improvement_threshold",
     "sample.prompt": "prompts start start_text",
     "sample.max_new_tokens": "max_tokens max_completion_tokens num_tokens length new_tokens",
     "sample.min_new_tokens": "min_tokens min_length",

@@ -34,7 +34,7 @@ log = logging.getLogger("gptray")
 
 # Keys by which a run is trained longer, or a sweep gets more trials, under the same name.
 LONGER = ("train.max_steps", "train.patience", "train.min_delta")
-MORE = ("tune.num_samples",)
+MORE = ("tune.num_samples", "tune.min_gain")
 # Files and folders that jobs write to in place: through a link they would write elsewhere.
 _WRITTEN = (LOCK, WRITER_LOCK, METRICS, EVENTS, TRIALS, "model", "tensorboard", "trials")
 _ANEW = "a new name starts a new run, with model.init_from from these weights"
@@ -142,7 +142,7 @@ def check_not_landing(config: Config, changes: Sequence[str], state: TrainerStat
 
 
 def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> list[str]:
-    """A sentence where tune.num_samples was raised. Raises UserError where it was lowered."""
+    """A sentence for each key of MORE that has changed. Raises UserError for fewer samples."""
     drawn = samples_drawn(folder)
     old = drawn[-1] if drawn else before["tune.num_samples"]
     assert isinstance(old, int)
@@ -152,12 +152,19 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> 
             f"tune.num_samples={new}: the sweep {folder} has drawn {old} already; give {old} or "
             "more, or choose another name"
         )
-    if new == old:
-        return []
-    return [
-        f"tune.num_samples raised from {old} to {new}: existing trials stay, and the winner is "
-        "chosen again"
-    ]
+    sentences = []
+    if new > old:
+        sentences.append(
+            f"tune.num_samples raised from {old} to {new}: existing trials stay, and the winner is "
+            "chosen again"
+        )
+    least = before.get("tune.min_gain")
+    if least != config.tune.min_gain:
+        sentences.append(
+            f"tune.min_gain changed from {shown(least)} to {shown(config.tune.min_gain)}: whether "
+            "more trials are worth it is judged again"
+        )
+    return sentences
 
 
 def check_free(folder: Path, *, busy: str | None = None) -> None:

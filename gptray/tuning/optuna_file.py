@@ -16,7 +16,7 @@ from gptray.config import load_config
 from gptray.config.search_space import Entry
 from gptray.files import append, replacing, storing
 from gptray.tuning.levels import Space, value_text
-from gptray.tuning.sweep_record import Trial, TrialEvent, load_trials, trial_events
+from gptray.tuning.sweep_record import SKIPPED, Trial, TrialEvent, load_trials, trial_events
 
 OPTUNA = "optuna.log"
 # optuna.storages.journal's JournalOperation, and the number that TrialState has for each outcome.
@@ -62,6 +62,7 @@ def _lines(folder: Path) -> Iterator[dict[str, Json]]:
     numbers: dict[str, int] = {}
     count = 0
     stopped: dict[str, TrialEvent] = {}  # those that may be promoted
+    skipped: set[str] = set()  # they wait on
     for event in trial_events(folder):
         if event["event"] == "winner":
             for name, end in stopped.items():
@@ -72,7 +73,11 @@ def _lines(folder: Path) -> Iterator[dict[str, Json]]:
         if trial is None:
             continue
         is_back = event["event"] == "promoted" and not stopped.pop(trial.name, None)
-        if is_back or event["event"] in ("planned", "retried"):
+        if event.get("outcome") == SKIPPED:
+            skipped.add(trial.name)
+        elif event["event"] == "retried" and trial.name in skipped:
+            skipped.remove(trial.name)
+        elif is_back or event["event"] in ("planned", "retried"):
             numbers[trial.name], count = count, count + 1
             yield _created(trial, space.values(trial), distributions)
         elif event["event"] == "started":

@@ -23,8 +23,10 @@ TRIALS = "trials.jsonl"
 # How a trial ends: at max_steps, by its own early stopping, at a rung unless it is promoted, with a
 # number that is not finite, with an exception.
 OUTCOMES = ("finished", "patience", "stopped", "diverged", "failed")
+# What becomes of a trial that never starts, since the sweep has stopped itself.
+SKIPPED = "skipped"
 # Of a trial that has not ended, and of one that has.
-STATES = ("waiting", "running", *OUTCOMES)
+STATES = ("waiting", "running", *OUTCOMES, SKIPPED)
 # What each event must have.
 _FIELDS: RowFields = {
     "": {"event": str},
@@ -33,6 +35,7 @@ _FIELDS: RowFields = {
     "ended": {"trial": str, "outcome": str, "step": int},
     "promoted": {"trial": str},
     "retried": {"trial": str},
+    "enough": {"trials": int, "of": int, "gain": float, "gain_at_most": float, "min_gain": float},
     "winner": {"trial": str},
 }
 
@@ -53,6 +56,11 @@ class TrialEvent(TypedDict, total=False):
     passing: bool
     num_samples: int  # of a reopened sweep, as is the next
     before: int
+    trials: int  # of a sweep that has stopped itself, as are the next four
+    of: int
+    gain: float
+    gain_at_most: float
+    min_gain: float
 
 
 # A trial's name is its folder's name: it must not lead out of the sweep.
@@ -102,7 +110,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's folder, read. `winner` is None until all is over."""
+    """A sweep's folder, read. `winner` is None until all is over.
+
+    trials: without those that were skipped.
+    """
 
     folder: Path
     config: Config
@@ -146,7 +157,8 @@ def rungs(config: Config) -> list[int]:
 def load_sweep(folder: Path) -> Sweep:
     """Read a sweep's folder as it stands."""
     config, winner = load_config(str(folder / "config.yaml"), []), winner_dir(folder)
-    return Sweep(folder, config, load_trials(folder), winner.name if winner else None)
+    trials = [trial for trial in load_trials(folder) if trial.outcome != SKIPPED]
+    return Sweep(folder, config, trials, winner.name if winner else None)
 
 
 def winner_dir(folder: Path) -> Path | None:
@@ -251,7 +263,7 @@ class Record:
         passing: bool = False,
     ) -> None:
         """The trial is over: one of OUTCOMES; `passing`: it failed for a reason that may pass."""
-        assert outcome in OUTCOMES, outcome
+        assert outcome in (*OUTCOMES, SKIPPED), outcome
         more = {"passing": True} if passing else {}
         self._write("ended", trial=trial, outcome=outcome, step=step, message=message, **more)
 
@@ -260,12 +272,16 @@ class Record:
         self._write("promoted", trial=trial)
 
     def retried(self, trial: str) -> None:
-        """The trial, which had failed, is to run again from its checkpoints."""
+        """The trial, which had failed or was skipped, is to run, from its checkpoints if any."""
         self._write("retried", trial=trial)
 
     def reopened(self, **why: int) -> None:
         """The winner is to be decided again; num_samples, before: more samples than before."""
         self._write("reopened", **why)
+
+    def enough(self, *, trials: int, of: int, **gains: float) -> None:
+        """The sweep stops itself after so many of its trials; gain, gain_at_most, min_gain."""
+        self._write("enough", trials=trials, of=of, **gains)
 
     def winner(self, trial: str) -> None:
         """The sweep is over."""

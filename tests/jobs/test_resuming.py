@@ -22,10 +22,11 @@ from gptray.jobs.run_folder import held, resolve, run_dir
 from gptray.jobs.storage import check_storage
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.jobs.tune.check import how_to_extend
-from gptray.jobs.tune.start import check_trials
+from gptray.jobs.tune.start import check_trials, opened
 from gptray.record import METRICS, write_event
 from gptray.training.stopping import Progress
 from gptray.training.trainer_state import TrainerState
+from gptray.tuning.more_trials import StoppedEarly
 from gptray.tuning.sweep_record import Record, crowned_dir, load_sweep, load_trials, trial_dir
 from gptray.tuning.trial_plan import text_key
 from tests.data.prepared import prepared_here
@@ -215,6 +216,35 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     assert third.trials[:8] == more.trials and len(third.trials) == 10
     with pytest.raises(UserError, match=r"tune.num_samples=6: .* has drawn 7 already"):
         sweep_of(tmp_path, "tune.num_samples=6")
+
+
+def test_a_sweep_that_stopped_itself_goes_on_with_another_min_gain(tmp_path: Path) -> None:
+    first = sweep_of(tmp_path, "tune.num_samples=4")
+    first.folder.mkdir()
+    record = opened(first)
+    for one in first.trials:
+        record.planned(one.name, one.values, max_steps=10)
+    for one in first.trials[:3]:
+        record.ended(one.name, "finished", step=10)
+    record.enough(trials=3, of=5, gain=0.001, gain_at_most=0.002, min_gain=0.01)
+    for one in first.trials[3:]:
+        record.ended(one.name, "skipped", step=0)
+    opened(sweep_of(tmp_path, "tune.num_samples=4"))  # killed before there was a winner
+    assert [one.outcome for one in load_trials(first.folder)][3:] == ["skipped"] * 2
+    record.winner("0001")
+    assert len(load_sweep(first.folder).trials) == 3
+    told = how_to_extend(sweep_of(tmp_path, "tune.num_samples=4"))
+    assert "having stopped itself after 3 of 5 trials; for the others: " in told
+    assert " tune.min_gain=0; " in told
+    whole = sweep_of(tmp_path, "tune.num_samples=4", "tune.min_gain=0")
+    assert whole.changes == [
+        "tune.min_gain changed from 0.01 to 0.0: whether more trials are worth it is judged again"
+    ]
+    assert whole.trials == first.trials
+    opened(whole)
+    assert [one.outcome for one in load_trials(first.folder)] == ["finished"] * 3 + [None] * 2
+    assert StoppedEarly.of_sweep(first.folder) is None
+    assert sweep_of(tmp_path, "tune.num_samples=4", "tune.min_gain=0").changes == []
 
 
 @pytest.mark.parametrize("outcome", ["finished", "stopped", None])

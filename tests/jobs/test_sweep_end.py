@@ -15,7 +15,7 @@ from gptray.config import dump, load_config, override
 from gptray.jobs.tune.end import outcome, tell_winner
 from gptray.record import EVENTS, METRICS
 from gptray.reports.sweep.report import write_sweep_report
-from gptray.tuning.sweep_record import load_sweep
+from gptray.tuning.sweep_record import Record, load_sweep
 from tests.reports.pages import Page
 from tests.tuning.sweeps import sweep_config, trained, write_sweep
 
@@ -43,6 +43,28 @@ def test_json_and_headline_say_what_the_winner_has_seen(tmp_path: Path) -> None:
     page = Page(write_sweep_report(folder))
     assert " % of the training text (data.fraction)" in page.text
     assert f"in {step} steps of {step * 2048:,} tokens in all." in page.text
+
+
+def test_line_report_and_terminal_say_why_a_sweep_stopped_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gptray")
+    folder = swept(tmp_path / "stopped")
+    line: dict[str, Any] = outcome(load_sweep(folder), str(folder))
+    assert line["stopped_early"] is None and line["trials"] == 5
+    record = Record(folder)
+    for name in ("0005", "0006"):
+        record.planned(name, {"model.dropout": 0.1}, max_steps=120)
+        record.ended(name, "skipped", step=0)
+    why = {"trials": 5, "of": 7, "gain": 0.0041, "gain_at_most": 0.0093, "min_gain": 0.01}
+    record.enough(trials=5, of=7, gain=0.0041, gain_at_most=0.0093, min_gain=0.01)
+    sweep = load_sweep(folder)
+    line = outcome(sweep, str(folder))
+    assert line["stopped_early"] == why and line["trials"] == 5
+    words = "Stopped after 5 of 7 trials: 10 more would improve the best by 0.0041 bits per byte"
+    tell_winner(sweep, str(folder))
+    assert any(message.startswith(words) for message in caplog.messages)
+    assert words in Page(write_sweep_report(folder)).text
 
 
 def test_what_trials_forget_is_in_line_report_and_terminal(

@@ -210,6 +210,27 @@ def test_trials_that_could_not_write_run_again_before_anything_wins(
     assert load_sweep(folder).winner == more["best_trial"]
 
 
+def test_a_sweep_stops_itself_and_goes_on_if_it_is_told_to(
+    tiny_data: TokenData, text_file: Path, data_root: Path
+) -> None:
+    space = [{"path": "model.dropout", "uniform": [0, 0.3]}]
+    keys = ("train.max_steps=2", "train.eval_interval=2")
+    config = sweep_config(
+        text_file, data_root, "enough", *keys, space=space, num_samples=34, min_gain=0.5
+    )
+    stopped: dict[str, Any] = tune(config)
+    why = stopped["stopped_early"]
+    # The config as it is, thirty that it is judged by, and those that ran beside the thirtieth.
+    assert 31 <= stopped["trials"] == why["trials"] < 35 == why["of"]
+    assert 0 < why["gain"] < why["gain_at_most"] < why["min_gain"] == 0.5
+    trials = load_trials(data_root / "enough")
+    assert [one.outcome for one in trials[: why["trials"]]] == ["finished"] * why["trials"]
+    assert {one.outcome for one in trials[why["trials"] :]} == {"skipped"}
+    assert tune(config) == stopped
+    whole = tune(override(config, {"tune.min_gain": 0.0}))
+    assert (whole["trials"], whole["stopped_early"]) == (35, None)
+
+
 @pytest.mark.parametrize(
     ("grace_period", "workers"),
     # With a rung, it stops there and resumes: for its workers there is room again.

@@ -18,7 +18,14 @@ from gptray.jobs.next_steps import of_model
 from gptray.jobs.runs.record_places import RecordPlace, record_places
 from gptray.record import METRICS, Event, MetricsRow, read_events, read_metrics
 from gptray.reports.run.diagnosis import Diagnosis, diagnose, has_failed
-from gptray.tuning.sweep_record import TRIALS, Trial, load_trials, trial_dir, winner_dir
+from gptray.tuning.sweep_record import (
+    SKIPPED,
+    TRIALS,
+    Trial,
+    load_trials,
+    trial_dir,
+    winner_dir,
+)
 from gptray.tuning.trial_plan import choose_winner
 
 
@@ -117,7 +124,8 @@ def _run(place: RecordPlace, known: Listed) -> Listed:
 
 def _sweep(place: RecordPlace, known: Listed) -> Listed:
     folder = place.folder
-    trials, winner = load_trials(folder), winner_dir(folder)
+    trials = [trial for trial in load_trials(folder) if trial.outcome != SKIPPED]
+    winner = winner_dir(folder)
     follows = "" if place.is_held else place.command("tune", place.config())
     scored = [trial for trial in trials if trial.best]
     if winner or scored:

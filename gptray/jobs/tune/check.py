@@ -28,7 +28,8 @@ from gptray.jobs.train.adapter_plan import check_base
 from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
 from gptray.jobs.train.teachers import check_teachers
-from gptray.tuning.sweep_record import load_trials, rungs, samples_drawn
+from gptray.tuning.more_trials import ENOUGH, MORE, StoppedEarly, judges
+from gptray.tuning.sweep_record import SKIPPED, load_trials, rungs, samples_drawn
 from gptray.tuning.trial_plan import (
     FINALISTS,
     Planned,
@@ -117,6 +118,12 @@ def how_to_extend(checked: CheckedSweep) -> str:
     """What to say of a finished sweep: what gives it more trials, where its space has more."""
     config, folder = checked.config, checked.folder
     another = "train.resume=never and another name start a new one"
+    if stopped := StoppedEarly.of_sweep(folder):
+        whole = command("tune", config, folder, "tune.min_gain=0")
+        return (
+            f"this sweep is finished, having stopped itself after {stopped.trials} of {stopped.of} "
+            f"trials; for the others: {whole}; {another}"
+        )
     number = 2 * config.tune.num_samples
     if config.tune.search_alg == "random":
         drawn = samples_drawn(folder) or [config.tune.num_samples]
@@ -161,7 +168,7 @@ def plan(checked: CheckedSweep) -> Plan:
     most = max(known, default=config.train.max_steps)
     others = checked.num_trials - len(known) + checked.num_replicates
     ready = [text.data for text in checked.texts.values() if text.data]
-    ended = [one for one in load_trials(checked.folder) if one.outcome]
+    ended = [one for one in load_trials(checked.folder) if one.outcome not in (None, SKIPPED)]
     rows = [("sweep", seen_at(config))]
     rows += [
         (f"varies {number}", _line(entry)) for number, entry in enumerate(entries_of(config), 1)
@@ -174,6 +181,8 @@ def plan(checked: CheckedSweep) -> Plan:
         ("texts to train on", f"{len(checked.texts)}, {len(ready)} of them ready"),
         *(("lost", f"{data.loses} ({data.data_dir})") for data in ready if data.loses),
     ]
+    if judges(config) and sum(bool(one.values) for one in checked.trials) > ENOUGH:
+        rows.append(("may stop", _may_stop(config)))
     if checked.also:
         rows.append(("scored too", ", ".join(checked.also)))
     if checked.changes:
@@ -209,6 +218,13 @@ def _trials(checked: CheckedSweep) -> str:
     if checked.num_replicates:
         parts.append(f"{checked.num_replicates} repetitions of the best at most")
     return f"{checked.num_trials + checked.num_replicates}: {', '.join(parts)}"
+
+
+def _may_stop(config: Config) -> str:
+    return (
+        f"once {MORE} more trials would improve the best by less than "
+        f"{shown(config.tune.min_gain)} bits per byte (95 %)"
+    )
 
 
 def _at_once(config: Config) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import logging
+from dataclasses import asdict
 
 from gptray.commands import typed
 from gptray.config import load_saved
 from gptray.evaluation.forgetting import also_scores, change_sentence
 from gptray.jobs.next_steps import of_model, tell
 from gptray.reports.sweep.more_text import text_lines
+from gptray.tuning.more_trials import StoppedEarly
 from gptray.tuning.seen import Seen
 from gptray.tuning.sweep_record import OUTCOMES, Sweep, Trial, trial_changes
 from gptray.tuning.text_shares import TextShares
@@ -27,12 +29,15 @@ def tell_winner(sweep: Sweep, place: str) -> None:
 
     Of a sweep over the amount of text also what more of it would bring.
 
-    First, a warning for each better trial whose tokenizer loses text. place: where others find the
+    First, a warning for each better trial whose tokenizer loses text, and why the sweep has run
+    fewer trials than it was given, if it has. place: where others find the
     sweep.
     """
     folder, winner = sweep.folder, _winner(sweep)
     for trial in lossy_ahead(sweep.trials, winner):
         log.warning("%s", loses_text(trial))
+    if stopped := StoppedEarly.of_sweep(folder):
+        log.info("%s", stopped.words)
     seen = Seen.of(winner, sweep.config)
     bpb = f"{score(winner):.4f} bits per byte"
     log.info("winner: trial %s with %s; it has seen %s", winner.name, bpb, seen.words)
@@ -65,13 +70,15 @@ def outcome(sweep: Sweep, place: str) -> dict[str, object]:
     its tokenizer loses, `best_tokens` those it was trained on, counted each time they were read,
     `best_epochs` how often it read its share of the text, `best_text_share` how much of all
     training text it has read (0 to 1). `baseline_val_bpb` is that of the config as it is.
-    `steps_full` counts all trials as if none had stopped early.
+    `steps_full` counts all trials that were run as if none had stopped early. `stopped_early` says
+    why the sweep ran fewer trials than it was given; null where it ran all.
     """
     winner = _winner(sweep)
     baseline = next((one for one in sweep.trials if not one.values and one.best), None)
     counts = collections.Counter(trial.outcome for trial in sweep.trials)
     assert winner.best
     seen = Seen.of(winner, sweep.config)
+    stopped = StoppedEarly.of_sweep(sweep.folder)
     return {
         "sweep_dir": place,
         "best_config": f"{place}/{BEST}",
@@ -87,6 +94,7 @@ def outcome(sweep: Sweep, place: str) -> dict[str, object]:
         "baseline_val_bpb": baseline.best["val_bpb"] if baseline and baseline.best else None,
         "model_dir": f"{place}/model",
         "trials": len(sweep.trials),
+        "stopped_early": asdict(stopped) if stopped else None,
         "trials_stopped_early": counts["stopped"] + counts["patience"],
         "outcomes": {name: counts[name] for name in OUTCOMES},
         "steps_run": sum(trial.step for trial in sweep.trials),

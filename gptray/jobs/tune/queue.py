@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,11 +22,14 @@ from gptray.jobs.tune.check import CheckedSweep
 from gptray.jobs.tune.start import failed_trials
 from gptray.jobs.tune.task import TrialTask
 from gptray.tuning.halving import Halving
-from gptray.tuning.sweep_record import Record, Trial, load_trials, trial_dir
+from gptray.tuning.more_trials import Gain, expected_gain, judges
+from gptray.tuning.sweep_record import SKIPPED, Record, Trial, load_trials, trial_dir
 from gptray.tuning.trial_plan import Planned, plan_trial, replicates, text_key
 
 if TYPE_CHECKING:
     from gptray.jobs.tune.suggestions import Suggestions
+
+log = logging.getLogger("gptray")
 
 
 class SweepQueue:
@@ -52,6 +56,9 @@ class SweepQueue:
         self._suggestions: Suggestions | None = None
         self.is_over = False
         self.failure: RunFailed | None = None
+        # Trials that are not run once more of them would gain too little, and those that run.
+        self._fresh, self._running = set[str](), set[str]()
+        self._too_little: Gain | None = None
         self._write_down(checked.trials)
         if self._config.tune.search_alg == "optuna":
             from gptray.jobs.tune.suggestions import Suggestions
@@ -69,6 +76,8 @@ class SweepQueue:
         waiting = [one for one in past if not one.outcome and one.name not in self._stopped]
         waiting.sort(key=lambda trial: not trial.started)
         self._waiting = deque(self._planned(trial) for trial in waiting)
+        self._fresh |= {one.name for one in waiting if not one.started and not one.replicate_of}
+        self._judge()
 
     def next(self) -> Planned | None:
         """The next trial to run; None while that depends on running ones, or when `is_over`."""
@@ -80,7 +89,45 @@ class SweepQueue:
         if not self._waiting and self._suggestions:
             suggested = self._suggestions.suggest()
             self._waiting.extend([suggested] if suggested else [])
-        return self._waiting.popleft() if self._waiting else self._at_the_end()
+        if self._too_little and self._waiting and self._waiting[0].name in self._fresh:
+            if self._running:
+                return None  # what they come to counts, too
+            self._stop_itself(self._too_little)
+        return self._given(self._waiting.popleft()) if self._waiting else self._at_the_end()
+
+    def _given(self, planned: Planned) -> Planned:
+        self._fresh.discard(planned.name)
+        self._running.add(planned.name)
+        return planned
+
+    def _judge(self) -> None:
+        """Whether trials that have not begun are worth it, by those that have ended."""
+        if not self._fresh or not judges(self._config):
+            return
+        before, gain = self._too_little, expected_gain(load_trials(self._folder))
+        is_little = gain is not None and gain.most < self._config.tune.min_gain
+        self._too_little = gain if is_little else None
+        if self._too_little and not before and self._running:
+            log.info(
+                "no new trials for now: more may not be worth it, which is judged again once the "
+                "running ones have ended"
+            )
+
+    def _stop_itself(self, gain: Gain) -> None:
+        """Start no trial that has not begun. One that waits at a rung may still go on."""
+        first = [one for one in load_trials(self._folder) if one.replicate_of is None]
+        left = [one for one in first if one.name in self._fresh or one.outcome == SKIPPED]
+        self._record.enough(
+            trials=len(first) - len(left),
+            of=len(first),
+            gain=gain.mean,
+            gain_at_most=gain.most,
+            min_gain=self._config.tune.min_gain,
+        )
+        for name in sorted(self._fresh):
+            self._record.ended(name, SKIPPED, step=0)
+        self._waiting = deque(one for one in self._waiting if one.name not in self._fresh)
+        self._fresh.clear()
 
     def _at_the_end(self) -> Planned | None:
         """What is to run once there are no more trials: the best of each rung, repetitions."""
@@ -94,7 +141,7 @@ class SweepQueue:
             repeated = replicates(self._config, seen_at(self._config), trials)
             self._waiting.extend(self._write_down(repeated))
         self.is_over = not self._waiting
-        return self._waiting.popleft() if self._waiting else None
+        return self._given(self._waiting.popleft()) if self._waiting else None
 
     def _promoted(self, *, last: bool = False) -> Planned | None:
         """A trial that was stopped at a rung and goes on from there, written down."""
@@ -104,7 +151,7 @@ class SweepQueue:
         self._stopped.remove(name)
         self._record.promoted(name)
         (trial,) = (one for one in load_trials(self._folder) if one.name == name)
-        return self._planned(trial)
+        return self._given(self._planned(trial))
 
     def started(self, name: str) -> None:
         """A trial's process has begun with it, for the first time or again."""
@@ -124,6 +171,8 @@ class SweepQueue:
         self.halving.ended(name, outcome)
         if outcome == "stopped":
             self._stopped.add(name)
+        self._running.discard(name)
+        self._judge()
         self._publish()
         if self._suggestions:
             self._suggestions.over(name)

@@ -17,6 +17,7 @@ from gptray.jobs.tune.check import CheckedSweep
 from gptray.training.checkpoint import newest_whole
 from gptray.training.trainer_state import TrainerState
 from gptray.tuning.sweep_record import (
+    SKIPPED,
     Record,
     Trial,
     load_trials,
@@ -33,6 +34,7 @@ log = logging.getLogger("gptray")
 def opened(checked: CheckedSweep) -> Record:
     """The record of a sweep that is about to run: a new one, or with what changed since."""
     folder, failed = checked.folder, failed_trials(checked.config, checked.folder)
+    skipped = [trial for trial in load_trials(folder) if trial.outcome == SKIPPED]
     is_new = not (folder / CONFIG).exists()
     if is_new:
         save_config(checked.config, folder)
@@ -43,10 +45,12 @@ def opened(checked: CheckedSweep) -> Record:
         record.reopened(before=before, num_samples=checked.config.tune.num_samples)
     elif winner_dir(folder):
         record.reopened()
+    else:
+        skipped = []
     save_config(checked.config, folder)
     for change in checked.changes:
         log.info("%s", change)
-    for trial in failed:
+    for trial in (*failed, *skipped):
         record.retried(trial.name)
     if failed:
         log.info("%s run again: %s", count(len(failed), "trial"), failed[0].message)

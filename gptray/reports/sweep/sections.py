@@ -12,6 +12,7 @@ from gptray.reports.sweep.headline import findings, headline, losses_line, too_f
 from gptray.reports.sweep.learning import settings_words
 from gptray.reports.sweep.panels import panel_figures
 from gptray.tuning.effects import ENOUGH_GONE_ON, Interval, gap_bits
+from gptray.tuning.more_trials import StoppedEarly
 from gptray.tuning.ranking import Ranking, is_wrong
 from gptray.tuning.sweep_record import Trial, trial_changes
 from gptray.tuning.trial_plan import mean_score, score
@@ -35,10 +36,12 @@ def sweep_view(standing: Ranking, effects: Figure | None) -> dict[str, object]:
         _trial_row(number, trial, standing) for number, trial in enumerate(standing.trials, start=1)
     ]
     lacking = too_few(standing)
+    stopped = StoppedEarly.of_sweep(standing.sweep.folder)
     worth = {} if lacking else _worth(standing) | {"effects": effects}
     return worth | {
         "headline": headline(standing),
         "losses": losses_line(standing),
+        "stopped_early": stopped.words if stopped else "",
         "tiles": _tiles(standing),
         "steps_full": count(standing.steps_full, "step") if standing.steps_full else "",
         "shares": _shares(standing),
