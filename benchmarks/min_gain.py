@@ -46,7 +46,8 @@ def scores(kind: str, number: int, rng: np.random.Generator) -> Floats:
     else:
         found = sum(rng.choice(levels, number) for levels in ((0, 0.1, 0.3), (0, 0.2, 0.25)))
         found = found + 0.3 * (rng.random(number) - rng.random()) ** 2
-    return spread * found + noise * rng.standard_normal(number)
+    scores: Floats = spread * found + noise * rng.standard_normal(number)
+    return scores
 
 
 def stages(last: Floats, rng: np.random.Generator) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-_HEAD = "node:__internal_head__"  # a resource of the head alone
+HEAD = "node:__internal_head__"  # a resource of the head alone
 _ID_LABEL = "ray.io/node-id"  # which every node has
 _NAMED = 3  # in messages, of nodes that are alike
 
@@ -32,7 +32,7 @@ class Node:
     @property
     def is_head(self) -> bool:
         """Whether it is where the cluster began, which no autoscaler brings."""
-        return _HEAD in self.resources
+        return HEAD in self.resources
 
 
 def alive_nodes() -> list[Node]:

@@ -142,5 +142,6 @@ def _fitted(excesses: Floats) -> Floats:
     """The posterior of the tail, (exponents, scales); the largest excess is 1."""
     inside = np.log1p(-excesses / ENDS[:, :, None]).sum(2)
     likelihood = len(excesses) * np.log(EXPONENTS / ENDS) + (EXPONENTS - 1) * inside
-    chances: Floats = np.exp(likelihood - likelihood.max()) * PRIOR
-    return chances / chances.sum()
+    chances = np.exp(likelihood - likelihood.max()) * PRIOR
+    found: Floats = chances / chances.sum()
+    return found

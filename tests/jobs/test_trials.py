@@ -47,7 +47,7 @@ def finish(
         for place, loss in enumerate(losses, start=1)
     ]
     (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    record.ended(name, "finished" if len(losses) > 1 else "stopped", step=rows[-1]["step"])
+    record.ended(name, "finished" if len(losses) > 1 else "stopped", step=10 * len(rows))
     suggestions.over(name)
 
 

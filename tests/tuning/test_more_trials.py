@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gptray.config import Config, load_config
+from gptray.record import MetricsRow
 from gptray.tuning.more_trials import Gain, StoppedEarly, expected_gain, judges
 from gptray.tuning.sweep_record import Record, Trial
 
 
-def trial(number: int, score: float, outcome: str = "finished", **more: object) -> Trial:
-    row = {"step": 10, "val_bpb": score}
-    values = more.pop("values", {"optim.lr": float(number)})
+def trial(
+    number: int,
+    score: float,
+    outcome: str = "finished",
+    *,
+    values: dict[str, Any] | None = None,
+    **more: Any,
+) -> Trial:
+    row: MetricsRow = {"step": 10, "val_bpb": score}
+    values = {"optim.lr": float(number)} if values is None else values
     name = f"{number:04d}"
-    return Trial(name, values, 10, None, outcome, True, 10, None, [row], **more)  # type: ignore[arg-type]
+    return Trial(name, values, 10, None, outcome, True, 10, None, [row], **more)
 
 
 def gain(scores: list[float]) -> Gain:

@@ -9,44 +9,31 @@ import threading
 import time
 from typing import Any
 
+from gptray.jobs.cluster_nodes import HEAD
 from gptray.jobs.own_ray import is_own_ray
 
 # Hands out Ray Data's datasets, of which there are none here: workers open their tokens themselves.
 DATASETS = "DatasetsCallback"
+# Gives back the places of workers whose controller is gone, if there is a dashboard: see `Cleaner`.
+CLEANER = "PlacementGroupCleanerCallback"
 POLL_S = 0.5
 
 
 def fitted(*given: Any, **named: Any) -> Any:
     """`DataParallelTrainer(...).fit()` without datasets; leaner still on the job's own Ray."""
-    import ray
-    from ray._common.constants import HEAD_NODE_RESOURCE_NAME
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,
-    )
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    class OwnCleaner(PlacementGroupCleanerCallback):  # type: ignore[misc]
-        def after_controller_start(self, train_run_context: object) -> None:
-            context = ray.get_runtime_context()
-            self._controller_actor_id = context.get_actor_id()
-            actor = ray.remote(num_cpus=0)(Cleaner).options(
-                lifetime="detached",  # it is to outlive the controller, and the trial's own group
-                resources={HEAD_NODE_RESOURCE_NAME: 0.001},
-                scheduling_strategy="DEFAULT",
-            )
-            self._cleaner = actor.remote(context.current_actor)
-            self._cleaner.start_monitoring.remote()
 
     class Trainer(DataParallelTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            callbacks = [
-                one
-                for one in super()._create_default_callbacks()
-                if type(one).__name__ != DATASETS
-                and not isinstance(one, PlacementGroupCleanerCallback)
-            ]
-            # The job's own Ray ends with it; a trial of a sweep does not.
-            return callbacks if is_own_ray() else [*callbacks, OwnCleaner()]
+            kept = []
+            for one in super()._create_default_callbacks():
+                name = type(one).__name__
+                # The job's own Ray ends with it; a trial of a sweep ends before its Ray.
+                if name == CLEANER and not is_own_ray():
+                    kept.append(_with_own_cleaner(type(one)))
+                elif name not in (CLEANER, DATASETS):
+                    kept.append(one)
+            return kept
 
         def _initialize_and_run_controller(self, **given: Any) -> Any:
             if is_own_ray():
@@ -57,6 +44,25 @@ def fitted(*given: Any, **named: Any) -> Any:
             return super()._initialize_and_run_controller(**given)
 
     return Trainer(*given, **named).fit()
+
+
+def _with_own_cleaner(base: type) -> object:
+    """Ray's callback, whose class is given, with a `Cleaner` in the place of Ray's actor."""
+    import ray
+
+    class Callback(base):  # type: ignore[misc,valid-type]
+        def after_controller_start(self, train_run_context: object) -> None:
+            context = ray.get_runtime_context()
+            self._controller_actor_id = context.get_actor_id()
+            actor = ray.remote(num_cpus=0)(Cleaner).options(
+                lifetime="detached",  # it is to outlive the controller, and the trial's own group
+                resources={HEAD: 0.001},
+                scheduling_strategy="DEFAULT",
+            )
+            self._cleaner = actor.remote(context.current_actor)
+            self._cleaner.start_monitoring.remote()
+
+    return Callback()
 
 
 class Cleaner:
