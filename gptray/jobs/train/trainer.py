@@ -50,7 +50,7 @@ def _with_own_cleaner(base: type) -> object:
     """Ray's callback, whose class is given, with a `Cleaner` in the place of Ray's actor."""
     import ray
 
-    class Callback(base):  # type: ignore[misc,valid-type]
+    class Callback(base):  # type: ignore[misc]
         def after_controller_start(self, train_run_context: object) -> None:
             context = ray.get_runtime_context()
             self._controller_actor_id = context.get_actor_id()
