@@ -147,10 +147,10 @@ def staged(
 
 def _part(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
     table = pa.Table.from_batches(batches, schema)
-    for field, column in zip(schema, table.columns, strict=True):
+    for place, field in enumerate(schema):
         if pa.types.is_dictionary(field.type):
             try:
-                column.unify_dictionaries()
+                table = table.set_column(place, field, _one_dictionary(table.column(place)))
             except pa.ArrowInvalid:
                 raise UserError(
                     f"generate.input_path: column {field.name!r} has more values in "
@@ -158,6 +158,23 @@ def _part(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
                     "text, or lower generate.rows_per_file"
                 ) from None
     return table
+
+
+def _one_dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.DictionaryArray:
+    """The column with one dictionary: all its values, or only those in use where all are too many.
+
+    An order of the values keeps all.
+
+    Raises pa.ArrowInvalid for more values than the column's type can number.
+    """
+    kind = column.type
+    try:
+        return column.unify_dictionaries()
+    except pa.ArrowInvalid:
+        if kind.ordered:
+            raise
+    used = column.cast(kind.value_type).combine_chunks().dictionary_encode()
+    return pa.DictionaryArray.from_arrays(used.indices.cast(kind.index_type), used.dictionary)
 
 
 def output_schema(

@@ -119,6 +119,20 @@ def test_many_row_groups_and_large_rows_come_in_order(tmp_path: Path) -> None:
     assert after["id"].to_pylist() == list(range(500))
 
 
+def test_a_part_numbers_only_the_values_that_its_rows_have(tmp_path: Path) -> None:
+    kind, paths = (
+        pa.dictionary(pa.int8(), pa.string()),
+        [tmp_path / "a.parquet", tmp_path / "b.parquet"],
+    )
+    for path in paths:  # together more values than the type can number, of which rows have few
+        words = pa.array([f"{path.stem}{number}" for number in range(100)])
+        used = pa.DictionaryArray.from_arrays(pa.array([99, None, 7], pa.int8()), words)
+        parquet.write_table(pa.table({"prompt": PROMPTS, "d": used}), path)
+    after = through(paths, rows_per_part=6)["d"]
+    assert after.type == kind
+    assert after.to_pylist() == ["a99", None, "a7", "b99", None, "b7"]
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
 @pytest.mark.parametrize("name", OWN_COLUMNS)
 def test_a_name_of_the_jobs_own_is_refused_or_gets_the_prefix(
