@@ -197,6 +197,7 @@ def test_the_config_as_it_is_can_win_and_a_stopped_one_is_said_to_be_stopped(
     own = Made("0099", {}, [(3.5, 0.1)] * 2, "stopped")
     page = page_of(write_sweep(tmp_path / "b", config, [own, *made]))
     assert "against 3.500 of the config as it is when it was stopped at step 20." in page.text
+    assert "lower than the config as it is when it was stopped at step 20" in page.text
 
 
 def test_what_helped_others_did_not_help_the_winner(tmp_path: Path) -> None:

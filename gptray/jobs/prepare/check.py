@@ -68,7 +68,7 @@ def plan(checked: CheckedText) -> Plan:
     rows = []
     for source, shares in request.sources:
         parts = ", ".join(f"{names[label]} {share:.1%}" for label, share in shares.items())
-        rows.append((source.key.removeprefix("data."), f"{_size(source.files)}: {parts}"))
+        rows.append((source.key.removeprefix("data."), f"{size_of(source.files)}: {parts}"))
     rows += [
         ("tokenizer", request.tokenizer),
         ("data_dir", str(request.data_dir)),
@@ -98,7 +98,8 @@ def text_rows(data: TokenData) -> Plan:
     return rows + ([("lost", data.loses)] if data.loses else [])
 
 
-def _size(files: Sequence[SourceFile]) -> str:
+def size_of(files: Sequence[SourceFile]) -> str:
+    """How much text there is: "1 file, 0.3 MB"."""
     megabytes = sum(file.size for file in files) / 1e6
     return f"{count(len(files), 'file')}, {megabytes:.1f} MB" if files else BUILTIN
 

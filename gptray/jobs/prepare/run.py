@@ -30,7 +30,7 @@ from gptray.data.publish import building
 from gptray.data.request import Request, make_request
 from gptray.data.shards import Shard, shard_dtype, split_entry
 from gptray.data.shares import split_rows
-from gptray.data.sources import BUILTIN, Source, SourceFile
+from gptray.data.sources import BUILTIN, Source
 from gptray.data.split_plan import SplitPlan
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokenizer_files import KINDS
@@ -41,7 +41,7 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.doing import doing
 from gptray.jobs.next_steps import differing, tell
-from gptray.jobs.prepare.check import CheckedText, check, opened, plan
+from gptray.jobs.prepare.check import CheckedText, check, opened, plan, size_of
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.jobs.prepare.worker import SampleText, WriteShards
 from gptray.jobs.remote_data import bring_data, publish_data
@@ -140,7 +140,7 @@ def _build(
     began = time.monotonic()
     texts = find_pieces(request, tokenizer, folder, piece_bytes=piece_bytes)
     files = [file for source, _ in texts for file in source.files]
-    log.info("preparing %s: %d files, %.1f MB", request.data_dir.name, len(files), _mb(files))
+    log.info("preparing %s: %s", request.data_dir.name, size_of(files))
     split_plan, scans = scan_and_plan(request, texts)
     if tokenizer is None:
         tokenizer = _make_tokenizer(request, split_plan, scans)
@@ -250,10 +250,6 @@ def _number_shards(
             entries.append({**shard.entry, "file": name})
         splits[names[label]] = split_entry(documents, entries)
     return splits
-
-
-def _mb(files: Sequence[SourceFile]) -> float:
-    return sum(file.size for file in files) / 1e6
 
 
 JOB = Job(check, plan, run)

@@ -116,8 +116,13 @@ def _who(standing: Ranking, best: Trial) -> str:
         return f"{text}."
     if own.name == best.name:
         return f"The config as it is (trial {own.name}) {ahead}: {bits(best, standing)}."
+    return f"{text}, against {score(own):.3f} of {as_it_is(own)}."
+
+
+def as_it_is(own: Trial) -> str:
+    """The trial of the config as it is, and how far it came if a rung stopped it."""
     stopped = f" when it was stopped at step {own.step:,}" if own.outcome == "stopped" else ""
-    return f"{text}, against {score(own):.3f} of the config as it is{stopped}."
+    return f"the config as it is{stopped}"
 
 
 def _saw(standing: Ranking, best: Trial) -> str:

@@ -8,7 +8,7 @@ from gptray.config import dump
 from gptray.data.difference import percent
 from gptray.reports.page import Row, Table
 from gptray.reports.picture import Figure
-from gptray.reports.sweep.headline import findings, headline, losses_line, too_few
+from gptray.reports.sweep.headline import as_it_is, findings, headline, losses_line, too_few
 from gptray.reports.sweep.learning import settings_words
 from gptray.reports.sweep.panels import panel_figures
 from gptray.tuning.effects import ENOUGH_GONE_ON, Interval, gap_bits
@@ -64,7 +64,7 @@ def _tiles(standing: Ranking) -> list[tuple[str, str]]:
     at = f"lowest validation bits per byte: trial {best.name}, step {best.best['step']:,}"
     found = [(f"{score(best):.3f}", at)]
     if own and own.name != best.name:
-        found.append((f"{score(own) - score(best):.3f}", "lower than the config as it is"))
+        found.append((f"{score(own) - score(best):.3f}", f"lower than {as_it_is(own)}"))
     found.append(
         (f"{gap_bits(best.best):+.3f}", "validation minus training loss there, bits per byte")
     )
