@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from core_pool import core_pool
 from made_tokens import split_tokens, whole_text
 
 from gptray.config import Config, flatten
@@ -116,9 +115,7 @@ class Grids:
     def run(self, jobs: Iterable[Job]) -> None:
         """Run those that have no curve yet, as many at a time as there are cores."""
         new = [job for job in jobs if job.key not in self._rows]
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes of the pool
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=spawn)
+        pool = core_pool()
         try:
             runs = {pool.submit(train, job, self._folder): job for job in new}
             for number, done in enumerate(as_completed(runs), start=1):

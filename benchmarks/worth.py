@@ -20,17 +20,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import shutil
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+from core_pool import core_pool
 from made_tokens import split_tokens, whole_text
 from worth_table import show, summary
 
@@ -174,11 +172,7 @@ class Bench:
     def run(self, jobs: Sequence[Job]) -> None:
         """Run those that have no result yet."""
         new = [job for job in dict.fromkeys(jobs) if job not in self.losses]
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes of the pool
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(
-            len(os.sched_getaffinity(0)), mp_context=spawn, initializer=end_with_parent
-        )
+        pool = core_pool()
         try:
             runs = {pool.submit(train, job, self._size, self._folder): job for job in new}
             for done in as_completed(runs):
@@ -215,18 +209,6 @@ class Bench:
 
 def members(text: str, size: Size, folder: Path) -> list[str]:
     return [str(folder / "models" / Job(text, QUARTER, "recipe", seed).name) for seed in size.seeds]
-
-
-def end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, however that was."""
-    parent = multiprocessing.parent_process()
-    assert parent
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def train(job: Job, size: Size, folder: Path) -> dict[str, float]:
