@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +12,12 @@ import pytest
 
 from gptray.config import UserError
 from gptray.jobs.shared_storage import Looks, Place, check_seen, problem_of
+from tests.jobs.in_turn import LIMIT_S, Driver, driver
 from tests.jobs.two_nodes import SECOND, may_unshare, two_nodes
 from tests.object_store import ObjectStore
 from tests.tiny import tiny_text
 
 pytestmark = pytest.mark.xdist_group("nodes")
-ROOT = Path(__file__).resolve().parents[2]
-NEEDS_S = 200
-
 unlike = pytest.mark.skipif(not may_unshare(), reason="takes the right to unshare -m")
 
 
@@ -85,21 +81,16 @@ def hidden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(hidden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with two_nodes([hidden], tmp_path_factory.mktemp("logs")) as environment:
-        yield environment
-
-
-def started(environment: dict[str, str], job: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *words]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=NEEDS_S, cwd=ROOT
-    )
+def jobs(hidden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """What runs jobs on the first node."""
+    logs = tmp_path_factory.mktemp("logs")
+    with two_nodes([hidden], logs) as environment, driver(environment) as running:
+        yield running
 
 
 @unlike
 @pytest.mark.ray
-@pytest.mark.timeout(2 * NEEDS_S)
+@pytest.mark.timeout(2 * LIMIT_S)
 @pytest.mark.parametrize(
     ("job", "place", "words"),
     [
@@ -115,7 +106,7 @@ def started(environment: dict[str, str], job: str, *words: str) -> subprocess.Co
     ],
 )
 def test_a_job_refuses_a_folder_that_one_node_does_not_see(
-    cluster: dict[str, str], hidden: Path, model_dir: Path, job: str, place: str, words: list[str]
+    jobs: Driver, hidden: Path, model_dir: Path, job: str, place: str, words: list[str]
 ) -> None:
     prompts = model_dir / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n')
@@ -123,7 +114,7 @@ def test_a_job_refuses_a_folder_that_one_node_does_not_see(
     place, *words = (
         one.format(hidden=hidden, model=model_dir, prompts=prompts) for one in (place, *words)
     )
-    done = started(cluster, job, place, *words, "name=a", "generate.backend=torch")
+    done = jobs.run(job, place, *words, "name=a", "generate.backend=torch")
     assert done.returncode == 2, done.stderr
     assert (
         f"{job}: {place}: node {SECOND} does not see this folder; give a folder that all nodes "
@@ -134,23 +125,23 @@ def test_a_job_refuses_a_folder_that_one_node_does_not_see(
 
 @unlike
 @pytest.mark.ray
-@pytest.mark.timeout(2 * NEEDS_S)
+@pytest.mark.timeout(2 * LIMIT_S)
 def test_preparing_refuses_a_text_that_one_node_does_not_see(
-    cluster: dict[str, str], hidden: Path, tmp_path: Path
+    jobs: Driver, hidden: Path, tmp_path: Path
 ) -> None:
     source = hidden / "book.txt"
-    done = started(cluster, "prepare", f"storage_path={tmp_path}", f"data.source={source}")
+    done = jobs.run("prepare", f"storage_path={tmp_path}", f"data.source={source}")
     assert done.returncode == 2, done.stderr
     assert f"data.source={source}: node {SECOND} does not see this file; give" in done.stderr
 
 
 @unlike
 @pytest.mark.ray
-@pytest.mark.timeout(2 * NEEDS_S)
+@pytest.mark.timeout(2 * LIMIT_S)
 def test_the_doctor_names_unshared_storage_and_a_full_disk_on_the_second_node(
-    cluster: dict[str, str], hidden: Path
+    jobs: Driver, hidden: Path
 ) -> None:
-    done = started(cluster, "doctor", f"storage_path={hidden}")
+    done = jobs.run("doctor", f"storage_path={hidden}")
     assert done.returncode == 1, done.stderr
     line = json.loads(done.stdout)
     levels = {check["check"]: check["level"] for check in line["checks"]}

@@ -15,6 +15,7 @@ from signal import SIGINT, SIGTERM
 import pytest
 
 from gptray.jobs.waiting import shortage
+from tests.jobs.in_turn import Driver, driver
 from tests.jobs.nodes import LIMIT_S, cluster_of, free_port, job, line_with
 
 pytestmark = pytest.mark.xdist_group("nodes")
@@ -50,16 +51,22 @@ def test_room_on_several_nodes_is_told_apart_from_room_on_one() -> None:
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Run a cluster; give what jobs on it are to be told. Their text is prepared."""
+def jobs() -> Iterator[Driver]:
+    """Run a cluster; what runs jobs on it."""
+    nodes = {"num_cpus": 0}, {"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 1}
+    with cluster_of(*nodes), driver() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def words(jobs: Driver, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What jobs are to be told. Their text is prepared."""
     storage = tmp_path_factory.mktemp("storage")
     words = [f"storage_path={storage}", "train.max_steps=2", "train.block_size=32"]
     words += ["model.n_layer=1", "model.n_embd=32", "data.vocab_size=300", "train.backend=torch"]
-    with cluster_of({"num_cpus": 0}, {"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 1}):
-        with job("prepare", *words) as process:
-            _, told = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == 0, told
-        yield words
+    prepared = jobs.run("prepare", *words)
+    assert prepared.returncode == 0, prepared.stderr
+    return words
 
 
 @contextmanager
@@ -76,54 +83,44 @@ def held() -> Iterator[None]:
 
 
 @pytest.mark.ray
-def test_more_gpus_than_there_are_is_a_mistake(words: list[str]) -> None:
-    with job("train", *words, "compute.use_gpu=true", "compute.num_workers=2") as process:
-        _, told = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 2
-    assert "2 workers at the same time need 1 GPU and 1 core each" in told
-    assert "has 1 GPU and 2 cores" in told and "has 1 core" in told
+def test_more_gpus_than_there_are_is_a_mistake(jobs: Driver, words: list[str]) -> None:
+    done = jobs.run("train", *words, "compute.use_gpu=true", "compute.num_workers=2")
+    assert done.returncode == 2
+    assert "2 workers at the same time need 1 GPU and 1 core each" in done.stderr
+    assert "has 1 GPU and 2 cores" in done.stderr and "has 1 core" in done.stderr
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    ("name", "awaited"),
-    [
-        ("prepare", "1 core:"),
-        ("train", "2 cores:"),
-        ("tune", "1 core"),
-        ("serve", "2 cores:"),
-    ],
-)
-def test_a_wait_ends_after_wait_s(
-    words: list[str], model_dir: Path, name: str, awaited: str
-) -> None:
-    words = [*words, f"name={name}", f"serve.model={model_dir}", "generate.backend=torch"]
+def test_a_wait_ends_after_wait_s(jobs: Driver, words: list[str], model_dir: Path) -> None:
+    awaited = {"prepare": "1 core:", "train": "2 cores:", "tune": "1 core", "serve": "2 cores:"}
+    words = [*words, f"serve.model={model_dir}", "generate.backend=torch", "compute.wait_s=2"]
     words += [f"serve.port={free_port()}", "tune.space=[{path: optim.lr, choice: [1e-3, 2e-3]}]"]
-    if name == "prepare":
-        words.append("data.seed=2")  # other shares than there are
-    with held(), job(name, *words, "compute.wait_s=3") as process:
-        _, told = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 1, told
-    assert f"{name}: waited compute.wait_s=3 s for {awaited}" in told
-    assert "the cluster has 1 GPU and 3 cores, 0 GPUs and 0 cores free" in told
+    other_text = ["data.seed=2"]  # other shares than are prepared
+    with held():
+        ended = {
+            name: jobs.run(name, *words, f"name={name}", *(other_text if name == "prepare" else []))
+            for name in awaited
+        }
+    for name, done in ended.items():
+        assert done.returncode == 1, done.stderr
+        assert f"{name}: waited compute.wait_s=2 s for {awaited[name]}" in done.stderr
+        assert "the cluster has 1 GPU and 3 cores, 0 GPUs and 0 cores free" in done.stderr
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
-def test_a_waiting_training_ends_by_signals(words: list[str], number: int) -> None:
+def test_a_waiting_training_ends_by_signals_and_starts_when_there_is_room(
+    words: list[str],
+) -> None:
     waits = "waiting for 2 cores: the cluster has 1 GPU and 3 cores, 0 GPUs and 0 cores free; job "
-    with held(), job("train", *words, "name=two") as process:
-        line = line_with("waiting for 2 cores", process)
-        assert waits in line and line.endswith(") holds 1 GPU and 3 cores\n")
-        process.send_signal(number)
-        told = process.communicate(timeout=LIMIT_S)[1]
-        assert process.returncode == 130 and "killed" not in told, told
-
-
-@pytest.mark.ray
-def test_a_waiting_training_starts_when_there_is_room(words: list[str]) -> None:
     with ExitStack() as other:
         other.enter_context(held())
+        for number in (SIGINT, SIGTERM):
+            with job("train", *words, "name=two") as process:
+                line = line_with("waiting for 2 cores", process)
+                assert waits in line and line.endswith(") holds 1 GPU and 3 cores\n")
+                process.send_signal(number)
+                told = process.communicate(timeout=LIMIT_S)[1]
+                assert process.returncode == 130 and "killed" not in told, told
         with job("train", *words, "name=two") as process:
             line_with("waiting for", process)
             other.close()
