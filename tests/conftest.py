@@ -102,6 +102,15 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def joining(ray_cluster: None) -> dict[str, str]:
+    """The environment of a job, as a process, that joins the session's Ray."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    return {**os.environ, **RAY_ACCESS, "RAY_ADDRESS": address}
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with a tiny text."""
     path = tmp_path_factory.mktemp("text") / "tiny.txt"

@@ -49,9 +49,11 @@ def job(
     )
 
 
-@pytest.mark.ray
-def test_prepare_ends_with_one_json_line(text_file: Path, tmp_path: Path) -> None:
-    done = job("prepare", f"data.source={text_file}", f"storage_path={tmp_path}", *TINY)
+def test_prepare_ends_with_one_json_line(
+    joining: dict[str, str], text_file: Path, tmp_path: Path
+) -> None:
+    words = [f"data.source={text_file}", f"storage_path={tmp_path}", *TINY]
+    done = job("prepare", *words, environment=joining)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["documents"] == 1 and set(result["tokens"]) == {"train", "val"}
@@ -129,7 +131,10 @@ def _free_port() -> int:
 
 @pytest.fixture(params=["token", pytest.param("disabled", marks=pytest.mark.chaos)])
 def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A `ray start --head` of its own, without and with token authentication."""
+    """A `ray start --head` of its own, without and with token authentication.
+
+    It has refused a job with a wrong key: that it takes a job is so seen anyway.
+    """
     dashboard = _free_port()
     environment = {
         "RAY_AUTH_MODE": request.param,
@@ -153,10 +158,11 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str
     )
     # The head takes jobs only some seconds after it listens.
     for _ in range(20):
-        first = submit(environment, "-c", "pass")
-        if first.returncode == 0:
+        first = submit(environment, "jobs/train.py", "optim.lrr=1")
+        if "did you mean optim.lr?" in first.stdout:
             break
-    assert first.returncode == 0, first.stdout + first.stderr
+    assert "did you mean optim.lr?" in first.stdout, first.stdout + first.stderr
+    assert first.returncode != 0
     yield environment
     head.terminate()
     try:
@@ -188,9 +194,6 @@ def test_ray_job_submit_trains_and_a_wrong_key_fails(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 4/4" in done.stdout and '"stopped": "max_steps"' in done.stdout
     assert (tmp_path / "submitted" / "model" / "model.safetensors").is_file()
-    wrong = submit(cluster, "jobs/train.py", *common, "optim.lrr=1")
-    assert wrong.returncode != 0
-    assert "did you mean optim.lr?" in wrong.stdout
     if cluster["RAY_AUTH_MODE"] == "token":
         stranger = {**cluster, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}
         (tmp_path / "other").write_text("f" * 64)

@@ -174,13 +174,18 @@ def test_a_killed_engine_is_replaced(
 
 
 def test_a_killed_driver_goes_on_with_the_same_command(
-    finished: tuple[Path, dict[str, Any]], model_dir: Path, prompts: Path, tmp_path: Path
+    finished: tuple[Path, dict[str, Any]],
+    joining: dict[str, str],
+    model_dir: Path,
+    prompts: Path,
+    tmp_path: Path,
 ) -> None:
     config = config_of(model_dir, prompts, tmp_path / "out")
     (tmp_path / "config.yaml").write_text(dump(config))
     command = [sys.executable, str(ROOT / "jobs" / "generate.py"), "--config"]
     driver = subprocess.Popen(
         [*command, str(tmp_path / "config.yaml")],
+        env=joining,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
