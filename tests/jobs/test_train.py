@@ -131,9 +131,9 @@ def test_resume_never_refuses_an_existing_run(
 
 @pytest.fixture
 def copy(finished: tuple[Path, dict[str, object]], text_file: Path, tmp_path: Path) -> Config:
-    """The config of a copy of the finished run, which a test may damage."""
+    """The config of a copy of the finished run, which a test may damage; one worker is enough."""
     shutil.copytree(finished[0], tmp_path / "copy")
-    return named(text_file, tmp_path / "copy", "done", "compute.num_workers=2")
+    return named(text_file, tmp_path / "copy", "done")
 
 
 def folder_of(config: Config) -> Path:
@@ -147,7 +147,7 @@ def test_torn_ray_snapshot_does_not_stop_a_run(
     (folder_of(copy) / "checkpoint_000020" / "trainer.json").unlink()
     (folder_of(copy) / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.')
     with caplog.at_level("WARNING", logger="gptray"):
-        again = train(copy)
+        again = train(override(copy, {"compute.num_workers": 2}))
     assert again["val_loss"] == finished[1]["val_loss"]
     assert "checkpoint_000020 is damaged: trainer.json is missing" in caplog.text
     assert "checkpoint_manager_snapshot.json was torn" in caplog.text
