@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from signal import SIGINT, SIGTERM
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -99,8 +100,11 @@ def test_a_wait_ends_after_wait_s(jobs: Driver, words: list[str], model_dir: Pat
     with held():
         ended = {
             name: jobs.run(name, *words, f"name={name}", *(other_text if name == "prepare" else []))
-            for name in awaited
+            for name in ("prepare", "train", "tune")
         }
+        with job("serve", *words, "name=serve") as process:  # which ends its process at once
+            told = process.communicate(timeout=LIMIT_S)[1]
+        ended["serve"] = CompletedProcess(["serve"], process.returncode, "", told)
     for name, done in ended.items():
         assert done.returncode == 1, done.stderr
         assert f"{name}: waited compute.wait_s=2 s for {awaited[name]}" in done.stderr
