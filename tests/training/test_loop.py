@@ -63,7 +63,8 @@ def test_kernels_that_cannot_be_built_are_told_of_and_done_without(
     load_library.cache_clear()
     bf16 = override(config, {"train.precision": "bf16", "train.max_steps": 1})
     assert run(bf16, tiny_data, tmp_path / "run")["stopped"] == "max_steps"
-    notice, start = read_rows(tmp_path / "run" / EVENTS)[:2]
+    building, notice, start = read_rows(tmp_path / "run" / EVENTS)[:3]
+    assert building["event"] == "building"
     assert notice["event"] == "notice" and "no headers" in notice["message"]
     assert "train.backend=torch" in notice["message"]
     assert start["event"] == "start" and start["backend"] == "torch"
