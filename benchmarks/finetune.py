@@ -130,12 +130,12 @@ def scores_of(runs: dict[str, Path]) -> Scores:
 
 def table(scores: dict[str, Scores]) -> list[str]:
     """A line for each way, and one for how much better than from scratch an adapter is."""
-    lines = [f"{'bits per byte':14}" + "".join(f"{name:>16}   other" for name in scores)]
+    lines = [f"{'bits per byte':14}" + "".join(f"{name:>18}   other" for name in scores)]
     for way in ("zero-shot", *WAYS):
-        pairs = [f"{of[way]['text']:16.3f} {of[way]['other']:7.3f}" for of in scores.values()]
+        pairs = [f"{of[way]['text']:18.3f} {of[way]['other']:7.3f}" for of in scores.values()]
         lines.append(f"{way:14}" + "".join(pairs))
     gains = [1 - of["adapter"]["text"] / of["scratch"]["text"] for of in scores.values()]
-    lines.append("adapter's gain" + "".join(f"{gain:16.0%}        " for gain in gains).rstrip())
+    lines.append("adapter's gain" + "".join(f"{gain:18.0%}        " for gain in gains).rstrip())
     return lines
 
 
