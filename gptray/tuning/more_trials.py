@@ -14,7 +14,7 @@ import numpy as np
 
 from gptray.config import Config
 from gptray.tuning.regression import Floats
-from gptray.tuning.sweep_record import SKIPPED, Trial, trial_events
+from gptray.tuning.sweep_record import Trial, trial_events
 from gptray.tuning.trial_plan import entries_of, ranked, score
 
 # How many more trials are judged, and how many random ones have to end before that: fewer may all
@@ -78,8 +78,8 @@ def expected_gain(trials: Sequence[Trial]) -> Gain | None:
     The config as it is was not drawn, but is to be beaten. What failed for a passing reason or
     still runs is left out.
     """
-    first = [trial for trial in trials if trial.replicate_of is None and trial.outcome]
-    ended = [trial for trial in first if trial.outcome != SKIPPED and not trial.passing]
+    first = [trial for trial in trials if trial.replicate_of is None]
+    ended = [trial for trial in first if trial.has_ended and not trial.passing]
     drawn = [trial for trial in ended if trial.values]
     whole = [trial for trial in drawn if trial.outcome in ("finished", "patience") and trial.best]
     if len(drawn) < ENOUGH or not whole:

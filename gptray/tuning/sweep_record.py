@@ -97,6 +97,11 @@ class Trial:
         return self.outcome or ("running" if self.started else "waiting")
 
     @property
+    def has_ended(self) -> bool:
+        """Whether it has run, and is over or waits at a rung."""
+        return self.outcome not in (None, SKIPPED)
+
+    @property
     def best(self) -> MetricsRow | None:
         """The evaluation with the lowest validation loss in bits per byte, None before any."""
         evaluations = [row for row in self.rows if "val_bpb" in row]

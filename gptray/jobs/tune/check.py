@@ -29,7 +29,7 @@ from gptray.jobs.train.check import check_data, check_known_prompts
 from gptray.jobs.train.embedding import check_vocabulary
 from gptray.jobs.train.teachers import check_teachers
 from gptray.tuning.more_trials import ENOUGH, MORE, StoppedEarly, judges
-from gptray.tuning.sweep_record import SKIPPED, load_trials, rungs, samples_drawn
+from gptray.tuning.sweep_record import load_trials, rungs, samples_drawn
 from gptray.tuning.trial_plan import (
     FINALISTS,
     Planned,
@@ -168,7 +168,7 @@ def plan(checked: CheckedSweep) -> Plan:
     most = max(known, default=config.train.max_steps)
     others = checked.num_trials - len(known) + checked.num_replicates
     ready = [text.data for text in checked.texts.values() if text.data]
-    ended = [one for one in load_trials(checked.folder) if one.outcome not in (None, SKIPPED)]
+    ended = [one for one in load_trials(checked.folder) if one.has_ended]
     rows = [("sweep", seen_at(config))]
     rows += [
         (f"varies {number}", _line(entry)) for number, entry in enumerate(entries_of(config), 1)

@@ -23,7 +23,7 @@ from gptray.data.difference import percent
 from gptray.jobs.doing import following, telling
 from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.train.watch import duration
-from gptray.tuning.sweep_record import SKIPPED, STATES, Trial, load_trials, trial_dir
+from gptray.tuning.sweep_record import STATES, Trial, load_trials, trial_dir
 from gptray.tuning.trial_plan import ranked, score
 from gptray.visible import visible
 
@@ -51,7 +51,7 @@ class _Watch:
         """Show what is new."""
         trials = load_trials(self._folder)
         for trial in trials:
-            if trial.outcome not in (None, SKIPPED) and trial.name not in self._told:
+            if trial.has_ended and trial.name not in self._told:
                 log.info("%s", self._line(trial, trials))
         self._told = {trial.name for trial in trials if trial.outcome}
         self._export(trials)
@@ -110,7 +110,7 @@ class _Watch:
         return f"{text}; {self._progress(trials)}"
 
     def _progress(self, trials: Sequence[Trial]) -> str:
-        ended = [trial for trial in trials if trial.outcome not in (None, SKIPPED)]
+        ended = [trial for trial in trials if trial.has_ended]
         total = max(self._num_trials, len(trials))
         text = f"{len(ended)} of {total} trials"
         best = ranked(trials)
