@@ -184,7 +184,7 @@ class Reader:
         while True:
             values = {key: given.value for key, given in self.given.items() if key not in left_out}
             try:
-                tree = root.model_validate(_nested(values), strict=True)
+                tree = root.model_validate(nested(values), strict=True)
             except ValidationError as error:
                 found = self._explain(error, left_out)
                 if not found - left_out:
@@ -242,7 +242,7 @@ class Reader:
         return None
 
 
-def _nested(values: Mapping[str, object]) -> dict[str, object]:
+def nested(values: Mapping[str, object]) -> dict[str, object]:
     """Turn dotted keys into sections."""
     tree: dict[str, object] = {}
     for key, value in values.items():

@@ -36,19 +36,10 @@ NOT_TUNED = {
     "train.async_validation": _UNTRAINED,
     "train.resume": _UNTRAINED,
     "train.teachers": "all trials have the same teachers",
-    **{
-        f"{section}.": _UNTRAINED
-        for section in (
-            "compute",
-            "track",
-            "sample",
-            "generate",
-            "evaluate",
-            "serve",
-            "export",
-            "tune",
-        )
-    },
+    **dict.fromkeys(
+        ("compute.", "track.", "sample.", "generate.", "evaluate.", "serve.", "export.", "tune."),
+        _UNTRAINED,
+    ),
 }
 
 
