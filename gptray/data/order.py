@@ -23,10 +23,7 @@ class BatchOrder:
     """
 
     def __init__(self, num_tokens: int, block_size: int, *, seed: int) -> None:
-        """
-        Raises:
-            ValueError: the split holds no whole window and its targets.
-        """
+        """Raises ValueError if the split holds no whole window and its targets."""
         if num_tokens < block_size + 1:
             raise ValueError(
                 f"the split has {num_tokens} tokens, fewer than block_size + 1 = {block_size + 1}"

@@ -11,8 +11,7 @@ from gptray.gpus import BUILT_FOR_CPUS
 def check_gpu() -> None:
     """Refuse to compute on a GPU where this PyTorch sees none.
 
-    Raises:
-        UserError: says why: a build for CPUs, no driver or one that is too old; and what to do.
+    Raises UserError with the reason (a build for CPUs, no driver or an old one) and what to do.
     """
     version = torch.__version__
     if torch.version.cuda is None and torch.version.hip is None:

@@ -20,9 +20,7 @@ def check_weights(folder: Path, shape: ModelConfig) -> None:
     """Refuse a folder whose weight files are damaged or do not fit its network, see `read_shape`.
 
     Reads only headers.
-
-    Raises:
-        UserError: names the file, and the first weight that is missing, misshapen or strange.
+    Raises UserError naming the file, and the first weight that is missing, misshapen or strange.
     """
     family = family_in(folder)
     stored = {stored_name(one.key, family): one for one in stored_weights(folder)}

@@ -19,8 +19,7 @@ def pick_dtype(
 ) -> torch.dtype:
     """The dtype to compute in for `precision` auto | fp32 | bf16; auto is bf16 only in hardware.
 
-    Raises:
-        UserError: names `key`: there is no such precision, or a GPU does not compute in bf16.
+    Raises UserError naming `key`: there is no such precision, or a GPU does not compute in it.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"{key}={precision}: choose auto, fp32 or bf16")

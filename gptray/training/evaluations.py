@@ -63,9 +63,8 @@ class BlockingEvaluation:
     def add(self, row: Metrics) -> None:
         """Evaluate the model as it is; put the score into the step's row.
 
-        Raises:
-            NonFiniteLoss: on every worker, before anything is saved.
-            UserError, RunFailed: on every worker, if saving or sampling failed on the first.
+        Raises NonFiniteLoss on every worker, before anything is saved; UserError or RunFailed on
+        every worker, if saving or sampling failed on the first.
         """
         run, journal = self._run, self._journal
         scores = score_weights(run.model, run.average, run.config, run.data, run.workers)
@@ -113,8 +112,7 @@ class AsyncEvaluation:
     def add(self, row: Metrics) -> None:
         """Save the model as it is and have it scored; record the score of the one before.
 
-        Raises:
-            NonFiniteLoss: of the one before, on every worker; this one is not saved.
+        Raises NonFiniteLoss of the one before, on every worker; this one is not saved.
         """
         run, journal = self._run, self._journal
         if journal:
@@ -127,9 +125,8 @@ class AsyncEvaluation:
     def finish(self) -> None:
         """Wait for the pending score, if there is one, and add it to its row.
 
-        Raises:
-            NonFiniteLoss: on every worker; the checkpoint has been withdrawn.
-            UserError, RunFailed: on every worker, if scoring or saving failed.
+        Raises NonFiniteLoss on every worker, once the checkpoint has been withdrawn; UserError or
+        RunFailed on every worker, if scoring or saving failed.
         """
         if not self._unscored:
             return
@@ -159,8 +156,7 @@ Evaluations = BlockingEvaluation | AsyncEvaluation
 def evaluate_base(run: Run) -> None:
     """Record the score of the weights that a run starts from, if they are not random.
 
-    Raises:
-        NonFiniteLoss: on every worker: no step can come of them.
+    Raises NonFiniteLoss on every worker: no step can come of them.
     """
     if run.config.model.init_from is None or run.state.step:
         return
@@ -176,8 +172,7 @@ def evaluate_base(run: Run) -> None:
 def update_early_stopping(run: Run, step: int, scores: Scores) -> None:
     """Update the run's progress with the validation loss of a step.
 
-    Raises:
-        NonFiniteLoss: the score is not finite; the progress is unchanged.
+    Raises NonFiniteLoss for a score that is not finite; the progress is unchanged.
     """
     for score in scores.all:
         if not score.is_finite:

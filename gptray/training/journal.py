@@ -27,8 +27,7 @@ class Journal:
     def __init__(self, run_dir: Path, *, step: int) -> None:
         """Open the journal of a run that resumes after `step`; later rows are dropped.
 
-        Raises:
-            RunFailed: here and wherever rows are written: the disk is full or not writable.
+        Raises RunFailed here and wherever rows are written, if the disk is full or not writable.
         """
         self._path = run_dir / METRICS
         with storing(self._path):
@@ -48,8 +47,7 @@ class Journal:
     def row(self, step: int) -> dict[str, float]:
         """The row of a step that was written before.
 
-        Raises:
-            RunFailed: it is missing, so something else has changed the file.
+        Raises RunFailed if it is missing: something else has changed the file.
         """
         for row in read_rows(self._path):
             if row["step"] == step:

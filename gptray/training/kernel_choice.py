@@ -33,10 +33,8 @@ def agree_on_backend(
 
     A run keeps the backend that it began with, so that its bits stay the same. tell: receives
     notices of kernels that fail to build and of a run that resumes on another processor.
-
-    Raises:
-        UserError: native was asked for, and the machine of a worker cannot run it.
-        RunFailed: native was asked for and fails to compile; or the run's events are damaged.
+    Raises UserError where native was asked for and a worker's machine cannot run it, RunFailed
+    where it was asked for and fails to compile, or the run's events are damaged.
     """
     dtype = workers.all_or_none(lambda: pick_dtype(config.train.precision, device))
     workers.from_first(lambda: _tell_of_another_processor(run_dir, device, dtype, tell))

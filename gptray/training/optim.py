@@ -120,8 +120,7 @@ def save_optimizer(
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the moments in a file back, each to its parameter; of a sharded one, this worker's part.
 
-    Raises:
-        RunFailed: they are not AdamW's for this model; names the first wrong one.
+    Raises RunFailed where they are not AdamW's for this model, naming the first wrong one.
     """
     try:
         with safe_open(path, framework="pt") as file:

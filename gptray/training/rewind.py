@@ -32,10 +32,8 @@ def begin_landing(run: Run, reason: Reason) -> None:
     """Give the run its best whole checkpoint's weights and moments, and the landing from there.
 
     Every worker calls this, at the end of the stable part.
-
-    Raises:
-        RunFailed: on every worker: no checkpoint is whole, it cannot be fetched, or the disk is
-            full.
+    Raises RunFailed on every worker: no checkpoint is whole, it cannot be fetched, or the disk is
+    full.
     """
     best = run.workers.from_first(lambda: _best_whole(run.run_dir))
     back_to = run.workers.number_from_first(lambda: best or 0, run.device)

@@ -121,10 +121,9 @@ def start(
 ) -> Run:
     """Build a worker's run, from the newest intact checkpoint if there is one.
 
-    Raises:
-        UserError: the checkpoints were removed; no working GPU, or no compiler.
-        RunFailed: no checkpoint is intact, or the disk is full.
-        ValueError: the training split is shorter than one block.
+    Raises UserError where the checkpoints were removed, or no GPU or no compiler works; RunFailed
+    where no checkpoint is intact, or the disk is full; ValueError where the training split is
+    shorter than one block.
     """
     use_device(config, device)
     first = workers.from_first(lambda: _resume_step(run_dir))
@@ -255,9 +254,7 @@ def writing(run_dir: Path, *, wait_s: float = 60.0) -> Iterator[None]:
     """Be the only process that writes to a run folder.
 
     A worker whose driver was killed may run on for some seconds; its successor waits for it.
-
-    Raises:
-        RunFailed: another process has held the folder for `wait_s` seconds, or the disk is full.
+    Raises RunFailed if another process has held it for `wait_s` seconds, or the disk is full.
     """
     path = run_dir / WRITER_LOCK
     with storing(path):

@@ -84,8 +84,7 @@ class Workers:
     def from_first(self, make: Callable[[], T]) -> T | None:
         """Call `make` on the first worker; give there what it gives, None elsewhere.
 
-        Raises:
-            UserError, RunFailed: on every worker, what it raised on the first.
+        Raises UserError or RunFailed on every worker, as it did on the first.
         """
         return self.all_or_none(lambda: make() if self.is_first else None)
 

@@ -228,8 +228,7 @@ class Record:
     def __init__(self, folder: Path) -> None:
         """Open the record of a folder; a line that a crash cut off is dropped.
 
-        Raises:
-            RunFailed: here and in all that writes: the disk is full or cannot be written.
+        Raises RunFailed, as all that writes, if the disk is full or cannot be written.
         """
         self._path = folder / TRIALS
         with storing(self._path):

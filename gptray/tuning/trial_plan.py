@@ -50,9 +50,7 @@ def plan_trials(
 
     drawn: how many samples there were after each earlier round; tune.num_samples is the last.
     known: trials of the record, whose names stay theirs.
-
-    Raises:
-        UserError: there is no space, or some of its values don't go together; says all that.
+    Raises UserError if there is no space, or saying which of its values don't go together.
     """
     entries = entries_of(config)
     if not entries:
