@@ -27,9 +27,9 @@ from gptray.data.folders import (
     identity,
     matches,
     once,
+    remote_files,
     shown,
 )
-from gptray.data.remote import remote_files
 from gptray.files import absolute
 from gptray.store_access import file_system, open_persistently, persistently, scheme_of
 

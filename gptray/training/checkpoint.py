@@ -149,25 +149,16 @@ def save_checkpoint(
     return final
 
 
-def publish_model(checkpoint: Path, run_dir: Path, *, averaged: bool = False) -> Path:
-    """Make the checkpoint's model, or its average, the run's `model/`.
-
-    Readers never see a half-written file.
-    Raises RunFailed where the disk takes no more: `model/` is as it was, the next start publishes
-    it.
-    """
-    target = run_dir / "model"
-    publish_folder(checkpoint / (AVERAGED if averaged else MODEL), target)
-    return target
-
-
 def publish_folder(source: Path, target: Path) -> None:
     """Put the files of a folder into another, each of which appears whole; weights last.
 
-    Raises RunFailed as `publish_model`.
+    Raises RunFailed where the disk takes no more: the next start publishes them.
     """
     with storing(target):
-        _publish(source, target)
+        if target.is_symlink() or not target.is_dir():
+            _swap(source, target)
+        else:
+            _replace_files(source, target)
         sync(target.parent)
 
 
@@ -196,16 +187,13 @@ def _swap(source: Path, target: Path) -> None:
     remove(old)
 
 
-def _publish(model: Path, target: Path) -> None:
-    if target.is_symlink() or not target.is_dir():
-        _swap(model, target)
-        return
+def _replace_files(source: Path, target: Path) -> None:
     # Weights last: they alone differ within a run, and one replace swaps them.
-    for source in sorted(model.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        draft = target / f".{source.name}.tmp"
+    for file in sorted(source.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        draft = target / f".{file.name}.tmp"
         try:
-            shutil.copyfile(source, draft)
-            os.replace(draft, target / source.name)
+            shutil.copyfile(file, draft)
+            os.replace(draft, target / file.name)
         finally:
             draft.unlink(missing_ok=True)
 

@@ -161,11 +161,10 @@ def evaluate_base(run: Run) -> None:
     if run.config.model.init_from is None or run.state.step:
         return
     scores = score_weights(run.model, None, run.config, run.data, run.workers)
-    for score in scores.all:
-        if not score.is_finite:
-            raise NonFiniteLoss(f"validation loss {score.loss} before the first step")
-    score = scores.own
-    fields = {"val_loss": score.loss, "val_bpb": score.bits_per_byte, **also_fields(scores)}
+    if strange := scores.not_finite:
+        raise NonFiniteLoss(f"validation loss {strange.loss} before the first step")
+    own = scores.own
+    fields = {"val_loss": own.loss, "val_bpb": own.bits_per_byte, **also_fields(scores)}
     run.workers.from_first(lambda: write_event(run.run_dir, "base", **fields))
 
 
@@ -174,9 +173,8 @@ def update_early_stopping(run: Run, step: int, scores: Scores) -> None:
 
     Raises NonFiniteLoss for a score that is not finite; the progress is unchanged.
     """
-    for score in scores.all:
-        if not score.is_finite:
-            raise NonFiniteLoss(f"step {step}: validation loss {score.loss}")
+    if strange := scores.not_finite:
+        raise NonFiniteLoss(f"step {step}: validation loss {strange.loss}")
     progress = run.state.progress.after(
         step,
         scores.better.loss,
@@ -193,18 +191,14 @@ def score_fields(scores: Scores, train_loss: float) -> Metrics:
 
     The perplexity of lossy text may exceed the range of a float; it is capped there.
     """
-    score = scores.better
+    score, ema = scores.better, scores.averaged
     return {
         "val_loss": score.loss,
         "val_ppl": min(score.perplexity, sys.float_info.max),
         "val_bpb": score.bits_per_byte,
         "gap": score.loss - train_loss,
         **({"val_lost": score.lost} if score.lost_bytes else {}),
-        **(
-            {"val_loss_own": scores.own.loss, "val_loss_ema": scores.averaged.loss}
-            if scores.averaged
-            else {}
-        ),
+        **({"val_loss_own": scores.own.loss, "val_loss_ema": ema.loss} if ema else {}),
         **also_fields(scores),
     }
 

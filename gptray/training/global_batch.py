@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptray.config import Config
-from gptray.data.order import BatchOrder
-from gptray.data.replacement import replace_tokens
+from gptray.data.order import BatchOrder, replace_tokens
 from gptray.data.tokens import TokenData
 from gptray.model.loss import UNCOUNTED
 

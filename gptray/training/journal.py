@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import cast
 
 from gptray.config import RunFailed
@@ -40,9 +39,7 @@ class Journal:
         """Add the row of one logged step; readers see it at once, or as soon as there is room."""
         self._pending += _line(row)
         self._show(row)
-        with suppress(OSError, RunFailed):
-            self._drain()
-            self._boards.flush()
+        self._write_if_possible()
 
     def row(self, step: int) -> dict[str, float]:
         """The row of a step that was written before.
@@ -83,13 +80,11 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Write pending rows. Rows after the newest checkpoint are redone by a later start."""
+        self._write_if_possible()
+
+    def _write_if_possible(self) -> None:
         with suppress(OSError, RunFailed):
             self._drain()
             self._boards.flush()

@@ -46,11 +46,7 @@ def agree_on_backend(
     reasons = [reason for reason in workers.gather(missing) if reason]
     if asked == "native":
         return Choice("native", "")
-    choice = workers.from_first(lambda: _choice(config, run_dir, reasons, tell))
-    is_native = workers.number_from_first(
-        lambda: choice is not None and choice.backend == "native", device
-    )
-    return choice or Choice("native" if is_native else "torch", "")
+    return workers.shared_from_first(lambda: _choice(config, run_dir, reasons, tell))
 
 
 def _why_not(

@@ -27,7 +27,6 @@ from gptray.record import versions, write_event
 from gptray.training.averaging import Average
 from gptray.training.building import agreed_base, build_model
 from gptray.training.checkpoint import (
-    AVERAGED,
     WRITER_LOCK,
     check_not_lost,
     checkpoint_folder,
@@ -126,8 +125,7 @@ def start(
     shorter than one block.
     """
     use_device(config, device)
-    first = workers.from_first(lambda: _resume_step(run_dir))
-    step = workers.number_from_first(lambda: first or 0, device)
+    step = workers.shared_from_first(lambda: _resume_step(run_dir))
     folder = checkpoint_folder(run_dir, step) if step else None
 
     def tell(text: str) -> None:
@@ -162,7 +160,7 @@ def start(
         rate_at_peak=tokens_per_sec_at_peak(
             config, model.num_params, model.compute_dtype, device_name(device), workers=workers.size
         ),
-        average=workers.all_or_none(lambda: _average(model, config, folder)),
+        average=workers.all_or_none(lambda: Average.of(model, config, folder)),
         base=agreed_base(config, workers, device),
         teachers=workers.all_or_none(lambda: _teachers(model, config, device)),
     )
@@ -230,16 +228,6 @@ def _placed(
         workers = ShardedWorkers(workers.rank, workers.size, model, optimizer, device)
         model.whole = workers.whole
     return optimizer, workers
-
-
-def _average(model: GPT, config: Config, checkpoint: Path | None) -> Average | None:
-    """The average of the model's weights, as the checkpoint has it; None without train.ema."""
-    if config.train.ema is None:
-        return None
-    average = Average(model, config.train.ema)
-    if checkpoint:
-        average.load(model, checkpoint / AVERAGED)
-    return average
 
 
 def _teachers(model: GPT, config: Config, device: torch.device) -> Teachers | None:

@@ -39,8 +39,8 @@ def write_hparams(folder: Path) -> None:
         if not trial.started:
             continue
         session = trial_dir(folder, trial.name) / "tensorboard" / trial.name
-        values = {**space.values(trial), **trial.values}
-        _write(session / START, _summary("session_start_info", session_start_info=_start(values)))
+        start = _start(space.settings(trial))
+        _write(session / START, _summary("session_start_info", session_start_info=start))
         rows = trial_dir(folder, trial.name) / METRICS
         if not trial.outcome or _is_newer(rows, session / END):
             (session / END).unlink(missing_ok=True)

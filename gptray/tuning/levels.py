@@ -42,11 +42,18 @@ class Space:
                 own |= _own_values(entry, config)
         return cls(entries, own)
 
+    @property
+    def paths(self) -> list[str]:
+        return [path for entry in self.entries for path in entry.paths]
+
     def values(self, trial: Trial) -> dict[str, object]:
         """What a trial has for each path of the space; one without values has the config's own."""
         given = trial.values or self.own
-        paths = [path for entry in self.entries for path in entry.paths]
-        return {path: given[path] for path in paths if path in given}
+        return {path: given[path] for path in self.paths if path in given}
+
+    def settings(self, trial: Trial) -> dict[str, object]:
+        """As `values`; a repetition also has its seed."""
+        return {**self.values(trial), **trial.values}
 
     def is_own(self, trial: Trial) -> bool:
         """Whether a trial runs the config as it is."""
