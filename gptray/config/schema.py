@@ -16,7 +16,6 @@ from pydantic import AfterValidator, Field
 from yaml import YAMLError
 
 from gptray.config.compute import ComputeConfig
-from gptray.config.errors import ConfigError
 from gptray.config.keys import EntriesError
 from gptray.config.lora_section import LoraConfig
 from gptray.config.model_section import ModelConfig
@@ -165,7 +164,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
         reader.read_file(path)
     for argument in overrides:
         reader.read_argument(argument)
-    return _built(reader)
+    return reader.build(Config)
 
 
 def load_saved(path: Path) -> Config:
@@ -181,7 +180,7 @@ def override(config: Config, values: Mapping[str, object]) -> Config:
     reader = Reader(Config)
     for key, value in {**flatten(config), **values}.items():
         reader.read_value(key, value)
-    return _built(reader)
+    return reader.build(Config)
 
 
 def dump(config: Config) -> str:
@@ -218,10 +217,3 @@ def flatten(config: Config, *, given: bool = False) -> dict[str, object]:
         else:
             flat[name] = value
     return flat
-
-
-def _built(reader: Reader) -> Config:
-    config = reader.build(Config)
-    if config is None:
-        raise ConfigError(reader.problems)
-    return config

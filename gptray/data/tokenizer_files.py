@@ -44,7 +44,6 @@ _HUB_FILES = (
 )  # fmt: skip
 _VOCABULARY = ("vocab.json", "merges.txt")
 _SHOWN = 6
-_told: set[str] = set()
 
 Opened = tuple[tokenizers.Tokenizer, dict[str, str]]
 
@@ -209,10 +208,9 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
     return known[0]
 
 
+@cache
 def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        log.warning("%s", message)
+    log.warning("%s", message)
 
 
 def _candidates(backend: tokenizers.Tokenizer) -> list[str]:

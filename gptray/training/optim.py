@@ -36,18 +36,14 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     The groups, in order: parameters of two and more dimensions, then the others. Frozen ones are in
     none.
     """
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, object]] = [
         {
-            "params": [parameter for parameter in parameters if parameter.dim() >= 2],
-            "weight_decay": config.weight_decay,
-            "decays": True,
-        },
-        {
-            "params": [parameter for parameter in parameters if parameter.dim() < 2],
-            "weight_decay": 0.0,
-            "decays": False,
-        },
+            "params": [parameter for parameter in trained if (parameter.dim() >= 2) == decays],
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "decays": decays,
+        }
+        for decays in (True, False)
     ]
     # fused: one kernel over all parameters, on CPU as on CUDA.
     return _AdamW(
