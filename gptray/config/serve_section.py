@@ -1,7 +1,5 @@
 """The config's `serve` section: the HTTP endpoint."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Annotated

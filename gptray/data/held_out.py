@@ -1,7 +1,5 @@
 """Keeps validation and test text out of the training text, and says which files look like some."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

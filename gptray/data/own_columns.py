@@ -4,8 +4,6 @@ Nothing of the input is renamed or left out in silence: a name that the job need
 gets the prefix that the user chose.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import count
 

@@ -1,7 +1,5 @@
 """What the GGUF file of a network holds, by name, shape and precision; no torch here."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -8,8 +8,6 @@ et al. 2022, FlashAttention); of queries and keys it keeps none that are normali
 Shapes: M rows, H heads of queries, G of keys and values, D numbers in a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
