@@ -28,7 +28,7 @@ def unread_network(source: str | Path) -> GPT:
     model.usage = Usage.of(folder)
     check_tied(stored)
     config, weights = model.config, stored.weights
-    names = {one: name for name, one in model.named_parameters()}
+    names: dict[Tensor, str] = {one: name for name, one in model.named_parameters()}
     parts = dict[str, list[Part]]()
     for part in stored_parts(config, stored.family, model.valid_vocab_size):
         parts.setdefault(part.parameter, []).append(part)
