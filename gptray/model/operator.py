@@ -8,17 +8,19 @@ from torch import Tensor
 
 from gptray.model.autograd_context import OperatorContext
 
+Tensors = list[Tensor]
+
 
 class Given(NamedTuple):
     """What an operator is called with; constants have no gradient."""
 
-    tensors: list[Tensor]
-    constants: list[Tensor]
+    tensors: Tensors
+    constants: Tensors
     numbers: list[float]
 
 
-_Forward = Callable[[Given], list[Tensor]]
-_Backward = Callable[[Tensor, Given, list[Tensor]], list[Tensor]]
+_Forward = Callable[[Given], Tensors]
+_Backward = Callable[[Tensor, Given, Tensors], Tensors]
 
 
 class Operator:
@@ -43,7 +45,7 @@ class Operator:
     ) -> None:
         first_kept = 0 if keeps_result else 1
 
-        def keep(ctx: OperatorContext, inputs: Given, output: list[Tensor]) -> None:
+        def keep(ctx: OperatorContext, inputs: Given, output: Tensors) -> None:
             tensors, constants, ctx.numbers = inputs
             tensors = tensors if keeps_inputs else []
             ctx.count, ctx.constant_count = len(tensors), len(constants)
@@ -65,18 +67,12 @@ class Operator:
                 return None, None, *found, *[None] * ctx.constant_count
 
         @torch.library.custom_op(f"gptray::{name}", mutates_args=())
-        def compiled(
-            inputs: list[Tensor], constants: list[Tensor], numbers: list[float]
-        ) -> list[Tensor]:
+        def compiled(inputs: Tensors, constants: Tensors, numbers: list[float]) -> Tensors:
             return forward(Given(inputs, constants, numbers))
 
         def flat_backward(
-            grad: Tensor,
-            inputs: list[Tensor],
-            constants: list[Tensor],
-            kept: list[Tensor],
-            numbers: list[float],
-        ) -> list[Tensor]:
+            grad: Tensor, inputs: Tensors, constants: Tensors, kept: Tensors, numbers: list[float]
+        ) -> Tensors:
             return backward(grad, Given(inputs, constants, numbers), kept)
 
         compiled_backward = torch.library.custom_op(
@@ -84,8 +80,8 @@ class Operator:
         )
 
         def differentiate(
-            ctx: OperatorContext, grads: list[Tensor]
-        ) -> tuple[list[Tensor], list[None], list[None] | None]:
+            ctx: OperatorContext, grads: Tensors
+        ) -> tuple[Tensors, list[None], list[None] | None]:
             (tensors, constants, numbers), kept = _kept(ctx)
             found = compiled_backward(grads[0], tensors, constants, kept, numbers)
             # An empty list of numbers passes for one of tensors.
@@ -109,11 +105,11 @@ class Operator:
         return y
 
 
-def _like_inputs(grad: Tensor, inputs: list[Tensor], *rest: object) -> list[Tensor]:
+def _like_inputs(grad: Tensor, inputs: Tensors, *rest: object) -> Tensors:
     return [x.new_empty(x.shape) for x in inputs]
 
 
-def _kept(ctx: OperatorContext) -> tuple[Given, list[Tensor]]:
+def _kept(ctx: OperatorContext) -> tuple[Given, Tensors]:
     """What was given, and what forward gave besides."""
     saved, stop = list(ctx.saved_tensors), ctx.count + ctx.constant_count
     return Given(saved[: ctx.count], saved[ctx.count : stop], ctx.numbers), saved[stop:]
