@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TypeGuard
 
 from gptray.config import Config, ConfigError, flatten, override
 from gptray.config.keys import shown
-from gptray.config.search_space import Entry
+from gptray.config.search_space import Entry, is_number
 from gptray.tuning.sweep_record import Trial
 from gptray.tuning.trial_plan import entries_of
 
@@ -113,10 +112,10 @@ def value_text(value: object) -> str:
         return ", ".join(map(value_text, value))
     if isinstance(value, list):  # a split, or names
         words = list(map(value_text, value))
-        return ":".join(words) if all(map(_is_number, value)) else f"[{', '.join(words)}]"
+        return ":".join(words) if all(map(is_number, value)) else f"[{', '.join(words)}]"
     if isinstance(value, str):
         return value
-    return f"{value:g}" if _is_number(value) else shown(value)
+    return f"{value:g}" if is_number(value) else shown(value)
 
 
 def _own_values(entry: Entry, config: Config) -> dict[str, object]:
@@ -148,7 +147,7 @@ def _by_option(entry: Entry, values: Mapping[str, object], own: Sequence[object]
 
 def _by_part(entry: Entry, values: Mapping[str, object], own: Sequence[object]) -> Setting:
     """Parts of a range with as many trials each; equal values are in the same part."""
-    numbers = sorted(value for value in values.values() if _is_number(value))
+    numbers = sorted(value for value in values.values() if is_number(value))
     count = max(1, min(MOST_PARTS, len(numbers) // PART)) if numbers else 0
     starts = sorted({numbers[len(numbers) * part // count] for part in range(count)})
     names = []
@@ -157,15 +156,15 @@ def _by_part(entry: Entry, values: Mapping[str, object], own: Sequence[object]) 
         ends = [f"{end:.2g}" if isinstance(end, float) else f"{end}" for end in (first, last)]
         names.append(" to ".join(ends if first < last else ends[:1]))
     # The config's own may be null where the space has numbers.
-    odd = [value for value in own if not _is_number(value) and value in values.values()]
+    odd = [value for value in own if not is_number(value) and value in values.values()]
 
     def place(value: object) -> int:
-        if not _is_number(value):
+        if not is_number(value):
             return len(starts)
         return max(0, bisect_right(starts, value) - 1)
 
     of = {trial: place(value) for trial, value in values.items()}
-    preferred = place(own[0]) if own and (_is_number(own[0]) or odd) else None
+    preferred = place(own[0]) if own and (is_number(own[0]) or odd) else None
     return Setting(entry, (*names, *map(value_text, odd)), of, _reference(of, preferred), values)
 
 
@@ -180,7 +179,3 @@ def _reference(of: Mapping[str, int], preferred: int | None) -> int:
 def _joined(values: Sequence[object]) -> object:
     """The one value of all paths, or theirs."""
     return values[0] if all(value == values[0] for value in values) else tuple(values)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
