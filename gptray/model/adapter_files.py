@@ -3,6 +3,8 @@
 What a folder must be is `gptray.model.adapter`'s.
 """
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping

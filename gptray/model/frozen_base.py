@@ -5,6 +5,8 @@ process maps: the pages are the kernel's, and all share them. A mapping is priva
 reaches the file; nothing is written to, for what is trained is copied out of it.
 """
 
+from __future__ import annotations
+
 import hashlib
 import logging
 import mmap

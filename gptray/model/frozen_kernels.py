@@ -7,6 +7,8 @@ al. 2023, QLoRA), is packed each time, and gets no gradient. The same bits at an
 Shapes: M rows, K inputs, N outputs, R numbers of all adapters of a layer, one more where R is odd.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import torch

@@ -1,5 +1,7 @@
 """Writes a GGUF file, one tensor at a time, by the `gguf` package of llama.cpp's authors."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

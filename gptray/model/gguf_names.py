@@ -1,5 +1,7 @@
 """What the GGUF file of a network holds, by name, shape and precision; no torch here."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 

@@ -6,6 +6,8 @@ GEMMs, which inductor fuses; on a GPU the GEMM adds the bias. Dropout on a CPU: 
 words.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

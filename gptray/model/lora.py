@@ -6,6 +6,8 @@ dtype that is computed in or in few bits, an adapter as fp32 masters. Files are
 Shapes: N tokens, P adapters of a layer, R rank.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -4,6 +4,8 @@ of 32 bits, and scales. Which weights they are; no torch here.
 https://huggingface.co/docs/transformers/quantization/compressed_tensors
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

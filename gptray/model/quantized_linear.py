@@ -4,6 +4,8 @@ Dettmers et al. 2023, QLoRA: gradients pass through such a layer to the adapters
 before it; none is made of the weight.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
