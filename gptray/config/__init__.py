@@ -5,10 +5,8 @@ Loads neither torch nor Ray.
 
 from gptray.config.compute import ComputeConfig
 from gptray.config.errors import ConfigError, RunFailed, UserError
-from gptray.config.export import ExportConfig
 from gptray.config.lora_section import LoraConfig
 from gptray.config.model_section import ModelConfig
-from gptray.config.quantize_section import QuantizeConfig
 from gptray.config.schema import (
     Config,
     differences,
@@ -19,17 +17,13 @@ from gptray.config.schema import (
     load_saved,
     override,
 )
-from gptray.config.sections import (
-    DataConfig,
-    OptimConfig,
-    TrackConfig,
-    TrainConfig,
-    TuneConfig,
-)
+from gptray.config.sections import DataConfig, OptimConfig, TrackConfig, TrainConfig, TuneConfig
 from gptray.config.serve_section import ServeConfig
 from gptray.config.use_sections import (
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
+    QuantizeConfig,
     SampleConfig,
 )
 

@@ -1,11 +1,10 @@
 """The section compute: how many workers a job has, what each has, and on which nodes they run."""
 
-from __future__ import annotations
-
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from gptray.config.values import NonEmpty, Positive, PositiveInt, Section
 
@@ -89,34 +88,22 @@ class ComputeConfig(Section):
         workers = self.num_workers
         return f"[{workers[0]}, {workers[1]}]" if isinstance(workers, tuple) else f"{workers}"
 
-    @model_validator(mode="after")
-    def _labels_are_ones(self) -> ComputeConfig:
+    def broken_rules(self) -> Iterator[str]:
         for one in self.label_selector:
             if not _WANTED.fullmatch(one):
-                raise ValueError(
+                yield (
                     f"compute.label_selector: {one!r} is no NAME=VALUE, NAME=!VALUE or "
                     "NAME=in(VALUE, VALUE)"
                 )
         if len(self.selector) < len(self.label_selector) + (self.accelerator_type is not None):
-            raise ValueError(
-                "compute.label_selector and compute.accelerator_type name a label twice"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _least_comes_first(self) -> ComputeConfig:
+            yield "compute.label_selector and compute.accelerator_type name a label twice"
         if self.min_workers > self.max_workers:
-            raise ValueError(
+            yield (
                 f"compute.num_workers={self.workers_shown}: the least comes first, such as "
                 f"[{self.max_workers}, {self.min_workers}]"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _whole_gpus_for_nccl(self) -> ComputeConfig:
         if self.gpus_per_worker < 1 and self.max_workers > 1:
-            raise ValueError(
+            yield (
                 f"compute.gpus_per_worker={self.gpus_per_worker:g} goes with one worker; "
                 f"compute.num_workers={self.workers_shown} need a GPU each"
             )
-        return self

@@ -3,8 +3,6 @@
 Read off the tree's annotations once; the tree itself is in `gptray.config`.
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,14 +55,11 @@ class FieldSpec:
         words = ["|".join(self.choices)] if self.choices else []
         words += [_SHORT[kind] for kind in self.kinds if kind in _SHORT and not self.choices]
         if self.items:
-            words.append(f"[{', '.join([_SHORT[self.items[0]]] * (self.size or 1))}{self._dots}]")
+            listed = [_SHORT[self.items[0]]] * (self.size or 1) + ([] if self.size else ["..."])
+            words.append(f"[{', '.join(listed)}]")
         if types.NoneType in self.kinds:
             words.append("null")
         return " | ".join(words)
-
-    @property
-    def _dots(self) -> str:
-        return "" if self.size else ", ..."
 
     def complaint(self, value: object, detail: ErrorDetails) -> str:
         """Say what is wrong with a value, from one error of pydantic's."""

@@ -3,11 +3,10 @@
 GPT-2 by default; `gptray.model.families` says which choices other families make.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from gptray.config.values import Positive, PositiveInt, Probability, Section
 
@@ -169,53 +168,30 @@ class ModelConfig(Section):
         """Whether a layer rotates its queries and keys."""
         return self.rotary_width > 0 and (self.global_rope or self.window(layer) is not None)
 
-    @model_validator(mode="after")
-    def _resizes_what_there_is(self) -> ModelConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.resize_vocab and self.init_from is None:
-            raise ValueError("model.resize_vocab=true goes with model.init_from")
-        return self
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ModelConfig:
+            yield "model.resize_vocab=true goes with model.init_from"
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(
+            yield (
                 f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head}"
                 f", such as {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _groups_divide_heads(self) -> ModelConfig:
         if self.n_head % self.kv_heads:
-            raise ValueError(
-                f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.n_kv_head}"
+            yield f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.kv_heads}"
+        if self.positions != "rotary":
+            for key in ("partial_rotary_factor", "rope_scaling", "global_rope"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    yield f"model.{key} goes with model.positions=rotary"
+        elif self.rotary_width < 2 or self.rotary_width % 2:
+            yield (
+                f"model.positions=rotary rotates pairs: an even part of each head, not "
+                f"{self.rotary_width} of {self.head_width} numbers (model.head_dim, "
+                "model.partial_rotary_factor)"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _rotates_pairs(self) -> ModelConfig:
-        if self.positions == "rotary":
-            if self.rotary_width < 2 or self.rotary_width % 2:
-                raise ValueError(
-                    f"model.positions=rotary rotates pairs: an even part of each head, not "
-                    f"{self.rotary_width} of {self.head_width} numbers (model.head_dim, "
-                    "model.partial_rotary_factor)"
-                )
-            return self
-        for key in ("partial_rotary_factor", "rope_scaling", "global_rope"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"model.{key} goes with model.positions=rotary")
-        return self
-
-    @model_validator(mode="after")
-    def _windows_are_known(self) -> ModelConfig:
-        if self.layer_types is None:
-            return self
-        if len(self.layer_types) != self.n_layer:
-            raise ValueError(
+        if self.layer_types is not None and len(self.layer_types) != self.n_layer:
+            yield (
                 f"model.layer_types has {len(self.layer_types)} entries for "
                 f"model.n_layer={self.n_layer}"
             )
-        if SLIDING in self.layer_types and self.sliding_window is None:
-            raise ValueError(f"model.layer_types has {SLIDING}; set model.sliding_window too")
-        return self
+        if SLIDING in (self.layer_types or ()) and self.sliding_window is None:
+            yield f"model.layer_types has {SLIDING}; set model.sliding_window too"

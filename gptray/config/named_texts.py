@@ -1,7 +1,5 @@
 """Texts by name, as evaluate.also takes them: one, a list of them, or names with a text each."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import AfterValidator, Field

@@ -4,8 +4,6 @@ Works on any tree of pydantic sections, so that it needs no knowledge of single 
 and its rules are in `gptray.config`, spelling in `gptray.config.suggest`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from gptray.config.errors import ConfigError
 from gptray.config.keys import EntriesError, field_specs, shown
 from gptray.config.nodes import argument_node, is_null, line_of, node_value
 from gptray.config.suggest import did_you_mean, nearest, nearest_keys
@@ -174,8 +173,8 @@ class Reader:
         rank = int(line[1]) if line else math.inf
         self._problems.append((rank, f"{where}: {message}" if where else message))
 
-    def build(self, root: type[Root]) -> Root | None:
-        """Return the tree with what was given, or None once `problems` says what is wrong.
+    def build(self, root: type[Root]) -> Root:
+        """Return the tree with what was given. Raises ConfigError with all mistakes.
 
         A wrong value is left out and the rest is validated again, so that rules that join
         several keys are tried on the valid ones and all mistakes show at once.
@@ -184,15 +183,15 @@ class Reader:
         while True:
             values = {key: given.value for key, given in self.given.items() if key not in left_out}
             try:
-                tree = root.model_validate(_nested(values), strict=True)
+                tree = root.model_validate(nested(values), strict=True)
             except ValidationError as error:
                 found = self._explain(error, left_out)
-                if not found - left_out:
-                    break
-                left_out |= found
-            else:
-                return tree if not self._problems else None
-        return None
+                if found - left_out:
+                    left_out |= found
+                    continue
+            if self._problems:
+                raise ConfigError(self.problems)
+            return tree
 
     def _explain(self, error: ValidationError, left_out: set[str]) -> set[str]:
         """Add a problem for each wrong key or broken rule; return the given keys in question."""
@@ -242,7 +241,7 @@ class Reader:
         return None
 
 
-def _nested(values: Mapping[str, object]) -> dict[str, object]:
+def nested(values: Mapping[str, object]) -> dict[str, object]:
     """Turn dotted keys into sections."""
     tree: dict[str, object] = {}
     for key, value in values.items():

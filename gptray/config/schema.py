@@ -5,37 +5,28 @@ command line. Rules that need the world (files, GPUs, a tokenizer) stand where t
 field has the name of the API that finally receives it (HF, torch, Ray).
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 from yaml import YAMLError
 
 from gptray.config.compute import ComputeConfig
-from gptray.config.errors import ConfigError
-from gptray.config.export import ExportConfig
 from gptray.config.keys import EntriesError
 from gptray.config.lora_section import LoraConfig
 from gptray.config.model_section import ModelConfig
 from gptray.config.names import checked_name
-from gptray.config.quantize_section import QuantizeConfig
-from gptray.config.reader import Reader
+from gptray.config.reader import Reader, nested
 from gptray.config.search_space import space_problems
-from gptray.config.sections import (
-    DataConfig,
-    OptimConfig,
-    TrackConfig,
-    TrainConfig,
-    TuneConfig,
-)
+from gptray.config.sections import DataConfig, OptimConfig, TrackConfig, TrainConfig, TuneConfig
 from gptray.config.serve_section import ServeConfig
 from gptray.config.use_sections import (
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
+    QuantizeConfig,
     SampleConfig,
 )
 from gptray.config.values import Section
@@ -107,90 +98,58 @@ class Config(Section):
             steps -= 1
         return steps
 
-    @model_validator(mode="after")
-    def _has_steps_to_land(self) -> Config:
-        if self.optim.lands and self.train.max_steps < 2:
-            raise ValueError("optim.schedule=wsd needs train.max_steps=2 or more, one to cool down")
-        return self
-
-    @model_validator(mode="after")
-    def _has_whole_weights(self) -> Config:
-        if self.compute.strategy == "ddp":
-            return self
-        if self.train.ema is not None:
-            raise ValueError(
+    def broken_rules(self) -> Iterator[str]:
+        train, compute, lora = self.train, self.compute, self.lora
+        is_sharded = compute.strategy == "fsdp"
+        if self.optim.lands and train.max_steps < 2:
+            yield "optim.schedule=wsd needs train.max_steps=2 or more, one to cool down"
+        if is_sharded and train.ema is not None:
+            yield (
                 "train.ema averages weights that each worker has whole, not with "
                 "compute.strategy=fsdp"
             )
-        if self.train.teachers:
-            raise ValueError(
+        if is_sharded and train.teachers:
+            yield (
                 "train.teachers are whole on each worker, and do not go with compute.strategy=fsdp"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _adapts_a_model(self) -> Config:
-        if self.lora.rank is None:
-            return self
-        if self.model.init_from is None:
-            raise ValueError("lora.rank goes with model.init_from, the model to adapt")
+        if lora.rank is not None and self.model.init_from is None:
+            yield "lora.rank goes with model.init_from, the model to adapt"
         for key, is_set in {
             "model.resize_vocab=true": self.model.resize_vocab,
-            "train.ema": self.train.ema is not None,
-            "compute.strategy=fsdp": self.compute.strategy == "fsdp",
+            "train.ema": train.ema is not None,
+            "compute.strategy=fsdp": is_sharded,
         }.items():
-            if is_set:
-                raise ValueError(f"lora.rank does not go with {key}")
-        return self
-
-    @model_validator(mode="after")
-    def _space_is_sound(self) -> Config:
-        problems = space_problems(self.tune.space, type(self))
-        if problems:
+            if lora.rank is not None and is_set:
+                yield f"lora.rank does not go with {key}"
+        if problems := space_problems(self.tune.space, type(self)):
             raise EntriesError("tune.space", problems)
-        return self
-
-    @model_validator(mode="after")
-    def _block_fits_positions(self) -> Config:
-        if self.train.block_size > self.model.n_positions:
-            raise ValueError(
-                f"train.block_size={self.train.block_size} must not be above "
+        if train.block_size > self.model.n_positions:
+            yield (
+                f"train.block_size={train.block_size} must not be above "
                 f"model.n_positions={self.model.n_positions}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _scored_by_one_more_worker(self) -> Config:
-        if self.train.async_validation and self.compute.is_elastic:
-            raise ValueError(
+        if train.async_validation and compute.is_elastic:
+            yield (
                 "train.async_validation=true needs a fixed number of workers, such as "
-                f"compute.num_workers={self.compute.max_workers}, not "
-                f"{self.compute.workers_shown}: the room of the one that scores would be taken "
-                "for one that trains"
+                f"compute.num_workers={compute.max_workers}, not {compute.workers_shown}: the room "
+                "of the one that scores would be taken for one that trains"
             )
-        return self
+        yield from self._uneven_batch()
 
-    @model_validator(mode="after")
-    def _batch_divides(self) -> Config:
-        micro, workers, batch = (
-            self.train.micro_batch_size,
-            self.compute,
-            self.train.global_batch_size,
-        )
+    def _uneven_batch(self) -> Iterator[str]:
+        micro, workers = self.train.micro_batch_size, self.compute
         factors = {f"train.micro_batch_size={micro}": micro} if micro else {}
-        if workers.is_elastic and not micro:
-            factors["the most of compute.num_workers=" + workers.workers_shown] = (
-                workers.max_workers
-            )
-        elif not workers.is_elastic:
+        if not workers.is_elastic:
             factors[f"compute.num_workers={workers.workers_shown}"] = workers.max_workers
-        per_pass = math.prod(factors.values())
+        elif not micro:
+            most = f"the most of compute.num_workers={workers.workers_shown}"
+            factors[most] = workers.max_workers
+        batch, per_pass = self.train.global_batch_size, math.prod(factors.values())
         if batch % per_pass:
-            raise ValueError(
+            yield (
                 f"train.global_batch_size={batch} must be divisible by {' x '.join(factors)}"
                 f", such as {max(1, round(batch / per_pass)) * per_pass}"
             )
-        return self
 
 
 def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -203,7 +162,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
         reader.read_file(path)
     for argument in overrides:
         reader.read_argument(argument)
-    return _built(reader)
+    return reader.build(Config)
 
 
 def load_saved(path: Path) -> Config:
@@ -219,7 +178,7 @@ def override(config: Config, values: Mapping[str, object]) -> Config:
     reader = Reader(Config)
     for key, value in {**flatten(config), **values}.items():
         reader.read_value(key, value)
-    return _built(reader)
+    return reader.build(Config)
 
 
 def dump(config: Config) -> str:
@@ -243,16 +202,7 @@ def differences(config: Config) -> dict[str, object]:
 
 def dump_differences(config: Config) -> str:
     """As `dump`, but only what differs from the defaults; "" if nothing does."""
-    values: dict[str, object] = {}
-    whole = config.model_dump(mode="json")
-    for key in differences(config):
-        section, _, name = key.rpartition(".")
-        if section:
-            inside = values.setdefault(section, {})
-            assert isinstance(inside, dict)
-            inside[name] = whole[section][name]
-        else:
-            values[name] = whole[name]
+    values = nested(differences(config))
     return write_yaml(values) if values else ""
 
 
@@ -265,10 +215,3 @@ def flatten(config: Config, *, given: bool = False) -> dict[str, object]:
         else:
             flat[name] = value
     return flat
-
-
-def _built(reader: Reader) -> Config:
-    config = reader.build(Config)
-    if config is None:
-        raise ConfigError(reader.problems)
-    return config

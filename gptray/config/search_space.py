@@ -5,8 +5,6 @@ KINDS and its values, and `when`, a condition on a path of an entry before. Whic
 and what they take is the tree's to say; drawing values is left to `gptray.tuning.draws`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,19 +34,10 @@ NOT_TUNED = {
     "train.async_validation": _UNTRAINED,
     "train.resume": _UNTRAINED,
     "train.teachers": "all trials have the same teachers",
-    **{
-        f"{section}.": _UNTRAINED
-        for section in (
-            "compute",
-            "track",
-            "sample",
-            "generate",
-            "evaluate",
-            "serve",
-            "export",
-            "tune",
-        )
-    },
+    **dict.fromkeys(
+        ("compute.", "track.", "sample.", "generate.", "evaluate.", "serve.", "export.", "tune."),
+        _UNTRAINED,
+    ),
 }
 
 
@@ -91,7 +80,7 @@ class Entry:
         if self.options:
             place = self.paths.index(path)
             return value in [option[place] for option in self.options]
-        return _is_number(value) and self.low <= value <= self.high
+        return is_number(value) and self.low <= value <= self.high
 
 
 def read_space(space: Sequence[Mapping[str, object]], root: type[BaseModel]) -> list[Entry]:
@@ -187,7 +176,7 @@ class _Reading:
             return Entry(paths, kind, options)
         wrong = f"{kind} expects its lower and its upper end, such as "
         wrong += "[2, 9]" if kind == "randint" else "[0.1, 0.5]"
-        if not (isinstance(given, list) and len(given) == 2 and all(map(_is_number, given))):
+        if not (isinstance(given, list) and len(given) == 2 and all(map(is_number, given))):
             self._problem(kind, f"{wrong}; got {shown(given)}")
             return None
         low, high = given
@@ -271,5 +260,6 @@ def _as_taken(value: object, spec: FieldSpec) -> object:
     return value
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,12 +3,11 @@
 Joined into one tree in `gptray.config`, from where everybody imports them.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from gptray.config.values import (
     Backend,
@@ -119,11 +118,9 @@ class OptimConfig(Section):
         # Less the rounding of a product such as 0.1 * 30.
         return max(1, math.ceil(self.decay_fraction * steps - 1e-9))
 
-    @model_validator(mode="after")
-    def _min_below_peak(self) -> OptimConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr={self.min_lr:g} must not be above optim.lr={self.lr:g}")
-        return self
+            yield f"optim.min_lr={self.min_lr:g} must not be above optim.lr={self.lr:g}"
 
 
 class TrainConfig(Section):
@@ -194,11 +191,9 @@ class TrainConfig(Section):
         """Whether the training step is compiled."""
         return on_gpu if self.compile == "auto" else self.compile
 
-    @model_validator(mode="after")
-    def _native_in_bf16(self) -> TrainConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.backend == "native" and self.precision == "fp32":
-            raise ValueError("train.backend=native computes in bf16, not train.precision=fp32")
-        return self
+            yield "train.backend=native computes in bf16, not train.precision=fp32"
 
 
 class TrackConfig(Section):
@@ -261,8 +256,6 @@ class TuneConfig(Section):
         "with a probability of 95 %, in bits per byte; 0: run all, as with a grid and Optuna",
     )
 
-    @model_validator(mode="after")
-    def _optuna_has_no_grid(self) -> TuneConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.search_alg == "optuna" and any("grid" in entry for entry in self.space):
-            raise ValueError("tune.search_alg=optuna draws; write choice for grid in tune.space")
-        return self
+            yield "tune.search_alg=optuna draws; write choice for grid in tune.space"

@@ -1,19 +1,12 @@
 """The config's `serve` section: the HTTP endpoint."""
 
-from __future__ import annotations
-
 import re
+from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from gptray.config.values import (
-    NonEmpty,
-    NonNegative,
-    Positive,
-    PositiveInt,
-    Section,
-)
+from gptray.config.values import NonEmpty, NonNegative, Positive, PositiveInt, Section, model_to
 
 _HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:]+\]")
 
@@ -21,11 +14,7 @@ _HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:]+\]")
 class ServeConfig(Section):
     """The HTTP endpoint: what it serves, where, and what a client may ask for."""
 
-    model: str | None = Field(
-        None,
-        description="model to serve: a run by name or folder, a model folder or a hub id; "
-        "null: the run called name, else the newest in storage_path",
-    )
+    model: Annotated[str | None, model_to("serve")] = None
     adapters: dict[str, str] | str | None = Field(
         None,
         description="adapters of the model that are served beside it, by name: {tales: folder} is "
@@ -102,11 +91,9 @@ class ServeConfig(Section):
                 )
         return given
 
-    @model_validator(mode="after")
-    def _replicas_grow(self) -> ServeConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
-            raise ValueError(
+            yield (
                 f"serve.max_replicas={self.max_replicas} must not be below "
                 f"serve.num_replicas={self.num_replicas}"
             )
-        return self

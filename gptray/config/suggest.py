@@ -3,8 +3,6 @@
 Pure text; which names are valid is the caller's to say.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Sequence

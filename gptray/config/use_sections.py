@@ -1,26 +1,23 @@
-"""The config's sections of what is done with a trained model: generate, evaluate.
+"""The config's sections of what is done with a trained model: generate, evaluate, export.
 
 Joined into one tree in `gptray.config`, from where everybody imports them.
 """
 
-from __future__ import annotations
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from typing import Annotated, Literal, Self
-
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from gptray.config.limits import within
 from gptray.config.named_texts import NamedTexts
-from gptray.config.quantize_section import QUANTIZED
 from gptray.config.suggest import did_you_mean, nearest
-from gptray.config.values import (
-    Backend,
-    NonEmpty,
-    PositiveInt,
-    Precision,
-    Section,
-)
+from gptray.config.values import Backend, NonEmpty, PositiveInt, Precision, Section, model_to
 
+# Kinds of weights in few bits.
+QUANTIZED = ("int8", "int4", "iq4_nl")
+# What weights are exported in, whatever the format, and what each format has besides.
+_PLAIN = ("fp32", "fp16", "bf16")
+_OWN = {"gguf": ("q8_0", "q4_0", "iq4_nl"), "hf": ("int8", "int4")}
 # The sample section's keys that hold for all rows of a batch job.
 _JOB_WIDE = ("prompt", "parse_special")
 
@@ -76,26 +73,30 @@ class SampleConfig(Section):
             raise ValueError("needs at least one prompt, or null")
         return value
 
-    @model_validator(mode="after")
-    def _min_below_max(self) -> SampleConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
+            yield (
                 f"sample.min_new_tokens={self.min_new_tokens} must not be above "
                 f"sample.max_new_tokens={self.max_new_tokens}"
             )
-        return self
 
 
 # What a row of a batch job may set for itself, by a column of that name.
 ROW_SETTINGS = tuple(name for name in SampleConfig.model_fields if name not in _JOB_WIDE)
 
 
-class GenerateConfig(Section):
-    model: str | None = Field(
-        None,
-        description="model to generate with: a run by name or folder, a model folder or a hub id; "
-        "null: the run called name, else the newest in storage_path",
+class QuantizeConfig(Section):
+    weights: Literal["none", "int8", "int4", "iq4_nl"] = Field(
+        "none",
+        description="weights of the model that generates or is evaluated, and with lora.rank of "
+        "the base that is trained on; int8: half the memory of bf16, slightly less exact; int4: a "
+        "third, with a scale for every 32 inputs (the head stays int8), less exact; iq4_nl: the "
+        "same bytes, more exact; all are faster on CPUs that have the native kernels",
     )
+
+
+class GenerateConfig(Section):
+    model: Annotated[str | None, model_to("generate with")] = None
     adapter: str | None = Field(
         None,
         description="adapter to put on the model: a folder of PEFT's (LoRA), or a run that trained "
@@ -152,13 +153,11 @@ class GenerateConfig(Section):
         "engines run; on GPUs CUDA graphs and Triton",
     )
 
-    @model_validator(mode="after")
-    def _adapters_by_column(self) -> Self:
+    def broken_rules(self) -> Iterator[str]:
         if (self.adapters is None) != (self.adapter_column is None):
-            raise ValueError("adapters and adapter_column go together; one alone is adapter")
+            yield "adapters and adapter_column go together; one alone is adapter"
         if self.adapters is not None and self.adapter is not None:
-            raise ValueError("adapter is for all rows, adapters for some; give one of them")
-        return self
+            yield "adapter is for all rows, adapters for some; give one of them"
 
     @field_validator("settings_from_columns")
     @classmethod
@@ -222,3 +221,27 @@ class EvaluateConfig(Section):
             if kind not in QUANTIZED:
                 raise ValueError(f"takes {', '.join(QUANTIZED)}, not {kind}")
         return list(dict.fromkeys(value))
+
+
+class ExportConfig(Section):
+    model: Annotated[str | None, model_to("export")] = None
+    format: Literal["gguf", "hf"] = Field(
+        "gguf", description="gguf: one file for llama.cpp; hf: a Hugging Face folder"
+    )
+    precision: Literal["fp32", "fp16", "bf16", "q8_0", "q4_0", "iq4_nl", "int8", "int4"] = Field(
+        "fp16",
+        description="what weights are rounded to; for gguf also q8_0, q4_0 and iq4_nl: 8 or 4 "
+        "bits, with a scale for every 32 weights; for hf int8 and int4, as compressed-tensors "
+        "packs them",
+    )
+    output_path: str | None = Field(
+        None, description="the file (.gguf) or folder (hf) to write; it must not exist yet"
+    )
+
+    def broken_rules(self) -> Iterator[str]:
+        own = _OWN[self.format]
+        if self.precision not in (*_PLAIN, *own):
+            yield (
+                f"export.precision={self.precision} does not go with export.format={self.format}, "
+                f"which takes {', '.join((*_PLAIN, *own[:-1]))} or {own[-1]}"
+            )

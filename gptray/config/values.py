@@ -1,12 +1,12 @@
 """The types of values that sections share, and checks of values that need more than a bound."""
 
-from __future__ import annotations
-
 import codecs
+from collections.abc import Iterator
 from encodings.aliases import aliases
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.config.yaml_text import plain_number
@@ -27,6 +27,25 @@ class Section(BaseModel):
     """Frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def broken_rules(self) -> Iterator[str]:
+        """Sentences on valid values that do not go together; only the first is told."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        for sentence in self.broken_rules():
+            raise ValueError(sentence)
+        return self
+
+
+def model_to(use: str) -> FieldInfo:
+    """What a key says that names a trained model, and what for."""
+    found: FieldInfo = Field(
+        description=f"model to {use}: a run by name or folder, a model folder or a hub id; null: "
+        "the run called name, else the newest in storage_path"
+    )
+    return found
 
 
 def split_parts(value: object) -> object:

@@ -1,7 +1,5 @@
 """OpenAI batch files: JSON lines of HTTP requests, each with custom_id, method, url and body."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 

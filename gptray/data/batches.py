@@ -4,13 +4,10 @@ Parquet columns stay Arrow from end to end; only what the job itself reads (prom
 becomes Python values. Errors name the file and the line (Parquet: row).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
 
 import pyarrow as pa
 from pyarrow import compute, parquet
@@ -28,22 +25,6 @@ _NS_RANGE_US = 2**63 // 1000
 Values = dict[str, object]
 
 
-class Batch(Protocol):
-    """A run of rows of one file."""
-
-    @property
-    def rows(self) -> int: ...
-
-    def place(self, row: int) -> str:
-        """Where row 0, 1, ... of the batch is, for messages."""
-
-    def values(self, name: str) -> list[object]:
-        """A column as Python values, null where a row has none. Raises UserError: not UTF-8."""
-
-    def array(self, field: pa.Field) -> pa.Array:
-        """A column as Arrow holds it under the field's type; nulls where there is none."""
-
-
 @dataclass(frozen=True)
 class ObjectBatch:
     """Rows of a text format, each the values of its columns, and the lines they begin on."""
@@ -57,12 +38,15 @@ class ObjectBatch:
         return len(self.objects)
 
     def place(self, row: int) -> str:
+        """Where row 0, 1, ... of the batch is, for messages."""
         return f"{self.file.name}:{self.lines[row]}"
 
     def values(self, name: str) -> list[object]:
+        """A column as Python values, null where a row has none."""
         return [row.get(name) for row in self.objects]
 
     def array(self, field: pa.Field) -> pa.Array:
+        """A column as Arrow holds it under the field's type; nulls where there is none."""
         values = self.values(field.name)
         if holds_json(field):
             values = [None if value is None else json_text(value) for value in values]
@@ -85,6 +69,7 @@ class ArrowBatch:
         return f"{self.file.name}: row {self.first + row}"
 
     def values(self, name: str) -> list[object]:
+        """As `ObjectBatch`'s. Raises UserError for what is not UTF-8."""
         if name not in self.batch.schema.names:
             return [None] * self.rows
         column = self.batch.column(name)
@@ -110,6 +95,10 @@ class ArrowBatch:
         column = self.batch.column(field.name)
         # A column of nulls alone, next to another file that has values.
         return column if column.type == field.type else pa.nulls(self.rows, field.type)
+
+
+# A run of rows of one file.
+Batch = ObjectBatch | ArrowBatch
 
 
 def read_batches(file: SourceFile, prompt_column: str) -> Iterator[Batch]:

@@ -3,11 +3,10 @@
 It holds about a megabyte at a time. Errors name the file and the line (Parquet: row).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import BufferedReader
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -28,6 +27,7 @@ from gptray.data.rows import (
 )
 from gptray.data.sources import SourceFile
 
+T = TypeVar("T")
 # The first look at a file goes so far.
 _FIRST_LOOK = 1 << 16  # characters
 
@@ -100,8 +100,9 @@ def _read_json_lines(piece: Piece) -> Iterator[Part]:
     stop = piece.stop if file.compression is None else None
     begin = max(piece.start - 1, 0)
     with file.open(begin) as stream:
-        if begin == 0 and stream_encoding(stream, piece.file.encoding) != UTF8:
-            yield from _decoded_json_lines(piece, stream)
+        if begin == 0 and stream_encoding(stream, file.encoding) != UTF8:
+            lines = enumerate(text_lines(file, stream), start=1)
+            yield from _parts(file, lines, lambda line: _json_text(line, column))
             return
         position = begin
         if piece.start:
@@ -127,16 +128,6 @@ def _skip_line(stream: BufferedReader, most: int) -> int:
     return skipped
 
 
-def _decoded_json_lines(piece: Piece, stream: BufferedReader) -> Iterator[Part]:
-    file, reading = piece.file, piece.reading
-    lines = text_lines(file, stream)
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield _json_text(line, reading.text_column)
-        except ValueError as error:
-            raise UserError(f"{file.name}:{number}: {error}") from None
-
-
 def _json_text(raw: bytes | str, text_column: str) -> Part:
     if not raw.strip():
         return EMPTY_ROW
@@ -151,13 +142,8 @@ def _json_row(row: dict[str, object], text_column: str) -> Part:
 
 
 def _read_json(piece: Piece) -> Iterator[Part]:
-    file, reading = piece.file, piece.reading
-    for line, row in json_rows(file):
-        try:
-            part = _json_row(row, reading.text_column)
-        except ValueError as error:
-            raise UserError(f"{file.name}:{line}: {error}") from None
-        yield part
+    column = piece.reading.text_column
+    return _parts(piece.file, json_rows(piece.file), lambda row: _json_row(row, column))
 
 
 def _row(value: object, text_column: str) -> Part:
@@ -177,19 +163,25 @@ def _row(value: object, text_column: str) -> Part:
 
 
 def _read_csv(piece: Piece) -> Iterator[Part]:
-    reading = piece.reading
-    rows = csv_rows(piece.file)
+    file, name = piece.file, piece.reading.text_column
+    rows = csv_rows(file)
     line, header = next(rows, (1, []))
-    try:
-        if reading.text_column not in header:
-            raise ValueError(no_column(reading.text_column, header))
-        column = header.index(reading.text_column)
-        for line, row in rows:  # noqa: B007 - the message below tells it
-            yield _row(row[column], reading.text_column) if row else EMPTY_ROW
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{piece.file.name}:{line}: {error}") from None
+    if name not in header:
+        raise UserError(f"{file.name}:{line}: {no_column(name, header)}")
+    place = header.index(name)
+    return _parts(file, rows, lambda row: _row(row[place], name) if row else EMPTY_ROW)
+
+
+def _parts(
+    file: SourceFile, rows: Iterable[tuple[int, T]], read: Callable[[T], Part]
+) -> Iterator[Part]:
+    """What `read` makes of each row; its ValueError gets the row's line."""
+    for line, row in rows:
+        try:
+            part = read(row)
+        except ValueError as error:
+            raise UserError(f"{file.name}:{line}: {error}") from None
+        yield part
 
 
 def _read_parquet(piece: Piece) -> Iterator[Part]:

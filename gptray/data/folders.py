@@ -1,9 +1,8 @@
-"""Local folders and globs as lists of files, without hidden ones; link loops are visited once.
+"""Folders and globs as lists of files, without hidden ones; link loops are visited once.
 
-Names need not be UTF-8: Python keeps their bytes in surrogates, and `shown` escapes them.
+Local names need not be UTF-8: Python keeps their bytes in surrogates, and `shown` escapes them.
+What a URI names is listed by pyarrow's file systems.
 """
-
-from __future__ import annotations
 
 import glob
 import os
@@ -11,6 +10,11 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+from pyarrow import fs
+
+from gptray.config import UserError
+from gptray.store_access import file_system, persistently, reason
 
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -104,3 +108,45 @@ def identity(path: str) -> str:
     """Equal for two names of one file."""
     status = os.stat(path)
     return f"{status.st_dev} {status.st_ino}"
+
+
+def remote_files(entry: str) -> tuple[list[fs.FileInfo], str, bool]:
+    """The files that a URI names, the URI that opens them, and whether it is a folder's.
+
+    Raises UserError for what cannot be listed or is not there.
+    """
+    location, mark, query = entry.partition("?")
+    wildcard = WILDCARD.search(location)
+    if wildcard is None:
+        filesystem, path = file_system(entry)
+        return _file_or_folder(entry, filesystem, path)
+    folder = location[: location.rindex("/", 0, wildcard.start())]
+    filesystem, base = file_system(folder + mark + query)
+    pattern = re.compile(glob_regex(location[len(folder) :]))
+    selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
+    infos = [info for info in _listing(entry, filesystem, selector) if info.is_file]
+    matching = [info for info in infos if pattern.fullmatch(info.path[len(base) :])]
+    return matching, folder + mark + query, False
+
+
+def _file_or_folder(
+    entry: str, filesystem: fs.FileSystem, path: str
+) -> tuple[list[fs.FileInfo], str, bool]:
+    info = _listing(entry, filesystem, path)
+    if info.type == fs.FileType.NotFound:
+        raise UserError(f"{entry}: there is no such file or folder")
+    if info.is_file:
+        return [info], entry, False
+    infos = _listing(entry, filesystem, fs.FileSelector(path, recursive=True))
+    return [i for i in infos if i.is_file and not _hidden(i.path[len(path) :])], entry, True
+
+
+def _listing(entry: str, filesystem: fs.FileSystem, what: str | fs.FileSelector) -> fs.FileInfo:
+    try:
+        return persistently(lambda: filesystem.get_file_info(what))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{entry}: cannot be listed: {reason(error)}") from None
+
+
+def _hidden(relative: str) -> bool:
+    return any(part.startswith(".") for part in relative.split("/"))

@@ -1,7 +1,5 @@
 """Prompts from the text itself: how two of its validation documents begin."""
 
-from __future__ import annotations
-
 import re
 
 from gptray.data.tokens import TokenData

@@ -1,10 +1,8 @@
-"""Which windows of the training split form the batch of a step: a pure function of (seed, step).
+"""What the batch of a step reads, windows of the training split: a pure function of (seed, step).
 
 Nothing here depends on workers, micro-batches or restarts, so a resumed run or one with another
 number of workers sees the same global batches (elastic determinism, as in MosaicML Streaming).
 """
-
-from __future__ import annotations
 
 from functools import lru_cache
 
@@ -23,10 +21,7 @@ class BatchOrder:
     """
 
     def __init__(self, num_tokens: int, block_size: int, *, seed: int) -> None:
-        """
-        Raises:
-            ValueError: the split holds no whole window and its targets.
-        """
+        """Raises ValueError if the split holds no whole window and its targets."""
         if num_tokens < block_size + 1:
             raise ValueError(
                 f"the split has {num_tokens} tokens, fewer than block_size + 1 = {block_size + 1}"
@@ -62,3 +57,21 @@ class BatchOrder:
         room = min(self.block_size, self.num_tokens - self.windows_per_epoch * self.block_size)
         stretches = rng.permutation(self.windows_per_epoch)
         return self.block_size * stretches + rng.integers(room, size=self.windows_per_epoch)
+
+
+def replace_tokens(
+    inputs: NDArray[np.int64], share: float, vocab_size: int, *, seed: int, step: int, first: int
+) -> None:
+    """Replace that share of the inputs (B, T), in place, by any tokens of the vocabulary.
+
+    So no text is learned by heart (Xie et al. 2017, Data Noising as Smoothing in Neural Network
+    Language Models).
+    The rows are `first`, `first + 1`, ... of the step's global batch. What a row gets is a function
+    of (seed, step, its number), whatever the micro-batches and the workers.
+    """
+    for number, row in enumerate(inputs, start=first):
+        # A counter for each row: one generator's state would depend on the rows before.
+        bits = np.random.Philox(key=seed, counter=[0, 0, number, step])
+        drawn = np.random.Generator(bits).random(row.size)
+        chosen = drawn < share
+        row[chosen] = (drawn[chosen] / share * vocab_size).astype(np.int64)

@@ -4,9 +4,7 @@ Nothing of the input is renamed or left out in silence: a name that the job need
 gets the prefix that the user chose.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import count
 
 from gptray.config import GenerateConfig, UserError
@@ -54,7 +52,8 @@ def passed_names(
     meeting = [name for name in names if name in own and name not in shown]
     if meeting and prefix is None:
         listed = ", ".join(map(repr, meeting))
-        free = next(one for one in _prefixes() if not {one + name for name in meeting} & {*names})
+        prefixes = (f"input{number or ''}_" for number in count())
+        free = next(one for one in prefixes if not {one + name for name in meeting} & {*names})
         raise UserError(
             f"generate.input_path: the output has columns of its own named {listed}; rename them "
             "in the input, or pass them through under other names: "
@@ -70,10 +69,6 @@ def passed_names(
             "which exists too; choose another prefix"
         )
     return passed
-
-
-def _prefixes() -> Iterator[str]:
-    return (f"input{number or ''}_" for number in count())
 
 
 def near_misses(names: Sequence[str], settings: GenerateConfig) -> list[str]:

@@ -3,24 +3,21 @@
 Equal requests share a folder; a change of source, tokenizer, split, seed or fraction makes another.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from gptray.config import Config, UserError
 from gptray.config.names import PREPARED
 from gptray.data.builtin import builtin_version
-from gptray.data.held_out import hold_out
 from gptray.data.pieces import Reading
-from gptray.data.sources import BUILTIN, Source, file_sha256, find_files
-from gptray.data.split import TEST, VAL, split_names
+from gptray.data.sources import BUILTIN, Source, SourceFile, file_sha256, find_files
+from gptray.data.split import LONG_NAMES, SPLITS, TEST, VAL, split_names
 from gptray.data.tokenizer_files import (
     END_OF_TEXT,
     KINDS,
@@ -36,6 +33,12 @@ from gptray.node_cache import storage_folder
 # Up to this size the text itself is the identity, so that a copy or a touched file is no other
 # source; beyond, path, size and time of change stand for it.
 _HASHED_BYTES = 64 << 20
+# What files of validation and test text are called, and the keys that name such text.
+_NAMES = {
+    VAL: re.compile(r"(val|valid|validation|dev|eval)(?![a-z])"),
+    TEST: re.compile(r"test(?![a-z])"),
+}
+_KEYS = {VAL: "data.val_source", TEST: "data.test_source"}
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,8 @@ def make_request(config: Config) -> Request:
     data = config.data
     problems = []
     found: dict[str, Source] = {}
-    for key, names in (
-        ("data.source", data.source),
-        ("data.val_source", data.val_source),
-        ("data.test_source", data.test_source),
-    ):
+    own_text = {_KEYS[VAL]: data.val_source, _KEYS[TEST]: data.test_source}
+    for key, names in {"data.source": data.source, **own_text}.items():
         try:
             if names is not None:
                 found[key] = _find(names, key, data.encoding)
@@ -143,9 +143,8 @@ def make_request(config: Config) -> Request:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    labels = {"data.val_source": VAL, "data.test_source": TEST}
-    own = {label: found[key] for key, label in labels.items() if key in found}
-    source, warnings = hold_out(found["data.source"], own)
+    own = {label: found[key] for label, key in _KEYS.items() if key in found}
+    source, warnings = _hold_out(found["data.source"], own)
     return _request(config, source, own, data.split, data.fraction, warnings)
 
 
@@ -164,6 +163,55 @@ def _find(source: str | Sequence[str], key: str, encoding: str | None) -> Source
     if files and not any(file.size for file in files):
         raise UserError(f"{key} is empty")
     return Source(key, tuple(files))
+
+
+def _hold_out(source: Source, own: Mapping[int, Source]) -> tuple[Source, list[str]]:
+    """Remove the files of `own` (by label) from `source`; return it, and warnings.
+
+    Raises UserError where nothing is left, or validation and test share a file.
+    """
+    if not source.files and any(not text.files for text in own.values()):
+        raise UserError(f"{source.key} is builtin, and so is validation or test text")
+    held = _by_place(own.values())
+    taken = [file for file in source.files if held and file.place in held]
+    warnings = []
+    if taken:
+        keys = " and ".join(sorted({held[file.place] for file in taken}))
+        if len(taken) == len(source.files):
+            raise UserError(f"{source.key}: all of its files are in {keys} too; nothing is left")
+        warnings.append(f"{_listed(taken)}: in {source.key} and in {keys}; not trained on")
+        source = replace(source, files=tuple(f for f in source.files if f not in taken))
+    return source, warnings + _look_alikes(source, own)
+
+
+def _by_place(sources: Iterable[Source]) -> dict[str, str]:
+    """The key that names each file, by where the file is."""
+    held: dict[str, str] = {}
+    for source in sources:
+        for file in source.files:
+            other = held.setdefault(file.place, source.key)
+            if other != source.key:
+                raise UserError(f"{source.key}: {file.name} is in {other} too; leave it in one")
+    return held
+
+
+def _look_alikes(source: Source, own: Mapping[int, Source]) -> list[str]:
+    """Warnings for files called like validation or test text among others that are not."""
+    warnings = []
+    for label, names in _NAMES.items():
+        alike = [f for f in source.files if names.match(PurePosixPath(f.path).name.lower())]
+        if label not in own and 0 < len(alike) < len(source.files):
+            kind = LONG_NAMES[SPLITS[label]]
+            warnings.append(
+                f"{_listed(alike)}: called like {kind} text, yet {source.key} is split and "
+                f"most of it is trained on; {_KEYS[label]}={alike[0].name} keeps it for {kind}"
+            )
+    return warnings
+
+
+def _listed(files: Sequence[SourceFile]) -> str:
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return files[0].name + more
 
 
 def _request(

@@ -3,8 +3,6 @@
 Text is decoded as its file's `encoding` says.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import json

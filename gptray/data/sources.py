@@ -4,8 +4,6 @@ Finds files and opens them as byte streams, decompressed; it reads no text (`cor
 Local names need not be UTF-8; what a URI names is listed and opened by a pyarrow file system.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -27,9 +25,9 @@ from gptray.data.folders import (
     identity,
     matches,
     once,
+    remote_files,
     shown,
 )
-from gptray.data.remote import remote_files
 from gptray.files import absolute
 from gptray.store_access import file_system, open_persistently, persistently, scheme_of
 

@@ -20,8 +20,7 @@ from gptray.data.boundary import chunks
 from gptray.data.tokenizer_files import END_OF_TEXT, end_of_text, open_tokenizer
 from gptray.data.tokenizer_parts import TokenizerParts
 from gptray.data.tokenizer_prefix import check_prefix, text_prefix
-from gptray.data.trust import panics_as_errors
-from gptray.data.unreadable import UnreadableText, unreadable
+from gptray.data.trust import UnreadableText, panics_as_errors, unreadable
 from gptray.data.written_names import WrittenNames
 
 _PROBES = (

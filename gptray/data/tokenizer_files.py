@@ -4,8 +4,6 @@ A folder (of a tokenizer, a model, a run or prepared data), a tokenizer.json by 
 name, GPT-2's vocab.json and merges.txt alone, or what `AutoTokenizer` opens, the hub included.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re
@@ -44,7 +42,6 @@ _HUB_FILES = (
 )  # fmt: skip
 _VOCABULARY = ("vocab.json", "merges.txt")
 _SHOWN = 6
-_told: set[str] = set()
 
 Opened = tuple[tokenizers.Tokenizer, dict[str, str]]
 
@@ -209,10 +206,9 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
     return known[0]
 
 
+@cache
 def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        log.warning("%s", message)
+    log.warning("%s", message)
 
 
 def _candidates(backend: tokenizers.Tokenizer) -> list[str]:

@@ -4,8 +4,6 @@ What it would put behind one is left out: a prompt is there to be continued, and
 trained on ends with the end of text anyway.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from itertools import takewhile
 
@@ -21,14 +19,11 @@ def text_prefix(backend: tokenizers.Tokenizer) -> list[int]:
     processor = backend.post_processor
     if processor is None:
         return []
-    processed = processor.process(_word(), None, True)
+    # Of a text of one token: processors do not look at texts.
+    word = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
+    processed = processor.process(word, None, True)
     added = zip(processed.ids, processed.special_tokens_mask, strict=True)
     return [number for number, _ in takewhile(lambda one: one[1], added)]
-
-
-def _word() -> tokenizers.Encoding:
-    """An encoded text of one token, for processors that do not look at texts."""
-    return tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
 
 
 @lru_cache(maxsize=16)

@@ -1,19 +1,23 @@
-"""Refuses tokenizers that would exhaust memory: text that grows without end, ids without tokens.
+"""What tokenizers cannot be trusted with: memory that they would exhaust, text they don't know.
 
-Such a file is well-formed; a process that opened it would just run out of memory.
+A file with text that grows without end, or ids without tokens, is well-formed; a process that
+opened it would just run out of memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import tokenizers
+
+from gptray.config import UserError
 
 # Real normalizers (NFKC) make at most 18 characters out of one.
 _MAX_GROWTH = 64
 # Ids may have gaps: reserved tokens, or added tokens that begin at a round number.
 _MAX_IDS_PER_TOKEN, _MAX_SPARE_IDS = 4, 1 << 16
+_SHOWN = 40  # characters of a piece that is not known
 
 
 @contextmanager
@@ -62,3 +66,42 @@ def check_vocabulary(backend: tokenizers.Tokenizer) -> None:
         raise ValueError(
             f"token {name!r:.60} has id {vocab[name]:,}, but there are only {len(vocab):,} tokens"
         )
+
+
+class UnreadableText(UserError):
+    """Text that a tokenizer cannot encode and has no unknown token for; it contains `piece`."""
+
+    def __init__(self, message: str, piece: str) -> None:
+        super().__init__(message)
+        self.piece = piece
+
+    def __reduce__(self) -> tuple[type[UnreadableText], tuple[str, str]]:
+        return type(self), (str(self), self.piece)
+
+
+def unreadable(
+    backend: tokenizers.Tokenizer, texts: Sequence[str], error: Exception
+) -> UnreadableText:
+    """Find what the model, which has no unknown token, could not encode. error: as it raised."""
+    text = next(text for text in texts if not _can_read(backend, text))
+    words = (word for word in text.split() if not _can_read(backend, word))
+    word = next(words, text)
+    piece = next((one for one in word if not _can_read(backend, one)), word)
+    kind = type(backend.model).__name__
+    if kind == "WordLevel":
+        piece = word
+    return UnreadableText(
+        f"the tokenizer ({kind}) does not know {piece[:_SHOWN]!r} and has no unknown token "
+        f"({str(error).strip()}); give it one (unk_token), or choose data.tokenizer=bpe, which "
+        "reads any text",
+        piece,
+    )
+
+
+def _can_read(backend: tokenizers.Tokenizer, text: str) -> bool:
+    try:
+        with panics_as_errors():
+            backend.encode(text, add_special_tokens=False)
+    except Exception:  # tokenizers raises nothing narrower
+        return False
+    return True

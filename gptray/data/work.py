@@ -3,8 +3,6 @@
 Each is a function of the unit and its documents' labels; where they run is up to the job.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter
@@ -27,7 +25,7 @@ from gptray.data.sources import file_sha256
 from gptray.data.split import SPLITS, TRAIN, UNUSED, Region
 from gptray.data.split_plan import PiecePlan, PieceScan
 from gptray.data.tokenizer import Tokenizer
-from gptray.data.unreadable import UnreadableText
+from gptray.data.trust import UnreadableText
 
 SAMPLE_CHARACTERS = 1 << 16
 # What separates documents in other people's files. As text, a model learns to write it.

@@ -5,8 +5,6 @@ beyond their block; elsewhere PyTorch's scaled_dot_product_attention. `gptray.mo
 project's own for bf16 on a CPU, without dropout.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.model.layers import dropout_mask
-from gptray.model.operator import Operator
+from gptray.model.operator import Given, Operator
 
 QUERY_BLOCK = 128
 
@@ -72,10 +70,10 @@ def _mask(scores: Tensor, start: int, first: int, window: int) -> None:
         scores.add_(hidden.tril(start - first - window))
 
 
-def _forward(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
+def _forward(given: Given) -> list[Tensor]:
     """The output (B, T, C), and for the backward pass the heads, then each block's probabilities
     and, with dropout, its mask."""
-    (qkv,), (n_head, dropout, window) = inputs, _read(numbers)
+    (qkv,), (n_head, dropout, window) = given.tensors, _read(given.numbers)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     heads = _heads(qkv, n_head)
     q, k, v = heads.unbind(0)
@@ -95,11 +93,9 @@ def _forward(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> lis
     return [out.view(B, T, C), heads, *kept]
 
 
-def _backward(
-    grad: Tensor, _: list[Tensor], __: list[Tensor], saved: list[Tensor], numbers: list[float]
-) -> list[Tensor]:
+def _backward(grad: Tensor, given: Given, saved: list[Tensor]) -> list[Tensor]:
     """The gradient of qkv (B, T, 3C): four GEMMs a block, none of them to make scores again."""
-    (heads, *kept), (H, dropout, window) = saved, _read(numbers)
+    (heads, *kept), (H, dropout, window) = saved, _read(given.numbers)
     q, k, v = heads.unbind(0)
     B, T, D = grad.size(0), q.size(1), q.size(2)
     grad = grad.reshape(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
@@ -124,8 +120,8 @@ def _backward(
     return [grad_qkv.view(B, T, 3 * H * D)]
 
 
-def _shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
-    (qkv,), (n_head, dropout, window) = inputs, _read(numbers)
+def _shapes(given: Given) -> list[Tensor]:
+    (qkv,), (n_head, dropout, window) = given.tensors, _read(given.numbers)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     blocks = _blocks(T, window)
     shapes = [(B * n_head, stop - start, stop - first) for start, stop, first in blocks]

@@ -25,7 +25,7 @@ from gptray.model.kernel_calls import (
     weight_gradients,
     whole,
 )
-from gptray.model.operator import Operator
+from gptray.model.operator import Given, Operator
 from gptray.native.abi import GELU, GELU_TANH, NONE, SWIGLU
 
 _ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "swiglu": SWIGLU}
@@ -133,31 +133,28 @@ def _each(adapters: Adapters, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]
 # --- operators
 
 
-def _linear(inputs: list[Tensor], constants: list[Tensor], numbers: list[float]) -> list[Tensor]:
+def _layer(given: Given, tensors: list[Tensor]) -> FrozenLayer:
+    """A layer, of all tensors but its input."""
+    return FrozenLayer.read(iter(tensors), iter(given.constants), iter(given.numbers))
+
+
+def _linear(given: Given) -> list[Tensor]:
     """The output, and u."""
-    x, *tensors = whole(inputs)
-    y, _, u = _forward(x, FrozenLayer.read(iter(tensors), iter(constants), iter(numbers)))
+    x, *tensors = whole(given.tensors)
+    y, _, u = _forward(x, _layer(given, tensors))
     return [y, u]
 
 
-def _linear_backward(
-    grad: Tensor,
-    inputs: list[Tensor],
-    constants: list[Tensor],
-    kept: list[Tensor],
-    numbers: list[float],
-) -> list[Tensor]:
-    grad, x, *tensors = whole([grad, *inputs])
-    layer = FrozenLayer.read(iter(tensors), iter(constants), iter(numbers))
+def _linear_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
+    grad, x, *tensors = whole([grad, *given.tensors])
+    layer = _layer(given, tensors)
     grad_x, grads = _backward(grad, x, kept[0], layer)
     return [grad_x, *grads]
 
 
-def _linear_shapes(
-    inputs: list[Tensor], constants: list[Tensor], numbers: list[float]
-) -> list[Tensor]:
-    x, *tensors = inputs
-    layer = FrozenLayer.read(iter(tensors), iter(constants), iter(numbers))
+def _linear_shapes(given: Given) -> list[Tensor]:
+    x, *tensors = given.tensors
+    layer = _layer(given, tensors)
     return [x.new_empty(*x.shape[:-1], len(layer.values)), _narrow(x, layer)]
 
 
@@ -167,45 +164,35 @@ def _narrow(x: Tensor, layer: FrozenLayer) -> Tensor:
     return x.new_empty(*x.shape[:-1], count + count % 2)
 
 
-def _layers(
-    tensors: list[Tensor], constants: list[Tensor], numbers: list[float]
-) -> tuple[int, FrozenLayer, FrozenLayer]:
-    """An MLP's activation and its layers."""
-    rest = iter(tensors), iter(constants), iter(numbers)
+def _layers(given: Given, tensors: list[Tensor]) -> tuple[int, FrozenLayer, FrozenLayer]:
+    """An MLP's activation and its layers, of all tensors but its input."""
+    rest = iter(tensors), iter(given.constants), iter(given.numbers)
     activation = int(next(rest[2]))
     return activation, FrozenLayer.read(*rest), FrozenLayer.read(*rest)
 
 
-def _mlp(inputs: list[Tensor], constants: list[Tensor], numbers: list[float]) -> list[Tensor]:
+def _mlp(given: Given) -> list[Tensor]:
     """The output, and for the backward pass the activation's values and slopes, and u of both."""
-    x, *tensors = whole(inputs)
-    activation, first, second = _layers(tensors, constants, numbers)
+    x, *tensors = whole(given.tensors)
+    activation, first, second = _layers(given, tensors)
     inner, slopes, u = _forward(x, first, activation)
     assert slopes is not None
     y, _, second_u = _forward(inner, second)
     return [y, inner, slopes, u, second_u]
 
 
-def _mlp_backward(
-    grad: Tensor,
-    inputs: list[Tensor],
-    constants: list[Tensor],
-    kept: list[Tensor],
-    numbers: list[float],
-) -> list[Tensor]:
-    grad, x, *tensors = whole([grad, *inputs])
-    activation, first, second = _layers(tensors, constants, numbers)
+def _mlp_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
+    grad, x, *tensors = whole([grad, *given.tensors])
+    activation, first, second = _layers(given, tensors)
     inner, slopes, u, second_u = kept
     grad_inner, second_grads = _backward(grad, inner, second_u, second, slopes, activation)
     grad_x, grads = _backward(grad_inner, x, u, first)
     return [grad_x, *grads, *second_grads]
 
 
-def _mlp_shapes(
-    inputs: list[Tensor], constants: list[Tensor], numbers: list[float]
-) -> list[Tensor]:
-    x, *tensors = inputs
-    activation, first, second = _layers(tensors, constants, numbers)
+def _mlp_shapes(given: Given) -> list[Tensor]:
+    x, *tensors = given.tensors
+    activation, first, second = _layers(given, tensors)
     rows = len(first.values)
     inner = x.new_empty(*x.shape[:-1], rows // 2 if activation == SWIGLU else rows)
     y, slopes = (x.new_empty(*x.shape[:-1], width) for width in (len(second.values), rows))

@@ -1,7 +1,5 @@
 """What can be wrong with a GPU, in one sentence each: no driver for it, no room on it."""
 
-from __future__ import annotations
-
 import torch
 
 from gptray.config import RunFailed, UserError
@@ -11,8 +9,7 @@ from gptray.gpus import BUILT_FOR_CPUS
 def check_gpu() -> None:
     """Refuse to compute on a GPU where this PyTorch sees none.
 
-    Raises:
-        UserError: says why: a build for CPUs, no driver or one that is too old; and what to do.
+    Raises UserError with the reason (a build for CPUs, no driver or an old one) and what to do.
     """
     version = torch.__version__
     if torch.version.cuda is None and torch.version.hip is None:

@@ -4,8 +4,6 @@ Otherwise a config that promises more than its files hold would be built first, 
 Needs no torch, so that a job can refuse a folder at once; `gptray.model.hf` reads the weights.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -20,9 +18,7 @@ def check_weights(folder: Path, shape: ModelConfig) -> None:
     """Refuse a folder whose weight files are damaged or do not fit its network, see `read_shape`.
 
     Reads only headers.
-
-    Raises:
-        UserError: names the file, and the first weight that is missing, misshapen or strange.
+    Raises UserError naming the file, and the first weight that is missing, misshapen or strange.
     """
     family = family_in(folder)
     stored = {stored_name(one.key, family): one for one in stored_weights(folder)}

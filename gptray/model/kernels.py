@@ -8,8 +8,6 @@ et al. 2022, FlashAttention); of queries and keys it keeps none that are normali
 Shapes: M rows, H heads of queries, G of keys and values, D numbers in a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +24,7 @@ from gptray.model.kernel_calls import (
     weight_gradients,
     whole,
 )
-from gptray.model.operator import Operator
+from gptray.model.operator import Given, Operator
 from gptray.model.rotary import Angles
 from gptray.native.abi import NORM_PARTS
 
@@ -117,52 +115,48 @@ def _layer(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
     return [weight] if bias is None else [weight, bias]
 
 
-def _linear(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
-    x, *layer = whole(inputs)
+def _linear(given: Given) -> list[Tensor]:
+    x, *layer = whole(given.tensors)
     return [product(x, *layer)]
 
 
-def _linear_backward(
-    grad: Tensor, inputs: list[Tensor], _: list[Tensor], kept: list[Tensor], numbers: list[float]
-) -> list[Tensor]:
-    grad, x, *layer = whole([grad, *inputs])
+def _linear_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
+    grad, x, *layer = whole([grad, *given.tensors])
     return [input_gradient(grad, layer[0]), *weight_gradients(grad, x, has_bias=len(layer) == 2)]
 
 
-def _linear_shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
-    x, weight = inputs[:2]
+def _linear_shapes(given: Given) -> list[Tensor]:
+    x, weight = given.tensors[:2]
     return [x.new_empty(*x.shape[:-1], weight.size(0))]
 
 
-def _mlp(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
+def _mlp(given: Given) -> list[Tensor]:
     """The output, and for the backward pass the activation's values (..., N) and its slopes, as
     wide as its argument."""
-    x, *layers = whole(inputs)
+    x, *layers = whole(given.tensors)
     (weight, *bias), out = _both(layers)
     (M, rows, K), N = sizes(x, weight), out[0].size(1)
     inner, slopes = (x.new_empty(*x.shape[:-1], width) for width in (N, rows))
     room = panels(N if rows == N else gated_columns(N), K // 2)
     made = inner, slopes, room
-    call(_functions(numbers)[0], x, weight, *_or_none(bias, 1), *made, M, N, K)
+    call(_functions(given.numbers)[0], x, weight, *_or_none(bias, 1), *made, M, N, K)
     return [product(inner, *out), inner, slopes]
 
 
-def _mlp_backward(
-    grad: Tensor, inputs: list[Tensor], _: list[Tensor], kept: list[Tensor], numbers: list[float]
-) -> list[Tensor]:
-    grad, x, *layers = whole([grad, *inputs])
+def _mlp_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
+    grad, x, *layers = whole([grad, *given.tensors])
     layer, out = _both(layers)
     inner, slopes = kept
     grads_out = weight_gradients(grad, inner, has_bias=len(out) == 2)
     (N, K), grad_inner = out[0].shape, torch.empty_like(slopes)
     tensors = grad, out[0], slopes, grad_inner, panels(K, N // 2)
-    call(_functions(numbers)[1], *tensors, *sizes(inner, out[0]))
+    call(_functions(given.numbers)[1], *tensors, *sizes(inner, out[0]))
     grads = weight_gradients(grad_inner, x, has_bias=len(layer) == 2)
     return [input_gradient(grad_inner, layer[0]), *grads, *grads_out]
 
 
-def _mlp_shapes(inputs: list[Tensor], _: list[Tensor], numbers: list[float]) -> list[Tensor]:
-    x, *layers = inputs
+def _mlp_shapes(given: Given) -> list[Tensor]:
+    x, *layers = given.tensors
     layer, out = _both(layers)
     widths = out[0].size(1), layer[0].size(0)
     return [torch.empty_like(x), *(x.new_empty(*x.shape[:-1], width) for width in widths)]
@@ -185,50 +179,40 @@ _MLP = Operator("mlp", _mlp, _mlp_backward, _mlp_shapes)
 # --- attention
 
 
-def _attend(inputs: list[Tensor], angles: list[Tensor], numbers: list[float]) -> list[Tensor]:
+def _attend(given: Given) -> list[Tensor]:
     """The output (B, T, H D), and of each query the logarithm of its sum of exponentials."""
-    prepared, sizes = _preparation(inputs, angles), _head_sizes(inputs[0], angles, numbers)
-    out, log_sums = _attention_shapes(inputs, angles, numbers)
-    call("attention", *prepared, out, log_sums, numbers[2], *sizes)
+    out, log_sums = _attention_shapes(given)
+    call("attention", *_preparation(given), out, log_sums, given.numbers[2], *_head_sizes(given))
     return [out, log_sums]
 
 
-def _attend_backward(
-    grad: Tensor,
-    inputs: list[Tensor],
-    angles: list[Tensor],
-    kept: list[Tensor],
-    numbers: list[float],
-) -> list[Tensor]:
-    prepared, sizes = _preparation(inputs, angles), _head_sizes(inputs[0], angles, numbers)
+def _attend_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
+    qkv, sizes = given.tensors[0], _head_sizes(given)
     B, _, _, G, D, _ = sizes
     weights, sums = torch.empty(2, D), torch.empty(B, G, 2, D)
-    made = [inputs[0].new_empty(inputs[0].shape), weights, sums]
-    call("attention_gradient", grad.contiguous(), *prepared, *kept, *made, numbers[2], *sizes)
+    made = [qkv.new_empty(qkv.shape), weights, sums]
+    tensors = [grad.contiguous(), *_preparation(given), *kept, *made]
+    call("attention_gradient", *tensors, given.numbers[2], *sizes)
     # Not parts of one tensor: an operator's results share no memory.
-    return [made[0], *(part.clone() for part in weights[: len(inputs) - 1])]
+    return [made[0], *(part.clone() for part in weights[: len(given.tensors) - 1])]
 
 
-def _attention_shapes(
-    inputs: list[Tensor], angles: list[Tensor], numbers: list[float]
-) -> list[Tensor]:
-    qkv = inputs[0]
-    B, T, H, _, D, _ = _head_sizes(qkv, angles, numbers)
+def _attention_shapes(given: Given) -> list[Tensor]:
+    qkv = given.tensors[0]
+    B, T, H, _, D, _ = _head_sizes(given)
     return [qkv.new_empty(B, T, H * D), qkv.new_empty((B, H, T), dtype=torch.float32)]
 
 
-def _preparation(inputs: list[Tensor], angles: list[Tensor]) -> list[Tensor | None]:
+def _preparation(given: Given) -> list[Tensor | None]:
     """qkv, the norms' weights and the angles, or None for what there is not."""
-    qkv, *norms = whole(inputs)
-    return [qkv, *_or_none(norms, 2), *_or_none(whole(angles), 2)]
+    qkv, *norms = whole(given.tensors)
+    return [qkv, *_or_none(norms, 2), *_or_none(whole(given.constants), 2)]
 
 
-def _head_sizes(
-    qkv: Tensor, angles: list[Tensor], numbers: list[float]
-) -> tuple[int, int, int, int, int, int]:
+def _head_sizes(given: Given) -> tuple[int, int, int, int, int, int]:
     """B, T, H, G, D and the pairs that are rotated."""
-    H, G = int(numbers[0]), int(numbers[1])
-    half = angles[0].size(1) if angles else 0
+    qkv, H, G = given.tensors[0], int(given.numbers[0]), int(given.numbers[1])
+    half = given.constants[0].size(1) if given.constants else 0
     return qkv.size(0), qkv.size(1), H, G, qkv.size(2) // (H + 2 * G), half
 
 

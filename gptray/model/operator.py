@@ -1,29 +1,36 @@
 """A function with its gradient, for eager mode and for torch.compile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gptray.model.autograd_context import OperatorContext
 
-# Tensors, constants and numbers.
-_Arguments = tuple[list[Tensor], list[Tensor], list[float]]
-_Forward = Callable[[list[Tensor], list[Tensor], list[float]], list[Tensor]]
-_Backward = Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], list[float]], list[Tensor]]
+Tensors = list[Tensor]
+
+
+class Given(NamedTuple):
+    """What an operator is called with; constants have no gradient."""
+
+    tensors: Tensors
+    constants: Tensors
+    numbers: list[float]
+
+
+_Forward = Callable[[Given], Tensors]
+_Backward = Callable[[Tensor, Given, Tensors], Tensors]
 
 
 class Operator:
     """A function of tensors, of constants that have no gradient, and of numbers.
 
-    forward: takes tensors, constants and numbers, and gives the result and what else the backward
-    pass needs. backward: takes the result's gradient, the tensors, the constants, that (with
-    keeps_result the result before it), and the numbers, and gives the tensors' gradients. Without
-    keeps_inputs it gets no tensors and is plain PyTorch, which says by itself what it gives. In
-    eager mode they are called as they are; torch.compile gets operators that it calls and does not
-    look into, and learns from `shapes` what forward gives.
+    forward: gives the result and what else the backward pass needs. backward: takes the result's
+    gradient, what was given, and that (with keeps_result the result before it), and gives the
+    tensors' gradients. Without keeps_inputs it gets no tensors and is plain PyTorch, which says by
+    itself what it gives. In eager mode they are called as they are; torch.compile gets operators
+    that it calls and does not look into, and learns from `shapes` what forward gives.
     """
 
     def __init__(
@@ -38,7 +45,7 @@ class Operator:
     ) -> None:
         first_kept = 0 if keeps_result else 1
 
-        def keep(ctx: OperatorContext, inputs: _Arguments, output: list[Tensor]) -> None:
+        def keep(ctx: OperatorContext, inputs: Given, output: Tensors) -> None:
             tensors, constants, ctx.numbers = inputs
             tensors = tensors if keeps_inputs else []
             ctx.count, ctx.constant_count = len(tensors), len(constants)
@@ -49,41 +56,39 @@ class Operator:
             def forward(
                 ctx: OperatorContext, count: int, numbers: list[float], *tensors: Tensor
             ) -> Tensor:
-                inputs, constants = list(tensors[:count]), list(tensors[count:])
-                outputs = forward(inputs, constants, numbers)
-                keep(ctx, (inputs, constants, numbers), outputs)
+                given = Given(list(tensors[:count]), list(tensors[count:]), numbers)
+                outputs = forward(given)
+                keep(ctx, given, outputs)
                 return outputs[0]
 
             @staticmethod
             def backward(ctx: OperatorContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
-                found = backward(grads[0], *_kept(ctx), ctx.numbers)
+                found = backward(grads[0], *_kept(ctx))
                 return None, None, *found, *[None] * ctx.constant_count
 
         @torch.library.custom_op(f"gptray::{name}", mutates_args=())
-        def compiled(
-            inputs: list[Tensor], constants: list[Tensor], numbers: list[float]
-        ) -> list[Tensor]:
-            return forward(inputs, constants, numbers)
+        def compiled(inputs: Tensors, constants: Tensors, numbers: list[float]) -> Tensors:
+            return forward(Given(inputs, constants, numbers))
 
-        @torch.library.custom_op(f"gptray::{name}_backward", mutates_args=())
-        def compiled_backward(
-            grad: Tensor,
-            inputs: list[Tensor],
-            constants: list[Tensor],
-            kept: list[Tensor],
-            numbers: list[float],
-        ) -> list[Tensor]:
-            return backward(grad, inputs, constants, kept, numbers)
+        def flat_backward(
+            grad: Tensor, inputs: Tensors, constants: Tensors, kept: Tensors, numbers: list[float]
+        ) -> Tensors:
+            return backward(grad, Given(inputs, constants, numbers), kept)
+
+        compiled_backward = torch.library.custom_op(
+            f"gptray::{name}_backward", flat_backward, mutates_args=()
+        )
 
         def differentiate(
-            ctx: OperatorContext, grads: list[Tensor]
-        ) -> tuple[list[Tensor], list[None], list[None] | None]:
-            found = compiled_backward(grads[0], *_kept(ctx), ctx.numbers)
+            ctx: OperatorContext, grads: Tensors
+        ) -> tuple[Tensors, list[None], list[None] | None]:
+            (tensors, constants, numbers), kept = _kept(ctx)
+            found = compiled_backward(grads[0], tensors, constants, kept, numbers)
             # An empty list of numbers passes for one of tensors.
             return found, [None] * ctx.constant_count, None if ctx.numbers else []
 
-        compiled.register_fake(shapes)
-        compiled_backward.register_fake(_like_inputs if keeps_inputs else backward)
+        compiled.register_fake(lambda *given: shapes(Given(*given)))
+        compiled_backward.register_fake(_like_inputs if keeps_inputs else flat_backward)
         compiled.register_autograd(differentiate, setup_context=keep)
         self._eager, self._compiled = Eager, compiled
 
@@ -100,17 +105,11 @@ class Operator:
         return y
 
 
-def _like_inputs(
-    grad: Tensor,
-    inputs: list[Tensor],
-    constants: list[Tensor],
-    kept: list[Tensor],
-    numbers: list[float],
-) -> list[Tensor]:
+def _like_inputs(grad: Tensor, inputs: Tensors, *rest: object) -> Tensors:
     return [x.new_empty(x.shape) for x in inputs]
 
 
-def _kept(ctx: OperatorContext) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The inputs, the constants, and what forward gave besides."""
+def _kept(ctx: OperatorContext) -> tuple[Given, Tensors]:
+    """What was given, and what forward gave besides."""
     saved, stop = list(ctx.saved_tensors), ctx.count + ctx.constant_count
-    return saved[: ctx.count], saved[ctx.count : stop], saved[stop:]
+    return Given(saved[: ctx.count], saved[ctx.count : stop], ctx.numbers), saved[stop:]

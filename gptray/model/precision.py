@@ -3,8 +3,6 @@
 Both only look at the machine and answer; the training loop decides where to use them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,8 +17,7 @@ def pick_dtype(
 ) -> torch.dtype:
     """The dtype to compute in for `precision` auto | fp32 | bf16; auto is bf16 only in hardware.
 
-    Raises:
-        UserError: names `key`: there is no such precision, or a GPU does not compute in bf16.
+    Raises UserError naming `key`: there is no such precision, or a GPU does not compute in it.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"{key}={precision}: choose auto, fp32 or bf16")

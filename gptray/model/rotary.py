@@ -6,8 +6,6 @@ Hugging Face's files of all families here.
 Shapes: T positions, R the rotated part of a head.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -46,7 +44,7 @@ def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     width, cpu = config.rotary_width, torch.device("cpu")
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=cpu) / width
     plain = 1.0 / config.rope_theta**exponents
-    scaling = {key: value for key, value in (config.rope_scaling or {}).items()}
+    scaling = dict(config.rope_scaling or {})
     kind = scaling.pop("rope_type", None)
     if kind is None:
         return plain, 1.0

@@ -3,8 +3,6 @@
 So that what is made of them is all that memory holds.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from gptray.model.hf import from_file, network_of
 from gptray.model.parameters import Part, stored_parts
 from gptray.model.rounding import check_tied, read_weight
 from gptray.model.shape import model_folder
-from gptray.model.stored_weights import StoredModel, stored_model
+from gptray.model.stored_weights import stored_model
 from gptray.model.usage import Usage
 
 
@@ -29,28 +27,24 @@ def unread_network(source: str | Path) -> GPT:
     model, stored = network_of(folder, device="meta").eval(), stored_model(folder)
     model.usage = Usage.of(folder)
     check_tied(stored)
-    model.whole = _Reader(model, stored).read
-    return model
+    config, weights = model.config, stored.weights
+    names: dict[Tensor, str] = {one: name for name, one in model.named_parameters()}
+    parts = dict[str, list[Part]]()
+    for part in stored_parts(config, stored.family, model.valid_vocab_size):
+        parts.setdefault(part.parameter, []).append(part)
 
-
-class _Reader:
-    def __init__(self, model: GPT, stored: StoredModel) -> None:
-        self._stored, self._config = stored, model.config
-        self._names: dict[Tensor, str] = {one: name for name, one in model.named_parameters()}
-        self._parts: dict[str, list[Part]] = {}
-        for part in stored_parts(model.config, stored.family, model.valid_vocab_size):
-            self._parts.setdefault(part.parameter, []).append(part)
-
-    def read(self, parameter: Tensor) -> Tensor:
-        """The numbers of one of the network's parameters."""
+    def read(parameter: Tensor) -> Tensor:
         whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        for part in self._parts[self._names[parameter]]:
-            stored = self._stored.weights[part.name]
-            rows = from_file(read_weight(stored), part, self._config)
+        for part in parts[names[parameter]]:
+            one = weights[part.name]
+            rows = from_file(read_weight(one), part, config)
             if not bool(torch.isfinite(rows.float().sum())):
                 raise UserError(
-                    f"{stored.path}: {stored.key} is not finite: the weights are damaged, or "
-                    "training diverged"
+                    f"{one.path}: {one.key} is not finite: the weights are damaged, or training "
+                    "diverged"
                 )
             whole[part.start : part.start + part.rows] = rows
         return whole
+
+    model.whole = read
+    return model

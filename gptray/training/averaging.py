@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gptray.config import Config
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_weights
+from gptray.training.checkpoint import AVERAGED
 
 
 class Average:
@@ -24,6 +26,16 @@ class Average:
         self._weights: list[Tensor] = list(model.parameters())
         self._averages = [weight.detach().clone() for weight in self._weights]
         self._decay = decay
+
+    @classmethod
+    def of(cls, model: GPT, config: Config, checkpoint: Path | None) -> Average | None:
+        """The average of a run's model, as its checkpoint has it; None without train.ema."""
+        if config.train.ema is None:
+            return None
+        average = cls(model, config.train.ema)
+        if checkpoint:
+            average.load(model, checkpoint)
+        return average
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
@@ -53,7 +65,7 @@ class Average:
         finally:
             self.exchange()
 
-    def load(self, model: GPT, folder: Path) -> None:
-        """Take the averages from a model folder, for the model that this averages."""
+    def load(self, model: GPT, checkpoint: Path) -> None:
+        """Take the averages from a checkpoint, for the model that this averages."""
         with self.exchanged():
-            load_weights(model, folder)
+            load_weights(model, checkpoint / AVERAGED)

@@ -1,7 +1,5 @@
 """Which backend trains this run's network faster here: a block's forward and backward pass."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch
@@ -11,7 +9,6 @@ from gptray.model.adapter import adapted_parts, replaced_parts
 from gptray.model.families import SHAPE
 from gptray.model.gpt import GPT
 from gptray.model.lora import add_adapters, freeze
-from gptray.model.parameters import Part
 from gptray.model.quantized_linear import quantized_layers
 from gptray.native.backend import TRAIN_KEY
 from gptray.native.measured import NAMES, Choice, Step, faster
@@ -94,10 +91,6 @@ def _network(config: Config, *, native: bool) -> GPT:
         for layer in quantized_layers(model).values():
             layer.put(slice(None), torch.randn(layer.weight.shape))
         adapted = adapted_parts(base, config.lora.targets)
-        add_adapters(model, config.lora, [one for one in adapted if _is_first(one)], seed=0)
+        first = [part for part in adapted if part.parameter.startswith("transformer.h.0.")]
+        add_adapters(model, config.lora, first, seed=0)
     return model
-
-
-def _is_first(part: Part) -> bool:
-    """Whether a weight is of the first block."""
-    return part.parameter.startswith("transformer.h.0.")

@@ -1,7 +1,5 @@
 """A run's model as it begins or resumes: from a checkpoint, from other weights, or new."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -52,7 +50,19 @@ def build_model(
     if base := base_of(config):
         # On a GPU each process has a copy of its own in any case.
         load = partial(map_base, tell=tell) if device.type == "cpu" else load_base
-        return _adapted(config, data, base, checkpoint, dtype, native=native, load=load)
+        model = adapted_network(
+            base,
+            config.lora,
+            config.model,
+            vocab_size=data.vocab_size,
+            dtype=dtype,
+            native=native,
+            seed=config.seed,
+            load=load,
+        )
+        if checkpoint:
+            load_adapter(model, checkpoint / ADAPTER, base)
+        return model
     model = GPT(config.model, vocab_size=data.vocab_size)
     if checkpoint:
         load_weights(model, checkpoint / "model")
@@ -67,32 +77,6 @@ def build_model(
     model.compute_dtype = dtype
     if native:
         model.use_kernels()
-    return model
-
-
-def _adapted(
-    config: Config,
-    data: TokenData,
-    base: Base,
-    checkpoint: Path | None,
-    dtype: torch.dtype,
-    *,
-    native: bool,
-    load: Callable[[GPT, Base], None],
-) -> GPT:
-    """The base with the checkpoint's adapter, or a new one."""
-    model = adapted_network(
-        base,
-        config.lora,
-        config.model,
-        vocab_size=data.vocab_size,
-        dtype=dtype,
-        native=native,
-        seed=config.seed,
-        load=load,
-    )
-    if checkpoint:
-        load_adapter(model, checkpoint / ADAPTER, base)
     return model
 
 

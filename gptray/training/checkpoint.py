@@ -10,8 +10,6 @@ Nothing is pickled. What the tensor files hold is up to the loop; without torch 
 inspect checkpoints at once.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -79,9 +77,7 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, and a line for each newer one that is damaged.
 
     None means that the run has no checkpoint yet.
-
-    Raises:
-        RunFailed: there are checkpoints and all of them are damaged.
+    Raises RunFailed if there are checkpoints and all of them are damaged.
     """
     problems: list[str] = []
     for folder in find_checkpoints(run_dir):
@@ -101,8 +97,7 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
 def check_not_lost(run_dir: Path) -> None:
     """Refuse to start over in the folder of a run whose checkpoints were removed.
 
-    Raises:
-        UserError: there is no checkpoint, and a model or evaluations show that there were some.
+    Raises UserError if there is none, and a model or evaluations show that there were some.
     """
     model = run_dir / "model"
     if not run_dir.is_dir() or find_checkpoints(run_dir):
@@ -128,10 +123,8 @@ def save_checkpoint(
     """Write the checkpoint of `state.step` and return its folder, which appears whole.
 
     `write_tensors` writes `model/` and `optimizer.safetensors` to the folder it is given.
-
-    Raises:
-        RunFailed: the disk is full or cannot be written; names the path and the free space. Earlier
-            checkpoints are untouched, and the draft is removed.
+    Raises RunFailed where the disk takes no more, naming the path and the free space; earlier
+    checkpoints are untouched, and the draft is removed.
     """
     final = checkpoint_folder(run_dir, state.step)
     draft = _draft(final)
@@ -154,35 +147,23 @@ def save_checkpoint(
     return final
 
 
-def publish_model(checkpoint: Path, run_dir: Path, *, averaged: bool = False) -> Path:
-    """Make the checkpoint's model, or its average, the run's `model/`.
-
-    Readers never see a half-written file.
-
-    Raises:
-        RunFailed: the disk is full or cannot be written; `model/` is as it was, the next start
-            publishes it.
-    """
-    target = run_dir / "model"
-    publish_folder(checkpoint / (AVERAGED if averaged else MODEL), target)
-    return target
-
-
 def publish_folder(source: Path, target: Path) -> None:
     """Put the files of a folder into another, each of which appears whole; weights last.
 
-    Raises RunFailed as `publish_model`.
+    Raises RunFailed where the disk takes no more: the next start publishes them.
     """
     with storing(target):
-        _publish(source, target)
+        if target.is_symlink() or not target.is_dir():
+            _swap(source, target)
+        else:
+            _replace_files(source, target)
         sync(target.parent)
 
 
 def exchange_model(source: Path, folder: Path) -> None:
     """Replace the `model/` of `folder` by that of `source`, whatever its shape.
 
-    Raises:
-        RunFailed: the disk is full or cannot be written; `model/` is as it was.
+    Raises RunFailed where the disk takes no more: `model/` is as it was.
     """
     target = folder / "model"
     with storing(target):
@@ -204,16 +185,13 @@ def _swap(source: Path, target: Path) -> None:
     remove(old)
 
 
-def _publish(model: Path, target: Path) -> None:
-    if target.is_symlink() or not target.is_dir():
-        _swap(model, target)
-        return
+def _replace_files(source: Path, target: Path) -> None:
     # Weights last: they alone differ within a run, and one replace swaps them.
-    for source in sorted(model.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        draft = target / f".{source.name}.tmp"
+    for file in sorted(source.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        draft = target / f".{file.name}.tmp"
         try:
-            shutil.copyfile(source, draft)
-            os.replace(draft, target / source.name)
+            shutil.copyfile(file, draft)
+            os.replace(draft, target / file.name)
         finally:
             draft.unlink(missing_ok=True)
 

@@ -1,7 +1,5 @@
 """What training asks of its device: that it works, what repeats to the bit, what is compiled."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable
 
@@ -21,8 +19,7 @@ def use_device(config: Config, device: torch.device) -> None:
     """Make this process compute on a device: on a CPU always the same bits for the same shape, on
     a GPU where the config says so.
 
-    Raises:
-        UserError: there is no GPU that works.
+    Raises UserError where there is no GPU that works.
     """
     if device.type == "cuda":
         check_gpu()

@@ -5,8 +5,6 @@ checkpoint over and training continues; who scores it, and where, is up to the c
 counts at the next evaluation, never earlier or later, so that a run does not depend on timing.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -63,9 +61,8 @@ class BlockingEvaluation:
     def add(self, row: Metrics) -> None:
         """Evaluate the model as it is; put the score into the step's row.
 
-        Raises:
-            NonFiniteLoss: on every worker, before anything is saved.
-            UserError, RunFailed: on every worker, if saving or sampling failed on the first.
+        Raises NonFiniteLoss on every worker, before anything is saved; UserError or RunFailed on
+        every worker, if saving or sampling failed on the first.
         """
         run, journal = self._run, self._journal
         scores = score_weights(run.model, run.average, run.config, run.data, run.workers)
@@ -113,8 +110,7 @@ class AsyncEvaluation:
     def add(self, row: Metrics) -> None:
         """Save the model as it is and have it scored; record the score of the one before.
 
-        Raises:
-            NonFiniteLoss: of the one before, on every worker; this one is not saved.
+        Raises NonFiniteLoss of the one before, on every worker; this one is not saved.
         """
         run, journal = self._run, self._journal
         if journal:
@@ -127,9 +123,8 @@ class AsyncEvaluation:
     def finish(self) -> None:
         """Wait for the pending score, if there is one, and add it to its row.
 
-        Raises:
-            NonFiniteLoss: on every worker; the checkpoint has been withdrawn.
-            UserError, RunFailed: on every worker, if scoring or saving failed.
+        Raises NonFiniteLoss on every worker, once the checkpoint has been withdrawn; UserError or
+        RunFailed on every worker, if scoring or saving failed.
         """
         if not self._unscored:
             return
@@ -159,29 +154,25 @@ Evaluations = BlockingEvaluation | AsyncEvaluation
 def evaluate_base(run: Run) -> None:
     """Record the score of the weights that a run starts from, if they are not random.
 
-    Raises:
-        NonFiniteLoss: on every worker: no step can come of them.
+    Raises NonFiniteLoss on every worker: no step can come of them.
     """
     if run.config.model.init_from is None or run.state.step:
         return
     scores = score_weights(run.model, None, run.config, run.data, run.workers)
-    for score in scores.all:
-        if not score.is_finite:
-            raise NonFiniteLoss(f"validation loss {score.loss} before the first step")
-    score = scores.own
-    fields = {"val_loss": score.loss, "val_bpb": score.bits_per_byte, **also_fields(scores)}
+    if strange := scores.not_finite:
+        raise NonFiniteLoss(f"validation loss {strange.loss} before the first step")
+    own = scores.own
+    fields = {"val_loss": own.loss, "val_bpb": own.bits_per_byte, **also_fields(scores)}
     run.workers.from_first(lambda: write_event(run.run_dir, "base", **fields))
 
 
 def update_early_stopping(run: Run, step: int, scores: Scores) -> None:
     """Update the run's progress with the validation loss of a step.
 
-    Raises:
-        NonFiniteLoss: the score is not finite; the progress is unchanged.
+    Raises NonFiniteLoss for a score that is not finite; the progress is unchanged.
     """
-    for score in scores.all:
-        if not score.is_finite:
-            raise NonFiniteLoss(f"step {step}: validation loss {score.loss}")
+    if strange := scores.not_finite:
+        raise NonFiniteLoss(f"step {step}: validation loss {strange.loss}")
     progress = run.state.progress.after(
         step,
         scores.better.loss,
@@ -198,18 +189,14 @@ def score_fields(scores: Scores, train_loss: float) -> Metrics:
 
     The perplexity of lossy text may exceed the range of a float; it is capped there.
     """
-    score = scores.better
+    score, ema = scores.better, scores.averaged
     return {
         "val_loss": score.loss,
         "val_ppl": min(score.perplexity, sys.float_info.max),
         "val_bpb": score.bits_per_byte,
         "gap": score.loss - train_loss,
         **({"val_lost": score.lost} if score.lost_bytes else {}),
-        **(
-            {"val_loss_own": scores.own.loss, "val_loss_ema": scores.averaged.loss}
-            if scores.averaged
-            else {}
-        ),
+        **({"val_loss_own": scores.own.loss, "val_loss_ema": ema.loss} if ema else {}),
         **also_fields(scores),
     }
 

@@ -1,7 +1,5 @@
 """The global batch of a step in micro-batches, and what each of them counts in the step's loss."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptray.config import Config
-from gptray.data.order import BatchOrder
-from gptray.data.replacement import replace_tokens
+from gptray.data.order import BatchOrder, replace_tokens
 from gptray.data.tokens import TokenData
 from gptray.model.loss import UNCOUNTED
 

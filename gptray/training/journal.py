@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import cast
 
 from gptray.config import RunFailed
@@ -27,8 +26,7 @@ class Journal:
     def __init__(self, run_dir: Path, *, step: int) -> None:
         """Open the journal of a run that resumes after `step`; later rows are dropped.
 
-        Raises:
-            RunFailed: here and wherever rows are written: the disk is full or not writable.
+        Raises RunFailed here and wherever rows are written, if the disk is full or not writable.
         """
         self._path = run_dir / METRICS
         with storing(self._path):
@@ -41,15 +39,12 @@ class Journal:
         """Add the row of one logged step; readers see it at once, or as soon as there is room."""
         self._pending += _line(row)
         self._show(row)
-        with suppress(OSError, RunFailed):
-            self._drain()
-            self._boards.flush()
+        self._write_if_possible()
 
     def row(self, step: int) -> dict[str, float]:
         """The row of a step that was written before.
 
-        Raises:
-            RunFailed: it is missing, so something else has changed the file.
+        Raises RunFailed if it is missing: something else has changed the file.
         """
         for row in read_rows(self._path):
             if row["step"] == step:
@@ -85,13 +80,11 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Write pending rows. Rows after the newest checkpoint are redone by a later start."""
+        self._write_if_possible()
+
+    def _write_if_possible(self) -> None:
         with suppress(OSError, RunFailed):
             self._drain()
             self._boards.flush()

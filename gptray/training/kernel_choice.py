@@ -3,8 +3,6 @@
 All workers of a run compute with the same; the first one decides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,10 +31,8 @@ def agree_on_backend(
 
     A run keeps the backend that it began with, so that its bits stay the same. tell: receives
     notices of kernels that fail to build and of a run that resumes on another processor.
-
-    Raises:
-        UserError: native was asked for, and the machine of a worker cannot run it.
-        RunFailed: native was asked for and fails to compile; or the run's events are damaged.
+    Raises UserError where native was asked for and a worker's machine cannot run it, RunFailed
+    where it was asked for and fails to compile, or the run's events are damaged.
     """
     dtype = workers.all_or_none(lambda: pick_dtype(config.train.precision, device))
     workers.from_first(lambda: _tell_of_another_processor(run_dir, device, dtype, tell))
@@ -48,11 +44,7 @@ def agree_on_backend(
     reasons = [reason for reason in workers.gather(missing) if reason]
     if asked == "native":
         return Choice("native", "")
-    choice = workers.from_first(lambda: _choice(config, run_dir, reasons, tell))
-    is_native = workers.number_from_first(
-        lambda: choice is not None and choice.backend == "native", device
-    )
-    return choice or Choice("native" if is_native else "torch", "")
+    return workers.shared_from_first(lambda: _choice(config, run_dir, reasons, tell))
 
 
 def _why_not(

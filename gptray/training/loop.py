@@ -5,8 +5,6 @@ scored elsewhere, `validated(step)`. So the same loop runs in a Ray Train worker
 and in a test.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque
@@ -113,8 +111,7 @@ def train(
 ) -> Metrics:
     """Train to the end of the run; return the last logged row and why training stopped.
 
-    Raises:
-        NonFiniteLoss: on every worker; every existing checkpoint has been scored and is good.
+    Raises NonFiniteLoss on every worker; every existing checkpoint has been scored and is good.
     """
     result = train_phase(run, journal, evaluations, wish)
     if result["stopped"] != "left" and not run.state.is_over(run.config):
@@ -178,8 +175,7 @@ def train_phase(
 def read(run: Run, numbers: StepNumbers) -> tuple[float, float, Wish]:
     """The loss and gradient norm of a step, and what the workers wished at it.
 
-    Raises:
-        NonFiniteLoss: the run is then at the step before, the last that updated a weight.
+    Raises NonFiniteLoss; the run is then at the step before, the last that updated a weight.
     """
     try:
         return numbers.read()
@@ -201,9 +197,7 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
 
     If the loss or gradient norm, over all workers, is not finite, no weight is updated. On a GPU
     later steps do not update any either: its fused AdamW reads `run.spoilt` itself.
-
-    Raises:
-        NonFiniteLoss: on a CPU; on a GPU the numbers raise it when they are read.
+    Raises NonFiniteLoss on a CPU; on a GPU the numbers raise it when they are read.
     """
     config, step = run.config, run.state.step + 1
     lr = run.learning_rate

@@ -49,9 +49,7 @@ class StepNumbers:
         """Wait for the loss, the gradient norm and the workers' wish, the same on each of them.
 
         It waits for nothing that was launched after them.
-
-        Raises:
-            NonFiniteLoss: one of them is NaN or infinite.
+        Raises NonFiniteLoss if one of them is NaN or infinite.
         """
         if self._arrival:
             self._arrival.synchronize()

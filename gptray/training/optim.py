@@ -1,7 +1,5 @@
 """AdamW's parameter groups and stored state, and the learning-rate schedules."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -36,18 +34,14 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     The groups, in order: parameters of two and more dimensions, then the others. Frozen ones are in
     none.
     """
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, object]] = [
         {
-            "params": [parameter for parameter in parameters if parameter.dim() >= 2],
-            "weight_decay": config.weight_decay,
-            "decays": True,
-        },
-        {
-            "params": [parameter for parameter in parameters if parameter.dim() < 2],
-            "weight_decay": 0.0,
-            "decays": False,
-        },
+            "params": [parameter for parameter in trained if (parameter.dim() >= 2) == decays],
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "decays": decays,
+        }
+        for decays in (True, False)
     ]
     # fused: one kernel over all parameters, on CPU as on CUDA.
     return _AdamW(
@@ -120,8 +114,7 @@ def save_optimizer(
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the moments in a file back, each to its parameter; of a sharded one, this worker's part.
 
-    Raises:
-        RunFailed: they are not AdamW's for this model; names the first wrong one.
+    Raises RunFailed where they are not AdamW's for this model, naming the first wrong one.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,7 +1,5 @@
 """A run's best model becomes its `model/`: an adapter's is merged with the base for that."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from gptray.model.adapter_folder import open_adapter
 from gptray.model.example import save_example
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
-from gptray.training.checkpoint import MODEL, publish_folder, publish_model
+from gptray.training.checkpoint import AVERAGED, MODEL, publish_folder
 
 
 def save_model(model: GPT, folder: Path, data: TokenData) -> None:
@@ -28,10 +26,10 @@ def publish_best(
 ) -> None:
     """Make the checkpoint's model the run's `model/`; its adapter of `base` the run's `adapter/`.
 
-    averaged: the model is the checkpoint's average. Raises RunFailed as `publish_model`.
+    averaged: the model is the checkpoint's average. Raises RunFailed as `publish_folder`.
     """
     if base is None:
-        publish_model(checkpoint, run_dir, averaged=averaged)
+        publish_folder(checkpoint / (AVERAGED if averaged else MODEL), run_dir / MODEL)
         return
     draft = run_dir / ".merged.tmp"
     with storing(run_dir / MODEL):

@@ -4,8 +4,6 @@ Nothing is saved at the turn: a run that is killed here, or before the cool-down
 resumes at the stable part's last one and turns again.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from gptray.config import RunFailed
 from gptray.record import read_metrics, write_event
 from gptray.training.building import build_model
 from gptray.training.checkpoint import (
-    AVERAGED,
     checkpoint_folder,
     checkpoint_step,
     damage,
@@ -32,13 +29,10 @@ def begin_landing(run: Run, reason: Reason) -> None:
     """Give the run its best whole checkpoint's weights and moments, and the landing from there.
 
     Every worker calls this, at the end of the stable part.
-
-    Raises:
-        RunFailed: on every worker: no checkpoint is whole, it cannot be fetched, or the disk is
-            full.
+    Raises RunFailed on every worker: no checkpoint is whole, it cannot be fetched, or the disk is
+    full.
     """
-    best = run.workers.from_first(lambda: _best_whole(run.run_dir))
-    back_to = run.workers.number_from_first(lambda: best or 0, run.device)
+    back_to = run.workers.shared_from_first(lambda: _best_whole(run.run_dir))
     checkpoint = checkpoint_folder(run.run_dir, back_to)
     run.workers.all_or_none(lambda: run.bring(checkpoint))
     _load(run, checkpoint)
@@ -79,7 +73,7 @@ def _load(run: Run, checkpoint: Path) -> None:
                 weight.copy_(placed_as(weight, whole))
         load_optimizer(checkpoint / "optimizer.safetensors", run.model, run.optimizer)
         if run.average:
-            run.average.load(run.model, checkpoint / AVERAGED)
+            run.average.load(run.model, checkpoint)
 
     run.workers.all_or_none(load)
 

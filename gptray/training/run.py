@@ -1,7 +1,5 @@
 """One worker's side of a run: the model, optimizer and batch order, new or restored."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os
@@ -27,7 +25,6 @@ from gptray.record import versions, write_event
 from gptray.training.averaging import Average
 from gptray.training.building import agreed_base, build_model
 from gptray.training.checkpoint import (
-    AVERAGED,
     WRITER_LOCK,
     check_not_lost,
     checkpoint_folder,
@@ -121,14 +118,12 @@ def start(
 ) -> Run:
     """Build a worker's run, from the newest intact checkpoint if there is one.
 
-    Raises:
-        UserError: the checkpoints were removed; no working GPU, or no compiler.
-        RunFailed: no checkpoint is intact, or the disk is full.
-        ValueError: the training split is shorter than one block.
+    Raises UserError where the checkpoints were removed, or no GPU or no compiler works; RunFailed
+    where no checkpoint is intact, or the disk is full; ValueError where the training split is
+    shorter than one block.
     """
     use_device(config, device)
-    first = workers.from_first(lambda: _resume_step(run_dir))
-    step = workers.number_from_first(lambda: first or 0, device)
+    step = workers.shared_from_first(lambda: _resume_step(run_dir))
     folder = checkpoint_folder(run_dir, step) if step else None
 
     def tell(text: str) -> None:
@@ -163,7 +158,7 @@ def start(
         rate_at_peak=tokens_per_sec_at_peak(
             config, model.num_params, model.compute_dtype, device_name(device), workers=workers.size
         ),
-        average=workers.all_or_none(lambda: _average(model, config, folder)),
+        average=workers.all_or_none(lambda: Average.of(model, config, folder)),
         base=agreed_base(config, workers, device),
         teachers=workers.all_or_none(lambda: _teachers(model, config, device)),
     )
@@ -233,16 +228,6 @@ def _placed(
     return optimizer, workers
 
 
-def _average(model: GPT, config: Config, checkpoint: Path | None) -> Average | None:
-    """The average of the model's weights, as the checkpoint has it; None without train.ema."""
-    if config.train.ema is None:
-        return None
-    average = Average(model, config.train.ema)
-    if checkpoint:
-        average.load(model, checkpoint / AVERAGED)
-    return average
-
-
 def _teachers(model: GPT, config: Config, device: torch.device) -> Teachers | None:
     if not config.train.teachers:
         return None
@@ -255,9 +240,7 @@ def writing(run_dir: Path, *, wait_s: float = 60.0) -> Iterator[None]:
     """Be the only process that writes to a run folder.
 
     A worker whose driver was killed may run on for some seconds; its successor waits for it.
-
-    Raises:
-        RunFailed: another process has held the folder for `wait_s` seconds, or the disk is full.
+    Raises RunFailed if another process has held it for `wait_s` seconds, or the disk is full.
     """
     path = run_dir / WRITER_LOCK
     with storing(path):

@@ -121,7 +121,9 @@ class ShardedWorkers(Workers):
 
     def _ask(self, number: int) -> int:
         """The first worker's number, on each worker."""
-        return self.number_from_first(lambda: number, self.device)
+        value = torch.tensor(number, device=self.device)
+        dist.broadcast(value, src=0)
+        return int(value.item())
 
     def _spread(self) -> list[Tensor]:
         """Parameters and moments, in the same order on each worker."""

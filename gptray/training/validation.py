@@ -1,7 +1,5 @@
 """The loss over a whole split: sum of token losses / number of tokens, reduced over all workers."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -17,7 +15,6 @@ from gptray.data.tokens import TokenData, TokenSplit
 from gptray.model.gpt import GPT
 from gptray.training.averaging import Average
 from gptray.training.building import build_model
-from gptray.training.checkpoint import AVERAGED
 from gptray.training.device import use_device
 from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.workers import Workers
@@ -37,9 +34,10 @@ class Scores:
     also: Mapping[str, Score] = field(default_factory=dict)
 
     @property
-    def all(self) -> list[Score]:
-        """Of whatever weights and texts."""
-        return [self.own, *([self.averaged] if self.averaged else []), *self.also.values()]
+    def not_finite(self) -> Score | None:
+        """The first score that is not finite, of whatever weights and text; None: all are."""
+        scores = (self.own, self.averaged, *self.also.values())
+        return next((one for one in scores if one and not one.is_finite), None)
 
     @property
     def is_averaged(self) -> bool:
@@ -65,10 +63,7 @@ def score_checkpoint(
     choice = agree_on_backend(config, run_dir, workers, device, log.warning)
     is_native = choice.backend == "native"
     model = build_model(config, data, checkpoint, device, native=is_native).to(device)
-    average = None
-    if config.train.ema:
-        average = Average(model, config.train.ema)
-        average.load(model, checkpoint / AVERAGED)
+    average = Average.of(model, config, checkpoint)
     scores = score_weights(model, average, config, data, workers)
     if average and scores.is_averaged:
         average.exchange()

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -43,13 +42,6 @@ class Workers:
             dist.all_reduce(values)
         return values
 
-    def number_from_first(self, number: Callable[[], int], device: torch.device) -> int:
-        """What `number()` gives on the first worker; it is called there only."""
-        value = torch.tensor(number() if self.is_first else 0, device=device)
-        if self.size > 1:
-            dist.broadcast(value, src=0)
-        return int(value.item())
-
     def passes(self, own: int) -> int:
         """How many forward passes a worker makes that has `own` to make."""
         return own
@@ -62,32 +54,31 @@ class Workers:
         dist.all_gather_object(found, own)
         return cast(list[T], found)
 
-    def agree(self, failure: UserError | RunFailed | None) -> None:
-        """Raise on every worker the failure of any: all leave together, and none waits for another.
-
-        The workers call this at the same place, each with its own failure or None.
-        """
-        for one in self.gather(failure):
-            if one:
-                raise one
-
     def all_or_none(self, make: Callable[[], T]) -> T:
-        """What `make` gives. Raises UserError or RunFailed on every worker if it does on one."""
+        """What `make` gives. Raises UserError or RunFailed on every worker if it does on one.
+
+        So all leave together, and none waits for another.
+        """
         failure: UserError | RunFailed | None = None
         try:
             made = make()
         except (UserError, RunFailed) as error:
             failure = error
-        self.agree(failure)
+        for one in self.gather(failure):
+            if one:
+                raise one
         return made
 
     def from_first(self, make: Callable[[], T]) -> T | None:
         """Call `make` on the first worker; give there what it gives, None elsewhere.
 
-        Raises:
-            UserError, RunFailed: on every worker, what it raised on the first.
+        Raises UserError or RunFailed on every worker, as it did on the first.
         """
         return self.all_or_none(lambda: make() if self.is_first else None)
+
+    def shared_from_first(self, make: Callable[[], T]) -> T:
+        """As `from_first`, and give it on every worker: what can be pickled."""
+        return cast(T, self.gather(self.from_first(make))[0])
 
     def parallel(self, model: nn.Module, reduce_dtype: str) -> nn.Module:
         """The model whose backward pass averages gradients over all workers, as fp32 or bf16."""

@@ -4,8 +4,6 @@ The grid's points are all visited. The other entries are drawn as in a Latin hyp
 al. 1979): of n trials each has its own n-th of every distribution, so that few trials cover it.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 
@@ -34,7 +32,8 @@ def draw(entries: Sequence[Entry], num_samples: int, *, seed: int, after: int = 
         drawn = [values for values in trials if entry.counts(values)]
         for values, stratum in zip(drawn, rng.permutation(len(drawn)), strict=True):
             values |= entry.at((int(stratum) + rng.random()) / len(drawn))
-    return [_in_order(entries, values) for values in trials]
+    paths = [path for entry in entries for path in entry.paths]
+    return [{path: values[path] for path in paths if path in values} for values in trials]
 
 
 def grid_points(entries: Sequence[Entry]) -> list[Values]:
@@ -48,8 +47,3 @@ def grid_points(entries: Sequence[Entry]) -> list[Values]:
             for option in (options if entry.counts(point) else [{}])
         ]
     return points
-
-
-def _in_order(entries: Sequence[Entry], values: Values) -> Values:
-    paths = [path for entry in entries for path in entry.paths]
-    return {path: values[path] for path in paths if path in values}

@@ -4,8 +4,6 @@ A trial is a session of the plugin, in the folder above its curves. Its files ha
 that each is written once, however often the sweep is resumed.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,8 +37,8 @@ def write_hparams(folder: Path) -> None:
         if not trial.started:
             continue
         session = trial_dir(folder, trial.name) / "tensorboard" / trial.name
-        values = {**space.values(trial), **trial.values}
-        _write(session / START, _summary("session_start_info", session_start_info=_start(values)))
+        start = _start(space.settings(trial))
+        _write(session / START, _summary("session_start_info", session_start_info=start))
         rows = trial_dir(folder, trial.name) / METRICS
         if not trial.outcome or _is_newer(rows, session / END):
             (session / END).unlink(missing_ok=True)

@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TypeGuard
 
 from gptray.config import Config, ConfigError, flatten, override
 from gptray.config.keys import shown
-from gptray.config.search_space import Entry
+from gptray.config.search_space import Entry, is_number
 from gptray.tuning.sweep_record import Trial
 from gptray.tuning.trial_plan import entries_of
 
@@ -42,11 +41,18 @@ class Space:
                 own |= _own_values(entry, config)
         return cls(entries, own)
 
+    @property
+    def paths(self) -> list[str]:
+        return [path for entry in self.entries for path in entry.paths]
+
     def values(self, trial: Trial) -> dict[str, object]:
         """What a trial has for each path of the space; one without values has the config's own."""
         given = trial.values or self.own
-        paths = [path for entry in self.entries for path in entry.paths]
-        return {path: given[path] for path in paths if path in given}
+        return {path: given[path] for path in self.paths if path in given}
+
+    def settings(self, trial: Trial) -> dict[str, object]:
+        """As `values`; a repetition also has its seed."""
+        return {**self.values(trial), **trial.values}
 
     def is_own(self, trial: Trial) -> bool:
         """Whether a trial runs the config as it is."""
@@ -106,10 +112,10 @@ def value_text(value: object) -> str:
         return ", ".join(map(value_text, value))
     if isinstance(value, list):  # a split, or names
         words = list(map(value_text, value))
-        return ":".join(words) if all(map(_is_number, value)) else f"[{', '.join(words)}]"
+        return ":".join(words) if all(map(is_number, value)) else f"[{', '.join(words)}]"
     if isinstance(value, str):
         return value
-    return f"{value:g}" if _is_number(value) else shown(value)
+    return f"{value:g}" if is_number(value) else shown(value)
 
 
 def _own_values(entry: Entry, config: Config) -> dict[str, object]:
@@ -141,7 +147,7 @@ def _by_option(entry: Entry, values: Mapping[str, object], own: Sequence[object]
 
 def _by_part(entry: Entry, values: Mapping[str, object], own: Sequence[object]) -> Setting:
     """Parts of a range with as many trials each; equal values are in the same part."""
-    numbers = sorted(value for value in values.values() if _is_number(value))
+    numbers = sorted(value for value in values.values() if is_number(value))
     count = max(1, min(MOST_PARTS, len(numbers) // PART)) if numbers else 0
     starts = sorted({numbers[len(numbers) * part // count] for part in range(count)})
     names = []
@@ -150,15 +156,15 @@ def _by_part(entry: Entry, values: Mapping[str, object], own: Sequence[object]) 
         ends = [f"{end:.2g}" if isinstance(end, float) else f"{end}" for end in (first, last)]
         names.append(" to ".join(ends if first < last else ends[:1]))
     # The config's own may be null where the space has numbers.
-    odd = [value for value in own if not _is_number(value) and value in values.values()]
+    odd = [value for value in own if not is_number(value) and value in values.values()]
 
     def place(value: object) -> int:
-        if not _is_number(value):
+        if not is_number(value):
             return len(starts)
         return max(0, bisect_right(starts, value) - 1)
 
     of = {trial: place(value) for trial, value in values.items()}
-    preferred = place(own[0]) if own and (_is_number(own[0]) or odd) else None
+    preferred = place(own[0]) if own and (is_number(own[0]) or odd) else None
     return Setting(entry, (*names, *map(value_text, odd)), of, _reference(of, preferred), values)
 
 
@@ -173,7 +179,3 @@ def _reference(of: Mapping[str, int], preferred: int | None) -> int:
 def _joined(values: Sequence[object]) -> object:
     """The one value of all paths, or theirs."""
     return values[0] if all(value == values[0] for value in values) else tuple(values)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

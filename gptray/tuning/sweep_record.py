@@ -4,8 +4,6 @@ One event a line, on disk before the sweep continues, so that a killed sweep kno
 decided. A trial's measurements are in its own run folder `trials/<name>/`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time
@@ -228,8 +226,7 @@ class Record:
     def __init__(self, folder: Path) -> None:
         """Open the record of a folder; a line that a crash cut off is dropped.
 
-        Raises:
-            RunFailed: here and in all that writes: the disk is full or cannot be written.
+        Raises RunFailed, as all that writes, if the disk is full or cannot be written.
         """
         self._path = folder / TRIALS
         with storing(self._path):

@@ -1,7 +1,5 @@
 """`trials.parquet`: a sweep's trials as a table, for notebooks and spreadsheets."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from gptray.config.keys import field_specs
 from gptray.data.parts import write_whole
 from gptray.record import read_events, seconds_trained
 from gptray.tuning.levels import Space, value_text
-from gptray.tuning.sweep_record import Sweep, Trial, load_sweep, trial_dir
+from gptray.tuning.sweep_record import Sweep, load_sweep, trial_dir
 
 TABLE = "trials.parquet"
 # Of the evaluation with the lowest loss, as in metrics.jsonl.
@@ -30,8 +28,8 @@ def write_trials_parquet(folder: Path) -> Path:
     """
     sweep = load_sweep(folder)
     space, specs = Space.of(sweep.config), field_specs(Config)
-    settings = [_settings(trial, space) for trial in sweep.trials]
-    paths = list(dict.fromkeys([*_paths(space), *(key for one in settings for key in one)]))
+    settings = [space.settings(trial) for trial in sweep.trials]
+    paths = dict.fromkeys([*space.paths, *(key for one in settings for key in one)])
     columns: dict[str, pa.Array] = {
         "trial": pa.array([trial.name for trial in sweep.trials], pa.string()),
         "outcome": pa.array([trial.outcome for trial in sweep.trials], pa.string()),
@@ -43,15 +41,6 @@ def write_trials_parquet(folder: Path) -> Path:
     path = folder / TABLE
     write_whole(pa.table(columns), path)
     return path
-
-
-def _paths(space: Space) -> list[str]:
-    return [path for entry in space.entries for path in entry.paths]
-
-
-def _settings(trial: Trial, space: Space) -> dict[str, object]:
-    """What a trial sets; a repetition also has its seed."""
-    return {**space.values(trial), **trial.values}
 
 
 def _column(values: Sequence[object], kinds: Sequence[type]) -> pa.Array:

@@ -3,8 +3,6 @@
 A function of the config and of what trials have measured; running them is the runner's.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -50,9 +48,7 @@ def plan_trials(
 
     drawn: how many samples there were after each earlier round; tune.num_samples is the last.
     known: trials of the record, whose names stay theirs.
-
-    Raises:
-        UserError: there is no space, or some of its values don't go together; says all that.
+    Raises UserError if there is no space, or saying which of its values don't go together.
     """
     entries = entries_of(config)
     if not entries:
@@ -124,8 +120,22 @@ def _refuse_endless_texts(entries: Sequence[Entry]) -> None:
 
 
 def plan_trial(config: Config, folder: str, name: str, values: Mapping[str, object]) -> Planned:
-    """A trial of a sweep, by its values. Raises ConfigError where they don't go together."""
-    return Planned(name, values, _trial_config(config, folder, name, values))
+    """A trial of a sweep, by its values: a run in the sweep's folder, over the sweep's own split.
+
+    Raises ConfigError where they don't go together.
+    """
+    tune = {f"tune.{key}": value for key, value in TuneConfig().model_dump().items()}
+    seed = config.seed if config.data.seed is None else config.data.seed
+    own = {
+        "name": name,
+        "storage_path": f"{folder}/trials",
+        "data.seed": seed,
+        "train.resume": "auto",
+        # At a rung, the score of this very step decides.
+        "train.async_validation": False,
+    }
+    changed = {**tune, **own, **_rates(config, values), **values}
+    return Planned(name, values, override(config, changed))
 
 
 def trial_name(number: int) -> str:
@@ -251,21 +261,6 @@ def _unequal_validation(trials: Sequence[Planned]) -> list[str]:
         "tune.space: data.split: the part for validation must be the same in all trials, or they "
         f"would be validated on different text; there are {', '.join(f'{p:.3g}' for p in parts)}"
     ]
-
-
-def _trial_config(config: Config, folder: str, name: str, values: Mapping[str, object]) -> Config:
-    """The config of a trial: an ordinary run in the sweep's folder, over the sweep's own split."""
-    tune = {f"tune.{key}": value for key, value in TuneConfig().model_dump().items()}
-    seed = config.seed if config.data.seed is None else config.data.seed
-    own = {
-        "name": name,
-        "storage_path": f"{folder}/trials",
-        "data.seed": seed,
-        "train.resume": "auto",
-        # At a rung, the score of this very step decides.
-        "train.async_validation": False,
-    }
-    return override(config, {**tune, **own, **_rates(config, values), **values})
 
 
 def _rates(config: Config, values: Mapping[str, object]) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gptray.data.replacement import replace_tokens
+from gptray.data.order import replace_tokens
 
 VOCABULARY = 50
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import tokenizer_path, tokenizer_sha256
-from gptray.data.unreadable import UnreadableText
+from gptray.data.trust import UnreadableText
 from tests.data import foreign
 
 TEXT = "the cat sees a dog. \ud55c\uad6d\n"

@@ -16,7 +16,7 @@ from gptray.training.checkpoint import (
     find_checkpoints,
     newest_whole,
     prune,
-    publish_model,
+    publish_folder,
     save_checkpoint,
 )
 from gptray.training.stopping import Progress
@@ -204,9 +204,9 @@ def test_model_of_another_shape_takes_the_place_of_the_whole_folder(tmp_path: Pa
 
 
 def test_published_model_is_replaced_file_by_file(tmp_path: Path) -> None:
-    publish_model(save(tmp_path, 10, weights=b"old"), tmp_path)
+    publish_folder(save(tmp_path, 10, weights=b"old") / "model", tmp_path / "model")
     with (tmp_path / "model" / "model.safetensors").open("rb") as reader:
-        publish_model(save(tmp_path, 20, weights=b"new"), tmp_path)
+        publish_folder(save(tmp_path, 20, weights=b"new") / "model", tmp_path / "model")
         assert reader.read() == b"old" * 50  # whoever has it open goes on reading a whole file
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"new" * 50
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [

@@ -8,8 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptray.config import Config, UserError
-from gptray.config.export import ExportConfig
+from gptray.config import Config, ExportConfig, UserError
 from gptray.data.gguf_vocabulary import gguf_vocabulary
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import open_tokenizer, tokenizer_files
