@@ -17,7 +17,7 @@ from gptray.data.tokens import TokenData
 from gptray.jobs.evaluate.run import evaluate
 from gptray.jobs.generate.run import generate
 from gptray.jobs.ray_metrics import METRICS, run_tag
-from gptray.jobs.serve.task import ReplicaTask
+from gptray.jobs.serve.check import ReplicaTask
 from gptray.jobs.serve.worker import Replica
 from gptray.jobs.train.run import train
 from gptray.jobs.tune.run import tune

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
@@ -63,7 +63,6 @@ def check(config: Config) -> CheckedEndpoint:
 
 
 def plan(checked: CheckedEndpoint) -> Plan:
-    """What the job would do."""
     config, model = checked.config, checked.model
     settings = config.serve
     least, most = settings.num_replicas, settings.max_replicas
@@ -164,3 +163,15 @@ def endpoint_url(config: Config) -> str:
     """The URL by which this machine reaches the endpoint."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.serve.host, config.serve.host)
     return f"http://{host}:{config.serve.port}"
+
+
+@dataclass(frozen=True)
+class ReplicaTask:
+    """An endpoint's config. keys: digests of the API keys, as their file had them at the start.
+
+    threads: of PyTorch.
+    """
+
+    config: Config
+    keys: Sequence[str]
+    threads: int
