@@ -171,12 +171,12 @@ class LLM:
         Raises RunFailed where the model gives no token.
         """
         shown = 0
-        for _ in self._engine.run_until_ended(sequence):
+        while not sequence.ended or shown < len(sequence.text):
             if piece := sequence.text[shown:]:
                 shown += len(piece)
                 yield piece
-        if piece := sequence.text[shown:]:
-            yield piece
+            else:
+                self._engine.step()
         if sequence.error is not None:
             raise RunFailed(sequence.error)
 
@@ -280,9 +280,7 @@ def _texts(prompts: str | abc.Sequence[str]) -> list[str]:
     return given
 
 
-def _chats(
-    messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]],
-) -> list[object]:
+def _chats(messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]]) -> list[object]:
     """One chat or several as several."""
     several = isinstance(messages, abc.Sequence) and messages
     if not several or isinstance(messages[0], Mapping):
