@@ -197,7 +197,7 @@ class LLM:
             for sequence in running:
                 self._engine.cancel(sequence)
         return [
-            output_of(prompt, row)
+            _output_of(prompt, row)
             if isinstance(row, Sequence)
             else Output(prompt, "", "error", 0, [], numbered_seed(sample.seed, i), row)
             for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
@@ -241,7 +241,7 @@ class LLM:
         return override(self._config, _values(settings, _SETTINGS)).sample
 
 
-def output_of(prompt: str, sequence: Sequence) -> Output:
+def _output_of(prompt: str, sequence: Sequence) -> Output:
     """What came of a sequence that has ended."""
     assert sequence.finish_reason is not None
     return Output(

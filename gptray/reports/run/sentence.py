@@ -5,7 +5,6 @@ from __future__ import annotations
 from gptray.config import Config
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import Diagnosis
-from gptray.reports.run.landed import Point
 from gptray.wording import count, decimals, time_words
 
 # How many pieces of advice the sentence has.
@@ -30,7 +29,9 @@ def _told(diagnosis: Diagnosis) -> str:
         if diagnosis.verdict == "unstable":
             return f"Training stopped after step {diagnosis.last_step:,}: a number was not finite."
         return "There is no evaluation to judge by yet."
-    at_best, saved = _best(diagnosis, best), _saved(diagnosis)
+    places, time = decimals(diagnosis.worse or 1.0), _timed(diagnosis, diagnosis.steps_saved)
+    at_best = f"Validation loss was best at step {best.step:,} ({best.val_loss:.{places}f})"
+    saved = f"saved {count(diagnosis.steps_saved, 'step')}" + (f" ({time})" if time else "")
     worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
     match diagnosis.verdict:
         case "overfitting":
@@ -81,19 +82,9 @@ def _landing(diagnosis: Diagnosis) -> str:
     )
 
 
-def _best(diagnosis: Diagnosis, best: Point) -> str:
-    places = decimals(diagnosis.worse or 1.0)
-    return f"Validation loss was best at step {best.step:,} ({best.val_loss:.{places}f})"
-
-
 def _timed(diagnosis: Diagnosis, steps: int) -> str:
     seconds = diagnosis.seconds(steps)
     return time_words(seconds) if seconds is not None else ""
-
-
-def _saved(diagnosis: Diagnosis) -> str:
-    time = _timed(diagnosis, diagnosis.steps_saved)
-    return f"saved {count(diagnosis.steps_saved, 'step')}" + (f" ({time})" if time else "")
 
 
 def _cost(diagnosis: Diagnosis, worse: str, saved: str) -> str:
