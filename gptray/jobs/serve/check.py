@@ -32,10 +32,7 @@ USER_CONFIG = ("model", "served_model_name")
 
 @dataclass(frozen=True)
 class CheckedEndpoint:
-    """An endpoint that can start.
-
-    model: the user_config of the deployment, see `user_config`.
-    """
+    """An endpoint that can start. model: what `user_config` makes of it."""
 
     config: Config
     model: Mapping[str, str]
