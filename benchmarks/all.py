@@ -28,7 +28,7 @@ from gpu_parts.machine import describe
 from turns import median_ratio, take_turns
 
 from gptray.config import Config, ModelConfig, override
-from gptray.generation.step_timing import faster_decoder
+from gptray.generation.loading import faster_decoder
 from gptray.training.block_timing import faster_kernels
 from gptray.training.device import use_device
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -193,16 +194,16 @@ class Bench:
 
         from gptray.data.scoring import Windows
         from gptray.data.tokens import TokenData
-        from gptray.evaluation.metrics import document_ends, score_windows
+        from gptray.evaluation.metrics import document_ends, losses, sum_windows
         from gptray.model.hf import load_pretrained
 
         data = TokenData.open(self._folder / "tokens" / f"{text}-{QUARTER}")
         windows = Windows(len(data.val), 64, 64)
         models = [load_pretrained(one).eval() for one in members(text, self._size, self._folder)]
         with torch.inference_mode():
-            sums = score_windows(
-                models, data.val, windows, range(len(windows)),
-                ends=document_ends(data.val, data.eos_id), batch_size=32,
+            (sums,) = sum_windows(
+                partial(losses, models), data.val, windows, range(len(windows)),
+                ends=document_ends(data.val, data.eos_id), batch_size=32, device=models[0].device,
             )  # fmt: skip
         return float(sums.nats.sum() / sums.tokens.sum())
 

@@ -1,5 +1,7 @@
 """Losses of a split, in ranges of windows that anyone may score and in any order.
 
+And what weights in fewer bits cost: the same text, read with the full ones and with each kind.
+
 Sums are kept by document and in float64: neither the ranges nor the batch size change the result
 beyond rounding. Which windows there are is `gptray.data.scoring`'s.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor
 from gptray.data.difference import percent
 from gptray.data.scoring import Score, Windows
 from gptray.data.tokens import TokenSplit
-from gptray.evaluation.result import SplitResult
+from gptray.evaluation.result import QuantizedResult, SplitResult
 from gptray.model.precision import pick_dtype
 
 # Tokens looked at together when document ends are searched.
@@ -74,8 +76,7 @@ class DocumentSums:
 def scoring_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What a model is scored in for `evaluate.precision`; auto: on a CPU fp32.
 
-    Raises:
-        UserError: a GPU does not compute in bf16.
+    Raises UserError for a GPU that does not compute in bf16.
     """
     if precision == "auto" and device.type == "cpu":
         return torch.float32
@@ -94,40 +95,12 @@ def document_ends(split: TokenSplit, eos_id: int) -> NDArray[np.int64]:
 class Scored(Protocol):
     """A model that is scored: a `GPT`, or what reads as the engine does."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of targets (B, T) after idx (B, T), in nats; (B, T)."""
 
 
 # From inputs and targets, (B, T) each, to M numbers of each target, (M, B, T), in float64.
 Measure = Callable[[Tensor, Tensor], Tensor]
-
-
-def score_windows(
-    models: Sequence[Scored],
-    split: TokenSplit,
-    windows: Windows,
-    numbers: Sequence[int],
-    *,
-    ends: NDArray[np.int64],
-    batch_size: int,
-) -> DocumentSums:
-    """Score the targets that count in the windows of these numbers, ascending.
-
-    Several models score by the average of their probabilities. The rest as `sum_windows`.
-    """
-
-    def measure(idx: Tensor, targets: Tensor) -> Tensor:
-        return _losses(models, idx, targets)[None]
-
-    device = models[0].device
-    (sums,) = sum_windows(
-        measure, split, windows, numbers, ends=ends, batch_size=batch_size, device=device
-    )
-    return sums
 
 
 @torch.no_grad()
@@ -143,8 +116,8 @@ def sum_windows(
 ) -> list[DocumentSums]:
     """The sums of each of the M numbers of targets that count in the windows of these numbers.
 
-    ends: `document_ends` of the split; an end of text belongs to the document that it closes. What
-    a document begins with is read, but not scored.
+    numbers: ascending. ends: `document_ends` of the split; an end of text belongs to the document
+    that it closes. What a document begins with is read, but not scored.
     """
     documents, found = [], []
     for batch, tokens in windows.batches(split, numbers, batch_size):
@@ -160,13 +133,13 @@ def sum_windows(
     return [DocumentSums.of(of, flat, ones) for flat in np.concatenate(found, axis=1)]
 
 
-def _losses(models: Sequence[Scored], idx: Tensor, targets: Tensor) -> Tensor:
-    """The losses (B, T), in float64, of the models' average probability of each target.
+def losses(models: Sequence[Scored], idx: Tensor, targets: Tensor) -> Tensor:
+    """The losses (1, B, T), in float64, of the models' average probability of each target.
 
     -log(1/M sum_m exp(-loss_m)); of one model, its loss to the bit.
     """
     each = torch.stack([model.token_losses(idx, targets).double() for model in models])
-    return math.log(len(models)) - torch.logsumexp(-each, dim=0)
+    return math.log(len(models)) - torch.logsumexp(-each, dim=0, keepdim=True)
 
 
 def split_result(
@@ -224,3 +197,52 @@ def _how(split: TokenSplit, windows: Windows, scored: int, documents: int) -> st
         f"{which}: {of} windows of {windows.block_size} tokens, {context}; cross-entropy in fp32, "
         f"dropout off; {error}"
     )
+
+
+class Reader(Protocol):
+    """A network with one kind of weights."""
+
+    def read(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of targets (B, T) after idx (B, T): losses in nats, and the likeliest tokens."""
+
+
+def compared(readers: Sequence[Reader], idx: Tensor, targets: Tensor) -> Tensor:
+    """Of K readers, the full weights' first: the losses of each, and for each but the first whether
+    its likeliest token is the first's; (2 K - 1, B, T) in float64."""
+    losses, likeliest = zip(*(reader.read(idx, targets) for reader in readers), strict=True)
+    agrees = [tokens == likeliest[0] for tokens in likeliest[1:]]
+    return torch.stack([one.double() for one in (*losses, *agrees)])
+
+
+def quantized_results(
+    kinds: Sequence[str],
+    sums: Sequence[DocumentSums],
+    weight_bytes: Sequence[int],
+    split: TokenSplit,
+    windows: Windows,
+    numbers: Sequence[int],
+) -> list[QuantizedResult]:
+    """What K kinds of weights cost, the full ones first.
+
+    sums: of what `compared` gives. weight_bytes: of each kind. Windows and numbers as
+    `split_result`'s.
+    """
+    losses, agreed = sums[: len(kinds)], sums[len(kinds) :]
+    full = losses[0]
+    shares = [1.0, *(float(one.nats.sum() / one.tokens.sum()) for one in agreed)]
+    results: list[QuantizedResult] = []
+    for kind, one, share, size in zip(kinds, losses, shares, weight_bytes, strict=True):
+        score = split_result(one, split, windows, numbers)
+        change = replace(one, nats=one.nats - full.nats)
+        results.append(
+            {
+                "weights": kind,
+                "loss": score["loss"],
+                "bpb": score["bpb"],
+                "loss_change": float(change.nats.sum() / change.tokens.sum()),
+                "change_stderr": change.standard_error,
+                "agreement": share,
+                "weight_bytes": size,
+            }
+        )
+    return results

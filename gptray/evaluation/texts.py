@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import sacrebleu
 
@@ -58,13 +59,8 @@ def cut_passages(
 
 def _longest_piece(tokens: list[int], marks: set[int]) -> list[int]:
     """The longest run without one of the tokens that mark a document's ends."""
-    pieces: list[list[int]] = [[]]
-    for token in tokens:
-        if token in marks:
-            pieces.append([])
-        else:
-            pieces[-1].append(token)
-    return max(pieces, key=len)
+    runs = groupby(tokens, key=marks.__contains__)
+    return max((list(run) for is_mark, run in runs if not is_mark), key=len, default=[])
 
 
 def _without_torn_start(tokens: list[int], decode: Decode) -> list[int]:

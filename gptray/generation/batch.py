@@ -188,7 +188,8 @@ class PartWriter:
             "finish_reason": [one.finish_reason if one else "error" for one in done],
             "prompt_tokens": [row.prompt_tokens for row in rows],
             "output_tokens": [len(one.drawn) if one else 0 for one in done],
-            "seed": [_storable(row.seed) for row in rows],
+            # What a column of 64 bits does not hold stands in the row's error.
+            "seed": [row.seed if -SEEDS <= row.seed < SEEDS else None for row in rows],
             "error": [row.problem for row in rows],
             "model": [
                 adapted_name(self._model, row.adapter) if row.adapter else self._model
@@ -203,8 +204,3 @@ class PartWriter:
             for field in list(schema)[: len(schema) - len(passed)]
         ]
         return pa.Table.from_arrays([*arrays, *passed], schema=schema)
-
-
-def _storable(seed: int) -> int | None:
-    """A seed that a column of 64 bits holds; what is beyond stands in the row's error."""
-    return seed if -SEEDS <= seed < SEEDS else None

@@ -56,16 +56,19 @@ class Piece:
 class StepRows:
     """A step's N tokens, a row each: the decoding sequences' first, then those of each piece.
 
-    The arguments are those of `Network.step`. asked: the rows whose logits are asked for.
+    asked: the rows whose logits are asked for. alone: the step keeps what all other slots hold.
     """
 
     def __init__(
         self,
         decoding: Sequence[tuple[int, int]],
         pieces: Sequence[Piece],
-        adapters: Sequence[PackedAdapter | None],
+        adapters: Sequence[PackedAdapter | None] = (),
+        *,
+        alone: bool = False,
     ) -> None:
-        self.decoding, self.pieces = len(decoding), pieces
+        """As `Network.step`."""
+        self.decoding, self.pieces, self.alone = decoding, pieces, alone
         self.tokens = [token for token, _ in decoding]
         self.positions = [position for _, position in decoding]
         self.slots = list(range(len(decoding)))
@@ -87,7 +90,7 @@ class Network(ABC):
     # A step begins no further piece after so many tokens of prompts, so that decoding never stalls.
     prompt_tokens = PROMPT_TOKENS
 
-    @abstractmethod
+    @torch.no_grad()
     def step(
         self,
         decoding: Sequence[tuple[int, int]],
@@ -103,6 +106,11 @@ class Network(ABC):
         and what lower slots hold; alone: what all other slots hold. adapters: of the decoding
         sequences, as `pack` gave them; empty: none has one.
         """
+        return self.logits(StepRows(decoding, pieces, adapters, alone=alone))
+
+    @abstractmethod
+    def logits(self, rows: StepRows) -> Tensor:
+        """What `step` returns."""
 
     @abstractmethod
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
@@ -137,26 +145,17 @@ class Decoder(Network):
         self._heads = model.config.n_head + 2 * model.config.kv_heads
         self._windows = [model.config.window(layer) for layer in range(model.config.n_layer)]
 
-    @torch.no_grad()
     @own_fp32()
-    def step(
-        self,
-        decoding: Sequence[tuple[int, int]],
-        pieces: Sequence[Piece],
-        *,
-        adapters: Sequence[PackedAdapter | None] = (),
-        alone: bool = False,
-    ) -> Tensor:
-        rows = StepRows(decoding, pieces, adapters)
+    def logits(self, rows: StepRows) -> Tensor:
         tokens, positions = (
             torch.tensor(numbers, device=self._device) for numbers in (rows.tokens, rows.positions)
         )
         length = max(rows.positions) + 1
-        if alone:
+        if rows.alone:
             self._cache.grow(length)
         else:
-            self._cache.fit(length, len(decoding) + len(pieces))
-        plan = _AttentionPlan(positions[: len(decoding)], pieces, self._cache)
+            self._cache.fit(length, len(rows.decoding) + len(rows.pieces))
+        plan = _AttentionPlan(positions[: len(rows.decoding)], rows.pieces, self._cache)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             return plan.attend(layer, qkv.view(len(qkv), self._heads, -1), self._windows[layer])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.decoder import Decoder, Network, Piece
 from gptray.generation.graphs import GraphDecoder
 from gptray.generation.native_decoder import NativeDecoder
-from gptray.generation.sampling import Drawn
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import check_context
 from gptray.generation.utf8 import Utf8
@@ -117,21 +116,6 @@ class Engine:
         while self.busy:
             self.step()
         return submitted
-
-    def run_until_ended(self, sequence: Sequence) -> Iterator[Drawn]:
-        """Step the engine until a sequence has ended; yield its tokens as they come.
-
-        All other sequences advance too.
-        """
-        given = 0
-        while True:
-            for drawn in sequence.drawn[given:]:
-                given += 1
-                yield drawn
-            if sequence.ended and given == len(sequence.drawn):
-                return
-            if given == len(sequence.drawn):
-                self.step()
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence where it stands; its slot is free at once."""

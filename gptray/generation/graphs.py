@@ -67,19 +67,13 @@ class GraphDecoder(Network):
         self._begun = False  # whether the step after has begun
         self._ahead: tuple[list[int], list[int]] | None = None  # its tokens and positions
 
-    @torch.no_grad()
-    def step(
-        self,
-        decoding: Sequence[tuple[int, int]],
-        pieces: Sequence[Piece],
-        *,
-        adapters: Sequence[PackedAdapter | None] = (),
-        alone: bool = False,
-    ) -> Tensor:
+    def logits(self, rows: StepRows) -> Tensor:
         """See `Network`; slots never disturb each other here."""
-        assert not any(adapters), "graphs take no adapters"
-        read = StepRows([], [replace(piece, tokens=piece.tokens[:-1]) for piece in pieces], ())
-        rows = StepRows(decoding, [_last(piece) for piece in pieces], ())
+        assert not any(rows.adapters), "graphs take no adapters"
+        decoding, pieces = rows.decoding, rows.pieces
+        read = StepRows([], [replace(piece, tokens=piece.tokens[:-1]) for piece in pieces])
+        if pieces:
+            rows = StepRows(decoding, [_last(piece) for piece in pieces])
         ahead, self._ahead = self._ahead, None
         if read.tokens:
             self._reading.fill(read)

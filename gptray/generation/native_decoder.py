@@ -1,29 +1,32 @@
 """The decoder of `gptray.native`: a step of the network in one call, on x86 with AVX-512.
 
 Does what `gptray.generation.decoder` does with PyTorch, on some processors about twice as fast:
-`gptray.generation.step_timing` finds out where.
+`gptray.generation.loading` finds out where.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import c_void_p
+from ctypes import POINTER, c_void_p
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from gptray.generation.adapted_rows import PackedAdapter
+from gptray.config import ModelConfig
+from gptray.generation import sampling
+from gptray.generation.adapted_rows import INTO_MLP, LAYERS, PackedAdapter, numbered
 from gptray.generation.cache import FIRST_TOKENS
-from gptray.generation.decoder import Network, Piece, StepRows
-from gptray.generation.native_adapter import NativeAdapter, tables
-from gptray.generation.native_sampling import draw_limited, top_candidates
-from gptray.generation.native_weights import DTYPES, NativeWeights, Rooms, room
+from gptray.generation.choosing import Chosen
+from gptray.generation.decoder import Network, StepRows
+from gptray.generation.native_weights import DTYPES, NativeWeights, Rooms, room, woven
 from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 from gptray.native import abi
-from gptray.native.abi import INT8_GROUP, PANEL, load_library
+from gptray.native.abi import INT8_GROUP, LANES, PANEL, RANK_STEP, load_library
 from gptray.native.backend import GENERATE_KEY
 
 # Multiplications of a step below which one more thread costs more than it brings.
@@ -35,9 +38,7 @@ class NativeDecoder(Network):
 
     dtype: fp32 or bf16, of the weights, keys and values; what lies between products is fp32.
     quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
-
-    Raises:
-        RunFailed: the native library cannot be built.
+    Raises RunFailed where the native library cannot be built.
     """
 
     def __init__(
@@ -59,29 +60,18 @@ class NativeDecoder(Network):
         self._scratch, self._places = torch.empty(0), list[int]()
         self._asked = 0, 0
 
-    @torch.no_grad()
-    def step(
-        self,
-        decoding: Sequence[tuple[int, int]],
-        pieces: Sequence[Piece],
-        *,
-        adapters: Sequence[PackedAdapter | None] = (),
-        alone: bool = False,
-    ) -> Tensor:
+    def logits(self, rows: StepRows) -> Tensor:
         """See `Network`; slots never disturb each other here."""
-        of_step = StepRows(decoding, pieces, adapters)
-        tokens, positions, slots = of_step.tokens, of_step.positions, of_step.slots
+        tokens, positions, slots = rows.tokens, rows.positions, rows.slots
         # The C++ trusts its caller.
         assert min(tokens) >= 0 and max(tokens) < self._vocab_size, tokens
         assert min(positions) >= 0 and max(positions) < self._cache.most, positions
         assert min(slots) >= 0 and max(slots) < self._cache.slots, slots
-        rows = [
-            np.array(numbers, np.int32) for numbers in (tokens, slots, positions, of_step.asked)
-        ]
-        logits = torch.empty(len(of_step.asked), _rounded(self._vocab_size, PANEL))
-        own, most_rank = tables(of_step.adapters)
+        columns = [np.array(one, np.int32) for one in (tokens, slots, positions, rows.asked)]
+        logits = torch.empty(len(rows.asked), _rounded(self._vocab_size, PANEL))
+        own, most_rank = _tables(rows.adapters)
         step = abi.Step(
-            *(numbers.ctypes.data for numbers in rows),
+            *(numbers.ctypes.data for numbers in columns),
             own,
             len(tokens),
             len(logits),
@@ -158,12 +148,92 @@ class _Cache:
             layer[target, :, :tokens] = layer[source, :, :tokens]
 
     def _seen(self) -> abi.Cache:
-        return abi.Cache(*map(_addresses, self._memory), self._length, self._kind)
-
-
-def _addresses(layers: Sequence[Tensor]) -> object:
-    return (c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
+        keys, values = (
+            (c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
+            for layers in self._memory
+        )
+        return abi.Cache(keys, values, self._length, self._kind)
 
 
 def _rounded(count: int, step: int) -> int:
     return -(-count // step) * step
+
+
+class NativeAdapter(PackedAdapter):
+    """An adapter in fp32 or bf16 (kind), whose products are summed in fp32.
+
+    rank: the greatest of its layers.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LowRank], config: ModelConfig, kind: int, rooms: Rooms
+    ) -> None:
+        self._kept: list[Tensor] = []
+        self._rooms = rooms
+        self._kind, self._is_gated = kind, config.mlp == "swiglu"
+        table = [self._packed(*one) for one in enumerate(numbered(layers, config))]
+        self.rank = max(one.rank for one in table)
+        end = self._packed(len(table), None)
+        array = (abi.LowRank * (len(table) + 1))(*table, end)
+        self.table = ctypes.cast(array, POINTER(abi.LowRank))
+
+    def _packed(self, number: int, layer: LowRank | None) -> abi.LowRank:
+        if layer is None:
+            return abi.LowRank(None, None, 0, self._kind, 0)
+        a, b = layer.a, layer.b
+        if self._is_gated and LAYERS[number % len(LAYERS)] == INTO_MLP:
+            b = woven(b)
+        more = -len(a) % RANK_STEP
+        a = F.pad(a, (0, -a.size(1) % LANES, 0, more))
+        b = F.pad(b, (0, more, 0, -len(b) % PANEL))
+        steps = a.view(-1, RANK_STEP, a.size(1) // LANES, LANES).transpose(1, 2)
+        panels = b.view(-1, PANEL, len(a)).transpose(1, 2)
+        dtype = DTYPES[self._kind]
+        placed = [self._rooms.place(one.shape, dtype).copy_(one) for one in (steps, panels)]
+        self._kept += placed
+        return abi.LowRank(*(one.data_ptr() for one in placed), len(a), self._kind, a.size(1))
+
+
+def _tables(adapters: Sequence[PackedAdapter | None]) -> tuple[object, int]:
+    """Of each row: what the library is given, None if no row has one; and the greatest rank."""
+    found, most = (POINTER(abi.LowRank) * len(adapters))(), 0
+    for row, adapter in enumerate(adapters):
+        if adapter is not None:
+            assert isinstance(adapter, NativeAdapter)
+            found[row] = adapter.table
+            most = max(most, adapter.rank)
+    return (found if most else None), most
+
+
+def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `gptray.generation.choosing.top_candidates` gives for fp32 logits, faster."""
+    B, V = logits.shape
+    k = min(k, V)
+    logits = logits.contiguous()
+    assert logits.dtype == torch.float32
+    values, ids = torch.empty(B, k), torch.empty(B, k, dtype=torch.int64)
+    threads = min(B, torch.get_num_threads())
+    load_library(key=GENERATE_KEY).top_candidates(logits, B, V, k, values, ids, threads)
+    return values, ids
+
+
+def draw_limited(logits: Tensor, rows: Sequence[Row]) -> Chosen:
+    """What `gptray.generation.sampling.draw_limited` gives; faster if all rows have a top_k."""
+    if any(row.sampling.top_k is None for row in rows):
+        return sampling.draw_limited(top_candidates, logits, rows)
+    B, V = logits.shape
+    draws = (abi.Draw * B)(*map(_draw, rows))
+    k = min(max(draw.top_k for draw in draws), V)
+    best, tokens = torch.empty(B), torch.empty(B, dtype=torch.int64)
+    ids, logs = torch.empty(B, k, dtype=torch.int64), torch.empty(B, k, dtype=torch.float64)
+    library, threads = load_library(key=GENERATE_KEY), min(B, torch.get_num_threads())
+    library.rank_rows(logits.contiguous(), B, V, k, draws, best, ids, logs, threads)
+    library.draw_rows(logs.exp_(), ids, B, k, draws, tokens)
+    return tokens, best
+
+
+def _draw(row: Row) -> abi.Draw:
+    asked = row.sampling
+    top_p = 1.0 if asked.top_p is None else asked.top_p
+    reals = asked.temperature, top_p, asked.min_p or 0.0
+    return abi.Draw(*reals, asked.seed, row.row, row.new_tokens, asked.top_k)

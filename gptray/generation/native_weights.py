@@ -50,6 +50,7 @@ class NativeWeights:
 
     def __init__(self, model: GPT, dtype: torch.dtype, quantize: str) -> None:
         self._model, self._dtype, self._quantize = model, dtype, quantize
+        self._whole = model.whole  # a parameter's numbers, which may still lie in a file
         self.count = 0  # of all linear layers
         self._kept: list[Tensor] = []
         self._rooms = Rooms()
@@ -95,10 +96,6 @@ class NativeWeights:
         if is_there and wte.to(self._dtype).float().equal(wte):
             return None, head
         return wte, head
-
-    def _whole(self, parameter: Tensor) -> Tensor:
-        """A parameter's numbers, which may still lie in a file."""
-        return self._model.whole(parameter)
 
     def _bias(self, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else self._whole(bias)

@@ -33,6 +33,7 @@ GELUS = {"gelu_new": "tanh", "gelu": "none"}
 Attend = Callable[[int, Tensor], Tensor]
 # `GPT.whole`
 Whole = Callable[[Tensor], Tensor]
+Norm = Callable[[Tensor], Tensor]
 
 
 class PackedGPT:
@@ -91,36 +92,19 @@ class PackedGPT:
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """A norm, or what passes all through."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    is_rms: bool = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.weight is None:
-            return x
-        if self.is_rms:
-            return rms_norm(x, self.weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True)
 class _Queries:
     """q and k of a layer as its scores take them: normalised and rotated; q times 1 / sqrt(E)."""
 
     n_head: int
     kv_heads: int
     width: int
-    q_norm: _Norm
-    k_norm: _Norm
+    q_norm: Norm
+    k_norm: Norm
     rotates: bool
 
     def __call__(self, qkv: Tensor, angles: Angles | None) -> Tensor:
         """q, k, v (N, (H + 2 K) E)."""
-        if self.q_norm.weight is None and not self.rotates:
+        if self.q_norm is _same and not self.rotates:
             return qkv
         heads = qkv.view(len(qkv), -1, self.width)
         q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=1)
@@ -133,11 +117,11 @@ class _Queries:
 
 @dataclass(frozen=True)
 class _Block:
-    ln_1: _Norm
+    ln_1: Norm
     c_attn: Layer
     queries: _Queries
     attn_proj: Layer
-    ln_2: _Norm
+    ln_2: Norm
     c_fc: Layer
     mlp_proj: Layer
     is_gated: bool
@@ -157,7 +141,7 @@ class _Block:
         to = y if self.residual or self.parallel else None
         return self._add(run, self.mlp_proj, inner, self.ln_2, to)
 
-    def _add(self, run: Run, proj: Layer, inner: Tensor, norm: _Norm, to: Tensor | None) -> Tensor:
+    def _add(self, run: Run, proj: Layer, inner: Tensor, norm: Norm, to: Tensor | None) -> Tensor:
         if not self.post_norm:
             return run(proj, inner, to)
         made = norm(run(proj, inner))
@@ -168,13 +152,16 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _norm(module: nn.Module | None, whole: Whole, dtype: torch.dtype, scale: float = 1) -> _Norm:
+def _norm(module: nn.Module | None, whole: Whole, dtype: torch.dtype, scale: float = 1) -> Norm:
     if module is None or isinstance(module, nn.Identity):
-        return _Norm(None, None, 0.0)
+        return _same
     if isinstance(module, RMSNorm):
-        return _Norm((whole(module.weight) * scale).to(dtype), None, module.eps, is_rms=True)
+        weight = (whole(module.weight) * scale).to(dtype)
+        return partial(rms_norm, weight=weight, eps=module.eps)
     assert isinstance(module, nn.LayerNorm)
-    return _Norm(whole(module.weight).to(dtype), whole(module.bias).to(dtype), module.eps)
+    weight, bias = whole(module.weight).to(dtype), whole(module.bias).to(dtype)
+    shape = list(weight.shape)
+    return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=module.eps)
 
 
 def _block(

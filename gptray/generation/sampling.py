@@ -79,15 +79,17 @@ def draw(
     top = top or top_candidates
     limited = limited or partial(draw_limited, top)
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
-    logprobs = _log_softmax(logits, asked) if asked else logits
+    logprobs = logits
+    if asked:
+        logprobs = torch.log_softmax(logits if len(asked) == len(rows) else logits[asked], dim=-1)
     _shape(logits, rows)
     drawn: list[Drawn | None] = [None] * len(rows)
-    for members, choose in (
-        ([i for i, r in enumerate(rows) if r.sampling.is_greedy], _greedy),
-        ([i for i, r in enumerate(rows) if is_ranked(r.sampling)], limited),
-        ([i for i, r in enumerate(rows) if _is_unranked(r.sampling)], _draw_unranked),
-    ):
-        if members:
+    settings = [row.sampling for row in rows]
+    ways = [
+        _greedy if s.is_greedy else limited if is_ranked(s) else _draw_unranked for s in settings
+    ]
+    for choose in (_greedy, limited, _draw_unranked):
+        if members := [i for i, way in enumerate(ways) if way is choose]:
             part = logits if len(members) == len(rows) else logits[members]
             tokens, best = choose(part, [rows[i] for i in members])
             for i, token, most in zip(members, tokens.tolist(), best.tolist(), strict=True):
@@ -171,10 +173,6 @@ def is_ranked(sampling: Sampling) -> bool:
     return limited and not sampling.is_greedy
 
 
-def _is_unranked(sampling: Sampling) -> bool:
-    return not sampling.is_greedy and not is_ranked(sampling)
-
-
 def _greedy(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     best, tokens = logits.max(dim=-1)
     return tokens, best
@@ -211,17 +209,10 @@ def _columns(rows: Sequence[Row], logits: Tensor) -> Columns:
     ]
     columns = torch.tensor(asked, dtype=torch.float64).to(device)[:, :, None]
     numbers = uniform(
-        [s.seed for s in settings],
-        [row.row for row in rows],
-        [row.new_tokens for row in rows],
+        [s.seed for s in settings], [row.row for row in rows], [row.new_tokens for row in rows]
     )
     temperature, top_k, top_p, min_p = columns.unbind()
     return Columns(temperature, top_k.long(), top_p, min_p, numbers.to(device)[:, None])
-
-
-def _log_softmax(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """Of these rows, (len(rows), V)."""
-    return torch.log_softmax(logits if len(rows) == len(logits) else logits[rows], dim=-1)
 
 
 def _report(

@@ -153,7 +153,9 @@ class Sequence:
             return
         self.history.append(drawn.token)
         if self._utf8:
-            self._follow(self._utf8, drawn.token)
+            self._state = self._utf8.next(self._state, drawn.token)
+            if self._state == INVALID:  # no valid token was left to draw
+                self._state = self._utf8.state_after(self.history)
         if drawn.token in self.eos_ids and not sampling.ignore_eos:
             self.end = drawn
             self._end("stop")
@@ -171,11 +173,6 @@ class Sequence:
     def fail(self, reason: str) -> None:
         """End with an error; other sequences are not affected."""
         self.finish_reason, self.error = "error", reason
-
-    def _follow(self, utf8: Utf8, token: int) -> None:
-        self._state = utf8.next(self._state, token)
-        if self._state == INVALID:  # no valid token was left to draw
-            self._state = utf8.state_after(self.history)
 
     def _end(self, reason: FinishReason) -> None:
         if self._stream is None:

@@ -20,7 +20,6 @@ class WindowReader:
     def __init__(
         self, model: GPT, *, dtype: torch.dtype, quantize: str = "none", backend: str = "torch"
     ) -> None:
-        self.device = model.device
         self._network = make_decoder(backend, model, SLOTS, dtype, quantize)
 
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:

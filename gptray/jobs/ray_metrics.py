@@ -143,8 +143,9 @@ class Exporter:
 
     def set(self, name: str, value: float, **tags: str) -> None:
         """Give a gauge its value."""
-        self._values[name, frozenset(tags.items())] = float(value)
         self._of(name).set(float(value), {"run": self._run, **tags})
+        # Only now: Ray may still be on its way in, and another thread sets again what is here.
+        self._values[name, frozenset(tags.items())] = float(value)
 
     def set_again(self) -> None:
         """Give every gauge the value that it has."""

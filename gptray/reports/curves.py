@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from gptray.reports.chart import Chart, Mark, Series
-from gptray.reports.picture import Figure, Picture, Shape, box, dot, line, words
-from gptray.reports.scale import Scale, ticks
+from gptray.reports.picture import Figure, Picture, Scale, Shape, box, dot, grid, line, ticks, words
 
 WIDE, NARROW = 820, 340
 TALL, LOW = 320, 150
@@ -29,7 +28,11 @@ def _picture(chart: Chart, width: int) -> Picture:
     height = TALL if len(chart.series) > 1 else LOW
     x = Scale(chart.first, chart.last or 1.0, LEFT, width - RIGHT, is_log=chart.first > 0)
     y = Scale(chart.low, chart.high, height - BOTTOM, TOP + MARK_LINE * len(chart.marks))
-    shapes = [*_axes(chart, x, y), *_rungs(chart, x, y), *_after_turn(chart, x, y)]
+    shapes = _axes(chart, x, y)
+    shapes += [line("rung", [(x.at(step), y.end), (x.at(step), y.start)]) for step in chart.rungs]
+    # The steps from which validation loss stays worse.
+    turned = [x.at(mark.step) for mark in chart.marks if mark.role == "turned"]
+    shapes += [box("shade turned", left, y.end, x.end, y.start) for left in turned]
     curves = [shape for series in chart.series for shape in _curve(series, x, y)]
     marks = [
         shape for row, mark in enumerate(chart.marks) for shape in _mark(mark, row, x, y, width)
@@ -49,10 +52,7 @@ def _spoken(chart: Chart) -> str:
 
 
 def _axes(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
-    shapes = []
-    for _, place, text in y.ticks(max(4, int(y.start) // 40)):
-        shapes.append(line("grid", [(x.start, place), (x.end, place)]))
-        shapes.append(words("y", (x.start - 6, place + 4), text))
+    shapes = grid(y, max(4, int(y.start) // 40), x.start, x.end)
     for step in _rung_ticks(chart, x) or ticks(0, chart.last, max(3, int(x.end) // 100)):
         # A centred last label would leave the picture.
         css = "x end" if x.at(step) > x.end - 14 else "x"
@@ -70,16 +70,6 @@ def _rung_ticks(chart: Chart, x: Scale) -> list[float]:
         if min(x.at(step) - x.at(kept[-1]), x.end - x.at(step)) > TICK_ROOM:
             kept.append(step)
     return [*kept, chart.last] if chart.last > chart.first else kept
-
-
-def _rungs(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
-    return [line("rung", [(x.at(step), y.end), (x.at(step), y.start)]) for step in chart.rungs]
-
-
-def _after_turn(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
-    """A shade over the steps from which validation loss stays worse."""
-    turned = [x.at(mark.step) for mark in chart.marks if mark.role == "turned"]
-    return [box("shade turned", left, y.end, x.end, y.start) for left in turned]
 
 
 def _curve(series: Series, x: Scale, y: Scale) -> list[Shape]:

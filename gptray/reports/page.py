@@ -1,4 +1,4 @@
-"""Pages from Jinja2 templates: one file each, without scripts, network or fonts.
+"""Pages from Jinja2 templates: one file each, without scripts, network or fonts; PNGs beside them.
 
 Templates clean and escape every value they print; the page's own policy forbids scripts as well.
 """
@@ -12,18 +12,37 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
+import resvg_py
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from gptray.files import replacing
 from gptray.record import versions
-from gptray.reports.colours import DARK, LIGHT, PRINT
+from gptray.reports.picture import Figure
 
+# Colours of pages and figures: light, dark and on paper.
+LIGHT = {
+    "page": "#fff", "text": "#1c2024", "soft": "#5b6470", "line": "#e2e5e9", "panel": "#f5f6f8",
+    "blue": "#2f6db5", "orange": "#c4561a", "grey": "#5b6470", "green": "#1b7f3b",
+    "red": "#b3261e",
+}  # fmt: skip
+DARK = {
+    "page": "#15181c", "text": "#e6e8ea", "soft": "#9aa3ad", "line": "#2c3238", "panel": "#1e2328",
+    "blue": "#6aa9f0", "orange": "#f0985c", "grey": "#aab3bd", "green": "#5cc47e",
+    "red": "#f2857d",
+}  # fmt: skip
+PRINT = LIGHT | {
+    "text": "#000", "soft": "#444", "line": "#ccc", "panel": "#f3f3f3", "grey": "#444",
+}  # fmt: skip
 REPORT = "report.html"
 # Seconds after which a browser reloads the page of a run in progress.
 REFRESH_S = 10
 # Values up to this length stay on one line.
 SHORT = 20
+# Pixels of a PNG file per pixel of the picture.
+ZOOM = 1.5
+# A machine without fonts would draw no text.
+FONTS = Path(__file__).parent / "fonts"
 # What HTML may not hold, and lone surrogates, which no UTF-8 file may.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _BLANK = re.compile("(\n{5,})")
@@ -93,3 +112,19 @@ def _clean(text: str) -> str:
     if isinstance(text, Markup):
         return text
     return _UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def save_png(figure: Figure, folder: Path) -> Path:
+    """Write `<key>.png`, the page's wide picture in light colours; return its path."""
+    # resvg has no CSS variables.
+    css = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], render("chart.css"))
+    path = folder / f"{figure.key}.png"
+    image = resvg_py.svg_to_bytes(
+        svg_string=render("figure.svg.j2", figure=figure, css=Markup(css)),
+        zoom=ZOOM,
+        background=LIGHT["page"],
+        font_files=sorted(map(str, FONTS.glob("*.ttf"))),
+    )
+    with replacing(path) as draft:
+        draft.write_bytes(bytes(image))
+    return path

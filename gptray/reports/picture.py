@@ -1,10 +1,12 @@
 """Figures as shapes: one definition gives the page's SVG and the PNG file.
 
-Coordinates are pixels from the top left. `templates/chart.css` styles the shapes by class.
+Scales map values to pixels, which count from the top left. `templates/chart.css` styles the shapes
+by class.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -56,19 +58,16 @@ class Figure:
 
 
 def line(css: str, points: Iterable[XY], hint: str = "") -> Shape:
-    """A line through points."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return Shape("path", css, {"d": f"M{path}"}, hint)
 
 
 def dot(css: str, place: XY, radius: float, hint: str = "") -> Shape:
-    """A dot around a place."""
     at = {"cx": f"{place[0]:.1f}", "cy": f"{place[1]:.1f}", "r": f"{radius:g}"}
     return Shape("circle", css, at, hint)
 
 
 def box(css: str, left: float, top: float, right: float, bottom: float) -> Shape:
-    """A filled rectangle."""
     at = {"x": f"{left:.1f}", "y": f"{top:.1f}"}
     return Shape(
         "rect", css, at | {"width": f"{right - left:.1f}", "height": f"{bottom - top:.1f}"}
@@ -78,3 +77,67 @@ def box(css: str, left: float, top: float, right: float, bottom: float) -> Shape
 def words(css: str, place: XY, text: str) -> Shape:
     """A text: class x centres it, y and end make it end at its place."""
     return Shape("text", css, {"x": f"{place[0]:.1f}", "y": f"{place[1]:.1f}"}, text)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values from low to high onto pixels from start to end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def at(self, value: float) -> float:
+        """The pixel of a value; one beyond the scale lies outside."""
+        bend = math.log if self.is_log else float
+        low, high = bend(self.low), bend(self.high)
+        part = (bend(value) - low) / ((high - low) or 1.0)
+        return self.start + part * (self.end - self.start)
+
+    def clamped(self, value: float) -> float:
+        """The pixel of a value clamped to the scale."""
+        return self.at(min(max(value, self.low), self.high))
+
+    def ticks(self, most: int) -> list[tuple[float, float, str]]:
+        """Round values with their pixels and labels."""
+        values = ticks(self.low, self.high, most)
+        spacing = values[1] - values[0] if len(values) > 1 else abs(self.high)
+        return [(value, self.at(value), tick_text(value, spacing)) for value in values]
+
+
+def grid(y: Scale, most: int, left: float, right: float, *, gap: float = 6) -> list[Shape]:
+    """Lines at round values from left to right, each with its label `gap` pixels before it."""
+    shapes = []
+    for _, place, text in y.ticks(most):
+        shapes.append(line("grid", [(left, place), (right, place)]))
+        shapes.append(words("y", (left - gap, place + 4), text))
+    return shapes
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers from low to high, with at most `most` intervals between them."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    power = 10.0 ** _floor_log10(span / most)
+    step = next(power * m for m in (1, 2, 5, 10, 20) if span / (power * m) <= most or m == 20)
+    first = -(-low // step)
+    found = []
+    while first * step <= high + span * 1e-9:
+        found.append(round(first * step, 12) + 0.0)  # not -0
+        first += 1
+    return found
+
+
+def tick_text(value: float, spacing: float) -> str:
+    """A tick's label, with as many decimals as tell it from its neighbours."""
+    if spacing < 0.01:
+        return f"{value:g}".replace("e-0", "e-")
+    places = max(0, -_floor_log10(spacing * 1.0001))
+    return f"{value:,.{places}f}" if value else "0"
+
+
+def _floor_log10(value: float) -> int:
+    return math.floor(math.log10(value))

@@ -36,7 +36,6 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """The JSON of the answer."""
         client = "invalid_request_error" if self.status < 500 else "server_error"
         return {
             "error": {

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
+from pathlib import Path
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
@@ -19,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from gptray.config import ServeConfig, UserError
+from gptray.config.suggest import did_you_mean, nearest
 from gptray.serving.api_error import ApiError, ClientGone
 from gptray.serving.api_keys import Keys
 from gptray.serving.arrival import Arrival
@@ -28,9 +30,8 @@ from gptray.serving.chat_request import ChatRequest
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.engine_thread import Overloaded
-from gptray.serving.events import EventStream
+from gptray.serving.events import EventStream, told
 from gptray.serving.gate import Gate
-from gptray.serving.no_path import no_path
 from gptray.serving.protocol import (
     CompletionRequest,
     DetokenizeRequest,
@@ -40,9 +41,16 @@ from gptray.serving.protocol import (
 )
 from gptray.serving.streams import EngineStopped
 from gptray.serving.telemetry import Stopwatch, Telemetry
-from gptray.serving.told import told
-from gptray.serving.try_page import page
 
+INSTEAD = "call POST /v1/completions, with `prompt`"
+# What clients of OpenAI and others call besides completions, by the end of the path.
+ENDS = {
+    "/messages": "there is no such API here: call POST /v1/chat/completions, with `messages`",
+    "/responses": f"there is no responses API here: {INSTEAD} instead of `input`",
+    "/embeddings": "there are no embeddings here, only text: call POST /v1/completions",
+}
+# How many of the likeliest tokens it shows, where the server tells as many.
+CANDIDATES = 8
 T = TypeVar("T")
 Asked = TypeVar("Asked", bound=GenerationRequest)
 Check = Callable[[Asked, Served, ServeConfig], Coroutine[object, object, Completion]]
@@ -249,3 +257,19 @@ def _card(served: Served) -> dict[str, object]:
 
 async def _answer(_: Request, error: Exception) -> Response:
     return Response(status_code=499) if isinstance(error, ClientGone) else told(error).response()
+
+
+def no_path(path: str, paths: Sequence[str]) -> str:
+    """One sentence for a path that is not in `paths`."""
+    for end, sentence in ENDS.items():
+        if path.rstrip("/").endswith(end):
+            return sentence
+    near = nearest(path, paths)
+    meant = did_you_mean(near) if near else f"; to complete text, {INSTEAD}"
+    return f"there is no {path[:100]} here{meant}"
+
+
+def page(max_logprobs: int) -> str:
+    """The page's HTML."""
+    html = Path(__file__).with_name("page.html").read_text("utf-8")
+    return html.replace("{{candidates}}", str(min(CANDIDATES, max_logprobs)))

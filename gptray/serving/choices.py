@@ -1,4 +1,4 @@
-"""The choices of an answer, from the engine's updates.
+"""The choices of an answer: the prompts that they echo, then what the engine's updates add.
 
 Logprobs cover every generated token, the end-of-text token too, though it is not part of the text.
 """
@@ -6,16 +6,43 @@ Logprobs cover every generated token, the end-of-text token too, though it is no
 from __future__ import annotations
 
 from collections import abc
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from gptray.generation.detokenize import TextStream, left_context
 from gptray.generation.sampling import Drawn
-from gptray.serving.echo import Echo
 from gptray.serving.endpoint import Served
+from gptray.serving.protocol import CompletionRequest, Prompt
 from gptray.serving.streams import Update
 
 # Replaces a log-probability that JSON cannot hold.
 LEAST_LOGPROB = -9999.0
+
+
+class Echo(NamedTuple):
+    """A prompt as an answer shows it.
+
+    lead: what the text shows of each token that the tokenizer puts before it: its name or nothing.
+    """
+
+    text: str
+    lead: tuple[str, ...] = ()
+
+
+async def ids_of(prompt: Prompt, body: CompletionRequest, served: Served) -> list[int]:
+    """What a prompt is read as; ids are taken as they are. Raises ValueError."""
+    if not isinstance(prompt, str):
+        return prompt
+    return await served.prompt_ids(prompt, add_prefix=body.add_special_tokens)
+
+
+def echo(prompt: Prompt, body: CompletionRequest, ids: list[int], served: Served) -> Echo:
+    """A prompt as it is shown: an empty one, and ids, as what was read."""
+    tokenizer = served.tokenizer
+    if not prompt or not isinstance(prompt, str):
+        return Echo(tokenizer.decode(ids))
+    if tokenizer.begins_with_prefix(prompt):
+        return Echo(prompt, tuple(tokenizer.names[number] for number in tokenizer.prefix))
+    return Echo(prompt, ("",) * len(tokenizer.prefix) if body.add_special_tokens else ())
 
 
 class Logprobs(TypedDict):
@@ -52,7 +79,6 @@ class Output:
         self._told = TextStream(served.tokenizer.decode)
 
     def take(self, update: Update) -> Choice:
-        """What the update adds."""
         echoed, self._echoed = self._echoed, ""
         logprobs = None
         if self._has_logprobs:

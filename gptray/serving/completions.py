@@ -21,10 +21,9 @@ from gptray.config.limits import SEEDS
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.serving.api_error import ApiError, unknown_model
-from gptray.serving.choices import Choice, Output, joined
-from gptray.serving.echo import Echo, echo, ids_of
+from gptray.serving.choices import Choice, Echo, Output, echo, ids_of, joined
 from gptray.serving.endpoint import Served
-from gptray.serving.protocol import CompletionRequest, StreamOptions
+from gptray.serving.protocol import SAMPLED, CompletionRequest, StreamOptions
 from gptray.serving.streams import Stream, Update
 
 
@@ -136,12 +135,7 @@ class Completion:
         }
 
     def _head(self, kind: str) -> dict[str, object]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self._served.name,
-        }
+        return {"id": self.id, "object": kind, "created": self.created, "model": self._served.name}
 
 
 def check_name(served: Served, name: str | None) -> None:
@@ -193,17 +187,8 @@ def _sampling(body: CompletionRequest, served: Served, limits: ServeConfig) -> S
     return Sampling(
         max_new_tokens=longest,
         min_new_tokens=min(body.min_tokens, longest),
-        temperature=body.temperature,
         top_k=body.top_k if body.top_k > 0 else None,
-        top_p=body.top_p if body.top_p < 1 else None,
-        min_p=body.min_p or None,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=body.logit_bias,
-        ignore_eos=body.ignore_eos,
         utf8=served.utf8,
         seed=body.seed or 0,
-        stop=body.stop,
-        logprobs=body.logprobs,
+        **{name: getattr(body, name) for name in SAMPLED},
     )

@@ -67,7 +67,6 @@ class Served:
         # By the adapters' names; never changed in place, since other threads read it.
         self._adapted: dict[str, Served] = {}
         self.thread = EngineThread(engine, max_waiting=max_waiting)
-        self.thread.start()
         self._token_texts: dict[int, str] = {}
 
     @classmethod

@@ -65,8 +65,6 @@ class EngineThread:
         self._promised = 0.0  # until when room is promised to those turned away
         self._stopping = False
         self._error: Exception | None = None  # that ended the thread
-
-    def start(self) -> None:
         self._thread.start()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A completion as Server-Sent Events."""
+"""A completion as Server-Sent Events, and exceptions as answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from contextlib import ExitStack, aclosing
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from gptray.config import UserError
 from gptray.serving.api_error import ApiError
 from gptray.serving.choices import Choice
 from gptray.serving.completions import Completion
+from gptray.serving.engine_thread import Overloaded
 from gptray.serving.streams import EngineStopped
-from gptray.serving.told import told
 
 # Sent at once: clients and proxies that limit the wait for an answer see that one has begun.
 ACCEPTED = ": accepted\n\n"
@@ -53,3 +54,21 @@ async def _events(
 
 def _event(content: dict[str, object]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+
+
+def told(error: Exception) -> ApiError:
+    """The answer that an exception becomes."""
+    match error:
+        case ApiError():
+            return error
+        case UserError():
+            return ApiError(400, str(error))
+        case Overloaded():
+            wait = {"Retry-After": str(error.retry_after_s)}
+            return ApiError(429, str(error), code="overloaded", headers=wait)
+        case EngineStopped():
+            return ApiError(503, str(error))
+        case TimeoutError():
+            return ApiError(408, "the request took longer than serve.request_timeout_s allows")
+        case _:
+            return ApiError(500, "something went wrong inside the server")

@@ -33,6 +33,12 @@ STOP_CHARACTERS = 256
 
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
+# Keys of a request that the sampler takes as they are.
+SAMPLED = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "logit_bias", "ignore_eos", "stop", "logprobs",
+)  # fmt: skip
+
 # Other names that people try for a key.
 ALIASES = {
     "max_new_tokens": "max_tokens",
@@ -130,18 +136,20 @@ def _without_nulls(value: object) -> object:
     return value
 
 
-class StreamOptions(BaseModel):
+class _Strict(BaseModel):
+    """Takes its own keys alone, each of its own type."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
+
+class StreamOptions(_Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(_Strict):
     """What completions and chats have in common: how outputs are drawn and sent."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     min_tokens: Annotated[int, within("min_new_tokens")] = 0
@@ -188,10 +196,8 @@ def check_min_tokens(min_tokens: int, max_tokens: int) -> None:
         raise ValueError(f"min_tokens={min_tokens} must not be above max_tokens={max_tokens}")
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(_Strict):
     """POST /tokenize."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str
     model: str | None = None
@@ -199,10 +205,8 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(_Strict):
     """POST /detokenize."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     tokens: list[int]
     model: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptray.generation.sampling import Drawn
 from gptray.generation.sequence import FinishReason, Sequence
@@ -34,14 +34,11 @@ class Update:
     error: str | None = None
 
     def __add__(self, later: Update) -> Update:
-        return Update(
-            self.index,
-            self.text + later.text,
-            self.drawn + later.drawn,
-            self.prompt + later.prompt,
-            later.end,
-            later.finish_reason,
-            later.error,
+        return replace(
+            later,
+            text=self.text + later.text,
+            drawn=self.drawn + later.drawn,
+            prompt=self.prompt + later.prompt,
         )
 
 

@@ -59,9 +59,7 @@ def side_by_side(texts: Mapping[str, bytes]) -> bytes:
             )
             for sample in family.samples:
                 kept.add_sample(sample.name, {**sample.labels, "server": server}, sample.value)
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Found(found.values()))
-    return generate_latest(registry)
+    return generate_latest(_Found(found.values()))
 
 
 class _Found(Collector):

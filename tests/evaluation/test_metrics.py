@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from gptray.data.tokens import TokenSplit
 from gptray.evaluation.metrics import (
     DocumentSums,
     document_ends,
-    score_windows,
+    losses,
     scoring_dtype,
     split_result,
+    sum_windows,
 )
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained
@@ -56,16 +58,23 @@ def split(tmp_path: Path) -> TokenSplit:
 
 
 def scored(
-    model: GPT, split: TokenSplit, windows: Windows, batch_size: int = 4, others: Sequence[GPT] = ()
+    model: GPT,
+    split: TokenSplit,
+    windows: Windows,
+    batch_size: int = 4,
+    others: Sequence[GPT] = (),
+    numbers: Sequence[int] | None = None,
 ) -> DocumentSums:
-    return score_windows(
-        [model, *others],
+    (sums,) = sum_windows(
+        partial(losses, [model, *others]),
         split,
         windows,
-        range(len(windows)),
+        range(len(windows)) if numbers is None else numbers,
         ends=document_ends(split, EOS),
         batch_size=batch_size,
+        device=model.device,
     )
+    return sums
 
 
 @torch.no_grad()
@@ -125,17 +134,10 @@ def test_neither_batch_size_nor_ranges_change_the_loss(
 ) -> None:
     windows = Windows(len(split), 20, 8)
     whole = scored(hf_model[1], split, windows)
-    ends = document_ends(split, EOS)
+    every = range(len(windows))
     for batch_size, size in ((1, 1), (16, 3), (1000, 7)):
         parts = [
-            score_windows(
-                [hf_model[1]],
-                split,
-                windows,
-                range(len(windows))[first : first + size],
-                ends=ends,
-                batch_size=batch_size,
-            )
+            scored(hf_model[1], split, windows, batch_size, numbers=every[first : first + size])
             for first in range(0, len(windows), size)
         ]
         joined = DocumentSums.joined(parts)
@@ -196,8 +198,7 @@ def test_lost_bytes_are_charged_and_leave_the_error_as_it_is(
     lossy = split_of(tmp_path / "lossy", ids, lost_bytes=200)
     windows = Windows(len(split), 20, 20)
     numbers = range(0, len(windows), part)
-    ends = document_ends(split, EOS)
-    sums = score_windows([hf_model[1]], split, windows, numbers, ends=ends, batch_size=4)
+    sums = scored(hf_model[1], split, windows, numbers=numbers)
     before = split_result(sums, split, windows, numbers)
     after = split_result(sums, lossy, windows, numbers)
     share = 1.0 if part == 1 else after["tokens"] / (len(split) - 1)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gptray.generation.choosing import top_candidates
-from gptray.generation.native_sampling import draw_limited as native_draw_limited
-from gptray.generation.native_sampling import top_candidates as native_top_candidates
+from gptray.generation.native_decoder import draw_limited as native_draw_limited
+from gptray.generation.native_decoder import top_candidates as native_top_candidates
 from gptray.generation.philox import uniform
 from gptray.generation.sampling import draw
 from gptray.generation.sequence import Sequence

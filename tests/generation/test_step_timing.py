@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from gptray.config import Config, ModelConfig, override
-from gptray.generation.loading import decoder_backend
-from gptray.generation.step_timing import part_of
+from gptray.generation.loading import decoder_backend, part_of
 from tests.generation.models import needs_native
 from tests.native.cache import own_cache, remember
 

@@ -26,8 +26,7 @@ from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.output_plan import job_identity
 from gptray.jobs.generate.run import generate
-from gptray.jobs.generate.task import GenerateTask
-from gptray.jobs.generate.worker import EngineWorker
+from gptray.jobs.generate.worker import EngineWorker, GenerateTask
 from gptray.jobs.next_steps import of_model
 from gptray.jobs.serve.check import check as check_endpoint
 from gptray.jobs.serve.check import plan as plan_endpoint
@@ -149,7 +148,7 @@ def test_results_with_an_adapter_have_a_folder_of_their_own(
     words = [f"evaluate.source={source}", f"storage_path={tmp_path}", "train.block_size=16"]
     plain = check_evaluation(load_config(None, [*words, f"evaluate.model={model_dir}"]))
     checked = check_evaluation(load_config(None, [*words, f"evaluate.adapter={adapter}"]))
-    assert checked.model_dir == plain.model_dir and checked.folder != plain.folder
+    assert checked.found.folder == plain.found.folder and checked.folder != plain.folder
     assert "story" in checked.folder.name and checked.model_sha256 != plain.model_sha256
 
 

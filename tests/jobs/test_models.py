@@ -75,13 +75,14 @@ def test_a_run_is_evaluated_in_few_bits_by_its_name(storage: Path, text_file: Pa
         check_evaluation(config_of(storage, *words, word))
         for word in ("evaluate.model=ko-q", "name=ko-q")
     )
-    assert alone.model_dir == named.model_dir and alone.folder == named.folder
-    assert alone.folder != alone.run
+    assert alone.found.folder == named.found.folder and alone.folder == named.folder
+    assert alone.folder != alone.found.run
 
 
 def test_a_runs_name_is_evaluated(storage: Path, text_file: Path) -> None:
     overrides = [f"evaluate.source={text_file}", "evaluate.model=ko-q"]
-    assert check_evaluation(config_of(storage, *overrides)).model_dir == storage / "ko-q" / "model"
+    checked = check_evaluation(config_of(storage, *overrides))
+    assert checked.found.folder == storage / "ko-q" / "model"
 
 
 def test_a_folder_without_a_model_does_not_hide_a_run(

@@ -15,8 +15,7 @@ from gptray.data.request import make_request
 from gptray.data.tokens import TokenData
 from gptray.evaluation.recitation import LENGTHS, ngram_hashes
 from gptray.jobs.driver_folder import BLOCK_BYTES, DriverFolder
-from gptray.jobs.evaluate.task import Call, EvaluationTask
-from gptray.jobs.evaluate.worker import Scorer
+from gptray.jobs.evaluate.worker import Call, EvaluationTask, Scorer
 from gptray.jobs.fetching import fetch_run
 from gptray.jobs.node_run import NodePublisher, needed_by_writer
 from gptray.jobs.origin import FolderAtDriver

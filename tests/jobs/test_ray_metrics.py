@@ -10,14 +10,15 @@ import urllib.request
 from pathlib import Path
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gptray.config import Config, override
 from gptray.data.tokens import TokenData
 from gptray.jobs.evaluate.run import evaluate
 from gptray.jobs.generate.run import generate
-from gptray.jobs.ray_metrics import METRICS, run_tag
-from gptray.jobs.serve.task import ReplicaTask
+from gptray.jobs.ray_metrics import METRICS, Exporter, run_tag
+from gptray.jobs.serve.check import ReplicaTask
 from gptray.jobs.serve.worker import Replica
 from gptray.jobs.train.run import train
 from gptray.jobs.tune.run import tune
@@ -111,6 +112,13 @@ async def answer_one(model_dir: Path) -> None:
         body = {"model": "watched-model", "prompt": "the cat", "max_tokens": 4}
         answer = await client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
+
+
+def test_a_value_that_was_not_set_is_not_set_again() -> None:
+    exporter = Exporter("book")
+    with pytest.raises(KeyError):
+        exporter.set("gptray_nonsense", 1.0)
+    exporter.set_again()
 
 
 def test_a_trial_is_tagged_with_its_sweep(tmp_path: Path) -> None:

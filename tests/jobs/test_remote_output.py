@@ -22,8 +22,7 @@ from gptray.data.parts import part_name
 from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.remote_output import output_kind
-from gptray.jobs.generate.task import GenerateTask
-from gptray.jobs.generate.worker import EngineWorker
+from gptray.jobs.generate.worker import EngineWorker, GenerateTask
 from gptray.jobs.tasks import result_of
 from gptray.lease import leased
 from gptray.remote_folder import RemoteFolder

@@ -19,8 +19,7 @@ import torch
 import yaml
 
 from gptray.config import Config, UserError, load_config, override
-from gptray.jobs.serve.check import USER_CONFIG, check, plan
-from gptray.jobs.serve.task import ReplicaTask
+from gptray.jobs.serve.check import USER_CONFIG, ReplicaTask, check, plan
 from gptray.jobs.serve.worker import Replica
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
 from tests.processes import listening

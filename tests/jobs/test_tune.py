@@ -158,7 +158,7 @@ def test_a_finished_sweep_says_the_same_again_and_refuses_other_settings(
 
 def test_a_sweep_is_evaluated_as_its_winner(folder: Path) -> None:
     checked = check_evaluation(load_config(None, [f"evaluate.model={folder}"]))
-    assert checked.model_dir == trial_dir(folder, "0003") / "model"
+    assert checked.found.folder == trial_dir(folder, "0003") / "model"
     assert checked.is_own_text and len(checked.text.config.data.split) == 3
     assert checked.text.data is not None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, ModelConfig, RunFailed, UserError, load_config
-from gptray.generation.step_timing import faster_decoder
+from gptray.generation.loading import faster_decoder
 from gptray.jobs.engine_backend import build_engine_backend
 from gptray.native import processor
 from gptray.native.abi import load_library

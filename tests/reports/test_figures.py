@@ -9,13 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from gptray.reports.chart import Chart, Series
-from gptray.reports.colours import DARK, LIGHT, PRINT
 from gptray.reports.curves import curves_figure
-from gptray.reports.page import render
-from gptray.reports.picture import Figure, Picture, dot, line, words
-from gptray.reports.png import save_png
+from gptray.reports.page import DARK, LIGHT, PRINT, render, save_png
+from gptray.reports.picture import Figure, Picture, Scale, dot, line, words
 from gptray.reports.run.report import write_report
-from gptray.reports.scale import Scale
 from gptray.reports.sweep.report import write_sweep_report
 from tests.reports.curves import config_of, rows_of, started, write_run
 from tests.reports.pages import Page

@@ -57,7 +57,6 @@ def tokenizer() -> Tokenizer:
 @contextmanager
 def started(engine: Engine, *, max_waiting: int = 100) -> Iterator[EngineThread]:
     worker = EngineThread(engine, max_waiting=max_waiting)
-    worker.start()
     try:
         yield worker
     finally:
@@ -309,6 +308,5 @@ def test_closing_ends_open_streams(tokenizer: Tokenizer) -> None:
                 await task
 
     worker = EngineThread(engine, max_waiting=5)
-    worker.start()
     asyncio.run(close(worker))
     assert not worker.alive

@@ -24,9 +24,9 @@ from gptray.jobs.adapters import adapter_sha256, check_adapter, with_adapter
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
 from gptray.jobs.engine_backend import check_engine_backend
-from gptray.jobs.evaluate.ensemble import check_goes_with
 from gptray.jobs.evaluate.evaluated_model import (
     FoundModel,
+    check_goes_with,
     models_to_evaluate,
     results_folder,
     sha256_of_models,
@@ -66,16 +66,6 @@ class CheckedEvaluation:
     home: RemoteFolder | None
 
     @property
-    def model_dir(self) -> Path:
-        """The model here."""
-        return self.found.folder
-
-    @property
-    def run(self) -> Path | None:
-        """The run whose best model or checkpoint this is; None for any other folder."""
-        return self.found.run
-
-    @property
     def models(self) -> list[str]:
         """What names each model on every node: its folder, or the URI that it is fetched from."""
         return [for_workers(one.folder, one.place) for one in (self.found, *self.others)]
@@ -88,7 +78,7 @@ class CheckedEvaluation:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's own."""
-        return Tokenizer.load(self.model_dir)
+        return Tokenizer.load(self.found.folder)
 
     @cached_property
     def model_sha256(self) -> str:
@@ -99,16 +89,15 @@ class CheckedEvaluation:
     @cached_property
     def trained_on(self) -> str | None:
         """The data that the run's newest whole checkpoint says it has seen; None without one."""
-        assert self.run
+        assert self.found.run
         try:
-            checkpoint, _ = newest_whole(self.run)
+            checkpoint, _ = newest_whole(self.found.run)
         except RunFailed:
             return None  # there is none to ask
         return TrainerState.load(checkpoint).data if checkpoint else None
 
     @property
     def source(self) -> list[str]:
-        """What says where the text is."""
         source = self.config.evaluate.source or self.text.config.data.source
         return [source] if isinstance(source, str) else list(source)
 
@@ -160,7 +149,6 @@ def check(config: Config) -> CheckedEvaluation:
 
 
 def plan(checked: CheckedEvaluation) -> Plan:
-    """What the job would do."""
     config, data, kinds = checked.config, checked.text.data, checked.config.evaluate.quantized
     rows = [
         *(("model", model) for model in checked.models),
@@ -264,9 +252,9 @@ def check_tokens(checked: CheckedEvaluation, data: TokenData) -> None:
     _check_same_tokenizer(checked, data.manifest["tokenizer"]["sha256"])
     if checked.is_own_text and checked.trained_on not in (None, data.fingerprint):
         raise UserError(
-            f"the text of the run {checked.run} has changed since it was trained: its tokens had "
-            f"sha256 {checked.trained_on}, now {data.fingerprint}; evaluate.source=... scores any "
-            "text as a whole"
+            f"the text of the run {checked.found.run} has changed since it was trained: its tokens "
+            f"had sha256 {checked.trained_on}, now {data.fingerprint}; evaluate.source=... scores "
+            "any text as a whole"
         )
 
 
@@ -275,7 +263,7 @@ def _check_tokenizer(checked: CheckedEvaluation) -> None:
 
     More rows than tokens are no mistake: many models pad their vocabulary.
     """
-    folder, own = checked.model_dir, checked.tokenizer
+    folder, own = checked.found.folder, checked.tokenizer
     rows = read_shape(folder).rows
     if rows < own.vocab_size:
         raise UserError(

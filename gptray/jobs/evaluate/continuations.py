@@ -17,7 +17,7 @@ from gptray.evaluation.texts import LEAST_TOKENS, PASSAGE_TOKENS, Passage
 from gptray.generation.settings import Sampling
 from gptray.jobs.evaluate.check import CheckedEvaluation
 from gptray.jobs.evaluate.scorers import Scorers
-from gptray.jobs.evaluate.task import Call, Continuation
+from gptray.jobs.evaluate.worker import Call, Continuation
 
 # Prompts of one call.
 CALL_PROMPTS = 16
@@ -37,6 +37,7 @@ def measure_texts(checked: CheckedEvaluation, data: TokenData, scorers: Scorers)
     likeliest = Sampling(temperature=0.0, utf8=sampling.utf8)
     greedy = _continued(scorers, "writing", passages, lengths, likeliest)
     sampled = _continued(scorers, "sampling", passages, lengths, sampling)
+    by_greedy, by_sampling = ([one.text for one in made] for made in (greedy, sampled))
     real = [data.tokenizer.decode(passage.reference) for passage in passages]
     tokenize = pick_bleu(checked.config.evaluate.bleu_tokenize, real)
     memorised = _memorised(checked, data, scorers)
@@ -44,14 +45,14 @@ def measure_texts(checked: CheckedEvaluation, data: TokenData, scorers: Scorers)
     for name, reason in _not_measured(checked, passages, memorised).items():
         how[name] = f"not measured: {reason}"
     return {
-        "bleu": _scores(partial(texts.bleu, tokenize=tokenize), greedy, sampled, real),
-        "chrf": _scores(texts.chrf, greedy, sampled, real),
-        "distinct_1": texts.distinct([one.text for one in sampled], 1),
-        "distinct_2": texts.distinct([one.text for one in sampled], 2),
+        "bleu": _scores(partial(texts.bleu, tokenize=tokenize), by_greedy, by_sampling, real),
+        "chrf": _scores(texts.chrf, by_greedy, by_sampling, real),
+        "distinct_1": texts.distinct(by_sampling, 1),
+        "distinct_2": texts.distinct(by_sampling, 2),
         "repetition": texts.repetition([one.tokens for one in sampled]),
         "memorised_20": memorised.shares[0],
         "memorised_50": memorised.shares[1],
-        "samples": _samples(data, passages, greedy, sampled, real),
+        "samples": _samples(data, passages, by_greedy, by_sampling, real),
         "how": how,
     }
 
@@ -84,16 +85,13 @@ def _continued(
 
 def _scores(
     score: Callable[[Sequence[str], Sequence[str]], TextScore],
-    greedy: list[Continuation],
-    sampled: list[Continuation],
+    greedy: list[str],
+    sampled: list[str],
     real: list[str],
 ) -> TextScores | None:
     if not real:
         return None
-    return {
-        "greedy": score([one.text for one in greedy], real),
-        "sampled": score([one.text for one in sampled], real),
-    }
+    return {"greedy": score(greedy, real), "sampled": score(sampled, real)}
 
 
 class _Recited(NamedTuple):
@@ -107,7 +105,7 @@ class _Recited(NamedTuple):
 
 
 def _memorised(checked: CheckedEvaluation, data: TokenData, scorers: Scorers) -> _Recited:
-    nothing: list[float | None] = [None for _ in LENGTHS]
+    nothing: list[float | None] = [None] * len(LENGTHS)
     if "train" not in data.splits:
         return _Recited(nothing, "the scored text has no training split")
     length = min(2 * PROMPT_TOKENS, checked.block_size // 2)
@@ -174,24 +172,19 @@ def _no_passage(checked: CheckedEvaluation, kind: str) -> str:
 
 
 def _samples(
-    data: TokenData,
-    passages: list[Passage],
-    greedy: list[Continuation],
-    sampled: list[Continuation],
-    real: list[str],
+    data: TokenData, passages: list[Passage], greedy: list[str], sampled: list[str], real: list[str]
 ) -> list[Sample]:
     rows = zip(passages, real, greedy, sampled, strict=True)
-    return [
+    found: list[Sample] = [
         {
             "prompt": data.tokenizer.decode(passage.prompt),
             "reference": reference,
-            "greedy": likeliest.text,
-            "sampled": drawn.text,
+            "greedy": likeliest,
+            "sampled": drawn,
         }
-        for passage, reference, likeliest, drawn in list(rows)[:: max(1, len(real) // SHOWN)][
-            :SHOWN
-        ]
+        for passage, reference, likeliest, drawn in rows
     ]
+    return found[:: max(1, len(real) // SHOWN)][:SHOWN]
 
 
 def _how(

@@ -1,4 +1,7 @@
-"""Where the model that is to be evaluated lies, and where its results go. No torch, no Ray."""
+"""The models to evaluate: where they lie, which may be averaged, where the results go.
+
+Imports neither torch nor Ray.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,26 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-from gptray.config import Config, UserError
+from gptray.config import Config, UserError, flatten, load_config
 from gptray.config.names import label_of
+from gptray.data.tokenizer import Tokenizer
 from gptray.evaluation.result import EVALUATION
 from gptray.files import absolute, is_uri
 from gptray.jobs.adapters import adapter_sha256, called_with
-from gptray.jobs.models import (
-    CONFIG,
-    all_runs,
-    find_model,
-    has_model,
-    newest_run,
-)
+from gptray.jobs.models import CONFIG, all_runs, find_model, has_model, newest_run
+from gptray.jobs.places import with_whole_paths
 from gptray.jobs.remote_records import fetch_records, records_folder
 from gptray.jobs.run_folder import resolve, seen_at
-from gptray.model.shape import model_folder, weights_sha256
+from gptray.model.shape import model_folder, read_shape, weights_sha256
 from gptray.node_cache import hold
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step
 from gptray.tuning.sweep_record import crowned_dir
+
+# Keys that decide which text is held out; so does the seed of the split.
+_HOLD_OUT = ("source", "val_source", "test_source", "text_column", "separator", "encoding", "split")
 
 
 @dataclass(frozen=True)
@@ -152,3 +155,40 @@ def sha256_of_models(models: Sequence[FoundModel]) -> str:
     """The weights' sha256; of several models, that of all of theirs in a row."""
     every = [weights_sha256(found.folder) for found in models]
     return every[0] if len(every) == 1 else sha256("".join(every).encode()).hexdigest()
+
+
+def check_goes_with(
+    first: FoundModel, other: FoundModel, block_size: int, *, own_text: Config | None
+) -> None:
+    """Refuse a model whose probabilities cannot be averaged with the first one's.
+
+    block_size: tokens of a window. own_text: of the text that the first one was trained on, if it
+    is scored on that. Raises UserError.
+    """
+    if Tokenizer.load(other.folder).sha256 != Tokenizer.load(first.folder).sha256:
+        raise UserError(
+            f"evaluate.model: {first.folder} and {other.folder} have different tokenizers; only "
+            "models with the same one can be averaged"
+        )
+    n_positions = read_shape(other.folder).n_positions
+    if n_positions < block_size:
+        raise UserError(
+            f"evaluate.model: {other.folder} has {n_positions} positions, fewer than the "
+            f"{block_size} tokens of a window; set train.block_size={n_positions}"
+        )
+    if own_text is None or other.run is None:
+        return
+    trained = with_whole_paths(load_config(str(other.run / CONFIG), []))
+    if held_out(trained) != held_out(own_text):
+        raise UserError(
+            f"evaluate.model: {other.run} was trained on another text or split than {first.run}, "
+            "so it may have seen this validation text; evaluate.source=... scores text that none "
+            "has seen, and data.seed=1 gives runs of any seed the same split"
+        )
+
+
+def held_out(config: Config) -> dict[str, Any]:
+    """What decides which text a run does not train on, by key; its paths from the root on."""
+    flat = flatten(config)
+    seed = config.seed if config.data.seed is None else config.data.seed
+    return {"seed": seed, **{key: flat[f"data.{key}"] for key in _HOLD_OUT}}

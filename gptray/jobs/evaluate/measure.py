@@ -10,13 +10,12 @@ from gptray.config import RunFailed
 from gptray.data.scoring import Windows
 from gptray.data.split import LONG_NAMES
 from gptray.data.tokens import TokenData
-from gptray.evaluation.agreement import quantized_results
-from gptray.evaluation.metrics import DocumentSums, split_result
+from gptray.evaluation.metrics import DocumentSums, quantized_results, split_result
 from gptray.evaluation.result import Evaluation, QuantizedResult, SplitResult
 from gptray.jobs.evaluate.check import CheckedEvaluation
 from gptray.jobs.evaluate.continuations import measure_texts
 from gptray.jobs.evaluate.scorers import Scorers
-from gptray.jobs.evaluate.task import Call
+from gptray.jobs.evaluate.worker import Call
 from gptray.model.shape import read_shape
 from gptray.model.weight_bytes import linear_bytes
 from gptray.wording import perplexity
@@ -26,6 +25,10 @@ log = logging.getLogger("gptray")
 CALL_TOKENS = 16_384
 # A GPU reads so many in a hundredth of a second, in which a call is just sent.
 GPU_CALL_TOKENS = 262_144
+COMPARED = (
+    "every token of the {} text, read as an engine reads a prompt, with the full weights and with "
+    "each kind"
+)
 
 
 def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
@@ -57,7 +60,7 @@ def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
         **texts,
         "how": {
             "gap": "loss of val - loss of train, both with dropout off",
-            **({"quantized": _how_compared(data)} if quantized else {}),
+            **({"quantized": COMPARED.format(LONG_NAMES[_held_out(data)])} if quantized else {}),
             **texts["how"],
         },
     }
@@ -92,7 +95,7 @@ def compare_weights(
     calls = _calls("compare", name, windows, numbers, checked)
     parts: list[list[DocumentSums]] = scorers.run(f"comparing weights on {name}", calls)
     sums = [DocumentSums.joined(each) for each in zip(*parts, strict=True)]
-    shape = read_shape(checked.model_dir)
+    shape = read_shape(checked.found.folder)
     sizes = [linear_bytes(shape, kind) for kind in kinds]
     results = quantized_results(kinds, sums, sizes, data.splits[name], windows, numbers)
     for result in results:
@@ -104,19 +107,8 @@ def _held_out(data: TokenData) -> str:
     return "test" if data.test else "val"
 
 
-def _how_compared(data: TokenData) -> str:
-    return (
-        f"every token of the {LONG_NAMES[_held_out(data)]} text, read as an engine reads a "
-        "prompt, with the full weights and with each kind"
-    )
-
-
 def _calls(
-    method: str,
-    name: str,
-    windows: Windows,
-    numbers: list[int],
-    checked: CheckedEvaluation,
+    method: str, name: str, windows: Windows, numbers: list[int], checked: CheckedEvaluation
 ) -> list[Call]:
     """Calls of a method that takes windows of a split, for all of these numbers."""
     tokens = GPU_CALL_TOKENS if checked.config.compute.use_gpu else CALL_TOKENS

@@ -30,9 +30,8 @@ log = logging.getLogger("gptray")
 def evaluate(config: Config) -> dict[str, Any]:
     """Evaluate a model as the config says; return the job's JSON line.
 
-    Raises:
-        UserError: a mistake in the config, the model or the text.
-        RunFailed: a loss is not finite, workers keep dying, or evaluation.json cannot be written.
+    Raises UserError for a mistake in the config, the model or the text; RunFailed where a loss is
+    not finite, workers keep dying, or evaluation.json cannot be written.
     """
     return run(check(config))
 
@@ -63,7 +62,7 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
     reporter = Reporter(checked.folder)
     reporter.write(running=False)
     if not checked.others:
-        named = checked.run or checked.model_dir
+        named = checked.found.run or checked.found.folder
         uses = of_model(named, checked.found.place, adapter=checked.config.evaluate.adapter)
         tell([uses["generate"], uses["serve"]])
     place, report = str(checked.folder), reporter.path

@@ -14,8 +14,7 @@ from gptray.data.tokens import TokenData
 from gptray.jobs.actors import Crew, Member
 from gptray.jobs.bar import Bar
 from gptray.jobs.evaluate.check import CheckedEvaluation
-from gptray.jobs.evaluate.task import Call, EvaluationTask
-from gptray.jobs.evaluate.worker import Scorer
+from gptray.jobs.evaluate.worker import Call, EvaluationTask, Scorer
 from gptray.jobs.ray_metrics import Exporter
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.tasks import result_of

@@ -6,24 +6,26 @@ What a call returns depends neither on the actor nor on how many there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from gptray.config import RunFailed
+from gptray.config import Config, RunFailed
 from gptray.data.scoring import Windows
 from gptray.data.tokens import TokenData
-from gptray.evaluation.agreement import compared
 from gptray.evaluation.metrics import (
     DocumentSums,
+    Measure,
     Scored,
+    compared,
     document_ends,
-    score_windows,
+    losses,
     scoring_dtype,
     sum_windows,
 )
@@ -32,7 +34,6 @@ from gptray.generation import sequence
 from gptray.generation.engine import Engine
 from gptray.generation.settings import Sampling
 from gptray.generation.window_reader import WindowReader
-from gptray.jobs.evaluate.task import Call, Continuation, EvaluationTask
 from gptray.jobs.remote_data import tokens_on_node
 from gptray.jobs.tasks import Failure, attempt
 from gptray.model.adapter_files import load_adapted
@@ -41,6 +42,38 @@ from gptray.model.gpu_faults import check_gpu, out_of_gpu_memory
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32
 from gptray.native.core_sharing import share_cores
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """The models and the tokens that an actor works on, with so many threads.
+
+    models: folders that every node sees, or URIs. also: tokens of evaluate.also's texts, by name.
+    """
+
+    config: Config
+    models: list[str]
+    data_dir: Path
+    also: Mapping[str, Path]
+    block_size: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of one of `Scorer`'s methods, and how many tokens it is about."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the model has written."""
+
+    tokens: list[int]
+    text: str
 
 
 class Scorer:
@@ -55,7 +88,6 @@ class Scorer:
         return attempt(lambda: getattr(self, call.method)(*call.arguments))
 
     def process(self) -> int:
-        """Its process id."""
         return os.getpid()
 
     def precision(self) -> str:
@@ -64,19 +96,28 @@ class Scorer:
 
     def score(self, name: str, windows: Windows, numbers: Sequence[int]) -> DocumentSums:
         """Score windows of a split, by the average of the models' probabilities."""
-        split, size = self._data.scored[name], self._config.evaluate.micro_batch_size
-        ends = self._ends_of(name)
-        with self._memory_told():
-            return score_windows(self._scored, split, windows, numbers, ends=ends, batch_size=size)
+        (sums,) = self._sums(lambda *read: losses(self._scored, *read), name, windows, numbers)
+        return sums
 
     def compare(self, name: str, windows: Windows, numbers: Sequence[int]) -> list[DocumentSums]:
         """Read windows of a split with the full weights and with those of evaluate.quantized."""
-        split, size = self._data.splits[name], self._config.evaluate.micro_batch_size
-        measure, device = partial(compared, self._readers), self._models[0].device
-        ends = self._ends_of(name)
+        return self._sums(partial(compared, self._readers), name, windows, numbers)
+
+    def _sums(
+        self, measure: Measure, name: str, windows: Windows, numbers: Sequence[int]
+    ) -> list[DocumentSums]:
+        split = self._data.scored[name]
+        if name not in self._ends:
+            self._ends[name] = document_ends(split, self._data.eos_id)
         with self._memory_told():
             return sum_windows(
-                measure, split, windows, numbers, ends=ends, batch_size=size, device=device
+                measure,
+                split,
+                windows,
+                numbers,
+                ends=self._ends[name],
+                batch_size=self._config.evaluate.micro_batch_size,
+                device=self._models[0].device,
             )
 
     def write(
@@ -105,11 +146,6 @@ class Scorer:
     def find(self, start: int, stop: int, wanted: list[NDArray[Any]]) -> list[NDArray[Any]]:
         """Look for n-grams in a range of the training split."""
         return list(found_in(self._data.train, start, stop, wanted))
-
-    def _ends_of(self, name: str) -> NDArray[Any]:
-        if name not in self._ends:
-            self._ends[name] = document_ends(self._data.scored[name], self._data.eos_id)
-        return self._ends[name]
 
     @contextmanager
     def _memory_told(self) -> Iterator[None]:

@@ -77,7 +77,6 @@ class HfContent:
 
     @property
     def files(self) -> list[str]:
-        """Their names."""
         return sorted(["config.json", WEIGHTS, *(path.name for path in self.copied)])
 
 

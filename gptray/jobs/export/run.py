@@ -24,7 +24,6 @@ log = logging.getLogger("gptray")
 
 
 def plan(checked: CheckedExport) -> Plan:
-    """What the job would write."""
     content = checked.content
     names = content.files if isinstance(content, HfContent) else [checked.output.name]
     return [

@@ -29,10 +29,7 @@ from gptray.store_access import why_not_written
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """A model that exists, for a machine that can run it.
-
-    name: what the model was called.
-    """
+    """A model that exists, for a machine that can run it. name: what it was called."""
 
     config: Config
     folder: Path

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import collections
 import logging
+import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
-from gptray.config import Config, override
+from gptray.config import Config, ModelConfig, RunFailed, override
 from gptray.generation.batch import Progress
+from gptray.generation.loading import faster_decoder
+from gptray.hub import first_line
 from gptray.jobs.actors import Crew, Member, Ref, answers_in
+from gptray.jobs.bar import Bar
+from gptray.jobs.doing import doing
 from gptray.jobs.generate.check import engine_compute
-from gptray.jobs.generate.engine_choice import chosen_backend
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.output_plan import UNDECIDED
-from gptray.jobs.generate.rows_bar import RowsBar
-from gptray.jobs.generate.task import GenerateTask
-from gptray.jobs.generate.worker import EngineWorker
+from gptray.jobs.generate.worker import EngineWorker, GenerateTask
 from gptray.jobs.ray_metrics import Exporter
-from gptray.jobs.resources import worker_resources
-from gptray.jobs.tasks import result_of
+from gptray.jobs.resources import Resources, labelled_nodes, worker_resources
+from gptray.jobs.tasks import Failure, attempt, result_of
+from gptray.jobs.train.watch import duration
 from gptray.model.shape import read_shape
+from gptray.native.measured import Choice
 
 log = logging.getLogger("gptray")
 
@@ -150,3 +156,114 @@ def _speed(counts: list[Progress | None]) -> dict[str, Any]:
     rate = sum(counted.output_tokens / seconds for counted, seconds in ran)
     share = sum(counted.step_seconds for counted, _ in ran) / (sum(s for _, s in ran) or 1.0)
     return {"tokens_per_sec": round(rate, 1), "engine_share": round(share, 3)}
+
+
+class RowsBar:
+    """A bar over all rows of a job, those done before it started included; the same as metrics.
+
+    batch_size: of one engine.
+    """
+
+    def __init__(self, done: int, total: int, exporter: Exporter, *, batch_size: int) -> None:
+        self._exporter, self._batch_size = exporter, batch_size
+        self._total, self._first = total, done
+        self._began = time.monotonic()
+        self._bar = Bar("starting engines", total, done=done)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def show(self, written: int, engines: Sequence[Progress], ahead: int) -> None:
+        """`written` rows are in files; `ahead` more have ended; engines: their counters."""
+        running = [engine for engine in engines if engine.first is not None]
+        if not running:
+            self._began = time.monotonic()
+            return
+        rows = min(written + ahead, self._total)
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        pace = (rows - self._first) / seconds
+        tokens = sum(engine.output_tokens for engine in running) / seconds
+        left = duration((self._total - rows) / pace) if pace else "?"
+        self._export(running, rows, tokens)
+        speed = f"{tokens:,.0f} tok/s"
+        line = f"{rows:,}/{self._total:,} rows  {speed}  eta {left}" if tokens else None
+        self._bar.show("generating", rows, speed, eta=left, line=line)
+
+    def _export(self, engines: Sequence[Progress], rows: int, tokens_per_sec: float) -> None:
+        states = {
+            "done": rows,
+            "failed": sum(engine.errors for engine in engines),
+            "all": self._total,
+        }
+        for state, number in states.items():
+            self._exporter.set("gptray_rows", number, state=state)
+        self._exporter.set("gptray_tokens_per_sec", tokens_per_sec, job="generate")
+        for name, value in (
+            ("gptray_engines", len(engines)),
+            ("gptray_batch_size", len(engines) * self._batch_size),
+            ("gptray_sequences_running", sum(engine.running for engine in engines)),
+            ("gptray_sequences_waiting", sum(engine.waiting for engine in engines)),
+        ):
+            self._exporter.set(name, value)
+
+
+def chosen_backend(config: Config, shape: ModelConfig, reserved: Resources) -> str:
+    """The backend that generate.backend=auto means on CPUs for a network of a shape; says why.
+
+    reserved: what an engine takes. Where engines may run on other machines than this one, that is
+    waited for, since the other may be of another kind.
+    Raises UserError for a precision that the machine lacks, RunFailed where the actor dies.
+    """
+    threads = max(1, int(reserved["CPU"]))
+    with doing("choosing between the native kernels and PyTorch"):
+        if _all_run_here(config):
+            outcome = Chooser().choose(config, shape, threads)
+        else:
+            outcome = _chosen_elsewhere(config, shape, threads, reserved)
+    choice = result_of(outcome)
+    log.info("%s", choice.why)
+    return choice.backend
+
+
+class Chooser:
+    """Times the backends in its process; an actor, for which a wait for room is told."""
+
+    def choose(self, config: Config, shape: ModelConfig, threads: int) -> Choice | Failure:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            size = config.generate.max_batch_size
+            adapts = config.generate.adapters is not None
+            return attempt(
+                lambda: faster_decoder(config, shape, max_batch_size=size, takes_adapters=adapts)
+            )
+        finally:
+            torch.set_num_threads(before)
+
+
+def _all_run_here(config: Config) -> bool:
+    """Whether this machine is the only one on which engines may run now."""
+    nodes = [node.id for node in labelled_nodes(config.compute)]
+    return nodes == [ray.get_runtime_context().get_node_id()]
+
+
+def _chosen_elsewhere(
+    config: Config, shape: ModelConfig, threads: int, reserved: Resources
+) -> Choice | Failure:
+    most = config.compute.max_failures
+    asked = ray.remote(Chooser).options(
+        num_cpus=reserved["CPU"],
+        label_selector=config.compute.selector,
+        max_restarts=most,
+        max_task_retries=most,
+    )
+    actor = asked.remote()
+    try:
+        outcome: Choice | Failure = ray.get(actor.choose.remote(config, shape, threads))
+    except ray.exceptions.RayError as error:
+        raise RunFailed(
+            f"choosing generate.backend failed: {first_line(error)}; name native or torch"
+        ) from None
+    finally:
+        ray.kill(actor)
+    return outcome

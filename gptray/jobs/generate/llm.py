@@ -171,12 +171,12 @@ class LLM:
         Raises RunFailed where the model gives no token.
         """
         shown = 0
-        for _ in self._engine.run_until_ended(sequence):
+        while not sequence.ended or shown < len(sequence.text):
             if piece := sequence.text[shown:]:
                 shown += len(piece)
                 yield piece
-        if piece := sequence.text[shown:]:
-            yield piece
+            else:
+                self._engine.step()
         if sequence.error is not None:
             raise RunFailed(sequence.error)
 
@@ -197,7 +197,7 @@ class LLM:
             for sequence in running:
                 self._engine.cancel(sequence)
         return [
-            output_of(prompt, row)
+            _output_of(prompt, row)
             if isinstance(row, Sequence)
             else Output(prompt, "", "error", 0, [], numbered_seed(sample.seed, i), row)
             for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
@@ -241,7 +241,7 @@ class LLM:
         return override(self._config, _values(settings, _SETTINGS)).sample
 
 
-def output_of(prompt: str, sequence: Sequence) -> Output:
+def _output_of(prompt: str, sequence: Sequence) -> Output:
     """What came of a sequence that has ended."""
     assert sequence.finish_reason is not None
     return Output(
@@ -280,9 +280,7 @@ def _texts(prompts: str | abc.Sequence[str]) -> list[str]:
     return given
 
 
-def _chats(
-    messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]],
-) -> list[object]:
+def _chats(messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]]) -> list[object]:
     """One chat or several as several."""
     several = isinstance(messages, abc.Sequence) and messages
     if not several or isinstance(messages[0], Mapping):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from gptray.config import UserError
 from gptray.data.batch_requests import CHAT_URL, COMPLETIONS_URL, RowRequest
@@ -16,7 +15,7 @@ from gptray.generation.chat_template import ChatTemplate
 from gptray.model.usage import Usage
 from gptray.serving.api_error import ApiError
 from gptray.serving.chat_request import ChatRequest
-from gptray.serving.protocol import CompletionRequest, GenerationRequest, parse_request
+from gptray.serving.protocol import SAMPLED, CompletionRequest, GenerationRequest, parse_request
 
 # The request's keys that set how its row is sampled, and the sampler's names for them. What a
 # request leaves out is the job's, as in every other row.
@@ -24,14 +23,8 @@ SETTINGS = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
-    **{
-        name: name
-        for name in (
-            "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "logit_bias", "ignore_eos", "seed", "stop",
-        )
-    },
-}  # fmt: skip
+    **{name: name for name in (*SAMPLED, "top_k", "seed") if name != "logprobs"},
+}
 # What a batch row has no place for.
 _ONLY_HTTP = ("stream", "echo", "logprobs")
 
@@ -92,13 +85,8 @@ class RequestReader:
 def _settings(request: GenerationRequest) -> dict[str, object]:
     """What the row sets for itself, as the sampler takes it."""
     given = request.model_fields_set
-    return {name: _value(request, key) for key, name in SETTINGS.items() if key in given}
-
-
-def _value(request: GenerationRequest, key: str) -> Any:
-    """The setting as the sampler takes it: off is null."""
-    value = getattr(request, key)
-    return None if key == "top_k" and value < 1 else value
+    found = {name: getattr(request, key) for key, name in SETTINGS.items() if key in given}
+    return found | ({"top_k": None} if found.get("top_k", 1) < 1 else {})
 
 
 def _check(request: GenerationRequest) -> None:

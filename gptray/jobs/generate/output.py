@@ -29,6 +29,7 @@ from gptray.jobs.generate.output_plan import (
     existing_plan,
     job_identity,
     new_plan,
+    not_of_this_job,
     refuse_differences,
     resumed,
     write_json,
@@ -139,10 +140,7 @@ class Output:
         own = {part_name(number) for number in range(self.parts)}
         for path in sorted(self.folder.glob("part-*.parquet")):
             if path.name not in own or not path.is_file():
-                raise UserError(
-                    f"generate.output_path: {path} was not written by this job, but readers of the "
-                    "folder would read it too; remove it, or choose another folder"
-                )
+                raise not_of_this_job(path)
             self._sha256[path.name] = part_sha256(path)
         if not is_whole:
             (self.folder / SUCCESS).unlink(missing_ok=True)
@@ -167,7 +165,6 @@ class Output:
         self.record()
 
     def record(self) -> None:
-        """Write the plan."""
         write_json(self.folder / SCRATCH / PLAN, self._plan)
 
     def metadata(self) -> dict[str, str]:

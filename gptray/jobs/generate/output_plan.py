@@ -148,9 +148,21 @@ def refuse_differences(folder: str, before: Record, now: Record) -> None:
         )  # fmt: skip
 
 
+def json_bytes(content: Record) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, content: Record) -> None:
     with storing(path), replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        partial.write_bytes(json_bytes(content))
+
+
+def not_of_this_job(path: object) -> UserError:
+    """The error for a part in the output that the job has not written."""
+    return UserError(
+        f"generate.output_path: {path} was not written by this job, but readers of the folder "
+        "would read it too; remove it, or choose another folder"
+    )
 
 
 def check_overlap(output: str, entries: Sequence[str], files: Sequence[SourceFile]) -> None:

@@ -7,7 +7,6 @@ makes it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,16 @@ from gptray.data.parts import SCRATCH, digest_file, part_name
 from gptray.files import is_uri, sha256_of
 from gptray.jobs.generate.check import CheckedBatch
 from gptray.jobs.generate.output import Output
-from gptray.jobs.generate.output_plan import MANIFEST, PLAN, SUCCESS, Record, busy, valid_plan
+from gptray.jobs.generate.output_plan import (
+    MANIFEST,
+    PLAN,
+    SUCCESS,
+    Record,
+    busy,
+    json_bytes,
+    not_of_this_job,
+    valid_plan,
+)
 from gptray.lease import leased
 from gptray.node_cache import hold, make_room
 from gptray.remote_folder import RemoteFolder
@@ -75,16 +83,13 @@ class RemoteOutput(Output):
         own = {part_name(number) for number in range(self.parts)}
         for name in self._place.files():
             if name.startswith("part-") and name.endswith(".parquet") and name not in own:
-                raise UserError(
-                    f"generate.output_path: {self._place / name} was not written by this job, but "
-                    "readers of the folder would read it too; remove it, or choose another folder"
-                )
+                raise not_of_this_job(self._place / name)
         if not is_whole:
             self._place.remove(SUCCESS)
 
     def record(self) -> None:
         super().record()
-        (self._place / SCRATCH).write(PLAN, _json(self._plan))
+        (self._place / SCRATCH).write(PLAN, json_bytes(self._plan))
 
     @contextmanager
     def opened_part(self, name: str) -> Iterator[tuple[Path, str]]:
@@ -113,7 +118,7 @@ class RemoteOutput(Output):
         self.check_held()
         there = self._place.files()
         if SUCCESS not in there or MANIFEST not in there:
-            self._place.write(MANIFEST, _json(manifest))
+            self._place.write(MANIFEST, json_bytes(manifest))
             self._place.write(SUCCESS, b"")
 
 
@@ -143,7 +148,3 @@ def _plan_in(place: RemoteFolder) -> Record | None:
     if place.files() or set(place.folders()) - {SCRATCH}:
         raise UserError(f"{place} exists and was not written by this job; choose another")
     return None
-
-
-def _json(content: Record) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

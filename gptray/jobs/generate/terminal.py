@@ -10,7 +10,7 @@ from typing import Any
 from gptray.config import RunFailed, UserError, override
 from gptray.generation.loading import decoder_backend
 from gptray.jobs.generate.check import CheckedModel
-from gptray.jobs.generate.llm import LLM, output_of
+from gptray.jobs.generate.llm import LLM
 from gptray.jobs.next_steps import of_model, tell
 from gptray.model.shape import read_shape
 from gptray.standard_output import write_out
@@ -54,23 +54,22 @@ def generate_here(model: CheckedModel) -> dict[str, Any]:
     seconds = time.monotonic() - began
     run = llm.folder.parent if llm.folder.name == "model" else llm.folder
     tell([of_model(run, llm.name, adapter=config.generate.adapter)["serve"]])
-    outputs = [output_of(*one) for one in zip(prompts, sequences, strict=True)]
-    tokens = sum(len(output.tokens) for output in outputs)
+    tokens = sum(len(one.tokens) for one in sequences)
     return {
         "model": llm.name,
         "output_path": None,
-        "rows": len(outputs),
-        "errors": sum(output.error is not None for output in outputs),
+        "rows": len(sequences),
+        "errors": sum(one.error is not None for one in sequences),
         "output_tokens": tokens,
         "tokens_per_sec": round(tokens / seconds, 1),
         "outputs": [
             {
-                "prompt": output.prompt,
-                "output": output.text,
-                "finish_reason": output.finish_reason,
-                "output_tokens": len(output.tokens),
-                "seed": output.seed,
+                "prompt": prompt,
+                "output": one.text,
+                "finish_reason": one.finish_reason,
+                "output_tokens": len(one.tokens),
+                "seed": one.sampling.seed,
             }
-            for output in outputs
+            for prompt, one in zip(prompts, sequences, strict=True)
         ],
     }

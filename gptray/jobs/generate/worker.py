@@ -5,20 +5,38 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from gptray.config import Config
 from gptray.files import cache_folder, is_uri, storing
 from gptray.generation.batch import PartWriter, Progress
 from gptray.generation.loading import open_engine, pack_adapter
 from gptray.jobs.generate.remote_output import publish_part
-from gptray.jobs.generate.task import GenerateTask
 from gptray.jobs.tasks import Failure, attempt
 from gptray.model.adapter import Base
 from gptray.model.shape import model_folder
 from gptray.node_cache import discard, hold
 from gptray.remote_folder import RemoteFolder
+
+
+@dataclass(frozen=True)
+class GenerateTask:
+    """Continue the parts of a job's input, with so many threads.
+
+    config: checked by the driver. model, output: a folder that every node sees, or a URI.
+    model_name, metadata: for the files, as column and key-values.
+    """
+
+    config: Config
+    threads: int
+    model: str
+    model_name: str
+    output: str
+    metadata: Mapping[str, str]
 
 
 class EngineWorker:
@@ -75,7 +93,6 @@ class EngineWorker:
         return self.progress()
 
     def process(self) -> int:
-        """Its process id."""
         return os.getpid()
 
 

@@ -14,8 +14,7 @@ from starlette.types import ASGIApp
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.jobs.models import find_model
-from gptray.jobs.serve.check import USER_CONFIG, WATCH_S, name_of
-from gptray.jobs.serve.task import ReplicaTask
+from gptray.jobs.serve.check import USER_CONFIG, WATCH_S, ReplicaTask, name_of
 from gptray.model.adapter import Base
 from gptray.serving.adapter_watch import AdapterWatch
 from gptray.serving.api_keys import Keys
@@ -94,7 +93,6 @@ class Answering:
         return self._endpoint.served.engine.backend if self._endpoint.served else None
 
     def metrics(self) -> bytes:
-        """What this replica counts."""
         return self._telemetry.text()
 
     def joined(self, metrics: Mapping[str, bytes]) -> bytes:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
@@ -32,10 +32,7 @@ USER_CONFIG = ("model", "served_model_name")
 
 @dataclass(frozen=True)
 class CheckedEndpoint:
-    """An endpoint that can start.
-
-    model: the user_config of the deployment, see `user_config`.
-    """
+    """An endpoint that can start. model: what `user_config` makes of it."""
 
     config: Config
     model: Mapping[str, str]
@@ -63,7 +60,6 @@ def check(config: Config) -> CheckedEndpoint:
 
 
 def plan(checked: CheckedEndpoint) -> Plan:
-    """What the job would do."""
     config, model = checked.config, checked.model
     settings = config.serve
     least, most = settings.num_replicas, settings.max_replicas
@@ -164,3 +160,15 @@ def endpoint_url(config: Config) -> str:
     """The URL by which this machine reaches the endpoint."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.serve.host, config.serve.host)
     return f"http://{host}:{config.serve.port}"
+
+
+@dataclass(frozen=True)
+class ReplicaTask:
+    """An endpoint's config. keys: digests of the API keys, as their file had them at the start.
+
+    threads: of PyTorch.
+    """
+
+    config: Config
+    keys: Sequence[str]
+    threads: int

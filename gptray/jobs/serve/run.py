@@ -20,13 +20,7 @@ from gptray.jobs.doing import doing
 from gptray.jobs.engine_backend import build_engine_backend
 from gptray.jobs.next_steps import tell
 from gptray.jobs.serve.body_limits import environment
-from gptray.jobs.serve.check import (
-    CheckedEndpoint,
-    check,
-    completion_command,
-    endpoint_url,
-    plan,
-)
+from gptray.jobs.serve.check import CheckedEndpoint, check, completion_command, endpoint_url, plan
 from gptray.jobs.serve.worker import bound
 from gptray.jobs.shared_storage import check_shared
 from gptray.native.measured import NAMES
@@ -184,8 +178,4 @@ def _drain(timeout_s: float) -> None:
         log.warning("%d requests did not end in time", cut)
 
 
-def _print_and_run(checked: CheckedEndpoint) -> None:
-    run(checked, answers=line_printer())
-
-
-JOB = Job(check, plan, _print_and_run)
+JOB = Job(check, plan, lambda checked: run(checked, answers=line_printer()))

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from gptray.config import Config, UserError, override
 from gptray.jobs.engine_backend import check_engine_backend
+from gptray.jobs.ray_metrics import METRICS, Exporter
 from gptray.jobs.resources import worker_resources
-from gptray.jobs.serve.check import api_keys, replicas_compute
-from gptray.jobs.serve.exporting import Exporting
-from gptray.jobs.serve.task import ReplicaTask
+from gptray.jobs.serve.check import ReplicaTask, api_keys, replicas_compute
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 # Serve's proxy holds some, which it would all send at once.
 ONGOING_REQUESTS, QUEUED_REQUESTS, QUEUED_RETRY_S = 20_000, 2_000, 10
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S, METRICS_S = 1.0, 30.0, 5.0
+# Ray itself passes metrics on every ten seconds.
+EVERY_S = 5.0
 
 
 def application(args: Mapping[str, object]) -> object:
@@ -93,7 +97,6 @@ class Replica:
             raise error.with_traceback(None) from None
 
     def backend(self) -> str | None:
-        """What it generates by."""
         return self._answering.backend
 
     def own_metrics(self) -> tuple[str, bytes]:
@@ -116,5 +119,46 @@ class Replica:
         self._answering.check_health()
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no more requests and wait for those in flight; how many did not end in time."""
         return await self._answering.drain(timeout_s)
+
+
+class Exporting:
+    """Copies the endpoint's own metrics into Ray's, from a thread of the replica."""
+
+    def __init__(self, text: Callable[[], bytes], model: Callable[[], str | None]) -> None:
+        """text: what the replica counts; model: the name of the model that it serves."""
+        self._text, self._model = text, model
+        self._counted: dict[tuple[str, ...], float] = {}
+        self._exporters: dict[str, Exporter] = {}
+        threading.Thread(target=self._follow, name="metrics", daemon=True).start()
+
+    def first_token(self, seconds: float) -> None:
+        """A request has waited so long for its first token."""
+        if exporter := self._exporter():
+            exporter.observe("gptray_first_token_seconds", seconds)
+
+    def _exporter(self) -> Exporter | None:
+        name = self._model()
+        if name and name not in self._exporters:
+            self._exporters[name] = Exporter(name)
+        return self._exporters[name] if name else None
+
+    def _follow(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(EVERY_S):
+            if exporter := self._exporter():
+                self._copy(exporter)
+
+    def _copy(self, exporter: Exporter) -> None:
+        for family in text_string_to_metric_families(self._text().decode()):
+            if family.name not in METRICS or family.type == "histogram":
+                continue
+            for sample in family.samples:
+                if family.type == "gauge":
+                    exporter.set(family.name, sample.value, **sample.labels)
+                elif sample.name.endswith("_total"):
+                    key = (family.name, *sample.labels.values())
+                    exporter.add(
+                        family.name, sample.value - self._counted.get(key, 0.0), **sample.labels
+                    )
+                    self._counted[key] = sample.value

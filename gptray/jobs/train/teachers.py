@@ -8,8 +8,7 @@ from gptray.config import Config, UserError, load_config
 from gptray.data.request import tokenizer_name
 from gptray.data.tokenizer import Tokenizer
 from gptray.hub import NotOnHub
-from gptray.jobs.evaluate.ensemble import held_out
-from gptray.jobs.evaluate.evaluated_model import run_of
+from gptray.jobs.evaluate.evaluated_model import held_out, run_of
 from gptray.jobs.models import CONFIG, open_model, unknown
 from gptray.jobs.places import with_whole_paths
 from gptray.model.parameters import parameter_count

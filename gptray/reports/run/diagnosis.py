@@ -68,7 +68,6 @@ class Diagnosis:
 
     @property
     def last(self) -> Point | None:
-        """The last evaluation."""
         return self.points[-1] if self.points else None
 
     @property
@@ -92,11 +91,7 @@ class Diagnosis:
         return steps * self.pace if self.pace is not None else None
 
 
-def diagnose(
-    rows: Sequence[MetricsRow],
-    config: Config,
-    events: Sequence[Event] = (),
-) -> Diagnosis:
+def diagnose(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event] = ()) -> Diagnosis:
     """Judge a run by its rows of metrics.jsonl; its events tell times, size and end more exactly.
 
     The verdict is the first that fits: none or a single evaluation; unstable (a non-finite number,
@@ -224,10 +219,7 @@ def _is_falling(points: Sequence[Point]) -> bool:
 
 
 def _ended(
-    rows: Sequence[MetricsRow],
-    points: Sequence[Point],
-    config: Config,
-    events: Sequence[Event],
+    rows: Sequence[MetricsRow], points: Sequence[Point], config: Config, events: Sequence[Event]
 ) -> Ended | None:
     """How the run ended; from the event where there is one, as patience may count otherwise."""
     told = _last_of(events)
@@ -282,10 +274,7 @@ def _pace(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event]) -
 
 
 def _facts(
-    rows: Sequence[MetricsRow],
-    config: Config,
-    events: Sequence[Event],
-    best: Point | None,
+    rows: Sequence[MetricsRow], config: Config, events: Sequence[Event], best: Point | None
 ) -> Facts:
     starts = [event for event in events if event["event"] == "start"]
     epochs = {row["step"]: row["epoch"] for row in rows if row.get("epoch")}

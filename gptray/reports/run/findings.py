@@ -1,17 +1,32 @@
-"""What the report says of an evaluation: losses of whole splits, text scores, recitation."""
+"""What the report says of evaluations: losses, the gap, scores of texts, recitation."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
 
+from gptray.config import Config
 from gptray.data.split import LONG_NAMES
+from gptray.evaluation.forgetting import Change
+from gptray.evaluation.model_commands import home_of, model_commands
 from gptray.evaluation.result import Evaluation, QuantizedResult, SplitResult
+from gptray.record import Event
 from gptray.reports.page import Row, Table
+from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import perplexity
 
+MEANS = "validation loss - training loss, dropout off in both; it grows as a model overfits"
 # Samples of held-out text that are shown.
 SHOWN = 6
+BEFORE = "bits per byte; before: of the weights that the run began with, after: of its best model"
+
+T = TypeVar("T")
+# A number's name, how it was computed, and what a result has.
+Measure = tuple[str, str, Callable[[T], str]]
 
 
 def evaluation_sentence(evaluation: Evaluation) -> str:
@@ -65,9 +80,29 @@ def evaluation_view(evaluation: Evaluation) -> dict[str, object]:
     }
 
 
+def before_and_after(changes: Sequence[Change]) -> Table:
+    """Bits per byte of the run's validation text and of others; empty without others."""
+    rows = [
+        Row(
+            one.name or "Validation text",
+            "" if one.name else BEFORE,
+            (_or_dash(one.before, ".4f"), f"{one.after:.4f}"),
+        )
+        for one in changes
+    ]
+    return Table(["before", "after"], rows) if rows else Table([], [])
+
+
+def _measured(columns: Sequence[str], measures: Sequence[Measure[T]], of: Sequence[T]) -> Table:
+    """A row for each measure of results that stand side by side; empty without any."""
+    if not of:
+        return Table(columns, [])
+    return Table(columns, [Row(name, how, tuple(map(value, of))) for name, how, value in measures])
+
+
 def _splits(evaluation: Evaluation) -> Table:
     splits = _scored(evaluation)
-    measures: list[tuple[str, str, Callable[[SplitResult], str]]] = [
+    measures: list[Measure[SplitResult]] = [
         ("Loss", "nats per token, dropout off", lambda split: f"{split['loss']:.4f}"),
         (
             "Standard error",
@@ -75,19 +110,12 @@ def _splits(evaluation: Evaluation) -> Table:
             lambda split: _or_dash(split["stderr"], ".4f"),
         ),
         ("Perplexity", "exp(loss)", lambda split: _or_dash(split["ppl"], ",.2f")),
-        (
-            "Bits per byte",
-            "loss x tokens / (ln 2 x bytes)",
-            lambda split: f"{split['bpb']:.4f}",
-        ),
+        ("Bits per byte", "loss x tokens / (ln 2 x bytes)", lambda split: f"{split['bpb']:.4f}"),
         ("Tokens", "scored", lambda split: f"{split['tokens']:,}"),
         ("Documents", "that they come from", lambda split: f"{split['documents']:,}"),
     ]
-    rows = [
-        Row(name, how, tuple(value(split) for split in splits.values()))
-        for name, how, value in measures
-    ]
-    return Table([LONG_NAMES.get(name, name) for name in splits], rows if splits else [])
+    columns = [LONG_NAMES.get(name, name) for name in splits]
+    return _measured(columns, measures, list(splits.values()))
 
 
 def _scored(evaluation: Evaluation) -> dict[str, SplitResult]:
@@ -109,8 +137,7 @@ def _hows(evaluation: Evaluation) -> list[str]:
 
 def _quantized(evaluation: Evaluation) -> Table:
     results = evaluation.get("quantized") or []  # older files have none
-    names = {"none": "full"}
-    measures: list[tuple[str, str, Callable[[QuantizedResult], str]]] = [
+    measures: list[Measure[QuantizedResult]] = [
         ("Loss", evaluation["how"].get("quantized", ""), lambda one: f"{one['loss']:.4f}"),
         (
             "Change",
@@ -129,9 +156,8 @@ def _quantized(evaluation: Evaluation) -> Table:
             lambda one: f"{one['weight_bytes'] / 1e6:,.1f} MB",
         ),
     ]
-    rows = [Row(name, how, tuple(value(one) for one in results)) for name, how, value in measures]
-    kinds = [names.get(one["weights"], one["weights"]) for one in results]
-    return Table(kinds, rows if results else [])
+    kinds = [one["weights"].replace("none", "full") for one in results]
+    return _measured(kinds, measures, results)
 
 
 def _error(stderr: float | None) -> str:
@@ -140,8 +166,8 @@ def _error(stderr: float | None) -> str:
 
 def _text_scores(evaluation: Evaluation) -> Table:
     rows = []
-    for key, name in (("chrf", "chrF"), ("bleu", "BLEU")):
-        scores = evaluation["bleu"] if key == "bleu" else evaluation["chrf"]
+    both = ("chrf", "chrF", evaluation["chrf"]), ("bleu", "BLEU", evaluation["bleu"])
+    for key, name, scores in both:
         if scores:
             greedy, sampled = scores["greedy"], scores["sampled"]
             how = f"{evaluation['how'].get(key, '')} [{greedy['signature']}]".strip()
@@ -191,3 +217,37 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The gap of a run's best model, and how it was measured.
+
+    train_loss: on a sample of the training split, dropout off. None: not measured, as `how` says.
+    """
+
+    value: float | None
+    train_loss: float | None
+    how: str
+
+
+def gap_of(
+    folder: Path, config: Config, diagnosis: Diagnosis, evaluation: Evaluation | None
+) -> Gap:
+    """The gap from an evaluation, or from training if that has no dropout."""
+    if evaluation and evaluation["gap"] is not None:
+        train = evaluation["splits"]["train"]
+        assert train
+        return Gap(evaluation["gap"], train["loss"], f"{MEANS}; measured by jobs/evaluate.py")
+    best = diagnosis.chosen
+    if best and config.model.dropout == 0:
+        return Gap(best.gap, None, f"{MEANS}; of the batches before that step")
+    missing = "not measured: training has dropout on"
+    command = model_commands(folder, home_of(config))["evaluate"]
+    return Gap(None, None, f"{MEANS}; {missing}; {command} measures it")
+
+
+def is_stale(evaluation: Evaluation, events: Sequence[Event]) -> bool:
+    """Whether the run has found a better model since it was evaluated."""
+    found = [event["time"] for event in events if event["event"] == "evaluated" and event["best"]]
+    return bool(found) and found[-1] > datetime.fromisoformat(evaluation["time"]).timestamp() + 1

@@ -33,12 +33,10 @@ class Landed:
 
     @property
     def best(self) -> Point:
-        """The evaluation with the lowest validation loss."""
         return min(self.points, key=lambda point: point.val_loss)
 
 
 def points_of(rows: Sequence[MetricsRow]) -> tuple[Point, ...]:
-    """The evaluations among rows."""
     return tuple(
         Point(row["step"], row["train_loss"], row["val_loss"], row["gap"])
         for row in rows

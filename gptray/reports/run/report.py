@@ -14,11 +14,9 @@ from gptray.evaluation.result import Evaluation, load_evaluation
 from gptray.record import read_events, read_metrics
 from gptray.reports.chart import run_charts
 from gptray.reports.curves import curves_figure
-from gptray.reports.page import write_page
-from gptray.reports.png import save_png
+from gptray.reports.page import save_png, write_page
 from gptray.reports.run.diagnosis import diagnose
-from gptray.reports.run.findings import evaluation_view
-from gptray.reports.run.gap import is_stale
+from gptray.reports.run.findings import evaluation_view, is_stale
 from gptray.reports.run.story import RunRecord, run_state, run_view
 
 STALE = "The run has found a better model since this evaluation: {} evaluates that one."
@@ -29,10 +27,8 @@ def write_report(folder: Path, *, running: bool = False) -> Path:
 
     It covers those of `metrics.jsonl`, `events.jsonl`, `config.yaml` and `evaluation.json` that
     exist. While `running`, the page says so and reloads itself in the browser; otherwise PNG files
-    of its charts are written next to it. Each file is replaced as a whole.
-
-    Raises:
-        UserError: the folder has neither a run nor an evaluation.
+    of its charts are written next to it. Each file is replaced as a whole. Raises UserError for a
+    folder with neither a run nor an evaluation.
     """
     evaluation = load_evaluation(folder)
     run = _read_run(folder, evaluation)

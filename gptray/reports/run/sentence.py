@@ -5,7 +5,6 @@ from __future__ import annotations
 from gptray.config import Config
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import Diagnosis
-from gptray.reports.run.landed import Point
 from gptray.wording import count, decimals, time_words
 
 # How many pieces of advice the sentence has.
@@ -30,15 +29,42 @@ def _told(diagnosis: Diagnosis) -> str:
         if diagnosis.verdict == "unstable":
             return f"Training stopped after step {diagnosis.last_step:,}: a number was not finite."
         return "There is no evaluation to judge by yet."
-    return {
-        "single": _single,
-        "overfitting": _overfitting,
-        "unsure": _unsure,
-        "unstable": _unstable,
-        "stuck": _stuck,
-        "falling": _falling,
-        "level": _level,
-    }[diagnosis.verdict](diagnosis, best, last)
+    places, time = decimals(diagnosis.worse or 1.0), _timed(diagnosis, diagnosis.steps_saved)
+    at_best = f"Validation loss was best at step {best.step:,} ({best.val_loss:.{places}f})"
+    saved = f"saved {count(diagnosis.steps_saved, 'step')}" + (f" ({time})" if time else "")
+    worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
+    match diagnosis.verdict:
+        case "overfitting":
+            return f"{at_best}; {_cost(diagnosis, worse, saved)}."
+        case "unsure":
+            after = sum(point.step > best.step for point in diagnosis.points)
+            text = (
+                f"{at_best} and {worse} higher {count(after, 'evaluation')} later, too few to tell "
+                "a turn from noise"
+            )
+            return f"{text}; stopping there {saved}." if diagnosis.steps_saved else f"{text}."
+        case "unstable" if diagnosis.ended == "non_finite":
+            return (
+                f"{at_best}; training stopped after step {diagnosis.last_step:,}, when a number "
+                "was no longer finite."
+            )
+        case "unstable":
+            return (
+                f"{at_best}; since then training loss rose along with it, and it ended {worse} "
+                "higher: training became unstable, which is not overfitting."
+            )
+        case "stuck":
+            stayed = f"validation loss stayed at {last.val_loss:.2f}"
+            return f"The model has learnt next to nothing: {stayed}."
+        case "falling":
+            how = "is still falling" if diagnosis.ended is None else "was still falling at the end"
+            return f"Validation loss {how}: {last.val_loss:.2f} at step {last.step:,}."
+        case "level":
+            text = f"{at_best} and has hardly changed since: nothing is wrong"
+            return f"{text}; early stopping {saved}." if diagnosis.steps_saved else f"{text}."
+        case _:
+            loss = f"{best.val_loss:.2f} at step {best.step:,}"
+            return f"There is only one evaluation: validation loss {loss}."
 
 
 def _landing(diagnosis: Diagnosis) -> str:
@@ -56,73 +82,16 @@ def _landing(diagnosis: Diagnosis) -> str:
     )
 
 
-def _best(diagnosis: Diagnosis, best: Point) -> str:
-    places = decimals(diagnosis.worse or 1.0)
-    return f"Validation loss was best at step {best.step:,} ({best.val_loss:.{places}f})"
-
-
 def _timed(diagnosis: Diagnosis, steps: int) -> str:
     seconds = diagnosis.seconds(steps)
     return time_words(seconds) if seconds is not None else ""
 
 
-def _saved(diagnosis: Diagnosis) -> str:
-    time = _timed(diagnosis, diagnosis.steps_saved)
-    in_time = f" ({time})" if time else ""
-    return f"saved {count(diagnosis.steps_saved, 'step')}{in_time}"
-
-
-def _overfitting(diagnosis: Diagnosis, best: Point, last: Point) -> str:
+def _cost(diagnosis: Diagnosis, worse: str, saved: str) -> str:
+    """What the steps after the best one have cost."""
     steps = diagnosis.steps_after_best
     if diagnosis.ended == "patience":
-        return (
-            f"{_best(diagnosis, best)}; early stopping ended training {count(steps, 'step')} "
-            f"later and {_saved(diagnosis)}."
-        )
+        return f"early stopping ended training {count(steps, 'step')} later and {saved}"
     after = f"the {count(steps, 'step')}" if steps > 1 else "the step"
     time = _timed(diagnosis, steps)
-    cost = f"cost {time} and " if time else ""
-    worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
-    return f"{_best(diagnosis, best)}; {after} after it {cost}made it {worse} worse."
-
-
-def _unsure(diagnosis: Diagnosis, best: Point, last: Point) -> str:
-    worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
-    after = sum(point.step > best.step for point in diagnosis.points)
-    text = (
-        f"{_best(diagnosis, best)} and {worse} higher {count(after, 'evaluation')} later, too few "
-        "to tell a turn from noise"
-    )
-    return f"{text}; stopping there {_saved(diagnosis)}." if diagnosis.steps_saved else f"{text}."
-
-
-def _unstable(diagnosis: Diagnosis, best: Point, last: Point) -> str:
-    if diagnosis.ended == "non_finite":
-        return (
-            f"{_best(diagnosis, best)}; training stopped after step {diagnosis.last_step:,}, "
-            "when a number was no longer finite."
-        )
-    worse = f"{diagnosis.worse:.{decimals(diagnosis.worse)}f}"
-    return (
-        f"{_best(diagnosis, best)}; since then training loss rose along with it, and it ended "
-        f"{worse} higher: training became unstable, which is not overfitting."
-    )
-
-
-def _stuck(diagnosis: Diagnosis, best: Point, last: Point) -> str:
-    return f"The model has learnt next to nothing: validation loss stayed at {last.val_loss:.2f}."
-
-
-def _falling(diagnosis: Diagnosis, best: Point, last: Point) -> str:
-    how = "is still falling" if diagnosis.ended is None else "was still falling at the end"
-    return f"Validation loss {how}: {last.val_loss:.2f} at step {last.step:,}."
-
-
-def _level(diagnosis: Diagnosis, best: Point, last: Point) -> str:
-    text = f"{_best(diagnosis, best)} and has hardly changed since: nothing is wrong"
-    return f"{text}; early stopping {_saved(diagnosis)}." if diagnosis.steps_saved else f"{text}."
-
-
-def _single(diagnosis: Diagnosis, best: Point, last: Point) -> str:
-    loss = f"{best.val_loss:.2f} at step {best.step:,}"
-    return f"There is only one evaluation: validation loss {loss}."
+    return f"{after} after it {f'cost {time} and ' if time else ''}made it {worse} worse"

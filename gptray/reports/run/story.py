@@ -16,10 +16,8 @@ from gptray.evaluation.result import Evaluation
 from gptray.record import Event, MetricsRow, base_val_loss, seconds_trained, teachers_of
 from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
-from gptray.reports.run.before_and_after import before_and_after
 from gptray.reports.run.diagnosis import Diagnosis, has_failed
-from gptray.reports.run.findings import evaluation_tiles
-from gptray.reports.run.gap import Gap, gap_of
+from gptray.reports.run.findings import Gap, before_and_after, evaluation_tiles, gap_of
 from gptray.reports.run.samples import samples_of
 from gptray.reports.run.sentence import sentence
 from gptray.wording import count, magnitude, perplexity, time_words
@@ -181,7 +179,8 @@ BITS_PER_BYTE = "validation loss x tokens / (ln 2 x bytes of text); compares acr
 
 def _of_the_run(run: RunRecord) -> Table:
     diagnosis, config = run.diagnosis, run.config
-    rows = [Row("Steps", "optimizer updates, of train.max_steps", (_steps(diagnosis),))]
+    steps = f"{diagnosis.last_step:,} of {diagnosis.max_steps:,}"
+    rows = [Row("Steps", "optimizer updates, of train.max_steps", (steps,))]
     base = base_val_loss(run.events)
     if base is not None:
         how = "validation loss of model.init_from's weights, before the first step"
@@ -190,19 +189,15 @@ def _of_the_run(run: RunRecord) -> Table:
         names = ", ".join(f"{name} (sha256 {digest[:12]})" for name, digest in taught.items())
         how = f"against their average is {config.train.teacher_weight:g} of the loss: {names}"
         rows.append(Row("Teachers", how, (f"{len(taught)}",)))
-    seconds = seconds_trained(run.events)
-    if seconds:
-        rows.append(
-            Row("Time", "from start to last event, pauses left out", (time_words(seconds),))
-        )
-    rates = [row["tokens_per_sec"] for row in run.rows]
-    if rates:
+    if seconds := seconds_trained(run.events):
+        how = "from start to last event, pauses left out"
+        rows.append(Row("Time", how, (time_words(seconds),)))
+    if rates := [row["tokens_per_sec"] for row in run.rows]:
         rate = f"{median(rates):,.0f}"
         rows.append(Row("Tokens per second", "median of the rows, evaluation left out", (rate,)))
     tokens = config.tokens_per_step * diagnosis.last_step
     rows.append(Row("Tokens trained on", "steps x tokens per step", (magnitude(tokens),)))
-    facts = diagnosis.facts
-    start = _latest_start(run.events)
+    facts, start = diagnosis.facts, _latest_start(run.events)
     text = start.get("text", {}) if start else {}
     for name, words in text.items():
         how = "documents, size and share of all text, tokens"
@@ -211,11 +206,8 @@ def _of_the_run(run: RunRecord) -> Table:
         how = "tokens trained on / epochs"
         rows.append(Row("Training text", how, (f"about {magnitude(facts.train_tokens)} tokens",)))
     if facts.parameters:
-        how = (
-            f"an adapter of rank {config.lora.rank}"
-            if config.lora.rank
-            else "tied ones counted once"
-        )
+        adapter = f"an adapter of rank {config.lora.rank}"
+        how = adapter if config.lora.rank else "tied ones counted once"
         rows.append(Row("Parameters trained", how, (magnitude(facts.parameters),)))
     return Table([], rows + _landing_rows(diagnosis) + _cost(diagnosis))
 
@@ -243,10 +235,6 @@ def _cost(diagnosis: Diagnosis) -> list[Row]:
         if steps and seconds is not None:
             rows.append(Row(name, how, (f"{count(steps, 'step')}, {time_words(seconds)}",)))
     return rows
-
-
-def _steps(diagnosis: Diagnosis) -> str:
-    return f"{diagnosis.last_step:,} of {diagnosis.max_steps:,}"
 
 
 def _happened(run: RunRecord) -> list[str]:

@@ -47,10 +47,9 @@ def headline(standing: Ranking) -> str:
     if best is None:
         over = any(trial.outcome for trial in standing.sweep.trials)
         return "No trial produced a model." if over else "No trial has been evaluated yet."
-    parts = [
-        _who(standing, best), _saw(standing, best), _why(standing, best), _cost(standing),
-    ]  # fmt: skip
-    return " ".join(part for part in parts if part)
+    saw = f"Its model has seen {Seen.of(best, standing.sweep.config).words}."
+    parts = _who(standing, best), saw, _why(standing, best), _cost(standing)
+    return " ".join(filter(None, parts))
 
 
 def losses_line(standing: Ranking) -> str:
@@ -67,10 +66,10 @@ def findings(standing: Ranking) -> list[tuple[str, str]]:
     """What changed loss and gap, and what cannot be told: how each sentence begins, its rest."""
     lines = []
     for outcome, lower, word in CHANGED:
-        told = [
-            f"{level_text(effect)} ({worth.middle:+.{decimals(worth.middle)}f})"
-            for effect, worth in standing.told(outcome, lower=lower)
-        ]
+        told = []
+        for effect, worth in standing.told(outcome, lower=lower):
+            change = f"{worth.middle:+.{decimals(worth.middle)}f}"
+            told.append(f"{effect.setting.name} {compared_levels(effect)} ({change})")
         if told:
             lines.append((f"{word}:", f" {'; '.join(told)}."))
     compared = [effect.last for effect in standing.effects.of if effect.last]
@@ -101,11 +100,10 @@ def too_few(standing: Ranking) -> str:
     return ""
 
 
-def level_text(effect: Effect) -> str:
-    """What is compared: "model.dropout 0.2 to 0.3 instead of 0 to 0.1"."""
-    setting = effect.setting
-    level, other = setting.levels[effect.level], setting.levels[setting.reference]
-    return f"{setting.name} {level} instead of {other}"
+def compared_levels(effect: Effect) -> str:
+    """What is compared, such as "0.2 to 0.3 instead of 0 to 0.1"."""
+    levels = effect.setting.levels
+    return f"{levels[effect.level]} instead of {levels[effect.setting.reference]}"
 
 
 def _who(standing: Ranking, best: Trial) -> str:
@@ -123,10 +121,6 @@ def as_it_is(own: Trial) -> str:
     """The trial of the config as it is, and how far it came if a rung stopped it."""
     stopped = f" when it was stopped at step {own.step:,}" if own.outcome == "stopped" else ""
     return f"the config as it is{stopped}"
-
-
-def _saw(standing: Ranking, best: Trial) -> str:
-    return f"Its model has seen {Seen.of(best, standing.sweep.config).words}."
 
 
 def bits(trial: Trial, standing: Ranking) -> str:

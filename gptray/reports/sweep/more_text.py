@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gptray.reports.curves import LEFT, NARROW, RIGHT, TALL, TICK_ROOM, TOP, WIDE
-from gptray.reports.picture import Figure, Picture, Shape, dot, line, words
-from gptray.reports.scale import Scale
+from gptray.reports.picture import Figure, Picture, Scale, Shape, dot, grid, line, words
 from gptray.tuning.effects import Interval
 from gptray.tuning.text_curve import ENOUGH_SEEDS, ENOUGH_SHARES
 from gptray.tuning.text_shares import SHARE, Recipe, TextShares
@@ -178,10 +177,7 @@ def _picture(found: TextShares, width: int) -> Picture:
 
 
 def _axes(found: TextShares, x: Scale, y: Scale, last: float) -> list[Shape]:
-    shapes = []
-    for _, place, text in y.ticks(6):
-        shapes.append(line("grid", [(x.start, place), (x.end, place)]))
-        shapes.append(words("y", (x.start - 6, place + 4), text))
+    shapes = grid(y, 6, x.start, x.end)
     free = 0.0
     for share in sorted({*found.curve.shares, last}):
         if x.at(share) > free:

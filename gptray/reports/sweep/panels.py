@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from gptray.reports.picture import Figure, Picture, Shape, dot, line, words
-from gptray.reports.scale import Scale
+from gptray.reports.picture import Figure, Picture, Scale, Shape, dot, grid, words
 from gptray.reports.sweep.learning import hint, role_of
 from gptray.reports.sweep.worth import cut_off
 from gptray.tuning.levels import Setting
@@ -48,10 +47,7 @@ def _picture(standing: Ranking, setting: Setting, trials: Sequence[Trial], y: Sc
     trials = sorted(trials, key=lambda trial: order.index(role_of(trial, standing)))
     names = [trial.name for trial in trials]
     places, labels = (_by_option if setting.entry.options else _by_value)(setting, names)
-    shapes = []
-    for _, height, text in y.ticks(3):
-        shapes.append(line("grid", [(LEFT, height), (WIDTH - RIGHT, height)]))
-        shapes.append(words("y", (LEFT - 5, height + 4), text))
+    shapes = grid(y, 3, LEFT, WIDTH - RIGHT, gap=5)
     shapes += [_label(place, row, text) for place, row, text in labels]
     shapes += [_dot(trial, places[trial.name], y, standing) for trial in trials]
     spoken = f"{setting.name}: lowest validation loss of {len(trials)} trials by value"

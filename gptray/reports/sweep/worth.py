@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gptray.reports.curves import NARROW, TICK_ROOM, WIDE
-from gptray.reports.picture import Figure, Picture, Shape, dot, line, words
-from gptray.reports.scale import Scale
+from gptray.reports.picture import Figure, Picture, Scale, Shape, dot, line, words
+from gptray.reports.sweep.headline import compared_levels
 from gptray.tuning.effects import Effect, EffectSize, Interval
 
 # Letters of a label.
@@ -74,12 +74,10 @@ def _axis(name: str, scale: Scale, bottom: float) -> list[Shape]:
 
 
 def _label(effect: Effect, worth: EffectSize, y: float) -> list[Shape]:
-    setting = effect.setting
-    level, other = setting.levels[effect.level], setting.levels[setting.reference]
-    what = cut_off(f"{level} instead of {other}, step {worth.step:,}", LETTERS + 10)
+    what = cut_off(f"{compared_levels(effect)}, step {worth.step:,}", LETTERS + 10)
     return [
         words("over", (0, y + 14), what),
-        words("label strong over", (0, y), cut_off(setting.name, LETTERS)),
+        words("label strong over", (0, y), cut_off(effect.setting.name, LETTERS)),
     ]
 
 
