@@ -13,6 +13,7 @@ from typing import Any
 
 from gptray.model.gguf_file import write_gguf
 from gptray.model.gguf_names import family_of, gguf_numbers, gguf_tensors, gguf_vectors
+from gptray.model.importance import quantizer
 from gptray.model.stored_weights import stored_model
 
 # Continues each prompt, all of one length, by exactly that many tokens.
@@ -30,7 +31,11 @@ def write_without_words(model_dir: Path, precision: str) -> Path:
     }
     tensors, vectors = gguf_tensors(family, model, precision), gguf_vectors(model.shape)
     path = model_dir / f"{precision}.gguf"
-    write_gguf(path, family.architecture, fields, tensors, vectors, precision=precision)
+    quantized = quantizer(model_dir, model, precision)
+    write_gguf(
+        path, family.architecture, fields, tensors, vectors,
+        precision=precision, quantized=quantized,
+    )  # fmt: skip
     return path
 
 

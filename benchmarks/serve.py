@@ -8,9 +8,12 @@ turns, each started again with only its clients running.
 
     python benchmarks/serve.py [--shape 124m|10m] [--clients 1,8,32,64] [--systems gptray,engine]
     python benchmarks/serve.py --overload
+    python benchmarks/serve.py --adapters [--rounds 3]
 
 The second is gptray alone with ten times as many clients as fit, who honour Retry-After: its
-throughput against that with as many clients as fit, before and after.
+throughput against that with as many clients as fit, before and after. The third serves a model and
+32 adapters of rank 8 on all its layers: 32 clients who name an adapter each, against as many who
+ask the model itself, in turns, with weights in bf16 and in int8.
 
 Prints a table and, last, one JSON line with tokens per second and waiting times: a first token's
 from the request on, and between an output's tokens.
@@ -33,7 +36,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from generate import SHAPES, make_model
+from generate import ADAPTERS, RANK, SHAPES, make_model
 from serve_load import TOP_K, Answer, Window, asks, load
 from turns import Contestant, answer
 
@@ -79,14 +82,16 @@ def engine_alone(model_dir: str, seconds: float) -> Measure:
 
 
 @contextmanager
-def running_server(system: str, model_dir: str, **settings: Any) -> Iterator[int]:
+def running_server(
+    system: str, model_dir: str, *, weights: str = "none", **settings: Any
+) -> Iterator[int]:
     """A server in a process of its own; its port, once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     if system == "gptray":
         settings |= {"model": model_dir, "port": port, "max_batch_size": BATCH_SIZE}
-        command = ["jobs/serve.py", "generate.precision=bf16"]
+        command = ["jobs/serve.py", "generate.precision=bf16", f"quantize.weights={weights}"]
         command += [f"serve.{key}={value}" for key, value in settings.items()]
     else:
         command = ["benchmarks/serve_peers.py", system, model_dir, str(port)]
@@ -153,6 +158,60 @@ def overload(shape: str, seconds: float) -> dict[str, Any]:
     return {"accepted_of_peak": round(accepted["overload"] / peak, 3), "reports": reports}
 
 
+def adapted(shape: str, seconds: float, rounds: int) -> dict[str, Any]:
+    """What clients who name an adapter each get of what as many get who ask the model."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapters = Path(folder, "base"), Path(folder, "adapters")
+        make_model(shape, base)
+        save_adapters(base, adapters)
+        for name, weights in (("bf16", "none"), ("int8", "int8")):
+            with running_server("gptray", str(base), weights=weights, adapters=adapters) as port:
+                found[name] = in_turns(port, seconds, rounds)
+    rates = {name: [one["tokens_per_sec"] for one in of.values()] for name, of in found.items()}
+    shares = {name: round(own / plain, 3) for name, (plain, own) in rates.items()}
+    return {"adapters_of_base": shares, "reports": found}
+
+
+def in_turns(port: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """Reports of clients who ask a server's model, and of as many who name an adapter each."""
+    reports: dict[str, list[dict[str, Any]]] = {"base": [], "adapters": []}
+    names = adapter_names(port)
+    for _ in range(rounds):
+        for name, of_clients in (("base", []), ("adapters", names)):
+            reports[name].append(load(port, ADAPTERS, seconds, of_clients))
+            print(f"{name}: {reports[name][-1]}", file=sys.stderr)
+    return {name: middle(of_rounds) for name, of_rounds in reports.items()}
+
+
+def save_adapters(model_dir: Path, folder: Path) -> None:
+    """Adapters of a model, with random weights, each in a folder of its own."""
+    import torch
+
+    from gptray.config import LoraConfig
+    from gptray.model.adapter import Base
+    from gptray.model.adapter_files import adapted_network, save_adapter
+
+    base, lora = Base.of(str(model_dir)), LoraConfig(rank=RANK)
+    rows = base.config.rows
+    model = adapted_network(base, lora, base.config, vocab_size=rows, dtype=torch.float32)
+    for number in range(ADAPTERS):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.02)
+        save_adapter(model, folder / f"{number:02}", base, lora)
+
+
+def adapter_names(port: int) -> list[str]:
+    """What a server calls the adapters that it serves."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"http://127.0.0.1:{port}/v1/models", timeout=START_S) as answered:
+        names = [one["id"] for one in json.load(answered)["data"]]
+    names = [name for name in names if ":" in name]
+    assert len(names) == ADAPTERS, names
+    return names
+
+
 def middle(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of several: every figure's median."""
     merged: dict[str, Any] = {}
@@ -187,6 +246,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--overload", action="store_true", help="ten times what finds room")
+    parser.add_argument("--adapters", action="store_true", help="one for each client")
     parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -195,6 +255,10 @@ def main() -> None:
         return
     if args.overload:
         print(json.dumps({"shape": args.shape, **overload(args.shape, args.seconds)}))
+        return
+    if args.adapters:
+        result = adapted(args.shape, args.seconds, args.rounds)
+        print(json.dumps({"shape": args.shape, "rounds": args.rounds, **result}))
         return
     levels = [int(clients) for clients in args.clients.split(",")]
     measured = measure(args, levels, args.systems.split(","))

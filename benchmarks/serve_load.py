@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,20 +111,24 @@ def _quantiles(values: list[float]) -> dict[str, float | None]:
     }
 
 
-def load(port: int, clients: int, seconds: float) -> dict[str, Any]:
-    """Have that many clients ask a server for the time of a window."""
-    return asyncio.run(_load(port, clients, seconds))
+def load(port: int, clients: int, seconds: float, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Have that many clients ask a server for the time of a window.
+
+    names: of models, one for each client; without any, no request names one.
+    """
+    return asyncio.run(_load(port, clients, seconds, names))
 
 
-async def _load(port: int, clients: int, seconds: float) -> dict[str, Any]:
+async def _load(port: int, clients: int, seconds: float, names: Sequence[str]) -> dict[str, Any]:
     window, requests = Window(seconds), asks()
 
-    async def client() -> None:
+    async def client(name: str | None) -> None:
         for ask in requests:
-            while wait := await _complete(port, ask, window):
+            while wait := await _complete(port, ask, window, name):
                 await asyncio.sleep(wait)
 
-    tasks = [asyncio.create_task(client()) for _ in range(clients)]
+    own = names or itertools.repeat(None, clients)
+    tasks = [asyncio.create_task(client(name)) for name in own]
     await asyncio.wait(tasks, timeout=window.left, return_when=asyncio.FIRST_EXCEPTION)
     for task in tasks:
         if task.done():
@@ -137,13 +141,14 @@ async def _load(port: int, clients: int, seconds: float) -> dict[str, Any]:
     return window.report()
 
 
-async def _complete(port: int, ask: Ask, window: Window) -> int:
+async def _complete(port: int, ask: Ask, window: Window, name: str | None = None) -> int:
     """One completion as a stream; the seconds to wait if it is refused, 0 if it is there.
 
-    Raises RuntimeError for an answer that is none.
+    name: of a model that is served. Raises RuntimeError for an answer that is none.
     """
     body = json.dumps(
         {
+            "model": name,
             "prompt": ask.prompt,
             "max_tokens": ask.new_tokens,
             "seed": ask.seed,

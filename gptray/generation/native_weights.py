@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from gptray.config import ModelConfig
 from gptray.model.gpt import GPT, Attention, Block
+from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm
 from gptray.model.quantized import QuantizedWeight, head_kind, quantize
 from gptray.native import abi
@@ -53,6 +54,7 @@ class NativeWeights:
         self._whole = model.whole  # a parameter's numbers, which may still lie in a file
         self.count = 0  # of all linear layers
         self._kept: list[Tensor] = []
+        self._importance: dict[Tensor, Tensor | None] = {}
         self._rooms = Rooms()
 
     def model(self) -> abi.Model:
@@ -61,6 +63,8 @@ class NativeWeights:
         config, transformer = model.config, model.transformer
         # The largest first: while it is packed, memory holds it more than once.
         wte, head = self._embedding_and_head()
+        found = input_importance(model, self._quantize)
+        self._importance = {one: found.get(name) for name, one in model.named_parameters()}
         blocks = [self._block(block, config, layer) for layer, block in enumerate(transformer.h)]
         wpe = cos = sin = None
         if transformer.rotary:
@@ -109,14 +113,14 @@ class NativeWeights:
 
     def _block(self, block: nn.Module, config: ModelConfig, layer: int) -> abi.Block:
         assert isinstance(block, Block)
-        attention, c_fc = block.attn, block.mlp.c_fc
-        pack = self._gated if config.mlp == "swiglu" else self._linear
+        attention = block.attn
+        pack = self._gated if config.mlp == "swiglu" else self._layer
         # The scores' scale is in the rows that make q, unless a norm comes after them.
         scale: float = config.head_width**-0.5
         linear = (
             self._attention_input(attention, 1.0 if config.qk_norm else scale),
             self._layer(attention.c_proj),
-            pack(self._whole(c_fc.weight), self._bias(c_fc.bias)),
+            pack(block.mlp.c_fc),
             self._layer(block.mlp.c_proj),
         )
         for number, one in enumerate(linear, start=layer * len(linear)):
@@ -146,6 +150,7 @@ class NativeWeights:
         *,
         factors: Tensor | None = None,
         quantized: str | None = None,
+        importance: Tensor | None = None,
     ) -> abi.Linear:
         """weight (out, in), its outputs times `factors` (out,); quantized: unless as all are."""
         outputs, inputs = weight.shape
@@ -155,7 +160,7 @@ class NativeWeights:
             number = abi.BF16 if self._dtype == torch.bfloat16 else abi.FP32
             packed = self._panels(weight if factors is None else weight * factors[:, None], number)
         else:
-            number, made = QUANTIZED[kind], quantize(weight, kind).times(factors)
+            number, made = QUANTIZED[kind], quantize(weight, kind, importance).times(factors)
             if number != abi.INT8:
                 packed = self._groups(made)
             else:
@@ -193,12 +198,15 @@ class NativeWeights:
         placed = self._rooms.place((*pairs.shape[:2], width), torch.uint8)
         return self._keep(torch.cat(both, dim=2, out=placed))
 
-    def _gated(self, weight: Tensor, bias: Tensor | None) -> abi.Linear:
+    def _gated(self, layer: nn.Linear) -> abi.Linear:
         """A layer of gates and what they let through."""
-        return self._linear(woven(weight), None if bias is None else woven(bias).flatten())
+        bias = None if layer.bias is None else woven(self._whole(layer.bias)).flatten()
+        counts = self._importance[layer.weight]
+        return self._linear(woven(self._whole(layer.weight)), bias, importance=counts)
 
     def _layer(self, layer: nn.Linear) -> abi.Linear:
-        return self._linear(self._whole(layer.weight), self._bias(layer.bias))
+        counts = self._importance[layer.weight]
+        return self._linear(self._whole(layer.weight), self._bias(layer.bias), importance=counts)
 
     def _attention_input(self, attention: Attention, scale: float) -> abi.Linear:
         """c_attn, with its outputs that make q times `scale`."""
@@ -207,7 +215,10 @@ class NativeWeights:
         factors[: attention.n_head * attention.head_width] = scale
         bias = self._bias(layer.bias)
         return self._linear(
-            self._whole(layer.weight), None if bias is None else bias * factors, factors=factors
+            self._whole(layer.weight),
+            None if bias is None else bias * factors,
+            factors=factors,
+            importance=self._importance[layer.weight],
         )
 
 

@@ -7,7 +7,7 @@ padded to a whole number of the sampler's chunks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -22,6 +22,7 @@ from gptray.generation.adapted_rows import LAYERS, Layer, Run, run_plain
 from gptray.generation.choosing import CHUNK
 from gptray.generation.products import product
 from gptray.model.gpt import GPT, Block
+from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm, activation, rms_norm
 from gptray.model.quantized import head_kind
 from gptray.model.rotary import Angles, rotate
@@ -58,8 +59,9 @@ class PackedGPT:
         self._wte = wte.to(dtype) if self._rotary else wte
         self._wpe = None if self._rotary else whole(transformer.wpe.weight)
         del wte
+        importance = input_importance(model, quantize)
         self._blocks = [
-            _block(cast(Block, block), layer, config, whole, dtype, quantize)
+            _block(cast(Block, block), layer, config, whole, dtype, quantize, importance)
             for layer, block in enumerate(transformer.h)
         ]
         self._ln_f = _norm(transformer.ln_f, whole, dtype)
@@ -165,9 +167,17 @@ def _norm(module: nn.Module | None, whole: Whole, dtype: torch.dtype, scale: flo
 
 
 def _block(
-    block: Block, layer: int, config: ModelConfig, whole: Whole, dtype: torch.dtype, quantize: str
+    block: Block,
+    layer: int,
+    config: ModelConfig,
+    whole: Whole,
+    dtype: torch.dtype,
+    quantize: str,
+    importance: Mapping[str, Tensor],
 ) -> _Block:
     attention = block.attn
+    modules = block.named_modules(prefix=f"transformer.h.{layer}")
+    counts = {module: importance.get(f"{name}.weight") for name, module in modules}
     numbers = count(layer * len(LAYERS))
 
     def packed(layer: nn.Linear, gelu: str | None = None, factors: Tensor | None = None) -> Layer:
@@ -176,7 +186,7 @@ def _block(
         if factors is not None:
             factors = factors.to(weight.device)
             weight, bias = weight * factors[:, None], None if bias is None else bias * factors
-        made = product(weight, bias, dtype, quantized=quantize, gelu=gelu)
+        made = product(weight, bias, dtype, quantized=quantize, importance=counts[layer], gelu=gelu)
         return Layer(next(numbers), made)
 
     # The scores' scale is in the rows that make q, unless a norm comes after them.

@@ -31,15 +31,16 @@ def product(
     dtype: torch.dtype,
     *,
     quantized: str = "none",
+    importance: Tensor | None = None,
     gelu: str | None = None,
 ) -> Product:
     """The product with weight (out, in) and bias (out,), fp32 masters, computed in `dtype`.
 
     gelu: "tanh" for GPT-2's, "none" for the exact one, as torch calls its approximation. quantized:
-    another kind keeps the weight as `gptray.model.quantized` makes it.
+    another kind keeps the weight as `gptray.model.quantized` makes it, by the importance.
     """
     if quantized != "none":
-        kept = quantize(weight, quantized)
+        kept = quantize(weight, quantized, importance)
         if quantized == "int8" and weight.device.type == "cpu":
             return _Int8(kept, bias, dtype, gelu=gelu)
         return _WeightOnly(kept, bias, dtype, gelu=gelu)

@@ -21,6 +21,9 @@ from gptray.files import CannotWrite, cache_folder, storing
 from gptray.model.adapter import Base
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_weights
+from gptray.model.importance import input_importance
+from gptray.model.quantized_linear import quantized_layers
+from gptray.model.unread import unread_network
 from gptray.model.usage import Usage
 from gptray.node_cache import made_once, make_room
 from gptray.record import versions
@@ -38,7 +41,7 @@ def load_base(model: GPT, base: Base) -> None:
     Raises UserError as `load_weights`.
     """
     model.to_empty(device="cpu")
-    load_weights(model, base.folder)
+    _load(model, base)
 
 
 def map_base(model: GPT, base: Base, *, tell: Callable[[str], None] = log.warning) -> None:
@@ -77,9 +80,18 @@ def _write(model: GPT, base: Base, draft: Path) -> None:
     log.info("writing the frozen weights of %s, once (%.1f MB)", base.source, size / 1e6)
     memory = mmap.mmap(-1, size)  # goes back to the system at once, unlike what is allocated
     _place(model, memory)
-    load_weights(model, base.folder)
+    _load(model, base)
     with storing(draft.parent), (draft / _FILE).open("wb") as file:
         file.write(memory)
+
+
+def _load(model: GPT, base: Base) -> None:
+    """Fill the memory that a network has. Raises UserError as `load_weights`."""
+    if layers := quantized_layers(model):
+        found = input_importance(unread_network(base.folder), base.quantized)
+        for name, layer in layers.items():
+            layer.importance = found.get(name)
+    load_weights(model, base.folder)
 
 
 def _place(model: nn.Module, memory: mmap.mmap) -> None:

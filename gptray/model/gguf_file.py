@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
 from gptray.model.gguf_names import FOUR_BITS, GgufTensor
-from gptray.model.rounding import dtype_of, quantized, rounded
+from gptray.model.rounding import dtype_of, rounded
+
+if TYPE_CHECKING:
+    from gptray.model.importance import Quantizer
 
 _KINDS = {
     "fp32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -30,11 +34,13 @@ def write_gguf(
     vectors: Mapping[str, Sequence[float]],
     *,
     precision: str,
+    quantized: Quantizer,
 ) -> None:
     """Write a model's fields and tensors.
 
     fields: by GGUF's keys, of the types that `_add` takes. vectors: tensors in fp32 that are no
-    weights, by name. Raises UserError as `rounded`, OSError.
+    weights, by name. quantized: makes those of 4 bits, transposed where told. Raises UserError as
+    `rounded`, OSError.
     """
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -55,7 +61,7 @@ def write_gguf(
         for vector in numbers.values():
             writer.write_tensor_data(vector)
         for one in tensors:
-            writer.write_tensor_data(_encoded(one))
+            writer.write_tensor_data(_encoded(one, quantized))
     finally:
         writer.close()
 
@@ -77,29 +83,29 @@ def add_field(writer: gguf.GGUFWriter, key: str, value: object) -> None:
             raise AssertionError(f"{key}: GGUF has no {type(value)}")
 
 
-def _encoded(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+def _encoded(tensor: GgufTensor, quantized: Quantizer) -> npt.NDArray[np.uint8]:
     """A tensor's bytes as they are in the file, for NumPy has no bf16."""
     import torch
 
     if tensor.precision in FOUR_BITS:
-        return _four_bits(tensor)
+        return _four_bits(tensor, quantized)
     weight = rounded(tensor.stored, dtype_of(tensor.precision))
     weight = (weight.t() if tensor.turned else weight).contiguous()
     if tensor.order:
         weight = weight[torch.tensor(tensor.order)]
     assert tuple(weight.shape) == tensor.shape, tensor.name
     if tensor.precision == "q8_0":
-        quantized: npt.NDArray[np.uint8] = gguf.quantize(
+        blocks: npt.NDArray[np.uint8] = gguf.quantize(
             weight.numpy(), gguf.GGMLQuantizationType.Q8_0
         )
-        return quantized
+        return blocks
     return weight.view(torch.uint8).numpy()
 
 
-def _four_bits(tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+def _four_bits(tensor: GgufTensor, quantized: Quantizer) -> npt.NDArray[np.uint8]:
     """A kind of `gptray.model.quantized` in GGUF's blocks: a scale, and 16 bytes that hold the
     codes of the group's first half in their lower bits, those of the second in the upper ones."""
-    held = quantized(tensor.stored, FOUR_BITS[tensor.precision], turned=tensor.turned)
+    held = quantized(tensor.stored, tensor.turned)
     codes = held.codes().numpy().reshape(len(held.scales), -1, 2, 16)
     values = codes[:, :, 0] | codes[:, :, 1] << 4
     scales = held.scales.numpy()[..., None].view(np.uint8)

@@ -16,9 +16,9 @@ from gptray.model.packed_weights import (
     VALUES,
     packed_config,
 )
-from gptray.model.rounding import dtype_of, quantized, rounded
+from gptray.model.rounding import dtype_of, rounded
 from gptray.model.shape import WEIGHTS
-from gptray.model.stored_weights import StoredModel
+from gptray.model.stored_weights import StoredModel, StoredWeight
 from gptray.model.tensor_file import write_tensors
 from gptray.stored import read_foreign
 
@@ -26,18 +26,30 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from gptray.model.importance import Quantizer
+
 _CONFIG = "config.json"
 
 
-def write_hf(source: Path, folder: Path, model: StoredModel, *, precision: str) -> None:
-    """Write a model's config and its weights. Raises UserError as `rounded`, OSError."""
+def write_hf(
+    source: Path,
+    folder: Path,
+    model: StoredModel,
+    *,
+    precision: str,
+    quantized: Quantizer,
+) -> None:
+    """Write a model's config and its weights; quantized: makes those in few bits.
+
+    Raises UserError as `rounded`, OSError.
+    """
     dtype, packing = dtype_of(precision), PACKINGS.get(precision)
     packed = model.packable if packing else {}
     shapes, dtypes = _layout(model, precision, packed)
 
     @lru_cache(maxsize=1)  # its parts are asked for one after another
     def parts(name: str) -> dict[str, Tensor]:
-        return _packed(model, name, precision)
+        return _packed(model.weights[name], precision, quantized)
 
     def tensor(name: str) -> Tensor:
         weight, end, kind = name.rpartition(".weight")
@@ -81,12 +93,11 @@ def _layout(
     return shapes, dtypes
 
 
-def _packed(model: StoredModel, name: str, kind: str) -> dict[str, Tensor]:
+def _packed(stored: StoredWeight, kind: str, quantized: Quantizer) -> dict[str, Tensor]:
     """A weight's parts by the ends of their names."""
     import torch
 
-    stored = model.weights[name]
-    held = quantized(stored, kind)
+    held = quantized(stored, False)
     values = held.values
     if kind == "int8":  # of int4 they are packed and without a sign already
         values = (values.to(torch.int16) + 128).to(torch.uint8)

@@ -151,7 +151,7 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """What `RMSNorm` gives."""
-    wide = x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return normed.to(x.dtype) * weight.to(x.dtype)
 

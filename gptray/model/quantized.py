@@ -20,11 +20,19 @@ from torch.nn import functional as F
 from gptray.model.packed_weights import GROUP, PACKINGS
 
 _INT8_MOST = 127
-# What the greatest weight of an int4 group becomes: whichever of them rounds the others best.
-_INT4_MOST = (-8.0, -7.0, 7.0)
 # The values of iq4_nl; those of GGUF's IQ4_NL.
 CODES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# A scale is mended so often: the values that it gives have a better one.
+# What the greatest weight of a group becomes in 4 bits, before it is rounded: whichever of them
+# rounds the group best. All that it can be in the end are among them: see `quantize`.
+_ENDS = {
+    "int4": (-8.4, -8.0, -7.5, -7.0, -6.6, 6.6, 7.0, 7.5),
+    "iq4_nl": (-134.0, -127.0, -119.0, 106.0, 113.0, 120.0),
+}
+# Kinds of 4 bits, with a scale for each group.
+IN_GROUPS = tuple(_ENDS)
+# What is greater than this becomes such an end.
+_BEFORE_ENDS = {"int4": 6.5, "iq4_nl": 115.5}
+# The best scale is mended so often: the values that it gives have a better one.
 _MENDED = 2
 # Weights that are rounded at a time: what is made of them meanwhile stays near.
 _AT_ONCE = 1 << 18
@@ -32,7 +40,7 @@ _AT_ONCE = 1 << 18
 
 def head_kind(kind: str) -> str:
     """What the head is kept in where the linear layers are in `kind`, or "none"."""
-    return "int8" if kind in ("int4", "iq4_nl") else kind
+    return "int8" if kind in IN_GROUPS else kind
 
 
 @dataclass(frozen=True)
@@ -85,32 +93,33 @@ class QuantizedWeight:
         return groups.flatten(1)[:, : self.inputs].to(dtype)
 
 
-def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
+def quantize(weight: Tensor, kind: str, importance: Tensor | None = None) -> QuantizedWeight:
     """A weight (out, in) in a kind of PACKINGS: the nearest values for the best scale tried.
 
-    What `dequantize` gives in fp32 comes back to the bit, but for iq4_nl.
+    importance: (in,), how much an input's squared error counts in 4 bits, above 0; None: all the
+    same. What `dequantize` gives in fp32 comes back to the bit, whatever the importance.
     """
     assert kind in PACKINGS, kind
+    if importance is None:
+        importance = torch.ones(weight.size(1), device=weight.device)
     rows = max(1, _AT_ONCE // weight.size(1))
-    parts = [_quantized(part.float(), kind) for part in torch.split(weight, rows)]
+    parts = [_quantized(part.float(), kind, importance) for part in torch.split(weight, rows)]
     values, scales = (torch.cat(made) for made in zip(*parts, strict=True))
     return QuantizedWeight(kind, weight.size(1), values, scales)
 
 
-def _quantized(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def _quantized(weight: Tensor, kind: str, importance: Tensor) -> tuple[Tensor, Tensor]:
     """The values and scales of some rows."""
     inputs = weight.size(1)
     if kind == "int8":
         scales = (weight.abs().amax(1, keepdim=True) / _INT8_MOST).half()
         return _nearest(weight, scales, -_INT8_MOST, _INT8_MOST).to(torch.int8), scales
     groups = _grouped(weight, GROUP)
+    scales = _best_scales(groups, _grouped(importance[None], GROUP), kind)
     if kind == "iq4_nl":
-        scales = _mended_scales(groups)
-        codes = _nearest_codes(groups, scales)
-        return _packed(codes, inputs).view(torch.int8), scales[..., 0]
-    scales = _best_scales(groups)
-    whole = _nearest(groups, scales[..., None], -8, 7)
-    return _packed(whole.add_(8).to(torch.uint8), inputs), scales
+        return _packed(_nearest_codes(groups, scales), inputs).view(torch.int8), scales[..., 0]
+    whole = _nearest(groups, scales, -8, 7)
+    return _packed(whole.add_(8).to(torch.uint8), inputs), scales[..., 0]
 
 
 def _packed(codes: Tensor, inputs: int) -> Tensor:
@@ -120,27 +129,47 @@ def _packed(codes: Tensor, inputs: int) -> Tensor:
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
-def _mended_scales(groups: Tensor) -> Tensor:
-    """For groups (out, groups, GROUP) scales of iq4_nl (out, groups, 1) with a small squared error.
+def _best_scales(groups: Tensor, importance: Tensor, kind: str) -> Tensor:
+    """For groups (out, groups, GROUP) scales of 4 bits (out, groups, 1) with a small squared error.
 
-    From the greatest weight at either end of CODES on, values for a scale and the best scale for
-    those values take turns (Lloyd 1982). Sums are in fp64: their order must not show in fp16.
+    importance: (1, groups, GROUP). From the best of _ENDS on, values for a scale and the best scale
+    for those values take turns (Lloyd 1982).
     """
-    values = torch.tensor(CODES, dtype=torch.float32, device=groups.device)
-    at = groups.abs().argmax(-1, keepdim=True)
-    greatest = groups.gather(-1, at)
-    best = (greatest / CODES[0]).half()
-    least = torch.full_like(greatest, torch.inf, dtype=torch.float64)
-    for end in (CODES[0], CODES[-1]):
-        scales = (greatest / end).half()
-        for turn in range(_MENDED + 1):
-            near = values[_nearest_codes(groups, scales).int()]
-            error = (near * scales - groups).square_().sum(-1, True, dtype=torch.float64)
-            best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
-            if turn < _MENDED:
-                both = (near * groups).sum(-1, True, dtype=torch.float64)
-                scales = (both / near.square().sum(-1, True, dtype=torch.float64)).half()
+    greatest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best = (greatest / _ENDS[kind][0]).half()
+    least = torch.full_like(best, torch.inf, dtype=torch.float64)
+    for end in _ENDS[kind]:
+        best, least = _better(groups, importance, (greatest / end).half(), best, least, kind)
+    most = greatest.abs() / _BEFORE_ENDS[kind]
+    for _ in range(_MENDED):
+        near = _nearest_values(groups, best, kind)
+        counted = near * importance
+        both = (counted * groups).sum(-1, True, dtype=torch.float64)
+        mended = (both / counted.mul_(near).sum(-1, True, dtype=torch.float64)).half()
+        mended = torch.where(mended.abs() < most, mended, best)
+        best, least = _better(groups, importance, mended, best, least, kind)
     return best
+
+
+def _better(
+    groups: Tensor, importance: Tensor, scales: Tensor, best: Tensor, least: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    """The better scale of each group, of these and the best so far with the `least` error.
+
+    Sums are in fp64: their order must not show.
+    """
+    near = _nearest_values(groups, scales, kind)
+    error = near.mul_(scales).sub_(groups).square_().mul_(importance)
+    error = error.sum(-1, True, dtype=torch.float64)
+    return torch.where(error < least, scales, best), torch.minimum(error, least)
+
+
+def _nearest_values(groups: Tensor, scales: Tensor, kind: str) -> Tensor:
+    """The values in 4 bits, fp32, that times the scales are nearest."""
+    if kind == "int4":
+        return _nearest(groups, scales, -8, 7)
+    values = torch.tensor(CODES, dtype=torch.float32, device=groups.device)
+    return values[_nearest_codes(groups, scales).int()]
 
 
 def _nearest_codes(numbers: Tensor, scales: Tensor) -> Tensor:
@@ -155,22 +184,6 @@ def _nearest_codes(numbers: Tensor, scales: Tensor) -> Tensor:
     # Of what is not finite any code does: its scale is not finite either.
     place = place.nan_to_num_(nan=0.0).int()
     return table.to(device=numbers.device, dtype=torch.uint8)[place]
-
-
-def _best_scales(groups: Tensor) -> Tensor:
-    """For groups (out, groups, GROUP) the scales (out, groups) with the least squared error."""
-    at = groups.abs().argmax(-1, keepdim=True)
-    greatest = groups.gather(-1, at)
-    best = least = torch.empty(0)
-    for most in _INT4_MOST:
-        scales = (greatest / most).half()
-        error = (_nearest(groups, scales, -8, 7).mul_(scales) - groups).square_().sum(-1)
-        if not len(best):
-            best, least = scales[..., 0], error
-            continue
-        better = error < least
-        best, least = torch.where(better, scales[..., 0], best), torch.where(better, error, least)
-    return best
 
 
 def _nearest(numbers: Tensor, scales: Tensor, least: int, most: int) -> Tensor:

@@ -20,9 +20,11 @@ from gptray.model.quantized import quantize
 class QuantizedLinear(nn.Module):
     """x W^T + b with W (out, in) in `kind`; it has no numbers until `put`.
 
-    weight: on the meta device for good, what `GPT.whole` knows the layer's weight by. native: as
-    `Linear`'s.
+    weight: on the meta device for good, what `GPT.whole` knows the layer's weight by. importance:
+    `quantize`'s, to be set before. native: as `Linear`'s.
     """
+
+    importance: Tensor | None = None
 
     values: Tensor
     scales: Tensor
@@ -38,7 +40,7 @@ class QuantizedLinear(nn.Module):
 
     def put(self, rows: slice, weight: Tensor) -> None:
         """Hold these numbers as the weight's rows."""
-        held = quantize(weight, self.kind)
+        held = quantize(weight, self.kind, self.importance)
         self.values[rows], self.scales[rows] = held.values, held.scales
 
     def frozen_layer(self, rows: torch.Size) -> FrozenLayer:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from gptray.model.quantized import QuantizedWeight
-
 
 def dtype_of(precision: str) -> torch.dtype:
     """The dtype of a precision; of GGUF's own, such as q8_0, that of its input. In int8 and int4 it
@@ -50,16 +48,6 @@ def rounded(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
     raise UserError(
         f"{stored.path}: {stored.key} is not finite: the weights are damaged, or training diverged"
     )
-
-
-def quantized(stored: StoredWeight, kind: str, *, turned: bool = False) -> QuantizedWeight:
-    """A weight, transposed where `turned`, in few bits. Raises UserError as `rounded`."""
-    import torch
-
-    from gptray.model.quantized import quantize
-
-    weight = rounded(stored, torch.float32)
-    return quantize(weight.t().contiguous() if turned else weight, kind)
 
 
 def check_tied(model: StoredModel) -> None:

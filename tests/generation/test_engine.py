@@ -18,6 +18,7 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
+from gptray.model.importance import input_importance
 from gptray.model.precision import enable_fast_fp32
 from gptray.model.quantized import quantize as quantize_weight
 from tests.generation.models import (
@@ -453,9 +454,15 @@ def test_4_bits_compute_with_what_the_stored_weights_are(
     model = random_gpt(tokenizer, n_embd=40, n_head=2, initializer_range=0.1, **choices)
     stored = random_gpt(tokenizer, n_embd=40, n_head=2, initializer_range=0.1, **choices)
     with torch.no_grad():
-        for layer in stored.transformer.h.modules():
+        for one in (model, stored):  # what layers read is of different sizes
+            for name, weight in one.named_parameters():
+                if name.endswith(("ln_1.weight", "ln_2.weight")):
+                    weight.mul_(torch.linspace(0.25, 4, len(weight)))
+        counts = input_importance(stored, kind)
+        for name, layer in stored.named_modules():
             if isinstance(layer, torch.nn.Linear):
-                layer.weight.copy_(quantize_weight(layer.weight, kind).dequantize())
+                rounded = quantize_weight(layer.weight, kind, counts[f"{name}.weight"])
+                layer.weight.copy_(rounded.dequantize())
     prompt = prompt_of(tokenizer, 20, seed=1)
 
     def logits_of(model: GPT, backend: str, quantize: str) -> torch.Tensor:

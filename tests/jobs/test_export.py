@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptray.data.tokenizer import Tokenizer, char_tokenizer
 from gptray.doors import run
-from gptray.model.hf import save_pretrained
+from gptray.model.hf import load_pretrained, save_pretrained
+from gptray.model.importance import input_importance
 from gptray.model.quantized import quantize
 from tests.data import foreign
 from tests.full_disk import files_up_to
@@ -69,7 +70,9 @@ def hf_name(name: str) -> str:
     return f"transformer.h.{layer}.{IN_BLOCK[part]}.{kind}"
 
 
-def expected(name: str, weight: Tensor, precision: str) -> tuple[str, Tensor]:
+def expected(
+    name: str, weight: Tensor, precision: str, counts: dict[str, Tensor]
+) -> tuple[str, Tensor]:
     """GGUF's type of a weight as stored, and its numbers in fp32, in GGUF's layout."""
     if weight.ndim == 1 or name == "position_embd.weight":
         return "F32", weight
@@ -78,7 +81,7 @@ def expected(name: str, weight: Tensor, precision: str) -> tuple[str, Tensor]:
         if precision == "q8_0" or name == "token_embd.weight":
             return "Q8_0", turned
         kind = "int4" if precision == "q4_0" else precision
-        return precision.upper(), quantize(turned, kind).dequantize()
+        return precision.upper(), quantize(turned, kind, counts[hf_name(name)]).dequantize()
     dtype = DTYPES.get(precision, torch.float16)
     return {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}.get(precision, "F16"), turned.to(
         dtype
@@ -102,9 +105,11 @@ def test_a_gguf_file_has_every_weight_and_number(
     }
     reader = gguf.GGUFReader(output)
     weights = load_file(model / "model.safetensors")
+    kind = "int4" if precision == "q4_0" else precision
+    counts = input_importance(load_pretrained(model), kind)
     assert {hf_name(tensor.name) for tensor in reader.tensors} == set(weights)
     for tensor in reader.tensors:
-        kind, weight = expected(tensor.name, weights[hf_name(tensor.name)], precision)
+        kind, weight = expected(tensor.name, weights[hf_name(tensor.name)], precision, counts)
         assert tensor.tensor_type.name == kind, tensor.name
         found = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
         if kind == "Q8_0":  # the nearest of 255 steps of each 32 weights, the step itself in fp16

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from gptray.config import UserError
 from gptray.doors import run
 from gptray.model.hf import load_pretrained
+from gptray.model.importance import input_importance
 from gptray.model.quantized import quantize
 from gptray.model.unread import unread_network
 from tests.generation.models import small_tokenizer
@@ -47,10 +48,13 @@ def test_packed_weights_are_read_here_to_the_bit(
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["bytes"] == sum(path.stat().st_size for path in output.iterdir())
     own, unread = load_pretrained(output), unread_network(output)
+    counts = input_importance(unread_network(model), kind)
     lazy = dict(unread.named_parameters())
     for key, weight in load_pretrained(model).named_parameters():
         is_linear = key.startswith("transformer.h.") and weight.dim() == 2
-        rounded = quantize(weight.detach(), kind).dequantize() if is_linear else weight.half()
+        rounded = weight.half()
+        if is_linear:
+            rounded = quantize(weight.detach(), kind, counts.get(key)).dequantize()
         found = own.get_parameter(key)
         assert torch.equal(found, rounded.float()), key
         assert torch.equal(unread.whole(lazy[key]), found), key

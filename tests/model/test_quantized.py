@@ -19,7 +19,7 @@ def weights(outputs: int, inputs: int) -> torch.Tensor:
     return rows * torch.logspace(-2, 2, outputs)[:, None] * (torch.arange(outputs) != 1)[:, None]
 
 
-@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("int4", 0.12)])
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("int4", 0.12), ("iq4_nl", 0.1)])
 @pytest.mark.parametrize("inputs", [1, 32, 33, 96, 130])
 def test_a_quantized_weight_is_close_and_comes_back_to_the_bit(
     kind: str, most: float, inputs: int
@@ -60,6 +60,39 @@ def test_a_row_of_iq4_nl_is_rounded_by_itself_whatever_its_length() -> None:
         whole = quantize(weight, "iq4_nl").dequantize()
         rows = [quantize(row[None], "iq4_nl").dequantize() for row in weight]
         assert torch.equal(whole, torch.cat(rows))
+
+
+def counts(inputs: int) -> torch.Tensor:
+    """Importances from 1 to 256."""
+    return torch.randint(9, (inputs,), generator=torch.Generator().manual_seed(1)).float().exp2()
+
+
+@pytest.mark.parametrize("kind", ["int4", "iq4_nl"])
+def test_inputs_that_count_more_are_rounded_better(kind: str) -> None:
+    weight, importance = weights(9, 320), counts(320)
+
+    def error(found: QuantizedWeight) -> torch.Tensor:
+        return (importance * (found.dequantize() - weight).square()).sum(1)
+
+    counted = quantize(weight, kind, importance)
+    plain = quantize(weight, kind)
+    share = error(counted) / error(plain).clamp_min(1e-30)
+    assert float(share.mean()) < 0.8 and float(share.max()) < 1
+    # What came of it is rounded no more, whatever counts.
+    for again in (None, importance, importance.flip(0)):
+        found = quantize(counted.dequantize(), kind, again)
+        assert torch.equal(found.dequantize(), counted.dequantize())
+
+
+@pytest.mark.parametrize("end", [-8, -7, 7])
+def test_no_group_of_int4_is_rounded_worse_than_by_its_greatest_weight(end: int) -> None:
+    groups = weights(40, 96).view(-1, 32)
+    greatest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    scales = (greatest / end).half().float()
+    simple = (groups / scales).nan_to_num().round().clamp(-8, 7) * scales
+    found = quantize(groups, "int4").dequantize()
+    errors = [(one - groups).double().square().sum(1) for one in (found, simple)]
+    assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())
 
 
 def test_a_group_has_a_scale_of_its_own() -> None:

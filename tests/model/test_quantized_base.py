@@ -15,6 +15,7 @@ from gptray.model.adapter_files import load_adapter, load_merged, save_adapter
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.gpt import GPT, Block
 from gptray.model.hf import load_pretrained, save_pretrained
+from gptray.model.importance import input_importance
 from gptray.model.quantized import quantize
 from gptray.model.quantized_linear import quantized_layers
 from gptray.model.weight_bytes import linear_bytes
@@ -38,9 +39,10 @@ KINDS = ("int8", "int4", "iq4_nl")
 def rounded_base(base: Base, kind: str, folder: Path) -> Base:
     """The base with the linear layers of its blocks rounded, in a folder of its own."""
     model = load_pretrained(base.folder)
+    counts = input_importance(model, kind)
     for name, parameter in model.named_parameters():
         if name.startswith("transformer.h.") and parameter.dim() == 2:
-            parameter.copy_(quantize(parameter, kind).dequantize())
+            parameter.copy_(quantize(parameter, kind, counts.get(name)).dequantize())
     save_pretrained(model, folder)
     return Base.of(str(folder))
 

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptray.config import RunFailed
 from gptray.files import no_empty_folders, replacing, storing
@@ -17,8 +18,12 @@ from gptray.jobs.doing import doing
 from gptray.jobs.export.check import CheckedExport, GgufContent, HfContent, check
 from gptray.jobs.next_steps import of_model, tell
 from gptray.model.gguf_file import write_gguf
+from gptray.model.gguf_names import FOUR_BITS
 from gptray.model.hf_export import write_hf
 from gptray.model.rounding import check_tied
+
+if TYPE_CHECKING:
+    from gptray.model.importance import Quantizer
 
 log = logging.getLogger("gptray")
 
@@ -65,6 +70,7 @@ def run(checked: CheckedExport) -> dict[str, object]:
 def _write(checked: CheckedExport) -> None:
     content, precision = checked.content, checked.settings.precision
     check_tied(checked.model)
+    quantized = _quantizer(checked)
     if isinstance(content, GgufContent):
         with replacing(checked.output) as file:
             write_gguf(
@@ -74,13 +80,24 @@ def _write(checked: CheckedExport) -> None:
                 content.tensors,
                 content.vectors,
                 precision=precision,
+                quantized=quantized,
             )
             _refuse_taken(checked.output)
     else:
         with _appearing(checked.output) as folder:
-            write_hf(checked.folder, folder, checked.model, precision=precision)
+            write_hf(
+                checked.folder, folder, checked.model, precision=precision, quantized=quantized
+            )
             for path in content.copied:
                 shutil.copyfile(path, folder / path.name)
+
+
+def _quantizer(checked: CheckedExport) -> Quantizer:
+    """What makes weights in few bits. It imports torch, which a plan needs not."""
+    from gptray.model.importance import quantizer
+
+    precision = checked.settings.precision
+    return quantizer(checked.folder, checked.model, FOUR_BITS.get(precision, precision))
 
 
 @contextmanager

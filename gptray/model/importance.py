@@ -1,0 +1,104 @@
+"""How much each input of a linear layer counts when its weights are rounded to 4 bits.
+
+The error of a weight reaches the output times what the weight meets: it counts by the mean square
+of that input, which differs a hundredfold between inputs (Lin et al. 2023, AWQ; the importance
+matrix of llama.cpp). Random tokens show it nearly as well as text does, so that the numbers depend
+on the model alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from gptray.model.gpt import GPT
+from gptray.model.layers import Linear
+from gptray.model.parameters import stored_parts
+from gptray.model.quantized import IN_GROUPS, QuantizedWeight, quantize
+from gptray.model.rounding import rounded
+from gptray.model.stored_weights import StoredModel, StoredWeight
+from gptray.model.unread import unread_network
+
+# Makes a weight, transposed where told; raises UserError as `rounded`.
+Quantizer = Callable[[StoredWeight, bool], QuantizedWeight]
+
+TOKENS = 256
+# Of the mean: the least that an input counts, for text may make more of it.
+_LEAST = 2.0**-10
+
+
+@torch.no_grad()
+def input_importance(model: GPT, kind: str) -> dict[str, Tensor]:
+    """How much the inputs of each weight (out, in) of the blocks' linear layers count, by its name.
+
+    (in,) in fp32: mean squares over random tokens, about 1 on average. They are computed in fp64
+    and rounded to powers of two, so that the order of a sum, which differs between machines, does
+    not show. Empty for a `kind` that asks for none. Memory holds one block. Raises UserError as
+    `GPT.whole`.
+    """
+    found = dict[str, Tensor]()
+    if kind not in IN_GROUPS:
+        return found
+    was_training, _ = model.training, model.eval()
+    x, angles = _embedded(model)
+    for layer, block in enumerate(model.transformer.h):
+        hooks = [
+            module.register_forward_pre_hook(_keeping(found, f"transformer.h.{layer}.{name}"))
+            for name, module in block.named_modules()
+            if isinstance(module, Linear)
+        ]
+        own = {name: model.whole(one).double() for name, one in block.named_parameters()}
+        x = functional_call(block, own, (x, angles))
+        for hook in hooks:
+            hook.remove()
+    model.train(was_training)
+    return found
+
+
+def quantizer(folder: Path, model: StoredModel, kind: str) -> Quantizer:
+    """What makes a folder's weights `kind`, by how much their inputs count."""
+    counts = dict[StoredWeight, Tensor]()
+    if kind in IN_GROUPS:
+        found = input_importance(unread_network(folder), kind)
+        for part in stored_parts(model.shape, model.family, model.embedding.shape[0]):
+            if part.parameter in found and part.is_linear:
+                counts[model.weights[part.name]] = found[part.parameter]
+
+    def quantized(stored: StoredWeight, turned: bool) -> QuantizedWeight:
+        weight = rounded(stored, torch.float32)
+        weight = weight.t().contiguous() if turned else weight
+        return quantize(weight, kind, counts.get(stored))
+
+    return quantized
+
+
+def _embedded(model: GPT) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """What the first block reads of random tokens, (1, T, C) in fp64, and the angles of rotary
+    positions."""
+    transformer, length = model.transformer, min(TOKENS, model.config.n_positions)
+    table = model.whole(transformer.wte.weight)
+    random = torch.Generator().manual_seed(0)
+    idx = torch.randint(len(table), (1, length), generator=random).to(table.device)
+    x = F.embedding(idx, table).double()
+    if transformer.rotary:
+        places = torch.arange(length, device=table.device)
+        return x, transformer.rotary.at(places, torch.float64)
+    return x + model.whole(transformer.wpe.weight)[:length], None
+
+
+def _keeping(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    """A hook that keeps how much the inputs of a linear layer count."""
+
+    def keep(_: nn.Module, read: tuple[Tensor]) -> None:
+        energy = read[0].flatten(0, -2).square().mean(0)
+        shares = energy / energy.mean().log2().round().exp2()
+        # Where all inputs are 0, or one is not finite, all count the same.
+        shares = shares.nan_to_num(nan=1.0).clamp_min(_LEAST)
+        found[f"{name}.weight"] = shares.log2().round().exp2().float()
+
+    return keep
