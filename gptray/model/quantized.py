@@ -28,6 +28,8 @@ CODES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 11
 _MENDED = 2
 # Weights that are rounded at a time: what is made of them meanwhile stays near.
 _AT_ONCE = 1 << 18
+# Factors of value^0 .. value^4 that give, rounded, CODES[value + 8].
+IQ4_NL = (1.43, 11.44, -0.0168, 0.08184, 0.001586)
 
 
 def head_kind(kind: str) -> str:
