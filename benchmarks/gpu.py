@@ -1,9 +1,10 @@
 """What gptray does with one GPU: speed against its peers, the same bits, where the time goes.
 
-    python benchmarks/gpu.py [--parts facts,right,train,gen,serve] [--out FILE] [--data FOLDER]
+    python benchmarks/gpu.py [--parts facts,right,train,gen,quant,serve] [--out FILE]
+                             [--data FOLDER]
     python benchmarks/gpu.py --device cpu --tiny
 
-Needs neither Ray nor a network. The second command is a dry run of every line of it on a CPU.
+Needs neither Ray nor a network. The last command is a dry run of every line of it on a CPU.
 
 facts: the card's GEMM rate, memory bandwidth and attention kernels, with and without determinism.
 right: do two runs, and a resumed one, end with the same bits? Are rows the same alone and in a
@@ -11,6 +12,8 @@ right: do two runs, and a resumed one, end with the same bits? Are rows the same
 train: GPT-2 124M's step against the loop as nanoGPT writes it and transformers' GPT-2, in turns.
 gen: decoding against transformers' generate and the floor that the bandwidth sets, and one step
     under the profiler.
+quant: products with weights in int8, int4 and iq4_nl, and steps of the engine with them, against
+    bf16, for 1, 8, 32 and 256 sequences.
 serve: the engine's thread under streams, which is what HTTP stands on.
 
 Every line is printed when it is known. A part that fails says why, the next one runs, and the exit
@@ -32,6 +35,7 @@ from gpu_parts.bench import Bench
 from gpu_parts.facts import facts
 from gpu_parts.generate import generate
 from gpu_parts.machine import describe
+from gpu_parts.quantized import quantized
 from gpu_parts.right import right
 from gpu_parts.serve import serve
 from gpu_parts.train import train
@@ -41,6 +45,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "right": right,
     "train": train,
     "gen": generate,
+    "quant": quantized,
     "serve": serve,
 }
 

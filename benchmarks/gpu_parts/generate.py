@@ -28,7 +28,7 @@ from gptray.generation.loading import open_engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 
-__all__ = ["PROMPT_TOKENS", "TOP_K", "engine_of", "generate", "model_folder"]
+__all__ = ["PROMPT_TOKENS", "TOP_K", "engine_of", "generate", "model_folder", "step_seconds"]
 
 # Generates for one batch.
 Run = Callable[[], None]
@@ -83,12 +83,15 @@ def model_folder(bench: Bench) -> Path:
     return folder
 
 
-def engine_of(bench: Bench, folder: Path, batch: int, *, precision: str) -> Engine:
+def engine_of(
+    bench: Bench, folder: Path, batch: int, *, precision: str, quantize: str = "none"
+) -> Engine:
     asked = {
         "generate.max_batch_size": batch,
         "generate.precision": precision,
         "generate.backend": "auto" if bench.on_gpu else "torch",
         "compute.use_gpu": bench.on_gpu,
+        "quantize.weights": quantize,
     }
     engine, _ = open_engine(folder, override(Config(), asked))
     return engine
@@ -135,15 +138,27 @@ def floor_seconds(bench: Bench, batch: int, new_tokens: int, bandwidth: float) -
 
 def decode_step(bench: Bench, engine: Engine, batch: int) -> None:
     """Time the steps of a full batch, and look at one through the profiler."""
+    seen: dict[str, Any] = {}
+    seconds = step_seconds(
+        bench, engine, batch, lambda: seen.update(profiled_step(bench, engine.step))
+    )
+    bench.keep(f"gen: decode step, B={batch}", {"ms": round(seconds * 1e3, 3), **seen})
+    words = ", ".join(f"{value} {what.replace('_', ' ')}" for what, value in seen.items())
+    bench.say(f"gen: decode step B={batch}: {seconds * 1e3:.2f} ms; of one profiled: {words}")
+
+
+def step_seconds(
+    bench: Bench, engine: Engine, batch: int, then: Callable[[], object] = lambda: None
+) -> float:
+    """Of a step of a full batch, which is still there for `then`."""
     sampling = Sampling(max_new_tokens=400, top_k=TOP_K, ignore_eos=True)
     assert PROMPT_TOKENS + 400 < N_POSITIONS
     running = [engine.submit(Sequence(ids, sampling)) for ids in prompts(batch, 1)]
     while engine.waiting:
         engine.step()
-    ms = bench.seconds(lambda: [engine.step() for _ in range(20)], warm=1, times=1) / 20 * 1e3
-    seen = profiled_step(bench, engine.step)
+    steps = 20
+    taken = bench.seconds(lambda: [engine.step() for _ in range(steps)], warm=1, times=1) / steps
+    then()
     for generation in running:
         engine.cancel(generation)
-    bench.keep(f"gen: decode step, B={batch}", {"ms": round(ms, 3), **seen})
-    words = ", ".join(f"{value} {what.replace('_', ' ')}" for what, value in seen.items())
-    bench.say(f"gen: decode step B={batch}: {ms:.2f} ms; of one profiled: {words}")
+    return taken

@@ -139,7 +139,7 @@ class Decoder(Network):
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
         self._config = model.config
-        self._packed = PackedGPT(model, dtype, quantize=quantize)
+        self._packed = PackedGPT(model, dtype, rows=slots, quantize=quantize)
         self._device = self._packed.device
         self._cache = Cache(model, slots, dtype=dtype, device=self._device)
         self._heads = model.config.n_head + 2 * model.config.kv_heads

@@ -27,7 +27,7 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: 
     and get zeros. Returns (N, HE).
     """
     N, (S, H, P, E) = len(qkv), keys.shape
-    kernels = _kernels_for(qkv)
+    kernels = kernels_for(qkv)
     if kernels is None:
         return _attend(qkv, keys, values, slots, positions)
     out = qkv.new_empty(N, H * E)
@@ -42,7 +42,7 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: 
 
 def random_numbers(seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """`gptray.generation.philox.uniform` of (N,) int64 each, where they are."""
-    kernels = _kernels_for(seeds)
+    kernels = kernels_for(seeds)
     if kernels is None:
         return uniform(seeds.tolist(), rows.tolist(), positions.tolist())
     out = torch.empty_like(seeds, dtype=torch.float64)
@@ -51,7 +51,7 @@ def random_numbers(seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-def _kernels_for(tensor: Tensor) -> ModuleType | None:
+def kernels_for(tensor: Tensor) -> ModuleType | None:
     """The kernels' module; None: the formulas. Raises ImportError on a GPU without Triton."""
     kernels = _triton_kernels()
     if tensor.is_cuda:

@@ -45,7 +45,7 @@ class GraphDecoder(Network):
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
         config = model.config
-        self._network = PackedGPT(model, dtype, quantize=quantize)
+        self._network = PackedGPT(model, dtype, rows=slots, quantize=quantize)
         device = self._network.device
         self._spare = slots  # where padding's keys and values go
         H, P = config.n_head, config.n_positions

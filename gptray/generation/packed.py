@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from typing import cast
 
 import torch
@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from gptray.config import ModelConfig
 from gptray.generation.adapted_rows import LAYERS, Layer, Run, run_plain
 from gptray.generation.choosing import CHUNK
-from gptray.generation.products import product
+from gptray.generation.product_timing import choose_kernels
+from gptray.generation.products import Product, product
 from gptray.model.gpt import GPT, Block
 from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm, activation, rms_norm
@@ -40,10 +41,13 @@ Norm = Callable[[Tensor], Tensor]
 class PackedGPT:
     """The network but for attention, which depends on where keys and values are kept.
 
-    quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
+    quantize: what `gptray.model.quantized` makes of the weights of linear layers and head. rows: of
+    a step in which no prompt is read; on a GPU kernels are chosen for them.
     """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, *, quantize: str = "none") -> None:
+    def __init__(
+        self, model: GPT, dtype: torch.dtype, *, rows: int, quantize: str = "none"
+    ) -> None:
         transformer = model.transformer
         self.vocab_size, self.dtype = model.valid_vocab_size, dtype
         config, whole = model.config, model.whole
@@ -65,6 +69,9 @@ class PackedGPT:
             for layer, block in enumerate(transformer.h)
         ]
         self._ln_f = _norm(transformer.ln_f, whole, dtype)
+        choose_kernels(
+            [self._head, *chain.from_iterable(one.products for one in self._blocks)], rows
+        )
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +137,11 @@ class _Block:
     residual: bool
     parallel: bool
     post_norm: bool
+
+    @property
+    def products(self) -> list[Product]:
+        layers = self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj
+        return [layer.product for layer in layers]
 
     def __call__(
         self, x: Tensor, angles: Angles | None, attend: Callable[[Tensor], Tensor], run: Run

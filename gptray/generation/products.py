@@ -6,12 +6,14 @@ PyTorch's own. A row of the result depends on that row of x alone, and on no oth
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptray.generation.weight_only import Tile, dequantized, multiply
 from gptray.model.precision import has_onednn_linear
 from gptray.model.quantized import QuantizedWeight, quantize
 
@@ -43,7 +45,7 @@ def product(
         kept = quantize(weight, quantized, importance)
         if quantized == "int8" and weight.device.type == "cpu":
             return _Int8(kept, bias, dtype, gelu=gelu)
-        return _WeightOnly(kept, bias, dtype, gelu=gelu)
+        return WeightOnly(kept, None if bias is None else bias.to(dtype), dtype, gelu)
     return _dense(weight.to(dtype), None if bias is None else bias.to(dtype), gelu=gelu)
 
 
@@ -60,10 +62,13 @@ class _Dense:
         self._weight, self._bias, self._gelu = weight, bias, gelu
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        y = F.linear(x, self._weight, self._bias)
-        if add is not None:
-            y = y + add
-        return F.gelu(y, approximate=self._gelu) if self._gelu else y
+        return _finished(F.linear(x, self._weight, self._bias), add, self._gelu)
+
+
+def _finished(y: Tensor, add: Tensor | None, gelu: str | None) -> Tensor:
+    if add is not None:
+        y = y + add
+    return F.gelu(y, approximate=gelu) if gelu else y
 
 
 class _Packed:
@@ -90,17 +95,27 @@ class _Packed:
         return y[:rows]
 
 
-class _WeightOnly:
-    """Weights in few bits, in `dtype` again for each product; x is not rounded."""
+@dataclass
+class WeightOnly:
+    """Weights in few bits, in `dtype` again for each product; x is not rounded.
 
-    def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, *, gelu: str | None
-    ) -> None:
-        self._weight, self._dtype, self._gelu = weight, dtype, gelu
-        self._bias = None if bias is None else bias.to(dtype)
+    kernels: whether Triton makes them whole. tile: of the kernel that multiplies up to `rows` rows
+    by the weights as they are. See `gptray.generation.weight_only`.
+    """
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    dtype: torch.dtype
+    gelu: str | None
+    kernels: bool = False
+    tile: Tile | None = None
+    rows: int = 0
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return _dense(self._weight.dequantize(self._dtype), self._bias, gelu=self._gelu)(x, add)
+        if self.tile and len(x) <= self.rows:
+            return _finished(multiply(x, self.weight, self.bias, self.tile), add, self.gelu)
+        make_whole = dequantized if self.kernels else QuantizedWeight.dequantize
+        return _dense(make_whole(self.weight, self.dtype), self.bias, gelu=self.gelu)(x, add)
 
 
 class _Int8:
@@ -131,8 +146,4 @@ class _Int8:
             *(1.0, 0, torch.float32, "none", [], ""),  # of the output
         )
         y = torch.addcmul(self._bias, y, scale)
-        if add is not None:
-            y = y + add
-        if self._gelu:
-            y = F.gelu(y, approximate=self._gelu)
-        return y.to(self._dtype)
+        return _finished(y, add, self._gelu).to(self._dtype)

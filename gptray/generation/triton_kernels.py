@@ -1,13 +1,16 @@
-"""Kernels for GPUs in Triton; `gptray.generation.gpu_kernels` says what they compute.
+"""Kernels for GPUs in Triton; `gptray.generation.gpu_kernels` and `weight_only` say what they
+compute.
 
-Nothing depends on a neighbouring row: each program works on one row, and sums its keys in blocks
-that begin at multiples of BLOCK_K.
+Nothing depends on a neighbouring row: what is summed for a row is that row's alone, in blocks that
+begin at multiples of BLOCK_K.
 """
 
 import triton
 import triton.language as tl
 
 from gptray.generation.philox import MULTIPLIERS, ROUNDS, WEYL
+from gptray.model.packed_weights import GROUP
+from gptray.model.quantized import IQ4_NL
 
 
 def is_interpreted() -> bool:
@@ -90,3 +93,80 @@ def philox_kernel(seeds, rows, positions, out, N, BLOCK: tl.constexpr):
         k0, k1 = (k0 + _W0) & low, (k1 + _W1) & low
     bits = (c0 << 21) | (c1 >> 11)
     tl.store(out + place, bits.to(tl.float64) * 1.1102230246251565e-16, mask=is_real)  # 2^-53
+
+
+_GROUP = tl.constexpr(GROUP)
+_C0, _C1, _C2, _C3, _C4 = (tl.constexpr(n) for n in IQ4_NL)
+# 2^23, its bits, and what rounds to whole numbers where it is added and taken away again.
+_2_23, _BITS, _ROUNDING = (tl.constexpr(n) for n in (8388608.0, 0x4B000000, 12582912.0))
+
+
+@triton.jit
+def _weights(
+    values, scales, outputs, start, N, WIDTH, GROUPS, KIND: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Inputs start .. start + BLOCK_K of some rows of the weight, in fp32; beyond its end zeros.
+    row, is_real = outputs.to(tl.int64)[:, None], outputs[:, None] < N
+    BYTES: tl.constexpr = BLOCK_K if KIND == "int8" else BLOCK_K // 2
+    place = (tl.arange(0, BYTES) + start * BYTES // BLOCK_K)[None, :]
+    held = tl.load(values + row * WIDTH + place, mask=is_real & (place < WIDTH), other=0)
+    if KIND == "int8":
+        scale = tl.load(scales + row, mask=is_real, other=0.0)
+        whole = held.to(tl.float32) * scale.to(tl.float32)
+    else:
+        # Codes become real as the last bits of 2^23: GPUs are slow to convert integers.
+        held = held.to(tl.int32)
+        low = ((held & 15) | _BITS).to(tl.float32, bitcast=True) - (_2_23 + 8)
+        high = ((held & 240) | _BITS).to(tl.float32, bitcast=True) / 16 - (_2_23 / 16 + 8)
+        value = tl.interleave(low, high)
+        if KIND == "iq4_nl":
+            value = _C0 + value * (_C1 + value * (_C2 + value * (_C3 + value * _C4)))
+            value = (value + _ROUNDING) - _ROUNDING
+        group = (tl.arange(0, BLOCK_K // _GROUP) + start // _GROUP)[None, :]
+        scale = tl.load(scales + row * GROUPS + group, mask=is_real & (group < GROUPS), other=0.0)
+        grouped = tl.reshape(value, [outputs.shape[0], BLOCK_K // _GROUP, _GROUP])
+        grouped *= scale.to(tl.float32)[:, :, None]
+        whole = tl.reshape(grouped, [outputs.shape[0], BLOCK_K])
+    return whole
+
+
+@triton.jit
+def dequantize_kernel(
+    values, scales, out, N, K, WIDTH, GROUPS,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(1) * BLOCK_K
+    whole = _weights(values, scales, outputs, start, N, WIDTH, GROUPS, KIND, BLOCK_K)
+    inputs = (start + tl.arange(0, BLOCK_K))[None, :]
+    target = out + outputs.to(tl.int64)[:, None] * K + inputs
+    tl.store(target, whole.to(out.dtype.element_ty), mask=(outputs[:, None] < N) & (inputs < K))
+
+
+@triton.jit(do_not_specialize=["M"])  # which changes from step to step
+def multiply_kernel(
+    x, values, scales, bias, out, M, N, K, WIDTH, GROUPS,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, IN_FP32: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Some rows of the weight by some of x: a part of the result, transposed. The weight comes
+    # first, for it can go to the tensor cores from registers. IN_FP32: for the interpreter, which
+    # has no arithmetic in bf16; products of bf16 are exact in fp32.
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
+    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    source = x + rows.to(tl.int64) * K
+    total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        whole = _weights(values, scales, outputs, start, N, WIDTH, GROUPS, KIND, BLOCK_K)
+        inputs = (start + tl.arange(0, BLOCK_K))[:, None]
+        part = tl.load(source + inputs, mask=(rows < M) & (inputs < K), other=0.0)
+        whole = whole.to(x.dtype.element_ty)
+        if IN_FP32:
+            whole, part = whole.to(tl.float32), part.to(tl.float32)
+        total = tl.dot(whole, part, total, input_precision="ieee")
+    if HAS_BIAS:
+        added = tl.load(bias + outputs, mask=outputs < N, other=0.0)
+        total += added.to(tl.float32)[:, None]
+    target = out + rows.to(tl.int64) * N + outputs[:, None]
+    is_real = (rows < M) & (outputs[:, None] < N)
+    tl.store(target, total.to(out.dtype.element_ty), mask=is_real)

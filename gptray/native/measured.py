@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -77,15 +77,26 @@ def faster(
     """
     assert set(makers) == set(NAMES)
     asked = {**work, "processor": processor_identity(), "versions": _versions()}
+    return _choice(key, what, measured_once(asked, set(NAMES), lambda: _measure(key, makers)))
+
+
+def measured_once(
+    asked: Mapping[str, object], names: Set[str], measure: Callable[[], Measured]
+) -> Measured:
+    """The seconds of all `names`, from whoever measured first on this machine, else from `measure`.
+
+    asked: all that they depend on.
+    """
     path = _folder() / f"{_digest(asked)}.json"
-    measured = _kept(path)
+    measured = _kept(path, names)
     if measured is None:
         with _alone():  # two that measure at the same time would disturb each other
-            measured = _kept(path)
+            measured = _kept(path, names)
             if measured is None:
-                measured = _measure(key, makers)
-                _keep(path, work, measured)
-    return _choice(key, what, measured)
+                measured = measure()
+                if set(measured.seconds) == names:  # what failed may work the next time
+                    _keep(path, asked, measured)
+    return measured
 
 
 def _choice(key: str, what: str, measured: Measured) -> Choice:
@@ -146,14 +157,14 @@ def _folder() -> Path:
     return cache_folder() / "backends"
 
 
-def _kept(path: Path) -> Measured | None:
+def _kept(path: Path, names: Set[str]) -> Measured | None:
     """The measurement in a file; None where there is none that counts and makes sense."""
     try:
         record = read_object(path)
     except (OSError, Unreadable):
         return None
     seconds, until = record.get("seconds"), record.get("until")
-    if not isinstance(seconds, dict) or set(seconds) != set(NAMES):
+    if not isinstance(seconds, dict) or set(seconds) != names:
         return None
     if not all(isinstance(value, float) and value > 0 for value in seconds.values()):
         return None
@@ -162,11 +173,9 @@ def _kept(path: Path) -> Measured | None:
     return Measured(seconds, until)
 
 
-def _keep(path: Path, work: Mapping[str, object], measured: Measured) -> None:
-    """Remember what was measured of both backends; what failed may work the next time."""
-    if set(measured.seconds) != set(NAMES):
-        return
-    record = {"processor": processor_name(), "work": work, **asdict(measured)}
+def _keep(path: Path, asked: Mapping[str, object], measured: Measured) -> None:
+    """Remember what was measured."""
+    record = {"processor": processor_name(), "work": asked, **asdict(measured)}
     try:
         with replacing(path) as draft:
             draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8")

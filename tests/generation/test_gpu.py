@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from gptray.generation import gpu_kernels as gpu
 from gptray.generation.decoder import Piece
 from gptray.generation.engine import Engine, make_decoder
 from gptray.generation.philox import uniform
+from gptray.generation.product_timing import choose_kernels
+from gptray.generation.products import product
+from gptray.generation.recording import Graphs
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
+from gptray.model.packed_weights import PACKINGS
 from tests.generation.models import random_gpt, run, small_tokenizer
 
 pytestmark = [
@@ -122,3 +127,33 @@ def test_a_text_in_bf16_does_not_depend_on_its_neighbours(tokenizer: Tokenizer) 
     engine = Engine(model, tokenizer, backend="graph", max_batch_size=16, dtype=torch.bfloat16)
     for request, among in zip(requests[:8], together, strict=False):
         assert run(engine, [request])[0].tokens == among.tokens
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_kernels_for_few_bits_are_measured_once_and_give_what_pytorch_does(
+    kind: str,
+    dtype: torch.dtype,
+    rows: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    weight, bias = torch.randn(200, 352, device="cuda"), torch.randn(200, device="cuda")
+    x = torch.randn(100, 352, device="cuda").to(dtype)
+    one = product(weight, bias, dtype, quantized=kind)
+    expected = one(x)
+    choose_kernels([one], rows)
+    assert "a kernel for weights in few bits is not used" not in caplog.text
+    (kept,) = tmp_path.rglob("*.json")
+    written = kept.stat().st_mtime_ns
+    choose_kernels([one], rows)
+    assert kept.stat().st_mtime_ns == written
+    for part in (x[:rows], x):
+        replayed = Graphs(x.device).recorded(lambda part=part: one(part))  # type: ignore[misc]
+        for _ in range(2):
+            room = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+            torch.testing.assert_close(replayed(), expected[: len(part)], rtol=0, atol=room)

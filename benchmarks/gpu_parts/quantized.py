@@ -1,0 +1,69 @@
+"""Weights in few bits against bf16: single products, and steps of the engine."""
+
+from __future__ import annotations
+
+import torch
+from gpu_parts.bench import Bench
+from gpu_parts.generate import engine_of, model_folder, step_seconds
+from torch import Tensor
+
+from gptray.generation.product_timing import choose_kernels
+from gptray.generation.products import product
+from gptray.generation.recording import Graphs
+from gptray.model.packed_weights import PACKINGS
+
+KINDS = ("none", *PACKINGS)
+# Outputs and inputs of a model of 124 M weights, and of 7 B.
+SHAPES = [(768, 3072), (4096, 4096), (11008, 4096)]
+# Weights that are multiplied in turns: more than a GPU's cache holds.
+COPIES = 12
+
+
+def quantized(bench: Bench) -> None:
+    batches = (8,) if bench.tiny else (1, 8, 32, 256)
+    for shape in [(64, 96)] if bench.tiny else SHAPES:
+        for batch in batches:
+            compare(bench, f"product {shape[0]} x {shape[1]}", batch, {
+                kind: product_seconds(bench, shape, batch, kind) for kind in KINDS
+            })  # fmt: skip
+    for batch in batches:
+        compare(bench, "decode step", batch, {
+            kind: engine_seconds(bench, batch, kind) for kind in KINDS[:: 2 if bench.tiny else 1]
+        })  # fmt: skip
+
+
+def compare(bench: Bench, what: str, batch: int, seconds: dict[str, float]) -> None:
+    """Keep and say what each kind takes, and how many times as fast as bf16 it is."""
+    whole = seconds["none"]
+    for kind, taken in seconds.items():
+        name = f"quant: {what}, {'bf16' if kind == 'none' else kind}, B={batch}"
+        bench.keep(name, {"ms": round(taken * 1e3, 4), "bf16/this": round(whole / taken, 2)})
+        bench.say(f"{name:50} {taken * 1e3:9.4f} ms {whole / taken:7.2f} x")
+
+
+def product_seconds(bench: Bench, shape: tuple[int, int], batch: int, kind: str) -> float:
+    """Of one product, among others with weights of their own in one CUDA graph."""
+    generator = torch.Generator(bench.device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=bench.device)
+
+    dtype = torch.bfloat16
+    copies = [product(numbers(*shape), None, dtype, quantized=kind) for _ in range(COPIES)]
+    choose_kernels(copies, batch)
+    x = numbers(batch, shape[1]).to(dtype)
+
+    def all_of_them() -> Tensor:
+        return torch.stack([one(x)[0, 0] for one in copies])
+
+    with torch.no_grad():
+        return bench.seconds(Graphs(bench.device).recorded(all_of_them)) / COPIES
+
+
+def engine_seconds(bench: Bench, batch: int, kind: str) -> float:
+    """Of a step of GPT-2 124M for a full batch."""
+    engine = engine_of(bench, model_folder(bench), batch, precision="bf16", quantize=kind)
+    seconds = step_seconds(bench, engine, batch)
+    del engine
+    bench.free()
+    return seconds

@@ -1,0 +1,141 @@
+"""Which kernels multiply by weights in few bits the fastest on this GPU: each is tried once."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gptray.generation.products import Product, WeightOnly
+from gptray.generation.weight_only import tiles_for
+from gptray.native.measured import Measured, measured_once
+from gptray.wording import count
+
+log = logging.getLogger("gptray")
+
+# Calls of each, in turns, of which the median counts.
+ROUNDS = 15
+# Bytes written twice before each call: more than a GPU's cache holds, for a step finds its weights
+# in memory; and time for the host to get ahead of the GPU.
+FLUSHED = 1 << 28
+# Ways to compute a product: PyTorch makes weights whole, or a kernel does. Those that multiply by
+# the weights as they are have the names of their tiles.
+PYTORCH, UNPACKED = "pytorch", "unpacked"
+
+
+@torch.no_grad()
+def choose_kernels(products: Iterable[Product], rows: int) -> None:
+    """Have products with weights in few bits on a GPU take the fastest kernels for up to `rows`.
+
+    Every kernel is compared with PyTorch before it is used. The first engine of a kind on a machine
+    measures, and Triton compiles for some seconds; others take what it found.
+    """
+    shapes = dict[tuple[object, ...], list[WeightOnly]]()
+    for one in products:
+        if isinstance(one, WeightOnly) and one.weight.values.is_cuda:
+            held = one.weight
+            shape = (held.kind, *held.values.shape, held.inputs, str(one.dtype), one.bias is None)
+            shapes.setdefault(shape, []).append(one)
+    taken = by_pytorch = 0.0
+    for shape, alike in shapes.items():
+        ways = _ways(alike[0], rows)
+        seconds = _seconds(shape, rows, ways)
+        best = next(name for name in sorted(seconds, key=seconds.__getitem__) if _works(ways, name))
+        is_unpacked = seconds.get(UNPACKED, float("inf")) < seconds[PYTORCH]
+        for one in alike:
+            one.kernels = is_unpacked and _works(ways, UNPACKED)
+            one.tile, one.rows = ways[best].tile, rows
+        taken += len(alike) * seconds[best]
+        by_pytorch += len(alike) * seconds[PYTORCH]
+    if taken < by_pytorch:
+        log.info(
+            "quantize.weights: Triton's kernels, %.2fx as fast here as weights that PyTorch makes "
+            "whole (%.3g against %.3g ms for the products of %s)",
+            *(by_pytorch / taken, 1e3 * taken, 1e3 * by_pytorch, count(rows, "row")),
+        )
+
+
+def _ways(one: WeightOnly, rows: int) -> dict[str, WeightOnly]:
+    """The same product, computed in each way that may be the fastest."""
+    plain = replace(one, gelu=None)
+    unpacked = replace(plain, kernels=True)
+    tiles = tiles_for(rows, one.dtype).items()
+    tiled = {name: replace(unpacked, tile=tile, rows=rows) for name, tile in tiles}
+    return {PYTORCH: plain, UNPACKED: unpacked, **tiled}
+
+
+def _seconds(
+    shape: tuple[object, ...], rows: int, ways: Mapping[str, WeightOnly]
+) -> Mapping[str, float]:
+    """Of each way that works."""
+    plain = ways[PYTORCH]
+    asked = {
+        "of": "products with weights in few bits",
+        "shape": shape,
+        "rows": rows,
+        "tiles": repr(tiles_for(rows, plain.dtype)),
+        "device": torch.cuda.get_device_name(plain.weight.values.device),
+        "version": torch.__version__,
+    }
+    return measured_once(asked, ways.keys(), lambda: _measure(rows, ways)).seconds
+
+
+def _measure(rows: int, ways: Mapping[str, WeightOnly]) -> Measured:
+    """Time the ways in rounds in which they take turns."""
+    trials = {name: way for name, way in ways.items() if _works(ways, name)}
+    x = _numbers(ways[PYTORCH], rows)
+    flushed = torch.empty(FLUSHED, dtype=torch.int8, device=x.device)
+    events = defaultdict[str, list[list[torch.cuda.Event]]](list)
+    for _ in range(ROUNDS):
+        for name, way in trials.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            flushed.zero_()
+            flushed.zero_()
+            begin.record()
+            way(x)
+            end.record()
+            events[name].append([begin, end])
+    torch.cuda.synchronize(x.device)
+    milliseconds = {
+        name: statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+        for name, pairs in events.items()
+    }
+    return Measured({name: taken / 1e3 for name, taken in milliseconds.items()})
+
+
+def _works(ways: Mapping[str, WeightOnly], name: str) -> bool:
+    """Whether a way runs here, and gives what PyTorch does but for rounding."""
+    if name == PYTORCH:
+        return True
+    way = ways[name]
+    x = _numbers(way, way.rows or 16)
+    try:
+        found, expected = way(x).float(), ways[PYTORCH](x).float()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # Triton's have no base class outside of it
+        _tell_once(f"{type(error).__name__}: {error}".splitlines()[0])
+        return False
+    room = (2 * torch.finfo(way.dtype).eps + 1e-4) * expected.abs().max()
+    if bool(((found - expected).abs() <= room).all()):
+        return True
+    _tell_once(f"it gives other numbers than PyTorch for {way.weight.kind}")
+    return False
+
+
+def _numbers(one: WeightOnly, rows: int) -> Tensor:
+    """The same each time."""
+    device = one.weight.values.device
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(rows, one.weight.inputs, generator=generator, device=device).to(one.dtype)
+
+
+@cache
+def _tell_once(why: str) -> None:
+    log.warning("a kernel for weights in few bits is not used, which may be slower: %s", why)
