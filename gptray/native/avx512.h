@@ -157,7 +157,10 @@ inline Table table_of(const int8_t *bytes) {
 inline Words look_up(Table table, Words codes) { return _mm512_shuffle_epi8(table, codes); }
 
 // Have words wait in registers: GCC 12 would load them again for each row.
-inline void hold(Words &w, Words &other) { asm("" : "+v"(w), "+v"(other)); }
+inline void hold(Words &a, Words &b) { asm("" : "+v"(a), "+v"(b)); }
+inline void hold(Words &a, Words &b, Words &c, Words &d) {
+  asm("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));
+}
 
 // 16 rows of 16 words <-> 16 columns of them.
 inline void transpose(Words (&w)[LANES]) {

@@ -79,7 +79,7 @@ inline void add_word(typename Kind::Sum (&sums)[ROWS][BLOCKS], const int32_t *wo
   // By name: of an array GCC 12 keeps a copy in memory.
   Words w0 = Kind::weights(load(panel)), w1 = Kind::weights(load(panel + LANES));
   Words w2 = Kind::weights(load(panel + 2 * LANES)), w3 = Kind::weights(load(panel + 3 * LANES));
-  if (ROWS > 1) hold(w0, w1), hold(w2, w3);
+  if (ROWS > 1) hold(w0, w1, w2, w3);
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
     const Words word = all(words[r * row]);
@@ -191,7 +191,7 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
   if (x.row == 1) x = turned(rows, x, count);
   shape_tiles(rows);
   if (rows <= LANES) {
-    add_words(rows, x, panel, count, [](const int32_t *x, size_t row, const Words *w) {
+    add_words(rows, x, panel, count, [&](const int32_t *x, size_t row, const Words *w) {
       load_tile<4>(x, row * WORD), load_tile<6>(w, COLUMNS), load_tile<7>(w + 1, COLUMNS);
       Kind::template add_tiles<0, 4, 6>(), Kind::template add_tiles<1, 4, 7>();
       load_tile<6>(w + 2, COLUMNS), load_tile<7>(w + 3, COLUMNS);
@@ -202,7 +202,7 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
     store_tile<2>(to + 2 * LANES, SUMS), store_tile<3>(to + 3 * LANES, SUMS);
   } else {
     for (int half = 0; half < 2; ++half) {
-      add_words(rows, x, panel, count, [half](const int32_t *x, size_t row, const Words *w) {
+      add_words(rows, x, panel, count, [&](const int32_t *x, size_t row, const Words *w) {
         w += 2 * half;
         load_tile<4>(x, row * WORD), load_tile<6>(w, COLUMNS), load_tile<7>(w + 1, COLUMNS);
         Kind::template add_tiles<0, 4, 6>(), Kind::template add_tiles<1, 4, 7>();

@@ -21,6 +21,16 @@ TEST(numbers_pass_through_bf16_as_they_are_rounded_by_hand) {
   }
 }
 
+TEST(numbers_between_two_of_bf16_become_the_even_one_and_nan_stays) {
+  std::vector<float> values = {1 + 0x1p-8f, 1 + 3 * 0x1p-8f, -1 - 0x1p-8f, 1 + 0x1.01p-8f};
+  values.insert(values.end(), {0.f, -0.f, INFINITY, -INFINITY, 3e38f});
+  values.resize(16, NAN);
+  uint16_t halves[16];
+  store(halves, load(values.data()));
+  for (int i = 0; i < 16; ++i)
+    CHECK(std::isnan(values[i]) ? std::isnan(from_bf16(halves[i])) : halves[i] == bf16(values[i]));
+}
+
 TEST(a_store_past_the_caches_writes_what_a_store_writes) {
   const std::vector<float> values = randoms(16, 2);
   alignas(64) uint16_t near[48] = {}, far[48] = {};
