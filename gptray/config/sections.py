@@ -169,9 +169,9 @@ class TrainConfig(Section):
     precision: Precision = "auto"
     backend: Backend = Field(
         "auto",
-        description="native: the project's own bf16 code for CPUs with AVX-512, built once by a "
-        "C++ compiler in some seconds; auto: that or PyTorch (torch), whichever is faster where "
-        "the run first starts",
+        description="native: the project's own bf16 code for CPUs with AVX-512 or NEON, built "
+        "once by a C++ compiler in some seconds; auto: that or PyTorch (torch), whichever is "
+        "faster where the run first starts",
     )
     compile: Literal["auto"] | bool = Field(
         "auto",

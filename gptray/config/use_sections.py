@@ -148,9 +148,9 @@ class GenerateConfig(Section):
     precision: Precision = "auto"
     backend: Backend = Field(
         "auto",
-        description="native: the project's own code for CPUs with AVX-512, built once by a C++ "
-        "compiler in some seconds; auto: that or PyTorch (torch), whichever is faster where the "
-        "engines run; on GPUs CUDA graphs and Triton",
+        description="native: the project's own code for CPUs with AVX-512 or NEON, built once by "
+        "a C++ compiler in some seconds; auto: that or PyTorch (torch), whichever is faster where "
+        "the engines run; on GPUs CUDA graphs and Triton",
     )
 
     def broken_rules(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The decoder of `gptray.native`: a step of the network in one call, on x86 with AVX-512.
+"""The decoder of `gptray.native`: a step of the network in one call.
 
 Does what `gptray.generation.decoder` does with PyTorch, on some processors about twice as fast:
 `gptray.generation.loading` finds out where.

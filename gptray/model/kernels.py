@@ -1,9 +1,10 @@
 """A network's work in bf16 on a CPU by `gptray.native`: linear layers, MLP, attention, norms, and
 the head with its loss.
 
-For processors with AVX-512's bf16 dot product. Weights and their gradients are fp32. The same bits
-at any number of threads. Attention keeps no probabilities: the backward pass recomputes them (Dao
-et al. 2022, FlashAttention); of queries and keys it keeps none that are normalised or rotated.
+For x86 processors with AVX-512's bf16 dot product, and for ARM. Weights and their gradients are
+fp32. The same bits at any number of threads. Attention keeps no probabilities: the backward pass
+recomputes them (Dao et al. 2022, FlashAttention); of queries and keys it keeps none that are
+normalised or rotated.
 
 Shapes: M rows, H heads of queries, G of keys and values, D numbers in a head.
 """

@@ -1,6 +1,6 @@
 """The head and its cross-entropy in pieces of rows, so that no more than one piece's logits exist.
 
-In bf16 on CPUs with AVX-512 `gptray.model.kernels` does this in training.
+In bf16 on CPUs that have them `gptray.model.kernels` does this in training.
 
 The gradient is made in the forward pass, while a piece's logits are at hand; the backward pass
 only scales it. Weights come as fp32 masters and their gradient is summed in fp32; frozen ones get

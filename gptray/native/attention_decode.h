@@ -23,22 +23,22 @@ constexpr int QUERIES = 4;
 // Scores (count, and room for LANES more) -> e^(score - largest); returns 1 / their sum.
 inline Floats exponentials(float *w, int count) {
   for (int t = count; t < count + LANES; ++t) w[t] = -INFINITY;
-  Floats most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-  for (int t = 0; t < count; t += LANES) most = _mm512_max_ps(most, load(w + t, 0xFFFF));
-  most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  Floats most = all(-INFINITY), total = {};
+  for (int t = 0; t < count; t += LANES) most = max(most, load(w + t));
+  most = all(reduce_max(most));
   for (int t = 0; t < count; t += LANES) {
-    const Floats e = exp(_mm512_sub_ps(load(w + t, 0xFFFF), most));
-    total = _mm512_mask_add_ps(total, lanes(count - t), total, e);
-    store(w + t, e, 0xFFFF);
+    const Floats e = exp(load(w + t) - most);
+    total = where(lanes(count - t), total + e, total);
+    store(w + t, e);
   }
-  return _mm512_set1_ps(1.f / _mm512_reduce_add_ps(total));
+  return all(1.f / reduce_add(total));
 }
 
 // Up to B blocks of columns of values (count, E), summed with the weights of each of G heads.
 template <int G, int B, typename T>
 inline void weigh(const float *w, size_t stride, const Floats *inverse, const T *values,
                   const T *next_keys, int count, int E, int columns, float *out) {
-  __mmask16 masks[B];
+  Mask masks[B];
   for (int b = 0; b < B; ++b) masks[b] = lanes(columns - b * LANES);
   Floats sums[G][B] = {};
   for (int t = 0; t < count; ++t) {
@@ -47,15 +47,13 @@ inline void weigh(const float *w, size_t stride, const Floats *inverse, const T 
     for (int b = 0; b < B; ++b) {
       const Floats value = load(values + (size_t)t * E + b * LANES, masks[b]);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g)
-        sums[g][b] = _mm512_fmadd_ps(_mm512_set1_ps(w[g * stride + t]), value, sums[g][b]);
+      for (int g = 0; g < G; ++g) sums[g][b] = fmadd(all(w[g * stride + t]), value, sums[g][b]);
     }
   }
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g)
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b)
-      store(out + g * E + b * LANES, _mm512_mul_ps(sums[g][b], inverse[g]), masks[b]);
+    for (int b = 0; b < B; ++b) store(out + g * E + b * LANES, sums[g][b] * inverse[g], masks[b]);
 }
 
 // G heads of one row, q (G, E), over the same `count` keys and values (count, E) -> out (G, E).
@@ -70,20 +68,20 @@ void attend(const float *q, const T *keys, const T *values, const T *next_keys, 
     fetch(values + (size_t)t * E, E);
     Floats sums[G] = {};
     for (int e = 0; e < E; e += LANES) {
-      const __mmask16 mask = lanes(E - e);
+      const Mask mask = lanes(E - e);
       const Floats key = load(keys + (size_t)t * E + e, mask);
-      for (int g = 0; g < G; ++g)
-        sums[g] = _mm512_fmadd_ps(load(q + g * E + e, mask), key, sums[g]);
+      for (int g = 0; g < G; ++g) sums[g] = fmadd(load(q + g * E + e, mask), key, sums[g]);
     }
-    for (int g = 0; g < G; ++g) w[g * stride + t] = _mm512_reduce_add_ps(sums[g]);
+    for (int g = 0; g < G; ++g) w[g * stride + t] = reduce_add(sums[g]);
   }
   Floats inverse[G];
   for (int g = 0; g < G; ++g) inverse[g] = exponentials(w + g * stride, count);
-  for (int e = 0; e < E; e += PANEL) {
+  constexpr int most = std::min(BLOCKS, SUMS / G);  // blocks whose sums stay in registers
+  for (int e = 0; e < E; e += most * LANES) {
     const int columns = E - e;
-    const auto run = columns > 3 * LANES   ? weigh<G, 4, T>
-                     : columns > 2 * LANES ? weigh<G, 3, T>
-                     : columns > LANES     ? weigh<G, 2, T>
+    const auto run = columns > 3 * LANES   ? weigh<G, most, T>
+                     : columns > 2 * LANES ? weigh<G, std::min(most, 3), T>
+                     : columns > LANES     ? weigh<G, std::min(most, 2), T>
                                            : weigh<G, 1, T>;
     run(w, stride, inverse, values + e, e ? nullptr : next_keys, count, E, columns, out + e);
   }
@@ -109,12 +107,12 @@ inline void prepare(float *head, const Norm &norm, const Model &model, const Blo
   if (norm.weight) normalise(head, norm.weight, norm.bias, head, norm.eps, model.head_width);
   const int half = block.rotary / 2;
   for (int i = 0; i < half; i += LANES) {
-    const __mmask16 mask = lanes(half - i);
+    const Mask mask = lanes(half - i);
     const Floats cos = load(model.cos + (size_t)position * half + i, mask);
     const Floats sin = load(model.sin + (size_t)position * half + i, mask);
     const Floats first = load(head + i, mask), second = load(head + half + i, mask);
-    store(head + i, _mm512_fmsub_ps(first, cos, _mm512_mul_ps(second, sin)), mask);
-    store(head + half + i, _mm512_fmadd_ps(second, cos, _mm512_mul_ps(first, sin)), mask);
+    store(head + i, fmsub(first, cos, second * sin), mask);
+    store(head + half + i, fmadd(second, cos, first * sin), mask);
   }
 }
 
@@ -146,7 +144,7 @@ struct Layer {
     prepare(k, block.k_norm, model, block, position);
     const size_t to = kept(row, group) + (size_t)position * E;
     for (int e = 0; e < E; e += LANES) {
-      const __mmask16 mask = lanes(E - e);
+      const Mask mask = lanes(E - e);
       store(keys + to + e, load(k + e, mask), mask);
       store(values + to + e, load(v + e, mask), mask);
     }

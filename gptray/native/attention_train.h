@@ -46,8 +46,8 @@ void pack_head_rows(From x, Words *panels, Size size) {
     pack_block(
         [&](int r, int k) {
           const int row = block * LANES + r;
-          return _mm512_maskz_loadu_epi32(row < size.T ? lanes(size.D / 2 - k) : 0,
-                                          x.row(row) + 2 * k);
+          return load((const int32_t *)(x.row(row) + 2 * k),
+                      row < size.T ? lanes(size.D / 2 - k) : 0);
         },
         panels, block, size.D / 2);
 }
@@ -70,8 +70,8 @@ struct ToRows {
   int D;
   const float *factors;
   void operator()(int r, int b, Floats sum) const {
-    const __mmask16 mask = lanes(D - b * LANES);
-    sum = _mm512_mul_ps(sum, _mm512_set1_ps(factors[r]));
+    const Mask mask = lanes(D - b * LANES);
+    sum = sum * all(factors[r]);
     if (mask) store(rows + r * stride + b * LANES, sum, mask);
   }
 };
@@ -79,15 +79,15 @@ struct ToRows {
 // 2^(scale score - top) of one query's scores (count) in bf16, zeros after them up to a multiple
 // of 16. Returns their sum.
 float exponentials(const float *scores, int count, float scale, float top, uint16_t *out) {
-  Floats total = _mm512_setzero_ps();
+  Floats total = {};
   for (int k = 0; k < count; k += LANES) {
-    const Floats score = load(scores + k, 0xFFFF);
-    Floats e = exp2(_mm512_fmsub_ps(score, _mm512_set1_ps(scale), _mm512_set1_ps(top)));
-    e = _mm512_maskz_mov_ps(lanes(count - k), e);
-    total = _mm512_add_ps(total, e);
-    store(out + k, e, 0xFFFF);
+    const Floats score = load(scores + k);
+    Floats e = exp2(fmsub(score, all(scale), all(top)));
+    e = where(lanes(count - k), e, Floats{});
+    total = total + e;
+    store(out + k, e);
   }
-  return _mm512_reduce_add_ps(total);
+  return reduce_add(total);
 }
 
 // log_sums (T): binary logarithms of each query's exponentials
@@ -107,18 +107,17 @@ void attend(From q, From k, From v, Size size, To out, float *log_sums) {
   in_tiles(0, size.T, [&](int t, int rows) {
     const Rows queries = words_of(q.row(t), q.stride);
     Floats most[TILE];
-    std::fill(most, most + rows, _mm512_set1_ps(-INFINITY));
+    std::fill(most, most + rows, all(-INFINITY));
     for (int k = 0; k < t + rows; k += PANEL)
       product<Bf16>(rows, queries, keys + (size_t)(k / PANEL) * D / 2 * BLOCKS, D / 2,
                     FromZero<Bf16>{}, [&](int r, int b, Floats sum) {
                       const int column = k + b * LANES;
-                      store(scores + r * width + column, sum, 0xFFFF);
-                      most[r] =
-                          _mm512_mask_max_ps(most[r], lanes(t + r + 1 - column), most[r], sum);
+                      store(scores + r * width + column, sum);
+                      most[r] = where(lanes(t + r + 1 - column), max(most[r], sum), most[r]);
                     });
     const int words = (t + rows + 1) / 2;
     float factors[TILE];
-    for (int r = 0; r < rows; ++r) factors[r] = scale * _mm512_reduce_max_ps(most[r]);
+    for (int r = 0; r < rows; ++r) factors[r] = scale * reduce_max(most[r]);
     for (int r = 0; r < rows; ++r) {
       uint16_t *row = powers + r * width;
       std::fill(row + t + r + 1, row + 2 * words, 0);
@@ -180,17 +179,16 @@ void score_gradients(const Backward &w, const Queries &of, int t, int rows, int3
                      int32_t *s_words) {
   const int D = w.size.D;
   const size_t width = w.size.width();
-  const Floats scale = _mm512_set1_ps(w.size.scale() * LOG2_E);
+  const Floats scale = all(w.size.scale() * LOG2_E);
   Floats delta[TILE], base[TILE];  // delta: the sum of out * grad
   for (int r = 0; r < rows; ++r) {
-    Floats sum = _mm512_setzero_ps();
+    Floats sum = {};
     for (int d = 0; d < D; d += LANES) {
-      const __mmask16 mask = lanes(D - d);
-      sum = _mm512_fmadd_ps(load(of.out.row(t + r) + d, mask), load(of.grad.row(t + r) + d, mask),
-                            sum);
+      const Mask mask = lanes(D - d);
+      sum = fmadd(load(of.out.row(t + r) + d, mask), load(of.grad.row(t + r) + d, mask), sum);
     }
-    delta[r] = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-    base[r] = _mm512_set1_ps(of.log_sums[t + r]);
+    delta[r] = all(reduce_add(sum));
+    base[r] = all(of.log_sums[t + r]);
   }
   for (int k = 0; k < t + rows; k += PANEL) {
     Floats scores[TILE][BLOCKS], grads[TILE][BLOCKS];
@@ -204,18 +202,18 @@ void score_gradients(const Backward &w, const Queries &of, int t, int rows, int3
       for (int r = 0; r < rows; r += 2) {
         Floats p[2], s[2];
         for (int o = 0; o < 2; ++o) {
-          const __mmask16 mask = r + o < rows ? lanes(t + r + o + 1 - column) : 0;
-          p[o] = s[o] = _mm512_setzero_ps();
+          const Mask mask = r + o < rows ? lanes(t + r + o + 1 - column) : 0;
+          p[o] = s[o] = Floats{};
           if (!mask) continue;
-          p[o] = exp2(_mm512_fmsub_ps(scores[r + o][b], scale, base[r + o]));
-          p[o] = _mm512_maskz_mov_ps(mask, p[o]);
-          s[o] = _mm512_mul_ps(p[o], _mm512_sub_ps(grads[r + o][b], delta[r + o]));
+          p[o] = exp2(fmsub(scores[r + o][b], scale, base[r + o]));
+          p[o] = where(mask, p[o], Floats{});
+          s[o] = p[o] * (grads[r + o][b] - delta[r + o]);
         }
         const size_t at = r / 2 * width + column;
-        _mm512_storeu_si512(p_words + at, pair(p[0], p[1]));
-        _mm512_storeu_si512(s_words + at, pair(s[0], s[1]));
+        store(p_words + at, pair(p[0], p[1]));
+        store(s_words + at, pair(s[0], s[1]));
         for (int o = 0; o < 2 && r + o < rows; ++o)
-          store(w.s_rows + (r + o) * width + column, s[o], 0xFFFF);
+          store(w.s_rows + (r + o) * width + column, s[o]);
       }
     }
   }
@@ -237,8 +235,8 @@ void add_to_keys(const Backward &w, int p, int first, int last) {
       const Rows rows_of = {(is_key ? w.s_words : w.p_words) + at, 1, width};
       product<Bf16>(
           rows, rows_of, (is_key ? w.queries : w.grads) + panel, words,
-          [&](int r, int b) { return load(to + r * PANEL + b * LANES, 0xFFFF); },
-          [&](int r, int b, Floats sum) { store(to + r * PANEL + b * LANES, sum, 0xFFFF); });
+          [&](int r, int b) { return load(to + r * PANEL + b * LANES); },
+          [&](int r, int b, Floats sum) { store(to + r * PANEL + b * LANES, sum); });
     }
   }
 }
@@ -275,8 +273,8 @@ void write_gradients(const Backward &w, To dk, To dv) {
       for (int b = 0; b < BLOCKS; ++b) {
         const size_t from = (p * w.size.width() + t) * PANEL + b * LANES;
         const int left = D - p * PANEL;
-        ToRows{dk.row(t) + p * PANEL, 0, left, &scale}(0, b, load(w.key_grad + from, 0xFFFF));
-        ToRows{dv.row(t) + p * PANEL, 0, left, &one}(0, b, load(w.value_grad + from, 0xFFFF));
+        ToRows{dk.row(t) + p * PANEL, 0, left, &scale}(0, b, load(w.key_grad + from));
+        ToRows{dv.row(t) + p * PANEL, 0, left, &one}(0, b, load(w.value_grad + from));
       }
 }
 

@@ -187,7 +187,7 @@ def _not_private(path: Path) -> str | None:
 
 def _is_library(path: Path) -> bool:
     """Whether a compiler has made a shared library there."""
-    return path.is_file() and path.read_bytes()[:4] == b"\x7fELF"
+    return path.is_file() and path.read_bytes()[:4] in (b"\x7fELF", b"\xcf\xfa\xed\xfe")  # macOS's
 
 
 def _digest(path: Path) -> str:

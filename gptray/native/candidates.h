@@ -25,12 +25,12 @@ inline int64_t rank_key(float logit, int id) {
 void top_of_row(const float *logits, int width, int k, float *values, int64_t *ids) {
   std::vector<float> maxima;
   for (int i = 0; i < width; i += PANEL) {
-    Floats most = _mm512_set1_ps(-INFINITY);
+    Floats most = all(-INFINITY);
     for (int j = i; j < std::min(i + PANEL, width); j += LANES) {
-      const __mmask16 mask = lanes(width - j);
-      most = _mm512_mask_max_ps(most, mask, load(logits + j, mask), most);
+      const Mask mask = lanes(width - j);
+      most = where(mask, max(load(logits + j, mask), most), most);
     }
-    maxima.push_back(_mm512_reduce_max_ps(most));
+    maxima.push_back(reduce_max(most));
   }
   float least = -INFINITY;
   if ((int)maxima.size() >= k) {
@@ -38,13 +38,13 @@ void top_of_row(const float *logits, int width, int k, float *values, int64_t *i
     least = maxima[k - 1];
   }
   std::vector<int64_t> keys;
-  const Floats lowest = _mm512_set1_ps(-INFINITY);
+  const Floats lowest = all(-INFINITY);
   for (int i = 0; i < width; i += LANES) {
-    const __mmask16 mask = lanes(width - i);
+    const Mask mask = lanes(width - i);
     const Floats row = load(logits + i, mask);
     // "Not less" takes NaN too: the sampler is to see it. -inf waits: a masked row is full of it.
-    int found = _mm512_mask_cmp_ps_mask(mask, row, _mm512_set1_ps(least), _CMP_NLT_UQ);
-    found &= _mm512_mask_cmp_ps_mask(mask, row, lowest, _CMP_NEQ_UQ);
+    int found = not_less(mask, row, all(least));
+    found &= not_equal(mask, row, lowest);
     for (; found; found &= found - 1) {
       const int id = i + __builtin_ctz(found);
       keys.push_back(rank_key(logits[id], id));

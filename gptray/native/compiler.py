@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -14,12 +15,15 @@ from functools import cache
 from pathlib import Path
 
 from gptray.config import RunFailed, UserError
-from gptray.native.processor import INSTRUCTIONS, TILES, may_use_tiles
+from gptray.native.processor import TILES, instruction_options, may_use_tiles
 
 log = logging.getLogger("gptray")
 
-# OpenMP's runtime is the one that PyTorch has loaded: both share one set of threads.
-_OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *INSTRUCTIONS.values())
+_OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+# OpenMP's runtime is the one that PyTorch has loaded: both share one set of threads. On macOS the
+# compiler takes another flag, and the runtime's names are found when the library is loaded.
+_OPENMP = ("-fopenmp",)
+_MAC_OPENMP = ("-Xpreprocessor", "-fopenmp", "-Wl,-undefined,dynamic_lookup")
 
 
 def compiler() -> list[str]:
@@ -33,7 +37,8 @@ def compiler() -> list[str]:
 
 def options(*, tiles: bool) -> tuple[str, ...]:
     """The compiler's options for the native library. tiles: whether it multiplies in tiles."""
-    return (*_OPTIONS, *TILES.values()) if tiles else _OPTIONS
+    openmp = _MAC_OPENMP if platform.system() == "Darwin" else _OPENMP
+    return (*_OPTIONS, *openmp, *instruction_options(), *(TILES.values() if tiles else ()))
 
 
 def uses_tiles() -> bool:
@@ -69,8 +74,9 @@ def why_no_library() -> str | None:
     command = compiler()
     if shutil.which(command[0]) is None:
         return f"there is no C++ compiler {command[0]} on this machine"
-    if not _knows(command, _OPTIONS):
-        return f"the compiler {shlex.join(command)} does not know {' '.join(_OPTIONS)}"
+    asked = options(tiles=False)
+    if not _knows(command, asked):
+        return f"the compiler {shlex.join(command)} does not know {' '.join(asked)}"
     return None
 
 

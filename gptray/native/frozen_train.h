@@ -43,7 +43,7 @@ void frozen_layer(const uint16_t *x, const uint16_t *w, const float *b, const Ad
     case GELU: run(WithGelu<exact_gelu_and_slope>{{to, slopes, {}}}); break;
     case SWIGLU: run(WithSwiglu{{to, slopes, {}}}); break;
   }
-  _mm_sfence();  // after store_far
+  end_far();  // after store_far
 }
 
 // dx (M, K), times the slopes of the activation that gave x, if it is not NONE; of SWIGLU these
@@ -66,23 +66,19 @@ void frozen_gradient(const uint16_t *dy, const uint16_t *w, const Adapter &adapt
 
 // Rows at once of a product whose columns fill one block, or two: as many sums as it takes to wait
 // for none.
-constexpr int NARROW_TILE = 12;
+constexpr int NARROW_TILE = SUMS / 2;
 
 // ROWS rows by the first USED blocks of a panel of `count` words.
 template <int ROWS, int USED>
 inline void narrow_tile(const int32_t *x, const Words *panel, int count, const Output &to,
                         int row) {
-  Floats sums[ROWS][USED];
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-    for (int b = 0; b < USED; ++b) sums[r][b] = Bf16::zero();
+  Floats sums[ROWS][USED] = {};
   for (int k = 0; k < count; ++k, panel += BLOCKS) {
-    Words first = _mm512_loadu_si512(panel), last = _mm512_loadu_si512(panel + USED - 1);
-    asm("" : "+v"(first), "+v"(last));  // or each row loads them again
+    Words first = load((const int32_t *)panel), last = load((const int32_t *)(panel + USED - 1));
+    hold(first, last);
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
-      const Words word = _mm512_set1_epi32(x[(size_t)r * count + k]);
+      const Words word = all(x[(size_t)r * count + k]);
       sums[r][0] = Bf16::add(sums[r][0], word, first);
       if (USED > 1) sums[r][USED - 1] = Bf16::add(sums[r][USED - 1], word, last);
     }

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 #include <cstddef>
 
@@ -14,7 +15,7 @@
 namespace {
 
 constexpr int BLOCKS = 4, PANEL = LANES * BLOCKS;
-constexpr int IN_REGISTERS = 6;  // rows at once: 24 sums, 4 weights and a word in 32 registers
+constexpr int AT_ONCE = SUMS / IN_REGISTERS;  // blocks, by as many rows as are in registers
 constexpr int TILE = HAS_TILES ? 2 * LANES : IN_REGISTERS;
 constexpr int ROW_BLOCK = 96;  // most rows that use a panel while it is near
 
@@ -26,45 +27,33 @@ inline int block_start(int block, int M) { return (int64_t)M * block / row_block
 
 inline int panel_count(int columns) { return (columns + PANEL - 1) / PANEL; }
 
-// How a word is multiplied by another and added to a sum, for each kind of numbers, and from how
-// many rows on tiles do it.
+// How a word of weights becomes what is multiplied, how it is multiplied by another word and added
+// to a sum, for each kind of numbers, and from how many rows on tiles do it.
 struct Fp32 {
   static constexpr int TILED_FROM = 0;  // never
   using Sum = Floats;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum add(Sum sum, Words x, Words w) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
-  }
+  static Words weights(Words w) { return w; }
+  static Sum add(Sum sum, Words x, Words w) { return fmadd(as_floats(x), as_floats(w), sum); }
 };
 
 struct Bf16 {
   static constexpr int TILED_FROM = 1;  // tiles round otherwise: a row's bits are one or the other
   using Sum = Floats;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum add(Sum sum, Words x, Words w) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
-  }
-  static Sum plus(Sum sum, const int32_t *words) {
-    return _mm512_add_ps(sum, _mm512_load_ps(words));
-  }
+  static Words weights(Words w) { return w; }
+  static Sum add(Sum sum, Words x, Words w) { return dot_bf16(sum, x, w); }
+  static Sum plus(Sum sum, const int32_t *words) { return sum + load((const float *)words); }
   template <int C, int A, int B>
   static void add_tiles() {
     multiply_bf16_tiles<C, A, B>();
   }
 };
 
-struct Int8 {                                          // x is signed, w is unsigned
+struct Int8 {                                          // w has 128 added, as it is packed
   static constexpr int TILED_FROM = IN_REGISTERS + 1;  // sums are exact either way
   using Sum = Words;
-  static Sum zero() { return _mm512_setzero_si512(); }
-  static Sum add(Sum sum, Words x, Words w) {
-    // Around the intrinsic GCC 12 moves every sum to memory and back, at half the speed.
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-    return sum;
-  }
-  static Sum plus(Sum sum, const int32_t *words) {
-    return _mm512_add_epi32(sum, _mm512_load_si512(words));
-  }
+  static Words weights(Words w) { return biased(w); }
+  static Sum add(Sum sum, Words x, Words w) { return dot_bytes(sum, x, w); }
+  static Sum plus(Sum sum, const int32_t *words) { return ::add(sum, load(words)); }
   template <int C, int A, int B>
   static void add_tiles() {
     multiply_int8_tiles<C, A, B>();
@@ -80,36 +69,53 @@ struct Rows {
 // Sums that begin at nothing.
 template <typename Kind>
 struct FromZero {
-  typename Kind::Sum operator()(int, int) const { return Kind::zero(); }
+  typename Kind::Sum operator()(int, int) const { return typename Kind::Sum{}; }
 };
+
+// Add to the sums of ROWS rows their products of a word each, `row` apart, by a panel's words.
+template <typename Kind, int ROWS>
+inline void add_word(typename Kind::Sum (&sums)[ROWS][BLOCKS], const int32_t *words, size_t row,
+                     const int32_t *panel) {
+  // By name: of an array GCC 12 keeps a copy in memory.
+  Words w0 = Kind::weights(load(panel)), w1 = Kind::weights(load(panel + LANES));
+  Words w2 = Kind::weights(load(panel + 2 * LANES)), w3 = Kind::weights(load(panel + 3 * LANES));
+  if (ROWS > 1) hold(w0, w1, w2, w3);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    const Words word = all(words[r * row]);
+    sums[r][0] = Kind::add(sums[r][0], word, w0);
+    sums[r][1] = Kind::add(sums[r][1], word, w1);
+    sums[r][2] = Kind::add(sums[r][2], word, w2);
+    sums[r][3] = Kind::add(sums[r][3], word, w3);
+  }
+}
+
+// The same by one block of a panel.
+template <typename Kind, int ROWS>
+inline void add_word(typename Kind::Sum (&sums)[ROWS][1], const int32_t *words, size_t row,
+                     const int32_t *panel) {
+  const Words w = Kind::weights(load(panel));
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) sums[r][0] = Kind::add(sums[r][0], all(words[r * row]), w);
+}
 
 // ROWS rows by a panel of `count` words; begin(r, b) gives each sum, end(r, b, sum) takes it.
 template <typename Kind, int ROWS, typename Begin, typename End>
 inline void tile(Rows x, const Words *panel, int count, const Begin &begin, const End &end) {
-  typename Kind::Sum sums[ROWS][BLOCKS];
+  for (int first = 0; first < BLOCKS; first += AT_ONCE) {
+    typename Kind::Sum sums[ROWS][AT_ONCE];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) sums[r][b] = begin(r, b);
-  const int32_t *words = x.words;
-  for (int k = 0; k < count; ++k, panel += BLOCKS, words += x.place) {
-    // By name: of an array GCC 12 keeps a copy in memory.
-    Words w0 = _mm512_loadu_si512(panel), w1 = _mm512_loadu_si512(panel + 1);
-    Words w2 = _mm512_loadu_si512(panel + 2), w3 = _mm512_loadu_si512(panel + 3);
-    if (ROWS > 1) asm("" : "+v"(w0), "+v"(w1), "+v"(w2), "+v"(w3));  // or each row loads them again
+      for (int b = 0; b < AT_ONCE; ++b) sums[r][b] = begin(r, first + b);
+    const int32_t *words = x.words, *w = (const int32_t *)(panel + first);
+    for (int k = 0; k < count; ++k, w += PANEL, words += x.place)
+      add_word<Kind, ROWS>(sums, words, x.row, w);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const Words word = _mm512_set1_epi32(words[r * x.row]);
-      sums[r][0] = Kind::add(sums[r][0], word, w0);
-      sums[r][1] = Kind::add(sums[r][1], word, w1);
-      sums[r][2] = Kind::add(sums[r][2], word, w2);
-      sums[r][3] = Kind::add(sums[r][3], word, w3);
-    }
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int b = 0; b < AT_ONCE; ++b) end(r, first + b, sums[r][b]);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) end(r, b, sums[r][b]);
 }
 
 template <typename Kind, typename Begin, typename End>
@@ -120,7 +126,7 @@ inline void register_product(int rows, Rows x, const Words *panel, int count, co
     case 2: return tile<Kind, 2>(x, panel, count, begin, end);
     case 3: return tile<Kind, 3>(x, panel, count, begin, end);
     case 4: return tile<Kind, 4>(x, panel, count, begin, end);
-    case 5: return tile<Kind, 5>(x, panel, count, begin, end);
+    case 5: return tile<Kind, std::min(5, IN_REGISTERS)>(x, panel, count, begin, end);
     default: return tile<Kind, IN_REGISTERS>(x, panel, count, begin, end);
   }
 }
@@ -142,10 +148,9 @@ struct Rest {
   Words w[LANES * BLOCKS];
 
   Rest(int rows, Rows from, const Words *panel, int count) {
-    for (int r = 0; r < rows; ++r)
-      _mm512_store_si512(x[r], _mm512_maskz_loadu_epi32(lanes(count), from.words + r * from.row));
+    for (int r = 0; r < rows; ++r) store(x[r], load(from.words + r * from.row, lanes(count)));
     for (int i = 0; i < LANES * BLOCKS; ++i)
-      w[i] = i < count * BLOCKS ? _mm512_loadu_si512(panel + i) : _mm512_setzero_si512();
+      w[i] = i < count * BLOCKS ? load((const int32_t *)(panel + i)) : Words{};
   }
 };
 
@@ -159,10 +164,9 @@ inline Rows turned(int rows, Rows x, int count) {
     for (int row = 0; row < rows; row += LANES) {
       Words square[LANES];
       for (int i = 0; i < LANES; ++i)
-        square[i] = _mm512_maskz_loadu_epi32(k + i < count ? lanes(rows - row) : 0,
-                                             x.words + (k + i) * x.place + row);
+        square[i] = load(x.words + (k + i) * x.place + row, k + i < count ? lanes(rows - row) : 0);
       transpose(square);
-      for (int r = 0; r < LANES; ++r) _mm512_store_si512(to[k / LANES][row + r], square[r]);
+      for (int r = 0; r < LANES; ++r) store(to[k / LANES][row + r], square[r]);
     }
   return {to[0][0], LANES, TILE};
 }
@@ -187,7 +191,7 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
   if (x.row == 1) x = turned(rows, x, count);
   shape_tiles(rows);
   if (rows <= LANES) {
-    add_words(rows, x, panel, count, [](const int32_t *x, size_t row, const Words *w) {
+    add_words(rows, x, panel, count, [&](const int32_t *x, size_t row, const Words *w) {
       load_tile<4>(x, row * WORD), load_tile<6>(w, COLUMNS), load_tile<7>(w + 1, COLUMNS);
       Kind::template add_tiles<0, 4, 6>(), Kind::template add_tiles<1, 4, 7>();
       load_tile<6>(w + 2, COLUMNS), load_tile<7>(w + 3, COLUMNS);
@@ -198,7 +202,7 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
     store_tile<2>(to + 2 * LANES, SUMS), store_tile<3>(to + 3 * LANES, SUMS);
   } else {
     for (int half = 0; half < 2; ++half) {
-      add_words(rows, x, panel, count, [half](const int32_t *x, size_t row, const Words *w) {
+      add_words(rows, x, panel, count, [&](const int32_t *x, size_t row, const Words *w) {
         w += 2 * half;
         load_tile<4>(x, row * WORD), load_tile<6>(w, COLUMNS), load_tile<7>(w + 1, COLUMNS);
         Kind::template add_tiles<0, 4, 6>(), Kind::template add_tiles<1, 4, 7>();

@@ -2,7 +2,8 @@
 //
 // A row of x becomes int8 by groups of inputs, each with a scale, so that an outlier spoils its own
 // group. The sum over a group is exact; times the scales it is added to a sum in fp32, group after
-// group: a row's bits depend on that row alone. Weights are unsigned, with 128 or 8 added.
+// group: a row's bits depend on that row alone. Weights have 128 or 8 added, and are multiplied
+// with BYTE_BIAS or 8 added.
 //
 // Dettmers et al. 2022, LLM.int8(); weights of 4 bits have the forms of GGUF's Q4_0 and IQ4_NL.
 
@@ -42,12 +43,17 @@ struct Int4 {
   Words operator()(Words codes) const { return codes; }
 };
 
+constexpr int8_t biased(int weight) { return (int8_t)(weight + BYTE_BIAS); }
+
+constexpr int8_t IQ4_WEIGHTS[16] = {biased(-127), biased(-104), biased(-83), biased(-65),
+                                    biased(-49),  biased(-35),  biased(-22), biased(-10),
+                                    biased(1),    biased(13),   biased(25),  biased(38),
+                                    biased(53),   biased(69),   biased(89),  biased(113)};
+
 struct Iq4 {
-  static constexpr int added = 128;
-  const Words values = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, (char)129, (char)141, (char)153, (char)166,
-                    (char)181, (char)197, (char)217, (char)241));
-  Words operator()(Words codes) const { return _mm512_shuffle_epi8(values, codes); }
+  static constexpr int added = BYTE_BIAS;
+  const Table weights = table_of(IQ4_WEIGHTS);
+  Words operator()(Words codes) const { return look_up(weights, codes); }
 };
 
 inline int group_count(int inputs, int group) { return (inputs + group - 1) / group; }
@@ -57,18 +63,18 @@ inline int group_count(int inputs, int group) { return (inputs + group - 1) / gr
 template <int INPUTS>
 void to_groups(const float *row, int size, int added, RowGroup<INPUTS> *to) {
   for (int left = size; left > 0; left -= INPUTS, row += INPUTS, ++to) {
-    Floats most = _mm512_set1_ps(1e-12f);
+    Floats most = all(1e-12f);
     for (int i = 0; i < std::min(left, INPUTS); i += LANES)
-      most = _mm512_max_ps(most, _mm512_abs_ps(load(row + i, lanes(left - i))));
-    to->scale = _mm512_reduce_max_ps(most) / 127.f;
-    Words sum = _mm512_setzero_si512();
+      most = max(most, abs(load(row + i, lanes(left - i))));
+    to->scale = reduce_max(most) / 127.f;
+    Words sum = {};
     for (int i = 0; i < INPUTS; i += LANES) {
-      const Floats numbers = i < left ? load(row + i, lanes(left - i)) : _mm512_setzero_ps();
-      const Words whole = _mm512_cvtps_epi32(_mm512_div_ps(numbers, _mm512_set1_ps(to->scale)));
-      _mm_storeu_si128((__m128i *)(to->words + i / 4), _mm512_cvtepi32_epi8(whole));
-      sum = _mm512_add_epi32(sum, whole);
+      const Floats numbers = i < left ? load(row + i, lanes(left - i)) : Floats{};
+      const Words whole = to_int(numbers / all(to->scale));
+      store_bytes(to->words + i / 4, whole);
+      sum = add(sum, whole);
     }
-    to->offset = -added * _mm512_reduce_add_epi32(sum);
+    to->offset = -added * reduce_add(sum);
   }
 }
 
@@ -78,12 +84,12 @@ void int8_product(int rows, const RowGroup<INT8_GROUP> *x, const Words *panel, i
   constexpr int words = INT8_GROUP / 4;
   const size_t groups = group_count(count, words);
   for (int r = 0; r < rows; ++r)
-    for (int b = 0; b < BLOCKS; ++b) totals[r][b] = _mm512_setzero_ps();
+    for (int b = 0; b < BLOCKS; ++b) totals[r][b] = Floats{};
   for (int at = 0; at < count; at += words, ++x) {
-    const auto begin = [&](int r, int) { return _mm512_set1_epi32(x[r * groups].offset); };
+    const auto begin = [&](int r, int) { return all(x[r * groups].offset); };
     const auto end = [&](int r, int b, Words sum) {
-      const Floats scale = _mm512_set1_ps(x[r * groups].scale);
-      totals[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[r][b]);
+      const Floats scale = all(x[r * groups].scale);
+      totals[r][b] = fmadd(to_float(sum), scale, totals[r][b]);
     };
     const size_t row = groups * sizeof *x / sizeof *x->words;
     product<Int8>(rows, {x->words, row, 1}, panel + (size_t)at * BLOCKS,
@@ -95,39 +101,39 @@ void int8_product(int rows, const RowGroup<INT8_GROUP> *x, const Words *panel, i
 template <typename Kind, int ROWS>
 inline void add_group(const Kind &weights, const RowGroup<GROUP> *x, size_t stride,
                       const PanelGroup &panel, Floats (*totals)[BLOCKS]) {
-  Words sums[ROWS][BLOCKS];
+  for (int first = 0; first < BLOCKS; first += AT_ONCE) {
+    Words sums[ROWS][AT_ONCE];
 #pragma GCC unroll 4
-  for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) sums[r][b] = _mm512_set1_epi32(x[r * stride].offset);
+      for (int b = 0; b < AT_ONCE; ++b) sums[r][b] = all(x[r * stride].offset);
 #pragma GCC unroll 4
-  for (int k = 0; k < HALF_WORDS; ++k) {
-    Words both[BLOCKS];
+    for (int k = 0; k < HALF_WORDS; ++k) {
+      Words both[AT_ONCE];
 #pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) both[b] = _mm512_loadu_si512(panel.values[k][b]);
+      for (int b = 0; b < AT_ONCE; ++b) both[b] = load((const int32_t *)panel.values[k][first + b]);
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Words w[BLOCKS];
+      for (int half = 0; half < 2; ++half) {
+        Words w[AT_ONCE];
 #pragma GCC unroll 4
-      for (int b = 0; b < BLOCKS; ++b)
-        w[b] = weights(
-            _mm512_and_si512(half ? _mm512_srli_epi16(both[b], 4) : both[b], _mm512_set1_epi8(15)));
+        for (int b = 0; b < AT_ONCE; ++b)
+          w[b] = weights(half ? high_nibbles(both[b]) : low_nibbles(both[b]));
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        const Words word = _mm512_set1_epi32(x[r * stride].words[k + half * HALF_WORDS]);
+        for (int r = 0; r < ROWS; ++r) {
+          const Words word = all(x[r * stride].words[k + half * HALF_WORDS]);
 #pragma GCC unroll 4
-        for (int b = 0; b < BLOCKS; ++b) sums[r][b] = Int8::add(sums[r][b], word, w[b]);
+          for (int b = 0; b < AT_ONCE; ++b) sums[r][b] = dot_bytes(sums[r][b], word, w[b]);
+        }
       }
     }
-  }
 #pragma GCC unroll 4
-  for (int b = 0; b < BLOCKS; ++b) {
-    const auto *scales = (const __m256i *)(panel.scales + b * LANES);
-    const Floats scale = _mm512_cvtph_ps(_mm256_loadu_si256(scales));
+    for (int b = 0; b < AT_ONCE; ++b) {
+      const Floats scale = load_fp16(panel.scales + (first + b) * LANES);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      const Floats both = _mm512_mul_ps(scale, _mm512_set1_ps(x[r * stride].scale));
-      totals[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][b]), both, totals[r][b]);
+      for (int r = 0; r < ROWS; ++r) {
+        Floats &total = totals[r][first + b];
+        total = fmadd(to_float(sums[r][b]), scale * all(x[r * stride].scale), total);
+      }
     }
   }
 }
@@ -141,7 +147,7 @@ void tile_of_groups(const RowGroup<GROUP> *x, const PanelGroup *panel, int count
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) own[r][b] = _mm512_setzero_ps();
+    for (int b = 0; b < BLOCKS; ++b) own[r][b] = Floats{};
   for (int g = 0; g < count; ++g) {
     // With one row the processor runs ahead of its own accord.
     if (ROWS > 1) fetch((const char *)(panel + g + GROUPS_AHEAD), sizeof(PanelGroup));

@@ -97,7 +97,7 @@ void make_logits(const Head &head, const uint16_t *x, Piece &piece, int rows) {
     in_tiles(0, rows, [&](int row, int height) {
       product<Bf16>(height, {(const int32_t *)x + (size_t)row * words, (size_t)words, 1}, own,
                     words, FromZero<Bf16>{}, [&](int r, int b, Floats sum) {
-                      store(piece.at(row + r, panel * PANEL + b * LANES), sum, 0xFFFF);
+                      store(piece.at(row + r, panel * PANEL + b * LANES), sum);
                     });
     });
   }
@@ -105,28 +105,28 @@ void make_logits(const Head &head, const uint16_t *x, Piece &piece, int rows) {
 
 // log sum e^z of a row of logits.
 float log_sum(const Head &head, Piece &piece, int row) {
-  Floats most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+  Floats most = all(-INFINITY), sum = {};
   for (int column = 0; column < head.valid; column += LANES) {
-    const __mmask16 mask = lanes(head.valid - column);
-    most = _mm512_mask_max_ps(most, mask, most, load(piece.at(row, column), 0xFFFF));
+    const Mask mask = lanes(head.valid - column);
+    most = where(mask, max(most, load(piece.at(row, column))), most);
   }
-  most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  most = all(reduce_max(most));
   for (int column = 0; column < head.valid; column += LANES) {
-    const __mmask16 mask = lanes(head.valid - column);
-    const Floats z = _mm512_sub_ps(load(piece.at(row, column), 0xFFFF), most);
-    sum = _mm512_mask_add_ps(sum, mask, sum, exp(z));
+    const Mask mask = lanes(head.valid - column);
+    const Floats z = load(piece.at(row, column)) - most;
+    sum = where(mask, sum + exp(z), sum);
   }
-  return _mm512_cvtss_f32(most) + std::log(_mm512_reduce_add_ps(sum));
+  return first_of(most) + std::log(reduce_add(sum));
 }
 
 void make_losses(const Head &head, const HeadRows &all, Piece &piece, int first, int rows) {
 #pragma omp for schedule(static)
   for (int row = 0; row < rows; ++row) {
     const int target = all.targets[first + row], lane = target % LANES;
-    const Floats z = load(piece.at(row, target - lane), 0xFFFF);
+    const Floats z = load(piece.at(row, target - lane));
     piece.log_sums[row] = log_sum(head, piece, row);
     all.losses[first + row] =
-        piece.log_sums[row] - _mm512_mask_reduce_add_ps((__mmask16)(1u << lane), z);
+        piece.log_sums[row] - reduce_add(where((Mask)(1u << lane), z, Floats{}));
   }
 }
 
@@ -136,11 +136,11 @@ void to_gradients(const Head &head, const int64_t *targets, Piece &piece, int pa
     for (int b = 0; b < BLOCKS; ++b) {
       const int column = panel * PANEL + b * LANES;
       const int64_t lane = targets[row] - column;
-      const __mmask16 hit = lane >= 0 && lane < LANES ? 1u << lane : 0;
+      const Mask hit = lane >= 0 && lane < LANES ? 1u << lane : 0;
       uint16_t *at = piece.at(row, column);
-      const Floats off = _mm512_sub_ps(load(at, 0xFFFF), _mm512_set1_ps(piece.log_sums[row]));
-      const Floats p = _mm512_maskz_mov_ps(lanes(head.valid - column), exp(off));
-      store(at, _mm512_mask_sub_ps(p, hit, p, _mm512_set1_ps(1.f)), 0xFFFF);
+      const Floats off = load(at) - all(piece.log_sums[row]);
+      const Floats p = where(lanes(head.valid - column), exp(off), Floats{});
+      store(at, where(hit, p - all(1.f), p));
     }
 }
 
@@ -187,8 +187,8 @@ void make_input_gradient(const Head &head, const HeadRows &all, Piece &piece, in
             };
             product<Bf16>(
                 height, {grads, CHUNK, 1}, w, count,
-                [&](int r, int b) { return is_first ? Bf16::zero() : _mm512_load_ps(at(r, b)); },
-                [&](int r, int b, Floats sum) { _mm512_store_ps(at(r, b), sum); });
+                [&](int r, int b) { return is_first ? Floats{} : load(at(r, b)); },
+                [&](int r, int b, Floats sum) { store(at(r, b), sum); });
           });
         }
   }
@@ -196,7 +196,7 @@ void make_input_gradient(const Head &head, const HeadRows &all, Piece &piece, in
   for (int row = 0; row < rows; ++row)
     for (int c = 0; c < head.C; c += LANES) {
       uint16_t *to = all.dx + (size_t)(first + row) * head.C + c;
-      store(to, _mm512_load_ps(piece.sum(row, c)), lanes(head.C - c));
+      store(to, load(piece.sum(row, c)), lanes(head.C - c));
     }
 }
 

@@ -42,12 +42,12 @@ struct Preparation {
 inline void rotate(uint16_t *row, const Preparation &how, int t, bool is_back) {
   const uint16_t *cosines = how.cosines + (size_t)t * how.half, *sines = how.sines + t * how.half;
   for (int i = 0; i < how.half; i += LANES) {
-    const __mmask16 mask = lanes(how.half - i);
+    const Mask mask = lanes(how.half - i);
     const Floats cos = load(cosines + i, mask), forth = load(sines + i, mask);
-    const Floats sin = is_back ? _mm512_sub_ps(_mm512_setzero_ps(), forth) : forth;
+    const Floats sin = is_back ? Floats{} - forth : forth;
     const Floats first = load(row + i, mask), second = load(row + how.half + i, mask);
-    store(row + i, _mm512_fmsub_ps(first, cos, _mm512_mul_ps(second, sin)), mask);
-    store(row + how.half + i, _mm512_fmadd_ps(second, cos, _mm512_mul_ps(first, sin)), mask);
+    store(row + i, fmsub(first, cos, second * sin), mask);
+    store(row + how.half + i, fmadd(second, cos, first * sin), mask);
   }
 }
 

@@ -53,9 +53,9 @@ void to_words(const float *row, int size, int kind, int32_t *words) {
     case FP32: std::memcpy(words, row, size * sizeof(float)); break;
     case BF16:
       for (int i = 0; i < size; i += LANES)
-        store((uint16_t *)words + i, load(row + i, lanes(size - i)), 0xFFFF);
+        store((uint16_t *)words + i, load(row + i, lanes(size - i)));
       break;
-    case INT8: to_groups(row, size, 128, (RowGroup<INT8_GROUP> *)words); break;
+    case INT8: to_groups(row, size, BYTE_BIAS, (RowGroup<INT8_GROUP> *)words); break;
     case INT4: to_groups(row, size, Int4::added, (RowGroup<GROUP> *)words); break;
     default: to_groups(row, size, Iq4::added, (RowGroup<GROUP> *)words);
   }
@@ -63,7 +63,7 @@ void to_words(const float *row, int size, int kind, int32_t *words) {
 
 // 16 outputs from a column on: what becomes of their sums.
 struct Outputs {
-  __mmask16 mask;
+  Mask mask;
   bool has_bias, has_scale;
   Floats bias, scale;
 
@@ -74,8 +74,8 @@ struct Outputs {
   }
 
   Floats operator()(Floats sum) const {
-    if (has_scale) sum = _mm512_mul_ps(sum, scale);
-    return has_bias ? _mm512_add_ps(sum, bias) : sum;
+    if (has_scale) sum = sum * scale;
+    return has_bias ? sum + bias : sum;
   }
 };
 
@@ -99,7 +99,7 @@ inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel
   for (int b = 0; b < blocks; ++b) {
     const int from = panel * PANEL + b * LANES, column = (panel * blocks + b) * LANES;
     if (column >= end) break;
-    const __mmask16 mask = lanes(end - column);
+    const Mask mask = lanes(end - column);
     const Outputs outputs(linear, from);
     const int let_through = is_gated ? from + PANEL / 2 : from;
     const Outputs gated(linear, let_through);
@@ -109,11 +109,11 @@ inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel
       Floats y = expand(x.added, row, from, outputs(sums[r][b]));
       if (is_gated) {
         const Floats inner = gated(sums[r][b + BLOCKS / 2]);
-        y = _mm512_mul_ps(silu(y), expand(x.added, row, let_through, inner));
+        y = silu(y) * expand(x.added, row, let_through, inner);
       } else {
         y = activate(to.activation, y);
       }
-      if (to.add) y = _mm512_add_ps(y, load(to.add + at, mask));
+      if (to.add) y = y + load(to.add + at, mask);
       store(to.rows + at, y, mask);
     }
   }

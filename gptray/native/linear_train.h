@@ -20,14 +20,14 @@ struct Output {
 
   int panels() const { return panel_count(N); }
   Floats start(int column) const {
-    return bias ? load(bias + column, lanes(N - column)) : Bf16::zero();
+    return bias ? load(bias + column, lanes(N - column)) : Floats{};
   }
-  __mmask16 mask(int column) const { return lanes(N - column); }
+  Mask mask(int column) const { return lanes(N - column); }
   size_t at(int row, int column) const { return (size_t)row * N + column; }
   void begin(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r) fetch(y + at(r, column), PANEL);
   }
-  void take(int row, int column, Floats sum, __mmask16 mask) const {
+  void take(int row, int column, Floats sum, Mask mask) const {
     store(y + at(row, column), sum, mask);
   }
   void end(int, int, int) const {}
@@ -41,8 +41,8 @@ struct Sloped : Output {
     Output::begin(row, rows, column);
     for (int r = row; r < row + rows; ++r) fetch(slope + at(r, column), PANEL);
   }
-  void take(int row, int column, Floats sum, __mmask16 mask) const {
-    Output::take(row, column, _mm512_mul_ps(sum, load(slope + at(row, column), mask)), mask);
+  void take(int row, int column, Floats sum, Mask mask) const {
+    Output::take(row, column, sum * load(slope + at(row, column), mask), mask);
   }
 };
 
@@ -59,9 +59,8 @@ struct Gates : Output {
     for (int r = row; r < row + rows; ++r)
       each(r, column, [&](size_t at) { fetch(y + at, PANEL), fetch(slopes + at, PANEL); });
   }
-  void take(int row, int column, Floats sum, __mmask16 mask) const {
-    each(row, column,
-         [&](size_t at) { store(y + at, _mm512_mul_ps(sum, load(slopes + at, mask)), mask); });
+  void take(int row, int column, Floats sum, Mask mask) const {
+    each(row, column, [&](size_t at) { store(y + at, sum * load(slopes + at, mask), mask); });
   }
 };
 
@@ -71,12 +70,10 @@ struct Resting : Output {
   uint16_t *slope;
   alignas(64) float sums[TILE][PANEL];
 
-  void take(int row, int column, Floats sum, __mmask16) {
-    _mm512_store_ps(sums[row % TILE] + column % PANEL, sum);
+  void take(int row, int column, Floats sum, Mask) {
+    store(sums[row % TILE] + column % PANEL, sum);
   }
-  Floats taken(int row, int column) const {
-    return _mm512_load_ps(sums[row % TILE] + column % PANEL);
-  }
+  Floats taken(int row, int column) const { return load(sums[row % TILE] + column % PANEL); }
 };
 
 template <GeluAndSlope of(Floats)>
@@ -97,9 +94,9 @@ struct WithSwiglu : Resting {
   int panels() const { return gated_panel_count(N); }
   Floats start(int column) const {
     const int gate = gate_of(column);
-    return bias ? load(bias + (is_gate(column) ? gate : N + gate), lanes(N - gate)) : Bf16::zero();
+    return bias ? load(bias + (is_gate(column) ? gate : N + gate), lanes(N - gate)) : Floats{};
   }
-  __mmask16 mask(int column) const { return lanes(N - gate_of(column)); }
+  Mask mask(int column) const { return lanes(N - gate_of(column)); }
   void begin(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r) fetch(y + at(r, gate_of(column)), GATES);
   }
@@ -147,17 +144,14 @@ void multiply(const int32_t *x, const Words *panels, int M, int count, Output to
                         FromZero<Bf16>{}, [&](int r, int b, Floats sum) {
                           const int at = column + b * LANES;
                           if (low.mask && to.mask(at))
-                            sum = _mm512_mul_ps(sum,
-                                                load(low.mask + to.at(row + r, at), to.mask(at)));
-                          _mm512_store_ps(begun[r] + b * LANES, _mm512_add_ps(start[b], sum));
+                            sum = sum * load(low.mask + to.at(row + r, at), to.mask(at));
+                          store(begun[r] + b * LANES, start[b] + sum);
                         });
         product<Bf16>(
             rows, {x + (size_t)row * count, (size_t)count, 1}, w, count,
-            [&](int r, int b) {
-              return low.count ? _mm512_load_ps(begun[r] + b * LANES) : start[b];
-            },
+            [&](int r, int b) { return low.count ? load(begun[r] + b * LANES) : start[b]; },
             [&](int r, int b, Floats sum) {
-              const __mmask16 mask = to.mask(column + b * LANES);
+              const Mask mask = to.mask(column + b * LANES);
               if (mask) to.take(row + r, column + b * LANES, sum, mask);
             });
         to.end(row, rows, column);
@@ -168,15 +162,13 @@ void multiply(const int32_t *x, const Words *panels, int M, int count, Output to
 // Column sums (columns) of a packed panel.
 void sum_panel(const Words *panel, int words, float *sum, int columns) {
   for (int b = 0; b < BLOCKS; ++b) {
-    Floats even = _mm512_setzero_ps(), odd = even;
+    Floats even = {}, odd = even;
     for (int k = 0; k < words; ++k) {
       const Words w = panel[(size_t)k * BLOCKS + b];
-      even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)));
-      const Words high = _mm512_and_si512(w, _mm512_set1_epi32(0xFFFF0000));
-      odd = _mm512_add_ps(odd, _mm512_castsi512_ps(high));
+      even = even + even_of(w), odd = odd + odd_of(w);
     }
-    const __mmask16 mask = lanes(columns - b * LANES);
-    if (mask) store(sum + b * LANES, _mm512_add_ps(even, odd), mask);
+    const Mask mask = lanes(columns - b * LANES);
+    if (mask) store(sum + b * LANES, even + odd, mask);
   }
 }
 
@@ -197,12 +189,12 @@ void multiply_panels(const Words *left, const Words *right, int words, float *ou
           right + (size_t)first * BLOCKS, count,
           [&](int r, int b) {
             // No load of no lanes: it takes long where the stack has no page yet.
-            if (first) return _mm512_load_ps(sums[row + r] + b * LANES);
-            return adds ? load(at(r, b), mask(b)) : Bf16::zero();
+            if (first) return load(sums[row + r] + b * LANES);
+            return adds ? load(at(r, b), mask(b)) : Floats{};
           },
           [&](int r, int b, Floats sum) {
             if (!last)
-              _mm512_store_ps(sums[row + r] + b * LANES, sum);
+              store(sums[row + r] + b * LANES, sum);
             else if (mask(b))
               store(at(r, b), sum, mask(b));
           });

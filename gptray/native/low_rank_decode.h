@@ -36,15 +36,14 @@ inline void shrink(const LowRank &low, const float *x, int inputs, float *narrow
   const Number *a = (const Number *)low.a;
   for (int k = 0; k < low.rank; k += RANK_STEP) {
     Floats sums[RANK_STEP];
-    for (Floats &sum : sums) sum = _mm512_setzero_ps();
+    for (Floats &sum : sums) sum = Floats{};
     for (int i = 0; i < inputs; i += LANES) {
       const Floats numbers = load(x + i, lanes(inputs - i));
       fetch(a + AHEAD, RANK_STEP * LANES);
 #pragma GCC unroll 4
-      for (int s = 0; s < RANK_STEP; ++s, a += LANES)
-        sums[s] = _mm512_fmadd_ps(numbers, load(a, 0xFFFF), sums[s]);
+      for (int s = 0; s < RANK_STEP; ++s, a += LANES) sums[s] = fmadd(numbers, load(a), sums[s]);
     }
-    for (int s = 0; s < RANK_STEP; ++s) narrow[k + s] = _mm512_reduce_add_ps(sums[s]);
+    for (int s = 0; s < RANK_STEP; ++s) narrow[k + s] = reduce_add(sums[s]);
   }
 }
 
@@ -62,8 +61,7 @@ template <typename Number>
 inline Floats expand(const LowRank &low, const float *narrow, size_t column, Floats y) {
   const size_t panel = column / PANEL;
   const Number *b = (const Number *)low.b + panel * low.rank * PANEL + column % PANEL;
-  for (int k = 0; k < low.rank; ++k, b += PANEL)
-    y = _mm512_fmadd_ps(_mm512_set1_ps(narrow[k]), load(b, 0xFFFF), y);
+  for (int k = 0; k < low.rank; ++k, b += PANEL) y = fmadd(all(narrow[k]), load(b), y);
   return y;
 }
 

@@ -39,10 +39,10 @@ inline void pack_block(const Get &words, Words *panels, int block, int count) {
 // The first `count` of 32 numbers as 16 words, the others as 0; count even.
 inline Words words_of(const float *from, int count) {
   const Floats low = load(from, lanes(count)), high = load(from + LANES, lanes(count - LANES));
-  return (Words)_mm512_cvtne2ps_pbh(high, low);
+  return to_words(low, high);
 }
 inline Words words_of(const uint16_t *from, int count) {
-  return _mm512_maskz_loadu_epi32(lanes(count / 2), from);
+  return load((const int32_t *)from, lanes(count / 2));
 }
 
 // `rows` rows of K numbers, fp32 or bf16, -> block `block` of their panels, words along K.
@@ -83,11 +83,10 @@ void pack_gated_rows(const Number *w, Words *panels, int N, int K) {
 }
 
 // Words of two rows' numbers; masks say how many there are.
-inline Words pair_of(const float *even, const float *odd, __mmask16 mask, __mmask16 odd_mask) {
+inline Words pair_of(const float *even, const float *odd, Mask mask, Mask odd_mask) {
   return pair(load(even, mask), load(odd, odd_mask));
 }
-inline Words pair_of(const uint16_t *even, const uint16_t *odd, __mmask16 mask,
-                     __mmask16 odd_mask) {
+inline Words pair_of(const uint16_t *even, const uint16_t *odd, Mask mask, Mask odd_mask) {
   return pair(halves(even, mask), halves(odd, odd_mask));
 }
 
@@ -101,10 +100,10 @@ void pack_columns(const Number *w, Words *panels, int N, int K) {
     for (int n = 0; n < count; ++n)
       for (int b = 0; b < BLOCKS; ++b) {
         const int column = panel * PANEL + b * LANES;
-        const __mmask16 mask = lanes(K - column), odd = 2 * n + 1 < N ? mask : 0;
+        const Mask mask = lanes(K - column), odd = 2 * n + 1 < N ? mask : 0;
         const Number *from = w + (size_t)2 * n * K + column;
         const Words words = pair_of(from, from + K, mask, odd);
-        _mm512_store_si512(panels + ((size_t)panel * count + n) * BLOCKS + b, words);
+        panels[((size_t)panel * count + n) * BLOCKS + b] = words;
       }
 }
 
@@ -118,12 +117,11 @@ inline int column_words(int M) {
 void pack_panel(const uint16_t *x, size_t stride, Words *panel, int M, int columns) {
   for (int m = 0; m < M; m += 2, x += 2 * stride)
     for (int b = 0; b < BLOCKS; ++b) {
-      const __mmask16 mask = lanes(columns - b * LANES), odd = m + 1 < M ? mask : 0;
+      const Mask mask = lanes(columns - b * LANES), odd = m + 1 < M ? mask : 0;
       const uint16_t *from = x + b * LANES;
-      _mm512_store_si512(panel++, pair_of(from, from + stride, mask, odd));
+      *panel++ = pair_of(from, from + stride, mask, odd);
     }
-  for (int fill = ((M + 1) / 2 - column_words(M)) * BLOCKS; fill < 0; ++fill)
-    _mm512_store_si512(panel++, _mm512_setzero_si512());
+  for (int fill = ((M + 1) / 2 - column_words(M)) * BLOCKS; fill < 0; ++fill) *panel++ = Words{};
 }
 
 // Where words of a packed panel's columns meet another panel's: one by one as they stand, and in

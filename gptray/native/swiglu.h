@@ -13,12 +13,12 @@ struct Gated {
 
 // More exact than bf16: for training. d silu / dz = s + silu (1 - s) with s = 1 / (1 + e^-z).
 inline Gated gated(Floats gate, Floats input) {
-  const Floats one = _mm512_set1_ps(1.f);
-  const Floats e = exp2(_mm512_mul_ps(gate, _mm512_set1_ps(-LOG2_E)));
-  const Floats s = _mm512_rcp14_ps(_mm512_add_ps(one, e));  // off by 6e-5 of the value
-  const Floats silu = _mm512_mul_ps(gate, s);
-  const Floats slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, s), s);
-  return {_mm512_mul_ps(silu, input), _mm512_mul_ps(slope, input), silu};
+  const Floats one = all(1.f);
+  const Floats e = exp2(gate * all(-LOG2_E));
+  const Floats s = reciprocal(one + e);  // off by 6e-5 of the value
+  const Floats silu = gate * s;
+  const Floats slope = fmadd(silu, one - s, s);
+  return {silu * input, slope * input, silu};
 }
 
 }  // namespace

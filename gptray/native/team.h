@@ -7,10 +7,12 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <atomic>
 #include <vector>
+
+// Of <omp.h>, which Apple's compiler does not come with.
+extern "C" int omp_get_num_threads();
+extern "C" int omp_get_thread_num();
 
 namespace {
 

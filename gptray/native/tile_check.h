@@ -15,7 +15,7 @@ template <typename Kind, typename Number>
 bool tiles_agree(int rows, int count, const int32_t *x, const Words *panel, Number tolerance) {
   const TileUse tiles;
   Number sums[TILE][PANEL];
-  const auto begin = [](int, int) { return Kind::zero(); };
+  const auto begin = [](int, int) { return typename Kind::Sum{}; };
   tile_product<Kind>(rows, {x, (size_t)count, 1}, panel, count, begin,
                      [&](int r, int b, typename Kind::Sum sum) {
                        std::memcpy(sums[r] + b * LANES, &sum, sizeof sum);

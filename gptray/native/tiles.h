@@ -154,10 +154,11 @@ inline void shape_tiles(int rows) {
 struct TileUse {
   TileUse() {}  // lest it be called unused
   ~TileUse() {
-    if (HAS_TILES && shaped_rows) {
-      release_shapes();
-      shaped_rows = 0;
-    }
+    if constexpr (HAS_TILES)
+      if (shaped_rows) {
+        release_shapes();
+        shaped_rows = 0;
+      }
   }
 };
 

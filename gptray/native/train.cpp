@@ -38,7 +38,7 @@ void linear_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y,
     pack_rows(w, (Words *)work, N, K);
     multiply((const int32_t *)x, (Words *)work, M, K / 2,
              WithGelu<gelu_and_slope>{{{y, N, b}, slope, {}}});
-    _mm_sfence();  // after store_far
+    end_far();  // after store_far
   }
 }
 
@@ -50,7 +50,7 @@ void linear_exact_gelu(const uint16_t *x, const float *w, const float *b, uint16
     pack_rows(w, (Words *)work, N, K);
     multiply((const int32_t *)x, (Words *)work, M, K / 2,
              WithGelu<exact_gelu_and_slope>{{{y, N, b}, slope, {}}});
-    _mm_sfence();
+    end_far();
   }
 }
 
@@ -62,7 +62,7 @@ void linear_swiglu(const uint16_t *x, const float *w, const float *b, uint16_t *
   {
     pack_gated_rows(w, (Words *)work, N, K);
     multiply((const int32_t *)x, (Words *)work, M, K / 2, WithSwiglu{{{y, N, b}, slopes, {}}});
-    _mm_sfence();
+    end_far();
   }
 }
 

@@ -23,7 +23,7 @@ from gptray.native.backend import why_not_native
 
 needs_native = pytest.mark.skipif(
     why_not_native(use_gpu=False, look_at_cache=True) is not None,
-    reason="needs a processor with AVX-512 and a C++ compiler",
+    reason="needs a processor that runs the native code, and a C++ compiler",
 )
 BACKENDS = ["torch", "graph", pytest.param("native", marks=needs_native)]
 

@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -53,12 +51,19 @@ inline std::vector<float> randoms(size_t count, unsigned seed) {
   return numbers;
 }
 
+// Of a finite number.
 inline float from_fp16(uint16_t half) {
-  return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16(half)));
+  const int exponent = half >> 10 & 31, rest = half & 1023;
+  const float size = exponent ? std::ldexp(1024 + rest, exponent - 25) : std::ldexp(rest, -24);
+  return half >> 15 ? -size : size;
 }
 
+// Rounded to the nearest, of two to the even one; of less than 65504.
 inline uint16_t fp16(float value) {
-  return _mm256_extract_epi16(_mm512_cvtps_ph(_mm512_set1_ps(value), 0), 0);
+  const float size = std::fabs(value);
+  const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
+  const int rest = std::nearbyint(std::ldexp(size, 10 - exponent));  // 1024 or more, unless tiny
+  return (value < 0) << 15 | (((exponent + 14) << 10) + rest);
 }
 
 inline float from_bf16(uint16_t half) {

@@ -22,6 +22,8 @@ from gptray.native.build import kept as kept_library
 from gptray.native.compiler import options, uses_tiles, why_no_library
 from tests.generation.models import needs_native
 
+on_x86 = pytest.mark.skipif(processor.on_arm(), reason="of x86's instructions")
+
 QUICK = """#!/bin/sh
 case " $* " in *" -c "*) ;; *) exec g++ "$@" -O0 ;; esac
 made="$0-$(echo "$*" | sed 's/ -o [^ ]*//' | cksum | tr -d ' ').o"
@@ -65,6 +67,7 @@ def test_native_is_refused_where_it_is_not_available(monkeypatch: pytest.MonkeyP
     refused(".*generate.backend=auto")
 
 
+@on_x86
 @needs_native
 def test_a_compiler_that_cannot_build_it_is_told_from_one_that_can(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -273,6 +276,7 @@ def cpuinfo(
     return become
 
 
+@on_x86
 @needs_native
 def test_a_shared_cache_has_a_library_for_each_processor(
     kept: Path, cpuinfo: Callable[[Callable[[str], str]], None]
@@ -284,6 +288,7 @@ def test_a_shared_cache_has_a_library_for_each_processor(
     assert build_library(key=GENERATE_KEY) == kept
 
 
+@on_x86
 @needs_native
 def test_no_library_is_loaded_on_a_processor_that_lacks_its_instructions(
     kept: Path, cpuinfo: Callable[[Callable[[str], str]], None]
@@ -319,6 +324,7 @@ def with_tiles(cpuinfo: Callable[[Callable[[str], str]], None]) -> None:
     cpuinfo(lambda text: text.replace(" avx512_bf16", f" avx512_bf16 {tiles}"))
 
 
+@on_x86
 @needs_native
 @pytest.mark.usefixtures("with_tiles")
 def test_tiles_are_used_where_processor_and_linux_give_them(
@@ -336,6 +342,7 @@ def test_tiles_are_used_where_processor_and_linux_give_them(
     assert not uses_tiles(), "all of them or none"
 
 
+@on_x86
 @needs_native
 @pytest.mark.usefixtures("with_tiles")
 def test_a_compiler_that_knows_no_tiles_is_named_and_builds_without_them(
@@ -353,6 +360,7 @@ def test_a_compiler_that_knows_no_tiles_is_named_and_builds_without_them(
     ]
 
 
+@on_x86
 @needs_native
 @pytest.mark.usefixtures("with_tiles")
 @pytest.mark.skipif(

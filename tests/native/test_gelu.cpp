@@ -5,7 +5,7 @@
 template <typename Function>
 static float of(const Function &function, float x) {
   float results[16];
-  _mm512_storeu_ps(results, function(_mm512_set1_ps(x)));
+  store(results, function(all(x)));
   for (const float result : results) CHECK(!std::memcmp(&result, results, sizeof result));
   return results[0];
 }

@@ -24,7 +24,7 @@ TEST(a_tile_of_fp32_is_a_loop_over_its_words) {
     std::memcpy(x_words.data(), x.data(), x.size() * 4);
     std::memcpy(panel.data(), w.data(), w.size() * 4);
     float out[TILE * PANEL];
-    multiply<Fp32>(x_words, panel, rows, words, _mm512_set1_ps(0.5f), out);
+    multiply<Fp32>(x_words, panel, rows, words, all(0.5f), out);
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < PANEL; ++c) {
         float sum = 0.5f;
@@ -42,7 +42,7 @@ TEST(a_tile_of_bf16_is_a_loop_over_pairs) {
     std::memcpy(x_words.data(), x.data(), x.size() * 2);
     std::memcpy(panel.data(), w.data(), w.size() * 2);
     float out[TILE * PANEL];
-    multiply<Bf16>(x_words, panel, rows, words, _mm512_setzero_ps(), out);
+    multiply<Bf16>(x_words, panel, rows, words, Floats{}, out);
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < PANEL; ++c) {
         double sum = 0;
@@ -62,14 +62,14 @@ TEST(a_tile_of_int8_is_a_loop_over_fours) {
     std::vector<int32_t> x(rows * words), panel(words * PANEL), out(TILE * PANEL);
     for (auto *numbers : {&x, &panel})
       for (int32_t &word : *numbers) word = (int32_t)generator();
-    multiply<Int8>(x, panel, rows, words, _mm512_setzero_ps(), (float *)out.data());
+    multiply<Int8>(x, panel, rows, words, Floats{}, (float *)out.data());
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < PANEL; ++c) {
         int32_t sum = 0;
         for (int k = 0; k < words; ++k)
           for (int o = 0; o < 4; ++o)
             sum += ((const int8_t *)&x[r * words + k])[o] *
-                   ((const uint8_t *)&panel[k * PANEL + c])[o];
+                   (((const uint8_t *)&panel[k * PANEL + c])[o] - 128 + BYTE_BIAS);
         CHECK(out[r * PANEL + c] == sum);
       }
   }

@@ -48,7 +48,7 @@ TEST(a_product_with_int8_is_a_loop_over_groups) {
   for (int rows = 1; rows <= TILE; ++rows) {
     std::vector<RowGroup<INT8_GROUP>> x;
     for (int r = 0; r < rows; ++r)
-      for (const auto &group : grouped<INT8_GROUP>(randoms(size, r), 128)) x.push_back(group);
+      for (const auto &group : grouped<INT8_GROUP>(randoms(size, r), BYTE_BIAS)) x.push_back(group);
     Floats totals[TILE][BLOCKS];
     int8_product(rows, x.data(), (const Words *)panel.data(), words, totals);
     for (int r = 0; r < rows; ++r)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptray.native.compiler import compiler
-from gptray.native.processor import INSTRUCTIONS, TILES, may_use_tiles
+from gptray.native.processor import TILES, instruction_options, may_use_tiles, on_arm
 from tests.generation.models import needs_native
 
 pytestmark = needs_native
@@ -24,14 +24,22 @@ WARNINGS = [
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
 # Not optimised, so that all of it is compiled in some seconds.
-OPTIONS = ["-O0", "-g1", "-std=c++17", "-fopenmp", f"-I{NATIVE}", *INSTRUCTIONS.values()]
+OPTIONS = ["-O0", "-g1", "-std=c++17", "-fopenmp", f"-I{NATIVE}", *instruction_options()]
 # With the processor's own tiles if it has any, and with scalar loops in place of them.
 KINDS = {"": list(TILES.values()) if may_use_tiles() else [], "tiles": ["-DEMULATED_TILES"]}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-SYSTEM = ["immintrin.h", "algorithm", "cmath", "cstring", "functional", "random", "vector"]
+SYSTEM = [
+    "arm_neon.h" if on_arm() else "immintrin.h",
+    "algorithm",
+    "cmath",
+    "cstring",
+    "functional",
+    "random",
+    "vector",
+]
 NAMES = sorted(path.stem[5:] for path in HERE.glob("test_*.cpp"))
-# Of those, the ones that multiply by panels.
+# Of those, the ones of headers that multiply by panels.
 TILED = ["attention_train", "frozen_train", "gemm", "grouped_decode", "head_loss", "heads_train"]
 TILED += ["linear_decode", "linear_train", "panels", "tiles"]
 
@@ -109,6 +117,7 @@ def test_a_source_compiles_without_a_warning(name: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.skipif(on_arm(), reason="x86's instructions")
 @pytest.mark.parametrize(
     ("name", "instructions"), [("decode", ("tdpbf16ps", "tdpbsud")), ("train", ("tdpbf16ps",))]
 )
@@ -133,6 +142,7 @@ def test_every_header_is_tested_or_described_by_the_library() -> None:
     headers = {path.name for path in NATIVE.glob("*.h")}
     below = {
         "activation.h": "frozen_train.h",
+        **dict.fromkeys(("avx512.h", "neon.h", "neon_words.h"), "simd.h"),
         "exp.h": "gelu.h",
         "norm.h": "norm_train.h",
         "decode.h": "linear_decode.h",

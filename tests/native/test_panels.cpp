@@ -44,9 +44,9 @@ TEST(a_square_is_turned_over) {
   int32_t numbers[LANES][LANES];
   for (int r = 0; r < LANES; ++r)
     for (int c = 0; c < LANES; ++c) numbers[r][c] = 100 * r + c;
-  for (int r = 0; r < LANES; ++r) square[r] = _mm512_loadu_si512(numbers[r]);
+  for (int r = 0; r < LANES; ++r) square[r] = load(numbers[r]);
   transpose(square);
-  for (int r = 0; r < LANES; ++r) _mm512_storeu_si512(numbers[r], square[r]);
+  for (int r = 0; r < LANES; ++r) store(numbers[r], square[r]);
   for (int r = 0; r < LANES; ++r)
     for (int c = 0; c < LANES; ++c) CHECK(numbers[r][c] == 100 * c + r);
 }
