@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gptray.config import Config, UserError, override
-from gptray.jobs.engine_backend import check_engine_backend
+from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.serve.check import api_keys, replicas_compute
 from gptray.jobs.serve.exporting import Exporting

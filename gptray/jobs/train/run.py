@@ -31,9 +31,9 @@ from gptray.jobs.run_folder import held, outcome, seen_at, set_ray_snapshot_asid
 from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tasks import Failure
 from gptray.jobs.tracking import tracking_run
-from gptray.jobs.train.adapter_plan import trained_facts
 from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
+from gptray.jobs.train.given_models import trained_facts
 from gptray.jobs.train.task import TrainTask, begin_validation, begin_worker
 from gptray.jobs.train.trainer import fitted
 from gptray.jobs.train.watch import show_end, watching
