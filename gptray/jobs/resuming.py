@@ -149,8 +149,8 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> 
     new = config.tune.num_samples
     if new < old:
         raise UserError(
-            f"tune.num_samples={new}: the sweep {folder} has drawn {old} already; give {old} or "
-            "more, or choose another name"
+            f"tune.num_samples={new}: the sweep {seen_at(config)} has drawn {old} already; give "
+            f"{old} or more, or choose another name"
         )
     sentences = []
     if new > old:

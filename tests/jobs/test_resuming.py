@@ -218,6 +218,20 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
         sweep_of(tmp_path, "tune.num_samples=6")
 
 
+def test_a_sweep_in_a_store_is_named_by_its_uri(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keys = ["storage_path=s3://bucket", "name=s", SPACE]
+    config = resolve(load_config(None, [*keys, "tune.num_samples=4"]), sweep=True)
+    folder = run_dir(config)
+    folder.mkdir(parents=True)
+    save_config(config, folder)
+    fewer = resolve(load_config(None, [*keys, "tune.num_samples=3"]), sweep=True)
+    with pytest.raises(UserError, match="the sweep s3://bucket/s has drawn 4 already"):
+        check_resumable(fewer, sweep=True)
+
+
 def test_a_sweep_that_stopped_itself_goes_on_with_another_min_gain(tmp_path: Path) -> None:
     first = sweep_of(tmp_path, "tune.num_samples=4")
     first.folder.mkdir()

@@ -47,6 +47,7 @@ BYTES_PER_PARAMETER = 16
 BYTES_OF_AVERAGE = 4
 # Of the logits that exist at a time on a GPU, at most: GPU_BYTES of `gptray.model.loss`.
 HEAD_BYTES = 2 << 30
+BUSY = "another process is training the run {}"
 FILES = (
     "config.yaml metrics.jsonl events.jsonl report.html loss.png lr.png grad_norm.png "
     "tensorboard/ checkpoint_*/ model/"
@@ -82,8 +83,8 @@ def check(config: Config) -> CheckedTraining:
         RunFailed: the run has checkpoints and none is whole.
     """
     config = resolve(config)
-    folder = run_dir(config)
-    bring_run(config)
+    folder, busy = run_dir(config), BUSY.format(seen_at(config))
+    bring_run(config, busy=busy)
     check_training(config)
     check_trackers(config.track)
     text = check_text(config)
@@ -92,7 +93,7 @@ def check(config: Config) -> CheckedTraining:
         check_prompts(config, text.tokenizer)
     also = check_also(config, config, trained_on=text.request)
     changes = check_resumable(config)
-    check_free(folder)
+    check_free(folder, busy=busy)
     checkpoint, _ = newest_whole(folder)
     state = TrainerState.load(checkpoint) if checkpoint else None
     check_base(config, checkpoint)
