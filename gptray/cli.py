@@ -34,8 +34,9 @@ from gptray.config import (
 from gptray.config.help import help_text
 from gptray.config.keys import field_specs
 from gptray.config.suggest import nearest, nearest_keys
-from gptray.files import cannot_write, is_storage
-from gptray.jobs.base import Job, Plan, config_file, find_job
+from gptray.files import cannot_write, is_storage, is_uri
+from gptray.jobs.base import Job, Plan, find_job
+from gptray.node_cache import copied
 from gptray.signals import STOP_S, interrupting
 from gptray.standard_output import Unread, give_up, json_line, write_out
 from gptray.visible import visible
@@ -116,10 +117,8 @@ def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) 
         if error.errno == errno.ENAMETOOLONG:
             _say(f"{name}: {error.strerror}: {str(error.filename)[:60]}...; choose a shorter one")
             return MISTAKE
-        if not is_storage(error):
-            _say(traceback.format_exc().rstrip("\n"))
-            return FAILED
-        _say(f"{name}: {cannot_write(Path.cwd(), error)}")
+        told = f"{name}: {cannot_write(Path.cwd(), error)}" if is_storage(error) else None
+        _say(told or traceback.format_exc().rstrip("\n"))
         return FAILED
     except Exception:
         _say(traceback.format_exc().rstrip("\n"))
@@ -212,7 +211,9 @@ def _config(arguments: Arguments) -> Config:
     """Load the config; raise every mistake of flags, file and values together."""
     problems = arguments.problems
     try:
-        file = arguments.config and config_file(arguments.config)
+        file = arguments.config
+        # Of one that a URI names there is a copy on this node.
+        file = str(copied(file)) if file and is_uri(file) else file
         config = load_config(file, arguments.overrides)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
@@ -257,7 +258,14 @@ def _say(message: str) -> None:
 
 
 class _Lines(logging.Handler):
-    """Plain lines on whatever stderr is at that moment, so that a live bar can stand below."""
+    """Plain lines on whatever stderr is at that moment, so that a live bar can stand below.
+
+    A line is the message; its level is in front only from warnings on.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return level + super().format(record)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -266,20 +274,10 @@ class _Lines(logging.Handler):
             self.handleError(record)
 
 
-class _ShortFormatter(logging.Formatter):
-    """The message; its level in front only from warnings on."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"{level}{record.message}"
-
-
 def _log_to_stderr(*, verbose: bool) -> None:
     logger = logging.getLogger("gptray")
     logger.handlers.clear()
-    handler = _Lines()
-    handler.setFormatter(_ShortFormatter())
-    logger.addHandler(handler)
+    logger.addHandler(_Lines())
     logger.propagate = False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
 

@@ -69,6 +69,11 @@ def cache_folder() -> Path:
     return (given if given.is_absolute() else expanded("~/.cache")) / "gptray"
 
 
+def cached_as(kind: str, text: str) -> Path:
+    """Where this user's cache has, among the things of a kind, what a text identifies."""
+    return cache_folder() / kind / hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
     """Guard whatever writes to `path`: a full disk, a lost mount, a quota.

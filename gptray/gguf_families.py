@@ -24,8 +24,8 @@ class Family:
     GGUF (out, in). rotated: rows of heads that GGUF has pair by pair, first half and second half
     in turns, to config.json's number of the heads. by_head: rows of queries, keys and values that
     Hugging Face has head by head, GGUF kind by kind. whole: of names, tables that llama.cpp keeps
-    in fp32. is_rotary: its positions have the numbers of `gptray.gguf_rotary`. is_strict: llama.cpp
-    asks for every bias, and for a head even if it is the embedding.
+    in fp32. is_rotary: its positions have the numbers of `gptray.gguf_network`. is_strict:
+    llama.cpp asks for every bias, and for a head even if it is the embedding.
     """
 
     model_type: str

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -114,12 +113,8 @@ class _Head:
                 size = struct.calcsize(_SCALARS[inner])
                 return list(struct.unpack(f"<{count}{_SCALARS[inner]}", self.take(count * size)))
             if inner == _STRING:
-                return _repeated(self.text, count)
+                return [self.text() for _ in range(count)]  # each takes eight bytes at least
             raise Unreadable(f"it has an array of type {inner}")
         if kind not in _SCALARS:
             raise Unreadable(f"it has a value of type {kind}")
         return self.number(_SCALARS[kind])
-
-
-def _repeated(one: Callable[[], str], count: int) -> list[str]:
-    return [one() for _ in range(count)]  # each takes eight bytes at least

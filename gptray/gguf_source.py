@@ -6,7 +6,6 @@ nor Ray, so that a job can check a model before it starts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.files import cache_folder, expanded, storing
+from gptray.files import cached_as, expanded, storing
 from gptray.gguf_header import read_header
 from gptray.gguf_network import network_json
 from gptray.gguf_tensors import (
@@ -49,7 +48,7 @@ def opened_gguf(path: Path) -> Path:
     path = path.resolve()
     status = path.stat()
     state = repr((str(path), status.st_size, status.st_mtime_ns))
-    folder = cache_folder() / "copied" / hashlib.sha256(state.encode()).hexdigest()[:24]
+    folder = cached_as("copied", state)
     return made_once(folder, lambda draft: _fill(draft, path, status.st_size), what=str(path))
 
 

@@ -9,15 +9,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptray.config import UserError
 from gptray.gguf_families import EMBEDDING, HEAD
 from gptray.gguf_header import Entry
-from gptray.gguf_network import family_of_file
-from gptray.gguf_rotary import FACTORS
+from gptray.gguf_network import FACTORS, family_of_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,6 +115,8 @@ def rotary_factors(path: Path, entries: Sequence[Entry]) -> list[float] | None:
 
 def write_weights(path: Path, source: Path, weights: Mapping[str, Weight]) -> None:
     """Write the weights as safetensors. Raises UserError for a type that is not read."""
+    import numpy as np
+
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, weight in sorted(weights.items()):
@@ -128,18 +128,9 @@ def write_weights(path: Path, source: Path, weights: Mapping[str, Weight]) -> No
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, weight in sorted(weights.items()):
-            _write(file, source, weight)
-
-
-def _write(file: BufferedWriter, source: Path, weight: Weight) -> None:
-    import numpy as np
-
-    if weight.transposed:
-        whole = np.concatenate(list(_parts(source, weight)))
-        file.write(np.ascontiguousarray(whole.T).data)
-        return
-    for part in _parts(source, weight):
-        file.write(np.ascontiguousarray(part).data)
+            parts = _parts(source, weight)
+            for part in [np.concatenate([*parts]).T] if weight.transposed else parts:
+                file.write(np.ascontiguousarray(part).data)
 
 
 def _bytes_of(entry: Entry) -> int:

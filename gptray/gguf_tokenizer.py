@@ -156,10 +156,9 @@ def _of_pieces(fields: Mapping[str, object]) -> dict[str, object]:
     """The steps of SentencePiece's BPE, or of a tokenizer that has a token for each character."""
     tokens, types = _tokens(fields)
     kept = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
+    normal = [number for number, kind in enumerate(types) if kind == NORMAL]
     if BYTE not in types:
-        return character_model(
-            tokens, [number for number, kind in enumerate(types) if kind == NORMAL]
-        )
+        return character_model(tokens, normal)
     scores = fields.get(KEY + "scores")
     if (
         not isinstance(scores, list)
@@ -167,7 +166,6 @@ def _of_pieces(fields: Mapping[str, object]) -> dict[str, object]:
         or not all(isinstance(score, (int, float)) for score in scores)
     ):
         raise UserError("its tokens have no scores")
-    normal = [number for number, kind in enumerate(types) if kind == NORMAL]
     prefix = fields.get(KEY + "add_space_prefix", True) is not False
     spaces: dict[str, object] = {
         "type": "Replace", "pattern": {"String": " "}, "content": MARK,

@@ -20,16 +20,14 @@ BUILT_FOR_CPUS = (
 
 def local_gpus() -> int:
     """GPUs that this process may use, without starting Ray."""
-    devices = len(list(NVIDIA.glob("*"))) or _amd_gpus() or _told_gpus()
+    devices = len(list(NVIDIA.glob("*"))) or sum(map(_computes, AMD.glob("*/properties")))
+    # In WSL2 and in some containers NVIDIA's driver has no folder.
+    devices = devices or sum(bool(re.match(r"GPU \d+:", line)) for line in nvidia_smi("-L"))
     for name in HIDING:
         if (visible := os.environ.get(name)) is not None:
             named = [one for one in visible.split(",") if one.strip() not in ("", "-1")]
             devices = min(devices, len(named))
     return devices
-
-
-def _amd_gpus() -> int:
-    return sum(map(_computes, AMD.glob("*/properties")))
 
 
 def _computes(node: Path) -> bool:
@@ -39,14 +37,14 @@ def _computes(node: Path) -> bool:
         return False
 
 
-def _told_gpus() -> int:
-    """What nvidia-smi lists: in WSL2 and in some containers the driver has no folder."""
-    command = ["nvidia-smi", "-L"]
+def nvidia_smi(*options: str) -> list[str]:
+    """The lines that nvidia-smi prints with these options; none where it does not answer."""
+    command = ["nvidia-smi", *options]
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return len(re.findall(r"^GPU \d+:", told.stdout, re.MULTILINE))
+        return []
+    return told.stdout.splitlines()
 
 
 def is_torch_for_cpus() -> bool:

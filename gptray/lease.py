@@ -43,7 +43,8 @@ class Lease:
         self._place, self._name = place, f"{PREFIX}{uuid.uuid4().hex[:12]}.json"
         self._renewed = 0.0
         self._ended = threading.Event()
-        self._content = json.dumps(_this_process(), indent=1).encode()
+        owner = {"host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
+        self._content = json.dumps(owner, indent=1).encode()
 
     def check(self) -> None:
         """Raise RunFailed unless the lease is this process's own still."""
@@ -145,10 +146,6 @@ def _owner(place: RemoteFolder, name: str) -> dict[str, object]:
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}
-
-
-def _this_process() -> dict[str, object]:
-    return {"host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
 
 
 def _is_dead(owner: dict[str, object]) -> bool:

@@ -21,7 +21,16 @@ from pathlib import Path
 
 from gptray.config import UserError
 from gptray.config.names import PREPARED
-from gptray.files import cache_folder, expanded, is_uri, open_lock, remove, replacing, storing
+from gptray.files import (
+    cache_folder,
+    cached_as,
+    expanded,
+    is_uri,
+    open_lock,
+    remove,
+    replacing,
+    storing,
+)
 from gptray.manifest import MANIFEST, files_damage, write_manifest
 from gptray.remote_folder import RemoteFolder, StoredFile, no_such_folder
 
@@ -51,7 +60,7 @@ def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = 
     """
     listed = place.files()
     files = [file for name, file in sorted(listed.items()) if wanted.fullmatch(name)]
-    name = hashlib.sha256(repr((place.uri, files)).encode()).hexdigest()[:24]
+    folder = cached_as("fetched", repr((place.uri, files)))
 
     def fetch(draft: Path) -> None:
         size = sum(file.size for file in files)
@@ -59,7 +68,7 @@ def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = 
         log.info("fetching %s (%.1f MB)", place, size / 1e6)
         _fetch(place, files, draft, has_manifest=MANIFEST in listed)
 
-    return made_once(cache_folder() / "fetched" / name, fetch, what=str(place))
+    return made_once(folder, fetch, what=str(place))
 
 
 def made_once(folder: Path, make: Callable[[Path], None], *, what: str) -> Path:
@@ -108,8 +117,7 @@ def storage_folder(storage_path: str) -> Path:
     Raises UserError for the home of an unknown user.
     """
     if is_uri(storage_path):
-        name = hashlib.sha256(storage_path.rstrip("/").encode()).hexdigest()[:24]
-        return cache_folder() / "storage" / name
+        return cached_as("storage", storage_path.rstrip("/"))
     return expanded(storage_path, key="storage_path").absolute()
 
 
@@ -150,7 +158,10 @@ def _fetch(
     """Copy files to a folder, and compare them with their own manifest. Raises as `fetched`."""
     names = [file.name for file in files]
     for name in names + [MANIFEST] * has_manifest:
-        _download(place, name, draft)
+        try:
+            place.download(name, draft / name)
+        except FileNotFoundError:
+            raise UserError(f"{place}: {name} went away while it was read") from None
     problem = files_damage(draft, needed=names, others=False) if has_manifest else None
     for file in files:
         if (draft / file.name).stat().st_size != file.size:
@@ -158,13 +169,6 @@ def _fetch(
     if problem:
         raise UserError(f"{place}: damaged or incomplete: {problem}")
     (draft / MANIFEST).unlink(missing_ok=True)
-
-
-def _download(place: RemoteFolder, name: str, draft: Path) -> None:
-    try:
-        place.download(name, draft / name)
-    except FileNotFoundError:
-        raise UserError(f"{place}: {name} went away while it was read") from None
 
 
 def make_room(size: int = 0, most: int | None = None) -> None:

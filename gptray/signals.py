@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_S = 8.0
@@ -129,30 +129,26 @@ def interrupting(end: Callable[[str | None, bool], object]) -> Iterator[None]:
         _stop = None
 
 
-@contextmanager
-def leaving_within(seconds: float) -> Iterator[None]:
+def leaving_within(seconds: float) -> AbstractContextManager[None]:
     """In the block, a job that is stopped has this long to finish what it still answers."""
-    if _stop is None:
-        yield
-        return
-    _stop.limit_s, before = seconds, _stop.limit_s
-    try:
-        yield
-    finally:
-        _stop.limit_s = before
+    return _stopping_with(limit_s=seconds)
+
+
+def before_ending_at_once(act: Callable[[], object]) -> AbstractContextManager[None]:
+    """In the block, a process that ends without its cleanup does this first, in another thread."""
+    return _stopping_with(last_act=act)
 
 
 @contextmanager
-def before_ending_at_once(act: Callable[[], object]) -> Iterator[None]:
-    """In the block, a process that ends without its cleanup does this first, in another thread."""
-    if _stop is None:
-        yield
-        return
-    _stop.last_act, before = act, _stop.last_act
+def _stopping_with(**changed: object) -> Iterator[None]:
+    """Set attributes of the running job's `_Stop` in the block, if a job runs."""
+    attributes = vars(_stop) if _stop else {}
+    before = {name: attributes.get(name) for name in changed}
+    attributes.update(changed)
     try:
         yield
     finally:
-        _stop.last_act = before
+        attributes.update(before)
 
 
 @contextmanager

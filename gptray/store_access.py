@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from gptray.config import UserError
+from gptray.hub import first_line
 
 if TYPE_CHECKING:  # only a command that names a store waits for it to load
     import pyarrow as pa
@@ -85,7 +86,7 @@ def why_not_written(uri: str) -> str | None:
 
 def reason(error: Exception) -> str:
     """What a store says, in one line, and where it takes credentials from if it refuses them."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     if _is_denied(error):
         return f"{line} (credentials are those of the environment, such as AWS_PROFILE)"
     return line

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from gptray.jobs.cluster_nodes import alive_nodes, amount_words
-from gptray.jobs.each_node import NoAnswer, ask
+from gptray.jobs.cluster_nodes import NoAnswer, alive_nodes, amount_words, ask
 
 log = logging.getLogger("gptray")
 

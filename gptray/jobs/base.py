@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from gptray.config import Config
-from gptray.files import is_uri
-from gptray.node_cache import copied
+from gptray.config import Config, UserError
 
 Checked = TypeVar("Checked")
 # Label and value of each fact that --dry-run prints.
@@ -30,13 +28,31 @@ class Job(Generic[Checked]):
     run: Callable[[Checked], dict[str, Any] | None]
 
 
-def config_file(path: str) -> str:
-    """The config that --config names; of one by URI a copy on this node. Raises UserError."""
-    return str(copied(path)) if is_uri(path) else path
-
-
 def find_job(name: str) -> Job[Any]:
     """The JOB of `gptray.jobs.<name>.run`, imported only when asked for."""
     job = importlib.import_module(f"gptray.jobs.{name}.run").JOB
     assert isinstance(job, Job)
     return job
+
+
+class Mistakes:
+    """A context, entered again and again, that keeps the UserError of each block for `tell`."""
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, UserError):
+            self.add(str(error))
+        return isinstance(error, UserError)
+
+    def add(self, message: str) -> None:
+        """Note a mistake that nothing has raised."""
+        self._messages.append(message)
+
+    def tell(self) -> None:
+        """Raise UserError with every message once, one line each; nothing without mistakes."""
+        if self._messages:
+            raise UserError("\n".join(dict.fromkeys(self._messages)))

@@ -1,13 +1,23 @@
-"""The nodes of a cluster: what each has, what is free."""
+"""The nodes of a cluster: what each has, what is free, and what each answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+from gptray.hub import first_line
+from gptray.jobs.doing import telling
+from gptray.wording import count
 
 HEAD = "node:__internal_head__"  # a resource of the head alone
 _ID_LABEL = "ray.io/node-id"  # which every node has
 _NAMED = 3  # in messages, of nodes that are alike
+# A node answers in seconds, unless it hangs: on a file system that is gone, for example.
+DEADLINE_S, POLL_S = 90.0, 1.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,12 +67,7 @@ def has_labels(node: Node, selector: Mapping[str, str]) -> bool:
     return True
 
 
-def free_resources() -> list[Mapping[str, float]]:
-    """What is free on each alive node."""
-    return list(free_resources_by_node().values())
-
-
-def free_resources_by_node() -> dict[str, Mapping[str, float]]:
+def free_resources() -> dict[str, Mapping[str, float]]:
     """What is free on each alive node, by its id."""
     import ray
 
@@ -130,3 +135,61 @@ def _alike(told: Iterable[tuple[str, str]], *, each: str = "") -> str:
 def _names(addresses: list[str]) -> str:
     more = len(addresses) - _NAMED
     return ", ".join(addresses[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """Why a node has not answered. is_gone: it has left the cluster meanwhile."""
+
+    reason: str
+    is_gone: bool = False
+
+
+def ask(
+    nodes: Sequence[Node], question: Callable[..., T], *given: object, about: str
+) -> list[T | NoAnswer]:
+    """Call `question(*given)` once on each node, whether its cores are busy or not.
+
+    about: what the nodes are asked about, for the line that says for what the job waits.
+
+    Needs Ray. Returns after DEADLINE_S at the latest; answers come in the nodes' order.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def answer(call: object) -> T | NoAnswer:
+        try:
+            given_back: T = ray.get(call)
+        except ray.exceptions.RayError as error:
+            return NoAnswer(f"fails to run a task: {_cause(error)}")
+        return given_back
+
+    task = ray.remote(question)
+    calls = [
+        task.options(
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+        ).remote(*given)
+        for node in nodes
+    ]
+    began, waiting = time.monotonic(), calls
+    with telling(lambda: f"waiting for {count(len(waiting), 'node')} to answer about {about}"):
+        while waiting and time.monotonic() - began < DEADLINE_S:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+    late = NoAnswer(f"does not answer within {DEADLINE_S:.0f} s")
+    answers = [late if call in waiting else answer(call) for call in calls]
+    for call in waiting:
+        ray.cancel(call, force=True)
+    alive = {node.id for node in alive_nodes()}
+    return [
+        NoAnswer(one.reason, is_gone=node.id not in alive) if isinstance(one, NoAnswer) else one
+        for node, one in zip(nodes, answers, strict=True)
+    ]
+
+
+def _cause(error: Exception) -> str:
+    """The one line of an error of Ray's that names the cause: the last that names an exception."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = [line for line in lines if line.partition(":")[0].endswith("Error") and ": " in line]
+    return named[-1] if named else first_line(error)

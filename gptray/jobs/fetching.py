@@ -1,26 +1,34 @@
 """A run's folder here, made equal to one elsewhere: in an object store, or on the driver's node.
 
-What is here already is kept; of a checkpoint that is decided by its manifest.
+What is here already is kept; of a checkpoint that is decided by its manifest. Of a run in a store
+that is only looked at, the records are fetched alone.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from gptray.files import remove, storing
+from gptray.files import cached_as, remove, storing
 from gptray.jobs.publisher import Home, Sent, Version, is_hidden, version_of
 from gptray.manifest import MANIFEST, files_damage
+from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step
 
 log = logging.getLogger("gptray")
 
 # Files that are fetched at a time.
 _AT_ONCE = 8
+# The records of a run, an evaluation, a sweep or its trials.
+_RECORD = re.compile(
+    r"(trials/[^/]+/)?"
+    r"(config\.yaml|(metrics|events|trials)\.jsonl|evaluation\.json|model/(config|gptray)\.json)"
+)
 
 
 def fetch_run(
@@ -99,3 +107,24 @@ def _versions(paths: Iterable[Path], ended: Collection[Path]) -> dict[Path, Vers
         for path in paths
         if path.parent.name != "model" or path.parents[1] in ended
     }
+
+
+def fetch_records(home: RemoteFolder, names: Iterable[str], folder: Path) -> None:
+    """Have a folder here with the records among a run's files, for whoever only reads them.
+
+    Raises UserError for a store that cannot be read; RunFailed without room.
+    """
+    with storing(folder):
+        remove(folder)
+
+    def fetch(name: str) -> None:
+        with suppress(FileNotFoundError):  # it went away meanwhile
+            home.download(name, folder / name)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(fetch, filter(_RECORD.fullmatch, names)))
+
+
+def records_folder(home: RemoteFolder) -> Path:
+    """Where on this node the records of a run are kept, and what is made of them."""
+    return cached_as("records", home.uri) / home.name

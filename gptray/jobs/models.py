@@ -101,23 +101,17 @@ def locate(config: Config, source: str, *, key: str) -> str:
         expanded(source, key=key)
         return source
     holds, what = (has_tokenizer, "tokenizer") if key == TOKENIZER else (has_model, "model")
-    if is_uri(config.storage_path):
-        remote = RemoteFolder(config.storage_path) / _composed(source)
-        if has_model(remote):
-            return str(remote)
-        if _has(remote, CONFIG):
-            raise UserError(f"{key}={source}: the run {_without_model(remote)}")
+    here, run = Path(source), all_runs(config) / _composed(source)
+    is_trained = has_model(run)
+    if not is_trained and not _has(run, CONFIG):
         return source
-    here, run = Path(source), run_named(config, source)
-    if not (run / CONFIG).is_file() and not has_model(run):
-        return source
-    if holds(here) and here.resolve() != run.resolve():
+    if isinstance(run, Path) and holds(here) and here.resolve() != run.resolve():
         word = shlex.quote(f"{key}={run}")
         _tell(f"{key}={source} is the folder {here.absolute()}; {word} is the run")
         return source
-    if not has_model(run):
+    if not is_trained:
         raise UserError(f"{key}={source}: the run {_without_model(run)}")
-    if here.exists():
+    if isinstance(run, Path) and here.exists():
         _tell(f"{key}={source} is the run {run}; the folder {here.absolute()} has no {what}")
     return str(run)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from gptray.config import Config, RunFailed
-from gptray.files import cache_folder, is_uri, replacing, storing
+from gptray.files import cached_as, is_uri, replacing, storing
 from gptray.hub import first_line
 from gptray.jobs.driver_folder import BLOCK_BYTES, DriverFolder, Writer
 from gptray.jobs.own_ray import is_own_ray
@@ -66,7 +66,7 @@ class Origin:
 
         # Nodes may share a home folder.
         text = f"{ray.get_runtime_context().get_node_id()} {self.root}"
-        folder = cache_folder() / "nodes" / hashlib.sha256(text.encode()).hexdigest()[:24]
+        folder = cached_as("nodes", text)
         hold(folder)
         return folder / self.root.name / self.name_of(run_dir)
 
@@ -160,21 +160,21 @@ class FolderAtDriver:
 
     def write(self, name: str, content: bytes) -> None:
         """Make a file, or replace it; it appears whole."""
-        for offset in range(0, max(1, len(content)), BLOCK_BYTES):
-            block = content[offset : offset + BLOCK_BYTES]
-            is_last = offset + BLOCK_BYTES >= len(content)
-            self.call("put", self.writer, self._name(name), offset, block, is_last)
+        self._put(BytesIO(content), name)
 
     def upload(self, source: Path, name: str) -> None:
         """Copy a file to there; it appears whole."""
         with source.open("rb") as file:
-            offset, block = 0, file.read(BLOCK_BYTES)
-            is_last = False
-            while not is_last:
-                following = file.read(BLOCK_BYTES)
-                is_last = not following
-                self.call("put", self.writer, self._name(name), offset, block, is_last)
-                offset, block = offset + len(block), following
+            self._put(file, name)
+
+    def _put(self, file: BinaryIO, name: str) -> None:
+        offset, block = 0, file.read(BLOCK_BYTES)
+        is_last = False
+        while not is_last:
+            following = file.read(BLOCK_BYTES)
+            is_last = not following
+            self.call("put", self.writer, self._name(name), offset, block, is_last)
+            offset, block = offset + len(block), following
 
     def grow(self, name: str, offset: int, block: bytes) -> None:
         """Add to a file that has `offset` bytes."""

@@ -14,7 +14,7 @@ from gptray.config import Config, UserError
 from gptray.config.named_texts import named_texts
 from gptray.data.request import Request, whole_request
 from gptray.data.tokens import TokenData
-from gptray.jobs.mistakes import Mistakes
+from gptray.jobs.base import Mistakes
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.prepare.run import stored_text
 from gptray.record import read_events

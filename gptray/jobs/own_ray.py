@@ -69,7 +69,9 @@ def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]
                 ray.init(address="local", include_dashboard=False, **options)
         finally:
             _is_starting = False
-        _tell_open_ports(ray.util.get_node_ip_address())
+        if (address := ray.util.get_node_ip_address()) not in ("127.0.0.1", "::1"):
+            # Ray was imported too early to read the environment.
+            log.warning("Ray's ports are open to the network, at %s", address)
         deaths = _Deaths({pid: name for pid, name in _children().items() if pid not in before})
         with signals.before_ending_at_once(deaths.kill_all):
             _is_running = True
@@ -154,12 +156,6 @@ def shut_down() -> None:
             wait([shutdown], KEPT_S)
             signal.signal(signal.SIGTERM, handler)
         shutdown.result()
-
-
-def _tell_open_ports(address: str) -> None:
-    """Warn if Ray, imported too early to read the environment, listens on every network."""
-    if address not in ("127.0.0.1", "::1"):
-        log.warning("Ray's ports are open to the network, at %s", address)
 
 
 def _children() -> dict[int, str]:

@@ -12,7 +12,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
@@ -32,15 +31,8 @@ _LEASES = ".gptray"
 _MODEL_MANIFEST = f"model/{MANIFEST}"
 
 
-@dataclass(frozen=True)
-class _Brought:
-    """What the store held when a run was brought here, and what of it is here."""
-
-    there: Mapping[str, StoredFile]
-    sent: Sent
-
-
-_brought: dict[Path, _Brought] = {}
+# Of runs that were brought here: what the store held then, and what of it is here.
+_brought: dict[Path, tuple[Mapping[str, StoredFile], Sent]] = {}
 
 
 def bring_run(config: Config, *, busy: str | None = None) -> None:
@@ -66,7 +58,7 @@ def bring_run(config: Config, *, busy: str | None = None) -> None:
     with held(folder, busy=busy):
         sent = fetch_run(home, folder, names, ended=lambda: _ended(folder))
         set_published(folder, True)
-    _brought[folder] = _Brought(there, sent)
+    _brought[folder] = there, sent
 
 
 def _listed(home: RemoteFolder) -> dict[str, StoredFile]:
@@ -97,11 +89,11 @@ def publishing(
     home, kind = RemoteFolder(seen_at(config)), SweepPublisher if sweep else RunPublisher
     busy = f"another job {'runs the sweep' if sweep else 'is training the run'} {home}"
     with leased(home / _LEASES, busy=busy) as lease:
-        brought = _brought.pop(folder)
-        if _listed(home) != brought.there:
+        there, sent = _brought.pop(folder)
+        if _listed(home) != there:
             raise RunFailed(f"another job has just changed {home}; run the same command again")
         set_published(folder, False)
-        following = _Following(kind(home, folder, brought.sent), lease)
+        following = _Following(kind(home, folder, sent), lease)
         try:
             yield following.wake
         except BaseException:

@@ -164,8 +164,7 @@ def misfit(
     cores: int,
 ) -> str:
     """Why so many workers can never run on the nodes, nor on those that may come."""
-    gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
-    worker = amount_words({"CPU": cores, **gpu})
+    worker = amount_words(_reserved(compute, cores))
     if workers == 1:
         needs = f"a worker needs {worker} on one node, which no node of the cluster has"
     else:

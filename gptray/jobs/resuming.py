@@ -149,8 +149,8 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> 
     new = config.tune.num_samples
     if new < old:
         raise UserError(
-            f"tune.num_samples={new}: the sweep {folder} has drawn {old} already; give {old} or "
-            "more, or choose another name"
+            f"tune.num_samples={new}: the sweep {seen_at(config)} has drawn {old} already; give "
+            f"{old} or more, or choose another name"
         )
     sentences = []
     if new > old:
@@ -215,7 +215,8 @@ def save_config(config: Config, folder: Path) -> None:
     path, text = folder / CONFIG, dump(with_whole_paths(config))
     with storing(path):
         if path.exists():
-            if not _extends(config, load_config(str(path), [])):
+            now, before = flatten(config), flatten(load_config(str(path), []))
+            if not any(now[key] != before[key] for key in (*LONGER, *MORE)):
                 return
             number = 1
             while (aside := folder / f"config.{number}.yaml").exists():
@@ -224,11 +225,6 @@ def save_config(config: Config, folder: Path) -> None:
                 shutil.copyfile(path, draft)
         with replacing(path) as draft:
             draft.write_text(text, "utf-8")
-
-
-def _extends(config: Config, before: Config) -> bool:
-    now, old = flatten(config), flatten(before)
-    return any(now[key] != old[key] for key in (*LONGER, *MORE))
 
 
 def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:

@@ -17,16 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.files import (
-    check_writable,
-    expanded,
-    is_uri,
-    no_empty_folders,
-    open_regular,
-    storing,
-)
-from gptray.jobs.cluster_nodes import Node, alive_nodes
-from gptray.jobs.each_node import NoAnswer, ask
+from gptray.files import check_writable, expanded, is_uri, no_empty_folders, open_regular, storing
+from gptray.jobs.cluster_nodes import NoAnswer, alive_nodes, ask
 from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
@@ -60,15 +52,6 @@ class Place:
     files: tuple[tuple[Path, Looks], ...]
 
 
-@dataclass(frozen=True)
-class Blind:
-    """A node that does not see what the others see. is_certain: it has looked."""
-
-    node: Node
-    message: str
-    is_certain: bool = True
-
-
 def check_shared(
     *,
     written: Mapping[str, Path] | None = None,
@@ -87,22 +70,19 @@ def check_shared(
         RunFailed: a node did not look: it hangs, or cannot run gptray.
     """
     found = blind_nodes(written=written, read=read, stores=stores, use_gpu=use_gpu)
-    if not found:
-        return
-    message = "\n".join(dict.fromkeys(blind.message for blind in found))
-    raise UserError(message) if any(blind.is_certain for blind in found) else RunFailed(message)
+    if found:
+        has_looked = any(isinstance(one, UserError) for one in found)
+        message = "\n".join(dict.fromkeys(map(str, found)))
+        raise UserError(message) if has_looked else RunFailed(message)
 
 
 def check_shared_by_training(config: Config, folder: Path) -> None:
     """Refuse what the workers of a run or sweep would not see. Raises as `check_shared`."""
-    init_from = config.model.init_from
-    read = {
-        "model.init_from": [expanded(init_from)] if init_from else [],
-        "train.teachers": [expanded(one) for one in config.train.teachers],
-    }
+    init_from = [config.model.init_from] if config.model.init_from else []
+    read = {"model.init_from": init_from, "train.teachers": config.train.teachers}
     check_shared(
         written=written_by_all(config, folder),
-        read={key: paths for key, paths in read.items() if paths},
+        read={key: [expanded(one) for one in models] for key, models in read.items()},
         stores=stores_of(config),
         use_gpu=config.compute.use_gpu,
     )
@@ -141,8 +121,11 @@ def blind_nodes(
     read: Mapping[str, Sequence[Path]] | None = None,
     stores: Sequence[str] = (),
     use_gpu: bool = False,
-) -> list[Blind]:
-    """The nodes that will work and do not see a path; of each the first that it does not see."""
+) -> list[UserError | RunFailed]:
+    """What is wrong with nodes that will work: of each the first path that it does not see.
+
+    RunFailed: of a node that did not look.
+    """
     nodes = alive_nodes()
     working = [node for node in nodes if (node.gpus if use_gpu else node.cpus)]
     if len(nodes) < 2 or not working:
@@ -153,17 +136,17 @@ def blind_nodes(
             places += [_as_here(key, path) for path in paths[:_MOST_FILES] if path.exists()]
         about = ", ".join([*(place.words for place in places), *stores][:2])
         answers = ask(working, problem_of, places, stores, about=about)
-    found = []
+    found: list[UserError | RunFailed] = []
     for node, answer in zip(working, answers, strict=True):
         if isinstance(answer, NoAnswer):
             words = f"node {node.address} {answer.reason}, asked whether it sees {about}"
             if answer.is_gone:
                 log.warning("%s; it has left the cluster", words)
             else:
-                found.append(Blind(node, words, is_certain=False))
+                found.append(RunFailed(words))
         elif answer:
             words, problem = answer
-            found.append(Blind(node, f"{words}: node {node.address} {problem}"))
+            found.append(UserError(f"{words}: node {node.address} {problem}"))
     return found
 
 

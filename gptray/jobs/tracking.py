@@ -6,16 +6,16 @@ continues there and sends no step twice.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+
+from pydantic import TypeAdapter
 
 from gptray.config import Config, TrackConfig, flatten, load_config
 from gptray.files import replacing
@@ -47,16 +47,6 @@ class Sent:
     step: int = -1
     scored: int = -1
     ending: Ending | None = None
-
-
-class SentFields(TypedDict):
-    """`Sent` as trackers.json has it."""
-
-    where: str
-    number: str | None
-    step: int
-    scored: int
-    ending: NotRequired[Ending | None]
 
 
 def new_points(rows: Sequence[MetricsRow], sent: Sent) -> list[Point]:
@@ -162,20 +152,19 @@ class _Follower:
 
 
 _saving = threading.Lock()
+_FILE = TypeAdapter(dict[str, Sent])  # what trackers.json has, by tracker
 
 
 def _load(folder: Path) -> dict[str, Sent]:
     path = folder / TRACKERS
-    found = cast(dict[str, SentFields], parse_json(path.read_bytes())) if path.exists() else {}
-    return {name: Sent(**sent) for name, sent in found.items()}
+    return _FILE.validate_python(parse_json(path.read_bytes())) if path.exists() else {}
 
 
 def _save(folder: Path, tracker: str, sent: Sent) -> None:
     with _saving:
-        all_sent = {**_load(folder), tracker: sent}
-        text = json.dumps({name: asdict(one) for name, one in all_sent.items()}, indent=1)
+        content = _FILE.dump_json({**_load(folder), tracker: sent}, indent=1)
         with replacing(folder / TRACKERS) as draft:
-            draft.write_text(text + "\n", "utf-8")
+            draft.write_bytes(content + b"\n")
 
 
 @contextmanager

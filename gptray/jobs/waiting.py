@@ -18,17 +18,11 @@ from typing import NamedTuple
 from gptray import signals
 from gptray.config import RunFailed, UserError
 from gptray.jobs.autoscaler import grows
-from gptray.jobs.cluster_nodes import (
-    alive_nodes,
-    amount_words,
-    free_resources,
-    nodes_words,
-    total,
-)
+from gptray.jobs.cluster_nodes import alive_nodes, amount_words, free_resources, nodes_words, total
 from gptray.jobs.doing import OF_WAIT, following
 from gptray.jobs.holders import Resources, actors_in, counted, holders
 from gptray.jobs.own_ray import is_own_ray
-from gptray.jobs.train.room import PLACE
+from gptray.jobs.train.attempts import PLACE
 from gptray.wording import count, time_words
 
 log = logging.getLogger("gptray")
@@ -147,7 +141,7 @@ def _waiting(awaited: Sequence[Resources], *, is_of_some: bool) -> str:
 
 def _cluster() -> tuple[list[Resources], list[Resources]]:
     """What the nodes have, and what is free on them."""
-    return [node.resources for node in alive_nodes()], free_resources()
+    return [node.resources for node in alive_nodes()], [*free_resources().values()]
 
 
 def shortage(
@@ -179,8 +173,8 @@ def demand_of_job() -> Demand:
     """What this job waits for, and whether it runs; only cores and GPUs count."""
     awaited, holds = _placement_groups()
     actors = _actors("PENDING_CREATION") + _actors("RESTARTING")
-    awaited += [one.needs for one in actors if not one.is_placed]
-    holds = holds or any(one.is_placed for one in actors)
+    awaited += [needs for needs, is_placed in actors if not is_placed]
+    holds = holds or any(is_placed for _, is_placed in actors)
     if awaited and not holds:  # a large table
         holds = bool(_actors("ALIVE"))
     return Demand(awaited, holds)
@@ -204,19 +198,14 @@ def _placement_groups() -> tuple[list[Resources], bool]:
     return awaited, holds
 
 
-class _Actor(NamedTuple):
-    needs: Resources
-    is_placed: bool  # in a process of a node
-
-
-def _actors(state: str) -> list[_Actor]:
-    """This job's actors of a state that need cores or GPUs outside of placement groups."""
+def _actors(state: str) -> list[tuple[Resources, bool]]:
+    """What this job's actors of a state need outside of placement groups, and if it is given."""
     import ray
 
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     return [
         # Until it has a worker process, the node is the one that was asked.
-        _Actor(needs, bool(table.address.worker_id))
+        (needs, bool(table.address.worker_id))
         for table in actors_in(state)
         if (table.job_id == job or table.name.startswith(REPLICA)) and not table.placement_group_id
         if (needs := counted(table.required_resources))

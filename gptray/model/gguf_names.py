@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from gptray.config import ModelConfig, UserError
 from gptray.gguf_families import EMBEDDING, FAMILIES, HEAD, Family
-from gptray.gguf_rotary import FACTORS, llama3_factors, rotary_fields
+from gptray.gguf_network import FACTORS, llama3_factors, rotary_fields
 from gptray.model.families import KNOWN
 from gptray.model.hf_config import network_json
 from gptray.model.stored_weights import StoredModel, StoredWeight

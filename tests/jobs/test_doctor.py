@@ -12,14 +12,11 @@ import pytest
 
 from gptray.config import RunFailed, load_config
 from gptray.doors import run
-from gptray.jobs.cluster_nodes import Node
+from gptray.jobs.cluster_nodes import NoAnswer, Node
 from gptray.jobs.doctor.facts import ClusterFacts, Disk, Examined, NodeFacts, OpenPort
 from gptray.jobs.doctor.judgements import Finding, judge
-from gptray.jobs.doctor.listening import address_of, process_name
-from gptray.jobs.doctor.nccl import two_gpus_add_up
 from gptray.jobs.doctor.run import JOB
-from gptray.jobs.doctor.worker import node_facts
-from gptray.jobs.each_node import NoAnswer
+from gptray.jobs.doctor.worker import address_of, node_facts, process_name, two_gpus_add_up
 
 GIB = 1 << 30
 HEALTHY = NodeFacts(

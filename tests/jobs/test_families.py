@@ -9,7 +9,7 @@ import pytest
 
 from gptray.config import UserError, load_config
 from gptray.doors import run
-from gptray.jobs.engine_backend import planned_backend
+from gptray.jobs.engine_plan import planned_backend
 from gptray.jobs.evaluate.check import LONGEST_WINDOW
 from gptray.jobs.evaluate.check import check as check_evaluate
 from gptray.jobs.generate.check import check_model

@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -191,4 +191,4 @@ def test_losses_that_are_not_finite_are_left_out_of_the_json_line(tmp_path: Path
     made(tmp_path / "other", OVERFITTED, END)
     runs = by_name(tmp_path)
     assert set(runs) == {"run", "other"} and runs["run"].val_loss is None
-    json.dumps([run.to_json() for run in runs.values()], allow_nan=False)
+    json.dumps([asdict(run) for run in runs.values()], allow_nan=False)

@@ -194,6 +194,8 @@ def test_another_machine_is_kept_out_while_a_run_is_trained(
     prepare(config)
     checked = check(config)
     with held(checked.folder), publishing(checked.config, checked.folder):
+        with pytest.raises(UserError, match=f"another process is training the run {HOME}/r"):
+            check(config)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))
         prepare(config)
         with pytest.raises(UserError, match=f"another job is training the run {HOME}/r"):

@@ -12,6 +12,7 @@ import pytest
 
 from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.data.tokenizer import char_tokenizer
+from gptray.jobs.places import check_storage
 from gptray.jobs.resuming import (
     check_free,
     check_resumable,
@@ -19,7 +20,6 @@ from gptray.jobs.resuming import (
     save_config,
 )
 from gptray.jobs.run_folder import held, resolve, run_dir
-from gptray.jobs.storage import check_storage
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.jobs.tune.check import how_to_extend
 from gptray.jobs.tune.start import check_trials, opened
@@ -216,6 +216,20 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     assert third.trials[:8] == more.trials and len(third.trials) == 10
     with pytest.raises(UserError, match=r"tune.num_samples=6: .* has drawn 7 already"):
         sweep_of(tmp_path, "tune.num_samples=6")
+
+
+def test_a_sweep_in_a_store_is_named_by_its_uri(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keys = ["storage_path=s3://bucket", "name=s", SPACE]
+    config = resolve(load_config(None, [*keys, "tune.num_samples=4"]), sweep=True)
+    folder = run_dir(config)
+    folder.mkdir(parents=True)
+    save_config(config, folder)
+    fewer = resolve(load_config(None, [*keys, "tune.num_samples=3"]), sweep=True)
+    with pytest.raises(UserError, match="the sweep s3://bucket/s has drawn 4 already"):
+        check_resumable(fewer, sweep=True)
 
 
 def test_a_sweep_that_stopped_itself_goes_on_with_another_min_gain(tmp_path: Path) -> None:

@@ -13,10 +13,9 @@ import pytest
 
 from gptray.config import Config, dump, override
 from gptray.jobs.resources import trial_resources
-from gptray.jobs.train.task import TrainTask
-from gptray.jobs.tune.rungs import Rungs
+from gptray.jobs.train.task import TrainTask, TrialTask
 from gptray.jobs.tune.suggestions import Suggestions
-from gptray.jobs.tune.task import TrialTask
+from gptray.jobs.tune.trials import Rungs
 from gptray.jobs.tune.worker import run_trial
 from gptray.record import METRICS
 from gptray.tuning.halving import Halving

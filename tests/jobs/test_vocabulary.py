@@ -11,7 +11,7 @@ from gptray.config import Config, ConfigError, ModelConfig, UserError, load_conf
 from gptray.data.tokenizer import Tokenizer, train_bpe
 from gptray.jobs.run_folder import resolve
 from gptray.jobs.train.check import check
-from gptray.jobs.train.embedding import check_vocabulary
+from gptray.jobs.train.given_models import check_vocabulary
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained

@@ -13,7 +13,7 @@ import pytest
 
 from gptray.config import Config, ModelConfig, RunFailed, UserError, load_config
 from gptray.generation.loading import faster_decoder
-from gptray.jobs.engine_backend import build_engine_backend
+from gptray.jobs.engine_plan import build_engine_backend
 from gptray.native import processor
 from gptray.native.abi import load_library
 from gptray.native.backend import GENERATE_KEY, TRAIN_KEY, check_native, why_not_native

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptray.jobs.cluster_nodes import Node
-from gptray.jobs.each_node import NoAnswer
+from gptray.jobs.cluster_nodes import NoAnswer, Node
+
+DASHBOARD = "dashboard"  # what people know that process of Ray's by
 
 
 @dataclass(frozen=True)

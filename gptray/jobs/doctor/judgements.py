@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gptray.jobs.doctor.facts import ClusterFacts, Disk, Examined, OpenPort
-from gptray.jobs.doctor.listening import DASHBOARD
+from gptray.jobs.doctor.facts import DASHBOARD, ClusterFacts, Disk, Examined, OpenPort
 from gptray.wording import count, time_words
 
 # Free space below which Ray's processes and checkpoints soon fail; and the share of a disk, above
@@ -72,9 +71,8 @@ def versions(facts: ClusterFacts) -> Finding:
             told = ", ".join(f"{version or 'none'} on {node}" for node, version in found.items())
             differing.append(f"{name} {told}")
     if differing:
-        return Finding(
-            "versions", "fail", f"{'; '.join(differing)}; install the same versions on every node"
-        )
+        remedy = "install the same versions on every node"
+        return Finding("versions", "fail", f"{'; '.join(differing)}; {remedy}")
     same = [
         f"{name} {version or 'not installed as a package'}"
         for one in facts.nodes[:1]
@@ -117,13 +115,9 @@ def _gpu_problems(one: Examined) -> list[tuple[bool, str]]:
     offered, found = round(one.node.gpus), len(facts.gpus)
     problems = []
     if offered != found:
-        problems.append(
-            (
-                False,
-                f"{address} has {count(found, 'GPU')} and offers {offered} to Ray; start Ray there "
-                f"with --num-gpus={found}",
-            )
-        )
+        remedy = f"start Ray there with --num-gpus={found}"
+        told = f"{address} has {count(found, 'GPU')} and offers {offered} to Ray; {remedy}"
+        problems.append((False, told))
     if not found:
         return problems
     if facts.torch_cuda is None:
@@ -132,14 +126,12 @@ def _gpu_problems(one: Examined) -> list[tuple[bool, str]]:
     elif facts.driver:
         least = OLDEST_DRIVER.get(int(facts.torch_cuda.split(".")[0]), 0)
         if int(facts.driver.split(".")[0]) < least:
-            problems.append(
-                (
-                    True,
-                    f"driver {facts.driver} on {address} is too old for PyTorch's CUDA "
-                    f"{facts.torch_cuda}; install driver {least} or newer, or a PyTorch for an "
-                    "older CUDA",
-                )
+            told = (
+                f"driver {facts.driver} on {address} is too old for PyTorch's CUDA "
+                f"{facts.torch_cuda}; install driver {least} or newer, or a PyTorch for an older "
+                "CUDA"
             )
+            problems.append((True, told))
     return problems
 
 
@@ -223,13 +215,11 @@ def ports(facts: ClusterFacts) -> Finding:
         if port.process == DASHBOARD
     ]
     if any(not one.facts.needs_token for one, _ in dashboards):
-        told = ", ".join(dict.fromkeys(f"{port.address}:{port.port}" for _, port in dashboards))
-        return Finding(
-            "ports",
-            "fail",
-            f"the dashboard listens at {told} and asks for no token: whoever reaches it may run "
-            "code; start Ray with --dashboard-host=127.0.0.1, or with RAY_AUTH_MODE=token",
-        )
+        at = ", ".join(dict.fromkeys(f"{port.address}:{port.port}" for _, port in dashboards))
+        reach = "whoever reaches it may run code"
+        told = f"the dashboard listens at {at} and asks for no token: {reach}"
+        remedy = "start Ray with --dashboard-host=127.0.0.1, or with RAY_AUTH_MODE=token"
+        return Finding("ports", "fail", f"{told}; {remedy}")
     if not by_node:
         return Finding("ports", "ok", "Ray listens on this machine's loopback address only")
     told = f"open beyond loopback: {'; '.join(by_node)}"

@@ -12,12 +12,10 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.files import is_uri
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.cluster import ray_cluster
-from gptray.jobs.cluster_nodes import Node, alive_nodes
+from gptray.jobs.cluster_nodes import NoAnswer, Node, alive_nodes, ask
 from gptray.jobs.doctor.facts import ClusterFacts, Examined
 from gptray.jobs.doctor.judgements import Finding, judge
-from gptray.jobs.doctor.nccl import two_gpus_add_up
-from gptray.jobs.doctor.worker import clock, node_facts
-from gptray.jobs.each_node import NoAnswer, ask
+from gptray.jobs.doctor.worker import clock, node_facts, two_gpus_add_up
 from gptray.jobs.models import storage_of
 from gptray.jobs.shared_storage import blind_nodes
 from gptray.standard_output import line_printer
@@ -60,12 +58,8 @@ def look(storage_path: Path) -> ClusterFacts:
     nodes = alive_nodes()
     log.info("looking at %s", count(len(nodes), "node"))
     answers = ask(nodes, node_facts, str(storage_path), about="their versions and disks")
-    found, silent = [], []
-    for node, answer in zip(nodes, answers, strict=True):
-        if isinstance(answer, NoAnswer):
-            silent.append((node, answer))
-        else:
-            found.append((node, answer))
+    pairs = [*zip(nodes, answers, strict=True)]
+    found = [(node, one) for node, one in pairs if not isinstance(one, NoAnswer)]
     ahead = _seconds_ahead([node for node, _ in found])
     blind = blind_nodes(written={f"storage_path={storage_path}": storage_path})
     return ClusterFacts(
@@ -74,8 +68,8 @@ def look(storage_path: Path) -> ClusterFacts:
             Examined(node, facts, seconds)
             for (node, facts), seconds in zip(found, ahead, strict=True)
         ),
-        silent=tuple(silent),
-        blind=tuple(one.message for one in blind),
+        silent=tuple((node, one) for node, one in pairs if isinstance(one, NoAnswer)),
+        blind=tuple(map(str, blind)),
         nccl=two_gpus_add_up() if sum(node.gpus for node in nodes) >= 2 else None,
     )
 

@@ -1,21 +1,28 @@
-"""What a node is asked: its versions, GPUs, disks and ports. Loads neither torch nor Ray."""
+"""What nodes are asked: versions, GPUs, disks, open ports; and whether two GPUs can add up.
+
+Loads neither torch nor Ray until GPUs are to add up.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import platform
 import re
 import shutil
 import socket
-import subprocess
+import struct
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-from gptray.gpus import NVIDIA, torch_cuda
-from gptray.jobs.doctor.facts import Disk, NodeFacts
-from gptray.jobs.doctor.listening import open_ports
+from gptray.gpus import NVIDIA, nvidia_smi, torch_cuda
+from gptray.hub import first_line
+from gptray.jobs.doctor.facts import Disk, NodeFacts, OpenPort
 
 NAMED = ("ray", "torch", "gptray")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -76,12 +83,141 @@ def _disk(what: str, path: Path) -> Disk:
 
 def _gpus() -> tuple[tuple[str, ...], str | None]:
     """Names of the machine's NVIDIA GPUs, whoever may use them, and their driver's version."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-        rows = [line.rsplit(", ", 1) for line in told.stdout.splitlines() if ", " in line]
-    except (OSError, subprocess.TimeoutExpired):
-        rows = []
-    if rows:
+    lines = nvidia_smi("--query-gpu=name,driver_version", "--format=csv,noheader")
+    if rows := [line.rsplit(", ", 1) for line in lines if ", " in line]:
         return tuple(name for name, _ in rows), rows[0][1]
     return tuple("NVIDIA GPU" for _ in NVIDIA.glob("*")), None
+
+
+# What a command line of Ray's has, and the name that people know the process by.
+DASHBOARD = "dashboard"
+_NAMES = (
+    ("dashboard/dashboard.py", DASHBOARD),
+    ("gcs_server", "gcs_server"),
+    ("ray::", ""),  # its title says what it is
+    ("dashboard/agent.py", "dashboard agent"),
+    ("runtime_env/agent", "runtime environment agent"),
+    ("raylet/raylet", "raylet"),
+    ("ray.util.client.server", "client server"),
+)
+_LISTENS = "0A"
+# Where its port is taken, the dashboard tries the next ones.
+_PORT_TRIES = 50
+
+
+def open_ports() -> tuple[OpenPort, ...]:
+    """Every TCP port beyond loopback on which a process of Ray's listens that we may look into."""
+    sockets = dict(_sockets())
+    return tuple(
+        sorted(
+            {
+                OpenPort(process_name(command, sockets[number][1]), *sockets[number])
+                for command, number in _held_by_ray()
+                if number in sockets
+            },
+            key=lambda one: (one.process, one.port),
+        )
+    )
+
+
+def _sockets() -> Iterator[tuple[str, tuple[str, int]]]:
+    """Number, address and port of the sockets that listen to more than this machine."""
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in Path(f"/proc/net/{table}").read_text("utf-8").splitlines()[1:]:
+                _, local, _, state, *rest = line.split()
+                words, _, port = local.partition(":")
+                address = address_of(words)
+                if state == _LISTENS and not address.is_loopback:
+                    yield rest[5], (str(address), int(port, 16))
+
+
+def address_of(words: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address of the kernel's hexadecimal words, each in the machine's byte order."""
+    numbers = [int(words[at : at + 8], 16) for at in range(0, len(words), 8)]
+    address = ipaddress.ip_address(struct.pack(f"={len(numbers)}I", *numbers))
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def _held_by_ray() -> Iterator[tuple[str, str]]:
+    """Command line of the process and number of the socket, for each socket of Ray's processes."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        with suppress(OSError):  # it has ended, or is another user's
+            command = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+            for descriptor in (entry / "fd").iterdir() if process_name(command) else ():
+                with suppress(OSError):
+                    for number in re.findall(r"^socket:\[(\d+)\]$", os.readlink(descriptor)):
+                        yield command, number
+
+
+def process_name(command: str, port: int | None = None) -> str:
+    """What a process of Ray's is called, at this port of it; "" for any other process."""
+    asked = re.search(r"dashboard/dashboard\.py.* --port=(\d+)", command)
+    if asked and port is not None and not 0 <= port - int(asked[1]) <= _PORT_TRIES:
+        return "metrics of the dashboard"
+    for part, name in _NAMES:
+        if part in command:
+            return name or command.strip().split("(")[0].removeprefix("ray::").strip()
+    return ""
+
+
+# Seconds to get two GPUs, which other jobs may hold, and for them to find each other.
+DEADLINE_S = 120.0
+MEET_S = 60.0
+
+
+def two_gpus_add_up(*, backend: str = "nccl", on_gpus: bool = True) -> str:
+    """Add up a number over two processes, on two nodes where there are two; "" or what failed.
+
+    on_gpus: each has a GPU. Needs Ray.
+    """
+    import ray
+
+    member = ray.remote(Member).options(
+        num_cpus=0, num_gpus=int(on_gpus), scheduling_strategy="SPREAD"
+    )
+    members = [member.remote(), member.remote()]
+    try:
+        meeting = ray.get(members[0].meeting_point.remote(), timeout=DEADLINE_S)
+        sums = [one.add_up.remote(backend, meeting, rank) for rank, one in enumerate(members)]
+        found = ray.get(sums, timeout=DEADLINE_S)
+    except ray.exceptions.GetTimeoutError:
+        return f"no answer within {DEADLINE_S:.0f} s; other jobs may hold the GPUs"
+    except ray.exceptions.RayError as error:
+        return first_line(error)
+    finally:
+        for one in members:
+            ray.kill(one)
+    return next((problem for problem in found if problem), "")
+
+
+class Member:
+    """One of the two processes."""
+
+    def meeting_point(self) -> str:
+        """An address of this node at which nothing listens."""
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return f"tcp://{address}:{probe.getsockname()[1]}"
+
+    def add_up(self, backend: str, meeting: str, rank: int) -> str:
+        """Add 1 to the other's 1; "" or what failed."""
+        import torch
+        from torch import distributed
+
+        try:
+            distributed.init_process_group(
+                backend, meeting, timedelta(seconds=MEET_S), world_size=2, rank=rank
+            )
+            number = torch.ones(1, device="cuda" if backend == "nccl" else "cpu")
+            distributed.all_reduce(number)
+            distributed.destroy_process_group()
+        except Exception as error:  # whatever CUDA, NCCL or the network have to say
+            return first_line(error)
+        return "" if number.item() == 2 else f"1 + 1 = {number.item()}"

@@ -23,7 +23,7 @@ from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.adapters import adapter_sha256, check_adapter, with_adapter
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.engine_backend import check_engine_backend
+from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.evaluate.evaluated_model import (
     FoundModel,
     check_goes_with,
@@ -33,9 +33,8 @@ from gptray.jobs.evaluate.evaluated_model import (
 )
 from gptray.jobs.models import for_workers, with_tokenizer
 from gptray.jobs.other_texts import OtherTexts, check_also
-from gptray.jobs.places import with_whole_paths
+from gptray.jobs.places import check_storage, with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
-from gptray.jobs.storage import check_storage
 from gptray.model.shape import read_shape
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import newest_whole

@@ -17,9 +17,9 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.evaluation.result import EVALUATION
 from gptray.files import absolute, is_uri
 from gptray.jobs.adapters import adapter_sha256, called_with
+from gptray.jobs.fetching import fetch_records, records_folder
 from gptray.jobs.models import CONFIG, all_runs, find_model, has_model, newest_run
 from gptray.jobs.places import with_whole_paths
-from gptray.jobs.remote_records import fetch_records, records_folder
 from gptray.jobs.run_folder import resolve, seen_at
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 from gptray.node_cache import hold

@@ -13,7 +13,7 @@ from gptray.data.gguf_vocabulary import gguf_vocabulary
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import open_tokenizer, tokenizer_files
 from gptray.files import absolute, check_writable, is_uri
-from gptray.jobs.mistakes import Mistakes
+from gptray.jobs.base import Mistakes
 from gptray.jobs.models import find_model
 from gptray.model.gguf_names import (
     BLOCKS,

@@ -18,10 +18,10 @@ from gptray.jobs.adapters import (
     with_adapter,
     with_adapters,
 )
+from gptray.jobs.base import Mistakes
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.engine_backend import check_engine_backend
+from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.generate.output_plan import check_overlap
-from gptray.jobs.mistakes import Mistakes
 from gptray.jobs.models import find_model, for_workers
 from gptray.model.usage import Usage
 from gptray.store_access import why_not_written

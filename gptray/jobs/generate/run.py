@@ -20,8 +20,7 @@ from gptray.files import is_uri
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.doing import doing
-from gptray.jobs.engine_backend import build_engine_backend, planned_backend
-from gptray.jobs.engine_memory import planned_memory
+from gptray.jobs.engine_plan import build_engine_backend, planned_backend, planned_memory
 from gptray.jobs.generate.check import CheckedBatch, CheckedModel, check
 from gptray.jobs.generate.output import Output, scan_input
 from gptray.jobs.generate.remote_output import output_kind

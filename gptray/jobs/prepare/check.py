@@ -22,10 +22,9 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS, hub_tokenizer, opens_at_once, tokenizer_path
 from gptray.data.tokens import DamagedData, TokenData
 from gptray.hub import NotOnHub
-from gptray.jobs.base import Plan
-from gptray.jobs.mistakes import Mistakes
+from gptray.jobs.base import Mistakes, Plan
 from gptray.jobs.models import TOKENIZER, locate, unknown, with_tokenizer
-from gptray.jobs.storage import check_storage
+from gptray.jobs.places import check_storage
 from gptray.wording import count
 
 log = logging.getLogger("gptray")

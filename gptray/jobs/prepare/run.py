@@ -31,11 +31,11 @@ from gptray.data.request import Request, make_request
 from gptray.data.shards import Shard, shard_dtype, split_entry
 from gptray.data.shares import split_rows
 from gptray.data.sources import BUILTIN, Source
-from gptray.data.split_plan import SplitPlan
+from gptray.data.split_plan import PiecePlan, SplitPlan
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import FORMAT_VERSION, MANIFEST, TokenData
-from gptray.data.work import UnitScan
+from gptray.data.work import UnitScan, sample, tokenise
 from gptray.files import storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
@@ -43,7 +43,6 @@ from gptray.jobs.doing import doing
 from gptray.jobs.next_steps import differing, tell
 from gptray.jobs.prepare.check import CheckedText, check, opened, plan, size_of
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
-from gptray.jobs.prepare.worker import SampleText, WriteShards
 from gptray.jobs.remote_data import bring_data, publish_data
 from gptray.jobs.shared_storage import check_shared
 from gptray.jobs.tasks import map_items
@@ -111,14 +110,9 @@ def prepare_text(
     with doing(f"verifying {request.data_dir}"):
         data = opened(request.data_dir, verify=True)
     data = data or _prepare(request, piece_bytes=piece_bytes, wait_s=wait_s)
-    tell_losses(data)
-    return data
-
-
-def tell_losses(data: TokenData) -> None:
-    """Say what the tokenizer loses of the text, if it loses anything."""
     if data.loses:
         log.warning("%s; losses and bits per byte pay 8 bits for each lost byte", data.loses)
+    return data
 
 
 def _prepare(request: Request, *, piece_bytes: int, wait_s: float | None) -> TokenData:
@@ -146,7 +140,12 @@ def _build(
         tokenizer = _make_tokenizer(request, split_plan, scans)
     with storing(request.data_dir):
         tokenizer.save(folder / "tokenizer")
-    write_shards = WriteShards(folder, request.data_dir)
+    data_dir = request.data_dir
+
+    def write_shards(number: int, unit: Sequence[PiecePlan]) -> dict[int, Shard]:
+        with storing(data_dir):
+            return tokenise(unit, folder=folder, number=number)
+
     here = request.is_of_node
     shards = map_items(split_plan.units, write_shards, doing="tokenising", here=here)
     for file in files:
@@ -178,8 +177,13 @@ def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]
     if request.tokenizer == "char":
         # Of the whole text: a character that only validation has must have a token too.
         return char_tokenizer(c for unit in scans for piece in unit.pieces for c in piece.alphabet)
-    task = SampleText(SAMPLE_BYTES / max(plan.train_bytes, 1), request.seed)
-    texts = map_items(plan.units, task, doing="sampling", here=request.is_of_node)
+    share, seed = SAMPLE_BYTES / max(plan.train_bytes, 1), request.seed
+    texts = map_items(
+        plan.units,
+        lambda number, unit: sample(unit, share=share, seed=seed, number=number),
+        doing="sampling",
+        here=request.is_of_node,
+    )
     with doing("training the tokenizer"):
         return train_bpe((text for unit in texts for text in unit), request.vocab_size)
 

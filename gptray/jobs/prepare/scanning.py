@@ -17,9 +17,8 @@ from gptray.data.shares import marker_warning, separator_warning, share_warnings
 from gptray.data.sources import BUILTIN, Source, SourceFile
 from gptray.data.split_plan import ScannedText, SplitPlan, plan_split
 from gptray.data.tokenizer import Tokenizer
-from gptray.data.work import UnitScan
+from gptray.data.work import UnitScan, scan
 from gptray.files import storing
-from gptray.jobs.prepare.worker import ScanText
 from gptray.jobs.tasks import map_items
 
 log = logging.getLogger("gptray")
@@ -46,8 +45,13 @@ def scan_and_plan(
 ) -> tuple[SplitPlan, list[UnitScan]]:
     """Read everything once, and say where each document goes."""
     units = [unit for _, text in texts for unit in text.units]
-    wants_alphabet = request.tokenizer == "char"
-    scans = map_items(units, ScanText(wants_alphabet), doing="reading", here=request.is_of_node)
+    alphabet = request.tokenizer == "char"
+    scans = map_items(
+        units,
+        lambda number, unit: scan(unit, alphabet=alphabet),
+        doing="reading",
+        here=request.is_of_node,
+    )
     found = iter(unit.pieces for unit in scans)
     scanned = [replace(text, scans=[next(found) for _ in text.units]) for _, text in texts]
     encodings = {name: one for unit in scans for name, one in unit.encodings.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
@@ -16,17 +16,10 @@ from gptray.evaluation.result import EVALUATION, load_evaluation
 from gptray.jobs.models import CONFIG, has_model
 from gptray.jobs.next_steps import of_model
 from gptray.jobs.runs.record_places import RecordPlace, record_places
-from gptray.record import METRICS, Event, MetricsRow, read_events, read_metrics
+from gptray.record import METRICS, Event, read_events, read_metrics
 from gptray.reports.run.diagnosis import Diagnosis, diagnose, has_failed
-from gptray.tuning.sweep_record import (
-    SKIPPED,
-    TRIALS,
-    Trial,
-    load_trials,
-    trial_dir,
-    winner_dir,
-)
-from gptray.tuning.trial_plan import choose_winner
+from gptray.tuning.sweep_record import SKIPPED, TRIALS, load_trials, trial_dir, winner_dir
+from gptray.tuning.trial_plan import choose_winner, score
 
 
 @dataclass(frozen=True)
@@ -51,10 +44,6 @@ class Listed:
     changed: float = 0.0
     next: str = ""
     problem: str = ""
-
-    def to_json(self) -> dict[str, object]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 def listed(config: Config) -> list[Listed]:
@@ -100,7 +89,9 @@ def _run(place: RecordPlace, known: Listed) -> Listed:
     rows, events = read_metrics(folder), read_events(folder)
     diagnosis = diagnose(rows, config, events)
     state = _state(place, diagnosis, events)
-    best = min((row for row in rows if "val_loss" in row), key=_val_loss, default=None)
+    best = min(
+        (row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"], default=None
+    )
     resumes = place.command("train", config)
     follows = resumes
     if state == "training":
@@ -129,7 +120,7 @@ def _sweep(place: RecordPlace, known: Listed) -> Listed:
     follows = "" if place.is_held else place.command("tune", place.config())
     scored = [trial for trial in trials if trial.best]
     if winner or scored:
-        best = winner or trial_dir(folder, min(scored, key=_best_bpb).name)
+        best = winner or trial_dir(folder, min(scored, key=score).name)
         known = _run(RecordPlace(best, f"{place.path}/trials/{best.name}"), known)
         word = "trial" if winner is None else "winner"
         known = replace(known, verdict=f"{word} {best.name} {known.verdict}")
@@ -202,12 +193,3 @@ def verdict(diagnosis: Diagnosis) -> str:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _val_loss(row: MetricsRow) -> float:
-    return row["val_loss"]
-
-
-def _best_bpb(trial: Trial) -> float:
-    assert trial.best
-    return float(trial.best["val_bpb"])

@@ -14,8 +14,8 @@ from gptray.commands import typed
 from gptray.config import Config, UserError, load_saved
 from gptray.config.names import PREPARED
 from gptray.files import is_uri
+from gptray.jobs.fetching import fetch_records
 from gptray.jobs.models import CONFIG, storage_of
-from gptray.jobs.remote_records import fetch_records
 from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import is_held
 from gptray.lease import EXPIRES_S, PREFIX

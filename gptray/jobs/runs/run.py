@@ -1,15 +1,28 @@
-"""The list of runs, as text for people and as JSON."""
+"""The list of runs as JSON, and as people read it.
+
+That is a table or, below `WIDE` columns, a few lines for each run.
+"""
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from gptray.config import Config
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.runs.listing import Listed, listed
-from gptray.jobs.runs.runs_table import table_of
 from gptray.standard_output import write_out
+from gptray.visible import visible
+from gptray.wording import magnitude
+
+# Columns of a terminal from which a run fits into one row of a table.
+WIDE = 100
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,57 @@ def plan(checked: CheckedRuns) -> Plan:
 def run(checked: CheckedRuns) -> dict[str, object]:
     """Print the list; return it."""
     write_out(table_of(checked.runs))
-    return {"runs": [one.to_json() for one in checked.runs]}
+    return {"runs": [asdict(one) for one in checked.runs]}
+
+
+def table_of(runs: Sequence[Listed]) -> str:
+    """The runs as text, as wide as the terminal is."""
+    text = io.StringIO()
+    console = Console(file=text, width=Console(file=sys.stdout).width, highlight=False)
+    if console.width >= WIDE:
+        console.print(_table(runs))
+    for run in runs:
+        if console.width < WIDE:
+            figures = (f"{name} {value}".strip() for name, value in _figures(run).items() if value)
+            console.print(_text(f"{run.name}  {run.kind}, {run.state}".rstrip(", ")))
+            _indented(console, run.verdict, "  ".join(figures), run.problem)
+        if run.next:
+            # One line whatever the width: it is to be copied.
+            console.print(_text(f"    {run.next}"), soft_wrap=True)
+    return text.getvalue()
+
+
+def _indented(console: Console, *texts: str) -> None:
+    for text in filter(None, texts):
+        for line in _text(text).wrap(console, console.width - 4):
+            console.print(Text("    ") + line)
+
+
+def _table(runs: Sequence[Listed]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "kind", "state", "val loss", "bits/byte", "params", "disk", "verdict"):
+        is_number = column in ("val loss", "bits/byte", "params", "disk")
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for run in runs:
+        figures = _figures(run).values()
+        cells = (run.name, run.kind, run.state, *figures, run.verdict or run.problem)
+        table.add_row(*map(_text, cells))
+    return table
+
+
+def _figures(run: Listed) -> dict[str, str]:
+    """A run's numbers by their names; empty where they are not known."""
+    return {
+        "val loss": f"{run.val_loss:.3f}" if run.val_loss is not None else "",
+        "bits per byte": f"{run.val_bpb:.3f}" if run.val_bpb is not None else "",
+        "parameters": magnitude(run.parameters) if run.parameters else "",
+        "": f"{run.bytes / 1e6:,.1f} MB",
+    }
+
+
+def _text(text: str) -> Text:
+    """One line that cannot command the terminal: anybody may have named the folder."""
+    return Text(visible(text).replace("\n", "\\n"))
 
 
 JOB = Job(check, plan, run)

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded, is_uri
 from gptray.jobs.adapters import check_adapters, with_adapters
-from gptray.jobs.base import Plan
+from gptray.jobs.base import Mistakes, Plan
 from gptray.jobs.cluster import check_resources
-from gptray.jobs.engine_backend import check_engine_backend, planned_backend
-from gptray.jobs.engine_memory import planned_memory
-from gptray.jobs.mistakes import Mistakes
+from gptray.jobs.engine_plan import check_engine_backend, planned_backend, planned_memory
 from gptray.jobs.models import find_model
 from gptray.model.adapter import adapted_name
 from gptray.model.example import FALLBACK

@@ -17,7 +17,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.doing import doing
-from gptray.jobs.engine_backend import build_engine_backend
+from gptray.jobs.engine_plan import build_engine_backend
 from gptray.jobs.next_steps import tell
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import CheckedEndpoint, check, completion_command, endpoint_url, plan

@@ -27,9 +27,14 @@ from gptray.jobs.resuming import (
 )
 from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
-from gptray.jobs.train.adapter_plan import check_base, trained_parameters
-from gptray.jobs.train.embedding import check_vocabulary
-from gptray.jobs.train.teachers import check_same_tokenizer, check_teachers, teacher_bytes
+from gptray.jobs.train.given_models import (
+    check_base,
+    check_same_tokenizer,
+    check_teachers,
+    check_vocabulary,
+    teacher_bytes,
+    trained_parameters,
+)
 from gptray.model.families import FAMILIES
 from gptray.model.hf_config import family_of
 from gptray.model.parameters import parameter_count
@@ -42,6 +47,7 @@ BYTES_PER_PARAMETER = 16
 BYTES_OF_AVERAGE = 4
 # Of the logits that exist at a time on a GPU, at most: GPU_BYTES of `gptray.model.loss`.
 HEAD_BYTES = 2 << 30
+BUSY = "another process is training the run {}"
 FILES = (
     "config.yaml metrics.jsonl events.jsonl report.html loss.png lr.png grad_norm.png "
     "tensorboard/ checkpoint_*/ model/"
@@ -77,16 +83,17 @@ def check(config: Config) -> CheckedTraining:
         RunFailed: the run has checkpoints and none is whole.
     """
     config = resolve(config)
-    folder = run_dir(config)
-    bring_run(config)
+    folder, busy = run_dir(config), BUSY.format(seen_at(config))
+    bring_run(config, busy=busy)
     check_training(config)
     check_trackers(config.track)
     text = check_text(config)
     check_vocabulary(config)
-    check_known_prompts(config, text)
+    if config.sample.prompt:
+        check_prompts(config, text.tokenizer)
     also = check_also(config, config, trained_on=text.request)
     changes = check_resumable(config)
-    check_free(folder)
+    check_free(folder, busy=busy)
     checkpoint, _ = newest_whole(folder)
     state = TrainerState.load(checkpoint) if checkpoint else None
     check_base(config, checkpoint)
@@ -103,14 +110,13 @@ def check(config: Config) -> CheckedTraining:
     return checked
 
 
-def check_known_prompts(config: Config, text: CheckedText) -> None:
-    """Refuse prompts that the tokenizer cannot read, where it is known by now. Raises UserError."""
-    if config.sample.prompt and text.tokenizer:
-        _check_prompts(config, text.tokenizer)
+def check_prompts(config: Config, tokenizer: Tokenizer | None) -> None:
+    """Refuse prompts that the tokenizer cannot read; None: it is not known yet.
 
-
-def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuse prompts that the tokenizer cannot read. Raises UserError naming sample.prompt."""
+    Raises UserError naming sample.prompt.
+    """
+    if tokenizer is None:
+        return
     prompts = config.sample.prompt or []
     for prompt in [prompts] if isinstance(prompts, str) else prompts:
         try:
@@ -137,7 +143,7 @@ def check_data(config: Config, data: TokenData, state: TrainerState | None) -> N
         raise UserError(f"training text is too short: {error}; lower train.block_size") from None
     if len(data.val) < 2:
         raise UserError("the validation split has fewer than 2 tokens; change data.split")
-    _check_prompts(config, data.tokenizer)
+    check_prompts(config, data.tokenizer)
     check_same_tokenizer(config, data.tokenizer)
     if state and state.data != data.fingerprint:
         raise UserError(
@@ -163,14 +169,12 @@ def plan(checked: CheckedTraining) -> Plan:
     ]
     if config.optim.lands:
         stable = config.stable_steps
-        rows.append(
-            (
-                "landing",
-                f"after step {stable:,}, or when patience runs out: back to the best checkpoint "
-                f"and a cool-down of {config.optim.decay_fraction:g} of its steps, "
-                f"{config.optim.cooldown_steps(stable):,} at most",
-            )
+        landing = (
+            f"after step {stable:,}, or when patience runs out: back to the best checkpoint and a "
+            f"cool-down of {config.optim.decay_fraction:g} of its steps, "
+            f"{config.optim.cooldown_steps(stable):,} at most"
         )
+        rows.append(("landing", landing))
     if teachers := config.train.teachers:
         share = f"{config.train.teacher_weight:g} of the loss"
         rows.append(("teachers", f"{share} is against {', '.join(teachers)}"))
@@ -180,10 +184,8 @@ def plan(checked: CheckedTraining) -> Plan:
         count = parameter_count(config.model, vocab_size)
         rows.append(("parameters", f"{count:,}"))
         if trained := trained_parameters(config):
-            share = f"{trained / count:.2%}"
-            rows.append(
-                ("trained", f"{trained:,} ({share}), an adapter of rank {config.lora.rank}")
-            )
+            adapter = f"an adapter of rank {config.lora.rank}"
+            rows.append(("trained", f"{trained:,} ({trained / count:.2%}), {adapter}"))
         rows.append(("saved as", _family(config)))
         rows.append(("memory per worker", _memory_told(config, count, vocab_size)))
     else:

@@ -10,14 +10,13 @@ import logging
 import signal
 import threading
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import ray
 import ray.train
 
 from gptray.jobs.cluster_nodes import alive_nodes, nodes_to_be_taken
-from gptray.jobs.train.room import Places
+from gptray.jobs.train.attempts import Places
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
 from gptray.training.numbers import Wish
@@ -68,12 +67,7 @@ class Notices:
                 self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
@@ -127,15 +121,11 @@ class Notices:
         if lost:
             staying = self._workers - len(lost) + min(given, len(lost))
             self._next_workers = max(self._compute.min_workers, staying)
-            self._reason = _will_be_taken({*lost})
+            names = [node.address for node in alive_nodes() if node.id in lost]
+            self._reason = f"node{'s' * (len({*lost}) > 1)} {', '.join(names)} will be taken"
             self._taken_at = min(leaving[node] for node in lost)
             self._is_to_leave = given >= len(lost)
         elif (more := min(given, missing)) and is_settled:
             self._next_workers = self._workers + more
             self._reason = f"there is room for {more} more"
             self._is_to_leave = True
-
-
-def _will_be_taken(nodes: set[str]) -> str:
-    addresses = [node.address for node in alive_nodes() if node.id in nodes]
-    return f"node{'s' * (len(nodes) > 1)} {', '.join(addresses)} will be taken"

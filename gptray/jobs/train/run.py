@@ -31,9 +31,9 @@ from gptray.jobs.run_folder import held, outcome, seen_at, set_ray_snapshot_asid
 from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tasks import Failure
 from gptray.jobs.tracking import tracking_run
-from gptray.jobs.train.adapter_plan import trained_facts
 from gptray.jobs.train.attempts import fit_until_done
-from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
+from gptray.jobs.train.check import BUSY, CheckedTraining, check, check_data, plan
+from gptray.jobs.train.given_models import trained_facts
 from gptray.jobs.train.task import TrainTask, begin_validation, begin_worker
 from gptray.jobs.train.trainer import fitted
 from gptray.jobs.train.watch import show_end, watching
@@ -62,7 +62,7 @@ def run(checked: CheckedTraining) -> dict[str, Any]:
     resumes = partial(command, "train", config, folder)
     last = config.train.max_steps
     with (
-        held(folder),
+        held(folder, busy=BUSY.format(seen_at(config))),
         publishing(config, folder) as publish,
         resumable(folder, resumes, begun=folder / CONFIG, steps=last, seen=seen_at(config)),
     ):

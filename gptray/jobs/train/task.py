@@ -71,3 +71,16 @@ def _run_by_workers() -> tuple[Callable[..., dict[str, Any]], Callable[..., dict
     from gptray.jobs.train import validate, worker
 
     return worker.train_worker, validate.validate
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """A trial and the run that it trains.
+
+    is_cut: whether rungs may cut it. reserved: what each of its workers has.
+    """
+
+    name: str
+    run: TrainTask
+    is_cut: bool
+    reserved: Mapping[str, float]

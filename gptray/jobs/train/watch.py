@@ -30,6 +30,7 @@ from gptray.record import (
     METRICS,
     Event,
     MetricsRow,
+    RowFields,
     parse_row,
     read_events,
     read_metrics,
@@ -48,8 +49,8 @@ T = TypeVar("T")
 class _Tail(Generic[T]):
     """The rows that a JSON-lines file has got since the last look; a replaced file starts anew."""
 
-    def __init__(self, path: Path, parse: Callable[[bytes], T], *, from_end: bool) -> None:
-        self._path, self._parse = path, parse
+    def __init__(self, path: Path, fields: RowFields, *, from_end: bool) -> None:
+        self._path, self._fields = path, fields
         # Held open, since the next file might get the number of one that is gone.
         self._file: BinaryIO | None = None
         self._offset, self._told = 0, False
@@ -71,7 +72,7 @@ class _Tail(Generic[T]):
     def _row(self, line: bytes) -> T | None:
         """The row in a line; None if it is damaged, which is logged once."""
         try:
-            return self._parse(line)
+            return cast(T, parse_row(line, self._fields))
         except Unreadable as error:
             if not self._told:
                 log.warning("%s has a damaged line: %s", self._path, error)
@@ -83,19 +84,11 @@ class _Tail(Generic[T]):
             self._file.close()
 
 
-def _metrics_row(line: bytes) -> MetricsRow:
-    return cast(MetricsRow, parse_row(line, METRIC_FIELDS))
-
-
-def _event(line: bytes) -> Event:
-    return cast(Event, parse_row(line, EVENT_FIELDS))
-
-
 class _Watch:
     def __init__(self, run_dir: Path, max_steps: int, on_evaluation: Callable[[], object]) -> None:
         self._on_evaluation = on_evaluation
-        self._metrics = _Tail(run_dir / METRICS, _metrics_row, from_end=False)
-        self._events = _Tail(run_dir / EVENTS, _event, from_end=True)
+        self._metrics = _Tail[MetricsRow](run_dir / METRICS, METRIC_FIELDS, from_end=False)
+        self._events = _Tail[Event](run_dir / EVENTS, EVENT_FIELDS, from_end=True)
         self._max_steps = max_steps
         self._exporter = Exporter(run_dir.name)
         self._shown = -1  # the last step shown; rows up to here are history

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import ray.train
+import ray.train.collective
 import ray.train.torch
+import ray.util
 import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from gptray.config import RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
 from gptray.jobs.node_run import RunOnNode, run_on_node
 from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.shared_storage import check_seen
-from gptray.jobs.train.group import process_group
 from gptray.jobs.train.notices import Notices
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
@@ -23,6 +30,8 @@ from gptray.model.gpu_faults import check_gpu
 from gptray.training.evaluations import Metrics
 from gptray.training.loop import failed, fit
 from gptray.training.workers import Workers
+
+TIMEOUT = timedelta(minutes=30)  # of the workers' group
 
 
 def train_worker(task: TrainTask, ray_dir: Path) -> Metrics:
@@ -99,3 +108,45 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # Linux counts in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Be in torch.distributed's group of all workers; one worker alone needs none.
+
+    Ray's own torch backend would do it too, and does for GPUs (nccl); but it imports torch in the
+    driver and in the controller, one after the other: four of the twenty seconds of a start.
+
+    The group is left only where the block ends well: after a failure of one worker the others
+    could wait for it, and Ray ends their processes.
+    """
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    if size == 1 or dist.is_initialized():
+        yield
+        return
+    store = _store(rank, size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    yield
+    dist.destroy_process_group()
+
+
+def _store(rank: int, size: int) -> TCPStore:
+    """The group's key-value store, on the first worker's node, at a port that is free there."""
+    if rank == 0:
+        host = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # By default it would listen on every network of the node.
+        listener = socket.create_server((host, 0), family=family)
+        store = TCPStore(
+            host,
+            listener.getsockname()[1],
+            size,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        ray.train.collective.broadcast_from_rank_zero((host, store.port))
+        return store
+    host, port = ray.train.collective.broadcast_from_rank_zero(None)
+    return TCPStore(host, port, size, is_master=False, timeout=TIMEOUT)

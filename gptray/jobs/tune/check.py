@@ -24,10 +24,8 @@ from gptray.jobs.remote_run import bring_run
 from gptray.jobs.resuming import check_free, check_resumable, command
 from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
-from gptray.jobs.train.adapter_plan import check_base
-from gptray.jobs.train.check import check_data, check_known_prompts
-from gptray.jobs.train.embedding import check_vocabulary
-from gptray.jobs.train.teachers import check_teachers
+from gptray.jobs.train.check import check_data, check_prompts
+from gptray.jobs.train.given_models import check_base, check_teachers, check_vocabulary
 from gptray.tuning.more_trials import ENOUGH, MORE, StoppedEarly, judges
 from gptray.tuning.sweep_record import load_trials, rungs, samples_drawn
 from gptray.tuning.trial_plan import (
@@ -108,7 +106,7 @@ def check(config: Config) -> CheckedSweep:
         check_vocabulary(one)
         check_base(one, None)
         if one.sample.prompt:
-            check_known_prompts(one, CheckedText(one, make_request(one)))
+            check_prompts(one, CheckedText(one, make_request(one)).tokenizer)
     also = check_also(config, config, trained_on=make_request(config))
     _check_prepared(trials, texts)
     return CheckedSweep(config, folder, trials, texts, changes, also)

@@ -27,11 +27,9 @@ LONGER = 4
 def tell_winner(sweep: Sweep, place: str) -> None:
     """Log the winner, how much text it has seen, its settings, and the commands that come next.
 
-    Of a sweep over the amount of text also what more of it would bring.
-
-    First, a warning for each better trial whose tokenizer loses text, and why the sweep has run
-    fewer trials than it was given, if it has. place: where others find the
-    sweep.
+    Of a sweep over the amount of text also what more of it would bring. First, a warning for each
+    better trial whose tokenizer loses text, and why the sweep has run fewer trials than it was
+    given, if it has. place: where others find the sweep.
     """
     folder, winner = sweep.folder, _winner(sweep)
     for trial in lossy_ahead(sweep.trials, winner):

@@ -17,10 +17,9 @@ from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.resources import trial_resources
 from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import seen_at
-from gptray.jobs.train.task import TrainTask
+from gptray.jobs.train.task import TrainTask, TrialTask
 from gptray.jobs.tune.check import CheckedSweep
 from gptray.jobs.tune.start import failed_trials
-from gptray.jobs.tune.task import TrialTask
 from gptray.tuning.halving import Halving
 from gptray.tuning.more_trials import Gain, expected_gain, judges
 from gptray.tuning.sweep_record import SKIPPED, Record, Trial, load_trials, trial_dir

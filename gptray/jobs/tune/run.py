@@ -43,13 +43,7 @@ from gptray.jobs.tune.watch import watching_sweep
 from gptray.reports.sweep.report import write_sweep_report
 from gptray.training.checkpoint import exchange_model
 from gptray.tuning.optuna_file import write_optuna_file
-from gptray.tuning.sweep_record import (
-    Record,
-    load_sweep,
-    load_trials,
-    trial_dir,
-    winner_dir,
-)
+from gptray.tuning.sweep_record import Record, load_sweep, load_trials, trial_dir, winner_dir
 from gptray.tuning.table import write_trials_parquet
 from gptray.tuning.trial_plan import choose_winner
 
@@ -91,9 +85,12 @@ def run(checked: CheckedSweep) -> dict[str, object]:
 
 def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None]) -> None:
     """Run the sweep on Ray."""
-    config = checked.config
+    from gptray.jobs.tune.trials import run_trials  # loads Ray Tune
+
+    config, folder = checked.config, checked.folder
+    num_trials = checked.num_trials + checked.num_replicates
     with ray_cluster(wait_s=config.compute.wait_s):
-        check_shared_by_training(config, checked.folder)
+        check_shared_by_training(config, folder)
         check_cluster(config.compute)
         texts = {key: stored_text(config, text.request) for key, text in checked.texts.items()}
         check_same_validation(texts.values())
@@ -106,27 +103,18 @@ def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None])
             publish()
 
         try:
-            with reachable(config, checked.folder) as origin:
+            with reachable(config, folder) as origin:
                 queue = SweepQueue(checked, record, texts, also, publish, origin)
-                _run_queue(checked, queue, on_change=show)
-            _finish(config, checked.folder, record)
+                with (
+                    tracking_sweep(config, folder),
+                    watching_sweep(folder, num_trials, on_change=show),
+                ):
+                    run_trials(config, folder, queue)
+                    if queue.failure:
+                        raise queue.failure
+            _finish(config, folder, record)
         finally:
             reporter.write(running=False)
-
-
-def _run_queue(checked: CheckedSweep, queue: SweepQueue, *, on_change: Callable[[], None]) -> None:
-    """Run the queue's trials. `on_change` is called now and then when they have something new."""
-    from gptray.jobs.tune.trials import run_trials
-
-    config, folder = checked.config, checked.folder
-    num_trials = checked.num_trials + checked.num_replicates
-    with (
-        tracking_sweep(config, folder),
-        watching_sweep(folder, num_trials, on_change=on_change),
-    ):
-        run_trials(config, folder, queue)
-        if queue.failure:
-            raise queue.failure
 
 
 def _write_report(folder: Path, running: bool) -> Path:
@@ -157,7 +145,7 @@ def _finish(config: Config, folder: Path, record: Record) -> None:
         raise RunFailed("no trial produced a model:\n" + "\n".join(reasons))
     exchange_model(trial_dir(folder, winner.name), folder)
     own = {"name": None, "storage_path": config.storage_path}
-    trained = load_config(str(trial_dir(folder, winner.name) / "config.yaml"), [])
+    trained = load_config(str(trial_dir(folder, winner.name) / CONFIG), [])
     best = override(trained, own)
     path = folder / BEST
     with storing(path), replacing(path) as draft:

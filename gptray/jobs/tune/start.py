@@ -35,8 +35,7 @@ def opened(checked: CheckedSweep) -> Record:
     """The record of a sweep that is about to run: a new one, or with what changed since."""
     folder, failed = checked.folder, failed_trials(checked.config, checked.folder)
     skipped = [trial for trial in load_trials(folder) if trial.outcome == SKIPPED]
-    is_new = not (folder / CONFIG).exists()
-    if is_new:
+    if not (folder / CONFIG).exists():
         save_config(checked.config, folder)
     record = Record(folder)
     if checked.changes:

@@ -48,18 +48,17 @@ class Suggestions:
             point = self._search.suggest(name)
             values = _values(self._entries, point)
             try:
-                planned = plan_trial(self._config, seen_at(self._config), name, values)
-            except ConfigError as error:
-                self._record.planned(
-                    name, values, max_steps=self._config.train.max_steps, point=point
+                planned: Planned | None = plan_trial(
+                    self._config, seen_at(self._config), name, values
                 )
-                self._record.ended(name, "failed", step=0, message=str(error))
-                self.over(name)
-                continue
-            self._record.planned(
-                name, values, max_steps=planned.config.train.max_steps, point=point
-            )
-            return planned
+            except ConfigError as error:
+                planned, why = None, str(error)
+            steps = (planned.config if planned else self._config).train.max_steps
+            self._record.planned(name, values, max_steps=steps, point=point)
+            if planned:
+                return planned
+            self._record.ended(name, "failed", step=0, message=why)
+            self.over(name)
 
     def over(self, name: str) -> None:
         """Tell Optuna what a trial has come to, in the place of what it was told before."""

@@ -12,16 +12,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray.tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from gptray.config import Config, RunFailed
 from gptray.files import storing
+from gptray.jobs.train.task import TrialTask
 from gptray.jobs.tune.queue import SweepQueue
-from gptray.jobs.tune.rungs import Rungs, name_of
-from gptray.jobs.tune.task import TrialTask
+from gptray.record import MetricsRow
+from gptray.tuning.halving import Halving
 
 TUNE_ENV = {
     # metrics.jsonl and TensorBoard files are the runs' own.
@@ -35,8 +37,6 @@ TUNE_ENV = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 SCRATCH = ".ray"
-# What stands for the driver's own objects where Tune pickles all that it was given.
-_NEVER_LOADED: tuple[type, tuple[()]] = (object, ())
 
 
 def run_trials(config: Config, folder: Path, queue: SweepQueue) -> None:
@@ -106,12 +106,19 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _Searcher(Searcher):  # type: ignore[misc]
-    """Gives Tune the queue's trials in their order."""
+class _OfQueue:
+    """What Tune calls in the driver. Where Tune pickles all that it was given, nothing of it is."""
 
     def __init__(self, queue: SweepQueue) -> None:
         super().__init__()
         self._queue = queue
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return object, ()
+
+
+class _Searcher(_OfQueue, Searcher):  # type: ignore[misc]
+    """Gives Tune the queue's trials in their order."""
 
     def set_search_properties(self, *args: Any, **spec: Any) -> bool:
         return True
@@ -129,9 +136,6 @@ class _Searcher(Searcher):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None:
         pass
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _NEVER_LOADED
-
 
 @contextmanager
 def _kept(queue: SweepQueue) -> Iterator[None]:
@@ -142,11 +146,8 @@ def _kept(queue: SweepQueue) -> Iterator[None]:
         queue.failure = queue.failure or error
 
 
-class _Brake(ray.tune.Stopper):  # type: ignore[misc]
+class _Brake(_OfQueue, ray.tune.Stopper):  # type: ignore[misc]
     """Stops all trials once the sweep's own record cannot be kept."""
-
-    def __init__(self, queue: SweepQueue) -> None:
-        self._queue = queue
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -154,18 +155,9 @@ class _Brake(ray.tune.Stopper):  # type: ignore[misc]
     def stop_all(self) -> bool:
         return self._queue.failure is not None
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _NEVER_LOADED
 
-
-class _Log(ray.tune.Callback):  # type: ignore[misc]
-    """Writes down what becomes of each trial, in the driver."""
-
-    def __init__(self, queue: SweepQueue) -> None:
-        self._queue = queue
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _NEVER_LOADED
+class _Log(_OfQueue, ray.tune.Callback):  # type: ignore[misc]
+    """Writes down what becomes of each trial."""
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         with _kept(self._queue):
@@ -193,3 +185,36 @@ class _Log(ray.tune.Callback):  # type: ignore[misc]
             message = Path(trial.error_file).read_text("utf-8").strip().splitlines()[-1]
         with _kept(self._queue):
             self._queue.ended(name_of(trial), "failed", step=0, message=message, passing=True)
+
+
+def task_of(trial: Any) -> TrialTask:
+    """What one of Tune's trials was given."""
+    task = trial.config["task"]
+    assert isinstance(task, TrialTask)
+    return task
+
+
+def name_of(trial: Any) -> str:
+    """The name in the sweep of one of Tune's trials."""
+    return task_of(trial).name
+
+
+class Rungs(FIFOScheduler):  # type: ignore[misc]
+    """Stops trials that are to wait.
+
+    Tune's own pause keeps a trial among those that `max_concurrent_trials` counts, and its process
+    where no other trial wants it. A trial resumes from its run folder anyway.
+    """
+
+    def __init__(self, halving: Halving) -> None:
+        super().__init__()
+        self._halving = halving
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        task = task_of(trial)
+        # The last report has an outcome in the place of a step.
+        if not task.is_cut or "step" not in result:
+            return str(TrialScheduler.CONTINUE)
+        most = task.run.config.train.max_steps
+        goes_on = self._halving.goes_on(task.name, cast(MetricsRow, result), max_steps=most)
+        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)

@@ -21,7 +21,7 @@ from gptray.jobs.node_run import RunOnNode, run_on_node
 from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.train.run import ended, fit_in_workers
 from gptray.jobs.train.samples import sample_texts
-from gptray.jobs.tune.task import TrialTask
+from gptray.jobs.train.task import TrialTask
 from gptray.training.loop import fit
 
 # How the loop's reasons to stop are called in a sweep's record.

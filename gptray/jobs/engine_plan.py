@@ -1,23 +1,51 @@
-"""What the memory of an engine will hold, roughly, before any of it is taken."""
+"""The backend and the memory of a job's engines, as far as they are known before any runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from gptray.config import Config
+from gptray.jobs.doing import doing
+from gptray.model.no_graphs import why_no_graphs
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import parameter_count
 from gptray.model.shape import read_shape
+from gptray.native.backend import GENERATE_KEY, check_native
+from gptray.native.build import build_library
 
-# Of a process that has imported PyTorch and opened a tokenizer, as it was measured.
+# Bytes of a process that has imported PyTorch and opened a tokenizer, as it was measured.
 PROCESS = 0.34e9
 _BYTES = {"fp32": 4, "bf16": 2}
 # Of a scale of quantized weights, and of a weight in a quantized head.
 _SCALE, _HEAD = 2, 1
 
 
+def check_engine_backend(config: Config) -> None:
+    """Refuse generate.backend=native where it is not available. Raises UserError."""
+    backend, use_gpu = config.generate.backend, config.compute.use_gpu
+    check_native(GENERATE_KEY, backend, use_gpu=use_gpu, look_at_cache=True)
+
+
+def build_engine_backend(config: Config) -> None:
+    """Build the native library, if it is asked for. Raises RunFailed where that fails."""
+    if config.generate.backend == "native":
+        with doing("building the C++ kernels"):
+            build_library(key=GENERATE_KEY)
+
+
+def planned_backend(config: Config, model_dir: Path) -> str:
+    """What a plan says of the backend."""
+    if config.generate.backend != "auto":
+        return config.generate.backend
+    if config.compute.use_gpu:
+        if why := why_no_graphs(read_shape(model_dir)):
+            return f"torch, since {why}"
+        return "auto: CUDA graphs, if their kernels compile"
+    return "auto: native or PyTorch, whichever is faster where the engines run"
+
+
 def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
-    """What a plan says of the memory of one engine for so many sequences at a time.
+    """What a plan says of the memory of one engine for so many sequences at a time, roughly.
 
     The embedding is kept twice: to look up tokens, and packed as the head where that is tied.
     """

@@ -1,0 +1,195 @@
+"""Whether the models that a run is given suit it: those that it starts from, and its teachers.
+
+No torch, no Ray.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptray.config import Config, UserError, load_config
+from gptray.data.request import tokenizer_name
+from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokenizer_files import KINDS, opens_at_once, tokenizer_files, tokenizer_path
+from gptray.data.vocabulary import differing_ids
+from gptray.files import expanded
+from gptray.hub import NotOnHub
+from gptray.jobs.evaluate.evaluated_model import held_out, run_of
+from gptray.jobs.models import CONFIG, open_model, unknown
+from gptray.jobs.places import with_whole_paths
+from gptray.model.adapter import ADAPTER, Base, adapted_parts, trained_count
+from gptray.model.adapter_folder import open_adapter
+from gptray.model.parameters import parameter_count
+from gptray.model.shape import model_folder, read_shape, weights_sha256
+from gptray.record import read_events, teachers_of
+
+KEY = "train.teachers"
+_CURE = (
+    "set model.resize_vocab=true, which keeps the rows of tokens that both have and starts the "
+    "others from the mean row"
+)
+
+
+def check_vocabulary(config: Config) -> None:
+    """Refuse a tokenizer whose ids mean other tokens than the rows of model.init_from's embedding.
+
+    Raises UserError naming both and model.resize_vocab; of a tokenizer that only a download or
+    transformers can open, only where it is not the model's own.
+    """
+    source = config.model.init_from
+    if source is None:
+        return
+    name = tokenizer_name(config)
+    folder = expanded(source)
+    has_own = not folder.is_dir() or bool(tokenizer_files(folder))
+    if config.model.resize_vocab:
+        if not has_own:
+            raise UserError(
+                f"model.resize_vocab=true: {source} holds no tokenizer (tokenizer.json), so "
+                "the tokens of its embedding's rows are unknown"
+            )
+        return
+    if name in KINDS:
+        if has_own:
+            raise UserError(
+                f"data.tokenizer={name}: a new tokenizer's ids are not those of model.init_from="
+                f"{source}; leave data.tokenizer out, or {_CURE}"
+            )
+        return
+    rows, path = read_shape(source).rows, tokenizer_path(name)
+    is_own = name == source or (path is not None and path == tokenizer_path(source))
+    if is_own and (path is None or not opens_at_once(path)):
+        return
+    tokenizer = Tokenizer.load(name, eos_token=config.data.eos_token)
+    if has_own and not is_own:
+        others = differing_ids(Tokenizer.load(source), tokenizer)
+        if others:
+            raise UserError(
+                f"data.tokenizer={name}: {others:,} of its {tokenizer.vocab_size:,} ids mean "
+                f"other tokens than in model.init_from={source}; leave data.tokenizer out, or "
+                f"{_CURE}"
+            )
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"data.tokenizer={name}: has {tokenizer.vocab_size:,} tokens, the embedding of "
+            f"model.init_from={source} only {rows:,} rows; {_CURE}"
+        )
+
+
+def check_teachers(config: Config, folder: Path) -> None:
+    """Refuse teachers that are no models, named twice, of tokens that the text cannot have, too
+    short, or other ones than the run in `folder` had, and those that have seen its validation text.
+
+    Raises UserError.
+    """
+    block_size = config.train.block_size
+    folders = list[Path]()
+    for one in config.train.teachers:
+        try:
+            opened = open_model(one, key=KEY).resolve()
+        except NotOnHub as error:
+            raise unknown(config, one, error.reason, key=KEY) from None
+        if opened in folders:
+            raise UserError(f"{KEY}: {one} is named twice; name it once")
+        folders.append(opened)
+        n_positions = read_shape(opened).n_positions
+        if n_positions < block_size:
+            raise UserError(
+                f"{KEY}: {one} reads {n_positions} tokens at most, fewer than "
+                f"train.block_size={block_size}"
+            )
+        _check_split(config, one)
+    _check_tokens(config)
+    for one, began in teachers_of(read_events(folder)).items():
+        now = weights_sha256(model_folder(one))
+        if now != began:
+            raise UserError(
+                f"{KEY}: the weights of {one} have changed since the run began (sha256 "
+                f"{began[:12]}, now {now[:12]}); restore them, or choose another name"
+            )
+
+
+def _check_split(config: Config, teacher: str) -> None:
+    """Refuse a run on the same text that held out other parts of it. Raises UserError."""
+    run = run_of(model_folder(teacher))
+    if run is None:
+        return
+    its = held_out(with_whole_paths(load_config(str(run / CONFIG), [])))
+    ours = held_out(with_whole_paths(config))
+    if its["source"] == ours["source"] and its != ours:
+        raise UserError(
+            f"{KEY}: {run} was trained on another split of this text, so it has seen some of the "
+            f"validation text; data.seed={its['seed']} and the same data.split give its split"
+        )
+
+
+def _check_tokens(config: Config) -> None:
+    """Refuse teachers of different tokenizers, and of more tokens than the text's will have."""
+    if not config.train.teachers:
+        return
+    first, *others = config.train.teachers
+    tokenizer = Tokenizer.load(model_folder(first))
+    for one in others:
+        if Tokenizer.load(model_folder(one)).sha256 != tokenizer.sha256:
+            raise UserError(f"{KEY}: {one} has another tokenizer than {first}")
+    is_made = tokenizer_name(config) == "bpe"
+    if is_made and tokenizer.vocab_size > config.data.vocab_size:
+        raise _of_other_tokens(first)
+
+
+def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuse teachers whose tokens are not the text's. Raises UserError."""
+    for one in config.train.teachers:
+        if Tokenizer.load(model_folder(one)).sha256 != tokenizer.sha256:
+            raise _of_other_tokens(one)
+
+
+def _of_other_tokens(teacher: str) -> UserError:
+    return UserError(
+        f"{KEY}: {teacher} has another tokenizer than the text; data.tokenizer={teacher} reads the "
+        "text with that of the teacher"
+    )
+
+
+def teacher_bytes(config: Config) -> int:
+    """Of the teachers' weights, which each worker keeps in the precision that it computes in."""
+    each = 2 if config.train.precision == "bf16" or config.compute.use_gpu else 4
+    shapes = [read_shape(one) for one in config.train.teachers]
+    return each * sum(parameter_count(shape, shape.rows) for shape in shapes)
+
+
+def check_base(config: Config, checkpoint: Path | None) -> None:
+    """Refuse targets that the base does not have, and a base that is not the checkpoint's; without
+    an adapter, weights in few bits.
+
+    Raises UserError.
+    """
+    if config.lora.rank is None:
+        if (kind := config.quantize.weights) != "none":
+            raise UserError(
+                f"quantize.weights={kind}: only frozen weights can be quantized in training; set "
+                "lora.rank to train an adapter beside them, or leave quantize.weights out"
+            )
+        return
+    base = _base(config, weights=checkpoint is not None)
+    adapted_parts(base, config.lora.targets)
+    if checkpoint:
+        open_adapter(checkpoint / ADAPTER, base)
+
+
+def trained_parameters(config: Config) -> int | None:
+    """How many parameters an adapter trains; None where all are trained."""
+    if config.lora.rank is None:
+        return None
+    return trained_count(_base(config, weights=False), config.lora)
+
+
+def trained_facts(config: Config) -> dict[str, int]:
+    """What the JSON line has of an adapter: how many parameters are trained."""
+    count = trained_parameters(config)
+    return {} if count is None else {"trained_parameters": count}
+
+
+def _base(config: Config, *, weights: bool) -> Base:
+    assert config.model.init_from
+    return Base.of(config.model.init_from, weights=weights, quantized=config.quantize.weights)
