@@ -24,7 +24,7 @@ from tests.processes import ray_workers
 from tests.training.runs import run
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
-STEPS = 200
+STEPS = 120
 
 # In thousands of steps of which some learn much, rounding of 1e-7 grows to 5e-3.
 SLOWLY = "optim.lr=1e-5"
