@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from xdist.scheduler import LoadFileScheduling
 
 from gptray.data.tokens import TokenData
+from tests.forked_workers import forking_workers
 from tests.tiny import tiny_config, tiny_text
 
 # Whatever the environment says: each process of -n, and each run, would rewrite all asserts anew.
@@ -55,7 +57,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark `ray` what uses the session's Ray; leave out `chaos` unless `-m` names it.
 
-    Files that start Ray come first, being the longest.
+    The group comes first, since one process runs it from end to end, then files that start Ray.
     """
     asked = "chaos" in config.option.markexpr
     left_out = [item for item in items if item.get_closest_marker("chaos") and not asked]
@@ -70,7 +72,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.ray)
         if item.get_closest_marker("ray"):
             starts_ray.add(item.path)
-    items.sort(key=lambda item: item.path not in starts_ray)
+
+    def place(item: pytest.Item) -> int:
+        return 0 if group_of(item.path) else 1 if item.path in starts_ray else 2
+
+    items.sort(key=place)
 
 
 def pytest_runtest_setup() -> None:
@@ -94,7 +100,10 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     # Tiny runs report in quick succession: do not have each report wait for the next poll.
     os.environ.update(TRAIN_ENV | OWN_TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
     before = dict(os.environ)
-    with own_ray(RAY_TOKEN, num_cpus=2, log_to_driver=False, logging_level="ERROR"):
+    with ExitStack() as stack:
+        with forking_workers():
+            options = {"num_cpus": 2, "log_to_driver": False, "logging_level": "ERROR"}
+            stack.enter_context(own_ray(RAY_TOKEN, **options))
         # What keeps this Ray to itself is not for clusters that tests start.
         for name in os.environ.keys() - before.keys():
             del os.environ[name]

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.forked_workers import OWNER
+
 
 def marked(mark: str) -> dict[int, str]:
     """Command lines of the processes with this text in their environment, by process id."""
@@ -20,6 +22,12 @@ def marked(mark: str) -> dict[int, str]:
             if mark.encode() in (entry / "environ").read_bytes():
                 found[pid] = (entry / "cmdline").read_text().replace("\0", " ").strip()
     return {pid: name for pid, name in found.items() if name}
+
+
+def ray_workers(kind: str) -> set[int]:
+    """The actors of a class on nodes that this process has started, by process id."""
+    of_this_process = marked(f"{OWNER}={os.getpid()}\0")
+    return {pid for pid, name in of_this_process.items() if name.startswith(f"ray::{kind}")}
 
 
 def listening(pids: Iterable[int]) -> list[tuple[str, int]]:

@@ -19,7 +19,6 @@ def serve(bench: Bench) -> None:
     new_tokens = 8 if bench.tiny else 64
     engine = engine_of(bench, model_folder(bench), max(levels), precision="bf16")
     thread = EngineThread(engine, max_waiting=256)
-    thread.start()
     try:
         for streams in levels:
             for live in (False, True):

@@ -15,11 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forked_workers import forking_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 # A node without an answer for so long is lost; Ray's own figures make that half a minute.
@@ -96,7 +98,7 @@ def cluster_of(*nodes: dict[str, Any]) -> Iterator[tuple[Nodes, list[Any]]]:
     """
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forking_workers():
         patch.delenv("RAY_ADDRESS", raising=False)
         handler = signal.getsignal(signal.SIGTERM)  # a node puts its own in its place
         cluster = Cluster()
@@ -159,18 +161,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def actors(kind: str) -> set[int]:
-    """The actors of a class that run on nodes of this process, by process id."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            is_one = (process / "cmdline").read_bytes().startswith(f"ray::{kind}".encode())
-            if is_one and _parent(_parent(process.name)) == str(os.getpid()):
-                found.add(int(process.name))
-    return found
-
-
-def _parent(pid: str) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]

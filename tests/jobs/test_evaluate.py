@@ -11,7 +11,6 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
 from gptray.training.loop import fit
 from tests.generation.models import random_gpt
+from tests.processes import ray_workers
 from tests.tiny import tiny_config, tiny_text
 
 
@@ -133,27 +133,12 @@ def test_weights_in_fewer_bits_are_compared_on_the_same_text(
     assert (saved["weights"], saved["quantized"]) == ("int8", result["quantized"])
 
 
-def scorers() -> set[int]:
-    """The scorers of this test session's Ray, by process id."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            is_scorer = (process / "cmdline").read_bytes().startswith(b"ray::Scorer")
-            # The raylet has started it, and this process the raylet.
-            if is_scorer and parent(parent(process.name)) == str(os.getpid()):
-                found.add(int(process.name))
-    return found
-
-
-def parent(pid: str) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-
-
 def kill_next_scorer(before: set[int]) -> None:
     """SIGKILL the first scorer that comes up. It still loads what its first task needs."""
     deadline = time.monotonic() + 60
-    while not (new := scorers() - before):
+    while not (new := ray_workers("Scorer") - before):
         assert time.monotonic() < deadline
+        time.sleep(0.01)
     os.kill(new.pop(), signal.SIGKILL)
 
 
@@ -161,7 +146,7 @@ def kill_next_scorer(before: set[int]) -> None:
 def test_scorer_that_is_killed_is_replaced_as_often_as_it_may(
     trained: tuple[Path, dict[str, Any]], evaluated: dict[str, Any], max_failures: int
 ) -> None:
-    killer = threading.Thread(target=kill_next_scorer, args=(scorers(),))
+    killer = threading.Thread(target=kill_next_scorer, args=(ray_workers("Scorer"),))
     killer.start()
     config = config_of(trained[0], "name=run", f"compute.max_failures={max_failures}")
     if max_failures:

@@ -19,11 +19,12 @@ from gptray.config import load_config
 from gptray.data.tokens import TokenData
 from gptray.jobs.prepare.check import check_text
 from gptray.record import read_events, read_metrics
-from tests.jobs.nodes import LIMIT_S, actors, cluster_of, job, line_with
+from tests.jobs.nodes import LIMIT_S, cluster_of, job, line_with
+from tests.processes import ray_workers
 from tests.training.runs import run
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
-STEPS = 200
+STEPS = 120
 
 # In thousands of steps of which some learn much, rounding of 1e-7 grows to 5e-3.
 SLOWLY = "optim.lr=1e-5"
@@ -94,16 +95,16 @@ def test_a_node_that_is_about_to_be_taken_and_a_sigterm_cost_no_step_and_no_fail
     with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as (nodes, (_, second)):
         with job("train", *asked, "compute.num_workers=2") as process:
             line_with("step   5/", process)
-            assert len(actors("Cleaner")) == 1 and not actors("PlacementGroupCleaner")
+            assert len(ray_workers("Cleaner")) == 1 and not ray_workers("PlacementGroupCleaner")
             nodes.add(1)
             nodes.drain(second, 600)
             line_with("to resume with 2 workers: node", process)
             line_with("resuming after step", process)
-            os.kill(min(actors("RayTrainWorker")), signal.SIGTERM)
+            os.kill(min(ray_workers("RayTrainWorker")), signal.SIGTERM)
             line_with("a worker got SIGTERM", process)
             out, told = process.communicate(timeout=2 * LIMIT_S)
         assert process.returncode == 0, told
-        assert not actors("Cleaner"), "it outlives its controller, but not the run"
+        assert not ray_workers("Cleaner"), "it outlives its controller, but not the run"
     first, second, third = starts(run_dir)
     assert [first[1], second[1], third[1]] == [2, 2, 2]
     assert saved(run_dir) == [second[0], third[0]], "steps were done twice"

@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,26 @@ from pyarrow import parquet
 
 from gptray.model.hf import save_pretrained
 from tests.generation.models import needs_native, random_gpt, small_tokenizer
-from tests.jobs.nodes import Nodes, actors, cluster_of, job
+from tests.jobs.in_turn import LIMIT_S, Driver, driver
+from tests.jobs.nodes import Nodes, cluster_of, job
+from tests.processes import ray_workers
 from tests.tiny import tiny_text
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 ROWS, ROWS_PER_FILE = 144, 4
 PARTS = ROWS // ROWS_PER_FILE
-LIMIT_S = 240
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[Nodes, list[Any]]]:
     with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: tuple[Nodes, list[Any]]) -> Iterator[Driver]:
+    """What runs jobs on the cluster while it is whole."""
+    with driver() as running:
         yield running
 
 
@@ -62,12 +71,11 @@ def generate_words(model: Path, prompts: Path, output: Path, engines: int) -> li
     ]
 
 
-def end_of(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
-    """The JSON line and what a job told, once it has ended well."""
-    out, told = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, told
-    result: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return result, told
+def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON line of a job that has ended well."""
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -78,15 +86,14 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def by_four(
-    cluster: tuple[Nodes, list[Any]],
+    jobs: Driver,
     slow_model_dir: Path,
     prompts: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[dict[str, Any]]:
     """The rows of a job that asked for twice as many engines as there are cores."""
     output = tmp_path_factory.mktemp("four") / "out"
-    with job("generate", *generate_words(slow_model_dir, prompts, output, 4)) as process:
-        result, _ = end_of(process)
+    result = result_of(jobs.run("generate", *generate_words(slow_model_dir, prompts, output, 4)))
     assert result["rows"] == ROWS and result["tokens_per_sec"] > 0
     return rows_of(output)
 
@@ -97,14 +104,14 @@ def test_more_engines_than_cores_still_finish_all_rows(by_four: list[dict[str, A
 
 @needs_native
 def test_engines_on_several_nodes_use_one_backend_that_is_told_once(
-    cluster: tuple[Nodes, list[Any]], model_dir: Path, prompts: Path, tmp_path: Path
+    jobs: Driver, model_dir: Path, prompts: Path, tmp_path: Path
 ) -> None:
     words = [f"generate.model={model_dir}", f"generate.input_path={prompts}"]
     words += [f"generate.output_path={tmp_path / 'out'}", "generate.num_workers=2"]
     words += ["generate.rows_per_file=72", "generate.max_batch_size=4", "sample.max_new_tokens=2"]
-    with job("generate", *words) as process:
-        _, told = end_of(process)
-    assert told.count("generate.backend: ") == 1
+    done = jobs.run("generate", *words)
+    result_of(done)
+    assert done.stderr.count("generate.backend: ") == 1
     metadata = [
         parquet.read_metadata(path).metadata for path in (tmp_path / "out").glob("*.parquet")
     ]
@@ -113,7 +120,7 @@ def test_engines_on_several_nodes_use_one_backend_that_is_told_once(
 
 
 def test_more_workers_than_cores_evaluate_to_the_same_numbers(
-    cluster: tuple[Nodes, list[Any]], model_dir: Path, tmp_path: Path
+    jobs: Driver, model_dir: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "text.txt"
     source.write_text(tiny_text(4000))
@@ -121,8 +128,7 @@ def test_more_workers_than_cores_evaluate_to_the_same_numbers(
     for workers in (4, 1):
         words = [f"evaluate.model={model_dir}", f"evaluate.source={source}", "evaluate.passages=4"]
         words += [f"storage_path={tmp_path}", "name=e", f"compute.num_workers={workers}"]
-        with job("evaluate", *words) as process:
-            results.append(end_of(process)[0])
+        results.append(result_of(jobs.run("evaluate", *words)))
     assert results[0]["test_loss"] > 0 and results[0] == results[1]
 
 
@@ -141,12 +147,15 @@ def test_a_lost_node_costs_neither_rows_nor_the_job(
         wanted, there = None, 0
         while wanted is None or there < wanted:
             there = len(list(output.glob("*.parquet")))
-            if wanted is None and len(actors("EngineWorker")) == 2:
+            if wanted is None and len(ray_workers("EngineWorker")) == 2:
                 wanted = max(PARTS // 3, there + 3)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
             assert process.poll() is None and time.monotonic() < deadline
         nodes.kill(started.pop())
         assert there < PARTS, "all was done before the node was lost"
-        _, told = end_of(process)
+        _, told = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, told
     assert "1 of 2 engines died; its work goes to another" in told
     assert rows_of(output) == by_four
     assert not list(output.glob(".part*"))

@@ -81,6 +81,7 @@ def prepare(config: Config) -> None:
     prepared_here(folder, char_tokenizer(words), train=words[:8000], val=words[8000:])
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_machine_to_the_same_bits(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

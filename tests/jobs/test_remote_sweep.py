@@ -92,6 +92,7 @@ def is_published() -> bool:
     return FIRST in home.files(deep=True) and b'"ended"' in (home.read("trials.jsonl") or b"")
 
 
+@pytest.mark.slow
 def test_a_sweep_resumes_on_another_machine_and_trains_nothing_twice(
     store: ObjectStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

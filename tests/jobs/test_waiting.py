@@ -1,4 +1,4 @@
-"""Jobs that find no room on a cluster: refused for good, or waiting in words until there is some.
+"""Jobs that choose nodes, or find no room: refused for good, or waiting until there is some.
 
 The head has no core, one node has a GPU as Ray counts them, another a core.
 """
@@ -17,7 +17,7 @@ import pytest
 
 from gptray.jobs.waiting import shortage
 from tests.jobs.in_turn import Driver, driver
-from tests.jobs.nodes import LIMIT_S, cluster_of, free_port, job, line_with
+from tests.jobs.nodes import LIMIT_S, asked, cluster_of, free_port, job, line_with
 
 pytestmark = pytest.mark.xdist_group("nodes")
 HOLDS = """
@@ -54,7 +54,8 @@ def test_room_on_several_nodes_is_told_apart_from_room_on_one() -> None:
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Driver]:
     """Run a cluster; what runs jobs on it."""
-    nodes = {"num_cpus": 0}, {"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 1}
+    of_a, of_b = {"labels": {"zone": "a"}}, {"labels": {"zone": "b"}}
+    nodes = {"num_cpus": 0}, {"num_cpus": 2, "num_gpus": 1, **of_a}, {"num_cpus": 1, **of_b}
     with cluster_of(*nodes), driver() as running:
         yield running
 
@@ -81,6 +82,24 @@ def held() -> Iterator[None]:
             yield
         finally:
             other.communicate("\n", timeout=LIMIT_S)
+
+
+@pytest.mark.ray
+def test_workers_run_on_nodes_with_their_labels_or_not_at_all(jobs: Driver) -> None:
+    there, other, nowhere = asked(
+        {"label_selector": ["zone=a"]},
+        {"label_selector": ["zone=!a"]},
+        {"label_selector": ["zone=c"], "accelerator_type": "H100"},
+    )
+    assert there[0] == {"CPU": 2.0} and other[0] == {"CPU": 1.0}
+    assert there[1] == [2, {"CPU": 1.0}]
+    assert nowhere.startswith(
+        "no node of the cluster has the labels zone=c, ray.io/accelerator-type=H100: "
+    )
+    assert "has zone=a" in nowhere and "has zone=b" in nowhere
+    assert nowhere.endswith(
+        "Change compute.label_selector or compute.accelerator_type, or add nodes"
+    )
 
 
 @pytest.mark.ray
@@ -118,13 +137,16 @@ def test_a_waiting_training_ends_by_signals_and_starts_when_there_is_room(
     waits = "waiting for 2 cores: the cluster has 1 GPU and 3 cores, 0 GPUs and 0 cores free; job "
     with ExitStack() as other:
         other.enter_context(held())
-        for number in (SIGINT, SIGTERM):
-            with job("train", *words, "name=two") as process:
-                line = line_with("waiting for 2 cores", process)
-                assert waits in line and line.endswith(") holds 1 GPU and 3 cores\n")
-                process.send_signal(number)
-                told = process.communicate(timeout=LIMIT_S)[1]
-                assert process.returncode == 130 and "killed" not in told, told
+        signalled = {
+            number: other.enter_context(job("train", *words, f"name=by-{number}"))
+            for number in (SIGINT, SIGTERM)
+        }
+        for number, process in signalled.items():
+            line = line_with("waiting for 2 cores", process)
+            assert waits in line and line.endswith(") holds 1 GPU and 3 cores\n")
+            process.send_signal(number)
+            told = process.communicate(timeout=LIMIT_S)[1]
+            assert process.returncode == 130 and "killed" not in told, told
         with job("train", *words, "name=two") as process:
             line_with("waiting for", process)
             other.close()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from gptray.files import cache_folder
 from gptray.native.compiler import compiler
 from gptray.native.processor import TILES, instruction_options, may_use_tiles, on_arm
 from tests.generation.models import needs_native
@@ -24,11 +29,14 @@ WARNINGS = [
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
 # Not optimised, so that all of it is compiled in some seconds.
-OPTIONS = ["-O0", "-g1", "-std=c++17", "-fopenmp", f"-I{NATIVE}", *instruction_options()]
+FLAGS = ["-O0", "-g1", "-std=c++17", "-fopenmp", *instruction_options()]
+OPTIONS = [*FLAGS, f"-I{NATIVE}"]
 # With the processor's own tiles if it has any, and with scalar loops in place of them.
 KINDS = {"": list(TILES.values()) if may_use_tiles() else [], "tiles": ["-DEMULATED_TILES"]}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
+# After so long nobody runs programs of other sources.
+UNUSED_S = 24 * 3600
 SYSTEM = [
     "arm_neon.h" if on_arm() else "immintrin.h",
     "algorithm",
@@ -58,8 +66,39 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tests in C++ for each of KINDS, in one program with sanitizers."""
-    folder = tmp_path_factory.mktemp("native")
+    """The tests in C++ for each of KINDS, in one program with sanitizers.
+
+    They are kept while neither sources nor compiler change: building them takes a minute.
+    """
+    cache = cache_folder()
+    kept = cache / f"tests-{digest()}"
+    if not kept.is_dir():
+        programs = build_programs(tmp_path_factory.mktemp("native"))
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for older in cache.glob("tests-*"):
+            if time.time() - older.stat().st_mtime > UNUSED_S:
+                shutil.rmtree(older)
+        whole = Path(tempfile.mkdtemp(prefix="tests-", dir=cache))
+        for program in programs:
+            shutil.copy(program, whole)
+        whole.rename(kept)
+    os.utime(kept)
+    return {kind: kept / f"main{kind}" for kind in KINDS}
+
+
+def digest() -> str:
+    """Of all that the programs are made of."""
+    words = [*compiler(), *FLAGS, *WARNINGS, *SANITIZERS, *SYSTEM]
+    seen = hashlib.sha256(repr([words, KINDS]).encode())
+    seen.update(run(*compiler(), "--version").stdout.encode())
+    sources = [path for folder in (HERE, NATIVE) for path in folder.glob("*.*")]
+    for path in sorted(path for path in sources if path.suffix in (".cpp", ".h")):
+        seen.update(f"{path.name}\0{path.read_text()}\0".encode())
+    return seen.hexdigest()
+
+
+def build_programs(folder: Path) -> list[Path]:
+    """Write the programs into a folder."""
     (folder / "empty.cpp").write_text("int main() {}\n")
     empty: list[str | Path] = [
         *compiler(),
@@ -79,15 +118,15 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         assert done.returncode == 0, done.stdout
         return made
 
-    made = {}
+    made = []
     for kind in KINDS:
         precompile(folder / f"system{kind}.h", [*OPTIONS, *KINDS[kind], *WARNINGS, *SANITIZERS])
         names = TILED if kind else NAMES
         sources = [HERE / "main.cpp", *(HERE / f"test_{name}.cpp" for name in names)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(pool.map(partial(build, kind), sources))
-        made[kind] = folder / f"main{kind}"
-        linked = run(*compiler(), "-fopenmp", *SANITIZERS, "-o", made[kind], *parts)
+        made.append(folder / f"main{kind}")
+        linked = run(*compiler(), "-fopenmp", *SANITIZERS, "-o", made[-1], *parts)
         assert linked.returncode == 0, linked.stdout
     return made
 

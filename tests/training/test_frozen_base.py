@@ -156,6 +156,7 @@ def test_a_full_disk_is_told_once_and_changes_nothing(
     assert all(torch.equal(one, theirs[name]) for name, one in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again(tiny_data: TokenData, tmp_path: Path, cache: Path) -> None:
     config = config_in(tmp_path, tiny_data)
     other = train_elsewhere(config, tiny_data, tmp_path / "first")
@@ -204,6 +205,7 @@ fit(load_config(config, []), TokenData.open(Path(data_dir)), Path(run_dir), repo
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_takes_nothing_from_the_others(
     tiny_data: TokenData, tmp_path: Path, cache: Path
 ) -> None:

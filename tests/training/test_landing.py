@@ -104,6 +104,7 @@ def test_a_landing_has_the_bits_of_a_run_whose_stable_part_ended_where_it_went_b
     assert bits(tmp_path / "short", averaged) == bits(tmp_path / "patient", averaged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["in line", "beside"])
 def test_a_run_killed_anywhere_lands_with_the_same_bits(
     text_file: Path, tiny_data: TokenData, tmp_path: Path, way: str
