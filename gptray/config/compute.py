@@ -1,5 +1,7 @@
 """The section compute: how many workers a job has, what each has, and on which nodes they run."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from typing import Annotated, Literal

@@ -3,6 +3,8 @@
 Made from the config tree's own descriptions, so that it cannot fall behind.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import sys

@@ -3,6 +3,8 @@
 Read off the tree's annotations once; the tree itself is in `gptray.config`.
 """
 
+from __future__ import annotations
+
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ The config's `sample` section, columns of a batch, HTTP and Python check against
 Inside them no setting can overflow a float, name what is not there, or slow its neighbours down.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 from pydantic import Field

@@ -1,5 +1,7 @@
 """The config's `lora` section: a low-rank adapter of a model that stays as it is."""
 
+from __future__ import annotations
+
 import math
 from typing import Annotated
 

@@ -3,6 +3,8 @@
 GPT-2 by default; `gptray.model.families` says which choices other families make.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Annotated, Literal
 

@@ -1,5 +1,7 @@
 """Texts by name, as evaluate.also takes them: one, a list of them, or names with a text each."""
 
+from __future__ import annotations
+
 from typing import Annotated
 
 from pydantic import AfterValidator, Field

@@ -1,5 +1,7 @@
 """Names of folders: letters and digits of any script."""
 
+from __future__ import annotations
+
 import unicodedata
 
 # File systems allow 255 bytes in a name; draft files and Ray append to it.

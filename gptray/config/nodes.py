@@ -1,5 +1,7 @@
 """YAML nodes as values for keys: what a word, a scalar or a list means for a key's types."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import yaml

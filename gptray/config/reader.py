@@ -4,6 +4,8 @@ Works on any tree of pydantic sections, so that it needs no knowledge of single 
 and its rules are in `gptray.config`, spelling in `gptray.config.suggest`.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterator, Mapping

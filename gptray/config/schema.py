@@ -5,6 +5,8 @@ command line. Rules that need the world (files, GPUs, a tokenizer) stand where t
 field has the name of the API that finally receives it (HF, torch, Ray).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

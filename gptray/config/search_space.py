@@ -5,6 +5,8 @@ KINDS and its values, and `when`, a condition on a path of an entry before. Whic
 and what they take is the tree's to say; drawing values is left to `gptray.tuning.draws`.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

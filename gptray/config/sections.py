@@ -3,6 +3,8 @@
 Joined into one tree in `gptray.config`, from where everybody imports them.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from typing import Annotated, Literal

@@ -1,5 +1,7 @@
 """The config's `serve` section: the HTTP endpoint."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from typing import Annotated

@@ -3,6 +3,8 @@
 Pure text; which names are valid is the caller's to say.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterable, Sequence

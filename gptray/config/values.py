@@ -1,5 +1,7 @@
 """The types of values that sections share, and checks of values that need more than a bound."""
 
+from __future__ import annotations
+
 import codecs
 from collections.abc import Iterator
 from encodings.aliases import aliases

@@ -4,6 +4,8 @@
 What the values mean, and which keys there are, is left to `gptray.config.reader`.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,5 +1,7 @@
 """OpenAI batch files: JSON lines of HTTP requests, each with custom_id, method, url and body."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 

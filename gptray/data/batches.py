@@ -4,6 +4,8 @@ Parquet columns stay Arrow from end to end; only what the job itself reads (prom
 becomes Python values. Errors name the file and the line (Parquet: row).
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

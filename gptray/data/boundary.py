@@ -5,6 +5,8 @@ a letter or digit (text without spaces, such as Chinese, has only those). GPT-2'
 Qwen's patterns start a new piece there; see `Tokenizer.cuts_at_boundaries`.
 """
 
+from __future__ import annotations
+
 import codecs
 import re
 import sys

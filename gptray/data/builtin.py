@@ -4,6 +4,8 @@ One document per topic and per module, in a fixed order, with every repeated par
 before any split. It differs a little from one Python version to the next.
 """
 
+from __future__ import annotations
+
 import ast
 import os
 import platform

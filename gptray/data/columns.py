@@ -4,6 +4,8 @@ Parquet declares its columns, CSV and text hold text, and every JSON row is exam
 of several files has one type in all of them, or the input is refused.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -3,6 +3,8 @@
 It holds about a megabyte at a time. Errors name the file and the line (Parquet: row).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import BufferedReader

@@ -1,5 +1,7 @@
 """What the manifest of a prepared data folder holds; sizes in UTF-8 bytes of text."""
 
+from __future__ import annotations
+
 from typing import NotRequired, TypedDict
 
 

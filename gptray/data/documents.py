@@ -3,6 +3,8 @@
 Text comes in parts as it is read, so that no document is held whole.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 

@@ -3,6 +3,8 @@
 Decoding is strict. Errors name the line, and the encoding that would fit.
 """
 
+from __future__ import annotations
+
 import codecs
 import unicodedata
 from collections import Counter

@@ -4,6 +4,8 @@ A fallback token is part of a character, or an unknown one. Many of them mean th
 vocabulary was made for other text, or is too small for this one.
 """
 
+from __future__ import annotations
+
 import numpy as np
 from numpy.typing import NDArray
 

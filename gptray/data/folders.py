@@ -4,6 +4,8 @@ Local names need not be UTF-8: Python keeps their bytes in surrogates, and `show
 What a URI names is listed by pyarrow's file systems.
 """
 
+from __future__ import annotations
+
 import glob
 import os
 import re

@@ -5,6 +5,8 @@ to cut text into words, SentencePiece's BPE ("llama") and SentencePiece's unigra
 need is in `tokenizer.ggml.*`. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping, Sequence
 

@@ -4,6 +4,8 @@ A missing key and null are alike. Numbers are 64-bit integers or doubles, as JSO
 them; NaN and infinities, which Python writes, are doubles too.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from itertools import chain

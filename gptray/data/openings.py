@@ -1,5 +1,7 @@
 """Prompts from the text itself: how two of its validation documents begin."""
 
+from __future__ import annotations
+
 import re
 
 from gptray.data.tokens import TokenData

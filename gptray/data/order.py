@@ -4,6 +4,8 @@ Nothing here depends on workers, micro-batches or restarts, so a resumed run or 
 number of workers sees the same global batches (elastic determinism, as in MosaicML Streaming).
 """
 
+from __future__ import annotations
+
 from functools import lru_cache
 
 import numpy as np

@@ -4,6 +4,8 @@ Nothing of the input is renamed or left out in silence: a name that the job need
 gets the prefix that the user chose.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import count
 

@@ -4,6 +4,8 @@ Pages carry checksums. A part's sha256 is kept in a hidden folder next to it, so
 another file in its place, is noticed.
 """
 
+from __future__ import annotations
+
 import io
 import os
 from collections.abc import Iterable

@@ -4,6 +4,8 @@ A piece is a byte range of a text or JSON Lines file, some row groups of a Parqu
 file.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

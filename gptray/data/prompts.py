@@ -5,6 +5,8 @@ through, an id twice) is an error before anything starts. What is wrong with a r
 row's error: it keeps its place and its reason.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ Built next to its final place under a hidden name: a killed attempt is never tak
 two attempts at once the first to finish stays.
 """
 
+from __future__ import annotations
+
 import errno
 import shutil
 import time

@@ -3,6 +3,8 @@
 Equal requests share a folder; a change of source, tokenizer, split, seed or fraction makes another.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re

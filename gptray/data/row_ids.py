@@ -1,5 +1,7 @@
 """What names a row: ids are integers or text, none missing, each once (1 and "1" are the same)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 
 import numpy as np

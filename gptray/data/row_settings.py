@@ -1,5 +1,7 @@
 """Sampling settings of a row, as its columns hold them: read here, judged by the sampler."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 

@@ -3,6 +3,8 @@
 Text is decoded as its file's `encoding` says.
 """
 
+from __future__ import annotations
+
 import codecs
 import csv
 import json

@@ -1,5 +1,7 @@
 """SentencePiece's tokenizers, as Hugging Face writes them, in llama.cpp's terms."""
 
+from __future__ import annotations
+
 import base64
 import logging
 from collections.abc import Mapping, Sequence

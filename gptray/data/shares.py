@@ -1,5 +1,7 @@
 """A prepared text in words: the shares of its splits, and what looks wrong in it."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Mapping
 

@@ -4,6 +4,8 @@ Finds files and opens them as byte streams, decompressed; it reads no text (`cor
 Local names need not be UTF-8; what a URI names is listed and opened by a pyarrow file system.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import os

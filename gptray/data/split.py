@@ -3,6 +3,8 @@
 Pure functions of sizes, shares and the seed; reading and writing is left to others.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

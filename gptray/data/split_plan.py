@@ -3,6 +3,8 @@
 Pure: the counts come from `work.scan`, the rule from `split`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain

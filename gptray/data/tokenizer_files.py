@@ -4,6 +4,8 @@ A folder (of a tokenizer, a model, a run or prepared data), a tokenizer.json by 
 name, GPT-2's vocab.json and merges.txt alone, or what `AutoTokenizer` opens, the hub included.
 """
 
+from __future__ import annotations
+
 import hashlib
 import logging
 import re

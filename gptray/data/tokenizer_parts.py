@@ -1,5 +1,7 @@
 """What is read of a tokenizer.json of Hugging Face's `tokenizers`."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Required, TypedDict
 

@@ -4,6 +4,8 @@ What it would put behind one is left out: a prompt is there to be continued, and
 trained on ends with the end of text anyway.
 """
 
+from __future__ import annotations
+
 from functools import lru_cache
 from itertools import takewhile
 

@@ -1,5 +1,7 @@
 """Which rows of a model's embedding another tokenizer can keep: those of tokens that both have."""
 
+from __future__ import annotations
+
 from gptray.data.roundtrip import pieces
 from gptray.data.tokenizer import Tokenizer
 

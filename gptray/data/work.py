@@ -3,6 +3,8 @@
 Each is a function of the unit and its documents' labels; where they run is up to the job.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections import Counter

@@ -1,5 +1,7 @@
 """The names of special tokens where a text spells them, such as <|im_end|>."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 

@@ -3,6 +3,8 @@
 What is not plain LoRA is refused by name: what it would add is not computed here.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

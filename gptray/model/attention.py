@@ -5,6 +5,8 @@ beyond their block; elsewhere PyTorch's scaled_dot_product_attention. `gptray.mo
 project's own for bf16 on a CPU, without dropout.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 

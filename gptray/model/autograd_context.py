@@ -1,5 +1,7 @@
 """What autograd functions keep from their forward for their backward pass."""
 
+from __future__ import annotations
+
 from typing import Protocol
 
 from torch import Tensor

@@ -5,6 +5,8 @@ teachers count as one by the average of their probabilities, as an ensemble is s
 rows, as in `gptray.model.loss`: of the model and of a teacher, one piece's logits exist.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """A prompt that suits a model, kept in the model's folder: `gptray.json`."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -5,6 +5,8 @@ A family is a row of the table below. To read or write one is the same work for 
 in Hugging Face's transformers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal

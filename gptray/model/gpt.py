@@ -10,6 +10,8 @@ Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 Shapes: B batch, T tokens, C = n_embd, V rows of the embedding.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 

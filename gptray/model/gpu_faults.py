@@ -1,5 +1,7 @@
 """What can be wrong with a GPU, in one sentence each: no driver for it, no room on it."""
 
+from __future__ import annotations
+
 import torch
 
 from gptray.config import RunFailed, UserError

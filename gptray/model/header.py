@@ -4,6 +4,8 @@ Otherwise a config that promises more than its files hold would be built first, 
 Needs no torch, so that a job can refuse a folder at once; `gptray.model.hf` reads the weights.
 """
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

@@ -4,6 +4,8 @@ config.json is `gptray.model.shape`'s. Only safetensors are written or read, nev
 Every file appears whole: it is written under another name and then renamed.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

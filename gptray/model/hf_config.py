@@ -3,6 +3,8 @@
 No torch here, so that a dry run answers at once.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from pathlib import Path

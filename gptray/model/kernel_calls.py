@@ -1,5 +1,7 @@
 """Calls of the native library's functions for training, see `gptray.native.abi`."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

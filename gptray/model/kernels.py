@@ -9,6 +9,8 @@ normalised or rotated.
 Shapes: M rows, H heads of queries, G of keys and values, D numbers in a head.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -8,6 +8,8 @@ none. On a CPU a piece stays in its caches; on a GPU it is large, since every pi
 the whole gradient of the weight and costs its launches.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import torch

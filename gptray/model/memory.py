@@ -1,5 +1,7 @@
 """Memory of the process: what is freed is kept for the next tensor, or given back at once."""
 
+from __future__ import annotations
+
 import ctypes
 
 # glibc's names in malloc.h

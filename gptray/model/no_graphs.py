@@ -1,5 +1,7 @@
 """Which networks CUDA graphs generate with: GPT-2's, no others yet."""
 
+from __future__ import annotations
+
 from gptray.config import ModelConfig
 from gptray.config.keys import shown
 from gptray.model.families import GPT2, SHAPE

@@ -1,5 +1,7 @@
 """A function with its gradient, for eager mode and for torch.compile."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -4,6 +4,8 @@ Linear layers that read the same input are one: queries, keys and values in `c_a
 input of a gated MLP in `c_fc`. Weights are (out, in).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal

@@ -3,6 +3,8 @@
 Both only look at the machine and answer; the training loop decides where to use them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache

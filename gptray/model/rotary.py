@@ -6,6 +6,8 @@ Hugging Face's files of all families here.
 Shapes: T positions, R the rotated part of a head.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -3,6 +3,8 @@
 No torch here, so that a dry run answers at once. Weights are `gptray.model.hf`'s.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 from pathlib import Path

@@ -3,6 +3,8 @@
 No torch here. `gptray.model.header` compares the weights with config.json.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,6 +3,8 @@
 So that what is made of them is all that memory holds.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import torch

@@ -1,5 +1,7 @@
 """Bytes of a network's linear layers by kind of weights, told before any is read; no torch here."""
 
+from __future__ import annotations
+
 from gptray.config import ModelConfig
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import block_modules

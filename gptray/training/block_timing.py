@@ -1,5 +1,7 @@
 """Which backend trains this run's network faster here: a block's forward and backward pass."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import torch

@@ -4,6 +4,8 @@ tensorboardX's own writer has a thread and a queue: on a full disk the thread di
 to the queue then waits for ever. Its messages are used here, and written as they are due.
 """
 
+from __future__ import annotations
+
 import socket
 import struct
 import time

@@ -1,5 +1,7 @@
 """A run's model as it begins or resumes: from a checkpoint, from other weights, or new."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from functools import partial

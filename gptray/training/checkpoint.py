@@ -10,6 +10,8 @@ Nothing is pickled. What the tensor files hold is up to the loop; without torch 
 inspect checkpoints at once.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import shlex

@@ -1,5 +1,7 @@
 """What training asks of its device: that it works, what repeats to the bit, what is compiled."""
 
+from __future__ import annotations
+
 import platform
 from collections.abc import Callable
 

@@ -5,6 +5,8 @@ checkpoint over and training continues; who scores it, and where, is up to the c
 counts at the next evaluation, never earlier or later, so that a run does not depend on timing.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,5 +1,7 @@
 """The global batch of a step in micro-batches, and what each of them counts in the step's loss."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
 

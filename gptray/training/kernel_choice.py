@@ -3,6 +3,8 @@
 All workers of a run compute with the same; the first one decides.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 

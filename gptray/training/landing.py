@@ -7,6 +7,8 @@ updates that its weights have behind them. So a landing has the bits of a run wh
 ended at the checkpoint it went back to. No torch here: drivers read what runs have come to.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Where the time of training goes, by the clock of the first worker's host."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Mapping
 

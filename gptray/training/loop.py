@@ -5,6 +5,8 @@ scored elsewhere, `validated(step)`. So the same loop runs in a Ray Train worker
 and in a test.
 """
 
+from __future__ import annotations
+
 import math
 import time
 from collections import deque

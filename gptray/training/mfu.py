@@ -4,6 +4,8 @@ Chowdhery et al. 2022, PaLM, appendix B: 6 FLOPs a token for each weight that a 
 12 L H Q T for attention, forward and backward, without what is computed twice.
 """
 
+from __future__ import annotations
+
 import re
 
 import torch

@@ -1,5 +1,7 @@
 """AdamW's parameter groups and stored state, and the learning-rate schedules."""
 
+from __future__ import annotations
+
 import inspect
 import math
 from collections.abc import Callable, Iterable

@@ -1,5 +1,7 @@
 """A run's best model becomes its `model/`: an adapter's is merged with the base for that."""
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
 

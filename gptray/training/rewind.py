@@ -4,6 +4,8 @@ Nothing is saved at the turn: a run that is killed here, or before the cool-down
 resumes at the stable part's last one and turns again.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """One worker's side of a run: the model, optimizer and batch order, new or restored."""
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import os

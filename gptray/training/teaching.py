@@ -4,6 +4,8 @@ They read the inputs that the model reads, replaced tokens included (Beyer et al
 distillation: A good teacher is patient and consistent).
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """The loss over a whole split: sum of token losses / number of tokens, reduced over all workers."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext

@@ -4,6 +4,8 @@ The grid's points are all visited. The other entries are drawn as in a Latin hyp
 al. 1979): of n trials each has its own n-th of every distribution, so that few trials cover it.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Sequence
 

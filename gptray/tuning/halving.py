@@ -5,6 +5,8 @@ until it is among the best 1 in `reduction_factor` of those that have come there
 once more have come. A function of what trials have measured, so a sweep that was killed knows it.
 """
 
+from __future__ import annotations
+
 import math
 import zlib
 from collections.abc import Collection, Iterable

@@ -4,6 +4,8 @@ A trial is a session of the plugin, in the folder above its curves. Its files ha
 that each is written once, however often the sweep is resumed.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Mapping
 from pathlib import Path

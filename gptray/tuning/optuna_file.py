@@ -4,6 +4,8 @@ The format is that of optuna's JournalStorage with a JournalFileBackend: an oper
 written here, so that every sweep has it, whether Optuna is installed or not.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime

@@ -4,6 +4,8 @@ A Bayesian regression for more settings than a few trials can tell apart: most a
 next to nothing until the trials say otherwise. It knows matrices, and nothing of sweeps.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,6 +4,8 @@ One event a line, on disk before the sweep continues, so that a killed sweep kno
 decided. A trial's measurements are in its own run folder `trials/<name>/`.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import time

@@ -1,5 +1,7 @@
 """`trials.parquet`: a sweep's trials as a table, for notebooks and spreadsheets."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

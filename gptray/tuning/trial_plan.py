@@ -3,6 +3,8 @@
 A function of the config and of what trials have measured; running them is the runner's.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import math
