@@ -20,12 +20,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import Any
 
 PRELOADED = [
     "gptray.jobs.evaluate.worker",
     "gptray.jobs.generate.worker",
-    "gptray.jobs.prepare.worker",
+    "gptray.jobs.prepare.run",
     "gptray.jobs.train.trainer",
     "gptray.jobs.train.worker",
     "gptray.jobs.tune.worker",
@@ -49,6 +50,8 @@ def forking_workers() -> Iterator[None]:
     import pytest
     from ray._private.parameter import RayParams
 
+    missing = [name for name in PRELOADED if find_spec(name) is None]
+    assert not missing, f"no worker could start without {missing}"
     given = RayParams.__init__
 
     def with_this_file(self: RayParams, *others: Any, **named: Any) -> None:
