@@ -7,7 +7,8 @@ import ipaddress
 import os
 import re
 import struct
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.forked_workers import OWNER
@@ -28,6 +29,14 @@ def ray_workers(kind: str) -> set[int]:
     """The actors of a class on nodes that this process has started, by process id."""
     of_this_process = marked(f"{OWNER}={os.getpid()}\0")
     return {pid for pid, name in of_this_process.items() if name.startswith(f"ray::{kind}")}
+
+
+def before_long(happened: Callable[[], object]) -> None:
+    """Wait until something has happened; a minute at most."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def listening(pids: Iterable[int]) -> list[tuple[str, int]]:

@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,10 @@ import pytest
 
 from gptray.files import cache_folder, sha256_of
 from gptray.record import EVENTS, METRICS, read_rows
-from tests.processes import listening, marked
+from tests.processes import before_long, listening, marked
 from tests.test_jobs import ROOT, TINY
 
 pytestmark = pytest.mark.ray
-
-
-def before_long(happened: Callable[[], object]) -> None:
-    """Wait until something has happened; a minute at most."""
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -179,7 +170,7 @@ def test_a_run_that_is_killed_in_every_way_ends_with_the_same_bits(
     with training(shlex.split(again), home, step=82) as driver:
         starts = [row for row in read_rows(run_dir / EVENTS) if row["event"] == "start"]
         os.kill(starts[-1]["pid"], signal.SIGKILL)  # the first worker
-        out, said = driver.communicate(timeout=120)
+        out, said = driver.communicate(timeout=300)
         assert driver.returncode == 0, said
         assert json.loads(out)["step"] == STEPS
 
