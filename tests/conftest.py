@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch
 from xdist.scheduler import LoadFileScheduling
 
 from gptray.data.tokens import TokenData
-from tests.forked_workers import forking_workers
 from tests.tiny import tiny_config, tiny_text
 
 # Whatever the environment says: each process of -n, and each run, would rewrite all asserts anew.
@@ -100,10 +98,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     # Tiny runs report in quick succession: do not have each report wait for the next poll.
     os.environ.update(TRAIN_ENV | OWN_TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
     before = dict(os.environ)
-    with ExitStack() as stack:
-        with forking_workers():
-            options = {"num_cpus": 2, "log_to_driver": False, "logging_level": "ERROR"}
-            stack.enter_context(own_ray(RAY_TOKEN, **options))
+    with own_ray(RAY_TOKEN, num_cpus=2, log_to_driver=False, logging_level="ERROR"):
         # What keeps this Ray to itself is not for clusters that tests start.
         for name in os.environ.keys() - before.keys():
             del os.environ[name]

@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tests.forked_workers import OWNER
-
 
 def marked(mark: str) -> dict[int, str]:
     """Command lines of the processes with this text in their environment, by process id."""
@@ -27,8 +25,18 @@ def marked(mark: str) -> dict[int, str]:
 
 def ray_workers(kind: str) -> set[int]:
     """The actors of a class on nodes that this process has started, by process id."""
-    of_this_process = marked(f"{OWNER}={os.getpid()}\0")
-    return {pid for pid, name in of_this_process.items() if name.startswith(f"ray::{kind}")}
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            is_one = (process / "cmdline").read_bytes().startswith(f"ray::{kind}".encode())
+            # The raylet has started it, and this process the raylet.
+            if is_one and _parent(_parent(process.name)) == str(os.getpid()):
+                found.add(int(process.name))
+    return found
+
+
+def _parent(pid: str) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
 
 
 def before_long(happened: Callable[[], object]) -> None:

@@ -21,8 +21,6 @@ from typing import Any
 
 import pytest
 
-from tests.forked_workers import forking_workers
-
 ROOT = Path(__file__).resolve().parents[2]
 # A node without an answer for so long is lost; Ray's own figures make that half a minute.
 _HEALTH = {
@@ -98,7 +96,7 @@ def cluster_of(*nodes: dict[str, Any]) -> Iterator[tuple[Nodes, list[Any]]]:
     """
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch, forking_workers():
+    with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         handler = signal.getsignal(signal.SIGTERM)  # a node puts its own in its place
         cluster = Cluster()

@@ -100,6 +100,7 @@ def test_a_node_that_is_about_to_be_taken_and_a_sigterm_cost_no_step_and_no_fail
             nodes.drain(second, 600)
             line_with("to resume with 2 workers: node", process)
             line_with("resuming after step", process)
+            line_with(f"/{STEPS}", process)  # all workers are there, and those before have gone
             os.kill(min(ray_workers("RayTrainWorker")), signal.SIGTERM)
             line_with("a worker got SIGTERM", process)
             out, told = process.communicate(timeout=2 * LIMIT_S)

@@ -15,14 +15,6 @@ from pathlib import Path
 # The second node's address and, as its label `node`, its name.
 SECOND, NAME = "127.0.0.2", "second"
 START_S = 120
-ROOT = Path(__file__).parents[2]
-# The command `ray`, whose nodes fork their workers.
-_RAY = """
-from ray.scripts.scripts import main
-from tests.forked_workers import forking_workers
-with forking_workers():
-    main()
-"""
 # Connects as soon as there is a head, and ends when there are enough nodes.
 _UNTIL = """
 import time, ray
@@ -54,16 +46,16 @@ def two_nodes(
     Gives the environment of a job on that cluster. folder: for what the nodes' Ray says. size: of
     each empty folder.
     """
-    ray = [sys.executable, "-c", _RAY]
+    ray = str(Path(sys.executable).with_name("ray"))
     port = _free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     common = ["--block", "--disable-usage-stats"]
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
-        head = [*ray, "start", "--head", f"--port={port}", "--num-cpus=1", *common]
+        head = [ray, "start", "--head", f"--port={port}", "--num-cpus=1", *common]
         head += [f"--temp-dir={temporary}", "--include-dashboard=False"]
         mounts = " && ".join(f'mount -t tmpfs -o size={size} none "{path}"' for path in hidden)
-        second = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh", *ray, "start"]
+        second = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh", ray, "start"]
         second += [
             f"--address=127.0.0.1:{port}",
             f"--node-ip-address={SECOND}",
@@ -83,13 +75,7 @@ def two_nodes(
 
 def _started(command: list[str], environment: Mapping[str, str], out: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=out,
-        stderr=out,
-        start_new_session=True,
-        text=True,
+        command, env=environment, stdout=out, stderr=out, start_new_session=True, text=True
     )
 
 
