@@ -22,10 +22,26 @@ from pathlib import Path
 
 from gptray.gpus import NVIDIA, nvidia_smi, torch_cuda
 from gptray.hub import first_line
-from gptray.jobs.doctor.facts import Disk, NodeFacts, OpenPort
+from gptray.jobs.doctor.facts import DASHBOARD, Disk, NodeFacts, OpenPort
 
 NAMED = ("ray", "torch", "gptray")
 _SHARED_MEMORY = Path("/dev/shm")
+# What a command line of Ray's has, and the name that people know the process by.
+_NAMES = (
+    ("dashboard/dashboard.py", DASHBOARD),
+    ("gcs_server", "gcs_server"),
+    ("ray::", ""),  # its title says what it is
+    ("dashboard/agent.py", "dashboard agent"),
+    ("runtime_env/agent", "runtime environment agent"),
+    ("raylet/raylet", "raylet"),
+    ("ray.util.client.server", "client server"),
+)
+_LISTENS = "0A"
+# Where its port is taken, the dashboard tries the next ones.
+_PORT_TRIES = 50
+# Seconds to get two GPUs, which other jobs may hold, and for them to find each other.
+DEADLINE_S = 120.0
+MEET_S = 60.0
 
 
 def node_facts(storage_path: str) -> NodeFacts:
@@ -89,22 +105,6 @@ def _gpus() -> tuple[tuple[str, ...], str | None]:
     return tuple("NVIDIA GPU" for _ in NVIDIA.glob("*")), None
 
 
-# What a command line of Ray's has, and the name that people know the process by.
-DASHBOARD = "dashboard"
-_NAMES = (
-    ("dashboard/dashboard.py", DASHBOARD),
-    ("gcs_server", "gcs_server"),
-    ("ray::", ""),  # its title says what it is
-    ("dashboard/agent.py", "dashboard agent"),
-    ("runtime_env/agent", "runtime environment agent"),
-    ("raylet/raylet", "raylet"),
-    ("ray.util.client.server", "client server"),
-)
-_LISTENS = "0A"
-# Where its port is taken, the dashboard tries the next ones.
-_PORT_TRIES = 50
-
-
 def open_ports() -> tuple[OpenPort, ...]:
     """Every TCP port beyond loopback on which a process of Ray's listens that we may look into."""
     sockets = dict(_sockets())
@@ -162,11 +162,6 @@ def process_name(command: str, port: int | None = None) -> str:
         if part in command:
             return name or command.strip().split("(")[0].removeprefix("ray::").strip()
     return ""
-
-
-# Seconds to get two GPUs, which other jobs may hold, and for them to find each other.
-DEADLINE_S = 120.0
-MEET_S = 60.0
 
 
 def two_gpus_add_up(*, backend: str = "nccl", on_gpus: bool = True) -> str:
