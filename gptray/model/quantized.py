@@ -36,6 +36,8 @@ _BEFORE_ENDS = {"int4": 6.5, "iq4_nl": 115.5}
 _MENDED = 2
 # Weights that are rounded at a time: what is made of them meanwhile stays near.
 _AT_ONCE = 1 << 18
+# To be raised where the same weights become other numbers, so that none that are kept are taken.
+ROUNDING = 2
 # Factors of value^0 .. value^4 that give, rounded, CODES[value + 8].
 IQ4_NL = (1.43, 11.44, -0.0168, 0.08184, 0.001586)
 
