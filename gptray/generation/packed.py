@@ -197,8 +197,14 @@ def _block(
         weight, bias = whole(layer.weight), None if layer.bias is None else whole(layer.bias)
         if factors is not None:
             factors = factors.to(weight.device)
-            weight, bias = weight * factors[:, None], None if bias is None else bias * factors
-        made = product(weight, bias, dtype, quantized=quantize, importance=counts[layer], gelu=gelu)
+            bias = None if bias is None else bias * factors
+        made = product(
+            *(weight, bias, dtype),
+            quantized=quantize,
+            importance=counts[layer],
+            factors=factors,
+            gelu=gelu,
+        )
         return Layer(next(numbers), made)
 
     # The scores' scale is in the rows that make q, unless a norm comes after them.

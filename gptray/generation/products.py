@@ -34,18 +34,21 @@ def product(
     *,
     quantized: str = "none",
     importance: Tensor | None = None,
+    factors: Tensor | None = None,
     gelu: str | None = None,
 ) -> Product:
     """The product with weight (out, in) and bias (out,), fp32 masters, computed in `dtype`.
 
     gelu: "tanh" for GPT-2's, "none" for the exact one, as torch calls its approximation. quantized:
-    another kind keeps the weight as `gptray.model.quantized` makes it, by the importance.
+    another kind keeps the weight as `gptray.model.quantized` makes it, by the importance. factors:
+    (out,), of the weight's outputs; weights in few bits are rounded before.
     """
     if quantized != "none":
-        kept = quantize(weight, quantized, importance)
+        kept = quantize(weight, quantized, importance).times(factors)
         if quantized == "int8" and weight.device.type == "cpu":
             return _Int8(kept, bias, dtype, gelu=gelu)
         return WeightOnly(kept, None if bias is None else bias.to(dtype), dtype, gelu)
+    weight = weight if factors is None else weight * factors[:, None]
     return _dense(weight.to(dtype), None if bias is None else bias.to(dtype), gelu=gelu)
 
 

@@ -22,6 +22,7 @@ from gptray.model.adapter import Base
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_weights
 from gptray.model.importance import input_importance
+from gptray.model.quantized import ROUNDING
 from gptray.model.quantized_linear import quantized_layers
 from gptray.model.unread import unread_network
 from gptray.model.usage import Usage
@@ -69,7 +70,8 @@ def map_base(model: GPT, base: Base, *, tell: Callable[[str], None] = log.warnin
 def _digest(model: nn.Module, base: Base) -> str:
     """Of all that the file depends on."""
     layout = [(name, one.dtype, list(one.shape)) for name, one in model.state_dict().items()]
-    text = repr((base.sha256, base.family, base.config, base.quantized, layout, versions()))
+    rounded = base.quantized, ROUNDING
+    text = repr((base.sha256, base.family, base.config, rounded, layout, versions()))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

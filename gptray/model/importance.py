@@ -20,6 +20,7 @@ from gptray.model.gpt import GPT
 from gptray.model.layers import Linear
 from gptray.model.parameters import stored_parts
 from gptray.model.quantized import IN_GROUPS, QuantizedWeight, quantize
+from gptray.model.rotary import Rotary
 from gptray.model.rounding import rounded
 from gptray.model.stored_weights import StoredModel, StoredWeight
 from gptray.model.unread import unread_network
@@ -86,8 +87,9 @@ def _embedded(model: GPT) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     idx = torch.randint(len(table), (1, length), generator=random).to(table.device)
     x = F.embedding(idx, table).double()
     if transformer.rotary:
-        places = torch.arange(length, device=table.device)
-        return x, transformer.rotary.at(places, torch.float64)
+        # The network's own angles are of fp32, in which machines differ.
+        rotary = Rotary(model.config, torch.float64)
+        return x, rotary.at(torch.arange(length, device=table.device), torch.float64)
     return x + model.whole(transformer.wpe.weight)[:length], None
 
 

@@ -36,6 +36,8 @@ _BEFORE_ENDS = {"int4": 6.5, "iq4_nl": 115.5}
 _MENDED = 2
 # Weights that are rounded at a time: what is made of them meanwhile stays near.
 _AT_ONCE = 1 << 18
+# To be raised where the same weights become other numbers, so that none that are kept are taken.
+ROUNDING = 2
 # Factors of value^0 .. value^4 that give, rounded, CODES[value + 8].
 IQ4_NL = (1.43, 11.44, -0.0168, 0.08184, 0.001586)
 
@@ -114,7 +116,8 @@ def _quantized(weight: Tensor, kind: str, importance: Tensor) -> tuple[Tensor, T
     """The values and scales of some rows."""
     inputs = weight.size(1)
     if kind == "int8":
-        scales = (weight.abs().amax(1, keepdim=True) / _INT8_MOST).half()
+        most = weight.new_tensor(_INT8_MOST)  # see `_best_scales`
+        scales = (weight.abs().amax(1, keepdim=True) / most).half()
         return _nearest(weight, scales, -_INT8_MOST, _INT8_MOST).to(torch.int8), scales
     groups = _grouped(weight, GROUP)
     scales = _best_scales(groups, _grouped(importance[None], GROUP), kind)
@@ -138,9 +141,11 @@ def _best_scales(groups: Tensor, importance: Tensor, kind: str) -> Tensor:
     for those values take turns (Lloyd 1982).
     """
     greatest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    best = (greatest / _ENDS[kind][0]).half()
+    # Not numbers of Python: a GPU would multiply by their reciprocals, and round otherwise.
+    ends = groups.new_tensor(_ENDS[kind]).unbind()
+    best = (greatest / ends[0]).half()
     least = torch.full_like(best, torch.inf, dtype=torch.float64)
-    for end in _ENDS[kind]:
+    for end in ends:
         best, least = _better(groups, importance, (greatest / end).half(), best, least, kind)
     most = greatest.abs() / _BEFORE_ENDS[kind]
     for _ in range(_MENDED):

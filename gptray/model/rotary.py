@@ -20,14 +20,18 @@ Angles = tuple[Tensor, Tensor]
 
 
 class Rotary:
-    """The angles of a network's rotary positions, with its scaling for longer contexts."""
+    """The angles of a network's rotary positions, with its scaling for longer contexts.
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._frequencies, self._scale = frequencies(config)
+    dtype: fp32 or fp64, that they are computed in.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        self._frequencies, self._scale = frequencies(config, dtype)
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """The angles of whole-numbered positions (T,)."""
-        angles = positions.float()[:, None] * self._frequencies.to(positions.device)
+        turns = self._frequencies.to(positions.device)
+        angles = positions.to(turns.dtype)[:, None] * turns
         cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
         return cos.to(dtype), sin.to(dtype)
 
@@ -40,11 +44,11 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Radians by which each pair turns from one position to the next, (R / 2,) fp32 on the CPU;
-    and the factor of cosines and sines."""
+def frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
+    """Radians by which each pair turns from one position to the next, (R / 2,) in `dtype` on the
+    CPU; and the factor of cosines and sines."""
     width, cpu = config.rotary_width, torch.device("cpu")
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=cpu) / width
+    exponents = torch.arange(0, width, 2, dtype=dtype, device=cpu) / width
     plain = 1.0 / config.rope_theta**exponents
     scaling = dict(config.rope_scaling or {})
     kind = scaling.pop("rope_type", None)

@@ -21,6 +21,7 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
 from gptray.model.packed_weights import PACKINGS
+from gptray.model.quantized import quantize
 from tests.generation.models import random_gpt, run, small_tokenizer
 
 pytestmark = [
@@ -157,3 +158,11 @@ def test_kernels_for_few_bits_are_measured_once_and_give_what_pytorch_does(
         for _ in range(2):
             room = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
             torch.testing.assert_close(replayed(), expected[: len(part)], rtol=0, atol=room)
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_weights_are_rounded_as_on_a_cpu(kind: str) -> None:
+    weight = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
+    there, here = quantize(weight.cuda(), kind), quantize(weight, kind)
+    assert torch.equal(there.values.cpu(), here.values)
+    assert torch.equal(there.scales.cpu(), here.scales)

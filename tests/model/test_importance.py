@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained, save_pretrained
 from gptray.model.importance import input_importance
 from gptray.model.quantized import quantize
+from gptray.model.rotary import Rotary
 from gptray.model.unread import unread_network
 from tests.model.foreign_models import FAMILIES
 from tests.model.test_lora import base_in
@@ -81,6 +83,15 @@ def test_it_depends_on_the_weights_alone(name: str, tmp_path: Path, threads: Non
     ):
         assert found.keys() == expected.keys()
         assert all(torch.equal(one, expected[key]) for key, one in found.items())
+
+
+def test_angles_are_as_exact_as_what_is_computed_with_them() -> None:
+    config = ModelConfig(n_head=2, n_embd=32, positions="rotary")
+    (cos, sin), pairs = Rotary(config, torch.float64).at(torch.arange(300), torch.float64), 8
+    angles = [[place / 10000 ** (pair / pairs) for pair in range(pairs)] for place in range(300)]
+    for found, exact in ((cos, math.cos), (sin, math.sin)):
+        expected = torch.tensor([list(map(exact, row)) for row in angles], dtype=torch.float64)
+        assert float((found - expected).abs().max()) < 1e-12
 
 
 def test_dropout_is_left_out_and_goes_on_afterwards() -> None:

@@ -19,6 +19,7 @@ from gptray.model.adapter import Base
 from gptray.model.adapter_files import adapted_network
 from gptray.model.frozen_base import load_base
 from gptray.model.gpt import GPT
+from gptray.model.quantized import ROUNDING
 from gptray.native.build import library_name
 from gptray.node_cache import make_room
 from gptray.training.building import build_model
@@ -120,7 +121,7 @@ def test_a_run_writes_to_no_page_that_it_shares(
 
 
 def test_bases_that_differ_have_files_of_their_own(
-    tiny_data: TokenData, tmp_path: Path, cache: Path
+    tiny_data: TokenData, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def files(*words: str) -> int:
         network(config_in(tmp_path, tiny_data, *words), tiny_data)
@@ -131,13 +132,16 @@ def test_bases_that_differ_have_files_of_their_own(
     assert files("quantize.weights=int4") == 2
     assert files("quantize.weights=iq4_nl") == 3
     assert files("train.precision=bf16") == 4
+    with monkeypatch.context() as changed:  # weights are rounded in another way from now on
+        changed.setattr("gptray.model.frozen_base.ROUNDING", ROUNDING + 1)
+        assert files("quantize.weights=int4") == 5
     shutil.rmtree(tmp_path / "base")
-    assert files("seed=1") == 4  # the same model, written again
+    assert files("seed=1") == 5  # the same model, written again
     weights = tmp_path / "base" / "model.safetensors"
-    changed = bytearray(weights.read_bytes())
-    changed[-1] ^= 1
-    weights.write_bytes(changed)
-    assert files() == 5
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    assert files() == 6
 
 
 def test_a_full_disk_is_told_once_and_changes_nothing(
