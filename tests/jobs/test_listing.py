@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gptray import doors
 from gptray.config import Config, dump, load_config, override
 from gptray.jobs.run_folder import held
 from gptray.jobs.runs.listing import Listed, listed
@@ -182,6 +183,11 @@ def test_the_job_prints_a_table_that_folds_and_one_json_line(tmp_path: Path, col
     assert "\x1b" not in done.stdout
     text = " ".join(" ".join(shown).split())
     assert "2.000" in text and "overfits since step 70" in text and "finished" in text
+
+
+def test_an_empty_storage_path_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doors.run("runs", [f"storage_path={tmp_path}"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"no runs in {tmp_path}", '{"runs": []}']
 
 
 def test_losses_that_are_not_finite_are_left_out_of_the_json_line(tmp_path: Path) -> None:

@@ -208,6 +208,10 @@ def test_the_tile_and_the_table_have_one_gap_measured_without_dropout(tmp_path: 
     assert "gap +0.7500:" in after.text  # the evaluation's own section
     plain = Page(write_report(overfitted(tmp_path / "plain", "model.dropout=0")))
     assert "gap, dropout off in both" in tiles_of(plain)
+    words = ("model.dropout=0", "data.token_replacement=0.1")
+    replaced = Page(write_report(overfitted(tmp_path / "replaced", *words)))
+    assert "- gap, not measured yet: training has token replacement on" in tiles_of(replaced)
+    assert "no dropout" not in replaced.text
 
 
 def test_test_loss_and_text_scores_are_at_the_top_once_evaluated(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def plan(checked: CheckedRuns) -> Plan:
 
 def run(checked: CheckedRuns) -> dict[str, object]:
     """Print the list; return it."""
-    write_out(table_of(checked.runs))
+    none = f"no runs in {visible(checked.storage_path)}\n"
+    write_out(table_of(checked.runs) if checked.runs else none)
     return {"runs": [asdict(one) for one in checked.runs]}
 
 

@@ -234,17 +234,25 @@ class Gap:
 def gap_of(
     folder: Path, config: Config, diagnosis: Diagnosis, evaluation: Evaluation | None
 ) -> Gap:
-    """The gap from an evaluation, or from training if that has no dropout."""
+    """The gap from an evaluation, or from training if that has no noise."""
     if evaluation and evaluation["gap"] is not None:
         train = evaluation["splits"]["train"]
         assert train
         return Gap(evaluation["gap"], train["loss"], f"{MEANS}; measured by jobs/evaluate.py")
     best = diagnosis.chosen
-    if best and config.model.dropout == 0:
+    noise = noise_of(config)
+    if best and not noise:
         return Gap(best.gap, None, f"{MEANS}; of the batches before that step")
-    missing = "not measured: training has dropout on"
+    missing = f"not measured: training has {noise} on" if noise else "not measured yet"
     command = model_commands(folder, home_of(config))["evaluate"]
     return Gap(None, None, f"{MEANS}; {missing}; {command} measures it")
+
+
+def noise_of(config: Config) -> str:
+    """What raises the losses of training alone, such as "dropout"; empty if nothing does."""
+    dropout = config.model.dropout or (config.lora.rank and config.lora.dropout)
+    kinds = {"dropout": dropout, "token replacement": config.data.token_replacement}
+    return " and ".join(kind for kind, share in kinds.items() if share)
 
 
 def is_stale(evaluation: Evaluation, events: Sequence[Event]) -> bool:

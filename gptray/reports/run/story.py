@@ -17,7 +17,7 @@ from gptray.record import Event, MetricsRow, base_val_loss, seconds_trained, tea
 from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
 from gptray.reports.run.diagnosis import Diagnosis, has_failed
-from gptray.reports.run.findings import Gap, before_and_after, evaluation_tiles, gap_of
+from gptray.reports.run.findings import Gap, before_and_after, evaluation_tiles, gap_of, noise_of
 from gptray.reports.run.samples import samples_of
 from gptray.reports.run.sentence import sentence
 from gptray.wording import count, magnitude, perplexity, time_words
@@ -112,7 +112,8 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
         (f"{row['val_bpb']:.3f}", "its bits per byte"),
     ]
     gap = run.gap.value
-    how = "not measured yet: training has dropout on" if gap is None else "dropout off in both"
+    missing = f"not measured yet: training has {noise_of(run.config)} on"
+    how = missing if gap is None else "dropout off in both"
     figures.append(("-" if gap is None else f"{gap:+.3f}", f"gap, {how}"))
     return figures + (evaluation_tiles(run.evaluation) if run.evaluation else [])
 
@@ -135,10 +136,11 @@ def _at_three_steps(run: RunRecord) -> Table:
     chosen = [(name, _row_at(run, point.step)) for name, point in named if point]
     if diagnosis.best == diagnosis.last:
         chosen = [one for one in chosen if one[0] != "last"]
-    dropout = "dropout on" if run.config.model.dropout else "no dropout"
+    noise = noise_of(run.config)
+    with_noise = f"{noise} on" if noise else "no dropout"
     numbers: list[tuple[str, Figure, str, str]] = [
         ("Validation loss", "val_loss", ".4f", VALIDATION_LOSS),
-        ("Training loss", "train_loss", ".4f", f"{TRAINING_LOSS}, {dropout}"),
+        ("Training loss", "train_loss", ".4f", f"{TRAINING_LOSS}, {with_noise}"),
         ("Perplexity", "val_ppl", ",.2f", "exp(validation loss)"),
         ("Bits per byte", "val_bpb", ".4f", BITS_PER_BYTE),
         ("Epochs", "epoch", ".2f", "how often the training text has been read"),
