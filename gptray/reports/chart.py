@@ -145,14 +145,15 @@ def _marks(diagnosis: Diagnosis) -> tuple[Mark, ...]:
     best, turned = diagnosis.best, diagnosis.turned
     if best is None:
         return ()
-    value = f"{best.val_loss:.{decimals(diagnosis.worse or 1.0)}f}"
+    landed = diagnosis.landed
+    places = decimals(landed.gain if landed else diagnosis.worse or 1.0)
+    value = f"{best.val_loss:.{places}f}"
     marks = [Mark("best", best.step, best.val_loss, f"best: step {best.step:,} ({value})")]
     if turned and diagnosis.verdict == "overfitting":
         marks.append(Mark("turned", turned.step, turned.val_loss, f"turned: step {turned.step:,}"))
-    if landed := diagnosis.landed:
+    if landed:
         point = landed.best
-        loss = f"{point.val_loss:.{decimals(landed.gain)}f}"
-        label = f"landed: step {point.step:,} ({loss})"
+        label = f"landed: step {point.step:,} ({point.val_loss:.{places}f})"
         marks.append(Mark("landed", point.step, point.val_loss, label))
     return tuple(marks)
 
