@@ -135,8 +135,7 @@ class Output:
 
         Raises UserError for a file that is not the job's, RunFailed for a damaged one.
         """
-        for partial in self.folder.glob(".part-*.partial"):
-            partial.unlink()
+        self._drop_partials()
         own = {part_name(number) for number in range(self.parts)}
         for path in sorted(self.folder.glob("part-*.parquet")):
             if path.name not in own or not path.is_file():
@@ -205,10 +204,16 @@ class Output:
             "output_tokens": tokens,
             "finish_reasons": dict(sorted(reasons.items())),
         }
+        self._drop_partials()
         self.publish({**self._plan, **summary, "files": files})
         for path in (self.folder / SCRATCH).glob("part-*"):
             path.unlink()
         return summary
+
+    def _drop_partials(self) -> None:
+        """Remove what engines that were killed have not written to its end."""
+        for partial in self.folder.glob(".part-*.partial"):
+            partial.unlink()
 
     @contextmanager
     def opened_part(self, name: str) -> Iterator[tuple[Path, str]]:
