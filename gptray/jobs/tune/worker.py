@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import ray.train
 import ray.tune
 import torch
+from ray.util.queue import Empty, Queue
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.tokens import DamagedData
@@ -24,6 +29,7 @@ from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrialTask
 from gptray.training.loop import fit
 
+POLL_S = 0.5
 # How the loop's reasons to stop are called in a sweep's record.
 OUTCOMES = {"max_steps": "finished", "patience": "patience", "non_finite": "diverged"}
 
@@ -87,7 +93,38 @@ def _forget_trials_before(config: Config, device: torch.device) -> None:
 
 def _train_in_workers(task: TrialTask) -> dict[str, object]:
     os.environ.update({**TRAIN_ENV, **os.environ})
-    from ray.tune.integration.ray_train import TuneReportCallback
+    reports = Queue(1, actor_options={"num_cpus": 0})  # training waits for Tune
+    done = Future[dict[str, object]]()
 
-    # What the driver has worked out: here it is not known whose the cluster is.
-    return fit_in_workers(task.run, task.reserved, callbacks=[TuneReportCallback()])
+    def train() -> None:
+        try:
+            # What the driver has worked out: here it is not known whose the cluster is.
+            done.set_result(fit_in_workers(task.run, task.reserved, callbacks=[_Reports(reports)]))
+        except BaseException as error:
+            done.set_exception(error)
+
+    # A daemon, for Tune may end the trial at a report.
+    threading.Thread(target=train, name="trial", daemon=True).start()
+    while True:
+        is_last = done.done()  # nothing is put after that
+        try:
+            ray.tune.report(reports.get(timeout=POLL_S))
+        except Empty:
+            if is_last:
+                return done.result()
+
+
+class _Reports(ray.train.UserCallback):  # type: ignore[misc]
+    """Has the trial report to Tune, one thread for all.
+
+    Ray's own TuneReportCallback has the actor's main thread do it, which waits for ever where the
+    trial returns at that moment.
+    """
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        self._queue.put(metrics[0])
