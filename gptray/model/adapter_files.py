@@ -37,7 +37,7 @@ from gptray.model.adapter_folder import Adapter, check_products, open_adapter
 from gptray.model.frozen_base import load_base
 from gptray.model.gpt import GPT
 from gptray.model.hf import from_file, load_pretrained, save_pretrained, to_file
-from gptray.model.importance import input_importance
+from gptray.model.importance import base_importance
 from gptray.model.lora import LoRALinear, add_adapters, freeze
 from gptray.model.parameters import HEAD, Part
 from gptray.model.quantized import quantize
@@ -128,8 +128,7 @@ def load_merged(base: Base, adapter: Adapter) -> GPT:
     A base that was quantized while the adapter was trained is rounded as it was then.
     """
     model, stored = load_pretrained(base.folder), _tensors(adapter)
-    importance = input_importance(model, adapter.quantized)
-    _merge(base, dict(model.named_parameters()), adapter, stored, importance)
+    _merge(base, dict(model.named_parameters()), adapter, stored)
     head = stored.get(PREFIX + HEAD) if model.config.tie_word_embeddings else None
     if head is not None and not torch.equal(head.float(), model.head.float()):
         raise UserError(
@@ -156,11 +155,10 @@ def save_merged(
     model.valid_vocab_size = vocab_size
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     read, tensors = model.whole, _tensors(adapter)
-    importance = input_importance(model, adapter.quantized)
 
     def whole(parameter: Tensor) -> Tensor:
         merged = read(parameter)
-        _merge(base, {names[id(parameter)]: merged}, adapter, tensors, importance)
+        _merge(base, {names[id(parameter)]: merged}, adapter, tensors)
         return merged
 
     model.whole = whole
@@ -230,15 +228,12 @@ def _rows(
 
 @torch.no_grad()
 def _merge(
-    base: Base,
-    parameters: Mapping[str, Tensor],
-    adapter: Adapter,
-    stored: Mapping[str, Tensor],
-    importance: Mapping[str, Tensor],
+    base: Base, parameters: Mapping[str, Tensor], adapter: Adapter, stored: Mapping[str, Tensor]
 ) -> None:
     """Change parameters of the base, by their names in the network, to what the adapter makes."""
     config = base.config
     if adapter.quantized != "none":
+        importance = base_importance(base, adapter.quantized)
         for part, weight in _own(base.linear, parameters):
             counts = importance.get(part.parameter)
             weight.copy_(quantize(weight, adapter.quantized, counts).dequantize())

@@ -21,10 +21,9 @@ from gptray.files import CannotWrite, cache_folder, storing
 from gptray.model.adapter import Base
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_weights
-from gptray.model.importance import input_importance
+from gptray.model.importance import base_importance
 from gptray.model.quantized import ROUNDING
 from gptray.model.quantized_linear import quantized_layers
-from gptray.model.unread import unread_network
 from gptray.model.usage import Usage
 from gptray.node_cache import made_once, make_room
 from gptray.record import versions
@@ -90,7 +89,7 @@ def _write(model: GPT, base: Base, draft: Path) -> None:
 def _load(model: GPT, base: Base) -> None:
     """Fill the memory that a network has. Raises UserError as `load_weights`."""
     if layers := quantized_layers(model):
-        found = input_importance(unread_network(base.folder), base.quantized)
+        found = base_importance(base, base.quantized)
         for name, layer in layers.items():
             layer.importance = found.get(name)
     load_weights(model, base.folder)

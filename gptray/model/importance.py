@@ -9,6 +9,7 @@ on the model alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from gptray.model.adapter import Base
 from gptray.model.gpt import GPT
 from gptray.model.layers import Linear
 from gptray.model.parameters import stored_parts
@@ -59,6 +61,17 @@ def input_importance(model: GPT, kind: str) -> dict[str, Tensor]:
             hook.remove()
     model.train(was_training)
     return found
+
+
+def base_importance(base: Base, kind: str) -> dict[str, Tensor]:
+    """`input_importance` of a base, computed once in a process: a run merges its adapter again
+    whenever it is the best so far."""
+    return _importance(base.folder, base.sha256, kind) if kind in IN_GROUPS else {}
+
+
+@lru_cache(1)
+def _importance(folder: Path, sha256: str, kind: str) -> dict[str, Tensor]:
+    return input_importance(unread_network(folder), kind)
 
 
 def quantizer(folder: Path, model: StoredModel, kind: str) -> Quantizer:
