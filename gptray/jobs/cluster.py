@@ -127,9 +127,10 @@ def _ray_folder() -> Iterator[None]:
             # Ray's own processes died, and do not say why.
             failure = cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         elif "timed out during startup" in str(error):
+            logs = folder / "ray" / "session_latest" / "logs"
             raise RunFailed(
-                "Ray did not start in time: other processes keep this machine busy; run it again "
-                "when they are done"
+                "Ray did not start in time: other processes keep this machine busy, or part of Ray "
+                f"failed (its logs are in {logs}); run the job again once that is over"
             ) from error
         else:
             raise
