@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from gpu_parts.bench import Bench
 from gpu_parts.generate import engine_of, model_folder, step_seconds
@@ -16,7 +18,7 @@ KINDS = ("none", *PACKINGS)
 # Outputs and inputs of a model of 124 M weights, and of 7 B.
 SHAPES = [(768, 3072), (4096, 4096), (11008, 4096)]
 # Weights that are multiplied in turns: more than a GPU's cache holds.
-COPIES = 12
+COPIES = 48
 
 
 def quantized(bench: Bench) -> None:
@@ -49,7 +51,8 @@ def product_seconds(bench: Bench, shape: tuple[int, int], batch: int, kind: str)
         return torch.randn(shape, generator=generator, device=bench.device)
 
     dtype = torch.bfloat16
-    copies = [product(numbers(*shape), None, dtype, quantized=kind) for _ in range(COPIES)]
+    one = product(numbers(*shape), None, dtype, quantized=kind)
+    copies = [copy.deepcopy(one) if bench.on_gpu else one for _ in range(COPIES)]
     choose_kernels(copies, batch)
     x = numbers(batch, shape[1]).to(dtype)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptray.generation.products import Product, WeightOnly
-from gptray.generation.weight_only import tiles_for
+from gptray.generation.weight_only import GpuWeight, tiles_for
 from gptray.native.measured import Measured, measured_once
 from gptray.wording import count
 
@@ -24,57 +24,54 @@ ROUNDS = 15
 # Bytes written twice before each call: more than a GPU's cache holds, for a step finds its weights
 # in memory; and time for the host to get ahead of the GPU.
 FLUSHED = 1 << 28
-# Ways to compute a product: PyTorch makes weights whole, or a kernel does. Those that multiply by
-# the weights as they are have the names of their tiles.
-PYTORCH, UNPACKED = "pytorch", "unpacked"
+# The way that makes weights whole; those that multiply by them as they are have their tiles' names.
+WHOLE = "whole"
 
 
 @torch.no_grad()
 def choose_kernels(products: Iterable[Product], rows: int) -> None:
     """Have products with weights in few bits on a GPU take the fastest kernels for up to `rows`.
 
-    Every kernel is compared with PyTorch before it is used. The first engine of a kind on a machine
+    Each is compared with whole weights before it is used. The first engine of a kind on a machine
     measures, and Triton compiles for some seconds; others take what it found.
     """
     shapes = dict[tuple[object, ...], list[WeightOnly]]()
     for one in products:
-        if isinstance(one, WeightOnly) and one.weight.values.is_cuda:
+        if isinstance(one, WeightOnly) and isinstance(one.weight, GpuWeight):
             held = one.weight
             shape = (held.kind, *held.values.shape, held.inputs, str(one.dtype), one.bias is None)
             shapes.setdefault(shape, []).append(one)
-    taken = by_pytorch = 0.0
+    taken = if_whole = 0.0
     for shape, alike in shapes.items():
         ways = _ways(alike[0], rows)
+        if len(ways) == 1:
+            continue
         seconds = _seconds(shape, rows, ways)
         best = next(name for name in sorted(seconds, key=seconds.__getitem__) if _works(ways, name))
-        is_unpacked = seconds.get(UNPACKED, float("inf")) < seconds[PYTORCH]
         for one in alike:
-            one.kernels = is_unpacked and _works(ways, UNPACKED)
             one.tile, one.rows = ways[best].tile, rows
         taken += len(alike) * seconds[best]
-        by_pytorch += len(alike) * seconds[PYTORCH]
-    if taken < by_pytorch:
+        if_whole += len(alike) * seconds[WHOLE]
+    if taken < if_whole:
         log.info(
-            "quantize.weights: Triton's kernels, %.2fx as fast here as weights that PyTorch makes "
-            "whole (%.3g against %.3g ms for the products of %s)",
-            *(by_pytorch / taken, 1e3 * taken, 1e3 * by_pytorch, count(rows, "row")),
+            "quantize.weights: products by weights as they are, %.2fx as fast here as weights made "
+            "whole (%.3g against %.3g ms for those of %s)",
+            *(if_whole / taken, 1e3 * taken, 1e3 * if_whole, count(rows, "row")),
         )
 
 
 def _ways(one: WeightOnly, rows: int) -> dict[str, WeightOnly]:
     """The same product, computed in each way that may be the fastest."""
-    plain = replace(one, gelu=None)
-    unpacked = replace(plain, kernels=True)
+    plain = replace(one, gelu=None, tile=None)
     tiles = tiles_for(rows, one.dtype).items()
-    tiled = {name: replace(unpacked, tile=tile, rows=rows) for name, tile in tiles}
-    return {PYTORCH: plain, UNPACKED: unpacked, **tiled}
+    return {WHOLE: plain} | {name: replace(plain, tile=tile, rows=rows) for name, tile in tiles}
 
 
 def _seconds(
     shape: tuple[object, ...], rows: int, ways: Mapping[str, WeightOnly]
 ) -> Mapping[str, float]:
     """Of each way that works."""
-    plain = ways[PYTORCH]
+    plain = ways[WHOLE]
     asked = {
         "of": "products with weights in few bits",
         "shape": shape,
@@ -89,7 +86,7 @@ def _seconds(
 def _measure(rows: int, ways: Mapping[str, WeightOnly]) -> Measured:
     """Time the ways in rounds in which they take turns."""
     trials = {name: way for name, way in ways.items() if _works(ways, name)}
-    x = _numbers(ways[PYTORCH], rows)
+    x = _numbers(ways[WHOLE], rows)
     flushed = torch.empty(FLUSHED, dtype=torch.int8, device=x.device)
     events = defaultdict[str, list[list[torch.cuda.Event]]](list)
     for _ in range(ROUNDS):
@@ -110,13 +107,13 @@ def _measure(rows: int, ways: Mapping[str, WeightOnly]) -> Measured:
 
 
 def _works(ways: Mapping[str, WeightOnly], name: str) -> bool:
-    """Whether a way runs here, and gives what PyTorch does but for rounding."""
-    if name == PYTORCH:
+    """Whether a way runs here, and gives what whole weights do but for rounding."""
+    if name == WHOLE:
         return True
     way = ways[name]
-    x = _numbers(way, way.rows or 16)
+    x = _numbers(way, way.rows)
     try:
-        found, expected = way(x).float(), ways[PYTORCH](x).float()
+        found, expected = way(x).float(), ways[WHOLE](x).float()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # Triton's have no base class outside of it
@@ -125,7 +122,7 @@ def _works(ways: Mapping[str, WeightOnly], name: str) -> bool:
     room = (2 * torch.finfo(way.dtype).eps + 1e-4) * expected.abs().max()
     if bool(((found - expected).abs() <= room).all()):
         return True
-    _tell_once(f"it gives other numbers than PyTorch for {way.weight.kind}")
+    _tell_once(f"it gives other numbers than whole weights for {way.weight.kind}")
     return False
 
 

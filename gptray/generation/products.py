@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptray.generation.weight_only import Tile, dequantized, multiply
+from gptray.generation.weight_only import GpuWeight, Tile, for_gpu, multiply
 from gptray.model.precision import has_onednn_linear
 from gptray.model.quantized import QuantizedWeight, quantize
 
@@ -47,7 +47,8 @@ def product(
         kept = quantize(weight, quantized, importance).times(factors)
         if quantized == "int8" and weight.device.type == "cpu":
             return _Int8(kept, bias, dtype, gelu=gelu)
-        return WeightOnly(kept, None if bias is None else bias.to(dtype), dtype, gelu)
+        bias = None if bias is None else bias.to(dtype)
+        return WeightOnly(for_gpu(kept, dtype), bias, dtype, gelu)
     weight = weight if factors is None else weight * factors[:, None]
     return _dense(weight.to(dtype), None if bias is None else bias.to(dtype), gelu=gelu)
 
@@ -100,25 +101,24 @@ class _Packed:
 
 @dataclass
 class WeightOnly:
-    """Weights in few bits, in `dtype` again for each product; x is not rounded.
+    """Weights in few bits; x is not rounded.
 
-    kernels: whether Triton makes them whole. tile: of the kernel that multiplies up to `rows` rows
-    by the weights as they are. See `gptray.generation.weight_only`.
+    tile: of the kernel that multiplies up to `rows` rows by the weights as they are; for more they
+    are made whole for each product. See `gptray.generation.weight_only`.
     """
 
-    weight: QuantizedWeight
+    weight: QuantizedWeight | GpuWeight
     bias: Tensor | None
     dtype: torch.dtype
     gelu: str | None
-    kernels: bool = False
     tile: Tile | None = None
     rows: int = 0
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         if self.tile and len(x) <= self.rows:
+            assert isinstance(self.weight, GpuWeight)
             return _finished(multiply(x, self.weight, self.bias, self.tile), add, self.gelu)
-        make_whole = dequantized if self.kernels else QuantizedWeight.dequantize
-        return _dense(make_whole(self.weight, self.dtype), self.bias, gelu=self.gelu)(x, add)
+        return _dense(self.weight.dequantize(self.dtype), self.bias, gelu=self.gelu)(x, add)
 
 
 class _Int8:

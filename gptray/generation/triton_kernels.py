@@ -102,71 +102,112 @@ _2_23, _BITS, _ROUNDING = (tl.constexpr(n) for n in (8388608.0, 0x4B000000, 1258
 
 
 @triton.jit
-def _weights(
-    values, scales, outputs, start, N, WIDTH, GROUPS, KIND: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    # Inputs start .. start + BLOCK_K of some rows of the weight, in fp32; beyond its end zeros.
-    row, is_real = outputs.to(tl.int64)[:, None], outputs[:, None] < N
-    BYTES: tl.constexpr = BLOCK_K if KIND == "int8" else BLOCK_K // 2
-    place = (tl.arange(0, BYTES) + start * BYTES // BLOCK_K)[None, :]
-    held = tl.load(values + row * WIDTH + place, mask=is_real & (place < WIDTH), other=0)
-    if KIND == "int8":
-        scale = tl.load(scales + row, mask=is_real, other=0.0)
-        whole = held.to(tl.float32) * scale.to(tl.float32)
-    else:
-        # Codes become real as the last bits of 2^23: GPUs are slow to convert integers.
-        held = held.to(tl.int32)
-        low = ((held & 15) | _BITS).to(tl.float32, bitcast=True) - (_2_23 + 8)
-        high = ((held & 240) | _BITS).to(tl.float32, bitcast=True) / 16 - (_2_23 / 16 + 8)
-        value = tl.interleave(low, high)
-        if KIND == "iq4_nl":
-            value = _C0 + value * (_C1 + value * (_C2 + value * (_C3 + value * _C4)))
-            value = (value + _ROUNDING) - _ROUNDING
-        group = (tl.arange(0, BLOCK_K // _GROUP) + start // _GROUP)[None, :]
-        scale = tl.load(scales + row * GROUPS + group, mask=is_real & (group < GROUPS), other=0.0)
-        grouped = tl.reshape(value, [outputs.shape[0], BLOCK_K // _GROUP, _GROUP])
-        grouped *= scale.to(tl.float32)[:, :, None]
-        whole = tl.reshape(grouped, [outputs.shape[0], BLOCK_K])
-    return whole
+def _value(code, KIND: tl.constexpr):
+    # A code of 4 bits becomes real as the last bits of 2^23: GPUs are slow to convert integers.
+    value = (code | _BITS).to(tl.float32, bitcast=True) - (_2_23 + 8)
+    if KIND == "iq4_nl":
+        value = _C0 + value * (_C1 + value * (_C2 + value * (_C3 + value * _C4)))
+        value = (value + _ROUNDING) - _ROUNDING
+    return value
+
+
+@triton.jit
+def _values(held, like, KIND: tl.constexpr, UNPACK: tl.constexpr):
+    # The values of both halves of some bytes, in the dtype of `like`.
+    if UNPACK is None:
+        code = held.to(tl.int32)
+        low, high = _value(code & 15, KIND), _value((code >> 4) & 15, KIND)
+        return low.to(like.dtype), high.to(like.dtype)
+    return tl.inline_asm_elementwise(
+        UNPACK, "=r,=r,=r,=r,r", [held], dtype=(like.dtype, like.dtype), is_pure=True, pack=4
+    )
 
 
 @triton.jit
 def dequantize_kernel(
-    values, scales, out, N, K, WIDTH, GROUPS,
+    values, scales, out, N, K, WIDTH,
     KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = tl.program_id(1) * BLOCK_K
-    whole = _weights(values, scales, outputs, start, N, WIDTH, GROUPS, KIND, BLOCK_K)
-    inputs = (start + tl.arange(0, BLOCK_K))[None, :]
-    target = out + outputs.to(tl.int64)[:, None] * K + inputs
-    tl.store(target, whole.to(out.dtype.element_ty), mask=(outputs[:, None] < N) & (inputs < K))
+    # Blocks of a group's inputs, so that a scale meets its weights without moving them.
+    outputs = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
+    BLOCKS: tl.constexpr = BLOCK_K // _GROUP
+    group = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, :, None]
+    place = group * _GROUP + tl.arange(0, _GROUP)[None, None, :]
+    row, is_real = outputs.to(tl.int64), (outputs < N) & (place < WIDTH)
+    held = tl.load(values + row * WIDTH + place, mask=is_real, other=0)
+    target = out + row * K + place
+    if KIND == "int8":
+        scale = tl.load(scales + outputs, mask=outputs < N, other=0.0)
+        whole = held.to(tl.float32) * scale.to(tl.float32)
+        tl.store(target, whole.to(out.dtype.element_ty), mask=is_real)
+    else:
+        code = held.to(tl.int32)
+        has_scale = (outputs < N) & (group * _GROUP < WIDTH)
+        at = scales + group * N + outputs
+        low = tl.load(at, mask=has_scale, other=0.0).to(tl.float32)
+        high = tl.load(at + WIDTH // _GROUP * N, mask=has_scale, other=0.0).to(tl.float32)
+        low, high = _value(code & 15, KIND) * low, _value((code >> 4) & 15, KIND) * high
+        tl.store(target, low.to(out.dtype.element_ty), mask=is_real & (place < K))
+        is_real = is_real & (place + WIDTH < K)
+        tl.store(target + WIDTH, high.to(out.dtype.element_ty), mask=is_real)
+
+
+@triton.jit
+def _scales(scales, group, output, N, GROUPS):
+    # Of both halves of a group of bytes.
+    at, is_real = scales + group * N + output, group < GROUPS
+    return tl.load(at, mask=is_real, other=0.0), tl.load(at + GROUPS * N, mask=is_real, other=0.0)
 
 
 @triton.jit(do_not_specialize=["M"])  # which changes from step to step
 def multiply_kernel(
-    x, values, scales, bias, out, M, N, K, WIDTH, GROUPS,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, IN_FP32: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, values, scales, bias, out, M, N, K, WIDTH,
+    KIND: tl.constexpr, UNPACK: tl.constexpr, HAS_BIAS: tl.constexpr, IN_FP32: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     # Some rows of the weight by some of x: a part of the result, transposed. The weight comes
-    # first, for it can go to the tensor cores from registers. IN_FP32: for the interpreter, which
+    # first, for it goes to the tensor cores from registers. SLICES: 1, or as many as warps: each
+    # has inputs of its own, and their sums meet at the end. IN_FP32: for the interpreter, which
     # has no arithmetic in bf16; products of bf16 are exact in fp32.
+    dtype: tl.constexpr = tl.float32 if IN_FP32 else x.dtype.element_ty
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
     outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    source = x + rows.to(tl.int64) * K
-    total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        whole = _weights(values, scales, outputs, start, N, WIDTH, GROUPS, KIND, BLOCK_K)
-        inputs = (start + tl.arange(0, BLOCK_K))[:, None]
-        part = tl.load(source + inputs, mask=(rows < M) & (inputs < K), other=0.0)
-        whole = whole.to(x.dtype.element_ty)
-        if IN_FP32:
-            whole, part = whole.to(tl.float32), part.to(tl.float32)
-        total = tl.dot(whole, part, total, input_precision="ieee")
+    output, place = tl.minimum(outputs, N - 1), tl.arange(0, STEP)
+    byte, k = place[None, :], place[:, None]
+    if SLICES == 1:
+        group = 0
+        total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    else:
+        group = tl.arange(0, SLICES)[:, None]
+        byte, k = byte + group[:, :, None] * STEP, k + group[:, :, None] * STEP
+        total = tl.zeros([SLICES, BLOCK_N, BLOCK_M], dtype=tl.float32)
+    source = values + output.to(tl.int64)[:, None] * WIDTH + byte
+    part = x + rows.to(tl.int64) * K + k
+    GROUPS = WIDTH // STEP
+    if KIND != "int8":
+        low_scale, high_scale = _scales(scales, group, output, N, GROUPS)
+    for start in range(0, WIDTH, SLICES * STEP):
+        held = tl.load(source + start, mask=byte + start < WIDTH, other=0)
+        met = tl.load(part + start, mask=(rows < M) & (k + start < K), other=0.0).to(dtype)
+        if KIND == "int8":
+            total = tl.dot(held.to(dtype), met, total)
+        else:
+            at = start + WIDTH
+            far = tl.load(part + at, mask=(rows < M) & (k + at < K), other=0.0).to(dtype)
+            # Scales are asked for a step before they are needed; two, and Triton would load nothing
+            # ahead, which it does with what goes into dots.
+            after = start // STEP + SLICES + group
+            low_next, high_next = _scales(scales, after, output, N, GROUPS)
+            low, high = _values(held, met, KIND, UNPACK)
+            total += tl.dot(low, met) * tl.expand_dims(low_scale.to(tl.float32), -1)
+            total += tl.dot(high, far) * tl.expand_dims(high_scale.to(tl.float32), -1)
+            low_scale, high_scale = low_next, high_next
+    if SLICES > 1:
+        total = tl.sum(total, axis=0)
+    if KIND == "int8":
+        total *= tl.load(scales + output).to(tl.float32)[:, None]
     if HAS_BIAS:
-        added = tl.load(bias + outputs, mask=outputs < N, other=0.0)
-        total += added.to(tl.float32)[:, None]
+        total += tl.load(bias + output).to(tl.float32)[:, None]
     target = out + rows.to(tl.int64) * N + outputs[:, None]
     is_real = (rows < M) & (outputs[:, None] < N)
     tl.store(target, total.to(out.dtype.element_ty), mask=is_real)
