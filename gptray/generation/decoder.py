@@ -27,10 +27,8 @@ from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 from gptray.model.precision import own_fp32
 
-# Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any load.
-PIECE_TOKENS = 128
-# What `Network.prompt_tokens` is on a CPU.
-PROMPT_TOKENS = 512
+# What `Network.piece_tokens` and `prompt_tokens` are on a CPU.
+PIECE_TOKENS, PROMPT_TOKENS = 128, 512
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,9 @@ class StepRows:
 class Network(ABC):
     """What an engine needs of a decoder: the network, and memory for S sequences in slots."""
 
+    # Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any
+    # load.
+    piece_tokens = PIECE_TOKENS
     # A step begins no further piece after so many tokens of prompts, so that decoding never stalls.
     prompt_tokens = PROMPT_TOKENS
 
@@ -99,12 +100,13 @@ class Network(ABC):
         adapters: Sequence[PackedAdapter | None] = (),
         alone: bool = False,
     ) -> Tensor:
-        """Logits, fp32, after each decoding token and what each piece asks for, in this order.
+        """Logits after each decoding token and what each piece asks for, in this order.
 
         (D + the pieces' `logits`, V), valid until the next step; V is the vocabulary, padded with
-        -inf. decoding: (token, position) of slots 0 .. D - 1. The step's keys and values are kept,
-        and what lower slots hold; alone: what all other slots hold. adapters: of the decoding
-        sequences, as `pack` gave them; empty: none has one.
+        -inf; fp32, or the network's own dtype where no piece is scored. decoding: (token, position)
+        of slots 0 .. D - 1. The step's keys and values are kept, and what lower slots hold; alone:
+        what all other slots hold. adapters: of the decoding sequences, as `pack` gave them; empty:
+        none has one.
         """
         return self.logits(StepRows(decoding, pieces, adapters, alone=alone))
 
@@ -162,7 +164,7 @@ class Decoder(Network):
 
         adapted = AdaptedRows(rows.adapters, self._device)
         x = self._packed.hidden(tokens, positions, attend, adapted.run)
-        return self._packed.logits(x if len(rows.asked) == len(x) else x[rows.asked])
+        return self._packed.logits(x if len(rows.asked) == len(x) else x[rows.asked]).float()
 
     def pack(self, layers: Mapping[str, LowRank]) -> Products:
         return Products(layers, self._config, self._packed.dtype, self._device)

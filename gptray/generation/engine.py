@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
-from gptray.generation.decoder import Decoder, Network, Piece
+from gptray.generation.decoder import PROMPT_TOKENS, Decoder, Network, Piece
 from gptray.generation.graphs import GraphDecoder
 from gptray.generation.native_decoder import NativeDecoder
 from gptray.generation.sequence import Sequence
@@ -167,16 +167,19 @@ class Engine:
         Prompts are read in turn: only the last of the pieces can leave its prompt unfinished.
         """
         taken: list[tuple[Sequence, Piece]] = []
-        slot, tokens = len(self._decoding), 0
-        while tokens < self._network.prompt_tokens and slot < self.max_batch_size:
+        slot, tokens, scored = len(self._decoding), 0, 0
+        most = self._network.prompt_tokens
+        # Scores need the logits after every token, which are large.
+        while tokens < most and scored < PROMPT_TOKENS and slot < self.max_batch_size:
             sequence = self._reading
             if sequence is None:
                 if not self._waiting:
                     break
                 sequence = self._waiting.popleft()
-            piece = sequence.next_piece(slot)
+            piece = sequence.next_piece(slot, self._network.piece_tokens)
             taken.append((sequence, piece))
             tokens += len(piece.tokens)
+            scored += piece.logits if piece.scored else 0
             if sequence.is_reading:
                 self._reading = sequence
                 break

@@ -40,6 +40,11 @@ _MASKS = 64
 _SOUND, _ENOUGH = 1 << 40, 1 << 41
 
 
+def token_of(codes: Tensor) -> Tensor:
+    """Tokens without their flags; 0 where none could be drawn."""
+    return codes & (_SOUND - 1)
+
+
 @lru_cache(maxsize=1 << 17)
 def _drawn(code: int) -> Drawn | None:
     return Drawn(code & (_SOUND - 1)) if code & _SOUND else None
@@ -69,15 +74,18 @@ def _put(drawn: list[Drawn | None], places: Sequence[int], others: Sequence[Draw
 
 
 class GraphSampler:
-    """Draws for up to S rows from logits (S, V), whose memory stays where it is."""
+    """Draws for up to S rows from logits (S, V), whose memory stays where it is.
 
-    def __init__(self, logits: Tensor, graphs: Graphs) -> None:
+    codes: (S,) int64, where the tokens are left, with flags that `token_of` takes away.
+    """
+
+    def __init__(self, logits: Tensor, codes: Tensor, graphs: Graphs) -> None:
         slots, width = logits.shape
         device = logits.device
-        self._logits, self._graphs = logits, graphs
+        self._logits, self._codes, self._graphs = logits, codes, graphs
         self._asked = Mirror(len(_WHOLE) + len(_REAL), slots, device)
         self._inbox = Inbox(slots, device)
-        numbers = self._asked.numbers
+        numbers = self._asked.numbers[0]
         self._whole = dict(zip(_WHOLE, numbers, strict=False))
         self._real = dict(zip(_REAL, numbers[len(_WHOLE) :].view(np.float64), strict=True))
         # Slots that no row has held are computed as well: by settings that are possible.
@@ -94,12 +102,12 @@ class GraphSampler:
         self,
         logits: Tensor,
         rows: Sequence[Row],
-        then: Callable[[Tensor], None] | None = None,
+        then: Callable[[], None] | None = None,
     ) -> list[Drawn | None]:
         """See `gptray.generation.sampling.draw`; logits: the first B rows, or a copy of them.
 
-        then: called with all slots' tokens, (S,), before the host waits for them, if all are final.
-        It may overwrite the logits.
+        then: called before the host waits for the tokens, if all are final. It may overwrite the
+        logits.
         """
         B = len(rows)
         if not B:
@@ -109,20 +117,20 @@ class GraphSampler:
         kinds = self._fill(rows)
         rare = [i for i, kind in enumerate(kinds) if kind == _RARE]
         if rare:
-            kept = self._logits[rare]  # the graph changes them
+            kept = self._logits[rare].float()  # the graph changes them
         self._asked.send()
         key = self._key(kinds)
         result = self._graph(key)()
         self._inbox.expect(result)
         if then and not rare and key[0] <= _FEW_RANKS:
-            then(result & (_SOUND - 1))
+            then()
         codes = self._inbox.take()[:B]
         drawn = [_drawn(code) for code in codes]
         if rare:
             _put(drawn, rare, draw(kept, [rows[i] for i in rare]))
         short = [i for i, code in enumerate(codes) if not code & _ENOUGH and kinds[i] != _RARE]
         if short:
-            _put(drawn, short, draw(self._logits[short], [rows[i] for i in short]))
+            _put(drawn, short, draw(self._logits[short].float(), [rows[i] for i in short]))
         return drawn
 
     def _fill(self, rows: Sequence[Row]) -> list[int]:
@@ -172,7 +180,7 @@ class GraphSampler:
         return self._known[mask]
 
     def _key(self, kinds: Sequence[int]) -> tuple[int, bool, bool, bool]:
-        """What a graph for rows of these kinds computes; see `_codes`."""
+        """What a graph for rows of these kinds computes; see `_draw`."""
         ranks = 0
         if _RANKED in kinds:
             # Other kinds have a top_k of 1.
@@ -182,10 +190,10 @@ class GraphSampler:
 
     def _graph(self, key: tuple[int, bool, bool, bool]) -> Callable[[], Tensor]:
         if key not in self._recorded:
-            self._recorded[key] = self._graphs.recorded(lambda: self._codes(*key))
+            self._recorded[key] = self._graphs.recorded(lambda: self._draw(*key))
         return self._recorded[key]
 
-    def _codes(self, ranks: int, has_unranked: bool, has_greedy: bool, has_masks: bool) -> Tensor:
+    def _draw(self, ranks: int, has_unranked: bool, has_greedy: bool, has_masks: bool) -> Tensor:
         """Each row's token with its flags, (S,) int64; ranks: 0 without ranked rows."""
         logits, asked = self._logits, dict(zip(_WHOLE, self._asked.sent, strict=False))
         columns = self._columns(asked)
@@ -201,12 +209,13 @@ class GraphSampler:
             tokens, best, is_enough = draw_ranked(top_candidates, logits, columns, ranks, beyond)
             enough = is_enough | (kind != _RANKED)
         if has_unranked:
-            unranked, best = draw_unranked(logits, columns, has_min_p=True)
+            unranked, best = draw_unranked(logits.float(), columns, has_min_p=True)
             tokens = torch.where(kind == _UNRANKED, unranked, tokens)
         if has_greedy:
             best, likeliest = logits.max(1)
             tokens = torch.where(kind == _GREEDY, likeliest, tokens)
-        return tokens + torch.isfinite(best) * _SOUND + enough * _ENOUGH
+        tokens = torch.where(torch.isfinite(best), tokens + _SOUND, 0)
+        return self._codes.copy_(tokens + enough * _ENOUGH)
 
     def _columns(self, asked: dict[str, Tensor]) -> Columns:
         temperature, top_p, min_p = self._asked.sent[len(_WHOLE) :].view(torch.float64)[:, :, None]

@@ -92,10 +92,9 @@ class PackedGPT:
             x = block(x, angles, partial(attend, layer), run)
         return x
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits (N, V) in fp32, in `out` where that is given; -inf where V is padded."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (N, V) in `dtype`; -inf where V is padded."""
         logits = self._head(self._ln_f(hidden))
-        logits = logits.float() if out is None else out.copy_(logits)
         logits[:, self.vocab_size :] = float("-inf")
         return logits
 

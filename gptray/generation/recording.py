@@ -65,13 +65,14 @@ class _Graph:
 class Mirror:
     """Whole numbers that the host writes to `numbers` and a graph reads from `sent`, (F, N) int64.
 
-    Reals go as their bits.
+    Reals go as their bits. numbers: (pages, F, N), so that the host can write one page after the
+    other while the device reads.
     """
 
-    def __init__(self, fields: int, count: int, device: torch.device) -> None:
+    def __init__(self, fields: int, count: int, device: torch.device, *, pages: int = 1) -> None:
         is_cuda = device.type == "cuda"
         # Pinned: else a copy would wait for all work before it.
-        self._host = torch.zeros(fields, count, dtype=torch.int64, pin_memory=is_cuda)
+        self._host = torch.zeros(pages, fields, count, dtype=torch.int64, pin_memory=is_cuda)
         self.numbers: NDArray[np.int64] = self._host.numpy()
         self.sent = torch.zeros(fields, count, dtype=torch.int64, device=device)
         self._read = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
@@ -81,9 +82,9 @@ class Mirror:
         if self._read is not None:
             self._read.synchronize()
 
-    def send(self) -> None:
-        """Copy the numbers in the stream's order."""
-        self.sent.copy_(self._host, non_blocking=True)
+    def send(self, page: int = 0) -> None:
+        """Copy the numbers of a page in the stream's order."""
+        self.sent.copy_(self._host[page], non_blocking=True)
         if self._read is not None:
             self._read.record()
 

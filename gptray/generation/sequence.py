@@ -11,7 +11,7 @@ from torch import Tensor
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.choosing import Top
-from gptray.generation.decoder import PIECE_TOKENS, Piece
+from gptray.generation.decoder import Piece
 from gptray.generation.detokenize import Decode, TextStream, decode_after, left_context
 from gptray.generation.sampling import Drawn, score
 from gptray.generation.settings import Sampling
@@ -110,10 +110,10 @@ class Sequence:
         """Whether a part of the prompt is not in the cache yet."""
         return self.read < self.prompt_tokens
 
-    def next_piece(self, slot: int) -> Piece:
-        """The part of the prompt that is read next, and counts as read from now on."""
+    def next_piece(self, slot: int, tokens: int) -> Piece:
+        """The part of the prompt that is read next, at most so many tokens; it counts as read."""
         start = self.read
-        part = self.history[start : start + PIECE_TOKENS]
+        part = self.history[start : start + tokens]
         self.read += len(part)
         scored = self.prompt_logprobs is not None
         return Piece(slot, start, part, scored=scored, adapter=self.adapter)

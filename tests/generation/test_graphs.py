@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,7 +15,7 @@ from gptray.generation import sequence as texts
 from gptray.generation.engine import Engine
 from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
-from tests.generation.models import random_gpt, small_tokenizer
+from tests.generation.models import prompt_of, random_gpt, run, small_tokenizer
 
 Call = tuple[torch._ops.OpOverload, Sequence[Any]]
 # A cast, which a compiler fuses into what reads it, as it does all that works number by number; and
@@ -73,10 +75,33 @@ def test_a_step_fits_into_graphs_and_is_copied_to_the_host_once() -> None:
     calls = recorded(engine.step)
     assert any(operator is torch.ops.aten.searchsorted.Tensor for operator, _ in calls)
     assert not [operator for operator, args in calls if needs_the_host((operator, args))]
-    copies = [args[0] for operator, args in calls if operator is torch.ops.aten.copy_.default]
-    assert [copy.shape for copy in copies if copy.dtype == torch.int64 and copy.dim() == 1] == [
-        (slots,)
-    ]
+    # Such copies go to the device, but for the tokens, which are the only ones with one dimension.
+    copies = [
+        args[0] for operator, args in calls
+        if operator is torch.ops.aten.copy_.default and args[2:] == (True,)
+    ]  # fmt: skip
+    assert [copy.shape for copy in copies if copy.dim() == 1] == [(slots,)]
+
+
+def test_a_step_reads_more_prompts_than_a_pass_has_rows() -> None:
+    tokenizer = small_tokenizer()
+    model = random_gpt(tokenizer, n_positions=1300)
+    greedy = Sampling(max_new_tokens=4, temperature=0.0)
+    asked = [texts.Sequence(prompt_of(tokenizer, n, n), greedy) for n in (1, 1250, 3, 900, 600)]
+    asked.append(texts.Sequence(prompt_of(tokenizer, 400, 0), greedy, prompt_logprobs=1))
+    expected = run(Engine(model, tokenizer), asked)
+    engine = Engine(model, tokenizer, backend="graph", max_batch_size=8)
+    given = [engine.submit(replace(sequence)) for sequence in asked]
+    for step in range(3):
+        engine.step()
+        # The second piece of the long prompt, and what is in line after it, come a step later.
+        assert [len(sequence.drawn) for sequence in given] == [step + 1, *[step] * 5]
+    engine.run([])
+    for one, other in zip(given, expected, strict=True):
+        assert one.tokens == other.tokens
+        for found, score in zip(one.scored[1:], other.scored[1:], strict=True):
+            assert found.token == score.token
+            assert found.logprob == pytest.approx(score.logprob, abs=1e-4)
 
 
 def test_a_micro_step_of_gpt2_asks_for_few_kernels() -> None:
