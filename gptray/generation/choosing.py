@@ -114,10 +114,13 @@ def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _first(values: Tensor, ids: Tensor, k: int) -> Tensor:
-    """The ids of the k first by (value descending, id ascending); values and ids (B, N)."""
+    """The ids of the k first by (value descending, id ascending); values and ids (B, N).
+
+    NaN, of either sign, comes before all numbers.
+    """
     bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: -0 is 0
     # As integers, floats of one sign are in order; the negative ones in reverse.
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
-    keys = (order << 32) | (0x7FFFFFFF - ids)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill(values.isnan(), 0x7FFFFFFF)
+    keys = (order.to(torch.int64) << 32) | (0x7FFFFFFF - ids)
     best = keys.topk(k, dim=1, sorted=True).values
     return 0x7FFFFFFF - (best & 0xFFFFFFFF)

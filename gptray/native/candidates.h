@@ -12,12 +12,13 @@
 
 namespace {
 
-// Larger for what is likelier, and of equals for the lower id; as sampling.py orders them.
+// Larger for what is likelier, and of equals for the lower id; as choosing.py orders them. NaN, of
+// either sign, is the largest.
 inline int64_t rank_key(float logit, int id) {
   int32_t bits;
   logit += 0.f;  // -0 is 0
   std::memcpy(&bits, &logit, sizeof bits);
-  const int32_t order = bits ^ ((bits >> 31) & 0x7FFFFFFF);
+  const int32_t order = std::isnan(logit) ? 0x7FFFFFFF : bits ^ ((bits >> 31) & 0x7FFFFFFF);
   return (int64_t)((uint64_t)order << 32) | (0x7FFFFFFF - id);
 }
 

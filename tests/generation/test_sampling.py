@@ -267,6 +267,21 @@ def test_only_the_row_whose_logits_are_not_finite_draws_nothing(
     assert got == [expected[0], None, expected[2]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", [1, -1])  # x86 makes the negative one
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=4), Sampling(temperature=0)])
+@pytest.mark.parametrize("entries", [50, 3000])
+def test_a_row_with_a_single_nan_draws_nothing(
+    backend: str, sign: int, sampling: Sampling, entries: int
+) -> None:
+    faster = (native_top_candidates, native_draw_limited) if backend == "native" else ()
+    logits = some_logits(2, entries)
+    logits[1, entries - 3] = math.copysign(math.nan, sign)
+    first, second = draw(logits, rows_of(sampling, 2), *faster)
+    assert first
+    assert second is None
+
+
 @needs_native
 @pytest.mark.parametrize("entries", [V, 5000])
 @pytest.mark.parametrize(
