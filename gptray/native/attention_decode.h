@@ -20,6 +20,13 @@ namespace {
 // Queries that read a key at once.
 constexpr int QUERIES = 4;
 
+// Ask for keys or values: a processor with tiles has more reads on their way to its second cache
+// than to its first.
+template <typename T>
+inline void fetch_kept(const T *from, int count) {
+  HAS_TILES ? fetch_far(from, count) : fetch(from, count);
+}
+
 // Scores (count, and room for LANES more) -> e^(score - largest); returns 1 / their sum.
 inline Floats exponentials(float *w, int count) {
   for (int t = count; t < count + LANES; ++t) w[t] = -INFINITY;
@@ -42,7 +49,7 @@ inline void weigh(const float *w, size_t stride, const Floats *inverse, const T 
   for (int b = 0; b < B; ++b) masks[b] = lanes(columns - b * LANES);
   Floats sums[G][B] = {};
   for (int t = 0; t < count; ++t) {
-    if (next_keys) fetch(next_keys + (size_t)t * E, E);
+    if (next_keys) fetch_kept(next_keys + (size_t)t * E, E);
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
       const Floats value = load(values + (size_t)t * E + b * LANES, masks[b]);
@@ -65,7 +72,7 @@ void attend(const float *q, const T *keys, const T *values, const T *next_keys, 
   weights.resize(G * stride);
   float *const w = weights.data();
   for (int t = 0; t < count; ++t) {
-    fetch(values + (size_t)t * E, E);
+    fetch_kept(values + (size_t)t * E, E);
     Floats sums[G] = {};
     for (int e = 0; e < E; e += LANES) {
       const Mask mask = lanes(E - e);

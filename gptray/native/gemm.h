@@ -72,6 +72,11 @@ struct FromZero {
   typename Kind::Sum operator()(int, int) const { return typename Kind::Sum{}; }
 };
 
+// What else a product does while it multiplies a panel's words.
+struct Nothing {
+  void operator()(int) const {}
+};
+
 // Add to the sums of ROWS rows their products of a word each, `row` apart, by a panel's words.
 template <typename Kind, int ROWS>
 inline void add_word(typename Kind::Sum (&sums)[ROWS][BLOCKS], const int32_t *words, size_t row,
@@ -99,9 +104,12 @@ inline void add_word(typename Kind::Sum (&sums)[ROWS][1], const int32_t *words, 
   for (int r = 0; r < ROWS; ++r) sums[r][0] = Kind::add(sums[r][0], all(words[r * row]), w);
 }
 
-// ROWS rows by a panel of `count` words; begin(r, b) gives each sum, end(r, b, sum) takes it.
-template <typename Kind, int ROWS, typename Begin, typename End>
-inline void tile(Rows x, const Words *panel, int count, const Begin &begin, const End &end) {
+// ROWS rows by a panel of `count` words; begin(r, b) gives each sum, end(r, b, sum) takes it, and
+// meanwhile(words) is called each time that so many words are multiplied: by one row in registers
+// never, since with that the processor runs ahead of its own accord.
+template <typename Kind, int ROWS, typename Begin, typename End, typename Meanwhile>
+inline void tile(Rows x, const Words *panel, int count, const Begin &begin, const End &end,
+                 const Meanwhile &meanwhile) {
   for (int first = 0; first < BLOCKS; first += AT_ONCE) {
     typename Kind::Sum sums[ROWS][AT_ONCE];
 #pragma GCC unroll 8
@@ -109,8 +117,10 @@ inline void tile(Rows x, const Words *panel, int count, const Begin &begin, cons
 #pragma GCC unroll 4
       for (int b = 0; b < AT_ONCE; ++b) sums[r][b] = begin(r, first + b);
     const int32_t *words = x.words, *w = (const int32_t *)(panel + first);
-    for (int k = 0; k < count; ++k, w += PANEL, words += x.place)
+    for (int k = 0; k < count; ++k, w += PANEL, words += x.place) {
+      if (ROWS > 1) meanwhile(1);
       add_word<Kind, ROWS>(sums, words, x.row, w);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -118,16 +128,16 @@ inline void tile(Rows x, const Words *panel, int count, const Begin &begin, cons
   }
 }
 
-template <typename Kind, typename Begin, typename End>
+template <typename Kind, typename Begin, typename End, typename Meanwhile = Nothing>
 inline void register_product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
-                             const End &end) {
+                             const End &end, const Meanwhile &meanwhile = {}) {
   switch (rows) {
-    case 1: return tile<Kind, 1>(x, panel, count, begin, end);
-    case 2: return tile<Kind, 2>(x, panel, count, begin, end);
-    case 3: return tile<Kind, 3>(x, panel, count, begin, end);
-    case 4: return tile<Kind, 4>(x, panel, count, begin, end);
-    case 5: return tile<Kind, std::min(5, IN_REGISTERS)>(x, panel, count, begin, end);
-    default: return tile<Kind, IN_REGISTERS>(x, panel, count, begin, end);
+    case 1: return tile<Kind, 1>(x, panel, count, begin, end, meanwhile);
+    case 2: return tile<Kind, 2>(x, panel, count, begin, end, meanwhile);
+    case 3: return tile<Kind, 3>(x, panel, count, begin, end, meanwhile);
+    case 4: return tile<Kind, 4>(x, panel, count, begin, end, meanwhile);
+    case 5: return tile<Kind, std::min(5, IN_REGISTERS)>(x, panel, count, begin, end, meanwhile);
+    default: return tile<Kind, IN_REGISTERS>(x, panel, count, begin, end, meanwhile);
   }
 }
 
@@ -183,9 +193,9 @@ inline void add_words(int rows, Rows x, const Words *panel, int count, const Add
 }
 
 // As `register_product`, in tiles.
-template <typename Kind, typename Begin, typename End>
+template <typename Kind, typename Begin, typename End, typename Meanwhile = Nothing>
 inline void tile_product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
-                         const End &end) {
+                         const End &end, const Meanwhile &meanwhile = {}) {
   constexpr size_t WORD = sizeof(int32_t), COLUMNS = BLOCKS * sizeof(Words), SUMS = PANEL * WORD;
   alignas(64) int32_t sums[TILE][PANEL];
   if (x.row == 1) x = turned(rows, x, count);
@@ -193,9 +203,13 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
   if (rows <= LANES) {
     add_words(rows, x, panel, count, [&](const int32_t *x, size_t row, const Words *w) {
       load_tile<4>(x, row * WORD), load_tile<6>(w, COLUMNS), load_tile<7>(w + 1, COLUMNS);
-      Kind::template add_tiles<0, 4, 6>(), Kind::template add_tiles<1, 4, 7>();
-      load_tile<6>(w + 2, COLUMNS), load_tile<7>(w + 3, COLUMNS);
-      Kind::template add_tiles<2, 4, 6>(), Kind::template add_tiles<3, 4, 7>();
+      meanwhile(LANES / 2);
+      load_tile<5>(w + 2, COLUMNS);
+      Kind::template add_tiles<0, 4, 6>();
+      load_tile<6>(w + 3, COLUMNS);
+      meanwhile(LANES / 2);
+      Kind::template add_tiles<1, 4, 7>();
+      Kind::template add_tiles<2, 4, 5>(), Kind::template add_tiles<3, 4, 6>();
     });
     int32_t *to = sums[0];
     store_tile<0>(to, SUMS), store_tile<1>(to + LANES, SUMS);
@@ -205,8 +219,10 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
       add_words(rows, x, panel, count, [&](const int32_t *x, size_t row, const Words *w) {
         w += 2 * half;
         load_tile<4>(x, row * WORD), load_tile<6>(w, COLUMNS), load_tile<7>(w + 1, COLUMNS);
-        Kind::template add_tiles<0, 4, 6>(), Kind::template add_tiles<1, 4, 7>();
+        meanwhile(LANES / 2);
         load_tile<5>(x + LANES * row, row * WORD);
+        Kind::template add_tiles<0, 4, 6>(), Kind::template add_tiles<1, 4, 7>();
+        meanwhile(LANES / 2);
         Kind::template add_tiles<2, 5, 6>(), Kind::template add_tiles<3, 5, 7>();
       });
       int32_t *upper = sums[0] + 2 * half * LANES, *lower = upper + LANES * PANEL;
@@ -218,23 +234,32 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
     for (int b = 0; b < BLOCKS; ++b) end(r, b, Kind::plus(begin(r, b), sums[r] + b * LANES));
 }
 
-// Up to TILE rows by a panel of `count` words; see `tile` for begin and end.
-template <typename Kind, typename Begin, typename End>
+// Up to TILE rows by a panel of `count` words; see `tile` for begin, end and meanwhile.
+template <typename Kind, typename Begin, typename End, typename Meanwhile = Nothing>
 inline void product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
-                    const End &end) {
+                    const End &end, const Meanwhile &meanwhile = {}) {
   if constexpr (!HAS_TILES) {
-    register_product<Kind>(rows, x, panel, count, begin, end);
+    register_product<Kind>(rows, x, panel, count, begin, end, meanwhile);
   } else {
     if constexpr (Kind::TILED_FROM > 0)
-      if (rows >= Kind::TILED_FROM) return tile_product<Kind>(rows, x, panel, count, begin, end);
+      if (rows >= Kind::TILED_FROM)
+        return tile_product<Kind>(rows, x, panel, count, begin, end, meanwhile);
     const auto run = [&](int first, int height) {
       register_product<Kind>(
           height, {x.words + first * x.row, x.row, x.place}, panel, count,
           [&](int r, int b) { return begin(first + r, b); },
-          [&](int r, int b, typename Kind::Sum sum) { end(first + r, b, sum); });
+          [&](int r, int b, typename Kind::Sum sum) { end(first + r, b, sum); }, meanwhile);
     };
     in_tiles(0, rows, run, IN_REGISTERS);
   }
+}
+
+// How often products of all in all `rows` rows go through a panel, at most.
+template <typename Kind>
+inline int passes(int rows) {
+  if (HAS_TILES && Kind::TILED_FROM > 0 && rows >= Kind::TILED_FROM)
+    return (rows + TILE - 1) / TILE * (rows > LANES ? 2 : 1);
+  return (rows + IN_REGISTERS - 1) / IN_REGISTERS * (BLOCKS / AT_ONCE);
 }
 
 }  // namespace

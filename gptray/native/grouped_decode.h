@@ -78,9 +78,10 @@ void to_groups(const float *row, int size, int added, RowGroup<INPUTS> *to) {
   }
 }
 
-// Up to TILE rows by a panel of `count` words of int8 -> totals.
+// Up to TILE rows by a panel of `count` words of int8 -> totals; see `tile` for meanwhile.
+template <typename Meanwhile = Nothing>
 void int8_product(int rows, const RowGroup<INT8_GROUP> *x, const Words *panel, int count,
-                  Floats (*totals)[BLOCKS]) {
+                  Floats (*totals)[BLOCKS], const Meanwhile &meanwhile = {}) {
   constexpr int words = INT8_GROUP / 4;
   const size_t groups = group_count(count, words);
   for (int r = 0; r < rows; ++r)
@@ -93,7 +94,7 @@ void int8_product(int rows, const RowGroup<INT8_GROUP> *x, const Words *panel, i
     };
     const size_t row = groups * sizeof *x / sizeof *x->words;
     product<Int8>(rows, {x->words, row, 1}, panel + (size_t)at * BLOCKS,
-                  std::min(words, count - at), begin, end);
+                  std::min(words, count - at), begin, end, meanwhile);
   }
 }
 

@@ -21,6 +21,8 @@ namespace {
 
 // Up to so many rows each thread reads for itself: that takes less than to wait for another.
 constexpr int OWN_ROWS = 4;
+// How far ahead of tiles weights are prefetched, in bytes.
+constexpr int AHEAD_OF_TILES = 2048;
 
 inline int word_count(const Linear &linear) {
   const int per_word = linear.kind == INT8 ? 4 : linear.kind == BF16 ? 2 : 1;
@@ -33,6 +35,12 @@ inline size_t row_words(const Linear &linear) {
   if (linear.kind == INT8)
     return group_count(linear.inputs, INT8_GROUP) * sizeof(RowGroup<INT8_GROUP>) / 4;
   return (word_count(linear) + LANES - 1) / LANES * LANES;
+}
+
+// Bytes of a panel.
+inline size_t panel_size(const Linear &linear) {
+  if (linear.kind >= INT4) return group_count(linear.inputs, GROUP) * sizeof(PanelGroup);
+  return (size_t)word_count(linear) * PANEL * sizeof(int32_t);
 }
 
 // The weights (inputs) of one output, of a layer in fp32 or bf16.
@@ -119,25 +127,25 @@ inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel
   }
 }
 
-// Up to TILE rows of words by one panel.
+// Of weights in 4 bits as of int8.
 template <int KIND>
-inline void multiply_tile(const Linear &linear, int panel, const int32_t *words, int rows,
-                          Floats (*sums)[BLOCKS]) {
+using Number = std::conditional_t<KIND == FP32, Fp32, std::conditional_t<KIND == BF16, Bf16, Int8>>;
+
+// Up to TILE rows of words by one panel.
+template <int KIND, typename Meanwhile>
+inline void multiply_tile(const Linear &linear, const void *panel, const int32_t *words, int rows,
+                          Floats (*sums)[BLOCKS], const Meanwhile &meanwhile) {
   if constexpr (KIND >= INT4) {
     using Weights = std::conditional_t<KIND == INT4, Int4, Iq4>;
-    const int count = group_count(linear.inputs, GROUP);
-    const auto *weights = (const PanelGroup *)linear.weight + (size_t)panel * count;
-    grouped_product<Weights>(rows, (const RowGroup<GROUP> *)words, weights, count, sums);
+    grouped_product<Weights>(rows, (const RowGroup<GROUP> *)words, (const PanelGroup *)panel,
+                             group_count(linear.inputs, GROUP), sums);
+  } else if constexpr (KIND == INT8) {
+    int8_product(rows, (const RowGroup<INT8_GROUP> *)words, (const Words *)panel,
+                 word_count(linear), sums, meanwhile);
   } else {
-    const int count = word_count(linear);
-    const Words *weights = (const Words *)linear.weight + (size_t)panel * count * BLOCKS;
-    if constexpr (KIND == INT8) {
-      int8_product(rows, (const RowGroup<INT8_GROUP> *)words, weights, count, sums);
-    } else {
-      using Number = std::conditional_t<KIND == BF16, Bf16, Fp32>;
-      product<Number>(rows, {words, row_words(linear), 1}, weights, count, FromZero<Number>{},
-                      [&](int r, int b, Floats sum) { sums[r][b] = sum; });
-    }
+    product<Number<KIND>>(
+        rows, {words, row_words(linear), 1}, (const Words *)panel, word_count(linear),
+        FromZero<Number<KIND>>{}, [&](int r, int b, Floats sum) { sums[r][b] = sum; }, meanwhile);
   }
 }
 
@@ -145,10 +153,23 @@ inline void multiply_tile(const Linear &linear, int panel, const int32_t *words,
 template <int KIND>
 void multiply_panel(const Linear &linear, int panel, const Input &x, const Results &to, int first,
                     int stop) {
+  const size_t size = panel_size(linear);
+  const char *const weights = (const char *)linear.weight + panel * size;
+  // The first pass brings a panel near, and the others would leave memory idle: each fetches its
+  // share of what comes next. A processor runs less far ahead of tiles than of vectors.
+  const int count = passes<Number<KIND>>(stop - first);
+  const int share = BLOCKS * sizeof(Words) / count;  // of a word
+  const char *next = weights + size - size / count + AHEAD_OF_TILES;
+  const auto fetch_ahead = [&](int words) {
+    if (!HAS_TILES) return;
+    fetch_far(next, words * share);
+    next += words * share;
+  };
   const auto run = [&](int row, int rows) {
     fetch(x.added, panel, panel_count(linear.outputs), row, row + rows);
     Floats sums[TILE][BLOCKS];  // at rest, lest all that follows be unrolled
-    multiply_tile<KIND>(linear, panel, x.words + row * row_words(linear), rows, sums);
+    multiply_tile<KIND>(linear, weights, x.words + row * row_words(linear), rows, sums,
+                        fetch_ahead);
     finish(sums, linear, panel, x, to, row, rows);
   };
   in_tiles(first, stop, run, KIND >= INT4 ? INT4_TILE : TILE);

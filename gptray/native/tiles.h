@@ -135,13 +135,14 @@ inline void multiply_int8_tiles() {
 thread_local int shaped_rows = 0;
 
 // Tiles for up to 32 rows by panels: sums in 0 to 3, rows in 4 and 5, words of columns in 6 and 7.
-// Up to 16 rows have a row of four sums, more of them two by two.
+// Up to 16 rows have a row of four sums, and words of columns in 5 too; more of them two by two.
 inline void shape_tiles(int rows) {
   if (rows == shaped_rows) return;
   shaped_rows = rows;
   TileShapes shapes;
-  const int upper = rows < LANES ? rows : LANES, lower = rows - upper ? rows - upper : upper;
-  const int heights[8] = {upper, upper, lower, lower, upper, lower, LANES, LANES};
+  const bool in_row = rows <= LANES;
+  const int upper = in_row ? rows : LANES, lower = in_row ? rows : rows - LANES;
+  const int heights[8] = {upper, upper, lower, lower, upper, in_row ? LANES : lower, LANES, LANES};
   for (int tile = 0; tile < 8; ++tile) {
     shapes.rows[tile] = heights[tile];
     shapes.row_bytes[tile] = 4 * LANES;

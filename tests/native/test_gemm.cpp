@@ -75,6 +75,25 @@ TEST(a_tile_of_int8_is_a_loop_over_fours) {
   }
 }
 
+template <typename Kind>
+static int words_called_for(int rows, int words) {
+  const std::vector<int32_t> x(rows * words), panel(words * PANEL);
+  int called = 0;
+  product<Kind>(
+      rows, {x.data(), (size_t)words, 1}, (const Words *)panel.data(), words, FromZero<Kind>{},
+      [](int, int, typename Kind::Sum) {}, [&](int count) { called += count; });
+  return called;
+}
+
+TEST(a_product_calls_for_each_word_as_often_as_it_goes_through_a_panel) {
+  const int words = 2 * LANES;
+  for (int rows = 2; rows <= TILE; ++rows) {
+    CHECK(words_called_for<Fp32>(rows, words) == passes<Fp32>(rows) * words);
+    CHECK(words_called_for<Bf16>(rows, words) == passes<Bf16>(rows) * words);
+    CHECK(words_called_for<Int8>(rows, words) == passes<Int8>(rows) * words);
+  }
+}
+
 TEST(tiles_cover_all_rows_once_and_differ_by_one_row_at_most) {
   for (int stop = 0; stop < 50; ++stop) {
     int next = 3, least = TILE, most = 0;
