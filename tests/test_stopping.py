@@ -52,6 +52,7 @@ def training(command: list[str], home: Path, *, step: int) -> Iterator[subproces
                 break
         else:
             raise AssertionError(f"it ended before step {step}: {''.join(said)}")
+        deadline.cancel()  # what waits for its end has one of its own
         yield driver
     finally:
         deadline.cancel()
@@ -140,6 +141,7 @@ def test_train_ends_with_one_json_line_and_plain_progress(
     assert [row["step"] for row in read_rows(run_dir / METRICS)] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.timeout(1200)  # four trainings in turn, with minutes of Ray's own where cores are busy
 def test_a_run_that_is_killed_in_every_way_ends_with_the_same_bits(
     undisturbed: tuple[Path, subprocess.CompletedProcess[str]], text_file: Path
 ) -> None:
