@@ -56,7 +56,6 @@ class PackedGPT:
         # First, since the padded copy that it packs is the largest.
         weight = wte if model.lm_head is None else whole(model.head)
         head = F.pad(weight[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
-        self.logits_width = len(head)
         self._head = product(head, None, dtype, quantized=head_kind(quantize))
         del weight, head
         # A sum with positions is rounded once.
