@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptray.generation.products import Product, WeightOnly
 from gptray.generation.weight_only import GpuWeight, tiles_for
-from gptray.native.measured import Measured, measured_once
+from gptray.native.measured import Measured, remembered
 from gptray.wording import count
 
 log = logging.getLogger("gptray")
@@ -80,7 +80,7 @@ def _seconds(
         "device": torch.cuda.get_device_name(plain.weight.values.device),
         "version": torch.__version__,
     }
-    return measured_once(asked, ways.keys(), lambda: _measure(rows, ways)).seconds
+    return remembered(asked, ways.keys(), lambda _: _measure(rows, ways)).seconds
 
 
 def _measure(rows: int, ways: Mapping[str, WeightOnly]) -> Measured:

@@ -1,8 +1,10 @@
-"""Which backend is faster on this machine: each is timed once for a kind of work, and remembered.
+"""Which backend is faster on this machine: timed for each kind of work, and remembered.
 
 A kind of work is what its speed depends on: the processor, the threads, the shape, the versions.
-Its file in the user's cache folder holds the seconds; one that is damaged is measured again. What
-is measured while other processes keep the cores busy counts for an hour.
+Its file in the user's cache folder holds the seconds; a damaged one is replaced. A virtual machine
+cannot see who else uses its host, and one bad minute there can make the slower backend look
+faster. So a first measurement counts for an hour. The next job then measures again, and once two
+in a row find the same backend, the answer stays.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,9 +33,10 @@ NAMES = {"native": "the native kernels", "torch": "PyTorch"}
 # PyTorch is taken if it is faster by this factor: less is noise, of which there is more where
 # threads wait for cores.
 MARGIN, BUSY_MARGIN = 1.05, 2.0
-# The share of a step that its threads may wait for cores; seconds for which a measurement counts
-# that met no better step.
-BUSY, BUSY_S = 0.1, 3600.0
+# The share of a step that its threads may wait for cores on a quiet machine.
+BUSY = 0.1
+# Seconds for which a measurement counts that no other one has confirmed.
+UNCONFIRMED_S = 3600.0
 # Rounds of each backend, of which the best counts; none begins after so many seconds in all.
 ROUNDS, MEASURE_S = 20, 1.5
 # Seconds to wait for another process that measures.
@@ -59,11 +62,24 @@ def pytorch_since(key: str, reason: object) -> Choice:
 class Measured:
     """The least seconds of each backend's step; of one that failed, none.
 
-    until: when the measurement no longer counts, since the cores were busy; None: it stays.
+    busy: other processes kept the cores busy. until: when the measurement no longer counts, in
+    seconds since the epoch; None: it stays.
     """
 
     seconds: Mapping[str, float]
+    busy: bool = False
     until: float | None = None
+
+    @property
+    def faster(self) -> str:
+        """The backend to take: native where PyTorch gains less than a margin."""
+        native, pytorch = (self.seconds.get(name, math.inf) for name in ("native", "torch"))
+        margin = BUSY_MARGIN if self.busy else MARGIN
+        return "torch" if pytorch * margin < native else "native"
+
+    @property
+    def outdated(self) -> bool:
+        return self.until is not None and time.time() >= self.until
 
 
 def faster(
@@ -73,40 +89,50 @@ def faster(
 
     what: the work in words. work: all that its speed depends on besides processor and versions.
     makers: for native and torch what makes a step to time. A backend that fails is told of and
-    not taken. The first caller on a machine takes up to two seconds, later ones none.
+    not taken. A caller that measures takes up to two seconds, others none.
     """
     assert set(makers) == set(NAMES)
     asked = {**work, "processor": processor_identity(), "versions": _versions()}
-    return _choice(key, what, measured_once(asked, set(NAMES), lambda: _measure(key, makers)))
+
+    def measure(before: Measured | None) -> Measured:
+        found = _measure(key, makers)
+        if before and before.faster == found.faster and not found.busy:
+            return found
+        return replace(found, until=time.time() + UNCONFIRMED_S)
+
+    return _choice(key, what, remembered(asked, set(NAMES), measure))
 
 
-def measured_once(
-    asked: Mapping[str, object], names: Set[str], measure: Callable[[], Measured]
+def remembered(
+    asked: Mapping[str, object],
+    names: Set[str],
+    measure: Callable[[Measured | None], Measured],
 ) -> Measured:
-    """The seconds of all `names`, from whoever measured first on this machine, else from `measure`.
+    """The seconds of all `names`, as this machine remembers them, else from `measure`.
 
-    asked: all that they depend on.
+    asked: all that they depend on. measure: takes the measurement that no longer counts, if any.
     """
     path = _folder() / f"{_digest(asked)}.json"
-    measured = _kept(path, names)
-    if measured is None:
-        with _alone():  # two that measure at the same time would disturb each other
-            measured = _kept(path, names)
-            if measured is None:
-                measured = measure()
-                if set(measured.seconds) == names:  # what failed may work the next time
-                    _keep(path, asked, measured)
-    return measured
+    kept = _kept(path, names)
+    if kept and not kept.outdated:
+        return kept
+    with _alone():  # two that measure at the same time would disturb each other
+        kept = _kept(path, names)
+        if kept and not kept.outdated:
+            return kept
+        measured = measure(kept)
+        if set(measured.seconds) == names:  # what failed may work the next time
+            _keep(path, asked, measured)
+        return measured
 
 
 def _choice(key: str, what: str, measured: Measured) -> Choice:
-    seconds, margin = measured.seconds, BUSY_MARGIN if measured.until else MARGIN
-    native, pytorch = (seconds.get(name, math.inf) for name in ("native", "torch"))
-    chosen, other = ("torch", "native") if pytorch * margin < native else ("native", "torch")
+    seconds, chosen = measured.seconds, measured.faster
+    other = "native" if chosen == "torch" else "torch"
     if other not in seconds:
         return Choice(chosen, f"{key}: {NAMES[chosen]}, since {NAMES[other]} failed in a trial")
     times = [f"{1e3 * seconds[name]:,.4g}" for name in (chosen, other)]
-    busy = "; other processes kept the cores busy" if measured.until else ""
+    busy = "; other processes kept the cores busy" if measured.busy else ""
     return Choice(
         chosen,
         f"{key}: {NAMES[chosen]}, {seconds[other] / seconds[chosen]:.2f}x as fast as "
@@ -117,7 +143,7 @@ def _choice(key: str, what: str, measured: Measured) -> Choice:
 
 def _measure(key: str, makers: Mapping[str, Callable[[], Step]]) -> Measured:
     """Time the backends in rounds in which they take turns."""
-    began, steps, best = time.perf_counter(), dict[str, Step](), dict[str, tuple[bool, float]]()
+    began, steps, best = time.perf_counter(), dict[str, Step](), dict[str, tuple[float, bool]]()
     for name, make in makers.items():
         try:
             step = make()
@@ -131,17 +157,16 @@ def _measure(key: str, makers: Mapping[str, Callable[[], Step]]) -> Measured:
             break
         for name, step in steps.items():
             best[name] = min(best[name], _timed(step))
-    was_busy = any(is_busy for is_busy, _ in best.values())
-    seconds = {name: seconds for name, (_, seconds) in best.items()}
-    return Measured(seconds, time.time() + BUSY_S if was_busy else None)
+    seconds = {name: seconds for name, (seconds, _) in best.items()}
+    return Measured(seconds, busy=any(is_busy for _, is_busy in best.values()))
 
 
-def _timed(step: Step) -> tuple[bool, float]:
-    """Whether threads waited for cores during a step, and its seconds: the least is the best."""
+def _timed(step: Step) -> tuple[float, bool]:
+    """A step's seconds, and whether its threads waited for cores."""
     queued, began = queued_ns(), time.perf_counter()
     step()
     seconds = time.perf_counter() - began
-    return queued_ns() - queued > BUSY * seconds * 1e9, seconds
+    return seconds, queued_ns() - queued > BUSY * seconds * 1e9
 
 
 def _versions() -> list[str]:
@@ -158,19 +183,19 @@ def _folder() -> Path:
 
 
 def _kept(path: Path, names: Set[str]) -> Measured | None:
-    """The measurement in a file; None where there is none that counts and makes sense."""
+    """The measurement in a file; None where there is none that makes sense."""
     try:
         record = read_object(path)
     except (OSError, Unreadable):
         return None
-    seconds, until = record.get("seconds"), record.get("until")
+    seconds, busy, until = (record.get(name) for name in ("seconds", "busy", "until"))
     if not isinstance(seconds, dict) or set(seconds) != names:
         return None
     if not all(isinstance(value, float) and value > 0 for value in seconds.values()):
         return None
-    if until is not None and not (isinstance(until, float) and time.time() < until):
+    if not isinstance(busy, bool) or not (until is None or isinstance(until, float)):
         return None
-    return Measured(seconds, until)
+    return Measured(seconds, busy, until)
 
 
 def _keep(path: Path, asked: Mapping[str, object], measured: Measured) -> None:

@@ -23,14 +23,16 @@ def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "gptray" / "backends"
 
 
-def remember(folder: Path, *, native: float, torch: float, until: float | None = None) -> None:
-    """Change the seconds in every measurement that is kept, and until when it counts."""
+def remember(
+    folder: Path, *, native: float, torch: float, busy: bool = False, until: float | None = None
+) -> None:
+    """Change every measurement that is kept."""
     paths = list(folder.glob("*.json"))
     assert paths
     for path in paths:
         record = json.loads(path.read_text())
         seconds = {"native": native, "torch": torch}
-        path.write_text(json.dumps({**record, "seconds": seconds, "until": until}))
+        path.write_text(json.dumps({**record, "seconds": seconds, "busy": busy, "until": until}))
 
 
 def become(path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str]) -> None:
