@@ -1,4 +1,4 @@
-# gptray on Ray's own image, for Kubernetes (configs/clusters/) and docker. In this folder, one of:
+# gptray on Ray's image, for Kubernetes (configs/clusters/) and Docker. Build it in this folder with one of:
 #
 #   docker build -t registry.example.com/gptray:ray-2.60.0-cpu .
 #   docker build -t registry.example.com/gptray:ray-2.60.0-cu130 \
@@ -6,11 +6,11 @@
 #   docker build -t registry.example.com/gptray:ray-2.60.0-cu126 \
 #       --build-arg PLATFORM=cu128 --build-arg TORCH=cu126 .      # CUDA 12, driver 570 or later
 ARG RAY_VERSION=2.60.0
-# cpu, or the CUDA of Ray's image: torch brings its own.
+# cpu, or the CUDA version of Ray's image; torch brings its own.
 ARG PLATFORM=cpu
 FROM rayproject/ray:${RAY_VERSION}-py312-${PLATFORM}
 
-# A folder of download.pytorch.org/whl: cpu, or the CUDA that torch is built with.
+# The folder of download.pytorch.org/whl: cpu, or the CUDA version that torch is built for.
 ARG TORCH=cpu
 
 # The C++ kernels for CPUs and torch.compile need a compiler; Python.h is in Ray's image.

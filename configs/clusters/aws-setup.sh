@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What cluster.yaml needs in an AWS account, made once: a security group that lets SSH in from your
-# address alone, roles for the head and the workers, and a shared folder (EFS). Needs the AWS command
+# Creates, once per AWS account, what cluster.yaml needs: a security group that allows SSH only from
+# your address, roles for the head and the workers, and a shared folder (EFS). Needs the AWS command
 # line with an administrator's credentials, and a default VPC.
 #
 #   bash configs/clusters/aws-setup.sh us-west-2 us-west-2a
 #
-# It prints the name of the shared folder, to be written into cluster.yaml.
+# It prints the name of the shared folder, which goes into cluster.yaml.
 set -euo pipefail
 
 region=${1:?the region, such as us-west-2}
@@ -26,7 +26,7 @@ aws ec2 authorize-security-group-ingress --group-id "$group" \
 aws ec2 authorize-security-group-ingress --group-id "$group" \
     --protocol tcp --port 22 --cidr "$ssh_from" >/dev/null
 
-# An instance takes the role of its profile. make_role NAME POLICY...
+# An instance gets its role from its profile. make_role NAME POLICY...
 trust='{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "sts:AssumeRole",
     "Principal": {"Service": "ec2.amazonaws.com"}}]}'
 make_role() {
@@ -39,7 +39,7 @@ make_role() {
     aws iam create-instance-profile --instance-profile-name "$name" >/dev/null
     aws iam add-role-to-instance-profile --instance-profile-name "$name" --role-name "$name"
 }
-# Workers read data.source from private buckets. The head starts and stops them, and hands them their
+# Workers read data.source from private buckets. The head starts and stops them, and gives them their
 # role.
 make_role gptray-worker AmazonS3ReadOnlyAccess
 make_role gptray-head AmazonEC2FullAccess AmazonS3ReadOnlyAccess
@@ -48,7 +48,7 @@ aws iam put-role-policy --role-name gptray-head --policy-name start-workers --po
     "{\"Version\": \"2012-10-17\", \"Statement\": [{\"Effect\": \"Allow\",
     \"Action\": \"iam:PassRole\", \"Resource\": \"$worker\"}]}"
 
-# In the same group as the nodes, which lets their port 2049 in.
+# In the same group as the nodes, which allows their traffic to port 2049.
 files=$(aws efs create-file-system --creation-token gptray --encrypted \
     --throughput-mode elastic --tags Key=Name,Value=gptray --query FileSystemId)
 until [ "$(aws efs describe-file-systems --file-system-id "$files" \
