@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from gptray.config import Config, RunFailed, UserError
+from gptray.config.errors import WorkerFailed
 from gptray.data.scoring import charge_per_token
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
@@ -74,7 +75,7 @@ def fit(
     part of a run that has landed: max_steps, patience, left, non_finite with a `message`, or failed
     with a `message` and whether it is the user's `mistake`. A failure is shared by all workers and
     returned rather than raised, since Ray Train would take an exception for a dead worker and
-    restart it.
+    restart it. Raises WorkerFailed where the GPU of one worker of several is out of memory.
     """
     workers = Workers.current()
     step = 0
@@ -98,7 +99,7 @@ def fit(
             size = config.micro_batch_size
             failure = out_of_gpu_memory(error, key="train.micro_batch_size", size=size)
             if workers.size > 1:
-                raise failure from None  # the others may wait for this one
+                raise WorkerFailed(str(failure)) from None
             return failed(step, failure)
 
 
