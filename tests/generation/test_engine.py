@@ -254,7 +254,7 @@ def test_rows_of_one_prompt_differ_and_seeds_repeat(tokenizer: Tokenizer) -> Non
         [
             request,
             request,
-            replace(request, row=1),
+            replace(request, sample=1),
             replace(request, sampling=replace(request.sampling, seed=4)),
         ],
     )
