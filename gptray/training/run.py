@@ -41,7 +41,7 @@ from gptray.training.mfu import tokens_per_sec_at_peak
 from gptray.training.optim import learning_rate, load_optimizer, make_optimizer
 from gptray.training.publishing import publish_best
 from gptray.training.sharding import ShardedWorkers, shard
-from gptray.training.stopping import Progress
+from gptray.training.stopping import EarlyStopping
 from gptray.training.teaching import Teachers
 from gptray.training.trainer_state import TrainerState
 from gptray.training.workers import Workers
@@ -139,7 +139,7 @@ def start(
         lambda: build_model(config, data, folder, device, native=native, tell=tell)
     )
     optimizer, workers = _placed(model, config, folder, workers, device, compiled=is_compiled)
-    new = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
+    new = TrainerState(step=0, progress=EarlyStopping(), data=data.fingerprint)
     state = TrainerState.load(folder) if folder else new
     step_model: nn.Module = model
     if is_compiled:
