@@ -189,8 +189,8 @@ class GPT(nn.Module):
         self.usage = Usage()
         self.compute_dtype = torch.float32
         self.head_loss, self.native_head = linear_cross_entropy, False
-        # Makes a whole tensor of a parameter that is spread over processes, or not read yet.
-        self.whole: Callable[[Tensor], Tensor] = Tensor.detach
+        # All of a parameter, which may be sharded over processes, merged or not read yet.
+        self.full_tensor: Callable[[Tensor], Tensor] = Tensor.detach
         self.transformer = Transformer(config, rows)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else _embedding(rows, config.n_embd)
@@ -205,7 +205,7 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where weights are, once they are whole."""
+        """Where weights are, once they are read."""
         device: torch.device = self.transformer.wte.weight.device
         return torch.device("cpu") if device.type == "meta" else device
 

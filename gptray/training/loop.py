@@ -41,7 +41,7 @@ from gptray.training.numbers import StepNumbers, Wish
 from gptray.training.optim import set_rates, weight_decay
 from gptray.training.rewind import begin_landing
 from gptray.training.run import Run, start, writing
-from gptray.training.sharding import is_spread
+from gptray.training.sharding import is_sharded
 from gptray.training.stopping import NonFiniteLoss
 from gptray.training.workers import Workers
 
@@ -225,7 +225,7 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
         total += of_text
         run.laps.end("forward_backward")
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
-    if is_spread(norm):
+    if is_sharded(norm):
         norm = norm.full_tensor()
     wishes = [total.new_full((), float(wish is one)) for one in (Wish.SAVE, Wish.LEAVE)]
     sums = workers.sum(torch.stack([total, *wishes]))

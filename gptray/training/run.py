@@ -226,7 +226,7 @@ def _placed(
         workers.all_or_none(lambda: load_optimizer(path, model, optimizer))
     if is_sharded:
         workers = ShardedWorkers(workers.rank, workers.size, model, optimizer, device)
-        model.whole = workers.whole
+        model.full_tensor = workers.full_tensor
     return optimizer, workers
 
 
