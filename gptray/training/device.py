@@ -87,6 +87,6 @@ def guard_updates(optimizer: torch.optim.Optimizer, device: torch.device) -> Ten
     """
     if device.type != "cuda":
         return None
-    spoilt = torch.zeros((), device=device)
-    optimizer.found_inf = spoilt  # type: ignore[attr-defined]
-    return spoilt
+    found_inf = torch.zeros((), device=device)
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    return found_inf
