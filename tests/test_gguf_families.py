@@ -84,7 +84,7 @@ def test_weights_are_read_one_at_a_time(tmp_path: Path) -> None:
     path = exported(tmp_path, "llama", small_tokenizer())
     unread, whole = unread_network(path), load_pretrained(path)
     for (name, one), other in zip(unread.named_parameters(), whole.parameters(), strict=True):
-        assert one.is_meta and torch.equal(unread.whole(one), other), name
+        assert one.is_meta and torch.equal(unread.full_tensor(one), other), name
 
 
 def test_numbers_that_are_not_finite_are_refused_when_they_are_read(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_numbers_that_are_not_finite_are_refused_when_they_are_read(tmp_path: Pa
     model.save_pretrained(tmp_path)
     unread = unread_network(tmp_path)
     with pytest.raises(UserError, match="model.norm.weight is not finite"):
-        unread.whole(unread.get_parameter("transformer.ln_f.weight"))
+        unread.full_tensor(unread.get_parameter("transformer.ln_f.weight"))
 
 
 def changed(path: Path, fields: Mapping[str, object], rope: list[float] | None = None) -> Path:

@@ -22,3 +22,10 @@ class ConfigError(UserError):
 
 class RunFailed(RuntimeError):
     """A run that cannot continue; its message says all that the user needs; exit code 1."""
+
+
+class WorkerFailed(RuntimeError):
+    """As RunFailed, of one worker of several: the others may wait for it until its process ends.
+
+    So it is no RunFailed, which workers return together.
+    """

@@ -1,4 +1,4 @@
-"""Keys and values of a decoder that PyTorch runs; shapes as in `gptray.generation.decoder`."""
+"""The KV cache of a decoder that PyTorch runs; shapes as in `gptray.generation.decoder`."""
 
 from __future__ import annotations
 

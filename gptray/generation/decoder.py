@@ -236,10 +236,10 @@ def _attend_piece(
     values[:, start:stop] = v.transpose(0, 1)
     q = q.permute(1, 2, 0, 3).reshape(K, G * T, E)
     scores = torch.bmm(q, keys[:, :stop].transpose(1, 2)).view(K, G, T, stop)
-    none = torch.full((T, stop), float("-inf"), dtype=q.dtype, device=q.device)
-    scores[..., start:] += none[:, start:].triu(1)
+    hidden = torch.full((T, stop), float("-inf"), dtype=q.dtype, device=q.device)
+    scores[..., start:] += hidden[:, start:].triu(1)
     if window is not None:
-        scores += none.tril(start - window)
+        scores += hidden.tril(start - window)
     weights = torch.softmax(scores, dim=-1).view(K, G * T, stop)
     attended = torch.bmm(weights, values[:, :stop]).view(K, G, T, E)
     return attended.permute(2, 0, 1, 3).reshape(T, K * G * E)

@@ -134,13 +134,14 @@ class Engine:
         its error, and the others draw their token at the next step. If no single one is to blame,
         or nothing runs any more, the exception is raised.
         """
-        reading = self._take_pieces()
+        reading = self._schedule_prompts()
         decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
         if not decoding and not reading:
             return []
+        pieces = [piece for _, piece in reading]
+        adapters = [sequence.adapter for sequence in self._decoding]
         try:
-            own = [sequence.adapter for sequence in self._decoding]
-            logits = self._network.step(decoding, [piece for _, piece in reading], adapters=own)
+            logits = self._network.step(decoding, pieces, adapters=adapters)
         except Exception as error:
             return self._end_guilty(error, reading)
         logits = self._take_prompts(logits, reading)
@@ -161,7 +162,7 @@ class Engine:
         self._release()
         return touched
 
-    def _take_pieces(self) -> list[tuple[Sequence, Piece]]:
+    def _schedule_prompts(self) -> list[tuple[Sequence, Piece]]:
         """This step's pieces of prompts, and whose they are.
 
         Prompts are read in turn: only the last of the pieces can leave its prompt unfinished.
@@ -188,7 +189,10 @@ class Engine:
         return taken
 
     def _take_prompts(self, logits: Tensor, reading: list[tuple[Sequence, Piece]]) -> Tensor:
-        """Score the prompts that ask for it. Returns the rows of logits that draw a token."""
+        """Score the prompts that ask for it; those that are read to their end decode from now on.
+
+        Returns the rows of logits that draw a token.
+        """
         if not reading:
             return logits
         drawing, row = list(range(len(self._decoding))), len(self._decoding)
@@ -205,9 +209,10 @@ class Engine:
     def _end_guilty(
         self, error: Exception, reading: list[tuple[Sequence, Piece]]
     ) -> list[Sequence]:
-        """End and return the sequences that fail even alone; raise the error if none does.
+        """End the sequences that fail even alone; raise the error if none does.
 
-        reading: the prompts whose pieces were not read; they are read again.
+        reading: the prompts whose pieces were not read; they are read again. Returns all that have
+        ended, those whose prompt could not be scored in the same step too.
         """
         if isinstance(error, MemoryError):
             raise error
@@ -222,8 +227,11 @@ class Engine:
             raise error
         for sequence, _, fault in guilty:
             sequence.fail(f"{type(fault).__name__}: {fault}")
+        held = [*self._decoding, *(sequence for sequence, _ in reading)]
         if reading:
             self._reading = None
+        elif self._reading is not None:
+            held.append(self._reading)
         for sequence, piece in reversed(reading):
             sequence.read = piece.start
             if sequence.ended:
@@ -233,7 +241,7 @@ class Engine:
             else:
                 self._waiting.appendleft(sequence)
         self._release()
-        return [sequence for sequence, _, _ in guilty]
+        return [sequence for sequence in held if sequence.ended]
 
     def _fault(self, sequence: Sequence | None, piece: Piece) -> Exception | None:
         """The error of reading this piece alone, and of drawing a token if it decodes, if any."""

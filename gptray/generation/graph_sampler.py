@@ -160,7 +160,7 @@ class GraphSampler:
         if kind == _RANKED:
             V = self._logits.size(1)
             k = V if sampling.top_k is None else min(sampling.top_k, V)
-        numbers = {"kind": kind, "top_k": k, "seed": sampling.seed, "row": row.row}
+        numbers = {"kind": kind, "top_k": k, "seed": sampling.seed, "row": row.sample}
         for name, number in numbers.items():
             self._whole[name][i] = number
         drawn = kind in (_RANKED, _UNRANKED)

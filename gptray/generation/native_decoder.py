@@ -91,7 +91,7 @@ class NativeDecoder(Network):
         return logits
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
-        return draw(logits, rows, top_candidates, draw_limited)
+        return draw(logits, rows, top_candidates, draw_ranked_rows)
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return top_candidates(logits, k)
@@ -116,7 +116,7 @@ class NativeDecoder(Network):
 
 
 class _Cache:
-    """Keys and values of every layer, (slots, K, length, E) each.
+    """The KV cache: keys and values of every layer, (slots, K, length, E) each.
 
     Of up to `most` tokens a sequence, memory holds FIRST_TOKENS, and twice as many when that is too
     little: for a model's whole context there may be more asked for than a machine has.
@@ -217,10 +217,10 @@ def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
-def draw_limited(logits: Tensor, rows: Sequence[Row]) -> Chosen:
-    """What `gptray.generation.sampling.draw_limited` gives; faster if all rows have a top_k."""
+def draw_ranked_rows(logits: Tensor, rows: Sequence[Row]) -> Chosen:
+    """What `gptray.generation.sampling.draw_ranked_rows` gives; faster if all rows have a top_k."""
     if any(row.sampling.top_k is None for row in rows):
-        return sampling.draw_limited(top_candidates, logits, rows)
+        return sampling.draw_ranked_rows(top_candidates, logits, rows)
     B, V = logits.shape
     draws = (abi.Draw * B)(*map(_draw, rows))
     k = min(max(draw.top_k for draw in draws), V)
@@ -236,4 +236,4 @@ def _draw(row: Row) -> abi.Draw:
     asked = row.sampling
     top_p = 1.0 if asked.top_p is None else asked.top_p
     reals = asked.temperature, top_p, asked.min_p or 0.0
-    return abi.Draw(*reals, asked.seed, row.row, row.new_tokens, asked.top_k)
+    return abi.Draw(*reals, asked.seed, row.sample, row.new_tokens, asked.top_k)

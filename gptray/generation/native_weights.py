@@ -51,7 +51,7 @@ class NativeWeights:
 
     def __init__(self, model: GPT, dtype: torch.dtype, quantize: str) -> None:
         self._model, self._dtype, self._quantize = model, dtype, quantize
-        self._whole = model.whole  # a parameter's numbers, which may still lie in a file
+        self._full = model.full_tensor  # a parameter's numbers, which may still lie in a file
         self.count = 0  # of all linear layers
         self._kept: list[Tensor] = []
         self._importance: dict[Tensor, Tensor | None] = {}
@@ -71,7 +71,7 @@ class NativeWeights:
             every = torch.arange(config.n_positions)
             cos, sin = transformer.rotary.at(every, torch.float32)
         else:
-            wpe = self._whole(transformer.wpe.weight)
+            wpe = self._full(transformer.wpe.weight)
         return abi.Model(
             (abi.Block * len(blocks))(*blocks),
             *map(self._floats, (wte, wpe, cos, sin)),
@@ -91,8 +91,8 @@ class NativeWeights:
     def _embedding_and_head(self) -> tuple[Tensor | None, abi.Linear]:
         """The embedding, or None where a tied head's panels hold the same numbers; and the head."""
         model = self._model
-        wte = self._whole(model.transformer.wte.weight)
-        weight = wte if model.lm_head is None else self._whole(model.head)
+        wte = self._full(model.transformer.wte.weight)
+        weight = wte if model.lm_head is None else self._full(model.head)
         head = self._linear(
             weight[: model.valid_vocab_size], None, quantized=head_kind(self._quantize)
         )
@@ -102,7 +102,7 @@ class NativeWeights:
         return wte, head
 
     def _bias(self, bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else self._whole(bias)
+        return None if bias is None else self._full(bias)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.contiguous())
@@ -139,8 +139,8 @@ class NativeWeights:
         if module is None or isinstance(module, nn.Identity):
             return abi.Norm(None, None, 0.0)
         assert isinstance(module, RMSNorm | nn.LayerNorm)
-        bias = self._whole(module.bias) if isinstance(module, nn.LayerNorm) else None
-        weight = self._whole(module.weight) * scale
+        bias = self._full(module.bias) if isinstance(module, nn.LayerNorm) else None
+        weight = self._full(module.weight) * scale
         return abi.Norm(self._floats(weight), self._floats(bias), module.eps)
 
     def _linear(
@@ -200,13 +200,13 @@ class NativeWeights:
 
     def _gated(self, layer: nn.Linear) -> abi.Linear:
         """A layer of gates and what they let through."""
-        bias = None if layer.bias is None else woven(self._whole(layer.bias)).flatten()
+        bias = None if layer.bias is None else woven(self._full(layer.bias)).flatten()
         counts = self._importance[layer.weight]
-        return self._linear(woven(self._whole(layer.weight)), bias, importance=counts)
+        return self._linear(woven(self._full(layer.weight)), bias, importance=counts)
 
     def _layer(self, layer: nn.Linear) -> abi.Linear:
         counts = self._importance[layer.weight]
-        return self._linear(self._whole(layer.weight), self._bias(layer.bias), importance=counts)
+        return self._linear(self._full(layer.weight), self._bias(layer.bias), importance=counts)
 
     def _attention_input(self, attention: Attention, scale: float) -> abi.Linear:
         """c_attn, with its outputs that make q times `scale`."""
@@ -215,7 +215,7 @@ class NativeWeights:
         factors[: attention.n_head * attention.head_width] = scale
         bias = self._bias(layer.bias)
         return self._linear(
-            self._whole(layer.weight),
+            self._full(layer.weight),
             None if bias is None else bias * factors,
             factors=factors,
             importance=self._importance[layer.weight],

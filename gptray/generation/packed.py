@@ -33,8 +33,8 @@ GELUS = {"gelu_new": "tanh", "gelu": "none"}
 
 # From a layer's number and its q, k, v, (N, (H + 2 K) E), to what it attended to, (N, H E).
 Attend = Callable[[int, Tensor], Tensor]
-# `GPT.whole`
-Whole = Callable[[Tensor], Tensor]
+# `GPT.full_tensor`
+FullTensor = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
 
 
@@ -50,24 +50,24 @@ class PackedGPT:
     ) -> None:
         transformer = model.transformer
         self.vocab_size, self.dtype = model.valid_vocab_size, dtype
-        config, whole = model.config, model.whole
-        wte = whole(transformer.wte.weight)
+        config, full = model.config, model.full_tensor
+        wte = full(transformer.wte.weight)
         self._rotary = transformer.rotary
         # First, since the padded copy that it packs is the largest.
-        weight = wte if model.lm_head is None else whole(model.head)
+        weight = wte if model.lm_head is None else full(model.head)
         head = F.pad(weight[: self.vocab_size], (0, 0, 0, -self.vocab_size % CHUNK))
         self._head = product(head, None, dtype, quantized=head_kind(quantize))
         del weight, head
         # A sum with positions is rounded once.
         self._wte = wte.to(dtype) if self._rotary else wte
-        self._wpe = None if self._rotary else whole(transformer.wpe.weight)
+        self._wpe = None if self._rotary else full(transformer.wpe.weight)
         del wte
         importance = input_importance(model, quantize)
         self._blocks = [
-            _block(cast(Block, block), layer, config, whole, dtype, quantize, importance)
+            _block(cast(Block, block), layer, config, full, dtype, quantize, importance)
             for layer, block in enumerate(transformer.h)
         ]
-        self._ln_f = _norm(transformer.ln_f, whole, dtype)
+        self._ln_f = _norm(transformer.ln_f, full, dtype)
         choose_kernels(
             [self._head, *chain.from_iterable(one.products for one in self._blocks)], rows
         )
@@ -164,14 +164,14 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _norm(module: nn.Module | None, whole: Whole, dtype: torch.dtype, scale: float = 1) -> Norm:
+def _norm(module: nn.Module | None, full: FullTensor, dtype: torch.dtype, scale: float = 1) -> Norm:
     if module is None or isinstance(module, nn.Identity):
         return _same
     if isinstance(module, RMSNorm):
-        weight = (whole(module.weight) * scale).to(dtype)
+        weight = (full(module.weight) * scale).to(dtype)
         return partial(rms_norm, weight=weight, eps=module.eps)
     assert isinstance(module, nn.LayerNorm)
-    weight, bias = whole(module.weight).to(dtype), whole(module.bias).to(dtype)
+    weight, bias = full(module.weight).to(dtype), full(module.bias).to(dtype)
     shape = list(weight.shape)
     return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=module.eps)
 
@@ -180,7 +180,7 @@ def _block(
     block: Block,
     layer: int,
     config: ModelConfig,
-    whole: Whole,
+    full: FullTensor,
     dtype: torch.dtype,
     quantize: str,
     importance: Mapping[str, Tensor],
@@ -192,7 +192,7 @@ def _block(
 
     def packed(layer: nn.Linear, gelu: str | None = None, factors: Tensor | None = None) -> Layer:
         """The next layer, its outputs times `factors` (out,)."""
-        weight, bias = whole(layer.weight), None if layer.bias is None else whole(layer.bias)
+        weight, bias = full(layer.weight), None if layer.bias is None else full(layer.bias)
         if factors is not None:
             factors = factors.to(weight.device)
             bias = None if bias is None else bias * factors
@@ -213,16 +213,16 @@ def _block(
         config.n_head,
         config.kv_heads,
         config.head_width,
-        _norm(attention.q_norm, whole, dtype, scale),
-        _norm(attention.k_norm, whole, dtype),
+        _norm(attention.q_norm, full, dtype, scale),
+        _norm(attention.k_norm, full, dtype),
         attention.rotates,
     )
     return _Block(
-        ln_1=_norm(block.ln_1, whole, dtype),
+        ln_1=_norm(block.ln_1, full, dtype),
         c_attn=packed(attention.c_attn, factors=None if config.qk_norm else factors),
         queries=queries,
         attn_proj=packed(attention.c_proj),
-        ln_2=_norm(block.ln_2, whole, dtype),
+        ln_2=_norm(block.ln_2, full, dtype),
         c_fc=packed(block.mlp.c_fc, GELUS.get(config.mlp)),
         mlp_proj=packed(block.mlp.c_proj),
         is_gated=config.mlp == "swiglu",

@@ -13,15 +13,15 @@ ROUNDS = 10
 MULTIPLIERS, WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
 
-def uniform(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """One number in [0, 1) for each (seed, row, position), fp64; the same on every machine.
+def uniform(seeds: Sequence[int], samples: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """One number in [0, 1) for each (seed, sample, position), fp64; the same on every machine.
 
     Philox4x32-10, a hash of a counter (Salmon et al. 2011, Parallel Random Numbers: As Easy as
     1, 2, 3). 53 random bits each.
     """
     seed = np.asarray(seeds, dtype=np.uint64)
     key = [seed & _LOW, seed >> _32]
-    place = [np.asarray(values, dtype=np.uint64) for values in (positions, rows)]
+    place = [np.asarray(values, dtype=np.uint64) for values in (positions, samples)]
     counter = [place[0] & _LOW, place[0] >> _32, place[1] & _LOW, place[1] >> _32]
     for _ in range(ROUNDS):
         first, second = counter[0] * _PHILOX_M[0], counter[2] * _PHILOX_M[1]

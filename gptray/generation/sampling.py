@@ -1,6 +1,6 @@
 """Drawing the next token of every row, each by its own settings: functions on logits.
 
-A row's token depends on its logits, its settings and (seed, row, position) alone: the same
+A row's token depends on its logits, its settings and (seed, sample, position) alone: the same
 whatever its neighbours in the batch ask for. For that, candidates have one order (likelier first,
 then the lower id, so that ties are never cut at random), sums run along that order, and the
 random number is a function of a counter.
@@ -38,7 +38,7 @@ Choose = Callable[[Tensor, Sequence["Row"]], Chosen]
 class Row(Protocol):
     """What drawing needs of a row of the batch, which is a `Sequence`; the same at every step.
 
-    row: which of a prompt's outputs it is. history: its tokens so far, prompt included, which
+    sample: which of a prompt's outputs it is. history: its tokens so far, prompt included, which
     grows. eos_ids: the tokens that end it. mask: the tokens that would break a character now
     (`gptray.generation.utf8`).
     """
@@ -47,7 +47,7 @@ class Row(Protocol):
     prompt_tokens: int
     history: list[int]
     eos_ids: Sequence[int]
-    row: int
+    sample: int
     mask: Mask | None
 
     @property
@@ -68,32 +68,31 @@ class Drawn(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    logits: Tensor, rows: Sequence[Row], top: Top | None = None, limited: Choose | None = None
+    logits: Tensor, rows: Sequence[Row], top: Top | None = None, ranked: Choose | None = None
 ) -> list[Drawn | None]:
     """Draw the next token of each row from logits (B, V), fp32, which are overwritten.
 
     None for a row whose logits are not a distribution (NaN, infinity, or nothing eligible).
-    top, limited: a faster `top_candidates` and a faster `draw_limited`, to the same effect.
+    top, ranked: a faster `top_candidates` and a faster `draw_ranked_rows`, to the same effect.
     """
     assert logits.size(0) == len(rows)
     top = top or top_candidates
-    limited = limited or partial(draw_limited, top)
+    ranked = ranked or partial(draw_ranked_rows, top)
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     logprobs = logits
     if asked:
         logprobs = torch.log_softmax(logits if len(asked) == len(rows) else logits[asked], dim=-1)
-    _shape(logits, rows)
+    _apply_settings(logits, rows)
     drawn: list[Drawn | None] = [None] * len(rows)
-    settings = [row.sampling for row in rows]
-    ways = [
-        _greedy if s.is_greedy else limited if is_ranked(s) else _draw_unranked for s in settings
-    ]
-    for choose in (_greedy, limited, _draw_unranked):
-        if members := [i for i, way in enumerate(ways) if way is choose]:
-            part = logits if len(members) == len(rows) else logits[members]
-            tokens, best = choose(part, [rows[i] for i in members])
-            for i, token, most in zip(members, tokens.tolist(), best.tolist(), strict=True):
-                drawn[i] = Drawn(token) if math.isfinite(most) else None
+    ways: dict[Choose, list[int]] = {}
+    for i, row in enumerate(rows):
+        way = ranked if is_ranked(row.sampling) else _draw_unranked_rows
+        ways.setdefault(_take_likeliest if row.sampling.is_greedy else way, []).append(i)
+    for choose, members in ways.items():
+        part = logits if len(members) == len(rows) else logits[members]
+        tokens, best = choose(part, [rows[i] for i in members])
+        for i, token, most in zip(members, tokens.tolist(), best.tolist(), strict=True):
+            drawn[i] = Drawn(token) if math.isfinite(most) else None
     if asked:
         counts = [rows[i].sampling.logprobs or 0 for i in asked]
         own = [one.token if (one := drawn[i]) else 0 for i in asked]
@@ -114,7 +113,7 @@ def score(logits: Tensor, tokens: Sequence[int], count: int, top: Top | None = N
     return _report(logprobs, tokens, [count] * len(tokens), top or top_candidates)
 
 
-def _shape(logits: Tensor, rows: Sequence[Row]) -> None:
+def _apply_settings(logits: Tensor, rows: Sequence[Row]) -> None:
     """Apply bias, penalties, minimum length and masks; only entries that they name are touched.
 
     An id that is there several times gets the same value each time: all are read before one is
@@ -139,10 +138,10 @@ def _shape(logits: Tensor, rows: Sequence[Row]) -> None:
     if unfinished:
         places = [(i, number) for i in unfinished for number in rows[i].eos_ids]
         logits[tuple(zip(*places, strict=True))] = float("-inf")
-    _mask(logits, rows)
+    _apply_masks(logits, rows)
 
 
-def _mask(logits: Tensor, rows: Sequence[Row]) -> None:
+def _apply_masks(logits: Tensor, rows: Sequence[Row]) -> None:
     """Leave what may be drawn: between characters a few entries go, inside one a few stay."""
     masks = [(i, row.mask) for i, row in enumerate(rows) if row.mask]
     banned = {i: mask.banned for i, mask in masks if mask.banned is not None}
@@ -169,16 +168,17 @@ def _places(ids: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def is_ranked(sampling: Sampling) -> bool:
-    limited = sampling.top_k is not None or (sampling.top_p or 1.0) < 1.0
-    return limited and not sampling.is_greedy
+    """Whether drawing needs the candidates in order, for top_k or top_p."""
+    is_cut = sampling.top_k is not None or (sampling.top_p or 1.0) < 1.0
+    return is_cut and not sampling.is_greedy
 
 
-def _greedy(logits: Tensor, rows: Sequence[Row]) -> Chosen:
+def _take_likeliest(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     best, tokens = logits.max(dim=-1)
     return tokens, best
 
 
-def draw_limited(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
+def draw_ranked_rows(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
     """Draw from the first of the ranked candidates, as many as top_k, top_p and min_p leave."""
     V = logits.size(1)
     ranks = min(max(row.sampling.top_k or FIRST_RANKS for row in rows), V)
@@ -192,7 +192,7 @@ def draw_limited(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
     return tokens, best
 
 
-def _draw_unranked(logits: Tensor, rows: Sequence[Row]) -> Chosen:
+def _draw_unranked_rows(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     columns = _columns(rows, logits)
     return draw_unranked(logits, columns, any(row.sampling.min_p for row in rows))
 
@@ -209,7 +209,7 @@ def _columns(rows: Sequence[Row], logits: Tensor) -> Columns:
     ]
     columns = torch.tensor(asked, dtype=torch.float64).to(device)[:, :, None]
     numbers = uniform(
-        [s.seed for s in settings], [row.row for row in rows], [row.new_tokens for row in rows]
+        [s.seed for s in settings], [row.sample for row in rows], [row.new_tokens for row in rows]
     )
     temperature, top_k, top_p, min_p = columns.unbind()
     return Columns(temperature, top_k.long(), top_p, min_p, numbers.to(device)[:, None])

@@ -27,7 +27,7 @@ class Sequence:
 
     An engine takes a sequence once; `dataclasses.replace` makes a new one of the same prompt.
 
-    row: which of several outputs of one prompt this is; each has a random stream of its own.
+    sample: which of several outputs of one prompt this is; each has a random stream of its own.
     live_text: keep `text` up to date at every token, not only at the end.
     prompt_logprobs: how many of the likeliest tokens to report at each of the prompt's; None
     reports none. With it `sampling.max_new_tokens` may be 0: the prompt is read, no more.
@@ -41,7 +41,7 @@ class Sequence:
 
     prompt: abc.Sequence[int]
     sampling: Sampling = Sampling()
-    row: int = 0
+    sample: int = 0
     live_text: bool = False
     prompt_logprobs: int | None = None
     adapter: PackedAdapter | None = None

@@ -154,14 +154,14 @@ def save_merged(
     model = unread_network(base.folder)
     model.valid_vocab_size = vocab_size
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    read, tensors = model.whole, _tensors(adapter)
+    read, tensors = model.full_tensor, _tensors(adapter)
 
-    def whole(parameter: Tensor) -> Tensor:
+    def full_tensor(parameter: Tensor) -> Tensor:
         merged = read(parameter)
         _merge(base, {names[id(parameter)]: merged}, adapter, tensors)
         return merged
 
-    model.whole = whole
+    model.full_tensor = full_tensor
     save_pretrained(model, folder, eos_token_id=eos_token_id, bos_token_id=bos_token_id)
 
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptray.model.frozen_layer import Adapters, FrozenLayer, whole_weight
+from gptray.model.frozen_layer import Adapters, FrozenLayer, dequantized
 from gptray.model.kernel_calls import (
     call,
+    contiguous,
     gated_columns,
     input_gradient,
     panels,
     product,
     weight_gradients,
-    whole,
 )
 from gptray.model.operator import Given, Operator
 from gptray.native.abi import GELU, GELU_TANH, NONE, SWIGLU
@@ -91,7 +91,7 @@ def _backward(
 
 def _weight(layer: FrozenLayer, x: Tensor) -> Tensor:
     """W (N, K) bf16, for x (..., K)."""
-    whole = whole_weight(layer.values, layer.scales, layer.kind, x.size(-1), x.dtype)
+    whole = dequantized(layer.values, layer.scales, layer.kind, x.size(-1), x.dtype)
     return whole.contiguous()
 
 
@@ -140,13 +140,13 @@ def _layer(given: Given, tensors: list[Tensor]) -> FrozenLayer:
 
 def _linear(given: Given) -> list[Tensor]:
     """The output, and u."""
-    x, *tensors = whole(given.tensors)
+    x, *tensors = contiguous(given.tensors)
     y, _, u = _forward(x, _layer(given, tensors))
     return [y, u]
 
 
 def _linear_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
-    grad, x, *tensors = whole([grad, *given.tensors])
+    grad, x, *tensors = contiguous([grad, *given.tensors])
     layer = _layer(given, tensors)
     grad_x, grads = _backward(grad, x, kept[0], layer)
     return [grad_x, *grads]
@@ -173,7 +173,7 @@ def _layers(given: Given, tensors: list[Tensor]) -> tuple[int, FrozenLayer, Froz
 
 def _mlp(given: Given) -> list[Tensor]:
     """The output, and for the backward pass the activation's values and slopes, and u of both."""
-    x, *tensors = whole(given.tensors)
+    x, *tensors = contiguous(given.tensors)
     activation, first, second = _layers(given, tensors)
     inner, slopes, u = _forward(x, first, activation)
     assert slopes is not None
@@ -182,7 +182,7 @@ def _mlp(given: Given) -> list[Tensor]:
 
 
 def _mlp_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
-    grad, x, *tensors = whole([grad, *given.tensors])
+    grad, x, *tensors = contiguous([grad, *given.tensors])
     activation, first, second = _layers(given, tensors)
     inner, slopes, u, second_u = kept
     grad_inner, second_grads = _backward(grad, inner, second_u, second, slopes, activation)

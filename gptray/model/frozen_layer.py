@@ -83,10 +83,13 @@ class FrozenLayer:
         return cls(values, scales, bias, kind, Adapters(a, b, spans, scale, mask))
 
 
-def whole_weight(
+def dequantized(
     values: Tensor, scales: Tensor | None, kind: str, inputs: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight (out, inputs) of what `numbers_of` gave; in `dtype`, if it is quantized."""
+    """The weight (out, inputs) that `values` and `scales` hold in `kind`, in `dtype`.
+
+    One that is whole, without scales, stays as it is.
+    """
     if scales is None:
         return values
     whole = values.new_empty(len(values), inputs, dtype=dtype)

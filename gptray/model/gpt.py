@@ -1,13 +1,12 @@
 """The decoder: GPT-2's network, or with other choices Llama's, Qwen's, GPT-NeoX's and more.
 
 Its parameters have GPT-2's names in Hugging Face's files, whatever the family, and (out, in)
-weights; `gptray.model.parameters` has them all.
-
-Parameters are fp32 masters; the forward pass computes in `compute_dtype` and casts each weight
-where it is used, so gradients arrive on the masters in fp32. Files are `gptray.model.hf`'s.
+weights; `gptray.model.parameters` has them all. They are fp32 masters; the forward pass computes in
+`compute_dtype` and casts each weight where it is used, so gradients arrive on the masters in fp32.
+Files are `gptray.model.hf`'s.
 
 Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
-Shapes: B batch, T tokens, C = n_embd, V rows of the embedding.
+Shapes: B batch, T tokens, C = n_embd, V rows of the embedding; x is (B, T, C) everywhere.
 """
 
 from __future__ import annotations
@@ -43,29 +42,30 @@ def _norm(config: ModelConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
+    """Causal self-attention; kv_heads below n_head: heads of queries share keys and values."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.n_head, self.kv_heads = config.n_head, config.kv_heads
-        self.head_width = config.head_width
+        self.head_width = head_width = config.head_width
         self.dropout, self.native = config.dropout, False
         self.window, self.rotates = config.window(layer), config.rotates(layer)
-        packed = (config.n_head + 2 * config.kv_heads) * config.head_width
-        self.c_attn = Linear(config.n_embd, packed, bias=config.qkv_bias)
+        qkv_width = (config.n_head + 2 * config.kv_heads) * head_width
+        self.c_attn = Linear(config.n_embd, qkv_width, bias=config.qkv_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             eps = config.layer_norm_epsilon
-            self.q_norm, self.k_norm = (RMSNorm(config.head_width, eps=eps) for _ in range(2))
-        self.c_proj = Linear(
-            config.n_head * config.head_width, config.n_embd, bias=config.attn_out_bias
-        )
+            self.q_norm, self.k_norm = (RMSNorm(head_width, eps=eps) for _ in range(2))
+        self.c_proj = Linear(config.n_head * head_width, config.n_embd, bias=config.attn_out_bias)
 
     def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
-        p, qkv = self.dropout if self.training else 0.0, self.c_attn(x)
-        sees_all = self.window is None or self.window >= x.size(1)
-        if self.native and sees_all and not p:
+        p = self.dropout if self.training else 0.0
+        qkv = self.c_attn(x)  # (B, T, (n_head + 2 kv_heads) head_width)
+        is_full = self.window is None or self.window >= x.size(1)
+        if self.native and is_full and not p:
             y = self._native(qkv, angles)
         else:
-            qkv = self._spread(qkv, angles)
+            qkv = self._full_heads(qkv, angles)
             y = causal_attention(qkv, self.n_head, dropout=p, window=self.window)
         return dropout(self.c_proj(y), p)
 
@@ -77,8 +77,8 @@ class Attention(nn.Module):
         heads = self.n_head, self.kv_heads
         return kernels.attention(qkv, *heads, angles=turned, norms=norms, eps=eps)
 
-    def _spread(self, qkv: Tensor, angles: Angles | None) -> Tensor:
-        """q, k and v of n_head heads each, normalised and rotated."""
+    def _full_heads(self, qkv: Tensor, angles: Angles | None) -> Tensor:
+        """q, k and v of n_head heads each, normalised and rotated, (B, T, 3 n_head head_width)."""
         is_grouped = self.kv_heads != self.n_head
         if not (is_grouped or self.rotates or self.q_norm):
             return qkv
@@ -90,16 +90,17 @@ class Attention(nn.Module):
             assert angles is not None
             q, k = rotate(q, angles), rotate(k, angles)
         if is_grouped:
-            group = self.n_head // self.kv_heads
-            k, v = (part.repeat_interleave(group, dim=-2) for part in (k, v))
+            k, v = (part.repeat_interleave(self.n_head // self.kv_heads, dim=-2) for part in (k, v))
         return torch.cat((q, k, v), dim=-2).flatten(-2)
 
 
 class MLP(nn.Module):
+    """Two linear layers with an activation between them; of swiglu c_fc makes gate and input."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout, self.kind, self.native = config.dropout, config.mlp, False
-        outputs = (2 if config.mlp == "swiglu" else 1) * config.inner
+        outputs = 2 * config.inner if config.mlp == "swiglu" else config.inner
         self.c_fc = Linear(config.n_embd, outputs, bias=config.mlp_bias)
         self.c_proj = Linear(config.inner, config.n_embd, bias=config.mlp_bias)
 
@@ -113,11 +114,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """y = x + attn(ln_1(x)), then y + mlp(ln_2(y)), with the config's variations."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.residual, self.parallel = config.residual, config.parallel_residual
         self.post_norm = config.post_norm
-        # `compute` compiled, for training.
+        # `compute` compiled, for training: see `gptray.training.device`.
         self.compiled: Callable[[Tensor, Angles | None], Tensor] | None = None
         self.ln_1, self.attn = _norm(config), Attention(config, layer)
         self.ln_2, self.mlp = _norm(config), MLP(config)
@@ -129,20 +132,24 @@ class Block(nn.Module):
 
     def compute(self, x: Tensor, angles: Angles | None) -> Tensor:
         if self.post_norm:
-            attended = self.ln_1(self.attn(x, angles))
+            attn_out = self.ln_1(self.attn(x, angles))
         else:
-            attended = self.attn(self.ln_1(x), angles)
-        y = x + attended if self.residual else attended
-        read = x if self.parallel else y
-        made = self.ln_2(self.mlp(read)) if self.post_norm else self.mlp(self.ln_2(read))
-        whole: Tensor = y + made if self.residual or self.parallel else made
-        return whole
+            attn_out = self.attn(self.ln_1(x), angles)
+        y = x + attn_out if self.residual else attn_out
+        mlp_in = x if self.parallel else y
+        if self.post_norm:
+            mlp_out: Tensor = self.ln_2(self.mlp(mlp_in))
+        else:
+            mlp_out = self.mlp(self.ln_2(mlp_in))
+        return y + mlp_out if self.residual or self.parallel else mlp_out
 
 
 class Transformer(nn.Module):
+    """Embeddings, blocks and a last norm: all but the head. rows: V."""
+
     def __init__(self, config: ModelConfig, rows: int) -> None:
         super().__init__()
-        self.dropout, self.recomputes = config.dropout, config.checkpoint_blocks
+        self.dropout, self.checkpoint_blocks = config.dropout, config.checkpoint_blocks
         self.rotary = Rotary(config) if config.positions == "rotary" else None
         self.wte = _embedding(rows, config.n_embd)
         if not self.rotary:
@@ -151,20 +158,21 @@ class Transformer(nn.Module):
         self.ln_f = _norm(config)
 
     def forward(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
+        """The normed output of the last block for idx (B, T), computed in dtype."""
+        T, p = idx.size(1), self.dropout if self.training else 0.0
         x, angles = F.embedding(idx, self.wte.weight), None
         if self.rotary:
-            angles = self.rotary.at(torch.arange(idx.size(1), device=idx.device), dtype)
+            angles = self.rotary.at(torch.arange(T, device=idx.device), dtype)
         else:
-            x = x + self.wpe.weight[: idx.size(1)]
-        x = dropout(x.to(dtype), self.dropout if self.training else 0.0)
+            x = x + self.wpe.weight[:T]
+        x = dropout(x.to(dtype), p)
         for block in self.h:
-            if self.recomputes and torch.is_grad_enabled():
-                keeps = self.dropout > 0
-                x = checkpoint(block, x, angles, use_reentrant=False, preserve_rng_state=keeps)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, angles, use_reentrant=False, preserve_rng_state=p > 0)
             else:
                 x = block(x, angles)
-        normed: Tensor = self.ln_f(x)
-        return normed
+        out: Tensor = self.ln_f(x)
+        return out
 
 
 class GPT(nn.Module):
@@ -189,11 +197,10 @@ class GPT(nn.Module):
         self.usage = Usage()
         self.compute_dtype = torch.float32
         self.head_loss, self.native_head = linear_cross_entropy, False
-        # Makes a whole tensor of a parameter that is spread over processes, or not read yet.
-        self.whole: Callable[[Tensor], Tensor] = Tensor.detach
+        # All of a parameter, which may be sharded over processes, merged or not read yet.
+        self.full_tensor: Callable[[Tensor], Tensor] = Tensor.detach
         self.transformer = Transformer(config, rows)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else _embedding(rows, config.n_embd)
+        self.lm_head = None if config.tie_word_embeddings else _embedding(rows, config.n_embd)
         if initialised and not self.transformer.wte.weight.is_meta:
             self.initialise(0)
 
@@ -205,7 +212,7 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where weights are, once they are whole."""
+        """Where weights are, once they are read."""
         device: torch.device = self.transformer.wte.weight.device
         return torch.device("cpu") if device.type == "meta" else device
 
@@ -238,13 +245,6 @@ class GPT(nn.Module):
             elif isinstance(module, (LayerNorm, RMSNorm)):
                 module.native = width % 2 == 0
 
-    def compile_parts(self) -> None:
-        """Compile each block by itself, and the head: gradients then come block by block."""
-        for block in self.transformer.h:
-            assert isinstance(block, Block)
-            block.compiled = torch.compile(block.compute)
-        self.head_loss = torch.compile(linear_cross_entropy)
-
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Initial weights as GPT-2's: N(0, initializer_range), less in the residual projections.
@@ -274,15 +274,15 @@ class GPT(nn.Module):
         With `soft` targets two losses, see `taught_cross_entropy`. Padding has logits of -inf.
         """
         x, weight, valid = self.hidden(idx), self.head, self.valid_vocab_size
-        if targets is not None:
-            rows = x.flatten(0, 1), weight, targets.flatten()
-            if soft:
-                return taught_cross_entropy(*rows, soft, valid=valid)
-            return self.head_loss(*rows, valid=valid, native=self.native_head)
-        logits = F.linear(x, weight.to(x.dtype))
-        if valid < weight.size(0):
-            logits[..., valid:] = float("-inf")
-        return logits
+        if targets is None:
+            logits = F.linear(x, weight.to(x.dtype))
+            if valid < weight.size(0):
+                logits[..., valid:] = float("-inf")
+            return logits
+        rows, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
+        if soft:
+            return taught_cross_entropy(rows, weight, targets, soft, valid=valid)
+        return self.head_loss(rows, weight, targets, valid=valid, native=self.native_head)
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:

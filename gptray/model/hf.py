@@ -62,7 +62,7 @@ def save_pretrained(
 
     def stored(name: str) -> Tensor:
         part = parts[name]
-        weight = model.whole(parameters[part.parameter])
+        weight = model.full_tensor(parameters[part.parameter])
         return to_file(weight[part.start : part.start + part.rows], part, model.config)
 
     shapes = {name: torch.Size(part.dims) for name, part in parts.items()}

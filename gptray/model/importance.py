@@ -42,7 +42,7 @@ def input_importance(model: GPT, kind: str) -> dict[str, Tensor]:
     (in,) in fp32: mean squares over random tokens, about 1 on average. They are computed in fp64
     and rounded to powers of two, so that the order of a sum, which differs between machines, does
     not show. Empty for a `kind` that asks for none. Memory holds one block. Raises UserError as
-    `GPT.whole`.
+    `GPT.full_tensor`.
     """
     found = dict[str, Tensor]()
     if kind not in IN_GROUPS:
@@ -55,7 +55,7 @@ def input_importance(model: GPT, kind: str) -> dict[str, Tensor]:
             for name, module in block.named_modules()
             if isinstance(module, Linear)
         ]
-        own = {name: model.whole(one).double() for name, one in block.named_parameters()}
+        own = {name: model.full_tensor(one).double() for name, one in block.named_parameters()}
         x = functional_call(block, own, (x, angles))
         for hook in hooks:
             hook.remove()
@@ -95,7 +95,7 @@ def _embedded(model: GPT) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """What the first block reads of random tokens, (1, T, C) in fp64, and the angles of rotary
     positions."""
     transformer, length = model.transformer, min(TOKENS, model.config.n_positions)
-    table = model.whole(transformer.wte.weight)
+    table = model.full_tensor(transformer.wte.weight)
     random = torch.Generator().manual_seed(0)
     idx = torch.randint(len(table), (1, length), generator=random).to(table.device)
     x = F.embedding(idx, table).double()
@@ -103,7 +103,7 @@ def _embedded(model: GPT) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         # The network's own angles are of fp32, in which machines differ.
         rotary = Rotary(model.config, torch.float64)
         return x, rotary.at(torch.arange(length, device=table.device), torch.float64)
-    return x + model.whole(transformer.wpe.weight)[:length], None
+    return x + model.full_tensor(transformer.wpe.weight)[:length], None
 
 
 def _keeping(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:

@@ -26,7 +26,7 @@ def gated_columns(columns: int) -> int:
     return -(-columns // (PANEL // 2)) * PANEL
 
 
-def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
+def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, without gaps between their numbers."""
     return [tensor.contiguous() for tensor in tensors]
 

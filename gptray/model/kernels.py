@@ -19,13 +19,13 @@ from torch import Tensor
 from gptray.model.autograd_context import NormContext
 from gptray.model.kernel_calls import (
     call,
+    contiguous,
     gated_columns,
     input_gradient,
     panels,
     product,
     sizes,
     weight_gradients,
-    whole,
 )
 from gptray.model.operator import Given, Operator
 from gptray.model.rotary import Angles
@@ -97,7 +97,7 @@ def head_loss(
     x (M, C) bf16, C even; W (V, C) fp32, or bf16 where it is frozen, of which the first `valid`
     rows are tokens; targets (M) int64. Autograd records nothing.
     """
-    x, weight, targets = whole([x, weight, targets])
+    x, weight, targets = contiguous([x, weight, targets])
     losses, grad_x = torch.empty(len(x)), torch.empty_like(x)
     grad_weight = torch.empty_like(weight) if needs_weight else None
     made = losses, grad_x, grad_weight
@@ -119,12 +119,12 @@ def _layer(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
 
 
 def _linear(given: Given) -> list[Tensor]:
-    x, *layer = whole(given.tensors)
+    x, *layer = contiguous(given.tensors)
     return [product(x, *layer)]
 
 
 def _linear_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
-    grad, x, *layer = whole([grad, *given.tensors])
+    grad, x, *layer = contiguous([grad, *given.tensors])
     return [input_gradient(grad, layer[0]), *weight_gradients(grad, x, has_bias=len(layer) == 2)]
 
 
@@ -136,7 +136,7 @@ def _linear_shapes(given: Given) -> list[Tensor]:
 def _mlp(given: Given) -> list[Tensor]:
     """The output, and for the backward pass the activation's values (..., N) and its slopes, as
     wide as its argument."""
-    x, *layers = whole(given.tensors)
+    x, *layers = contiguous(given.tensors)
     (weight, *bias), out = _both(layers)
     (M, rows, K), N = sizes(x, weight), out[0].size(1)
     inner, slopes = (x.new_empty(*x.shape[:-1], width) for width in (N, rows))
@@ -147,7 +147,7 @@ def _mlp(given: Given) -> list[Tensor]:
 
 
 def _mlp_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
-    grad, x, *layers = whole([grad, *given.tensors])
+    grad, x, *layers = contiguous([grad, *given.tensors])
     layer, out = _both(layers)
     inner, slopes = kept
     grads_out = weight_gradients(grad, inner, has_bias=len(out) == 2)
@@ -208,8 +208,8 @@ def _attention_shapes(given: Given) -> list[Tensor]:
 
 def _preparation(given: Given) -> list[Tensor | None]:
     """qkv, the norms' weights and the angles, or None for what there is not."""
-    qkv, *norms = whole(given.tensors)
-    return [qkv, *_or_none(norms, 2), *_or_none(whole(given.constants), 2)]
+    qkv, *norms = contiguous(given.tensors)
+    return [qkv, *_or_none(norms, 2), *_or_none(contiguous(given.constants), 2)]
 
 
 def _head_sizes(given: Given) -> tuple[int, int, int, int, int, int]:
@@ -230,7 +230,7 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: NormContext, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
     ) -> Tensor:
-        x, weight = whole([x, weight])
+        x, weight = contiguous([x, weight])
         ctx.eps, ctx.has_bias = eps, bias is not None
         ctx.save_for_backward(x, weight)
         y, C = torch.empty_like(x), x.size(-1)

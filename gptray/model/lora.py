@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from gptray.config import LoraConfig
 from gptray.model import frozen_kernels
 from gptray.model.autograd_context import AdaptedContext
-from gptray.model.frozen_layer import Adapters, FrozenLayer, whole_weight
+from gptray.model.frozen_layer import Adapters, FrozenLayer, dequantized
 from gptray.model.gpt import GPT, MLP
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, drawn_mask, dropout
 from gptray.model.parameters import Part
@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's, which `GPT.whole` makes whole and merged."""
+        """The base's, which `GPT.full_tensor` makes whole and merged."""
         weight: Tensor = self.base.weight
         return weight
 
@@ -127,7 +127,7 @@ class _Adapted(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         ctx.kind, ctx.spans, ctx.scale, ctx.reads_all = kind, spans, scale, read is x
-        y = F.linear(x, whole_weight(values, scales, kind, x.size(-1), x.dtype), bias)
+        y = F.linear(x, dequantized(values, scales, kind, x.size(-1), x.dtype), bias)
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         narrow = F.linear(read.flatten(0, -2), a)  # (N, P R)
         rows, rank = y.view(-1, y.size(-1)), b.size(1)
@@ -156,7 +156,7 @@ class _Adapted(torch.autograd.Function):
         rest = (None, None, None, None, grad_a, grad_b, None, None)
         if not ctx.needs_input_grad[0]:
             return None, None, *rest
-        weight = whole_weight(values, scales, ctx.kind, read.size(-1), grad.dtype)
+        weight = dequantized(values, scales, ctx.kind, read.size(-1), grad.dtype)
         grad_x = torch.mm(grad, weight)
         if ctx.reads_all:
             return grad_x.addmm_(grad_narrow, a).view(read.shape), None, *rest
@@ -166,7 +166,7 @@ class _Adapted(torch.autograd.Function):
 def frozen_weight(base: nn.Linear | QuantizedLinear) -> Tensor:
     """A copy of a frozen layer's weight, in fp32."""
     values, scales, kind = numbers_of(base)
-    weight = whole_weight(values.detach(), scales, kind, base.in_features, torch.float32)
+    weight = dequantized(values.detach(), scales, kind, base.in_features, torch.float32)
     return weight.float().clone() if scales is None else weight
 
 
@@ -203,8 +203,7 @@ def add_adapters(model: GPT, lora: LoraConfig, adapted: Sequence[Part], *, seed:
     """Give the layers of a frozen network on the CPU, of which `adapted` are parts, adapters.
 
     At first they change nothing: B is zero, A is drawn as PEFT draws it, uniform with a bound of
-    1 / sqrt(inputs), the same for a seed on every device. What reads weights by `model.whole` gets
-    them merged.
+    1 / sqrt(inputs), the same for a seed on every device. `model.full_tensor` gives weights merged.
     """
     by_layer = dict[str, list[Part]]()
     for part in adapted:
@@ -222,10 +221,10 @@ def add_adapters(model: GPT, lora: LoraConfig, adapted: Sequence[Part], *, seed:
     layers: dict[int, QuantizedLinear | LoRALinear] = {id(layer.weight): layer for layer in held}
     layers |= {id(m.weight): m for m in model.modules() if isinstance(m, LoRALinear)}
 
-    def whole(weight: Tensor) -> Tensor:
+    def full_tensor(weight: Tensor) -> Tensor:
         layer = layers.get(id(weight))
         if layer is None:
             return weight.detach()
         return layer.merged() if isinstance(layer, LoRALinear) else frozen_weight(layer)
 
-    model.whole = whole
+    model.full_tensor = full_tensor

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gptray.model import frozen_kernels
 from gptray.model.autograd_context import FrozenContext
-from gptray.model.frozen_layer import FrozenLayer, whole_weight
+from gptray.model.frozen_layer import FrozenLayer, dequantized
 from gptray.model.layers import Linear
 from gptray.model.quantized import quantize
 
@@ -20,8 +20,8 @@ from gptray.model.quantized import quantize
 class QuantizedLinear(nn.Module):
     """x W^T + b with W (out, in) in `kind`; it has no numbers until `put`.
 
-    weight: on the meta device for good, what `GPT.whole` knows the layer's weight by. importance:
-    `quantize`'s, to be set before. native: as `Linear`'s.
+    weight: on the meta device for good, what `GPT.full_tensor` knows the layer's weight by.
+    importance: `quantize`'s, to be set before. native: as `Linear`'s.
     """
 
     importance: Tensor | None = None
@@ -81,10 +81,10 @@ class _Frozen(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, scales)
         ctx.kind, ctx.inputs = kind, x.size(-1)
-        return F.linear(x, whole_weight(values, scales, kind, ctx.inputs, x.dtype), bias)
+        return F.linear(x, dequantized(values, scales, kind, ctx.inputs, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: FrozenContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, scales = ctx.saved_tensors
-        weight = whole_weight(values, scales, ctx.kind, ctx.inputs, grads[0].dtype)
+        weight = dequantized(values, scales, ctx.kind, ctx.inputs, grads[0].dtype)
         return torch.matmul(grads[0], weight), None, None, None, None

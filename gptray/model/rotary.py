@@ -30,7 +30,8 @@ class Rotary:
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """The angles of whole-numbered positions (T,)."""
-        turns = self._frequencies.to(positions.device)
+        # Without a wait for all that a GPU has been given before.
+        turns = self._frequencies.to(positions.device, non_blocking=True)
         angles = positions.to(turns.dtype)[:, None] * turns
         cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
         return cos.to(dtype), sin.to(dtype)

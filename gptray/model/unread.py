@@ -21,9 +21,9 @@ from gptray.model.usage import Usage
 
 
 def unread_network(source: str | Path) -> GPT:
-    """The network of a model folder: `GPT.whole` reads a parameter, in fp32 on the CPU.
+    """The network of a model folder: `GPT.full_tensor` reads a parameter, in fp32 on the CPU.
 
-    Raises UserError as `load_pretrained`; `GPT.whole` too, for numbers that are not finite.
+    Raises UserError as `load_pretrained`; `GPT.full_tensor` too, for numbers that are not finite.
     """
     folder = model_folder(source)
     model, stored = network_of(folder, device="meta").eval(), stored_model(folder)
@@ -48,5 +48,5 @@ def unread_network(source: str | Path) -> GPT:
             whole[part.start : part.start + part.rows] = rows
         return whole
 
-    model.whole = read
+    model.full_tensor = read
     return model

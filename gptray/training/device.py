@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gptray.config import Config, UserError
-from gptray.model.gpt import GPT
+from gptray.model.gpt import GPT, Block
 from gptray.model.gpu_faults import check_gpu
+from gptray.model.loss import linear_cross_entropy
 from gptray.model.memory import keep_freed_memory, return_freed_memory
 from gptray.model.precision import enable_fast_fp32
 from gptray.native.compiler import cannot_compile, why_not_compile
@@ -62,7 +63,8 @@ def compiled(
 ) -> nn.Module:
     """The model, which its first step compiles; on a GPU, say so by `tell`.
 
-    in_parts: as `GPT.compile_parts`, without what is gained between blocks.
+    in_parts: each block by itself, and the head, so that gradients come block by block; without
+    what is gained between blocks.
     """
     if device.type != "cpu":
         tell(
@@ -70,7 +72,10 @@ def compiled(
             "minute (train.compile=false starts at once and trains slower)"
         )
     if in_parts:
-        model.compile_parts()
+        for block in model.transformer.h:
+            assert isinstance(block, Block)
+            block.compiled = torch.compile(block.compute)
+        model.head_loss = torch.compile(linear_cross_entropy)
         return model
     return torch.compile(model)  # type: ignore[return-value]
 
@@ -82,6 +87,6 @@ def guard_updates(optimizer: torch.optim.Optimizer, device: torch.device) -> Ten
     """
     if device.type != "cuda":
         return None
-    spoilt = torch.zeros((), device=device)
-    optimizer.found_inf = spoilt  # type: ignore[attr-defined]
-    return spoilt
+    found_inf = torch.zeros((), device=device)
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    return found_inf

@@ -225,7 +225,7 @@ def save(run: Run, journal: Journal) -> Path:
             with run.average.exchanged():
                 save_model(run.model, folder / AVERAGED, run.data)
         path = folder / "optimizer.safetensors"
-        save_optimizer(path, run.model, run.optimizer, whole=run.model.whole)
+        save_optimizer(path, run.model, run.optimizer, full_tensor=run.model.full_tensor)
 
     checkpoint = save_checkpoint(
         run.run_dir,

@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gptray.config import Config, RunFailed, UserError
+from gptray.config.errors import WorkerFailed
 from gptray.data.scoring import charge_per_token
 from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
@@ -40,7 +41,7 @@ from gptray.training.numbers import StepNumbers, Wish
 from gptray.training.optim import set_rates, weight_decay
 from gptray.training.rewind import begin_landing
 from gptray.training.run import Run, start, writing
-from gptray.training.sharding import is_spread
+from gptray.training.sharding import is_sharded
 from gptray.training.stopping import NonFiniteLoss
 from gptray.training.workers import Workers
 
@@ -74,7 +75,7 @@ def fit(
     part of a run that has landed: max_steps, patience, left, non_finite with a `message`, or failed
     with a `message` and whether it is the user's `mistake`. A failure is shared by all workers and
     returned rather than raised, since Ray Train would take an exception for a dead worker and
-    restart it.
+    restart it. Raises WorkerFailed where the GPU of one worker of several is out of memory.
     """
     workers = Workers.current()
     step = 0
@@ -83,12 +84,16 @@ def fit(
             workers.from_first(lambda: stack.enter_context(writing(run_dir)))
             run = start(config, data, run_dir, workers=workers, device=device)
             step = run.state.step
-            run.laps.tell, run.bring = timed or run.laps.tell, bring
+            run.bring = bring
+            if timed:
+                run.laps.tell = timed
             evaluate_base(run)
             journal = workers.from_first(lambda: stack.enter_context(Journal(run_dir, step=step)))
-            evaluations: Evaluations = BlockingEvaluation(run, journal, report, sample)
+            evaluations: Evaluations
             if validated:
                 evaluations = AsyncEvaluation(run, journal, report, validated)
+            else:
+                evaluations = BlockingEvaluation(run, journal, report, sample)
             return train(run, journal, evaluations, wish)
         except NonFiniteLoss as error:
             return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
@@ -98,7 +103,7 @@ def fit(
             size = config.micro_batch_size
             failure = out_of_gpu_memory(error, key="train.micro_batch_size", size=size)
             if workers.size > 1:
-                raise failure from None  # the others may wait for this one
+                raise WorkerFailed(str(failure)) from None
             return failed(step, failure)
 
 
@@ -128,19 +133,21 @@ def train_phase(
     """Run training steps to the end of the phase at hand: all of the run, unless that lands.
 
     Returns and raises as `train`. On a GPU a step's numbers are read while the next step runs,
-    those of a logged step at once.
+    those of a step that is logged or saved at once.
     """
     config = run.config
     row: Metrics = {"step": run.state.step}
+    losses = list(run.state.losses)  # of the steps since the last row
     unread: deque[StepNumbers] = deque()
-    losses, carried = list(run.state.losses), len(run.state.losses)
-    wished, clock = Wish.NONE, time.perf_counter()
+    logged, clock = run.state.step, time.perf_counter()
     while not (stopped := run.state.why_stop(config)):
+        wished = Wish.NONE
         try:
             unread.append(train_step(run, wish()))
             evaluates = is_due(run, config.train.eval_interval)
             logs = evaluates or is_due(run, config.train.log_interval)
-            while len(unread) > (1 if run.spoilt is not None and not (logs or wished) else 0):
+            behind = 0 if logs or run.found_inf is None else 1
+            while len(unread) > (0 if wished else behind):
                 numbers = unread.popleft()
                 loss, grad_norm, wish_of_all = read(run, numbers)
                 losses.append(loss)
@@ -150,26 +157,24 @@ def train_phase(
             evaluations.finish()
             raise
         if logs:
-            seconds = time.perf_counter() - clock
-            made = len(losses) - carried
-            rate = config.tokens_per_step * made / seconds
-            row = step_row(run, losses, rate, grad_norm=grad_norm, lr=numbers.lr)
-            losses, carried = [], 0
+            steps = run.state.step - logged
+            tokens_per_sec = config.tokens_per_step * steps / (time.perf_counter() - clock)
+            row = step_row(run, losses, tokens_per_sec, grad_norm=grad_norm, lr=numbers.lr)
+            losses = []
             if evaluates:
                 run.state = replace(run.state, evaluated=run.state.step, losses=())
                 evaluations.add(row)
             elif journal:
                 journal.write(row)
             run.laps.end("evaluation" if evaluates else "log")
-            run.laps.report(made)
-            clock = time.perf_counter()
-        if wished and not unread:
-            if not evaluates:
+            run.laps.report(steps)
+            logged, clock = run.state.step, time.perf_counter()
+        if wished:
+            if not evaluates:  # which has saved a checkpoint
                 run.state = replace(run.state, losses=tuple(losses))
                 run.workers.from_first(lambda: save(run, journal) if journal else None)
             if wished is Wish.LEAVE and not run.state.why_stop(config):
                 return {**row, "step": run.state.step, "stopped": "left"}
-            wished = Wish.NONE
     evaluations.finish()
     return {**row, "stopped": stopped}
 
@@ -194,46 +199,24 @@ def is_due(run: Run, interval: int) -> bool:
 def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
     """Make one update; return its numbers, which on a GPU may still be on their way.
 
-    The micro-batches of the global batch are dealt out to the workers. Where that does not come
-    out even, some repeat one, whose gradients count nothing, so that all make the same passes.
-
     If the loss or gradient norm, over all workers, is not finite, no weight is updated. On a GPU
-    later steps do not update any either: its fused AdamW reads `run.spoilt` itself.
+    later steps do not update any either: its fused AdamW reads `run.found_inf` itself.
     Raises NonFiniteLoss on a CPU; on a GPU the numbers raise it when they are read.
     """
-    config, step = run.config, run.state.step + 1
-    lr = run.learning_rate
+    config, step, lr = run.config, run.state.step + 1, run.learning_rate
     run.model.train()
-    total = torch.zeros((), dtype=torch.float64, device=run.device)
-    workers, batch = run.workers, run.batch
-    counts = batch.counts()
-    passes = math.ceil(len(counts) / workers.size)
-    for one in range(passes):
-        number = one * workers.size + workers.rank
-        micro = number % len(counts)
-        run.seed_dropout(micro)
-        idx, targets = batch.micro_batch(micro, run.device)
-        # As many like this one would be a worker's: a step's loss is the mean of its targets.
-        parts = max(sum(counts), 1) / (max(counts[micro], 1) * workers.size)
-        run.laps.end("data")
-        with workers.reduces_gradients(run.loss_model, now=one == passes - 1):
-            loss, of_text = (loss / parts for loss in run.losses(idx, targets))
-            if number >= len(counts):
-                loss, of_text = loss * 0.0, of_text * 0.0
-            loss.backward()  # type: ignore[no-untyped-call]
-        total += of_text
-        run.laps.end("forward_backward")
+    loss = accumulate_gradients(run)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
-    if is_spread(norm):
+    if is_sharded(norm):
         norm = norm.full_tensor()
-    wishes = [total.new_full((), float(wish is one)) for one in (Wish.SAVE, Wish.LEAVE)]
-    sums = workers.sum(torch.stack([total, *wishes]))
-    of_step = torch.stack([sums[0] / workers.size, norm.double(), *sums[1:]])
+    wishes = [loss.new_full((), float(wish is one)) for one in (Wish.SAVE, Wish.LEAVE)]
+    sums = run.workers.sum(torch.stack([loss, *wishes]))
+    of_step = torch.stack([sums[0] / run.workers.size, norm.double(), *sums[1:]])
     numbers = StepNumbers.send(step, lr, of_step)
-    if run.spoilt is None:
+    if run.found_inf is None:
         numbers.read()
     else:
-        run.spoilt.logical_or_(~of_step.isfinite().all())
+        run.found_inf.logical_or_(~of_step.isfinite().all())
     decay = weight_decay(run.state.cooled(config), config.optim)
     set_rates(run.optimizer, lr=lr, weight_decay=decay)
     run.optimizer.step()
@@ -245,7 +228,38 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
     return numbers
 
 
-def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr: float) -> Metrics:
+def accumulate_gradients(run: Run) -> Tensor:
+    """Run this worker's micro-batches forward and backward; return the sum of their losses, fp64.
+
+    The micro-batches of the global batch are dealt out to the workers. Where that does not come
+    out even, some repeat one, whose gradients count nothing, so that all make the same passes.
+    Averaged over the workers, losses and gradients are those of the mean over the step's targets.
+    """
+    workers, batch = run.workers, run.batch
+    counts = batch.counts()
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    passes = math.ceil(len(counts) / workers.size)
+    for one in range(passes):
+        number = one * workers.size + workers.rank
+        micro = number % len(counts)
+        run.seed_dropout(micro)
+        idx, targets = batch.micro_batch(micro, run.device)
+        # How many micro-batches with as many targets would be a worker's share of the step.
+        parts = max(sum(counts), 1) / (max(counts[micro], 1) * workers.size)
+        run.laps.end("data")
+        with workers.reduces_gradients(run.loss_model, now=one == passes - 1):
+            loss, of_text = (loss / parts for loss in run.losses(idx, targets))
+            if number >= len(counts):
+                loss, of_text = loss * 0.0, of_text * 0.0
+            loss.backward()  # type: ignore[no-untyped-call]
+        total += of_text
+        run.laps.end("forward_backward")
+    return total
+
+
+def step_row(
+    run: Run, losses: list[float], tokens_per_sec: float, *, grad_norm: float, lr: float
+) -> Metrics:
     """The row of a logged step: `train_loss` is the mean since the row before, dropout on.
 
     It is the text's alone, teachers or not. Like validation loss, it includes the charge for text
@@ -258,7 +272,7 @@ def step_row(run: Run, losses: list[float], rate: float, *, grad_norm: float, lr
         "train_loss": math.fsum(losses) / len(losses) + charge_per_token(run.data.train),
         "lr": lr,
         "grad_norm": grad_norm,
-        "tokens_per_sec": round(rate, 1),
+        "tokens_per_sec": round(tokens_per_sec, 1),
         **({"phase": run.state.phase} if run.config.optim.lands else {}),
-        **({"mfu": round(rate / run.rate_at_peak, 4)} if run.rate_at_peak else {}),
+        **({"mfu": round(tokens_per_sec / run.peak_rate, 4)} if run.peak_rate else {}),
     }

@@ -98,11 +98,11 @@ def save_optimizer(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    whole: Callable[[Tensor], Tensor] = Tensor.detach,
+    full_tensor: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
     """Write the optimizer's moments as `<parameter>.<moment>` to a safetensors file.
 
-    whole: makes a whole tensor of one that is spread over workers.
+    full_tensor: makes a whole tensor of one that is sharded over workers.
     """
     moments = {
         f"{name}.{key}": value
@@ -110,7 +110,7 @@ def save_optimizer(
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     shapes = {name: moment.shape for name, moment in moments.items()}
-    write_tensors(path, shapes, lambda name: whole(moments[name]))
+    write_tensors(path, shapes, lambda name: full_tensor(moments[name]))
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

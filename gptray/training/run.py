@@ -41,7 +41,7 @@ from gptray.training.mfu import tokens_per_sec_at_peak
 from gptray.training.optim import learning_rate, load_optimizer, make_optimizer
 from gptray.training.publishing import publish_best
 from gptray.training.sharding import ShardedWorkers, shard
-from gptray.training.stopping import Progress
+from gptray.training.stopping import EarlyStopping
 from gptray.training.teaching import Teachers
 from gptray.training.trainer_state import TrainerState
 from gptray.training.workers import Workers
@@ -62,11 +62,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     order: BatchOrder
     state: TrainerState
-    # On a GPU: 1 once a step's numbers were not finite, as the optimizer's found_inf; None on a
-    # CPU, where they are checked before the update.
-    spoilt: Tensor | None
+    # On a GPU: 1 once a step's numbers were not finite, as the optimizer reads it; None on a CPU,
+    # where they are checked before the update.
+    found_inf: Tensor | None
     # Tokens per second of all workers at an MFU of 1, where the GPU's peak is known.
-    rate_at_peak: float | None
+    peak_rate: float | None
     # With train.ema.
     average: Average | None
     # What lora.rank adapts.
@@ -138,8 +138,8 @@ def start(
     model = workers.all_or_none(
         lambda: build_model(config, data, folder, device, native=native, tell=tell)
     )
-    optimizer, workers = _placed(model, config, folder, workers, device, compiled=is_compiled)
-    new = TrainerState(step=0, progress=Progress(), data=data.fingerprint)
+    optimizer, workers = _place(model, config, folder, workers, device, compiled=is_compiled)
+    new = TrainerState(step=0, progress=EarlyStopping(), data=data.fingerprint)
     state = TrainerState.load(folder) if folder else new
     step_model: nn.Module = model
     if is_compiled:
@@ -156,8 +156,8 @@ def start(
         optimizer=optimizer,
         order=BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed),
         state=state,
-        spoilt=guard_updates(optimizer, device),
-        rate_at_peak=tokens_per_sec_at_peak(
+        found_inf=guard_updates(optimizer, device),
+        peak_rate=tokens_per_sec_at_peak(
             config, model.num_params, model.compute_dtype, device_name(device), workers=workers.size
         ),
         average=workers.all_or_none(lambda: Average.of(model, config, folder)),
@@ -204,7 +204,7 @@ def _write_start(run: Run, choice: Choice, *, compiled: bool) -> None:
     )
 
 
-def _placed(
+def _place(
     model: GPT,
     config: Config,
     checkpoint: Path | None,
@@ -226,7 +226,7 @@ def _placed(
         workers.all_or_none(lambda: load_optimizer(path, model, optimizer))
     if is_sharded:
         workers = ShardedWorkers(workers.rank, workers.size, model, optimizer, device)
-        model.whole = workers.whole
+        model.full_tensor = workers.full_tensor
     return optimizer, workers
 
 

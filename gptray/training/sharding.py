@@ -56,7 +56,7 @@ def shard(model: GPT, device: torch.device, *, reduce_dtype: str, compiled: bool
     register_fsdp_forward_method(model, "token_losses")
 
 
-def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a worker holds only its part of the tensor."""
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(tensor, loaded.DTensor)
@@ -65,7 +65,7 @@ def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
 @torch.no_grad()
 def placed_as(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     """A whole tensor of the parameter's shape, placed as that is; of a sharded one, the part."""
-    if not is_spread(parameter):
+    if not is_sharded(parameter):
         return whole.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
 
@@ -83,12 +83,12 @@ class ShardedWorkers(Workers):
     optimizer: torch.optim.Optimizer
     device: torch.device
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         """A parameter or moment with no part missing; inside `from_first`."""
-        for number, one in enumerate(self._spread()):
+        for number, one in enumerate(self._sharded()):
             if one is tensor:
                 self._ask(number)
-                return _whole(one)
+                return _full(one)
         return tensor.detach()
 
     def from_first(self, make: Callable[[], T]) -> T | None:
@@ -101,9 +101,9 @@ class ShardedWorkers(Workers):
                 self._ask(_NOTHING)
 
         if not self.is_first:
-            spread = self._spread()
+            sharded = self._sharded()
             while (number := self._ask(_NOTHING)) != _NOTHING:
-                _whole(spread[number])
+                _full(sharded[number])
         return super().from_first(then_release)
 
     def parallel(self, model: nn.Module, reduce_dtype: str) -> nn.Module:
@@ -125,15 +125,15 @@ class ShardedWorkers(Workers):
         dist.broadcast(value, src=0)
         return int(value.item())
 
-    def _spread(self) -> list[Tensor]:
+    def _sharded(self) -> list[Tensor]:
         """Parameters and moments, in the same order on each worker."""
         tensors: list[Tensor] = list(self.model.parameters())
         for parameter in self.model.parameters():
             tensors += self.optimizer.state.get(parameter, {}).values()
-        return [tensor for tensor in tensors if is_spread(tensor)]
+        return [tensor for tensor in tensors if is_sharded(tensor)]
 
 
 @torch.no_grad()
-def _whole(tensor: Tensor) -> Tensor:
-    assert is_spread(tensor)
+def _full(tensor: Tensor) -> Tensor:
+    assert is_sharded(tensor)
     return tensor.full_tensor()

@@ -17,7 +17,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class EarlyStopping:
     """What the evaluations so far say. Losses are in nats per token.
 
     `best_*` is the lowest validation loss of all, `averaged` whether averaged weights have it.
@@ -35,11 +35,11 @@ class Progress:
 
     def after(
         self, step: int, val_loss: float, *, min_delta: float, averaged: bool = False
-    ) -> Progress:
+    ) -> EarlyStopping:
         """The progress after the evaluation at `step`."""
         is_best = val_loss < self.best_val_loss
         is_better = val_loss < self.bar and self.bar - val_loss >= min_delta
-        return Progress(
+        return EarlyStopping(
             best_step=step if is_best else self.best_step,
             best_val_loss=val_loss if is_best else self.best_val_loss,
             bar=val_loss if is_better else self.bar,

@@ -13,7 +13,7 @@ from gptray.config import Config
 from gptray.manifest import FORMAT
 from gptray.stored import read_object
 from gptray.training.landing import Landing, Phase, Reason
-from gptray.training.stopping import Progress
+from gptray.training.stopping import EarlyStopping
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TrainerState:
     """
 
     step: NonNegativeInt
-    progress: Progress
+    progress: EarlyStopping
     data: str
     evaluated: NonNegativeInt = 0
     losses: tuple[float, ...] = ()

@@ -254,7 +254,7 @@ def test_rows_of_one_prompt_differ_and_seeds_repeat(tokenizer: Tokenizer) -> Non
         [
             request,
             request,
-            replace(request, row=1),
+            replace(request, sample=1),
             replace(request, sampling=replace(request.sampling, seed=4)),
         ],
     )
@@ -398,6 +398,27 @@ def test_a_row_that_breaks_a_step_ends_alone_and_the_others_get_their_text(
             assert generation.finish_reason == "error"
             assert generation.error and "IndexError: index out of range" in generation.error
     assert {g.finish_reason for g in run(engine, requests[:1])} == {"length"}
+
+
+def test_a_step_tells_every_end_though_a_row_breaks_its_draw(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer)
+    with torch.no_grad():
+        model.transformer.wpe.weight[20] = float("nan")
+    engine = Engine(model, tokenizer)
+    scored = Sequence(prompt_of(tokenizer, 30, 0), prompt_logprobs=0)
+    # Its bias is for a token that the model has not: the sampler raises, for all rows of its step.
+    broken = Sequence([1], Sampling(logit_bias=((9999, 1.0),)))
+    broken.is_checked = True
+    plain = Sequence([2, 3], Sampling(max_new_tokens=3, ignore_eos=True))
+    for sequence in (scored, broken, plain):
+        engine.submit(sequence)
+    ended = list[Sequence]()
+    while engine.busy:
+        ended += [sequence for sequence in engine.step() if sequence.ended]
+    assert set(ended) == {scored, broken, plain} and len(ended) == 3
+    assert scored.error and "not finite" in scored.error
+    assert broken.error and "IndexError" in broken.error
+    assert plain.finish_reason == "length"
 
 
 def test_an_engine_for_which_no_single_row_is_to_blame_raises(tokenizer: Tokenizer) -> None:

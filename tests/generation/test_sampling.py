@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gptray.generation.choosing import top_candidates
-from gptray.generation.native_decoder import draw_limited as native_draw_limited
+from gptray.generation.native_decoder import draw_ranked_rows as native_draw_ranked_rows
 from gptray.generation.native_decoder import top_candidates as native_top_candidates
 from gptray.generation.philox import uniform
 from gptray.generation.sampling import draw
@@ -259,7 +259,7 @@ def test_logprobs_are_the_models_own() -> None:
 def test_only_the_row_whose_logits_are_not_finite_draws_nothing(
     backend: str, sampling: Sampling, value: float
 ) -> None:
-    faster = (native_top_candidates, native_draw_limited) if backend == "native" else ()
+    faster = (native_top_candidates, native_draw_ranked_rows) if backend == "native" else ()
     logits = some_logits(3, 3000)
     expected = draw(logits.clone(), rows_of(sampling, 3), *faster)
     logits[1] = value
@@ -274,7 +274,7 @@ def test_only_the_row_whose_logits_are_not_finite_draws_nothing(
 def test_a_row_with_a_single_nan_draws_nothing(
     backend: str, sign: int, sampling: Sampling, entries: int
 ) -> None:
-    faster = (native_top_candidates, native_draw_limited) if backend == "native" else ()
+    faster = (native_top_candidates, native_draw_ranked_rows) if backend == "native" else ()
     logits = some_logits(2, entries)
     logits[1, entries - 3] = math.copysign(math.nan, sign)
     first, second = draw(logits, rows_of(sampling, 2), *faster)
@@ -303,11 +303,11 @@ def test_the_native_library_draws_the_same_tokens(limits: dict[str, float], entr
     logits[::2, 1::2], logits[7, :] = float("-inf"), 0.0
     top = native_top_candidates
     expected = [draw(one[None].clone(), [row], top) for one, row in zip(logits, rows, strict=True)]
-    assert draw(logits, rows, top, native_draw_limited) == [one for (one,) in expected]
+    assert draw(logits, rows, top, native_draw_ranked_rows) == [one for (one,) in expected]
     # A row without a top_k takes PyTorch's way for all of them.
     mixed = [*rows, drawing(Sampling(top_p=0.9), 2, [1, 2], 0)]
     more = torch.cat([logits, logits[:1]])
-    drawn = draw(more.clone(), mixed, top, native_draw_limited)
+    drawn = draw(more.clone(), mixed, top, native_draw_ranked_rows)
     assert drawn == draw(more, mixed, top)
 
 

@@ -22,7 +22,7 @@ from gptray.jobs.train.check import check, plan
 from gptray.jobs.train.watch import watching
 from gptray.record import METRICS, MetricsRow, read_metrics, write_event
 from gptray.training.landing import Landing
-from gptray.training.stopping import Progress
+from gptray.training.stopping import EarlyStopping
 from gptray.training.trainer_state import TrainerState
 
 LANDING = Landing(start=60, back_to=40, steps=8, reason="patience")
@@ -83,10 +83,12 @@ def test_a_run_of_another_schedule_has_not_landed(tmp_path: Path) -> None:
 
 def test_a_run_is_finished_once_it_has_landed(tmp_path: Path) -> None:
     config = config_of(tmp_path, "train.patience=2")
-    out_of_patience = TrainerState(60, Progress(bad_evals=2), "d")
+    out_of_patience = TrainerState(60, EarlyStopping(bad_evals=2), "d")
     assert not is_finished(config, tmp_path, out_of_patience)
-    assert not is_finished(config, tmp_path, TrainerState(67, Progress(), "d", landing=LANDING))
-    over = TrainerState(68, Progress(), "d", landing=LANDING)
+    assert not is_finished(
+        config, tmp_path, TrainerState(67, EarlyStopping(), "d", landing=LANDING)
+    )
+    over = TrainerState(68, EarlyStopping(), "d", landing=LANDING)
     assert is_finished(config, tmp_path, over)
     assert "has landed and is finished" in how_to_train_longer(config, tmp_path, over)
 
@@ -96,12 +98,12 @@ def test_a_landing_run_cannot_be_trained_longer(tmp_path: Path) -> None:
     (folder / "checkpoint_000060").mkdir()
     longer = config_of(tmp_path, "train.max_steps=200")
     changes = check_resumable(longer)
-    check_not_landing(longer, changes, TrainerState(60, Progress(), "d"))
+    check_not_landing(longer, changes, TrainerState(60, EarlyStopping(), "d"))
     with pytest.raises(
         UserError, match="raised from 100 to 200: .* has begun to land after step 60"
     ):
-        check_not_landing(longer, changes, TrainerState(64, Progress(), "d", landing=LANDING))
-    check_not_landing(longer, [], TrainerState(64, Progress(), "d", landing=LANDING))
+        check_not_landing(longer, changes, TrainerState(64, EarlyStopping(), "d", landing=LANDING))
+    check_not_landing(longer, [], TrainerState(64, EarlyStopping(), "d", landing=LANDING))
 
 
 def test_fewer_steps_than_a_landing_needs_are_refused(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_packed_weights_are_read_here_to_the_bit(
             rounded = quantize(weight.detach(), kind, counts.get(key)).dequantize()
         found = own.get_parameter(key)
         assert torch.equal(found, rounded.float()), key
-        assert torch.equal(unread.whole(lazy[key]), found), key
+        assert torch.equal(unread.full_tensor(lazy[key]), found), key
         # What an engine makes of it in the same kind is the same again.
         assert not is_linear or torch.equal(quantize(found.detach(), kind).dequantize(), found)
     stored = load_file(output / "model.safetensors")

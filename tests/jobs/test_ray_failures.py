@@ -10,6 +10,7 @@ import pytest
 import ray.exceptions
 
 from gptray.config import Config, RunFailed
+from gptray.config.errors import WorkerFailed
 from gptray.jobs.train.run import ray_failures
 
 
@@ -33,6 +34,14 @@ def test_a_folder_that_ray_cannot_write_is_named(tmp_path: Path) -> None:
     told = pytest.raises(RunFailed, match=rf"^cannot write {tmp_path}: No space left on device \(")
     with told, ray_failures(Config(), tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_one_worker_alone_failed_by_is_told_without_its_traceback(tmp_path: Path) -> None:
+    from ray.train import WorkerGroupError
+
+    failures: dict[int, Exception] = {0: RuntimeError("lost"), 1: WorkerFailed("no memory")}
+    with pytest.raises(RunFailed, match="^no memory$"), ray_failures(Config(), tmp_path):
+        raise WorkerGroupError("a traceback", failures)
 
 
 @pytest.mark.parametrize("is_storage", [True, False])

@@ -24,7 +24,7 @@ from gptray.jobs.tune.check import check as check_sweep
 from gptray.jobs.tune.check import how_to_extend
 from gptray.jobs.tune.start import check_trials, opened
 from gptray.record import METRICS, write_event
-from gptray.training.stopping import Progress
+from gptray.training.stopping import EarlyStopping
 from gptray.training.trainer_state import TrainerState
 from gptray.tuning.more_trials import StoppedEarly
 from gptray.tuning.sweep_record import Record, crowned_dir, load_sweep, load_trials, trial_dir
@@ -109,7 +109,7 @@ def test_the_command_that_trains_a_finished_run_longer_does(
     folder.mkdir(parents=True)
     save_config(config, folder)
     (folder / "checkpoint_000100").mkdir()
-    state = TrainerState(100, Progress(bad_evals=bad_evals), data="")
+    state = TrainerState(100, EarlyStopping(bad_evals=bad_evals), data="")
     told = how_to_train_longer(config, folder, state)
     typed = shlex.split(told.partition("longer: ")[2].partition(";")[0])
     assert typed == ["python", "jobs/train.py", "--config", str(folder / "config.yaml"), *words]

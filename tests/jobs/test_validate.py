@@ -18,7 +18,7 @@ from gptray.jobs.train.check import check
 from gptray.jobs.train.run import fit_on_ray, train
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.training.loop import fit
-from gptray.training.stopping import Progress
+from gptray.training.stopping import EarlyStopping
 from gptray.training.trainer_state import TrainerState
 from tests.tiny import tiny_config
 
@@ -65,7 +65,7 @@ def test_spare_worker_tells_what_goes_wrong_and_gives_the_bits_of_validation_in_
 
 
 def test_run_is_not_finished_before_its_last_score(text_file: Path, tmp_path: Path) -> None:
-    state = TrainerState(step=20, progress=Progress(), data="")
+    state = TrainerState(step=20, progress=EarlyStopping(), data="")
     beside = tiny_config(text_file, tmp_path, *BESIDE)
     path = tmp_path / "metrics.jsonl"
     for last, is_over in (({"step": 20}, False), ({"step": 20, "val_loss": 2.0}, True)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.model import frozen_kernels, kernels
-from gptray.model.frozen_layer import Adapters, FrozenLayer, whole_weight
+from gptray.model.frozen_layer import Adapters, FrozenLayer, dequantized
 from gptray.model.layers import activation, drawn_mask
 from gptray.model.quantized import quantize
 from tests.generation.models import needs_native
@@ -59,7 +59,7 @@ def taught(layer: FrozenLayer, pair: list[Tensor]) -> FrozenLayer:
 
 def formula(x: Tensor, layer: FrozenLayer) -> Tensor:
     held = layer.values, layer.scales, layer.kind
-    weight = whole_weight(*held, x.size(-1), torch.float32).float()
+    weight = dequantized(*held, x.size(-1), torch.float32).float()
     y = F.linear(x, weight, layer.bias)
     if not layer.adapters:
         return y
@@ -165,7 +165,7 @@ def test_a_weight_of_one_input_is_made_whole_of_any_kind() -> None:
     weight = randn(6, 1)
     for kind in ("int8", "int4", "iq4_nl"):
         held = quantize(weight, kind)
-        whole = whole_weight(held.values, held.scales, kind, 1, torch.float32)
+        whole = dequantized(held.values, held.scales, kind, 1, torch.float32)
         assert torch.equal(whole, held.dequantize())
 
 

@@ -88,7 +88,7 @@ def test_merged_it_is_what_was_trained(
     torch.testing.assert_close(logits_of(merged), logits_of(model), rtol=0, atol=1e-4)
     ours, other = model.transformer.h[0], merged.transformer.h[0]
     assert isinstance(ours, Block) and isinstance(other, Block)
-    whole = model.whole(ours.attn.c_attn.weight)
+    whole = model.full_tensor(ours.attn.c_attn.weight)
     torch.testing.assert_close(whole, other.attn.c_attn.weight)
     again = adapted(base, lora)
     load_adapter(again, tmp_path / "adapter", base)

@@ -19,7 +19,7 @@ from gptray.training.checkpoint import (
     publish_folder,
     save_checkpoint,
 )
-from gptray.training.stopping import Progress
+from gptray.training.stopping import EarlyStopping
 from gptray.training.trainer_state import TrainerState
 from tests.full_disk import files_up_to
 
@@ -33,7 +33,7 @@ def save(run_dir: Path, step: int, *, weights: bytes = b"weights") -> Path:
 
     return save_checkpoint(
         run_dir,
-        TrainerState(step=step, progress=Progress(), data="d"),
+        TrainerState(step=step, progress=EarlyStopping(), data="d"),
         config_yaml="seed: 1\n",
         write_tensors=write_tensors,
     )
@@ -136,7 +136,7 @@ def test_half_written_checkpoint_is_invisible_and_written_anew(run_dir: Path) ->
     with pytest.raises(Killed):
         save_checkpoint(
             run_dir,
-            TrainerState(step=30, progress=Progress(), data="d"),
+            TrainerState(step=30, progress=EarlyStopping(), data="d"),
             config_yaml="",
             write_tensors=die,
         )
@@ -165,7 +165,7 @@ def test_full_disk_names_the_path_and_keeps_what_is_there(run_dir: Path) -> None
     with pytest.raises(RunFailed, match="checkpoint_000030: No space left on device .*bytes free"):
         save_checkpoint(
             run_dir,
-            TrainerState(step=30, progress=Progress(), data="d"),
+            TrainerState(step=30, progress=EarlyStopping(), data="d"),
             config_yaml="",
             write_tensors=full,
         )

@@ -14,9 +14,11 @@ import torch
 from gptray.config import Config, override
 from gptray.data.tokens import TokenData
 from gptray.model.example import load_example
+from gptray.model.gpt import GPT
 from gptray.native.abi import load_library
 from gptray.record import EVENTS, read_rows
 from gptray.training.checkpoint import newest_whole
+from gptray.training.evaluations import Samples
 from tests.generation.models import needs_native
 from tests.tiny import tiny_config
 from tests.training.runs import Killed, killed_run, rows, run
@@ -274,3 +276,26 @@ def test_compiled_loop_trains(text_file: Path, tiny_data: TokenData, tmp_path: P
     run(one_layer, tiny_data, tmp_path / "eager")
     run(override(one_layer, {"train.compile": True}), tiny_data, tmp_path / "compiled")
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-3)
+
+
+def _out_of_memory(rank: int, config: Config, data_dir: Path, run_dir: Path) -> None:
+    def sample(model: GPT) -> Samples:
+        assert rank == 0
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    try:
+        run(config, TokenData.open(data_dir), run_dir, sample=sample)
+    except RuntimeError as error:  # also of the second, whose neighbour is gone
+        (run_dir / f"rank-{rank}").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.slow
+def test_what_one_worker_alone_fails_by_is_not_taken_for_the_failure_of_all(
+    text_file: Path, tiny_data: TokenData, tmp_path: Path
+) -> None:
+    config = tiny_config(text_file, tmp_path, "compute.num_workers=2", "train.micro_batch_size=2")
+    two_workers(_out_of_memory, config, tiny_data.data_dir, tmp_path)
+    first, second = ((tmp_path / f"rank-{rank}").read_text() for rank in (0, 1))
+    assert first.startswith("WorkerFailed: the GPU is out of memory (Tried to allocate 2.00 GiB)")
+    assert "lower train.micro_batch_size from 2" in first
+    assert "closed by peer" in second

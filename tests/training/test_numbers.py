@@ -36,8 +36,8 @@ def started(config: Config, data: TokenData, run_dir: Path, *, late: bool) -> Ru
     run_dir.mkdir()
     run = start(config, data, run_dir, workers=Workers(0, 1), device=torch.device("cpu"))
     if late:
-        run.spoilt = torch.zeros(())
-        run.optimizer.found_inf = run.spoilt  # type: ignore[attr-defined]
+        run.found_inf = torch.zeros(())
+        run.optimizer.found_inf = run.found_inf  # type: ignore[attr-defined]
     return run
 
 

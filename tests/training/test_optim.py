@@ -21,7 +21,7 @@ from gptray.training.optim import (
     set_rates,
     weight_decay,
 )
-from gptray.training.stopping import Progress
+from gptray.training.stopping import EarlyStopping
 from gptray.training.trainer_state import TrainerState
 
 
@@ -87,7 +87,7 @@ def test_weight_decay_goes_as_its_schedule_says(schedule: str, values: list[floa
 def test_the_way_on_which_the_learning_rate_falls_is_from_warm_up_to_end_or_the_landing() -> None:
     def cooled(schedule: str, step: int, landing: Landing | None = None) -> float:
         keys = [f"optim.schedule={schedule}", "optim.warmup_steps=10", "train.max_steps=110"]
-        state = TrainerState(step, Progress(), "", landing=landing)
+        state = TrainerState(step, EarlyStopping(), "", landing=landing)
         return state.cooled(load_config(None, keys))
 
     assert [cooled("cosine", step) for step in (0, 10, 60, 110, 120)] == [0.0, 0.0, 0.5, 1.0, 1.0]

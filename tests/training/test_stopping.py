@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptray.training.landing import Landing
-from gptray.training.stopping import Progress
+from gptray.training.stopping import EarlyStopping
 from gptray.training.trainer_state import TrainerState
 
 
-def after(losses: list[float], *, min_delta: float = 0.0) -> Progress:
-    progress = Progress()
+def after(losses: list[float], *, min_delta: float = 0.0) -> EarlyStopping:
+    progress = EarlyStopping()
     for number, loss in enumerate(losses, start=1):
         progress = progress.after(number * 10, loss, min_delta=min_delta)
     return progress
@@ -47,7 +47,7 @@ def test_small_steps_that_add_up_to_min_delta_are_better() -> None:
 def test_state_survives_json(tmp_path: Path) -> None:
     landing = Landing(start=30, back_to=20, steps=15, reason="patience")
     for state in (
-        TrainerState(0, Progress(), "d"),
+        TrainerState(0, EarlyStopping(), "d"),
         TrainerState(40, after([3.0, 2.0, 2.1]), "d", 30, (0.1, 1e-7), landing),
     ):
         (tmp_path / "trainer.json").write_text(state.to_json())

@@ -164,7 +164,7 @@ class Scorer:
         if len(tokens) >= block_size:
             tokens = tokenizer.last_ids(tokens, block_size // 2)
         room = min(wanted, block_size - len(tokens))
-        return sequence.Sequence(tokens, replace(sampling, max_new_tokens=room), row=row)
+        return sequence.Sequence(tokens, replace(sampling, max_new_tokens=room), sample=row)
 
     @cached_property
     def _data(self) -> TokenData:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed, UserError
+from gptray.config.errors import WorkerFailed
 from gptray.files import cannot_write, is_of_files, storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import NO_SPARE_WORKERS, ray_answers, ray_cluster
@@ -237,8 +238,8 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
             yield
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
-            if isinstance(failure, (UserError, RunFailed)):
-                raise failure from None
+            if isinstance(failure, WorkerFailed):
+                raise RunFailed(str(failure)) from None
         raise RunFailed(
             f"the workers failed more than compute.max_failures={config.compute.max_failures} "
             f"times; the same command resumes from the last checkpoint.\n{error}"
