@@ -156,6 +156,10 @@ def check_writable(folder: Path, *, key: str) -> None:
         if not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{there} is not a folder")
         for part in folder.relative_to(there).parts:
+            if part.startswith("$"):
+                raise UserError(f"{key}: {part} is not replaced here; write ~ or the whole path")
+            if part.endswith(":"):
+                raise UserError(f"{key}: {part} begins no URI; write {part}//bucket/folder")
             if len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX"):
                 raise OSError(errno.ENAMETOOLONG, f"the name {part[:40]}... is too long")
         if len(os.fsencode(folder)) > os.pathconf(there, "PC_PATH_MAX") - _LONGEST_BELOW:

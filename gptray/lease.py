@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -100,6 +100,14 @@ def leased(place: RemoteFolder, *, busy: str, expires_s: float | None = None) ->
         yield lease
     finally:
         lease.release()
+
+
+def is_leased(files: Mapping[str, StoredFile]) -> bool:
+    """Whether a job renews its lease on a run in an object store, as far as clocks agree."""
+    leases = [
+        one.modified / 1e9 for name, one in files.items() if Path(name).name.startswith(PREFIX)
+    ]
+    return time.time() - max(leases, default=0.0) < 2 * EXPIRES_S
 
 
 def _take(lease: Lease, place: RemoteFolder, busy: str, expires_s: float) -> None:

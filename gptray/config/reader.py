@@ -7,6 +7,7 @@ and its rules are in `gptray.config`, spelling in `gptray.config.suggest`.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -52,14 +53,15 @@ class Reader:
         return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
 
     def read_file(self, path: str) -> None:
-        """Take every key of a YAML file."""
+        """Take every key of a YAML file; a shell leaves the ~ of --config=~/my.yaml as it is."""
+        file = os.path.expanduser(path)
         try:
-            node = read_node(Path(path))
+            node = read_node(Path(file))
         except YamlError as error:
             self._problem(f"{path}:{error.line}", error.message)
             return
         except OSError as error:
-            self._problem(path, _unreadable(path, error))
+            self._problem(path, _unreadable(file, error))
             return
         if node is None or is_null(node):
             return
@@ -79,7 +81,9 @@ class Reader:
         key, equals, text = argument.partition("=")
         key = key.strip()
         spec = self.specs.get(key)
-        if spec is None:
+        if equals and not key:
+            self._problem(COMMAND_LINE, f"{argument}: no key before =; no blanks go around it")
+        elif spec is None:
             self._unknown(key, COMMAND_LINE, argument)
         elif not equals or not text:
             # The shell takes a pair of quotes away.

@@ -27,9 +27,17 @@ _OTHER_TEXT = "trials would be validated on different text"
 NOT_TUNED = {
     "name": "every trial has its own",
     "storage_path": "every trial has its own",
-    "data.source": _OTHER_TEXT,
-    "data.text_column": _OTHER_TEXT,
-    "data.seed": _OTHER_TEXT,
+    **dict.fromkeys(
+        (
+            "data.source",
+            "data.test_source",
+            "data.text_column",
+            "data.separator",
+            "data.encoding",
+            "data.seed",
+        ),
+        _OTHER_TEXT,
+    ),
     "model.init_from": "all trials start from the same weights",
     "train.eval_interval": "trials are compared at the same steps",
     "train.log_interval": _UNTRAINED,

@@ -59,7 +59,8 @@ class DataConfig(Section):
         None,
         description="end-of-text token, if the tokenizer names none or another",
     )
-    vocab_size: Annotated[int, Field(ge=257)] = Field(
+    # A trainer of tokenizers reserves room for all of them at once.
+    vocab_size: Annotated[int, Field(ge=257, le=2**20)] = Field(
         2048, description="entries of a tokenizer trained here (bpe), end-of-text included"
     )
     split: Annotated[tuple[float, ...], BeforeValidator(split_parts)] = Field(

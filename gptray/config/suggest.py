@@ -66,7 +66,8 @@ ALIASES = {
     "lora.train": "modules_to_save also_train",
     "optim.lr": "learning_rate max_lr peak_lr base_lr learningrate",
     "optim.min_lr": "lr_min final_lr min_learning_rate eta_min lr_end",
-    "optim.schedule": "scheduler lr_scheduler lr_schedule decay lr_scheduler_type lr_decay_style",
+    "optim.schedule": "scheduler lr_scheduler lr_schedule decay decay_lr lr_scheduler_type "
+    "lr_decay_style",
     "optim.decay_fraction": "cooldown_fraction cooldown cooldown_frac decay_frac decay_ratio "
     "cooldown_steps",
     "optim.warmup_steps": "warmup warmup_iters num_warmup_steps n_warmup_steps lr_warmup_steps",

@@ -170,6 +170,8 @@ def _read_csv(piece: Piece) -> Iterator[Part]:
     line, header = next(rows, (1, []))
     if name not in header:
         raise UserError(f"{file.name}:{line}: {no_column(name, header)}")
+    if header.count(name) > 1:
+        raise UserError(f"{file.name}:{line}: several columns are called {name!r}; rename one")
     place = header.index(name)
     return _parts(file, rows, lambda row: _row(row[place], name) if row else EMPTY_ROW)
 

@@ -80,6 +80,9 @@ def decoded(
             before = error.object[: error.start].decode(encoding, "replace")
             line = first_line() + lines + before.count("\n")
             raise UserError(f"{name}:{line}: {undecodable(error, encoding)}") from None
+        except UnicodeError as error:  # utf-16 and utf-32 without their byte order mark
+            told = _as_utf8(block) or "; name the file's encoding by data.encoding"
+            raise UserError(f"{name}: not {encoding}: {error}{told}") from None
         if first and text:
             text, first = text.removeprefix("\ufeff"), False
             if encoding == UTF8:
@@ -100,12 +103,23 @@ def undecodable(error: UnicodeDecodeError, encoding: str = UTF8) -> str:
     if encoding == UTF8 and sum(not character.isascii() for character in before) >= _SURELY:
         return f"{problem}; the text before it is UTF-8, so the file is damaged there"
     begin = error.object.rfind(b"\n", 0, error.start) + 1
+    if encoding != UTF8 and (told := _as_utf8(error.object[begin:])):
+        return problem + told
     likely = _wide_encoding(error.object, least=0.03) or likely_encoding(
         error.object[begin : begin + _SAMPLE]
     )
     if likely is None or likely == encoding:
         return f"{problem}; name the file's encoding by data.encoding"
     return f"{problem}; it looks like {likely}: set data.encoding={likely}"
+
+
+def _as_utf8(data: bytes) -> str:
+    """What to say of UTF-8 for which another encoding was asked; "" of other bytes."""
+    try:
+        codecs.getincrementaldecoder(UTF8)().decode(data[:_SAMPLE])
+    except UnicodeDecodeError:
+        return ""
+    return "; it is UTF-8: leave data.encoding out"
 
 
 def likely_encoding(sample: bytes) -> str | None:
@@ -140,8 +154,10 @@ def _scripts(sample: bytes, encoding: str) -> Counter[str]:
 def refuse_wide_characters(name: str, head: bytes) -> None:
     """Raise UserError for UTF-16 or UTF-32 without a byte order mark.
 
-    Letters in it can pass for UTF-8: every other byte is zero.
+    Letters in it can pass for UTF-8: every other byte is zero. Zeros alone are no letters.
     """
+    if head and not head.strip(b"\0"):
+        raise UserError(f"{name}: it begins with zero bytes alone: it is damaged, or not text")
     wide = _wide_encoding(head, least=0.25)
     if wide:
         raise UserError(

@@ -175,13 +175,13 @@ def _hold_out(source: Source, own: Mapping[int, Source]) -> tuple[Source, list[s
     if not source.files and any(not text.files for text in own.values()):
         raise UserError(f"{source.key} is builtin, and so is validation or test text")
     held = _by_place(own.values())
-    taken = [file for file in source.files if held and file.place in held]
+    taken = {file: held[place] for file in source.files if held and (place := file.place) in held}
     warnings = []
     if taken:
-        keys = " and ".join(sorted({held[file.place] for file in taken}))
+        keys = " and ".join(sorted(set(taken.values())))
         if len(taken) == len(source.files):
             raise UserError(f"{source.key}: all of its files are in {keys} too; nothing is left")
-        warnings.append(f"{_listed(taken)}: in {source.key} and in {keys}; not trained on")
+        warnings.append(f"{_listed(list(taken))}: in {source.key} and in {keys}; not trained on")
         source = replace(source, files=tuple(f for f in source.files if f not in taken))
     return source, warnings + _look_alikes(source, own)
 

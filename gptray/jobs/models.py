@@ -19,6 +19,8 @@ from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
 from gptray.files import absolute, expanded, is_uri
 from gptray.gguf_source import SUFFIX, is_gguf, named_as_given
 from gptray.hub import NotOnHub
+from gptray.jobs.driver_lock import is_held
+from gptray.lease import is_leased
 from gptray.model.adapter_folder import adapter_folder
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
@@ -137,8 +139,14 @@ def own_run(config: Config, *, key: str) -> str:
 
 
 def _without_model(run: Place) -> str:
-    job = "tune" if _has(run, TRIALS) else "train"
-    return f"{run} has no model yet; {typed(job, '--config', f'{run}/{CONFIG}')} resumes it"
+    """What to say of a run that has no model, and when it will have one."""
+    is_sweep = _has(run, TRIALS)
+    told = f"{run} has no model yet"
+    if is_leased(run.files(deep=True)) if isinstance(run, RemoteFolder) else is_held(run):
+        when = "when it ends" if is_sweep else "after its first evaluation"
+        return f"{told}: it is training, and its best model comes {when}"
+    job = "tune" if is_sweep else "train"
+    return f"{told}; {typed(job, '--config', f'{run}/{CONFIG}')} resumes it"
 
 
 def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:

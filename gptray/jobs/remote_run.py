@@ -16,9 +16,10 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import is_uri
+from gptray.jobs.driver_lock import held
 from gptray.jobs.fetching import fetch_run
 from gptray.jobs.publisher import RunPublisher, Sent, SweepPublisher, is_hidden
-from gptray.jobs.run_folder import held, run_dir, seen_at
+from gptray.jobs.run_folder import run_dir, seen_at
 from gptray.lease import Lease, leased
 from gptray.manifest import MANIFEST
 from gptray.node_cache import hold, make_room, set_published

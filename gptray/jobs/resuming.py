@@ -17,9 +17,10 @@ from gptray.config import Config, RunFailed, UserError, dump, flatten, load_conf
 from gptray.config.keys import shown
 from gptray.evaluation.model_commands import home_of
 from gptray.files import refuse_links, replacing, storing
+from gptray.jobs.driver_lock import LOCK, is_held
 from gptray.jobs.models import CONFIG, TOKENIZER
 from gptray.jobs.places import SOURCES, is_same_place, with_whole_paths, words_for
-from gptray.jobs.run_folder import LOCK, free_keys, is_held, run_dir, seen_at
+from gptray.jobs.run_folder import free_keys, run_dir, seen_at
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
     WRITER_LOCK,

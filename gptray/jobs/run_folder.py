@@ -1,16 +1,13 @@
-"""A run's folder: what a config resolves to, who holds it, and what came of it.
+"""A run's folder: what a config resolves to, and what came of it.
 
 Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptray.config import Config, EvaluateConfig, RunFailed, UserError, flatten, override
@@ -19,7 +16,7 @@ from gptray.config.lora_section import LEARNING_RATE_FACTOR
 from gptray.config.names import label_of
 from gptray.evaluation.forgetting import also_scores, changes_of
 from gptray.evaluation.model_commands import home_of
-from gptray.files import absolute, expanded, is_uri, no_empty_folders, open_lock, storing
+from gptray.files import absolute, expanded, is_uri, storing
 from gptray.gguf_source import is_gguf, named_as_given
 from gptray.hub import NotOnHub
 from gptray.jobs.models import locate, not_adapter, unknown, with_tokenizer
@@ -55,7 +52,6 @@ SWEEP_FREE_KEYS = (
     "tune.max_concurrent_trials",
     "tune.retry_failed",
 )
-LOCK = ".driver.lock"
 INIT_FROM = "model.init_from"
 
 
@@ -104,49 +100,6 @@ def run_dir(config: Config) -> Path:
 def seen_at(config: Config) -> str:
     """Where others find a resolved config's run: its folder, or its URI."""
     return home_of(config) or str(run_dir(config))
-
-
-@contextmanager
-def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
-    """Lock a folder for one driver; the OS releases the lock when the process dies.
-
-    A folder made here that holds nothing else at the end is removed: a failed start leaves none.
-
-    Raises:
-        UserError: another process holds it; `busy` says so, by default of a run that is trained.
-        RunFailed: the disk is full or cannot be written.
-    """
-    lock = folder / LOCK
-    with no_empty_folders(folder):
-        with storing(lock):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = open_lock(lock)
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                message = busy or f"another process is training the run {folder}"
-                raise UserError(message) from None
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # a lost mount was reported already
-                    if [path.name for path in folder.iterdir()] == [lock.name]:
-                        lock.unlink()
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a driver is at work in a folder; does not hold it."""
-    if not (folder / LOCK).is_file():
-        return False
-    try:
-        with (folder / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:  # its driver ended just now, and left nothing else in the folder
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def set_ray_snapshot_aside(folder: Path) -> str | None:

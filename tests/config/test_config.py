@@ -148,6 +148,7 @@ def test_text_in_yaml_stays_as_written(write: Write) -> None:
         ("data.source=[*.txt]", "quote the items"),
         ("name=a/b", "letters or digits"),
         ("name=", "name has no value"),
+        ("=1e-3", "=1e-3: no key before ="),
         ("seed", "seed has no value, such as seed=1337"),
         ("sample.prompt=", "sample.prompt has no value, such as sample.prompt='\"\"'"),
         ("optim=3", "optim is a section"),
@@ -247,6 +248,14 @@ def test_wrong_file_names_its_line(write: Write, text: str, line: int, words: st
 def test_broken_file_and_wrong_argument_show_together(write: Write) -> None:
     problems = problems_of(write("a: b: c\n"), "lr=3", "seed=x")
     assert len(problems) == 3
+
+
+def test_a_file_below_the_home_folder_is_found(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = Path(write("seed: 1\n")).relative_to(tmp_path)
+    assert load_config(f"~/{name}", []).seed == 1
 
 
 def test_missing_file_names_the_nearest(

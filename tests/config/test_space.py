@@ -93,6 +93,8 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
         ({"path": "optim.lr", "choice": ["fast"]}, "expects a number, got 'fast'"),
         ({"path": "seed", "choice": [1], "when": "x"}, "expects a path and its value"),
         ({"path": "data.source", "choice": ["a"]}, "different text"),
+        ({"path": "data.separator", "choice": ["a", None]}, "different text"),
+        ({"path": "data.test_source", "choice": ["a", None]}, "different text"),
         ({"path": "compute.num_workers", "choice": [1, 2]}, "does not change what is trained"),
         ({"path": "tune.num_samples", "choice": [1, 2]}, "does not change what is trained"),
         ({"path": "train.eval_interval", "choice": [5]}, "compared at the same steps"),

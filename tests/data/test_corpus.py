@@ -158,6 +158,12 @@ def test_bad_csv_row_is_named_by_its_first_line(tmp_path: Path, row: bytes, mess
         read(write_bytes(tmp_path / "r.csv", content))
 
 
+def test_two_csv_columns_of_the_same_name_are_no_text_column(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "r.csv", b"text,text\na,b\n")
+    with pytest.raises(UserError, match=r"r\.csv:1: several columns are called 'text'"):
+        read(path)
+
+
 @pytest.mark.parametrize("name", ["t.txt", "t.txt.gz"])
 @pytest.mark.parametrize("piece_bytes", [300, 1 << 20])
 def test_text_that_is_not_utf8_is_named_by_line(

@@ -65,6 +65,11 @@ def test_wide_ascii_without_a_mark_does_not_pass_for_utf8(tmp_path: Path, encodi
         read(path)
 
 
+def test_a_file_of_zero_bytes_is_no_text_in_any_encoding(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"t\.txt: it begins with zero bytes alone"):
+        read(write_bytes(tmp_path / "t.txt", bytes(4096)))
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "r.jsonl", "r.json", "r.csv", "r.tsv"])
 def test_byte_order_mark_is_used_without_being_asked_for(
@@ -92,6 +97,13 @@ def test_what_the_asked_encoding_cannot_decode_is_named_by_line(tmp_path: Path) 
     path = write_bytes(tmp_path / "t.txt", KOREAN.encode("cp949") * 3 + b"\xff\xff\n")
     with pytest.raises(UserError, match=r"t\.txt:7: not cp949: "):
         read(path, "cp949")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "cp949"])
+def test_utf8_that_is_asked_for_as_another_encoding_is_told(tmp_path: Path, encoding: str) -> None:
+    path = write_bytes(tmp_path / "t.txt", (KOREAN * 3).encode())
+    with pytest.raises(UserError, match=f"not {encoding}: .*; it is UTF-8: leave data.encoding"):
+        read(path, encoding)
 
 
 def test_rows_of_prompts_take_an_encoding_too(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from gptray import doors
 from gptray.config import Config, dump, load_config, override
-from gptray.jobs.run_folder import held
+from gptray.jobs.driver_lock import held
 from gptray.jobs.runs.listing import Listed, listed
 from gptray.model.example import save_example
 from gptray.record import Event

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, UserError, dump, load_config
+from gptray.jobs.driver_lock import held
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_model
 from gptray.jobs.models import find_model, with_tokenizer
@@ -213,6 +214,11 @@ def test_a_run_without_a_model_says_what_trains_it(storage: Path, key: str) -> N
         f"{key}=ko-q: the run {run} has no model yet; python jobs/train.py --config "
         f"{run}/config.yaml resumes it"
     )
+    with held(run):
+        assert refused(key, storage, "ko-q") == (
+            f"{key}=ko-q: the run {run} has no model yet: it is training, and its best model comes "
+            "after its first evaluation"
+        )
 
 
 @pytest.mark.slow

@@ -299,6 +299,17 @@ def test_storage_path_that_cannot_be_written_is_named(rows: Path, tmp_path: Path
         prepare(config_for(rows, tmp_path / "file"))
 
 
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("$HOME/runs", r"\$HOME is not replaced"), ("s3:/runs", "write s3://bucket/")],
+)
+def test_a_storage_path_that_means_another_place_is_no_folder(
+    rows: Path, tmp_path: Path, place: str, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        check_text(config_for(rows, tmp_path / place))
+
+
 def test_what_a_tokenizer_loses_is_counted_told_and_kept(
     ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

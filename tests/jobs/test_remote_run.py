@@ -17,15 +17,17 @@ from gptray.data.tokenizer import char_tokenizer
 from gptray.data.tokens import TokenData
 from gptray.doors import run as dry_run
 from gptray.files import sha256_of
+from gptray.jobs.driver_lock import held
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_model
 from gptray.jobs.publisher import RunPublisher, Sent
 from gptray.jobs.remote_data import bring_data, publish_data
 from gptray.jobs.remote_run import publishing
 from gptray.jobs.resuming import save_config
-from gptray.jobs.run_folder import held, outcome
+from gptray.jobs.run_folder import outcome
 from gptray.jobs.runs.run import check as check_runs
 from gptray.jobs.train.check import check
+from gptray.lease import leased
 from gptray.manifest import write_manifest
 from gptray.node_cache import hold, make_room, set_published, storage_folder
 from gptray.remote_folder import RemoteFolder
@@ -276,6 +278,9 @@ def test_a_run_without_a_model_or_with_another_name_is_told(store: ObjectStore) 
     for named in ("name=book", "generate.model=book"):
         with pytest.raises(UserError, match=message):
             check_model(load_config(None, [*words, named]))
+    lease = RemoteFolder(HOME) / "book" / ".gptray"
+    with leased(lease, busy="-"), pytest.raises(UserError, match="it is training, and its best"):
+        check_model(load_config(None, [*words, "name=book"]))
     with pytest.raises(UserError, match="generate.model is not set and .* has no run with a model"):
         check_model(load_config(None, words))
     store.objects["bucket/runs/\uac00/config.yaml"] = Object(b"")

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from gptray.config import ModelConfig, UserError, load_config
+from gptray.jobs.driver_lock import LOCK, held, is_held
 from gptray.jobs.resuming import check_resumable
 from gptray.jobs.run_folder import (
-    LOCK,
-    held,
-    is_held,
     resolve,
     run_dir,
     seen_at,

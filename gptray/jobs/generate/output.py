@@ -16,6 +16,7 @@ from gptray.config import RunFailed, UserError
 from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
 from gptray.data.prompts import InputScan, scan, staged
 from gptray.files import is_uri, no_empty_folders, storing
+from gptray.jobs.driver_lock import held
 from gptray.jobs.generate.check import CheckedBatch
 from gptray.jobs.generate.output_plan import (
     BACKEND,
@@ -34,7 +35,6 @@ from gptray.jobs.generate.output_plan import (
     resumed,
     write_json,
 )
-from gptray.jobs.run_folder import held
 
 log = logging.getLogger("gptray")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from gptray.commands import typed
 from gptray.config import Config, UserError, load_saved
 from gptray.config.names import PREPARED
 from gptray.files import is_uri
+from gptray.jobs.driver_lock import is_held
 from gptray.jobs.fetching import fetch_records
 from gptray.jobs.models import CONFIG, storage_of
 from gptray.jobs.resuming import command
-from gptray.jobs.run_folder import is_held
-from gptray.lease import EXPIRES_S, PREFIX
+from gptray.lease import is_leased
 from gptray.remote_folder import RemoteFolder, StoredFile
 
 
@@ -91,7 +90,7 @@ def _in_store(storage: RemoteFolder, folder: Path) -> list[RecordPlace]:
         size = sum(file.size for file in names.values())
         place = str(storage / top)
         changed = max(own, default=0.0)
-        found.append(RecordPlace(folder / top, place, _is_leased(names), size, changed))
+        found.append(RecordPlace(folder / top, place, is_leased(names), size, changed))
     return found
 
 
@@ -105,11 +104,3 @@ def _size(folder: Path) -> tuple[int, float]:
             if place == str(folder):
                 changed = max(changed, status.st_mtime)
     return size, changed
-
-
-def _is_leased(files: Mapping[str, StoredFile]) -> bool:
-    """Whether a job renews its lease on a run in an object store, as far as clocks agree."""
-    leases = [
-        one.modified / 1e9 for name, one in files.items() if Path(name).name.startswith(PREFIX)
-    ]
-    return time.time() - max(leases, default=0.0) < 2 * EXPIRES_S

@@ -188,6 +188,9 @@ def plan(checked: CheckedTraining) -> Plan:
             rows.append(("trained", f"{trained:,} ({trained / count:.2%}), {adapter}"))
         rows.append(("saved as", _family(config)))
         rows.append(("memory per worker", _memory_told(config, count, vocab_size)))
+        if config.lora.rank and not config.compute.use_gpu:
+            shared = f"{_frozen(config, count) / 2**30:.2f} GiB of that, the frozen base"
+            rows.append(("shared memory", f"{shared}: all processes of a machine hold it once"))
     else:
         rows.append(("parameters", "known once the tokenizer is"))
     if data:
@@ -276,15 +279,20 @@ def _states(config: Config, parameters: int, vocab_size: int) -> float:
     """
     if not _is_sharded(config):
         if trained := trained_parameters(config):
-            is_half = config.train.precision == "bf16" or config.compute.use_gpu
-            frozen, kind = (2 if is_half else 4) * parameters, config.quantize.weights
-            if kind != "none":
-                full = linear_bytes(config.model, "none") * (1 if is_half else 2)
-                frozen += linear_bytes(config.model, kind) - full
-            return frozen + BYTES_PER_PARAMETER * trained
+            return _frozen(config, parameters) + BYTES_PER_PARAMETER * trained
         each = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if config.train.ema else 0)
         return each * parameters
     embedding = vocab_size * config.model.n_embd * (1 if config.model.tie_word_embeddings else 2)
     blocks = 2 * (parameters - embedding) // config.model.n_layer
     share = BYTES_PER_PARAMETER * parameters / config.compute.min_workers
     return share + 2 * 4 * max(embedding, blocks)
+
+
+def _frozen(config: Config, parameters: int) -> int:
+    """Bytes of the base that an adapter is trained of."""
+    is_half = config.train.precision == "bf16" or config.compute.use_gpu
+    frozen, kind = (2 if is_half else 4) * parameters, config.quantize.weights
+    if kind != "none":
+        full = linear_bytes(config.model, "none") * (1 if is_half else 2)
+        frozen += linear_bytes(config.model, kind) - full
+    return frozen

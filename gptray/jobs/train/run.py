@@ -18,6 +18,7 @@ from gptray.config.errors import WorkerFailed
 from gptray.files import cannot_write, is_of_files, storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import NO_SPARE_WORKERS, ray_answers, ray_cluster
+from gptray.jobs.driver_lock import held
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.origin import reachable
@@ -28,7 +29,7 @@ from gptray.jobs.remote_run import publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, worker_resources
 from gptray.jobs.resuming import command, how_to_train_longer, save_config
-from gptray.jobs.run_folder import held, outcome, seen_at, set_ray_snapshot_aside
+from gptray.jobs.run_folder import outcome, seen_at, set_ray_snapshot_aside
 from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tasks import Failure
 from gptray.jobs.tracking import tracking_run

@@ -16,6 +16,7 @@ from gptray.config import Config, RunFailed, dump, load_config, override
 from gptray.files import replacing, storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.driver_lock import held
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
 from gptray.jobs.origin import reachable
@@ -25,7 +26,7 @@ from gptray.jobs.remote_run import publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster
 from gptray.jobs.resuming import command
-from gptray.jobs.run_folder import held, seen_at
+from gptray.jobs.run_folder import seen_at
 from gptray.jobs.shared_storage import check_shared_by_training
 from gptray.jobs.tracking import tracking_sweep
 from gptray.jobs.tune.check import (

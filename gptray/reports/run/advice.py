@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from gptray.config import Config
 from gptray.reports.run.diagnosis import Diagnosis
+from gptray.reports.run.findings import noise_of
 from gptray.wording import count
 
 
@@ -197,9 +198,15 @@ def _to_fall_further(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
 
 
 def _to_get_lower(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
-    last = diagnosis.last
+    last, noise = diagnosis.last, noise_of(config)
     assert last
-    if last.gap < 0.05 * last.val_loss:
+    is_close = last.gap < 0.05 * last.val_loss
+    if is_close and noise:  # which raises the losses of training: they do not tell what is learnt
+        yield from _average_seeds(config)
+        yield from _whole_text(config)
+        reason = f"whether the model has room left is not known: training has {noise} on"
+        yield Advice("more data", reason, 3.5)
+    elif is_close:
         yield Advice(
             "more parameters",
             f"training loss ({last.train_loss:.2f}) is close to validation loss "
