@@ -17,7 +17,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptray.data.boundary import chunks
-from gptray.data.tokenizer_files import END_OF_TEXT, end_of_text, open_tokenizer
+from gptray.data.tokenizer_ends import end_of_text
+from gptray.data.tokenizer_files import END_OF_TEXT, open_tokenizer
 from gptray.data.tokenizer_parts import TokenizerParts
 from gptray.data.tokenizer_prefix import check_prefix, text_prefix
 from gptray.data.trust import UnreadableText, panics_as_errors, unreadable

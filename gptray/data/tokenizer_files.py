@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -43,7 +43,6 @@ _HUB_FILES = (
     "added_tokens.json", "vocab*.json", "vocab*.txt", "merges*.txt", "*.model",
 )  # fmt: skip
 _VOCABULARY = ("vocab.json", "merges.txt")
-_SHOWN = 6
 
 Opened = tuple[tokenizers.Tokenizer, dict[str, str]]
 
@@ -170,64 +169,6 @@ def open_tokenizer(source: str) -> Opened:
         # A model's folder whose tokenizer class knows its special tokens, as GPT-2's does.
         return _from_transformers(str(path))
     return backend, special
-
-
-def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
-    """The token that ends a text: as asked for, as the tokenizer says, or as is well known.
-
-    Raises UserError, which names data.eos_token and candidates, where none of these is there.
-    """
-    backend, special = opened
-    if asked is not None:
-        if backend.token_to_id(asked) is None:
-            near = nearest(asked, backend.get_vocab(with_added_tokens=True))
-            raise UserError(
-                f"data.eos_token={asked!r} is not in the vocabulary of {source}"
-                f"{did_you_mean(*([repr(near)] if near else _candidates(backend)))}"
-            )
-        backend.add_special_tokens([asked])  # keeps its id; its name in text is plain text
-        return asked
-    named = special.get("eos_token")
-    if named is not None:
-        if backend.token_to_id(named) is None:
-            raise UserError(
-                f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
-                f"choose one by data.eos_token{_such_as(_candidates(backend))}"
-            )
-        return named
-    known = [name for name in WELL_KNOWN_ENDS if name in _added(backend)]
-    if len(known) != 1:
-        raise UserError(
-            f"data.tokenizer={source}: names no end-of-text token; choose one by data.eos_token"
-            f"{_such_as(_candidates(backend))}"
-        )
-    _tell_once(
-        f"data.tokenizer={source} names no end-of-text token; taking {known[0]!r} "
-        "(data.eos_token chooses another)"
-    )
-    return known[0]
-
-
-@cache
-def _tell_once(message: str) -> None:
-    log.warning("%s", message)
-
-
-def _candidates(backend: tokenizers.Tokenizer) -> list[str]:
-    """Tokens that may end a text: special ones, and well-known names in the vocabulary."""
-    known = [name for name in WELL_KNOWN_ENDS if backend.token_to_id(name) is not None]
-    return list(dict.fromkeys([*known, *_added(backend)]))[:_SHOWN]
-
-
-def _such_as(names: Iterable[str]) -> str:
-    listed = " or ".join(map(repr, names))
-    return f", such as {listed}" if listed else ""
-
-
-def _added(backend: tokenizers.Tokenizer) -> list[str]:
-    """Its special added tokens."""
-    added = backend.get_added_tokens_decoder()
-    return [token.content for _, token in sorted(added.items()) if token.special]
 
 
 def _is_bare_vocabulary(folder: Path) -> bool:

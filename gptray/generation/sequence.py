@@ -172,7 +172,8 @@ class Sequence:
 
     def fail(self, reason: str) -> None:
         """End with an error; other sequences are not affected."""
-        self.finish_reason, self.error = "error", reason
+        self.error = reason
+        self.finish_reason = "error"  # last: from then on another thread may look at it
 
     def _end(self, reason: FinishReason) -> None:
         if self._stream is None:

@@ -21,6 +21,7 @@ from gptray.stored import is_whole, read_foreign
 _MOST = 2**31 - 1
 # transformers' defaults.
 _THETA, _WINDOW, _WINDOWS_FROM, _PATTERN = 10000.0, 4096, 28, 4
+_ORIGINAL = "original_max_position_embeddings"
 
 Raw = Mapping[str, object]
 
@@ -118,8 +119,9 @@ def _fields(raw: Raw, family: Family) -> ModelConfig:
 
 
 def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, object]:
-    """The fields of rotary positions; from rope_parameters, or from the older keys."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """The fields of rotary positions, as transformers reads them: where a file has rope_scaling and
+    rope_parameters, the older key counts."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise _Unlike(f"rope_scaling={given!r:.60} is no JSON object")
     scaling = {key: value for key, value in given.items() if value is not None}
@@ -140,7 +142,11 @@ def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, o
         kinds = ", ".join(ROPE_SCALINGS)
         raise _Unlike(f"rope_scaling of rope_type {kind!r:.60} is not supported, only {kinds}")
     if kind != "linear":
-        scaling.setdefault("original_max_position_embeddings", values["n_positions"])
+        own = scaling.get(_ORIGINAL, values["n_positions"])
+        scaling[_ORIGINAL] = raw.get(_ORIGINAL) or own
+    needed, optional = ROPE_SCALINGS[kind]
+    # Other keys say where a model comes from, such as YaRN's `finetuned`.
+    scaling = {key: value for key, value in scaling.items() if key in {*needed, *optional}}
     for key, value in scaling.items():
         if is_whole(value, least=_MOST + 1):
             raise _Unlike(f"rope_scaling's {key} is above {_MOST:,}")

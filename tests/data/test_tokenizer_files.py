@@ -84,6 +84,20 @@ def test_two_well_known_ends_are_no_answer(tmp_path: Path) -> None:
     assert Tokenizer.load(folder, eos_token="</s>").eos_token == "</s>"
 
 
+@pytest.mark.parametrize("ends", [{"eos_token_id": 5}, {"eos_token_id": [5, 0]}], ids=str)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_models_config_says_which_token_ends_a_text(
+    name: str, ends: dict[str, object], tmp_path: Path
+) -> None:
+    backend = foreign.byte_level()
+    backend.add_special_tokens(["</s>"])  # two well-known ends
+    folder = foreign.save(backend, tmp_path / "model")
+    (folder / "config.json").write_text("{}")
+    (folder / name).write_text(json.dumps(ends))
+    loaded = Tokenizer.load(folder)
+    assert (loaded.eos_token, loaded.eos_id) == (backend.id_to_token(5), 5)
+
+
 def test_the_end_of_text_that_is_asked_for_goes_into_the_models_files(tmp_path: Path) -> None:
     folder = foreign.save(foreign.wordpiece(), tmp_path / "bert", {"eos_token": "[SEP]"})
     loaded = Tokenizer.load(folder, eos_token="cat")

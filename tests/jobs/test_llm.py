@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 import gptray
@@ -21,6 +23,8 @@ from gptray.serving.endpoint import Served
 from gptray.serving.protocol import CompletionRequest, parse_request
 
 PROMPTS = ["the cat", "a dog", "", "the cat"]
+NO_TEXTS: Any = {"prompt": "the cat"}
+NOTHING: Any = None
 MISSPELT: dict[str, Any] = {"precison": "fp32"}
 SETTINGS: Settings = {"max_new_tokens": 12, "temperature": 1.3, "seed": 5, "top_k": None}
 
@@ -108,6 +112,25 @@ def test_a_prompt_that_cannot_run_has_its_reason_and_the_others_run(llm: LLM) ->
     assert llm.generate([]) == []
 
 
+def test_threads_share_the_batch_and_get_their_own_texts(llm: LLM) -> None:
+    prompts = [f"{one} {number}" for number in range(4) for one in ("the cat", "a dog")]
+    alone = [llm.generate(prompt, **SETTINGS) for prompt in prompts]
+    streamed = [["".join(llm.stream(prompt, **SETTINGS))] for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        for _ in range(5):
+            together = pool.map(lambda prompt: llm.generate(prompt, **SETTINGS), prompts)
+            pieces = pool.map(lambda prompt: ["".join(llm.stream(prompt, **SETTINGS))], prompts)
+            assert list(together) == alone
+            assert list(pieces) == streamed
+
+
+def test_numbers_of_numpy_are_numbers(llm: LLM) -> None:
+    row: Any = {"max_new_tokens": numpy.int64(5), "temperature": numpy.float32(0.5)}
+    assert llm.generate("the cat", **row) == llm.generate(
+        "the cat", max_new_tokens=5, temperature=0.5
+    )
+
+
 def test_defaults_are_the_configs(llm: LLM) -> None:
     names = SampleConfig.model_fields.keys() - {"prompt"}
     assert Settings.__annotations__.keys() == names
@@ -124,6 +147,8 @@ def test_defaults_are_the_configs(llm: LLM) -> None:
         (lambda llm: llm.generate("a", temperature=-1), "sample.temperature: must be at least 0"),
         (lambda llm: llm.generate("a", top_k="5"), "sample.top_k: expects a whole number or null"),
         (lambda llm: llm.generate(["a", 3]), "prompts[1] must be a string, got int"),
+        (lambda llm: llm.generate(NO_TEXTS), "a list of texts, got dict"),
+        (lambda llm: llm.generate(NOTHING), "a list of texts, got NoneType"),
         (lambda llm: LLM("a", **MISSPELT), "precison; did you mean precision?"),
         (lambda llm: LLM("a", precision="fp16"), "generate.precision: expects auto, fp32 or bf16"),
         (lambda llm: LLM("./nowhere"), "generate.model=./nowhere: no such folder"),

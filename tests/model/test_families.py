@@ -24,6 +24,7 @@ from gptray.model.shape import read_shape
 from tests.model.foreign_models import FAMILIES, MIXES, SHAPES, make_hf
 
 VOCAB_SIZE = 99
+_YARN = {"type": "yarn", "factor": 4.0}
 
 
 def some_ids(count: int = 96) -> Tensor:
@@ -106,6 +107,29 @@ def test_rope_scaling_is_read_from_the_older_keys(name: str, tmp_path: Path) -> 
     edit(tmp_path, rope_parameters=None, rope_theta=shape.rope_theta)
     edit(tmp_path, rope_scaling={"type": kind, **old})
     assert read_shape(tmp_path) == shape
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {**_YARN, "finetuned": True}},
+        {
+            "rope_scaling": {**_YARN, "original_max_position_embeddings": 48},
+            "original_max_position_embeddings": 24,
+        },
+        {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 500.0},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_of_several_keys_for_rotary_positions_that_of_transformers_counts(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    make_hf("llama", VOCAB_SIZE).save_pretrained(tmp_path)
+    edit(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 70.0}, **changes)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    logits = load_pretrained(tmp_path).eval()(some_ids())
+    torch.testing.assert_close(logits, theirs(some_ids()).logits, atol=1e-4, rtol=0)
 
 
 def test_yarn_takes_every_key_of_its_own() -> None:

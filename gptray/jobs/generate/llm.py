@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from threading import Lock
+from typing import TypedDict, Unpack
 
 from gptray.config import Config, RunFailed, SampleConfig, UserError, override
-from gptray.config.suggest import did_you_mean, nearest_keys
 from gptray.config.use_sections import ROW_SETTINGS
 from gptray.generation.chat_template import ChatTemplate, Message, messages_of
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed
 from gptray.jobs.doing import doing
+from gptray.jobs.generate.arguments import chats_of, texts_of, values_of
 from gptray.jobs.generate.check import CheckedModel, check_model
 from gptray.model.usage import Usage
 
@@ -85,7 +87,7 @@ class Output:
 
 
 class LLM:
-    """A trained model, loaded once; one thread at a time may use it.
+    """A trained model, loaded once. Threads may call it at once: their prompts share the batch.
 
     >>> LLM("book").generate(["Once upon a time"], temperature=0.8)[0].text
     """
@@ -98,7 +100,7 @@ class LLM:
         Raises UserError for a wrong keyword or value, and for a model that is not there or fails to
         load; RunFailed where backend="native" fails to build.
         """
-        values = _values(options, _OPTIONS)
+        values = values_of(options, _OPTIONS)
         if model is not None:
             values["generate.model"] = str(model)
         self._open(check_model(override(Config(), values)))
@@ -115,6 +117,7 @@ class LLM:
         self._config = model.config
         with doing("opening the model"):
             self._engine, self._tokenizer = open_engine(self.folder, self._config)
+        self._turn = Lock()  # of the engine: whoever has it advances the others' texts too
 
     def generate(
         self, prompts: str | abc.Sequence[str], **settings: Unpack[Settings]
@@ -126,7 +129,7 @@ class LLM:
         A prompt that cannot run, such as one longer than the context, has the reason in `error`;
         the others run. Raises UserError for a wrong setting, or a prompt that is not text.
         """
-        sample, given = self._sample(settings), _texts(prompts)
+        sample, given = self._sample(settings), texts_of(prompts)
         rows = [self._sequence(prompt, sample, i) for i, prompt in enumerate(given)]
         return self._run(given, rows, sample)
 
@@ -141,7 +144,7 @@ class LLM:
         is what the template has written. Raises UserError also for a model without a chat
         template, for messages that it refuses and for what is not a message.
         """
-        sample, chats = self._sample(settings), _chats(messages)
+        sample, chats = self._sample(settings), chats_of(messages)
         if self._template is None:
             raise UserError(f"{self.name} has no chat template; call generate")
         try:
@@ -157,7 +160,7 @@ class LLM:
         Raises UserError at once for a wrong setting, or a prompt that cannot run; while it runs,
         RunFailed where the model gives no token.
         """
-        sample, (text,) = self._sample(settings), _texts([prompt])
+        sample, (text,) = self._sample(settings), texts_of([prompt])
         return self._pieces(self._checked(text, sample, 0))
 
     def start(self, prompts: abc.Sequence[str], sample: SampleConfig) -> list[Sequence]:
@@ -176,7 +179,7 @@ class LLM:
                 shown += len(piece)
                 yield piece
             else:
-                self._engine.step()
+                self._step()
         if sequence.error is not None:
             raise RunFailed(sequence.error)
 
@@ -189,13 +192,10 @@ class LLM:
         self, prompts: list[str], rows: list[Sequence | str], sample: SampleConfig
     ) -> list[Output]:
         """Run those that can; the others' outputs have the reason that is their row."""
-        running = [self._engine.submit(row) for row in rows if isinstance(row, Sequence)]
-        try:
+        running = [row for row in rows if isinstance(row, Sequence)]
+        with self._queued(running):
             while not all(sequence.ended for sequence in running):
-                self._engine.step()
-        finally:
-            for sequence in running:
-                self._engine.cancel(sequence)
+                self._step()
         return [
             _output_of(prompt, row)
             if isinstance(row, Sequence)
@@ -205,10 +205,25 @@ class LLM:
 
     def _pieces(self, sequence: Sequence) -> Iterator[str]:
         """Queue a sequence and yield its text; whoever leaves early cancels it."""
+        with self._queued([sequence]):
+            yield from self.pieces(sequence)
+
+    @contextmanager
+    def _queued(self, sequences: abc.Sequence[Sequence]) -> Iterator[None]:
+        """Queue sequences; none is left behind."""
         try:
-            yield from self.pieces(self._engine.submit(sequence))
+            with self._turn:
+                for sequence in sequences:
+                    self._engine.submit(sequence)
+            yield
         finally:
-            self._engine.cancel(sequence)
+            with self._turn:
+                for sequence in sequences:
+                    self._engine.cancel(sequence)
+
+    def _step(self) -> None:
+        with self._turn:
+            self._engine.step()
 
     def _checked(self, prompt: str, sample: SampleConfig, number: int) -> Sequence:
         row = self._sequence(prompt, sample, number, live_text=True)
@@ -238,7 +253,7 @@ class LLM:
         return sequence
 
     def _sample(self, settings: Settings) -> SampleConfig:
-        return override(self._config, _values(settings, _SETTINGS)).sample
+        return override(self._config, values_of(settings, _SETTINGS)).sample
 
 
 def _output_of(prompt: str, sequence: Sequence) -> Output:
@@ -253,36 +268,3 @@ def _output_of(prompt: str, sequence: Sequence) -> Output:
         sequence.sampling.seed,
         sequence.error,
     )
-
-
-def _values(given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """The config's values of a call's keywords. Raises UserError for one that does not exist."""
-    for name in given:
-        if name not in keys:
-            keywords = {key: keyword for keyword, key in keys.items()}
-            near = [keywords[key] for key in nearest_keys(name, list(keywords))]
-            raise UserError(f"unknown keyword {name}{did_you_mean(*near)}")
-    return {keys[name]: _plain(value) for name, value in given.items()}
-
-
-def _plain(value: Any) -> Any:
-    """A value as a config holds it."""
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _texts(prompts: str | abc.Sequence[str]) -> list[str]:
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    for number, prompt in enumerate(given):
-        if not isinstance(prompt, str):
-            raise UserError(f"prompts[{number}] must be a string, got {type(prompt).__name__}")
-    return given
-
-
-def _chats(messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]]) -> list[object]:
-    """One chat or several as several."""
-    several = isinstance(messages, abc.Sequence) and messages
-    if not several or isinstance(messages[0], Mapping):
-        return [messages]
-    return [*messages]

@@ -1,0 +1,98 @@
+"""The token that ends a text, of a tokenizer that was opened: named by somebody, or well known."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import tokenizers
+
+from gptray.config import UserError
+from gptray.config.suggest import did_you_mean, nearest
+from gptray.data.tokenizer_files import WELL_KNOWN_ENDS, Opened, hub_tokenizer, tokenizer_path
+from gptray.stored import is_whole, read_foreign
+
+log = logging.getLogger("gptray")
+
+_SHOWN = 6  # tokens that an error proposes
+
+
+def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
+    """The token that ends a text: as asked for, as the tokenizer says, as its model's config says,
+    or as is well known.
+
+    Raises UserError, which names data.eos_token and candidates, where none of these is there.
+    """
+    backend, special = opened
+    if asked is not None:
+        if backend.token_to_id(asked) is None:
+            near = nearest(asked, backend.get_vocab(with_added_tokens=True))
+            raise UserError(
+                f"data.eos_token={asked!r} is not in the vocabulary of {source}"
+                f"{did_you_mean(*([repr(near)] if near else _candidates(backend)))}"
+            )
+        return _made_special(backend, asked)
+    named = special.get("eos_token")
+    if named is not None:
+        if backend.token_to_id(named) is None:
+            raise UserError(
+                f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
+                f"choose one by data.eos_token{_such_as(_candidates(backend))}"
+            )
+        return named
+    folder = tokenizer_path(source) or hub_tokenizer(source)
+    if (of_model := _end_of_model(folder, backend)) is not None:
+        return _made_special(backend, of_model)
+    known = [name for name in WELL_KNOWN_ENDS if name in _added(backend)]
+    if len(known) != 1:
+        raise UserError(
+            f"data.tokenizer={source}: names no end-of-text token; choose one by data.eos_token"
+            f"{_such_as(_candidates(backend))}"
+        )
+    _tell_once(
+        f"data.tokenizer={source} names no end-of-text token; taking {known[0]!r} "
+        "(data.eos_token chooses another)"
+    )
+    return known[0]
+
+
+def _made_special(backend: tokenizers.Tokenizer, name: str) -> str:
+    """A token of the vocabulary; it keeps its id, and its name in text is plain text."""
+    backend.add_special_tokens([name])
+    return name
+
+
+def _end_of_model(folder: Path, backend: tokenizers.Tokenizer) -> str | None:
+    """The first token that ends a text by the config of a model, where the folder holds one."""
+    configs = (folder / name for name in ("generation_config.json", "config.json"))
+    for path in filter(Path.is_file, configs):
+        given = read_foreign(path).get("eos_token_id")
+        number = next(iter(given), None) if isinstance(given, list) else given
+        if is_whole(number):
+            token: str | None = backend.id_to_token(number)
+            return token
+    return None
+
+
+@cache
+def _tell_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _candidates(backend: tokenizers.Tokenizer) -> list[str]:
+    """Tokens that may end a text: special ones, and well-known names in the vocabulary."""
+    known = [name for name in WELL_KNOWN_ENDS if backend.token_to_id(name) is not None]
+    return list(dict.fromkeys([*known, *_added(backend)]))[:_SHOWN]
+
+
+def _such_as(names: Iterable[str]) -> str:
+    listed = " or ".join(map(repr, names))
+    return f", such as {listed}" if listed else ""
+
+
+def _added(backend: tokenizers.Tokenizer) -> list[str]:
+    """Its special added tokens."""
+    added = backend.get_added_tokens_decoder()
+    return [token.content for _, token in sorted(added.items()) if token.special]

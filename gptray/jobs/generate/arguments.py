@@ -1,0 +1,51 @@
+"""What callers of `LLM` hand over: keywords, texts and chats. What is none is refused by name."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Mapping
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from gptray.config import UserError
+from gptray.config.suggest import did_you_mean, nearest_keys
+from gptray.generation.chat_template import Message
+
+
+def values_of(given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The config's values of a call's keywords. Raises UserError for one that does not exist."""
+    for name in given:
+        if name not in keys:
+            keywords = {key: keyword for keyword, key in keys.items()}
+            near = [keywords[key] for key in nearest_keys(name, list(keywords))]
+            raise UserError(f"unknown keyword {name}{did_you_mean(*near)}")
+    return {keys[name]: _plain(value) for name, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as a config holds it."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):  # numpy's too
+        return int(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def texts_of(prompts: str | abc.Sequence[str]) -> list[str]:
+    """One text or several as several. Raises UserError for what is no text."""
+    if not isinstance(prompts, abc.Iterable) or isinstance(prompts, Mapping):
+        raise UserError(f"prompts must be text or a list of texts, got {type(prompts).__name__}")
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    for number, prompt in enumerate(given):
+        if not isinstance(prompt, str):
+            raise UserError(f"prompts[{number}] must be a string, got {type(prompt).__name__}")
+    return given
+
+
+def chats_of(messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]]) -> list[object]:
+    """One chat or several as several."""
+    several = isinstance(messages, abc.Sequence) and messages
+    if not several or isinstance(messages[0], Mapping):
+        return [messages]
+    return [*messages]
