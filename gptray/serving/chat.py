@@ -33,6 +33,7 @@ class ChatCompletion(Completion):
     """A chat with the model that answers it; choices are messages."""
 
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    prompt_key = "messages"
 
     @classmethod
     async def of_chat(cls, body: ChatRequest, served: Served, limits: ServeConfig) -> Completion:

@@ -211,6 +211,8 @@ def test_wrong_keys_say_what_is_meant(client: OpenAI, server: Server) -> None:
         assert f"chat_template_kwargs.{name} is not the template's own" in told
     answer = post(server, model="tiny", prompt="the cat")
     assert answer.status_code == 400 and "did you mean messages?" in answer.text
+    error = post(server, messages=[{"role": "user", "content": "the cat " * 60}]).json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
     with pytest.raises(NotFoundError, match="does not exist. Served here: tiny"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
 
