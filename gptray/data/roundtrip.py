@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from tokenizers import pre_tokenizers
 
@@ -60,6 +61,7 @@ class RoundTrip:
         return None if back == text else back
 
 
+@lru_cache(maxsize=2)
 def pieces(tokenizer: Tokenizer) -> list[bytes]:
     """The text of each token, by id: its bytes in a text, else its name.
 

@@ -36,7 +36,8 @@ class Sequence:
     scored: with `prompt_logprobs` the prompt's tokens, complete as soon as there is a new one; the
     first has no log-probability. drawn: the new tokens. end: the end-of-text token if that ended
     the output. error: why, where finish_reason is "error". history: the prompt's tokens and the
-    new ones. read: how many of the prompt's are in the cache.
+    new ones. read: how many of the prompt's are in the cache. lead: the prompt's last tokens,
+    which the text continues (see `left_context`), or in which its first character begins.
     """
 
     prompt: abc.Sequence[int]
@@ -57,6 +58,7 @@ class Sequence:
     prompt_tokens: int = field(init=False)
     history: list[int] = field(init=False, default_factory=list)
     read: int = field(init=False, default=0)
+    lead: list[int] = field(init=False, default_factory=list)
     # For the sampler: the tokens that end the text, and what would break a character now.
     eos_ids: abc.Sequence[int] = field(init=False, default=())
     mask: Mask | None = field(init=False, default=None)
@@ -64,7 +66,6 @@ class Sequence:
     _longest: int = field(init=False, default=0)
     _decode: Decode = field(init=False)
     _utf8: Utf8 | None = field(init=False, default=None)
-    _lead: list[int] = field(init=False, default_factory=list)
     _state: int = field(init=False, default=START)
     _stream: TextStream | None = field(init=False, default=None)
 
@@ -85,11 +86,11 @@ class Sequence:
         self._utf8 = utf8 if sampling.utf8 else None
         if self._utf8:
             # The end of a prompt that stops inside a character.
-            self._lead = self._utf8.open_end(self.prompt)
-            self._state = self._utf8.state_after(self._lead)
-        self._lead = self._lead or left_context(tokenizer, self.prompt)
+            self.lead = self._utf8.open_end(self.prompt)
+            self._state = self._utf8.state_after(self.lead)
+        self.lead = self.lead or left_context(tokenizer, self.prompt)
         if self.live_text or sampling.stop:
-            self._stream = TextStream(self._decode, sampling.stop, lead=self._lead)
+            self._stream = TextStream(self._decode, sampling.stop, lead=self.lead)
 
     @property
     def tokens(self) -> list[int]:
@@ -177,7 +178,7 @@ class Sequence:
 
     def _end(self, reason: FinishReason) -> None:
         if self._stream is None:
-            self.text = decode_after(self._decode, self._lead, self.tokens)
+            self.text = decode_after(self._decode, self.lead, self.tokens)
         else:
             self._stream.finish()
             self.text = self._stream.text

@@ -114,15 +114,20 @@ def numbered_seed(seed: int, number: int) -> int:
     return derived_seed(seed, number) if number else seed
 
 
+class PromptTooLong(ValueError):
+    """A prompt that leaves no room for a token in the model's context."""
+
+
 def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -> None:
-    """Raise ValueError for a prompt that the model's context of `n_positions` tokens cannot hold.
+    """Raise PromptTooLong for one that the model's context of `n_positions` tokens cannot hold.
 
     max_new_tokens is an upper bound, not a promise: a sequence that fills the context ends there.
+    An empty prompt is a ValueError.
     """
     if not prompt:
         raise ValueError("the prompt is empty")
     if len(prompt) + min(sampling.max_new_tokens, 1) > n_positions:
-        raise ValueError(
+        raise PromptTooLong(
             f"the prompt is too long: {len(prompt)} tokens leave no room for a new one in the "
             f"model's context of {n_positions}"
         )

@@ -67,7 +67,7 @@ class Utf8:
     """The automaton over a vocabulary of V tokens. `is_needed`: whether it ever bans a token."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> None:
-        self._pieces = _pieces(tokenizer)[:vocab_size]
+        self._pieces = pieces(tokenizer)[:vocab_size]
         self._device = device
         states = np.repeat(np.arange(INVALID + 1, dtype=np.uint8)[:, None], vocab_size, axis=1)
         states[:, : len(self._pieces)] = _transitions(tokenizer)[:, :vocab_size]
@@ -136,14 +136,9 @@ def _read(text: bytes) -> int:
 
 
 @lru_cache(maxsize=2)
-def _pieces(tokenizer: Tokenizer) -> list[bytes]:
-    return pieces(tokenizer)
-
-
-@lru_cache(maxsize=2)
 def _transitions(tokenizer: Tokenizer) -> States:
     """The state after each token's bytes, (states, tokens)."""
-    given = _pieces(tokenizer)
+    given = pieces(tokenizer)
     lengths = np.array([len(piece) for piece in given])
     order = np.argsort(-lengths, kind="stable")  # longest first: those with bytes left lead
     joined = np.frombuffer(b"".join(given), np.uint8)

@@ -33,7 +33,7 @@ async def read_json(request: Request, arrival: Arrival) -> dict[str, object]:
     if kind != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, got {kind or 'none'}")
     encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
+    if encoding.lower() != "identity":
         raise ApiError(415, f"Content-Encoding {encoding} is not supported; send plain JSON")
     return strict_object(await arrival.body(request.scope, request.receive))
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from functools import cached_property, partial
-from itertools import islice
 from typing import TypedDict
 
 from gptray.config import ServeConfig
+from gptray.generation.sampling import Drawn
 from gptray.serving.api_error import ApiError
 from gptray.serving.chat_request import ChatRequest
-from gptray.serving.choices import Choice, Logprobs
+from gptray.serving.choices import Choice, finite
 from gptray.serving.completions import Completion, check_name
-from gptray.serving.endpoint import NO_TEXT, Served
+from gptray.serving.endpoint import Served
 
 
 class TopLogprob(TypedDict):
-    """A token with its log-probability; bytes: of its text, null for a part of a character."""
+    """A token with its log-probability; bytes: of its text, which may be part of a character."""
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class TokenLogprob(TopLogprob):
@@ -33,6 +33,7 @@ class ChatCompletion(Completion):
     """A chat with the model that answers it; choices are messages."""
 
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    prompt_key = "messages"
 
     @classmethod
     async def of_chat(cls, body: ChatRequest, served: Served, limits: ServeConfig) -> Completion:
@@ -65,10 +66,12 @@ class ChatCompletion(Completion):
     def _ends(self, choice: Choice) -> dict[str, object]:
         """What a choice has beside its text."""
         told = choice["logprobs"]
-        content = told and {"content": _token_logprobs(told, self.body.logprobs or 0)}
+        content = (
+            None if told is None else [_token_logprob(one.drawn, self._served) for one in told]
+        )
         return {
             "index": choice["index"],
-            "logprobs": content,
+            "logprobs": None if content is None else {"content": content},
             "finish_reason": choice["finish_reason"],
         }
 
@@ -82,20 +85,15 @@ async def _prompt_ids(body: ChatRequest, served: Served) -> list[int]:
     return ids
 
 
-def _token_logprobs(told: Logprobs, count: int) -> list[TokenLogprob]:
-    """The form that chats have: a list of tokens, each with its `count` likeliest."""
-    found: list[TokenLogprob] = []
-    for token, logprob, top in zip(
-        told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True
-    ):
-        likeliest = islice((top or {}).items(), count)
-        found.append(
-            {**_of_token(token, logprob), "top_logprobs": [_of_token(*one) for one in likeliest]}
-        )
-    return found
+def _token_logprob(drawn: Drawn, served: Served) -> TokenLogprob:
+    likeliest = [_of_token(token, logprob, served) for token, logprob in drawn.top]
+    assert drawn.logprob is not None  # only the first token of an echoed prompt has none
+    return {**_of_token(drawn.token, drawn.logprob, served), "top_logprobs": likeliest}
 
 
-def _of_token(token: str, logprob: float | None) -> TopLogprob:
-    assert logprob is not None  # only the first token of an echoed prompt has none
-    text = None if token.startswith(NO_TEXT) else list(token.encode())
-    return {"token": token, "logprob": logprob, "bytes": text}
+def _of_token(token: int, logprob: float, served: Served) -> TopLogprob:
+    return {
+        "token": served.token_text(token),
+        "logprob": finite(logprob),
+        "bytes": list(served.token_bytes(token)),
+    }

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import abc
 from typing import NamedTuple, TypedDict
 
-from gptray.generation.detokenize import TextStream, left_context
+from gptray.generation.detokenize import REPLACEMENT, TextStream
 from gptray.generation.sampling import Drawn
+from gptray.generation.sequence import Sequence
 from gptray.serving.endpoint import Served
 from gptray.serving.protocol import CompletionRequest, Prompt
 from gptray.serving.streams import Update
@@ -45,13 +46,20 @@ def echo(prompt: Prompt, body: CompletionRequest, ids: list[int], served: Served
     return Echo(prompt, ("",) * len(tokenizer.prefix) if body.add_special_tokens else ())
 
 
+class Told(NamedTuple):
+    """A token of a choice, and where in the choice's text it begins."""
+
+    drawn: Drawn
+    offset: int
+
+
 class Logprobs(TypedDict):
     """A list of what each token has; null for the first of a prompt."""
 
     text_offset: list[int]
     token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float | None] | None]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class Choice(TypedDict):
@@ -59,7 +67,7 @@ class Choice(TypedDict):
 
     index: int
     text: str
-    logprobs: Logprobs | None
+    logprobs: list[Told] | None
     finish_reason: str | None
 
 
@@ -67,45 +75,45 @@ class Output:
     """One choice as its updates come."""
 
     def __init__(
-        self, index: int, prompt: Echo, ids: abc.Sequence[int], logprobs: bool, served: Served
+        self, index: int, prompt: Echo, sequence: Sequence, logprobs: bool, served: Served
     ) -> None:
-        """prompt: as the text begins with it. ids: those of the prompt, which it continues."""
+        """prompt: as the text begins with it. sequence: that of the prompt, which it continues."""
         self._index, self._has_logprobs = index, logprobs
-        self._echoed, self._lead = prompt.text, list(prompt.lead)
+        self._prompt: str | None = prompt.text  # until it is told
+        self._lead = list(prompt.lead)
         self._led = 0  # characters before the text that is told
-        self._new: int | None = len(prompt.text)  # where new tokens begin, until they have
-        self._ids, self._served = ids, served
+        self._new: int | None = None  # where new tokens begin, until they have
+        self._sequence, self._served = sequence, served
         # Tells where in the text behind the lead each token begins.
         self._told = TextStream(served.tokenizer.decode)
 
     def take(self, update: Update) -> Choice:
-        echoed, self._echoed = self._echoed, ""
-        logprobs = None
-        if self._has_logprobs:
-            logprobs = self._logprobs(update.prompt, [*update.drawn, *filter(None, [update.end])])
+        echoed = ""
+        if self._prompt is not None:
+            echoed, self._prompt = self._shown(self._prompt), None
+            self._new = len(echoed)
+        new = [*update.drawn, *filter(None, [update.end])]
         return {
             "index": self._index,
             "text": echoed + update.text,
-            "logprobs": logprobs,
+            "logprobs": self._logprobs(update.prompt, new) if self._has_logprobs else None,
             "finish_reason": update.finish_reason,
         }
 
-    def _logprobs(self, prompt: abc.Sequence[Drawn], new: abc.Sequence[Drawn]) -> Logprobs:
-        told: Logprobs = {
-            "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
-        }  # fmt: skip
-        for number, drawn in enumerate((*prompt, *new)):
-            if number == len(prompt) and self._new is not None:
-                # The engine's text of them begins behind the prompt as it was written.
-                tokenizer = self._served.tokenizer
-                lead = left_context(tokenizer, self._ids)
-                self._told = TextStream(tokenizer.decode, lead=lead)
-                self._led, self._new, self._lead = self._new, None, []
-            told["tokens"].append(self._served.token_text(drawn.token))
-            told["token_logprobs"].append(_finite(drawn.logprob))
-            told["top_logprobs"].append(self._likeliest(drawn))
-            told["text_offset"].append(self._offset(drawn.token))
-        return told
+    def _shown(self, prompt: str) -> str:
+        """A prompt before its new text, which tells the character that the prompt breaks off in."""
+        begun = self._served.tokenizer.decode(self._sequence.lead)
+        if not self._sequence.sampling.max_new_tokens:
+            return prompt
+        return prompt[: len(prompt) - len(begun) + len(begun.rstrip(REPLACEMENT))]
+
+    def _logprobs(self, prompt: abc.Sequence[Drawn], new: abc.Sequence[Drawn]) -> list[Told]:
+        told = [Told(drawn, self._offset(drawn.token)) for drawn in prompt]
+        if new and self._new is not None:
+            # The engine's text of them begins behind the prompt as it was written.
+            self._told = TextStream(self._served.tokenizer.decode, lead=self._sequence.lead)
+            self._led, self._new, self._lead = self._new, None, []
+        return told + [Told(drawn, self._offset(drawn.token)) for drawn in new]
 
     def _offset(self, token: int) -> int:
         """Where in the text the next token begins; part of a character: where that does."""
@@ -119,27 +127,37 @@ class Output:
         whole = self._told.text.endswith(own)
         return self._led + (len(self._told.text) - len(own) if whole else before)
 
-    def _likeliest(self, drawn: Drawn) -> dict[str, float | None] | None:
-        if drawn.logprob is None:
-            return None
-        found: dict[str, float | None] = {}
-        for token, logprob in (*drawn.top, (drawn.token, drawn.logprob)):
-            found.setdefault(self._served.token_text(token), _finite(logprob))
-        return found
-
 
 def joined(parts: abc.Sequence[Choice]) -> Choice:
     """A choice whole, from what its updates added."""
-    last = parts[-1]
-    told = [part["logprobs"] for part in parts if part["logprobs"]]
-    logprobs: Logprobs | None = last["logprobs"] and {
-        "text_offset": [one for part in told for one in part["text_offset"]],
-        "token_logprobs": [one for part in told for one in part["token_logprobs"]],
-        "tokens": [one for part in told for one in part["tokens"]],
-        "top_logprobs": [one for part in told for one in part["top_logprobs"]],
+    told = [part["logprobs"] for part in parts if part["logprobs"] is not None]
+    return {
+        **parts[-1],
+        "text": "".join(part["text"] for part in parts),
+        "logprobs": [one for part in told for one in part] if told else None,
     }
-    return {**last, "text": "".join(part["text"] for part in parts), "logprobs": logprobs}
 
 
-def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+def as_lists(told: abc.Sequence[Told], served: Served) -> Logprobs:
+    """The form that completions have."""
+    return {
+        "text_offset": [one.offset for one in told],
+        "token_logprobs": [one.drawn.logprob and finite(one.drawn.logprob) for one in told],
+        "tokens": [served.token_text(one.drawn.token) for one in told],
+        "top_logprobs": [_likeliest(one.drawn, served) for one in told],
+    }
+
+
+def _likeliest(drawn: Drawn, served: Served) -> dict[str, float] | None:
+    """The likeliest tokens and the one that was drawn; of those with one text the likeliest."""
+    if drawn.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for token, logprob in (*drawn.top, (drawn.token, drawn.logprob)):
+        found.setdefault(served.token_text(token), finite(logprob))
+    return found
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can hold it."""
+    return max(logprob, LEAST_LOGPROB)

@@ -19,11 +19,11 @@ from typing import Self
 from gptray.config import ServeConfig
 from gptray.config.limits import SEEDS
 from gptray.generation.sequence import Sequence
-from gptray.generation.settings import Sampling
+from gptray.generation.settings import PromptTooLong, Sampling
 from gptray.serving.api_error import ApiError, unknown_model
-from gptray.serving.choices import Choice, Echo, Output, echo, ids_of, joined
+from gptray.serving.choices import Choice, Echo, Output, as_lists, echo, ids_of, joined
 from gptray.serving.endpoint import Served
-from gptray.serving.protocol import SAMPLED, CompletionRequest, StreamOptions
+from gptray.serving.protocol import SAMPLED, CompletionRequest, StreamOptions, key_of
 from gptray.serving.streams import Stream, Update
 
 
@@ -31,6 +31,7 @@ class Completion:
     """A completion request with the model that answers it: what to run, what came of it."""
 
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+    prompt_key = "prompt"  # of a request
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Completion:
         self._sequences = sequences
         echoed = prompts if body.echo else [Echo("") for _ in prompts]
         self._outputs = [
-            Output(index, echoed[index // body.n], one.prompt, body.logprobs is not None, served)
+            Output(index, echoed[index // body.n], one, body.logprobs is not None, served)
             for index, one in enumerate(sequences)
         ]
         self.prompt_tokens = sum(one.prompt_tokens for one in sequences[:: body.n])
@@ -68,7 +69,13 @@ class Completion:
                     sequence.adapter = served.adapter
                     served.engine.check(sequence)
             except ValueError as error:
-                raise ApiError(400, f"{place}{error}") from None
+                is_long = isinstance(error, PromptTooLong)
+                raise ApiError(
+                    400,
+                    f"{place}{error}",
+                    param=key_of(str(error), CompletionRequest.model_fields) or cls.prompt_key,
+                    code="context_length_exceeded" if is_long else None,
+                ) from None
             prompts.append(echo(prompt, body, ids, served))
             sequences += outputs
             await asyncio.sleep(0)  # lets other requests run between many prompts
@@ -121,11 +128,12 @@ class Completion:
 
     def whole_choice(self, choice: Choice) -> Mapping[str, object]:
         """A choice as the answer in one piece has it."""
-        return choice
+        told = choice["logprobs"]
+        return {**choice, "logprobs": None if told is None else as_lists(told, self._served)}
 
     def chunk_choice(self, choice: Choice) -> Mapping[str, object]:
         """What an event adds to a choice."""
-        return choice
+        return self.whole_choice(choice)
 
     def usage(self) -> dict[str, int]:
         return {

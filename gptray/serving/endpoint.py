@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from gptray.config import Config
+from gptray.data.roundtrip import pieces
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.chat_template import ChatTemplate
@@ -128,6 +129,11 @@ class Served:
             text = self.tokenizer.decode([token])
             self._token_texts[token] = f"{NO_TEXT}{token}" if REPLACEMENT in text else text
         return self._token_texts[token]
+
+    def token_bytes(self, token: int) -> bytes:
+        """A token's text in UTF-8; of one that is part of a character its bytes in a text."""
+        text = self.token_text(token)
+        return pieces(self.tokenizer)[token] if text.startswith(NO_TEXT) else text.encode()
 
     async def prompt_ids(self, text: str, *, add_prefix: bool = True) -> list[int]:
         """Token ids that a prompt is read as, see `Tokenizer.prompt_ids`.

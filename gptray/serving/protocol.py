@@ -7,7 +7,7 @@ server's limits is for `gptray.serving.completions`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, TypeGuard, TypeVar
 
 from pydantic import (
@@ -239,9 +239,16 @@ def parse_request(kind: type[T], given: Mapping[str, object]) -> T:
             key = str(detail["loc"][0]) if detail["loc"] else "body"
             problems.setdefault(key, _complaint(key, specs, known, detail))
     if problems:
-        first = next(iter(problems))
-        raise ApiError(400, "\n".join(problems.values()), param=None if first == "body" else first)
+        first, sentence = next(iter(problems.items()))
+        param = key_of(sentence, specs) if first == "body" else first
+        raise ApiError(400, "\n".join(problems.values()), param=param)
     return request
+
+
+def key_of(sentence: str, keys: Container[str]) -> str | None:
+    """The key that a sentence begins with, if it does: n for "n=3 is too many"."""
+    word = re.split(r"\W", sentence, maxsplit=1)[0]
+    return word if word in keys else None
 
 
 def _snake_case(key: str) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from gptray.generation.chat_template import ChatTemplate
 from tests.data import foreign
+from tests.generation.models import random_gpt
 from tests.serving.servers import TOKENIZER, Server, running, tiny
 
 TEMPLATE = (
@@ -97,11 +98,33 @@ def test_logprobs_are_those_of_the_completion(client: OpenAI) -> None:
     for one in tokens:
         assert len(one.top_logprobs) == 2
         assert one.top_logprobs[0].logprob >= one.top_logprobs[1].logprob
-        assert one.bytes is None or bytes(one.bytes).decode() == one.token
     bare = create(client, logprobs=True, **settings).choices[0].logprobs.content
     assert [one.logprob for one in bare] == [one.logprob for one in tokens]
     assert not any(one.top_logprobs for one in bare)
     assert create(client, **settings).choices[0].logprobs is None
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text_also_within_characters(client: OpenAI) -> None:
+    answer = create(
+        client, n=8, max_tokens=20, seed=1, logprobs=True, extra_body={"ignore_eos": True}
+    )
+    told = [one.logprobs.content for one in answer.choices]
+    assert any(token.token.startswith("token_id:") for tokens in told for token in tokens)
+    texts = [bytes(byte for token in tokens for byte in token.bytes).decode() for tokens in told]
+    assert texts == [one.message.content for one in answer.choices]
+
+
+def test_likeliest_tokens_are_told_apart_where_their_texts_are_one() -> None:
+    """Llama's <0x61> and a are two tokens, and so are the word with its space and without."""
+    tokenizer = foreign.as_tokenizer(foreign.llama())
+    body = {"messages": ASK, "logprobs": True, "top_logprobs": 20, "max_tokens": 5}
+    with running(random_gpt(tokenizer), tokenizer=tokenizer, chat_template=TEMPLATE) as server:
+        tokens = post(server, **body).json()["choices"][0]["logprobs"]["content"]
+    for one in tokens:
+        assert len(one["top_logprobs"]) == 20
+        logprobs = [top["logprob"] for top in one["top_logprobs"]]
+        assert logprobs == sorted(logprobs, reverse=True)
+    assert any(len({top["token"] for top in one["top_logprobs"]}) < 20 for one in tokens)
 
 
 def test_without_a_limit_an_answer_may_fill_the_context(client: OpenAI) -> None:
@@ -211,6 +234,8 @@ def test_wrong_keys_say_what_is_meant(client: OpenAI, server: Server) -> None:
         assert f"chat_template_kwargs.{name} is not the template's own" in told
     answer = post(server, model="tiny", prompt="the cat")
     assert answer.status_code == 400 and "did you mean messages?" in answer.text
+    error = post(server, messages=[{"role": "user", "content": "the cat " * 60}]).json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
     with pytest.raises(NotFoundError, match="does not exist. Served here: tiny"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
 

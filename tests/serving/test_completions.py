@@ -196,6 +196,35 @@ def test_offsets_say_where_in_the_text_each_token_begins(server: Server) -> None
         assert seen > 5
 
 
+def whole(server: Server, **body: Any) -> dict[str, Any]:
+    """The only choice of an answer, put together if it is a stream."""
+    answer = server.post(**body)
+    if not body["stream"]:
+        return dict(answer.json()["choices"][0])
+    events = [line for line in answer.text.splitlines() if line.startswith("data: {")]
+    parts = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    told = {
+        key: [one for part in parts for one in part["logprobs"][key]]
+        for key in parts[0]["logprobs"]
+    }
+    return {"text": "".join(part["text"] for part in parts), "logprobs": told}
+
+
+def test_an_echoed_prompt_that_stops_within_a_character_goes_on_in_it(server: Server) -> None:
+    ids = TOKENIZER.encode("a dog \U0001f600")[:-2]
+    body = {"prompt": ids, "echo": True, "seed": 1, "logprobs": 0}
+    sampling = Sampling(max_new_tokens=20, seed=1)
+    made = Engine(tiny(), TOKENIZER, max_batch_size=1).run([Sequence(ids, sampling)])[0]
+    for stream in (False, True):
+        choice = whole(server, **body, max_tokens=20, stream=stream)
+        assert choice["text"] == TOKENIZER.decode([*ids, *made.tokens])
+        told = choice["logprobs"]
+        for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+            assert token.startswith("token_id:") or choice["text"][offset:].startswith(token)
+    scored = server.post(**body, max_tokens=0).json()["choices"][0]
+    assert scored["text"] == TOKENIZER.decode(ids) != choice["text"][: len(scored["text"])]
+
+
 def test_what_load_clients_send_is_taken(server: Server) -> None:
     body = {
         "model": "tiny", "prompt": "the", "max_tokens": 6, "repetition_penalty": 1.0,

@@ -120,6 +120,27 @@ def test_a_wrong_request_is_told_what_is_wrong(server: Server, body: bytes, mess
     assert set(error) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "param", "code"),
+    [
+        ({"prompt": [1] * 81}, "prompt", "context_length_exceeded"),
+        ({"prompt": ["a", "the cat " * 60]}, "prompt", "context_length_exceeded"),
+        ({"prompt": [99999]}, "prompt", None),
+        ({"logit_bias": {"999999": 1}}, "logit_bias", None),
+        ({"max_tokens": 0}, "max_tokens", None),
+        ({"n": 2, "best_of": 1}, "best_of", None),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", None),
+    ],
+)
+def test_an_error_names_the_key_that_is_wrong_and_a_long_prompt_in_openais_code(
+    server: Server, wrong: dict[str, Any], param: str, code: str | None
+) -> None:
+    answer = server.post(**GOOD | wrong)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (param, code)
+
+
 def test_what_stands_at_its_limit_is_answered(server: Server) -> None:
     body = {"prompt": ["a", "b", "c"], "n": 2, "stop": ["y", "z"], "logprobs": 4, "max_tokens": 20}
     assert server.post(**body).status_code == 200
@@ -131,6 +152,8 @@ def test_other_ways_of_asking_wrongly(server: Server) -> None:
         "content-type": "application/json"}).status_code == 413  # fmt: skip
     assert raw(server, b"{}", **{"content-type": "text/plain"}).status_code == 415
     assert raw(server, b"{}", **{"content-encoding": "gzip"}).status_code == 415
+    plain = raw(server, json.dumps(GOOD).encode(), **{"content-encoding": "Identity"})
+    assert plain.status_code == 200
     missing = server.get("/v1/completion")
     assert missing.status_code == 404
     assert "did you mean /v1/completions?" in missing.json()["error"]["message"]
