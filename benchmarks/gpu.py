@@ -1,10 +1,11 @@
 """What gptray does with one GPU: speed against its peers, the same bits, where the time goes.
 
-    python benchmarks/gpu.py [--parts facts,right,train,gen,quant,serve] [--out FILE]
+    python benchmarks/gpu.py [--parts gen,quant,serve,facts,right,train] [--seconds N] [--out FILE]
                              [--data FOLDER]
     python benchmarks/gpu.py --device cpu --tiny
 
-Needs neither Ray nor a network. The last command is a dry run of every line of it on a CPU.
+Needs neither Ray nor a network. The last command is a dry run of every line of it on a CPU. Parts
+run in the order given, what is least known first; after --seconds none goes on to its next figure.
 
 facts: the card's GEMM rate, memory bandwidth and attention kernels, with and without determinism.
 right: do two runs, and a resumed one, end with the same bits? Are rows the same alone and in a
@@ -24,14 +25,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from gpu_parts.bench import Bench
+from gpu_parts.bench import Bench, OutOfTime
 from gpu_parts.facts import facts
 from gpu_parts.generate import generate
 from gpu_parts.machine import describe
@@ -41,12 +44,12 @@ from gpu_parts.serve import serve
 from gpu_parts.train import train
 
 PARTS: dict[str, Callable[[Bench], None]] = {
-    "facts": facts,
-    "right": right,
-    "train": train,
     "gen": generate,
     "quant": quantized,
     "serve": serve,
+    "facts": facts,
+    "right": right,
+    "train": train,
 }
 
 
@@ -59,12 +62,20 @@ def main() -> int:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(device, tiny=args.tiny, scratch=Path(scratch), data=args.data, out=args.out)
+        bench = Bench(
+            device,
+            tiny=args.tiny,
+            scratch=Path(scratch),
+            data=args.data,
+            out=args.out,
+            limit_s=args.seconds,
+        )
         machine = describe(device)
         bench.keep("machine", machine)
-        bench.say(", ".join(f"{name} {value}" for name, value in machine.items() if value))
-        for part in args.parts:
-            run_part(bench, part)
+        with suppress(OutOfTime):
+            bench.say(", ".join(f"{name} {value}" for name, value in machine.items() if value))
+            for part in args.parts:
+                run_part(bench, part)
     print(json.dumps(bench.results))
     return 1 if bench.failures else 0
 
@@ -72,6 +83,7 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--parts", type=parts, default=list(PARTS), help="of " + ",".join(PARTS))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="when to end")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models: a dry run")
     parser.add_argument("--data", type=Path, help="folder that jobs/prepare.py made (for right)")
@@ -91,6 +103,8 @@ def run_part(bench: Bench, part: str) -> None:
     begin = bench.clock()
     try:
         PARTS[part](bench)
+    except OutOfTime:
+        raise
     except Exception as error:
         traceback.print_exc()
         bench.fail(part, error)

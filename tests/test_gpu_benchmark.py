@@ -60,6 +60,13 @@ def test_part_that_fails_does_not_stop_the_next(
     assert "facts: bf16 GEMM, TFLOP/s" in figures
 
 
+def test_it_ends_when_its_seconds_are_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_this_process(monkeypatch, *TINY, "--seconds", "0") == 0
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])) == ["machine"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

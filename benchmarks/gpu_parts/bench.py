@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -13,11 +14,16 @@ from typing import Any
 import torch
 
 
+class OutOfTime(Exception):
+    """The run has taken the seconds that it was given."""
+
+
 class Bench:
     """One run of the benchmark.
 
     tiny: the shapes of a dry run. scratch: a folder that goes with the run. data: prepared text, if
-    the user has some. `results` has every figure by name, `failures` what did not work.
+    the user has some. limit_s: when to end. `results` has every figure by name, `failures` what did
+    not work.
     """
 
     def __init__(
@@ -28,12 +34,13 @@ class Bench:
         scratch: Path,
         data: Path | None = None,
         out: Path | None = None,
+        limit_s: float = math.inf,
     ) -> None:
         self.device, self.tiny, self.scratch, self.data = device, tiny, scratch, data
         self.on_gpu = device.type == "cuda"
         self.results: dict[str, Any] = {}
         self.failures: list[str] = []
-        self._out = out
+        self._out, self._limit_s = out, limit_s
         self._begin = time.perf_counter()
 
     def clock(self) -> float:
@@ -41,7 +48,10 @@ class Bench:
         return time.perf_counter() - self._begin
 
     def say(self, text: str) -> None:
+        """Print a line. Raises OutOfTime where it was the last for which there was time."""
         print(f"[{self.clock():5.0f}s] {text}", flush=True)
+        if self.clock() >= self._limit_s:
+            raise OutOfTime
 
     def keep(self, name: str, value: Any) -> None:
         """Keep a figure; the file has it at once."""

@@ -46,6 +46,9 @@ def generate(bench: Bench) -> None:
         bench.keep(f"gen: floor by bandwidth, B={batch}", {"ms_per_step": round(floor * 1e3, 4)})
         bench.say(f"gen: floor by bandwidth   B={batch:<4}{batch / floor:12,.0f} tok/s"
                   f"{floor * 1e3:9.3f} ms a step")  # fmt: skip
+    seconds = bench.seconds(gptray_run(engine, batches[-1], 1), warm=1)
+    bench.keep(f"gen: a token after each of {batches[-1]} prompts", {"ms": round(seconds * 1e3, 3)})
+    bench.say(f"gen: a token after each of {batches[-1]} prompts: {seconds * 1e3:.2f} ms")
     for batch in (batches[0], batches[-1]):
         decode_step(bench, engine, batch)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from gpu_parts.bench import Bench
@@ -23,21 +25,23 @@ COPIES = 48
 
 def quantized(bench: Bench) -> None:
     batches = (8,) if bench.tiny else (1, 8, 32, 256)
+    for batch in batches:
+        kinds = KINDS[:: 2 if bench.tiny else 1]
+        compare(bench, "decode step", batch, kinds, partial(engine_seconds, bench, batch))
     for shape in [(64, 96)] if bench.tiny else SHAPES:
         for batch in batches:
-            compare(bench, f"product {shape[0]} x {shape[1]}", batch, {
-                kind: product_seconds(bench, shape, batch, kind) for kind in KINDS
-            })  # fmt: skip
-    for batch in batches:
-        compare(bench, "decode step", batch, {
-            kind: engine_seconds(bench, batch, kind) for kind in KINDS[:: 2 if bench.tiny else 1]
-        })  # fmt: skip
+            name = f"product {shape[0]} x {shape[1]}"
+            compare(bench, name, batch, KINDS, partial(product_seconds, bench, shape, batch))
 
 
-def compare(bench: Bench, what: str, batch: int, seconds: dict[str, float]) -> None:
-    """Keep and say what each kind takes, and how many times as fast as bf16 it is."""
-    whole = seconds["none"]
-    for kind, taken in seconds.items():
+def compare(
+    bench: Bench, what: str, batch: int, kinds: Iterable[str], seconds: Callable[[str], float]
+) -> None:
+    """Keep and say what each kind takes, and how many times as fast as bf16, the first, it is."""
+    whole = 0.0
+    for kind in kinds:
+        taken = seconds(kind)
+        whole = whole or taken
         name = f"quant: {what}, {'bf16' if kind == 'none' else kind}, B={batch}"
         bench.keep(name, {"ms": round(taken * 1e3, 4), "bf16/this": round(whole / taken, 2)})
         bench.say(f"{name:50} {taken * 1e3:9.4f} ms {whole / taken:7.2f} x")

@@ -91,26 +91,43 @@ class AdaptedRows:
                 assert isinstance(adapter, Products)
                 rows.setdefault(adapter, []).append(row)
         self._groups = [(one, torch.tensor(own, device=device)) for one, own in rows.items()]
+        self._rows, self._count, self._device = rows, len(adapters), device
+        self._parts: dict[tuple[bool, ...], list[Tensor]] = {}
 
     def run(self, layer: Layer, x: Tensor, add: Tensor | None = None) -> Tensor:
         """With what the rows' adapters add."""
         if not self._groups:
             return layer.product(x, add)
         added: Tensor | None = None
-        is_plain = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for adapter, rows in self._groups:
             if pair := adapter.layers[layer.number]:
                 narrow, wide = pair
                 made = wide(narrow(x[rows]))
                 added = made.new_zeros(len(x), made.size(1)) if added is None else added
-                added[rows], is_plain[rows] = made, False
+                added[rows] = made
         if added is None:
             return layer.product(x, add)
         if LAYERS[layer.number % len(LAYERS)] != INTO_MLP:
             return layer.product(x, added if add is None else add + added)
         # A GELU that is one with its product rounds otherwise than one after a sum.
         y = torch.empty_like(added)
-        for rows, more in ((is_plain, None), (~is_plain, added[~is_plain])):
-            if rows.any():
-                y[rows] = layer.product(x[rows], more)
+        plain, adapted = self._parted(layer.number)
+        if len(plain):
+            y[plain] = layer.product(x[plain])
+        y[adapted] = layer.product(x[adapted], added[adapted])
         return y
+
+    def _parted(self, layer: int) -> list[Tensor]:
+        """The rows to which a layer's adapters add nothing, and the others.
+
+        The host knows them: to find them by a mask it would wait for a GPU in every layer.
+        """
+        adds = tuple(adapter.layers[layer] is not None for adapter in self._rows)
+        if adds not in self._parts:
+            groups = zip(self._rows.values(), adds, strict=True)
+            adapted = {row for rows, is_adding in groups if is_adding for row in rows}
+            self._parts[adds] = [
+                torch.tensor(sorted(part), dtype=torch.int64, device=self._device)
+                for part in (set(range(self._count)) - adapted, adapted)
+            ]
+        return self._parts[adds]

@@ -31,6 +31,9 @@ from gptray.model.no_graphs import why_no_graphs
 
 log = logging.getLogger("gptray")
 
+# Of a piece's logits in fp32 where all of its tokens are scored; a step makes less than twice that.
+SCORED_BYTES = 1 << 27
+
 
 class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
@@ -169,18 +172,22 @@ class Engine:
         """
         taken: list[tuple[Sequence, Piece]] = []
         slot, tokens, scored = len(self._decoding), 0, 0
-        most = self._network.prompt_tokens
+        longest, most = self._network.piece_tokens, self._network.prompt_tokens
         # Scores need the logits after every token, which are large.
-        while tokens < most and scored < PROMPT_TOKENS and slot < self.max_batch_size:
+        longest_scored = max(1, SCORED_BYTES // (4 * self.vocab_size))
+        most_scored = min(longest_scored, PROMPT_TOKENS)
+        while tokens < most and scored < most_scored and slot < self.max_batch_size:
             sequence = self._reading
             if sequence is None:
                 if not self._waiting:
                     break
                 sequence = self._waiting.popleft()
-            piece = sequence.next_piece(slot, self._network.piece_tokens)
+            is_scored = sequence.prompt_logprobs is not None
+            size = min(longest, longest_scored) if is_scored else longest
+            piece = sequence.next_piece(slot, size)
             taken.append((sequence, piece))
             tokens += len(piece.tokens)
-            scored += piece.logits if piece.scored else 0
+            scored += piece.logits if is_scored else 0
             if sequence.is_reading:
                 self._reading = sequence
                 break

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gptray.generation.products import Product, WeightOnly
-from gptray.generation.weight_only import GpuWeight, tiles_for
+from gptray.generation.weight_only import GpuWeight, is_right, tiles_for
 from gptray.native.measured import Measured, remembered
 from gptray.wording import count
 
@@ -24,6 +25,8 @@ ROUNDS = 15
 # Bytes written twice before each call: more than a GPU's cache holds, for a step finds its weights
 # in memory; and time for the host to get ahead of the GPU.
 FLUSHED = 1 << 28
+# What the kernels are made from.
+SOURCES = [Path(__file__).with_name(name) for name in ("triton_kernels.py", "weight_only.py")]
 # The way that makes weights whole; those that multiply by them as they are have their tiles' names.
 WHOLE = "whole"
 
@@ -79,6 +82,7 @@ def _seconds(
         "tiles": repr(tiles_for(rows, plain.dtype)),
         "device": torch.cuda.get_device_name(plain.weight.values.device),
         "version": torch.__version__,
+        "kernels": hashlib.sha256(b"".join(one.read_bytes() for one in SOURCES)).hexdigest(),
     }
     return remembered(asked, ways.keys(), lambda _: _measure(rows, ways)).seconds
 
@@ -112,18 +116,9 @@ def _works(ways: Mapping[str, WeightOnly], name: str) -> bool:
         return True
     way = ways[name]
     x = _numbers(way, way.rows)
-    try:
-        found, expected = way(x).float(), ways[WHOLE](x).float()
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # Triton's have no base class outside of it
-        _tell_once(f"{type(error).__name__}: {error}".splitlines()[0])
-        return False
+    expected = ways[WHOLE](x).float()
     room = (2 * torch.finfo(way.dtype).eps + 1e-4) * expected.abs().max()
-    if bool(((found - expected).abs() <= room).all()):
-        return True
-    _tell_once(f"it gives other numbers than whole weights for {way.weight.kind}")
-    return False
+    return is_right(way.weight.kind, lambda: way(x).float(), expected, room)
 
 
 def _numbers(one: WeightOnly, rows: int) -> Tensor:
@@ -131,8 +126,3 @@ def _numbers(one: WeightOnly, rows: int) -> Tensor:
     device = one.weight.values.device
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(rows, one.weight.inputs, generator=generator, device=device).to(one.dtype)
-
-
-@cache
-def _tell_once(why: str) -> None:
-    log.warning("a kernel for weights in few bits is not used, which may be slower: %s", why)

@@ -36,7 +36,9 @@ PEAKS = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s in bf16 of a GPU by its name; None if it is not known."""
+    """FLOP/s in bf16 of a GPU by its name; None if it is not known, as of a part that MIG makes."""
+    if re.search(r"\bMIG\b", device_name):
+        return None
     return next((peak for name, peak in PEAKS if re.search(name, device_name)), None)
 
 

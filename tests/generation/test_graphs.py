@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ from gptray.config import ModelConfig
 from gptray.generation import sequence as texts
 from gptray.generation.engine import Engine
 from gptray.generation.settings import Sampling
+from gptray.model.adapter_files import load_low_rank
+from gptray.model.adapter_folder import open_adapter
 from gptray.model.gpt import GPT
-from tests.generation.models import prompt_of, random_gpt, run, small_tokenizer
+from gptray.model.hf import load_pretrained
+from tests.generation.adapted import save_base, write_adapter
+from tests.generation.models import network, prompt_of, random_gpt, run, small_tokenizer
 
 Call = tuple[torch._ops.OpOverload, Sequence[Any]]
 # A cast, which a compiler fuses into what reads it, as it does all that works number by number; and
@@ -102,6 +107,22 @@ def test_a_step_reads_more_prompts_than_a_pass_has_rows() -> None:
         for found, score in zip(one.scored[1:], other.scored[1:], strict=True):
             assert found.token == score.token
             assert found.logprob == pytest.approx(score.logprob, abs=1e-4)
+
+
+def test_a_step_with_adapters_waits_for_no_layer(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    base = save_base(random_gpt(tokenizer, n_layer=3), tmp_path / "base", tokenizer)
+    everywhere = write_adapter(base, tmp_path / "one")
+    queries = write_adapter(base, tmp_path / "two", seed=1, targets=["c_attn"])
+    decoder = network("torch", load_pretrained(base.folder), 4, torch.float32)
+    adapters = [
+        decoder.pack(load_low_rank(base, open_adapter(folder, base)))
+        for folder in (everywhere, queries)
+    ]
+    asked = [(3, 0), (4, 0), (5, 0), (6, 0)]
+    calls = recorded(lambda: decoder.step(asked, [], adapters=[*adapters, None, adapters[0]]))
+    assert len(calls) > 100
+    assert not [operator for operator, args in calls if needs_the_host((operator, args))]
 
 
 def test_a_micro_step_of_gpt2_asks_for_few_kernels() -> None:

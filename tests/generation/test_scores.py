@@ -89,6 +89,25 @@ def test_scores_have_the_same_bits_in_any_batch_and_change_no_neighbour(
         assert alone.drawn == one.drawn == other.drawn == plain.drawn
 
 
+def test_logits_of_scored_prompts_are_bounded_in_bytes(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = random_gpt(tokenizer, n_positions=300), Sampling(max_new_tokens=0)
+    asked = [Sequence(prompt, read, prompt_logprobs=1) for prompt in prompts(tokenizer, (70, 9, 4))]
+    expected = run(Engine(model, tokenizer, backend="graph", max_batch_size=4), asked)
+    monkeypatch.setattr("gptray.generation.engine.SCORED_BYTES", 32 * 4 * tokenizer.vocab_size)
+    engine = Engine(model, tokenizer, backend="graph", max_batch_size=4)
+    given = [engine.submit(replace(sequence)) for sequence in asked]
+    # The first token has no score, but logits follow the last.
+    for scored in ([33, 1, 1], [65, 1, 1], [70, 9, 4]):
+        engine.step()
+        assert [len(sequence.scored) for sequence in given] == scored
+    for one, other in zip(given, expected, strict=True):
+        assert [drawn.token for drawn in one.scored] == [drawn.token for drawn in other.scored]
+        for found, score in zip(one.scored[1:], other.scored[1:], strict=True):
+            assert found.logprob == pytest.approx(score.logprob, abs=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prompt_may_be_scored_without_going_on_from_it(
     tokenizer: Tokenizer, backend: str

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gptray.generation.weight_only import GpuWeight, multiply, tiles_for, unpacking
+from gptray.generation.weight_only import GpuWeight, is_right, multiply, tiles_for, unpacking
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.quantized import CODES, IN_GROUPS, IQ4_NL, quantize
 
@@ -79,6 +79,28 @@ def test_a_row_does_not_depend_on_its_neighbours(kind: str, name: str) -> None:
     spoilt[20] = x[20]
     assert torch.equal(multiply(spoilt, packed, None, tile)[20], among[20])
     assert torch.equal(multiply(x[20:21], packed, None, tile)[0], among[20])
+
+
+def test_a_kernel_that_fails_or_errs_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    expected = torch.tensor([1.0, -2.0])
+
+    def fails() -> torch.Tensor:
+        raise ValueError("no such\ninstruction")
+
+    def exhausted() -> torch.Tensor:
+        raise MemoryError
+
+    assert is_right("int4", lambda: expected + 0.25, expected, 0.25)
+    for _ in range(2):
+        assert not is_right("int4", lambda: expected + 0.5, expected, 0.25)
+        assert not is_right("int4", lambda: expected * float("nan"), expected, 0.25)
+        assert not is_right("int4", fails, expected)
+    assert [one.getMessage().partition(": ")[2] for one in caplog.records] == [
+        "it gives other numbers than PyTorch for int4",
+        "ValueError: no such",
+    ]
+    with pytest.raises(MemoryError):
+        is_right("int4", exhausted, expected)
 
 
 def ptx_values(text: str, held: int, dtype: torch.dtype) -> torch.Tensor:

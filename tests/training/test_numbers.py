@@ -139,6 +139,7 @@ def test_mfu_is_palms() -> None:
         ("NVIDIA L4", 121e12),
         ("NVIDIA B200", 2250e12),
         ("Tesla T4", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("x86_64 processor, 2 threads", None),
     ],
 )
