@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,8 +54,10 @@ class Cache:
             old = old_k[:used, :, :kept].clone(), old_v[:used, :, :kept].clone()
             if self._memory[layer][0].numel() < self._numbers():
                 self._memory[layer] = tuple(old_k.new_zeros(self._numbers()) for _ in range(2))
-            keys, values = self.layers[layer] = self._views(self._memory[layer])
-            keys[:used, :, :kept], values[:used, :, :kept] = old
+            self.layers[layer] = self._views(self._memory[layer])
+            for seen, one in zip(self.layers[layer], old, strict=True):
+                seen[:used, :, :kept] = one
+                seen[:used, :, kept:] = 0.0  # what lay there may not be finite, see `scrub`
 
     def grow(self, tokens: int) -> None:
         """Make room for a sequence of `tokens`, keeping all that all slots hold."""
@@ -64,6 +67,18 @@ class Cache:
         for keys, values in self.layers:
             keys[target, :, :tokens] = keys[source, :, :tokens]
             values[target, :, :tokens] = values[source, :, :tokens]
+
+    def scrub(self, tokens: Sequence[int]) -> None:
+        """Zero all memory but the first `tokens[slot]` positions of each slot.
+
+        Attention gives what it does not see a weight of 0, which makes NaN of NaN and infinity.
+        """
+        for layer, memory in zip(self.layers, self._memory, strict=True):
+            for seen, numbers in zip(layer, memory, strict=True):
+                kept = [seen[slot, :, :count].clone() for slot, count in enumerate(tokens)]
+                numbers.zero_()
+                for slot, one in enumerate(kept):
+                    seen[slot, :, : one.size(1)] = one
 
     def _views(self, memory: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         slots, heads, width = self._shape

@@ -130,6 +130,10 @@ class Network(ABC):
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy what is kept of the first `tokens` positions of one slot over another's."""
 
+    def scrub(self, tokens: Sequence[int]) -> None:
+        """Forget all but the first `tokens[slot]` positions of each slot, where that may be met."""
+        return  # by a network that reads further than a sequence goes
+
 
 class Decoder(Network):
     """The network in `dtype` for S = `slots` sequences, its weights packed once.
@@ -171,6 +175,9 @@ class Decoder(Network):
 
     def move(self, source: int, target: int, tokens: int) -> None:
         self._cache.move(source, target, tokens)
+
+    def scrub(self, tokens: Sequence[int]) -> None:
+        self._cache.scrub(tokens)
 
 
 class _AttentionPlan:

@@ -141,8 +141,7 @@ class Engine:
         decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
         if not decoding and not reading:
             return []
-        pieces = [piece for _, piece in reading]
-        adapters = [sequence.adapter for sequence in self._decoding]
+        pieces, adapters = [piece for _, piece in reading], [one.adapter for one in self._decoding]
         try:
             logits = self._network.step(decoding, pieces, adapters=adapters)
         except Exception as error:
@@ -163,6 +162,8 @@ class Engine:
         if self._reading is not None and self._reading.ended:
             touched.append(self._reading)
         self._release()
+        if None in tokens or len(touched) > len(tokens):
+            self._scrub()
         return touched
 
     def _schedule_prompts(self) -> list[tuple[Sequence, Piece]]:
@@ -196,10 +197,7 @@ class Engine:
         return taken
 
     def _take_prompts(self, logits: Tensor, reading: list[tuple[Sequence, Piece]]) -> Tensor:
-        """Score the prompts that ask for it; those that are read to their end decode from now on.
-
-        Returns the rows of logits that draw a token.
-        """
+        """Score the prompts that ask for it. Returns the rows of logits that draw a token."""
         if not reading:
             return logits
         drawing, row = list(range(len(self._decoding))), len(self._decoding)
@@ -248,6 +246,7 @@ class Engine:
             else:
                 self._waiting.appendleft(sequence)
         self._release()
+        self._scrub()
         return [sequence for sequence in held if sequence.ended]
 
     def _fault(self, sequence: Sequence | None, piece: Piece) -> Exception | None:
@@ -279,6 +278,11 @@ class Engine:
                 self._network.move(len(self._decoding), slot, len(last.history))
             if self._reading is not None:
                 self._network.move(len(self._decoding) + 1, len(self._decoding), self._reading.read)
+
+    def _scrub(self) -> None:
+        """Clear the cache of what failed: what is not finite there would reach who comes next."""
+        reading = [self._reading.read] if self._reading else []
+        self._network.scrub([*(len(one.history) - 1 for one in self._decoding), *reading])
 
 
 def make_decoder(

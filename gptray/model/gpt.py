@@ -135,7 +135,7 @@ class Block(nn.Module):
             attn_out = self.ln_1(self.attn(x, angles))
         else:
             attn_out = self.attn(self.ln_1(x), angles)
-        y = x + attn_out if self.residual else attn_out
+        y: Tensor = x + attn_out if self.residual else attn_out
         mlp_in = x if self.parallel else y
         if self.post_norm:
             mlp_out: Tensor = self.ln_2(self.mlp(mlp_in))

@@ -400,6 +400,27 @@ def test_a_row_that_breaks_a_step_ends_alone_and_the_others_get_their_text(
     assert {g.finish_reason for g in run(engine, requests[:1])} == {"length"}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_never_reaches_those_that_follow(
+    tokenizer: Tokenizer, backend: str
+) -> None:
+    model = random_gpt(tokenizer, n_positions=256)
+    engine = Engine(model, tokenizer, max_batch_size=3, backend=backend)
+    lengths = [30, 3, 200, 5, 40, 7, 9, 30, 2, 4]
+    requests = [
+        Sequence(prompt_of(tokenizer, length, i), Sampling(max_new_tokens=9, ignore_eos=True))
+        for i, length in enumerate(lengths)
+    ]
+    expected = run(engine, requests)
+    with torch.no_grad():
+        model.transformer.wpe.weight[20] = float("nan")
+    engine = Engine(model, tokenizer, max_batch_size=3, backend=backend)
+    for generation, before in zip(run(engine, requests), expected, strict=True):
+        is_sound = len(before.prompt) < 20
+        assert generation.finish_reason == ("length" if is_sound else "error")
+        assert generation.tokens == before.tokens or not is_sound
+
+
 def test_a_step_tells_every_end_though_a_row_breaks_its_draw(tokenizer: Tokenizer) -> None:
     model = random_gpt(tokenizer)
     with torch.no_grad():
