@@ -192,18 +192,18 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
         if backend.token_to_id(named) is None:
             raise UserError(
                 f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
-                f"choose one by data.eos_token{_such_as(_candidates(backend))}"
+                f"choose one with data.eos_token{_such_as(_candidates(backend))}"
             )
         return named
     known = [name for name in WELL_KNOWN_ENDS if name in _added(backend)]
     if len(known) != 1:
         raise UserError(
-            f"data.tokenizer={source}: names no end-of-text token; choose one by data.eos_token"
-            f"{_such_as(_candidates(backend))}"
+            f"data.tokenizer={source}: names no end-of-text token; choose one with "
+            f"data.eos_token{_such_as(_candidates(backend))}"
         )
     _tell_once(
-        f"data.tokenizer={source} names no end-of-text token; taking {known[0]!r} "
-        "(data.eos_token chooses another)"
+        f"data.tokenizer={source} names no end-of-text token; using {known[0]!r} (set "
+        "data.eos_token to choose another)"
     )
     return known[0]
 
@@ -259,8 +259,9 @@ def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - backend.get_vocab().keys()
     if missing:
         raise UserError(
-            f"{folder}: vocab.json and merges.txt alone are read as GPT-2's, byte-level, but "
-            f"{len(missing)} of the 256 bytes are not in the vocabulary; give a tokenizer.json"
+            f"{folder}: without a tokenizer.json, vocab.json and merges.txt are read as "
+            f"byte-level like GPT-2's, but {len(missing)} of the 256 bytes are not in the "
+            "vocabulary; add a tokenizer.json"
         )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -280,7 +281,7 @@ def _from_transformers(source: str) -> Opened:
         ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
-        raise UserError(f"data.tokenizer={source}: it has no tokenizer.json form")
+        raise UserError(f"data.tokenizer={source}: it cannot be saved as a tokenizer.json")
     return backend, _special_tokens(loaded.special_tokens_map)
 
 

@@ -24,7 +24,7 @@ def check_gpu() -> None:
         kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         raise UserError(
             f"compute.use_gpu=true, but PyTorch {version} ({kind}) cannot use a GPU here: "
-            f"{reason}. Update the driver, or install a PyTorch that is built for it (see "
+            f"{reason}. Update the driver, or install a PyTorch build that matches it (see "
             "pytorch.org/get-started)"
         ) from None
 
@@ -37,7 +37,7 @@ def out_of_gpu_memory(error: torch.OutOfMemoryError, *, key: str, size: int) -> 
     if size > 1:
         remedy = f"lower {key} from {size}, such as {key}={_half(size)}"
     else:
-        remedy = f"{key} is 1 already, so the model or its train.block_size is too large"
+        remedy = f"{key} is already 1, so the model or its train.block_size is too large"
     return RunFailed(f"the GPU is out of memory ({facts}); {remedy}")
 
 

@@ -87,7 +87,7 @@ def load_pretrained(source: str | Path) -> GPT:
 def network_of(folder: Path, *, device: str) -> GPT:
     """The network in a model folder, its weights checked but not read; on "meta" they take no room.
 
-    Raises UserError as `load_pretrained`.
+    Raises UserError like `load_pretrained`.
     """
     shape = read_shape(folder)
     check_weights(folder, shape)
@@ -151,7 +151,7 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
             head = tensor
             continue
         if name not in missing:
-            raise UserError(f"{path}: {key} is not a weight of this network, or is duplicated")
+            raise UserError(f"{path}: {key} is not a weight of this network, or is there twice")
         part = missing.pop(name)
         if part.parameter == WTE:
             embedding = tensor

@@ -107,10 +107,10 @@ def _fields(raw: Raw, family: Family) -> ModelConfig:
                 raise _Unlike(f"{key.name}={value!r:.60} is not supported, only {words}")
             value = key.words[value]
         if is_whole(value, least=_MOST + 1):
-            raise _Unlike(f"{key.name} is above {_MOST:,}, which no network has")
+            raise _Unlike(f"{key.name} is above {_MOST:,}, which is implausible")
         values[field] = value
     if values["vocab_size"] is None:
-        raise _Unlike("vocab_size is null; it is the number of rows of the embedding")
+        raise _Unlike("vocab_size is null; it must be the number of rows of the embedding")
     if family.always.get("positions") == "rotary":
         values |= _rope(raw, family, values)
     values |= _windows(raw, family, values["n_layer"])
@@ -121,7 +121,7 @@ def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, o
     """The fields of rotary positions; from rope_parameters, or from the older keys."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(given, dict):
-        raise _Unlike(f"rope_scaling={given!r:.60} is no JSON object")
+        raise _Unlike(f"rope_scaling={given!r:.60} is not a JSON object")
     scaling = {key: value for key, value in given.items() if value is not None}
     part = family.rope_part
     theta = scaling.pop("rope_theta", raw.get(family.rope_base, _THETA))
@@ -163,12 +163,12 @@ def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
         if is_by_layer:
             every = raw.get("sliding_window_pattern", _PATTERN)
             if not is_whole(every, least=1):
-                raise _Unlike(f"sliding_window_pattern={every!r:.60} goes with layer_types")
+                raise _Unlike(f"sliding_window_pattern={every!r:.60} needs layer_types")
             types = [SLIDING if (layer + 1) % every else FULL for layer in layers]
         else:
             first = raw.get("max_window_layers", _WINDOWS_FROM)
             if not is_whole(first):
-                raise _Unlike(f"max_window_layers={first!r:.60} is no number of layers")
+                raise _Unlike(f"max_window_layers={first!r:.60} is not a number of layers")
             types = [SLIDING if layer >= first else FULL for layer in layers]
     return {"sliding_window": window, "layer_types": types, "global_rope": not is_by_layer}
 
