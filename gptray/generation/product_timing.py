@@ -1,4 +1,4 @@
-"""Which kernels multiply by weights in few bits the fastest on this GPU: each is tried once."""
+"""Which kernels multiply by quantized weights fastest on this GPU: each is tried once."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ROUNDS = 15
 # Bytes written twice before each call: more than a GPU's cache holds, for a step finds its weights
 # in memory; and time for the host to get ahead of the GPU.
 FLUSHED = 1 << 28
-# The way that makes weights whole; those that multiply by them as they are have their tiles' names.
+# The way that expands weights; those that multiply by them directly have their tiles' names.
 WHOLE = "whole"
 
 
 @torch.no_grad()
 def choose_kernels(products: Iterable[Product], rows: int) -> None:
-    """Have products with weights in few bits on a GPU take the fastest kernels for up to `rows`.
+    """Let products with quantized weights on a GPU use the fastest kernels for up to `rows` rows.
 
-    Each is compared with whole weights before it is used. The first engine of a kind on a machine
-    measures, and Triton compiles for some seconds; others take what it found.
+    Each is compared with expanded weights before it is used. The first engine of a kind on a
+    machine measures, and Triton compiles for a few seconds; later ones reuse the result.
     """
     shapes = dict[tuple[object, ...], list[WeightOnly]]()
     for one in products:
@@ -54,14 +54,14 @@ def choose_kernels(products: Iterable[Product], rows: int) -> None:
         if_whole += len(alike) * seconds[WHOLE]
     if taken < if_whole:
         log.info(
-            "quantize.weights: products by weights as they are, %.2fx as fast here as weights made "
-            "whole (%.3g against %.3g ms for those of %s)",
+            "quantize.weights: multiplying by quantized weights directly, %.2fx as fast here as "
+            "expanding them first (%.3g against %.3g ms for %s)",
             *(if_whole / taken, 1e3 * taken, 1e3 * if_whole, count(rows, "row")),
         )
 
 
 def _ways(one: WeightOnly, rows: int) -> dict[str, WeightOnly]:
-    """The same product, computed in each way that may be the fastest."""
+    """The same product in every way that may be the fastest."""
     plain = replace(one, gelu=None, tile=None)
     tiles = tiles_for(rows, one.dtype).items()
     return {WHOLE: plain} | {name: replace(plain, tile=tile, rows=rows) for name, tile in tiles}
@@ -73,7 +73,7 @@ def _seconds(
     """Of each way that works."""
     plain = ways[WHOLE]
     asked = {
-        "of": "products with weights in few bits",
+        "of": "products with quantized weights",
         "shape": shape,
         "rows": rows,
         "tiles": repr(tiles_for(rows, plain.dtype)),
@@ -122,7 +122,7 @@ def _works(ways: Mapping[str, WeightOnly], name: str) -> bool:
     room = (2 * torch.finfo(way.dtype).eps + 1e-4) * expected.abs().max()
     if bool(((found - expected).abs() <= room).all()):
         return True
-    _tell_once(f"it gives other numbers than whole weights for {way.weight.kind}")
+    _tell_once(f"it gives other numbers than expanded weights for {way.weight.kind}")
     return False
 
 
@@ -135,4 +135,4 @@ def _numbers(one: WeightOnly, rows: int) -> Tensor:
 
 @cache
 def _tell_once(why: str) -> None:
-    log.warning("a kernel for weights in few bits is not used, which may be slower: %s", why)
+    log.warning("not using a kernel for quantized weights, which may be slower: %s", why)

@@ -1,4 +1,4 @@
-"""Products with weights in few bits on a GPU, by Triton's kernels.
+"""Products with quantized weights on a GPU, by Triton kernels.
 
 Products are summed in fp32 and rounded once to what x is in. Of many rows, and in fp32, they are
 those with weights that `dequantize` rounds; of few rows in 16 bits a weight is its value times its
@@ -22,7 +22,7 @@ from gptray.model.quantized import CODES, QuantizedWeight, quantize
 
 log = logging.getLogger("gptray")
 
-# Of the program that makes weights whole.
+# Of the program that expands weights.
 _OUTPUTS, _INPUTS = 8, 256
 
 
@@ -180,7 +180,7 @@ def for_gpu(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight | Gp
 
 @cache
 def _works(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel makes weights whole as PyTorch does."""
+    """Whether a kernel expands weights as PyTorch does."""
     generator = torch.Generator(device).manual_seed(0)
     weight = quantize(torch.randn(64, 256, generator=generator, device=device), kind)
     try:
@@ -192,8 +192,8 @@ def _works(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
     else:
         if torch.equal(found, weight.dequantize(dtype)):
             return True
-        why = f"other numbers than PyTorch's for {kind}"
-    log.warning("kernels for weights in few bits are not used, which is slower: %s", why)
+        why = f"their results differ from PyTorch's for {kind}"
+    log.warning("not using the kernels for quantized weights, which is slower: %s", why)
     return False
 
 

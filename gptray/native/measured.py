@@ -52,7 +52,7 @@ class Choice:
 
 def pytorch_since(key: str, reason: object) -> Choice:
     """PyTorch, where the native library cannot compute."""
-    return Choice("torch", f"{key}: PyTorch, since {reason}")
+    return Choice("torch", f"{key}: PyTorch, because {reason}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _choice(key: str, what: str, measured: Measured) -> Choice:
     native, pytorch = (seconds.get(name, math.inf) for name in ("native", "torch"))
     chosen, other = ("torch", "native") if pytorch * margin < native else ("native", "torch")
     if other not in seconds:
-        return Choice(chosen, f"{key}: {NAMES[chosen]}, since {NAMES[other]} failed in a trial")
+        return Choice(chosen, f"{key}: {NAMES[chosen]}, because {NAMES[other]} failed in a trial")
     times = [f"{1e3 * seconds[name]:,.4g}" for name in (chosen, other)]
     busy = "; other processes kept the cores busy" if measured.until else ""
     return Choice(
@@ -180,7 +180,7 @@ def _keep(path: Path, asked: Mapping[str, object], measured: Measured) -> None:
         with replacing(path) as draft:
             draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     except OSError as error:
-        log.info("%s cannot be written (%s): the next job measures again", path, error.strerror)
+        log.info("cannot write %s (%s); the next job will measure again", path, error.strerror)
 
 
 @contextmanager

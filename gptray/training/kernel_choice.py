@@ -80,12 +80,12 @@ def _choice(
         choice = pytorch_since(TRAIN_KEY, reasons[0])
         if was == "native":
             tell(
-                f"{choice.why}: the run began with the native kernels, and no longer ends with the "
-                "same bits as without the interruption"
+                f"{choice.why}: the run began with the native kernels, so it will no longer end "
+                "bit for bit as without the interruption"
             )
         return choice
     if was in NAMES:
-        return Choice(was, f"{TRAIN_KEY}: {NAMES[was]}, as at the last start of this run")
+        return Choice(was, f"{TRAIN_KEY}: {NAMES[was]}, as when this run last started")
     return faster_kernels(config)
 
 
@@ -104,11 +104,11 @@ def _tell_of_another_processor(
     if device.type == "cpu" and was and was != now:
         tell(
             f"resuming on another processor, {now} after {was}: losses may differ in the last "
-            "digits from those of a run that stayed"
+            "digits from those of an uninterrupted run"
         )
     had, has = before.get("dtype") if before else None, str(dtype).removeprefix("torch.")
     if had and had != has:
         tell(
-            f"computing in {has} here, in {had} before: the run no longer ends with the same bits "
+            f"computing in {has} here, in {had} before: the run will no longer end bit for bit "
             "as without the interruption"
         )
