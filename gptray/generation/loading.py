@@ -1,4 +1,4 @@
-"""An engine from a model folder, as a config says, and the backend that decodes faster here."""
+"""Opens an engine for a model folder, with the backend that decodes faster here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """x W^T + b with the weight packed once, in the form that is fastest for a few rows of x.
 
 On a CPU through oneDNN, whose packed layout reads the weight at the memory's speed; elsewhere
-PyTorch's own. A row of the result depends on that row of x alone, and on no other.
+PyTorch's own. A row of the result depends only on that row of x.
 """
 
 from __future__ import annotations

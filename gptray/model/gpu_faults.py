@@ -1,4 +1,4 @@
-"""What can be wrong with a GPU, in one sentence each: no driver for it, no room on it."""
+"""Messages for what can be wrong with a GPU: no driver, or not enough memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from gptray.gpus import BUILT_FOR_CPUS
 
 
 def check_gpu() -> None:
-    """Refuse to compute on a GPU where this PyTorch sees none.
+    """Refuse to compute on a GPU if this PyTorch sees none.
 
-    Raises UserError with the reason (a build for CPUs, no driver or an old one) and what to do.
+    Raises UserError with the reason (a CPU build, no driver or an old one) and what to do.
     """
     version = torch.__version__
     if torch.version.cuda is None and torch.version.hip is None:

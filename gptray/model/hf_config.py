@@ -1,6 +1,6 @@
-"""config.json of a network: its fields from a file of any family, and the file of a network.
+"""Reads a network from the config.json of any family, and writes it.
 
-No torch here, so that a dry run answers at once.
+Without torch, so a dry run answers at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Raw = Mapping[str, object]
 def read_config(path: Path) -> tuple[str, ModelConfig]:
     """The model_type of a config.json, and its network; `rows`: of the embedding.
 
-    Raises UserError naming the file and what of it this network cannot be.
+    Raises UserError naming the file and what in it is not supported.
     """
     raw = read_foreign(path)
     model_type = raw.get("model_type")
@@ -85,7 +85,7 @@ def hf_config(
 
 
 def network_json(config: ModelConfig, model_type: str) -> dict[str, object]:
-    """What a config.json of this model_type says of a network that it expresses."""
+    """The config.json of a network for a model_type that can express it."""
     return _written(config, FAMILIES[model_type])
 
 

@@ -1,6 +1,6 @@
 """Models on disk: find a folder, and in it config.json and the files of weights.
 
-No torch here, so that a dry run answers at once. Weights are `gptray.model.hf`'s.
+Without torch, so a dry run answers at once. `gptray.model.hf` reads the weights.
 """
 
 from __future__ import annotations

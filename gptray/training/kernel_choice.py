@@ -1,6 +1,6 @@
-"""The backend of a run: asked for, remembered from its last start, or the faster one here.
+"""The backend of a run: requested, remembered from its last start, or the faster one here.
 
-All workers of a run compute with the same; the first one decides.
+All workers of a run use the same one; the first worker decides.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def agree_on_backend(
 ) -> Choice:
     """What `train.backend` means for a run; every worker calls this, and all get the same backend.
 
-    A run keeps the backend that it began with, so that its bits stay the same. tell: receives
-    notices of kernels that fail to build and of a run that resumes on another processor.
+    A run keeps the backend that it began with, so its results stay the same bit for bit. tell:
+    receives notices of kernels that fail to build and of a run that resumes on another processor.
     Raises UserError where native was asked for and a worker's machine cannot run it, RunFailed
     where it was asked for and fails to compile, or the run's events are damaged.
     """

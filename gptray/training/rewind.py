@@ -1,4 +1,4 @@
-"""The turn from a run's stable part to its cool-down: back to the best whole checkpoint.
+"""From a run's stable part to its cool-down: back to the best intact checkpoint.
 
 Nothing is saved at the turn: a run that is killed here, or before the cool-down's first checkpoint,
 resumes at the stable part's last one and turns again.
