@@ -190,7 +190,7 @@ def _take_config(arguments: Arguments, path: str) -> None:
     if not path:
         arguments.problems.append("command line: --config needs a file, such as --config my.yaml")
     elif arguments.config is not None:
-        arguments.problems.append("command line: --config is given twice; a run has one file")
+        arguments.problems.append("command line: --config is given twice; only one is allowed")
     else:
         arguments.config = path
 
@@ -203,7 +203,7 @@ def _unknown_flag(flag: str, value: str) -> str:
         return f"unknown option {flag}; did you mean {close}?"
     if keys:
         right = " or ".join(f"{key}={value or '...'}" for key in keys)
-        return f"unknown option {flag}; keys take no dashes, write {right}"
+        return f"unknown option {flag}; keys have no dashes: write {right}"
     return f"unknown option {flag}; options are {', '.join(FLAGS)}"
 
 
@@ -284,7 +284,7 @@ def _log_to_stderr(*, verbose: bool) -> None:
 
 def _end_at_once(name: str, failure: str | None, is_again: bool) -> NoReturn:
     """End a job that does not stop by itself; its own Ray ends with the process."""
-    late = "" if is_again else f"; killed, since it had not stopped after {STOP_S:.0f} s"
+    late = "" if is_again else f"; killed, because it had not stopped after {STOP_S:.0f} s"
     _say(f"{name}: {failure or 'interrupted'}{late}")
     _end_process(FAILED if failure else INTERRUPTED)
 

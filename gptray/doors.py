@@ -24,7 +24,7 @@ Prepare text for training: a tokenizer, token shards and a manifest, built on Ra
   python jobs/prepare.py data.source=books/ data.split=80:10:10   a folder of your own
   python jobs/prepare.py data.source='s3://bucket/*.jsonl' data.text_column=body
 
-Training does this by itself if it was not done; the same text and settings are prepared only once.
+Training does this itself if needed; the same text and settings are prepared only once.
 """,
     "train": """\
 Train a GPT on Ray: data-parallel workers, early stopping, the best model in <run>/model.
@@ -34,7 +34,7 @@ python jobs/train.py data.source=book.txt name=book      your own text
 python jobs/train.py --config configs/gpt2_124m.yaml compute.use_gpu=true
 """,
     "tune": """\
-Tune a GPT on Ray: trials of a search space, the worse ones cut early, the best settings kept.
+Tune a GPT on Ray: try settings from a search space, stop bad trials early, keep the best.
 
 python jobs/tune.py --config configs/overfitting_sweep.yaml data.source=book.txt name=book-sweep
 python jobs/tune.py --config configs/overfitting_demo.yaml       a demonstration: what helps?
@@ -75,7 +75,7 @@ python jobs/runs.py
 python jobs/runs.py storage_path=/mnt/runs
 """,
     "doctor": """\
-Look at every node: versions, GPUs, shared storage, disks, ports, clocks; say what to mend.
+Check every node: versions, GPUs, shared storage, disks, ports, clocks; say what to fix.
 
 python jobs/doctor.py                                    this machine
 RAY_ADDRESS=10.0.0.1:6379 python jobs/doctor.py storage_path=/mnt/runs

@@ -22,7 +22,7 @@ from gptray.config import RunFailed, UserError
 
 # Where more room helps: a full disk, a quota, a limit on the size of a file.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LINK = "it is a link, which is not followed"
+_LINK = "it is a link, and links are not followed"
 _LOCAL = "file://"
 # Of a path within a run.
 _LONGEST_BELOW = 256
@@ -140,7 +140,7 @@ def _room(path: Path) -> str:
         there = next((one for one in (path, *path.parents) if one.exists()), None)
         return f"{shutil.disk_usage(there or '/').free:,} bytes free"
     except OSError:
-        return "the disk cannot be asked for its free space"
+        return "the free space on the disk is unknown"
 
 
 def check_writable(folder: Path, *, key: str) -> None:
@@ -275,8 +275,8 @@ def refuse_links(folder: Path, names: Iterable[str], *, what: str) -> None:
         path = folder / name
         if path.is_symlink():
             raise UserError(
-                f"{path} is a link to {os.readlink(path)}, and {what} would write through it; put "
-                "the file or folder itself there, or choose another name"
+                f"{path} is a link to {os.readlink(path)}, and {what} would write through it; "
+                "replace the link with the file or folder itself, or choose another name"
             )
 
 

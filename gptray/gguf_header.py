@@ -52,7 +52,9 @@ def _read(head: _Head) -> tuple[dict[str, object], list[Entry]]:
         raise Unreadable("it is not a GGUF file")
     version = head.number("I")
     if version not in _VERSIONS:
-        raise Unreadable(f"its version is {version}; {' and '.join(map(str, _VERSIONS))} are read")
+        raise Unreadable(
+            f"its version is {version}; only {' and '.join(map(str, _VERSIONS))} are supported"
+        )
     tensors, fields = head.number("Q"), head.number("Q")
     if tensors > _MOST_TENSORS or fields > _MOST_FIELDS:
         raise Unreadable(f"it claims to have {tensors:,} tensors and {fields:,} fields")

@@ -40,7 +40,7 @@ def family_of_file(fields: Mapping[str, object]) -> Family:
         if family.architecture == architecture:
             return family
     known = ", ".join(ARCHITECTURES)
-    raise UserError(f"its architecture {architecture!r:.40} cannot be read; {known} can")
+    raise UserError(f"its architecture {architecture!r:.40} is not supported; {known} are")
 
 
 def network_json(
@@ -76,9 +76,9 @@ def network_json(
         raise UserError(f"its {family.numbers[_KV_HEADS]} is 0")
     head = numbers.get(_HEAD_WIDTH, width)
     if not isinstance(head, int) or not isinstance(numbers.get(_KV_HEADS, heads), int):
-        raise UserError("its heads are no whole numbers")
+        raise UserError("its numbers of heads are not whole numbers")
     if own.get("attention.value_length", head) != head:
-        raise UserError("the values of its heads are not as wide as the keys")
+        raise UserError("its heads' values are not as wide as their keys")
     names = {one.name for one in entries}
     if family.rotated:
         numbers["attention_bias"] = "blk.0.attn_q.bias" in names
@@ -121,7 +121,9 @@ def _own_fields(fields: Mapping[str, object], family: Family) -> dict[str, objec
     known = {*family.numbers.values(), *_SHAPELESS, *(_ROTARY if family.is_rotary else ())}
     for key, value in own.items():
         if key in known and isinstance(value, list):
-            raise UserError(f"its {prefix}{key} is a list, a number for each layer")
+            raise UserError(
+                f"its {prefix}{key} is a list with a number for each layer, which is not supported"
+            )
         changes_nothing = value in (0, 1.0, "", "none") and (key, value) not in _UNLIKE
         if key not in known and not changes_nothing:
             raise UserError(f"its {prefix}{key} is {value!r:.40}, which is not supported")
@@ -149,7 +151,7 @@ def rotary_parameters(
         or not isinstance(turned, int)
         or not (0 < base < math.inf and 0 < turned <= head)
     ):
-        raise UserError(f"its {_BASE} and {_TURNED} are no rotation of {head} numbers")
+        raise UserError(f"its {_BASE} and {_TURNED} do not describe a rotation of {head} numbers")
     plain = {"rope_theta": base, "partial_rotary_factor": turned / head}
     kind, factor = fields.get(_KIND), fields.get(_FACTOR, fields.get(_OLD_FACTOR))
     if factors is not None:
@@ -179,12 +181,14 @@ def rotary_fields(
     kind = scaling["rope_type"]
     if kind == "llama3":
         if any(scaling[name] != number for name, number in _LLAMA3.items()):
-            raise UserError("GGUF files have Llama 3's rope_scaling with factors of 1 and 4 alone")
+            raise UserError(
+                "GGUF files can hold Llama 3's rope_scaling only with factors of 1 and 4"
+            )
         return fields | {_YARN[_CONTEXT]: int(scaling[_CONTEXT])}
     fields |= {_KIND: kind, _FACTOR: float(scaling["factor"])}
     for name in scaling.keys() - {"rope_type", "factor"}:
         if name not in _YARN:
-            raise UserError(f"GGUF files have no {name} of rope_scaling")
+            raise UserError(f"GGUF files cannot hold rope_scaling's {name}")
         value = scaling[name]
         fields[_YARN[name]] = int(value) if name.startswith("original") else float(value)
     return fields
@@ -218,4 +222,4 @@ def _llama3_of(
         pairs = zip(factors, expected, strict=True)
         if all(math.isclose(found, factor, rel_tol=1e-4) for found, factor in pairs):
             return {"rope_type": "llama3", **scaling}
-    raise UserError(f"its {FACTORS} is not a scaling of Llama 3's kind")
+    raise UserError(f"its {FACTORS} is not a scaling like Llama 3's")

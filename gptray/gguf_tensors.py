@@ -163,7 +163,9 @@ def _parts(source: Path, weight: Weight) -> Iterator[Array]:
         try:
             yield gguf.dequantize(rows, kind)
         except NotImplementedError:
-            raise UserError(f"{entry.name} is stored as {kind.name}, which is not read") from None
+            raise UserError(
+                f"{entry.name} is stored as {kind.name}, which is not supported"
+            ) from None
 
 
 def _raw_rows(

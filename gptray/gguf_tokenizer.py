@@ -125,7 +125,7 @@ def _of_bytes(fields: Mapping[str, object]) -> dict[str, object]:
     model, pre = fields.get(KEY + "model"), fields.get(KEY + "pre")
     if model != "gpt2" or not isinstance(pre, str) or pre not in CUTS:
         raise UserError(
-            f"its tokenizer ({model}, {pre}) is not one that can be read; llama is, and gpt2 with "
+            f"its tokenizer ({model}, {pre}) is not supported; llama is, and gpt2 with "
             f"{', '.join(CUTS)}"
         )
     tokens, types = _tokens(fields)
@@ -148,7 +148,7 @@ def _of_bytes(fields: Mapping[str, object]) -> dict[str, object]:
 def _pair(merge: str) -> list[str]:
     left, space, right = merge.partition(" ")
     if not (left and space and right):
-        raise UserError(f"its tokenizer has a merge {merge!r:.60}, which is no pair")
+        raise UserError(f"its tokenizer has a merge {merge!r:.60}, which is not a pair")
     return [left, right]
 
 

@@ -13,8 +13,8 @@ NVIDIA, AMD = Path("/proc/driver/nvidia/gpus"), Path("/sys/class/kfd/kfd/topolog
 # What hides GPUs from a process: NVIDIA's variable, which AMD's runtime knows too, and AMD's own.
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 BUILT_FOR_CPUS = (
-    "compute.use_gpu=true, but the installed PyTorch is a build for CPUs; install one for GPUs: "
-    "pip install --force-reinstall torch"
+    "compute.use_gpu=true, but the installed PyTorch is a CPU build; install one for GPUs: pip "
+    "install --force-reinstall torch"
 )
 
 

@@ -92,7 +92,7 @@ def download_model(hub_id: str, patterns: Sequence[str]) -> Path:
         reason = f"no such model on the hub{private}"
     except (OSError, ValueError) as error:
         reason = (
-            f"not in the hub's cache ({away})" if away else f"the hub fails: {first_line(error)}"
+            f"not in the hub's cache ({away})" if away else f"the hub failed: {first_line(error)}"
         )
     raise NotOnHub(f"{hub_id}: no such folder here and {reason}", reason)
 

@@ -131,7 +131,9 @@ def _outlive(
     alive = {name: owner for name, owner in owners.items() if not _is_dead(owner)}
     if alive:
         told = ", ".join(f"process {o.get('pid')} on {o.get('host')}" for o in alive.values())
-        log.info("%s: waiting %.0f s at most to see whether %s runs", place, expires_s, told)
+        log.info(
+            "%s: waiting up to %.0f s to see whether %s is still running", place, expires_s, told
+        )
     began = time.monotonic()
     while alive and time.monotonic() - began < expires_s:
         time.sleep(POLL_S)

@@ -39,7 +39,8 @@ def files_damage(folder: Path, *, needed: Sequence[str], others: bool = True) ->
     except Unreadable as error:
         return f"{MANIFEST} cannot be read ({error})"
     if manifest.get("format") != FORMAT:
-        return f"{MANIFEST} has format {manifest.get('format')!r:.40}, this version reads {FORMAT}"
+        given = manifest.get("format")
+        return f"{MANIFEST} has format {given!r:.40}, but this version reads {FORMAT}"
     files = manifest.get("files")
     if not isinstance(files, dict):
         return f"{MANIFEST} cannot be read (no list of files)"

@@ -88,7 +88,7 @@ def made_once(folder: Path, make: Callable[[Path], None], *, what: str) -> Path:
             fcntl.flock(used, fcntl.LOCK_SH)
             problem = files_damage(folder, needed=()) if folder.is_dir() else None
             if problem:
-                log.warning("the copy of %s is damaged (%s): making it again", what, problem)
+                log.warning("the copy of %s is damaged (%s); making a new one", what, problem)
             if problem or not folder.is_dir():
                 _make(folder, make)
             os.utime(folder)
@@ -161,11 +161,11 @@ def _fetch(
         try:
             place.download(name, draft / name)
         except FileNotFoundError:
-            raise UserError(f"{place}: {name} went away while it was read") from None
+            raise UserError(f"{place}: {name} disappeared while it was being read") from None
     problem = files_damage(draft, needed=names, others=False) if has_manifest else None
     for file in files:
         if (draft / file.name).stat().st_size != file.size:
-            problem = f"{file.name} changed while it was read"
+            problem = f"{file.name} changed while it was being read"
     if problem:
         raise UserError(f"{place}: damaged or incomplete: {problem}")
     (draft / MANIFEST).unlink(missing_ok=True)
@@ -192,7 +192,7 @@ def make_room(size: int = 0, most: int | None = None) -> None:
             except BlockingIOError:
                 continue
             if _is_elsewhere(folder):
-                log.info("removing %s, unused for longest, to make room", folder)
+                log.info("removing %s, the least recently used, to make room", folder)
                 shutil.rmtree(folder, ignore_errors=True)
                 total -= kept[folder]
 

@@ -64,8 +64,8 @@ def _other_scheme(scheme: str) -> str:
     """What to do instead of naming a place that is not read from."""
     if scheme == "hf":
         return (
-            "Hugging Face's hub is not read directly; download it first (hf download OWNER/NAME "
-            "--repo-type dataset --local-dir FOLDER) and name the folder"
+            "files on Hugging Face's hub cannot be read directly; download them first (hf "
+            "download OWNER/NAME --repo-type dataset --local-dir FOLDER) and name the folder"
         )
     if scheme in ("http", "https", "ftp"):
         return "download the file first and name it by its path"
@@ -81,14 +81,14 @@ def why_not_written(uri: str) -> str | None:
     if scheme not in SCHEMES:
         return _other_scheme(scheme)
     places = ", ".join(f"{name}://" for name in WRITABLE)
-    return f"{scheme}:// is only read from; give a folder, or one of {places}"
+    return f"{scheme}:// is read-only; give a folder, or one of {places}"
 
 
 def reason(error: Exception) -> str:
     """What a store says, in one line, and where it takes credentials from if it refuses them."""
     line = first_line(error)
     if _is_denied(error):
-        return f"{line} (credentials are those of the environment, such as AWS_PROFILE)"
+        return f"{line} (credentials come from the environment, such as AWS_PROFILE)"
     return line
 
 
@@ -112,7 +112,7 @@ def persistently(call: Callable[[], T]) -> T:
             if _is_denied(error):
                 raise
             if not is_told and time.monotonic() - began > _TELL_S:
-                log.warning("the store does not answer yet, trying again: %s", reason(error))
+                log.warning("the store is not answering yet; retrying: %s", reason(error))
                 is_told = True
             time.sleep(pause)
     return call()

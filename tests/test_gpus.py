@@ -66,9 +66,9 @@ def test_amds_processors_are_no_gpus(bare: Path) -> None:
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built for GPUs")
 def test_a_build_for_cpus_is_told_before_ray_starts(bare: Path) -> None:
     nvidia(bare, 1)
-    with pytest.raises(UserError, match="PyTorch is a build for CPUs"):
+    with pytest.raises(UserError, match="PyTorch is a CPU build"):
         check_resources(ComputeConfig(use_gpu=True))
-    with pytest.raises(UserError, match="PyTorch is a build for CPUs"):
+    with pytest.raises(UserError, match="PyTorch is a CPU build"):
         check_gpu()
 
 

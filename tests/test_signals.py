@@ -121,7 +121,7 @@ def test_a_job_that_does_not_leave_in_time_ends_by_itself() -> None:
                  "    with leaving_within(0.3):\n        inside(config)\n") as process:  # fmt: skip
         os.kill(process.pid, signal.SIGTERM)
         code, said = ended(process)
-        assert code == 130 and "tried: interrupted; killed, since it had not stopped" in said
+        assert code == 130 and "tried: interrupted; killed, because it had not stopped" in said
 
 
 def test_signals_to_process_and_group_at_once_let_the_job_leave() -> None:

@@ -20,8 +20,8 @@ _WANTED = re.compile(rf"({_NAME}/)?{_NAME}=!?({_NAME}|in\({_NAME}(, ?{_NAME})*\)
 class ComputeConfig(Section):
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1,
-        description="data-parallel workers; [least, most]: as many as there is room for, fewer or "
-        "more as nodes go and come (Ray ScalingConfig)",
+        description="data-parallel workers; [min, max]: as many as there is room for, changing "
+        "as nodes come and go (Ray ScalingConfig)",
     )
 
     label_selector: list[NonEmpty] = Field(
@@ -30,27 +30,30 @@ class ComputeConfig(Section):
         "zone=!a, 'disk=in(ssd, nvme)'] (Ray label selectors)",
     )
     accelerator_type: NonEmpty | None = Field(
-        None, description="of a worker's node, such as A100, H100 or L4 (Ray)"
+        None,
+        description="accelerator that a worker's node must have, such as A100, H100 or L4 (Ray)",
     )
 
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",
-        description="ddp: each worker holds all weights and AdamW's state; fsdp: each holds its "
-        "share, to the same losses, for models too large for one (FSDP2)",
+        description="ddp: each worker holds all weights and AdamW's state; fsdp: each holds a "
+        "share, for models too large for one worker, with the same losses (FSDP2)",
     )
     reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="of gradients on their way between workers; bf16: half the bytes, rounded "
+        description="precision of gradients sent between workers; bf16: half the bytes, rounded "
         "(MixedPrecisionPolicy)",
     )
     use_gpu: bool = Field(False, description="one GPU for each worker (nccl); else CPUs (gloo)")
     gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="of a GPU; below 1, trials of a sweep share one (use_gpu, one worker)"
+        1.0,
+        description="GPUs for each worker; below 1, trials of a sweep share a GPU (needs "
+        "use_gpu and one worker)",
     )
     cpus_per_worker: PositiveInt | None = Field(
         None,
-        description="cores of one worker; null: the most with which all workers fit, at most 4 on "
-        "a cluster of others (RAY_ADDRESS); with a GPU, its part of its node's cores",
+        description="cores of one worker; null: as many as let all workers fit, at most 4 on an "
+        "existing cluster (RAY_ADDRESS); with a GPU, that GPU's share of its node's cores",
     )
     wait_s: Positive | None = Field(
         None,
@@ -59,7 +62,9 @@ class ComputeConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = Field(
         3, description="worker failures to recover from; -1: no limit (Ray FailureConfig)"
     )
-    num_to_keep: PositiveInt = Field(2, description="newest checkpoints to keep, besides the best")
+    num_to_keep: PositiveInt = Field(
+        2, description="newest checkpoints to keep, in addition to the best one"
+    )
 
     @property
     def selector(self) -> dict[str, str]:
@@ -94,18 +99,18 @@ class ComputeConfig(Section):
         for one in self.label_selector:
             if not _WANTED.fullmatch(one):
                 yield (
-                    f"compute.label_selector: {one!r} is no NAME=VALUE, NAME=!VALUE or "
+                    f"compute.label_selector: {one!r} is not NAME=VALUE, NAME=!VALUE or "
                     "NAME=in(VALUE, VALUE)"
                 )
         if len(self.selector) < len(self.label_selector) + (self.accelerator_type is not None):
             yield "compute.label_selector and compute.accelerator_type name a label twice"
         if self.min_workers > self.max_workers:
             yield (
-                f"compute.num_workers={self.workers_shown}: the least comes first, such as "
-                f"[{self.max_workers}, {self.min_workers}]"
+                f"compute.num_workers={self.workers_shown}: the smaller number comes first, such "
+                f"as [{self.max_workers}, {self.min_workers}]"
             )
         if self.gpus_per_worker < 1 and self.max_workers > 1:
             yield (
-                f"compute.gpus_per_worker={self.gpus_per_worker:g} goes with one worker; "
-                f"compute.num_workers={self.workers_shown} need a GPU each"
+                f"compute.gpus_per_worker={self.gpus_per_worker:g} works only with one worker; "
+                f"the workers of compute.num_workers={self.workers_shown} need a GPU each"
             )

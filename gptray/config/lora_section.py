@@ -18,23 +18,23 @@ class LoraConfig(Section):
 
     rank: PositiveInt | None = Field(
         None,
-        description="train an adapter of this rank (LoRA) and leave the weights of model.init_from "
-        "as they are; optim.lr and optim.min_lr are then ten times as high, unless given; "
+        description="train an adapter of this rank (LoRA) and freeze the weights of "
+        "model.init_from; optim.lr and optim.min_lr are then ten times as high unless given; "
         "null: train all weights",
     )
-    alpha: Positive = Field(16.0, description="the adapter counts alpha / sqrt(rank) times")
+    alpha: Positive = Field(16.0, description="the adapter is scaled by alpha / sqrt(rank)")
     use_rslora: bool = Field(
-        True, description="false: it counts alpha / rank times, as in the first paper"
+        True, description="false: scale by alpha / rank instead, as in the original paper"
     )
-    dropout: Probability = Field(0.0, description="of what the adapter reads")
+    dropout: Probability = Field(0.0, description="dropout on the adapter's input")
     targets: Annotated[list[NonEmpty], Field(min_length=1)] | None = Field(
         None,
-        description="linear layers to adapt, by their names in transformers, such as "
-        "[q_proj, v_proj]; null: all of the blocks",
+        description="linear layers to adapt, by their names in transformers, such as [q_proj, "
+        "v_proj]; null: all in the blocks",
     )
     train: list[str] = Field(
         [],
-        description="what else to train, whole: norms, embeddings (with the head), or both",
+        description="what else to train, in full: norms, embeddings (with the head), or both",
     )
 
     @property

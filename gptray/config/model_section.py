@@ -32,28 +32,28 @@ def known_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
         return None
     kind = scaling.get("rope_type")
     if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
-        raise ValueError(f"its rope_type is one of {', '.join(ROPE_SCALINGS)}")
+        raise ValueError(f"rope_type must be one of {', '.join(ROPE_SCALINGS)}")
     needed, optional = ROPE_SCALINGS[kind]
     given = scaling.keys() - {"rope_type"}
     if missing := [key for key in needed if key not in given]:
-        raise ValueError(f"rope_type {kind} needs {', '.join(missing)} too")
+        raise ValueError(f"rope_type {kind} also needs {', '.join(missing)}")
     if unknown := sorted(given - {*needed, *optional}):
         raise ValueError(
-            f"rope_type {kind} takes {', '.join((*needed, *optional))}, no {unknown[0]}"
+            f"rope_type {kind} takes {', '.join((*needed, *optional))}, not {unknown[0]}"
         )
     for key in given - {"truncate"}:
         value = scaling[key]
         if isinstance(value, (bool, str)) or not 1e-6 <= value <= 1e10:
-            raise ValueError(f"its {key} is a number above 0, within 1e-6 and 1e10")
+            raise ValueError(f"{key} must be a number from 1e-6 to 1e10")
     if not isinstance(scaling.get("truncate", True), bool):
-        raise ValueError("its truncate is true or false")
+        raise ValueError("truncate must be true or false")
     return scaling
 
 
 def known_layers(layers: list[str] | None) -> list[str] | None:
     """Check the kinds of attention of all layers."""
     if layers is not None and not {*layers} <= {FULL, SLIDING}:
-        raise ValueError(f"each layer's is {FULL} or {SLIDING}")
+        raise ValueError(f"each layer must be {FULL} or {SLIDING}")
     return layers
 
 
@@ -62,7 +62,8 @@ class ModelConfig(Section):
     n_head: PositiveInt = Field(4, description="attention heads; must divide n_embd")
     n_kv_head: PositiveInt | None = Field(
         None,
-        description="heads of keys and values, each shared by n_head / n_kv_head; null: n_head",
+        description="key and value heads, each shared by n_head / n_kv_head query heads; "
+        "null: n_head",
     )
     head_dim: PositiveInt | None = Field(None, description="width of a head; null: n_embd / n_head")
     n_embd: PositiveInt = Field(256, description="width of the residual stream")
@@ -70,16 +71,18 @@ class ModelConfig(Section):
     # A context of one token would have no room for a new one.
     n_positions: Annotated[int, Field(ge=2)] = Field(128, description="longest context, in tokens")
     vocab_size: PositiveInt | None = Field(
-        None, description="rows of the embedding; null: the tokenizer's; larger pads it"
+        None,
+        description="rows of the embedding; null: the tokenizer's size; a larger number pads it",
     )
     dropout: Probability = Field(
-        0.0, description="of embeddings, attention and residuals (HF's three)"
+        0.0,
+        description="dropout on embeddings, attention and residuals (all three of Hugging Face's)",
     )
     norm: Literal["layernorm", "rmsnorm", "none"] = Field(
         "layernorm", description="rmsnorm: Llama's; none: ablation, no normalisation"
     )
     post_norm: bool = Field(
-        False, description="normalise what attention and MLP give (EXAONE 4), not what they take"
+        False, description="normalise the outputs of attention and MLP (EXAONE 4), not their inputs"
     )
     residual: bool = Field(True, description="false: ablation, no skip connections")
     parallel_residual: bool = Field(
@@ -97,8 +100,8 @@ class ModelConfig(Section):
     )
     rope_scaling: Annotated[RopeScaling | None, AfterValidator(known_scaling)] = Field(
         None,
-        description="longer contexts by rope_type linear, llama3 or yarn, with the keys of Hugging "
-        "Face's rope_scaling, such as {rope_type: linear, factor: 2}",
+        description="stretch positions to longer contexts: rope_type linear, llama3 or yarn, "
+        "with the keys of Hugging Face's rope_scaling, such as {rope_type: linear, factor: 2}",
     )
     mlp: Literal["gelu_new", "gelu", "swiglu"] = Field(
         "gelu_new", description="gelu_new: GPT-2's, by tanh; gelu: exact; swiglu: gated (Llama)"
@@ -110,16 +113,19 @@ class ModelConfig(Section):
         False, description="RMSNorm of each head's queries and keys (Qwen3, EXAONE 4)"
     )
     sliding_window: PositiveInt | None = Field(
-        None, description="tokens that attention looks back over, its own included; null: all"
+        None,
+        description="tokens that attention looks back over, including the current one; null: all",
     )
     layer_types: Annotated[list[str] | None, AfterValidator(known_layers)] = Field(
         None,
-        description=f"for each layer {FULL} or {SLIDING}; null: sliding_window holds for all",
+        description=f"{FULL} or {SLIDING} for each layer; null: sliding_window applies to all",
     )
     global_rope: bool = Field(
         True, description=f"false: layers of {FULL} have no positions (EXAONE 4)"
     )
-    tie_word_embeddings: bool = Field(True, description="the embedding is the head's weight too")
+    tie_word_embeddings: bool = Field(
+        True, description="share one weight between the embedding and the head"
+    )
     initializer_range: Positive = Field(0.02, description="standard deviation of initial weights")
     init_from: str | None = Field(
         None,
@@ -128,13 +134,13 @@ class ModelConfig(Section):
     )
     resize_vocab: bool = Field(
         False,
-        description="fit init_from's embedding to another tokenizer: rows of tokens that both have "
-        "are kept, the others start from the mean row",
+        description="resize init_from's embedding for another tokenizer: rows of tokens that "
+        "both have are kept, new ones start from the mean row",
     )
     checkpoint_blocks: bool = Field(
         False,
-        description="keep only the input of each block and compute the block again in the backward "
-        "pass: less memory for about a third more arithmetic, the same numbers",
+        description="keep only the input of each block and recompute the block in the backward "
+        "pass: less memory for about a third more arithmetic, with the same results",
     )
 
     @property
@@ -172,7 +178,7 @@ class ModelConfig(Section):
 
     def broken_rules(self) -> Iterator[str]:
         if self.resize_vocab and self.init_from is None:
-            yield "model.resize_vocab=true goes with model.init_from"
+            yield "model.resize_vocab=true needs model.init_from"
         if self.head_dim is None and self.n_embd % self.n_head:
             yield (
                 f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head}"
@@ -183,11 +189,11 @@ class ModelConfig(Section):
         if self.positions != "rotary":
             for key in ("partial_rotary_factor", "rope_scaling", "global_rope"):
                 if getattr(self, key) != type(self).model_fields[key].default:
-                    yield f"model.{key} goes with model.positions=rotary"
+                    yield f"model.{key} needs model.positions=rotary"
         elif self.rotary_width < 2 or self.rotary_width % 2:
             yield (
-                f"model.positions=rotary rotates pairs: an even part of each head, not "
-                f"{self.rotary_width} of {self.head_width} numbers (model.head_dim, "
+                "model.positions=rotary rotates pairs, so it needs an even part of each head, "
+                f"not {self.rotary_width} of {self.head_width} numbers (model.head_dim, "
                 "model.partial_rotary_factor)"
             )
         if self.layer_types is not None and len(self.layer_types) != self.n_layer:

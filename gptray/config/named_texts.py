@@ -27,7 +27,9 @@ def named_texts(given: str | list[str] | dict[str, str] | None) -> dict[str, str
     for source in sources:
         name = _name_of(source)
         if name in named:
-            raise ValueError(f"two texts are called {name}; name them: {{one: ..., other: ...}}")
+            raise ValueError(
+                f"two texts are called {name}; give them names: {{one: ..., other: ...}}"
+            )
         named[name] = source
     return named
 
@@ -52,8 +54,8 @@ NamedTexts = Annotated[
     NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | dict[str, NonEmpty] | None,
     AfterValidator(lambda given: named_texts(given) or None),
     Field(
-        description="texts to score besides: held-out text that the model is good at shows, at "
-        "every evaluation of a training, whether it forgets; a file, folder or glob, several, or "
-        "{docs: docs/*.md} to name them, each in any form of data.source"
+        description="other texts to score: held-out text that the model is good at shows, at "
+        "every evaluation of a training, whether the model forgets; a file, folder, glob or "
+        "list, or {docs: docs/*.md} to name them, in any form of data.source"
     ),
 ]

@@ -18,7 +18,8 @@ def checked_name(name: str) -> str:
     name = unicodedata.normalize("NFC", name)
     if not name or name[0] in ".-_" or not all(c in ".-_" or _is_letter(c) for c in name):
         raise ValueError(
-            "must be letters or digits of any script and . _ -, and begin with a letter or digit"
+            "must consist of letters and digits of any script and . _ -, and begin with a letter "
+            "or digit"
         )
     if name == PREPARED:
         raise ValueError(f"must not be {PREPARED}, the folder of prepared text in storage_path")

@@ -113,7 +113,9 @@ class Reader:
         if name in self.sections:
             if not isinstance(value, yaml.MappingNode) and not is_null(value):
                 inside = next(key for key in self.specs if key.startswith(f"{name}."))
-                self._problem(where, f"{name} is a section; its keys go below it, such as {inside}")
+                self._problem(
+                    where, f"{name} is a section; put its keys under it, such as {inside}"
+                )
             return name
         close = nearest(name, self.sections)
         if name in self.specs or not isinstance(value, yaml.MappingNode):

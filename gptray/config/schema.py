@@ -40,13 +40,13 @@ class Config(Section):
 
     name: Annotated[str, AfterValidator(checked_name)] | None = Field(
         None,
-        description="the run's folder in storage_path, in letters and digits of any script; null: "
-        "derived from the config (Ray RunConfig)",
+        description="name of the run and of its folder in storage_path, in letters and digits of "
+        "any script; null: derived from the config (Ray RunConfig)",
     )
     storage_path: str = Field(
         "~/gptray",
-        description="folder of all runs, on a cluster one that every node sees; or, on one node, "
-        "a URI: s3://bucket/runs (Ray RunConfig)",
+        description="folder for all runs, which every node of a cluster must see, or a URI such "
+        "as s3://bucket/runs (Ray RunConfig)",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         1337, description="seed of the split, the initial weights, the batch order and dropout"
@@ -104,25 +104,29 @@ class Config(Section):
         train, compute, lora = self.train, self.compute, self.lora
         is_sharded = compute.strategy == "fsdp"
         if self.optim.lands and train.max_steps < 2:
-            yield "optim.schedule=wsd needs train.max_steps=2 or more, one to cool down"
+            yield (
+                "optim.schedule=wsd needs train.max_steps=2 or more, because the cool-down takes "
+                "at least one"
+            )
         if is_sharded and train.ema is not None:
             yield (
-                "train.ema averages weights that each worker has whole, not with "
-                "compute.strategy=fsdp"
+                "train.ema cannot be combined with compute.strategy=fsdp: it averages whole "
+                "weights on each worker"
             )
         if is_sharded and train.teachers:
             yield (
-                "train.teachers are whole on each worker, and do not go with compute.strategy=fsdp"
+                "train.teachers cannot be combined with compute.strategy=fsdp: each worker holds "
+                "them whole"
             )
         if lora.rank is not None and self.model.init_from is None:
-            yield "lora.rank goes with model.init_from, the model to adapt"
+            yield "lora.rank needs model.init_from, the model to adapt"
         for key, is_set in {
             "model.resize_vocab=true": self.model.resize_vocab,
             "train.ema": train.ema is not None,
             "compute.strategy=fsdp": is_sharded,
         }.items():
             if lora.rank is not None and is_set:
-                yield f"lora.rank does not go with {key}"
+                yield f"lora.rank cannot be combined with {key}"
         if problems := space_problems(self.tune.space, type(self)):
             raise EntriesError("tune.space", problems)
         if train.block_size > self.model.n_positions:
@@ -133,8 +137,8 @@ class Config(Section):
         if train.async_validation and compute.is_elastic:
             yield (
                 "train.async_validation=true needs a fixed number of workers, such as "
-                f"compute.num_workers={compute.max_workers}, not {compute.workers_shown}: the room "
-                "of the one that scores would be taken for one that trains"
+                f"compute.num_workers={compute.max_workers}, not {compute.workers_shown}: "
+                "training would grow into the scoring worker's room"
             )
         yield from self._uneven_batch()
 
@@ -144,7 +148,7 @@ class Config(Section):
         if not workers.is_elastic:
             factors[f"compute.num_workers={workers.workers_shown}"] = workers.max_workers
         elif not micro:
-            most = f"the most of compute.num_workers={workers.workers_shown}"
+            most = f"the maximum of compute.num_workers={workers.workers_shown}"
             factors[most] = workers.max_workers
         batch, per_pass = self.train.global_batch_size, math.prod(factors.values())
         if batch % per_pass:

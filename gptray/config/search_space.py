@@ -22,7 +22,7 @@ RANGES = ("uniform", "loguniform", "randint")
 KINDS = ("choice", "grid", *RANGES)
 WORDS = ("path", "paths", *KINDS, "when")
 
-_UNTRAINED = "it does not change what is trained"
+_UNTRAINED = "it does not affect training"
 _OTHER_TEXT = "trials would be validated on different text"
 NOT_TUNED = {
     "name": "every trial has its own",
@@ -165,14 +165,14 @@ class _Reading:
             if path == prefix or (prefix.endswith(".") and path.startswith(prefix)):
                 yield f"{path} cannot be part of a space: {why}"
         if path in self._seen:
-            yield f"{path} has an entry already (number {self._seen[path][0] + 1})"
+            yield f"{path} already has an entry (number {self._seen[path][0] + 1})"
 
     def _kind(self, raw: Mapping[str, object]) -> str | None:
         kinds = [word for word in KINDS if word in raw]
         if len(kinds) == 1:
             return kinds[0]
         if len(kinds) > 1:
-            self._problem(kinds[1], f"has {' and '.join(kinds)}; give one of them")
+            self._problem(kinds[1], f"has {' and '.join(kinds)}; give only one of them")
         elif all(word in WORDS for word in raw):
             self._problem(None, f"needs one of {', '.join(KINDS)}")
         return None
@@ -184,7 +184,7 @@ class _Reading:
                 return None
             options = tuple(self._option(paths, kind, value) for value in given)
             return Entry(paths, kind, options)
-        wrong = f"{kind} expects its lower and its upper end, such as "
+        wrong = f"{kind} expects a lower and an upper bound, such as "
         wrong += "[2, 9]" if kind == "randint" else "[0.1, 0.5]"
         if not (isinstance(given, list) and len(given) == 2 and all(map(is_number, given))):
             self._problem(kind, f"{wrong}; got {shown(given)}")
@@ -248,7 +248,9 @@ class _Reading:
             return ()
         entry = self._seen[path][1]
         if is_grid and entry.kind != "grid":
-            self._problem("when", f"when: a grid depends on grids only; {path} is drawn")
+            self._problem(
+                "when", f"when: a grid can depend only on grids; {path} is drawn at random"
+            )
         listed = [value]
         if isinstance(value, list) and not entry.can_be(path, value):
             listed = value

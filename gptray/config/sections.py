@@ -57,7 +57,7 @@ class DataConfig(Section):
     )
     eos_token: NonEmpty | None = Field(
         None,
-        description="end-of-text token, if the tokenizer names none or another",
+        description="end-of-text token, if the tokenizer names none or the wrong one",
     )
     # A trainer of tokenizers reserves room for all of them at once.
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = Field(
@@ -73,8 +73,8 @@ class DataConfig(Section):
     )
     token_replacement: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0,
-        description="share of the input tokens in training (never of the targets) that random "
-        "ones replace, such as 0.1, against overfitting; 0: off",
+        description="share of input tokens (never targets) to replace with random ones in "
+        "training, such as 0.1, against overfitting; 0: off",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         None, description="seed of the split; null: the run's seed"
@@ -86,15 +86,15 @@ class OptimConfig(Section):
     min_lr: NonNegative = Field(2e-4, description="learning rate at the end of the schedule")
     schedule: Literal["constant", "linear", "cosine", "step", "wsd"] = Field(
         "cosine",
-        description="how lr falls to min_lr after the warm-up; step: times gamma every step_size; "
-        "wsd (warm-up, stable, decay): stays until train.patience runs out or just enough of "
-        "train.max_steps is left, then the run lands: it goes back to its best checkpoint and "
-        "cools down from there",
+        description="how lr falls to min_lr after the warm-up; step: multiply by gamma every "
+        "step_size steps; wsd (warm-up, stable, decay): keep lr until train.patience runs out or "
+        "just enough of train.max_steps is left, then land: go back to the best checkpoint and "
+        "cool down from there",
     )
     decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.2,
-        description="steps of the cool-down, as a share of the best checkpoint's; they count in "
-        "train.max_steps (schedule: wsd)",
+        description="length of the cool-down as a share of the best checkpoint's steps; counts "
+        "towards train.max_steps (schedule: wsd)",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="steps of linear warm-up")
     step_size: PositiveInt = Field(500, description="steps between two drops (schedule: step)")
@@ -103,13 +103,17 @@ class OptimConfig(Section):
     )
     betas: tuple[Probability, Probability] = Field((0.9, 0.99), description="AdamW's decay rates")
     eps: Positive = Field(1e-8, description="AdamW's epsilon")
-    weight_decay: NonNegative = Field(0.1, description="AdamW's; none on biases and norms")
+    weight_decay: NonNegative = Field(
+        0.1, description="AdamW's weight decay; not applied to biases and norms"
+    )
     weight_decay_schedule: Literal["constant", "falling", "rising"] = Field(
         "constant",
-        description="while lr falls after the warm-up (wsd: as the run lands), weight_decay falls "
-        "to 0, or rises to one and a half times itself",
+        description="falling, rising: while lr falls after the warm-up (wsd: as the run lands), "
+        "weight_decay falls to 0 or rises to 1.5 times its value",
     )
-    max_grad_norm: Positive | None = Field(1.0, description="clip the global norm here; null: off")
+    max_grad_norm: Positive | None = Field(
+        1.0, description="clip the gradients' global norm to this; null: off"
+    )
 
     @property
     def lands(self) -> bool:
@@ -129,10 +133,10 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     max_steps: PositiveInt = Field(
         1000,
-        description="optimizer updates, the cool-down of optim.schedule=wsd included; raised under "
-        "the same name, the run trains longer",
+        description="optimizer updates, including the cool-down of optim.schedule=wsd; raise it "
+        "under the same name to train a run longer",
     )
-    global_batch_size: PositiveInt = Field(16, description="sequences per step, all workers")
+    global_batch_size: PositiveInt = Field(16, description="sequences per step, over all workers")
     micro_batch_size: PositiveInt | None = Field(
         None,
         description="sequences per forward pass of one worker; null: its whole share",
@@ -150,31 +154,32 @@ class TrainConfig(Section):
     )
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
-        description="decay of an exponential moving average of the weights, such as 0.999, scored "
-        "at each evaluation next to the weights themselves; the better of the two counts; "
-        "null: off",
+        description="decay of an exponential moving average of the weights, such as 0.999, "
+        "scored at each evaluation next to the weights themselves; the better of the two is "
+        "used; null: off",
     )
     teachers: list[NonEmpty] = Field(
         [],
-        description="trained models with the same tokenizer, such as three runs that differ in "
-        "their seed: besides the text, the model learns the average of their probabilities, and "
-        "may keep much of what they gain as an ensemble",
+        description="trained models with the same tokenizer, such as three runs with different "
+        "seeds: the model learns the average of their probabilities as well as the text, and can "
+        "keep much of what they gain as an ensemble",
     )
     teacher_weight: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.5, description="share of the loss that is against train.teachers, the rest being the text"
+        0.5,
+        description="share of the loss taken against train.teachers; the rest is against the text",
     )
     async_validation: bool = Field(
         False,
-        description="an extra worker scores the checkpoints while training continues, to the same "
-        "numbers; a score counts at the next evaluation, so early stopping comes one "
+        description="an extra worker scores checkpoints while training continues, with the same "
+        "results; a score takes effect at the next evaluation, so early stopping comes one "
         "train.eval_interval later",
     )
     precision: Precision = "auto"
     backend: Backend = Field(
         "auto",
-        description="native: the project's own bf16 code for CPUs with AVX-512 or NEON, built "
-        "once by a C++ compiler in some seconds; auto: that or PyTorch (torch), whichever is "
-        "faster where the run first starts",
+        description="native: gptray's own bf16 code for CPUs with AVX-512 or NEON, built once by "
+        "a C++ compiler in a few seconds; auto: that or PyTorch (torch), whichever is faster on "
+        "the machine where the run first starts",
     )
     compile: Literal["auto"] | bool = Field(
         "auto",
@@ -183,8 +188,8 @@ class TrainConfig(Section):
     )
     deterministic: bool = Field(
         False,
-        description="on GPUs too, runs that are repeated or resumed end with the same bits; costs "
-        "about a tenth of the speed there; on CPUs they always do",
+        description="make repeated or resumed runs end bit for bit the same on GPUs too, which "
+        "costs about a tenth of the speed; on CPUs they always do",
     )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: resume a run of this name; never: always start a new one"
@@ -223,26 +228,26 @@ class TuneConfig(Section):
     )
     num_samples: PositiveInt = Field(
         16,
-        description="trials to draw, for each grid point if there is a grid; raised under the same "
-        "name, the sweep gets more (TuneConfig)",
+        description="trials to draw, for each grid point if there is a grid; raise it under the "
+        "same name to add trials to a sweep (TuneConfig)",
     )
     search_alg: Literal["random", "optuna"] = Field(
         "random", description="optuna: suggests from the results of trials (gptray[optuna])"
     )
-    baseline: bool = Field(True, description="first, one more trial of the config as it is")
+    baseline: bool = Field(True, description="run one more trial first: the config as it is")
     replicates: Annotated[int, Field(ge=0)] = Field(
         0, description="repeat the best three with this many other seeds; their mean decides"
     )
     retry_failed: bool = Field(
         True,
-        description="trials that failed for a passing reason (a full disk, a process that died) "
-        "run again on the next call, and no winner is declared before; false: the best of the "
-        "others wins",
+        description="when the sweep is started again, rerun trials that failed for a passing "
+        "reason (a full disk, a process that died) before declaring a winner; false: the best of "
+        "the others wins",
     )
     max_concurrent_trials: PositiveInt | None = Field(
         None,
-        description="null: as many as fit, each worker with a core; all where an autoscaler can "
-        "bring nodes (TuneConfig)",
+        description="trials that run at a time; null: as many as fit with a core for each "
+        "worker, or all if an autoscaler can add nodes (TuneConfig)",
     )
     grace_period: PositiveInt = Field(
         1, description="evaluations before the first rung, where trials are compared (ASHA)"
@@ -256,9 +261,12 @@ class TuneConfig(Section):
     min_gain: Annotated[float, Field(ge=0)] = Field(
         0.01,
         description="start no more trials once ten more would improve the best by less than this "
-        "with a probability of 95 %, in bits per byte; 0: run all, as with a grid and Optuna",
+        "with a probability of 95 %, in bits per byte; 0: run all, as a grid and Optuna always do",
     )
 
     def broken_rules(self) -> Iterator[str]:
         if self.search_alg == "optuna" and any("grid" in entry for entry in self.space):
-            yield "tune.search_alg=optuna draws; write choice for grid in tune.space"
+            yield (
+                "tune.search_alg=optuna does not take grids; write choice instead of grid in "
+                "tune.space"
+            )

@@ -19,20 +19,20 @@ class ServeConfig(Section):
     model: Annotated[str | None, model_to("serve")] = None
     adapters: dict[str, str] | str | None = Field(
         None,
-        description="adapters of the model that are served beside it, by name: {tales: folder} is "
-        "what clients call model:tales; folders of PEFT's (LoRA), or runs that trained one; or a "
-        "folder of such folders, which come and go while it serves",
+        description="adapters (LoRA) to serve beside the model, by name: {tales: folder} is "
+        "served as model:tales; each is a PEFT folder or a run that trained one; or one folder "
+        "of such folders, watched while serving",
     )
     served_model_name: NonEmpty | None = Field(
         None, description="what clients call the model; null: the name of its run or folder"
     )
     host: NonEmpty = Field(
-        "127.0.0.1", description="address to listen on; 0.0.0.0: all of the machine's"
+        "127.0.0.1", description="address to listen on; 0.0.0.0: all addresses of the machine"
     )
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
     api_key_file: str | None = Field(
         None,
-        description="file of keys, one per line, of which clients must send one (Authorization: "
+        description="file with one key per line; clients must send one of them (Authorization: "
         "Bearer); null: no key needed",
     )
     allowed_hosts: str | list[str] | None = Field(
@@ -46,7 +46,7 @@ class ServeConfig(Section):
         "(CORS)",
     )
     num_replicas: PositiveInt = Field(
-        1, description="engines, each with its share of the cluster (Ray Serve)"
+        1, description="engines, each with its own share of the cluster (Ray Serve)"
     )
     max_replicas: PositiveInt | None = Field(
         None, description="replicas to grow to under load; null: always num_replicas"
@@ -57,7 +57,8 @@ class ServeConfig(Section):
     )
     max_body_bytes: PositiveInt = Field(1 << 20, description="longest body of a request")
     max_prompts: PositiveInt = Field(
-        64, description="prompts of one request in the engine or its queue at a time; others follow"
+        64,
+        description="prompts of one request in the engine or its queue at a time; the others wait",
     )
     max_n: PositiveInt = Field(16, description="outputs for one prompt")
     max_outputs: PositiveInt = Field(
@@ -73,10 +74,10 @@ class ServeConfig(Section):
         20, description="most log-probabilities to return at each position"
     )
     body_timeout_s: Positive = Field(
-        20.0, description="seconds within which the body of a request must arrive"
+        20.0, description="seconds for the body of a request to arrive"
     )
     request_timeout_s: Positive = Field(
-        300.0, description="seconds that one request may take, including its wait"
+        300.0, description="seconds that one request may take, including waiting"
     )
     drain_timeout_s: NonNegative = Field(
         30.0, description="seconds for running requests to finish when the server stops"

@@ -15,7 +15,7 @@ from gptray.config.named_texts import NamedTexts
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.config.values import Backend, NonEmpty, PositiveInt, Precision, Section, model_to
 
-# Kinds of weights in few bits.
+# Kinds of quantized weights.
 QUANTIZED = ("int8", "int4", "iq4_nl")
 # What weights are exported in, whatever the format, and what each format has besides.
 _PLAIN = ("fp32", "fp16", "bf16")
@@ -47,7 +47,8 @@ class SampleConfig(Section):
     )
     min_p: Annotated[float, within("min_p")] | None = Field(
         None,
-        description="drop tokens less likely than this share of the likeliest one; null: off",
+        description="drop tokens less likely than this fraction of the likeliest one's "
+        "probability; null: off",
     )
     repetition_penalty: Annotated[float, within("repetition_penalty")] = Field(
         1.0, description="divides the logits of tokens already seen; 1: off"
@@ -57,7 +58,8 @@ class SampleConfig(Section):
     )
     utf8: bool = Field(
         True,
-        description="draw no token that would break a character, so that no output holds U+FFFD",
+        description="never draw a token that would break a character, so outputs never "
+        "contain U+FFFD",
     )
     seed: Annotated[int, within("seed")] = Field(
         0, description="seed of the sampler; each prompt and each row draws independently"
@@ -90,10 +92,10 @@ ROW_SETTINGS = tuple(name for name in SampleConfig.model_fields if name not in _
 class QuantizeConfig(Section):
     weights: Literal["none", "int8", "int4", "iq4_nl"] = Field(
         "none",
-        description="weights of the model that generates or is evaluated, and with lora.rank of "
-        "the base that is trained on; int8: half the memory of bf16, slightly less exact; int4: a "
-        "third, with a scale for every 32 inputs (the head stays int8), less exact; iq4_nl: the "
-        "same bytes, more exact; all are faster on CPUs that have the native kernels",
+        description="quantization of the model that generates or is evaluated, or with lora.rank "
+        "of the frozen base; int8: half the memory of bf16, slightly less accurate; int4: a "
+        "third, with a scale for every 32 inputs (the head stays int8), less accurate; iq4_nl: "
+        "the size of int4, more accurate; all are faster on CPUs with the native kernels",
     )
 
 
@@ -101,28 +103,28 @@ class GenerateConfig(Section):
     model: Annotated[str | None, model_to("generate with")] = None
     adapter: str | None = Field(
         None,
-        description="adapter to put on the model: a folder of PEFT's (LoRA), or a run that trained "
-        "one; where no model is named, it is the one that the adapter was trained on",
+        description="adapter to put on the model: a PEFT folder (LoRA) or a run that trained "
+        "one; if no model is named, the one that the adapter was trained on is used",
     )
     adapters: dict[str, str] | None = Field(
         None,
-        description="adapters for the rows of a batch job by name, {tales: folder}, as "
-        "serve.adapters; generate.adapter_column says which row has which",
+        description="adapters for the rows of a batch job by name, {tales: folder}, as in "
+        "serve.adapters; generate.adapter_column says which row uses which",
     )
     adapter_column: str | None = Field(
         None,
-        description="column that names each row's adapter among generate.adapters; null or empty "
-        "text in it: the model itself",
+        description="column with the name of each row's adapter in generate.adapters; null or "
+        "empty: the model itself",
     )
     input_path: str | list[str] | None = Field(
         None,
         description="prompts: files, folders or globs of .parquet .jsonl .ndjson .json .csv .tsv "
-        ".txt (one a line), or an OpenAI batch file (.jsonl)",
+        ".txt (one per line), or an OpenAI batch file (.jsonl)",
     )
     output_path: str | None = Field(
         None,
-        description="folder for the Parquet files, which pandas and pyarrow open as one table; on "
-        "a cluster a folder that every node sees",
+        description="folder for the Parquet files, which pandas and pyarrow open as one table; "
+        "every node of a cluster must see it; or a URI such as s3://bucket/out",
     )
     prompt_column: str = Field("prompt", description="column that holds the prompts")
     id_column: str | None = Field(
@@ -134,15 +136,17 @@ class GenerateConfig(Section):
     )
     settings_from_columns: bool | list[str] = Field(
         True,
-        description="columns that hold sampling settings of their row, such as temperature or "
-        "seed; true: all with such a name, false: none, or a list of names",
+        description="columns with sampling settings for their row, such as temperature or seed; "
+        "true: all with such a name; false: none; or a list of names",
     )
     prefix: NonEmpty | None = Field(
         None,
-        description="put before the name of an input column that clashes with one of the job's "
-        "own, such as output; null: refuse the input",
+        description="prefix for an input column whose name clashes with one of the job's own, "
+        "such as output; null: refuse the input",
     )
-    num_workers: PositiveInt = Field(1, description="engines, each with its share of the cluster")
+    num_workers: PositiveInt = Field(
+        1, description="engines, each with its own share of the cluster"
+    )
     max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
     rows_per_file: PositiveInt = Field(
         256, description="input rows of one Parquet file; a killed job repeats unfinished files"
@@ -150,16 +154,19 @@ class GenerateConfig(Section):
     precision: Precision = "auto"
     backend: Backend = Field(
         "auto",
-        description="native: the project's own code for CPUs with AVX-512 or NEON, built once by "
-        "a C++ compiler in some seconds; auto: that or PyTorch (torch), whichever is faster where "
-        "the engines run; on GPUs CUDA graphs and Triton",
+        description="native: gptray's own code for CPUs with AVX-512 or NEON, built once by a "
+        "C++ compiler in a few seconds; auto: that or PyTorch (torch), whichever is faster where "
+        "the engines run; on GPUs, CUDA graphs and Triton",
     )
 
     def broken_rules(self) -> Iterator[str]:
         if (self.adapters is None) != (self.adapter_column is None):
-            yield "adapters and adapter_column go together; one alone is adapter"
+            yield (
+                "adapters needs adapter_column, and the other way round; for a single adapter "
+                "use adapter"
+            )
         if self.adapters is not None and self.adapter is not None:
-            yield "adapter is for all rows, adapters for some; give one of them"
+            yield "adapter applies to all rows, adapters to some; give only one of them"
 
     @field_validator("settings_from_columns")
     @classmethod
@@ -183,26 +190,25 @@ class EvaluateConfig(Section):
     source: str | list[str] | None = Field(
         None,
         description="text to score as a whole instead of the splits, in any form of data.source; "
-        "its loss is test_loss",
+        "its loss is reported as test_loss",
     )
     also: NamedTexts = None
     stride: PositiveInt | None = Field(
         None,
-        description="tokens from one window to the next; a smaller stride gives more context from "
-        "the window before, slower and fairer; null: train.block_size, no overlap",
+        description="tokens from one window to the next; a smaller stride gives more context "
+        "from the previous window, which is slower but fairer; null: train.block_size, no overlap",
     )
     micro_batch_size: PositiveInt = Field(
         16,
-        description="windows per forward pass of one worker; on GPUs may change the rounding, "
-        "else nothing",
+        description="windows per forward pass of one worker; affects nothing but rounding on GPUs",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 on GPUs that compute in it, else fp32"
+        "auto", description="auto: bf16 on GPUs that support it, else fp32"
     )
     quantized: list[str] = Field(
         [],
-        description="kinds of quantize.weights to compare with the full weights on the test text, "
-        "such as [int8, int4]: losses, greedy tokens that agree, bytes",
+        description="kinds of quantize.weights to compare with the full weights on the test "
+        "text, such as [int8, int4]: loss, agreement of greedy tokens, size",
     )
     train_tokens: PositiveInt = Field(
         100_000, description="tokens of the training split to score, spread evenly over it"
@@ -212,8 +218,8 @@ class EvaluateConfig(Section):
     )
     bleu_tokenize: Literal["auto", "13a", "char", "ko-mecab", "intl", "flores200"] = Field(
         "auto",
-        description="what BLEU counts, by sacrebleu's names; auto: char for text that is mostly "
-        "Korean, Chinese, Japanese or the like, else 13a",
+        description="BLEU's tokenizer, by sacrebleu's names; auto: char for text that is mostly "
+        "Korean, Chinese, Japanese or similar, else 13a",
     )
 
     @field_validator("quantized")
@@ -232,9 +238,9 @@ class ExportConfig(Section):
     )
     precision: Literal["fp32", "fp16", "bf16", "q8_0", "q4_0", "iq4_nl", "int8", "int4"] = Field(
         "fp16",
-        description="what weights are rounded to; for gguf also q8_0, q4_0 and iq4_nl: 8 or 4 "
-        "bits, with a scale for every 32 weights; for hf int8 and int4, as compressed-tensors "
-        "packs them",
+        description="precision of the exported weights; for gguf also q8_0, q4_0 and iq4_nl: 8 "
+        "or 4 bits, with a scale for every 32 weights; for hf int8 and int4, as "
+        "compressed-tensors packs them",
     )
     output_path: str | None = Field(
         None, description="the file (.gguf) or folder (hf) to write; it must not exist yet"
@@ -244,6 +250,7 @@ class ExportConfig(Section):
         own = _OWN[self.format]
         if self.precision not in (*_PLAIN, *own):
             yield (
-                f"export.precision={self.precision} does not go with export.format={self.format}, "
-                f"which takes {', '.join((*_PLAIN, *own[:-1]))} or {own[-1]}"
+                f"export.precision={self.precision} is not available for "
+                f"export.format={self.format}, which takes {', '.join((*_PLAIN, *own[:-1]))} or "
+                f"{own[-1]}"
             )

@@ -20,7 +20,7 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16"],
-    Field(description="auto: bf16 where the processor or GPU computes in it, else fp32"),
+    Field(description="auto: bf16 if the processor or GPU supports it, else fp32"),
 ]
 Backend = Literal["auto", "native", "torch"]
 
@@ -31,7 +31,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     def broken_rules(self) -> Iterator[str]:
-        """Sentences on valid values that do not go together; only the first is told."""
+        """Messages about valid values that cannot be combined; only the first is reported."""
         yield from ()
 
     @model_validator(mode="after")

@@ -51,9 +51,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise YamlError("anchors (&) and aliases (*) are not used here; quote the text", line)
+            raise YamlError("anchors (&) and aliases (*) are not supported; quote the text", line)
         if getattr(event, "tag", None) is not None:
-            raise YamlError(f"tags are not used here: {event.tag}; quote the text", line)
+            raise YamlError(f"tags are not supported: {event.tag}; quote the text", line)
         if self.depth > MAX_DEPTH:
             raise YamlError("nested too deeply", line)
         self.depth += 1
@@ -157,8 +157,10 @@ def _explained(error: yaml.MarkedYAMLError) -> YamlError:
     if "'\\t'" in problem:
         return YamlError("a tab character; indent with spaces", line)
     if "but found another document" in problem:
-        return YamlError("a second document (---); a config is one", line)
+        return YamlError("a second document (---); a config has only one", line)
     if "mapping values are not allowed" in problem:
-        return YamlError("a second ': ' here, or wrong indentation; quote text with ': '", line)
+        return YamlError(
+            "a second ': ' here, or wrong indentation; quote text that contains ': '", line
+        )
     context = f" ({error.context})" if error.context else ""
     return YamlError(f"not valid YAML: {problem}{context}", line)

@@ -42,8 +42,8 @@ def _topics() -> list[str]:
         from pydoc_data.topics import topics
     except ImportError:
         raise UserError(
-            "data.source=builtin: this Python carries no documentation (pydoc_data.topics); "
-            "install its full standard library or name your own text"
+            "data.source=builtin: this Python comes without its documentation "
+            "(pydoc_data.topics); install its full standard library or name your own text"
         ) from None
     return [topics[name] for name in sorted(topics)]
 

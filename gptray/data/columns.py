@@ -122,7 +122,7 @@ class FoundColumns:
             if not is_utf8(name):
                 raise UserError(
                     f"{self._json_file}: column {name!r}: its name holds half a surrogate pair, "
-                    "which no file can hold; rename it"
+                    "which cannot be stored; rename it"
                 )
         for name, problem in unwritable(self._fields.values()).items():
             raise UserError(f"{self._sources[name][0]}: column {name!r}: {problem}")
@@ -138,10 +138,10 @@ class FoundColumns:
         if told:
             names = ", ".join(told)
             notes.append(
-                f"columns whose values fit no single type are carried as JSON text: {names}"
+                f"columns whose values fit no single type are stored as JSON text: {names}"
             )
         if ids in self._shapes and holds_json(fields[ids]):
-            notes.append(f"the ids in column {ids!r} are carried as text")
+            notes.append(f"the ids in column {ids!r} are stored as text")
         settings = setting_columns(self.names, config) if self.prompt_column else []
         wanted = config.settings_from_columns
         for name in wanted if isinstance(wanted, list) and self.prompt_column else []:
@@ -149,8 +149,8 @@ class FoundColumns:
                 raise UserError(no_column(name, self.names, key="generate.settings_from_columns"))
         if settings and wanted is True:
             notes.append(
-                f"columns that set how their row is sampled: {', '.join(settings)}; they only pass "
-                "through with generate.settings_from_columns=false"
+                f"columns that set how their row is sampled: {', '.join(settings)}; to only pass "
+                "them through, set generate.settings_from_columns=false"
             )
         if "seed" in settings and "seed" not in passed and "seed" not in self._csv_columns:
             source = self._sources.get("seed", [self._json_file])[0]

@@ -109,7 +109,7 @@ def undecodable(error: UnicodeDecodeError, encoding: str = UTF8) -> str:
         error.object[begin : begin + _SAMPLE]
     )
     if likely is None or likely == encoding:
-        return f"{problem}; name the file's encoding by data.encoding"
+        return f"{problem}; set data.encoding to the file's encoding"
     return f"{problem}; it looks like {likely}: set data.encoding={likely}"
 
 

@@ -60,8 +60,8 @@ def gguf_vocabulary(
     names = tokenizer.names
     if len(names) > rows:
         raise UserError(
-            f"the tokenizer has {len(names):,} tokens, but the model only {rows:,}: train with "
-            "model.resize_vocab=true first"
+            f"the tokenizer has {len(names):,} tokens, but the model has only {rows:,}: train "
+            "with model.resize_vocab=true first"
         )
     parts = tokenizer.parts()
     refused = _unlike_in_text(parts)
@@ -93,7 +93,8 @@ def _more_ends(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, int]:
     more = [one for one in dict.fromkeys(ends) if one != tokenizer.eos_id and one < len(names)]
     if left := more[len(MORE_ENDS) :]:
         log.warning(
-            "a GGUF file has room for %d tokens that end a text; llama.cpp may continue after %s",
+            "a GGUF file has room for only %d tokens that end a text; llama.cpp may continue "
+            "after %s",
             1 + len(MORE_ENDS),
             ", ".join(names[one] for one in left),
         )
@@ -136,7 +137,7 @@ def _of_characters(tokenizer: Tokenizer, rows: int) -> Mapping[str, object]:
     """
     if MARK in tokenizer.names:
         raise UserError(
-            "the text has the character U+2581, which llama.cpp's tokenizers take for a space; "
+            "the text has the character U+2581, which llama.cpp's tokenizers treat as a space; "
             "choose data.tokenizer=bpe"
         )
     return {"model": "llama", "add_space_prefix": False, "scores": [0.0] * rows}
@@ -148,11 +149,14 @@ def _of_bytes(parts: TokenizerParts) -> Mapping[str, object]:
     is_whole = bool(model.get("ignore_merges"))
     cut = _cut_of(parts["pre_tokenizer"], is_whole)
     if normalizer == "NFC":
-        log.warning("the tokenizer composes characters (NFC), llama.cpp does not: give it NFC text")
+        log.warning(
+            "the tokenizer composes characters (NFC) and llama.cpp does not: give llama.cpp NFC "
+            "text"
+        )
     elif normalizer is not None:
-        raise UserError(f"llama.cpp has no {normalizer} before byte-level BPE")
+        raise UserError(f"llama.cpp does not support {normalizer} before byte-level BPE")
     if is_whole != (cut in TAKES_WHOLE) or not _is_plain_bpe(model):
-        raise UserError("llama.cpp has no byte-level BPE with these settings")
+        raise UserError("llama.cpp does not support byte-level BPE with these settings")
     merges = [f"{left} {right}" for left, right in model["merges"]]
     return {"model": "gpt2", "pre": cut, "merges": merges or NO_MERGES}
 
@@ -183,7 +187,7 @@ def _cut_of(step: Step | None, is_whole: bool) -> str:
             ],
         } if name := _BY_PATTERN.get((regex, is_whole)):
             return name
-    raise UserError("llama.cpp does not cut text into words as this tokenizer does")
+    raise UserError("llama.cpp does not split text into words as this tokenizer does")
 
 
 # Bytes that no text has but by accident, by their byte-level names: control characters, and what

@@ -58,8 +58,8 @@ def passed_names(
         free = next(one for one in prefixes if not {one + name for name in meeting} & {*names})
         raise UserError(
             f"generate.input_path: the output has columns of its own named {listed}; rename them "
-            "in the input, or pass them through under other names: "
-            f"generate.prefix={free} makes {meeting[0]!r} {free}{meeting[0]}"
+            f"in the input, or pass them through under other names: generate.prefix={free} turns "
+            f"{meeting[0]!r} into {free}{meeting[0]}"
         )
     passed = {
         name: f"{prefix}{name}" if name in meeting else name for name in names if name not in shown
@@ -68,7 +68,7 @@ def passed_names(
     if clashing:
         raise UserError(
             f"generate.prefix={prefix}: {clashing[0]!r} would become {passed[clashing[0]]!r}, "
-            "which exists too; choose another prefix"
+            "which also exists; choose another prefix"
         )
     return passed
 

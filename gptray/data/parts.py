@@ -99,5 +99,5 @@ def _problem(schema: pa.Schema) -> str | None:
         return f"Parquet cannot hold {', '.join(map(str, schema.types))}: {error}"
     for field, now in zip(schema, back, strict=True):
         if field.type != now.type or field.nullable != now.nullable:
-            return f"Parquet gives back {field.type} as {now.type}; convert it first"
+            return f"Parquet returns {field.type} as {now.type}; convert it first"
     return None

@@ -107,7 +107,7 @@ def _declared(
     requests = holds_requests(files, settings)
     if requests and settings.adapter_column is not None:
         raise UserError(
-            "generate.adapter_column does not go with OpenAI batch files, which have no columns"
+            "generate.adapter_column cannot be used with OpenAI batch files, which have no columns"
         )
     if requests and settings.id_column is None:
         settings = settings.model_copy(update={"id_column": ID_KEY})
@@ -154,7 +154,7 @@ def _part(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
             except pa.ArrowInvalid:
                 raise UserError(
                     f"generate.input_path: column {field.name!r} has more values in "
-                    f"{len(table):,} rows than its type, {field.type}, can number; convert it to "
+                    f"{len(table):,} rows than its type, {field.type}, can index; convert it to "
                     "text, or lower generate.rows_per_file"
                 ) from None
     return table

@@ -153,7 +153,7 @@ def make_request(config: Config) -> Request:
 def whole_request(config: Config, source: str | Sequence[str], *, key: str) -> Request:
     """Find a text that is not to be split: all of it is the split `test`; `key` says where from.
 
-    Raises UserError as `make_request` does.
+    Raises UserError like `make_request` does.
     """
     text = _find(source, key, config.data.encoding)
     return _request(config, text, {}, (1.0,), 1.0, ())
@@ -180,8 +180,10 @@ def _hold_out(source: Source, own: Mapping[int, Source]) -> tuple[Source, list[s
     if taken:
         keys = " and ".join(sorted(set(taken.values())))
         if len(taken) == len(source.files):
-            raise UserError(f"{source.key}: all of its files are in {keys} too; nothing is left")
-        warnings.append(f"{_listed(list(taken))}: in {source.key} and in {keys}; not trained on")
+            raise UserError(
+                f"{source.key}: all of its files are also in {keys}, so nothing is left"
+            )
+        warnings.append(f"{_listed(list(taken))}: in both {source.key} and {keys}; not trained on")
         source = replace(source, files=tuple(f for f in source.files if f not in taken))
     return source, warnings + _look_alikes(source, own)
 
@@ -193,7 +195,9 @@ def _by_place(sources: Iterable[Source]) -> dict[str, str]:
         for file in source.files:
             other = held.setdefault(file.place, source.key)
             if other != source.key:
-                raise UserError(f"{source.key}: {file.name} is in {other} too; leave it in one")
+                raise UserError(
+                    f"{source.key}: {file.name} is also in {other}; keep it in only one"
+                )
     return held
 
 
@@ -205,8 +209,8 @@ def _look_alikes(source: Source, own: Mapping[int, Source]) -> list[str]:
         if label not in own and 0 < len(alike) < len(source.files):
             kind = LONG_NAMES[SPLITS[label]]
             warnings.append(
-                f"{_listed(alike)}: called like {kind} text, yet {source.key} is split and "
-                f"most of it is trained on; {_KEYS[label]}={alike[0].name} keeps it for {kind}"
+                f"{_listed(alike)}: named like {kind} text, but {source.key} is split and most "
+                f"of it is trained on; {_KEYS[label]}={alike[0].name} reserves it for {kind}"
             )
     return warnings
 

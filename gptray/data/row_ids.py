@@ -73,4 +73,4 @@ def check_id_type(name: str, kind: pa.DataType, source: str) -> None:
         raise UserError(f"{source}: the id column {name!r} holds {kind}; {_ADVICE}")
 
 
-_ADVICE = "ids are integers or text: convert it, or choose another column by generate.id_column"
+_ADVICE = "ids are integers or text: convert it, or choose another column with generate.id_column"

@@ -94,8 +94,8 @@ def check_setting_type(name: str, kind: pa.DataType, source: str) -> None:
         checks += [pa.types.is_list, pa.types.is_large_list]
     if not any(is_kind(plain) for is_kind in checks):
         raise UserError(
-            f"{source}: column {name!r} holds {kind}, and sets {name} of its row; to pass it "
-            "through as it is, leave it out of generate.settings_from_columns"
+            f"{source}: column {name!r} holds {kind}, but would set {name} for its row; to pass "
+            "it through unchanged, leave it out of generate.settings_from_columns"
         )
 
 
@@ -104,6 +104,6 @@ def check_seed_type(field: pa.Field, source: str) -> None:
     if not pa.types.is_integer(field.type) and not pa.types.is_null(field.type):
         held = "values of several types" if holds_json(field) else field.type
         raise UserError(
-            f"{source}: column 'seed' holds {held}, and the output's seed holds integers; convert "
-            "it, or set generate.prefix=input_ to pass it through as input_seed as well"
+            f"{source}: column 'seed' holds {held}, but the output's seed holds integers; "
+            "convert it, or set generate.prefix=input_ to pass it through as input_seed as well"
         )

@@ -76,7 +76,7 @@ def json_object(raw: bytes | str, **hooks: Unpack[JsonHooks]) -> dict[str, objec
     return _checked_object(row)
 
 
-_TOO_DEEP = "not JSON that can be read: nested too deeply"
+_TOO_DEEP = "cannot be read as JSON: nested too deeply"
 
 
 def _not_json(error: json.JSONDecodeError) -> str:

@@ -43,7 +43,7 @@ def bpe_fields(parts: TokenizerParts, names: Sequence[str], padding: int) -> Map
         if name[:cut] in vocab and name[cut:] in vocab
     )
     if runs != len(set(joined)) or not complete or model.get("ignore_merges"):
-        raise UserError("llama.cpp cannot join this tokenizer's pieces in the order of its merges")
+        raise UserError("llama.cpp cannot merge this tokenizer's pieces in the order of its merges")
     rank = {name: float(-number) for number, name in reversed([*enumerate(joined)])}
     scores = [rank.get(name, 0.0) for name in names]
     return {
@@ -62,7 +62,9 @@ def unigram_fields(
     """
     model = parts["model"]
     if model.get("byte_fallback") or model.get("unk_id") is None:
-        raise UserError("llama.cpp's unigram tokenizer needs an unknown token, and knows no bytes")
+        raise UserError(
+            "llama.cpp's unigram tokenizer needs an unknown token and has no byte fallback"
+        )
     score = dict(model["vocab"])
     charsmap, merges_spaces = _normalizing(parts["normalizer"])
     prefix = _prefix(parts, None, names)
@@ -96,8 +98,8 @@ def _prefix(parts: TokenizerParts, normalizer: Step | None, names: Sequence[str]
         } if normalizer is None and not (splits and any(MARK in name[1:] for name in names)):
             if scheme != "never":
                 log.warning(
-                    "llama.cpp puts a space before every text, this tokenizer only before one that "
-                    "does not begin with a space"
+                    "llama.cpp puts a space before every text; this tokenizer does so only if "
+                    "the text does not begin with one"
                 )
             return scheme != "never"
     raise UserError("llama.cpp does not treat spaces as this tokenizer does")

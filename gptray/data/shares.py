@@ -35,7 +35,7 @@ def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> l
     """A warning for every split of a source that is far from the share asked for, by name."""
     total = max(sum(bytes_of.values()), 1)
     return [
-        f"the {LONG_NAMES[name]} split has {bytes_of[name] / total:.1%} of the text, while "
+        f"the {LONG_NAMES[name]} split has {bytes_of[name] / total:.1%} of the text, but "
         f"data.split asks for {share:.1%}"
         for name, share in asked.items()
         if abs(bytes_of[name] / total - share) > _TOLERANCE * share
@@ -50,7 +50,10 @@ def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str 
             documents[plan.piece.file] += len(plan.labels)
     if separator is None or not documents or max(documents.values()) > 1:
         return None
-    return f"data.separator={separator!r} splits no text file: it never separates two texts"
+    return (
+        f"data.separator={separator!r} does not split any text file: it never stands between two "
+        "texts"
+    )
 
 
 def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | None:
@@ -71,5 +74,8 @@ def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | No
         for marker, times in counts.most_common()
     )
     likeliest = counts.most_common(1)[0][0]
-    cure = f"; data.separator='{likeliest}' splits .txt files there" if splits_text else ""
-    return f"the text holds markers as plain text, which the model learns to write: {found}{cure}"
+    cure = f"; data.separator='{likeliest}' splits .txt files at it" if splits_text else ""
+    return (
+        "the text contains markers as plain text, which the model will learn to write: "
+        f"{found}{cure}"
+    )

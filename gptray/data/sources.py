@@ -99,7 +99,7 @@ class SourceFile:
             if self.compression is None:
                 raw.seek(start)
             else:
-                assert start == 0, "a compressed stream is read from its beginning"
+                assert start == 0, "a compressed stream can only be read from its beginning"
                 raw = pa.CompressedInputStream(raw, self.compression)
         except OSError as error:
             raise UserError(f"{self.name}: cannot be opened: {_reason(error)}") from None

@@ -113,7 +113,7 @@ class Tokenizer:
         The prefix comes first, once: its own name at the start of a text (<s>) is not read again.
         parse_special: the names of special tokens in the text are those tokens, not plain text.
         add_prefix: whether a text that does not begin with the prefix gets it.
-        Raises UserError as `encode`.
+        Raises UserError like `encode`.
         """
         if parse_special:
             ids = self.chat_ids(text)
@@ -127,7 +127,7 @@ class Tokenizer:
     def chat_ids(self, chat: str) -> list[int]:
         """Token ids of a chat as its template writes it, special tokens by their names.
 
-        Names that were taken apart (see `WrittenNames`) are text. Raises UserError as `encode`.
+        Names that were taken apart (see `WrittenNames`) are text. Raises UserError like `encode`.
         """
         put_together = self.written_names.put_together
         if self._characters is None and put_together(chat) == chat:

@@ -39,7 +39,7 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
         if backend.token_to_id(named) is None:
             raise UserError(
                 f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
-                f"choose one by data.eos_token{_such_as(_candidates(backend))}"
+                f"choose one with data.eos_token{_such_as(_candidates(backend))}"
             )
         return named
     folder = tokenizer_path(source) or hub_tokenizer(source)
@@ -48,12 +48,12 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
     known = [name for name in WELL_KNOWN_ENDS if name in _added(backend)]
     if len(known) != 1:
         raise UserError(
-            f"data.tokenizer={source}: names no end-of-text token; choose one by data.eos_token"
-            f"{_such_as(_candidates(backend))}"
+            f"data.tokenizer={source}: names no end-of-text token; choose one with "
+            f"data.eos_token{_such_as(_candidates(backend))}"
         )
     _tell_once(
-        f"data.tokenizer={source} names no end-of-text token; taking {known[0]!r} "
-        "(data.eos_token chooses another)"
+        f"data.tokenizer={source} names no end-of-text token; using {known[0]!r} (set "
+        "data.eos_token to choose another)"
     )
     return known[0]
 

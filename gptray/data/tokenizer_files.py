@@ -200,8 +200,9 @@ def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - backend.get_vocab().keys()
     if missing:
         raise UserError(
-            f"{folder}: vocab.json and merges.txt alone are read as GPT-2's, byte-level, but "
-            f"{len(missing)} of the 256 bytes are not in the vocabulary; give a tokenizer.json"
+            f"{folder}: without a tokenizer.json, vocab.json and merges.txt are read as "
+            f"byte-level like GPT-2's, but {len(missing)} of the 256 bytes are not in the "
+            "vocabulary; add a tokenizer.json"
         )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -221,7 +222,7 @@ def _from_transformers(source: str) -> Opened:
         ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
-        raise UserError(f"data.tokenizer={source}: it has no tokenizer.json form")
+        raise UserError(f"data.tokenizer={source}: it cannot be saved as a tokenizer.json")
     return backend, _special_tokens(loaded.special_tokens_map)
 
 

@@ -92,8 +92,8 @@ def unreadable(
         piece = word
     return UnreadableText(
         f"the tokenizer ({kind}) does not know {piece[:_SHOWN]!r} and has no unknown token "
-        f"({str(error).strip()}); give it one (unk_token), or choose data.tokenizer=bpe, which "
-        "reads any text",
+        f"({str(error).strip()}); add one (unk_token), or choose data.tokenizer=bpe, which reads "
+        "any text",
         piece,
     )
 

@@ -22,10 +22,10 @@ _DENSE = re.compile(
 _FLORES = "models/flores200sacrebleuspm"
 
 _COMPARES = {
-    "13a": "words as WMT counts them, sacrebleu's default: comparable with published BLEU of the "
-    "same signature on the same text",
-    "char": "characters, not words: comparable only with BLEU of the same signature (tok:char) on "
-    "the same text, and far higher than BLEU of words",
+    "13a": "words as in WMT, sacrebleu's default: comparable with published BLEU of the same "
+    "signature on the same text",
+    "char": "characters, not words: comparable only with BLEU of the same signature (tok:char) "
+    "on the same text, and much higher than BLEU on words",
     "ko-mecab": "morphemes of mecab-ko, as in papers on Korean: comparable with BLEU of the same "
     "signature on the same text",
     "intl": "words by Unicode's classes (mteval-v14): comparable with BLEU of the same signature "

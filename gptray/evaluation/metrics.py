@@ -1,6 +1,6 @@
 """Losses of a split, in ranges of windows that anyone may score and in any order.
 
-And what weights in fewer bits cost: the same text, read with the full ones and with each kind.
+And the cost of quantization: the same text, read with the full weights and with each kind.
 
 Sums are kept by document and in float64: neither the ranges nor the batch size change the result
 beyond rounding. Which windows there are is `gptray.data.scoring`'s.
@@ -176,8 +176,8 @@ def _charge(score: Score, *, whole: bool) -> str:
         return ""
     which = "" if whole else ", by the split's mean"
     return (
-        f"; 8 bits are charged for each byte that the tokenizer loses, {percent(score.lost)} of "
-        f"the text{which}"
+        f"; each byte that the tokenizer loses counts 8 bits, {percent(score.lost)} of the "
+        f"text{which}"
     )
 
 

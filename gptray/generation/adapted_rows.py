@@ -1,7 +1,8 @@
-"""Adapters as decoders take them: many of one base, each for some rows of a step.
+"""Adapters in decoders: many adapters of one base, each for some rows of a step.
 
-The base's weights are read once for all rows; to a row of an adapter that adapter's product of two
-narrow matrices is added. Hu et al. 2022, LoRA; Sheng et al. 2023, S-LoRA. Shapes: N rows, R rank.
+The base's weights are read once for all rows; each row with an adapter gets that adapter's product
+of two narrow matrices added. Hu et al. 2022, LoRA; Sheng et al. 2023, S-LoRA. Shapes: N rows, R
+rank.
 """
 
 from __future__ import annotations

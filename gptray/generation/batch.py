@@ -1,7 +1,7 @@
 """Parts of a file of prompts through one engine: a Parquet file for each, whole or not there.
 
 The engine stays full from one part to the next: `feed` returns as soon as it could take more
-requests, and the rows that are still running end while the next part runs.
+requests, and rows that are still running finish while the next part runs.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class PartWriter:
         chat: str | None = own.pop(CHAT, None)
         if adapter is not None and adapter not in self._adapters:
             known = ", ".join(self._adapters)
-            error = error or f"the adapter {adapter!r} is none of generate.adapters ({known})"
+            error = error or f"the adapter {adapter!r} is not in generate.adapters ({known})"
         seeds = [numbered_seed(first, sample) for sample in range(self._num_samples)]
         rows = [_Row(seed, adapter, error) for seed in seeds]
         if error is not None:

@@ -17,10 +17,10 @@ FIRST_TOKENS = 1024
 
 
 class Cache:
-    """Keys and values of every layer for S sequences of up to P tokens, in memory taken once.
+    """Keys and values of every layer for S sequences of up to P tokens, in memory allocated once.
 
-    Products are several times faster over keys that lie side by side than over slices of longer
-    rows. So each layer's memory is seen as (S, K, length, E) with the least `length` that holds
+    Products over contiguous keys are several times faster than over slices of longer
+    rows. So each layer's memory is viewed as (S, K, length, E) with the least `length` that holds
     the longest sequence, and is laid out anew when that changes: once in LENGTH_STEP tokens. The
     memory holds FIRST_TOKENS a sequence, and twice as many when that is too little.
     """

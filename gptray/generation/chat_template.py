@@ -20,8 +20,8 @@ _RENDERED = ("messages", "self")
 def messages_of(value: object) -> list[dict[str, str]]:
     """A chat's messages, each with a role and text. Raises ValueError naming what is wrong.
 
-    A content of several parts is their text, a line each. Keys that are null or empty are as good
-    as left out.
+    Content with several parts becomes their text, one line each. Keys that are null or empty are
+    ignored.
     """
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError("messages expects a list of messages, each with a role and content")
@@ -81,7 +81,7 @@ class ChatTemplate:
     ) -> str:
         """The text that `Tokenizer.chat_ids` reads as a chat's prompt.
 
-        Names of special tokens within messages are taken apart in it.
+        Names of special tokens inside messages are split up in it.
         add_generation_prompt: whether it ends where the model's next message begins.
         continue_final_message: whether it ends within the last message instead. variables: the
         template's own, such as enable_thinking. Raises ValueError where the template refuses or

@@ -1,4 +1,4 @@
-"""Choosing tokens by numbers alone: every row of logits, by its own columns of settings.
+"""Choosing tokens with tensors alone: every row of logits by its own columns of settings.
 
 No step waits for the device, so a CUDA graph can hold all of it.
 

@@ -1,9 +1,9 @@
 """A GPT as generation runs it: packed weights, flat steps, a preallocated cache of keys and values.
 
-A step carries tokens of many sequences side by side: one each for those that are decoding, a piece
-of the prompt for those that begin. No token is padding. What a sequence gets does not depend on
-its neighbours: every product runs over a token's own row. This decoder runs wherever PyTorch does;
-`gptray.generation.native_decoder` has a faster one for some processors.
+A step carries tokens of many sequences side by side: one token for each that is decoding, a piece
+of the prompt for each that begins. No token is padding. A sequence's result does not depend on its
+neighbours, because every product runs over a token's own row. This decoder runs wherever PyTorch
+does; `gptray.generation.native_decoder` has a faster one for some processors.
 
 Shapes: N tokens of a step, S slots, D sequences decoding, H heads in K groups that share keys and
 values, E = head width.

@@ -21,7 +21,7 @@ UTF8_BYTES = 4
 def left_context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
     """The prompt's last token, or character of byte tokens, if what follows continues its text.
 
-    Of Llama's kind of tokens the first in a text loses the space that it begins with.
+    With tokenizers like Llama's, a text's first token loses its leading space.
     """
     if not prompt or prompt[-1] in tokenizer.written_names.ids.values():
         return []
@@ -67,7 +67,7 @@ class TextStream:
     def finish(self) -> str:
         """Return what was held back: no token will follow. Nothing after a stop string.
 
-        A stop string may stand in what was held back for a character that never became whole.
+        A stop string may be in the text held back for a character that was never completed.
         """
         if self.stopped:
             return ""

@@ -1,7 +1,7 @@
 """Continuous batching: sequences join a running batch at the next step and leave when they end.
 
 One step of the network carries one token of every sequence that decodes and pieces of the prompts
-that wait. Knows nothing of Ray or HTTP; one thread at a time may use an engine.
+that wait. It knows nothing of Ray or HTTP. Only one thread at a time may use an engine.
 
 Yu et al. 2022, Orca (scheduling by steps); Agrawal et al. 2023, Sarathi (prompts in pieces that
 ride along with decoding).
@@ -106,7 +106,7 @@ class Engine:
         sequence.is_checked = True
 
     def submit(self, sequence: Sequence) -> Sequence:
-        """Queue a sequence and return it. Raises ValueError as `check`."""
+        """Queue a sequence and return it. Raises ValueError like `check`."""
         if not sequence.is_checked:
             self.check(sequence)
         sequence.begin(self._tokenizer, self.n_positions, self._utf8, self.eos_ids)
@@ -114,7 +114,7 @@ class Engine:
         return sequence
 
     def run(self, sequences: Iterable[Sequence]) -> list[Sequence]:
-        """Queue sequences and step until nothing is left to do. Raises ValueError as `submit`."""
+        """Queue sequences and step until nothing is left to do. Raises ValueError like `submit`."""
         submitted = [self.submit(sequence) for sequence in sequences]
         while self.busy:
             self.step()
@@ -290,7 +290,7 @@ def make_decoder(
 ) -> Network:
     """The decoder of a backend; see `Engine`."""
     if backend == "graph" and (why := why_no_graphs(model.config)):
-        log.info("generating through PyTorch, since %s", why)
+        log.info("generating through PyTorch, because %s", why)
         backend = "torch"
     if backend == "graph":
         try:

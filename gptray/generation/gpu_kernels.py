@@ -1,4 +1,4 @@
-"""What the graph decoder computes by Triton; where that is absent, by plain formulas in PyTorch.
+"""What the graph decoder computes with Triton or, without it, with plain PyTorch.
 
 Shapes: N rows, S slots, H heads, E = head width, P positions.
 """

@@ -1,7 +1,7 @@
 """Draws tokens where the logits are, in one CUDA graph with one copy each way.
 
-It gives what `gptray.generation.sampling.draw` gives. A row with settings of the rarer kind (bias,
-penalties, log-probabilities, a very large top_k) goes through that.
+It gives the same results as `gptray.generation.sampling.draw`, which handles rows with rarer
+settings (bias, penalties, log-probabilities, a very large top_k).
 
 Shapes: S slots, B rows of a draw, V padded vocabulary.
 """

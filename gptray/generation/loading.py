@@ -1,4 +1,4 @@
-"""An engine from a model folder, as a config says, and the backend that decodes faster here."""
+"""Opens an engine for a model folder, with the backend that decodes faster here."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def open_engine(
     tokenizer, shape = Tokenizer.load(folder), read_shape(folder)
     if tokenizer.vocab_size > shape.rows:
         raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding "
-            f"only {shape.rows:,} rows"
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model's "
+            f"embedding has only {shape.rows:,} rows"
         )
     picked = decoder_backend(config, shape, max_batch_size=slots, takes_adapters=takes_adapters)
     if device == "cpu" and generate.adapter is None:
@@ -131,7 +131,7 @@ def faster_decoder(
     if missing := why_not_native(use_gpu=False, look_at_cache=True):
         return pytorch_since(GENERATE_KEY, missing)
     if takes_adapters:
-        return Choice("native", f"{GENERATE_KEY}: native, the faster one with adapters")
+        return Choice("native", f"{GENERATE_KEY}: native, which is faster with adapters")
     dtype = pick_dtype(config.generate.precision, "cpu", key="generate.precision")
     work = {
         "of": "decoding",

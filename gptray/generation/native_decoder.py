@@ -1,6 +1,6 @@
 """The decoder of `gptray.native`: a step of the network in one call.
 
-Does what `gptray.generation.decoder` does with PyTorch, on some processors about twice as fast:
+It does what `gptray.generation.decoder` does with PyTorch, about twice as fast on some processors;
 `gptray.generation.loading` finds out where.
 """
 

@@ -1,4 +1,4 @@
-"""A network's numbers as the native library reads them."""
+"""A network's weights in the layout that the native library reads."""
 
 from __future__ import annotations
 

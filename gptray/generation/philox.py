@@ -1,4 +1,4 @@
-"""Random numbers that are a function of a counter, so that no row depends on another's draws."""
+"""Random numbers as a function of a counter, so no row depends on another's draws."""
 
 from __future__ import annotations
 

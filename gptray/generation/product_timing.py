@@ -1,4 +1,4 @@
-"""Which kernels multiply by weights in few bits the fastest on this GPU: each is tried once."""
+"""Which kernels multiply by quantized weights fastest on this GPU: each is tried once."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ ROUNDS = 15
 FLUSHED = 1 << 28
 # What the kernels are made from.
 SOURCES = [Path(__file__).with_name(name) for name in ("triton_kernels.py", "weight_only.py")]
-# The way that makes weights whole; those that multiply by them as they are have their tiles' names.
+# The way that expands weights; those that multiply by them directly have their tiles' names.
 WHOLE = "whole"
 
 
 @torch.no_grad()
 def choose_kernels(products: Iterable[Product], rows: int) -> None:
-    """Have products with weights in few bits on a GPU take the fastest kernels for up to `rows`.
+    """Let products with quantized weights on a GPU use the fastest kernels for up to `rows` rows.
 
-    Each is compared with whole weights before it is used. The first engine of a kind on a machine
-    measures, and Triton compiles for some seconds; others take what it found.
+    Each is compared with expanded weights before it is used. The first engine of a kind on a
+    machine measures, and Triton compiles for a few seconds; later ones reuse the result.
     """
     shapes = dict[tuple[object, ...], list[WeightOnly]]()
     for one in products:
@@ -57,14 +57,14 @@ def choose_kernels(products: Iterable[Product], rows: int) -> None:
         if_whole += len(alike) * seconds[WHOLE]
     if taken < if_whole:
         log.info(
-            "quantize.weights: products by weights as they are, %.2fx as fast here as weights made "
-            "whole (%.3g against %.3g ms for those of %s)",
+            "quantize.weights: multiplying by quantized weights directly, %.2fx as fast here as "
+            "expanding them first (%.3g against %.3g ms for %s)",
             *(if_whole / taken, 1e3 * taken, 1e3 * if_whole, count(rows, "row")),
         )
 
 
 def _ways(one: WeightOnly, rows: int) -> dict[str, WeightOnly]:
-    """The same product, computed in each way that may be the fastest."""
+    """The same product in every way that may be the fastest."""
     plain = replace(one, gelu=None, tile=None)
     tiles = tiles_for(rows, one.dtype).items()
     return {WHOLE: plain} | {name: replace(plain, tile=tile, rows=rows) for name, tile in tiles}
@@ -76,7 +76,7 @@ def _seconds(
     """Of each way that works."""
     plain = ways[WHOLE]
     asked = {
-        "of": "products with weights in few bits",
+        "of": "products with quantized weights",
         "shape": shape,
         "rows": rows,
         "tiles": repr(tiles_for(rows, plain.dtype)),

@@ -1,7 +1,7 @@
 """x W^T + b with the weight packed once, in the form that is fastest for a few rows of x.
 
 On a CPU through oneDNN, whose packed layout reads the weight at the memory's speed; elsewhere
-PyTorch's own. A row of the result depends on that row of x alone, and on no other.
+PyTorch's own. A row of the result depends only on that row of x.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def product(
 
     gelu: "tanh" for GPT-2's, "none" for the exact one, as torch calls its approximation. quantized:
     another kind keeps the weight as `gptray.model.quantized` makes it, by the importance. factors:
-    (out,), of the weight's outputs; weights in few bits are rounded before.
+    (out,), of the weight's outputs; quantized weights are rounded before.
     """
     if quantized != "none":
         kept = quantize(weight, quantized, importance).times(factors)
@@ -101,10 +101,10 @@ class _Packed:
 
 @dataclass
 class WeightOnly:
-    """Weights in few bits; x is not rounded.
+    """A product with quantized weights; x is not rounded.
 
-    tile: of the kernel that multiplies up to `rows` rows by the weights as they are; for more they
-    are made whole for each product. See `gptray.generation.weight_only`.
+    tile: of the kernel that multiplies up to `rows` rows by the weights directly; for more they
+    are expanded for each product. See `gptray.generation.weight_only`.
     """
 
     weight: QuantizedWeight | GpuWeight

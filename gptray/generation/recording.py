@@ -1,6 +1,6 @@
-"""Work for a GPU that is recorded once as a CUDA graph, and the numbers that it reads and gives.
+"""Work for a GPU that is recorded once as a CUDA graph, and the tensors it reads and returns.
 
-On a CPU everything is there too and simply runs, so that tests need no GPU.
+On a CPU the same code simply runs, so tests do not need a GPU.
 """
 
 from __future__ import annotations

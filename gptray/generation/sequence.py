@@ -1,4 +1,4 @@
-"""One text on its way from prompt to tokens: what is asked for, what there is, where it stands."""
+"""One text on its way from prompt to tokens: the request, the result so far, and its progress."""
 
 from __future__ import annotations
 

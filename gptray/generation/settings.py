@@ -1,4 +1,4 @@
-"""How one sequence is sampled, and what is refused: no torch, so that jobs can check it at once.
+"""How one sequence is sampled, and what is refused. Without torch, so jobs can check it at once.
 
 Names and meaning are Hugging Face's GenerationConfig, or OpenAI's where that has none, in their
 order: bias, repetition penalty, frequency and presence penalty, minimum length, whole characters,

@@ -1,4 +1,4 @@
-"""Products with weights in few bits on a GPU, by Triton's kernels.
+"""Products with quantized weights on a GPU, by Triton kernels.
 
 Products are summed in fp32 and rounded once to what x is in. Of many rows, and in fp32, they are
 those with weights that `dequantize` rounds; of few rows in 16 bits a weight is its value times its
@@ -23,7 +23,7 @@ from gptray.model.quantized import CODES, QuantizedWeight, quantize
 
 log = logging.getLogger("gptray")
 
-# Of the program that makes weights whole.
+# Of the program that expands weights.
 _OUTPUTS, _INPUTS = 8, 256
 
 
@@ -181,7 +181,7 @@ def for_gpu(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight | Gp
 
 @cache
 def _works(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel makes weights whole as PyTorch does."""
+    """Whether a kernel expands weights as PyTorch does."""
     generator = torch.Generator(device).manual_seed(0)
     weight = quantize(torch.randn(64, 256, generator=generator, device=device), kind)
     expected = weight.dequantize(dtype)
@@ -204,14 +204,14 @@ def is_right(
     else:
         if bool(((found - expected).abs() <= room).all()):
             return True
-        why = f"it gives other numbers than PyTorch for {kind}"
+        why = f"its results differ from PyTorch's for {kind}"
     _tell_once(why)
     return False
 
 
 @cache
 def _tell_once(why: str) -> None:
-    log.warning("a kernel for weights in few bits is not used, which may be slower: %s", why)
+    log.warning("not using a kernel for quantized weights, which may be slower: %s", why)
 
 
 def _kernels(tensor: Tensor) -> ModuleType:

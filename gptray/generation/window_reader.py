@@ -1,4 +1,4 @@
-"""Whole windows of text, read by the network that an engine runs: what its weights really cost."""
+"""Reads whole windows of text with an engine's network, to measure what its weights cost."""
 
 from __future__ import annotations
 

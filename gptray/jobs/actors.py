@@ -1,4 +1,4 @@
-"""Actors that share out a job's work, none of which waits for an actor that cannot run yet.
+"""Actors that share a job's work; the work never waits for an actor that cannot run yet.
 
 Ray queues an actor for which no node has room, and every call to it. So work goes to actors that
 have answered once, and comes back from those that die: with their process, or with their node.
@@ -140,7 +140,7 @@ class Crew(Generic[M]):
     def _count(self, error: Exception) -> None:
         of_all = count(len(self.members), self._name)
         if getattr(error, "preempted", False):  # Ray knew that the node would be taken
-            log.warning("1 of %s was taken with its node; its work goes to another", of_all)
+            log.warning("1 of %s was lost with its node; its work goes to another", of_all)
             return
         self._deaths += 1
         if 0 <= self._most_deaths < self._deaths:

@@ -114,7 +114,7 @@ def _named(key: str) -> Iterator[None]:
 def _folder_of_adapters(source: str, *, key: str) -> Path:
     """A folder that has adapters in it, now or later. Raises UserError."""
     if is_uri(source):
-        raise UserError(f"{key}={source}: adapters are taken from a folder, not from a URI")
+        raise UserError(f"{key}={source}: adapters must be in a local folder, not at a URI")
     folder = absolute(source, key=key)
     if not folder.is_dir():
         raise UserError(f"{key}: {folder}: no such folder")
@@ -137,14 +137,14 @@ def _base_of(folder: Path, *, key: str) -> str:
     base = read_foreign(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         section = key.partition(".")[0]
-        raise UserError(f"{key}: {folder / CONFIG} names no base; set {section}.model too")
+        raise UserError(f"{key}: {folder / CONFIG} names no base model; set {section}.model too")
     return base
 
 
 def _found(config: Config, source: str, *, key: str) -> Path:
     """The folder of an adapter, or of the one that a run of this name has."""
     if is_uri(source):
-        raise UserError(f"{key}={source}: an adapter is taken from a folder, not from a URI")
+        raise UserError(f"{key}={source}: an adapter must be in a local folder, not at a URI")
     place = absolute(source, key=key)
     run = None if is_uri(config.storage_path) else run_named(config, source)
     if run and not place.exists() and (run / ADAPTER / CONFIG).is_file():

@@ -134,7 +134,7 @@ def _ray_folder() -> Iterator[None]:
             ) from error
         else:
             raise
-        message = f"Ray did not start: {failure}; RAY_TMPDIR names another folder"
+        message = f"Ray did not start: {failure}; set RAY_TMPDIR to another folder"
         raise RunFailed(message) from error
 
 
@@ -208,10 +208,9 @@ def check_resources(
     if beside and not problems and not has_spare:
         spare = f"{count} GPUs" if compute.use_gpu else f"{cores * count} cores"
         problems.append(
-            f"{beside}=true needs one worker more than "
-            f"compute.num_workers={shown}, so {spare}; this machine has "
-            f"{gpus if compute.use_gpu else cpus}. Without it ({beside}=false) the workers "
-            "themselves score, to the same numbers"
+            f"{beside}=true needs one more worker than compute.num_workers={shown}, so {spare}; "
+            f"this machine has {gpus if compute.use_gpu else cpus}. Without it ({beside}=false) "
+            "the workers do the scoring themselves, with the same results"
         )
     missing = why_not_compile(on_gpu=compute.use_gpu) if compiling else None
     if missing:
@@ -257,7 +256,7 @@ def _speak(connection: socket.socket) -> None:
     connection.sendall(_PREFACE)
     answer = connection.recv(9)
     if answer[3:4] != _SETTINGS:
-        raise ConnectionError("what listens there is not Ray")
+        raise ConnectionError("whatever is listening there is not Ray")
 
 
 def _running_here() -> str | None:

@@ -139,7 +139,7 @@ class DriverFolder:
     def _check(self, writer: Writer) -> None:
         run, number = writer
         if self._writers.setdefault(run, number) != number:
-            raise RunFailed(f"another worker writes the run {self._root / run} by now")
+            raise RunFailed(f"another worker has taken over the run {self._root / run}")
 
     def _place(self, name: str) -> Path:
         """Where a file of this name is written: those of checkpoints in a draft."""

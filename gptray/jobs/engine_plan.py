@@ -63,8 +63,8 @@ def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
     token = 2 * model.n_layer * model.kv_heads * model.head_width * each
     cache = sequences * model.n_positions * token
     return (
-        f"{_size(weights)} of weights in {named}, up to {_size(cache)} of keys and values, about "
-        f"{_size(PROCESS)} for the process"
+        f"{_size(weights)} of weights in {named}, up to {_size(cache)} of keys and values, and "
+        f"about {_size(PROCESS)} for the process"
     )
 
 

@@ -69,7 +69,7 @@ def not_adapter(source: str | Path, *, key: str) -> str | None:
         )
     if section == "serve":
         return f"{folder} is an adapter, not a model; serve.adapters={{name: {source}}} serves it"
-    return f"{folder} is an adapter, not a model; the model/ of its run has it merged in"
+    return f"{folder} is an adapter, not a model; its run's model/ has it merged in"
 
 
 def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, str]:
@@ -177,7 +177,7 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
 
 
 def all_runs(config: Config) -> Place:
-    """The folder of all runs, here or in an object store. Raises UserError as `storage_of`."""
+    """The folder of all runs, here or in an object store. Raises UserError like `storage_of`."""
     remote = is_uri(config.storage_path)
     return RemoteFolder(config.storage_path) if remote else storage_of(config)
 
@@ -245,7 +245,7 @@ def _tell(message: str) -> None:
 
 
 def newest_run(storage: Place) -> Place | None:
-    """The run in a storage path whose model is the newest. Raises UserError as `has_model`."""
+    """The run in a storage path whose model is the newest. Raises UserError like `has_model`."""
     if isinstance(storage, RemoteFolder):
         files = storage.files(deep=True).items()
         found = [(one.modified, name) for name, one in files if _RUN_MODEL.fullmatch(name)]

@@ -46,8 +46,8 @@ def _check_held_out(name: str, request: Request, trained_on: Request | None) -> 
         shared = ["builtin"]
     if shared:
         raise UserError(
-            f"{KEY}: {name} is not held-out text: {shared[0]} is part of "
-            f"{trained_on.source.key} too; leave it out of one"
+            f"{KEY}: {name} is not held-out text: {shared[0]} is also part of "
+            f"{trained_on.source.key}; leave it out of one of them"
         )
 
 

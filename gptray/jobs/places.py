@@ -98,8 +98,9 @@ def check_storage(config: Config) -> None:
         for source in [sources] if isinstance(sources, str) else sources:
             if "://" not in source and _reads(source, folder, key=key):
                 raise UserError(
-                    f"storage_path={config.storage_path}: {folder} lies in {key}={source}, so that "
-                    "the job's own files would become text; give a folder outside of it"
+                    f"storage_path={config.storage_path}: {folder} lies in {key}={source}, so "
+                    "the job's own files would become training text; choose a folder outside of "
+                    "it"
                 )
     check_writable(folder, key=f"storage_path={config.storage_path}")
 

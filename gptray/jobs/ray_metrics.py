@@ -55,13 +55,15 @@ METRICS = {
         Metric("gptray_gap", "gauge", _NATS, "validation loss - training loss", field="gap"),
         Metric("gptray_lr", "gauge", "1", "learning rate", field="lr"),
         Metric("gptray_grad_norm", "gauge", "1", "before clipping", field="grad_norm"),
-        Metric("gptray_mfu", "gauge", "share", "of the GPUs' arithmetic in use", field="mfu"),
+        Metric(
+            "gptray_mfu", "gauge", "share", "share of the GPUs' peak arithmetic in use", field="mfu"
+        ),
         Metric("gptray_train_steps", "counter", "steps", "steps made"),
         Metric(
             "gptray_train_seconds",
             "counter",
             "seconds",
-            "where the first worker's time goes, see gptray.training.laps",
+            "where the first worker's time goes; see gptray.training.laps",
             tags=("part",),
         ),
         # Training, evaluating (tokens scored) and batches (tokens written).

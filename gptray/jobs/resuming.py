@@ -38,7 +38,7 @@ LONGER = ("train.max_steps", "train.patience", "train.min_delta")
 MORE = ("tune.num_samples", "tune.min_gain")
 # Files and folders that jobs write to in place: through a link they would write elsewhere.
 _WRITTEN = (LOCK, WRITER_LOCK, METRICS, EVENTS, TRIALS, "model", "tensorboard", "trials")
-_ANEW = "a new name starts a new run, with model.init_from from these weights"
+_ANEW = "to start from these weights, choose a new name and set model.init_from"
 # Schedules of the learning rate that end at train.max_steps.
 _ENDING = ("linear", "cosine")
 
@@ -110,8 +110,8 @@ def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]
         if key == "train.max_steps":
             if new < step:
                 raise UserError(
-                    f"train.max_steps={new}: the run {seen_at(config)} has made {step:,} steps "
-                    f"already; give {step} or more, or choose another name"
+                    f"train.max_steps={new}: the run {seen_at(config)} has already made {step:,} "
+                    f"steps; give {step} or more, or choose another name"
                 )
             _check_room_to_land(config, step)
             verb = "raised" if new > old else "lowered"
@@ -137,8 +137,8 @@ def check_not_landing(config: Config, changes: Sequence[str], state: TrainerStat
     """Refuse to train a run longer that has begun to land. Raises UserError."""
     if changes and state and state.landing:
         raise UserError(
-            f"{'; '.join(changes)}: the run {seen_at(config)} has begun to land "
-            f"after step {state.landing.start:,}, and its stable part cannot continue; {_ANEW}"
+            f"{'; '.join(changes)}: the run {seen_at(config)} has begun to land after step "
+            f"{state.landing.start:,}, so its stable part cannot continue; {_ANEW}"
         )
 
 
@@ -150,7 +150,7 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> 
     new = config.tune.num_samples
     if new < old:
         raise UserError(
-            f"tune.num_samples={new}: the sweep {seen_at(config)} has drawn {old} already; give "
+            f"tune.num_samples={new}: the sweep {seen_at(config)} has already drawn {old}; give "
             f"{old} or more, or choose another name"
         )
     sentences = []
@@ -162,8 +162,8 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> 
     least = before.get("tune.min_gain")
     if least != config.tune.min_gain:
         sentences.append(
-            f"tune.min_gain changed from {shown(least)} to {shown(config.tune.min_gain)}: whether "
-            "more trials are worth it is judged again"
+            f"tune.min_gain changed from {shown(least)} to {shown(config.tune.min_gain)}: the "
+            "sweep judges again whether more trials are worth it"
         )
     return sentences
 
@@ -249,7 +249,7 @@ def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> st
         longer.append(f"train.patience={2 * state.progress.bad_evals}")
     return (
         f"this run is finished; to train it longer: {command('train', config, folder, *longer)}; "
-        "train.resume=never and another name start a new one"
+        "for a new one, set train.resume=never and another name"
     )
 
 

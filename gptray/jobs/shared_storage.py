@@ -139,7 +139,7 @@ def blind_nodes(
     found: list[UserError | RunFailed] = []
     for node, answer in zip(working, answers, strict=True):
         if isinstance(answer, NoAnswer):
-            words = f"node {node.address} {answer.reason}, asked whether it sees {about}"
+            words = f"node {node.address} {answer.reason} when asked whether it sees {about}"
             if answer.is_gone:
                 log.warning("%s; it has left the cluster", words)
             else:

@@ -84,7 +84,7 @@ class _Follower:
         """Wait for that; a tracker that has not taken all of it by then is left alone."""
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive() and not self._is_stopped:
-            self._tell("it has not taken everything in time")
+            self._tell("it did not accept everything in time")
 
     def _follow(self) -> None:
         pause = POLL_S
@@ -96,7 +96,7 @@ class _Follower:
             self._try(partial(session.close, self._ending))
 
     def _try(self, do: Callable[[], None]) -> bool:
-        """Whether it went well; what goes wrong is told once."""
+        """Whether it went well; a failure is reported once."""
         try:
             do()
         except Exception as error:  # of whatever kind a tracker's package has
@@ -107,8 +107,8 @@ class _Follower:
     def _tell(self, why: str) -> None:
         if not self._has_failed:
             log.warning(
-                "track.%s=%s does not get the run: %s; the job continues, and metrics.jsonl has "
-                "every row",
+                "track.%s=%s is not getting the run: %s; the job continues, and metrics.jsonl "
+                "has every row",
                 self._tracker,
                 self._where,
                 why,

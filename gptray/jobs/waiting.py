@@ -2,7 +2,7 @@
 
 A watch in the driver asks Ray what this job has asked for and not got: its placement groups and
 actors that no node has taken. While some wait and none of the job's holds a core or GPU, nothing
-runs; else some of the workers wait, which is told and ends no job.
+runs; else some of the workers wait, which is reported and ends no job.
 """
 
 from __future__ import annotations

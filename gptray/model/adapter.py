@@ -1,4 +1,4 @@
-"""What an adapter adapts of a model, and how PEFT's folders call it. No torch here.
+"""Which weights of a model an adapter covers, and their names in PEFT's folders. No torch here.
 
 An adapter adds a product of two narrow matrices to the weight of a linear layer (Hu et al. 2022,
 LoRA). `gptray.model.adapter_folder` checks a folder, `gptray.model.adapter_files` has the weights.
@@ -88,7 +88,7 @@ def module_of(part: Part) -> str:
 
 
 def adapted_parts(base: Base, targets: Sequence[str] | None) -> list[Part]:
-    """The weights that `lora.targets` means. Raises UserError for one that means none."""
+    """The weights that `lora.targets` selects. Raises UserError for a target that selects none."""
     if targets is None:
         return base.linear
     modules = [module_of(part) for part in base.linear]
@@ -104,13 +104,13 @@ def adapted_parts(base: Base, targets: Sequence[str] | None) -> list[Part]:
 
 
 def replaced_parts(base: Base, train: Collection[str]) -> list[Part]:
-    """The weights that `lora.train` means."""
+    """The weights that `lora.train` selects."""
     kinds = (*_NORMS * ("norms" in train), *_EMBEDDINGS * ("embeddings" in train))
     return [part for part in base.parts if part.parameter.split(".")[-2] in kinds]
 
 
 def trained_count(base: Base, lora: LoraConfig) -> int:
-    """Parameters that are trained. Raises UserError as `adapted_parts`."""
+    """Parameters that are trained. Raises UserError like `adapted_parts`."""
     assert lora.rank
     narrow = sum(lora.rank * sum(part.dims) for part in adapted_parts(base, lora.targets))
     whole = sum(math.prod(part.dims) for part in replaced_parts(base, lora.train))

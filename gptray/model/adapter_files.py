@@ -1,6 +1,6 @@
 """Adapters' weights in PEFT's folders: save, load, and merge into the model that they adapt.
 
-What a folder must be is `gptray.model.adapter`'s.
+`gptray.model.adapter_folder` checks what a folder must contain.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def adapted_network(
 
     config: the base's network, its dropout and context maybe other ones. vocab_size: rows of the
     embedding that stand for tokens. native: by the project's kernels. load: one of
-    `gptray.model.frozen_base`. Raises UserError for targets that the base has not, and as
-    `load_weights`.
+    `gptray.model.frozen_base`. Raises UserError for targets that the base does not have,
+    and like `load_weights`.
     """
     adapted, replaced = adapted_parts(base, lora.targets), replaced_parts(base, lora.train)
     with torch.device("meta"):
@@ -102,14 +102,14 @@ def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None
 
 @torch.no_grad()
 def load_adapter(model: GPT, folder: Path, base: Base) -> None:
-    """Give a network's own adapter the weights that `save_adapter` wrote.
+    """Load the weights that `save_adapter` wrote into a network's adapter.
 
     Raises UserError, also for a base that was quantized in another way.
     """
     adapter, parameters = open_adapter(folder, base), dict(model.named_parameters())
     if adapter.quantized != base.quantized:
         raise UserError(
-            f"{folder} was trained beside a base in quantize.weights={adapter.quantized}, not "
+            f"{folder} was trained on a base with quantize.weights={adapter.quantized}, not "
             f"{base.quantized}"
         )
     stored = _tensors(adapter)

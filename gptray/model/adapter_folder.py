@@ -69,7 +69,7 @@ def adapter_folder(source: str | Path) -> Path:
             return candidate
     if not folder.exists():
         raise UserError(f"{folder}: no such folder")
-    raise UserError(f"{folder}: no {CONFIG} in it or in its {ADAPTER}/, so this is no adapter")
+    raise UserError(f"{folder}: not an adapter: there is no {CONFIG} in it or in its {ADAPTER}/")
 
 
 def open_adapter(source: str | Path, base: Base) -> Adapter:
@@ -118,8 +118,8 @@ def check_products(adapter: Adapter) -> None:
     if adapter.replaced:
         names = ", ".join(sorted({module_of(part) for part in adapter.replaced})[:3])
         raise UserError(
-            f"{adapter.folder}: it replaces weights of its base ({names}), so it cannot run beside "
-            "it; name the merged model instead, which its run has in model/"
+            f"{adapter.folder}: it replaces weights of its base ({names}), so it cannot be used "
+            "as an adapter; use the merged model in its run's model/ instead"
         )
 
 
@@ -131,8 +131,8 @@ def _lora_of(path: Path, raw: Mapping[str, object]) -> LoraConfig:
         )
     if (begun := raw.get("init_lora_weights", True)) not in _BEGINNINGS:
         raise UserError(
-            f"{path}: init_lora_weights={begun!r:.60} has changed the weights of the base; "
-            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
+            f"{path}: init_lora_weights={begun!r:.60} changed the weights of the base; PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
         )
     if raw.get("bias", "none") != "none":
         raise UserError(f"{path}: bias={raw['bias']!r:.60} is not supported, only 'none'")
@@ -141,9 +141,9 @@ def _lora_of(path: Path, raw: Mapping[str, object]) -> LoraConfig:
             raise UserError(f"{path}: {key}={value!r:.60} is not supported, only plain LoRA")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not is_whole(rank, least=1):
-        raise UserError(f"{path}: r={rank!r:.60} is no rank")
+        raise UserError(f"{path}: r={rank!r:.60} is not a rank")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e9:
-        raise UserError(f"{path}: lora_alpha={alpha!r:.60} is no number above 0")
+        raise UserError(f"{path}: lora_alpha={alpha!r:.60} is not a number above 0")
     return LoraConfig(rank=rank, alpha=alpha, use_rslora=bool(raw.get("use_rslora", False)))
 
 
@@ -153,8 +153,8 @@ def _check_base(path: Path, metadata: Mapping[str, str], base: Base) -> str:
     quantized = metadata.get(BASE_QUANTIZED, "none")
     if trained_on and trained_on != base.sha256:
         raise UserError(
-            f"{path.parent} adapts another model than {base.source}: one whose weights have "
-            f"sha256 {trained_on}, not {base.sha256}"
+            f"{path.parent} was trained on another model than {base.source}: one whose weights "
+            f"have sha256 {trained_on}, not {base.sha256}"
         )
     if quantized != "none" and quantized not in PACKINGS:
         raise UserError(f"{path}: its base was quantized to {quantized:.60}, which is not known")
@@ -171,7 +171,7 @@ def _unknown(path: Path, name: str, base: Base) -> UserError:
     """For a weight that is no adapter's of this base's linear layers."""
     module, pieces = _PIECE.subn("", name.removeprefix(PREFIX))
     if pieces and module not in map(module_of, base.linear):
-        return UserError(f"{path}: {module} is no linear layer in the blocks of {base.source}")
+        return UserError(f"{path}: {module} is not a linear layer in the blocks of {base.source}")
     return UserError(f"{path}: {name} is not a weight of an adapter of {base.source}")
 
 
@@ -228,9 +228,9 @@ def _check_named(path: Path, raw: Mapping[str, object], base: Base, adapter: Ada
             raise UserError(f"{path}: {module} has weights, but {CONFIG} does not name it")
     for part in expected:
         if part.name not in have:
-            raise UserError(f"{path}: nothing for {module_of(part)}, which {CONFIG} names")
+            raise UserError(f"{path}: no weights for {module_of(part)}, which {CONFIG} names")
     if not have:
-        raise UserError(f"{path}: it holds no weights")
+        raise UserError(f"{path}: it has no weights")
 
 
 def _pattern(config: Path, targets: str) -> Callable[[str], object]:
@@ -250,4 +250,4 @@ def _names(config: Path, key: str, given: object) -> list[str]:
     """Names of modules. Raises UserError."""
     if isinstance(given, list) and all(isinstance(name, str) for name in given):
         return given
-    raise UserError(f"{config}: {key}={given!r:.60} is no list of names")
+    raise UserError(f"{config}: {key}={given!r:.60} is not a list of names")

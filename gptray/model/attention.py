@@ -1,4 +1,4 @@
-"""Causal self-attention on packed q, k, v: the fastest exact way for device, dtype and length.
+"""Causal self-attention on packed q, k, v, the fastest exact way for the device, dtype and length.
 
 On a CPU in bf16, and with dropout, batched GEMMs over blocks of queries that never touch a key
 beyond their block; elsewhere PyTorch's scaled_dot_product_attention. `gptray.model.kernels` has the

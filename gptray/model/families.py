@@ -1,8 +1,8 @@
 """How each family of models writes a network: the keys of its config.json, the names of weights.
 
-A family is a row of the table below. To read or write one is the same work for all of them, in
-`gptray.model.hf_config` and `gptray.model.parameters`. Names and defaults are those of the classes
-in Hugging Face's transformers.
+A family is a row of the table below; `gptray.model.hf_config` and `gptray.model.parameters` read
+and write all of them in the same way. Names and defaults are those of the classes in Hugging Face's
+transformers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The numbers of a frozen base, one copy for all processes of a machine that train adapters of it.
+"""The weights of a frozen base, shared by all processes of a machine that train adapters of it.
 
 They are in a file of the node's cache as training holds them, rounded or in few bits, which each
 process maps: the pages are the kernel's, and all share them. A mapping is private, so that no write
-reaches the file; nothing is written to, for what is trained is copied out of it.
+reaches the file; nor is any made, because what is trained is copied out of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ALIGNMENT = 64
 def load_base(model: GPT, base: Base) -> None:
     """Give a frozen network on the meta device its base's numbers, in memory of this process.
 
-    Raises UserError as `load_weights`.
+    Raises UserError like `load_weights`.
     """
     model.to_empty(device="cpu")
     _load(model, base)
@@ -47,7 +47,7 @@ def load_base(model: GPT, base: Base) -> None:
 def map_base(model: GPT, base: Base, *, tell: Callable[[str], None] = log.warning) -> None:
     """As `load_base`, in memory that other processes share.
 
-    Where the cache cannot be written the numbers are in this process's own, as `tell` is told.
+    If the cache cannot be written, this process keeps its own copy, and `tell` says so.
     """
     folder = cache_folder() / "frozen" / _digest(model, base)
     write = partial(_write, model, base)
@@ -55,7 +55,7 @@ def map_base(model: GPT, base: Base, *, tell: Callable[[str], None] = log.warnin
         made_once(folder, write, what=f"the frozen weights of {base.source}")
     except CannotWrite as error:
         why = str(error).partition(";")[0]
-        tell(f"this process holds a copy of {base.source} of its own: {why}")
+        tell(f"this process keeps its own copy of {base.source}: {why}")
         load_base(model, base)
         return
     with (folder / _FILE).open("rb") as file:
@@ -75,10 +75,12 @@ def _digest(model: nn.Module, base: Base) -> str:
 
 
 def _write(model: GPT, base: Base, draft: Path) -> None:
-    """Make the file in a folder. Raises UserError as `load_weights`, CannotWrite without room."""
+    """Make the file in a folder. Raises UserError like `load_weights`, CannotWrite without room."""
     size = sum(map(_room, model.state_dict().values()))
     make_room(size)
-    log.info("writing the frozen weights of %s, once (%.1f MB)", base.source, size / 1e6)
+    log.info(
+        "writing the frozen weights of %s to the cache, once (%.1f MB)", base.source, size / 1e6
+    )
     memory = mmap.mmap(-1, size)  # goes back to the system at once, unlike what is allocated
     _place(model, memory)
     _load(model, base)
@@ -87,7 +89,7 @@ def _write(model: GPT, base: Base, draft: Path) -> None:
 
 
 def _load(model: GPT, base: Base) -> None:
-    """Fill the memory that a network has. Raises UserError as `load_weights`."""
+    """Fill the memory that a network has. Raises UserError like `load_weights`."""
     if layers := quantized_layers(model):
         found = base_importance(base, base.quantized)
         for name, layer in layers.items():

@@ -1,7 +1,7 @@
 """Frozen linear layers and MLPs with adapters beside them, in bf16 on a CPU by `gptray.native`.
 
 Hu et al. 2022, LoRA: y = x W^T + b + scale (x A^T) B^T. The kernels' sums run through W and B at
-once, and those of x's gradient through W and A; W, in bf16 or made whole of fewer bits (Dettmers et
+once, and those of x's gradient through W and A; W, in bf16 or expanded from fewer bits (Dettmers et
 al. 2023, QLoRA), is packed each time, and gets no gradient. The same bits at any number of threads.
 
 Shapes: M rows, K inputs, N outputs, R numbers of all adapters of a layer, one more where R is odd.

@@ -1,4 +1,4 @@
-"""What a frozen linear layer computes with: its weight, whole or in few bits, and adapters.
+"""What a frozen linear layer computes with: its weight, whole or quantized, and adapters.
 
 `gptray.model.frozen_kernels` computes. Shapes: K inputs, N outputs.
 """

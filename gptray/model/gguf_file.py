@@ -80,7 +80,7 @@ def add_field(writer: gguf.GGUFWriter, key: str, value: object) -> None:
         case list() | bytes():  # of texts, of whole numbers (int32), of floats; bytes: of uint8
             writer.add_array(key, value)
         case _:
-            raise AssertionError(f"{key}: GGUF has no {type(value)}")
+            raise AssertionError(f"{key}: GGUF cannot hold {type(value)}")
 
 
 def _encoded(tensor: GgufTensor, quantized: Quantizer) -> npt.NDArray[np.uint8]:

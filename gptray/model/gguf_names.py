@@ -52,9 +52,7 @@ def family_of(model: StoredModel) -> Family:
             _check_computed(model.shape, family)
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise UserError(
-        f"GGUF files are written of {known}, not of {model.model_type}; export.format=hf takes it"
-    )
+    raise UserError(f"GGUF export supports {known}, not {model.model_type}; export.format=hf does")
 
 
 def _check_computed(config: ModelConfig, family: Family) -> None:
@@ -69,19 +67,19 @@ def _check_computed(config: ModelConfig, family: Family) -> None:
         refused = "layers without a bias"
     if refused:
         raise UserError(
-            f"llama.cpp's {family.architecture} does not know {refused}; export.format=hf takes it"
+            f"llama.cpp's {family.architecture} does not support {refused}; export.format=hf does"
         )
 
 
 def own_network(model: StoredModel) -> UserError:
     """What to say of a network that is gptray's own."""
     return UserError(
-        f"its model_type {model.model_type} is gptray's own, which no other program computes"
+        f"its model_type {model.model_type} is gptray's own, which no other program can run"
     )
 
 
 def gguf_numbers(config: ModelConfig, family: Family) -> dict[str, object]:
-    """The numbers of a network under GGUF's keys. Raises UserError as `rotary_fields`."""
+    """The numbers of a network under GGUF's keys. Raises UserError like `rotary_fields`."""
     numbers = network_json(config, family.model_type)
     fields = {key: numbers[name] for name, key in family.numbers.items()}
     if config.n_inner is None:
@@ -106,7 +104,7 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
     for name, stored in sorted(model.weights.items()):
         gguf_name, part = family.gguf_name(name)
         if name.endswith(".bias") and part in family.in_block and part not in family.biased:
-            raise UserError(f"llama.cpp's {family.architecture} has no bias of {part}")
+            raise UserError(f"llama.cpp's {family.architecture} does not support a bias of {part}")
         turned = part in family.transposed and len(stored.shape) == 2
         shape = stored.shape[::-1] if turned else stored.shape
         own = precision

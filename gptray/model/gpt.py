@@ -1,4 +1,4 @@
-"""The decoder: GPT-2's network, or with other choices Llama's, Qwen's, GPT-NeoX's and more.
+"""The decoder: GPT-2's network or, with other settings, that of Llama, Qwen, GPT-NeoX and more.
 
 Its parameters have GPT-2's names in Hugging Face's files, whatever the family, and (out, in)
 weights; `gptray.model.parameters` has them all. They are fp32 masters; the forward pass computes in
@@ -224,13 +224,13 @@ class GPT(nn.Module):
 
     @property
     def is_native(self) -> bool:
-        """Whether some of it computes by `gptray.model.kernels`."""
+        """Whether parts of it use `gptray.model.kernels`."""
         return any(getattr(module, "native", False) for module in self.modules())
 
     def use_kernels(self) -> None:
-        """Compute in bf16 on a CPU by `gptray.model.kernels`, where widths are even.
+        """Use `gptray.model.kernels` for bf16 on a CPU where widths are even.
 
-        PyTorch computes attention with dropout, and that of windows shorter than a sequence.
+        PyTorch computes attention with dropout, and attention over windows shorter than a sequence.
         """
         assert self.compute_dtype == torch.bfloat16
         width, inner = self.config.n_embd, self.config.inner
@@ -292,7 +292,7 @@ class GPT(nn.Module):
         return losses.view(targets.shape)
 
     def hidden(self, idx: Tensor) -> Tensor:
-        """What the head makes logits of, (B, T, C). Raises ValueError for too many tokens."""
+        """The head's input, (B, T, C). Raises ValueError for too many tokens."""
         most = self.config.n_positions
         if idx.size(1) > most:
             raise ValueError(f"{idx.size(1)} tokens are more than model.n_positions={most}")

@@ -1,4 +1,4 @@
-"""What can be wrong with a GPU, in one sentence each: no driver for it, no room on it."""
+"""Messages for what can be wrong with a GPU: no driver, or not enough memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from gptray.gpus import BUILT_FOR_CPUS
 
 
 def check_gpu() -> None:
-    """Refuse to compute on a GPU where this PyTorch sees none.
+    """Refuse to compute on a GPU if this PyTorch sees none.
 
-    Raises UserError with the reason (a build for CPUs, no driver or an old one) and what to do.
+    Raises UserError with the reason (a CPU build, no driver or an old one) and what to do.
     """
     version = torch.__version__
     if torch.version.cuda is None and torch.version.hip is None:
@@ -24,7 +24,7 @@ def check_gpu() -> None:
         kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         raise UserError(
             f"compute.use_gpu=true, but PyTorch {version} ({kind}) cannot use a GPU here: "
-            f"{reason}. Update the driver, or install a PyTorch that is built for it (see "
+            f"{reason}. Update the driver, or install a PyTorch build that matches it (see "
             "pytorch.org/get-started)"
         ) from None
 
@@ -37,7 +37,7 @@ def out_of_gpu_memory(error: torch.OutOfMemoryError, *, key: str, size: int) -> 
     if size > 1:
         remedy = f"lower {key} from {size}, such as {key}={_half(size)}"
     else:
-        remedy = f"{key} is 1 already, so the model or its train.block_size is too large"
+        remedy = f"{key} is already 1, so the model or its train.block_size is too large"
     return RunFailed(f"the GPU is out of memory ({facts}); {remedy}")
 
 

@@ -1,7 +1,7 @@
 """Compares the headers of weight files with config.json before a model is built.
 
-Otherwise a config that promises more than its files hold would be built first, layer by layer.
-Needs no torch, so that a job can refuse a folder at once; `gptray.model.hf` reads the weights.
+Otherwise a config that promises more than its files hold would first be built, layer by layer.
+Without torch, so a job can refuse a folder at once; `gptray.model.hf` reads the weights.
 """
 
 from __future__ import annotations

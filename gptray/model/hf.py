@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's layout: save, load, and refuse what is damaged or another network.
+"""Weights in Hugging Face's layout: save, load, and refuse damaged files and other networks.
 
 config.json is `gptray.model.shape`'s. Only safetensors are written or read, never a pickle.
 Every file appears whole: it is written under another name and then renamed.
@@ -42,7 +42,7 @@ def save_pretrained(
     """Write config.json and model.safetensors (fp32), as the network's family has them, and how the
     model is used.
 
-    Padding of the vocabulary is left out, so that no reader can ever sample it. eos_token_id: ends
+    Padding of the vocabulary is left out, so no reader can ever sample it. eos_token_id: ends
     a text, besides those of `model.usage`. bos_token_id: comes before one; None: as the usage says,
     or the end of another.
     """
@@ -87,7 +87,7 @@ def load_pretrained(source: str | Path) -> GPT:
 def network_of(folder: Path, *, device: str) -> GPT:
     """The network in a model folder, its weights checked but not read; on "meta" they take no room.
 
-    Raises UserError as `load_pretrained`.
+    Raises UserError like `load_pretrained`.
     """
     shape = read_shape(folder)
     check_weights(folder, shape)
@@ -130,7 +130,7 @@ class Rows:
 def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) -> None:
     """Copy a folder's weights into a network of the same shape; padding of the vocabulary is zero.
 
-    The network takes over how the folder says it is used.
+    The network also takes over the folder's `Usage`.
     rows: embedding and head are not the file's, but made from it.
     Raises UserError naming the file and the first weight that is missing, strange or misshapen.
     """
@@ -151,7 +151,7 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
             head = tensor
             continue
         if name not in missing:
-            raise UserError(f"{path}: {key} is not a weight of this network, or is duplicated")
+            raise UserError(f"{path}: {key} is not a weight of this network, or is there twice")
         part = missing.pop(name)
         if part.parameter == WTE:
             embedding = tensor

@@ -1,6 +1,6 @@
-"""config.json of a network: its fields from a file of any family, and the file of a network.
+"""Reads a network from the config.json of any family, and writes it.
 
-No torch here, so that a dry run answers at once.
+Without torch, so a dry run answers at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Raw = Mapping[str, object]
 def read_config(path: Path) -> tuple[str, ModelConfig]:
     """The model_type of a config.json, and its network; `rows`: of the embedding.
 
-    Raises UserError naming the file and what of it this network cannot be.
+    Raises UserError naming the file and what in it is not supported.
     """
     raw = read_foreign(path)
     model_type = raw.get("model_type")
@@ -86,7 +86,7 @@ def hf_config(
 
 
 def network_json(config: ModelConfig, model_type: str) -> dict[str, object]:
-    """What a config.json of this model_type says of a network that it expresses."""
+    """The config.json of a network for a model_type that can express it."""
     return _written(config, FAMILIES[model_type])
 
 
@@ -108,10 +108,10 @@ def _fields(raw: Raw, family: Family) -> ModelConfig:
                 raise _Unlike(f"{key.name}={value!r:.60} is not supported, only {words}")
             value = key.words[value]
         if is_whole(value, least=_MOST + 1):
-            raise _Unlike(f"{key.name} is above {_MOST:,}, which no network has")
+            raise _Unlike(f"{key.name} is above {_MOST:,}, which is implausible")
         values[field] = value
     if values["vocab_size"] is None:
-        raise _Unlike("vocab_size is null; it is the number of rows of the embedding")
+        raise _Unlike("vocab_size is null; it must be the number of rows of the embedding")
     if family.always.get("positions") == "rotary":
         values |= _rope(raw, family, values)
     values |= _windows(raw, family, values["n_layer"])
@@ -123,7 +123,7 @@ def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, o
     rope_parameters, the older key counts."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
-        raise _Unlike(f"rope_scaling={given!r:.60} is no JSON object")
+        raise _Unlike(f"rope_scaling={given!r:.60} is not a JSON object")
     scaling = {key: value for key, value in given.items() if value is not None}
     part = family.rope_part
     theta = scaling.pop("rope_theta", raw.get(family.rope_base, _THETA))
@@ -169,12 +169,12 @@ def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
         if is_by_layer:
             every = raw.get("sliding_window_pattern", _PATTERN)
             if not is_whole(every, least=1):
-                raise _Unlike(f"sliding_window_pattern={every!r:.60} goes with layer_types")
+                raise _Unlike(f"sliding_window_pattern={every!r:.60} needs layer_types")
             types = [SLIDING if (layer + 1) % every else FULL for layer in layers]
         else:
             first = raw.get("max_window_layers", _WINDOWS_FROM)
             if not is_whole(first):
-                raise _Unlike(f"max_window_layers={first!r:.60} is no number of layers")
+                raise _Unlike(f"max_window_layers={first!r:.60} is not a number of layers")
             types = [SLIDING if layer >= first else FULL for layer in layers]
     return {"sliding_window": window, "layer_types": types, "global_rope": not is_by_layer}
 

@@ -39,9 +39,9 @@ def write_hf(
     precision: str,
     quantized: Quantizer,
 ) -> None:
-    """Write a model's config and its weights; quantized: makes those in few bits.
+    """Write a model's config and its weights; quantized: makes the quantized ones.
 
-    Raises UserError as `rounded`, OSError.
+    Raises UserError like `rounded`, OSError.
     """
     dtype, packing = dtype_of(precision), PACKINGS.get(precision)
     packed = model.packable if packing else {}

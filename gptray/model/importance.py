@@ -1,9 +1,9 @@
 """How much each input of a linear layer counts when its weights are rounded to 4 bits.
 
-The error of a weight reaches the output times what the weight meets: it counts by the mean square
-of that input, which differs a hundredfold between inputs (Lin et al. 2023, AWQ; the importance
-matrix of llama.cpp). Random tokens show it nearly as well as text does, so that the numbers depend
-on the model alone.
+A weight's error reaches the output multiplied by the weight's input, so it counts by the mean
+square of that input, which differs a hundredfold between inputs (Lin et al. 2023, AWQ; the
+importance matrix of llama.cpp). Random tokens show it nearly as well as text does, so the numbers
+depend on the model alone.
 """
 
 from __future__ import annotations

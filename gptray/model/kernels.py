@@ -1,5 +1,5 @@
-"""A network's work in bf16 on a CPU by `gptray.native`: linear layers, MLP, attention, norms, and
-the head with its loss.
+"""Training in bf16 on a CPU with `gptray.native`: linear layers, MLP, attention, norms, and the
+head with its loss.
 
 For x86 processors with AVX-512's bf16 dot product, and for ARM. Weights and their gradients are
 fp32. The same bits at any number of threads. Attention keeps no probabilities: the backward pass

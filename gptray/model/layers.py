@@ -1,6 +1,6 @@
 """The decoder's layers, each in the form that is fastest where it runs.
 
-bf16 on a CPU that is one for it: `gptray.model.kernels`. Eager bf16 elsewhere: casts folded into
+bf16 on a CPU that supports it: `gptray.model.kernels`. Eager bf16 elsewhere: casts folded into
 the linear layer's own backward. Under torch.compile on a CPU: plain formulas in fp32 between the
 GEMMs, which inductor fuses; on a GPU the GEMM adds the bias. Dropout on a CPU: from whole random
 words.
@@ -102,7 +102,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class _CastLayerNorm(torch.autograd.Function):
-    """Layer norm of bf16 rows on a CPU with fp32 weights and honest gradients of theirs.
+    """Layer norm of bf16 rows on a CPU with fp32 weights and accurate gradients for them.
 
     PyTorch's kernel sums those gradients over all rows in bf16: 7 % off after 4,096 rows.
     """

@@ -1,8 +1,8 @@
-"""LoRA: a network whose linear layers are frozen, each with narrow matrices that learn beside it.
+"""LoRA: a network with frozen linear layers, each with narrow trainable matrices beside it.
 
-Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models. Frozen weights are kept in the
-dtype that is computed in or in few bits, an adapter as fp32 masters. Files are
-`gptray.model.adapter_files`'s.
+Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models. Frozen weights are kept
+quantized or in the dtype used for computing, adapters as fp32 masters. Files are handled by
+`gptray.model.adapter_files`.
 Shapes: N tokens, P adapters of a layer, R rank.
 """
 
@@ -200,7 +200,7 @@ def freeze(model: GPT, replaced: Sequence[Part], kind: str = "none") -> None:
 
 @torch.no_grad()
 def add_adapters(model: GPT, lora: LoraConfig, adapted: Sequence[Part], *, seed: int) -> None:
-    """Give the layers of a frozen network on the CPU, of which `adapted` are parts, adapters.
+    """Add adapters to the layers of a frozen network on the CPU that `adapted` are parts of.
 
     At first they change nothing: B is zero, A is drawn as PEFT draws it, uniform with a bound of
     1 / sqrt(inputs), the same for a seed on every device. `model.full_tensor` gives weights merged.

@@ -1,4 +1,4 @@
-"""The head and its cross-entropy in pieces of rows, so that no more than one piece's logits exist.
+"""The head and its cross-entropy in pieces of rows, so only one piece's logits exist at a time.
 
 In bf16 on CPUs that have them `gptray.model.kernels` does this in training.
 
@@ -79,14 +79,14 @@ def mean_of_counted(losses: Tensor, targets: Tensor) -> Tensor:
 
 
 def how_many_count(targets: Tensor) -> Tensor:
-    """A number to divide by: 1 where none does."""
+    """How many targets count, to divide by; 1 if none does."""
     return (targets >= 0).sum().clamp(min=1)
 
 
 def without_uncounted(rows: Tensor, targets: Tensor) -> Tensor:
     """Rows (N, C), zero where the target (N,) does not count.
 
-    Of the head's input this keeps a row out of the weight's gradient.
+    For the head's input, this keeps a row out of the weight's gradient.
     """
     return rows.masked_fill((targets < 0).unsqueeze(1), 0.0)
 

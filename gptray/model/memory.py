@@ -1,4 +1,4 @@
-"""Memory of the process: what is freed is kept for the next tensor, or given back at once."""
+"""Memory of the process: freed memory is kept for the next tensor, or given back at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Let the allocator give large tensors back as they are freed: the least memory, some speed.
 
-    Weights that are made whole for one block and then freed would leave holes that glibc does not
+    Weights that are expanded for one block and then freed would leave holes that glibc does not
     fill: three times as much memory as is in use was seen. Process-wide, no-op as above.
     """
     _set({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20})

@@ -1,4 +1,4 @@
-"""Which networks CUDA graphs generate with: GPT-2's, no others yet."""
+"""Which networks CUDA graphs can run: only GPT-2's so far."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gptray.config import ModelConfig
 from gptray.config.keys import shown
 from gptray.model.families import GPT2, SHAPE
 
-# Fields of which they know every value.
+# Fields whose every value they support.
 _OPEN = {*GPT2.keys, "residual"} - {"mlp", "tie_word_embeddings"}
 
 

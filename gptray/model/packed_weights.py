@@ -89,7 +89,7 @@ def packing_of(config: Path) -> Packing | None:
         case {"format": str(), "config_groups": {**groups}} if len(groups) == 1:
             (group,) = groups.values()
             return _packing(config, group)
-    raise _not_read(config, "it has not one group of layers")
+    raise _not_read(config, "it does not have exactly one group of layers")
 
 
 def _packing(config: Path, group: object) -> Packing:
@@ -110,11 +110,11 @@ def _packing(config: Path, group: object) -> Packing:
                 return Packing(bits, None)
             if strategy == "group" and is_whole(size, least=1):
                 return Packing(bits, size)
-    raise _not_read(config, "its weights are not 4 or 8 bits, symmetric, by row or by group")
+    raise _not_read(config, "its weights are not symmetric 4 or 8 bits by row or by group")
 
 
 def _not_read(config: Path, what: str) -> UserError:
     return UserError(
-        f"{config}: {KEY}: {what}; of quantized weights only {METHOD}' {FORMAT} are read, and "
-        "GGUF files"
+        f"{config}: {KEY}: {what}; the only quantized weights supported are {METHOD}' {FORMAT} "
+        "and GGUF files"
     )

@@ -1,6 +1,6 @@
-"""What to compute in: bf16 where the hardware does, and the faster fp32 GEMM where it is exact.
+"""Which precision to use: bf16 if the hardware has it, and the faster fp32 GEMM where it is exact.
 
-Both only look at the machine and answer; the training loop decides where to use them.
+Both only inspect the machine; the training loop decides where to use the answers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pick_dtype(
         return torch.float32
     if device.type == "cuda" and not computes_bf16(device):
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"{key}=bf16: {name} does not compute in bf16; set {key}=fp32 (or auto)")
+        raise UserError(f"{key}=bf16: {name} does not support bf16; set {key}=fp32 (or auto)")
     return torch.bfloat16
 
 

@@ -1,4 +1,4 @@
-"""Weights in few bits: whole numbers, and a scale for each group of a row's inputs.
+"""Quantized weights: integers, and a scale for each group of a row's inputs.
 
     weight[o, i] = value[o, i] x scale[o, group of i]
 
@@ -32,7 +32,7 @@ _ENDS = {
 IN_GROUPS = tuple(_ENDS)
 # What is greater than this becomes such an end.
 _BEFORE_ENDS = {"int4": 6.5, "iq4_nl": 115.5}
-# The best scale is mended so often: the values that it gives have a better one.
+# How often the best scale is refined: the values that it gives have a better one.
 _MENDED = 2
 # Weights that are rounded at a time: what is made of them meanwhile stays near.
 _AT_ONCE = 1 << 18
@@ -152,9 +152,9 @@ def _best_scales(groups: Tensor, importance: Tensor, kind: str) -> Tensor:
         near = _nearest_values(groups, best, kind)
         counted = near * importance
         both = (counted * groups).sum(-1, True, dtype=torch.float64)
-        mended = (both / counted.mul_(near).sum(-1, True, dtype=torch.float64)).half()
-        mended = torch.where(mended.abs() < most, mended, best)
-        best, least = _better(groups, importance, mended, best, least, kind)
+        refined = (both / counted.mul_(near).sum(-1, True, dtype=torch.float64)).half()
+        refined = torch.where(refined.abs() < most, refined, best)
+        best, least = _better(groups, importance, refined, best, least, kind)
     return best
 
 

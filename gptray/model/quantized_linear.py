@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weights are held in few bits, and made whole one at a time.
+"""Frozen linear layers whose weights are kept quantized and expanded one at a time.
 
 Dettmers et al. 2023, QLoRA: gradients pass through such a layer to the adapters beside it and
 before it; none is made of the weight.
@@ -55,7 +55,7 @@ class QuantizedLinear(nn.Module):
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The layers of a network that hold their weights in few bits, by their weights' names."""
+    """The layers of a network that keep their weights quantized, by their weights' names."""
     layers = model.named_modules()
     return {f"{name}.weight": one for name, one in layers if isinstance(one, QuantizedLinear)}
 
@@ -68,7 +68,7 @@ def numbers_of(linear: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor | No
 
 
 class _Frozen(torch.autograd.Function):
-    """The weight is made whole again in the backward pass, not kept for it."""
+    """The weight is expanded again in the backward pass, not kept for it."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,6 @@
 """Weights from files, one at a time, rounded to what an export asks for.
 
-torch is imported where weights are read: to plan an export takes none.
+torch is imported only where weights are read, because planning an export does not need it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Models on disk: find a folder, and in it config.json and the files of weights.
 
-No torch here, so that a dry run answers at once. Weights are `gptray.model.hf`'s.
+Without torch, so a dry run answers at once. `gptray.model.hf` reads the weights.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     if folder.is_file():
-        what = f"a file, and no model: that is a folder, or a file with a name in {SUFFIX}"
+        what = f"a file, but not a model: a model is a folder or a file ending in {SUFFIX}"
         raise UserError(f"{folder}: {what}")
     if folder.exists():
         raise UserError(f"{folder}: no config.json in it or in its model/, so this is no model")

@@ -1,4 +1,4 @@
-"""What a model folder stores, without the numbers: its network, and where each weight lies.
+"""What a model folder stores, without the numbers: its network, and where each weight is.
 
 No torch here. `gptray.model.header` compares the weights with config.json.
 """

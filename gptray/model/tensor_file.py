@@ -1,6 +1,6 @@
 """Safetensors files: their headers, read without torch, and files written one tensor at a time.
 
-So a checkpoint needs no second copy of what is in memory.
+So a checkpoint does not need a second copy in memory.
 https://huggingface.co/docs/safetensors, "Format": the length of the header, the header, the bytes.
 """
 

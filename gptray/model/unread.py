@@ -23,7 +23,7 @@ from gptray.model.usage import Usage
 def unread_network(source: str | Path) -> GPT:
     """The network of a model folder: `GPT.full_tensor` reads a parameter, in fp32 on the CPU.
 
-    Raises UserError as `load_pretrained`; `GPT.full_tensor` too, for numbers that are not finite.
+    Raises UserError like `load_pretrained`; `GPT.full_tensor` too, for numbers that are not finite.
     """
     folder = model_folder(source)
     model, stored = network_of(folder, device="meta").eval(), stored_model(folder)

@@ -1,6 +1,6 @@
-"""How a model is used, as its folder says: it is copied with weights and tokenizer.
+"""How a model is used, according to its folder; copied along with weights and tokenizer.
 
-No torch here, so that a job can look at it before it starts.
+Without torch, so a job can read it before it starts.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _eos_ids(folder: Path, generation: Mapping[str, object]) -> tuple[int, ...]:
         given = read_foreign(path).get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(map(is_whole, ids)):
-        raise UserError(f"{path}: eos_token_id={given!r:.60} is no token id, nor a list of them")
+        raise UserError(
+            f"{path}: eos_token_id={given!r:.60} is neither a token id nor a list of them"
+        )
     return tuple(dict.fromkeys(ids))
 
 

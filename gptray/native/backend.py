@@ -15,7 +15,7 @@ def why_not_native(*, use_gpu: bool, look_at_cache: bool = False) -> str | None:
 
     look_at_cache: whether the cache folder must have the library, or take it, too.
     """
-    missing = "it runs on CPUs, and compute.use_gpu=true" if use_gpu else None
+    missing = "it runs on CPUs, but compute.use_gpu=true" if use_gpu else None
     missing = missing or why_not_here() or why_no_library()
     if look_at_cache:
         missing = missing or why_no_cache()
@@ -32,6 +32,6 @@ def check_native(key: str, backend: str, *, use_gpu: bool, look_at_cache: bool =
         return
     if missing := why_not_native(use_gpu=use_gpu, look_at_cache=look_at_cache):
         raise UserError(
-            f"{key}=native: {missing}; {key}=auto takes PyTorch where native is not available, "
+            f"{key}=native: {missing}; {key}=auto uses PyTorch where native is not available, "
             f"{key}=torch everywhere"
         )

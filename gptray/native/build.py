@@ -59,7 +59,7 @@ def build_library(*, key: str) -> Path:
             be written, or others can write to it and that cannot be changed.
     """
     if why := why_not_here():
-        raise RunFailed(f"{why}; {key}=torch does without it")
+        raise RunFailed(f"{why}; set {key}=torch to do without it")
     remedy = f"set XDG_CACHE_HOME to another folder, or {key}=torch to do without it"
     name, folder = library_name(), cache_folder()
     _close(folder)
@@ -67,7 +67,7 @@ def build_library(*, key: str) -> Path:
     if found:
         return found
     for damaged in folder.glob(f"{name}-*.so"):
-        log.warning("%s is damaged or not this user's: building it again", damaged)
+        log.warning("%s is damaged or belongs to another user; building it again", damaged)
         with suppress(OSError):
             remove(damaged)
     log.info("building the native library, once: %s", folder)
@@ -84,7 +84,9 @@ def build_library(*, key: str) -> Path:
     except OSError as error:
         raise RunFailed(f"{cannot_write(folder / name, error)}; {remedy}") from None
     if kept(name) is None:
-        raise RunFailed(f"{path} was changed by another process while it was written; {remedy}")
+        raise RunFailed(
+            f"{path} was changed by another process while it was being written; {remedy}"
+        )
     return path
 
 
@@ -95,8 +97,7 @@ def _compile(folder: Path, key: str) -> Path:
         if _works(library):
             return library
         log.warning(
-            "the native library does without this processor's AMX: a trial of it crashed, or its "
-            "products were wrong"
+            "the native library is built without AMX: a trial of it crashed or gave wrong products"
         )
     return _compile_parts(folder, key, tiles=False)
 
@@ -109,7 +110,7 @@ def _works(library: Path) -> bool:
 
 def _compile_parts(folder: Path, key: str, *, tiles: bool) -> Path:
     """Make the library in a folder, its sources side by side."""
-    remedy = f"{key}=torch does without it"
+    remedy = f"set {key}=torch to do without it"
 
     def compile_one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
@@ -167,7 +168,7 @@ def _close(folder: Path) -> None:
     if _is_own(folder) and _not_private(folder):
         with suppress(OSError):  # the folder is refused where it is used
             folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~_OTHERS_WRITE)
-            log.info("%s could be written by other users: it no longer can", folder)
+            log.info("other users could write to %s; their access has been removed", folder)
 
 
 def _is_own(folder: Path) -> bool:

@@ -51,7 +51,7 @@ def _knows_tiles(command: tuple[str, ...]) -> bool:
     if _knows(command, options(tiles=True)):
         return True
     log.warning(
-        "the native library does without this processor's AMX: the compiler %s does not know %s",
+        "the native library is built without AMX: the compiler %s does not support %s",
         shlex.join(command),
         " ".join(TILES.values()),
     )
@@ -76,7 +76,7 @@ def why_no_library() -> str | None:
         return f"there is no C++ compiler {command[0]} on this machine"
     asked = options(tiles=False)
     if not _knows(command, asked):
-        return f"the compiler {shlex.join(command)} does not know {' '.join(asked)}"
+        return f"the compiler {shlex.join(command)} does not support {' '.join(asked)}"
     return None
 
 
@@ -125,8 +125,8 @@ def why_not_compile(*, on_gpu: bool) -> str | None:
 def cannot_compile(reason: str) -> str:
     """What to say where the training step was to be compiled and cannot be."""
     return (
-        f"train.compile: the training step cannot be compiled: {reason}. train.compile=false "
-        "trains without that"
+        f"train.compile: the training step cannot be compiled: {reason}. Set train.compile=false "
+        "to train without"
     )
 
 

@@ -55,7 +55,7 @@ class Choice:
 
 def pytorch_since(key: str, reason: object) -> Choice:
     """PyTorch, where the native library cannot compute."""
-    return Choice("torch", f"{key}: PyTorch, since {reason}")
+    return Choice("torch", f"{key}: PyTorch, because {reason}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _choice(key: str, what: str, measured: Measured) -> Choice:
     seconds, chosen = measured.seconds, measured.faster
     other = "native" if chosen == "torch" else "torch"
     if other not in seconds:
-        return Choice(chosen, f"{key}: {NAMES[chosen]}, since {NAMES[other]} failed in a trial")
+        return Choice(chosen, f"{key}: {NAMES[chosen]}, because {NAMES[other]} failed in a trial")
     times = [f"{1e3 * seconds[name]:,.4g}" for name in (chosen, other)]
     busy = "; other processes kept the cores busy" if measured.busy else ""
     return Choice(
@@ -205,7 +205,7 @@ def _keep(path: Path, asked: Mapping[str, object], measured: Measured) -> None:
         with replacing(path) as draft:
             draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     except OSError as error:
-        log.info("%s cannot be written (%s): the next job measures again", path, error.strerror)
+        log.info("cannot write %s (%s); the next job will measure again", path, error.strerror)
 
 
 @contextmanager

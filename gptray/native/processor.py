@@ -38,7 +38,7 @@ def why_not_here() -> str | None:
     if on_arm():
         return None
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return "the native code is for Linux on x86-64 or ARM, and for macOS on ARM"
+        return "the native code runs on Linux (x86-64 or ARM) and on macOS (ARM)"
     lacks = sorted(INSTRUCTIONS.keys() - processor_flags())
     return f"this processor has no {', '.join(lacks)}" if lacks else None
 

@@ -41,7 +41,7 @@ class AdapterWatch:
         for name in sorted(self._names - found.keys()):
             self._served.drop(name)
             self._names.remove(name)
-            told.append(f"{adapted_name(self._served.name, name)} is served no more")
+            told.append(f"{adapted_name(self._served.name, name)} is no longer served")
         last, self._before = self._before, found
         self._done = {name: state for name, state in self._done.items() if name in found}
         for name, state in sorted(found.items()):
@@ -65,7 +65,7 @@ class AdapterWatch:
         try:
             packed = pack_adapter(self._served.engine, self._base, self._folder / name)
         except (UserError, OSError) as error:
-            stays = "; the one before stays" if name in self._names else ""
+            stays = "; the previous one stays" if name in self._names else ""
             return f"{adapted} is not served: {error}{stays}"
         self._served.put(name, packed)
         self._names.add(name)

@@ -38,11 +38,11 @@ def read_keys(path: str) -> list[str]:
     for number, line in enumerate(lines, start=1):
         if line in keys and not (line.isascii() and line.isprintable() and " " not in line):
             raise UserError(
-                f"{place}: line {number}: a key is printable ASCII without spaces; comments begin "
-                "with #"
+                f"{place}: line {number}: a key must be printable ASCII without spaces; comments "
+                "begin with #"
             )
     if is_open:
-        log.warning("%s can be read by other users of this machine: chmod 600 %s", place, file)
+        log.warning("%s is readable by other users of this machine; run chmod 600 %s", place, file)
     return [_digest(key) for key in keys]
 
 

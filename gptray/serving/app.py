@@ -47,7 +47,7 @@ INSTEAD = "call POST /v1/completions, with `prompt`"
 ENDS = {
     "/messages": "there is no such API here: call POST /v1/chat/completions, with `messages`",
     "/responses": f"there is no responses API here: {INSTEAD} instead of `input`",
-    "/embeddings": "there are no embeddings here, only text: call POST /v1/completions",
+    "/embeddings": "embeddings are not supported; to complete text, call POST /v1/completions",
 }
 # How many of the likeliest tokens it shows, where the server tells as many.
 CANDIDATES = 8

@@ -69,7 +69,7 @@ class Gate:
         if path not in OPEN_PATHS and not self._has_key(headers):
             if path == "/":
                 return HTMLResponse(self._page, 401)
-            message = "a key is needed, as Authorization: Bearer <key>"
+            message = "an API key is required: Authorization: Bearer <key>"
             return ApiError(401, message, code="invalid_api_key").response()
         if self._endpoint.draining and path not in DRAINING_PATHS:
             return ApiError(

@@ -184,7 +184,7 @@ class CompletionRequest(GenerationRequest):
     def _keys_agree(self) -> CompletionRequest:
         check_min_tokens(self.min_tokens, self.max_tokens)
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 asks for nothing without echo=true")
+            raise ValueError("max_tokens=0 needs echo=true")
         if self.best_of not in (None, self.n):
             raise ValueError(f"best_of={self.best_of} must be n={self.n}: all outputs are returned")
         return self
@@ -225,7 +225,7 @@ def parse_request(kind: type[T], given: Mapping[str, object]) -> T:
             known[key] = _whole_number(value) if int in specs[key].kinds else value
         elif key not in WITHOUT_EFFECT:
             if len(problems) == MAX_PROBLEMS:
-                problems[key] = "... and more keys that are unknown"
+                problems[key] = "... and more unknown keys"
                 break
             near = ALIASES.get(key) or nearest(key, specs)
             meant = did_you_mean(near if near in specs else None)

@@ -1,7 +1,7 @@
 """An exponential moving average of the weights, which validation scores next to the weights.
 
-It gets from a constant learning rate some of what a cool-down would (Izmailov et al. 2018; Morales-
-Brotons et al. 2024), without taking any of the steps.
+With a constant learning rate it gains some of what a cool-down would (Izmailov et al. 2018;
+Morales-Brotons et al. 2024), without taking any steps.
 """
 
 from __future__ import annotations

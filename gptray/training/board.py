@@ -1,7 +1,7 @@
-"""A run's TensorBoard file, written in the thread that trains.
+"""A run's TensorBoard file, written in the training thread.
 
-tensorboardX's own writer has a thread and a queue: on a full disk the thread dies, and whoever adds
-to the queue then waits for ever. Its messages are used here, and written as they are due.
+tensorboardX's own writer has a thread and a queue: on a full disk the thread dies, and
+adding to the queue then blocks forever. Its messages are used here, and written when they are due.
 """
 
 from __future__ import annotations

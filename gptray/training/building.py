@@ -1,4 +1,4 @@
-"""A run's model as it begins or resumes: from a checkpoint, from other weights, or new."""
+"""Builds a run's model: from a checkpoint, from other weights, or new."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build_model(
         check_weights(folder, read_shape(folder))
     dtype = pick_dtype(config.train.precision, device)
     if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
-        tell(f"training in fp32: {device_name(device)} does not compute in bf16")
+        tell(f"training in fp32: {device_name(device)} does not support bf16")
     if base := base_of(config):
         # On a GPU each process has a copy of its own in any case.
         load = partial(map_base, tell=tell) if device.type == "cpu" else load_base
@@ -122,7 +122,7 @@ def _load_resized(
     new, moved = kept.count(-1), sum(row not in (-1, number) for number, row in enumerate(kept))
     if new or moved:
         tell(
-            f"the embedding has a row for each of the tokenizer's {len(kept):,} tokens: "
-            f"{len(kept) - new:,} taken from {source}, {moved:,} of them from another id; {new:,} "
-            "new ones start from the mean row"
+            f"resized the embedding to the tokenizer's {len(kept):,} tokens: {len(kept) - new:,} "
+            f"rows are from {source}, {moved:,} of them from another id; {new:,} new ones start "
+            "from the mean row"
         )

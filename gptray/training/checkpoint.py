@@ -110,8 +110,8 @@ def check_not_lost(run_dir: Path) -> None:
         start = f"; {word} starts from its weights" if model.exists() else ""
         raise UserError(
             f"the checkpoints of the run {run_dir} are gone, so it cannot resume, and training "
-            "from step 0 would overwrite its results. Restore one, or give another name: "
-            f"train.resume=never without a name finds a free one{start}"
+            "from step 0 would overwrite its results. Restore one, or choose another name: "
+            f"train.resume=never without a name picks a free one{start}"
         )
 
 

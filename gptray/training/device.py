@@ -1,4 +1,4 @@
-"""What training asks of its device: that it works, what repeats to the bit, what is compiled."""
+"""What training needs from its device: that it works, repeats bit for bit, and what is compiled."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def compiled(
     """
     if device.type != "cpu":
         tell(
-            f"compiling the training step for {device_name(device)}: the first step takes up to a "
-            "minute (train.compile=false starts at once and trains slower)"
+            f"compiling the training step for {device_name(device)}: the first step takes up to "
+            "a minute (train.compile=false starts at once but trains more slowly)"
         )
     if in_parts:
         for block in model.transformer.h:

@@ -1,8 +1,8 @@
 """An evaluation: score the model, update early stopping, save a checkpoint, publish the best.
 
 With `BlockingEvaluation` training waits while all workers score. `AsyncEvaluation` hands the
-checkpoint over and training continues; who scores it, and where, is up to the caller. That score
-counts at the next evaluation, never earlier or later, so that a run does not depend on timing.
+checkpoint over and training continues; the caller decides who scores it, and where. That score
+counts at the next evaluation, never earlier or later, so a run does not depend on timing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The global batch of a step in micro-batches, and what each of them counts in the step's loss."""
+"""The global batch of a step in micro-batches, and each one's weight in the step's loss."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the first worker writes besides checkpoints: metrics.jsonl and TensorBoard files.
 
-`metrics.jsonl` has no step twice and none missing: a resumed run first drops the rows after its
+`metrics.jsonl` has every logged step exactly once: a resumed run first drops the rows after its
 checkpoint, then writes them again. A late score is added to its step's row. On a full disk rows
 wait in memory until the next one, or until `sync`, which fails without room.
 """

@@ -1,6 +1,6 @@
-"""The backend of a run: asked for, remembered from its last start, or the faster one here.
+"""The backend of a run: requested, remembered from its last start, or the faster one here.
 
-All workers of a run compute with the same; the first one decides.
+All workers of a run use the same one; the first worker decides.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def agree_on_backend(
 ) -> Choice:
     """What `train.backend` means for a run; every worker calls this, and all get the same backend.
 
-    A run keeps the backend that it began with, so that its bits stay the same. tell: receives
-    notices of kernels that fail to build and of a run that resumes on another processor.
+    A run keeps the backend that it began with, so its results stay the same bit for bit. tell:
+    receives notices of kernels that fail to build and of a run that resumes on another processor.
     Raises UserError where native was asked for and a worker's machine cannot run it, RunFailed
     where it was asked for and fails to compile, or the run's events are damaged.
     """
@@ -80,12 +80,12 @@ def _choice(
         choice = pytorch_since(TRAIN_KEY, reasons[0])
         if was == "native":
             tell(
-                f"{choice.why}: the run began with the native kernels, and no longer ends with the "
-                "same bits as without the interruption"
+                f"{choice.why}: the run began with the native kernels, so it will no longer end "
+                "bit for bit as without the interruption"
             )
         return choice
     if was in NAMES:
-        return Choice(was, f"{TRAIN_KEY}: {NAMES[was]}, as at the last start of this run")
+        return Choice(was, f"{TRAIN_KEY}: {NAMES[was]}, as when this run last started")
     return faster_kernels(config)
 
 
@@ -104,11 +104,11 @@ def _tell_of_another_processor(
     if device.type == "cpu" and was and was != now:
         tell(
             f"resuming on another processor, {now} after {was}: losses may differ in the last "
-            "digits from those of a run that stayed"
+            "digits from those of an uninterrupted run"
         )
     had, has = before.get("dtype") if before else None, str(dtype).removeprefix("torch.")
     if had and had != has:
         tell(
-            f"computing in {has} here, in {had} before: the run no longer ends with the same bits "
+            f"computing in {has} here, in {had} before: the run will no longer end bit for bit "
             "as without the interruption"
         )

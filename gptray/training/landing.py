@@ -1,10 +1,10 @@
 """Landing: a run whose stable part has ended cools down from its best checkpoint.
 
-At a constant learning rate validation loss sits on a plateau, from which a cool-down takes it. It
-begins at the best checkpoint, so that it does not matter how long the run has overfitted since.
+At a constant learning rate validation loss reaches a plateau, and a cool-down lowers it further. It
+begins at the best checkpoint, so it does not matter how long the run has overfitted since.
 Steps count on from the last stable one; which batch and which dropout a step gets goes by the
-updates that its weights have behind them. So a landing has the bits of a run whose stable part
-ended at the checkpoint it went back to. No torch here: drivers read what runs have come to.
+updates that its weights have behind them. So a landing equals, bit for bit, that of a run whose
+stable part ended at the checkpoint it went back to. Without torch, because drivers import it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the time of training goes, by the clock of the first worker's host."""
+"""Where training time goes, by the clock of the first worker's host."""
 
 from __future__ import annotations
 

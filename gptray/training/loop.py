@@ -1,4 +1,4 @@
-"""The training loop of one worker. It knows torch.distributed, and nothing of Ray.
+"""The training loop of one worker. It knows torch.distributed but nothing of Ray.
 
 Its only contact with its caller is `report(metrics, checkpoint_dir)` and, where checkpoints are
 scored elsewhere, `validated(step)`. So the same loop runs in a Ray Train worker, in a Tune trial

@@ -1,6 +1,6 @@
-"""What a step was made with and what its workers wish, read from a GPU during the next step.
+"""A step's loss, gradient norm and workers' wishes, read from a GPU during the next step.
 
-To wait for them at once would leave the GPU without work until the host has launched the next step.
+Waiting for them at once would leave the GPU idle until the host has launched the next step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run's best model becomes its `model/`: an adapter's is merged with the base for that."""
+"""A run's best model becomes its `model/`; an adapter is merged into its base for that."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def publish_best(
 ) -> None:
     """Make the checkpoint's model the run's `model/`; its adapter of `base` the run's `adapter/`.
 
-    averaged: the model is the checkpoint's average. Raises RunFailed as `publish_folder`.
+    averaged: the model is the checkpoint's average. Raises RunFailed like `publish_folder`.
     """
     if base is None:
         publish_folder(checkpoint / (AVERAGED if averaged else MODEL), run_dir / MODEL)

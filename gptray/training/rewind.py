@@ -1,4 +1,4 @@
-"""The turn from a run's stable part to its cool-down: back to the best whole checkpoint.
+"""From a run's stable part to its cool-down: back to the best intact checkpoint.
 
 Nothing is saved at the turn: a run that is killed here, or before the cool-down's first checkpoint,
 resumes at the stable part's last one and turns again.
@@ -55,7 +55,7 @@ def _best_whole(run_dir: Path) -> int:
             return step
         message = f"{folder.name} is damaged: {problem}; landing from the best of the others"
         write_event(run_dir, "damaged", message=message)
-    raise RunFailed(f"no checkpoint of {run_dir} is whole, so the run cannot land from one")
+    raise RunFailed(f"no checkpoint of {run_dir} is intact, so the run cannot land")
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def _load(run: Run, checkpoint: Path) -> None:
 
 
 def _tell(run: Run, landing: Landing) -> None:
-    why = f"step {landing.start:,} is the last before the cool-down"
+    why = f"step {landing.start:,} is the last one before the cool-down"
     if landing.reason == "patience":
         assert run.config.train.patience
         # Late scores may have come since, and changed what the progress counts.

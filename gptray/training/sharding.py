@@ -1,7 +1,8 @@
 """Weights, gradients and AdamW's moments spread over the workers by PyTorch's FSDP2.
 
-Each worker holds a part of every tensor. A block's weights are whole only while the block computes,
-its gradients until they are reduced (Rajbhandari et al. 2020, ZeRO; Zhao et al. 2023).
+Each worker holds a part of every tensor. A block's weights are gathered only while the block
+computes, its gradients only until they are reduced (Rajbhandari et al. 2020, ZeRO; Zhao et al.
+2023).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trained models that teach another one: what they expect is its target, beside the text.
+"""Trained models that teach another one: their predictions are its targets, besides the text.
 
 They read the inputs that the model reads, replaced tokens included (Beyer et al. 2021, Knowledge
 distillation: A good teacher is patient and consistent).

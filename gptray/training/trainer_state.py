@@ -85,16 +85,16 @@ class TrainerState:
         try:
             state = _STATE.validate_json(json.dumps(given), strict=True)
         except ValidationError:
-            raise ValueError("it holds no state of a run") from None
+            raise ValueError("it does not hold the state of a run") from None
         progress, landing = state.progress, state.landing
         # Checkpoints from before there were averages lack that field.
         said = cast(dict[str, object], given["progress"])
         if set(asdict(progress)) - said.keys() - {"averaged"}:
-            raise ValueError("it holds no progress of a run")
+            raise ValueError("it does not hold the progress of a run")
         if max(progress.best_step, progress.bad_evals, state.evaluated) > state.step:
             raise ValueError("it names later steps than its own")
         if landing and not landing.back_to <= landing.start < state.step <= landing.end:
-            raise ValueError("its step is not one of its landing")
+            raise ValueError("its step is outside its landing")
         return state
 
 

@@ -101,8 +101,8 @@ def score_split(
 ) -> Score:
     """Score every token of the split but its first, once, in windows of `block_size`.
 
-    What a document begins with is read, but not scored.
-    What the tokenizer has lost of the split's text is charged, see `Score`.
+    Tokens that begin a document are read, but not scored.
+    Text that the tokenizer loses is charged, see `Score`.
     The windows are shared out over the workers and their sums added in float64, so that neither
     the number of workers nor the batch size changes the loss beyond rounding.
     """

@@ -1,4 +1,4 @@
-"""The data-parallel workers of a run, as torch.distributed sees them; one needs no group."""
+"""The data-parallel workers of a run in torch.distributed; a single one needs no group."""
 
 from __future__ import annotations
 

@@ -111,8 +111,8 @@ def _combinations(entries: Sequence[Entry]) -> list[dict[str, object]]:
 def _refuse_endless_texts(entries: Sequence[Entry]) -> None:
     """What Optuna may suggest has to be prepared before. Raises ConfigError."""
     problems = [
-        f"tune.space: {path}: with tune.search_alg=optuna write choice; every text is prepared "
-        "before the first trial"
+        f"tune.space: {path}: with tune.search_alg=optuna write choice, because every text is "
+        "prepared before the first trial"
         for entry in entries
         for path in entry.paths
         if _is_of_text(path) and not entry.options

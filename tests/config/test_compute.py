@@ -30,12 +30,12 @@ def test_a_range_fixes_the_micro_batch_whatever_the_number_of_workers() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["compute.num_workers=[4, 1]"], "[4, 1]: the least comes first, such as [1, 4]"),
+        (["compute.num_workers=[4, 1]"], "[4, 1]: the smaller number comes first, such as [1, 4]"),
         (["compute.num_workers=[0, 2]"], "or a list of 2 whole numbers, got [0, 2]"),
         (["compute.num_workers=[1, 2, 3]"], "a whole number or a list of 2 whole numbers"),
         (
             ["compute.num_workers=[1, 3]", "train.global_batch_size=32"],
-            "train.global_batch_size=32 must be divisible by the most of "
+            "train.global_batch_size=32 must be divisible by the maximum of "
             "compute.num_workers=[1, 3], such as 33",
         ),
         (
@@ -43,8 +43,8 @@ def test_a_range_fixes_the_micro_batch_whatever_the_number_of_workers() -> None:
             "train.async_validation=true needs a fixed number of workers, such as "
             "compute.num_workers=4, not [1, 4]",
         ),
-        (["compute.label_selector=[spot]"], "compute.label_selector: 'spot' is no NAME=VALUE"),
-        (["compute.label_selector=['a=in(x']"], "'a=in(x' is no NAME=VALUE"),
+        (["compute.label_selector=[spot]"], "compute.label_selector: 'spot' is not NAME=VALUE"),
+        (["compute.label_selector=['a=in(x']"], "'a=in(x' is not NAME=VALUE"),
         (["compute.label_selector=[a=b, a=c]"], "name a label twice"),
         (
             ["compute.label_selector=[ray.io/accelerator-type=L4]", "compute.accelerator_type=L4"],

@@ -146,7 +146,7 @@ def test_text_in_yaml_stays_as_written(write: Write) -> None:
         ("optim.lr=1_0e-4", "a number, got '1_0e-4'"),
         ("model.n_positions=1", "must be at least 2, got 1"),
         ("data.source=[*.txt]", "quote the items"),
-        ("name=a/b", "letters or digits"),
+        ("name=a/b", "letters and digits"),
         ("name=", "name has no value"),
         ("=1e-3", "=1e-3: no key before ="),
         ("seed", "seed has no value, such as seed=1337"),

@@ -35,8 +35,8 @@ def test_a_saved_config_has_the_names() -> None:
 @pytest.mark.parametrize(
     ("word", "why"),
     [
-        ("[a/x.txt, b/x.txt]", r"two texts are called x.txt; name them"),
-        ("{a/b: x.txt}", r"the name 'a/b' must be letters"),
+        ("[a/x.txt, b/x.txt]", r"two texts are called x.txt; give them names"),
+        ("{a/b: x.txt}", r"the name 'a/b' must consist of letters"),
         ("{a: null}", r"'a' has no value"),
         ("[]", r"evaluate.also"),
     ],

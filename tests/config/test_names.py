@@ -31,7 +31,7 @@ def test_a_decomposed_name_is_the_same_run() -> None:
     "name", ["a/b", ".a", "-a", "_a", "a b", "a\u200bb", "\u2603", "..", "\ud55c:1"]
 )
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="name: must be letters or digits of any script"):
+    with pytest.raises(UserError, match="name: must consist of letters and digits of any script"):
         load_config(None, [f"name='{name}'"])
 
 

@@ -84,19 +84,19 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
         ({"path": "seed", "choice": []}, "expects a list of values"),
         ({"path": "seed", "choice": [-1]}, "seed: must be at least 0, got -1"),
         ({"path": "seed", "uniform": [0, 9]}, "whole numbers; write randint or choice"),
-        ({"path": "seed", "randint": [0, 2.5]}, "lower and its upper end"),
+        ({"path": "seed", "randint": [0, 2.5]}, "lower and an upper bound"),
         ({"path": "seed", "randint": [5, 5]}, "5 is not below 5"),
         ({"path": "train.patience", "randint": [0, 5]}, "must be above 0, got 0"),
         ({"path": "optim.lr", "loguniform": [0, 1]}, "0 is not above 0"),
-        ({"path": "optim.lr", "uniform": [1]}, "lower and its upper end"),
-        ({"path": "optim.lr", "uniform": [".1", 1]}, "lower and its upper end"),
+        ({"path": "optim.lr", "uniform": [1]}, "lower and an upper bound"),
+        ({"path": "optim.lr", "uniform": [".1", 1]}, "lower and an upper bound"),
         ({"path": "optim.lr", "choice": ["fast"]}, "expects a number, got 'fast'"),
         ({"path": "seed", "choice": [1], "when": "x"}, "expects a path and its value"),
         ({"path": "data.source", "choice": ["a"]}, "different text"),
         ({"path": "data.separator", "choice": ["a", None]}, "different text"),
         ({"path": "data.test_source", "choice": ["a", None]}, "different text"),
-        ({"path": "compute.num_workers", "choice": [1, 2]}, "does not change what is trained"),
-        ({"path": "tune.num_samples", "choice": [1, 2]}, "does not change what is trained"),
+        ({"path": "compute.num_workers", "choice": [1, 2]}, "does not affect training"),
+        ({"path": "tune.num_samples", "choice": [1, 2]}, "does not affect training"),
         ({"path": "train.eval_interval", "choice": [5]}, "compared at the same steps"),
     ],
 )
@@ -109,9 +109,9 @@ def test_wrong_entry_is_one_problem(entry: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"path": "model.dropout", "choice": [0.1]}, "has an entry already (number 1)"),
+        ({"path": "model.dropout", "choice": [0.1]}, "already has an entry (number 1)"),
         ({"path": "seed", "choice": [1], "when": {"model.dropout": 0.4}}, "is never 0.4 here"),
-        ({"path": "seed", "grid": [1], "when": {"model.dropout": 0.1}}, "depends on grids only"),
+        ({"path": "seed", "grid": [1], "when": {"model.dropout": 0.1}}, "can depend only on grids"),
     ],
 )
 def test_entry_that_does_not_fit_the_one_before(entry: dict[str, Any], words: str) -> None:
@@ -141,7 +141,7 @@ def test_a_space_on_the_command_line() -> None:
 
 
 def test_optuna_refuses_a_grid() -> None:
-    with pytest.raises(ConfigError, match="write choice for grid"):
+    with pytest.raises(ConfigError, match="write choice instead of grid"):
         override(Config(), {"tune.space": SOUND, "tune.search_alg": "optuna"})
 
 

@@ -39,5 +39,5 @@ def test_builtin_is_always_the_same(documents: list[str]) -> None:
 
 def test_python_without_documentation_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(UserError, match="carries no documentation"):
+    with pytest.raises(UserError, match="comes without its documentation"):
         builtin_documents()

@@ -53,7 +53,9 @@ def test_message_names_the_likely_encoding_and_it_reads_the_text(
 
 def test_bytes_in_no_likely_encoding_are_told_without_a_guess(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "t.txt", b"one\ntwo \xff\x81\x01\n")
-    with pytest.raises(UserError, match=r"t\.txt:2: not UTF-8: .*name the file's encoding"):
+    with pytest.raises(
+        UserError, match=r"t\.txt:2: not UTF-8: .*set data.encoding to the file's encoding"
+    ):
         read(path)
     assert likely_encoding(b"\x81\x00") is None
 

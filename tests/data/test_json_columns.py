@@ -115,8 +115,8 @@ def test_the_whole_of_it_is_told_once_by_name(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = scan(find_files(str(tmp_path / "p.jsonl")), load_config(None, []).generate)
     assert found.columns.notes == [
-        "columns whose values fit no single type are carried as JSON text: a",
-        "the ids in column 'id' are carried as text",
+        "columns whose values fit no single type are stored as JSON text: a",
+        "the ids in column 'id' are stored as text",
     ]
 
 

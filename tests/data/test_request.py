@@ -141,10 +141,10 @@ def test_file_in_both_is_held_out_and_said_once(config: Config, tmp_path: Path) 
     (tmp_path / "link.txt").symlink_to(val)
     request = asked(config, source=str(folder), val_source=str(tmp_path / "link.txt"))
     assert [file.path for file in request.source.files] == [str(train)]
-    assert request.warnings == (f"{val}: in data.source and in data.val_source; not trained on",)
-    with pytest.raises(UserError, match="all of its files are in data.val_source too"):
+    assert request.warnings == (f"{val}: in both data.source and data.val_source; not trained on",)
+    with pytest.raises(UserError, match="all of its files are also in data.val_source"):
         asked(config, source=str(val), val_source=str(folder))
-    with pytest.raises(UserError, match="is in data.val_source too; leave it in one"):
+    with pytest.raises(UserError, match="is also in data.val_source; keep it in only one"):
         asked(config, source=str(train), val_source=str(val), test_source=[str(val)])
 
 

@@ -34,7 +34,7 @@ def test_a_separator_that_splits_nothing_is_a_warning() -> None:
 
     unsplit = [plan("a.txt", 1), plan("b.txt", 1), plan("c.jsonl", 7)]
     said = separator_warning("\n\n", unsplit)
-    assert said is not None and r"data.separator='\n\n' splits no text file" in said
+    assert said is not None and r"data.separator='\n\n' does not split any text file" in said
     assert separator_warning("\n\n", [*unsplit, plan("b.txt", 1)]) is None
     assert separator_warning("\n\n", [plan("c.jsonl", 7)]) is None
     assert separator_warning(None, unsplit) is None
@@ -44,7 +44,7 @@ def test_share_that_is_off_by_a_fifth_is_a_warning() -> None:
     asked = {"train": 0.8, "val": 0.1, "test": 0.1}
     assert share_warnings(asked, {"train": 800, "val": 110, "test": 90}) == []
     (warning,) = share_warnings(asked, {"train": 800, "val": 125, "test": 95})
-    assert warning.startswith("the validation split has 12.3% of the text, while data.split asks")
+    assert warning.startswith("the validation split has 12.3% of the text, but data.split asks")
 
 
 def test_rows_say_documents_bytes_and_tokens() -> None:

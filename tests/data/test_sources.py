@@ -148,7 +148,7 @@ def test_link_to_nothing_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("hf://datasets/a/b", r"not read directly; download it first \(hf download"),
+        ("hf://datasets/a/b", r"cannot be read directly; download them first \(hf download"),
         ("https://host/a.txt", "download the file first"),
         ("s4://bucket/a.txt", r"unknown scheme s4://; known: file:// s3://"),
     ],

@@ -116,8 +116,8 @@ def test_hf_folder_brings_its_end_of_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"names no end-of-text token; choose one by data\.eos_token, such as '\[EOS\]'$"),
-        ({"eos_token": "</s>"}, "'</s>' is not in its vocabulary; choose one by data.eos_token"),
+        ({}, r"names no end-of-text token; choose one with data\.eos_token, such as '\[EOS\]'$"),
+        ({"eos_token": "</s>"}, "'</s>' is not in its vocabulary; choose one with data.eos_token"),
     ],
 )
 def test_tokenizer_without_end_of_text_is_refused(

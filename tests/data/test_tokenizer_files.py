@@ -69,8 +69,8 @@ def test_a_well_known_end_of_text_is_taken_and_told_once(
     with caplog.at_level(logging.WARNING, "gptray"):
         assert {Tokenizer.load(folder).eos_token for _ in range(3)} == {"[SEP]"}
     assert [record.message for record in caplog.records] == [
-        f"data.tokenizer={folder} names no end-of-text token; taking '[SEP]' "
-        "(data.eos_token chooses another)"
+        f"data.tokenizer={folder} names no end-of-text token; using '[SEP]' "
+        "(set data.eos_token to choose another)"
     ]
 
 
@@ -78,7 +78,7 @@ def test_two_well_known_ends_are_no_answer(tmp_path: Path) -> None:
     backend = foreign.byte_level()
     backend.add_special_tokens(["</s>"])
     folder = foreign.save(backend, tmp_path / "two")
-    message = r"names no end-of-text token; choose one by data\.eos_token, such as '<\|endoftext"
+    message = r"names no end-of-text token; choose one with data\.eos_token, such as '<\|endoftext"
     with pytest.raises(UserError, match=message):
         Tokenizer.load(folder)
     assert Tokenizer.load(folder, eos_token="</s>").eos_token == "</s>"

@@ -209,7 +209,7 @@ def test_lost_bytes_are_charged_and_leave_the_error_as_it_is(
     assert after["stderr"] == before["stderr"]
     mean = "" if part == 1 else ", by the split's mean"
     assert after["how"] == (
-        f"{before['how']}; 8 bits are charged for each byte that the tokenizer loses, "
+        f"{before['how']}; each byte that the tokenizer loses counts 8 bits, "
         f"{100 * after['lost_bytes'] / after['bytes']:.1f} % of the text{mean}"
     )
 

@@ -155,7 +155,7 @@ def test_kernels_for_few_bits_are_measured_once_and_give_what_pytorch_does(
     choose_kernels([one], rows)
     assert len(written) == (dtype != torch.float32)  # where there is a choice
     assert all(kept.stat().st_mtime_ns == then for kept, then in written.items())
-    assert "for weights in few bits" not in caplog.text
+    assert "for quantized weights" not in caplog.text
     for part in (x[:rows], x):
         replayed = Graphs(x.device).recorded(lambda part=part: one(part))  # type: ignore[misc]
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Triton's kernels for weights in few bits: by Triton's interpreter on a CPU, or on a GPU.
+"""Triton's kernels for quantized weights: by Triton's interpreter on a CPU, or on a GPU.
 
 TRITON_INTERPRET=1 python -m pytest tests/generation/test_weight_only.py
 """

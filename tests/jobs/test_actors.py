@@ -117,5 +117,5 @@ def test_an_actor_that_is_taken_with_its_node_has_not_died(
             queue.extend(crew.take_back())
     assert answers == {0: 0, 1: 2, 2: 4}
     assert [record.getMessage() for record in caplog.records] == [
-        "1 of 1 doubler was taken with its node; its work goes to another"
+        "1 of 1 doubler was lost with its node; its work goes to another"
     ]

@@ -133,12 +133,12 @@ def test_rows_of_a_batch_name_their_adapters(
     assert [row["output"] for row in made] == [plain, alone, plain, plain, None]
     name = job.called
     assert [row["model"] for row in made] == [name, f"{name}:tales", name, name, f"{name}:news"]
-    assert made[4]["error"] == "the adapter 'news' is none of generate.adapters (tales)"
+    assert made[4]["error"] == "the adapter 'news' is not in generate.adapters (tales)"
     assert [row["style"] for row in made] == [None, "tales", "", None, "news"]
     other = [word.replace("column=style", "column=styl") for word in words]
     with pytest.raises(UserError, match=r"'styl'; columns: style.*generate.adapter_column"):
         scan(job.files, load_config(None, other).generate)
-    with pytest.raises(UserError, match="adapters and adapter_column go together"):
+    with pytest.raises(UserError, match="adapters needs adapter_column"):
         load_config(None, ["generate.adapter_column=style"])
 
 
@@ -156,8 +156,8 @@ def test_results_with_an_adapter_have_a_folder_of_their_own(
     ("word", "told"),
     [
         ("generate.adapter=nowhere", "generate.adapter: .*nowhere: no such folder"),
-        ("generate.adapter={model}", "generate.adapter: .*: no adapter_config.json in it"),
-        ("generate.adapter=s3://bucket/one", "is taken from a folder, not from a URI"),
+        ("generate.adapter={model}", "generate.adapter: .*: there is no adapter_config.json in it"),
+        ("generate.adapter=s3://bucket/one", "must be in a local folder, not at a URI"),
     ],
 )
 def test_what_is_no_adapter_is_refused(word: str, told: str, model_dir: Path) -> None:
@@ -177,13 +177,16 @@ def of_another_base(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (of_another_base, "adapts another model than {model}: one whose weights have sha256 000"),
+        (
+            of_another_base,
+            "was trained on another model than {model}: one whose weights have sha256 000",
+        ),
         (edit_config(r=9), "lora_A.weight has shape [2, "),
         (edit_config(rank_pattern={"c_attn": 9}), "rank_pattern={{'c_attn': 9}} is not supported"),
         (edit_config(use_dora=True), "use_dora=True is not supported, only plain LoRA"),
         (edit_config(bias="all"), "bias='all' is not supported, only 'none'"),
         (edit_config(peft_type="IA3"), "peft_type='IA3' is not supported, only LORA"),
-        (edit_config(target_modules=3), "target_modules=3 is no list of names"),
+        (edit_config(target_modules=3), "target_modules=3 is not a list of names"),
         (edit_weights(lambda x: x.pop(QUERIES)), f"{QUERIES} is missing"),
         (
             edit_weights(lambda x: x.update({QUERIES: x[QUERIES].to(torch.int32)})),
@@ -219,7 +222,7 @@ def test_a_wrong_adapter_is_one_line_and_exit_code_2_in_every_job(
          "model; generate.adapter={run} adds it to its base"),
         ("evaluate", "evaluate.model={run}/adapter", "evaluate.adapter={run}/adapter adds it"),
         ("serve", "serve.model={run}", "serve.adapters={{name: {run}}} serves it"),
-        ("export", "export.model={run}", "; the model/ of its run has it merged in"),
+        ("export", "export.model={run}", "; its run's model/ has it merged in"),
         ("train", "model.init_from={run}", "model.init_from: {run}/adapter is an adapter, not a"),
     ],
 )  # fmt: skip

@@ -72,7 +72,9 @@ def test_what_listens_and_is_not_ray_is_told(
 
         if answer is not None:  # None: it never says a word
             threading.Thread(target=reply, daemon=True).start()
-        with pytest.raises(UserError, match="no Ray answers there: (what listens|timed out)"):
+        with pytest.raises(
+            UserError, match="no Ray answers there: (whatever is listening|timed out)"
+        ):
             check_address(place)
 
 

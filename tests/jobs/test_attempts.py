@@ -33,8 +33,8 @@ def test_workers_that_leave_start_again_until_the_run_ends() -> None:
 def test_a_dry_run_says_how_an_elastic_run_shares_its_work(text_file: Path, tmp_path: Path) -> None:
     words = ["compute.num_workers=[1, 3]", "train.micro_batch_size=2", "name=r"]
     rows = dict(plan(check(tiny_config(text_file, tmp_path, *words))))
-    assert rows["workers"] == "1 to 3, as there is room (CPU)"
-    assert rows["micro-batch"] == "2 x 4 passes, dealt out to the workers"
+    assert rows["workers"] == "1 to 3, depending on room (CPU)"
+    assert rows["micro-batch"] == "2 x 4 passes, shared among the workers"
 
 
 def test_trials_of_a_sweep_have_a_fixed_number_of_workers(text_file: Path, tmp_path: Path) -> None:

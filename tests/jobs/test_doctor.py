@@ -126,12 +126,12 @@ RAYLET = OpenPort("raylet", "10.0.0.2", 40123)
         ),
         (cluster(HEAD, second(clock_s=-8.0)), "fail", "clocks", "10.0.0.2 is 8 s behind this"),
         (cluster(HEAD, second(clock_s=90.0)), "fail", "clocks", "10.0.0.2 is 90 s ahead of this"),
-        (cluster(nccl="timed out"), "fail", "nccl", "do not reach each other: timed out"),
+        (cluster(nccl="timed out"), "fail", "nccl", "cannot communicate: timed out"),
         (
             cluster(HEAD, second(replace(H100, torch_cuda=None), gpus=1)),
             "fail",
             "gpus",
-            "PyTorch on 10.0.0.2 is a build for CPUs; pip install",
+            "PyTorch on 10.0.0.2 is a CPU build; pip install",
         ),
         (
             cluster(HEAD, second(replace(H100, driver="550.54.14"), gpus=1)),
@@ -159,9 +159,9 @@ def test_an_open_dashboard_fails_without_a_token_and_passes_with_one() -> None:
     guarded = replace(HEALTHY, open_ports=(OPEN, RAYLET))
     assert not_ok(cluster(HEAD, second(guarded))) == []
     token, ports = not_ok(cluster(HEAD, second(replace(guarded, needs_token=False))))
-    assert token.line.startswith("warn  authentication: no token is asked for on 10.0.0.2")
+    assert token.line.startswith("warn  authentication: Ray does not require a token on 10.0.0.2")
     assert ports.level == "fail"
-    assert "the dashboard listens at 0.0.0.0:8265" in ports.message
+    assert "the dashboard listens on 0.0.0.0:8265" in ports.message
     assert "--dashboard-host=127.0.0.1" in ports.message
 
 
@@ -231,7 +231,7 @@ def test_two_processes_add_up_a_number(ray_cluster: None) -> None:
 def test_a_dry_run_looks_at_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("doctor", [f"storage_path={tmp_path}", "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
-    assert plan == {"looks at": f"every node, and {tmp_path}; it changes nothing"}
+    assert plan == {"checks": f"every node, and {tmp_path}; changes nothing"}
 
 
 def test_a_visit_to_this_machine_gives_a_json_line_and_says_whether_all_is_well(

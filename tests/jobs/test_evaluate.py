@@ -293,10 +293,7 @@ def test_several_models_are_scored_by_the_average_of_their_probabilities(
     assert pair["val_loss"] < (evaluated["val_loss"] + old["val_loss"]) / 2
     assert pair["model_dir"] == f"{run}/model, {before}/model" and pair["bleu"] is None
     saved = json.loads((storage / "pair" / "evaluation.json").read_text())
-    assert (
-        "several models" in saved["how"]["bleu"]
-        and "several models" in saved["how"]["memorised_20"]
-    )
+    assert "an ensemble" in saved["how"]["bleu"] and "an ensemble" in saved["how"]["memorised_20"]
     twice = check(config_of(storage, "evaluate.model=[run, run]"))
     assert re.fullmatch("ensemble-of-2-[0-9a-f]{6}", twice.folder.name)
     with pytest.raises(UserError, match="different tokenizers; only models with the same one"):

@@ -240,7 +240,7 @@ def test_a_network_of_our_own_is_refused(
     err = capsys.readouterr().err
     assert err == (
         f"export: export.model={model}: its model_type gptray-{said} is gptray's own, which no "
-        "other program computes\n"
+        "other program can run\n"
     )
     assert not (tmp_path / "a.gguf").exists()
 
@@ -281,8 +281,8 @@ def strict_merges() -> tokenizers.Tokenizer:
         (foreign.word_level, "llama.cpp has no tokenizer like this one (WordLevel)"),
         (foreign.dropping_bpe, "fail on characters that they do not know"),
         (lambda: foreign.unigram(None), "needs an unknown token"),
-        (lambda: foreign.byte_level(prefix=True), "does not cut text into words as this"),
-        (strict_merges, "cannot join this tokenizer's pieces in the order of its merges"),
+        (lambda: foreign.byte_level(prefix=True), "does not split text into words as this"),
+        (strict_merges, "cannot merge this tokenizer's pieces in the order of its merges"),
         (lambda: char_tokenizer("a\u2581"), "the text has the character U+2581"),
     ],
 )
@@ -342,7 +342,7 @@ def test_a_folder_whose_tokenizer_does_not_fit_is_refused(
     rows = small_tokenizer().vocab_size
     for text, said in (
         (parts[:200], "tokenizer.json: not a tokenizer: not JSON"),
-        (larger.to_str(), f"has {rows + 1} tokens, the model's embedding only {rows} rows"),
+        (larger.to_str(), f"has {rows + 1} tokens, but the model's embedding has only {rows} rows"),
     ):
         path.write_text(text, "utf-8")
         assert export(model, output, "export.format=hf") == 2
@@ -352,7 +352,9 @@ def test_a_folder_whose_tokenizer_does_not_fit_is_refused(
     path.write_text(parts, "utf-8")
     (model / "generation_config.json").write_text('{"eos_token_id": "no"}')
     assert export(model, output, "export.format=hf") == 2
-    assert "generation_config.json: eos_token_id='no' is no token id" in capsys.readouterr().err
+    assert (
+        "generation_config.json: eos_token_id='no' is neither a token id" in capsys.readouterr().err
+    )
 
 
 def test_an_output_that_cannot_be_is_refused_and_none_is_overwritten(

@@ -39,9 +39,9 @@ def test_a_dry_run_counts_the_parameters_and_names_the_family(
     rows = small_tokenizer().vocab_size + 20
     block = 48 * (96 + 32 + 32) + 96 * 48 + 2 * 16 + 3 * 48 * 56 + 2 * 48
     assert planned["parameters"] == f"{rows * 48 + 2 * block + 48:,}"
-    assert planned["saved as"] == "qwen3, which transformers opens"
+    assert planned["saved as"] == "qwen3, which transformers can load"
     mix = plan(check(load_config(None, ["model.norm=rmsnorm", f"storage_path={tmp_path}"])))
-    assert dict(mix)["saved as"].startswith("gptray, which only gptray opens")
+    assert dict(mix)["saved as"].startswith("gptray, which only gptray can load")
 
 
 @needs_native

@@ -133,7 +133,7 @@ def test_what_could_be_a_gguf_file_is_missed_as_a_file(storage: Path, tmp_path: 
     key = "generate.model"
     assert refused(key, storage, "./x.gguf") == f"{key}=./x.gguf: no such folder or file"
     (tmp_path / "book.txt").write_text("text")
-    said = "a file, and no model: that is a folder, or a file with a name in .gguf"
+    said = "a file, but not a model: a model is a folder or a file ending in .gguf"
     assert refused(key, storage, f"{tmp_path}/book.txt").endswith(f"/book.txt: {said}")
 
 

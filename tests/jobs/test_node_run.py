@@ -146,7 +146,7 @@ def test_a_worker_that_was_replaced_writes_no_more(tmp_path: Path) -> None:
     node.mkdir()
     old, new = driver.new_writer(), driver.new_writer()
     (node / METRICS).write_text("old\n")
-    with pytest.raises(RunFailed, match="another worker writes the run"):
+    with pytest.raises(RunFailed, match="another worker has taken over the run"):
         NodePublisher(old, node, Sent()).publish()
     (node / METRICS).write_text("new\n")
     NodePublisher(new, node, Sent()).publish()

@@ -170,7 +170,7 @@ def test_chats_for_a_model_without_a_template_are_refused(model_dir: Path, tmp_p
         f"generate.model={bare}", f"generate.input_path={jsonl(tmp_path, chat)}",
         f"generate.output_path={tmp_path}/out",
     ]  # fmt: skip
-    with pytest.raises(UserError, match="bare has no chat template; name a model that has one"):
+    with pytest.raises(UserError, match="bare has no chat template; use a model that has one"):
         check_batch(load_config(None, words))
     assert "no chat template" in str(RequestReader(bare)(chat).error)
 

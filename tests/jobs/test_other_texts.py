@@ -60,7 +60,10 @@ def test_what_a_run_forgets_is_in_line_report_and_evaluation(
 def test_a_text_that_is_trained_on_or_missing_is_refused(model_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     for also, why in (
-        (f"{{a: {text}, b: {tmp_path}/none.txt}}", "a is not held-out text: .*text.txt is part of"),
+        (
+            f"{{a: {text}, b: {tmp_path}/none.txt}}",
+            "a is not held-out text: .*text.txt is also part of",
+        ),
         (f"{{a: {text}, b: {tmp_path}/none.txt}}", "evaluate.also=.*none.txt"),
         (f"{tmp_path}", "lies in evaluate.also="),
     ):

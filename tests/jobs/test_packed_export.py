@@ -132,8 +132,8 @@ def test_transformers_computes_the_same_with_packed_weights(
             ("gguf", "q8_0"),
             "no matrix has rows of a multiple of 32 weights, which export.",
         ),
-        ("llama", ("hf", "q4_0"), "does not go with export.format=hf, which takes fp32, fp16"),
-        ("llama", ("gguf", "int4"), "does not go with export.format=gguf, which takes fp32"),
+        ("llama", ("hf", "q4_0"), "is not available for export.format=hf, which takes fp32, fp16"),
+        ("llama", ("gguf", "int4"), "is not available for export.format=gguf, which takes fp32"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(
@@ -152,10 +152,13 @@ def test_what_cannot_be_packed_is_refused(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"quant_method": "gptq"}, "quant_method='gptq'; of quantized weights only"),
+        ({"quant_method": "gptq"}, "quant_method='gptq'; the only quantized weights supported"),
         ({"format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized'"),
-        ({"config_groups": {}}, "it has not one group of layers"),
-        ({"config_groups": {"one": {"input_activations": {}, "weights": {}}}}, "not 4 or 8 bits"),
+        ({"config_groups": {}}, "it does not have exactly one group of layers"),
+        (
+            {"config_groups": {"one": {"input_activations": {}, "weights": {}}}},
+            "not symmetric 4 or 8 bits",
+        ),
     ],
 )
 def test_weights_that_are_quantized_in_another_way_are_refused(

@@ -331,7 +331,7 @@ def test_what_a_tokenizer_loses_is_counted_told_and_kept(
         f"{100 * 360 / total:.1f} %, changed case {100 * 40 / total:.1f} %), such as "
         "'\ud55c\uad6d\uc5b4' -> '[UNK]', 'The' -> 'the'"
     )
-    told = f"{data.loses}; losses and bits per byte pay 8 bits for each lost byte"
+    told = f"{data.loses}; losses and bits per byte count 8 bits for each lost byte"
     assert [record.message for record in caplog.records].count(told) == 2
     splits = manifest["splits"]
     assert sum(split["lost_bytes"] for split in splits.values()) == 400

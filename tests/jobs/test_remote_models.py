@@ -112,7 +112,7 @@ def test_a_copy_is_never_taken_for_a_store_that_refuses(
         told.startswith(f"generate: generate.model: {BOOK}: cannot be read: ")
         and told.count("\n") == 1
     )
-    assert "ACCESS_DENIED" in told and "credentials are those of the environment" in told
+    assert "ACCESS_DENIED" in told and "credentials come from the environment" in told
 
 
 def test_files_that_are_not_those_of_the_manifest_are_refused(

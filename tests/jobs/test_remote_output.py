@@ -168,7 +168,7 @@ def test_an_output_among_the_input_is_refused(
                     update={"generate": _generate(model_dir, prompts, given)}
                 )
             )
-    with pytest.raises(UserError, match=r"hdfs:// is only read from; give a folder, or one of s3"):
+    with pytest.raises(UserError, match=r"hdfs:// is read-only; give a folder, or one of s3"):
         check_batch(config_at(model_dir, prompts, "hdfs://name/out"))
 
 
@@ -211,7 +211,7 @@ def test_a_lease_of_another_machine_is_waited_out(
     caplog.set_level("INFO")
     with leased(place, busy="busy", expires_s=1.5):
         (own,) = place.files()
-    assert own != LEASE and "whether process 12 on node7 runs" in caplog.text
+    assert own != LEASE and "whether process 12 on node7 is still running" in caplog.text
 
 
 def test_a_busy_store_and_a_store_that_refuses(

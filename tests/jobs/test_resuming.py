@@ -128,7 +128,7 @@ def test_schedule_without_an_end_is_not_planned_anew(tmp_path: Path) -> None:
 
 
 def test_fewer_steps_than_were_made_are_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"train.max_steps=99: .* has made 100 steps already"):
+    with pytest.raises(UserError, match=r"train.max_steps=99: .* has already made 100 steps"):
         check_resumable(config_of(folder.parent, "train.max_steps=99"))
 
 
@@ -215,7 +215,7 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     # Another three are not those that would be drawn at once.
     third = sweep_of(tmp_path, "tune.num_samples=9")
     assert third.trials[:8] == more.trials and len(third.trials) == 10
-    with pytest.raises(UserError, match=r"tune.num_samples=6: .* has drawn 7 already"):
+    with pytest.raises(UserError, match=r"tune.num_samples=6: .* has already drawn 7"):
         sweep_of(tmp_path, "tune.num_samples=6")
 
 
@@ -229,7 +229,7 @@ def test_a_sweep_in_a_store_is_named_by_its_uri(
     folder.mkdir(parents=True)
     save_config(config, folder)
     fewer = resolve(load_config(None, [*keys, "tune.num_samples=3"]), sweep=True)
-    with pytest.raises(UserError, match="the sweep s3://bucket/s has drawn 4 already"):
+    with pytest.raises(UserError, match="the sweep s3://bucket/s has already drawn 4"):
         check_resumable(fewer, sweep=True)
 
 
@@ -249,11 +249,12 @@ def test_a_sweep_that_stopped_itself_goes_on_with_another_min_gain(tmp_path: Pat
     record.winner("0001")
     assert len(load_sweep(first.folder).trials) == 3
     told = how_to_extend(sweep_of(tmp_path, "tune.num_samples=4"))
-    assert "having stopped itself after 3 of 5 trials; for the others: " in told
+    assert "it stopped itself after 3 of 5 trials; to run the others: " in told
     assert " tune.min_gain=0; " in told
     whole = sweep_of(tmp_path, "tune.num_samples=4", "tune.min_gain=0")
     assert whole.changes == [
-        "tune.min_gain changed from 0.01 to 0.0: whether more trials are worth it is judged again"
+        "tune.min_gain changed from 0.01 to 0.0: "
+        "the sweep judges again whether more trials are worth it"
     ]
     assert whole.trials == first.trials
     opened(whole)
@@ -303,7 +304,7 @@ def test_a_finished_sweep_offers_more_trials_if_its_space_has_more(
     save_config(first.config, first.folder)
     told = how_to_extend(sweep_of(tmp_path, f"tune.space={space}", "tune.num_samples=4"))
     if not has_more:
-        assert told.startswith("this sweep is finished and has tried all of its space; ")
+        assert told.startswith("this sweep is finished and has tried its whole space; ")
         return
     words = shlex.split(told.partition("more trials: ")[2].partition(";")[0])
     assert words[:3] == ["python", "jobs/tune.py", "--config"]

@@ -127,7 +127,7 @@ def test_every_mistake_is_told_before_ray_starts(tmp_path: Path, folder: Path) -
         with pytest.raises(UserError) as told:
             check(load_config(None, wrong))
     assert "serve.model" in str(told.value) and "no such folder" in str(told.value)
-    assert f"serve.port={port} cannot be listened on" in str(told.value)
+    assert f"serve.port={port}: cannot listen on" in str(told.value)
     assert "serve.api_key_file" in str(told.value) and "no key" in str(told.value)
     for argument, message in (
         ("serve.host=nowhere.invalid", "no such address"),

@@ -69,7 +69,7 @@ def test_a_node_that_a_store_refuses_says_why(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "unknown")
     found = problem_of([], [place])
     assert found and found[0] == place and found[1].startswith("cannot be read: ")
-    assert "credentials are those of the environment" in found[1]
+    assert "credentials come from the environment" in found[1]
 
 
 @pytest.fixture(scope="module")

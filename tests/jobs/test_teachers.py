@@ -54,7 +54,7 @@ def test_a_runs_name_is_its_model_and_the_plan_tells_of_it(house: Path) -> None:
         (("train.teachers=[tokens]",), r"train.teachers=tokens: no such run"),
         (
             ("model.n_positions=64", "train.block_size=64"),
-            r"train.teachers: .*/teacher/model reads 32 tokens at most, fewer than .*=64",
+            r"train.teachers: .*/teacher/model reads at most 32 tokens, fewer than .*=64",
         ),
         (("data.tokenizer={other}",), r"train.teachers: .* has another tokenizer than the text"),
         # Of that which would be trained, it is not known, but for the most that it can have.
@@ -64,7 +64,7 @@ def test_a_runs_name_is_its_model_and_the_plan_tells_of_it(house: Path) -> None:
         ),
         (
             ("train.teachers=[teacher, {house}/teacher/model]",),
-            r"teacher/model is named twice; nam",
+            r"teacher/model is listed twice; list",
         ),
         (("train.teachers=[teacher, {wide}]",), r"wide/model has another tokenizer than .*teacher"),
     ],
@@ -120,7 +120,7 @@ def test_a_run_resumes_only_with_the_teachers_that_it_began_with(
     digest = weights_sha256(tmp_path / "model")
     assert outcome(before.config)["teachers"] == {str(tmp_path / "model"): digest}
     page = Page(write_report(before.folder)).text
-    assert f"against their average is 0.5 of the loss: {tmp_path / 'model'}" in page
+    assert f"0.5 of the loss is against their average: {tmp_path / 'model'}" in page
     assert digest[:12] in page
 
     longer = (*words, "train.max_steps=4")

@@ -120,7 +120,7 @@ def test_a_tracker_that_fails_is_told_once_and_ends_nothing(
     with caplog.at_level(logging.WARNING, logger="gptray"):
         send(run, range(5, 25, 5), mlflow=NOWHERE)
     (told,) = [one.message for one in caplog.records if one.name == "gptray"]
-    assert told.startswith(f"track.mlflow={NOWHERE} does not get the run: ")
+    assert told.startswith(f"track.mlflow={NOWHERE} is not getting the run: ")
     assert told.endswith("; the job continues, and metrics.jsonl has every row")
 
 

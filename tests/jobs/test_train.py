@@ -178,7 +178,7 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_once_and_the_same_comman
     assert change in [event.get("message") for event in read_rows(run_dir / EVENTS)]
     assert load_config(str(run_dir / "config.yaml"), []).train.max_steps == 6
     assert load_config(str(run_dir / "config.1.yaml"), []).train.max_steps == 4
-    with pytest.raises(UserError, match="has made 6 steps already"):
+    with pytest.raises(UserError, match="has already made 6 steps"):
         check(override(config, {"train.max_steps": 5}))
 
 

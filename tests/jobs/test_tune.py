@@ -193,7 +193,7 @@ def test_trials_that_could_not_write_run_again_before_anything_wins(
     save_config(resolve(config), folder)
     message = (
         r"1 of 3 trials failed: cannot write .*0001/checkpoint_000005: it is neither a file .*; "
-        "the same command runs them again; tune.retry_failed=false takes the best of the others"
+        "the same command runs them again; with tune.retry_failed=false the best of the others"
     )
     with pytest.raises(RunFailed, match=message):
         tune(config)

@@ -61,7 +61,9 @@ def test_the_models_own_tokenizer_fits(tmp_path: Path, own: Tokenizer) -> None:
 
 def test_added_tokens_need_rows(tmp_path: Path, own: Tokenizer) -> None:
     added = with_added(tmp_path / "added", "<|user|>", "<|bot|>")
-    message = rf"has {own.vocab_size + 2} tokens, .* only {own.vocab_size} rows; set model\.resize"
+    message = (
+        rf"has {own.vocab_size + 2} tokens, .* has only {own.vocab_size} rows; set model\.resize"
+    )
     with pytest.raises(UserError, match=message):
         check(config(tmp_path, f"data.tokenizer={added}"))
     check(config(tmp_path, f"data.tokenizer={added}", "model.resize_vocab=true"))
@@ -105,7 +107,7 @@ def test_every_trial_of_a_sweep_is_checked(tmp_path: Path, own: Tokenizer) -> No
 def test_without_a_tokenizer_nothing_tells_what_rows_mean(tmp_path: Path, own: Tokenizer) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / "old" / name).unlink()
-    with pytest.raises(UserError, match=r"model\.resize_vocab=true: .* holds no tokenizer"):
+    with pytest.raises(UserError, match=r"model\.resize_vocab=true: .* has no tokenizer"):
         check_vocabulary(config(tmp_path, "data.tokenizer=bpe", "model.resize_vocab=true"))
 
 
@@ -118,7 +120,7 @@ def test_a_resized_vocabulary_is_the_tokenizers(tmp_path: Path, own: Tokenizer) 
 
 
 def test_resizing_nothing_is_a_mistake() -> None:
-    with pytest.raises(ConfigError, match=r"model\.resize_vocab=true goes with model\.init_from"):
+    with pytest.raises(ConfigError, match=r"model\.resize_vocab=true needs model\.init_from"):
         load_config(None, ["model.resize_vocab=true"])
 
 

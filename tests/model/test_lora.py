@@ -266,13 +266,13 @@ ATTN, WTE = "base_model.model.transformer.h.1.attn.c_attn", "base_model.model.tr
         (edit_config(use_dora=True), "adapter_config.json: use_dora=True is not supported"),
         (edit_config(peft_type="IA3"), "peft_type='IA3' is not supported, only LORA"),
         (edit_config(rank_pattern={"c_attn": 8}), "rank_pattern=.* is not supported"),
-        (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa' has changed"),
+        (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa' changed"),
         (edit_config(bias="all"), "bias='all' is not supported"),
         (edit_config(r=8), r"lora_A.weight has shape \[4, 48\]; with r=8 .* it is \[8, 48\]"),
-        (edit_config(r="four"), "r='four' is no rank"),
-        (edit_config(target_modules=None), "target_modules=None is no list of names"),
+        (edit_config(r="four"), "r='four' is not a rank"),
+        (edit_config(target_modules=None), "target_modules=None is not a list of names"),
         (edit_config(target_modules="("), r"target_modules='\(': missing \)"),
-        (edit_config(modules_to_save="wte"), "modules_to_save='wte' is no list of names"),
+        (edit_config(modules_to_save="wte"), "modules_to_save='wte' is not a list of names"),
         (
             edit_config(target_modules=["c_fc", "c_proj"]),
             "h.0.attn.c_attn has weights, but adapter_config.json does not name it",
@@ -284,7 +284,7 @@ ATTN, WTE = "base_model.model.transformer.h.1.attn.c_attn", "base_model.model.tr
         ),
         (
             edit_weights(lambda x: [x.pop(f"{ATTN}.lora_{one}.weight") for one in "AB"]),
-            "nothing for transformer.h.1.attn.c_attn, which adapter_config.json names",
+            "no weights for transformer.h.1.attn.c_attn, which adapter_config.json names",
         ),
         (
             edit_weights(lambda x: x.update({k: v.to(torch.int8) for k, v in x.items()})),
@@ -296,7 +296,7 @@ ATTN, WTE = "base_model.model.transformer.h.1.attn.c_attn", "base_model.model.tr
         ),
         (
             edit_weights(lambda x: x.update({f"{WTE}.lora_embedding_A": torch.ones(4, 41)})),
-            "transformer.wte is no linear layer in the blocks of",
+            "transformer.wte is not a linear layer in the blocks of",
         ),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"{"), "damaged"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
@@ -321,7 +321,7 @@ def test_a_layer_that_a_pattern_names_and_that_has_no_weights_is_told(tmp_path: 
     edit_weights(lambda x: [x.pop(f"{ATTN}.lora_{one}.weight") for one in "AB"])(
         tmp_path / "adapter"
     )
-    with pytest.raises(UserError, match=r"nothing for transformer\.h\.1\.attn\.c_attn, which"):
+    with pytest.raises(UserError, match=r"no weights for transformer\.h\.1\.attn\.c_attn, which"):
         open_adapter(tmp_path / "adapter", base)
 
 
@@ -344,10 +344,10 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
         theirs.get_parameter("transformer.ln_f.bias").add_(1)
     theirs.save_pretrained(tmp_path / "other")
     for other in (Base.of(str(tmp_path / "other")), base_in(tmp_path / "llama", "llama")):
-        with pytest.raises(UserError, match=f"adapts another model than {other.folder}"):
+        with pytest.raises(UserError, match=f"was trained on another model than {other.folder}"):
             open_adapter(tmp_path / "adapter", other)
     peft_adapter(base, tmp_path / "of peft")
-    with pytest.raises(UserError, match=r"h.0.attn.c_attn is no linear layer in the blocks of"):
+    with pytest.raises(UserError, match=r"h.0.attn.c_attn is not a linear layer in the blocks of"):
         open_adapter(tmp_path / "of peft", Base.of(str(tmp_path / "llama")))
 
 

@@ -114,7 +114,7 @@ def test_another_rounding_is_refused_when_it_resumes(tmp_path: Path) -> None:
     lora = LoraConfig(rank=3)
     save_adapter(adapted(base, lora), tmp_path / "adapter", base, lora)
     other = replace(base, quantized="int8")
-    with pytest.raises(UserError, match=r"in quantize\.weights=int4, not int8"):
+    with pytest.raises(UserError, match=r"with quantize\.weights=int4, not int8"):
         load_adapter(adapted(other, lora), tmp_path / "adapter", other)
 
 

@@ -53,5 +53,7 @@ def test_a_template_is_found_in_the_tokenizers_settings(tmp_path: Path) -> None:
 def test_ends_that_are_no_token_ids_are_refused_by_file(tmp_path: Path, ids: object) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=.* is no token id"):
+    with pytest.raises(
+        UserError, match=r"generation_config\.json: eos_token_id=.* is neither a token id"
+    ):
         Usage.of(tmp_path)

@@ -77,7 +77,7 @@ def test_a_compiler_that_cannot_build_it_is_told_from_one_that_can(
     old.chmod(0o755)
     monkeypatch.setenv("CXX", str(old))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    refused(".*old-g.* does not know .*-mavx512bf16")
+    refused(".*old-g.* does not support .*-mavx512bf16")
     with pytest.raises(RunFailed, match="unrecognized option"):
         build_library(key=GENERATE_KEY)
     assert not list((tmp_path / "cache").rglob("*.so"))
@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_written_is_done_without_and_told(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     choice = faster_decoder(Config(), ModelConfig(vocab_size=300), max_batch_size=1)
     assert choice.backend == "torch" and "is not a folder" in choice.why
-    assert choice.why.startswith("generate.backend: PyTorch, since XDG_CACHE_HOME: ")
+    assert choice.why.startswith("generate.backend: PyTorch, because XDG_CACHE_HOME: ")
     refused("XDG_CACHE_HOME: .*cannot be")
     with pytest.raises(RunFailed, match="cannot write .*generate.backend=torch to do without it"):
         build_library(key=GENERATE_KEY)
@@ -184,7 +184,7 @@ def test_a_damaged_library_is_built_again_and_told(
     kept.write_bytes(kept.read_bytes()[:1000])
     with caplog.at_level("INFO", logger="gptray"):
         fresh = build_library(key=GENERATE_KEY)
-    assert "is damaged or not this user's: building it again" in caplog.text
+    assert "is damaged or belongs to another user; building it again" in caplog.text
     assert fresh.stat().st_size > 1000 and [*fresh.parent.iterdir()] == [fresh]
 
 
@@ -228,7 +228,9 @@ def test_an_own_cache_that_others_can_write_is_closed_to_them(
     assert build_library(key=GENERATE_KEY) == kept and kept.stat().st_mtime_ns == stamp
     assert folder.stat().st_mode & 0o777 == closed
     build_library(key=GENERATE_KEY)
-    assert caplog.messages == [f"{folder} could be written by other users: it no longer can"]
+    assert caplog.messages == [
+        f"other users could write to {folder}; their access has been removed"
+    ]
 
 
 def shared_by_link(folder: Path) -> None:
@@ -298,7 +300,7 @@ def test_no_library_is_loaded_on_a_processor_that_lacks_its_instructions(
     with pytest.raises(RunFailed) as told:
         build_library(key=GENERATE_KEY)
     assert str(told.value) == (
-        "this processor has no avx512_bf16; generate.backend=torch does without it"
+        "this processor has no avx512_bf16; set generate.backend=torch to do without it"
     )
     assert [*kept.parent.iterdir()] == [kept]
 
@@ -355,7 +357,7 @@ def test_a_compiler_that_knows_no_tiles_is_named_and_builds_without_them(
     monkeypatch.setenv("CXX", str(old))
     assert why_no_library() is None and not uses_tiles()
     assert caplog.messages == [
-        f"the native library does without this processor's AMX: the compiler {old} does not know "
+        f"the native library is built without AMX: the compiler {old} does not support "
         "-mamx-tile -mamx-bf16 -mamx-int8"
     ]
 
@@ -373,8 +375,7 @@ def test_tiles_that_crash_in_a_trial_are_left_out(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = ctypes.CDLL(str(build_library(key=TRAIN_KEY)))
     assert caplog.messages[-1] == (
-        "the native library does without this processor's AMX: a trial of it crashed, or its "
-        "products were wrong"
+        "the native library is built without AMX: a trial of it crashed or gave wrong products"
     )
     assert library.works_here() == 1, "it has no tiles"
 
@@ -394,7 +395,7 @@ def test_auto_generates_through_pytorch_where_the_build_fails(
     shape = ModelConfig(n_layer=1, n_embd=32, n_head=2, vocab_size=300)
     choice = faster_decoder(Config(), shape, max_batch_size=1)
     assert choice.backend == "torch" and "out of registers" in caplog.text
-    assert "since the native kernels failed in a trial" in choice.why
+    assert "because the native kernels failed in a trial" in choice.why
     assert not list(tmp_path.rglob("backends/*.json")), "it may be mended"
     with pytest.raises(RunFailed, match="out of registers"):
         build_engine_backend(load_config(None, ["generate.backend=native"]))

@@ -151,4 +151,4 @@ def test_without_a_cache_folder_each_caller_measures(
     works = Works()
     works.choice(), works.choice()
     assert works.prepared == 4
-    assert "cannot be written" in caplog.text and "the next job measures again" in caplog.text
+    assert "cannot write" in caplog.text and "the next job will measure again" in caplog.text

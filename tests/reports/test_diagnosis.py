@@ -159,7 +159,7 @@ def test_two_bad_evaluations_are_no_turn_and_said_to_be_unclear() -> None:
     config = config_of(rows, "train.patience=2", "train.max_steps=200")
     diagnosis = diagnose(rows, config)
     assert diagnosis.verdict == "unsure" and diagnosis.turned is None
-    assert "0.60 higher 2 evaluations later, too few to tell" in sentence(diagnosis, config)
+    assert "0.60 higher 2 evaluations later: too few to tell" in sentence(diagnosis, config)
     assert changes(rows, "train.patience=2", "train.max_steps=200")[0] == "more patience"
     assert changes(rows, "train.max_steps=200") == []  # it goes on: time will tell
 
@@ -200,7 +200,7 @@ def test_one_evaluation_or_none_is_no_story() -> None:
     assert "only one evaluation" in sentence(diagnose(one, config), config)
     none = diagnose([], config)
     assert none.verdict == "none" and none.best is None and none.steps_after_best == 0
-    assert sentence(none, config) == "There is no evaluation to judge by yet."
+    assert sentence(none, config) == "There is no evaluation to judge from yet."
 
 
 def test_advice_is_ordered_by_what_the_numbers_support() -> None:

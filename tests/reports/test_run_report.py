@@ -317,7 +317,7 @@ def test_a_run_that_failed_at_its_last_step_has_not_finished(tmp_path: Path) -> 
 def test_a_run_that_has_hardly_begun_has_a_report(tmp_path: Path) -> None:
     config = config_of([])
     folder = write_run(tmp_path / "new", [], [started()], config)
-    assert "no evaluation to judge by" in Page(write_report(folder, running=True)).text
+    assert "no evaluation to judge from" in Page(write_report(folder, running=True)).text
     row = rows_of([4.0])[0]
     del row["val_loss"], row["val_ppl"], row["val_bpb"], row["gap"]
     row["step"] = 1
@@ -379,7 +379,7 @@ def test_the_report_is_rewritten_when_an_evaluation_is_known(tmp_path: Path) -> 
         start = {key: value for key, value in started().items() if key not in ("event", "time")}
         write_event(folder, "start", **start)
         assert begun.wait(30)
-        assert "no evaluation to judge by" in Page(folder / "report.html").text
+        assert "no evaluation to judge from" in Page(folder / "report.html").text
         row = rows_of([4.0])[0]
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         write_event(folder, "evaluated", step=10, best=True, samples=[["Once", " upon"]])

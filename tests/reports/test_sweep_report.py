@@ -65,7 +65,8 @@ def test_the_headline_says_who_won_by_what_and_at_what_cost(forty: Path) -> None
         rf"Trial {best} generalises best: (1\.\d+) validation bits per byte, against 2\.560 of "
         r"the config as it is\. Its model has seen all of the training text, in 1[0-2]0 steps of "
         r"2\d\d,\d00 tokens in all\. What helped it: model\.dropout=0\.2\d*\. "
-        r"The sweep took (\d+) % of the steps of all trials run to their ends: ([\d,]+) of 4,920\.",
+        r"The sweep took (\d+) % of the steps that all trials would take in full: "
+        r"([\d,]+) of 4,920\.",
         page.text,
     )
     assert head, page.text[:600]
@@ -125,7 +126,7 @@ def test_trials_gone_wrong_are_told_with_their_words_and_nothing_is_run(tmp_path
     assert "0003 failed at step 0: </li><script>alert('1')</script>" in page.text
     assert "0004 diverged at step 30: step 120: loss nan, lr 0.5" in page.text
     assert "\x00" not in page.html and "1.\xa00004" not in page.html
-    assert "not run by trials that went wrong: 210 (11 %)" in page.text
+    assert "not run because trials went wrong: 210 (11 %)" in page.text
     policy = [m for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
     assert "default-src 'none'" in str(policy[0]["content"])
     attributes = {name for _, attributes in page.tags for name in attributes}
@@ -263,7 +264,7 @@ def test_a_trial_ahead_whose_tokenizer_loses_text_is_told(tmp_path: Path) -> Non
     page = page_of(write_sweep(tmp_path, config, made, winner=ahead.name))
     assert (
         f"Trial {ahead.name}'s tokenizer loses 2.1 % of the text. "
-        "Scores pay 8 bits for each lost byte."
+        "In scores, each lost byte counts 8 bits."
     ) in page.text
     assert "its tokenizer loses 50.0 % of the text" in page.text  # in the ranking alone
     assert f"rial {behind.name}'s tokenizer" not in page.text

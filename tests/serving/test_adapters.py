@@ -106,7 +106,7 @@ def test_adapters_of_a_folder_come_change_and_leave(base: Base, tmp_path: Path) 
         watch.scan()
         (line,) = watch.scan()
         assert line.startswith("tiny:news is not served: ") and line.endswith(
-            "the one before stays"
+            "the previous one stays"
         )
         assert watch.scan() == [] and "\n" not in line
         assert names_at(server) == ["tiny", "tiny:news", "tiny:tales"]
@@ -116,7 +116,7 @@ def test_adapters_of_a_folder_come_change_and_leave(base: Base, tmp_path: Path) 
         assert text(server, "tiny:tales") != first
         shutil.rmtree(folder / "tales")
         shutil.rmtree(folder / "news")
-        assert watch.scan() == ["tiny:news is served no more", "tiny:tales is served no more"]
+        assert watch.scan() == ["tiny:news is no longer served", "tiny:tales is no longer served"]
         assert names_at(server) == ["tiny"]
         shutil.rmtree(folder)
         (line,) = watch.scan()

@@ -165,7 +165,7 @@ def test_a_key_file_that_is_gone_or_wrong_leaves_the_keys_in_use_and_is_told_onc
     deadline = time.monotonic() + DEADLINE_S
     while not caplog.records:
         assert keys.let_in("Bearer first") and time.monotonic() < deadline
-    assert "line 1: a key is printable ASCII" in caplog.text
+    assert "line 1: a key must be printable ASCII" in caplog.text
     assert "the previous keys stay in use" in caplog.text
     (tmp_path / "two" / "keys").unlink()
     while len(caplog.records) < 2:

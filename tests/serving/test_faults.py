@@ -167,7 +167,7 @@ def test_other_ways_of_asking_wrongly(server: Server) -> None:
         ("/chat/completions", "did you mean /v1/chat/completions?"),
         ("/v1/messages", "call POST /v1/chat/completions, with `messages`"),
         ("/v1/responses", "call POST /v1/completions, with `prompt` instead of `input`"),
-        ("/v1/embeddings", "only text: call POST /v1/completions"),
+        ("/v1/embeddings", "to complete text, call POST /v1/completions"),
         ("/completions", "did you mean /v1/completions?"),
         ("/v1/images/generations", "to complete text, call POST /v1/completions"),
     ],
@@ -359,9 +359,9 @@ def test_a_line_of_the_key_file_is_a_key_and_a_comment_is_none(
             assert server.get("/v1/models", authorization=f"Bearer {key}").status_code == status
     path.chmod(0o644)
     read_keys(str(path))
-    assert "can be read by other users" in caplog.text
+    assert "is readable by other users" in caplog.text
     path.write_text("sk-one two\n")
-    with pytest.raises(UserError, match="line 1: a key is printable ASCII without spaces"):
+    with pytest.raises(UserError, match="line 1: a key must be printable ASCII without spaces"):
         read_keys(str(path))
     path.write_text("# nothing\n")
     with pytest.raises(UserError, match="it has no key"):

@@ -88,5 +88,5 @@ def test_an_average_is_only_better_when_its_loss_is_lower() -> None:
 
 
 def test_averages_of_sharded_weights_are_refused() -> None:
-    with pytest.raises(UserError, match=r"train.ema .* not with compute.strategy=fsdp"):
+    with pytest.raises(UserError, match=r"train.ema .*combined with compute.strategy=fsdp"):
         load_config(None, ["train.ema=0.9", "compute.strategy=fsdp"])

@@ -152,7 +152,7 @@ def test_a_full_disk_is_told_once_and_changes_nothing(
     with files_up_to(1000):
         model = build_model(config, tiny_data, None, CPU, tell=told.append)
     (line,) = told
-    expected = f"this process holds a copy of {tmp_path}/base of its own: cannot write {cache}: "
+    expected = f"this process keeps its own copy of {tmp_path}/base: cannot write {cache}: "
     assert re.fullmatch(re.escape(expected) + r"File too large \([0-9,]+ bytes free\)", line), line
     assert not any(map(is_in_file, model.state_dict().values()))
     assert not list(cache.glob("*/"))

@@ -95,7 +95,7 @@ def test_a_resumed_run_keeps_the_backend_that_it_began_with(
     began, resumed = starts(tmp_path / "run")
     assert began["backend"] == resumed["backend"] == first
     assert "2.00x as fast as" in began["chosen"]
-    assert "as at the last start of this run" in resumed["chosen"]
+    assert "as when this run last started" in resumed["chosen"]
     assert notices(tmp_path / "run") == []
 
 
@@ -137,7 +137,7 @@ def test_a_processor_without_the_instructions_goes_on_through_pytorch_and_says_s
     assert run(config, tiny_data, tmp_path / "run")["stopped"] == "max_steps"
     assert [event["backend"] for event in starts(tmp_path / "run")] == ["native", "torch"]
     (told,) = notices(tmp_path / "run")
-    assert "PyTorch, since this processor has no avx512_bf16: the run began with" in told
+    assert "PyTorch, because this processor has no avx512_bf16: the run began with" in told
 
 
 def test_a_run_says_that_it_builds_the_kernels_and_goes_on_where_that_fails(
@@ -180,5 +180,5 @@ def test_all_workers_use_pytorch_where_one_cannot_run_the_kernels(
 ) -> None:
     two_workers(_worker, config, tmp_path)
     first, other = ((tmp_path / str(rank)).read_text() for rank in range(2))
-    assert first == "torch train.backend: PyTorch, since this processor has no avx512_bf16"
+    assert first == "torch train.backend: PyTorch, because this processor has no avx512_bf16"
     assert other == first

@@ -144,7 +144,7 @@ def test_another_base_is_refused_when_a_run_resumes(tiny_data: TokenData, tmp_pa
     theirs.save_pretrained(tmp_path / "base")
     result = run(config, tiny_data, tmp_path / "run")
     assert result["stopped"] == "failed" and result["mistake"]
-    assert f"adapts another model than {tmp_path / 'base'}" in result["message"]
+    assert f"was trained on another model than {tmp_path / 'base'}" in result["message"]
 
 
 def test_weights_that_are_trained_as_a_whole_are_the_adapters(
@@ -172,10 +172,10 @@ def test_the_learning_rate_is_ten_times_as_high_unless_given(
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("model.init_from=null", "lora.rank goes with model.init_from, the model to adapt"),
-        ("train.ema=0.9", "lora.rank does not go with train.ema"),
-        ("compute.strategy=fsdp", "lora.rank does not go with compute.strategy=fsdp"),
-        ("model.resize_vocab=true", "lora.rank does not go with model.resize_vocab=true"),
+        ("model.init_from=null", "lora.rank needs model.init_from, the model to adapt"),
+        ("train.ema=0.9", "lora.rank cannot be combined with train.ema"),
+        ("compute.strategy=fsdp", "lora.rank cannot be combined with compute.strategy=fsdp"),
+        ("model.resize_vocab=true", "lora.rank cannot be combined with model.resize_vocab=true"),
     ],
 )
 def test_what_an_adapter_does_not_go_with_is_refused(word: str, told: str) -> None:

@@ -92,7 +92,7 @@ def test_the_run_and_its_report_say_what_the_tokenizer_loses(runs: dict[str, Run
     assert start["loses"] == data.loses
     page = write_report(folder, running=True).read_text("utf-8")
     assert "The tokenizer loses " in page
-    assert "losses and bits per byte include 8 bits for each lost byte" in page
+    assert "losses and bits per byte count 8 bits for each lost byte" in page
     honest = write_report(runs["honest"][2], running=True).read_text("utf-8")
     assert "loses" not in honest
 

@@ -72,8 +72,8 @@ def test_rows_stay_with_their_tokens_and_new_ones_begin_near_the_mean(
     assert not torch.equal(new[0], new[1])
     assert (new - old.mean(0)).abs().max() < 0.5 * old.std()
     assert told == [
-        f"the embedding has a row for each of the tokenizer's {own.vocab_size + 2} tokens: "
-        f"{own.vocab_size} taken from {tmp_path / 'old'}, 0 of them from another id; 2 new ones "
+        f"resized the embedding to the tokenizer's {own.vocab_size + 2} tokens: "
+        f"{own.vocab_size} rows are from {tmp_path / 'old'}, 0 of them from another id; 2 new ones "
         "start from the mean row"
     ]
     other = override(config, {"seed": 7})

@@ -89,7 +89,7 @@ def packages(facts: ClusterFacts) -> Finding:
         if one.facts.missing
     ]
     if missing:
-        remedy = "install gptray there by pip, which brings them"
+        remedy = "install gptray there with pip, which installs them"
         return Finding("packages", "fail", f"{'; '.join(missing)}; {remedy}")
     return Finding("packages", "ok", "every node has what gptray requires")
 
@@ -122,7 +122,7 @@ def _gpu_problems(one: Examined) -> list[tuple[bool, str]]:
         return problems
     if facts.torch_cuda is None:
         remedy = "pip install --force-reinstall torch"
-        problems.append((True, f"PyTorch on {address} is a build for CPUs; {remedy}"))
+        problems.append((True, f"PyTorch on {address} is a CPU build; {remedy}"))
     elif facts.driver:
         least = OLDEST_DRIVER.get(int(facts.torch_cuda.split(".")[0]), 0)
         if int(facts.driver.split(".")[0]) < least:
@@ -138,19 +138,21 @@ def _gpu_problems(one: Examined) -> list[tuple[bool, str]]:
 def nccl(facts: ClusterFacts) -> Finding:
     """Whether two GPUs reach each other."""
     if facts.nccl is None:
-        return Finding("nccl", "ok", "not tried, which takes two GPUs")
+        return Finding("nccl", "ok", "not tested: it takes two GPUs")
     if facts.nccl:
-        remedy = "NCCL_DEBUG=INFO says more, NCCL_SOCKET_IFNAME picks the network"
-        return Finding("nccl", "fail", f"two GPUs do not reach each other: {facts.nccl}; {remedy}")
-    return Finding("nccl", "ok", "two GPUs reach each other")
+        remedy = "set NCCL_DEBUG=INFO for details, or NCCL_SOCKET_IFNAME to choose the network"
+        return Finding("nccl", "fail", f"two GPUs cannot communicate: {facts.nccl}; {remedy}")
+    return Finding("nccl", "ok", "two GPUs can communicate")
 
 
 def storage(facts: ClusterFacts) -> Finding:
     """Whether all nodes share storage_path."""
     if facts.blind:
         return Finding("storage", "fail", "; ".join(facts.blind))
-    seen = "seen and written by every node" if len(facts.nodes) > 1 else "on the only node"
-    return Finding("storage", "ok", f"storage_path={facts.storage_path} is {seen}")
+    on = "every node" if len(facts.nodes) > 1 else "the only node"
+    return Finding(
+        "storage", "ok", f"storage_path={facts.storage_path} is readable and writable on {on}"
+    )
 
 
 def disks(facts: ClusterFacts) -> Finding:
@@ -167,7 +169,11 @@ def disks(facts: ClusterFacts) -> Finding:
         return Finding("disk", "fail", f"{'; '.join([*full, *filling])}; make room")
     if filling:
         told = "; ".join(filling)
-        return Finding("disk", "warn", f"{told}; Ray keeps no objects on a disk above {FULL:.0%}")
+        return Finding(
+            "disk",
+            "warn",
+            f"{told}; Ray stores no objects on a disk that is more than {FULL:.0%} full",
+        )
     every = [disk for one in facts.nodes for disk in one.facts.disks]
     return Finding("disk", "ok", f"at least {_size(_least_free(every))} free everywhere")
 
@@ -194,15 +200,15 @@ def authentication(facts: ClusterFacts) -> Finding:
     """Whether Ray asks for a token."""
     open_nodes = [one.node.address for one in facts.nodes if not one.facts.needs_token]
     if open_nodes:
-        remedy = "set RAY_AUTH_MODE=token, and have ray get-auth-token --generate make one"
-        reach = "whoever reaches Ray's ports may run code"
-        told = f"no token is asked for on {', '.join(open_nodes)}: {reach}; {remedy}"
+        remedy = "set RAY_AUTH_MODE=token and create a token with ray get-auth-token --generate"
+        reach = "anyone who can reach Ray's ports can run code"
+        told = f"Ray does not require a token on {', '.join(open_nodes)}: {reach}; {remedy}"
         return Finding("authentication", "warn", told)
-    return Finding("authentication", "ok", "Ray asks for a token")
+    return Finding("authentication", "ok", "Ray requires a token")
 
 
 def ports(facts: ClusterFacts) -> Finding:
-    """Which ports others reach, above all the dashboard's, which runs code for whoever asks."""
+    """Which ports others can reach, above all the dashboard's, which runs anyone's code."""
     by_node = [
         f"{one.node.address} {_ports(one.facts.open_ports)}"
         for one in facts.nodes
@@ -216,17 +222,17 @@ def ports(facts: ClusterFacts) -> Finding:
     ]
     if any(not one.facts.needs_token for one, _ in dashboards):
         at = ", ".join(dict.fromkeys(f"{port.address}:{port.port}" for _, port in dashboards))
-        reach = "whoever reaches it may run code"
-        told = f"the dashboard listens at {at} and asks for no token: {reach}"
+        reach = "anyone who can reach it can run code"
+        told = f"the dashboard listens on {at} and does not require a token: {reach}"
         remedy = "start Ray with --dashboard-host=127.0.0.1, or with RAY_AUTH_MODE=token"
         return Finding("ports", "fail", f"{told}; {remedy}")
     if not by_node:
-        return Finding("ports", "ok", "Ray listens on this machine's loopback address only")
+        return Finding("ports", "ok", "Ray listens only on this machine's loopback address")
     told = f"open beyond loopback: {'; '.join(by_node)}"
     if any(not one.facts.needs_token for one in facts.nodes if one.facts.open_ports):
-        remedy = "without a token keep them behind a firewall"
+        remedy = "without a token, keep them behind a firewall"
         return Finding("ports", "warn", f"{told}; {remedy}")
-    return Finding("ports", "ok", f"{told}; all but the metrics ports ask for the token")
+    return Finding("ports", "ok", f"{told}; all except the metrics ports require the token")
 
 
 def clocks(facts: ClusterFacts) -> Finding:
@@ -238,7 +244,7 @@ def clocks(facts: ClusterFacts) -> Finding:
         if abs(one.clock_s) > CLOCK_S
     ]
     if apart:
-        remedy = "have every node take the time from the network (chrony, systemd-timesyncd)"
+        remedy = "synchronize every node's clock (chrony, systemd-timesyncd)"
         return Finding("clocks", "fail", f"{'; '.join(apart)}; {remedy}")
     return Finding("clocks", "ok", f"within {CLOCK_S:g} s of this machine's")
 

@@ -1,4 +1,4 @@
-"""The doctor: looks at every node of the cluster, and says what to mend."""
+"""The doctor: checks every node of the cluster and says what to fix."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def check(config: Config) -> Path:
     """Find storage_path. Raises UserError for one in an object store or of an unknown user."""
     if is_uri(config.storage_path):
         raise UserError(
-            f"storage_path={config.storage_path}: the doctor looks at a folder that nodes share; "
-            "leave storage_path out for a look at all else"
+            f"storage_path={config.storage_path}: the doctor checks only folders that the nodes "
+            "share; leave storage_path out to check everything else"
         )
     return storage_of(config)
 
 
 def plan(storage_path: Path) -> Plan:
     """What the job would do."""
-    return [("looks at", f"every node, and {storage_path}; it changes nothing")]
+    return [("checks", f"every node, and {storage_path}; changes nothing")]
 
 
 def run(storage_path: Path) -> None:
@@ -56,7 +56,7 @@ def run(storage_path: Path) -> None:
 def look(storage_path: Path) -> ClusterFacts:
     """Gather the facts of the cluster. Needs Ray."""
     nodes = alive_nodes()
-    log.info("looking at %s", count(len(nodes), "node"))
+    log.info("checking %s", count(len(nodes), "node"))
     answers = ask(nodes, node_facts, str(storage_path), about="their versions and disks")
     pairs = [*zip(nodes, answers, strict=True)]
     found = [(node, one) for node, one in pairs if not isinstance(one, NoAnswer)]

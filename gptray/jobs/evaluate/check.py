@@ -120,7 +120,9 @@ def check(config: Config) -> CheckedEvaluation:
     check_adapter(config.evaluate.adapter, model_dir, key="evaluate.adapter")
     for key in ("adapter", "quantized"):
         if others and getattr(config.evaluate, key):
-            raise UserError(f"evaluate.{key} goes with one model, but evaluate.model names several")
+            raise UserError(
+                f"evaluate.{key} works with one model, but evaluate.model names several"
+            )
     check_engine_backend(config)
     trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, found)
@@ -246,7 +248,7 @@ def check_tokens(checked: CheckedEvaluation, data: TokenData) -> None:
         if len(split) < checked.block_size:
             raise UserError(
                 f"{what} has {len(split)} tokens, fewer than one block of {checked.block_size}; "
-                f"{cure}, or set a lower train.block_size"
+                f"{cure}, or lower train.block_size"
             )
     _check_same_tokenizer(checked, data.manifest["tokenizer"]["sha256"])
     if checked.is_own_text and checked.trained_on not in (None, data.fingerprint):
@@ -267,7 +269,7 @@ def _check_tokenizer(checked: CheckedEvaluation) -> None:
     if rows < own.vocab_size:
         raise UserError(
             f"{folder}: model and tokenizer do not belong together: the weights (sha256 "
-            f"{checked.model_sha256}) know {rows} tokens, the tokenizer (sha256 {own.sha256}) "
+            f"{checked.model_sha256}) have {rows} tokens, the tokenizer (sha256 {own.sha256}) "
             f"has {own.vocab_size}"
         )
     text = checked.text.config
@@ -281,7 +283,7 @@ def _check_same_tokenizer(checked: CheckedEvaluation, sha256: str) -> None:
     model, own = checked.models[0], checked.tokenizer.sha256
     if own != sha256:
         raise UserError(
-            f"model and text do not belong together: the tokenizer of {model} has sha256 "
-            f"{own}, the one that reads the text has sha256 {sha256}; "
-            f"{shlex.quote(f'data.tokenizer={model}')} reads it with the model's own"
+            f"model and text do not belong together: the tokenizer of {model} has sha256 {own}, "
+            f"the one that reads the text has sha256 {sha256}; set "
+            f"{shlex.quote(f'data.tokenizer={model}')} to read it with the model's own"
         )

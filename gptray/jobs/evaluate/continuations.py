@@ -164,7 +164,7 @@ def _not_measured(
 
 def _no_passage(checked: CheckedEvaluation, kind: str) -> str:
     if checked.others:
-        return "several models score a text, but do not write one"
+        return "an ensemble scores text but does not generate it"
     if not checked.config.evaluate.passages:
         return "evaluate.passages is 0"
     length = min(LEAST_TOKENS, checked.block_size)

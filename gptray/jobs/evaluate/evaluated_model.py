@@ -182,8 +182,9 @@ def check_goes_with(
     if held_out(trained) != held_out(own_text):
         raise UserError(
             f"evaluate.model: {other.run} was trained on another text or split than {first.run}, "
-            "so it may have seen this validation text; evaluate.source=... scores text that none "
-            "has seen, and data.seed=1 gives runs of any seed the same split"
+            "so it may have seen this validation text; score text that none has seen with "
+            "evaluate.source=..., or train with data.seed=1, which gives runs of any seed the "
+            "same split"
         )
 
 

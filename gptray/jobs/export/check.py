@@ -189,7 +189,7 @@ def _check_tokenizer(folder: Path, rows: int) -> None:
     tokens = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     if tokens > rows:
         raise UserError(
-            f"{folder}: the tokenizer has {tokens:,} tokens, the model's embedding only "
+            f"{folder}: the tokenizer has {tokens:,} tokens, but the model's embedding has only "
             f"{rows:,} rows"
         )
 

@@ -93,7 +93,7 @@ def _write(checked: CheckedExport) -> None:
 
 
 def _quantizer(checked: CheckedExport) -> Quantizer:
-    """What makes weights in few bits. It imports torch, which a plan needs not."""
+    """What quantizes weights. It imports torch, which a plan does not need."""
     from gptray.model.importance import quantizer
 
     precision = checked.settings.precision
@@ -115,7 +115,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
 
 def _refuse_taken(output: Path) -> None:
     if os.path.lexists(output):
-        raise RunFailed(f"{output} came to exist meanwhile, and is left as it is")
+        raise RunFailed(f"{output} has appeared in the meantime and is left as it is")
 
 
 def _format(content: GgufContent | HfContent) -> str:

@@ -41,7 +41,7 @@ def check_model(config: Config) -> CheckedModel:
     check_resources(config.compute)
     if config.generate.adapters is not None:
         raise UserError(
-            "generate.adapters go with generate.input_path; for sample.prompt give generate.adapter"
+            "generate.adapters needs generate.input_path; for sample.prompt use generate.adapter"
         )
     config = with_adapter(config, "generate")
     folder, name = find_model(config, config.generate.model, key="generate.model")
@@ -125,8 +125,8 @@ def _check_template(
     chats = next((file.name for file in files if begins_with_chat(file, prompt_column)), None)
     if chats and Usage.of(model_dir).chat_template is None:
         raise UserError(
-            f"{chats}: a request is for {CHAT_URL}, but {name} has no chat template; name a model "
-            f"that has one, or ask for {COMPLETIONS_URL}"
+            f"{chats}: a request is for {CHAT_URL}, but {name} has no chat template; use a model "
+            f"that has one, or {COMPLETIONS_URL}"
         )
 
 

@@ -262,7 +262,7 @@ def _chosen_elsewhere(
         outcome: Choice | Failure = ray.get(actor.choose.remote(config, shape, threads))
     except ray.exceptions.RayError as error:
         raise RunFailed(
-            f"choosing generate.backend failed: {first_line(error)}; name native or torch"
+            f"choosing generate.backend failed: {first_line(error)}; set it to native or torch"
         ) from None
     finally:
         ray.kill(actor)

@@ -71,13 +71,13 @@ class RequestReader:
         text = parse_request(CompletionRequest, body)
         _check(text)
         if len(text.prompt) != 1 or not isinstance(text.prompt[0], str):
-            raise ValueError("prompt must be one text; give each prompt a request of its own")
+            raise ValueError("prompt must be one text; give each prompt its own request")
         return RowRequest(text.prompt[0], _settings(text), None)
 
     def _answer(self, request: ChatRequest) -> RowRequest:
         """The row of a chat. Raises ValueError."""
         if self._template is None:
-            raise ValueError(f"the model has no chat template: ask {COMPLETIONS_URL}")
+            raise ValueError(f"the model has no chat template: use {COMPLETIONS_URL}")
         chat = self._template.write(request.messages, **request.writing)
         return RowRequest(self._template.shown(chat), {**_settings(request), CHAT: chat}, None)
 

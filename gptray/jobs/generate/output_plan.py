@@ -138,9 +138,10 @@ def refuse_differences(folder: str, before: Record, now: Record) -> None:
         cure = "Use the same to resume it, or choose another generate.output_path"
         if (before.get(BACKEND), now.get(BACKEND)) == ("auto", UNDECIDED):
             cure = (
-                f"{BACKEND}={UNDECIDED} is decided once for a whole output; that one was started "
-                "on GPUs, or by a gptray that decided anew at every start. If on GPUs, resume it "
-                "with compute.use_gpu=true; else choose another generate.output_path"
+                f"{BACKEND}={UNDECIDED} is decided once for a whole output; this one was started "
+                "on GPUs, or by a version of gptray that decided at every start. If on GPUs, "
+                "resume it with compute.use_gpu=true; otherwise choose another "
+                "generate.output_path"
             )
         raise UserError(
             f"the output {folder} was started with something else:\n" + "\n".join(differing)
@@ -160,8 +161,8 @@ def write_json(path: Path, content: Record) -> None:
 def not_of_this_job(path: object) -> UserError:
     """The error for a part in the output that the job has not written."""
     return UserError(
-        f"generate.output_path: {path} was not written by this job, but readers of the folder "
-        "would read it too; remove it, or choose another folder"
+        f"generate.output_path: {path} was not written by this job, but anything that reads the "
+        "folder would read it too; remove it, or choose another folder"
     )
 
 

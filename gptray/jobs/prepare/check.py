@@ -71,7 +71,7 @@ def plan(checked: CheckedText) -> Plan:
     rows += [
         ("tokenizer", request.tokenizer),
         ("data_dir", str(request.data_dir)),
-        ("to do", "nothing, it is prepared" if data else "scan, tokenise, write"),
+        ("to do", "nothing, it is already prepared" if data else "scan, tokenise, write"),
     ]
     return rows + (text_rows(data) if data else [])
 

@@ -111,7 +111,7 @@ def prepare_text(
         data = opened(request.data_dir, verify=True)
     data = data or _prepare(request, piece_bytes=piece_bytes, wait_s=wait_s)
     if data.loses:
-        log.warning("%s; losses and bits per byte pay 8 bits for each lost byte", data.loses)
+        log.warning("%s; losses and bits per byte count 8 bits for each lost byte", data.loses)
     return data
 
 

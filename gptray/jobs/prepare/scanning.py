@@ -56,7 +56,7 @@ def scan_and_plan(
     scanned = [replace(text, scans=[next(found) for _ in text.units]) for _, text in texts]
     encodings = {name: one for unit in scans for name, one in unit.encodings.items()}
     for name, encoding in list(encodings.items())[:_NAMED_FILES]:
-        log.info("%s is read as %s, by its byte order mark", name, encoding)
+        log.info("%s is read as %s, because of its byte order mark", name, encoding)
     return plan_split(scanned, fraction=request.fraction, seed=request.seed), scans
 
 

@@ -185,7 +185,7 @@ def verdict(diagnosis: Diagnosis) -> str:
         "overfitting": f"overfits since step {turned}",
         "unsure": "rose at the end, too briefly to tell",
         "unstable": "unstable",
-        "stuck": "has learnt next to nothing",
+        "stuck": "has learned next to nothing",
         "falling": "does not overfit, still falling",
         "level": "does not overfit",
     }[diagnosis.verdict]

@@ -78,7 +78,7 @@ def plan(checked: CheckedEndpoint) -> Plan:
 def _adapters(checked: CheckedEndpoint) -> str:
     adapters = checked.config.serve.adapters or {}
     if isinstance(adapters, str):
-        return f"those in {adapters}, looked at every {WATCH_S:g} s"
+        return f"those in {adapters}, rescanned every {WATCH_S:g} s"
     return ", ".join(adapted_name(checked.model["served_model_name"], name) for name in adapters)
 
 
@@ -103,9 +103,7 @@ def _check_address(config: Config) -> None:
     except socket.gaierror:
         raise UserError(f"serve.host={host}: there is no such address") from None
     except OSError as error:
-        raise UserError(
-            f"serve.port={port} cannot be listened on at {host}: {error.strerror}"
-        ) from None
+        raise UserError(f"serve.port={port}: cannot listen on {host}: {error.strerror}") from None
 
 
 def api_keys(config: Config) -> list[str]:

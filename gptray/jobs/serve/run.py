@@ -95,7 +95,7 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     before = serve.status()
     if APPLICATION in before.applications:
-        raise UserError(f"the cluster serves an application {APPLICATION!r} already")
+        raise UserError(f"the cluster already serves an application {APPLICATION!r}")
     application = bound(config, model)  # refuses what no node can give
     serve.start(
         http_options={
@@ -154,8 +154,8 @@ def _tell_backends() -> None:
         log.info("generate.backend: %s", " and ".join(names))
     if len(names) > 1:
         log.warning(
-            "a prompt's text may depend on the replica that answers; generate.backend=torch makes "
-            "them agree"
+            "a prompt's text may depend on the replica that answers; set generate.backend=torch "
+            "to make them agree"
         )
 
 

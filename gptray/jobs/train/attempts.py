@@ -68,7 +68,7 @@ def _fit_where_there_is_room(
     most, deaths = config.compute.max_failures, 0
     while True:
         workers = workers_with_room(config, reserved)
-        log.info("there is room for %s: starting", count(workers, "worker"))
+        log.info("there is room for %s; starting", count(workers, "worker"))
         try:
             result = fit(workers)
         except ray.train.PreemptionError:
@@ -91,7 +91,7 @@ def _is_of_lost_room(error: ray.train.ControllerError) -> bool:
 
 
 def _is_of_taken_node(error: ray.train.WorkerGroupError) -> bool:
-    """Whether a worker died with a node of which it was known that it would be taken."""
+    """Whether a worker died with a node that was known to be taken."""
     failures = [getattr(one, "health_check_failure", one) for one in error.worker_failures.values()]
     return any(getattr(one, "preempted", False) for one in failures)
 

@@ -211,17 +211,17 @@ def _family(config: Config) -> str:
     """What others open the model as."""
     family = family_of(config.model)
     if FAMILIES[family].architecture:
-        return f"{family}, which transformers opens"
-    return f"{family}, which only gptray opens: no family of transformers has these choices"
+        return f"{family}, which transformers can load"
+    return f"{family}, which only gptray can load: these choices match no family in transformers"
 
 
 def _workers(config: Config) -> str:
     kind = "GPU" if config.compute.use_gpu else "CPU"
     shared = ", each with its share of the weights (fsdp)" if _is_sharded(config) else ""
-    scorer = ", and one more that scores" if config.train.async_validation else ""
+    scorer = ", plus one that scores" if config.train.async_validation else ""
     workers = f"{config.compute.min_workers}"
     if config.compute.is_elastic:
-        workers += f" to {config.compute.max_workers}, as there is room"
+        workers += f" to {config.compute.max_workers}, depending on room"
     return f"{workers} ({kind}){shared}{scorer}"
 
 
@@ -232,20 +232,20 @@ def _is_sharded(config: Config) -> bool:
 def _passes(config: Config) -> str:
     if config.compute.is_elastic:
         return (
-            f"{config.micro_batch_size} x {config.micro_batches} passes, dealt out to the workers"
+            f"{config.micro_batch_size} x {config.micro_batches} passes, shared among the workers"
         )
     return f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"
 
 
 def _memory_told(config: Config, parameters: int, vocab_size: int) -> str:
-    """What a worker takes; and with the base's weights in full, where they are in few bits."""
+    """What a worker takes; if the base is quantized, also without that."""
     taught = teacher_bytes(config)
     told = f"about {(_memory(config, parameters, vocab_size) + taught) / 2**30:.2f} GiB"
     if config.quantize.weights == "none":
         return told
     full = override(config, {"quantize.weights": "none"})
     before = (_memory(full, parameters, vocab_size) + taught) / 2**30
-    return f"{told}, {before:.2f} GiB with the base's weights in full"
+    return f"{told}, or {before:.2f} GiB with an unquantized base"
 
 
 def _memory(config: Config, parameters: int, vocab_size: int) -> float:

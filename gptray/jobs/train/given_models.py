@@ -25,8 +25,8 @@ from gptray.record import read_events, teachers_of
 
 KEY = "train.teachers"
 _CURE = (
-    "set model.resize_vocab=true, which keeps the rows of tokens that both have and starts the "
-    "others from the mean row"
+    "set model.resize_vocab=true, which keeps the rows of tokens that both have and starts new "
+    "ones from the mean row"
 )
 
 
@@ -45,8 +45,8 @@ def check_vocabulary(config: Config) -> None:
     if config.model.resize_vocab:
         if not has_own:
             raise UserError(
-                f"model.resize_vocab=true: {source} holds no tokenizer (tokenizer.json), so "
-                "the tokens of its embedding's rows are unknown"
+                f"model.resize_vocab=true: {source} has no tokenizer (tokenizer.json), so it is "
+                "unknown which tokens its embedding's rows are"
             )
         return
     if name in KINDS:
@@ -71,8 +71,8 @@ def check_vocabulary(config: Config) -> None:
             )
     if tokenizer.vocab_size > rows:
         raise UserError(
-            f"data.tokenizer={name}: has {tokenizer.vocab_size:,} tokens, the embedding of "
-            f"model.init_from={source} only {rows:,} rows; {_CURE}"
+            f"data.tokenizer={name}: has {tokenizer.vocab_size:,} tokens, but the embedding of "
+            f"model.init_from={source} has only {rows:,} rows; {_CURE}"
         )
 
 
@@ -90,12 +90,12 @@ def check_teachers(config: Config, folder: Path) -> None:
         except NotOnHub as error:
             raise unknown(config, one, error.reason, key=KEY) from None
         if opened in folders:
-            raise UserError(f"{KEY}: {one} is named twice; name it once")
+            raise UserError(f"{KEY}: {one} is listed twice; list it once")
         folders.append(opened)
         n_positions = read_shape(opened).n_positions
         if n_positions < block_size:
             raise UserError(
-                f"{KEY}: {one} reads {n_positions} tokens at most, fewer than "
+                f"{KEY}: {one} reads at most {n_positions} tokens, fewer than "
                 f"train.block_size={block_size}"
             )
         _check_split(config, one)
@@ -119,7 +119,8 @@ def _check_split(config: Config, teacher: str) -> None:
     if its["source"] == ours["source"] and its != ours:
         raise UserError(
             f"{KEY}: {run} was trained on another split of this text, so it has seen some of the "
-            f"validation text; data.seed={its['seed']} and the same data.split give its split"
+            f"validation text; to use its split, set data.seed={its['seed']} and the same "
+            "data.split"
         )
 
 
@@ -146,8 +147,8 @@ def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
 
 def _of_other_tokens(teacher: str) -> UserError:
     return UserError(
-        f"{KEY}: {teacher} has another tokenizer than the text; data.tokenizer={teacher} reads the "
-        "text with that of the teacher"
+        f"{KEY}: {teacher} has another tokenizer than the text; set data.tokenizer={teacher} to "
+        "use the teacher's"
     )
 
 

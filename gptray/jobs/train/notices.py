@@ -39,7 +39,7 @@ _sigterm = threading.Event()
 
 
 def _heed_sigterm() -> None:
-    """Note a SIGTERM to this process, of which it would die by Ray's own handler."""
+    """Note a SIGTERM to this process, which would kill it by Ray's own handler."""
     signal.signal(signal.SIGTERM, lambda number, frame: _sigterm.set())
 
 

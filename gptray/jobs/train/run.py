@@ -249,9 +249,10 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
         if is_of_files(error.controller_failure):
             raise cannot_write(folder, error.controller_failure) from None
         raise RunFailed(
-            "Ray Train's controller failed, as it does when the process that scores checkpoints "
-            f"dies more than compute.max_failures={config.compute.max_failures} times; the "
-            f"same command resumes from the last checkpoint.\n{error.controller_failure}"
+            "Ray Train's controller failed, which happens when the process that scores "
+            f"checkpoints dies more than compute.max_failures={config.compute.max_failures} "
+            "times; the same command resumes from the last "
+            f"checkpoint.\n{error.controller_failure}"
         ) from None
     except ray.exceptions.RayActorError:
         raise RunFailed(

@@ -236,7 +236,7 @@ def _show_samples(events: Sequence[Event]) -> None:
     best = [event for event in events if event["event"] == "evaluated" and event["best"]]
     if not best or not best[-1]["samples"]:
         return
-    log.info("what the best model (step %s) writes:", best[-1]["step"])
+    log.info("samples from the best model (step %s):", best[-1]["step"])
     for prompt, output in best[-1]["samples"]:
         log.info("%s", textwrap.indent(f"[{prompt}]{output}", "  | ", lambda line: True))
 

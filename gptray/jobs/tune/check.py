@@ -90,8 +90,8 @@ def check(config: Config) -> CheckedSweep:
     trials = plan_trials(config, place, drawn=drawn, known=known)
     if any(one.train.async_validation for one in [config, *(trial.config for trial in trials)]):
         raise UserError(
-            "train.async_validation=true is for single runs: trials of a sweep are compared, and "
-            "cut, by scores that must not come late; leave it out"
+            "train.async_validation=true is for single runs: a sweep compares and stops trials "
+            "by scores that must not come late; leave it out"
         )
     if config.compute.is_elastic:
         raise UserError(
@@ -115,12 +115,12 @@ def check(config: Config) -> CheckedSweep:
 def how_to_extend(checked: CheckedSweep) -> str:
     """What to say of a finished sweep: what gives it more trials, where its space has more."""
     config, folder = checked.config, checked.folder
-    another = "train.resume=never and another name start a new one"
+    another = "for a new one, set train.resume=never and another name"
     if stopped := StoppedEarly.of_sweep(folder):
         whole = command("tune", config, folder, "tune.min_gain=0")
         return (
-            f"this sweep is finished, having stopped itself after {stopped.trials} of {stopped.of} "
-            f"trials; for the others: {whole}; {another}"
+            f"this sweep is finished: it stopped itself after {stopped.trials} of {stopped.of} "
+            f"trials; to run the others: {whole}; {another}"
         )
     number = 2 * config.tune.num_samples
     if config.tune.search_alg == "random":
@@ -128,7 +128,7 @@ def how_to_extend(checked: CheckedSweep) -> str:
         more = override(config, {"tune.num_samples": number})
         trials = plan_trials(more, seen_at(config), drawn=drawn, known=load_trials(folder))
         if len(trials) == len(checked.trials):
-            return f"this sweep is finished and has tried all of its space; {another}"
+            return f"this sweep is finished and has tried its whole space; {another}"
     longer = command("tune", config, folder, f"tune.num_samples={number}")
     return f"this sweep is finished; for more trials: {longer}; {another}"
 
@@ -175,7 +175,7 @@ def plan(checked: CheckedSweep) -> Plan:
         ("trials", _trials(checked)),
         ("at a time", _at_once(config)),
         ("rungs", _rungs(config)),
-        ("steps", f"{sum(known) + others * most:,} at most, without any trial cut"),
+        ("steps", f"{sum(known) + others * most:,} at most, if no trial stops early"),
         ("texts to train on", f"{len(checked.texts)}, {len(ready)} of them ready"),
         *(("lost", f"{data.loses} ({data.data_dir})") for data in ready if data.loses),
     ]
@@ -237,4 +237,4 @@ def _rungs(config: Config) -> str:
     if not steps:
         return "none, every trial runs to its end"
     keep = config.tune.reduction_factor
-    return f"at steps {', '.join(f'{step:,}' for step in steps)}: the best 1 in {keep} goes on"
+    return f"at steps {', '.join(f'{step:,}' for step in steps)}: the best 1 in {keep} continues"

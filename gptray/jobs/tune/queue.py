@@ -108,7 +108,7 @@ class SweepQueue:
         self._too_little = gain if is_little else None
         if self._too_little and not before and self._running:
             log.info(
-                "no new trials for now: more may not be worth it, which is judged again once the "
+                "no new trials for now: more may not be worth it; the sweep decides once the "
                 "running ones have ended"
             )
 

@@ -136,8 +136,8 @@ def _finish(config: Config, folder: Path, record: Record) -> None:
         told = f"{len(failed)} of {len(trials)} trials failed: {failed[0].message}"
         if config.tune.retry_failed:
             raise RunFailed(
-                f"{told}; the same command runs them again; tune.retry_failed=false takes the "
-                "best of the others"
+                f"{told}; the same command runs them again; with tune.retry_failed=false the "
+                "best of the others wins"
             )
         log.warning("%s; the best of the others wins", told)
     winner = choose_winner(trials)

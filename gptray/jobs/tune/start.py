@@ -52,7 +52,7 @@ def opened(checked: CheckedSweep) -> Record:
     for trial in (*failed, *skipped):
         record.retried(trial.name)
     if failed:
-        log.info("%s run again: %s", count(len(failed), "trial"), failed[0].message)
+        log.info("rerunning %s: %s", count(len(failed), "trial"), failed[0].message)
     _share_texts(folder)
     return record
 

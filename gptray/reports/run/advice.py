@@ -51,7 +51,7 @@ def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advic
     if config.model.init_from and config.optim.lr > 1e-4:
         yield Advice(
             "a lower learning rate",
-            f"optim.lr is {config.optim.lr:g}; tuning a trained model mostly takes 1e-5 to 1e-4",
+            f"optim.lr is {config.optim.lr:g}; fine-tuning usually takes 1e-5 to 1e-4",
             3.0,
             _lr(config, 5e-5),
         )
@@ -72,16 +72,16 @@ def _regularise(config: Config) -> Iterator[Advice]:
     dropout, is_new = config.model.dropout, config.model.init_from is None
     if config.data.token_replacement == 0:
         if is_new:
-            reason = "data.token_replacement is 0; 0.1 did more than dropout on two little texts"
+            reason = "data.token_replacement is 0; 0.1 did more than dropout on two small texts"
             yield Advice("token replacement", reason, 4.5, {"data.token_replacement": 0.1})
         if dropout == 0:
-            reason = "model.dropout is 0; 0.1 to 0.3 is usual for little text"
+            reason = "model.dropout is 0; 0.1 to 0.3 is usual for small texts"
             yield Advice("dropout", reason, 4.0, {"model.dropout": 0.1})
         elif dropout < 0.4:
             more = {"model.dropout": round(dropout + 0.1, 2)}
             yield Advice("more dropout", f"model.dropout is {dropout:g}", 3.0 - 5 * dropout, more)
     if config.optim.weight_decay == 0:
-        reason = "optim.weight_decay is 0; models that overfit are known to gain from 0.1 and more"
+        reason = "optim.weight_decay is 0; models that overfit usually gain from 0.1 or more"
         yield Advice("weight decay", reason, 2.2, {"optim.weight_decay": 0.1})
 
 
@@ -90,8 +90,8 @@ def _land(config: Config) -> Iterator[Advice]:
     schedule = config.optim.schedule
     if schedule in ("linear", "cosine"):
         reason = (
-            f"optim.schedule is {schedule}: at the best step the learning rate was still high; wsd "
-            "goes back there and cools down"
+            f"optim.schedule is {schedule}: the learning rate was still high at the best step; "
+            "wsd goes back to that step and cools down"
         )
         yield Advice("a landing", reason, 4.2, {"optim.schedule": "wsd"})
 
@@ -100,8 +100,8 @@ def _average_seeds(config: Config) -> Iterator[Advice]:
     """Measured in training from scratch only."""
     if config.model.init_from is None and not config.train.teachers:
         reason = (
-            "three runs that differ in their seed predict better together (evaluate.model), and "
-            "teach one model most of that (train.teachers)"
+            "three runs with different seeds predict better together (evaluate.model), and can "
+            "teach one model most of what they gain (train.teachers)"
         )
         yield Advice("several seeds", reason, 2.8)
 
@@ -141,7 +141,8 @@ def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     if interval > 1:
         yield Advice(
             "more frequent evaluations",
-            f"train.eval_interval is {interval}; a turn needs three well above it",
+            f"train.eval_interval is {interval}; it takes three evaluations well above the best "
+            "to tell a turn",
             3.0,
             {"train.eval_interval": -(-interval // 3)},
         )
@@ -210,7 +211,7 @@ def _to_get_lower(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
         yield Advice(
             "more parameters",
             f"training loss ({last.train_loss:.2f}) is close to validation loss "
-            f"({last.val_loss:.2f}): the model has not taken in all that it was shown",
+            f"({last.val_loss:.2f}): the model could still learn more from the training text",
             3.0,
             {} if config.model.init_from else {"model.n_embd": 2 * config.model.n_embd},
         )

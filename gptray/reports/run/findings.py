@@ -22,7 +22,7 @@ from gptray.wording import perplexity
 MEANS = "validation loss - training loss, dropout off in both; it grows as a model overfits"
 # Samples of held-out text that are shown.
 SHOWN = 6
-BEFORE = "bits per byte; before: of the weights that the run began with, after: of its best model"
+BEFORE = "bits per byte; before: the weights that the run began with, after: its best model"
 
 T = TypeVar("T")
 # A number's name, how it was computed, and what a result has.
@@ -45,7 +45,8 @@ def evaluation_sentence(evaluation: Evaluation) -> str:
     recited = evaluation["memorised_50"]
     if recited is not None and recited >= 0.1:
         text += (
-            f" It recites its training text: {_percent(recited)} of what it writes in runs of 50."
+            f" It recites its training text: {_percent(recited)} of its 50-token sequences occur "
+            "there."
         )
     return text
 
@@ -147,7 +148,7 @@ def _quantized(evaluation: Evaluation) -> Table:
         ("Bits per byte", "loss x tokens / (ln 2 x bytes)", lambda one: f"{one['bpb']:.4f}"),
         (
             "Greedy tokens that agree",
-            "the likeliest next token is that of the full weights",
+            "the likeliest next token is the same as with full weights",
             lambda one: _percent(one["agreement"]),
         ),
         (
@@ -203,7 +204,7 @@ def _identity(evaluation: Evaluation) -> Table:
         Row("Model's sha256", "", (evaluation["model_sha256"],)),
         Row("Tokenizer's sha256", "", (evaluation["tokenizer_sha256"],)),
         Row("Text", "", (", ".join(evaluation["source"]),)),
-        Row("Window", "tokens that the model sees at once", (f"{evaluation['block_size']:,}",)),
+        Row("Window", "tokens that the model sees at a time", (f"{evaluation['block_size']:,}",)),
         Row("Weights", "none: not quantized", (evaluation.get("weights", "none"),)),
         Row("Stride", "tokens between two windows", (f"{evaluation['stride']:,}",)),
         Row("Time", "UTC", (evaluation["time"],)),
@@ -242,7 +243,7 @@ def gap_of(
     best = diagnosis.chosen
     noise = noise_of(config)
     if best and not noise:
-        return Gap(best.gap, None, f"{MEANS}; of the batches before that step")
+        return Gap(best.gap, None, f"{MEANS}; over the batches before that step")
     missing = f"not measured: training has {noise} on" if noise else "not measured yet"
     command = model_commands(folder, home_of(config))["evaluate"]
     return Gap(None, None, f"{MEANS}; {missing}; {command} measures it")

@@ -28,7 +28,7 @@ def _told(diagnosis: Diagnosis) -> str:
     if best is None or last is None:
         if diagnosis.verdict == "unstable":
             return f"Training stopped after step {diagnosis.last_step:,}: a number was not finite."
-        return "There is no evaluation to judge by yet."
+        return "There is no evaluation to judge from yet."
     places, time = decimals(diagnosis.worse or 1.0), _timed(diagnosis, diagnosis.steps_saved)
     at_best = f"Validation loss was best at step {best.step:,} ({best.val_loss:.{places}f})"
     saved = f"saved {count(diagnosis.steps_saved, 'step')}" + (f" ({time})" if time else "")
@@ -39,8 +39,8 @@ def _told(diagnosis: Diagnosis) -> str:
         case "unsure":
             after = sum(point.step > best.step for point in diagnosis.points)
             text = (
-                f"{at_best} and {worse} higher {count(after, 'evaluation')} later, too few to tell "
-                "a turn from noise"
+                f"{at_best} and {worse} higher {count(after, 'evaluation')} later: too few to "
+                "tell a turn from noise"
             )
             return f"{text}; stopping there {saved}." if diagnosis.steps_saved else f"{text}."
         case "unstable" if diagnosis.ended == "non_finite":
@@ -55,7 +55,7 @@ def _told(diagnosis: Diagnosis) -> str:
             )
         case "stuck":
             stayed = f"validation loss stayed at {last.val_loss:.2f}"
-            return f"The model has learnt next to nothing: {stayed}."
+            return f"The model has learned next to nothing: {stayed}."
         case "falling":
             how = "is still falling" if diagnosis.ended is None else "was still falling at the end"
             return f"Validation loss {how}: {last.val_loss:.2f} at step {last.step:,}."

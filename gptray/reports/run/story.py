@@ -175,28 +175,28 @@ VALIDATION_LOSS = (
     "nats per token: minus the logarithm of the probability of the right token, averaged over the "
     "whole validation split, dropout off"
 )
-TRAINING_LOSS = "nats per token of the batches since the row before"
+TRAINING_LOSS = "nats per token of the batches since the previous row"
 BITS_PER_BYTE = "validation loss x tokens / (ln 2 x bytes of text); compares across tokenizers"
 
 
 def _of_the_run(run: RunRecord) -> Table:
     diagnosis, config = run.diagnosis, run.config
     steps = f"{diagnosis.last_step:,} of {diagnosis.max_steps:,}"
-    rows = [Row("Steps", "optimizer updates, of train.max_steps", (steps,))]
+    rows = [Row("Steps", "optimizer updates, out of train.max_steps", (steps,))]
     base = base_val_loss(run.events)
     if base is not None:
         how = "validation loss of model.init_from's weights, before the first step"
         rows.append(Row("Loss of the base model", how, (f"{base:.4f}",)))
     if taught := teachers_of(run.events):
         names = ", ".join(f"{name} (sha256 {digest[:12]})" for name, digest in taught.items())
-        how = f"against their average is {config.train.teacher_weight:g} of the loss: {names}"
+        how = f"{config.train.teacher_weight:g} of the loss is against their average: {names}"
         rows.append(Row("Teachers", how, (f"{len(taught)}",)))
     if seconds := seconds_trained(run.events):
-        how = "from start to last event, pauses left out"
+        how = "from start to last event, without pauses"
         rows.append(Row("Time", how, (time_words(seconds),)))
     if rates := [row["tokens_per_sec"] for row in run.rows]:
         rate = f"{median(rates):,.0f}"
-        rows.append(Row("Tokens per second", "median of the rows, evaluation left out", (rate,)))
+        rows.append(Row("Tokens per second", "median of the rows, without evaluations", (rate,)))
     tokens = config.tokens_per_step * diagnosis.last_step
     rows.append(Row("Tokens trained on", "steps x tokens per step", (magnitude(tokens),)))
     facts, start = diagnosis.facts, _latest_start(run.events)
@@ -209,7 +209,7 @@ def _of_the_run(run: RunRecord) -> Table:
         rows.append(Row("Training text", how, (f"about {magnitude(facts.train_tokens)} tokens",)))
     if facts.parameters:
         adapter = f"an adapter of rank {config.lora.rank}"
-        how = adapter if config.lora.rank else "tied ones counted once"
+        how = adapter if config.lora.rank else "tied weights counted once"
         rows.append(Row("Parameters trained", how, (magnitude(facts.parameters),)))
     return Table([], rows + _landing_rows(diagnosis) + _cost(diagnosis))
 
@@ -231,7 +231,7 @@ def _cost(diagnosis: Diagnosis) -> list[Row]:
         how = "of validation loss around its trend, nats: 1.48 x median |third difference| / 4.47"
         rows.append(Row("Noise", how, (f"{diagnosis.noise:.4f}",)))
     after, saved = diagnosis.steps_after_best, diagnosis.steps_saved
-    how = "steps x median time of a step between two evaluations, those included"
+    how = "steps x median time per step from one evaluation to the next, evaluation included"
     for name, steps in (("After the best step", after), ("Spared by early stopping", saved)):
         seconds = diagnosis.seconds(steps)
         if steps and seconds is not None:

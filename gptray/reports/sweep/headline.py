@@ -59,7 +59,7 @@ def losses_line(standing: Ranking) -> str:
         return ""
     text = "; ".join(map(loses_text, ahead[:NAMED]))
     more = f"; and {len(ahead) - NAMED} more" if len(ahead) > NAMED else ""
-    return f"{text[0].upper()}{text[1:]}{more}. Scores pay 8 bits for each lost byte."
+    return f"{text[0].upper()}{text[1:]}{more}. In scores, each lost byte counts 8 bits."
 
 
 def findings(standing: Ranking) -> list[tuple[str, str]]:
@@ -79,7 +79,7 @@ def findings(standing: Ranking) -> list[tuple[str, str]]:
         lines.append(("Cannot be told from no effect:", f" {rest}."))
     few = [effect for effect in standing.effects.of if not effect.last]
     if few:
-        lines.append(("Not enough trials", f" to say anything of: {_names(few)}."))
+        lines.append(("Not enough trials", f" to say anything about: {_names(few)}."))
     return lines
 
 
@@ -156,8 +156,8 @@ def _cost(standing: Ranking) -> str:
     if not standing.sweep.winner:
         return f"So far it took {count(run, 'step')}."
     return (
-        f"The sweep took {100 * run / full:.0f} % of the steps of all trials run to their ends: "
-        f"{run:,} of {full:,}."
+        f"The sweep took {100 * run / full:.0f} % of the steps that all trials would take in "
+        f"full: {run:,} of {full:,}."
     )
 
 

@@ -31,8 +31,8 @@ def text_lines(found: TextShares) -> _Lines:
         return [
             (
                 "Not enough trials",
-                f" to say what more text would bring: it takes {ENOUGH_SHARES} values of {SHARE}, "
-                f"each with {ENOUGH_SEEDS} seeds or more, run to their ends, and all other "
+                f" to say what more text would bring: it takes {ENOUGH_SHARES} values of "
+                f"{SHARE}, each with at least {ENOUGH_SEEDS} seeds run to the end and all other "
                 "settings the same.",
             )
         ]
@@ -42,9 +42,9 @@ def text_lines(found: TextShares) -> _Lines:
         return [
             (
                 "More text did not help",
-                f" as far as these trials tell: from {SHARE}={first:g} to {last:g} validation loss "
-                f"changed by {-fall.middle:+.3f} bits per byte (95 %: {-fall.high:+.3f} to "
-                f"{-fall.low:+.3f}). So they cannot tell what still more text would bring, nor "
+                f" as far as these trials tell: from {SHARE}={first:g} to {last:g} validation "
+                f"loss changed by {-fall.middle:+.3f} bits per byte (95 %: {-fall.high:+.3f} to "
+                f"{-fall.low:+.3f}). So they cannot tell what even more text would bring, or "
                 "what other settings are worth in text.",
             )
         ]
@@ -68,7 +68,10 @@ def _doubled(found: TextShares) -> tuple[str, str]:
 
 def _fit(found: TextShares) -> tuple[str, str]:
     if found.curve.is_straight:
-        return "Fitted:", " a straight line over the logarithm of the share; no floor is in sight."
+        return (
+            "Fitted:",
+            " a straight line over the logarithm of the share, with no floor in sight.",
+        )
     floor = found.curve.floor
     return (
         "Fitted:",
@@ -133,8 +136,8 @@ def _cut_off(found: TextShares) -> _Lines:
     return [
         (
             "Cut off by train.max_steps:",
-            f" runs with {SHARE}={shares}. They might have got lower with more steps, and the "
-            "curve's end with them.",
+            f" runs with {SHARE}={shares}. With more steps they might have got lower, and so "
+            "might the end of the curve.",
         )
     ]
 

@@ -42,7 +42,7 @@ TRIAL_COLUMNS = ("bits per byte", "at step", "gap there", "steps run")
 SPARED_BY = {
     "stopped": ("spared", "saved by stopping at rungs"),
     "patience": ("early", "saved by early stopping"),
-    "wrong": ("wrong", "not run by trials that went wrong"),
+    "wrong": ("wrong", "not run because trials went wrong"),
     "open": ("single", "still to be run"),
 }
 
