@@ -38,7 +38,9 @@ def _message(value: object, place: str) -> dict[str, str]:
         if key not in ("role", "content", _NAME) and given:
             raise ValueError(f"{place}.{str(key)[:60]} is not supported: this model reads text")
     name = value.get(_NAME)
-    named = {_NAME: name} if isinstance(name, str) else {}
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"{place}.name must be text")
+    named = {} if name is None else {_NAME: name}
     return {"role": role, "content": _text(content, f"{place}.content"), **named}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import partial
 from typing import TypedDict
 
 from gptray.config import ServeConfig
@@ -34,6 +35,7 @@ class ChatCompletion(Completion):
 
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     prompt_key = "messages"
+    _has_begun = False  # as a stream
 
     @classmethod
     async def of_chat(cls, body: ChatRequest, served: Served, limits: ServeConfig) -> Completion:
@@ -49,29 +51,35 @@ class ChatCompletion(Completion):
         longest = served.engine.n_positions
         return await cls.of(body.completion(ids, longest=longest), served, limits)
 
-    @cached_property
-    def _begun(self) -> set[int]:
-        """The choices whose role was told."""
-        return set()
-
     def whole_choice(self, choice: Choice) -> dict[str, object]:
         message = {"role": "assistant", "content": choice["text"], "refusal": None}
         return {**self._ends(choice), "message": message}
 
-    def chunk_choice(self, choice: Choice) -> dict[str, object]:
-        role = {} if choice["index"] in self._begun else {"role": "assistant"}
-        self._begun.add(choice["index"])
-        return {**self._ends(choice), "delta": {**role, "content": choice["text"]}}
+    def chunks(self, choice: Choice) -> Iterator[dict[str, object]]:
+        """The roles of all choices come first, each in an event of its own, as OpenAI sends them.
+
+        Its Python package counts log-probabilities in the first event of a choice twice.
+        """
+        if not self._has_begun:
+            self._has_begun = True
+            for index in range(self.body.n):
+                begin = Choice(index=index, text="", logprobs=None, finish_reason=None)
+                yield self._chunk(self._delta(begin, role="assistant"))
+        yield self._chunk(self._delta(choice))
+
+    def _delta(self, choice: Choice, **more: str) -> dict[str, object]:
+        """What an event adds to a choice."""
+        return {**self._ends(choice), "delta": {**more, "content": choice["text"]}}
 
     def _ends(self, choice: Choice) -> dict[str, object]:
         """What a choice has beside its text."""
         told = choice["logprobs"]
-        content = (
-            None if told is None else [_token_logprob(one.drawn, self._served) for one in told]
-        )
+        logprobs = None
+        if told is not None:
+            logprobs = {"content": [_token_logprob(one.drawn, self._served) for one in told]}
         return {
             "index": choice["index"],
-            "logprobs": None if content is None else {"content": content},
+            "logprobs": logprobs,
             "finish_reason": choice["finish_reason"],
         }
 

@@ -114,9 +114,12 @@ class Completion:
         choices = [self.whole_choice(choice) for choice in whole]
         return {**self._head(self.kind), "choices": choices, "usage": self.usage()}
 
-    def chunk(self, choice: Choice) -> dict[str, object]:
-        """One event of the answer as a stream."""
-        chunk = {**self._head(self.chunk_kind), "choices": [self.chunk_choice(choice)]}
+    def chunks(self, choice: Choice) -> Iterator[dict[str, object]]:
+        """What a stream tells of an update, an event each."""
+        yield self._chunk(self.whole_choice(choice))
+
+    def _chunk(self, choice: Mapping[str, object]) -> dict[str, object]:
+        chunk = {**self._head(self.chunk_kind), "choices": [choice]}
         if self._options.include_usage:
             chunk["usage"] = self.usage() if self._options.continuous_usage_stats else None
         return chunk
@@ -130,10 +133,6 @@ class Completion:
         """A choice as the answer in one piece has it."""
         told = choice["logprobs"]
         return {**choice, "logprobs": None if told is None else as_lists(told, self._served)}
-
-    def chunk_choice(self, choice: Choice) -> Mapping[str, object]:
-        """What an event adds to a choice."""
-        return self.whole_choice(choice)
 
     def usage(self) -> dict[str, int]:
         return {

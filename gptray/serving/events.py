@@ -44,7 +44,8 @@ async def _events(
         try:
             yield ACCEPTED
             async for part in parts:
-                yield _event(completion.chunk(part))
+                for chunk in completion.chunks(part):
+                    yield _event(chunk)
             for chunk in completion.last_chunks():
                 yield _event(chunk)
             yield "data: [DONE]\n\n"

@@ -67,10 +67,11 @@ class Gate:
             message = f"the Host {host[:100]!r} is not allowed here; see serve.allowed_hosts"
             return ApiError(421, message, code="host_not_allowed").response()
         if path not in OPEN_PATHS and not self._has_key(headers):
+            scheme = {"WWW-Authenticate": "Bearer"}
             if path == "/":
-                return HTMLResponse(self._page, 401)
+                return HTMLResponse(self._page, 401, headers=scheme)
             message = "an API key is required: Authorization: Bearer <key>"
-            return ApiError(401, message, code="invalid_api_key").response()
+            return ApiError(401, message, code="invalid_api_key", headers=scheme).response()
         if self._endpoint.draining and path not in DRAINING_PATHS:
             return ApiError(
                 503, "the server is stopping", headers={"Connection": "close"}

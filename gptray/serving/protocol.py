@@ -79,6 +79,7 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "parallel_tool_calls": None,
     "modalities": (["text"],),
 }
@@ -104,7 +105,7 @@ def _stops(value: object) -> tuple[str, ...]:
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError("expects text or a list of texts, none of them empty")
     if any(len(stop) > STOP_CHARACTERS for stop in stops):
-        raise ValueError(f"no stop string may have more than {STOP_CHARACTERS} characters")
+        raise ValueError(f"takes texts of at most {STOP_CHARACTERS} characters")
     return tuple(stops)
 
 

@@ -127,7 +127,7 @@ def test_of_several_keys_for_rotary_positions_that_of_transformers_counts(
 ) -> None:
     make_hf("llama", VOCAB_SIZE).save_pretrained(tmp_path)
     edit(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 70.0}, **changes)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
     logits = load_pretrained(tmp_path).eval()(some_ids())
     torch.testing.assert_close(logits, theirs(some_ids()).logits, atol=1e-4, rtol=0)
 

@@ -86,6 +86,19 @@ def test_a_stream_adds_up_to_the_answer(client: OpenAI) -> None:
     assert last.usage == whole.usage
 
 
+def test_openais_own_reader_of_streams_gets_the_whole_answer(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 20, "n": 3, "seed": 1}
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    whole = create(client, **{key: asked[key] for key in asked.keys() - {"model", "messages"}})
+    with client.chat.completions.stream(**asked) as events:
+        events.until_done()
+        read = events.current_completion_snapshot
+    for ours, theirs in zip(whole.choices, read.choices, strict=True):
+        assert theirs.index == ours.index and theirs.finish_reason == ours.finish_reason
+        assert theirs.message.content == ours.message.content
+        assert theirs.logprobs == ours.logprobs
+
+
 def test_logprobs_are_those_of_the_completion(client: OpenAI) -> None:
     _, ids = ChatTemplate(TEMPLATE, TOKENIZER).prompt(ASK)
     settings: dict[str, Any] = {"max_tokens": 6, "seed": 1}
@@ -203,6 +216,7 @@ def test_a_wrong_message_is_named_once(server: Server) -> None:
         (["hello"], "messages[0] must be an object with role and content"),
         ([{"content": "a"}], "messages[0].role must be text, such as user"),
         ([{"role": "user"}], "messages[0].content must be text"),
+        ([{"role": "user", "content": "a", "name": ["b"]}], "messages[0].name must be text"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "messages[0].content[0] of type image_url is not supported: this model reads text",

@@ -101,6 +101,7 @@ def raw(server: Server, body: bytes, **headers: str) -> httpx.Response:
         (b'{"prompt": ["a", "b", "c", "d"], "n": 2}', "8 outputs, more than 7 (serve.max_outputs)"),
         (b'{"prompt": "x", "stop": ["a", "b", "c"]}', "stop has 3 entries, more than 2"),
         (b'{"prompt": "x", "stop": ""}', "stop expects text"),
+        (b'{"prompt": "x", "stop": "' + b"y" * 257 + b'"}', "stop takes texts of at most 256"),
         (b'{"prompt": "x", "logprobs": 5}', "logprobs=5, more than 4"),
         (b'{"prompt": "x", "logit_bias": {"999999": 1}}', "logit_bias names a token outside"),
         (b'{"prompt": "x", "logit_bias": {"01": 1}}', "logit_bias expects"),
@@ -384,6 +385,7 @@ def test_a_key_opens_every_route_and_none_but_health_is_open_without(tmp_path: P
             for value in ("", "Bearer wrong", "Bearer", "first-key", "Basic first-key"):
                 answer = client.request(method, route, headers={"Authorization": value})
                 assert answer.status_code == 401, (route, value)
+                assert answer.headers["www-authenticate"] == "Bearer"
             for key in ("first-key", "second-key"):
                 inside = {"Authorization": f"Bearer {key}"}
                 assert client.request(method, route, headers=inside).status_code != 401
