@@ -9,8 +9,6 @@ ride along with decoding).
 
 from __future__ import annotations
 
-import gc
-import logging
 from collections import deque
 from collections.abc import Iterable, Mapping
 
@@ -19,17 +17,13 @@ from torch import Tensor
 
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
-from gptray.generation.decoder import PROMPT_TOKENS, Decoder, Network, Piece
-from gptray.generation.graphs import GraphDecoder
-from gptray.generation.native_decoder import NativeDecoder
+from gptray.generation.decoder import PROMPT_TOKENS, Piece
+from gptray.generation.decoders import make_decoder
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import check_context
 from gptray.generation.utf8 import Utf8
 from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
-from gptray.model.no_graphs import why_no_graphs
-
-log = logging.getLogger("gptray")
 
 # Of a piece's logits in fp32 where all of its tokens are scored; a step makes less than twice that.
 SCORED_BYTES = 1 << 27
@@ -38,11 +32,10 @@ SCORED_BYTES = 1 << 27
 class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
-    dtype: what the network computes in. quantize: "none" or a kind of weights. backend:
-    "native" for `gptray.generation.native_decoder`, "graph" for `gptray.generation.graphs` if its
-    kernels compile, or "torch", which every network that is not GPT-2's takes. Memory: the cache
-    takes up to 2 x n_layer x max_batch_size x n_positions numbers of `dtype` for each of the width
-    of all heads' keys.
+    dtype: what the network computes in. quantize: "none" or a kind of weights. backend: "native"
+    (C++ on CPUs), "torch", or "graph" (CUDA graphs), which falls back to "torch" for networks other
+    than GPT-2's and where its kernels do not compile. Memory: the cache takes up to 2 x n_layer x
+    max_batch_size x n_positions x the width of all heads' keys numbers of `dtype`.
     """
 
     def __init__(
@@ -283,24 +276,3 @@ class Engine:
         """Clear the cache of what failed: what is not finite there would reach who comes next."""
         reading = [self._reading.read] if self._reading else []
         self._network.scrub([*(len(one.history) - 1 for one in self._decoding), *reading])
-
-
-def make_decoder(
-    backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
-) -> Network:
-    """The decoder of a backend; see `Engine`."""
-    if backend == "graph" and (why := why_no_graphs(model.config)):
-        log.info("generating through PyTorch, because %s", why)
-        backend = "torch"
-    if backend == "graph":
-        try:
-            return GraphDecoder(model, slots, dtype=dtype, quantize=quantize)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            # Triton, which comes with PyTorch for most GPUs, needs a C compiler and Python's
-            # headers; its exceptions have no base class outside Triton.
-            log.warning("generating without CUDA graphs, which is slower: %s", error)
-        gc.collect()  # a reference cycle keeps the unfinished decoder and its cache
-    decoder = NativeDecoder if backend == "native" else Decoder
-    return decoder(model, slots, dtype=dtype, quantize=quantize)

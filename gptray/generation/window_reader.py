@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.generation.decoder import PIECE_TOKENS, PROMPT_TOKENS, Piece
-from gptray.generation.engine import make_decoder
+from gptray.generation.decoders import make_decoder
 from gptray.model.gpt import GPT
 
 # Windows that are read at a time: what a step of an engine carries of prompts.

@@ -13,7 +13,8 @@ import torch
 from gptray.config import ModelConfig
 from gptray.data.tokenizer import Tokenizer, train_bpe
 from gptray.generation.decoder import Network
-from gptray.generation.engine import Engine, make_decoder
+from gptray.generation.decoders import make_decoder
+from gptray.generation.engine import Engine
 from gptray.generation.sampling import draw
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling

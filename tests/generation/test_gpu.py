@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation import gpu_kernels as gpu
 from gptray.generation.decoder import Piece
-from gptray.generation.engine import Engine, make_decoder
+from gptray.generation.decoders import make_decoder
+from gptray.generation.engine import Engine
 from gptray.generation.philox import uniform
 from gptray.generation.product_timing import choose_kernels
 from gptray.generation.products import product

@@ -96,7 +96,7 @@ def test_a_kernel_that_fails_or_errs_is_told_of_once(caplog: pytest.LogCaptureFi
         assert not is_right("int4", lambda: expected * float("nan"), expected, 0.25)
         assert not is_right("int4", fails, expected)
     assert [one.getMessage().partition(": ")[2] for one in caplog.records] == [
-        "it gives other numbers than PyTorch for int4",
+        "its results differ from PyTorch's for int4",
         "ValueError: no such",
     ]
     with pytest.raises(MemoryError):

@@ -1,0 +1,37 @@
+"""Which decoder runs a network: CUDA graphs, the native kernels, or plain PyTorch."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import torch
+
+from gptray.generation.decoder import Decoder, Network
+from gptray.generation.graphs import GraphDecoder
+from gptray.generation.native_decoder import NativeDecoder
+from gptray.model.gpt import GPT
+from gptray.model.no_graphs import why_no_graphs
+
+log = logging.getLogger("gptray")
+
+
+def make_decoder(
+    backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
+) -> Network:
+    """The decoder of a backend; see `gptray.generation.engine.Engine`."""
+    if backend == "graph" and (why := why_no_graphs(model.config)):
+        log.info("generating through PyTorch, because %s", why)
+        backend = "torch"
+    if backend == "graph":
+        try:
+            return GraphDecoder(model, slots, dtype=dtype, quantize=quantize)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            # Triton, which comes with PyTorch for most GPUs, needs a C compiler and Python's
+            # headers; its exceptions have no base class outside Triton.
+            log.warning("generating without CUDA graphs, which is slower: %s", error)
+        gc.collect()  # a reference cycle keeps the unfinished decoder and its cache
+    decoder = NativeDecoder if backend == "native" else Decoder
+    return decoder(model, slots, dtype=dtype, quantize=quantize)
