@@ -216,7 +216,7 @@ class Engine:
 
         reading: the prompts whose pieces were not read; they are read again.
         """
-        if isinstance(error, MemoryError):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise error
         last = [(one, one.last_piece(slot)) for slot, one in enumerate(self._decoding)]
         guilty = [
