@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gptray import gpus
-from gptray.config import ComputeConfig, Config, UserError, override
+from gptray.config import ComputeConfig, Config, RunFailed, UserError, override
 from gptray.jobs.cluster import check_resources, check_training
-from gptray.model.gpu_faults import check_gpu, out_of_gpu_memory
+from gptray.model.gpu_faults import check_gpu, memory_told, out_of_gpu_memory
 from gptray.model.precision import pick_dtype
 from gptray.native.compiler import why_not_compile
 
@@ -109,8 +109,8 @@ def test_too_little_memory_names_the_key_to_lower(size: int, smaller: str) -> No
     assert f"lower train.micro_batch_size from {size}" in message
     assert f"train.micro_batch_size{smaller}" in message
     assert "Tried to allocate 2.30 GiB" in message and "22.05 GiB" in message
-    last = str(out_of_gpu_memory(error, key="train.micro_batch_size", size=1))
-    assert "train.block_size" in last
+    with pytest.raises(RunFailed, match="train.block_size"), memory_told("serve.max_batch_size", 1):
+        raise error
 
 
 def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

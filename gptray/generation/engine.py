@@ -212,7 +212,7 @@ class Engine:
         reading: the prompts whose pieces were not read; they are read again. Returns all that have
         ended, those whose prompt could not be scored in the same step too.
         """
-        if isinstance(error, MemoryError):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise error
         last = [(one, one.last_piece(slot)) for slot, one in enumerate(self._decoding)]
         guilty = [

@@ -19,7 +19,7 @@ from gptray.model.adapter_files import load_adapted, load_low_rank
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.families import SHAPE
 from gptray.model.gpt import GPT
-from gptray.model.gpu_faults import check_gpu
+from gptray.model.gpu_faults import check_gpu, memory_told
 from gptray.model.memory import keep_freed_memory
 from gptray.model.parameters import parameter_count
 from gptray.model.precision import pick_dtype
@@ -49,9 +49,10 @@ def open_engine(
 
     generate.adapter is merged into the model.
 
-    max_batch_size: sequences at a time; None: generate.max_batch_size. On a GPU where
+    max_batch_size: sequences at a time, serve's; None: generate.max_batch_size. On a GPU where
     compute.use_gpu says so. takes_adapters: see `pack_adapter`; on GPUs PyTorch then generates.
-    Raises UserError naming what is wrong with the folder, or why there is no such backend or GPU.
+    Raises UserError naming what is wrong with the folder, or why there is no such backend or GPU;
+    RunFailed where a GPU's memory is too small.
     """
     generate, device = config.generate, "cuda" if config.compute.use_gpu else "cpu"
     if config.compute.use_gpu:
@@ -66,21 +67,23 @@ def open_engine(
             f"embedding has only {shape.rows:,} rows"
         )
     picked = decoder_backend(config, shape, max_batch_size=slots, takes_adapters=takes_adapters)
-    if device == "cpu" and generate.adapter is None:
-        model = unread_network(folder)
-    else:
-        model = load_adapted(folder, generate.adapter).eval().to(device)
-        _check_weights(model, folder)
-    # Many models pad their embedding: those rows stand for no text.
-    model.valid_vocab_size = tokenizer.vocab_size
-    engine = Engine(
-        model,
-        tokenizer,
-        max_batch_size=slots,
-        dtype=pick_dtype(generate.precision, device, key="generate.precision"),
-        quantize=config.quantize.weights,
-        backend=picked if picked != "auto" else "torch" if takes_adapters else "graph",
-    )
+    name = "generate.max_batch_size" if max_batch_size is None else "serve.max_batch_size"
+    with memory_told(name, slots):
+        if device == "cpu" and generate.adapter is None:
+            model = unread_network(folder)
+        else:
+            model = load_adapted(folder, generate.adapter).eval().to(device)
+            _check_weights(model, folder)
+        # Many models pad their embedding: those rows stand for no text.
+        model.valid_vocab_size = tokenizer.vocab_size
+        engine = Engine(
+            model,
+            tokenizer,
+            max_batch_size=slots,
+            dtype=pick_dtype(generate.precision, device, key="generate.precision"),
+            quantize=config.quantize.weights,
+            backend=picked if picked != "auto" else "torch" if takes_adapters else "graph",
+        )
     keep_freed_memory()  # from now on: what packing the weights has freed goes back
     return engine, tokenizer
 

@@ -27,39 +27,33 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def recorded(self, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The same function; from the first call on a graph of it runs."""
+        """The same function, as a graph that is recorded now."""
         if self._device.type != "cuda":
             return body
         return _Graph(body, self._device, self._pool)
 
 
 class _Graph:
+    """What a function does. It does not keep the function, and so what that refers to."""
+
     def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: Any) -> None:
-        self._body, self._device, self._pool = body, device, pool
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self) -> Tensor:
-        if self._graph is None:
-            self._record()
-        assert self._graph is not None
-        self._graph.replay()
-        return self._result
-
-    def _record(self) -> None:
         # Outside of a graph first: libraries prepare what they keep at their first call.
-        stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        now = torch.cuda.current_stream(self._device)
+        stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        now = torch.cuda.current_stream(device)
         stream.wait_stream(now)
         with torch.cuda.stream(stream):
-            self._body()
+            body()
         now.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        self._graph = torch.cuda.CUDAGraph()
         # Other threads of the process may use the GPU meanwhile. Where recording fails, it is the
         # first context that takes this thread back to its stream.
-        recording = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(self._graph, pool, capture_error_mode="thread_local")
         with torch.cuda.stream(now), recording:
-            self._result = self._body()
-        self._graph = graph
+            self._result = body()
+
+    def __call__(self) -> Tensor:
+        self._graph.replay()
+        return self._result
 
 
 class Mirror:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from gptray.config import RunFailed, UserError
@@ -37,8 +40,19 @@ def out_of_gpu_memory(error: torch.OutOfMemoryError, *, key: str, size: int) -> 
     if size > 1:
         remedy = f"lower {key} from {size}, such as {key}={_half(size)}"
     else:
-        remedy = f"{key} is already 1, so the model or its train.block_size is too large"
+        remedy = (
+            f"{key} is already 1, so the model, train.block_size or model.n_positions is too large"
+        )
     return RunFailed(f"the GPU is out of memory ({facts}); {remedy}")
+
+
+@contextmanager
+def memory_told(key: str, size: int) -> Iterator[None]:
+    """Say which key to lower from `size` where a GPU's memory is too small. Raises RunFailed."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_gpu_memory(error, key=key, size=size) from None
 
 
 def _half(size: int) -> int:

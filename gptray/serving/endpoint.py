@@ -74,7 +74,7 @@ class Served:
     def load(cls, folder: str | Path, name: str, config: Config) -> Served:
         """Open a model folder as the config says, with the adapters that it names.
 
-        Raises UserError naming what is wrong with it.
+        Raises UserError naming what is wrong with it, RunFailed for too little memory of a GPU.
         """
         serve = config.serve
         engine, tokenizer = open_engine(

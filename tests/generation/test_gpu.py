@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gptray.config import Config, RunFailed, override
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation import gpu_kernels as gpu
 from gptray.generation.decoder import Piece
 from gptray.generation.decoders import make_decoder
 from gptray.generation.engine import Engine
+from gptray.generation.loading import open_engine
 from gptray.generation.philox import uniform
 from gptray.generation.product_timing import choose_kernels
 from gptray.generation.products import product
@@ -24,6 +27,7 @@ from gptray.generation.settings import Sampling
 from gptray.model.gpt import GPT
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.quantized import quantize
+from tests.generation.adapted import save_base
 from tests.generation.models import random_gpt, run, small_tokenizer
 
 pytestmark = [
@@ -132,6 +136,32 @@ def test_a_text_in_bf16_does_not_depend_on_its_neighbours(tokenizer: Tokenizer) 
     engine = Engine(model, tokenizer, backend="graph", max_batch_size=16, dtype=torch.bfloat16)
     for request, among in zip(requests[:8], together, strict=False):
         assert run(engine, [request])[0].tokens == among.tokens
+
+
+def test_an_engine_goes_with_its_memory(tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, n_embd=64, n_positions=200).cuda()
+    engine = Engine(model, tokenizer, backend="graph", max_batch_size=256)
+    run(engine, requests_for(tokenizer, 8))
+    held = torch.cuda.memory_allocated()
+    gc.disable()  # which does not look at how full a GPU is
+    try:
+        del engine
+        assert torch.cuda.memory_allocated() < held - 2 * 256 * 200 * 64 * 4  # one layer's cache
+    finally:
+        gc.enable()
+
+
+def test_too_little_memory_names_the_key_to_lower(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_base(random_gpt(tokenizer, n_embd=64, n_positions=200), tmp_path / "model", tokenizer)
+    config = override(Config(), {"compute.use_gpu": True, "generate.max_batch_size": 65536})
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2**30 / total)
+    try:
+        with pytest.raises(RunFailed, match="lower generate.max_batch_size from 65536"):
+            open_engine(tmp_path / "model", config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("kind", PACKINGS)

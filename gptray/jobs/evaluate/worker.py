@@ -6,8 +6,8 @@ What a call returns depends neither on the actor nor on how many there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from gptray.jobs.remote_data import tokens_on_node
 from gptray.jobs.tasks import Failure, attempt
 from gptray.model.adapter_files import load_adapted
 from gptray.model.gpt import GPT
-from gptray.model.gpu_faults import check_gpu, out_of_gpu_memory
+from gptray.model.gpu_faults import check_gpu, memory_told
 from gptray.model.memory import keep_freed_memory
 from gptray.model.precision import enable_fast_fp32
 from gptray.native.core_sharing import share_cores
@@ -147,14 +147,8 @@ class Scorer:
         """Look for n-grams in a range of the training split."""
         return list(found_in(self._data.train, start, stop, wanted))
 
-    @contextmanager
-    def _memory_told(self) -> Iterator[None]:
-        """Say which key to lower where a GPU's memory is too small. Raises RunFailed."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            size = self._config.evaluate.micro_batch_size
-            raise out_of_gpu_memory(error, key="evaluate.micro_batch_size", size=size) from None
+    def _memory_told(self) -> AbstractContextManager[None]:
+        return memory_told("evaluate.micro_batch_size", self._config.evaluate.micro_batch_size)
 
     def _request(
         self, tokens: list[int], wanted: int, sampling: Sampling, row: int

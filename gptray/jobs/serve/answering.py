@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from starlette.types import ASGIApp
 
-from gptray.config import UserError
+from gptray.config import RunFailed, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.jobs.models import find_model
 from gptray.jobs.serve.check import USER_CONFIG, WATCH_S, ReplicaTask, name_of
@@ -54,13 +54,13 @@ class Answering:
         """Serve this model from now on; requests in flight end on the one before.
 
         If it fails to load, the model before keeps serving: Serve stops a replica that raises, and
-        the model in use with it. Raises UserError where there is none before.
+        the model in use with it. Raises UserError or RunFailed where there is none before.
         """
         if model == self._model:
             return
         try:
             served, watch = await _in_passing_thread(lambda: self._load(model))
-        except UserError as error:
+        except (UserError, RunFailed) as error:
             if self._model is None:
                 raise
             log.error("%s stays: %s", self._model["model"], error)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from gptray.config import Config, UserError, override
+from gptray.config import Config, RunFailed, UserError, override
 from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.ray_metrics import METRICS, Exporter
 from gptray.jobs.resources import worker_resources
@@ -92,7 +92,7 @@ class Replica:
         """Serve this model from now on, see `Answering.reconfigure`."""
         try:
             await self._answering.reconfigure(model)
-        except UserError as error:
+        except (UserError, RunFailed) as error:
             # Of a traceback Serve keeps the beginning: without ours there is room for the reason.
             raise error.with_traceback(None) from None
 
