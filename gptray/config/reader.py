@@ -265,9 +265,10 @@ def _unreadable(path: str, error: OSError) -> str:
     if not isinstance(error, FileNotFoundError):
         return f"cannot be read: {error.strerror}"
     folder = Path(path).parent
+    is_named = folder.is_dir() and folder != Path()
     found = {
         item.name: str(item)
-        for place in (Path("configs"), folder)
+        for place in ((folder,) if is_named else (Path("configs"), folder))
         for item in sorted(place.glob("*.y*ml"))
     }
     close = nearest(Path(path).name, found)

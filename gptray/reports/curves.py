@@ -53,7 +53,9 @@ def _spoken(chart: Chart) -> str:
 
 def _axes(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
     shapes = grid(y, max(4, int(y.start) // 40), x.start, x.end)
-    for step in _rung_ticks(chart, x) or ticks(0, chart.last, max(3, int(x.end) // 100)):
+    # There is nothing between two steps.
+    most = min(max(3, int(x.end) // 100), int(chart.last))
+    for step in _rung_ticks(chart, x) or ticks(0, chart.last, most):
         # A centred last label would leave the picture.
         css = "x end" if x.at(step) > x.end - 14 else "x"
         label = f"step {step:,.0f}" if step == chart.first else f"{step:,.0f}"

@@ -149,6 +149,7 @@ def test_text_in_yaml_stays_as_written(write: Write) -> None:
         ("name=a/b", "letters and digits"),
         ("name=", "name has no value"),
         ("=1e-3", "=1e-3: no key before ="),
+        ("data.vocab_size=1000000000", "at most 1048576"),
         ("seed", "seed has no value, such as seed=1337"),
         ("sample.prompt=", "sample.prompt has no value, such as sample.prompt='\"\"'"),
         ("optim=3", "optim is a section"),
@@ -275,6 +276,8 @@ def test_missing_file_names_the_nearest(
     (tmp_path / "configs" / "small.yaml").write_text("")
     (problem,) = problems_of("small")
     assert problem == "small: no such file; did you mean configs/small.yaml?"
+    (problem,) = problems_of(str(tmp_path / "small.yaml"))
+    assert problem.endswith(f"did you mean {right}?")  # in the folder that was named
 
 
 def test_typos_in_a_file_are_refused_with_line_and_right_name(write: Write) -> None:

@@ -74,6 +74,7 @@ def test_each_run_has_its_state_verdict_losses_and_next_command(tmp_path: Path) 
     assert words["short"][-1] == "train.max_steps=160"
     assert words["cut"][-1] == str(tmp_path / "cut" / "config.yaml")
     load_config(words["cut"][-1], [])
+    assert "name=diverged-2" in words["diverged"] and "optim.lr=0.00067" in words["diverged"]
     assert words["unsaved"][-1] == str(tmp_path / "unsaved" / "config.yaml")
 
 

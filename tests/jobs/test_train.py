@@ -192,8 +192,9 @@ def test_all_checkpoints_damaged_stops_before_training(copy: Config) -> None:
 def test_diverging_run_fails_with_advice(text_file: Path, tmp_path: Path, wandb: Path) -> None:
     keys = ["optim.lr=1e20", "optim.max_grad_norm=null", "optim.min_lr=0", "track.wandb=books"]
     config = named(text_file, tmp_path, "run", *keys)
-    with pytest.raises(RunFailed, match=r"(?s)non-finite.*optim\.lr"):
+    with pytest.raises(RunFailed, match=r"(?s)non-finite.*optim\.lr.*max_grad_norm=1") as told:
         train(config)
+    assert "best model" not in str(told.value)  # there was no evaluation
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "<b>failed</b> after step" in page and "a lower learning rate" in page
     assert exits(wandb) == {"run": [1]}

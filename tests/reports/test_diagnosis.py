@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from gptray.config import override
 from gptray.record import Event
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import diagnose, turning_point
@@ -173,6 +174,8 @@ def test_training_loss_that_rises_along_is_instability_not_overfitting() -> None
     assert "which is not overfitting" in sentence(diagnosis, config)
     advice = [item.change for item in advise(diagnosis, config)]
     assert advice[:2] == ["clipping", "a lower learning rate"]
+    lower = advise(diagnosis, override(config, {"optim.lr": 50.0}))[1]
+    assert lower.keys["optim.lr"] == 0.003  # a third would diverge too
 
 
 def test_a_number_that_was_not_finite_is_told() -> None:

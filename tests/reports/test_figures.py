@@ -79,6 +79,14 @@ def test_the_dot_of_a_trial_that_stopped_at_the_first_step_is_whole() -> None:
         assert picture.plot[0] <= float(one.at["cx"]) - float(one.at["r"])
 
 
+def test_a_run_of_few_steps_has_each_of_them_once_below_its_curves() -> None:
+    figure = curves_figure(
+        Chart("loss", "Loss", "", (Series("training", "train", ((1, 4.1), (2, 4.0))),), 2, 3.9, 4.2)
+    )
+    labels = [shape.text for shape in figure.wide.shapes if shape.css.split()[0] == "x"]
+    assert labels == ["step 0", "1", "2"]
+
+
 def test_options_that_differ_at_their_ends_are_told_apart_below_a_panel(tmp_path: Path) -> None:
     options = [[0.9, 0.99], [0.9, 0.95], [0.95, 0.999], [0.8, 0.9]]
     config = sweep_config([{"path": "optim.betas", "choice": options}], "tune.num_samples=12")

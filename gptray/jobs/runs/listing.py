@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
+from gptray.evaluation.model_commands import train_command
 from gptray.evaluation.result import EVALUATION, load_evaluation
 from gptray.jobs.models import CONFIG, has_model
 from gptray.jobs.next_steps import of_model
 from gptray.jobs.runs.record_places import RecordPlace, record_places
 from gptray.record import METRICS, Event, read_events, read_metrics
+from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import Diagnosis, diagnose, has_failed
 from gptray.tuning.sweep_record import SKIPPED, TRIALS, load_trials, trial_dir, winner_dir
 from gptray.tuning.trial_plan import choose_winner, score
@@ -96,6 +98,9 @@ def _run(place: RecordPlace, known: Listed) -> Listed:
     follows = resumes
     if state == "training":
         follows = ""
+    elif diagnosis.ended == "non_finite":  # the same settings end the same
+        keys = advise(diagnosis, config)[0].keys
+        follows = train_command(folder, config, keys, resumes=False) or ""
     elif diagnosis.ended in ("max_steps", "patience") and has_model(folder):
         follows = of_model(folder, place.path)["generate"]
         if diagnosis.verdict == "falling" and not diagnosis.landed:

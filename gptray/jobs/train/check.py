@@ -140,7 +140,9 @@ def check_data(config: Config, data: TokenData, state: TrainerState | None) -> N
     try:
         BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)
     except ValueError as error:
-        raise UserError(f"training text is too short: {error}; lower train.block_size") from None
+        more = "raise data.fraction or " if config.data.fraction < 1 else ""
+        told = f"training text is too short: {error}; {more}lower train.block_size"
+        raise UserError(told) from None
     if len(data.val) < 2:
         raise UserError("the validation split has fewer than 2 tokens; change data.split")
     check_prompts(config, data.tokenizer)

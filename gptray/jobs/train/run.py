@@ -19,7 +19,7 @@ from gptray.files import cannot_write, is_of_files, storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import NO_SPARE_WORKERS, ray_answers, ray_cluster
 from gptray.jobs.driver_lock import held
-from gptray.jobs.models import CONFIG
+from gptray.jobs.models import CONFIG, has_model
 from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.origin import reachable
 from gptray.jobs.other_texts import prepared_also
@@ -123,17 +123,19 @@ def _train(
             finally:
                 reporter.write(running=False)
             if result["stopped"] == "non_finite":
-                raise _diverged(config, result["message"])
+                raise _diverged(config, folder, result["message"])
     peak = round(result["peak_memory_bytes"] / 2**30, 3)
     log.info("peak memory of a worker: %.2f GiB", peak)
     return {"peak_memory_gib": peak}
 
 
-def _diverged(config: Config, message: str) -> RunFailed:
+def _diverged(config: Config, folder: Path, message: str) -> RunFailed:
+    kept = f"The best model so far and the last good checkpoint are in {seen_at(config)}. "
+    clip = "a lower optim.max_grad_norm" if config.optim.max_grad_norm else "optim.max_grad_norm=1"
     return RunFailed(
-        f"stopped before an update with a non-finite number ({message}). The best model so far and "
-        f"the last good checkpoint are in {seen_at(config)}. Try a lower optim.lr, a longer "
-        "optim.warmup_steps or a lower optim.max_grad_norm"
+        f"stopped before an update with a non-finite number ({message}). "
+        f"{kept if has_model(folder) else ''}Try a lower optim.lr, a longer optim.warmup_steps or "
+        f"{clip}, under another name"
     )
 
 

@@ -155,7 +155,7 @@ def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
 
 def _against_instability(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     optim, steps = config.optim, config.train.max_steps
-    lower = _lr(config, optim.lr / 3)
+    lower = _lr(config, min(optim.lr / 3, 3e-3))  # far above that a third would not do
     yield Advice("a lower learning rate", f"optim.lr is {optim.lr:g}", 3.0, lower)
     if optim.warmup_steps < 0.05 * steps:
         warmup = f"optim.warmup_steps is {optim.warmup_steps:,} of {count(steps, 'step')}"

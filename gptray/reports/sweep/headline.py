@@ -16,6 +16,8 @@ from gptray.wording import count, decimals
 
 # Settings that a sentence names.
 NAMED = 4
+# Settings that raise the losses of training alone, and so narrow the gap whatever is learnt.
+NOISE = {"model.dropout", "lora.dropout", "data.token_replacement"}
 CHANGED: tuple[tuple[Literal["loss", "gap"], bool, str], ...] = (
     ("loss", True, "Lowered validation loss"),
     ("loss", False, "Raised validation loss"),
@@ -68,6 +70,8 @@ def findings(standing: Ranking) -> list[tuple[str, str]]:
     for outcome, lower, word in CHANGED:
         told = []
         for effect, worth in standing.told(outcome, lower=lower):
+            if outcome == "gap" and is_noise(effect):
+                continue
             change = f"{worth.middle:+.{decimals(worth.middle)}f}"
             told.append(f"{effect.setting.name} {compared_levels(effect)} ({change})")
         if told:
@@ -77,10 +81,18 @@ def findings(standing: Ranking) -> list[tuple[str, str]]:
     if untold:
         rest = count(untold, "other level" if untold < len(compared) else "level")
         lines.append(("Cannot be told from no effect:", f" {rest}."))
+    compared_noise = [one for one in standing.effects.of if one.last and is_noise(one)]
+    if names := ", ".join(dict.fromkeys(one.setting.name for one in compared_noise)):
+        lines.append(("The gap tells nothing", f" of {names}: training has that noise on."))
     few = [effect for effect in standing.effects.of if not effect.last]
     if few:
         lines.append(("Not enough trials", f" to say anything about: {_names(few)}."))
     return lines
+
+
+def is_noise(effect: Effect) -> bool:
+    """Whether an effect's setting makes training losses another measure."""
+    return not NOISE.isdisjoint(effect.setting.entry.paths)
 
 
 def too_few(standing: Ranking) -> str:
