@@ -82,6 +82,8 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: only pickled weights (.bin), which gptray does not open; convert them once "
             "with transformers: AutoModelForCausalLM.from_pretrained(X).save_pretrained(Y)"
         )
+    if any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no {INDEX}, which says what its .safetensors files hold")
     raise UserError(f"{folder}: no {WEIGHTS}")
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # A header has some 200 bytes for each tensor; GPT-2 XL has 580 tensors.
 _MAX_HEADER_BYTES = 32 << 20
 _MOST_DIMENSIONS = 8
+# What git leaves in the place of a large file where Git LFS is not installed begins so.
+_LFS_POINTER = b"version "
 # Bytes of each number. Other types would be rounded, or are not weights.
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 # safetensors' names.
@@ -47,7 +49,10 @@ def read_header(path: Path) -> Header:
     try:
         with open_stored(path) as file:
             room = os.fstat(file.fileno()).st_size - 8
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(8)
+            if begin == _LFS_POINTER:
+                raise Unreadable("it only points to the weights; `git lfs pull` fetches them")
+            length = int.from_bytes(begin, "little")
             if length > _MAX_HEADER_BYTES:
                 raise Unreadable(f"its header of {length:,} bytes is too large")
             if length > room:

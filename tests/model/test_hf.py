@@ -294,6 +294,20 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
         load_pretrained(folder)
 
 
+def test_a_git_lfs_pointer_is_no_model(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(UserError, match="model.safetensors: .* `git lfs pull` fetches them"):
+        load_pretrained(folder)
+
+
+def test_shards_without_their_index_are_no_model(tmp_path: Path) -> None:
+    make_hf().save_pretrained(tmp_path, max_shard_size="4KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match="no model.safetensors.index.json"):
+        load_pretrained(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     make_hf().save_pretrained(tmp_path, max_shard_size="4KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[-1]

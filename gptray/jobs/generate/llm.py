@@ -194,8 +194,9 @@ class LLM:
         """Run those that can; the others' outputs have the reason that is their row."""
         running = [row for row in rows if isinstance(row, Sequence)]
         with self._queued(running):
-            while not all(sequence.ended for sequence in running):
-                self._step()
+            for sequence in running:
+                while not sequence.ended:
+                    self._step()
         return [
             _output_of(prompt, row)
             if isinstance(row, Sequence)
