@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from gptray.config.values import NonEmpty, NonNegative, Positive, PositiveInt, Section, model_to
 
 _HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:]+\]")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#*A-Z]+")
 
 
 class ServeConfig(Section):
@@ -91,6 +92,17 @@ class ServeConfig(Section):
                 raise ValueError(
                     f"{name!r} must be a name without scheme, port or path, such as "
                     "api.example.com, *.example.com or *"
+                )
+        return given
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, given: str | list[str] | None) -> str | list[str] | None:
+        for origin in [given] if isinstance(given, str) else given or []:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} must be scheme and name as browsers send them, without a path, "
+                    "such as https://example.com or http://localhost:3000; *: any"
                 )
         return given
 

@@ -102,10 +102,10 @@ class Output:
 
     def _shown(self, prompt: str) -> str:
         """A prompt before its new text, which tells the character that the prompt breaks off in."""
-        begun = self._served.tokenizer.decode(self._sequence.lead)
         if not self._sequence.sampling.max_new_tokens:
             return prompt
-        return prompt[: len(prompt) - len(begun) + len(begun.rstrip(REPLACEMENT))]
+        begun = self._served.tokenizer.decode(self._sequence.lead)
+        return prompt.removesuffix(begun[len(begun.rstrip(REPLACEMENT)) :])
 
     def _logprobs(self, prompt: abc.Sequence[Drawn], new: abc.Sequence[Drawn]) -> list[Told]:
         told = [Told(drawn, self._offset(drawn.token)) for drawn in prompt]

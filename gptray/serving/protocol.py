@@ -241,7 +241,7 @@ def parse_request(kind: type[T], given: Mapping[str, object]) -> T:
             problems.setdefault(key, _complaint(key, specs, known, detail))
     if problems:
         first, sentence = next(iter(problems.items()))
-        param = key_of(sentence, specs) if first == "body" else first
+        param = key_of(sentence, specs) if first == "body" else first[:60]
         raise ApiError(400, "\n".join(problems.values()), param=param)
     return request
 

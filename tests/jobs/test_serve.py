@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from gptray.config import Config, UserError, load_config, override
-from gptray.jobs.serve.check import USER_CONFIG, ReplicaTask, check, plan
+from gptray.jobs.serve.check import USER_CONFIG, ReplicaTask, check, endpoint_url, plan
 from gptray.jobs.serve.worker import Replica
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
 from tests.processes import listening
@@ -141,6 +141,17 @@ def test_every_mistake_is_told_before_ray_starts(tmp_path: Path, folder: Path) -
 def test_the_plan_names_model_and_url(folder: Path) -> None:
     rows = dict(plan(check(load_config(None, [f"serve.model={folder}", "serve.host=0.0.0.0"]))))
     assert rows["model"].endswith("called tiny") and rows["url"] == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("::1", "http://[::1]:8000"), ("::", "http://[::1]:8000"),
+        ("fe80::2", "http://[fe80::2]:8000"), ("localhost", "http://localhost:8000"),
+    ],
+)  # fmt: skip
+def test_the_url_is_one_that_clients_read(host: str, url: str) -> None:
+    assert endpoint_url(load_config(None, [f"serve.host={host}"])) == url
 
 
 def test_a_model_that_fails_to_load_leaves_the_one_in_use(folder: Path) -> None:

@@ -115,6 +115,16 @@ def test_an_allowed_host_is_a_name_and_no_more(name: str) -> None:
     assert allowed.serve.allowed_hosts == ["a.example", "*.b.example", "*"]
 
 
+@pytest.mark.parametrize(
+    "origin", ["example.com", "https://a.example/", "https://A.example", "https://*.a.example", ""]
+)
+def test_an_allowed_origin_is_what_a_browser_sends(origin: str) -> None:
+    with pytest.raises(ConfigError, match="as browsers send them"):
+        load_config(None, [f"serve.allowed_origins=['{origin}']"])
+    sent = ["https://a.example", "http://localhost:3000", "app://obsidian.md", "null", "*"]
+    assert load_config(None, [f"serve.allowed_origins={sent}"]).serve.allowed_origins == sent
+
+
 @pytest.fixture
 def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not have the test wait a second for every change of a key file."""

@@ -335,6 +335,8 @@ def test_a_body_of_many_keys_is_refused_in_one_short_message() -> None:
         unknown = server.post(prompt="x", **wrong)
         many = server.post(prompt="x", logit_bias={str(number): 0 for number in range(5000)})
         twice = raw(server, b"{" + b'"a": 1, ' * 50_000 + b'"prompt": "x"}')
+        long = server.post(prompt="x", **{"y" * 50_000: 1})
+    assert len(long.json()["error"]["param"]) < 100 > len(long.json()["error"]["message"])
     assert unknown.status_code == many.status_code == twice.status_code == 400
     assert unknown.json()["error"]["message"].count("unknown") == 13
     assert "5,000 keys, more than 4,096" in many.json()["error"]["message"]

@@ -154,8 +154,8 @@ def completion_command(config: Config, url: str, model: str) -> str:
 
 def endpoint_url(config: Config) -> str:
     """The URL by which this machine reaches the endpoint."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.serve.host, config.serve.host)
-    return f"http://{host}:{config.serve.port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.serve.host, config.serve.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.serve.port}"
 
 
 @dataclass(frozen=True)
