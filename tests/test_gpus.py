@@ -11,7 +11,7 @@ import torch
 from gptray import gpus
 from gptray.config import ComputeConfig, Config, RunFailed, UserError, override
 from gptray.jobs.cluster import check_resources, check_training
-from gptray.model.gpu_faults import check_gpu, memory_told, out_of_gpu_memory
+from gptray.model.gpu_faults import check_gpu, memory_told, out_of_gpu_memory, runs_on
 from gptray.model.precision import pick_dtype
 from gptray.native.compiler import why_not_compile
 
@@ -96,6 +96,23 @@ def test_compiling_is_for_gpus_unless_told(bare: Path) -> None:
     with pytest.raises(UserError, match="C[+][+] compiler"):
         check_training(override(Config(), {"train.compile": True}))
     assert not Config().train.compiles(on_gpu=False) and Config().train.compiles(on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_120", "compute_120"], False),
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((8, 9), ["sm_75", "sm_80", "sm_90"], True),
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((10, 0), ["sm_90", "sm_120"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+    ],
+)
+def test_code_runs_on_gpus_of_its_generation(
+    capability: tuple[int, int], built_for: list[str], runs: bool
+) -> None:
+    assert runs_on(capability, built_for) == runs
 
 
 @pytest.mark.parametrize(("size", "smaller"), [(32, "=16"), (15, "=5"), (7, "=1")])

@@ -1,8 +1,9 @@
-"""Messages for what can be wrong with a GPU: no driver, or not enough memory."""
+"""Messages for what can be wrong with a GPU: no driver or code for it, or not enough memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +15,8 @@ from gptray.gpus import BUILT_FOR_CPUS
 def check_gpu() -> None:
     """Refuse to compute on a GPU if this PyTorch sees none.
 
-    Raises UserError with the reason (a CPU build, no driver or an old one) and what to do.
+    Raises UserError with the reason (a build for CPUs or for other GPUs, no driver or an old one)
+    and what to do.
     """
     version = torch.__version__
     if torch.version.cuda is None and torch.version.hip is None:
@@ -30,6 +32,25 @@ def check_gpu() -> None:
             f"{reason}. Update the driver, or install a PyTorch build that matches it (see "
             "pytorch.org/get-started)"
         ) from None
+    built_for, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability()
+    if torch.version.cuda and built_for and not runs_on(capability, built_for):
+        raise UserError(
+            f"compute.use_gpu=true, but PyTorch {version} is built for {', '.join(built_for)}, and "
+            f"{torch.cuda.get_device_name()} is sm_{capability[0]}{capability[1]}. Install a "
+            "PyTorch that is built for it (see pytorch.org/get-started)"
+        )
+
+
+def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether code that is built for some architectures runs on a GPU of a compute capability.
+
+    sm_86 is for GPUs from 8.6 to below 9.0; from compute_90 drivers make code for any from 9.0.
+    """
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built_for)):
+        code = int(major), int(minor)
+        if code <= capability and (kind == "compute" or code[0] == capability[0]):
+            return True
+    return False
 
 
 def out_of_gpu_memory(error: torch.OutOfMemoryError, *, key: str, size: int) -> RunFailed:

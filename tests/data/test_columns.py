@@ -151,7 +151,7 @@ def test_a_name_of_the_jobs_own_is_refused_or_gets_the_prefix(
         words.append("id_column=text")
     if name == "seed":
         words.append("settings_from_columns=false")
-    with pytest.raises(UserError, match=rf"named '{name}'.*generate.prefix=input_ makes '{name}'"):
+    with pytest.raises(UserError, match=rf"named '{name}'.*generate.prefix=input_ turns '{name}'"):
         through(path, *words)
     after = through(path, *words, "prefix=in_")
     expected = ["1", "2"] if suffix == "csv" else [1, 2]

@@ -127,7 +127,7 @@ BAD_JSON = [
     (b'{"texts": "a", "id": 1}', "no column 'text'; columns: texts, id"),
     (b'{"text": "\xff"}', "not UTF-8"),
     (b'{"text": "\\ud83d"}', "half a surrogate pair"),
-    (b'{"text": ' + b"[" * 100_000, "not JSON"),
+    (b'{"text": ' + b"[" * 100_000, "nested too deeply"),
 ]
 
 
