@@ -16,6 +16,7 @@ from gptray.stored import is_whole, read_foreign
 
 log = logging.getLogger("gptray")
 
+_CONFIG = "config.json"
 _SHOWN = 6  # tokens that an error proposes
 
 
@@ -47,9 +48,15 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
         return _made_special(backend, of_model)
     known = [name for name in WELL_KNOWN_ENDS if name in _added(backend)]
     if len(known) != 1:
+        such = _such_as(_candidates(backend))
+        if (folder / _CONFIG).is_file():  # of a model, which jobs open that train nothing
+            raise UserError(
+                f"{source}: neither its tokenizer nor its {_CONFIG} names an end-of-text token; "
+                f"give its tokenizer_config.json an eos_token{such}"
+            )
         raise UserError(
             f"data.tokenizer={source}: names no end-of-text token; choose one with "
-            f"data.eos_token{_such_as(_candidates(backend))}"
+            f"data.eos_token{such}"
         )
     _tell_once(
         f"data.tokenizer={source} names no end-of-text token; using {known[0]!r} (set "
@@ -66,7 +73,7 @@ def _made_special(backend: tokenizers.Tokenizer, name: str) -> str:
 
 def _end_of_model(folder: Path, backend: tokenizers.Tokenizer) -> str | None:
     """The first token that ends a text by the config of a model, where the folder holds one."""
-    configs = (folder / name for name in ("generation_config.json", "config.json"))
+    configs = (folder / name for name in ("generation_config.json", _CONFIG))
     for path in filter(Path.is_file, configs):
         given = read_foreign(path).get("eos_token_id")
         number = next(iter(given), None) if isinstance(given, list) else given

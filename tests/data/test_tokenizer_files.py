@@ -98,6 +98,17 @@ def test_a_models_config_says_which_token_ends_a_text(
     assert (loaded.eos_token, loaded.eos_id) == (backend.id_to_token(5), 5)
 
 
+def test_a_model_that_names_no_end_of_text_is_mended_as_the_message_says(tmp_path: Path) -> None:
+    backend = foreign.byte_level()
+    backend.add_special_tokens(["</s>"])
+    folder = foreign.save(backend, tmp_path / "model", {})
+    (folder / "config.json").write_text('{"eos_token_id": null}')
+    with pytest.raises(UserError, match=r"tokenizer_config.json an eos_token, such as '<\|endof"):
+        Tokenizer.load(folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert Tokenizer.load(folder).eos_token == "</s>"
+
+
 def test_the_end_of_text_that_is_asked_for_goes_into_the_models_files(tmp_path: Path) -> None:
     folder = foreign.save(foreign.wordpiece(), tmp_path / "bert", {"eos_token": "[SEP]"})
     loaded = Tokenizer.load(folder, eos_token="cat")
