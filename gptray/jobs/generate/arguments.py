@@ -1,4 +1,4 @@
-"""What callers of `LLM` hand over: keywords, texts and chats. What is none is refused by name."""
+"""Checks of what callers pass to `LLM`: keywords, texts and chats; the rest is refused by name."""
 
 from __future__ import annotations
 
