@@ -1,9 +1,21 @@
-"""Which rows of a model's embedding another tokenizer can keep: those of tokens that both have."""
+"""Rows of a model's embedding: which its tokenizer needs, and which another tokenizer can keep."""
 
 from __future__ import annotations
 
 from gptray.data.roundtrip import pieces
 from gptray.data.tokenizer import Tokenizer
+
+
+def needed_rows(tokenizer: Tokenizer) -> int:
+    """How many rows an embedding must have: for all tokens but special ones at the end.
+
+    A <pad> that somebody added, say, is in no text.
+    """
+    special = {*tokenizer.written_names.ids.values()} - {tokenizer.eos_id, *tokenizer.prefix}
+    rows = tokenizer.vocab_size
+    while rows - 1 in special:
+        rows -= 1
+    return rows
 
 
 def differing_ids(own: Tokenizer, other: Tokenizer) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from gptray.config import Config, ModelConfig, UserError
 from gptray.data.tokenizer import Tokenizer
+from gptray.data.vocabulary import needed_rows
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.decoder import Decoder
 from gptray.generation.engine import Engine
@@ -61,7 +62,7 @@ def open_engine(
         share_cores()
     slots = max_batch_size or generate.max_batch_size
     tokenizer, shape = Tokenizer.load(folder), read_shape(folder)
-    if tokenizer.vocab_size > shape.rows:
+    if needed_rows(tokenizer) > shape.rows:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model's "
             f"embedding has only {shape.rows:,} rows"
@@ -75,7 +76,7 @@ def open_engine(
             model = load_adapted(folder, generate.adapter).eval().to(device)
             _check_weights(model, folder)
         # Many models pad their embedding: those rows stand for no text.
-        model.valid_vocab_size = tokenizer.vocab_size
+        model.valid_vocab_size = min(tokenizer.vocab_size, shape.rows)
         engine = Engine(
             model,
             tokenizer,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from gptray.config import UserError, load_config
@@ -151,6 +152,26 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
     tokenizer.save(tmp_path)
     with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, .* only \d+ rows"):
         open_engine(tmp_path, load_config(None, []))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_special_token_that_was_added_needs_no_row(
+    tokenizer: Tokenizer, tmp_path: Path, backend: str
+) -> None:
+    rows = tokenizer.vocab_size
+    make_hf("llama", rows, eos_id=tokenizer.eos_id).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    file = str(tmp_path / "tokenizer.json")
+    padded = tokenizers.Tokenizer.from_file(file)
+    padded.add_special_tokens(["<pad>"])
+    padded.save(file)
+    engine, opened = open_engine(tmp_path, load_config(None, [f"generate.backend={backend}"]))
+    assert opened.vocab_size == rows + 1
+    prompt = opened.prompt_ids("a<pad>b")  # in a text its name is plain text
+    (row,) = engine.run([Sequence(prompt, Sampling(max_new_tokens=5, ignore_eos=True))])
+    assert row.error is None and len(row.tokens) == 5 and max(row.tokens) < rows
+    with pytest.raises(ValueError, match="a token outside 0"):
+        engine.check(Sequence(opened.prompt_ids("a<pad>b", parse_special=True)))
 
 
 def test_what_no_cuda_graph_computes_is_computed_by_pytorch(tokenizer: Tokenizer) -> None:

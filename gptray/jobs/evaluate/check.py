@@ -19,6 +19,7 @@ from gptray.data.split import LONG_NAMES
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import TokenData
+from gptray.data.vocabulary import needed_rows
 from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.adapters import adapter_sha256, check_adapter, with_adapter
 from gptray.jobs.base import Plan
@@ -266,7 +267,7 @@ def _check_tokenizer(checked: CheckedEvaluation) -> None:
     """
     folder, own = checked.found.folder, checked.tokenizer
     rows = read_shape(folder).rows
-    if rows < own.vocab_size:
+    if rows < needed_rows(own):
         raise UserError(
             f"{folder}: model and tokenizer do not belong together: the weights (sha256 "
             f"{checked.model_sha256}) have {rows} tokens, the tokenizer (sha256 {own.sha256}) "
