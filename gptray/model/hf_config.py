@@ -136,7 +136,7 @@ def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, o
     fields = {"rope_theta": theta, "partial_rotary_factor": 1.0 if share is None else share}
     if any(isinstance(value, dict) for value in scaling.values()):
         raise _Unlike("rope_parameters for each kind of layer are not supported")
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # dynamic NTK scaling begins where the context ends
         return fields
     if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         kinds = ", ".join(ROPE_SCALINGS)

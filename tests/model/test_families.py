@@ -118,6 +118,7 @@ def test_rope_scaling_is_read_from_the_older_keys(name: str, tmp_path: Path) -> 
             "original_max_position_embeddings": 24,
         },
         {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 500.0},
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 500.0},
     ],
     ids=str,
 )
@@ -200,7 +201,7 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         ("llama", {"head_dim": 7}, "rotates pairs"),
         ("llama", {"intermediate_size": 10**400}, "intermediate_size is above 2,147,483,647"),
         ("llama", {"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "only linear,"),
+        ("llama", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "only linear,"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "linear also needs factor"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "must be a number"),
         ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "rope_theta"),
