@@ -197,7 +197,7 @@ def load_low_rank(base: Base, adapter: Adapter) -> dict[str, LowRank]:
         for part, ranks in zip(own, torch.split(b, list(map(len, each)), 1), strict=True):
             narrow = stored[PREFIX + module_of(part) + B].float()
             rows = _rows(narrow, part, base.config, from_file)
-            ranks[part.start : part.start + part.rows] = adapter.lora.scale * rows
+            ranks[part.start : part.start + part.rows] = adapter.lora_of(part).scale * rows
         found[parameter] = LowRank(a, b)
     return found
 
@@ -240,7 +240,7 @@ def _merge(
     for part, weight in _own(adapter.adapted, parameters):
         name = PREFIX + module_of(part)
         b = _rows(stored[name + B], part, config, from_file)
-        weight.addmm_(b.float(), stored[name + A].float(), alpha=adapter.lora.scale)
+        weight.addmm_(b.float(), stored[name + A].float(), alpha=adapter.lora_of(part).scale)
     for part, weight in _own(adapter.replaced, parameters):
         weight.copy_(from_file(stored[PREFIX + part.name], part, config))
 

@@ -25,40 +25,34 @@ from gptray.model.adapter import (
     is_named,
     module_of,
 )
+from gptray.model.adapter_settings import own_settings, settings_of
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import HEAD, WTE, Part
 from gptray.model.tensor_file import FLOATS, read_header
-from gptray.stored import is_whole, read_foreign
+from gptray.stored import read_foreign
 
-# Keys of adapter_config.json that do not change what a trained adapter computes.
-_READ = {
-    "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "peft_type",
-    "base_model_name_or_path", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "init_lora_weights", "bias",
-}  # fmt: skip
-_WITHOUT_EFFECT = {
-    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "task_type",
-}  # fmt: skip
 # Keys that leave out some of target_modules.
 _EXCEPTIONS = ("exclude_modules", "layers_to_transform")
 # The end of a name, after the layer's, in folders of all kinds of adapters.
 _PIECE = re.compile(r"\.(?:base_layer|lora_\w+)(?:\.weight)?$")
-# Ways to begin that leave the model's own weights as they are.
-_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder that fits a base. adapted: what it adds products to, scale times; replaced: what it
-    has in the place of the base's; quantized: as the base was when it was trained."""
+    """A folder that fits a base. lora, own: its settings, and those of modules with another rank or
+    alpha; adapted: what it adds products to, scale times; replaced: what it has in the place of the
+    base's; quantized: as the base was when it was trained."""
 
     folder: Path
     lora: LoraConfig
+    own: Mapping[str, LoraConfig]
     adapted: tuple[Part, ...]
     replaced: tuple[Part, ...]
     quantized: str = "none"
+
+    def lora_of(self, part: Part) -> LoraConfig:
+        """The settings of an adapted part."""
+        return self.own.get(module_of(part), self.lora)
 
 
 def adapter_folder(source: str | Path) -> Path:
@@ -80,7 +74,7 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
     folder = adapter_folder(source)
     path = folder / WEIGHTS
     raw = read_foreign(folder / CONFIG)
-    lora = _lora_of(folder / CONFIG, raw)
+    lora = settings_of(folder / CONFIG, raw)
     if not path.is_file():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         kind = " but pickled weights, which gptray does not open" if pickled else ""
@@ -103,7 +97,8 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
             replaced.append(whole[bare])
         else:
             adapted[module] = parts[module]
-    adapter = Adapter(folder, lora, tuple(adapted.values()), tuple(replaced), quantized)
+    own = own_settings(folder / CONFIG, raw, lora, adapted)
+    adapter = Adapter(folder, lora, own, tuple(adapted.values()), tuple(replaced), quantized)
     _check_shapes(path, stored, adapter)
     _check_head(path, stored, base, adapter)
     _check_named(path, raw, base, adapter)
@@ -121,30 +116,6 @@ def check_products(adapter: Adapter) -> None:
             f"{adapter.folder}: it replaces weights of its base ({names}), so it cannot be used "
             "as an adapter; use the merged model in its run's model/ instead"
         )
-
-
-def _lora_of(path: Path, raw: Mapping[str, object]) -> LoraConfig:
-    """Raises UserError for anything but plain LoRA."""
-    if raw.get("peft_type") != "LORA":
-        raise UserError(
-            f"{path}: peft_type={raw.get('peft_type')!r:.60} is not supported, only LORA"
-        )
-    if (begun := raw.get("init_lora_weights", True)) not in _BEGINNINGS:
-        raise UserError(
-            f"{path}: init_lora_weights={begun!r:.60} changed the weights of the base; PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
-        )
-    if raw.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias={raw['bias']!r:.60} is not supported, only 'none'")
-    for key, value in raw.items():
-        if value and key not in _READ | _WITHOUT_EFFECT:
-            raise UserError(f"{path}: {key}={value!r:.60} is not supported, only plain LoRA")
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not is_whole(rank, least=1):
-        raise UserError(f"{path}: r={rank!r:.60} is not a rank")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e9:
-        raise UserError(f"{path}: lora_alpha={alpha!r:.60} is not a number above 0")
-    return LoraConfig(rank=rank, alpha=alpha, use_rslora=bool(raw.get("use_rslora", False)))
 
 
 def _check_base(path: Path, metadata: Mapping[str, str], base: Base) -> str:
@@ -180,9 +151,9 @@ def _check_shapes(
 ) -> None:
     """Raise UserError for a weight that is missing or has another shape."""
     expected = {PREFIX + part.name: part.dims for part in adapter.replaced}
-    rank = adapter.lora.rank
-    assert rank
     for part in adapter.adapted:
+        rank = adapter.lora_of(part).rank
+        assert rank
         outputs, inputs = part.dims[::-1] if part.turned == "transposed" else part.dims
         expected[PREFIX + module_of(part) + A] = [rank, inputs]
         expected[PREFIX + module_of(part) + B] = [outputs, rank]
@@ -191,7 +162,7 @@ def _check_shapes(
             raise UserError(f"{path}: {name} is missing")
         if stored[name][0] != dims:
             raise UserError(
-                f"{path}: {name} has shape {stored[name][0]}; with r={rank} and this base it is "
+                f"{path}: {name} has shape {stored[name][0]}; by {CONFIG} and this base it is "
                 f"{dims}"
             )
 

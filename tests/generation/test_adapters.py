@@ -31,6 +31,7 @@ from tests.generation.models import (
     run,
     small_tokenizer,
 )
+from tests.model.damaged_adapters import edit_config, edit_weights
 
 GPT2: dict[str, Any] = {"n_embd": 60, "n_head": 4, "n_inner": 96}
 LLAMA: dict[str, Any] = {
@@ -57,13 +58,24 @@ def tokenizer() -> Tokenizer:
 def base(
     request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> Base:
-    """With adapters one and two, of other ranks and layers."""
+    """With adapters one and two, of other ranks and layers, and one whose blocks differ in rank."""
     model = random_gpt(tokenizer, initializer_range=0.2, n_positions=200, **request.param)
     base = save_base(model, tmp_path_factory.mktemp("model") / "base", tokenizer)
     queries = "c_attn" if request.param is GPT2 else "q_proj"
     write_adapter(base, adapter_of(base, "one"), rank=3, seed=1)
     write_adapter(base, adapter_of(base, "two"), rank=8, seed=2, targets=[queries])
+    write_adapter(base, adapter_of(base, "mixed"), rank=5, seed=3)
+    second = r".*\.1\..*"
+    edit_config(rank_pattern={second: 2}, alpha_pattern={second: 7})(adapter_of(base, "mixed"))
+    edit_weights(narrow_second_block)(adapter_of(base, "mixed"))
     return base
+
+
+def narrow_second_block(weights: dict[str, Tensor]) -> None:
+    """Leave the second block's matrices rank 2."""
+    for name, weight in weights.items():
+        if ".1." in name:
+            weights[name] = (weight[:2] if "lora_A" in name else weight[:, :2]).contiguous()
 
 
 def adapter_of(base: Base, name: str) -> Path:
@@ -77,7 +89,7 @@ def packed(decoder: Network | Engine, base: Base, name: str | None) -> PackedAda
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("name", ["one", "two", "mixed"])
 def test_an_adapter_gives_the_merged_models_logits(
     base: Base, tokenizer: Tokenizer, backend: str, name: str
 ) -> None:

@@ -182,7 +182,7 @@ def of_another_base(folder: Path) -> None:
             "was trained on another model than {model}: one whose weights have sha256 000",
         ),
         (edit_config(r=9), "lora_A.weight has shape [2, "),
-        (edit_config(rank_pattern={"c_attn": 9}), "rank_pattern={{'c_attn': 9}} is not supported"),
+        (edit_config(rank_pattern={".*": 9}), "lora_A.weight has shape [2, "),
         (edit_config(use_dora=True), "use_dora=True is not supported, only plain LoRA"),
         (edit_config(bias="all"), "bias='all' is not supported, only 'none'"),
         (edit_config(peft_type="IA3"), "peft_type='IA3' is not supported, only LORA"),

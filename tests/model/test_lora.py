@@ -123,6 +123,8 @@ def test_an_adapter_of_pefts_computes_the_same_here(
         ("llama", {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
         ("gpt_neox", {"target_modules": ["dense"], "modules_to_save": ["query_key_value"]}),
         ("qwen2", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("llama", {"rank_pattern": {"k_proj": 3, r"layers\.1\.self_attn\..*": 6}}),
+        ("gpt2", {"rank_pattern": {"c_fc": 7}, "alpha_pattern": {"c_fc": 2, "h.1.attn.c_attn": 3}}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -265,10 +267,19 @@ ATTN, WTE = "base_model.model.transformer.h.1.attn.c_attn", "base_model.model.tr
     [
         (edit_config(use_dora=True), "adapter_config.json: use_dora=True is not supported"),
         (edit_config(peft_type="IA3"), "peft_type='IA3' is not supported, only LORA"),
-        (edit_config(rank_pattern={"c_attn": 8}), "rank_pattern=.* is not supported"),
+        (
+            edit_config(rank_pattern={"c_attn": 8}),
+            r"lora_A.weight has shape \[4, 48\]; by adapter_config.json .* it is \[8, 48\]",
+        ),
+        (edit_config(rank_pattern={"c_attn": 0}), r"rank_pattern\['c_attn'\]=0 is not a rank"),
+        (edit_config(alpha_pattern={"(": 8}), r"alpha_pattern: '\(': missing \)"),
+        (edit_config(alpha_pattern=[8]), r"alpha_pattern=\[8\] is not a JSON object"),
         (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa' changed"),
         (edit_config(bias="all"), "bias='all' is not supported"),
-        (edit_config(r=8), r"lora_A.weight has shape \[4, 48\]; with r=8 .* it is \[8, 48\]"),
+        (
+            edit_config(r=8),
+            r"lora_A.weight has shape \[4, 48\]; by adapter_config.json .* it is \[8, 48\]",
+        ),
         (edit_config(r="four"), "r='four' is not a rank"),
         (edit_config(target_modules=None), "target_modules=None is not a list of names"),
         (edit_config(target_modules="("), r"target_modules='\(': missing \)"),
