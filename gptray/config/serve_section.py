@@ -87,24 +87,17 @@ class ServeConfig(Section):
     @field_validator("allowed_hosts")
     @classmethod
     def _are_names(cls, given: str | list[str] | None) -> str | list[str] | None:
-        for name in [given] if isinstance(given, str) else given or []:
-            if not _HOST_NAME.fullmatch(name):
-                raise ValueError(
-                    f"{name!r} must be a name without scheme, port or path, such as "
-                    "api.example.com, *.example.com or *"
-                )
-        return given
+        what = "a name without scheme, port or path, such as api.example.com, *.example.com or *"
+        return _each_fits(given, _HOST_NAME, what)
 
     @field_validator("allowed_origins")
     @classmethod
     def _are_origins(cls, given: str | list[str] | None) -> str | list[str] | None:
-        for origin in [given] if isinstance(given, str) else given or []:
-            if not _ORIGIN.fullmatch(origin):
-                raise ValueError(
-                    f"{origin!r} must be scheme and name as browsers send them, without a path, "
-                    "such as https://example.com or http://localhost:3000; *: any"
-                )
-        return given
+        what = (
+            "scheme and name as browsers send them, without a path, such as https://example.com or "
+            "http://localhost:3000; *: any"
+        )
+        return _each_fits(given, _ORIGIN, what)
 
     def broken_rules(self) -> Iterator[str]:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
@@ -112,3 +105,13 @@ class ServeConfig(Section):
                 f"serve.max_replicas={self.max_replicas} must not be below "
                 f"serve.num_replicas={self.num_replicas}"
             )
+
+
+def _each_fits(
+    given: str | list[str] | None, pattern: re.Pattern[str], what: str
+) -> str | list[str] | None:
+    """One or several texts as they are. Raises ValueError for one that is not `what`."""
+    for one in [given] if isinstance(given, str) else given or []:
+        if not pattern.fullmatch(one):
+            raise ValueError(f"{one!r} must be {what}")
+    return given
