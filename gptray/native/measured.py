@@ -37,7 +37,7 @@ MARGIN, BUSY_MARGIN = 1.05, 2.0
 BUSY = 0.1
 # Seconds for which a measurement counts that no other one has confirmed.
 UNCONFIRMED_S = 3600.0
-# Rounds of each backend, of which the best counts; none begins after so many seconds in all.
+# Rounds of each backend, of which the best counts; no further one begins after so many seconds.
 ROUNDS, MEASURE_S = 20, 1.5
 # Seconds to wait for another process that measures.
 WAIT_S, POLL_S = 10.0, 0.05
@@ -143,20 +143,21 @@ def _choice(key: str, what: str, measured: Measured) -> Choice:
 
 def _measure(key: str, makers: Mapping[str, Callable[[], Step]]) -> Measured:
     """Time the backends in rounds in which they take turns."""
-    began, steps, best = time.perf_counter(), dict[str, Step](), dict[str, tuple[float, bool]]()
+    steps = dict[str, Step]()
     for name, make in makers.items():
         try:
             step = make()
-            best[name] = _timed(step)
+            step()  # a first step may load libraries, or even build one
         except Exception as error:  # whatever it is, the other backend can still do the work
             log.warning("%s: %s failed in a trial: %s", key, NAMES[name], error)
         else:
             steps[name] = step
+    best, began = dict.fromkeys(steps, (math.inf, False)), time.perf_counter()
     for _ in range(ROUNDS):
-        if time.perf_counter() - began > MEASURE_S:
-            break
         for name, step in steps.items():
             best[name] = min(best[name], _timed(step))
+        if time.perf_counter() - began > MEASURE_S:
+            break
     seconds = {name: seconds for name, (seconds, _) in best.items()}
     return Measured(seconds, busy=any(is_busy for _, is_busy in best.values()))
 

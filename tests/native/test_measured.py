@@ -64,6 +64,23 @@ def test_what_is_remembered_is_kept_to_and_a_small_gain_is_noise(
     assert choice.backend == chosen and works.prepared == 2
 
 
+def test_a_first_step_that_prepares_does_not_count(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptray.native.measured.MEASURE_S", 0.0)
+    calls: list[int] = []
+
+    def native() -> None:
+        calls.append(1)
+        sum(range(3_000_000 if len(calls) == 1 else 100))
+
+    makers: dict[str, Callable[[], Step]] = {
+        "native": lambda: native,
+        "torch": lambda: lambda: sum(range(100_000)),
+    }
+    assert faster(KEY, WHAT, {"work": 1}, makers).backend == "native"
+
+
 def test_the_reason_names_both_and_their_times(folder: Path) -> None:
     works = Works()
     works.choice()
