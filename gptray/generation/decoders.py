@@ -11,7 +11,6 @@ from gptray.generation.decoder import Decoder, Network
 from gptray.generation.graphs import GraphDecoder
 from gptray.generation.native_decoder import NativeDecoder
 from gptray.model.gpt import GPT
-from gptray.model.no_graphs import why_no_graphs
 
 log = logging.getLogger("gptray")
 
@@ -20,9 +19,6 @@ def make_decoder(
     backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
 ) -> Network:
     """The decoder of a backend; see `gptray.generation.engine.Engine`."""
-    if backend == "graph" and (why := why_no_graphs(model.config)):
-        log.info("generating through PyTorch, because %s", why)
-        backend = "torch"
     if backend == "graph":
         try:
             return GraphDecoder(model, slots, dtype=dtype, quantize=quantize)

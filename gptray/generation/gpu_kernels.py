@@ -1,6 +1,7 @@
 """What the graph decoder computes with Triton or, without it, with plain PyTorch.
 
-Shapes: N rows, S slots, H heads, E = head width, P positions.
+Shapes: N rows, S slots, H heads in K groups that share keys and values, E = head width,
+P positions.
 """
 
 from __future__ import annotations
@@ -13,29 +14,63 @@ from torch import Tensor
 
 from gptray.generation.philox import uniform
 
-# Keys that a program reads at a time, and its warps: of 32 to 128 and of 1 to 8, near the fastest
-# on an H200 for heads of 64 and contexts of 80 and of 900 tokens. Wider heads may want more warps.
+# Keys that a program reads at a time, and its warps for heads of 64: of 32 to 128 and of 1 to 8, near
+# the fastest on an H200 for contexts of 80 and of 900 tokens.
 BLOCK_KEYS, WARPS = 64, 2
+# Rows that share a tile, the fewest that tensor cores take, and warps for 64 x 128 numbers of theirs.
+TILE_ROWS, TILE_WARPS = 16, 4
 _PHILOX_BLOCK = 128
 
 
-def attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+def attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    *,
+    window: int | None = None,
+    tiles: Tensor | None = None,
+) -> Tensor:
     """Store each row's key and value at its slot and position; attend to all up to there.
 
-    qkv (N, 3HE), q scaled; keys and values (S, H, P, E), contiguous; slots and positions (N,)
-    int64. Rows of one slot see each other: all are stored first. Rows of the last slot are padding,
-    and get zeros. Returns (N, HE).
+    qkv (N, (H + 2 K) E), q scaled; keys and values (S, K, P, E), contiguous; slots and positions
+    (N,) int64. Rows of one slot see each other: all are stored first. Rows of the last slot are
+    padding, and get zeros. window: how many positions back a row sees, its own included; None: all.
+    tiles: (T,) int64, the first rows of tiles, for rows that lie beside others of their slot: a
+    tile's rows are those of its first row's slot among TILE_ROWS; N where there is no tile.
+    Returns (N, H E).
     """
-    N, (S, H, P, E) = len(qkv), keys.shape
+    N, (S, K, P, E) = len(qkv), keys.shape
+    H = qkv.size(1) // E - 2 * K
     kernels = kernels_for(qkv)
     if kernels is None:
-        return _attend(qkv, keys, values, slots, positions)
-    out = qkv.new_empty(N, H * E)
-    width, block = _power_of_2(H * E), _power_of_2(E)
-    kernels.store_kernel[(N,)](qkv, keys, values, slots, positions, P, H=H, E=E, WIDTH=width)
-    places = slots, positions, out, P, S - 1
-    kernels.attend_kernel[(N, H)](
-        qkv, keys, values, *places, H=H, E=E, BLOCK_E=block, BLOCK_K=BLOCK_KEYS, num_warps=WARPS
+        return _attend(qkv, keys, values, slots, positions, window)
+    heads = {"H": H, "K": K, "E": E}
+    kernels.store_kernel[(N,)](
+        qkv, keys, values, slots, positions, P, **heads, WIDTH=_power_of_2(K * E)
+    )
+    sees, block = P if window is None else window, _power_of_2(E)
+    if tiles is None:
+        out = qkv.new_empty(N, H * E)
+        kernels.attend_kernel[(N, H)](
+            *(qkv, keys, values, slots, positions, out, P, S - 1, sees),
+            **heads,
+            BLOCK_E=block,
+            BLOCK_K=BLOCK_KEYS,
+            num_warps=WARPS * max(1, block // 64),
+        )
+        return out
+    out = qkv.new_zeros(N, H * E)
+    group = _power_of_2(H // K)
+    kernels.attend_tile_kernel[(len(tiles), K)](
+        *(qkv, keys, values, tiles, slots, positions, out, N, P, S - 1, sees),
+        **heads,
+        BLOCK_E=max(16, block),
+        ROWS=TILE_ROWS,
+        GROUP=group,
+        BLOCK_K=BLOCK_KEYS,
+        num_warps=TILE_WARPS * max(1, TILE_ROWS * group * block // (64 * 128)),
     )
     return out
 
@@ -76,16 +111,26 @@ def _power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _attend(qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-    N, (_, H, _, E) = len(qkv), keys.shape
-    q, k, v = qkv.view(N, 3, H, E).unbind(1)
+def _attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    window: int | None,
+) -> Tensor:
+    N, (S, K, _, E) = len(qkv), keys.shape
+    H = qkv.size(1) // E - 2 * K
+    q, k, v = torch.split(qkv.view(N, -1, E), [H, K, K], dim=1)
     keys[slots, :, positions] = k
     values[slots, :, positions] = v
+    q = q.reshape(N, K, H // K, E)
     out = torch.zeros_like(q)
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        if slot == len(keys) - 1:
+        if slot == S - 1:
             continue  # padding
-        past, carried = (kept[slot, :, : position + 1].float() for kept in (keys, values))
-        weights = torch.softmax(torch.einsum("he,hpe->hp", q[row].float(), past), dim=1)
-        out[row] = torch.einsum("hp,hpe->he", weights, carried).to(out.dtype)
+        first = 0 if window is None else max(0, position + 1 - window)
+        past, carried = (kept[slot, :, first : position + 1].float() for kept in (keys, values))
+        weights = torch.softmax(torch.einsum("kge,kpe->kgp", q[row].float(), past), dim=2)
+        out[row] = torch.einsum("kgp,kpe->kge", weights, carried).to(out.dtype)
     return out.view(N, H * E)

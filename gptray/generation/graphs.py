@@ -7,20 +7,23 @@ sampler leaves its tokens where the pass that decodes reads them. So where a bat
 since the step before, its next step begins while the host takes the tokens in; if the host then
 asks for another, that work is dropped.
 
-Shapes: S slots, N rows of a pass, H heads, E = head width, P positions, V padded vocabulary.
+Shapes: S slots, N rows of a pass, K heads of keys and values, E = head width, P positions that the
+cache has room for, V padded vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from gptray.generation.adapted_rows import PackedAdapter
+from gptray.generation.cache import FIRST_TOKENS
 from gptray.generation.decoder import Network, Piece, StepRows
-from gptray.generation.gpu_kernels import attend
+from gptray.generation.gpu_kernels import TILE_ROWS, attend
 from gptray.generation.graph_sampler import GraphSampler, token_of
 from gptray.generation.packed import PackedGPT
 from gptray.generation.recording import Graphs, Mirror
@@ -36,7 +39,8 @@ class GraphDecoder(Network):
     """The network in `dtype` for S = `slots` sequences, on the model's device.
 
     quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
-    Memory: keys and values take 2 x n_layer x (S + 1) x n_positions x n_embd numbers of `dtype`.
+    Memory: keys and values take 2 x n_layer x (S + 1) x K x P x E numbers of `dtype`. P is at first
+    FIRST_TOKENS, and twice as many when that is too little; then all graphs are recorded anew.
     """
 
     piece_tokens = PROMPT_ROWS
@@ -47,29 +51,35 @@ class GraphDecoder(Network):
     ) -> None:
         config = model.config
         self._network = PackedGPT(model, dtype, rows=slots, quantize=quantize)
-        device = self._network.device
-        self._spare = slots  # where padding's keys and values go
-        H, P = config.n_head, config.n_positions
-        shape = (config.n_layer, slots + 1, H, P, config.n_embd // H)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros_like(self._keys)
-        graphs = Graphs(device)
-        # One more for the last piece that a step begins.
-        self._reading = _Rows(PROMPT_ROWS, self._spare, device, passes=PROMPT_PASSES + 1)
+        self._device = device = self._network.device
+        self._most, self._room = config.n_positions, min(config.n_positions, FIRST_TOKENS)
+        shape = (slots + 1, config.kv_heads, self._room, config.head_width)
+        self._caches = [
+            torch.zeros(2, *shape, dtype=dtype, device=device) for _ in range(config.n_layer)
+        ]
+        self._windows = [config.window(layer) for layer in range(config.n_layer)]
+        # One pass more for the last piece that a step begins. The last slot is for padding.
+        self._reading = _Rows(PROMPT_ROWS, slots, device, passes=PROMPT_PASSES + 1, is_tiled=True)
+        self._decoding = _Rows(slots, slots, device)
+        self._positions: list[int] = []  # of the step's rows
+        self._is_steady = False  # whether the step after may begin by what is drawn
+        self._begun = False  # whether it has begun
+        self._ahead: tuple[list[int], list[int]] | None = None  # its tokens and positions
+        self._record()
+
+    def _record(self) -> None:
+        graphs = Graphs(self._device)
         self._read = graphs.recorded(lambda: self._hidden(self._reading))
-        self._decoding = _Rows(slots, self._spare, device)
         self._decode = graphs.recorded(lambda: self._network.logits(self._hidden(self._decoding)))
         self._read()
         self._logits = self._decode()
         self._sampler = GraphSampler(self._logits, self._decoding.columns[0], graphs)
-        self._positions: list[int] = []  # of the step's rows
-        self._is_steady = False  # whether no prompt joined and no row left since the step before
-        self._begun = False  # whether the step after has begun
-        self._ahead: tuple[list[int], list[int]] | None = None  # its tokens and positions
 
     def logits(self, rows: StepRows) -> Tensor:
         """See `Network`; slots never disturb each other here."""
         assert not any(rows.adapters), "graphs take no adapters"
+        if (tokens := max(rows.positions) + 1) > self._room:
+            self._grow(tokens)
         decoding, pieces = rows.decoding, rows.pieces
         read = StepRows([], [replace(piece, tokens=piece.tokens[:-1]) for piece in pieces])
         if pieces:
@@ -81,7 +91,8 @@ class GraphDecoder(Network):
         if pieces or ahead != (rows.tokens, rows.positions):
             for _ in self._decoding.passes(rows):
                 self._logits = self._decode()
-        self._is_steady = not pieces and len(rows.positions) == len(self._positions)
+        is_same_batch = not pieces and len(rows.positions) == len(self._positions)
+        self._is_steady = is_same_batch and tokens < self._room
         self._positions = rows.positions
         logits = self._logits[: len(rows.tokens)]
         if not is_scored:
@@ -111,12 +122,27 @@ class GraphDecoder(Network):
         return drawn
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        for memory in (self._keys, self._values):
-            memory[:, target, :, :tokens] = memory[:, source, :, :tokens]
+        for cache in self._caches:
+            cache[:, target, :, :tokens] = cache[:, source, :, :tokens]
+
+    def _grow(self, tokens: int) -> None:
+        """Make room for sequences of `tokens`."""
+        del self._read, self._decode, self._logits, self._sampler  # and so the graphs' memory
+        self._ahead = None
+        room = self._room
+        while self._room < tokens:
+            self._room = min(2 * self._room, self._most)
+        for layer, old in enumerate(self._caches):
+            shape = (*old.shape[:3], self._room, old.size(4))
+            self._caches[layer] = old.new_zeros(shape)
+            self._caches[layer][..., :room, :] = old
+        self._reading.clear()
+        self._decoding.clear()
+        self._record()
 
     def _begin_next(self) -> None:
         """Run the step in which all rows go on by what is drawn."""
-        self._decoding.columns[1].add_(1).clamp_(max=self._keys.size(3) - 1)
+        self._decoding.columns[1].add_(1).clamp_(max=self._room - 1)  # padding's grow as well
         self._logits = self._decode()
         self._begun = True
 
@@ -126,7 +152,12 @@ class GraphDecoder(Network):
             token_of(codes),
             positions,
             lambda layer, qkv: attend(
-                qkv, self._keys[layer], self._values[layer], slots, positions
+                qkv,
+                *self._caches[layer],
+                slots,
+                positions,
+                window=self._windows[layer],
+                tiles=rows.tiles,
             ),
         )
 
@@ -137,13 +168,35 @@ def _last(piece: Piece) -> Piece:
 
 
 class _Rows:
-    """The tokens, positions and slots that a pass reads, (3, N); padding is in slot `spare`."""
+    """The tokens, positions and slots that a pass reads, (3, N); padding is in slot `spare`.
 
-    def __init__(self, count: int, spare: int, device: torch.device, *, passes: int = 1) -> None:
-        self._mirror, self._spare = Mirror(3, count, device, pages=passes), spare
-        self._mirror.numbers[0, 2] = spare
+    tiles: see `attend`; None unless `is_tiled`.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        spare: int,
+        device: torch.device,
+        *,
+        passes: int = 1,
+        is_tiled: bool = False,
+    ) -> None:
+        fields = 4 if is_tiled else 3
+        self._mirror, self._spare = Mirror(fields, count, device, pages=passes), spare
+        self.columns = self._mirror.sent[:3]
+        # Each of the pass's pieces has at most one tile that is not full.
+        most = min(count, count // TILE_ROWS + spare)
+        self.tiles = self._mirror.sent[3, :most] if is_tiled else None
+        self.clear()
+
+    def clear(self) -> None:
+        """Have the next pass read padding alone."""
+        self._mirror.wait()
+        numbers = self._mirror.numbers[0]
+        numbers[:3] = [[0], [0], [self._spare]]
+        numbers[3:] = numbers.shape[1]
         self._mirror.send()
-        self.columns = self._mirror.sent
 
     def passes(self, rows: StepRows) -> Iterator[None]:
         """Have each of the next passes read its part of these rows; the rest is padding."""
@@ -151,8 +204,23 @@ class _Rows:
         self._mirror.wait()
         for page, start in enumerate(range(0, N, count)):
             numbers, part = self._mirror.numbers[page], slice(start, start + count)
-            numbers[:, N - start :] = [[0], [0], [self._spare]]
             columns = rows.tokens[part], rows.positions[part], rows.slots[part]
-            numbers[:, : len(columns[0])] = columns
+            filled = len(columns[0])
+            numbers[:3, filled:] = [[0], [0], [self._spare]]
+            numbers[:3, :filled] = columns
+            if self.tiles is not None:
+                tiles = _tiles(columns[2])
+                numbers[3] = count
+                numbers[3, : len(tiles)] = tiles
             self._mirror.send(page)
             yield
+
+
+def _tiles(slots: Sequence[int]) -> list[int]:
+    """The first rows of tiles for rows in these slots, those of a slot side by side."""
+    starts, row = list[int](), 0
+    for _, group in groupby(slots):
+        stop = row + sum(1 for _ in group)
+        starts += range(row, stop, TILE_ROWS)
+        row = stop
+    return starts

@@ -21,42 +21,45 @@ def is_interpreted() -> bool:
 @triton.jit
 def store_kernel(
     qkv, keys, values, slots, positions, P,
-    H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot, position = tl.load(slots + row), tl.load(positions + row)
     number = tl.arange(0, WIDTH)
-    is_real = number < H * E
+    is_real = number < K * E
     head, place = number // E, number % E
-    target = ((slot * H + head) * P + position) * E + place
-    source = qkv + row * 3 * H * E + number
-    tl.store(keys + target, tl.load(source + H * E, mask=is_real), mask=is_real)
-    tl.store(values + target, tl.load(source + 2 * H * E, mask=is_real), mask=is_real)
+    target = ((slot * K + head) * P + position) * E + place
+    source = qkv + row * (H + 2 * K) * E + H * E + number
+    tl.store(keys + target, tl.load(source, mask=is_real), mask=is_real)
+    tl.store(values + target, tl.load(source + K * E, mask=is_real), mask=is_real)
 
 
 @triton.jit
 def attend_kernel(
-    qkv, keys, values, slots, positions, out, P, spare,
-    H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    qkv, keys, values, slots, positions, out, P, spare, window,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Softmax in one pass over the keys (Milakov & Gimelshein 2018; Dao et al. 2022).
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
-    length = tl.where(slot == spare, 0, tl.load(positions + row) + 1)
-    base = (slot * H + head) * P * E
+    length = tl.where(slot == spare, 0, tl.load(positions + row).to(tl.int32) + 1)
+    first = tl.maximum(length - window, 0)
+    base = (slot * K + head // (H // K)) * P * E
+    keys += base
+    values += base
     place = tl.arange(0, BLOCK_E)
     is_real = place < E
-    q = tl.load(qkv + row * 3 * H * E + head * E + place, mask=is_real, other=0.0)
+    q = tl.load(qkv + row * (H + 2 * K) * E + head * E + place, mask=is_real, other=0.0)
     q = q.to(tl.float32)
     most, total = float("-inf"), 0.0
     carried = tl.zeros([BLOCK_E], dtype=tl.float32)
-    for start in range(0, length, BLOCK_K):
+    for start in range(first // BLOCK_K * BLOCK_K, length, BLOCK_K):
         position = start + tl.arange(0, BLOCK_K)
-        is_past = position < length
-        block = base + position[:, None] * E + place[None, :]
-        mask = is_past[:, None] & is_real[None, :]
+        is_seen = (position >= first) & (position < length)
+        block = position[:, None] * E + place[None, :]
+        mask = is_seen[:, None] & is_real[None, :]
         k = tl.load(keys + block, mask=mask, other=0.0).to(tl.float32)
-        scores = tl.where(is_past, tl.sum(k * q[None, :], axis=1), float("-inf"))
+        scores = tl.where(is_seen, tl.sum(k * q[None, :], axis=1), float("-inf"))
         above = tl.maximum(most, tl.max(scores, axis=0))
         scale, weights = tl.exp(most - above), tl.exp(scores - above)
         v = tl.load(values + block, mask=mask, other=0.0).to(tl.float32)
@@ -65,6 +68,61 @@ def attend_kernel(
         most = above
     result = (carried / tl.where(length > 0, total, 1.0)).to(out.dtype.element_ty)
     tl.store(out + row * H * E + head * E + place, result, mask=is_real)
+
+
+@triton.jit
+def attend_tile_kernel(
+    qkv, keys, values, tiles, slots, positions, out, N, P, spare, window,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # As above for up to ROWS rows of one slot at a time and all heads that share keys, on tensor
+    # cores. GROUP: the power of 2 from so many heads on.
+    first_row, kv_head = tl.load(tiles + tl.program_id(0)), tl.program_id(1)
+    slot = tl.load(slots + first_row, mask=first_row < N, other=spare)
+    number, place = tl.arange(0, ROWS * GROUP), tl.arange(0, BLOCK_E)
+    row, head = first_row + number // GROUP, number % GROUP
+    is_own = tl.load(slots + row, mask=row < N, other=spare) == slot
+    is_row = is_own & (slot != spare) & (head < H // K)
+    position = tl.load(positions + row, mask=row < N, other=0).to(tl.int32)
+    length = tl.where(is_row, position + 1, 0)
+    first, most_keys = tl.maximum(length - window, 0), tl.max(length, axis=0)
+    least = tl.min(tl.where(is_row, first, most_keys), axis=0)
+    base = (slot * K + kv_head) * P * E
+    keys += base
+    values += base
+    head += kv_head * (H // K)
+    is_real = place < E
+    source = qkv + row[:, None] * (H + 2 * K) * E + head[:, None] * E + place[None, :]
+    is_query = is_row[:, None] & is_real[None, :]
+    q = tl.load(source, mask=is_query, other=0.0)
+    most = tl.full([ROWS * GROUP], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS * GROUP], dtype=tl.float32)
+    carried = tl.zeros([ROWS * GROUP, BLOCK_E], dtype=tl.float32)
+    for start in range(least // BLOCK_K * BLOCK_K, most_keys, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        is_stored = key < most_keys
+        k = tl.load(
+            keys + key[None, :] * E + place[:, None],
+            mask=is_stored[None, :] & is_real[:, None],
+            other=0.0,
+        )
+        is_seen = (key[None, :] >= first[:, None]) & (key[None, :] < length[:, None])
+        scores = tl.where(is_seen, tl.dot(q, k, input_precision="ieee"), float("-inf"))
+        above = tl.maximum(most, tl.max(scores, axis=1))
+        finite = tl.where(above == float("-inf"), 0.0, above)  # of a row that sees nothing yet
+        scale, weights = tl.exp(most - finite), tl.exp(scores - finite[:, None])
+        v = tl.load(
+            values + key[:, None] * E + place[None, :],
+            mask=is_stored[:, None] & is_real[None, :],
+            other=0.0,
+        )
+        carried = tl.dot(weights.to(v.dtype), v, carried * scale[:, None], input_precision="ieee")
+        total = total * scale + tl.sum(weights, axis=1)
+        most = above
+    result = (carried / tl.where(is_row, total, 1.0)[:, None]).to(out.dtype.element_ty)
+    target = out + row[:, None] * H * E + head[:, None] * E + place[None, :]
+    tl.store(target, result, mask=is_query)
 
 
 _ROUNDS, _M0, _M1 = (tl.constexpr(n) for n in (ROUNDS, *MULTIPLIERS))

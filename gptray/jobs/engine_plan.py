@@ -6,7 +6,6 @@ from pathlib import Path
 
 from gptray.config import Config
 from gptray.jobs.doing import doing
-from gptray.model.no_graphs import why_no_graphs
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import parameter_count
 from gptray.model.shape import read_shape
@@ -33,13 +32,11 @@ def build_engine_backend(config: Config) -> None:
             build_library(key=GENERATE_KEY)
 
 
-def planned_backend(config: Config, model_dir: Path) -> str:
+def planned_backend(config: Config) -> str:
     """What a plan says of the backend."""
     if config.generate.backend != "auto":
         return config.generate.backend
     if config.compute.use_gpu:
-        if why := why_no_graphs(read_shape(model_dir)):
-            return f"torch, since {why}"
         return "auto: CUDA graphs, if their kernels compile"
     return "auto: native or PyTorch, whichever is faster where the engines run"
 

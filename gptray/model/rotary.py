@@ -26,12 +26,15 @@ class Rotary:
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-        self._frequencies, self._scale = frequencies(config, dtype)
+        own, self._scale = frequencies(config, dtype)
+        self._frequencies = {own.device: own}
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """The angles of whole-numbered positions (T,)."""
-        # Without a wait for all that a GPU has been given before.
-        turns = self._frequencies.to(positions.device, non_blocking=True)
+        # Copied to a GPU once: a CUDA graph could not hold that, and an eager step would wait.
+        if (turns := self._frequencies.get(positions.device)) is None:
+            own = self._frequencies[torch.device("cpu")]
+            turns = self._frequencies[positions.device] = own.to(positions.device)
         angles = positions.to(turns.dtype)[:, None] * turns
         cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
         return cos.to(dtype), sin.to(dtype)

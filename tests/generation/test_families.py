@@ -12,7 +12,7 @@ import torch
 from gptray.config import UserError, load_config
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.cache import FIRST_TOKENS
-from gptray.generation.decoder import Decoder, Piece
+from gptray.generation.decoder import Piece
 from gptray.generation.engine import Engine
 from gptray.generation.loading import open_engine
 from gptray.generation.native_decoder import NativeDecoder
@@ -20,6 +20,7 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.hf import load_pretrained
 from tests.generation.models import (
+    BACKENDS,
     needs_native,
     network,
     prompt_of,
@@ -36,10 +37,7 @@ def tokenizer() -> Tokenizer:
     return small_tokenizer()
 
 
-BOTH = ["torch", pytest.param("native", marks=needs_native)]
-
-
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
 def test_logits_in_pieces_and_steps_are_the_whole_networks(
@@ -63,7 +61,7 @@ def test_logits_in_pieces_and_steps_are_the_whole_networks(
             torch.testing.assert_close(logits[1, :V], expected[6], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fields", MIXES, ids=str)
 @torch.no_grad()
 def test_any_mix_of_choices_is_decoded(
@@ -80,7 +78,7 @@ def test_any_mix_of_choices_is_decoded(
         torch.testing.assert_close(logits, expected[position], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_greedy_is_transformers_for_a_hundred_prompts(
@@ -105,7 +103,7 @@ def test_greedy_is_transformers_for_a_hundred_prompts(
         assert [one.tokens for one in ours] == expected[:, length:].tolist()
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cache_grows_with_what_it_holds(backend: str, tokenizer: Tokenizer) -> None:
     positions = 3 * FIRST_TOKENS
     model = random_gpt(tokenizer, n_layer=1, n_positions=positions, positions="rotary", n_kv_head=1)
@@ -121,7 +119,7 @@ def test_a_cache_grows_with_what_it_holds(backend: str, tokenizer: Tokenizer) ->
         )
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_context_may_be_longer_than_memory_holds(backend: str, tokenizer: Tokenizer) -> None:
     # Whole, the cache of so many sequences would take 275 GB.
     model = random_gpt(tokenizer, n_layer=1, n_embd=4, n_positions=2**20, positions="rotary")
@@ -172,12 +170,6 @@ def test_a_special_token_that_was_added_needs_no_row(
     assert row.error is None and len(row.tokens) == 5 and max(row.tokens) < rows
     with pytest.raises(ValueError, match="a token outside 0"):
         engine.check(Sequence(opened.prompt_ids("a<pad>b", parse_special=True)))
-
-
-def test_what_no_cuda_graph_computes_is_computed_by_pytorch(tokenizer: Tokenizer) -> None:
-    model = random_gpt(tokenizer, norm="rmsnorm")
-    decoder = network("graph", model, 1, torch.float32)
-    assert isinstance(decoder, Decoder) and not isinstance(decoder, NativeDecoder)
 
 
 @needs_native

@@ -9,7 +9,6 @@ import pytest
 
 from gptray.config import UserError, load_config
 from gptray.doors import run
-from gptray.jobs.engine_plan import planned_backend
 from gptray.jobs.evaluate.check import LONGEST_WINDOW
 from gptray.jobs.evaluate.check import check as check_evaluate
 from gptray.jobs.generate.check import check_model
@@ -55,12 +54,6 @@ def test_the_native_decoder_takes_every_family(
             planned = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
             assert planned["backend"].startswith(asked)
     assert LLM(qwen, backend="native").generate("the cat", max_new_tokens=2)
-
-
-def test_cuda_graphs_leave_other_families_to_pytorch(qwen: Path) -> None:
-    config = load_config(None, ["compute.use_gpu=true"])
-    expected = "torch, since gptray's CUDA graphs compute GPT-2's network, not model."
-    assert planned_backend(config, qwen).startswith(expected)
 
 
 def test_a_long_context_is_not_scored_in_one_window(tmp_path: Path) -> None:

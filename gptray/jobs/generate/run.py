@@ -88,7 +88,7 @@ def _command() -> str:
 def plan(checked: CheckedModel | CheckedBatch) -> Plan:
     """What the job would do. Reads the whole input of a batch job; raises UserError as it would."""
     if isinstance(checked, CheckedModel):
-        backend = planned_backend(checked.config, checked.folder)
+        backend = planned_backend(checked.config)
         memory = planned_memory(checked.config, checked.folder, 1)
         return [
             ("model", str(checked.folder)),
@@ -105,7 +105,7 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
         ("model", job.model),
         ("input", f"{count(len(job.files), 'file')}, {megabytes:.1f} MB, {found.rows:,} rows"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
-        ("backend", planned_backend(config, job.model_dir)),
+        ("backend", planned_backend(config)),
         ("memory", planned_memory(config, job.model_dir, config.generate.max_batch_size)),
         ("output", job.output),
         ("rows", f"{found.rows * samples:,}"),

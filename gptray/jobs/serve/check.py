@@ -68,7 +68,7 @@ def plan(checked: CheckedEndpoint) -> Plan:
         *([("with adapters", _adapters(checked))] if settings.adapters else []),
         ("url", endpoint_url(config)),
         ("engines", f"{replicas}, of {settings.max_batch_size} sequences"),
-        ("backend", planned_backend(config, folder)),
+        ("backend", planned_backend(config)),
         ("memory", planned_memory(config, folder, settings.max_batch_size)),
         ("hosts", _hosts(config)),
         ("api key", "needed" if settings.api_key_file else "not needed"),
