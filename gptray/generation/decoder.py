@@ -22,10 +22,12 @@ from gptray.generation.adapted_rows import AdaptedRows, PackedAdapter, Products
 from gptray.generation.cache import Cache
 from gptray.generation.choosing import top_candidates
 from gptray.generation.packed import PackedGPT
+from gptray.generation.queries import Queries
 from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 from gptray.model.precision import own_fp32
+from gptray.model.rotary import Angles
 
 # What `Network.piece_tokens` and `prompt_tokens` are on a CPU.
 PIECE_TOKENS, PROMPT_TOKENS = 128, 512
@@ -163,8 +165,9 @@ class Decoder(Network):
             self._cache.fit(length, len(rows.decoding) + len(rows.pieces))
         plan = _AttentionPlan(positions[: len(rows.decoding)], rows.pieces, self._cache)
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            return plan.attend(layer, qkv.view(len(qkv), self._heads, -1), self._windows[layer])
+        def attend(layer: int, qkv: Tensor, queries: Queries, angles: Angles | None) -> Tensor:
+            heads = queries(qkv, angles).view(len(qkv), self._heads, -1)
+            return plan.attend(layer, heads, self._windows[layer])
 
         adapted = AdaptedRows(rows.adapters, self._device)
         x = self._packed.hidden(tokens, positions, attend, adapted.run)

@@ -33,9 +33,9 @@ class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
 
     dtype: what the network computes in. quantize: "none" or a kind of weights. backend: "native"
-    (C++ on CPUs), "torch", or "graph" (CUDA graphs), which falls back to "torch" where its kernels do
-    not compile. Memory: the cache takes up to 2 x n_layer x
-    max_batch_size x n_positions x the width of all heads' keys numbers of `dtype`.
+    (C++ on CPUs), "torch", or "graph" (CUDA graphs), which falls back to "torch" where its kernels
+    do not compile. Memory: the cache takes up to 2 x n_layer x max_batch_size x n_positions x the
+    width of all heads' keys numbers of `dtype`.
     """
 
     def __init__(

@@ -6,6 +6,10 @@ P positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -13,17 +17,24 @@ import torch
 from torch import Tensor
 
 from gptray.generation.philox import uniform
+from gptray.generation.queries import Queries
+from gptray.model import layers
+from gptray.model.rotary import Angles
 
-# Keys that a program reads at a time, and its warps for heads of 64: of 32 to 128 and of 1 to 8, near
-# the fastest on an H200 for contexts of 80 and of 900 tokens.
+# Keys that a program reads at a time, and its warps for heads of 64: of 32 to 128 and of 1 to 8,
+# near the fastest on an H200 for contexts of 80 and of 900 tokens.
 BLOCK_KEYS, WARPS = 64, 2
-# Rows that share a tile, the fewest that tensor cores take, and warps for 64 x 128 numbers of theirs.
+# Rows that share a tile: the fewest that tensor cores take. Warps for 64 x 128 numbers of theirs.
 TILE_ROWS, TILE_WARPS = 16, 4
-_PHILOX_BLOCK = 128
+# Numbers of a program.
+_PHILOX_BLOCK, _SWIGLU_BLOCK = 128, 1024
+_formulas = ContextVar("_formulas", default=False)
 
 
 def attend(
     qkv: Tensor,
+    queries: Queries,
+    angles: Angles | None,
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
@@ -34,44 +45,79 @@ def attend(
 ) -> Tensor:
     """Store each row's key and value at its slot and position; attend to all up to there.
 
-    qkv (N, (H + 2 K) E), q scaled; keys and values (S, K, P, E), contiguous; slots and positions
-    (N,) int64. Rows of one slot see each other: all are stored first. Rows of the last slot are
-    padding, and get zeros. window: how many positions back a row sees, its own included; None: all.
-    tiles: (T,) int64, the first rows of tiles, for rows that lie beside others of their slot: a
-    tile's rows are those of its first row's slot among TILE_ROWS; N where there is no tile.
-    Returns (N, H E).
+    qkv (N, (H + 2 K) E), before `queries`; keys and values (S, K, P, E), contiguous; slots and
+    positions (N,) int64. Rows of one slot see each other: all are stored first. Rows of the last
+    slot are padding, and get zeros. window: how many positions back a row sees, its own included;
+    None: all. tiles: (T,) int64, for rows that lie beside others of their slot: the first row of
+    each tile, N where there is none; a tile's rows are those of the first one's slot among
+    TILE_ROWS. Returns (N, H E).
     """
-    N, (S, K, P, E) = len(qkv), keys.shape
-    H = qkv.size(1) // E - 2 * K
     kernels = kernels_for(qkv)
     if kernels is None:
-        return _attend(qkv, keys, values, slots, positions, window)
+        return _attend(queries(qkv, angles), keys, values, slots, positions, window)
+    triton, N, (S, K, P, E) = kernels.layers, len(qkv), keys.shape
+    H, block, block_e = queries.n_head, _power_of_2(K * E), _power_of_2(E)
     heads = {"H": H, "K": K, "E": E}
-    kernels.store_kernel[(N,)](
-        qkv, keys, values, slots, positions, P, **heads, WIDTH=_power_of_2(K * E)
-    )
-    sees, block = P if window is None else window, _power_of_2(E)
-    if tiles is None:
-        out = qkv.new_empty(N, H * E)
-        kernels.attend_kernel[(N, H)](
-            *(qkv, keys, values, slots, positions, out, P, S - 1, sees),
+    if queries.is_plain:
+        q, stride = qkv, (H + 2 * K) * E
+        triton.store_kernel[(N,)](qkv, keys, values, slots, positions, P, **heads, WIDTH=block)
+    else:
+        q, stride = qkv.new_empty(N, H * E), H * E
+        cos, sin = angles if angles and queries.rotates else (qkv, qkv)
+        triton.turn_kernel[(N, H + 2 * K)](
+            *(qkv, qkv if queries.norms is None else queries.norms, cos, sin),
+            *(q, keys, values, slots, positions, P, queries.eps),
             **heads,
-            BLOCK_E=block,
+            BLOCK_E=block_e,
+            HAS_NORMS=queries.norms is not None,
+            HALF=cos.size(1) if queries.rotates else 0,
+            num_warps=1,
+        )
+    sees = P if window is None else window
+    if tiles is None or not _has_tensor_cores(qkv):
+        out = qkv.new_empty(N, H * E)
+        triton.attend_kernel[(N, H)](
+            *(q, keys, values, slots, positions, out, P, S - 1, sees, stride),
+            **heads,
+            BLOCK_E=block_e,
             BLOCK_K=BLOCK_KEYS,
-            num_warps=WARPS * max(1, block // 64),
+            num_warps=WARPS * max(1, block_e // 64),
         )
         return out
-    out = qkv.new_zeros(N, H * E)
-    group = _power_of_2(H // K)
-    kernels.attend_tile_kernel[(len(tiles), K)](
-        *(qkv, keys, values, tiles, slots, positions, out, N, P, S - 1, sees),
+    out, group = qkv.new_zeros(N, H * E), _power_of_2(H // K)
+    triton.attend_tile_kernel[(len(tiles), K)](
+        *(q, keys, values, tiles, slots, positions, out, N, P, S - 1, sees, stride),
         **heads,
-        BLOCK_E=max(16, block),
+        BLOCK_E=max(16, block_e),
         ROWS=TILE_ROWS,
         GROUP=group,
         BLOCK_K=BLOCK_KEYS,
-        num_warps=TILE_WARPS * max(1, TILE_ROWS * group * block // (64 * 128)),
+        num_warps=TILE_WARPS * max(1, TILE_ROWS * group * block_e // (64 * 128)),
     )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`gptray.model.layers.rms_norm` of x (N, C)."""
+    kernels = kernels_for(x)
+    if kernels is None:
+        return layers.rms_norm(x, weight, eps)
+    out, (N, C) = torch.empty_like(x), x.shape
+    block = _power_of_2(C)
+    warps = min(8, max(1, block // 512))
+    kernels.layers.rms_norm_kernel[(N,)](x, weight, out, C, eps, BLOCK=block, num_warps=warps)
+    return out
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`gptray.model.layers.activation` of that name, of x (N, 2 W)."""
+    kernels = kernels_for(x)
+    if kernels is None:
+        return layers.activation(x, "swiglu")
+    N, width = len(x), x.size(1) // 2
+    out = x.new_empty(N, width)
+    grid = (-(-out.numel() // _SWIGLU_BLOCK),)
+    kernels.layers.swiglu_kernel[grid](x, out, N, width, BLOCK=_SWIGLU_BLOCK)
     return out
 
 
@@ -82,29 +128,57 @@ def random_numbers(seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         return uniform(seeds.tolist(), rows.tolist(), positions.tolist())
     out = torch.empty_like(seeds, dtype=torch.float64)
     grid = (-(-len(seeds) // _PHILOX_BLOCK),)
-    kernels.philox_kernel[grid](seeds, rows, positions, out, len(seeds), BLOCK=_PHILOX_BLOCK)
+    kernels.layers.philox_kernel[grid](seeds, rows, positions, out, len(seeds), BLOCK=_PHILOX_BLOCK)
     return out
 
 
-def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """The kernels' module; None: the formulas. Raises ImportError on a GPU without Triton."""
+@contextmanager
+def formulas() -> Iterator[None]:
+    """Compute by the formulas of kernels, to compare the two."""
+    token = _formulas.set(True)
+    try:
+        yield
+    finally:
+        _formulas.reset(token)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The modules of kernels; interpreted: TRITON_INTERPRET runs them on a CPU."""
+
+    layers: ModuleType
+    weights: ModuleType
+    interpreted: bool
+
+
+def kernels_for(tensor: Tensor) -> Kernels | None:
+    """Kernels for a tensor; None: the formulas. Raises ImportError on a GPU without Triton."""
     kernels = _triton_kernels()
+    if _formulas.get():
+        return None
     if tensor.is_cuda:
         if kernels is None:
             raise ImportError("Triton is not installed")
         return kernels
-    return kernels if kernels and kernels.is_interpreted() else None
+    return kernels if kernels and kernels.interpreted else None
 
 
 @cache
-def _triton_kernels() -> ModuleType | None:
+def _triton_kernels() -> Kernels | None:
     # Triton takes a while to import, and comes with any PyTorch for GPUs: an engine on the CPU of
     # such a machine does without.
     try:
-        from gptray.generation import triton_kernels
+        from gptray.generation import triton_layers, triton_weights
     except ImportError:
         return None
-    return triton_kernels
+    return Kernels(triton_layers, triton_weights, triton_layers.is_interpreted())
+
+
+def _has_tensor_cores(numbers: Tensor) -> bool:
+    """Whether Triton multiplies blocks of such numbers on tensor cores."""
+    if numbers.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not numbers.is_cuda or torch.cuda.get_device_capability(numbers.device) >= (8, 0)
 
 
 def _power_of_2(number: int) -> int:

@@ -20,19 +20,25 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from gptray.generation import gpu_kernels
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.cache import FIRST_TOKENS
 from gptray.generation.decoder import Network, Piece, StepRows
-from gptray.generation.gpu_kernels import TILE_ROWS, attend
+from gptray.generation.gpu_kernels import TILE_ROWS
 from gptray.generation.graph_sampler import GraphSampler, token_of
 from gptray.generation.packed import PackedGPT
+from gptray.generation.queries import Queries
 from gptray.generation.recording import Graphs, Mirror
 from gptray.generation.sampling import Drawn, Row
 from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
+from gptray.model.rotary import Angles
 
 # Rows of the pass that reads prompts, and how many a step begins.
 PROMPT_ROWS, PROMPT_PASSES = 1024, 8
+# Tokens that are tried when a decoder opens, and the relative error of their logits that rounding
+# to 16 bits in many layers may make.
+TRIED_TOKENS, TRIED_ERROR = 100, 0.05
 
 
 class GraphDecoder(Network):
@@ -50,7 +56,7 @@ class GraphDecoder(Network):
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:
         config = model.config
-        self._network = PackedGPT(model, dtype, rows=slots, quantize=quantize)
+        self._network = PackedGPT(model, dtype, rows=slots, quantize=quantize, fused=True)
         self._device = device = self._network.device
         self._most, self._room = config.n_positions, min(config.n_positions, FIRST_TOKENS)
         shape = (slots + 1, config.kv_heads, self._room, config.head_width)
@@ -65,7 +71,30 @@ class GraphDecoder(Network):
         self._is_steady = False  # whether the step after may begin by what is drawn
         self._begun = False  # whether it has begun
         self._ahead: tuple[list[int], list[int]] | None = None  # its tokens and positions
+        self._check()
         self._record()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Raise RuntimeError where kernels give other logits than their formulas on this GPU."""
+        if gpu_kernels.kernels_for(self._caches[0]) is None:
+            return
+        count = min(TRIED_TOKENS, self._most - 1)
+        tokens = [number % self._network.vocab_size for number in range(count)]
+        prompt, after = StepRows([], [Piece(0, 0, tokens)]), StepRows([(0, count)], [])
+
+        def computed() -> Tensor:
+            parts = [self._hidden(self._reading)[:count] for _ in self._reading.passes(prompt)]
+            parts += [self._hidden(self._decoding)[:1] for _ in self._decoding.passes(after)]
+            return self._network.logits(torch.cat(parts))[:, : self._network.vocab_size].float()
+
+        found = computed()
+        with gpu_kernels.formulas():
+            expected = computed()
+        self._reading.clear()
+        self._decoding.clear()
+        if (found - expected).norm() > TRIED_ERROR * expected.norm():
+            raise RuntimeError("the kernels give other numbers than PyTorch on this GPU")
 
     def _record(self) -> None:
         graphs = Graphs(self._device)
@@ -148,18 +177,15 @@ class GraphDecoder(Network):
 
     def _hidden(self, rows: _Rows) -> Tensor:
         codes, positions, slots = rows.columns
-        return self._network.hidden(
-            token_of(codes),
-            positions,
-            lambda layer, qkv: attend(
-                qkv,
-                *self._caches[layer],
-                slots,
-                positions,
+
+        def attend(layer: int, qkv: Tensor, queries: Queries, angles: Angles | None) -> Tensor:
+            return gpu_kernels.attend(
+                *(qkv, queries, angles, *self._caches[layer], slots, positions),
                 window=self._windows[layer],
                 tiles=rows.tiles,
-            ),
-        )
+            )
+
+        return self._network.hidden(token_of(codes), positions, attend)
 
 
 def _last(piece: Piece) -> Piece:

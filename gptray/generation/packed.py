@@ -18,21 +18,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptray.config import ModelConfig
+from gptray.generation import gpu_kernels
 from gptray.generation.adapted_rows import LAYERS, Layer, Run, run_plain
 from gptray.generation.choosing import CHUNK
 from gptray.generation.product_timing import choose_kernels
 from gptray.generation.products import Product, product
+from gptray.generation.queries import Queries
 from gptray.model.gpt import GPT, Block
 from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm, activation, rms_norm
 from gptray.model.quantized import head_kind
-from gptray.model.rotary import Angles, rotate
+from gptray.model.rotary import Angles
 
 # Of an MLP, as torch calls them.
 GELUS = {"gelu_new": "tanh", "gelu": "none"}
 
-# From a layer's number and its q, k, v, (N, (H + 2 K) E), to what it attended to, (N, H E).
-Attend = Callable[[int, Tensor], Tensor]
+# From a layer's number, its q, k, v, (N, (H + 2 K) E), and what prepares them for scores, to what
+# it attended to, (N, H E).
+Attend = Callable[[int, Tensor, Queries, Angles | None], Tensor]
 # `GPT.full_tensor`
 FullTensor = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -42,11 +45,18 @@ class PackedGPT:
     """The network but for attention, which depends on where keys and values are kept.
 
     quantize: what `gptray.model.quantized` makes of the weights of linear layers and head. rows: of
-    a step in which no prompt is read; on a GPU kernels are chosen for them.
+    a step in which no prompt is read; on a GPU kernels are chosen for them. fused: norms and gates
+    by `gptray.generation.gpu_kernels`.
     """
 
     def __init__(
-        self, model: GPT, dtype: torch.dtype, *, rows: int, quantize: str = "none"
+        self,
+        model: GPT,
+        dtype: torch.dtype,
+        *,
+        rows: int,
+        quantize: str = "none",
+        fused: bool = False,
     ) -> None:
         transformer = model.transformer
         self.vocab_size, self.dtype = model.valid_vocab_size, dtype
@@ -63,11 +73,12 @@ class PackedGPT:
         self._wpe = None if self._rotary else full(transformer.wpe.weight)
         del wte
         importance = input_importance(model, quantize)
+        packed = partial(_block, quantize=quantize, importance=importance, fused=fused)
         self._blocks = [
-            _block(cast(Block, block), layer, config, full, dtype, quantize, importance)
+            packed(cast(Block, block), layer, config, full, dtype)
             for layer, block in enumerate(transformer.h)
         ]
-        self._ln_f = _norm(transformer.ln_f, full, dtype)
+        self._ln_f = _norm(transformer.ln_f, full, dtype, fused=fused)
         choose_kernels(
             [self._head, *chain.from_iterable(one.products for one in self._blocks)], rows
         )
@@ -99,39 +110,15 @@ class PackedGPT:
 
 
 @dataclass(frozen=True)
-class _Queries:
-    """q and k of a layer as its scores take them: normalised and rotated; q times 1 / sqrt(E)."""
-
-    n_head: int
-    kv_heads: int
-    width: int
-    q_norm: Norm
-    k_norm: Norm
-    rotates: bool
-
-    def __call__(self, qkv: Tensor, angles: Angles | None) -> Tensor:
-        """q, k, v (N, (H + 2 K) E)."""
-        if self.q_norm is _same and not self.rotates:
-            return qkv
-        heads = qkv.view(len(qkv), -1, self.width)
-        q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotates:
-            assert angles is not None
-            q, k = rotate(q, angles), rotate(k, angles)
-        return torch.cat((q, k, v), dim=1).flatten(1)
-
-
-@dataclass(frozen=True)
 class _Block:
     ln_1: Norm
     c_attn: Layer
-    queries: _Queries
+    queries: Queries
     attn_proj: Layer
     ln_2: Norm
     c_fc: Layer
     mlp_proj: Layer
-    is_gated: bool
+    gated: Callable[[Tensor], Tensor] | None
     residual: bool
     parallel: bool
     post_norm: bool
@@ -142,14 +129,18 @@ class _Block:
         return [layer.product for layer in layers]
 
     def __call__(
-        self, x: Tensor, angles: Angles | None, attend: Callable[[Tensor], Tensor], run: Run
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        attend: Callable[[Tensor, Queries, Angles | None], Tensor],
+        run: Run,
     ) -> Tensor:
         first, second = (_same, _same) if self.post_norm else (self.ln_1, self.ln_2)
-        qkv = self.queries(run(self.c_attn, first(x)), angles)
-        y = self._add(run, self.attn_proj, attend(qkv), self.ln_1, x if self.residual else None)
+        attended = attend(run(self.c_attn, first(x)), self.queries, angles)
+        y = self._add(run, self.attn_proj, attended, self.ln_1, x if self.residual else None)
         inner = run(self.c_fc, second(x if self.parallel else y))
-        if self.is_gated:
-            inner = activation(inner, "swiglu")
+        if self.gated:
+            inner = self.gated(inner)
         to = y if self.residual or self.parallel else None
         return self._add(run, self.mlp_proj, inner, self.ln_2, to)
 
@@ -164,12 +155,12 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _norm(module: nn.Module | None, full: FullTensor, dtype: torch.dtype, scale: float = 1) -> Norm:
-    if module is None or isinstance(module, nn.Identity):
+def _norm(module: nn.Module, full: FullTensor, dtype: torch.dtype, *, fused: bool) -> Norm:
+    if isinstance(module, nn.Identity):
         return _same
     if isinstance(module, RMSNorm):
-        weight = (full(module.weight) * scale).to(dtype)
-        return partial(rms_norm, weight=weight, eps=module.eps)
+        norm = gpu_kernels.rms_norm if fused else rms_norm
+        return partial(norm, weight=full(module.weight).to(dtype), eps=module.eps)
     assert isinstance(module, nn.LayerNorm)
     weight, bias = full(module.weight).to(dtype), full(module.bias).to(dtype)
     shape = list(weight.shape)
@@ -182,8 +173,10 @@ def _block(
     config: ModelConfig,
     full: FullTensor,
     dtype: torch.dtype,
+    *,
     quantize: str,
     importance: Mapping[str, Tensor],
+    fused: bool,
 ) -> _Block:
     attention = block.attn
     modules = block.named_modules(prefix=f"transformer.h.{layer}")
@@ -206,26 +199,23 @@ def _block(
         return Layer(next(numbers), made)
 
     # The scores' scale is in the rows that make q, unless a norm comes after them.
-    scale = 1.0 / math.sqrt(config.head_width)
+    scale, norms, eps = 1.0 / math.sqrt(config.head_width), None, 0.0
     factors = torch.ones(attention.c_attn.out_features)
     factors[: config.n_head * config.head_width] = scale
-    queries = _Queries(
-        config.n_head,
-        config.kv_heads,
-        config.head_width,
-        _norm(attention.q_norm, full, dtype, scale),
-        _norm(attention.k_norm, full, dtype),
-        attention.rotates,
-    )
+    if attention.q_norm and attention.k_norm:
+        q_weight, k_weight = full(attention.q_norm.weight), full(attention.k_norm.weight)
+        norms, eps = torch.stack((q_weight * scale, k_weight)).to(dtype), attention.q_norm.eps
+    heads = config.n_head, config.kv_heads, config.head_width
+    gated = gpu_kernels.swiglu if fused else partial(activation, kind="swiglu")
     return _Block(
-        ln_1=_norm(block.ln_1, full, dtype),
+        ln_1=_norm(block.ln_1, full, dtype, fused=fused),
         c_attn=packed(attention.c_attn, factors=None if config.qk_norm else factors),
-        queries=queries,
+        queries=Queries(*heads, norms=norms, eps=eps, rotates=attention.rotates),
         attn_proj=packed(attention.c_proj),
-        ln_2=_norm(block.ln_2, full, dtype),
+        ln_2=_norm(block.ln_2, full, dtype, fused=fused),
         c_fc=packed(block.mlp.c_fc, GELUS.get(config.mlp)),
         mlp_proj=packed(block.mlp.c_proj),
-        is_gated=config.mlp == "swiglu",
+        gated=gated if config.mlp == "swiglu" else None,
         residual=config.residual,
         parallel=config.parallel_residual,
         post_norm=config.post_norm,

@@ -26,7 +26,7 @@ ROUNDS = 15
 # in memory; and time for the host to get ahead of the GPU.
 FLUSHED = 1 << 28
 # What the kernels are made from.
-SOURCES = [Path(__file__).with_name(name) for name in ("triton_kernels.py", "weight_only.py")]
+SOURCES = [Path(__file__).with_name(name) for name in ("triton_weights.py", "weight_only.py")]
 # The way that expands weights; those that multiply by them directly have their tiles' names.
 WHOLE = "whole"
 

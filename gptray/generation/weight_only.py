@@ -11,13 +11,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptray.generation.gpu_kernels import kernels_for
+from gptray.generation.gpu_kernels import Kernels, kernels_for
 from gptray.model.packed_weights import GROUP
 from gptray.model.quantized import CODES, QuantizedWeight, quantize
 
@@ -85,7 +84,7 @@ class GpuWeight:
         """`QuantizedWeight.dequantize`, to the bit, in one pass."""
         (N, width), K = self.values.shape, self.inputs
         out = torch.empty(N, K, dtype=dtype, device=self.values.device)
-        _kernels(out).dequantize_kernel[(-(-N // _OUTPUTS), -(-width // _INPUTS))](
+        _kernels(out).weights.dequantize_kernel[(-(-N // _OUTPUTS), -(-width // _INPUTS))](
             *(self.values, self.scales, out),
             *(N, K, width),
             KIND=self.kind,
@@ -102,9 +101,9 @@ def multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None, tile: Tile) -> T
     """
     (M, K), (N, width), kernels = x.shape, weight.values.shape, _kernels(x)
     out = x.new_empty(M, N)
-    is_interpreted = kernels.is_interpreted()
+    is_interpreted = kernels.interpreted
     by_hand = weight.kind != "int8" and not is_interpreted and torch.version.hip is None
-    kernels.multiply_kernel[(-(-M // tile.rows), -(-N // tile.outputs))](
+    kernels.weights.multiply_kernel[(-(-M // tile.rows), -(-N // tile.outputs))](
         *(x.contiguous(), weight.values, weight.scales, bias, out),
         *(M, N, K, width),
         KIND=weight.kind,
@@ -214,7 +213,7 @@ def _tell_once(why: str) -> None:
     log.warning("not using a kernel for quantized weights, which may be slower: %s", why)
 
 
-def _kernels(tensor: Tensor) -> ModuleType:
+def _kernels(tensor: Tensor) -> Kernels:
     kernels = kernels_for(tensor)
     assert kernels, "neither on a GPU nor interpreted"
     return kernels

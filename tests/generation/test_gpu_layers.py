@@ -1,0 +1,142 @@
+"""Triton's kernels for a network's layers: by Triton's interpreter on a CPU, or on a GPU.
+
+TRITON_INTERPRET=1 python -m pytest tests/generation/test_gpu_layers.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gptray.config import ModelConfig
+from gptray.generation import gpu_kernels as gpu
+from gptray.generation.decoder import Decoder, Piece
+from gptray.generation.graphs import GraphDecoder
+from gptray.generation.queries import Queries
+from gptray.model.rotary import Rotary
+from tests.generation.models import network, random_gpt, small_tokenizer
+from tests.generation.test_weight_only import DEVICE, IS_INTERPRETED, needs_kernels, numbers
+
+pytestmark = needs_kernels
+
+
+@pytest.fixture(autouse=IS_INTERPRETED)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of fewer rows, of which the interpreter takes one after the other."""
+    monkeypatch.setattr("gptray.generation.graphs.PROMPT_ROWS", 64)
+
+
+# The interpreter has no arithmetic in bf16.
+DTYPES = [torch.float32, torch.float16, *([] if IS_INTERPRETED else [torch.bfloat16])]
+MIXES: list[dict[str, Any]] = [
+    {},
+    {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rotary", "n_kv_head": 2, "qk_norm": True},
+    {"positions": "rotary", "partial_rotary_factor": 0.5, "parallel_residual": True},
+    {"positions": "rotary", "sliding_window": 70, "n_kv_head": 1, "head_dim": 12},
+]
+
+
+def room(dtype: torch.dtype) -> float:
+    return 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kind", "window"),
+    [
+        ((2, 2, 16), "plain", None),
+        ((5, 5, 7), "plain", 70),
+        ((9, 3, 64), "rotated", None),
+        ((4, 1, 20), "both", 5),
+        ((3, 1, 8), "normed", 1),
+    ],
+)
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_attention_is_its_formula(
+    dtype: torch.dtype, heads: tuple[int, int, int], window: int | None, kind: str, is_tiled: bool
+) -> None:
+    # heads: n_head, kv_heads, head width
+    (H, K, E), P, N = heads, 140, 40
+    part = E // 4 * 2  # of a head is rotated
+    norms = numbers(2, E, seed=5).to(dtype) if kind in ("normed", "both") else None
+    queries = Queries(H, K, E, norms, 1e-5, rotates=kind in ("rotated", "both"))
+    layout = [(0, 8), (P - 4, 4), (0, 1), (70, 17), (30, 3)]  # starts and counts, by slot
+    slots, positions, tiles = list[int](), list[int](), list[int]()
+    for slot, (start, count) in enumerate(layout):
+        tiles += range(len(slots), len(slots) + count, gpu.TILE_ROWS)
+        slots += [slot] * count
+        positions += range(start, start + count)
+    padding = N - len(slots)
+    rows = [slots + [len(layout)] * padding, positions + [0] * padding, [*tiles, N, N]]
+    slot_of, position_of, first_rows = (torch.tensor(row, device=DEVICE) for row in rows)
+    angles = None
+    if queries.rotates:
+        shape = ModelConfig(positions="rotary", n_head=1, n_embd=part, n_positions=P)
+        angles = Rotary(shape).at(position_of, dtype)
+    qkv = (numbers(N, (H + 2 * K) * E) / E**0.25).to(dtype)
+    caches = [numbers(len(layout) + 1, K, P, E, seed=seed).to(dtype) for seed in (1, 2)]
+    others = [cache.clone() for cache in caches]
+
+    def attended(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return gpu.attend(
+            qkv,
+            queries,
+            angles,
+            keys,
+            values,
+            slot_of,
+            position_of,
+            window=window,
+            tiles=first_rows if is_tiled else None,
+        )
+
+    given = attended(*caches)
+    with gpu.formulas():
+        expected = attended(*others)
+    for cache, other in zip(caches, others, strict=True):
+        torch.testing.assert_close(cache[:-1], other[:-1], rtol=room(dtype), atol=room(dtype))
+    torch.testing.assert_close(given, expected, rtol=room(dtype), atol=room(dtype))
+    assert not given[len(slots) :].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [7, 64, 1500])
+def test_norms_and_gates_are_their_formulas(dtype: torch.dtype, width: int) -> None:
+    x, weight = numbers(5, 2 * width).to(dtype), numbers(2 * width, seed=1).to(dtype)
+
+    def computed() -> list[torch.Tensor]:
+        return [gpu.rms_norm(x, weight, 1e-5), gpu.swiglu(x)]
+
+    given = computed()
+    with gpu.formulas():
+        torch.testing.assert_close(given, computed(), rtol=room(dtype), atol=room(dtype))
+
+
+@pytest.mark.parametrize("fields", MIXES, ids=str)
+@torch.no_grad()
+def test_a_network_of_kernels_gives_pytorchs_logits(fields: dict[str, Any]) -> None:
+    tokenizer = small_tokenizer()
+    model = random_gpt(tokenizer, n_head=4, n_positions=100, **fields).to(DEVICE)
+    ids = list(range(3, 93))
+    logits = []
+    for backend in ("graph", "torch"):
+        decoder = network(backend, model, 3, torch.float32)
+        assert isinstance(decoder, GraphDecoder if backend == "graph" else Decoder)
+        first = decoder.step([], [Piece(0, 0, ids[:80]), Piece(1, 0, ids[:5])]).clone()
+        second = decoder.step([(ids[80], 80), (ids[5], 5)], [Piece(2, 0, ids[:30])]).float()
+        logits.append(torch.cat((first, second))[:, : tokenizer.vocab_size])
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+def test_kernels_that_are_wrong_here_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = gpu.swiglu
+    monkeypatch.setattr(
+        gpu, "swiglu", lambda x: right(x) * (1 if gpu.kernels_for(x) is None else 2)
+    )
+    model = random_gpt(small_tokenizer(), mlp="swiglu").to(DEVICE)
+    assert isinstance(network("graph", model, 2, torch.float32), Decoder)
+    assert "the kernels give other numbers than PyTorch" in caplog.text
