@@ -84,7 +84,7 @@ class FieldSpec:
             entry = next((name for name, one in value.items() if not isinstance(one, str)), entry)
         if dict in self.kinds and isinstance(value, dict) and entry in value:
             if value[entry] is None:
-                return f"{entry!r} has no value; a space follows the colon, as in {{name: value}}"
+                return f"{entry!r} has no value; put a space after the colon, as in {{name: value}}"
             return f"{entry!r} cannot be {shown(value[entry])}"
         return f"expects {self._expected()}, got {shown(value)}"
 

@@ -139,7 +139,7 @@ class Config(Section):
             yield (
                 "train.async_validation=true needs a fixed number of workers, such as "
                 f"compute.num_workers={compute.max_workers}, not {compute.workers_shown}: "
-                "training would grow into the scoring worker's room"
+                "training would grow into the scoring worker's resources"
             )
         yield from self._uneven_batch()
 

@@ -161,10 +161,7 @@ class GenerateConfig(Section):
 
     def broken_rules(self) -> Iterator[str]:
         if (self.adapters is None) != (self.adapter_column is None):
-            yield (
-                "adapters needs adapter_column, and the other way round; for a single adapter "
-                "use adapter"
-            )
+            yield "adapters and adapter_column need each other; for a single adapter use adapter"
         if self.adapters is not None and self.adapter is not None:
             yield "adapter applies to all rows, adapters to some; give only one of them"
 

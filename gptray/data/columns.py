@@ -107,8 +107,8 @@ class FoundColumns:
             self._shapes.setdefault(name, Shape())
         if len(self._shapes) > MAX_COLUMNS:
             raise UserError(
-                f"{batch.file.name}: the rows have more than {MAX_COLUMNS:,} different keys, as if "
-                "keys were data; put them into one key of each row"
+                f"{batch.file.name}: the rows have more than {MAX_COLUMNS:,} different keys, so "
+                "the keys seem to be data; put them into an object under one key"
             )
         for name, shape in self._shapes.items():
             shape.take([row[name] for row in batch.objects if name in row])

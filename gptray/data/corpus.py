@@ -46,7 +46,7 @@ def read_parts(piece: Piece) -> Iterator[Part]:
     try:
         yield from readers[piece.file.format](piece)
     except OSError as error:  # open() has its own messages
-        raise UserError(f"{piece.file.name}: is truncated or damaged: {error}") from None
+        raise UserError(f"{piece.file.name}: truncated or damaged: {error}") from None
 
 
 def _read_text(piece: Piece) -> Iterator[Part]:

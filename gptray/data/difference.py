@@ -26,7 +26,7 @@ _UNKNOWN = "\U0010fffe"
 # Tried in turn: how many characters must agree to resume, and how far ahead to look for them.
 _RESUMES = ((2, 6), (4, 32), (1, 32), (4, 1024))
 # Differences to examine in a text; the rest of it is assumed to lose as much.
-_MOST_PLACES = 10_000
+_MAX_DIFFERENCES = 10_000
 # Differing texts of a shard are all compared up to so many characters, then every eighth.
 _COMPARED_WHOLE, _EVERY = 1 << 20, 8
 
@@ -114,7 +114,7 @@ def measure(text: str, back: str, unknown: str | None) -> Lost:
         back = back.replace(unknown, _UNKNOWN)
     lost, shown = Lost(), Counter[str]()
     for number, (start, stop, back_start, back_stop) in enumerate(_differences(text, back)):
-        if number == _MOST_PLACES:
+        if number == _MAX_DIFFERENCES:
             scale = len(text) / max(start, 1)
             lost.kinds = Counter({one: round(scale * lost.kinds[one]) for one in lost.kinds})
             break

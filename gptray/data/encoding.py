@@ -157,7 +157,9 @@ def refuse_wide_characters(name: str, head: bytes) -> None:
     Its ASCII letters are valid UTF-8, with a zero in every other byte. Zeros alone are no text.
     """
     if head and not head.strip(b"\0"):
-        raise UserError(f"{name}: it begins with zero bytes alone: it is damaged, or not text")
+        raise UserError(
+            f"{name}: it begins with nothing but zero bytes: it is damaged, or not text"
+        )
     wide = _wide_encoding(head, least=0.25)
     if wide:
         raise UserError(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pyarrow import fs
 
 from gptray.config import UserError
-from gptray.store_access import file_system, persistently, reason
+from gptray.store_access import file_system, reason, with_retries
 
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -145,7 +145,7 @@ def _file_or_folder(
 
 def _listing(entry: str, filesystem: fs.FileSystem, what: str | fs.FileSelector) -> fs.FileInfo:
     try:
-        return persistently(lambda: filesystem.get_file_info(what))
+        return with_retries(lambda: filesystem.get_file_info(what))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{entry}: cannot be listed: {reason(error)}") from None
 

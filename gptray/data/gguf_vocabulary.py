@@ -21,12 +21,12 @@ from gptray.gguf_pieces import MARK
 from gptray.gguf_tokenizer import (
     BYTE,
     CONTROL,
-    CUTS,
+    IGNORES_MERGES,
     KEY,
     MORE_ENDS,
     NO_MERGES,
     NORMAL,
-    TAKES_WHOLE,
+    PRE_TOKENIZERS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -46,7 +46,9 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 # llama.cpp's pre-tokenizer, by its regular expression and ignore_merges (words that are tokens
 # stay whole).
 _BY_PATTERN: dict[tuple[str, bool], str] = {(_GPT2, False): "gpt-2"} | {
-    (pattern, name in TAKES_WHOLE): name for name, pattern in reversed(CUTS.items()) if pattern
+    (pattern, name in IGNORES_MERGES): name
+    for name, pattern in reversed(PRE_TOKENIZERS.items())
+    if pattern
 }
 
 
@@ -71,7 +73,7 @@ def gguf_vocabulary(
         raise UserError(f"llama.cpp cannot match {refused!r} in text as this tokenizer does")
     special = tokenizer.special_ids
     ids = {key: special[role] for role, key in _SPECIAL_IDS.items() if role in special}
-    before, after = _around(parts["post_processor"])
+    before, after = _special_around(parts["post_processor"])
     bos, eos = names[ids.get("bos_token_id", tokenizer.eos_id)], tokenizer.eos_token
     if before not in ([], [bos]) or after not in ([], [eos]):
         around = ", ".join(before + after)
@@ -103,11 +105,11 @@ def _more_ends(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, int]:
     return dict(zip(MORE_ENDS, more, strict=False))
 
 
-def _around(step: Step | None) -> tuple[list[str], list[str]]:
+def _special_around(step: Step | None) -> tuple[list[str], list[str]]:
     """The special tokens that the post-processor puts before a text and after it."""
     match step:
         case {"type": "Sequence", "processors": list(steps)}:
-            pairs = [_around(one) for one in steps]
+            pairs = [_special_around(one) for one in steps]
             return sum((pair[0] for pair in pairs), []), sum((pair[1] for pair in pairs), [])
         case {"type": "TemplateProcessing", "single": list(single)}:
             names = [one["SpecialToken"]["id"] if "SpecialToken" in one else "" for one in single]
@@ -149,7 +151,7 @@ def _of_bytes(parts: TokenizerParts) -> Mapping[str, object]:
     model = parts["model"]
     normalizer = (parts["normalizer"] or {}).get("type")
     is_whole = bool(model.get("ignore_merges"))
-    cut = _cut_of(parts["pre_tokenizer"], is_whole)
+    cut = _pre_tokenizer_name(parts["pre_tokenizer"], is_whole)
     if normalizer == "NFC":
         log.warning(
             "the tokenizer composes characters (NFC) and llama.cpp does not: give llama.cpp NFC "
@@ -157,13 +159,13 @@ def _of_bytes(parts: TokenizerParts) -> Mapping[str, object]:
         )
     elif normalizer is not None:
         raise UserError(f"llama.cpp does not support {normalizer} before byte-level BPE")
-    if is_whole != (cut in TAKES_WHOLE) or not _is_plain_bpe(model):
+    if is_whole != (cut in IGNORES_MERGES) or not _is_plain_bpe(model):
         raise UserError("llama.cpp does not support byte-level BPE with these settings")
     merges = [f"{left} {right}" for left, right in model["merges"]]
     return {"model": "gpt2", "pre": cut, "merges": merges or NO_MERGES}
 
 
-def _cut_of(step: Step | None, is_whole: bool) -> str:
+def _pre_tokenizer_name(step: Step | None, is_whole: bool) -> str:
     """llama.cpp's name for a pre-tokenizer. is_whole: words that are tokens stay whole."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:

@@ -15,7 +15,7 @@ import pyarrow as pa
 # Marks a column that holds each value's JSON, so text is in quotes.
 ENCODING, JSON = b"gptray.encoding", b"json"
 # Beyond these the keys are data rather than structure, and the column becomes JSON text.
-MOST_DEPTH, MOST_KEYS = 32, 1000
+MAX_DEPTH, MAX_KEYS = 32, 1000
 # Doubles represent every integer up to here exactly.
 EXACT_IN_DOUBLE = 2**53
 
@@ -73,14 +73,14 @@ class Shape:
 
     def _take_items(self, lists: Sequence[list[object]]) -> None:
         self._item = self._item or Shape(self._depth + 1)
-        self._is_odd |= self._depth >= MOST_DEPTH
+        self._is_odd |= self._depth >= MAX_DEPTH
         if not self._is_odd:
             self._item.take(list(chain.from_iterable(lists)))
 
     def _take_fields(self, objects: Sequence[dict[str, object]]) -> None:
         new = set(chain.from_iterable(objects)) - self._fields.keys()
-        wide = len(self._fields) + len(new) > MOST_KEYS
-        self._is_odd |= wide or self._depth >= MOST_DEPTH or not all(map(is_utf8, new))
+        wide = len(self._fields) + len(new) > MAX_KEYS
+        self._is_odd |= wide or self._depth >= MAX_DEPTH or not all(map(is_utf8, new))
         if self._is_odd:
             return
         # In the order in which the keys appear.

@@ -97,4 +97,4 @@ def open_parquet(file: SourceFile) -> parquet.ParquetFile:
     try:
         return parquet.ParquetFile(file.open_stored())
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file.name}: not a whole Parquet file: {error}") from None
+        raise UserError(f"{file.name}: not a complete Parquet file: {error}") from None

@@ -28,7 +28,7 @@ def building(data_dir: Path) -> Iterator[Path]:
     attempt leaves nothing behind.
     """
     check_writable(data_dir.parent, key="storage_path")
-    folder = _beside(data_dir)
+    folder = _hidden_sibling(data_dir)
     with no_empty_folders(data_dir.parent):
         with storing(data_dir):
             _remove_abandoned(data_dir)
@@ -52,13 +52,13 @@ def _publish(folder: Path, data_dir: Path) -> None:
         # Another attempt at the same request was faster; its data is the same.
         TokenData.open(data_dir).verify()
     except DamagedData:
-        aside = _beside(data_dir)
+        aside = _hidden_sibling(data_dir)
         data_dir.rename(aside)
         folder.rename(data_dir)
         shutil.rmtree(aside)
 
 
-def _beside(data_dir: Path) -> Path:
+def _hidden_sibling(data_dir: Path) -> Path:
     return data_dir.with_name(f".{data_dir.name}.{uuid.uuid4().hex[:8]}")
 
 

@@ -51,7 +51,7 @@ class Ids:
                 if str(name) in seen:
                     raise UserError(
                         f"{place}: the id {name!r} in column {self._column!r} is also at "
-                        f"{seen[str(name)]}; every row needs an id of its own"
+                        f"{seen[str(name)]}; every row needs its own id"
                     )
                 seen[str(name)] = place
 

@@ -202,7 +202,7 @@ def csv_rows(file: SourceFile) -> Iterator[tuple[int, list[str]]]:
                 width = len(row) if width < 0 else width
                 if row and len(row) != width:
                     raise UserError(
-                        f"{file.name}:{line}: {len(row)} fields where the header has {width}"
+                        f"{file.name}:{line}: {len(row)} fields, but the header has {width}"
                     )
                 yield line, row
                 line = rows.line_num + 1
@@ -214,7 +214,7 @@ def no_column(text_column: str, columns: Sequence[str], *, key: str = "data.text
     """The message about a missing column, listing the existing ones, the most similar first."""
     likeness = {name: SequenceMatcher(None, text_column, name).ratio() for name in columns}
     listed = ", ".join(sorted(columns, key=lambda name: -likeness[name])) or "none at all"
-    return f"no column {text_column!r}; columns: {listed} (choose by {key})"
+    return f"no column {text_column!r}; columns: {listed} (set {key} to choose one)"
 
 
 def kind_of(value: object) -> str:

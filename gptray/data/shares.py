@@ -51,7 +51,7 @@ def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str 
     if separator is None or not documents or max(documents.values()) > 1:
         return None
     return (
-        f"data.separator={separator!r} does not split any text file: it never stands between two "
+        f"data.separator={separator!r} does not split any text file: it never occurs between two "
         "texts"
     )
 

@@ -31,7 +31,7 @@ from gptray.data.folders import (
     shown,
 )
 from gptray.files import absolute
-from gptray.store_access import file_system, open_persistently, persistently, scheme_of
+from gptray.store_access import file_system, open_with_retries, scheme_of, with_retries
 
 BUILTIN = "builtin"
 FORMATS = {
@@ -87,7 +87,7 @@ class SourceFile:
         if self.uri is None:
             return file_at(self.path) != LocalFile(self.path, self.size, self.modified)
         filesystem, _ = file_system(self.uri)
-        info = persistently(lambda: filesystem.get_file_info(self.path))
+        info = with_retries(lambda: filesystem.get_file_info(self.path))
         # Some stores round one file's time to seconds, but not those in a listing.
         second = 10**9
         modified = (info.mtime_ns or 0) // second
@@ -112,7 +112,7 @@ class SourceFile:
         try:
             if self.uri is None:
                 return pa.OSFile(os.fsencode(self.path))
-            return open_persistently(self.uri, self.path)
+            return open_with_retries(self.uri, self.path)
         except OSError as error:
             raise UserError(f"{self.name}: cannot be opened: {_reason(error)}") from None
 

@@ -263,5 +263,5 @@ def _tensors(adapter: Adapter) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
     for name, tensor in tensors.items():
         if not bool(tensor.float().sum().isfinite()):
-            raise UserError(f"{path}: the numbers of {name} are not finite")
+            raise UserError(f"{path}: {name} has numbers that are not finite")
     return tensors

@@ -128,7 +128,7 @@ def _check_base(path: Path, metadata: Mapping[str, str], base: Base) -> str:
             f"have sha256 {trained_on}, not {base.sha256}"
         )
     if quantized != "none" and quantized not in PACKINGS:
-        raise UserError(f"{path}: its base was quantized to {quantized:.60}, which is not known")
+        raise UserError(f"{path}: its base was quantized to an unknown kind, {quantized:.60}")
     return quantized
 
 
@@ -162,8 +162,8 @@ def _check_shapes(
             raise UserError(f"{path}: {name} is missing")
         if stored[name][0] != dims:
             raise UserError(
-                f"{path}: {name} has shape {stored[name][0]}; by {CONFIG} and this base it is "
-                f"{dims}"
+                f"{path}: {name} has shape {stored[name][0]}, but {CONFIG} and this base ask "
+                f"for {dims}"
             )
 
 

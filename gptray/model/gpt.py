@@ -249,8 +249,7 @@ class GPT(nn.Module):
     def initialise(self, seed: int) -> None:
         """Draw GPT-2's initial weights: N(0, initializer_range), less for residual projections.
 
-        A seed gives the same weights on every device: they are drawn on the CPU, in the parameters'
-        order.
+        Drawn on the CPU, in the parameters' order, so a seed gives the same on every device.
         """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
@@ -260,8 +259,7 @@ class GPT(nn.Module):
             elif parameter.dim() == 1:  # of a norm
                 parameter.fill_(1.0)
             else:
-                # Each block adds to the residual stream twice: keep its variance constant with
-                # depth.
+                # Each block adds to the residual stream twice: keep its variance flat with depth.
                 depth = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
                 fresh = torch.empty(parameter.shape, device="cpu")
                 parameter.copy_(fresh.normal_(0.0, std / math.sqrt(depth), generator=generator))

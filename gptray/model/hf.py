@@ -150,7 +150,7 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
             head = tensor
             continue
         if name not in missing:
-            raise UserError(f"{path}: {key} is not a weight of this network, or is there twice")
+            raise UserError(f"{path}: {key} is not a weight of this network, or is stored twice")
         part = missing.pop(name)
         if part.parameter == WTE:
             embedding = tensor
