@@ -57,15 +57,34 @@ def network_json(
     """
     family = family_of_file(fields)
     own = _own_fields(fields, family)
-    numbers = {name: own.get(key) for name, key in family.numbers.items()}
     rows = next((one.shape[0] for one in entries if one.name == EMBEDDING and one.shape), None)
-    heads, width = _heads(numbers, family)
-    if _KV_HEADS in numbers and numbers[_KV_HEADS] is None:
-        numbers[_KV_HEADS] = heads
-    if _HEAD_WIDTH in numbers and numbers[_HEAD_WIDTH] is None:
-        numbers[_HEAD_WIDTH] = width
     if rows is None:
         raise UserError(f"it has no {EMBEDDING}")
+    numbers, head = _numbers(own, family)
+    names = {one.name for one in entries}
+    if family.rotated:
+        numbers["attention_bias"] = "blk.0.attn_q.bias" in names
+        numbers["mlp_bias"] = "blk.0.ffn_up.bias" in names
+    if family.is_rotary:
+        numbers["rope_parameters"] = rotary_parameters(own, head, factors)
+    return {
+        "model_type": family.model_type,
+        "vocab_size": rows,
+        **numbers,
+        "tie_word_embeddings": tied,
+    }
+
+
+def _numbers(own: Mapping[str, object], family: Family) -> tuple[dict[str, object], int]:
+    """The network's numbers by config.json's names, checked, and the width of a head.
+
+    own: the architecture's fields. Raises UserError for a number that is missing or wrong.
+    """
+    numbers = {name: own.get(key) for name, key in family.numbers.items()}
+    heads, width = _heads(numbers, family)
+    for name, default in ((_KV_HEADS, heads), (_HEAD_WIDTH, width)):
+        if name in numbers and numbers[name] is None:
+            numbers[name] = default
     for name, number in numbers.items():
         key = family.numbers[name]
         if number is None:
@@ -79,18 +98,7 @@ def network_json(
         raise UserError("its numbers of heads are not whole numbers")
     if own.get("attention.value_length", head) != head:
         raise UserError("its heads' values are not as wide as their keys")
-    names = {one.name for one in entries}
-    if family.rotated:
-        numbers["attention_bias"] = "blk.0.attn_q.bias" in names
-        numbers["mlp_bias"] = "blk.0.ffn_up.bias" in names
-    if family.is_rotary:
-        numbers["rope_parameters"] = rotary_parameters(own, head, factors)
-    return {
-        "model_type": family.model_type,
-        "vocab_size": rows,
-        **numbers,
-        "tie_word_embeddings": tied,
-    }
+    return numbers, head
 
 
 def _heads(numbers: Mapping[str, object], family: Family) -> tuple[int, int]:

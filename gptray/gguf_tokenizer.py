@@ -200,29 +200,24 @@ def _post_processor(fields: Mapping[str, object]) -> dict[str, object] | None:
         "eos_token": fields.get(KEY + "add_eos_token", False),
     }
     ids = special_ids(fields)
-    used = {names[role]: ids[f"{role}_id"] for role in names if is_asked.get(role)}
+    used = {role: name for role, name in names.items() if is_asked.get(role)}
     if not used:
         return None
 
-    def single(texts: list[str]) -> list[object]:
-        steps: list[object] = []
-        for number, text in enumerate(texts):
-            one = {"Sequence": {"id": text, "type_id": number}}
-            before, after = (
-                [{"SpecialToken": {"id": names[role], "type_id": number}}]
-                if role in names and is_asked[role]
-                else []
-                for role in ("bos_token", "eos_token")
-            )
-            steps += [*before, one, *after]
-        return steps
+    def special(role: str, number: int) -> list[object]:
+        return [{"SpecialToken": {"id": used[role], "type_id": number}}] if role in used else []
+
+    def around(text: str, number: int) -> list[object]:
+        one = {"Sequence": {"id": text, "type_id": number}}
+        return [*special("bos_token", number), one, *special("eos_token", number)]
 
     return {
         "type": "TemplateProcessing",
-        "single": single(["A"]),
-        "pair": single(["A", "B"]),
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
         "special_tokens": {
-            name: {"id": name, "ids": [number], "tokens": [name]} for name, number in used.items()
+            name: {"id": name, "ids": [ids[f"{role}_id"]], "tokens": [name]}
+            for role, name in used.items()
         },
     }
 

@@ -83,7 +83,7 @@ def glob_regex(pattern: str) -> str:
     return "".join(out)
 
 
-def matches(pattern: str) -> list[str]:
+def glob_files(pattern: str) -> list[str]:
     """Paths of the files that a glob matches; `**/` matches any folders, each loop visited once."""
     if "**" in pattern:
         first = re.search(WILDCARD, pattern)
@@ -96,17 +96,17 @@ def matches(pattern: str) -> list[str]:
     return [path for path in found if os.path.isfile(path)]
 
 
-def once(paths: Iterable[str]) -> Iterator[str]:
+def unique_files(paths: Iterable[str]) -> Iterator[str]:
     """Yield the first path to each file, whatever hard or symbolic links lead to it."""
     met: set[str] = set()
     for path in paths:
-        place = identity(path)
+        place = file_identity(path)
         if place not in met:
             met.add(place)
             yield path
 
 
-def identity(path: str) -> str:
+def file_identity(path: str) -> str:
     """The file's device and inode: the same for all names of one file."""
     status = os.stat(path)
     return f"{status.st_dev} {status.st_ino}"

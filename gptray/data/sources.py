@@ -23,12 +23,12 @@ from gptray.data.folders import (
     WILDCARD,
     LocalFile,
     file_at,
+    file_identity,
     files_below,
-    identity,
-    matches,
-    once,
+    glob_files,
     remote_files,
     shown,
+    unique_files,
 )
 from gptray.files import absolute
 from gptray.store_access import file_system, open_with_retries, scheme_of, with_retries
@@ -80,7 +80,7 @@ class SourceFile:
     @property
     def place(self) -> str:
         """The same for all names of one file, including hard and symbolic links."""
-        return identity(self.path) if self.uri is None else self.name
+        return file_identity(self.path) if self.uri is None else self.name
 
     def changed(self) -> bool:
         """Whether the file has changed since it was listed."""
@@ -146,7 +146,10 @@ def find_files(
         raise UserError("\n".join(problems))
     if not found:
         raise UserError(f"{key} is an empty list; name a file or a folder")
-    local, codec = set(once(p for p, file in found.items() if file.uri is None)), codec_of(encoding)
+    local, codec = (
+        set(unique_files(p for p, file in found.items() if file.uri is None)),
+        codec_of(encoding),
+    )
     return [
         replace(file, encoding=codec)
         for name, file in found.items()
@@ -188,7 +191,7 @@ def _expand(entry: str) -> list[SourceFile]:
     if os.path.isdir(path):
         return _from_folder(entry, path)
     if not os.path.lexists(path) and WILDCARD.search(entry):
-        return _readable(entry, [_local(match) for match in matches(path)])
+        return _readable(entry, [_local(match) for match in glob_files(path)])
     if not os.path.exists(path):
         raise UserError(f"{shown(entry)}: {_missing(path)}")
     if not os.path.isfile(path):

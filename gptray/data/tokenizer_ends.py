@@ -28,41 +28,51 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
     """
     backend, special = opened
     if asked is not None:
-        if backend.token_to_id(asked) is None:
-            near = nearest(asked, backend.get_vocab(with_added_tokens=True))
-            raise UserError(
-                f"data.eos_token={asked!r} is not in the vocabulary of {source}"
-                f"{did_you_mean(*([repr(near)] if near else _candidates(backend)))}"
-            )
+        _check_asked(backend, asked, source)
         return _made_special(backend, asked)
-    named = special.get("eos_token")
-    if named is not None:
-        if backend.token_to_id(named) is None:
-            raise UserError(
-                f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
-                f"choose one with data.eos_token{_such_as(_candidates(backend))}"
-            )
+    if (named := special.get("eos_token")) is not None:
+        _check_named(backend, named, source)
         return named
     folder = tokenizer_path(source) or hub_tokenizer(source)
     if (of_model := _end_of_model(folder, backend)) is not None:
         return _made_special(backend, of_model)
     known = [name for name in WELL_KNOWN_ENDS if name in _added(backend)]
     if len(known) != 1:
-        such = _such_as(_candidates(backend))
-        if (folder / _CONFIG).is_file():  # of a model, which jobs open that train nothing
-            raise UserError(
-                f"{source}: neither its tokenizer nor its {_CONFIG} names an end-of-text token; "
-                f"give its tokenizer_config.json an eos_token{such}"
-            )
-        raise UserError(
-            f"data.tokenizer={source}: names no end-of-text token; choose one with "
-            f"data.eos_token{such}"
-        )
+        raise _no_end(backend, folder, source)
     _tell_once(
         f"data.tokenizer={source} names no end-of-text token; using {known[0]!r} (set "
         "data.eos_token to choose another)"
     )
     return known[0]
+
+
+def _check_asked(backend: tokenizers.Tokenizer, asked: str, source: str) -> None:
+    if backend.token_to_id(asked) is None:
+        near = nearest(asked, backend.get_vocab(with_added_tokens=True))
+        raise UserError(
+            f"data.eos_token={asked!r} is not in the vocabulary of {source}"
+            f"{did_you_mean(*([repr(near)] if near else _candidates(backend)))}"
+        )
+
+
+def _check_named(backend: tokenizers.Tokenizer, named: str, source: str) -> None:
+    if backend.token_to_id(named) is None:
+        raise UserError(
+            f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
+            f"choose one with data.eos_token{_such_as(_candidates(backend))}"
+        )
+
+
+def _no_end(backend: tokenizers.Tokenizer, folder: Path, source: str) -> UserError:
+    such = _such_as(_candidates(backend))
+    if (folder / _CONFIG).is_file():  # a model's, which jobs that train nothing open too
+        return UserError(
+            f"{source}: neither its tokenizer nor its {_CONFIG} names an end-of-text token; "
+            f"give its tokenizer_config.json an eos_token{such}"
+        )
+    return UserError(
+        f"data.tokenizer={source}: names no end-of-text token; choose one with data.eos_token{such}"
+    )
 
 
 def _made_special(backend: tokenizers.Tokenizer, name: str) -> str:

@@ -183,9 +183,7 @@ def _check_head(
 def _check_named(path: Path, raw: Mapping[str, object], base: Base, adapter: Adapter) -> None:
     """Raise UserError if layers that the config names lack weights, or others have some."""
     config = path.parent / CONFIG
-    targets = raw.get("target_modules")
-    is_target = _pattern(config, targets) if isinstance(targets, str) else None
-    names = [] if is_target else _names(config, "target_modules", targets)
+    is_target = _targets(config, raw.get("target_modules"))
     saved = _names(config, "modules_to_save", raw.get("modules_to_save") or [])
     adapted = {part.name for part in adapter.adapted}
     have = adapted | {part.name for part in adapter.replaced}
@@ -193,7 +191,7 @@ def _check_named(path: Path, raw: Mapping[str, object], base: Base, adapter: Ada
     expected = [part for part in base.parts if is_named(module_of(part), saved)]
     for part in base.linear:
         module = module_of(part)
-        if is_target(module) if is_target else is_named(module, names):
+        if is_target(module):
             expected += [] if with_exceptions else [part]
         elif part.name in adapted:
             raise UserError(f"{path}: {module} has weights, but {CONFIG} does not name it")
@@ -204,16 +202,19 @@ def _check_named(path: Path, raw: Mapping[str, object], base: Base, adapter: Ada
         raise UserError(f"{path}: it has no weights")
 
 
-def _pattern(config: Path, targets: str) -> Callable[[str], object]:
-    """A function that says whether `targets`, a string, selects a module: by a regular expression,
-    as in PEFT. Raises UserError.
+def _targets(config: Path, given: object) -> Callable[[str], object]:
+    """A function that says whether target_modules selects a module: by its name in a list, or by a
+    regular expression, as in PEFT. Raises UserError.
     """
-    if targets == "all-linear":
+    if not isinstance(given, str):
+        names = _names(config, "target_modules", given)
+        return lambda module: is_named(module, names)
+    if given == "all-linear":
         return lambda module: True
     try:
-        return re.compile(targets).fullmatch
+        return re.compile(given).fullmatch
     except re.error as error:
-        raise UserError(f"{config}: target_modules={targets!r:.60}: {error}") from None
+        raise UserError(f"{config}: target_modules={given!r:.60}: {error}") from None
 
 
 def _names(config: Path, key: str, given: object) -> list[str]:
